@@ -1,5 +1,5 @@
-# The environment is .venv, made once with PYTHON and pinned by constraints.txt. A stamp in it marks
-# what is up to date, so that a target does again only what a changed file asks for.
+# The environment is .venv, created with PYTHON and pinned by constraints.txt. Stamp files in it mark
+# finished steps, so that a target repeats only the steps whose inputs changed.
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.environment
@@ -8,8 +8,8 @@ TOOLS := .venv/.tools
 EXTRAS := .venv/.extras
 WHEEL_TOOLS := .venv/.wheels
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-export CXX  # the compiler that was checked is the one that builds
-unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that it imports
+export CXX  # build with the compiler that was checked
+unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python files
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
@@ -19,11 +19,11 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of torch that
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
-setup: $(TOOLS) ## make the environment for development in .venv (PYTHON=python3.12 chooses another Python)
+setup: $(TOOLS) ## create the development environment in .venv (PYTHON=python3.12 selects another Python)
 
-build: $(BUILD) ## compile the kernels (CXX=g++-13 chooses another compiler)
+build: $(BUILD) ## compile the kernels (CXX=g++-13 selects another compiler)
 
-demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and draw: 3 minutes on two free cores
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: 3 minutes on two idle cores
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
@@ -32,29 +32,29 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare, and dra
 	$(BIN)/python examples/grpo.py
 	$(BIN)/python examples/distillation.py
 
-demo-quick: $(BUILD) ## the same with fewer steps: about a minute on two free cores
+demo-quick: $(BUILD) ## demo with fewer steps: about a minute on two idle cores
 	$(BIN)/python examples/demo.py --quick
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
 	$(BIN)/python examples/heads.py --rounds 1
 
-formulas: $(BUILD) $(TOOLS) ## print what follows from declarations: C++ and lists of operators
+formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the declarations
 	$(BIN)/python tools/formulas.py
 
-test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" chooses some)
+test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" selects some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
-	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none chosen
+	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected
 
-test-machines: $(BUILD) $(TOOLS) ## run tests with the code that libraries take on other processors (15 minutes)
+test-machines: $(BUILD) $(TOOLS) ## run tests with the code that libraries use on other processors (15 minutes)
 	$(BIN)/python tests/machines.py $(PYTEST_ARGS)
 
 test-full: override PYTEST_ARGS += --full
-test-full: test ## the same with every combination of parameters, and what takes minutes
+test-full: test ## test with every combination of parameters, and with slow tests
 
 INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
 
-# A Triton beside the installed one lies in a folder of its own, which comes first on Python's path.
+# Other versions of Triton are installed into separate folders, which come first on PYTHONPATH.
 SUPPORTED = $(shell sed -n 's/^    "\([0-9.]*\)": .*/\1/p' pyfused/backends/versions.py)
 TRITONS = $(if $(filter all,$(TRITON)),$(SUPPORTED),$(TRITON))
 
@@ -65,37 +65,37 @@ gpu-compile: $(BUILD) $(TOOLS) $(TRITONS:%=.venv/triton-%) ## compile the GPU ke
 .venv/triton-%: | $(ENVIRONMENT)
 	@$(PIP) install --no-deps --target $@ triton==$*
 
-gpu-check: ## test and time the kernels on this machine's GPU, with PYTHON as it is (OUT=folder)
+gpu-check: ## test and time the kernels on this machine's GPU, with the packages of PYTHON (OUT=folder)
 	@$(PYTHON) benchmarks/run.py gpu-check $(or $(OUT),$(error gpu-check needs OUT=folder))
 
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, TRL, Lightning, skorch and Liger
-	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would take kernels/ for a package of that name
+	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would import kernels/ instead of the package kernels
 
-bench: $(BUILD) $(TOOLS) ## time torch and pyfused side by side, and write benchmarks/results/ (30 minutes; THREADS=16)
+bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/results/ (30 minutes; THREADS=16)
 	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)
 
-bench-quick: $(BUILD) $(TOOLS) ## the headline cases (BENCH_ARGS="-k relu" chooses others), in .benchmarks/
+bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
-bench-busy: $(BUILD) $(TOOLS) ## the headline cases beside other work: medians and 90th percentiles (5 minutes)
+bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and 90th percentiles (5 minutes)
 	$(BIN)/python benchmarks/run.py busy
 
-bench-compare: $(BUILD) $(TOOLS) ## time the kernels of a revision beside these: make bench-compare BASE=main~3
+bench-compare: $(BUILD) $(TOOLS) ## compare kernels with another revision: make bench-compare BASE=main~3
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
 
-bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than torch's (20 minutes)
+bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list calls that are slower than torch's (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
-docs: $(BUILD) $(EXTRAS) ## write the documentation to site/; its links, code and spelling are checked
+docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its links, code and spelling
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
 	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
-hub: $(ENVIRONMENT) ## write dist/hub/, the package as a kernel of the Hugging Face hub
+hub: $(ENVIRONMENT) ## write dist/hub/, the package for the Hugging Face kernel hub
 	$(BIN)/python tools/hub.py dist/hub
 
-lint: $(TOOLS) ## check style, format and types
+lint: $(TOOLS) ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -105,10 +105,10 @@ lint: $(TOOLS) ## check style, format and types
 TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf16c) \
 	$$($(BIN)/python -m pybind11 --includes)
 
-# Python is not instrumented, so what checks accesses is loaded ahead of it; libgomp is not either, so
-# threads are checked in a program without it. Tests left out (accuracy, contract, autograd) call the
-# same code, for minutes more; those of memory and processes measure what checks change, as does the
-# accuracy of sums: their loops stay scalar.
+# Python is not instrumented, so the sanitizer's library is preloaded. libgomp is not either, so races
+# are checked in a program without it. The tests of accuracy, contract and autograd are omitted because
+# they take minutes and call the same code; the tests of memory and processes, because sanitizers
+# change memory use. One test of accuracy is deselected, because its sums are not vectorised.
 SANITIZE := build/sanitize
 SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
@@ -125,9 +125,9 @@ sanitize: export CXXFLAGS = -g -fno-omit-frame-pointer -fsanitize=address,undefi
 sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the kernels (GCC, 5 minutes)
 	$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/temp --build-lib $(SANITIZE)/lib
 	@$(SANITIZED) -c '$(OVERRUN)' 2>&1 | grep -q heap-buffer-overflow \
-		|| { echo 'An overrun goes unnoticed: the kernels are not instrumented'; exit 1; }
+		|| { echo 'The sanitizer missed an overrun: the kernels are not instrumented'; exit 1; }
 	@$(SANITIZED) -c '$(AFTER_FREE)' 2>&1 | grep -q use-after-poison \
-		|| { echo 'A use after free goes unnoticed: free blocks are not poisoned'; exit 1; }
+		|| { echo 'The sanitizer missed a use after free: free blocks are not poisoned'; exit 1; }
 	$(SANITIZED) -m pytest -n 2 --dist loadfile $(CHECKED:%=$(CURDIR)/tests/test_%.py) \
 		--deselect tests/test_softmax.py::test_as_accurate_as_torchs $(PYTEST_ARGS)
 	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp-simd -fsanitize=thread -I$(CURDIR)/csrc \
@@ -136,10 +136,10 @@ sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the k
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads
 
 DIST := dist
-wheels: $(WHEEL_TOOLS) ## wheels of every platform and the source distribution, in dist/ (ONLY="cp311-*" chooses some; Python 3.11)
+wheels: $(WHEEL_TOOLS) ## build the wheels of all platforms and the source distribution in dist/ (ONLY="cp311-*" selects some; Python 3.11)
 	$(BIN)/python tools/wheels.py build --dist $(DIST) $(if $(ONLY),--only "$(ONLY)")
 
-test-wheel: ## test a wheel beside torch alone, without a compiler (WHEEL=file, PYTHON=python3.12, TORCH=torch==2.13.0)
+test-wheel: ## test a wheel with only torch installed, without a compiler (WHEEL=file, PYTHON=python3.12, TORCH=torch==2.13.0)
 	@$(BIN)/python tools/wheels.py test --python $(PYTHON) $(if $(TORCH),--torch $(TORCH)) \
 		$(or $(WHEEL),$(error test-wheel needs WHEEL=file))
 
@@ -147,11 +147,11 @@ test-aarch64: $(WHEEL_TOOLS) ## test the ARM64 wheel under qemu (Debian's qemu-u
 	$(BIN)/python tools/wheels.py build --only cp311-manylinux_aarch64
 	$(BIN)/python tools/aarch64.py
 
-clean: ## remove what was built and cached; .venv stays
+clean: ## remove build outputs and caches, except .venv
 	rm -rf build dist demo site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info pyfused/*.so $(BUILD)
 	find pyfused kernels tests examples benchmarks -name __pycache__ -exec rm -rf {} +
 
-# What is missing is said in one line, before anything is downloaded.
+# Missing requirements are reported in one line, before anything is downloaded.
 $(ENVIRONMENT): constraints.txt
 	@command -v $(PYTHON) >/dev/null $(call need,Python 3.10 or later: there is no $(PYTHON))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -161,25 +161,25 @@ $(ENVIRONMENT): constraints.txt
 		$(call need,a C++17 compiler: $(CXX) is $$($(CXX) --version | head -n 1))
 	@echo '#include <Python.h>' | $(COMPILE) -I$(HEADERS) \
 		$(call need,the headers of Python: there is no Python.h in $(HEADERS))
-	@echo 'Installing torch and what the demo needs into .venv: a minute or two, once'
+	@echo 'Installing torch and the packages of the demo into .venv: a minute or two, once'
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install --no-compile --requirement constraints.txt  # Python compiles what it imports
+	@$(PIP) install --no-compile --requirement constraints.txt  # modules are compiled when they are imported
 	@touch $@
 
-# What the demo does not need stays out of the environment until a target asks for it.
+# Packages that the demo does not need are installed when a target needs them.
 $(TOOLS): $(ENVIRONMENT) constraints-dev.txt
-	@echo 'Installing what tests, benchmarks and lint need into .venv: a minute or two, once'
+	@echo 'Installing the packages of tests, benchmarks and lint into .venv: a minute or two, once'
 	@$(PIP) install --no-compile --requirement constraints-dev.txt --constraint constraints.txt
 	@touch $@
 
 $(EXTRAS): $(TOOLS) constraints-extras.txt
-	@echo 'Installing what documentation and integrations need into .venv: minutes, once'
+	@echo 'Installing the packages of documentation and integrations into .venv: minutes, once'
 	@$(PIP) install --no-compile --requirement constraints-extras.txt \
 		--constraint constraints-dev.txt --constraint constraints.txt
 	@touch $@
 
 $(WHEEL_TOOLS): $(TOOLS) constraints-wheels.txt
-	@echo 'Installing what wheels need into .venv: a minute, once'
+	@echo 'Installing the packages for building wheels into .venv: a minute, once'
 	@$(PIP) install --no-compile --requirement constraints-wheels.txt \
 		--constraint constraints-dev.txt --constraint constraints.txt
 	@touch $@
@@ -189,7 +189,7 @@ COMPILE = $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null
 HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
 $(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.inc csrc/*.cpp)
-	@echo 'Compiling the kernels: minutes at first, then what changed'
+	@echo 'Compiling the kernels: minutes the first time, then only changed files'
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pyfused
 	@touch $@

@@ -1,4 +1,4 @@
-"""What is measured: the cases, one a line, with their arguments, and how two calls are timed."""
+"""Defines the benchmark cases and their arguments, checks results, and times calls interleaved."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pyfused.dispatch.operator import Operand
 from pyfused.ops.operators import OPERATORS
 
 Step = Callable[[], object]
-Timer = Callable[[int], float]  # how many seconds so many calls take
+Timer = Callable[[int], float]  # makes a number of calls, and returns their time in seconds
 Times = list[list[float]]
 Quartiles = tuple[float, float, float]
 
 
 def of_family(*families: str) -> tuple[str, ...]:
-    """Operators by their families' names: an older revision may not have all of these."""
+    """Returns the operators of families, given by name because older revisions may lack some."""
     return tuple(name for name, op in OPERATORS.items() if type(op).__name__ in families)
 
 
@@ -34,12 +34,12 @@ SOFTMAX, EMBEDDINGS = of_family("Softmax"), of_family("EmbeddingLoss")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 M = 1 << 20
-_LABELS = 5  # of a row
+_LABELS = 5  # labels per row
 MODES = FORWARD, TRAINING = "forward", "forward+backward"
 
 
 class Torch:
-    """torch's operators, and in its terms those that it does not have."""
+    """torch's operators; operators that torch lacks are defined by torch code."""
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
         setattr(self, op, getattr(F, op) if hasattr(F, op) else OPERATORS[op].reference)
@@ -50,7 +50,7 @@ TORCH = Torch()
 
 
 class Compiled:
-    """Operators, each compiled by itself, as torch.compile does by default."""
+    """Operators, each compiled separately with torch.compile's default options."""
 
     def __init__(self, operators: Any = TORCH) -> None:
         self.operators = operators
@@ -65,22 +65,22 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator. Of losses over classes the shape is (N, C, d1, ..., dk)."""
+    """A call of an operator. The shape is (N, C, d1, ..., dk) for losses over classes."""
 
     op: str
     shape: tuple[int, ...]
     dtype: torch.dtype = F32
     weight: bool = False
-    optional: bool = False  # with the optional operands of a pointwise loss
+    optional: bool = False  # whether to pass the optional operands of a pointwise loss
     smoothing: float = 0.0
     probabilities: bool = False
-    ignored: float = 0.0  # the share of the targets
-    masked: float | None = None  # what half of the elements along a softmax are
-    spread: float = 1.0  # of the input: large ones saturate, and make a softmax confident
+    ignored: float = 0.0  # the fraction of ignored targets
+    masked: float | None = None  # the value of half of the elements in each softmax
+    spread: float = 1.0  # standard deviation of the input; a large one saturates activations
     reduction: str = "mean"
-    dim: int = -1  # of a softmax
+    dim: int = -1  # the dimension of a softmax
     autocast: bool = False
-    headline: bool = False  # in docs/benchmarks.md's table, and run by `-m quick`
+    headline: bool = False  # in the table of docs/benchmarks.md; run by `-m quick`
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ class Case:
         return self.elements * self.dtype.itemsize
 
     def traffic(self, mode: str) -> int:
-        """Returns how many tensors of the input's size must at least be read or written."""
+        """Returns the minimum number of reads and writes, in tensors of the input's size."""
         backward = mode == TRAINING
         if self.op in (*ACTIVATIONS, *SOFTMAX):
             return 5 if backward else 2
@@ -124,7 +124,7 @@ class Case:
 
 
 def operands(case: Case) -> tuple[Operand, ...]:
-    """Returns the operands of a pointwise loss that a case gives."""
+    """Returns the operands of a pointwise loss that a case passes."""
     op: Any = OPERATORS[case.op]
     return tuple(o for o in getattr(op, "of", op).variables if case.optional or not o.optional)
 
@@ -183,7 +183,7 @@ OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
 def chosen(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
-    """Returns those whose name has one of the parts in it."""
+    """Returns the cases whose name contains one of the parts."""
     return [case for case in cases if any(part in case.name for part in parts)]
 
 
@@ -195,10 +195,10 @@ class Arguments:
     input: Tensor
     others: tuple[Tensor, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    grad_output: Tensor | None = None  # the gradient of a result that is no scalar
+    grad_output: Tensor | None = None  # None if the result is a scalar
 
     def to(self, dtype: torch.dtype) -> Arguments:
-        """Returns the same values in another dtype, with a leaf of its own."""
+        """Returns a copy in another dtype, with a new leaf."""
 
         def convert(value: Any) -> Any:
             floating = isinstance(value, Tensor) and value.is_floating_point()
@@ -213,7 +213,7 @@ class Arguments:
 
 
 def draw(case: Case, device: str = "cpu") -> Arguments:
-    """Random arguments of full scale, the same in every run."""
+    """Returns random arguments, the same in every run."""
     generator = torch.Generator(device).manual_seed(0)
     here: dict[str, Any] = {"generator": generator, "device": device}
 
@@ -221,7 +221,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         return torch.randn(shape, **here).to(case.dtype)
 
     def within(operand: Operand) -> Tensor:
-        """Values between the bounds that the operand declares."""
+        """Returns values within the operand's declared bounds."""
         if operand.sign:
             return normal(*case.shape).sign()
         if math.isinf(operand.low):
@@ -235,7 +235,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         input = torch.where(torch.rand(case.shape, **here) < 0.5, case.masked, input)
     input.requires_grad_()
     if case.op in ACTIVATIONS:
-        options = getattr(OPERATORS[case.op], "required", {})  # an older revision has none
+        options = getattr(OPERATORS[case.op], "required", {})  # older revisions lack it
         return Arguments(input, options=options, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
         return Arguments(input, options={"dim": case.dim}, grad_output=normal(*case.shape))
@@ -259,7 +259,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
             others = (normal(*case.shape).softmax(1),)
         else:
             indices = torch.randint(classes, shape, **here)
-            if case.masked is not None:  # no target is
+            if case.masked is not None:  # targets are not masked
                 input.detach().scatter_(1, indices.unsqueeze(1), 1.0)
             ignored = torch.rand(shape, **here) < case.ignored
             others = (indices.masked_fill(ignored, -100),)
@@ -280,10 +280,10 @@ def operator(operators: Any, case: Case) -> Callable[..., Tensor]:
 
 
 def step(operators: Any, case: Case, arguments: Arguments, mode: str = TRAINING) -> Step:
-    """Returns a call as a user makes it: the forward pass alone, or a step of a training loop.
+    """Returns a function that runs the forward pass, or forward and backward as in training.
 
-    The latter frees the gradient of the step before and makes a new one. Each step has a leaf of
-    its own, so that none frees the gradient of another.
+    The training step frees the gradient of the previous step first. Each step function has its own
+    leaf, so that it does not free the gradient of another.
     """
     function, a = operator(operators, case), arguments
     leaf = a.input.detach().requires_grad_(mode == TRAINING)
@@ -299,20 +299,20 @@ def step(operators: Any, case: Case, arguments: Arguments, mode: str = TRAINING)
 
 
 def copy_step(case: Case, mode: str, device: str = "cpu") -> Step:
-    """Returns a copy that reads and writes as many bytes as the case has to at least."""
+    """Returns a copy that moves the minimum number of bytes that the case must move."""
     source = torch.ones(case.traffic(mode) * case.bytes // 2, dtype=torch.uint8, device=device)
     return partial(torch.empty_like(source).copy_, source)
 
 
 def assert_correct(case: Case, given: Arguments, ours: Any = fused, theirs: Any = TORCH) -> None:
-    """Value and gradient are torch's, or within a rounding, or as far off as torch's at most."""
+    """Checks that value and gradient equal torch's, or are as accurate as torch's, or nearly."""
     wide = given.to(F64 if given.input.numel() <= 8 * M else F32)
     exact = evaluate(getattr(theirs, case.op), wide)
     both = (evaluate(operator(operators, case), given) for operators in (ours, theirs))
     for got, expected, precise in zip(*both, exact, strict=True):
         assert got.dtype == expected.dtype
         if not torch.equal(got, expected):
-            finite = expected.isfinite()  # float16 overflows, in torch's operator first
+            finite = expected.isfinite()  # float16 may overflow in torch's operator
             if not finite.any():
                 continue
             got, expected, precise = got[finite], expected[finite], precise[finite]
@@ -321,10 +321,10 @@ def assert_correct(case: Case, given: Arguments, ours: Any = fused, theirs: Any 
 
 
 def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, error: float = 0.0) -> None:
-    """Within two roundings of the dtype, or what is small beside the largest element.
+    """Checks that results agree within two roundings, or 1e-6 of the largest element.
 
     Args:
-        error: What is allowed in any case.
+        error: An absolute error that is always allowed.
     """
     rtol = max(1e-5, 2 * torch.finfo(dtype).eps)
     atol = max(error, 1e-6 * expected.abs().max().item())
@@ -342,7 +342,7 @@ def evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Ten
 
 
 class HeadCase:
-    """Arguments, and the ways from them to the gradients of input and head."""
+    """Arguments of a head, and implementations that return the gradients of input and head."""
 
     def __init__(
         self,
@@ -372,13 +372,13 @@ class HeadCase:
         return torch.autograd.grad(results, (self.input, self.head), grad_outputs)
 
     def products(self) -> tuple[Tensor, ...]:
-        """Returns those without which there are no gradients, of logits that happen to be there."""
+        """Computes the matrix products alone: the logits, and both gradients from them."""
         x, w = self.input.detach(), self.head.detach()
         logits = x @ w.t()
         return logits @ w, logits.t() @ x
 
     def products_of_two(self) -> tuple[Tensor, ...]:
-        """Returns the same, after the logits of the teacher."""
+        """Computes the products with the teacher's logits in addition."""
         input, weight = self.teacher
         input @ weight.t()
         return self.products()
@@ -416,7 +416,7 @@ class HeadCase:
         return self.gradients(fused.linear_kl_div(self.input, self.head, *self.teacher))
 
     def ways(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
-        """Returns, for each loss, the products alone, torch's operators, and others."""
+        """Returns the implementations of each loss: products alone, torch's operators, pyfused."""
         return {
             "cross-entropy": {
                 "three products": self.products,
@@ -444,16 +444,16 @@ class HeadCase:
 
 # ---- timing --------------------------------------------------------------------------------------
 
-# A batch of calls is long beside the timer's own cost, some 50 ns, and short beside a time slice.
+# A batch of calls is long compared to the timer's cost (50 ns) and short compared to a time slice.
 BATCH_SECONDS = 1e-3
 MOST_ROUNDS = 200
-LONGER = (1, 3, 9)  # how many times as long, where a first measurement does not decide
+LONGER = (1, 3, 9)  # factors of the time, if earlier measurements are inconclusive
 
 
 def settle_allocator() -> None:
-    """Bring glibc's mmap threshold to where it ends up in any process that frees large tensors.
+    """Raises glibc's mmap threshold to its maximum, so that cases do not depend on earlier ones.
 
-    It grows with each freed block, up to 32 MiB: else a case would depend on those before it.
+    The threshold grows up to 32 MiB when larger blocks are freed.
     """
     for mib in (1, 4, 16, 31):
         torch.empty(mib << 20, dtype=torch.uint8).fill_(0)
@@ -471,7 +471,7 @@ def timed(step: Step, calls: int) -> float:
 
 
 def plan(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> tuple[int, int]:
-    """Returns how many rounds, and how many calls in each, fill the time."""
+    """Returns the number of rounds that fit the time, and the number of calls per round."""
     once = []
     for timer in timers:
         timer(1)
@@ -482,7 +482,7 @@ def plan(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> tuple[int
 
 
 def interleaved(timers: Sequence[Timer], rounds: int, calls: int) -> Times:
-    """Returns milliseconds for each call, of timers in turn, in reverse in every other round."""
+    """Times all timers in each round, in alternating order; returns milliseconds per call."""
     times: Times = [[] for _ in timers]
     order = range(len(timers))
     for turn in range(rounds):
@@ -500,7 +500,7 @@ def timers_of(steps: Sequence[Step]) -> list[Timer]:
 
 
 def remeasured(timers: Sequence[Timer], seconds: float, margin: float, fewest: int = 19) -> Times:
-    """Times of two; measured again, for longer, while the second one seems slower."""
+    """Times two timers; measures again, for longer, while the second one seems slower."""
     for factor in LONGER:
         times = measure(timers, factor * seconds, fewest)
         if ratios(*times)[2] >= margin:
@@ -514,5 +514,5 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Quartiles:
-    """Returns the quartiles of the ratios of each round, in which both were slowed alike."""
+    """Returns the quartiles of the ratios per round; within a round, load affects both alike."""
     return quartiles([their / our for their, our in zip(theirs, ours, strict=True)])

@@ -1,4 +1,4 @@
-"""What pytest-benchmark writes and prints: ratios, and of the machine what explains them."""
+"""Configures pytest-benchmark's output: speed-up ratios, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MEMORY = pytest.StashKey[list[Found]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: the headline cases")
-    # Inductor's own, when it is imported.
+    # Raised when Inductor is imported.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
-    config.option.benchmark_quiet = True  # its table has the times of pyfused alone
-    config.option.randomly_reorganize = False  # both modes of a case share their arguments
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers beside what is timed
+    config.option.benchmark_quiet = True  # its table contains pyfused's times only
+    config.option.randomly_reorganize = False  # both modes of a case share arguments
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler processes while timing
     settle_allocator()
 
 
@@ -27,7 +27,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Add the memory, and keep the file small and free of the names of hosts and folders."""
+    """Adds memory figures; removes bulky data and the names of hosts and folders."""
     output_json["memory"] = config.stash.get(MEMORY, [])
     output_json["commit_info"] = {key: output_json["commit_info"][key] for key in ("id", "dirty")}
     for benchmark in output_json["benchmarks"]:

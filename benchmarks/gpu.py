@@ -1,7 +1,8 @@
-"""The Triton kernels on a GPU: beside torch, torch.compile and Liger, and their launch choices.
+"""Compares the Triton kernels with torch, torch.compile and Liger on a GPU; times launch choices.
 
-Calls are interleaved, and timed by events after L2 was overwritten. A copy moves as many bytes as a
-call has to: its time divided by pyfused's is the share of its bandwidth that was reached.
+Calls are interleaved, and timed by CUDA events after L2 has been overwritten. For comparison, a
+copy moves the minimum number of bytes of each call: the copy's time divided by pyfused's is the
+fraction of the copy's bandwidth that pyfused reaches.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ import pyfused.functional
 from pyfused.dispatch import call as dispatch
 
 ROUNDS, WARM_UP = 30, 3
-SMALL, CALLS = 1 << 20, 100  # elements below which the call itself takes the time: so many at once
+SMALL, CALLS = 1 << 20, 100  # below SMALL elements, overhead dominates: time CALLS calls at once
 VOCABULARIES = tuple((2**28 // c, c) for c in (1024, 4096, 16_384, 32_000, 128_256, 262_144))
 TINY = (Case("cross_entropy", (8, 10)), Case("mse_loss", (100,)))
-LARGE = tuple((op, (64 * M,)) for op in (*POINTWISE, "softcap"))  # other activations are ATen's
+LARGE = tuple((op, (64 * M,)) for op in (*POINTWISE, "softcap"))  # others use ATen
 CASES = (
     *(Case("cross_entropy", s, t, headline=True) for s in VOCABULARIES for t in (BF16, F32)),
     *(Case(op, shape, dtype, headline=True) for op, shape in LARGE for dtype in (BF16, F32)),
@@ -64,7 +65,7 @@ def installed(package: str) -> str:
 
 
 def peers_of(case: Case) -> dict[str, Any]:
-    """Eager and compiled torch, and Liger where it takes the case."""
+    """Returns eager and compiled torch, and Liger if it supports the case."""
     peers: dict[str, Any] = {"torch": cases.TORCH, "torch.compile": cases.Compiled()}
     if case.op == "cross_entropy" and case.headline:
         peers["pyfused, compiled"] = cases.Compiled(pyfused.functional)
@@ -78,9 +79,9 @@ def peers_of(case: Case) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds of calls: each by events after L2 was overwritten, or of small ones all at once."""
+    """Times calls: large ones one by one with events after flushing L2, small ones as a batch."""
 
-    SLEEP = 2_000_000  # cycles, a millisecond, in which the launches of a call are queued
+    SLEEP = 2_000_000  # cycles (1 ms) in which the host queues the launches of a call
 
     def __init__(self, device: str) -> None:
         self.gpu = device == "cuda"
@@ -95,7 +96,7 @@ class Clock:
         seconds = 0.0
         for _ in range(calls):
             started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(self.SLEEP)  # or the GPU would idle between launches
+            torch.cuda._sleep(self.SLEEP)  # else the GPU would idle between launches
             self.flushed.zero_()
             started.record()
             call()
@@ -114,7 +115,7 @@ class Clock:
 
 
 def peak(call: Step) -> int:
-    """Returns the bytes of a GPU that a call takes beyond its arguments, results included."""
+    """Returns the peak GPU memory of a call in bytes, without its arguments."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()
@@ -126,7 +127,7 @@ def peak(call: Step) -> int:
 
 
 def peak_gradients(call: Step, arguments: Arguments) -> float | None:
-    """Returns the most memory that a call takes, in gradients of the input."""
+    """Returns the peak GPU memory of a call, in multiples of the input's gradient."""
     return peak(call) / arguments.input.nbytes if arguments.input.is_cuda else None
 
 
@@ -134,7 +135,7 @@ def measure(case: Case, mode: str, arguments: Arguments, clock: Clock) -> Row:
     steps: dict[str, Step] = {}
     for name, operators in peers_of(case).items():
         own = arguments
-        if name == "liger":  # it writes the gradient over its logits
+        if name == "liger":  # overwrites the logits with their gradient
             own = replace(own, input=own.input.detach().clone().requires_grad_())
         steps[name] = step(operators, case, own, mode)
     small = case.elements < SMALL
@@ -148,7 +149,7 @@ def measure(case: Case, mode: str, arguments: Arguments, clock: Clock) -> Row:
     times = dict(zip(steps, cases.interleaved(timers, ROUNDS, calls), strict=True))
     ours = times.pop("pyfused")
     peers = {name: peer(taken, ours) for name, taken in times.items()}
-    first = step(pyfused.functional, case, arguments, mode)  # which has no gradient to free
+    first = step(pyfused.functional, case, arguments, mode)  # a new leaf, without a gradient
     return row(case, mode, peers, peak_gradients(first, arguments))
 
 
@@ -175,7 +176,7 @@ def measured_on(device: str) -> Found:
 
 
 def run(wanted: Sequence[Case], device: str, seconds: float, file: Path) -> None:
-    """Measures case by case, and saves after each one, so that nothing is lost to a failure."""
+    """Measures the cases, and saves after each one, so that a failure loses no results."""
     until, clock = time.perf_counter() + seconds, Clock(device)
     found = {**measured_on(device), "benchmarks": [], "memory": [], "left_out": []}
     for case in wanted:
@@ -189,7 +190,7 @@ def run(wanted: Sequence[Case], device: str, seconds: float, file: Path) -> None
                 made = measure(case, mode, arguments, clock)
                 found["benchmarks"].append({"extra_info": asdict(made)})
                 print(f"{made.case}, {mode}: {made.peers['torch'].pyfused_ms:.4g} ms", flush=True)
-        except Exception as error:  # the other cases are still worth their time
+        except Exception as error:  # continue with the other cases
             found["left_out"].append(f"{case.name}: {type(error).__name__}: {error}"[:500])
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -200,7 +201,7 @@ def gpu(options: Namespace) -> None:
 
 
 class Table:
-    """A table in a file, written anew with every row."""
+    """A table in a file, which is rewritten with every new row."""
 
     def __init__(self, options: Namespace, words: str, columns: Sequence[str], names: int) -> None:
         self.device = "cpu" if options.trial else "cuda"
@@ -211,12 +212,12 @@ class Table:
         self.rows: list[list[str]] = []
 
     def add(self, name: str, row: Callable[[], list[list[str]]]) -> None:
-        """Adds the rows of a measurement, or what became of it."""
+        """Adds the rows of a measurement, or its error."""
         try:
             if time.perf_counter() > self.until:
                 raise TimeoutError("out of time")
             rows = row()
-        except Exception as error:  # the other rows are still worth their time
+        except Exception as error:  # continue with the other rows
             told = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             rows = [[name, told, *[""] * (len(self.columns) - 2)]]
         self.rows += rows
@@ -244,7 +245,7 @@ LAUNCH_CASES = (
     Case("nll_loss", (65_536, 4096)),
     *(Case(op, (1 << 20, 256)) for op in EMBEDDINGS),
 )
-# Half or twice the rows, the block or the threads of a choice.
+# Neighbours have half or twice the rows, the block or the threads of a choice.
 NEIGHBOURS = {
     f"{name} {word}": (name, factor)
     for name, (word, factor) in product(("rows", "block", "threads"), (("/ 2", 0.5), ("x 2", 2.0)))
@@ -252,28 +253,28 @@ NEIGHBOURS = {
 
 
 def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
-    """Returns the neighbour; it is the choice itself where there is none."""
+    """Returns a neighbour of a choice, or the choice itself if there is none."""
     from pyfused.kernels import launch
 
     if (name == "rows" and not classes) or (
         name == "block" and classes and choice.whole_row and factor > 1
     ):
-        return choice  # kernels without rows, and nothing is to the right of a whole one
+        return choice  # the kernel has no rows, or the block already holds a whole row
     least = launch.warp_size() if name == "threads" else 1
     value = max(least, int(getattr(choice, name) * factor))
     choice = choice._replace(**{name: min(value, 1024) if name == "threads" else value})
-    return choice._replace(whole_row=choice.block >= classes)  # else it makes two passes
+    return choice._replace(whole_row=choice.block >= classes)  # else two passes
 
 
 @contextlib.contextmanager
 def choosing(
     plans: dict[Any, Any], change: Callable[[Any, int], Any] = lambda choice, _: choice
 ) -> Iterator[list[Any]]:
-    """While entered, all kernels are launched by other choices.
+    """Replaces the launch choices of all kernels in this context.
 
     Args:
-        plans: The plans of calls, which hold the choices; they are made at the first entry.
-        change: Returns what stands for a choice, given the number of classes.
+        plans: The cache of plans, which hold the choices; filled when the context is first used.
+        change: Returns the replacement of a choice, given the choice and the number of classes.
     """
     from pyfused.backends import triton
 
@@ -287,13 +288,13 @@ def choosing(
     with (
         mock.patch.object(triton, "choose", choose_other),
         mock.patch.object(dispatch, "_plans", plans),
-        mock.patch.object(triton, "_tiling", triton._tiling.__wrapped__),  # keeps no choice
+        mock.patch.object(triton, "_tiling", triton._tiling.__wrapped__),  # uncached
     ):
         yield made
 
 
 def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) -> list[str]:
-    """Returns a case, its choice, the median time, and its neighbours' times over that."""
+    """Returns a table row: case, choice, median time, and relative times of its neighbours."""
     operator = getattr(pyfused.functional, case.op)
     variants: dict[str, tuple[Any, ...]] = {"": ({},)}
     with choosing(*variants[""]) as made:
@@ -309,7 +310,7 @@ def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) 
             for ours, right in zip(got, expected, strict=True):
                 cases.assert_close(ours, right, ours.dtype)
             variants[neighbour] = variant
-        except Exception as error:  # too large for the GPU, or wrong: the table says so
+        except Exception as error:  # out of resources or wrong results: reported in the table
             cells[neighbour] = type(error).__name__
     timer = clock.timer(step(pyfused.functional, case, arguments), small=False)
 

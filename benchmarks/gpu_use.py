@@ -1,6 +1,6 @@
-"""What users run on a GPU: calls of every size, a language model's head, and a step of training.
+"""Times typical use on a GPU: calls of all sizes, a language model's head, and a training step.
 
-Each command writes a table, after every row of it, so that nothing is lost to a failure.
+Each command writes its table after every row, so that a failure loses no results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyfused.dispatch import sizes
 WARM_UP = 3
 
 
-# ---- calls of every size -------------------------------------------------------------------------
+# ---- calls of all sizes --------------------------------------------------------------------------
 
 SIZES = tuple(1 << n for n in range(8, 27, 2))
 CLASSES = 1000
@@ -39,13 +39,13 @@ SIZED = (
 
 
 def shape_of(op: str, elements: int) -> tuple[int, ...]:
-    """Returns one dimension, or rows of 1,000 classes."""
+    """Returns a one-dimensional shape, or for losses over classes, rows of 1,000 classes."""
     of_rows = (*cases.SOFTMAX, "cross_entropy", "nll_loss", "multi_margin_loss")
     return (max(1, elements // CLASSES), CLASSES) if op in of_rows else (elements,)
 
 
 def times_of(op: str, elements: int, clock: Clock, device: str, rounds: int) -> cases.Times:
-    """Returns milliseconds of a step with torch's operator and with the kernel."""
+    """Returns the times of a step, in milliseconds, with torch's operator and with the kernel."""
     case = Case(op, shape_of(op, elements))
     arguments = cases.draw(case, device)
     cases.assert_correct(case, arguments)
@@ -59,7 +59,7 @@ LEAST_GAIN = 0.95  # a smaller difference is noise
 
 
 def size_row(op: str, clock: Clock, device: str, rounds: int) -> list[str]:
-    with mock.patch.object(sizes, "FORCED", "every size"):  # the kernels take small calls too
+    with mock.patch.object(sizes, "FORCED", "every size"):  # kernels for small calls, too
         found = [times_of(op, elements, clock, device, rounds) for elements in SIZES]
     gains = [median(theirs) / median(ours) for theirs, ours in found]
     slower = [size for size, gain in zip(SIZES, gains, strict=True) if gain < LEAST_GAIN]
@@ -85,11 +85,11 @@ def gpu_sizes(options: Namespace) -> None:
 # ---- a language model's head ---------------------------------------------------------------------
 
 HEADS = ((8192, 4096, 128_256), (16_384, 2048, 32_000), (4096, 1024, 50_257))
-NORM = 2.0**-5  # by how much gradients in bfloat16 may differ, as a share of their norm
+NORM = 2.0**-5  # the allowed difference of bfloat16 gradients, relative to their norm
 
 
 def peers_of(given: HeadCase) -> dict[str, Step]:
-    """Returns the ways of other packages, as far as these are installed."""
+    """Returns the implementations of other packages that are installed."""
     peers: dict[str, Step] = {}
     head = given.input, given.head, given.target
     with contextlib.suppress(ImportError):
@@ -150,11 +150,11 @@ def gpu_heads(options: Namespace) -> None:
         table.add(str(case), partial(head_rows, case, clock, table.device, rounds))
 
 
-# ---- a step of training --------------------------------------------------------------------------
+# ---- a training step -----------------------------------------------------------------------------
 
 
 class GPT2(nn.Module):
-    """A transformer of GPT-2's sizes, the head tied to the embedding."""
+    """A transformer with the sizes of GPT-2, and a tied head."""
 
     def __init__(self, vocabulary: int, width: int, layers: int, context: int) -> None:
         super().__init__()
@@ -204,9 +204,9 @@ def training_rows(model: GPT2, batch: int, device: str, rounds: int) -> list[lis
         "torch.compile, linear_cross_entropy": partial(train, linear, True),
     }
     losses = [way() for way in ways.values()]
-    assert max(losses) - min(losses) < 0.1, losses  # a step at 1e-5 changes little
+    assert max(losses) - min(losses) < 0.1, losses  # a step with learning rate 1e-5 changes little
     peaks = [peak(way) for way in ways.values()]
-    timers = [partial(Clock("cpu").at_once, way) for way in ways.values()]  # .item() waits
+    timers = [partial(Clock("cpu").at_once, way) for way in ways.values()]  # .item() synchronises
     interleaved(timers, 1, WARM_UP)
     times = interleaved(timers, rounds, 1)
     return [

@@ -1,7 +1,7 @@
-"""Variants of the Triton kernels beside the shipped ones: a GPU says which are worth adopting.
+"""Times variants of the Triton kernels against the shipped kernels, to find which to adopt.
 
-A variant is compared with torch in float32 before it is timed. Times are of the GPU alone, which
-sleeps for as long as the host needs to launch a call.
+A variant's results are compared with torch in float32 before it is timed. Only GPU time is
+measured: the GPU sleeps until the host has launched the call.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Variant = Callable[[], tuple[Tensor, Tensor]]  # returns the loss and the gradie
 
 @triton.jit
 def hidden(x, HIDE: tl.constexpr):
-    """Returns x, so that the compiler converts it again and keeps no float32 copy in registers."""
+    """Returns x behind an optimisation barrier, so that no float32 copy is kept in registers."""
     if HIDE:
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
@@ -62,12 +62,12 @@ def persistent_kernel(
     PACKED: tl.constexpr,
     LATE_TARGET: tl.constexpr,
 ):
-    """Each program takes every num_programs-th row of at most BLOCK classes; it has one at least.
+    """A persistent kernel: each program loops over every num_programs-th row, and has at least one.
 
-    STAGES: From 2 on, cp.async loads the next rows to shared memory while one is computed.
-    PACKED: A row stays in its dtype, and its exponentials are computed twice.
-    LATE_TARGET: The target's gradient is stored after the row, instead of compared with each class.
-        The barriers of the next row's sums are between the two stores.
+    STAGES: if 2 or more, cp.async loads the next rows to shared memory while one is computed.
+    PACKED: whether a row is kept in its dtype, and its exponentials are recomputed.
+    LATE_TARGET: whether the target's gradient is stored after the row, instead of comparing each
+        class with the target. The barriers of the next row's sums separate the two stores.
     """
     classes = multiple(classes, 16)
     c = tl.arange(0, BLOCK)
@@ -103,7 +103,7 @@ def persistent_kernel(
 def long_row_kernel(
     logits, target, parts, grad, n, classes, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):
-    """Reads every num_programs-th row twice, the second time from its end, which L2 still has."""
+    """A persistent kernel that reads rows twice, the second time backwards, to hit L2."""
     classes = multiple(classes, 16)
     value = 0.0
     for row in range(tl.program_id(0), n, tl.num_programs(0)):
@@ -146,7 +146,7 @@ def launched(
 
 
 def shipped(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> Variant:
-    """Returns the kernels as they are, or with another launch choice."""
+    """Returns the shipped kernels, optionally with another launch choice."""
     from pyfused.backends import triton as backend
 
     options = CrossEntropyOptions(-100, "mean", denominator=float(len(x)))
@@ -178,7 +178,7 @@ def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, 
             ("packed, 2 programs an SM, target late", 2 * sms, (1, True, True)),
         ):
             if trial and chosen[1]:
-                continue  # the interpreter has no PTX
+                continue  # the interpreter does not support inline PTX
             options = {
                 **flags,
                 **dict(zip(("STAGES", "PACKED", "LATE_TARGET"), chosen, strict=True)),
@@ -198,18 +198,18 @@ def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, 
     return variants
 
 
-# ---- losses element by element: functions with an error that half precision does not show --------
+# ---- pointwise losses: functions that are accurate enough for half precision ---------------------
 
 
 @triton.jit
 def fast_exp(x, EXACT: tl.constexpr = False):
-    """exp(x) to a relative error of 6e-6."""
+    """Returns exp(x) with a relative error of 6e-6."""
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def log2(x):
-    """log2(x) by the GPU's instruction; Triton's own takes some 30 instructions."""
+    """Returns log2(x) by the GPU's instruction; tl.log2 compiles to about 30 instructions."""
     if INTERPRETED:
         y = tl.log2(x)
     else:
@@ -221,26 +221,26 @@ def log2(x):
 
 @triton.jit
 def near_1(f):
-    """log(1 + f) to 7e-6 for |f| <= 1/8, where a GPU's own logarithm has few digits."""
+    """Returns log(1 + f) to 7e-6 for |f| <= 1/8, where the GPU's instruction is inaccurate."""
     return f * polynomial(f, (-0.25316338, 0.33649129, -0.49998862, 0.99999381))
 
 
 @triton.jit
 def fast_log(x):
-    """log(x) to a relative error of 7e-6."""
+    """Returns log(x) with a relative error of 7e-6."""
     f = x - 1.0
     return tl.where(tl.abs(f) < 0.125, near_1(f), log2(x) * LOG_2)
 
 
 @triton.jit
 def fast_log1p(x):
-    """log(1 + x) to a relative error of 7e-6."""
+    """Returns log(1 + x) with a relative error of 7e-6."""
     return tl.where(tl.abs(x) < 0.125, near_1(x), log2(1.0 + x) * LOG_2)
 
 
 @triton.jit
 def fast_softplus(x):
-    """log(1 + exp(x)) to a relative error of 2e-5."""
+    """Returns log(1 + exp(x)) with a relative error of 2e-5."""
     y = tl.exp2(-tl.abs(x) * LOG2E)
     rest = polynomial(
         y, (-0.0238691248, 0.101222217, -0.210048631, 0.325206659, -0.499361362, 0.999991598)
@@ -268,7 +268,7 @@ FAST = {
 def planning(
     plans: dict[Any, Any], fast: bool = False, vectors: int = 2, threads: int = 128
 ) -> Iterator[None]:
-    """While entered, calls take other functions or tiles; `plans` keeps what they prepare."""
+    """Replaces functions or tiles of the kernels in this context; `plans` is its cache of plans."""
     made: dict[int, Any] = {}
 
     def kernel(formula: Program, *_: Any) -> Any:
@@ -323,13 +323,13 @@ TINY = (
 
 
 class LongClock(Clock):
-    SLEEP = 8_000_000  # cycles, 4 ms: no host takes as long to launch a call
+    SLEEP = 8_000_000  # cycles (4 ms); launching a call takes less
 
 
 def compared(
     case: Case, name: str, variants: dict[str, Variant], right: Any, table: Table, rounds: int
 ) -> list[list[str]]:
-    """Returns a variant's row, if its results are those of torch in float32."""
+    """Returns the table row of a variant, after comparing its results with torch in float32."""
     variant = variants[name]
     for got, expected in zip(variant(), right, strict=True):
         cases.assert_close(got.float(), expected, BF16)

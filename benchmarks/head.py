@@ -1,7 +1,7 @@
-"""A language model's head and what follows it: bare products, torch's ways, and pyfused's.
+"""Times a language model's head and loss: bare matrix products, torch and pyfused.
 
-Forward and backward in one process, interleaved, with new outputs and their freeing included. The
-peak is what a process takes beyond the arguments and what it returns.
+Forward and backward are timed interleaved in one process, including allocating and freeing outputs.
+Peak memory excludes arguments and results.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from torch import Tensor
 import pyfused.functional
 import pyfused.memory
 
-# Tokens, features, classes.
+# (tokens, features, classes)
 CASES = ((1024, 512, 32_000), (2048, 256, 128_256))
 CURVE = (4_000, 8_000, 16_000, 32_000, 64_000, 128_000)  # classes of 1024 tokens, 256 features
 ROUNDS = 5
 
 
 def peak_growth(call: Callable[[Any], object], argument: Callable[[], Any] = lambda: None) -> int:
-    """Returns by how many bytes the second of two calls raises this process's peak."""
+    """Returns the bytes by which the second of two calls raises this process's peak memory."""
     call(argument())
     gc.collect()
-    pyfused.memory.release()  # what it left would not be counted when it is used again
+    pyfused.memory.release()  # reused memory would not be counted
     given = argument()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     call(given)
     return _status("VmHWM") - before
@@ -53,7 +53,7 @@ def _status(key: str) -> int:
 
 
 def check(given: HeadCase) -> None:
-    """Raises where gradients are not torch's, before anything is timed."""
+    """Raises an error if gradients differ from torch's."""
     for ways in given.ways().values():
         _, of_torch, *others = (way for name, way in ways.items() if "ignored" not in name)
         for way in others:
@@ -67,9 +67,9 @@ def check_gradients(gradients: tuple[Tensor, ...], of_torch: tuple[Tensor, ...])
 
 
 def peak(loss: str, way: str, case: tuple[int, ...]) -> int:
-    """Returns the bytes beyond arguments and gradients, from a process of its own."""
+    """Returns the peak memory without arguments and gradients, measured in a new process."""
     command = [sys.executable, __file__, loss, way, *map(str, case)]
-    # glibc would keep what is freed, and take it for the next call unseen.
+    # By default, glibc caches freed memory and reuses it, so the peak would not grow.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     return int(subprocess.check_output(command, env=environment))
 
@@ -97,13 +97,13 @@ def measure(case: tuple[int, ...]) -> list[list[str]]:
 
 
 def draw() -> Figure:
-    """Peak memory against the number of classes."""
+    """Draws peak memory over the number of classes."""
     figure = Figure(figsize=(report.WIDTH, 4), layout="constrained")
     axes = figure.subplots()
     ways = {"torch": "torch", "torch, in chunks": "torch.compile", "pyfused": "pyfused"}
     for (way, colour), width in zip(ways.items(), (5, 5, 2), strict=True):
         taken = [peak("cross-entropy", way, (1024, 256, classes)) / 2**20 for classes in CURVE]
-        # A thin line over a broad one: where they agree, both are seen.
+        # A thin line on top of a broad one, so that both are visible where they agree.
         line = {"color": COLOURS[colour], "linewidth": width, "markersize": 2 * width}
         axes.plot(CURVE, taken, "o-", label=way, **line)
     logits = [classes * 4 / 2**10 for classes in CURVE]
@@ -135,7 +135,7 @@ def head(options: Namespace) -> None:
 
 
 def trained(given: HeadCase, steps: int) -> HeadCase:
-    """Returns the demo's GPT: its head, and 1,024 tokens that it has not seen."""
+    """Trains the demo's GPT; returns its head with 1,024 unseen tokens."""
     sys.path.insert(0, str(ROOT / "examples"))
     import gpt
 
@@ -159,7 +159,7 @@ def trained(given: HeadCase, steps: int) -> HeadCase:
 
 
 def filter_eps(options: Namespace) -> None:
-    """Time, and the largest error of each gradient as a share of its largest element."""
+    """Prints times, and the largest error of each gradient relative to its largest element."""
     settle_allocator()
     thresholds = (0.0, 2.0**-16, 2.0**-12, 2.0**-8)
     rows, (random, model) = [], (HeadCase(1024, 128, 32_000) for _ in range(2))

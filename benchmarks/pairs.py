@@ -1,7 +1,7 @@
-"""Two implementations side by side: a revision's and the working tree's, torch's and pyfused's.
+"""Compares two implementations: a revision and the working tree, or torch and pyfused.
 
-The commands of run.py: compare, busy, allocators, compiled, overhead. What cannot be had in one
-process is timed by workers, which answer in turn.
+Implements run.py's commands compare, busy, allocators, compiled, overhead and formulas.
+Implementations that cannot share a process run in worker processes, which are timed in turn.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pyfused.dispatch import call as dispatch
 
 
 def cells(times: cases.Times) -> list[str]:
-    """Returns the median times of two, and their ratio."""
+    """Returns table cells: the median times of two timers, and their ratio."""
     return [*(f"{median(each):,.4g}" for each in times), spread(cases.ratios(*times))]
 
 
@@ -47,7 +47,7 @@ PROCESSES_PER_CORE, MEAN_SECONDS = 4, 20e-3
 
 
 def compute_and_sleep() -> None:
-    """Computes and sleeps for random times, as data loaders do, until the parent has ended."""
+    """Computes and sleeps for random times, like a data loader, until the parent process ends."""
     draw, parent = random.Random(os.getpid()), os.getppid()
     while os.getppid() == parent:
         until = time.perf_counter() + draw.expovariate(1 / MEAN_SECONDS)
@@ -57,13 +57,13 @@ def compute_and_sleep() -> None:
 
 
 def start_load() -> None:
-    """Starts a load of two for each core, until this process ends."""
+    """Starts two load processes per core, which run until this process ends."""
     for _ in range(PROCESSES_PER_CORE * (os.cpu_count() or 1)):
         multiprocessing.get_context("fork").Process(target=compute_and_sleep, daemon=True).start()
 
 
 def busy(options: Namespace) -> None:
-    """torch and pyfused beside other work: medians, and the times that one call in ten exceeds."""
+    """Times torch and pyfused under load: medians and 90th percentiles."""
     cases.settle_allocator()
     start_load()
     rows = []
@@ -81,12 +81,12 @@ def busy(options: Namespace) -> None:
 
 # ---- workers -------------------------------------------------------------------------------------
 
-# The threads of the worker before spin for about a millisecond before they sleep.
+# The previous worker's threads spin for about a millisecond before they sleep.
 HANDOVER_SECONDS = 3e-3
 
 
 class Worker:
-    """A process with torch's operators, or with the pyfused of a folder."""
+    """A process that runs torch's operators, or the pyfused of a folder."""
 
     def __init__(self, library: str, folder: Path = ROOT, **variables: str) -> None:
         self.process = subprocess.Popen(
@@ -96,7 +96,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.known = self.answer()  # the names of the cases that it has an operator for
+        self.known = self.answer()  # the names of the supported cases
 
     def seconds(self, case: Case, mode: str, calls: int) -> float:
         print(json.dumps([case.name, mode, calls]), file=self.process.stdin, flush=True)
@@ -108,7 +108,7 @@ class Worker:
 
 
 def work(folder: Path, library: str) -> None:
-    """Answer each line, a case's name, a mode and a number of calls, with the seconds they took."""
+    """Reads lines with the name of a case, a mode and a number of calls; prints their time."""
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     cases.settle_allocator()
     operators = pyfused.functional if library == "pyfused" else TORCH
@@ -121,7 +121,7 @@ def work(folder: Path, library: str) -> None:
         return step(operators, case, arguments, mode)
 
     print(json.dumps([*known]), flush=True)
-    for line in sys.stdin:  # until the process that asks ends
+    for line in sys.stdin:  # until the parent process ends
         name, mode, calls = json.loads(line)
         call = prepared(known[name], mode)
         time.sleep(HANDOVER_SECONDS)
@@ -145,10 +145,10 @@ def extracted(revision: str, folder: Path) -> Path:
 
 
 def compare(options: Namespace) -> None:
-    """Times a revision beside the working tree; exits with 1 where the tree is slower.
+    """Compares a revision with the working tree; exits with 1 if a case has become slower.
 
-    It is where the upper quartile of the ratio stays below the margin in several measurements, each
-    longer than the one before.
+    A case is slower if the upper quartile of the ratio stays below the margin in several
+    measurements of increasing length.
     """
     rows, slower = [], 0
     with tempfile.TemporaryDirectory() as folder:
@@ -173,10 +173,10 @@ def compare(options: Namespace) -> None:
 
 # ---- allocators ----------------------------------------------------------------------------------
 
-LARGE = 32 << 20  # bytes: from here on glibc maps every block anew
-# glibc, told to give nothing back to the system: the most that torch can have of it.
+LARGE = 32 << 20  # bytes; glibc maps and unmaps blocks from this size on
+# Makes glibc keep all freed memory, which is the best case for torch.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "42949672960"}
-# What a user can choose without code; the first is what the others are compared with.
+# Settings that need no code changes; the first is the baseline.
 SETTINGS: dict[str, dict[str, str]] = {
     "torch": {},
     "torch, THP": {"THP_MEM_ALLOC_ENABLE": "1"},
@@ -187,8 +187,8 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def allocators(options: Namespace) -> None:
-    """Large cases with each allocator: what does new memory cost, and what gets rid of it?"""
-    families = ("cross_entropy", "mse_loss", "relu")  # each by one operator
+    """Times large cases with each allocator setting, to measure the cost of new memory."""
+    families = ("cross_entropy", "mse_loss", "relu")  # one operator of each family
     large = [case for case in cases.chosen(HEADLINES, options.k) if case.bytes >= LARGE]
     workers = {
         name: Worker(name.partition(",")[0], **variables) for name, variables in SETTINGS.items()
@@ -209,7 +209,7 @@ def allocators(options: Namespace) -> None:
 # ---- compiled programs ---------------------------------------------------------------------------
 
 
-# What a program does with the input before the operator, in words and in code.
+# Operations on the input before the operator: the description and the function.
 BEFORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "": lambda x: x,
     ", behind x / 2 + 1 / 4": lambda x: x * 0.5 + 0.25,
@@ -218,17 +218,17 @@ BEFORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns an operator of what is computed from the input."""
+    """Returns the operator applied to the preprocessed input."""
     function = getattr(operators, case.op)
     call = lambda x, *rest, **given: function(before(x), *rest, **given)  # noqa: E731
     return SimpleNamespace(**{case.op: call})
 
 
 def compiled(options: Namespace) -> None:
-    """Programs with torch's operators and with pyfused's, both under torch.compile.
+    """Times programs with torch's and with pyfused's operators, both under torch.compile.
 
-    Both are the same where COMPILED in dispatch/sizes.py leaves a call to Inductor. A custom
-    operator is a wall to it, behind arithmetic and behind a cast, too.
+    Where COMPILED in dispatch/sizes.py leaves a call to Inductor, both are the same. Inductor
+    cannot fuse a custom operator with preceding arithmetic or casts.
     """
     cases.settle_allocator()
     rows = []
@@ -253,9 +253,7 @@ def compiled(options: Namespace) -> None:
 
 
 def overhead(options: Namespace) -> None:
-    """Prints what a call of 80 elements costs, beyond torch's own where ATen computes it, and
-    part by part where a kernel does.
-    """
+    """Prints the overhead of calls of 80 elements over torch, and a breakdown for kernels."""
     torch.set_num_threads(1)
     rows = []
     for op in (op for op in OPS if any(part in op for part in options.k)):
@@ -284,7 +282,7 @@ def patched(op: str, arguments: cases.Arguments, calls: int) -> float:
         return cases.timed(small_call(functional, op, arguments), calls)
 
 
-# A call, the function of backends/cpu.py that it reaches, and the kernel that this one calls.
+# A call, the function of backends/cpu.py that it uses, and the C++ kernel.
 KERNEL_CALLS = (
     (Case("mse_loss", (8, 10), reduction="none"), "pointwise_loss", "mse_loss"),
     (
@@ -299,7 +297,7 @@ KERNEL_CALLS = (
 
 
 def parts_of_calls(options: Namespace) -> None:
-    """Prints where the time of a small call goes that takes a kernel."""
+    """Prints a breakdown of the time of small calls that run a kernel."""
     rows = []
     with mock.patch.object(dispatch, "is_small", return_value=False):
         for case, backend, kernel in KERNEL_CALLS:
@@ -327,20 +325,22 @@ def parts_of_calls(options: Namespace) -> None:
 
 
 def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
-    """Returns a function that a call reaches, with the arguments that it is called with."""
+    """Makes a call; returns a function that repeats one of its inner calls."""
     function = getattr(owner, name)
     with mock.patch.object(owner, name, wraps=function) as seen:
         result = call()
     given, by_name = seen.call_args
-    return lambda: (function(*given, **by_name), result)  # to which a kernel writes
+    return lambda: (function(*given, **by_name), result)  # keeps the memory that a kernel writes to
 
 
-# ---- formulas of one's own -----------------------------------------------------------------------
+# ---- users' formulas -----------------------------------------------------------------------------
 
 
 def formulas(options: Namespace) -> None:
-    """Forward and backward of the formulas of `examples/formulas.py` beside eager and compiled
-    torch, and some beside kernels written by hand: in cache on one thread, and in memory on all.
+    """Times the formulas of `examples/formulas.py` against eager and compiled torch.
+
+    Some are also compared with kernels written by hand. Small tensors, which fit into cache, run on
+    one thread; large tensors run on all.
     """
     sys.path.append(str(ROOT / "examples"))
     from formulas import FORMULAS, HAND_WRITTEN
@@ -359,12 +359,12 @@ def formulas(options: Namespace) -> None:
 
 def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[str]:
     operands = [torch.rand(elements) for _ in formula.op.variables]
-    if name != "generalized_cross_entropy":  # which is of probabilities
+    if name != "generalized_cross_entropy":  # its input is a probability
         operands[0] = torch.randn(elements)
     grad_output = None if formula.op.loss else torch.randn(elements)
 
     def step(function: Callable[..., Any]) -> Callable[[], torch.Tensor]:
-        """Returns a step with a leaf of its own, so that none frees the gradient of another."""
+        """Returns a step with its own leaf, so that it does not free the gradient of another."""
         leaf = operands[0].detach().requires_grad_()
 
         def run() -> torch.Tensor:
@@ -379,12 +379,12 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
         return each.mean() if formula.op.loss else each
 
     by_hand = getattr(pyfused.functional, name, None) if formula.op.loss else None
-    torch.compiler.reset()  # or the second size would be compiled for all
+    torch.compiler.reset()  # else the second size would compile with dynamic shapes
     functions = [unfused, formula, torch.compile(unfused)]
     if by_hand is not None:
         functions.append(partial(by_hand, reduction="mean"))
     steps = [step(function) for function in functions]
-    if elements <= cases.M:  # larger ones, of the same kernels, take seconds
+    if elements <= cases.M:  # checking larger tensors takes seconds
         theirs, ours = (run().grad for run in steps[:2])
         assert theirs is not None
         assert ours is not None

@@ -1,6 +1,6 @@
-"""Tables and pictures of what pytest-benchmark, the GPU suite and the allocators' comparison found.
+"""Writes tables and plots from the results of pytest-benchmark, the GPU suite and allocators.
 
-They go to benchmarks/results/<machine>, and the headline cases to the pages that show them.
+They are written to benchmarks/results/<machine>; tables of headline cases also to pages of docs/.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-except ImportError:  # as on a machine with a GPU: there are no pictures then
+except ImportError:  # without matplotlib, no plots are drawn
     Figure = None
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,12 +47,12 @@ KEY = {
     " Its time divided by pyfused's is the share; GB/s are these bytes by pyfused's time.",
 }
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
-Found = dict[str, Any]  # the JSON of pytest-benchmark
+Found = dict[str, Any]  # the JSON output of pytest-benchmark
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer did: milliseconds per call, beside pyfused's, and their ratio round by round."""
+    """The result of a peer: milliseconds per call, pyfused's, and the ratio per round."""
 
     ms: float
     pyfused_ms: float
@@ -61,7 +61,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Row:
-    """What one benchmark found. Times are medians."""
+    """The result of one benchmark. Times are medians."""
 
     case: str
     op: str
@@ -70,8 +70,8 @@ class Row:
     elements: int
     classes: int
     peers: dict[str, Peer]
-    peak_gradients: float | None = None  # memory beyond what was there, in gradients of the input
-    bytes: int = 0  # that have to be read or written at least
+    peak_gradients: float | None = None  # peak memory, in multiples of the input's gradient
+    bytes: int = 0  # the minimum number of bytes read and written
 
 
 def peer(theirs: Sequence[float], ours: Sequence[float]) -> Peer:
@@ -84,11 +84,11 @@ def row(case: Case, mode: str, peers: dict[str, Peer], peak: float | None = None
     return Row(case.name, case.op, mode, case.headline, case.elements, classes, peers, peak, moved)
 
 
-# ---- where it was measured -----------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 
 
 def machine_info() -> dict[str, Any]:
-    import cpuinfo  # comes with pytest-benchmark
+    import cpuinfo  # installed with pytest-benchmark
 
     found = cpuinfo.get_cpu_info()
     brand = found.get("brand_raw") or found["arch"]
@@ -105,7 +105,7 @@ def machine_info() -> dict[str, Any]:
 
 
 def measured(info: dict[str, Any]) -> Found:
-    """Returns what a report says of the machine and the day."""
+    """Returns a description of the machine, with the date, for a report."""
     return {"machine_info": info, "datetime": datetime.now(timezone.utc).isoformat()}
 
 
@@ -119,7 +119,7 @@ def machine(found: Found) -> str:
 
 
 def slug(found: Found) -> str:
-    """Returns the name of a machine's folder, which says which kernels were measured."""
+    """Returns the name of a machine's folder, which includes the kernels' instruction set."""
     info = found["machine_info"]
     if "gpu" in info:
         name = info["gpu"]
@@ -133,7 +133,7 @@ def slug(found: Found) -> str:
 
 
 def load(files: Sequence[Path]) -> Found:
-    """Returns what the files found, which are runs on one machine."""
+    """Merges the results of several runs on one machine."""
     first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     for other in others:
         if other["machine_info"] != first["machine_info"]:
@@ -144,7 +144,7 @@ def load(files: Sequence[Path]) -> Found:
 
 
 def rows_of(found: Found) -> list[Row]:
-    """One row for each case and mode, with the peers of every run."""
+    """Returns one row for each case and mode, with the peers of all runs."""
     rows: dict[tuple[str, str], Row] = {}
     for benchmark in found["benchmarks"]:
         fields = benchmark["extra_info"]
@@ -158,7 +158,7 @@ def peers_of(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
-    """Returns a table of ratios, beside the times of pyfused and of the first peer."""
+    """Returns a table with the times of pyfused and of the first peer, and ratios."""
     peers = peers or peers_of(rows)
     first = peers[0]
     columns = ["case", "mode", "pyfused, ms", f"{first}, ms"]
@@ -174,7 +174,7 @@ def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
         cells += [f"{known.pyfused_ms:.3g}", f"{known.ms:.3g}"] if known else ["", ""]
         cells += [spread(row.peers[name].ratio) if name in row.peers else "" for name in peers]
         if speeds:
-            known = row.peers.get("copy")  # there, where bytes are what takes the time
+            known = row.peers.get("copy")  # present for memory-bound cases
             cells.append(f"{row.bytes / known.pyfused_ms / 1e6:.3g}" if known else "")
         if peaks:
             cells.append("" if row.peak_gradients is None else f"{row.peak_gradients:.2f}")
@@ -192,7 +192,7 @@ def spread(ratio: Sequence[float]) -> str:
 
 
 def allocators_markdown(found: Sequence[Found]) -> str:
-    """Returns how many times as fast as torch by default; a row for each allocator."""
+    """Returns a table of speed-ups over torch's default allocator, one row per allocator."""
     cases = list(dict.fromkeys(entry["case"] for entry in found))
     first, *others = dict.fromkeys(entry["setting"] for entry in found)
     by = {(entry["setting"], entry["case"]): entry for entry in found}
@@ -202,17 +202,17 @@ def allocators_markdown(found: Sequence[Found]) -> str:
 
 
 def fill(page: Path, table: str) -> None:
-    """Replace the table between the markers of a page."""
+    """Replaces the table between the markers of a page."""
     text = page.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         sys.exit(f"{page} has no block between the markers of the benchmark table")
     page.write_text(BLOCK.sub(lambda _: f"\n{table}\n\n", text), encoding="utf-8")
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- plots ---------------------------------------------------------------------------------------
 
-# Each has a contrast of 3 and more with a white page and with a black one, and every kind of colour
-# vision tells them apart (after Okabe and Ito).
+# Each colour has a contrast of at least 3 to white and to black, and they are distinguishable with
+# colour blindness (adapted from Okabe and Ito).
 ORANGE, BLUE, GREEN, PINK, YELLOW = "#D55E00", "#2A86C7", "#009E73", "#CC79A7", "#B8860B"
 COLOURS = {
     "torch": BLUE,
@@ -221,12 +221,12 @@ COLOURS = {
     "pyfused, inplace=True": YELLOW,
 }
 STYLES = ((ORANGE, "o"), (BLUE, "s"), (GREEN, "D"), (PINK, "^"), (YELLOW, "v"))
-INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # of text and axes
-WIDTH = 8  # inches: a page shows a picture in its own size
+INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # colours of text and axes
+WIDTH = 8  # inches; pages do not scale plots
 
 
 def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
-    """Returns a line for each case, and on it the median and the quartiles of each peer's ratio."""
+    """Plots one line per case, with the median and the quartiles of each peer's ratio."""
     several = len({row.mode for row in rows}) > 1
     names = [f"{row.case}, {row.mode}" if several else row.case for row in rows]
     figure = Figure(figsize=(WIDTH, 1.6 + 0.28 * len(rows)), layout="constrained")
@@ -250,7 +250,7 @@ def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
 
 
 def finish_ratios(axes: Axes) -> None:
-    """Draws a logarithmic axis of ratios, with a line where both take as long."""
+    """Draws a logarithmic axis of ratios, with a line at 1."""
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
     axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
@@ -258,7 +258,7 @@ def finish_ratios(axes: Axes) -> None:
 
 
 def label_ratios(axis: Axis) -> None:
-    """1, 2 and 5 times each power of ten, as plain numbers."""
+    """Labels 1, 2 and 5 times each power of ten, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -285,7 +285,7 @@ def draw_memory(found: Sequence[Found]) -> Figure:
 
 
 def draw_allocators(found: Sequence[Found]) -> Figure:
-    """Draws the milliseconds with each allocator, a panel for each case."""
+    """Plots the milliseconds with each allocator, one panel per case."""
     cases = list(dict.fromkeys(entry["case"] for entry in found))
     names = list(dict.fromkeys(entry["setting"] for entry in found))
     lines = -(-len(cases) // 2)
@@ -312,7 +312,7 @@ def finish(axes: Axes, grid: Any, **legend: Any) -> None:
 
 
 def svg(figure: Figure, title: str) -> str:
-    """Returns a picture as text: transparent, with letters as text, the same in every run."""
+    """Renders a figure as SVG: transparent, with text as text, and deterministic."""
     for axes in figure.axes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -328,7 +328,7 @@ def svg(figure: Figure, title: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write NAME.svg for pages in dark ink on white, and NAME-dark.svg for light ink on black."""
+    """Writes NAME.svg for white backgrounds, and NAME-dark.svg for black backgrounds."""
     text = svg(figure, path.stem)
     path.with_suffix(".svg").write_text(text, encoding="utf-8")
     dark = text.replace(INK, INK_ON_BLACK)
@@ -344,7 +344,7 @@ def write(
     allocators: Path | None = None,
     pages: Path | None = None,
 ) -> None:
-    """Write a report; with `pages`, also the tables of docs/ below it."""
+    """Writes a report; with `pages`, also the tables in docs/ of that folder."""
     found = load(files)
     if allocators:
         found |= json.loads(allocators.read_text(encoding="utf-8"))

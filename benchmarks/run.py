@@ -1,6 +1,6 @@
-"""The benchmarks: `python benchmarks/run.py COMMAND`, and `COMMAND --help`.
+"""Runs the benchmarks: `python benchmarks/run.py COMMAND`; see `COMMAND --help`.
 
-This file imports neither torch nor pyfused, as `gpu-check` builds pyfused first.
+This file does not import torch or pyfused, because `gpu-check` builds pyfused first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 FOUND = ROOT / ".benchmarks"
-# A command of this file, or the module and the name of another, which needs torch and pyfused.
+# A function of this file, or the "module.name" of a function that needs torch and pyfused.
 Command = Callable[[argparse.Namespace], None] | str
 
 
@@ -30,7 +30,7 @@ Command = Callable[[argparse.Namespace], None] | str
 
 
 def suite(*arguments: str) -> list[Path]:
-    """Run the benchmarks in torch's default setting and with huge pages, each in a process."""
+    """Runs the benchmarks with torch's default setting and with huge pages, in two processes."""
     FOUND.mkdir(exist_ok=True)
     files = []
     for name, value in (("default", "0"), ("huge-pages", "1")):
@@ -46,7 +46,7 @@ def report(options: argparse.Namespace) -> None:
         importlib.import_module("report").write(options.json, options.results)
         return
     if options.threads:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # the processes below start with it
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # inherited by the processes below
     files, allocators = suite(), FOUND / "allocators.json"
     subprocess.run([sys.executable, __file__, "allocators", "--json", allocators], check=True)
     pages = None if options.threads else ROOT
@@ -65,20 +65,20 @@ def memory(options: argparse.Namespace) -> None:
 
 # ---- gpu-check -----------------------------------------------------------------------------------
 
-SECONDS = 570  # for all of it
-BENCHMARK_SECONDS, LAUNCH_SECONDS, USE_SECONDS = 180, 100, 60  # no case starts after these
+SECONDS = 570  # the time limit of gpu-check
+BENCHMARK_SECONDS, LAUNCH_SECONDS, USE_SECONDS = 180, 100, 60  # no new case starts after this time
 
 
 @dataclass(frozen=True)
 class Step:
     name: str
     command: Sequence[str | Path]
-    seconds: float  # at most
-    needed: bool = False  # by all further steps
+    seconds: float  # the time limit
+    needed: bool = False  # whether a failure ends the run
 
 
 def without_gpu() -> str | None:
-    """Returns why nothing can be checked here."""
+    """Returns why the GPU kernels cannot be tested on this machine, or None."""
     try:
         import torch
     except ImportError:
@@ -87,7 +87,7 @@ def without_gpu() -> str | None:
 
 
 def environment(out: Path) -> dict[str, str]:
-    """The package comes from `out`. pybind11's headers come with torch, where it is missing."""
+    """Returns variables to import the package in `out`, and torch's pybind11 if it is missing."""
     path = [out / "site"]
     if subprocess.run([sys.executable, "-c", "import pybind11"], capture_output=True).returncode:
         shim = out / "shim"
@@ -109,7 +109,7 @@ def steps(out: Path) -> list[Step]:
     pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation")
     plugins = ["-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:benchmark"]
     pytest = (python, "-m", "pytest", "-q", *plugins)
-    # Most of a test's time is Triton's compiler.
+    # Triton's compiler takes most of a test's time.
     workers = ("-n", str(min(12, os.cpu_count() or 1)))
     parallel = (*pytest, *workers) if importlib.util.find_spec("xdist") else pytest
     shared = [ROOT / "tests" / name for name in SHARED]
@@ -140,7 +140,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -> str:
-    """Returns what became of a step; its output is in a log of its name."""
+    """Runs a step; returns its outcome. Its output is written to a log file with its name."""
     log = out / f"{step.name.replace(' ', '-')}.log"
     started = time.perf_counter()
     with log.open("w") as file:
@@ -151,7 +151,7 @@ def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -
                 stderr=subprocess.STDOUT,
                 timeout=min(step.seconds, seconds),
                 env=variables,
-                cwd=out,  # in the checkout, Python would import the package that is not built
+                cwd=out,  # the package in the checkout has no compiled modules
                 check=False,
             ).returncode
             result = "passed" if code == 0 else f"failed ({code})"
@@ -161,7 +161,7 @@ def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -
 
 
 def targets(found: dict[str, Any]) -> list[str]:
-    """Returns the figures to reach, each with how many of its cases reach it."""
+    """Returns the performance targets, each with the number of cases that reach it."""
     rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
     rows = [row for row in rows if row["mode"] == "forward+backward"]
     large = [row for row in rows if row["headline"]]
@@ -180,7 +180,7 @@ def targets(found: dict[str, Any]) -> list[str]:
         good, worst = sum(value >= least for value in values), min(values, default=0.0)
         counted = f"{good} of {len(values)} cases reach {least}, the worst {worst:.2f}"
         lines.append(f"- {what}: {counted if values else 'not measured'}")
-    # softmax and softcap return as much again.
+    # softmax and softcap also return a tensor of the input's size.
     losses = [row for row in large if row["op"] not in ("softmax", "softcap")]
     peaks = [row["peak_gradients"] for row in losses if row["peak_gradients"] is not None]
     peak = f"{max(peaks):.2f} (to reach: 1)" if peaks else "not measured"
@@ -189,10 +189,10 @@ def targets(found: dict[str, Any]) -> list[str]:
 
 
 def gpu_check(options: argparse.Namespace) -> None:
-    """Build, test and time the Triton kernels on this machine's GPU, in under 10 minutes.
+    """Builds, tests and times the Triton kernels on this machine's GPU, in under 10 minutes.
 
-    Needs no network: torch, Triton, pytest, setuptools and a C++ compiler are there. All that is
-    found lies in the folder, also when a step fails.
+    Needs no network, but torch, Triton, pytest, setuptools and a C++ compiler must be installed.
+    All results are written to the folder, even if a step fails.
     """
     if reason := without_gpu():
         sys.exit(f"gpu-check needs a GPU: {reason}")
@@ -227,9 +227,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     named, declared = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    named.add_argument("-k", nargs="+", default=[""], help="names with one of these in them")
-    declared.add_argument("--op", nargs="+", help="these operators alone")
-    declared.add_argument("--dtype", nargs="+", help="these dtypes alone")
+    named.add_argument("-k", nargs="+", default=[""], help="select cases by parts of names")
+    declared.add_argument("--op", nargs="+", help="select operators")
+    declared.add_argument("--dtype", nargs="+", help="select dtypes")
 
     def command(
         name: str, function: Command, words: str, *parents: argparse.ArgumentParser
@@ -242,71 +242,71 @@ def parser() -> argparse.ArgumentParser:
         return made.add_argument
 
     add = command("report", report, "time all cases, and write benchmarks/results")
-    add("--json", type=Path, nargs="+", help="report these measurements instead")
-    add("--results", type=Path, default=HERE / "results", help="the folder")
-    add("--threads", type=int, help="how many; docs/ stays as it is then")
+    add("--json", type=Path, nargs="+", help="report these results instead of measuring")
+    add("--results", type=Path, default=HERE / "results", help="the output folder")
+    add("--threads", type=int, help="the number of threads; if given, docs/ is not updated")
     add = command("quick", quick, "time the headline cases, and report in .benchmarks")
-    add("-k", metavar="EXPRESSION", help="pytest's: these cases instead")
-    add = command("memory", memory, "measure what torch and pyfused take at their peaks")
-    add("-k", metavar="EXPRESSION", default="", help="pytest's: these cases alone")
+    add("-k", metavar="EXPRESSION", help="select other cases, as in pytest")
+    add = command("memory", memory, "measure the peak memory of torch and pyfused")
+    add("-k", metavar="EXPRESSION", default="", help="select cases, as in pytest")
 
-    add = command("busy", "pairs.busy", "time the headline cases beside other work", named)
-    add("--seconds", type=float, default=10, help="for a case")
+    add = command("busy", "pairs.busy", "time the headline cases under load", named)
+    add("--seconds", type=float, default=10, help="time per case")
     add = command("compare", "pairs.compare", "time a revision and the working tree", named)
     add("base", help="a git revision")
-    add("--seconds", type=float, default=0.7, help="for a case and mode")
-    add("--margin", type=float, default=0.95, help="a ratio below is slower")
-    add("--busy", action="store_true", help="beside other work")
+    add("--seconds", type=float, default=0.7, help="time per case and mode")
+    add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
+    add("--busy", action="store_true", help="time under load")
     add = command("allocators", "pairs.allocators", "time large cases by allocator", named)
-    add("--seconds", type=float, default=12, help="for a case")
-    add("--json", type=Path, help="where the report is to find it")
+    add("--seconds", type=float, default=12, help="time per case")
+    add("--json", type=Path, help="also write the results to this file, for the report")
     words = "time programs under torch.compile, with torch's operators and with pyfused's"
     add = command("compiled", "pairs.compiled", words, named)
-    add("--seconds", type=float, default=3, help="for a case and mode")
-    words = "time what a call of 80 elements costs beyond torch's"
+    add("--seconds", type=float, default=3, help="time per case and mode")
+    words = "measure the overhead of a call of 80 elements, compared to torch"
     add = command("overhead", "pairs.overhead", words, named)
-    add("--rounds", type=int, default=101, help="of 200 calls each")
+    add("--rounds", type=int, default=101, help="rounds of 200 calls")
 
-    words = "time formulas of one's own beside torch, compiled torch and kernels written by hand"
+    words = "time users' formulas against torch, compiled torch and kernels written by hand"
     add = command("formulas", "pairs.formulas", words, named)
-    add("--seconds", type=float, default=2, help="for a formula and size")
+    add("--seconds", type=float, default=2, help="time per formula and size")
 
-    words = "time calls of random shapes; exits with 1 where one is slower than torch's"
+    words = "time calls of random shapes; exit with 1 if one is slower than torch's"
     add = command("sweep", "sweep.sweep", words, declared)
-    add("--threads", nargs="+", type=int, default=[1, 2], help="how many")
-    add("--seconds", type=float, default=0.08, help="for a call")
-    add("--margin", type=float, default=0.95, help="a ratio below is slower")
-    add("--shapes", type=int, default=6, help="how many for an operator and a dtype")
-    add("--minutes", type=float, default=20, help="at most")
-    add("--seed", type=int, help="draw the shapes of another run again")
-    add("--how", choices=("called", "patched", "compiled"), default="called", help="pyfused is")
+    add("--threads", nargs="+", type=int, default=[1, 2], help="the numbers of threads")
+    add("--seconds", type=float, default=0.08, help="time per call")
+    add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
+    add("--shapes", type=int, default=6, help="shapes per operator and dtype")
+    add("--minutes", type=float, default=20, help="the time limit")
+    add("--seed", type=int, help="the seed of another run, to repeat its shapes")
+    add("--how", choices=("called", "patched", "compiled"), default="called", help="use of pyfused")
 
     words = "time a language model's head and loss, and write docs/language-models.md"
     add = command("head", "head.head", words)
-    add("--quick", action="store_true", help="the first case, and write nothing")
+    add("--quick", action="store_true", help="time the first case only, and write no page")
     words = "time training steps of the examples' GPT in float32 and under bfloat16 autocast"
     add = command("steps", "steps.steps", words)
-    add("--rounds", type=int, default=9, help="of a step each")
-    add("--cpu", action="store_true", help="CPU time of one thread, for a machine with other work")
-    words = "measure what linear_cross_entropy's filter_eps gains and costs, on a trained model"
+    add("--rounds", type=int, default=9, help="rounds of one step")
+    add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
+    words = "measure speed-up and error of linear_cross_entropy's filter_eps on a trained model"
     add = command("filter-eps", "head.filter_eps", words)
-    add("--steps", type=int, default=600, help="for how many to train")
+    add("--steps", type=int, default=600, help="training steps")
 
     for name, module, words in (
         ("gpu", "gpu", "time the cases on a GPU"),
         ("gpu-launch", "gpu", "time launch choices"),
-        ("gpu-variants", "gpu_variants", "time variants of kernels beside the shipped ones"),
-        ("gpu-sizes", "gpu_use", "time calls of every size on a GPU"),
+        ("gpu-variants", "gpu_variants", "time variants of kernels against the shipped ones"),
+        ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),
         ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
         ("gpu-training", "gpu_use", "time a training step of GPT-2 on a GPU"),
     ):
         add = command(name, f"{module}.{name.replace('-', '_')}", words, named)
-        add("file", type=Path, help="where to write what was found")
-        add("--seconds", type=float, default=240, help="start no case after these")
-        add("--trial", action="store_true", help="cases of microseconds, on the CPU")
+        add("file", type=Path, help="the output file")
+        add("--seconds", type=float, default=240, help="start no new case after this time")
+        add("--trial", action="store_true", help="run tiny cases on the CPU, to test the command")
     add = command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
-    add("out", type=Path, help="the folder for what is found")
-    add("--steps", nargs="+", metavar="NAME", help="these steps alone, after the build")
+    add("out", type=Path, help="the output folder")
+    add("--steps", nargs="+", metavar="NAME", help="run only these steps after the build")
     return parser
 
 

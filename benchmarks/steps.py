@@ -1,7 +1,7 @@
-"""Training steps of the examples' GPT: torch eager, with huge pages and compiled, and pyfused.
+"""Times training steps of the examples' GPT: eager torch, with huge pages, compiled, and pyfused.
 
-Each way has a process of its own, in which it takes a step when it is its turn. With --cpu the time
-is the process's on one thread, which other work on the machine changes little.
+Each variant runs in its own process; they take steps in turn. With --cpu, the CPU time on one
+thread is measured, which other load on the machine affects little.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ sys.path.append(str(ROOT / "examples"))
 import gpt
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-# The library, whether the head and the loss are one, whether the step is compiled; the environment.
+# The library, whether head and loss are fused, whether the step is compiled, and the environment.
 WAYS = {
     "torch": (("torch", False, False), {}),
     "torch, huge pages": (("torch", False, False), HUGE_PAGES),
@@ -43,7 +43,7 @@ WARM_UP = 3
 
 
 def work(library: str, linear: bool, compiled: bool, dtype: str, cpu: bool) -> None:
-    """Take a step for each line read, and print the milliseconds that it took."""
+    """Takes a training step for each line read, and prints its milliseconds."""
     clock = time.process_time if cpu else time.perf_counter
     functional = torch.nn.functional if library == "torch" else pyfused.functional
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Whether a call is ever slower than torch's: random shapes, and the smallest that kernels take."""
+"""Searches for calls that are slower than torch's, with random shapes and the smallest shapes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pyfused.dispatch.sizes import FEW, NEVER, limits
 from pyfused.ops.operators import OPERATORS
 
 Shape = tuple[int, ...]
-FAR = 1 << 22  # elements of the largest calls whose results are checked, as that takes seconds
-ALLOWED = 0.6e-3  # milliseconds that a call costs beyond torch's where it goes to ATen
+FAR = 1 << 22  # results of larger calls are not checked, because it takes seconds
+ALLOWED = 0.6e-3  # milliseconds of additional overhead that are allowed if a call runs ATen
 OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss", "multilabel_margin_loss")
 VECTORS = torch.backends.cpu.get_cpu_capability()
 CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
@@ -39,7 +39,7 @@ def drawn_and_checked(case: Case) -> cases.Arguments:
 
 
 def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
-    """Of torch's operator and of pyfused's."""
+    """Returns timers of torch's operator and of pyfused's."""
     arguments, operators = drawn_and_checked(case), (cases.TORCH, pyfused.functional)
     if how == PATCHED:
         with pyfused.patch():
@@ -47,13 +47,13 @@ def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
         (theirs,) = cases.timers_of([cases.step(cases.TORCH, case, arguments, mode)])
         return [theirs, partial(timed_patched, ours)]
     if how == COMPILED:
-        torch._dynamo.reset()  # else the second shape compiles for all
+        torch._dynamo.reset()  # else the second shape would compile with dynamic shapes
         operators = tuple(map(cases.Compiled, operators))
     return cases.timers_of([cases.step(each, case, arguments, mode) for each in operators])
 
 
 def taken_by(case: Case, mode: str, how: str) -> str:
-    """Returns whose code an eager call runs: torch's or the kernels'."""
+    """Returns whether an eager call runs torch's operator or a kernel."""
     if how == COMPILED:
         return COMPILED
     arguments = drawn_and_checked(case)
@@ -71,17 +71,17 @@ def timed_patched(step: cases.Step, calls: int) -> float:
 # ---- sweep ---------------------------------------------------------------------------------------
 
 
-# The lengths of rows in attention, detection, segmentation and language models.
+# Ranges of row lengths in attention, detection, segmentation and language models.
 LENGTHS = ((64, 4096), (80, 1200), (19, 150), (2, 64), (10_000, 130_000))
 
 
 def between(low: float, high: float, draw: random.Random) -> int:
-    """As many of each order of magnitude."""
+    """Draws a log-uniform integer."""
     return round(math.exp(draw.uniform(math.log(low), math.log(high))))
 
 
 def split(elements: int, dims: int, draw: random.Random) -> Shape:
-    """About so many elements in so many dimensions."""
+    """Draws a shape with the number of dimensions and about the number of elements."""
     sizes = []
     for _ in range(dims - 1):
         sizes.append(between(1, max(2, elements), draw))
@@ -113,13 +113,13 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
                 shape = (n, length, max(1, rows // n))
             if op in SOFTMAX and len(shape) > 2 and draw.random() < 0.5:
                 shape, dim = (shape[0], length, *shape[1:-1]), 1
-        if op not in (*SOFTMAX, *ACTIVATIONS, "multilabel_soft_margin_loss"):  # a loss of each row
+        if op not in (*SOFTMAX, *ACTIVATIONS, "multilabel_soft_margin_loss"):  # has a loss per row
             reduction = draw.choice(("mean", "mean", "none"))
         yield Case(op, shape, dtype, reduction=reduction, masked=masked, spread=spread, dim=dim)
 
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Yields the smallest calls that the kernels take: those that have the least to win."""
+    """Yields the smallest calls that run kernels, which gain the least."""
     for second, elements in enumerate(limits(OPERATORS[op], True, dtype)):
         if elements == 0 or elements >= NEVER:
             continue
@@ -132,13 +132,13 @@ def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def slower(times: cases.Times, margin: float) -> bool:
-    """Beyond the spread, by the minima, too, and by more than a call that ATen takes may cost."""
+    """Returns whether pyfused is slower: in quartiles and minima, and by more than ALLOWED."""
     theirs, ours = (min(each) for each in times)
     return ratios(*times)[2] < margin and ours > max(theirs / margin, theirs + ALLOWED)
 
 
 def sweep(options: Namespace) -> None:
-    """Times both, of calls of random shapes, and lists those that are slower than torch's."""
+    """Times calls of random shapes, and prints those that are slower than torch's."""
     cases.settle_allocator()
     how = options.how
     ops = [op for op in options.op or OPS if how != PATCHED or hasattr(F, op)]
@@ -154,7 +154,7 @@ def sweep(options: Namespace) -> None:
         for mode in cases.MODES
         for threads in options.threads
     ]
-    draw.shuffle(points)  # a noisy minute spoils no one operator
+    draw.shuffle(points)  # so that a noisy minute does not affect a single operator
     found = []
     until = time.perf_counter() + options.minutes * 60
     for case, mode, threads in track(points, "Measuring", transient=True):
@@ -165,7 +165,7 @@ def sweep(options: Namespace) -> None:
         try:
             timers = both(case, mode, how)
             times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
-        except NotImplementedError:  # torch's
+        except NotImplementedError:  # torch lacks the operator for this dtype
             continue
         found.append((case, mode, threads, times, taken_by(case, mode, how)))
     found.sort(key=lambda each: ratios(*each[3])[1])

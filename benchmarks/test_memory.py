@@ -1,4 +1,4 @@
-"""Measure what torch and pyfused take at their peaks, each in a process of its own."""
+"""Measures the peak memory of torch and pyfused, each in its own process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_memory(pytestconfig: pytest.Config, case: Case, implementation: str) ->
 
 
 def peak(case: Case, implementation: str) -> int:
-    """Returns the bytes that the forward and backward pass takes in this process."""
+    """Returns the peak memory of forward and backward in this process, in bytes."""
     operators, options = IMPLEMENTATIONS[implementation]
     arguments = draw(case)
 

@@ -1,6 +1,6 @@
-"""Time pyfused and its peers, call beside call, on arguments that give equal results.
+"""Times pyfused and its peers, interleaved, after checking that their results agree.
 
-With THP_MEM_ALLOC_ENABLE=1 the peer is torch with huge pages, in forward+backward alone.
+With THP_MEM_ALLOC_ENABLE=1, the only peer is torch with huge pages, in forward+backward.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PEERS: dict[str, Any] = (
     {"torch, THP": TORCH} if HUGE_PAGES else {"torch": TORCH, "torch.compile": cases.Compiled()}
 )
 SECONDS = 1.5
-# In a virtual machine the host may have to find memory too, the first times that it is touched.
+# In a virtual machine, the host may have to allocate memory, too, when it is first touched.
 WARM_UP = 5
 
 
 @lru_cache(maxsize=1)
 def checked(case: Case) -> Arguments:
-    torch.compiler.reset()  # or a compiled operator would become one for all shapes
+    torch.compiler.reset()  # else operators would compile with dynamic shapes
     arguments = cases.draw(case)
     cases.assert_correct(case, arguments)
     return arguments
@@ -60,11 +60,11 @@ def test_speed(
         peers["copy"] = cases.copy_step(case, mode)
     rounds, calls = cases.plan(cases.timers_of([ours, *peers.values()]), SECONDS)
     times: dict[str, list[float]] = {name: [] for name in peers}
-    beside: dict[str, list[float]] = {name: [] for name in peers}  # pyfused's, right after each
+    beside: dict[str, list[float]] = {name: [] for name in peers}  # pyfused after each peer
     *others, last = peers
 
     def time_the_peers() -> None:
-        """Each is followed by pyfused: the last of them by the benchmark's own call."""
+        """Times pyfused after each peer; after the last one, the benchmark itself does."""
         for name in others:
             times[name].append(timed(peers[name], calls))
             beside[name].append(timed(ours, calls))

@@ -1,4 +1,4 @@
-"""What the examples share: comparing two runs, measuring memory, and drawing bars."""
+"""Functions that the examples share: comparing runs, measuring memory, drawing bars."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# From Okabe and Ito's palette, which every kind of colour vision tells apart.
+# From Okabe and Ito's palette for colour blindness.
 PALETTE = "#56B4E9", "#D55E00", "#009E73"
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
-    """The largest difference between two loss curves, as a share of the largest loss."""
+    """Returns the largest difference between two loss curves, relative to the largest loss."""
     first, second = torch.tensor([losses, others], dtype=torch.float64)
     return ((first - second).abs().max() / first.abs().max()).item()
 
 
 def require_equal(losses: Sequence[float], others: Sequence[float], tolerance: float) -> None:
-    """End the program where two loss curves differ by more than the tolerance, or are NaN."""
+    """Ends the program if two loss curves differ by more than the tolerance, or are NaN."""
     difference = largest_difference(losses, others)
     print(f"largest difference between the loss curves: {difference:.1e} of the largest loss")
     if not difference <= tolerance:
@@ -32,16 +32,16 @@ def require_equal(losses: Sequence[float], others: Sequence[float], tolerance: f
 
 
 def peak_memory() -> float | None:
-    """The most memory this process has held so far, in MiB; None where the platform hides it."""
+    """Returns the peak memory of this process in MiB, None if the platform does not report it."""
     if sys.platform == "darwin":
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return _status("VmHWM")  # not getrusage: a child's ru_maxrss starts from its parent's
+    return _status("VmHWM")  # unlike ru_maxrss, not inherited from the parent process
 
 
 def resident_memory() -> float | None:
-    """The memory this process holds now, in MiB; None where the platform hides it."""
+    """Returns the memory of this process in MiB, None if the platform does not report it."""
     return _status("VmRSS")
 
 
@@ -54,11 +54,11 @@ def _status(key: str) -> float | None:
 
 
 def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> None:
-    """Draw the medians as bars, with a legend, and as a line on each the middle half of its values.
+    """Draws medians as bars, with the interquartile range as a line, and a legend.
 
     Args:
-        groups: For each group of bars, the values of each bar by its name. The median of the first
-            bar of a group is divided by those of the others.
+        groups: The values of each bar, by the names of the group and of the bar. Bars are labelled
+            with the ratio of the first median of their group to their median.
     """
     labels, tallest = [], 0.0
     for place, (title, group) in enumerate(groups.items()):
@@ -77,5 +77,5 @@ def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> No
         ratios = ", ".join(f"{medians[0] / median:.1f}" for median in medians[1:])
         labels.append(f"{title}\nratio {ratios}")
     axes.set_xticks(range(len(groups)), labels)
-    axes.set_ylim(0, 1.3 * tallest)  # room for the number above the tallest, and for the legend
+    axes.set_ylim(0, 1.3 * tallest)  # leaves room for labels and legend
     axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1, frameon=False)

@@ -1,10 +1,10 @@
-"""A loss and an activation of one's own, as modules, train as torch's do, to the last step.
+"""Train with a custom loss and a custom activation, and compare with torch's.
 
     python examples/custom_loss.py
 
-MSELoss and SiLU, each written as one formula, are traced into fused kernels. A net learns how
-diabetes progresses with them and with torch's from the same seed, so the losses must agree, step by
-step, within rounding.
+MSELoss and SiLU are written as formulas, which are compiled to fused kernels. A network predicts
+the progression of diabetes, once with them and once with torch's modules, from the same seed. The
+losses of all steps must agree within rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 
-# These tensors are so small that the formulas would run unfused.
+# By default, formulas run unfused on tensors as small as these.
 os.environ.setdefault("PYFUSED_BACKEND", "cpu")
 
 import torch

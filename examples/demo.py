@@ -1,9 +1,9 @@
-"""Train every example with torch and with pyfused, side by side; print and draw how they compare.
+"""Train the examples with torch and with pyfused; print and plot the comparison.
 
-    python examples/demo.py            two minutes on two free cores
+    python examples/demo.py            two minutes on two idle cores
     python examples/demo.py --quick    half a minute
 
-Exits with 1 where the loss curves of an example differ by more than its tolerance.
+Exits with 1 if the loss curves of an example differ by more than its tolerance.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass
 class Row:
-    """One line of the table: a value for each implementation that has one."""
+    """A row of the table: the values of the implementations."""
 
     label: str
     values: dict[str, float]
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass
 class Job:
-    """One example as trained by each implementation."""
+    """The results of an example for each implementation."""
 
     title: str
     losses: dict[str, list[float]]
@@ -68,7 +68,7 @@ class Job:
 
 
 def timed(losses: Iterator[float]) -> Iterator[tuple[float, float]]:
-    """Yield each step's loss and the milliseconds that the step took."""
+    """Yields each step's loss and its time in milliseconds."""
     started = time.perf_counter()
     for loss in losses:
         yield loss, 1e3 * (time.perf_counter() - started)
@@ -78,7 +78,7 @@ def timed(losses: Iterator[float]) -> Iterator[tuple[float, float]]:
 def take_turns(
     title: str, runs: dict[str, Iterator[T]], steps: int, progress: Progress
 ) -> dict[str, list[T]]:
-    """Step the runs alternately: whatever else the machine does then slows all of them alike."""
+    """Runs the steps of all runs alternately, so that other load affects all of them alike."""
     bars = {name: progress.add_task(f"{title}, {name}", total=steps) for name in runs}
     taken: dict[str, list[T]] = {name: [] for name in runs}
     started = time.perf_counter()
@@ -87,7 +87,7 @@ def take_turns(
             taken[name].append(step)
             progress.advance(bars[name])
         if progress.disable and (number == steps or number % math.ceil(steps / 4) == 0):
-            # A log has lines in place of bars.
+            # Print lines instead of a progress bar if the output is not a terminal.
             seconds = time.perf_counter() - started
             print(f"{title}: {number:,} of {steps:,} steps, {seconds:.0f} s", flush=True)
     return taken
@@ -206,8 +206,8 @@ def tabulate(jobs: list[Job]) -> Table:
 
 
 def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
-    """Draw the mean of each window of steps."""
-    # A broad line under a thin one: where they agree, both are seen.
+    """Plots the mean loss of each window of steps."""
+    # A thin line on top of a broad one, so that both are visible where they agree.
     for (name, losses), width in zip(job.losses.items(), (5, 2.5, 1.2), strict=False):
         steps = range(window, len(losses) + 1, window)
         means = [statistics.fmean(losses[step - window : step]) for step in steps]
@@ -272,11 +272,11 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path("demo", "pyfused-demo.png"),
-        help="where the picture goes (default: %(default)s)",
+        help="the output file of the plot (default: %(default)s)",
     )
     arguments = parser.parse_args()
 
-    console = Console(width=None if sys.stdout.isatty() else 110)  # a log is as wide as the table
+    console = Console(width=None if sys.stdout.isatty() else 110)  # wide enough for the table
     columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,
@@ -285,7 +285,7 @@ def main() -> None:
         disable=not console.is_terminal,
     ) as p:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # steps this short lose more to a second thread than they gain
+        torch.set_num_threads(1)  # a second thread slows down steps this short
         jobs = [
             train_digits(5 if arguments.quick else digits.EPOCHS, p),
             train_diabetes(regression.STEPS, p),

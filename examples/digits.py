@@ -1,8 +1,8 @@
-"""Classify handwritten digits with an MLP, trained with torch.nn and again with pyfused.nn.
+"""Train an MLP on handwritten digits, with torch.nn and with pyfused.nn.
 
     python examples/digits.py
 
-Both start from the same seed, so the losses must agree, step by step, within rounding.
+Both start from the same seed, so the losses of all steps must agree within rounding.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 import pyfused.nn
 
 EPOCHS, BATCH = 20, 50
-# Each step builds on the rounding of all the steps before it.
+# Rounding errors accumulate over the steps.
 TOLERANCE = 1e-4
 
 
 def load() -> list[Tensor]:
-    """Training images, test images, training labels, test labels."""
+    """Returns training images, test images, training labels and test labels."""
     images, labels = load_digits(return_X_y=True)
     tensors = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
     return train_test_split(*tensors, random_state=0, stratify=labels)
@@ -45,7 +45,7 @@ def build(nn: ModuleType) -> torch.nn.Module:
 def train(
     model: torch.nn.Module, criterion: torch.nn.Module, images: Tensor, labels: Tensor, epochs: int
 ) -> Iterator[float]:
-    """Yield the loss of each step."""
+    """Yields the loss of each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):

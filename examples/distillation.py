@@ -1,11 +1,11 @@
-"""Distil the GPT of gpt.py into one a quarter its size, with torch's operators and with pyfused.
+"""Distil the GPT of gpt.py into a student of a quarter of its width, with torch and with pyfused.
 
-    python examples/distillation.py                 the teacher, and then a student each way
+    python examples/distillation.py                 train the teacher, and a student with each
     python examples/distillation.py --steps 10      fewer steps
 
-The teacher learns from the text, the student only from what the teacher predicts: the generalised
-Jensen-Shannon divergence of the two heads' outputs. pyfused's linear_kl_div never holds the logits
-of either model, each 131 MB in float32.
+The teacher is trained on the text. The student is trained to match the teacher's predictions, by
+the generalised Jensen-Shannon divergence. pyfused's linear_kl_div does not materialise the logits
+of teacher and student, which are 131 MB each in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import pyfused.functional
 
-# A quarter of the teacher's, and so are the weights of the embedding, which is the head's.
+# A quarter of the teacher's width; the embedding, which is tied to the head, has it, too.
 WIDTH = gpt.WIDTH // 4
 BETA, TEMPERATURE = 0.5, 2.0
 TEACHER_STEPS, STEPS = 40, 20
@@ -38,7 +38,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def by_torch(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor) -> Tensor:
-    """The same from all logits."""
+    """Computes the same divergence from the full logits."""
     log_p = F.log_softmax(F.linear(x, weight) / TEMPERATURE, -1)
     log_q = F.log_softmax(F.linear(teacher_x, teacher_weight) / TEMPERATURE, -1)
     share = torch.tensor(BETA).log()
@@ -82,7 +82,7 @@ def train_teacher(text: dict[str, Any], steps: int) -> gpt.GPT:
 def distil(
     student: gpt.GPT, teacher: gpt.GPT, text: dict[str, Any], loss_of: Loss, steps: int
 ) -> Iterator[tuple[float, float]]:
-    """Yield each step's divergence, and the milliseconds that head and loss took."""
+    """Yields each step's divergence, and the time of head and loss in milliseconds."""
     generator, optimizer = torch.Generator().manual_seed(1), optimizer_of(student, 1e-3)
     for _ in range(steps):
         inputs, _ = gpt.sample(text["training"], generator)
@@ -99,7 +99,7 @@ def distil(
 
 
 def held_out(model: gpt.GPT, text: dict[str, Any]) -> float:
-    """The cross-entropy of text that no model has seen."""
+    """Returns the cross-entropy on held-out text."""
     inputs, target = gpt.sample(text["held_out"], torch.Generator().manual_seed(2))
     with torch.no_grad():
         features = model(inputs).flatten(0, 1)
@@ -112,7 +112,7 @@ def size_of(model: nn.Module) -> int:
 
 
 def run(text: dict[str, Any], teacher_steps: int, steps: int) -> dict[str, list[float]]:
-    """The divergences of each implementation, which train the same student in turn."""
+    """Trains the same student with each implementation; returns the divergences."""
     teacher = train_teacher(text, teacher_steps)
     first = build(text["vocabulary"], 3, WIDTH)
     print(f"teacher: {size_of(teacher):,} weights, held-out loss {held_out(teacher, text):.3f}")

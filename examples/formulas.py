@@ -1,4 +1,4 @@
-"""Ten losses and activations of the literature, each one formula: copy the one that you need."""
+"""Ten losses and activations from the literature as formulas to copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyfused
 
 @pyfused.loss
 def wing(input: Tensor, target: Tensor, *, omega: float = 10.0, epsilon: float = 2.0) -> Tensor:
-    """Facial landmarks: small errors count more. Feng et al. 2018, arXiv:1711.06753."""
+    """For facial landmarks; emphasises small errors. Feng et al. 2018, arXiv:1711.06753."""
     d = (input - target).abs()
     constant = omega - omega * math.log1p(omega / epsilon)
     return torch.where(d < omega, omega * torch.log1p(d / epsilon), d - constant)
@@ -21,9 +21,9 @@ def wing(input: Tensor, target: Tensor, *, omega: float = 10.0, epsilon: float =
 
 @pyfused.loss
 def tweedie(input: Tensor, target: Tensor, *, power: float = 1.5) -> Tensor:
-    """Claims and rainfall, many of them zero; input is the logarithm of the mean.
+    """For nonnegative targets with many zeros, such as claims and rainfall.
 
-    Tweedie 1984; as in LightGBM and XGBoost.
+    The input is the logarithm of the mean, as in LightGBM and XGBoost. Tweedie 1984.
     """
     fit = -target * torch.exp((1 - power) * input) / (1 - power)
     return fit + torch.exp((2 - power) * input) / (2 - power)
@@ -38,7 +38,7 @@ def asymmetric(
     gamma_negative: float = 4.0,
     margin: float = 0.05,
 ) -> Tensor:
-    """Many labels, few of them positive. Ridnik et al. 2021, arXiv:2009.14119."""
+    """For multi-label data with few positives. Ridnik et al. 2021, arXiv:2009.14119."""
     probability = torch.sigmoid(input)
     negative = (probability - margin).clamp(min=0)
     of_positive = (1 - probability) ** gamma_positive * F.logsigmoid(input)
@@ -48,13 +48,16 @@ def asymmetric(
 
 @pyfused.loss
 def generalized_cross_entropy(input: Tensor, *, q: float = 0.7) -> Tensor:
-    """Noisy labels; input is the true class's probability. Zhang et al. 2018, arXiv:1805.07836."""
+    """For noisy labels. Zhang et al. 2018, arXiv:1805.07836.
+
+    The input is the probability of the target class.
+    """
     return (1 - input**q) / q
 
 
 @pyfused.loss
 def charbonnier(input: Tensor, target: Tensor, *, epsilon: float = 1e-3) -> Tensor:
-    """Images: a smooth absolute error. Charbonnier et al. 1994."""
+    """For images: a smooth absolute error. Charbonnier et al. 1994."""
     return torch.sqrt((input - target) ** 2 + epsilon**2)
 
 
@@ -62,9 +65,9 @@ def charbonnier(input: Tensor, target: Tensor, *, epsilon: float = 1e-3) -> Tens
 def general_robust(
     input: Tensor, target: Tensor, *, alpha: float = 1.0, scale: float = 1.0
 ) -> Tensor:
-    """From the squared error (alpha 2) over Charbonnier's (1) to Geman and McClure's (-2).
+    """Generalises the squared error (alpha 2), Charbonnier's (1) and Geman and McClure's (-2).
 
-    Barron 2019, arXiv:1701.03077; neither 0 nor 2 for alpha.
+    Barron 2019, arXiv:1701.03077; alpha must not be 0 or 2.
     """
     b = abs(alpha - 2)
     squared = ((input - target) / scale) ** 2
@@ -79,19 +82,19 @@ def mish(input: Tensor) -> Tensor:
 
 @pyfused.activation
 def softplus(input: Tensor, *, beta: float = 1.0) -> Tensor:
-    """A smooth ReLU, written as it is defined: it does not overflow. Dugas et al. 2000."""
+    """A smooth ReLU. Rewrites avoid overflow in log(1 + exp(x)). Dugas et al. 2000."""
     return torch.log(1 + torch.exp(beta * input)) / beta
 
 
 @pyfused.activation
 def hardswish(input: Tensor) -> Tensor:
-    """Mobile networks. Howard et al. 2019, arXiv:1905.02244."""
+    """For mobile networks. Howard et al. 2019, arXiv:1905.02244."""
     return input * (input + 3).clamp(0, 6) / 6
 
 
 @pyfused.activation
 def snake(input: Tensor, *, frequency: float = 1.0) -> Tensor:
-    """Periodic data. Ziyin, Hartwig, Ueda 2020, arXiv:2006.08195."""
+    """For periodic data. Ziyin, Hartwig, Ueda 2020, arXiv:2006.08195."""
     return input + torch.sin(frequency * input) ** 2 / frequency
 
 
@@ -112,7 +115,7 @@ FORMULAS = {
 }
 
 
-# ---- losses that pyfused.functional has kernels of, written by hand ------------------------------
+# ---- losses that pyfused.functional also has -----------------------------------------------------
 
 
 @pyfused.loss
@@ -135,7 +138,7 @@ def binary_cross_entropy_with_logits(input: Tensor, target: Tensor) -> Tensor:
 def sigmoid_focal_loss(
     inputs: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Few objects and much background. Lin et al. 2017, arXiv:1708.02002."""
+    """For object detection with much background. Lin et al. 2017, arXiv:1708.02002."""
     p = torch.sigmoid(inputs)
     cross_entropy = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     correct = p * targets + (1 - p) * (1 - targets)

@@ -1,11 +1,11 @@
-"""Train a small GPT on the Python standard library's source text, with torch's loss and pyfused's.
+"""Train a small GPT on the source text of Python's standard library, with torch and with pyfused.
 
-    python examples/gpt.py                            all, and the difference between them
-    python examples/gpt.py --implementation pyfused   pyfused alone
+    python examples/gpt.py                            compare all implementations
+    python examples/gpt.py --implementation pyfused   run one of them
 
-A vocabulary of 32,000 entries and 1,024 tokens a step give logits of 131 MB in float32, and the
-loss reads and writes several times that: it takes a large part of each step. "pyfused, linear" has
-the head and the loss in one, linear_cross_entropy, and no logits.
+With a vocabulary of 32,000 and 1,024 tokens per step, the logits take 131 MB in float32. The loss
+reads and writes several times as much memory, which takes a large part of each step. "pyfused,
+linear" uses linear_cross_entropy, which does not materialise the logits.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ IMPLEMENTATIONS = {
     "pyfused, linear": "pyfused.functional",
 }
 
-# Training amplifies rounding: torch with its loss taken in float64 departs from torch as far.
-# A small learning rate keeps that below the tolerance.
+# Training amplifies rounding errors: torch's own loss computed in float64 differs as much. A small
+# learning rate keeps the difference below the tolerance.
 TOLERANCE = 1e-3
 
 
@@ -77,7 +77,7 @@ class GPT(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """What the head makes logits of."""
+        """Returns the hidden states, which are the input of the head."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         return self.norm(self.blocks(x))
 
@@ -89,7 +89,7 @@ def loss_of(model: GPT, features: Tensor, target: Tensor, functional: Any, linea
 
 
 def tokenise() -> dict[str, Any]:
-    """Train the tokenizer and turn the text into tokens, every tenth file held out."""
+    """Trains the tokenizer and tokenises the text; every tenth file is held out."""
     library = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idlelib", "encodings", "pydoc_data"}
     left_out |= {"site-packages", "dist-packages"}
@@ -129,16 +129,16 @@ def sample(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 class Step:
     loss: float
     held_out_loss: float | None
-    loss_ms: float  # with the head
+    loss_ms: float  # including the head
     step_ms: float
     peak_mib: float | None
 
 
 def train(functional: ModuleType, path: Path, steps: int, linear: bool = False) -> Iterator[Step]:
-    """Yield the measurements of each step.
+    """Yields the measurements of each step.
 
     Args:
-        linear: Whether the head and the loss are one.
+        linear: Whether to use linear_cross_entropy, which fuses head and loss.
     """
     clock: list[float] = []
 
@@ -160,7 +160,7 @@ def train(functional: ModuleType, path: Path, steps: int, linear: bool = False) 
         tick()
         optimizer.zero_grad()
         features = model(inputs).flatten(0, 1)
-        # Head and loss take the time from here until the gradient of what goes in is ready.
+        # Head and loss are timed from here until the gradient of the head's input is ready.
         features.register_hook(tick)
         tick()
         loss = loss_of(model, features, targets.flatten(), functional, linear)
@@ -189,7 +189,7 @@ def train(functional: ModuleType, path: Path, steps: int, linear: bool = False) 
 
 
 def train_in_a_process(implementation: str, path: Path, steps: int) -> Iterator[Step]:
-    """As train, in a process of its own, so that its peak memory is its own too."""
+    """Runs train in a new process, to measure its peak memory."""
     command = [sys.executable, __file__, "--worker", "--implementation", implementation]
     command += ["--tokens", str(path), "--steps", str(steps)]
     pipe = subprocess.PIPE
@@ -205,7 +205,7 @@ def train_in_a_process(implementation: str, path: Path, steps: int) -> Iterator[
 
 
 def work(implementation: str, path: Path, steps: int) -> None:
-    """Take one step for each line read: workers that wait for each other do not share the cores."""
+    """Runs one step for each line read, so that only one worker uses the cores at a time."""
     functional = importlib.import_module(IMPLEMENTATIONS[implementation])
     training = train(functional, path, steps, implementation.endswith("linear"))
     for _ in sys.stdin:

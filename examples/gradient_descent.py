@@ -1,12 +1,12 @@
-"""One weight goes down each loss, with learning rates too small, right and too large.
+"""Minimise each loss over one weight, with learning rates that are too small, right and too large.
 
     python examples/gradient_descent.py    seconds
 
-For some losses the weight is the prediction, and the target is 0. For the others it is a logit,
-which goes through a sigmoid in the model or in the loss (with Poisson's, through exp), and one
-target in five is 1, the others 0. The table has all losses, the picture eight of them. Where a
-slope is the same everywhere, steps do not shrink near the target. Where the sigmoid is flat, the
-squared error loses a weight that went too far; a cross-entropy brings it back.
+For some losses, the weight is the prediction, and the target is 0. For others, it is a logit, to
+which the model or the loss applies a sigmoid (exp for Poisson's), and one target in five is 1, the
+others 0. The table has all losses, the plot eight of them. If the slope of a loss is constant,
+steps do not shrink near the target. If a step overshoots to where the sigmoid is flat, the gradient
+of the squared error vanishes; the gradient of cross-entropy does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-os.environ.setdefault("PYFUSED_BACKEND", "cpu")  # else one weight is ATen's, and nothing differs
+os.environ.setdefault("PYFUSED_BACKEND", "cpu")  # no fallback for small tensors
 
 import torch
 from common import largest_difference
@@ -34,7 +34,7 @@ import pyfused.functional
 
 STEPS = 10
 RATES = "too small", "right", "too large"
-# From Okabe and Ito's palette, which every kind of colour vision tells apart.
+# From Okabe and Ito's palette for colour blindness.
 COLOURS = "#56B4E9", "#009E73", "#D55E00"
 TOLERANCE = 1e-5
 ZERO, ONE_IN_FIVE = (0.0,), (0.0, 0.0, 0.0, 0.0, 1.0)
@@ -42,14 +42,14 @@ ZERO, ONE_IN_FIVE = (0.0,), (0.0, 0.0, 0.0, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class Descent:
-    """A loss to go down.
+    """A loss to minimise.
 
     Attributes:
-        rates: A learning rate that is too small, one that is right, and one that is too large.
-        start, reach: Where the weight starts; weights are drawn between -reach and reach.
-        before: What the weight goes through before the loss.
-        options: Further arguments of the loss; numbers in a tuple are further operands.
-        signs: The loss takes targets of -1 in place of 0.
+        rates: Learning rates: too small, right, too large.
+        start, reach: The initial weight, and the limit of weights in the plot.
+        before: The function applied to the weight before the loss.
+        options: Other arguments of the loss; numbers in a tuple are more operands.
+        signs: Whether targets are -1 and 1 instead of 0 and 1.
     """
 
     function: str
@@ -99,7 +99,7 @@ DRAWN = tuple(PREDICTIONS[i] for i in (0, 1, 3, 5)), tuple(LOGITS[i] for i in (0
 
 
 def descend(functional: ModuleType, descent: Descent, rate: float) -> list[tuple[float, float]]:
-    """The weight and the loss before each step, and after the last."""
+    """Returns the weight and the loss before each step, and after the last one."""
     weight = torch.tensor([descent.start], requires_grad=True)
     path = []
     for _ in range(STEPS + 1):
@@ -112,7 +112,7 @@ def descend(functional: ModuleType, descent: Descent, rate: float) -> list[tuple
 
 
 def difference(descent: Descent, rate: float) -> float:
-    """Between torch's losses and pyfused's; 0 where torch has no such loss."""
+    """Returns the difference between torch's and pyfused's losses, 0 if torch lacks the loss."""
     if not hasattr(torch.nn.functional, descent.function):
         return 0.0
     paths = (descend(f, descent, rate) for f in (torch.nn.functional, pyfused.functional))
@@ -120,14 +120,14 @@ def difference(descent: Descent, rate: float) -> float:
 
 
 def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, float]]]) -> None:
-    """Draw the weight after each step, a line for each rate, and where the loss is least."""
+    """Plots the weight over the steps for each rate, and the minimum of the loss."""
     with torch.no_grad():
         weights = torch.linspace(-descent.reach, descent.reach, 201)
         losses = [descent.loss(pyfused.functional, weight[None]).item() for weight in weights]
     axes.axhline(weights[losses.index(min(losses))].item(), color="0.6", linestyle=":")
     for rate, path, colour in zip(descent.rates, paths, COLOURS, strict=True):
         axes.plot([weight for weight, _ in path], "o-", color=colour, label=f"{rate:g}")
-    axes.set_ylim(-1.5 * descent.reach, descent.reach)  # room for the legend
+    axes.set_ylim(-1.5 * descent.reach, descent.reach)  # leaves room for the legend
     axes.set_title(descent.title, loc="left", fontsize=11)
     axes.legend(title="learning rate", ncols=3, loc="lower right", edgecolor="none", framealpha=0.9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -155,10 +155,10 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path("demo", "gradient-descent.png"),
-        help="where the picture goes (default: %(default)s)",
+        help="the output file of the plot (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # a weight is not divided
+    torch.set_num_threads(1)  # a single weight needs no threads
 
     paths, different = {}, []
     table = Table(f"loss after {STEPS} steps", "at first", *RATES)

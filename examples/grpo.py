@@ -3,10 +3,10 @@
     python examples/grpo.py                 100 steps
     python examples/grpo.py --steps 10      fewer
 
-A rule gives the reward: the share of tokens that are multiples of 3. A group of answers is sampled
-for each prompt, and the advantage of an answer is its reward beside its group's. The loss is GRPO's
-clipped one with a penalty for leaving the first policy, and a bonus for entropy. Both ways learn
-from the same samples, so the losses must agree, step by step, within rounding.
+The reward is the fraction of tokens that are multiples of 3. A group of answers is sampled for each
+prompt, and the advantage of an answer is its reward, normalised within its group. The loss is
+GRPO's clipped loss with a KL penalty to the initial policy and an entropy bonus. Both policies are
+trained on the same samples, so the losses of all steps must agree within rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPTS, GROUP, UPDATES = 8, 8, 2
 CLIP, KL, ENTROPY = 0.2, 0.02, 1e-4
 STEPS, TOLERANCE = 100, 1e-3
 
-# The log-probability of each token, and the entropy of each prediction.
+# Returns the log-probability of each token, and the entropy of each prediction.
 LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -47,7 +47,7 @@ WAYS: dict[str, LogProbs] = {"torch": by_torch, "pyfused": by_pyfused}
 
 
 class Policy(nn.Module):
-    """The next token depends on the last one alone."""
+    """A model that predicts the next token from the last one alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class Policy(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What predicts each token but the first, as rows."""
+        """Returns the hidden states that predict all tokens except the first, as rows."""
         return self.mlp(self.tokens(tokens[:, :-1].flatten()))
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, generator: torch.Generator) -> Tensor:
-        """Sequences that begin with a prompt of one token."""
+        """Samples sequences that begin with a prompt of one token."""
         tokens = [prompts[:, None]]
         for _ in range(LENGTH):
             p = self.head(self.mlp(self.tokens(tokens[-1][:, 0]))).softmax(-1)
@@ -74,14 +74,14 @@ def reward_of(tokens: Tensor) -> Tensor:
 
 
 def advantage_of(rewards: Tensor) -> Tensor:
-    """How many standard deviations of its group an answer is above the group's mean."""
+    """Normalises rewards by the mean and the standard deviation of each group."""
     groups = rewards.view(PROMPTS, GROUP)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 class Learner:
-    """A policy, and the log-probabilities that it learns by."""
+    """A policy, and the function that computes log-probabilities for its loss."""
 
     def __init__(self, policy: Policy, log_probs: LogProbs) -> None:
         self.policy, self.log_probs, self.seconds = copy.deepcopy(policy), log_probs, 0.0
@@ -89,7 +89,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=1e-2)
 
     def learn(self, tokens: Tensor, advantage: Tensor) -> list[float]:
-        """The loss of each update."""
+        """Trains on samples; returns the loss of each update."""
         labels, advantage = tokens[:, 1:].flatten(), advantage.repeat_interleave(LENGTH)
         with torch.no_grad():
             reference, old = (
@@ -104,7 +104,7 @@ class Learner:
             ratio, away = (log_p - old).exp(), reference - log_p
             clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
-            divergence = away.exp() - away - 1  # an estimate of KL that is never negative
+            divergence = away.exp() - away - 1  # a nonnegative estimate of KL
             loss = -(gain - KL * divergence + ENTROPY * entropy).mean()
             loss.backward()
             self.seconds += time.perf_counter() - started
@@ -114,7 +114,7 @@ class Learner:
 
 
 def run(steps: int) -> tuple[dict[str, list[float]], list[float]]:
-    """The losses of each way, and the mean reward of each step's samples."""
+    """Returns the losses of each implementation, and the mean reward of each step."""
     torch.manual_seed(0)
     policy, generator = Policy(), torch.Generator().manual_seed(0)
     learners = {name: Learner(policy, log_probs) for name, log_probs in WAYS.items()}

@@ -1,13 +1,13 @@
-"""Time and memory of a language model's head with three losses, with and without the logits.
+"""Measure time and memory of a language model's head with three losses, with and without logits.
 
-    python examples/heads.py               half a minute on two free cores
+    python examples/heads.py               half a minute on two idle cores
     python examples/heads.py --rounds 1    a quarter of a minute
 
-The head makes 32,000 logits for each of 1,024 tokens, 131 MB in float32. From them follow the
-cross-entropy (pretraining), the log-probabilities with their entropy (GRPO, PPO) or the divergence
-from a teacher's logits (distillation). Each loss is computed forward and backward by torch's
-operators, by pyfused's loss of logits, and by pyfused's linear loss, which has the logits of a few
-tokens at a time. Each way runs in a process of its own, whose peak memory is its own, too.
+The head computes 32,000 logits for each of 1,024 tokens, which take 131 MB in float32. The losses
+are cross-entropy (pretraining), log-probabilities with entropy (GRPO, PPO), and the divergence from
+a teacher's logits (distillation). Each is computed forward and backward by torch's operators, by
+pyfused's loss of logits, and by pyfused's linear loss, which computes the logits of a few tokens at
+a time. Each implementation runs in its own process, to measure its peak memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 import pyfused.functional
 
 TOKENS, FEATURES, CLASSES, ROUNDS = 1024, 128, 32_000, 3
-TOLERANCE = 1e-5  # of a mean over all tokens in float32
+TOLERANCE = 1e-5  # for a float32 mean over all tokens
 NAMES = "torch", "pyfused, of logits", "pyfused, linear"
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -58,7 +58,7 @@ def linear_log_probs(x: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor
     return -(found.log_probability + 0.01 * found.entropy).mean()
 
 
-# For each loss one way of each name, from the input and the weight of the head, the targets, and
+# The implementations of each loss. They take the input and the weight of the head, the targets, and
 # the input and the weight of the teacher's head.
 WAYS: dict[str, tuple[Head, Head, Head]] = {
     "cross-entropy": (
@@ -79,11 +79,11 @@ WAYS: dict[str, tuple[Head, Head, Head]] = {
 class Measured:
     value: float
     ms: float
-    mib: float | None  # beyond the arguments; the gradients are in it
+    mib: float | None  # without the arguments, with the gradients
 
 
 def work(loss: str, way: int) -> None:
-    """Make the loss and its gradients for each line read, and print what that took."""
+    """Computes the loss and its gradients for each line read, and prints time and memory."""
     torch.manual_seed(0)
     x, w = torch.randn(TOKENS, FEATURES), torch.randn(CLASSES, FEATURES) / FEATURES**0.5
     y, v = torch.randn(TOKENS, FEATURES), torch.randn(CLASSES, FEATURES) / FEATURES**0.5
@@ -101,7 +101,7 @@ def work(loss: str, way: int) -> None:
 
 
 def measure(loss: str, rounds: int) -> dict[str, list[Measured]]:
-    """What each way measured in each round, after one to warm up."""
+    """Returns the measurements of each implementation, after a warm-up round."""
     pipe = subprocess.PIPE
     workers = [
         subprocess.Popen(
@@ -115,7 +115,7 @@ def measure(loss: str, rounds: int) -> dict[str, list[Measured]]:
     ]
     taken: list[list[Measured]] = [[] for _ in workers]
     for _ in range(rounds + 1):
-        # One at a time: whatever else the machine does slows all of them alike.
+        # One at a time, in turn, so that other load affects all of them alike.
         for worker, measured in zip(workers, taken, strict=True):
             assert worker.stdin is not None
             assert worker.stdout is not None
@@ -164,7 +164,7 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path("demo", "heads.png"),
-        help="where the picture goes (default: %(default)s)",
+        help="the output file of the plot (default: %(default)s)",
     )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

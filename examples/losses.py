@@ -1,12 +1,11 @@
-"""Small models on scikit-learn's data, where the choice of the loss decides what is learnt.
+"""Train small models with several losses, on data for which the choice of the loss matters.
 
     python examples/losses.py
     python examples/losses.py --quick
 
-A line through outliers, rare positives, counts, and a spread that is not the same everywhere: each
-is trained with several losses, from the same seed, and judged on data that training has not seen.
-What torch has is trained with torch's loss, too: the curves must agree, step by step, within
-rounding.
+The data are a line with outliers, rare positives, counts, and noise that is not constant. Each
+model is trained with several losses from the same seed, and evaluated on test data. Losses that
+torch has are also trained with torch; the losses of all steps must agree within rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from types import ModuleType
 
 os.environ.setdefault(
     "PYFUSED_BACKEND", "cpu"
-)  # else data this small is ATen's, and nothing differs
+)  # else torch's operators would compute data this small
 
 import torch
 from common import largest_difference
@@ -37,17 +36,17 @@ import pyfused.functional
 
 STEPS, QUICK_STEPS = 400, 150
 LEARNING_RATE = 0.01
-# Each step builds on the rounding of all the steps before it.
+# Rounding errors accumulate over the steps.
 TOLERANCE = 1e-4
-# From Okabe and Ito's palette, which every kind of colour vision tells apart.
+# From Okabe and Ito's palette for colour blindness.
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-# An interval that is to hold 80 % of the targets: its quantiles, and its half width in deviations.
+# The 80 % prediction interval: its quantiles, and its half width in standard deviations.
 QUANTILES, DEVIATIONS = (0.1, 0.9), 1.2816
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A loss to train with: its function, and how a model's output and the target go to it."""
+    """A loss to train with, and a function that calls it with a model's output and target."""
 
     label: str
     function: str
@@ -60,14 +59,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Data, a model, and losses to choose from.
+    """Data, a model, and losses to compare.
 
     Attributes:
         data: Training inputs, test inputs, training targets, test targets.
-        outputs: How many the model has.
-        hidden: Units of its hidden layer; 0 for a linear model.
-        judge: What the outputs for the test inputs are worth.
-        draw: Draws what was learnt, from the outputs for the test inputs.
+        outputs: The number of outputs of the model.
+        hidden: The number of hidden units; 0 for a linear model.
+        judge: Evaluates the outputs for the test inputs.
+        draw: Plots the outputs for the test inputs.
     """
 
     title: str
@@ -81,7 +80,7 @@ class Experiment:
 
 @dataclass
 class Result:
-    """What a choice came to; torch's curve is None where torch has no such loss."""
+    """The result of a choice; torch's curve is None if torch lacks the loss."""
 
     choice: Choice
     losses: list[float]
@@ -96,7 +95,7 @@ class Result:
 def train(
     functional: ModuleType, experiment: Experiment, choice: Choice, steps: int
 ) -> tuple[list[float], Tensor]:
-    """The loss of each step, every one over all the rows, and the outputs for the test inputs."""
+    """Trains on all rows in each step; returns the losses, and the outputs for the test inputs."""
     inputs, test_inputs, targets, _ = experiment.data
     torch.manual_seed(0)
     features, hidden = inputs.shape[1], experiment.hidden
@@ -128,7 +127,7 @@ def run(experiment: Experiment, steps: int) -> list[Result]:
 
 
 def a_feature(rows: int) -> tuple[Tensor, Tensor, torch.Generator]:
-    """A feature of unit deviation, what depends on it linearly, and where noise comes from."""
+    """Returns a standardised feature, a linear function of it, and a generator for noise."""
     features, targets = datasets.make_regression(rows, n_features=1, random_state=0)
     columns = torch.tensor(features), torch.tensor(targets)
     x, y = ((column / column.std()).float() for column in columns)
@@ -139,11 +138,11 @@ def split(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return tuple(train_test_split(inputs, targets, random_state=0))
 
 
-# ---- a line through outliers ---------------------------------------------------------------------
+# ---- outliers ------------------------------------------------------------------------------------
 
 
 def outliers() -> Experiment:
-    """One in eight of the training targets is far too small, and more so to the right."""
+    """One in eight training targets is far too small, increasingly to the right."""
     x, y, generator = a_feature(1000)
     y += 0.2 * torch.randn(y.shape, generator=generator)
     inputs, test_inputs, targets, test_targets = split(x, y)
@@ -189,7 +188,7 @@ def draw_lines(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -
     axes.plot(inputs[:, 0], targets, ".", color="0.75", markersize=3)
     order = test_inputs[:, 0].argsort()
     for index, (label, out) in enumerate(outputs.items()):
-        # A thinner line over a broader one: where they agree, both are seen.
+        # A thinner line on top of a broader one, so that both are visible where they agree.
         style = {"color": COLOURS[index], "linewidth": 1.2 + 0.8 * (len(outputs) - index - 1)}
         axes.plot(test_inputs[order, 0], out[order, 0], label=label, **style)
     axes.set(xlabel="input", ylabel="target")
@@ -199,7 +198,7 @@ def draw_lines(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -
 
 
 def rare() -> Experiment:
-    """One row in twenty is positive, and classes overlap."""
+    """One row in twenty is positive, and the classes overlap."""
     features, labels = datasets.make_classification(
         8000, 10, n_informative=4, weights=[0.95], class_sep=0.9, flip_y=0.01, random_state=2
     )
@@ -264,7 +263,7 @@ def draw_found(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -
 
 
 def counts() -> Experiment:
-    """The logarithm of a rate depends on the input linearly; targets are counts."""
+    """Targets are counts whose log-rate is linear in the input."""
     x, y, generator = a_feature(1000)
     return Experiment(
         "Counts",
@@ -333,12 +332,12 @@ def spread() -> Experiment:
 
 
 def interval(experiment: Experiment, choice: str, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Between what 80 % of the targets are to lie."""
+    """Returns the bounds of the predicted 80 % interval."""
     first, second = outputs.unbind(1)
     if choice.startswith("quantile"):
         return first, second
     deviation = (second / 2).exp()
-    if choice.startswith("mse"):  # which says nothing of it: the deviation of all errors
+    if choice.startswith("mse"):  # predicts no interval: use the deviation of all errors
         deviation = (experiment.data[3] - first).std().expand_as(first)
     return first - DEVIATIONS * deviation, first + DEVIATIONS * deviation
 
@@ -365,7 +364,7 @@ def draw_bands(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -
     axes.set(xlabel="input", ylabel="target")
 
 
-# ---- all of them ---------------------------------------------------------------------------------
+# ---- all experiments -----------------------------------------------------------------------------
 
 EXPERIMENTS = (outliers, rare, counts, spread)
 
@@ -408,10 +407,10 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path("demo", "losses.png"),
-        help="where the picture goes (default: %(default)s)",
+        help="the output file of the plot (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # steps this short lose more to a second thread than they gain
+    torch.set_num_threads(1)  # a second thread slows down steps this short
 
     console, trained = Console(), []
     for make in EXPERIMENTS:

@@ -1,10 +1,10 @@
-"""Two regressions with MSELoss, trained with torch.nn and again with pyfused.nn.
+"""Train two regressions with MSELoss, with torch.nn and with pyfused.nn.
 
     python examples/regression.py
 
-The first learns how diabetes progresses in a year from ten measurements of a patient; the second,
-the smallest net that is one, learns to add two numbers. Both implementations start from the same
-seed, so the losses must agree, step by step, within rounding.
+The first predicts the progression of diabetes in a year from ten measurements of a patient. The
+second is a minimal network that learns to add two numbers. Both implementations start from the same
+seed, so the losses of all steps must agree within rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pyfused.nn
 HIDDEN = 8
 LEARNING_RATE = 0.005
 STEPS = 1500
-# Each step builds on the rounding of all the steps before it.
+# Rounding errors accumulate over the steps.
 TOLERANCE = 1e-4
 
 SUM_INPUTS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
@@ -32,7 +32,7 @@ SUM_TARGETS = torch.tensor([[3.0], [7.0], [11.0], [15.0]])
 
 
 def load_diabetes() -> list[Tensor]:
-    """Training patients, test patients, training targets, test targets, all standardised."""
+    """Returns training inputs, test inputs, training targets and test targets, standardised."""
     patients, progression = datasets.load_diabetes(return_X_y=True)
     columns = torch.tensor(patients), torch.tensor(progression)[:, None]
     standardised = [((x - x.mean(0)) / x.std(0)).float() for x in columns]
@@ -51,7 +51,7 @@ def build(nn: ModuleType, inputs: int) -> torch.nn.Module:
 def train(
     model: torch.nn.Module, criterion: torch.nn.Module, inputs: Tensor, targets: Tensor, steps: int
 ) -> Iterator[float]:
-    """Yield the loss of each step, every one over all the rows."""
+    """Trains on all rows in each step, and yields the losses."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -63,7 +63,7 @@ def train(
 
 @torch.no_grad()
 def variance_explained(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """R squared: 1 where every prediction is exact, 0 where each is the mean."""
+    """Returns R squared: 1 for exact predictions, 0 if each prediction is the mean."""
     return 1 - ((model(inputs) - targets).square().mean() / targets.var(correction=0)).item()
 
 

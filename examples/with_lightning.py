@@ -1,4 +1,4 @@
-"""Train a LightningModule, as it is and with the modules that pyfused.convert() swaps.
+"""Train a LightningModule, unchanged and converted by pyfused.convert().
 
     python examples/with_lightning.py
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 class Classifier(lightning.LightningModule):
-    """Knows nothing of pyfused."""
+    """A LightningModule that does not use pyfused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Classifier(lightning.LightningModule):
 
 
 def train(convert: bool, steps: int) -> list[float]:
-    """The loss of each step."""
+    """Returns the loss of each step."""
     torch.manual_seed(0)
     classifier = Classifier()
     if convert:

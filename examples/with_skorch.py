@@ -24,7 +24,7 @@ def build(nn: object) -> torch.nn.Module:
 
 
 def train(nn: object, epochs: int) -> list[float]:
-    """The loss of each batch."""
+    """Returns the loss of each batch."""
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     net = NeuralNetClassifier(

@@ -1,9 +1,9 @@
-"""Train tiny language models, made from their configurations, with transformers' Trainer.
+"""Train tiny, randomly initialised language models with transformers' Trainer.
 
     python examples/with_transformers.py
 
-The losses are deep in the library: pyfused.patch() reaches them. pyfused.convert() makes the head
-and the loss of a language model one, without logits. Needs the extra `integrations`.
+pyfused.patch() replaces the losses inside of the library. pyfused.convert() fuses the head and the
+loss of a language model, without materialising logits. Needs the extra `integrations`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODELS = {"GPT-2": gpt2, "BERT": bert, "Llama": llama}
 
 
 class Texts(Dataset[dict[str, torch.Tensor]]):
-    """Random walks through the vocabulary; every fourth token counts for nothing."""
+    """Random walks through the vocabulary; every fourth token is ignored."""
 
     def __len__(self) -> int:
         return 64
@@ -67,7 +67,7 @@ class Texts(Dataset[dict[str, torch.Tensor]]):
 
 
 def train(name: str, steps: int, accumulate: int = 1, convert: bool = False) -> list[float]:
-    """The loss of each step of 8 texts, in so many micro-batches."""
+    """Trains on 8 texts per step, in micro-batches; returns the losses."""
     torch.manual_seed(0)
     model = MODELS[name]()
     if convert:

@@ -24,7 +24,6 @@ from pyfused.types import (
     LogProbsOptions,
     MarginOptions,
     ModuleOptions,
-    NllOptions,
     TensorSpec,
     VocabOptions,
 )
@@ -565,7 +564,7 @@ def _class_weight(input: Tensor, weight: Tensor | None, alike: bool = True) -> N
         raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
 
 
-def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllOptions) -> None:
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: VocabOptions) -> None:
     """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
     _tensors(weight, input=input, target=target)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")

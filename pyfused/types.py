@@ -81,18 +81,7 @@ TENSORS: Any = (Tensor, TensorSpec)
 
 
 @dataclass(eq=False)
-class Options:
-    def values(self) -> tuple[Any, ...]:
-        """Returns the values of all fields, in order."""
-        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the fields that hold tensors, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, TENSORS)}
-
-
-@dataclass(eq=False)
-class VocabOptions(Options):
+class VocabOptions:
     """The options that all functions over a vocabulary share, built once from a call's keywords.
 
     The fields are arguments of the custom operators. A function that lacks an option leaves its
@@ -113,6 +102,14 @@ class VocabOptions(Options):
     denominator: float | Tensor | None = field(default=None, metadata=POSITIVE)
     softcap: float | None = field(default=None, metadata=POSITIVE)
     temperature: float = field(default=1.0, metadata=POSITIVE)
+
+    def values(self) -> tuple[Any, ...]:
+        """Returns the values of all fields, in order."""
+        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the fields that hold tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, TENSORS)}
 
     @property
     def rows(self) -> RowOptions:
@@ -287,13 +284,6 @@ class ModuleOptions(FusedOptions, total=False):
     """The keyword arguments of cross-entropy modules, including ``shard``."""
 
     shard: VocabShard | None
-
-
-class NllOptions(NamedTuple):
-    """Options of the negative log-likelihood."""
-
-    ignore_index: int
-    reduction: str
 
 
 class MarginOptions(NamedTuple):

@@ -1,9 +1,9 @@
 """Calls of every declared operator, made from its declaration.
 
-`examples` gives the calls that the contract suite makes of an operator, `random_calls.py` draws
-others from the same operands and options. An operator that is declared has its calls here. What
-cannot be made from a declaration is an error that names it: the operands of a new family are added
-to `operands`, the values of a new option to `OPTIONS`.
+`examples` returns the calls of the contract tests; `random_calls.py` draws others from the same
+operands and options. A new operator is included automatically. If its declaration does not suffice,
+an error says what to add: operands of a new family to `operands`, values of a new option to
+`OPTIONS`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from pyfused.ops.softmax import Softmax
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
 OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
-WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with options and results beyond torch's
+WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with more options and results than torch's
 SHAPE = (6, 5)
 
-# Values of each option; the examples take the one in the middle, or one after it.
+# Values of each option; the examples use the middle one.
 OPTIONS: dict[str, list[Any]] = {
     name: values
     for names, values in (
@@ -58,9 +58,9 @@ OPTIONS: dict[str, list[Any]] = {
         ("filter_eps", [0.0]),
         ("full log_input log_target reduce size_average squared swap", [False, True]),
         ("deterministic_rows return_entropy return_lse return_metrics", [False, True]),
-        ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient where p = 1 is NaN
+        ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient is NaN for p = 1
         ("ignore_index", [0, 255, 1, -1]),
-        ("inplace with_metrics", [True]),  # the latter is another function
+        ("inplace with_metrics", [True]),  # with_metrics is a function of its own
         ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
         ("memory_budget", [1000, 1, 10000]),
         ("max_val threshold value", [0.5, 1.0, 2.0]),
@@ -77,11 +77,11 @@ DEPRECATED = ("reduce", "size_average")
 
 @dataclass
 class Call:
-    """A call of an operator by the names of its arguments.
+    """A call of an operator, with its arguments by name.
 
     Attributes:
-        given: The arguments, of which those tensors are differentiated that require grad.
-        layout: The layout of grad_output, and of what is overwritten.
+        given: The arguments; tensors that require grad are differentiated.
+        layout: The layout of grad_output, and of overwritten tensors.
         seed: The seed of grad_output.
     """
 
@@ -107,22 +107,22 @@ class Call:
         return {name: x for name, x in self.tensors.items() if x.requires_grad}
 
     def ours(self, **changed: Any) -> Tensor:
-        """Returns the result that has gradients, by pyfused, with some arguments changed."""
+        """Calls pyfused with some arguments changed; returns the differentiable result."""
         return result_of(ours(self, **self.given | changed))
 
     def reference(self, **changed: Any) -> Tensor:
-        """Returns the same by torch, or by the operator's definition."""
+        """Calls torch or the operator's definition, likewise."""
         return result_of(reference(self, **self.given | changed))
 
     @property
     def first(self) -> Tensor:
-        """The first argument, of which there may be others of another kind: sparse, batched."""
+        """Returns the first argument, which some tests replace by a sparse or batched tensor."""
         return self.given[self.op.operands[0].name].detach()
 
     def of_first(self, function: Function, bounded: bool = True) -> Callable[[Tensor], Tensor]:
-        """Returns the call as a function of its first argument, which is kept between its bounds.
+        """Returns the call as a function of its first argument.
 
-        Not so if it is not `bounded`; then it is taken as it is.
+        The argument is clamped to the operand's bounds, unless `bounded` is False.
         """
         operand = self.op.operands[0]
         frozen = replace(self, given=self.given | {n: t.detach() for n, t in self.tensors.items()})
@@ -143,9 +143,9 @@ def result_of(found: Any) -> Tensor:
 
 
 def ours(call: Call, **given: Any) -> Any:
-    """Calls pyfused's function; log-probabilities and what belongs to them become one tensor."""
+    """Calls pyfused's function; log-probabilities and other results are stacked."""
     if given.get("inplace"):
-        given["input"] = call.layout(given["input"] * 1)  # no leaf
+        given["input"] = call.layout(given["input"] * 1)  # not a leaf
     name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
     found = getattr(fused, name)(**given)
     if not isinstance(call.op, LogProbsOperator):
@@ -157,9 +157,9 @@ def ours(call: Call, **given: Any) -> Any:
 
 
 def reference(call: Call, **given: Any) -> Any:
-    """Calls torch's function, or the definition of what torch does not have."""
+    """Calls torch's function, or the definition of a function that torch lacks."""
     given.pop("inplace", None)
-    if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not with all options
+    if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not supported by all options
         given["target"] = given["target"].long()
     if isinstance(call.op, LogProbsOperator):
         wanted = [True, given.get("return_entropy", False), given.get("return_lse", False)]
@@ -176,7 +176,7 @@ def reference(call: Call, **given: Any) -> Any:
 
 
 def declared(op: Operator) -> dict[str, Operand]:
-    """Returns the tensors among the arguments, those among the options included."""
+    """Returns the operands that are tensors, including options."""
     found = {operand.name: operand for operand in op.operands}
     if "token_weight" in parameters(op):
         found["token_weight"] = TOKEN_WEIGHT
@@ -184,13 +184,13 @@ def declared(op: Operator) -> dict[str, Operand]:
 
 
 def parameters(op: Operator) -> dict[str, Any]:
-    """Returns the arguments of pyfused's function with their defaults."""
+    """Returns the parameters of pyfused's function with their defaults."""
     given = inspect.signature(getattr(fused, op.name)).parameters.values()
     return {parameter.name: parameter.default for parameter in given}
 
 
 def options(op: Operator) -> dict[str, Any]:
-    """Returns the options with their defaults; deprecated ones are among them."""
+    """Returns the options with their defaults, including deprecated ones."""
     found = parameters(op)
     if op in WITH_OPTIONS:
         found["with_metrics"] = False
@@ -205,13 +205,13 @@ def operands(
     soft: bool = False,
     features: int = 4,
 ) -> dict[str, Any]:
-    """Draws a tensor in float32 for each operand.
+    """Draws a float32 tensor for each operand.
 
     Args:
         shape: The shape of the elements, or of the logits.
-        given: The options of the call: halves along ``dim`` have the shape.
-        soft: A target is the probabilities of the classes, where it may be.
-        features: The features of a linear layer's input.
+        given: The options of the call; the halves of a gated activation have the shape.
+        soft: Whether targets are probabilities, if the operator supports them.
+        features: The number of features of a linear layer's input.
     """
     if isinstance(op, OF_CLASSES):
         return logits_and_targets(op, shape, given, soft, features)
@@ -234,7 +234,7 @@ def operands(
         found[first.name] = found[first.name].abs() + 0.01
     for operand in others:
         if (operand.low, operand.high, operand.differentiated) == (0, 1, False):
-            found[operand.name] = found[operand.name].round()  # labels
+            found[operand.name] = found[operand.name].round()  # class labels
     return found
 
 
@@ -263,12 +263,12 @@ def logits_and_targets(
 
 
 def labels(shape: Sequence[int]) -> Tensor:
-    """Draws the class indices of each row of scores, a third of which are -1."""
+    """Draws class indices of each row of scores, a third of which are -1."""
     return torch.randint(max(shape[-1], 1), tuple(shape)).masked_fill(torch.rand(*shape) < 0.3, -1)
 
 
 def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Tensor]:
-    """Draws those of a student and of a teacher, for every kind of divergence."""
+    """Draws predictions of a student and of a teacher, for every kind of divergence."""
     *rows, classes = shape
     log_probs, indices = (
         torch.randn(*rows, max(classes, 1)).log_softmax(-1).topk(min(k, max(classes, 1)))
@@ -283,7 +283,7 @@ def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Te
         "teacher_linear_weight": torch.randn(classes, features) / features**0.5,
         "teacher_linear_bias": torch.randn(classes),
         "teacher_indices": indices,
-        "teacher_log_probs": log_probs - 0.01,  # what they add up to stays below 1 when rounded
+        "teacher_log_probs": log_probs - 0.01,  # keeps the sum below 1 after rounding
         "token_weight": torch.rand(rows),
     }
 
@@ -293,12 +293,12 @@ def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Te
 
 @dataclass(frozen=True)
 class Example:
-    """A call of an operator, whose tensors are drawn anew, and the same, for each test.
+    """A call of an operator, whose tensors are drawn with the same values for each test.
 
     Attributes:
-        options: The options that are not left to their defaults.
-        optional: The operands that may be None and are not.
-        soft: The target is probabilities.
+        options: The options that differ from their defaults.
+        optional: The optional operands that are passed.
+        soft: Whether the target is probabilities.
     """
 
     op: Operator
@@ -328,9 +328,9 @@ class Example:
 
 
 def examples(op: Operator) -> Iterator[Example]:
-    """The calls of the contract suite: one for each reduction, operand and option of an operator.
+    """Returns the calls of the contract tests, at least one for each reduction, operand and option.
 
-    The last has all options that go together; others that do are left to test_fuzz.py.
+    The last one combines compatible options; test_fuzz.py tries other combinations.
     """
     every = options(op)
     values = {
@@ -338,12 +338,12 @@ def examples(op: Operator) -> Iterator[Example]:
         for name, default in every.items()
         if name not in ("reduction", *DEPRECATED)
         and (name != "inplace" or overwrites(op))
-        and (name != "dim" or isinstance(op, Softmax))  # elsewhere it is told by the shapes
+        and (name != "dim" or isinstance(op, Softmax))  # other operators infer it from the shapes
     }
     required = [name for name, default in every.items() if default is inspect.Parameter.empty]
     base = {name: values[name][0] for name in required}
     if "dim" in every:
-        base["dim"] = -1 if isinstance(op, Divergence) else 1  # where `operands` has the classes
+        base["dim"] = -1 if isinstance(op, Divergence) else 1  # the classes in `operands`
     optional = [operand.name for operand in declared(op).values() if operand.optional]
     yield Example(op, "", base)
     for operand in op.operands:
@@ -365,7 +365,7 @@ def examples(op: Operator) -> Iterator[Example]:
             yield Example(op, f"{name}={told}", base | {name: value})
     together = {name: found[0] for name, found in values.items() if name not in ALONE and found}
     if isinstance(op, OF_CLASSES):
-        together.pop("gamma", None)  # not beside label_smoothing
+        together.pop("gamma", None)  # incompatible with label_smoothing
     if every.get("reduction") == "none":
         together["reduction"] = "mean"
     if len(together) > 1 or optional:
@@ -376,12 +376,12 @@ ALONE = ("dtype", "filter_eps", "inplace", "loss_dtype", "remainder", "with_metr
 
 
 def overwrites(op: Operator) -> bool:
-    """Whether a result takes its input's memory; test_inplace.py is about gradients that do."""
+    """Returns whether a result overwrites the input. (test_inplace.py tests gradients that do.)"""
     return isinstance(op, Activation) and op.overwrites
 
 
 def values_of(op: Operator, name: str) -> list[Any]:
-    """Returns values of an option: of its name, of the operator's sample, or as declared."""
+    """Returns values of an option, from its name, the operator's sample, or the declaration."""
     sample = SAMPLES.get(op.name)
     found = OPTIONS.get(name) or [t[name] for t in (sample.tried if sample else ()) if name in t]
     found = found or values_to_try(op, name)
@@ -390,7 +390,7 @@ def values_of(op: Operator, name: str) -> list[Any]:
 
 
 def tried(op: Operator, name: str, default: Any) -> list[Any]:
-    """Returns values of an option that are not its default, one for each type of value."""
+    """Returns values of an option that differ from its default, one for each type."""
     values = values_of(op, name)
     middle = len(values) // 2
     found: dict[type, Any] = {}
@@ -400,10 +400,10 @@ def tried(op: Operator, name: str, default: Any) -> list[Any]:
     return [*found.values()]
 
 
-# An operator without a function has none here: test_completeness.py says so.
+# test_completeness.py reports operators without a function.
 _CALLED = [op for op in OPERATORS.values() if hasattr(fused, op.name)]
 EXAMPLES = {example.id: example for op in _CALLED for example in examples(op)}
-# A few calls of each operator: plain, of probabilities, and with all options at once. Interpreted
+# A few calls of each operator: plain, with probabilities, and with all options. Interpreted
 # kernels are slow, and the operators of a family share all but a formula, whose values are compared
 # in all examples. So there one operator of each family goes through the rest of the contract.
 FAMILIES = {(type(op), getattr(op, "saves", "")): op for op in reversed(OPERATORS.values())}
@@ -416,7 +416,7 @@ every_example = pytest.mark.parametrize("example", TRIED.values(), ids=TRIED)
 every_operator = pytest.mark.parametrize("example", SOME.values(), ids=SOME)
 OF_FAMILIES = {n: e for n, e in SOME.items() if e.op in FAMILIES.values()}
 every_family = pytest.mark.parametrize("example", OF_FAMILIES.values(), ids=OF_FAMILIES)
-# The calls one of whose options is a tensor, with sharded classes where they may be.
+# Calls with an option that is a tensor, and with sharded classes if supported.
 TENSOR_OPTIONS = {
     f"{e.id}{'-shard' * sharded}": (
         name,
@@ -431,11 +431,11 @@ TENSOR_OPTIONS = {
 }
 
 
-# ---- torch's functions, and definitions of what torch does not have ------------------------------
+# ---- torch's functions, and definitions of functions that torch lacks ----------------------------
 
 
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None, **given: Any) -> Any:
-    """Computes pyfused's function of this name in torch's terms."""
+    """Computes pyfused's cross_entropy with torch's operators."""
     return definitions.cross_entropy(input, target, weight, CrossEntropyOptions(**given))
 
 
@@ -448,13 +448,13 @@ def linear_cross_entropy(
     weight: Tensor | None = None,
     **given: Any,
 ) -> Any:
-    """Computes pyfused's function of this name in torch's terms, from all logits."""
+    """Computes pyfused's linear_cross_entropy with torch's operators, from the full logits."""
     tensors = input, linear_weight, linear_bias, target, weight
     return definitions.linear_cross_entropy(*tensors, options=HeadOptions(**given))
 
 
 class Torchs:
-    """torch.nn.functional, with the definitions of what it does not have."""
+    """torch.nn.functional, with definitions of functions that torch lacks."""
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
         own = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}

@@ -1,4 +1,4 @@
-"""Running an operator and comparing what came out with torch and with the reference."""
+"""Runs operators, and compares results with torch and with the reference."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass
 class Outcome:
-    """A value and its gradients to those arguments that require one, in argument order."""
+    """A value, and the gradients of the arguments that require grad, in argument order."""
 
     value: Tensor
     gradients: list[Tensor]
 
 
 def like_argument(argument: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """The same argument as a leaf of its own, converted; strides stay as they are."""
+    """Returns a tensor argument as a new leaf, converted, with the same strides."""
     if not isinstance(argument, Tensor):
         return argument
     return convert(argument.detach()).requires_grad_(argument.requires_grad)
@@ -40,7 +40,7 @@ def like_argument(argument: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 def evaluate(
     operator: Operator, *args: Any, convert: Callable[[Tensor], Tensor] = lambda x: x, **kwargs: Any
 ) -> Outcome:
-    """Value, and gradients for a random grad_output that is the same in every call."""
+    """Returns the value, and gradients for a random grad_output that is the same in every call."""
     args = tuple(like_argument(a, convert) for a in args)
     kwargs = {name: like_argument(a, convert) for name, a in kwargs.items()}
     leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
@@ -57,7 +57,7 @@ def evaluate_upstream(shape: tuple[int, ...]) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Half-precision values as float32, where torch's own rounding on the way is negligible."""
+    """Converts half precision to float32, where torch's intermediate roundings are negligible."""
     return x.float() if x.dtype in HALF else x
 
 
@@ -68,11 +68,12 @@ def exactly(x: Tensor) -> Tensor:
 def assert_matches_torch(
     ours: Operator, of_torch: Operator, *args: Any, widened: bool = True, **kwargs: Any
 ) -> Outcome:
-    """Same dtype, shape and values (NaN and infinities included), and so for the gradients.
+    """Compares dtypes, shapes and values of results and gradients with torch, including NaN and
+    infinities.
 
-    For half precision the values of torch are those that it computes in float32: its own
-    half-precision results carry roundings on the way that are no part of what is asked. Not so
-    those of gradients computed from a rounded output: they are not `widened`.
+    For half precision, torch's reference is computed in float32, because torch's half-precision
+    operators round intermediate results. Gradients that are computed from a rounded output must not
+    be `widened`.
     """
     got = evaluate(ours, *args, **kwargs)
     native = evaluate(of_torch, *args, **kwargs)
@@ -95,7 +96,7 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
 
 @contextlib.contextmanager
 def operators_of_torch(*names: str) -> Iterator[list[list[Any]]]:
-    """Collects the shapes of the inputs of these operators of torch within the context."""
+    """Collects the shapes of the inputs of these torch operators in the context."""
     shapes: list[list[Any]] = []
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         yield shapes
@@ -104,26 +105,26 @@ def operators_of_torch(*names: str) -> Iterator[list[list[Any]]]:
 
 @contextlib.contextmanager
 def products() -> Iterator[list[tuple[int, int, int]]]:
-    """Collects the sizes (m, k, n) of the matrix products within the context."""
+    """Collects the sizes (m, k, n) of the matrix products in the context."""
     sizes: list[tuple[int, int, int]] = []
     with operators_of_torch("aten::mm", "aten::addmm") as found:
         yield sizes
-    for shapes in found:  # addmm has an operand before the factors, and numbers behind them
+    for shapes in found:  # addmm's factors follow an operand
         (m, k), (_, n) = shapes[len(shapes) > 3 :][:2]
         sizes.append((m, k, n))
 
 
 def rounding(largest: float, dtype: torch.dtype) -> float:
-    """The distance between neighbours in `dtype` at a magnitude: what one rounding may cost."""
+    """Returns the spacing of numbers in `dtype` at a magnitude, the cost of a rounding."""
     info = torch.finfo(dtype)
     return 2.0 ** math.floor(math.log2(max(largest, info.tiny))) * info.eps
 
 
 class Errors:
-    """The worst errors of ours and of torch's results over several calls.
+    """The largest errors of our results and of torch's, over several calls.
 
-    They count in roundings of the result's dtype at its largest magnitude, and are kept apart for
-    each kind of result: for a value, say, and a gradient.
+    Errors are in units of the spacing of the result's dtype at its largest magnitude, and are kept
+    separately for each kind of result, such as value and gradient.
     """
 
     def __init__(self) -> None:
@@ -142,14 +143,16 @@ class Errors:
         term: float = 0.0,
         products: int = 0,
     ) -> None:
-        """`term` is the largest of what is added up to the result, where that may cancel.
+        """Adds a result.
 
-        Where the result is a matrix product, `products` are how many a library adds up to an
-        element. It rounds each partial sum, in an order of its own, by up to half a rounding at
-        the largest: n of these are sqrt(n / 12) roundings off as a rule, and seven times as many
-        are allowed. Half precision has a wider type for its sums.
+        `term` is the largest term of the sum that gives the result, if terms may cancel.
 
-        Where the exact value does not fit the dtype, both must say so alike.
+        If the result is a matrix product, `products` is the number of products that a library adds
+        up to an element. It rounds each partial sum, in its own order, by up to half a rounding:
+        the error of n partial sums is typically sqrt(n / 12) roundings, and seven times as many are
+        allowed. Half precision is accumulated in a wider dtype.
+
+        Where the exact value overflows the dtype, both results must be equal.
         """
         assert got.dtype == of_torch.dtype
         self.luck = 2.0 if got.dtype == torch.float64 else 1.75
@@ -165,21 +168,21 @@ class Errors:
         unit = rounding(max(float(np.abs(exact[fits]).max()), term), got.dtype)
         error = np.abs(ours - exact)[fits] / unit
         torchs_error = np.abs(theirs - exact)[fits] / unit
-        # torch gives NaN for more than 65504 smoothed classes in float16: that excuses nothing.
+        # torch returns NaN for more than 65504 smoothed classes in float16; ignore these errors.
         self.reference[result] = max(
             self.reference[result], np.nan_to_num(torchs_error, posinf=0).max()
         )
-        if not error.max() <= self.ours[result]:  # a NaN is the worst of all
+        if not error.max() <= self.ours[result]:  # NaN is larger than any error
             worst = int(np.argmax(error))
             self.ours[result] = float(error[worst])
             self.where[result] = f"{ours[fits][worst]!r} for {exact[fits][worst]!r}"
 
     def check(self, roundings: int = 1) -> None:
-        """None of ours is worse than the worst of torch's, plus one rounding and a library's.
+        """Asserts that our errors are at most torch's largest, plus `roundings` and a library's.
 
-        Errors of several roundings are worst cases of few draws, in which either side is the lucky
-        one: the larger of two that are alike may be three quarters as large again. In float64,
-        where sums have no wider type to go to, it may be twice as large.
+        The maximum over a few random draws varies: of two equally accurate results, one may have an
+        error that is 1.75 times the other's, and twice in float64, where no wider dtype is used for
+        sums.
         """
         for result, error in self.ours.items():
             allowed = self.luck * self.reference[result] + roundings + self.products[result]

@@ -1,4 +1,4 @@
-"""Fixtures and settings that every test file shares."""
+"""Fixtures and settings of all test files."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from pyfused.dispatch import sizes
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
-# Inductor's workers have threads, whose warnings would be errors of whatever test runs by then.
+# Warnings from threads of Inductor's workers would fail unrelated tests.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# The key of a compiled program says nothing about tables and kernels that a test has exchanged.
+# The keys of cached programs do not depend on tables and kernels that tests replace.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
-backend = backend_of(torch.empty(0))  # the one under test
+backend = backend_of(torch.empty(0))  # the backend under test
 
 
-# Files that start processes, build packages or C++, run examples or rehearse the GPU report.
+# Files that start processes, build packages or C++, run examples, or test the GPU report.
 SLOW = (
     *("test_compile_ahead", "test_distributed", "test_examples", "test_gpu_check", "test_hub"),
     *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
     *("test_shard_sequences", "test_types", "test_vec", "test_vocab_parallel"),
 )
 
-# Files of which many tests compile; single tests elsewhere ask for the fixture `compiler`.
+# Files with many tests that compile; single tests in other files use the fixture `compiler`.
 COMPILES = "test_backends", "test_convert", "test_converted_heads", "test_formula", "test_patch"
 
 
@@ -73,8 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-    # Parallel regions of tiny tensors cost more than the tests, most of all on busy cores;
-    # test_threads.py holds every other number of threads to the very bits of this one.
+    # Parallel regions would take longer than the tests, especially on busy cores;
+    # test_threads.py checks that other numbers of threads give the same bits.
     torch.set_num_threads(1)
 
 
@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @contextlib.contextmanager
 def fused_always() -> Iterator[None]:
-    """Every size takes the kernels: the measured table would hand tiny tensors to torch."""
+    """Runs kernels for tensors of any size; by default, torch's operators compute tiny tensors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "FORCED", "every size")
         yield
@@ -119,13 +119,13 @@ def fused(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def compiler() -> None:
-    """A compiler without programs: a size that earlier tests changed would be dynamic."""
+    """Resets the compiler, because sizes that earlier tests changed would become dynamic."""
     torch.compiler.reset()
 
 
 @pytest.fixture
 def compiled_always(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every size takes the custom operators: the measured table leaves most to Inductor."""
+    """Uses custom operators for all sizes; by default, most calls are left to Inductor."""
     for op in sizes.COMPILED:
         monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
 
@@ -135,7 +135,7 @@ def seed() -> None:
     torch.manual_seed(20)
 
 
-# Backends' functions of one operator.
+# The functions of a backend that implement one operator.
 BY_NAME = (
     *("cross_entropy", "kl_div_with_logits", "nll_loss", "multi_margin_loss"),
     "multilabel_margin_loss",
@@ -144,15 +144,15 @@ BY_NAME = (
 
 
 class KernelCalls(Counter[str]):
-    """How often each kernel ran; a backward kernel of its own is named so."""
+    """Counts the calls of each kernel; separate backward kernels have names of their own."""
 
     def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             name = family if family in BY_NAME else getattr(args[0], "name", args[0])
             result = function(*args, **kwargs)
-            if callable(result):  # a prepared kernel, which is counted where it is launched
+            if callable(result):  # a prepared kernel is counted when it is launched
                 return self.launched(name, result)
-            if family in ("activation", "softmax"):  # two of them
+            if family in ("activation", "softmax"):  # a forward and a backward kernel
                 names = name, f"{name}_backward"
                 return tuple(map(self.launched, names, result))
             self[name] += 1
@@ -170,7 +170,7 @@ class KernelCalls(Counter[str]):
 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
-    """Counts kernel calls: a test that compares torch with torch would pass without any."""
+    """Counts kernel calls, so that a test cannot compare torch with torch."""
     calls = KernelCalls()
     dispatch.forget_plans()
     for family in (*BY_NAME, "embedding_loss", "pointwise_loss", "activation", "softmax"):
@@ -184,7 +184,7 @@ ISAS = cpu.supported if backend is cpu else ["triton"]
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test once with each instruction set that this CPU can run."""
+    """Runs the test with each instruction set that this CPU supports."""
     if backend is cpu:
         monkeypatch.setattr(cpu, "native", cpu.load(request.param))
         dispatch.forget_plans()
@@ -193,7 +193,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """`torch.set_num_threads`, put back afterwards."""
+    """Returns `torch.set_num_threads`, and restores the number afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Cases of tests that have several parameters: each value, or with `--full` every combination."""
+"""Combinations of test parameters: a covering subset, or with `--full` all combinations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import interpreter
 import pytest
 
-FULL = False  # the option --full
+FULL = False  # whether --full was passed
 
 
 def grid(**parameters: Iterable[Any]) -> pytest.MarkDecorator:
-    """Each value of the first parameter with each value of every other, or all with all.
+    """Parametrises a test with each value of the first parameter and each value of every other.
 
-    The values after the first advance side by side, from another place for each of the first, so
-    that two of them meet somewhere. Interpreted kernels are slow: there all advance side by side,
-    and hypothesis draws combinations in test_fuzz.py.
+    With `--full`, uses all combinations. Otherwise, values after the first parameter advance
+    together, with a different offset for each value of the first, so that many pairs occur. In the
+    interpreter, which is slow, all parameters advance together; test_fuzz.py draws combinations.
     """
     names, values = list(parameters), [list(each) for each in parameters.values()]
     if FULL:

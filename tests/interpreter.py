@@ -1,7 +1,7 @@
-"""The Triton kernels on CPU tensors, interpreted: PYFUSED_BACKEND=triton TRITON_INTERPRET=1.
+"""Runs the Triton kernels on CPU tensors in the interpreter: PYFUSED_BACKEND=triton
+TRITON_INTERPRET=1.
 
-The same tests hold for them. The interpreter takes milliseconds for each program of a kernel, so
-tests are small, and so are the tiles here.
+The interpreter takes milliseconds for each program of a kernel, so tests and tiles are small.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from shared import SHARED
 from pyfused import backends
 
 ON = backends.FORCED == "triton"
-# The files of which every test runs interpreted; of the others in SHARED those that are marked so.
+# Files whose tests all run interpreted; other files of SHARED run tests marked `interpreted`.
 WHOLE = (
     *("test_contract.py", "test_fuzz.py", "test_totals.py"),
     *("test_arithmetic.py", "test_backends.py", "test_formula.py", "test_gated.py"),
 )
-# The files that are about something else than every backend.
+# Files that do not apply to every backend.
 OTHERS = sorted(
     path.name
     for path in Path(__file__).parent.iterdir()
@@ -30,7 +30,7 @@ OTHERS = sorted(
 
 
 def use_small_tiles() -> None:
-    """So that few elements take several tiles and programs, and 65 classes or more two passes."""
+    """Chooses small tiles, so that small tensors have several tiles, and 65 classes two passes."""
     from pyfused.backends import triton as backend
     from pyfused.kernels import launch
 
@@ -60,11 +60,11 @@ def use_small_tiles() -> None:
 
 
 def interpret_faster() -> None:
-    """Leaves out what takes most of the interpreter's time.
+    """Removes the slowest parts of the interpreter.
 
-    It puts its own functions in the place of the language's in each call of a function: once a
-    launch and module will do. And it looks for overflows, as a GPU does not, of sums and products
-    of integers, which are small here.
+    The interpreter patches Triton's language for each function call, but once per launch and module
+    suffices. It also checks integer sums and products for overflow, which cannot occur in these
+    tests.
     """
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction, interpreter_builder
 
@@ -85,7 +85,7 @@ def interpret_faster() -> None:
 
 
 def with_constants_of_bfloat16() -> None:
-    """Which interpreters before Triton 3.9 lack."""
+    """Adds bfloat16 constants, which interpreters before Triton 3.9 lack."""
     from triton.language import bfloat16
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
@@ -94,7 +94,7 @@ def with_constants_of_bfloat16() -> None:
 
 
 def with_negative_zero() -> None:
-    """Which is a constant of 0 to the interpreter, where a parameter of a launch is -0.0."""
+    """Preserves the sign of -0.0 in scalar constants, as launch parameters do on a GPU."""
     from triton.language.semantic import TritonSemantic
 
     constant = TritonSemantic.scalar_constant
@@ -113,4 +113,4 @@ if ON:
     with_constants_of_bfloat16()
     with_negative_zero()
     interpret_faster()
-    np.seterr(all="ignore")  # NaN and infinities are the kernels' business, as on a GPU
+    np.seterr(all="ignore")  # a GPU does not warn of NaN and infinities

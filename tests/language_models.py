@@ -1,4 +1,4 @@
-"""Every causal language model of transformers, a tiny one, and what convert() makes of it."""
+"""Builds a tiny model of every causal language model of transformers, and converts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import pyfused
 
-# The names that configurations have for their sizes; each takes those that it knows.
+# Sizes by the names that configurations use; unknown names are ignored.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 300),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MOST_PARAMETERS = 30_000_000  # of one that has no names for its sizes
+MOST_PARAMETERS = 30_000_000  # the limit for models whose sizes cannot be set
 
 
 def names() -> list[str]:
@@ -42,10 +42,10 @@ def names() -> list[str]:
 
 
 def tiny(name: str) -> Any:
-    """A model of this class with random weights.
+    """Returns a model of this class with random weights.
 
     Raises:
-        Exception: Its configuration does not take these sizes.
+        Exception: The configuration does not accept these sizes.
     """
     import transformers
 
@@ -66,11 +66,11 @@ def tiny(name: str) -> Any:
 
 
 def step(model: Any) -> tuple[torch.Tensor, list[torch.Tensor | None], bool]:
-    """The loss and the gradients of a batch, and whether there were logits."""
+    """Returns the loss and the gradients of a batch, and whether the output has logits."""
     tokens = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(1))
     labels = tokens.clone()
     labels[:, ::4] = -100
-    torch.manual_seed(0)  # of dropout
+    torch.manual_seed(0)  # for dropout
     output = model(input_ids=tokens, labels=labels, use_cache=False)
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True)
@@ -78,7 +78,7 @@ def step(model: Any) -> tuple[torch.Tensor, list[torch.Tensor | None], bool]:
 
 
 def conversion(name: str) -> str:
-    """``converted``, if that leaves loss and gradients as they are, or what stands against it."""
+    """Returns ``converted`` if converting does not change loss and gradients, else the reason."""
     try:
         model = tiny(name)
         expected = step(model)

@@ -1,4 +1,4 @@
-"""The same values in memory of many shapes."""
+"""Memory layouts for tensors with the same values."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """All dimensions in the opposite order in memory."""
+    """Reverses the order of the dimensions in memory."""
     order = tuple(range(x.dim()))[::-1]
     return x.permute(order).contiguous().permute(order)
 
 
 def classes_innermost(x: Tensor) -> Tensor:
-    """channels_last, for any number of dimensions from 2 up."""
+    """Returns a channels_last tensor, for 2 or more dimensions."""
     return x if x.dim() < 2 else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def every_second(x: Tensor) -> Tensor:
-    """Every second element of the last dimension of something larger."""
+    """Returns a view of every second element in the last dimension of a larger tensor."""
     if not x.dim():
         return x
     memory = x.new_zeros((*x.shape[:-1], 2 * x.shape[-1]))
@@ -35,7 +35,7 @@ def every_second(x: Tensor) -> Tensor:
 
 
 def rows_apart(x: Tensor) -> Tensor:
-    """A slice of every dimension but the last: rows with gaps between them."""
+    """Returns a slice of every dimension except the last: rows with gaps between them."""
     if not x.dim():
         return x
     memory = x.new_zeros([3 * n + 1 for n in x.shape[:-1]] + [x.shape[-1] + 5])
@@ -45,7 +45,7 @@ def rows_apart(x: Tensor) -> Tensor:
 
 
 def misaligned(x: Tensor) -> Tensor:
-    """Starts one element after an aligned address."""
+    """Returns a tensor whose data starts one element after an aligned address."""
     memory = x.new_zeros(x.numel() + 1)
     view = memory[1:].view(x.shape)
     view.copy_(x)
@@ -53,7 +53,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 
 def last_dimensions_swapped(x: Tensor) -> Tensor:
-    """(N, C, d1, d2) with d1 innermost: no single stride runs through the positions."""
+    """Returns (N, C, d1, d2) with d1 innermost: the positions have no common stride."""
     return x if x.dim() < 3 else x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
@@ -89,7 +89,7 @@ def one_element_expanded(x: Tensor) -> Tensor:
 
 
 def overlapping_windows(x: Tensor) -> Tensor:
-    """Rows that share elements, as unfold gives them."""
+    """Returns rows that share elements, as unfold returns them."""
     if x.dim() != 2:
         return x
     return torch.cat([x.reshape(-1), x.reshape(-1)]).as_strided(x.shape, (1, 1))

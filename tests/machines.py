@@ -1,8 +1,8 @@
-"""Runs the tests as on other processors: `make test-machines` (PYTEST_ARGS chooses tests).
+"""Runs tests as on other processors: `make test-machines` (PYTEST_ARGS selects tests).
 
-Libraries choose their code by the processor, and variables make them choose as on another one. Each
-row of MACHINES has such variables and the files whose results depend on them. Names of files among
-the arguments, such as log_probs, choose from these.
+Libraries choose code paths by processor, and environment variables override the choice. Each row of
+MACHINES has variables, and the files whose results depend on them. File names among the arguments,
+such as log_probs, select files.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MACHINES: tuple[tuple[dict[str, str], str], ...] = (
     ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, PRODUCTS),
     ({"ATEN_CPU_CAPABILITY": "avx2"}, f"{KERNELS} {COMPILED}"),
     ({"ATEN_CPU_CAPABILITY": "default"}, f"{KERNELS} {COMPILED}"),
-    # Without multiply-add instructions sums are less accurate, torch's as well as these.
+    # Without FMA instructions, sums are less accurate, both torch's and pyfused's.
     ({"PYFUSED_CPU_CAPABILITY": "x86-64-v2", "ATEN_CPU_CAPABILITY": "default"}, KERNELS),
     ({"PYFUSED_CPU_CAPABILITY": "x86-64-v3", "ATEN_CPU_CAPABILITY": "avx2"}, KERNELS),
     ({"OMP_NUM_THREADS": "1"}, THREADS),
 )
 
-# On processors of others than Intel, MKL asks these and then ignores MKL_CBWR=AVX2.
+# On processors of other vendors, MKL calls these functions, and ignores MKL_CBWR=AVX2.
 INTEL = """
 extern "C" int mkl_serv_intel_cpu() { return 1; }
 extern "C" int mkl_serv_intel_cpu_true() { return 1; }
@@ -46,7 +46,7 @@ extern "C" int mkl_serv_intel_cpu_true() { return 1; }
 
 
 def reason_to_skip(name: str, value: str) -> str | None:
-    """Why this processor cannot run so, or runs so anyway."""
+    """Returns why a setting is not supported or redundant on this processor."""
     if name == "OMP_NUM_THREADS":
         return None
     if name == "PYFUSED_CPU_CAPABILITY":
@@ -65,7 +65,7 @@ def reason_to_skip(name: str, value: str) -> str | None:
 
 
 def intels_code(folder: str) -> str:
-    """A library for LD_PRELOAD with which MKL takes any processor for one of Intel's."""
+    """Builds a library for LD_PRELOAD that makes MKL treat any processor as Intel's."""
     library = str(Path(folder, "intel.so"))
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     command = [*compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
@@ -74,7 +74,7 @@ def intels_code(folder: str) -> str:
 
 
 def run(variables: dict[str, str], files: list[str], arguments: list[str], folder: str) -> bool:
-    # Inductor does not know these variables, and would take code from its cache that was compiled
+    # Inductor's cache does not depend on these variables, and would return code that was compiled
     # for other vectors.
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
     if "MKL_CBWR" in variables and sys.platform == "linux":
@@ -82,7 +82,7 @@ def run(variables: dict[str, str], files: list[str], arguments: list[str], folde
     paths = [str(TESTS / f"test_{name}.py") for name in files]
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
     rc = subprocess.run([*pytest, *paths, *arguments], env=environment, check=False).returncode
-    return rc in (0, 5)  # 5: none chosen
+    return rc in (0, 5)  # 5: no tests selected
 
 
 def main(arguments: list[str]) -> int:

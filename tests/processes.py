@@ -1,4 +1,4 @@
-"""Runs Python code or a function in processes of their own, which have imported torch already."""
+"""Runs Python code or functions in new processes, which have imported torch already."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-SECONDS = 600  # after which a process hangs, on however busy a machine
-# Each process is a fork of one that has imported torch, and nothing of pyfused.
+SECONDS = 600  # the time limit of a process, generous for busy machines
+# Processes are forked from a server that has imported torch, but not pyfused.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch"])
 
 
 def python(code: str, **environment: str) -> CompletedProcess[str]:
-    """What `python -c code` does, with the environment variables given."""
+    """Runs `python -c code` with additional environment variables."""
     with tempfile.TemporaryDirectory() as folder:
         given = textwrap.dedent(code), {**os.environ, **environment}, folder
         child = _context.Process(target=_execute, args=given)
@@ -43,7 +43,7 @@ def _execute(code: str, environment: dict[str, str], folder: str) -> None:
 
 @contextlib.contextmanager
 def left(size: int) -> Iterator[None]:
-    """Lets the process map no more than so many bytes more."""
+    """Limits the address space of this process to `size` more bytes."""
     import resource
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -56,7 +56,7 @@ def left(size: int) -> Iterator[None]:
 
 
 def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> list[bytes]:
-    """The bytes that ``function(rank, *arguments, pipe)`` sends, of each rank."""
+    """Runs ``function(rank, *arguments, pipe)`` in each rank; returns the bytes that they send."""
     pipes = [_context.Pipe(duplex=False) for _ in range(size)]
     children = [
         _context.Process(target=function, args=(rank, *arguments, pipes[rank][1]))
@@ -65,7 +65,7 @@ def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> l
     for child in children:
         child.start()
     for _, sender in pipes:
-        sender.close()  # so that a child that dies is seen as the end of the file
+        sender.close()  # so that recv raises EOFError if a child dies
     try:
         assert all(receiver.poll(SECONDS) for receiver, _ in pipes), "a process hangs"
         return [receiver.recv_bytes() for receiver, _ in pipes]

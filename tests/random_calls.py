@@ -1,4 +1,4 @@
-"""Random calls of an operator, with any of its arguments, and what they have to return."""
+"""Draws random calls of an operator, with any of its arguments, and checks their results."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
 
 EPS = torch.finfo(torch.float32).eps
-ROUNDED = ("softcap",)  # logits that are rounded to their dtype before the loss
-# Their gradient of NaN is one thing in torch's vectors and another in the elements behind these.
+ROUNDED = ("softcap",)  # the capped logits are rounded before the loss
+# torch's gradient for NaN differs between vectorised elements and the remainder.
 NAN_OF_VECTORS = (
     *("celu", "elu", "hardshrink", "hardswish"),
     *("hardtanh", "relu6", "selu", "softshrink"),
 )
-INEXACT_IN_TORCH = ("hardsigmoid",)  # whose slope in float64 is 1 / 6 as float32 has it
+INEXACT_IN_TORCH = ("hardsigmoid",)  # torch's float64 slope is 1 / 6 rounded to float32
 ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
 
 
 def copy(value: Any) -> Any:
-    """Returns an option whose tensor a test may change."""
+    """Returns a copy of an option, so that a test may modify its tensors."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -71,7 +71,7 @@ class Random(random.Random):
 def random_call(
     op: Operator, seed: int, elements: int, layouts: dict[str, Layout] = LAYOUTS
 ) -> Call:
-    """Of tensors with at most so many elements, in one of the layouts; the same otherwise."""
+    """Draws a call with tensors of at most `elements` elements; deterministic for a seed."""
     rng = Random(seed)
     torch.manual_seed(seed)
     dtype = rng.choice(FLOATS)
@@ -83,30 +83,30 @@ def random_call(
         if name in ("dim", "reduction") or rng.once_in(12 if name in (*ROUNDED, *DEPRECATED) else 4)
     }
     if given.keys() & {*ROUNDED, *DEPRECATED} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
-        given = without_metrics(given)  # rounded logits have ties of their own
+        given = without_metrics(given)  # rounding causes ties
     deprecated = given.get("size_average"), given.get("reduce")
     if reduction_of(*deprecated, given.get("reduction", "mean")) != "mean":
         given.pop("denominator", None)
     if given.get("negative_slope") == 0.0:
         given["negative_slope"] = -0.5
-        given.pop("inplace", None)  # nor has torch that
+        given.pop("inplace", None)  # torch lacks it, too
     if isinstance(op, OF_CLASSES):
         found = of_classes(rng, elements, op, given)
     elif isinstance(op, Divergence):
         *rows, classes = shape_of(rng, elements, rng.choice([1, 2, 3]))
-        classes = 5 if classes == 1 else classes  # of one torch's value is a rounding error
+        classes = 5 if classes == 1 else classes  # torch's value would be a rounding error
         k = rng.randint(1, max(classes // 2, 1))
         found = predictions((*rows, classes), rng.randint(1, 20), k)
         found["logits"] *= rng.choice([1.0, 8.0])
     elif isinstance(op, EmbeddingLoss):
         shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))
         if shape[-1] == 1:
-            shape[-1] = 5  # of one feature, gradients cancel but for a rounding error
+            shape[-1] = 5  # with one feature, gradients cancel
         given["margin"] = (
             given.get("margin", 1.0) + 0.0137
-        )  # that no difference of a few features is
+        )  # exceeds any difference of a few features
         found = {
-            name: x[:1] if x.dim() > 1 and rng.once_in(8) else x  # it broadcasts
+            name: x[:1] if x.dim() > 1 and rng.once_in(8) else x  # broadcasts
             for name, x in operands(op, shape, given).items()
         }
     elif isinstance(op, (Activation, Softmax)):
@@ -134,13 +134,13 @@ def random_call(
         if isinstance(x, Tensor):
             if x.is_floating_point():
                 x = x.to(rng.choice(FLOATS) if mixed else dtype)
-            if x.numel():  # a class twice in a row is an error, but where the row has weight 0
+            if x.numel():  # repeated classes are an error
                 x = rng.choice(same if name == "teacher_indices" else chosen)(x)
-            if operand.differentiated and x.is_floating_point() and x.frac().any():  # no counts
+            if operand.differentiated and x.is_floating_point() and x.frac().any():  # not integers
                 x.requires_grad_(not rng.once_in(4))
         tensors[name] = x
     if "linear_weight" in tensors and tensors["linear_weight"].stride(0) == 0:
-        given = without_metrics(given)  # all classes have the same logit, but for rounding
+        given = without_metrics(given)  # all logits are equal up to rounding
     return Call(op, tensors | given, rng.choice(chosen), seed)
 
 
@@ -149,7 +149,7 @@ def without_metrics(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def shape_of(rng: Random, elements: int, dims: int) -> list[int]:
-    """Any dimension may be the long one."""
+    """Draws a shape; any dimension may be the long one."""
     shape = []
     for _ in range(dims):
         most = min(elements, 9) if rng.once_in(2) else elements
@@ -165,8 +165,8 @@ def of_classes(
     shape = shape_of(rng, elements, rng.choice([1, 2] if margin else [1, 2, 3, 4]))
     of_class = len(shape) > 1
     if shape[of_class] == 1 and not rng.once_in(8):
-        shape[of_class] = 5  # of one class the operator is torch's
-    if margin:  # torch's mean over nothing is what was in memory
+        shape[of_class] = 5  # calls with one class fall back to torch
+    if margin:  # torch returns uninitialised memory for an empty mean
         shape = [max(n, 1) for n in shape]
     classes = shape[of_class]
     soft = any(o.indices and o.differentiated for o in op.operands) and rng.once_in(3)
@@ -178,22 +178,22 @@ def of_classes(
     if soft:
         given.pop("ignore_index", None)
     if classes == 1:
-        given.pop("loss_dtype", None)  # torch computes in it
+        given.pop("loss_dtype", None)  # torch would compute in this dtype
     logits = found["logits"].mul_(rng.choice([0.5, 4.0]))
     if not given.keys() & {*ROUNDED, "gamma"} and logits.numel() and classes > 1:
         logits += 1e4 if rng.once_in(6) else 0.0
-        if rng.once_in(4):  # metrics of inf are NaN, as the loss is
+        if rng.once_in(4):  # metrics and loss of inf are NaN
             statistics = "with_metrics" in given or op is LOG_PROBS
             special = [-math.inf, math.nan, math.inf][: 3 - statistics]
             logits.view(-1)[torch.randint(logits.numel(), (3,))] = rng.choice(special)
-    if "linear" in op.name and of_class and rng.once_in(4):  # hidden states of more dimensions
+    if "linear" in op.name and of_class and rng.once_in(4):  # hidden states with more dimensions
         for name in ("input", "target", "token_weight"):
             found[name] = found[name].unsqueeze(1)
     return found
 
 
 def class_indices(rng: Random, op: Operator, logits: Tensor, given: dict[str, Any]) -> Tensor:
-    """Draws targets some of which are ignored, or all of them, or out of range."""
+    """Draws class indices, some or all of which are ignored, or out of range."""
     classes, rows = logits.shape[logits.dim() > 1], loss_shape(logits, "none")
     target = torch.randint(max(classes, 1), rows)
     if op.operands[1].labels:
@@ -204,7 +204,7 @@ def class_indices(rng: Random, op: Operator, logits: Tensor, given: dict[str, An
         if logits.dim() == 2 and target.byte().equal(target) and rng.once_in(4):
             target = target.byte()
     if target.numel() and backend is cpu and rng.once_in(30) and classes < 256:
-        target.view(-1)[-1] = classes  # which raises; a GPU's loss is NaN
+        target.view(-1)[-1] = classes  # raises on CPU, NaN on a GPU
     return target
 
 
@@ -216,7 +216,7 @@ def of_one_shape(
     x = found[op.operands[0].name]
     if x.numel() and op.name not in NAN_OF_VECTORS and rng.once_in(4):
         x.view(-1)[torch.randint(x.numel(), (3,))] = math.nan
-    if isinstance(op, Softmax) and not rng.once_in(20):  # else it may have no such dimension
+    if isinstance(op, Softmax) and not rng.once_in(20):  # rarely a dimension that does not exist
         given["dim"] = given["dim"] % max(x.dim(), 1) - x.dim() * (given["dim"] < 0)
     return found
 
@@ -228,30 +228,30 @@ def of_elements(rng: Random, elements: int, op: Operator, given: dict[str, Any])
         shape[given.get("dim", -1)] *= 2
     for operand in op.operands:
         own = tuple(shape)
-        if op is PRELU and found:  # the slopes
+        if op is PRELU and found:  # slopes of PReLU
             own = rng.choice([(), (1,), tuple(shape[1:2]), (3,)])
-        elif rng.once_in(4) and len(op.operands) > 1:  # it broadcasts
+        elif rng.once_in(4) and len(op.operands) > 1:  # broadcasts
             own = tuple(rng.choice([1, n]) for n in shape)[rng.randint(0, len(shape)) :]
             shape = [*own] if op is PRELU else shape
         x = draw(operand, own, scale=scale)
         if found and operand.low == 0 and rng.once_in(2):
-            x = x.round()  # labels, counts
+            x = x.round()  # integers: labels, counts
         if not found and given.get("log_input") is False:
             x = x.abs()
         found[operand.name] = 0.5 if operand.number and rng.once_in(4) else x
     return found
 
 
-# ---- what a call has to return -------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def check_call(call: Call, function: Callable[..., Any] | None = None) -> None:
-    """torch's values, gradients and dtypes, or an error where torch has one."""
+    """Compares values, gradients and dtypes with torch, or expects an error if torch raises one."""
     function = function or ours
     try:
         native = natively(call)
     except ERRORS:
-        with pytest.raises(ERRORS):  # of several faults any may be named
+        with pytest.raises(ERRORS):  # if there are several errors, any may be raised
             run(call, function)
         return
     results = (
@@ -267,7 +267,7 @@ def check_call(call: Call, function: Callable[..., Any] | None = None) -> None:
             continue
         info = torch.finfo(got.dtype)
         allowed = tolerance + 2 * info.eps * (exact.abs() + info.smallest_normal)
-        if precision(call) > EPS:  # rounded on the way, by torch too
+        if precision(call) > EPS:  # intermediate results are rounded, also by torch
             allowed += 2 * largest(expected.double() - exact)
         near = ((got.double() - exact).abs() <= allowed) | (got == exact.to(got.dtype))
         overflow = exact.isfinite() & ~(got.isfinite() | expected.isfinite())
@@ -276,12 +276,11 @@ def check_call(call: Call, function: Callable[..., Any] | None = None) -> None:
 
 
 def tolerances(call: Call, native: list[Tensor]) -> list[float]:
-    """What arithmetic of the kernel's precision may lose, of each result, besides two roundings.
+    """Returns the absolute error allowed for each result, besides two roundings.
 
-    That is a few times what torch in float32 loses, the most of four calls so that none is judged
-    by luck, scaled to that precision. In float64 torch's sums are themselves off, and so are
-    products of matrices in any dtype. Where all terms cancel, of one class for example, a rounding
-    of a term is left, and of each term where each is rounded on the way.
+    This is a multiple of torch's float32 error, the largest of four calls, scaled to the kernel's
+    precision. In float64, torch's sums have errors, too, as have matrix products in any dtype.
+    Where all terms cancel, for example with one class, a rounding of each term remains.
     """
     linear = call.op.name.startswith("linear_")
     few = 64 if linear or precision(call) < EPS else 4
@@ -293,7 +292,7 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
         lost = [
             error * max(1, terms / max(x.numel(), 1)) for error, x in zip(lost, native, strict=True)
         ]
-    if isinstance(call.op, Divergence):  # a row where both agree leaves a rounding
+    if isinstance(call.op, Divergence):  # rows in which both agree leave a rounding error
         first, lost[0] = next(iter(call.given.values())), EPS
         if call.given.get("reduction") == "sum":
             lost[0] *= max(1, first.numel() // max(1, first.shape[call.given.get("dim", -1)]))
@@ -302,7 +301,7 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
         pairs = zip(run(single, reference), of_reference(single, torch.float64), strict=True)
         errors = [largest(x.double() - y.double()) + EPS * largest(y) for x, y in pairs]
         lost = [max(pair) for pair in zip(lost, errors, strict=True)]
-    if isinstance(call.op, MultiMarginLoss):  # torch adds its terms in turn, which may be alike
+    if isinstance(call.op, MultiMarginLoss):  # torch sums sequentially
         terms = call.given["target"].numel() * EPS / 2
         lost = [max(e, terms * largest(x) / few) for e, x in zip(lost, native, strict=True)]
     return [few * precision(call) / EPS * error for error in lost]
@@ -313,18 +312,18 @@ def largest(x: Tensor) -> float:
 
 
 def precision(call: Call) -> float:
-    """The epsilon of what is computed in, or of what is rounded to on the way."""
+    """Returns the epsilon of the dtype of the computation, or of rounded intermediate results."""
     tensors = [x for x in call.given.values() if isinstance(x, Tensor)]
     dtype = call.given.get("dtype", tensors[0].dtype)
-    # softmax saves its rounded output; gradients of what is broadcast are sums of rounded ones.
+    # softmax saves its rounded output; gradients of broadcast operands are sums of rounded terms.
     rounds = isinstance(call.op, Softmax) or getattr(call.op, "saves", "") == "output"
     rounds |= isinstance(call.op, Composed) or call.op.name.startswith("linear_")
-    rounds |= bool(call.given.keys() & {"inplace", *ROUNDED})  # in place the output is saved
+    rounds |= bool(call.given.keys() & {"inplace", *ROUNDED})  # in place, the output is saved
     rounds |= (
         not isinstance(call.op, (*OF_CLASSES, Divergence)) and len({x.shape for x in tensors}) > 1
     )
     halves = [torch.finfo(x).eps for x in (dtype, *(x.dtype for x in tensors)) if x in HALF]
-    if halves and rounds:  # kl_div takes the logarithm of a target in the target's dtype
+    if halves and rounds:  # kl_div computes log(target) in the target's dtype
         return max(halves)
     dtypes = {dtype, *(x.dtype for x in tensors if x.is_floating_point())}
     return torch.finfo(torch.float64).eps if dtypes == {torch.float64} else EPS
@@ -334,7 +333,7 @@ def precision(call: Call) -> float:
 
 
 def run(call: Call, function: Callable[..., Any]) -> list[Tensor]:
-    """What is returned, then the gradients."""
+    """Returns the results, followed by the gradients."""
     results, gradients = forward(call, function)
     return [x.detach() for x in (*results, *gradients())]
 
@@ -342,13 +341,13 @@ def run(call: Call, function: Callable[..., Any]) -> list[Tensor]:
 def forward(
     call: Call, function: Callable[..., Any]
 ) -> tuple[list[Tensor], Callable[[], Sequence[Tensor]]]:
-    """What is returned, and a backward pass, which can be called several times."""
+    """Returns the results, and a function that runs backward and can be called repeatedly."""
     leaves = [x for x in call.given.values() if isinstance(x, Tensor) and x.requires_grad]
     found = function(call, **call.given)
     loss, *metrics = (found[0], *found[1]) if isinstance(found, tuple) else (found,)
     generator = torch.Generator().manual_seed(call.seed)
     grad_output = torch.randn(loss.shape, generator=generator, device="cpu").to(loss.device)
-    grad_output = grad_output.bfloat16().to(loss.dtype)  # the same number in all dtypes
+    grad_output = grad_output.bfloat16().to(loss.dtype)  # the same values in all dtypes
     grad_output = call.layout(grad_output) if grad_output.numel() else grad_output
     retain = not call.given.get("inplace")
 
@@ -359,7 +358,7 @@ def forward(
 
 
 def reference(call: Call, **given: Any) -> Any:
-    """Calls torch's function, with 0 for the logits of ignored rows: its gradient of NaN is NaN."""
+    """Calls torch's function, with logits of ignored rows set to 0 to avoid NaN gradients."""
     if call.op is CROSS_ENTROPY and not given["target"].is_floating_point():
         x, target = given["input"], given["target"]
         counts = target.reshape(loss_shape(x, "none")) != given.get("ignore_index", -100)
@@ -368,11 +367,11 @@ def reference(call: Call, **given: Any) -> Any:
 
 
 def natively(call: Call) -> list[Tensor]:
-    """On what is contiguous, as not all of torch's operators take other strides."""
+    """Calls torch with contiguous tensors, because some operators support no other strides."""
     dtype = next(iter(call.given.values())).dtype
     try:
         return of_reference(call)
-    except NotImplementedError:  # a loss that torch does not have in half precision
+    except NotImplementedError:  # torch lacks the loss in half precision
         return [x.to(dtype) for x in of_reference(call, torch.float32)]
 
 
@@ -381,8 +380,8 @@ def of_reference(call: Call, dtype: torch.dtype | None = None) -> list[Tensor]:
 
 
 def converted(call: Call, dtype: torch.dtype | None = None, factor: float = 1.0) -> Call:
-    """Contiguous, in a dtype if one is given, and what is differentiated times a factor."""
-    first = call.given.get("dtype") if dtype else None  # softmax converts its input to it
+    """Returns a contiguous call, optionally converted; differentiated tensors are scaled."""
+    first = call.given.get("dtype") if dtype else None  # softmax converts its input to dtype
 
     scaled = [operand.name for operand in call.op.operands if operand.differentiated]
 

@@ -1,8 +1,8 @@
-"""What cross-entropy computes, as runnable lines: the specification the tests hold it to.
+"""The specification of cross-entropy as executable code.
 
-`cross_entropy` is written in torch and evaluated in float64, with gradients from autograd. Where
-float64 itself is under test, `extended_cross_entropy` gives value and gradient in NumPy's long
-double from the closed form. The other operators' definitions are in `samples.py`.
+`cross_entropy` is written in torch and evaluated in float64, with gradients from autograd. For
+tests of float64, `extended_cross_entropy` computes value and gradient in NumPy's long double from
+the closed form. `samples.py` has the definitions of other operators.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """-sum_c weight_c q_c log softmax(input)_c, where q is the smoothed target."""
+    """Computes -sum_c weight_c q_c log softmax(input)_c, where q is the smoothed target."""
     class_dim = min(input.dim() - 1, 1)
     logits = input.double().movedim(class_dim, -1)
     classes = logits.shape[-1]
@@ -57,7 +57,7 @@ def extended_cross_entropy(
     denominator: Extended | float,
     grad_output: Extended,
 ) -> tuple[Extended, Extended]:
-    """Losses of the rows of (N, C) and the gradient, each divided by the denominator.
+    """Returns the losses of (N, C) and the gradient, divided by the denominator.
 
     With W = sum_c weight_c q_c:  d loss / d logits_c = softmax_c W - weight_c q_c
     """

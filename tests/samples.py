@@ -1,8 +1,8 @@
-"""What the tests know of each operator beyond its declaration: its definition, and what to try.
+"""Definitions of operators, and values to test, beyond their declarations.
 
-A definition is the closed form in NumPy's long double: the value of each element and the gradient
-to each operand. The families' tests draw operands and options from here. What torch has needs no
-definition: it is held to torch's results in float64, and in float64 itself by the contract alone.
+A definition is the closed form in NumPy's long double: the value of each element, and the gradient
+of each operand. The tests of the families draw operands and options from here. Operators that torch
+has need no definition: they are compared with torch in float64.
 """
 
 from __future__ import annotations
@@ -27,21 +27,20 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
 
 INF, NAN = float("inf"), float("nan")
-FINITE_PRODUCTS = (1.0, NAN, INF, -INF, -0.0, 30.0)  # of any two
+FINITE_PRODUCTS = (1.0, NAN, INF, -INF, -0.0, 30.0)  # products of any two are finite or special
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An operator's definition, and the parameters to try.
+    """An operator's definition, and the parameters to test.
 
     Attributes:
-        rounds: Whether results need rounding; if not, they are torch's to the bit.
+        rounds: Whether results are rounded; if not, they have torch's bits.
         cancels: Whether a result may be a small difference of terms of the input's size, or of 1.
-        heavy: Whether one element may outweigh all others, and its roundings theirs.
-        large: What full-scale values are multiplied by where they are to be large, but torch's
-            exponential is still finite.
-        special: What both operands are tried with in every combination.
-        judges_float64: Whether its definition is more exact than that.
+        heavy: Whether one element, and its rounding error, may dominate all others.
+        large: The factor for large values for which torch's exponential stays finite.
+        special: Special values, of which all pairs are tried.
+        judges_float64: Whether the definition is more accurate than float64.
     """
 
     define: Callable[..., tuple[Extended, ...]] = None  # type: ignore[assignment]
@@ -135,7 +134,7 @@ def silu(input: Extended) -> tuple[Extended, ...]:
 
 
 def normal_below(x: Extended) -> Extended:
-    """The standard normal distribution's share below x, from 25 digits."""
+    """Returns the standard normal CDF at x, from 25 digits."""
 
     def one(x: np.longdouble) -> np.longdouble:
         if x < -100:
@@ -277,11 +276,11 @@ for _op in OPERATORS.values():
         SAMPLES[_op.name] = _sample if _sample and _sample.define else of_torch(_op, _sample)
 
 
-# ---- what the families' tests are parametrised by ------------------------------------------------
+# ---- parameters of the tests ---------------------------------------------------------------------
 
 
 class Exact(NamedTuple):
-    """A loss and its gradients, and the size of what either is a sum of."""
+    """An exact loss and its gradients, and the magnitudes of their terms."""
 
     value: Extended
     terms: float
@@ -291,7 +290,7 @@ class Exact(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """A pointwise loss, with the operands and parameters of one way of calling it."""
+    """A pointwise loss, with one choice of operands and parameters."""
 
     op: PointwiseLoss
     operands: tuple[Operand, ...]
@@ -307,12 +306,12 @@ class Loss:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The scalars by name."""
+        """Returns the scalars by name."""
         return dict(zip(self.op.arguments[1:], self.op.defaults, strict=True)) | self.parameters
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The flags in effect, each of which has a kernel of its own."""
+        """Returns the flags in effect; each combination has its own kernel."""
         return tuple(s.name for s in self.op.scalars if s.flag and self.values[s.name])
 
     @property
@@ -322,7 +321,7 @@ class Loss:
 
     @property
     def bounded(self) -> tuple[Operand, ...]:
-        """The operands, with the bounds that the parameters make."""
+        """Returns the operands with bounds that depend on the parameters."""
         if self.parameters.get("log_input") is not False:
             return self.operands
         rate, *others = self.operands
@@ -330,14 +329,14 @@ class Loss:
 
     @property
     def broadcasts(self) -> bool:
-        """Whether the kernel takes an input and a target of different shapes."""
+        """Returns whether the kernel supports inputs and targets of different shapes."""
         against = self.op.fallback_reason
         reason = against and against(*(torch.empty(n) for n in range(1, 1 + len(self.operands))))
         return self.op.shapes is checks.broadcasting and not reason
 
     @property
     def takes_weight(self) -> bool:
-        lost = DEVICE != "cpu" and self.op.name == "l1_loss"  # by torch's, in set_default_device
+        lost = DEVICE != "cpu" and self.op.name == "l1_loss"  # under torch's set_default_device
         return self.op.weight_shape is not None and not lost
 
     @property
@@ -359,7 +358,7 @@ class Loss:
         requiring: tuple[str, ...] | None = None,
         scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Operands by name, of one shape or a shape each; those differentiated are leaves."""
+        """Draws operands by name, of one shape or a shape each; differentiated ones are leaves."""
         each = shapes if isinstance(shapes, list) else [shapes] * len(self.operands)
         requiring = self.differentiated if requiring is None else requiring
         return {
@@ -370,7 +369,7 @@ class Loss:
         }
 
     def exact(self, given: dict[str, Tensor], reduction: str, grad_output: Tensor) -> Exact:
-        """Of tensors of one shape."""
+        """Computes the exact loss and gradients of tensors of one shape."""
         wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
         each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
         weight = extended(given["weight"]) if "weight" in given else np.ones_like(each)
@@ -396,7 +395,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
 ) -> Tensor:
-    """Values of full scale, or between the bounds that the operand declares."""
+    """Draws values within the operand's declared bounds."""
     low, high = operand.low, operand.high
     if operand.sign:
         return (torch.randint(2, shape) * 2 - 1).to(dtype)
@@ -409,7 +408,7 @@ def losses() -> list[Loss]:
     found = []
     for op in OPERATORS.values():
         is_loss = isinstance(op, PointwiseLoss) and not isinstance(op, Gated)
-        if is_loss and op.name in SAMPLES:  # what lacks a sample is what test_completeness.py says
+        if is_loss and op.name in SAMPLES:  # test_completeness.py reports missing samples
             always = tuple(o for o in op.variables if not o.optional)
             for operands in dict.fromkeys((always, op.variables)):
                 found += [Loss(op, operands, tried) for tried in SAMPLES[op.name].tried]
@@ -417,7 +416,7 @@ def losses() -> list[Loss]:
 
 
 LOSSES = losses()
-FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one way of each
+FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one per operator
 BROADCASTING = [loss for loss in LOSSES if loss.broadcasts]
 GATED = [OPERATORS[name] for name in ("swiglu", "geglu", "reglu")]
 ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]

@@ -1,4 +1,4 @@
-"""The files whose tests hold for every backend: interpreted too, and on CUDA tensors."""
+"""Lists the files whose tests apply to every backend, also interpreted and on CUDA tensors."""
 
 SHARED = (
     "test_activation.py",

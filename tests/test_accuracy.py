@@ -1,9 +1,9 @@
-"""The error against a more exact reference is at most torch's own, plus one rounding.
+"""Errors against a more exact reference are at most torch's own, plus one rounding.
 
-`compare.Errors` is that sentence in code, over the calls that one test makes: for float32 and the
-half precisions the reference is float64, for float64 it is NumPy's long double. Inputs are
-full-scale: standard normal, confident (every logit at +-30), extreme (+-1e4), and close together
-but far from zero; long rows also with their largest logits last.
+`compare.Errors` computes this over the calls of a test. The reference is float64 for float32 and
+half precision, and NumPy's long double for float64. Inputs are standard normal, confident (logits
+of +-30), extreme (+-1e4), and close together but far from zero; long rows also have their largest
+logits last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyfused.dispatch.operator import Operator
 from pyfused.functional import cross_entropy
 from pyfused.ops.activation import Activation
 
-# Both sides of every vector, tile and chunk, and vocabularies in use.
+# Sizes around vector, tile and chunk boundaries, and vocabulary sizes in use.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
 MANY_CLASSES = [1000, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 5000]
 VOCABULARIES = [32000, 50257, 128256, 200000]
@@ -55,7 +55,7 @@ def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, targets: str) ->
     return logits, torch.randint(shape[1], (shape[0], *shape[2:]))
 
 
-# (target, weighted, smoothing, reduction): every pair of them.
+# (target, weighted, smoothing, reduction), in all pairwise combinations.
 OPTIONS = [
     ("index", False, 0.0, "mean"),
     ("index", True, 0.1, "none"),
@@ -103,7 +103,7 @@ def add_errors(
 
 
 def gradient_term(target: Tensor, weight: Tensor | None, reduction: str) -> float:
-    """What the softmax is subtracted from, at its largest: weight times target, scaled."""
+    """Returns the largest term that the softmax is subtracted from: weight times target, scaled."""
     rows = target.numel() if not target.is_floating_point() else target[:, 0].numel()
     grad_output = evaluate_upstream((rows,) if reduction == "none" else ()).abs().max().item()
     term = target.max().item() if target.is_floating_point() else 1.0
@@ -114,7 +114,7 @@ def gradient_term(target: Tensor, weight: Tensor | None, reduction: str) -> floa
 def extended_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, reduction: str
 ) -> tuple[Any, Any]:
-    """Value and gradient of (N, C) from the closed forms in long double."""
+    """Computes value and gradient for (N, C) from the closed forms in long double."""
     rows, classes = logits.shape
     index = not target.is_floating_point()
     hard = F.one_hot(target, classes) if index else target
@@ -144,7 +144,7 @@ def test_cross_entropy_few_classes(
 ) -> None:
     skip_unless_judged(dtype)
     check_options(kind, [(65, classes)], dtype, OPTIONS)
-    assert kernel_calls["cross_entropy"] >= len(OPTIONS) or classes == 1  # torch is exact there
+    assert kernel_calls["cross_entropy"] >= len(OPTIONS) or classes == 1  # torch is exact
 
 
 @grid(classes=MANY_CLASSES, dtype=FLOATS, kind=[*LOGITS, *LATE, "normal"])
@@ -176,7 +176,7 @@ def test_cross_entropy_vocabularies(
     kind=LOGITS,
     isa=ISAS,
 )
-def test_cross_entropy_with_classes_outside(
+def test_cross_entropy_with_classes_not_last(
     classes: int, dtype: torch.dtype, kind: str, isa: str
 ) -> None:
     options = [
@@ -201,7 +201,7 @@ def test_gradient_to_probabilities(dtype: torch.dtype, kind: str) -> None:
 
 @grid(classes=[10, 65, 1000, 32000], kind=[*LOGITS, *LATE])
 def test_small_probabilities_keep_their_relative_precision(kind: str, classes: int) -> None:
-    """Elements far below the largest one hide in an absolute error; here each counts by itself."""
+    """Checks the relative error of each element; a common tolerance hides small elements."""
     logits, target = make(kind, (9, classes), torch.float32, "index")
     got = evaluate(cross_entropy, logits, target, reduction="sum").gradients[0].double()
     of_torch = evaluate(F.cross_entropy, logits, target, reduction="sum").gradients[0].double()
@@ -213,7 +213,7 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
         return
     error = ((got - best) / best)[judged].abs().max()
     torchs_error = ((of_torch - best) / best)[judged].abs().max()
-    # exp, its argument, the sum, the factor and the product are each rounded once.
+    # One rounding each of exp, its argument, the sum, the factor and the product.
     assert error <= torchs_error + 4 * torch.finfo(torch.float32).eps
 
 
@@ -229,7 +229,7 @@ def test_pointwise_losses(
         pytest.skip("squares of more overflow, in torch sooner than they have to")
     scale = SAMPLES[loss.op.name].large if large else 1.0
     errors = Errors()
-    many = (100_001,) if loss is LOSSES[0] else ()  # of all losses the sums are alike
+    many = (100_001,) if loss is LOSSES[0] else ()  # the sums of all losses are alike
     for size, reduction in product((*SIZES, *many), ("none", "mean", "sum")):
         given = loss.draw((size,), dtype, scale=scale)
         if weighted and loss.takes_weight:

@@ -1,4 +1,4 @@
-"""Activations mean what torch's mean: NaN, signed zeros, gradients at the edges, in place too."""
+"""Activations match torch for NaN, signed zeros, gradients at kinks, and in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyfused import functional as fused
 from pyfused.ops.activation import Activation
 
 INF, NAN = float("inf"), float("nan")
-IN_TORCH = "sigmoid", "tanh"  # whose functions in place are torch.sigmoid_ and torch.tanh_
+IN_TORCH = "sigmoid", "tanh"  # in-place variants are torch.sigmoid_ and torch.tanh_
 OVERWRITING = [op for op in ACTIVATIONS if op.overwrites]
 close = torch.testing.assert_close
 
@@ -50,12 +50,12 @@ def of_torch(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor
 
 
 def bits(x: Tensor) -> Tensor:
-    """What tells -0.0 from 0.0 and one NaN from none."""
+    """Returns values that distinguish -0.0 from 0.0, and NaN from numbers."""
     return torch.stack([x.nan_to_num(nan=5.0).double(), x.signbit().double() * ~x.isnan()])
 
 
 def extremes(dtype: torch.dtype) -> list[float]:
-    """Zeros, infinities, and the smallest and largest finite numbers, subnormal ones included."""
+    """Returns zeros, infinities, and the smallest, subnormal and largest finite numbers."""
     info = torch.finfo(dtype)
     least = info.smallest_normal * info.eps
     sizes = [0.0, least, info.smallest_normal / 2, info.smallest_normal, info.max, INF]
@@ -63,11 +63,11 @@ def extremes(dtype: torch.dtype) -> list[float]:
 
 
 def widest(op: Activation, x: Tensor) -> Tensor:
-    """As torch's vectors of float32 take gelu of infinity for NaN, of 3e38 for infinity."""
+    """Returns x in float64, because torch's float32 vectors are wrong for gelu(inf), gelu(3e38)."""
     return x.detach().double().requires_grad_() if op.saves == "input" else x
 
 
-# ---- values at the edges -------------------------------------------------------------------------
+# ---- special values ------------------------------------------------------------------------------
 
 
 @pytest.mark.interpreted
@@ -81,22 +81,22 @@ def test_nan_infinities_and_signed_zeros(
     tolerance = {"rtol": 0.0, "atol": 0.0}
     if SAMPLES[op.name].rounds:
         eps, normal = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
-        tolerance = {"rtol": 2 * eps, "atol": 16 * eps * normal}  # softcap multiplies a rounding
-        rounded_to_zero = (got == 0) & (expected == 0) & (x != 0)  # of any sign
+        tolerance = {"rtol": 2 * eps, "atol": 16 * eps * normal}  # softcap scales a rounding error
+        rounded_to_zero = (got == 0) & (expected == 0) & (x != 0)  # either sign
         got = got.where(~rounded_to_zero, expected)
     if op.name in ("softcap", "elu", "selu", "celu"):
         subnormal = (expected != 0) & (expected.abs() < torch.finfo(dtype).tiny)
-        assert (got[subnormal].abs() <= expected[subnormal].abs()).all()  # it may be 0, of any sign
+        assert (got[subnormal].abs() <= expected[subnormal].abs()).all()  # may be flushed to 0
         got = got.where(~subnormal, expected)
-    if DEVICE != "cpu" and op.name == "relu":  # there torch's relu(-0.0) is 0.0
+    if DEVICE != "cpu" and op.name == "relu":  # torch's relu(-0.0) is 0.0 on GPUs
         got = got + 0.0
     close(bits(got), bits(expected), **tolerance)
 
 
 @pytest.mark.interpreted
 @grid(op=ACTIVATIONS, dtype=FLOATS)
-def test_gradient_at_the_edges(op: Activation, dtype: torch.dtype) -> None:
-    """NaN and infinities from above, beside points where the derivative is zero or undefined."""
+def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -> None:
+    """Compares gradients at kinks, and with NaN and infinite grad_output."""
     points = torch.tensor([NAN, -1.0, 1.0, *extremes(dtype)], dtype=dtype)
     upstreams = torch.tensor([2.0, NAN, INF, -0.0]).to(dtype)
     x = points.repeat_interleave(4).requires_grad_()
@@ -113,7 +113,7 @@ def test_gradient_at_the_edges(op: Activation, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-def test_a_negative_slope_is_torchs_business(inplace: bool, kernel_calls: KernelCalls) -> None:
+def test_negative_slopes_fall_back_to_torch(inplace: bool, kernel_calls: KernelCalls) -> None:
     x = torch.randn(50, requires_grad=True)
     outcomes: list[Any] = []
     for functional in (pyfused.functional, torch.nn.functional):
@@ -136,7 +136,7 @@ def test_in_place_writes_into_its_argument(op: Activation, dtype: torch.dtype) -
     x = (4 * torch.randn(100)).to(dtype)
     try:
         expected = of_torch(op, inplace=True)(x.clone())
-    except RuntimeError as error:  # integers have no such result
+    except RuntimeError as error:  # not supported for integers
         with pytest.raises(type(error)):
             ours(op, inplace=True)(x)
         return
@@ -164,7 +164,7 @@ def test_in_place_on_a_view_reaches_its_base(op: Activation, view: str) -> None:
 
 
 @grid(op=OVERWRITING)
-def test_in_place_over_what_another_backward_needs_is_torchs_error(op: Activation) -> None:
+def test_in_place_on_a_tensor_saved_for_backward_raises_torchs_error(op: Activation) -> None:
     x = torch.randn(10, requires_grad=True)
     needed = x.exp()
     y = needed * 2
@@ -174,7 +174,7 @@ def test_in_place_over_what_another_backward_needs_is_torchs_error(op: Activatio
 
 
 @grid(op=OVERWRITING)
-def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> None:
+def test_in_place_on_strided_memory_does_not_write_between_elements(op: Activation) -> None:
     memory = torch.randn(8, 10)
     before = memory.clone()
     view = memory[1::2, ::3]
@@ -188,7 +188,7 @@ def test_in_place_on_strided_memory_leaves_the_gaps_alone(op: Activation) -> Non
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_bounds_in_the_wrong_order(inplace: bool) -> None:
+def test_lower_bound_above_upper_bound(inplace: bool) -> None:
     with pytest.raises(ValueError, match="min_val"):
         pyfused.functional.hardtanh(torch.randn(3), 0.5, -0.5, inplace=inplace)
 

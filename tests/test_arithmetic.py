@@ -1,4 +1,4 @@
-"""The functions that Triton kernels compute with, against float64."""
+"""Compares the elementary functions of the Triton kernels with float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BLOCK = 1 << 15
 
 @pytest.fixture(autouse=True)
 def fma_rounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where interpreters before Triton 3.9 round the product too."""
+    """Rounds fma once, as a GPU does; interpreters before Triton 3.9 round the product, too."""
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> TensorHandle:
         exact = x.data.astype(np.float64) * y.data + z.data
@@ -68,7 +68,7 @@ def of(function: Any, x: Tensor) -> Tensor:
 
 
 def ulps(got: Tensor, exact: Tensor, dtype: torch.dtype = torch.float32) -> float:
-    """The largest distance, in units of the last place that a dtype has of what is exact."""
+    """Returns the largest error in units in the last place of a dtype."""
     info = torch.finfo(dtype)
     unit = exact.abs().clamp(min=info.smallest_normal).log2().floor().exp2() * info.eps
     there = exact.abs() <= info.max
@@ -80,12 +80,12 @@ def uniform(low: float, high: float) -> Tensor:
 
 
 def sizes(low: float, high: float) -> Tensor:
-    """As many of each order of magnitude."""
+    """Returns log-uniform magnitudes."""
     return uniform(math.log(low), math.log(high)).exp()
 
 
 Function = Callable[[Tensor], Tensor]
-# Function, torch's, numbers, and ULP at most; that of a GPU's powers of 2 may be 2 themselves.
+# Function, torch's function, inputs, and the limit in ULP; a GPU's exp2 has up to 2 ULP itself.
 CASES: dict[str, tuple[Any, Function, Function, float]] = {
     "exp": (arithmetic.exp, torch.exp, lambda: uniform(-87, 88.7), 4),
     "exp near 0": (arithmetic.exp, torch.exp, lambda: uniform(-1, 1), 3),
@@ -106,14 +106,14 @@ CASES: dict[str, tuple[Any, Function, Function, float]] = {
 
 
 @pytest.mark.parametrize(("function", "of_torch", "numbers", "most"), CASES.values(), ids=CASES)
-def test_of_float32(function: Any, of_torch: Function, numbers: Any, most: float) -> None:
+def test_float32(function: Any, of_torch: Function, numbers: Any, most: float) -> None:
     x = numbers()
     assert ulps(of(function, x), of_torch(x.double())) <= most
 
 
 @pytest.mark.parametrize("name", ["exp", "log", "log1p", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
-def test_at_the_ends(name: str, dtype: torch.dtype) -> None:
+def test_limits_of_the_domain(name: str, dtype: torch.dtype) -> None:
     inf, nan = math.inf, math.nan
     given = [0.0, -0.0, inf, -inf, nan, 1.0, -1.0, -2.0, 1e-37, 1e30, -1e30, 88.72283, 89.0, -200.0]
     if name == "log1p":
@@ -148,13 +148,13 @@ half = pytest.mark.parametrize(
 
 
 def every_number(dtype: torch.dtype) -> Tensor:
-    """Whose cube float32 can hold, and which is not subnormal there."""
+    """Returns all numbers of a dtype whose cubes are normal float32 numbers."""
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     return x.where((x.double().abs() < 1e12) & (x.double().abs() > 1e-37), 0)
 
 
 def of_formula(name: str, x: Tensor, grad_output: Tensor | None = None) -> Tensor:
-    """Before it is rounded."""
+    """Returns the unrounded result of a formula."""
     out = torch.empty_like(x, dtype=torch.float32)
     program = kernels()[name].programs[grad_output is not None]
     formula = program.kernel("triton", formula_of)
@@ -165,10 +165,10 @@ def of_formula(name: str, x: Tensor, grad_output: Tensor | None = None) -> Tenso
 @half
 @pytest.mark.parametrize("name", IN_HALF)
 def test_every_number_of_half_precision(name: str, dtype: torch.dtype) -> None:
-    """A twentieth of what numbers are apart, at most."""
+    """Checks that the error is at most 1/20 of the spacing of half-precision numbers."""
     x = every_number(dtype)
     got, exact = of_formula(name, x).double(), IN_HALF[name](x.double())
-    if DEVICE != "cpu":  # a GPU's exp2 gives zero where the result is subnormal
+    if DEVICE != "cpu":  # a GPU's exp2 flushes subnormal results to zero
         got = got.where(exact.abs() > 1e-36, exact)
     assert ulps(got, exact, dtype) <= 0.05
 
@@ -176,7 +176,7 @@ def test_every_number_of_half_precision(name: str, dtype: torch.dtype) -> None:
 @half
 @pytest.mark.parametrize("name", ["softcap", "silu", "gelu", "gelu_tanh"])
 def test_every_slope_of_half_precision(name: str, dtype: torch.dtype) -> None:
-    """The same where nothing cancels."""
+    """Checks derivatives likewise, except where terms cancel."""
     x = every_number(dtype)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(IN_HALF[name](leaf).sum(), leaf)

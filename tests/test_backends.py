@@ -1,4 +1,4 @@
-"""Which kernels a call takes, PYFUSED_BACKEND, and what the Triton kernels do in their own way."""
+"""The choice of a backend, PYFUSED_BACKEND, and behaviour particular to the Triton kernels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_triton_takes_cpu_tensors_only_when_interpreted() -> None:
 
 
 @pytest.mark.cpu
-def test_a_missing_triton_is_named() -> None:
+def test_the_reason_names_a_missing_triton() -> None:
     hidden = "import importlib.util as u\nfind = u.find_spec\n"
     hidden += "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
     refused = run(hidden + CALL, PYFUSED_BACKEND="triton", TRITON_INTERPRET="1")
@@ -69,7 +69,7 @@ def test_a_missing_triton_is_named() -> None:
 
 
 @pytest.mark.cpu
-def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_names_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     reason = backends._without_triton.__wrapped__(torch.device("cuda"))
@@ -77,8 +77,10 @@ def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.cpu
-def test_a_triton_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It compiles its driver's module when it starts; a container may have no C compiler."""
+def test_the_reason_names_the_error_if_triton_cannot_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton compiles its driver's module when it starts; a container may have no C compiler."""
     runtime = pytest.importorskip("triton.runtime")
 
     class Driver:
@@ -95,7 +97,7 @@ def test_a_triton_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("version", [*versions.TORCH_OF_TRITON, "3.7.1+gitabcdef", "3.10.0"])
-def test_every_triton_since_the_oldest_is_supported(
+def test_all_versions_since_the_oldest_supported_triton_are_supported(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("triton")
@@ -111,7 +113,7 @@ def test_the_triton_that_a_torch_requires() -> None:
 
 @pytest.mark.cpu
 def test_both_backends_implement_the_protocol() -> None:
-    """Beside mypy, which compares the types too; a backend may have further parameters."""
+    """Compares names and parameters; mypy also compares types. More parameters are allowed."""
     pytest.importorskip("triton")
     from pyfused.backends import triton
 
@@ -139,7 +141,7 @@ def test_the_first_class_index_out_of_range_is_named(step: int, invalid: int) ->
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("linear", [False, True])
-def test_a_wrong_class_index_is_named_without_kernels(
+def test_an_invalid_class_index_is_named_without_kernels(
     linear: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "MISSING", "no kernels")
@@ -156,7 +158,7 @@ def test_an_unknown_backend_is_an_error_that_names_the_known() -> None:
 
 
 @pytest.mark.cpu
-def test_torch_takes_every_call_where_it_is_forced(
+def test_backend_torch_runs_no_kernel(
     monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
 ) -> None:
     monkeypatch.setattr(backends, "FORCED", "torch")
@@ -169,7 +171,7 @@ def test_torch_takes_every_call_where_it_is_forced(
 
 @pytest.mark.cpu
 @pytest.mark.thresholds
-def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_backend_runs_kernels_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small = torch.randn(6, 5)
     assert dispatch.is_small(RELU, (small,))
     monkeypatch.setattr(sizes, "FORCED", "cpu")
@@ -178,7 +180,7 @@ def test_a_forced_backend_takes_calls_of_any_size(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.cpu
-def test_a_forced_backend_takes_the_smallest_call() -> None:
+def test_a_forced_backend_runs_a_kernel_for_the_smallest_call() -> None:
     code = """
         import torch
         from pyfused.backends import cpu
@@ -216,7 +218,7 @@ def test_an_out_of_range_target_gives_nan_and_no_gradient(
         torch.testing.assert_close(got.value[1:], expected.value[1:])
     else:
         assert bool(got.value.isnan())
-    if shape[0] > 1 or reduction != "mean":  # a mean over nothing is torch's NaN
+    if shape[0] > 1 or reduction != "mean":  # the mean of no elements is NaN, as in torch
         torch.testing.assert_close(got.gradients, expected.gradients)
     assert torch.equal(got.gradients[0][0], torch.zeros_like(logits[0]))
 
@@ -225,7 +227,7 @@ def test_an_out_of_range_target_gives_nan_and_no_gradient(
 
 
 @pytest.mark.parametrize("shape", [(40, 5), (2, 300), (3, 5, 17)], ids=str)
-def test_the_same_bits_in_every_run(shape: tuple[int, ...], target_kind: str) -> None:
+def test_results_are_bitwise_reproducible(shape: tuple[int, ...], target_kind: str) -> None:
     logits = torch.randn(shape, requires_grad=True)
     target = torch.randn(shape).softmax(1)
     if target_kind == "index":
@@ -239,13 +241,13 @@ def test_the_same_bits_in_every_run(shape: tuple[int, ...], target_kind: str) ->
 
 # ---- programs that nobody compiled --------------------------------------------------------------
 
-# The places of a program's values: four operands, five results, registers, and constants.
+# The slots of a program: four operands, five results, registers, and constants.
 FIRST = program.CONSTANTS
 MUL = ("mul", 4, (0, 1))
 
 
 @pytest.mark.cpu
-def test_the_limits_of_programs_are_those_of_the_kernels() -> None:
+def test_limits_of_programs_match_the_kernels() -> None:
     limits = cpu.native.program_registers, cpu.native.program_constants
     assert limits == (program.MOST_REGISTERS, program.MOST_CONSTANTS)
 
@@ -271,7 +273,7 @@ def test_instructions_are_checked(instruction: Any, words: str) -> None:
 
 @pytest.mark.cpu
 def test_a_prologue_and_constants_are_checked() -> None:
-    """The prologue reads and writes constants."""
+    """A prologue reads and writes constants."""
     words = f"neg: .*: expected a place from {FIRST} to {FIRST}, got"
     for result, operand in ((FIRST - 1, FIRST), (FIRST, FIRST + 1), (4, FIRST), (FIRST, 0)):
         with pytest.raises(ValueError, match=words):
@@ -307,7 +309,7 @@ def test_a_program_of_a_gradient_needs_its_memory() -> None:
 def test_instructions_on_constants_read_one_element(
     name: str, places: tuple[int, ...], value: float, isa: str
 ) -> None:
-    """Those which look at all elements before they choose a loop read no memory beyond either."""
+    """Instructions that inspect all elements to choose a loop do not read beyond a constant."""
     n = 1000
     x, out = torch.full((n,), value).pow(value + 1), torch.empty(n)
     program = cpu.native.Program([], [(name, 4, places)], [0.0, value], 0)
@@ -319,7 +321,7 @@ def test_instructions_on_constants_read_one_element(
     torch.testing.assert_close(out, expected.expand(n))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.13's compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch 2.13's compiler
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="to torch 2.11 it is an exported call")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_head(

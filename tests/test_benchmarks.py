@@ -1,4 +1,4 @@
-"""What the benchmarks do beside timing: steps of a loop, the table of sizes, and reports."""
+"""Tests of the benchmarks: training steps, shapes of the sweep, and reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pyfused.dispatch import sizes
 from pyfused.ops.operators import CROSS_ENTROPY
 
 
-def test_each_step_frees_the_gradient_that_it_made_last() -> None:
+def test_each_step_frees_the_previous_gradient() -> None:
     seen: list[tuple[Tensor, Tensor | None]] = []
 
     def relu(input: Tensor, **_: object) -> Tensor:
@@ -40,7 +40,7 @@ def test_each_step_frees_the_gradient_that_it_made_last() -> None:
     one()
     (first, _), (second, _), (again, gradient) = seen
     assert first is again
-    assert gradient is None  # it was freed before the call, within the step
+    assert gradient is None  # the step frees it before the call
     assert first is not second
     assert first.data_ptr() == second.data_ptr() == arguments.input.data_ptr()
     assert first.grad is not None
@@ -48,7 +48,7 @@ def test_each_step_frees_the_gradient_that_it_made_last() -> None:
     assert arguments.input.grad is None
 
 
-def test_a_wrong_result_is_not_timed() -> None:
+def test_wrong_results_are_not_timed() -> None:
     case = Case("relu", (100,))
     wrong = SimpleNamespace(relu=lambda input: TORCH.relu(input) * 1.01)
     assert_correct(case, draw(case), TORCH)
@@ -59,7 +59,7 @@ def test_a_wrong_result_is_not_timed() -> None:
 # ---- the sweep -----------------------------------------------------------------------------------
 
 
-def test_a_call_is_slower_beyond_the_spread_and_what_a_call_of_aten_may_cost() -> None:
+def test_slower_requires_a_difference_beyond_spread_and_overhead() -> None:
     assert sweep.slower(([1.0, 1.0, 1.1], [1.2, 1.2, 1.3]), 0.95)
     assert not sweep.slower(([1.0, 1.0, 1.1], [1.02, 1.02, 1.1]), 0.95)
     assert not sweep.slower(([1.0, 1.3, 1.3], [1.2, 1.2, 1.3]), 0.95)  # within the spread
@@ -68,7 +68,7 @@ def test_a_call_is_slower_beyond_the_spread_and_what_a_call_of_aten_may_cost() -
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "softmax", "mse_loss", "relu"])
-def test_a_seed_draws_the_same_calls_again(op: str) -> None:
+def test_a_seed_repeats_the_calls(op: str) -> None:
     one, other = (list(sweep.drawn(op, torch.float32, 30, random.Random(3))) for _ in range(2))
     assert one == other
     dims = {len(case.shape) for case in one}
@@ -81,7 +81,7 @@ def test_a_seed_draws_the_same_calls_again(op: str) -> None:
 
 @pytest.mark.thresholds
 @pytest.mark.parametrize("how", [sweep.CALLED, sweep.PATCHED])
-def test_a_sweep_times_torch_beside_the_kernels(how: str, kernel_calls: KernelCalls) -> None:
+def test_a_sweep_times_torch_and_the_kernels(how: str, kernel_calls: KernelCalls) -> None:
     case = Case("sigmoid", (1 << 22,))
     sweep.drawn_and_checked(case)
     theirs, ours = sweep.both(case, cases.FORWARD, how)
@@ -92,7 +92,7 @@ def test_a_sweep_times_torch_beside_the_kernels(how: str, kernel_calls: KernelCa
     assert kernel_calls["sigmoid"]
 
 
-def test_the_smallest_calls_that_kernels_take_are_swept() -> None:
+def test_a_sweep_includes_the_smallest_calls_with_kernels() -> None:
     many, few = sizes.limits(CROSS_ENTROPY, True)
     swept = {case.shape[1]: case for case in sweep.edges("cross_entropy", torch.float32)}
     assert many <= swept[1000].elements < many + 1000
@@ -112,7 +112,7 @@ def found_on(**info: object) -> report.Found:
     }
 
 
-def test_machines_of_other_instruction_sets_have_folders_of_their_own() -> None:
+def test_results_are_separated_by_instruction_set() -> None:
     assert report.slug(found_on()) == "amd-epyc-2-cores-x86-64-v3"
     assert report.slug(found_on(isa="x86-64-v4")) == "amd-epyc-2-cores-x86-64-v4"
     assert report.slug(found_on(threads=1)) == "amd-epyc-2-cores-1-threads-x86-64-v3"
@@ -151,8 +151,8 @@ def test_a_command_has_its_function(words: str) -> None:
     assert callable(function)
 
 
-def test_a_report_gives_gigabytes_a_second_beside_the_share_of_a_copy() -> None:
-    case = Case("mse_loss", (1 << 20,))  # reads two tensors and writes a gradient: 12 MiB
+def test_a_report_has_bandwidth_and_its_fraction_of_a_copys() -> None:
+    case = Case("mse_loss", (1 << 20,))  # reads two tensors, writes a gradient: 12 MiB
     peers = {
         name: report.peer([ms] * 3, [2.0] * 3) for name, ms in (("torch", 10.0), ("copy", 1.0))
     }

@@ -1,4 +1,4 @@
-"""nll_loss, multi_margin_loss and cross_entropy's gamma: losses of class indices, row by row."""
+"""nll_loss, multi_margin_loss, multilabel_margin_loss and cross_entropy with gamma."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pyfused import functional as fused
 close = torch.testing.assert_close
 REDUCTIONS = ["none", "mean", "sum"]
 WEIGHTED = [False, True]
-# Rows of few classes and of many, of more than a chunk; positions side by side.
+# Rows of few classes, of many, and of more than a chunk; contiguous positions.
 SHAPES = [(7,), (6, 5), (7, 300), (3, 2100), (2, 21, 5, 7), (300, 3), (4, 1), (2, 150, 9)]
 if interpreter.ON:
     SHAPES = [(7,), (6, 5), (3, 300), (2, 90), (2, 21, 5, 3), (40, 3), (4, 1), (1, 150, 9)]
@@ -47,7 +47,7 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Extended:
-    """(positions, classes)"""
+    """Reshapes (N, C, d1, ..., dk) to rows of classes."""
     wide = extended(x)
     return wide[None] if wide.ndim == 1 else np.moveaxis(wide, 1, -1).reshape(-1, wide.shape[1])
 
@@ -145,7 +145,7 @@ def test_closed_form(
 
 @pytest.mark.interpreted
 @grid(shape=SHAPES[:4], dtype=FLOATS, reduction=REDUCTIONS, isa=ISAS)
-def test_labels_in_closed_form(
+def test_multilabel_closed_form(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     reduction: str,
@@ -156,7 +156,7 @@ def test_labels_in_closed_form(
     rows = target.view(-1, size)
     rows[-1] = torch.arange(size).roll(3)
     rows[-1, size // 2] = -1
-    rows[0, : size // 2] = 1  # a class that is a target many times
+    rows[0, : size // 2] = 1  # a class that is repeated in the targets
     got = evaluate(lambda x: fused.multilabel_margin_loss(x, target, reduction=reduction), x)
     calls = 2 if reduction == "none" or dtype is torch.float16 else 1
     assert kernel_calls["multilabel_margin_loss"] == calls
@@ -182,15 +182,15 @@ def test_labels_in_closed_form(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_class_that_is_right_and_one_that_is_hopeless(loss: str) -> None:
-    """Where nothing is missing gamma's power is 0, and where all is, exponentials underflow."""
+def test_gamma_with_probabilities_of_one_and_zero(loss: str) -> None:
+    """(1 - p)^gamma is 0 for p = 1; exponentials underflow for p near 0."""
     name, _, options, of_torch = LOSSES[loss]
     x = torch.tensor([[200.0, 0.0, -50.0], [-300.0, 0.0, 1.0]]).requires_grad_()
     target = torch.tensor([0, 0])
     got = evaluate(lambda x: getattr(fused, name)(x, target, **options), x)
     wide = evaluate(lambda x: of_torch(x, target, **options), x, convert=Tensor.double)
     close(got.value, wide.value.float())
-    gradient = wide.gradients[0].float().nan_to_num(0.0)  # of torch's 0 ** gamma
+    gradient = wide.gradients[0].float().nan_to_num(0.0)  # NaN from torch's 0 ** gamma
     close(got.gradients[0], gradient)
 
 
@@ -247,7 +247,7 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
 
 @pytest.mark.cpu
 @grid(case=WRONG, grad=[False, True])
-def test_errors_are_torchs_and_say_more(case: str, grad: bool) -> None:
+def test_errors_have_torchs_type_and_more_detail(case: str, grad: bool) -> None:
     name, (input, *rest), options, told = WRONG[case]
     input = input.clone().requires_grad_(grad)
     kinds = IndexError, RuntimeError, TypeError, ValueError
@@ -267,7 +267,9 @@ GAMMAS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("options", "error", "told"), GAMMAS, ids=str)
-def test_gamma_out_of_place(options: dict[str, Any], error: type[Exception], told: str) -> None:
+def test_unsupported_uses_of_gamma(
+    options: dict[str, Any], error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         fused.cross_entropy(X, Y, **options)
     if "label_smoothing" not in options and options["gamma"] != "2":
@@ -291,7 +293,7 @@ def test_multilabel_soft_margin_loss_warns_once_of_deprecated_arguments() -> Non
 def test_multilabel_soft_margin_loss_of_two_dtypes(
     dtypes: tuple[torch.dtype, torch.dtype], weight: torch.dtype | None
 ) -> None:
-    """It computes in the wider one, as torch does, and returns torch's dtype."""
+    """Computes in the wider dtype and returns torch's dtype."""
     first, second = dtypes
     x, y = torch.randn(64, 50).to(first), torch.rand(64, 50).to(second)
     w = None if weight is None else torch.rand(50).to(weight)
@@ -311,7 +313,7 @@ def test_rmse_errors() -> None:
     assert torch.equal(gradient, torch.zeros(6, 5))
 
 
-def test_focal_targets_that_are_all_ignored_get_no_gradient() -> None:
+def test_gamma_with_only_ignored_targets() -> None:
     x = torch.randn(40, requires_grad=True)
     fused.sigmoid_focal_loss(x, torch.zeros(40), ignore_index=0, reduction="mean").backward()
     assert x.grad is not None

@@ -1,4 +1,4 @@
-"""torch.compile: one graph, with pyfused's operator where it is the faster one; torch.export."""
+"""torch.compile uses custom operators where they are faster, without graph breaks; torch.export."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyfused.dispatch import sizes
 from pyfused.ops.custom_operators import NAMESPACE
 
 pytestmark = [
-    # torch 2.13 compiles with functions that Python 3.11 and later have deprecated.
+    # torch 2.13's compiler uses functions that are deprecated in Python 3.11 and later.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.usefixtures("compiled_always"),
 ]
@@ -48,7 +48,7 @@ Step = Callable[[Any, Tensor], Tensor]
 
 
 class Graphs:
-    """Compiles as Inductor does but for its code, and keeps the names of pyfused's operators."""
+    """A compiler backend like Inductor without code generation; records custom operators."""
 
     def __init__(self) -> None:
         self.operators: list[str] = []
@@ -72,8 +72,8 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
     close(got.gradients, expected.gradients)
 
 
-def assert_torchs(step: Step, x: Tensor, backend: Any = "aot_eager", **options: Any) -> None:
-    """Value and gradient of a step, compiled as one graph, are those of eager torch."""
+def assert_equals_eager(step: Step, x: Tensor, backend: Any = "aot_eager", **options: Any) -> None:
+    """Compiles a step as one graph, and compares value and gradient with eager torch."""
     compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend=backend, **options)
     x = x.detach().requires_grad_()
     assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x), x))
@@ -81,13 +81,13 @@ def assert_torchs(step: Step, x: Tensor, backend: Any = "aot_eager", **options: 
 
 # ---- every operator ------------------------------------------------------------------------------
 
-# The losses that are a custom operator of this name where they are large, or of their part's.
+# Losses whose large calls are a custom operator, and the operator's name.
 CUSTOM = {name: name for name in sizes.COMPILED if name not in (*sizes.OF_LOGITS, *sizes.LINEAR)}
 CUSTOM |= {
     "rmse_loss": "mse_loss",
     "multilabel_soft_margin_loss": "binary_cross_entropy_with_logits",
 }
-# A mean of kl_div warns, and losses that are not reduced are left to Inductor.
+# The mean of kl_div warns; losses without reduction are left to Inductor.
 WITH_REDUCTION = {"kl_div": "kl_div-batchmean", "sigmoid_focal_loss": "sigmoid_focal_loss-sum"}
 FAMILIES = "mse_loss", "nll_loss", "triplet_margin_loss", "multilabel_margin_loss"
 
@@ -109,7 +109,7 @@ def test_a_large_loss_is_an_operator(
     op: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls
 ) -> None:
     step = step_of(op)
-    assert_torchs(
+    assert_equals_eager(
         lambda f, x: 3 * step(f, x * 0.5 + 0.25), example(op).first, graphs.backend, dynamic=dynamic
     )
     assert sorted(graphs.operators) == [CUSTOM[op], f"{CUSTOM[op]}_backward"]
@@ -118,12 +118,12 @@ def test_a_large_loss_is_an_operator(
 
 @pytest.mark.parametrize("op", ["relu", "swiglu", "softmax"])
 def test_an_activation_is_never_an_operator(op: str, graphs: Graphs) -> None:
-    assert_torchs(step_of(op), example(op).first, graphs.backend)
+    assert_equals_eager(step_of(op), example(op).first, graphs.backend)
     assert not graphs.operators
 
 
 class Checked(torch.fx.Interpreter):
-    """Runs a graph and holds each of pyfused's operators to torch's rules for operators."""
+    """Runs a graph with torch's opcheck on each custom operator."""
 
     def __init__(self, graph: torch.fx.GraphModule, found: list[str]) -> None:
         super().__init__(graph)
@@ -137,7 +137,7 @@ class Checked(torch.fx.Interpreter):
 
 
 def assert_registered(step: Callable[..., Any], *inputs: Tensor) -> None:
-    """Eager autograd sees the graph of a call, and its backward pass as another graph."""
+    """Checks that eager autograd runs forward and backward as two graphs with our operators."""
     found: list[str] = []
     eager = torch.compile(step, fullgraph=True, backend=lambda graph, _: Checked(graph, found).run)
     eager(*inputs)
@@ -159,7 +159,7 @@ CHECKED = (
 
 
 @taken
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised by opcheck
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(name: str) -> None:
     call = EXAMPLES[name].call(shape=(N, C))
@@ -188,7 +188,7 @@ def test_opcheck_of_strides_and_half_precision(op: str, layout: Callable[[Tensor
 @taken
 @pytest.mark.slow
 def test_the_first_compiled_call_of_a_process() -> None:
-    """It registers the operators while the compiler traces it."""
+    """Custom operators are registered while the compiler traces the call."""
     done = python("""
         import torch
         from pyfused import functional as fused
@@ -220,7 +220,7 @@ CALLS: dict[str, Step] = {
 @pytest.mark.parametrize(
     ("name", "dynamic"), [*((name, False) for name in CALLS), ("mean", True), ("kdim", True)]
 )
-def test_forward_and_backward_take_the_operator(
+def test_forward_and_backward_use_the_operator(
     name: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls
 ) -> None:
     step = CALLS[name]
@@ -244,10 +244,10 @@ GPU_CALLS: dict[str, tuple[int, Any, str | None]] = {
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(("rows", "call", "operator"), GPU_CALLS.values(), ids=GPU_CALLS.keys())
-def test_large_logits_on_a_gpu_take_the_operator(
+def test_large_logits_on_a_gpu_use_the_operator(
     rows: int, call: Any, operator: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced with fake tensors, which ask for no GPU."""
+    """Traces with fake tensors, which need no GPU."""
     found: set[str] = set()
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -268,7 +268,7 @@ def test_large_logits_on_a_gpu_take_the_operator(
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "mse_loss"])
-def test_each_side_of_the_limit_has_its_program(
+def test_small_and_large_calls_are_compiled_separately(
     op: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sizes.COMPILED, op, (5 * C, sizes.NEVER))
@@ -282,16 +282,16 @@ def test_each_side_of_the_limit_has_its_program(
 
 @pytest.mark.parametrize("op", ["cross_entropy", "mse_loss"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_a_small_call_is_torchs(
+def test_a_small_call_uses_torchs_function(
     op: str, dynamic: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sizes.COMPILED, op, (N * C + 1, N * C + 1))
     step: Step = lambda f, x: getattr(f, op)(x, SOFT)  # noqa: E731
-    assert_torchs(step, torch.randn(N, C), graphs.backend, dynamic=dynamic)
+    assert_equals_eager(step, torch.randn(N, C), graphs.backend, dynamic=dynamic)
     assert not graphs.operators
 
 
-def test_a_compiled_gradient_has_memory_of_its_own() -> None:
+def test_a_compiled_gradient_does_not_alias_other_tensors() -> None:
     def step(x: Tensor) -> Tensor:
         return fused.cross_entropy(x * 2, INDICES, inplace=True)
 
@@ -310,8 +310,8 @@ WARNING: dict[str, Step] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("step", WARNING.values(), ids=WARNING.keys())
-def test_what_warns_is_one_graph(step: Step) -> None:
-    """Operands that broadcast, and deprecated arguments; the compiler cannot trace a warning."""
+def test_warnings_cause_no_graph_break(step: Step) -> None:
+    """Broadcasting operands and deprecated arguments warn, which the compiler cannot trace."""
     x = torch.randn(N, C, requires_grad=True)
     compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend="aot_eager")
     got, expected = evaluate(compiled, x), evaluate(lambda x: step(torch.nn.functional, x), x)
@@ -333,7 +333,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
-def test_function_transforms_take_torchs(transform: Any, graphs: Graphs) -> None:
+def test_function_transforms_use_torchs_function(transform: Any, graphs: Graphs) -> None:
     def step(functional: Any, x: Tensor) -> Tensor:
         loss = lambda x: functional.cross_entropy(x, INDICES)  # noqa: E731
         return transform(loss)(x if transform is not torch.func.vmap else x.expand(2, N, C))
@@ -354,7 +354,7 @@ def test_a_lazily_negated_input() -> None:
 
 # ---- calls that take no operator -----------------------------------------------------------------
 
-WEIGHTS = torch.randint(-4, 5, (C, C)).float()  # whose products are exact in any order
+WEIGHTS = torch.randint(-4, 5, (C, C)).float()  # exact products in any order
 TARGET = torch.randint(-4, 5, (N, C)).float()
 HALF = TARGET.bfloat16()
 NONE: dict[str, Step] = {
@@ -369,8 +369,8 @@ NONE: dict[str, Step] = {
 
 
 @pytest.mark.parametrize("step", NONE.values(), ids=NONE.keys())
-def test_calls_that_take_no_operator(step: Step, graphs: Graphs) -> None:
-    assert_torchs(step, torch.randn(N, C), graphs.backend)
+def test_calls_without_a_custom_operator(step: Step, graphs: Graphs) -> None:
+    assert_equals_eager(step, torch.randn(N, C), graphs.backend)
     assert not graphs.operators
 
 
@@ -382,14 +382,14 @@ WARNED: dict[str, Step] = {
 
 @pytest.mark.filterwarnings("ignore:(reduction|size_average):UserWarning")
 @pytest.mark.parametrize("step", WARNED.values(), ids=WARNED.keys())
-def test_a_warning_is_torchs(step: Step, graphs: Graphs) -> None:
-    assert_torchs(step, torch.randn(N, C), graphs.backend)
+def test_warnings_equal_torchs(step: Step, graphs: Graphs) -> None:
+    assert_equals_eager(step, torch.randn(N, C), graphs.backend)
     assert not graphs.operators
 
 
-def test_a_small_composed_loss_is_torchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits as torch's compiled function, of half precision too: not those of a part."""
-    monkeypatch.undo()  # sizes are those of users
+def test_a_small_composed_loss_uses_torchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results have the bits of torch's compiled function, also in half precision."""
+    monkeypatch.undo()  # restores the sizes of normal use
     ours, of_torch = (
         torch.compile(f.multilabel_soft_margin_loss, fullgraph=True, backend="aot_eager")
         for f in (fused, torch.nn.functional)
@@ -410,7 +410,7 @@ MARGIN: dict[str, Step] = {
         x.bfloat16(), LABELS
     ),
 }
-# What follows the first -1 does not count; a decomposition of torch's counts it.
+# Targets after the first -1 are ignored, but not by torch's decomposition.
 LABELS = torch.tensor([[1, 2, -1, 5, 0, 3, 4], [0, -1, 1, 2, 3, 4, 5]]).repeat(N // 2, 1)
 
 
@@ -418,7 +418,7 @@ LABELS = torch.tensor([[1, 2, -1, 5, 0, 3, 4], [0, -1, 1, 2, 3, 4, 5]]).repeat(N
 def test_multilabel_margin_loss_is_an_operator_in_any_size_and_reduction(
     step: Step, kernel_calls: KernelCalls
 ) -> None:
-    assert_torchs(step, torch.randn(N, C))
+    assert_equals_eager(step, torch.randn(N, C))
     assert kernel_calls["multilabel_margin_loss"]
 
 
@@ -437,7 +437,7 @@ def test_a_second_derivative_where_the_compiler_leaves_autograd_alone(op: str) -
     close(second(compiled), second(lambda x: step(F, x)))
 
 
-def test_both_operands_take_gradients() -> None:
+def test_gradients_of_both_operands() -> None:
     x, target = torch.randn(N, C, requires_grad=True), TARGET.t().contiguous().t().requires_grad_()
     compiled = torch.compile(fused.mse_loss, fullgraph=True, backend="aot_eager")
     got, expected = evaluate(compiled, x, target), evaluate(F.mse_loss, x, target)
@@ -471,14 +471,14 @@ def test_inductor(kernel_calls: KernelCalls) -> None:
     assert kernel_calls == {"mse_loss": 2, "smooth_l1_loss": 2}
 
 
-def test_operators_are_named_by_the_version() -> None:
-    """As keys of programs on disk are made of these names."""
+def test_names_of_custom_operators_contain_the_version() -> None:
+    """The keys of compiled programs on disk depend on these names."""
     assert f"pyfused_{pyfused.__version__.replace('.', '_')}" == NAMESPACE
 
 
 @pytest.mark.large
 def test_a_program_of_another_version_is_not_reused(tmp_path: Path) -> None:
-    """Inductor and AOTAutograd keep programs on disk, by what is in their graphs."""
+    """Inductor and AOTAutograd cache programs on disk, with keys that depend on their graphs."""
     code = """
         import torch
         from importlib.machinery import SourceFileLoader
@@ -550,7 +550,7 @@ def test_patched_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @taken
 @pytest.mark.slow
 def test_code_patched_before_the_compiler_is_imported() -> None:
-    """torch.compile knows torch's functions by name, and learns these names at its first use."""
+    """torch.compile builds its table of torch's functions at its first use."""
     code = """
 import sys, torch, pyfused
 assert "torch._dynamo" not in sys.modules

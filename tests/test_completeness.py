@@ -1,4 +1,4 @@
-"""What a new operator needs beside its kernels: `pytest -k name_of_it` says what was forgotten."""
+"""Checks that a new operator is complete; `pytest -k name_of_it` names missing parts."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_entry_in_the_documentation(op: Operator) -> None:
 
 
 @every_operator
-def test_what_tests_need(op: Operator) -> None:
-    """A definition for the tests of its family, and values of each argument for test_fuzz.py."""
+def test_samples_for_tests(op: Operator) -> None:
+    """A family's tests need a definition, and test_fuzz.py needs values of each argument."""
     assert op.name in SAMPLES or not isinstance(op, (Activation, PointwiseLoss))
     operands = [operand.name for operand in (*op.operands, TOKEN_WEIGHT)]
     arguments = inspect.signature(getattr(functional, op.name)).parameters
@@ -60,7 +60,7 @@ def test_what_tests_need(op: Operator) -> None:
         assert values_of(op, name)
 
 
-def test_nothing_else_is_listed() -> None:
+def test_only_operators_are_listed() -> None:
     assert pyfused.functional is functional
     assert pyfused.nn is nn
     with_metrics = ["cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"]
@@ -80,15 +80,15 @@ def test_nothing_else_is_listed() -> None:
     f"torch=={torch.__version__.partition('+')[0]}\n" not in (ROOT / "constraints.txt").read_text(),
     reason="another torch may decompose its operators otherwise",
 )
-def test_printed_files_are_current() -> None:
+def test_generated_files_are_current() -> None:
     printed = runpy.run_path(str(ROOT / "tools" / "formulas.py"))["printed"]()
     for path, text in printed.items():
         assert path.read_text("utf-8") == text, f"{path.name}: run make formulas"
 
 
 @every_operator
-def test_what_is_printed(op: Operator) -> None:
-    """Says which operator it is of whose declaration the printed files do not know."""
+def test_generated_files_contain_the_operator(op: Operator) -> None:
+    """Names the operator that is missing in a generated file."""
     kernels = op.kernels if isinstance(op, (Activation, PointwiseLoss)) else {}
     words = {
         "csrc/formulas.inc": [f'X("{name}", ' for name in kernels],
@@ -102,7 +102,7 @@ def test_what_is_printed(op: Operator) -> None:
 
 @every_operator
 def test_function_has_the_arguments_of_its_declaration(op: Operator) -> None:
-    """In the order and with the defaults of torch's function, or of what is declared."""
+    """Arguments have the order and the defaults of torch's function, or of the declaration."""
     accepted = parameters_of(getattr(functional, op.name))
     accepted.pop("inplace", None)
     if isinstance(op, (Activation, PointwiseLoss, Composed)):

@@ -1,6 +1,6 @@
 """The contract of every operator: values, dtypes, memory, empty inputs, plans, threads and modules.
 
-Each test makes calls of `catalogue.py`, which has some of every declared operator.
+The tests make the calls that `catalogue.py` has for every declared operator.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ close = torch.testing.assert_close
 
 
 def rearranged(call: Call, layout: Layout, others: Layout | None = None) -> Call:
-    """The same call with all tensors, and grad_output, in other memory."""
+    """Returns the call with all tensors and grad_output copied to another layout."""
     first, *names = call.tensors
     chosen = {first: layout} | dict.fromkeys(names, others or layout)
     given = {name: chosen[name](x.detach()) for name, x in call.tensors.items() if x.numel() > 1}
@@ -65,16 +65,16 @@ def rearranged(call: Call, layout: Layout, others: Layout | None = None) -> Call
 def test_values_and_gradients(
     example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
-    """As exact as torch's and of its dtypes, from a kernel."""
+    """Kernels return torch's dtypes, and are as accurate as torch."""
     if example.op.name == "hardsigmoid" and dtype is torch.float64:
         pytest.skip("torch's slope is 1 / 6 as float32 has it")
     call = example.call(dtype)
     check_call(call)
-    assert kernel_calls.total() or "inplace" in call.given  # where torch may be the better one
+    assert kernel_calls.total() or "inplace" in call.given  # torch may be faster in place
 
 
 @every_example
-def test_explain_says_what_is_done(example: Example, kernel_calls: KernelCalls) -> None:
+def test_explain_matches_the_path_of_the_call(example: Example, kernel_calls: KernelCalls) -> None:
     call = example.call()
     arguments = {name: x for name, x in call.given.items() if name != "with_metrics"}
     with warnings.catch_warnings():
@@ -82,13 +82,13 @@ def test_explain_says_what_is_done(example: Example, kernel_calls: KernelCalls) 
         said = pyfused.explain(call.op.name, **arguments)
     call.ours()
     assert said.op == call.op.name
-    if "inplace" not in call.given:  # the leaf that was explained is none to overwrite
+    if "inplace" not in call.given:  # a leaf cannot be overwritten
         assert (said.backend == "torch") == (not kernel_calls.total())
 
 
 @pytest.mark.thresholds
 @every_operator
-def test_a_call_that_may_be_left_to_torch_for_its_size(example: Example) -> None:
+def test_calls_below_the_size_limit(example: Example) -> None:
     call = example.call()
     close(run(call, ours), natively(call))
 
@@ -96,13 +96,13 @@ def test_a_call_that_may_be_left_to_torch_for_its_size(example: Example) -> None
 @every_example
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 2)], ids=str)
 def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
-    """The reduced value of nothing, and gradients of nothing, are torch's."""
+    """Values and gradients of empty inputs equal torch's."""
     if isinstance(example.op, MultiMarginLoss):
         pytest.skip("torch's mean over nothing is what was in memory")
     call = example.call(shape=shape)
     try:
         expected = natively(call)
-    except ERRORS:  # of these dimensions
+    except ERRORS:  # not supported for these dimensions
         assert len(shape) == 3
         return
     close(run(call, ours), expected, equal_nan=True)
@@ -110,17 +110,17 @@ def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
 
 @grid(example=TRIED.values(), dtype=[torch.float32, torch.float64, *HALF])
 def test_autocast(example: Example, dtype: torch.dtype) -> None:
-    """torch's dtypes, and an error that is no larger than torch's, but for roundings."""
+    """Results have torch's dtypes, and errors at most torch's own plus roundings."""
     call = example.call(dtype)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = run(call, ours)
         try:
             native = run(call, catalogue.reference)
-        except (NotImplementedError, RuntimeError):  # torch lacks some in half precision
+        except (NotImplementedError, RuntimeError):  # torch lacks some half-precision operators
             native = natively(call)
     exact = run(converted(call, torch.float64), catalogue.reference)
-    rounded = torch.bfloat16 if "linear" in call.op.name else dtype  # in products
-    if dtype is torch.float64:  # which autocast leaves alone; torch has constants in float32
+    rounded = torch.bfloat16 if "linear" in call.op.name else dtype  # the dtype of matrix products
+    if dtype is torch.float64:  # not affected by autocast; torch has float32 constants
         rounded = torch.float32
     for one, theirs, best in zip(got, native, exact, strict=True):
         assert one.dtype == theirs.dtype
@@ -136,8 +136,8 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("op", sizes.LINEAR)
-def test_a_compiled_head_takes_the_kernels(op: str, kernel_calls: KernelCalls) -> None:
-    """On GPUs too, where Inductor computes other calls: it would make all of the logits."""
+def test_a_compiled_head_uses_the_kernels(op: str, kernel_calls: KernelCalls) -> None:
+    """Applies to GPUs, too: Inductor would materialise all logits."""
     call = EXAMPLES[op].call()
     step = call.of_first(Call.ours, bounded=False)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -158,15 +158,15 @@ def test_a_compiled_head_takes_the_kernels(op: str, kernel_calls: KernelCalls) -
 def test_layouts(
     example: Example, layout: str, shape: tuple[int, ...], kernel_calls: KernelCalls
 ) -> None:
-    """Strides change where values lie, never what comes out; the operands may have different ones.
+    """Results do not depend on strides, which may differ between operands.
 
-    Some layouts repeat values, which a teacher's class indices may not do.
+    Some layouts repeat elements, which a teacher's class indices must not do.
     """
     layouts = SAME_VALUES if example.op is LINEAR_TOPK_KL_DIV else LAYOUTS
     names = [*layouts]
     if layout in layouts:
         other = names[(names.index(layout) + 1) % len(names)]
-        # In the interpreter an example has one layout, and its operands have all beside that.
+        # In the interpreter, an example has one layout, but each operand is tried in all of them.
         for others in names if interpreter.ON else (layout, other):
             check_call(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
         of_rows = isinstance(example.op, MultiMarginLoss) or example.op is COSINE_EMBEDDING_LOSS
@@ -175,7 +175,7 @@ def test_layouts(
 
 
 @every_operator
-def test_a_view_of_the_result_that_works_on_torchs_works_on_ours(example: Example) -> None:
+def test_views_of_results_that_torch_supports(example: Example) -> None:
     call = example.call()
     for layout in SAME_VALUES.values():
         moved = rearranged(call, layout)
@@ -185,7 +185,7 @@ def test_a_view_of_the_result_that_works_on_torchs_works_on_ours(example: Exampl
 
 @every_operator
 def test_memory_beyond_a_view_is_neither_read_nor_written(example: Example) -> None:
-    """NaN all around each tensor: nothing of it in the results, and all of it still there."""
+    """Surrounds each tensor with NaN, which must not reach results and must not change."""
     call, whole = example.call(), {}
     for name, x in call.tensors.items():
         if not x.is_floating_point():
@@ -203,7 +203,7 @@ def test_memory_beyond_a_view_is_neither_read_nor_written(example: Example) -> N
 
 
 @every_operator
-def test_results_have_memory_of_their_own(example: Example) -> None:
+def test_results_do_not_alias(example: Example) -> None:
     call = example.call()
     results, gradients = forward(call, ours)
     seen = {x.untyped_storage().data_ptr() for x in call.tensors.values()}
@@ -217,7 +217,7 @@ def test_results_have_memory_of_their_own(example: Example) -> None:
 
 
 @every_example
-def test_a_replayed_call_has_the_bits_of_the_first(example: Example) -> None:
+def test_a_replayed_plan_gives_the_same_bits(example: Example) -> None:
     one, other = example.call(), example.call()
     with torch.no_grad():
         for x in other.leaves.values():
@@ -236,9 +236,9 @@ def test_the_same_bits_for_every_number_of_threads(
     dtype: torch.dtype,
     threads: Callable[[int], None],
 ) -> None:
-    """But for a library's products of matrices."""
+    """Excludes matrix products of libraries."""
     call, found = example.call(dtype, shape), []
-    for name in ("memory_budget", "deterministic_rows"):  # thousands of small products
+    for name in ("memory_budget", "deterministic_rows"):  # would take thousands of small products
         call.given.pop(name, None)
     for number in (1, 2, 3):
         threads(number)
@@ -253,12 +253,12 @@ def test_the_same_bits_for_every_number_of_threads(
 
 @every_example
 def test_a_module_and_its_copies(example: Example) -> None:
-    """The module of an operator computes what the function does, and so does what is pickled."""
+    """A module and its pickled copies compute the same as the function."""
     call = example.call()
     op, options, by_name, layer = call.op, dict(call.given), {}, {}
     tensors = [options.pop(o.name) for o in op.operands if not o.optional]
     if "reduction" in parameters(op):
-        options.setdefault("reduction", parameters(op)["reduction"])  # a module's may be another
+        options.setdefault("reduction", parameters(op)["reduction"])  # a module's may differ
     if isinstance(op, Divergence):
         by_name = {name: options.pop(name) for name in call.tensors if name in options}
     elif "linear" in op.name:
@@ -266,7 +266,7 @@ def test_a_module_and_its_copies(example: Example) -> None:
         options |= {"in_features": 4, "num_classes": 5, "bias": layer["bias"] is not None}
     try:
         module = getattr(nn, op.module)(**options)
-    except TypeError:  # torch's constructor has no such argument, nor has one a function's metrics
+    except TypeError:  # an argument that the module lacks
         assert hasattr(torch.nn, op.module) or "with_metrics" in options
         return
     for name, x in layer.items():

@@ -1,6 +1,6 @@
-"""The contract of every operator with autograd: graphs kept, shared, hooked and differentiated.
+"""The contract of every operator with autograd: retained, shared, hooked and differentiated graphs.
 
-Each test makes calls of `catalogue.py`, which has some of every declared operator.
+The tests make the calls that `catalogue.py` has for every declared operator.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 
-# torch compiles its own forward-mode decompositions with torch.jit when they are first used.
+# torch compiles its forward-mode decompositions with torch.jit at their first use.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 close = torch.testing.assert_close
@@ -60,7 +60,7 @@ def above(value: Tensor, grad_output: Tensor | None = None) -> Tensor:
 
 
 def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
-    """The differentiated arguments as results of a graph: the leaves times a factor."""
+    """Returns the differentiated arguments as results of a graph: leaves times a factor."""
     return {name: x * factor for name, x in call.leaves.items()}
 
 
@@ -69,15 +69,15 @@ def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.interpreted
 @every_example
-def test_one_number_for_all_results(example: Example) -> None:
-    """expand() makes it a tensor without strides where the result has several elements."""
+def test_an_expanded_grad_output(example: Example) -> None:
+    """expand() returns a tensor with strides of 0 if the result has several elements."""
     call = example.call()
     for number in (0.0, 1.0, -2.5, float("nan"), float("inf")):
         found = [gradients(call, function, torch.tensor(number)) for function in (ours, of_torch)]
         for got, expected in zip(*found, strict=True):
             if math.isfinite(number):
                 close(got, expected)
-            else:  # where one is NaN or infinite the other may be either, but no number but 0
+            else:  # NaN and infinities may differ, and may be 0
                 numbers = [x.isfinite() & (x != 0) for x in (got, expected)]
                 assert torch.equal(*numbers)
 
@@ -85,13 +85,13 @@ def test_one_number_for_all_results(example: Example) -> None:
 @pytest.mark.interpreted
 @every_example
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtype) -> None:
-    """Whoever holds a gradient may write into it, and grad_output is left as it was."""
+def test_backward_twice_through_a_retained_graph(example: Example, dtype: torch.dtype) -> None:
+    """The owner of a gradient may overwrite it, and grad_output is not modified."""
     call = example.call(dtype)
     value = call.ours()
     grad_output = above(value)
     before, first = grad_output.clone(), None
-    if dtype is torch.float32:  # how exact other dtypes are is for test_contract.py to say
+    if dtype is torch.float32:  # test_contract.py checks other dtypes
         first = gradients(call, of_torch)
     for _ in range(3):
         found = torch.autograd.grad(value, [*call.leaves.values()], grad_output, retain_graph=True)
@@ -105,8 +105,8 @@ def test_backward_again_through_a_kept_graph(example: Example, dtype: torch.dtyp
 
 @pytest.mark.interpreted
 @every_example
-def test_each_gradient_alone(example: Example) -> None:
-    """Where one argument requires grad, and one after the other through a kept graph."""
+def test_each_gradient_separately(example: Example) -> None:
+    """One argument requires grad, or gradients are computed one by one through a retained graph."""
     call = example.call()
     expected, value = dict(zip(call.leaves, gradients(call, of_torch), strict=True)), call.ours()
     for name, x in reversed(call.leaves.items()):
@@ -121,7 +121,7 @@ def test_each_gradient_alone(example: Example) -> None:
 
 @pytest.mark.interpreted
 @every_example
-def test_no_gradient_is_wanted(example: Example, kernel_calls: KernelCalls) -> None:
+def test_without_gradients(example: Example, kernel_calls: KernelCalls) -> None:
     call = example.call()
     expected, kept = call.reference().detach(), {n: x.detach() for n, x in call.leaves.items()}
     value = call.ours(**kept)
@@ -138,7 +138,7 @@ def test_no_gradient_is_wanted(example: Example, kernel_calls: KernelCalls) -> N
 
 @every_operator
 def test_inference_tensors_among_the_arguments(example: Example) -> None:
-    """torch may refuse to save one for backward; pyfused may, with its error, or gets it right."""
+    """torch cannot save inference tensors: pyfused raises its error, or is correct."""
     call = example.call()
     first, *others = call.tensors
     with torch.inference_mode():
@@ -156,7 +156,7 @@ def test_inference_tensors_among_the_arguments(example: Example) -> None:
 
 @pytest.fixture(scope="module")
 def little_garbage() -> Iterator[None]:
-    """What is there already is not looked at by each collection, of a tenth of a second."""
+    """Freezes existing objects; collecting them takes a tenth of a second each time."""
     gc.collect()
     gc.freeze()
     yield
@@ -165,7 +165,7 @@ def little_garbage() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_garbage")
 @every_operator
-def test_nothing_is_kept_alive_once_the_graph_is_gone(example: Example) -> None:
+def test_freeing_the_graph_frees_all_tensors(example: Example) -> None:
     call = example.call()
     hidden = through(call, torch.ones(()))
     memory = [weakref.ref(x.untyped_storage()) for x in hidden.values()]
@@ -192,8 +192,8 @@ def test_arguments_are_not_changed(example: Example) -> None:
 
 @every_example
 @pytest.mark.parametrize("after", ["forward", "backward"])
-def test_an_argument_changed_in_place(example: Example, after: str) -> None:
-    """Backward raises, or the gradients are those of the old values, each time."""
+def test_modifying_an_argument_before_backward(example: Example, after: str) -> None:
+    """Backward raises, or computes the gradients of the old values, each time."""
     call = example.call()
     expected = gradients(call, of_torch)
     for name, x in call.tensors.items():
@@ -214,8 +214,8 @@ def test_an_argument_changed_in_place(example: Example, after: str) -> None:
 
 
 @every_operator
-def test_a_result_changed_in_place(example: Example) -> None:
-    """A loss is not what backward reads; an activation's may be, which raises."""
+def test_modifying_a_result_before_backward(example: Example) -> None:
+    """Backward does not read a loss, but may read the output of an activation, and then raises."""
     call = example.call()
     value = call.ours()
     doubled, grad_output = value * 2, above(value)
@@ -226,7 +226,7 @@ def test_a_result_changed_in_place(example: Example) -> None:
         got = torch.autograd.grad(doubled, [*call.leaves.values()], grad_output / 2)
     except RuntimeError as error:
         assert CHANGED in str(error)  # noqa: PT017
-        assert value.dim() == 2 or isinstance(call.op, Composed)  # whose root is torch's
+        assert value.dim() == 2 or isinstance(call.op, Composed)  # torch computes its root
     else:
         close(got, expected)
 
@@ -236,7 +236,7 @@ def test_a_result_changed_in_place(example: Example) -> None:
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
-    """A group of which this process is the only one."""
+    """Creates a process group of this process alone."""
     if not dist.is_available():
         pytest.skip("torch without distributed")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -252,12 +252,12 @@ every_tensor_option = pytest.mark.parametrize(
 @every_tensor_option
 @pytest.mark.parametrize("reads", ["unreduced", "float16", "second_backward", "create_graph"])
 @pytest.mark.usefixtures("one_process")
-def test_an_option_changed_in_place_is_torchs_error(
+def test_modifying_an_option_before_backward_raises_torchs_error(
     option: str, example: Example, reads: str
 ) -> None:
-    """In each of the calls whose backward pass reads it: not a gradient of the new number."""
+    """Covers all calls whose backward pass reads the option."""
     if reads == "unreduced" and option == "denominator":
-        return  # only a mean has a denominator
+        return  # only means have a denominator
     call = example.call(torch.float16 if reads == "float16" else torch.float32)
     value, leaves = call.given[option].clone(), [*call.leaves.values()]
     changed = {option: value, "reduction": "none" if reads == "unreduced" else "mean"}
@@ -271,8 +271,8 @@ def test_an_option_changed_in_place_is_torchs_error(
 
 @every_tensor_option
 @pytest.mark.usefixtures("one_process", "little_garbage")
-def test_hooks_for_saved_tensors_see_an_option(option: str, example: Example) -> None:
-    """Backward reads what they give back, and nobody else keeps what they have taken away."""
+def test_saved_tensor_hooks_receive_options(option: str, example: Example) -> None:
+    """Backward uses the tensors that the hooks return, and no other reference is kept."""
     call = example.call()
     value, leaves = call.given[option].clone(), [*call.leaves.values()]
     address, memory = value.data_ptr(), weakref.ref(value.untyped_storage())
@@ -290,13 +290,13 @@ def test_hooks_for_saved_tensors_see_an_option(option: str, example: Example) ->
     del value
     gc.collect()
     assert memory() is None
-    torch.autograd.grad(loss, leaves, retain_graph=True)  # may be what forward has computed
+    torch.autograd.grad(loss, leaves, retain_graph=True)  # may be computed in the forward pass
     close(torch.autograd.grad(loss, leaves, create_graph=True), expected)
 
 
 @pytest.mark.parametrize("name", ["mse_loss", "cross_entropy", "linear_cross_entropy"])
-def test_hooks_for_saved_tensors_have_the_gradients_of_the_forward_pass(name: str) -> None:
-    """So that offloading moves them, too; the graph holds no memory beside what hooks return."""
+def test_saved_tensor_hooks_receive_gradients_of_the_forward_pass(name: str) -> None:
+    """Offloading moves them, too; the graph holds no other memory."""
     call = EXAMPLES[name].call()
     leaves = [*call.leaves.values()]
     expected, taken = torch.autograd.grad(call.ours(), leaves), list[Tensor]()
@@ -318,8 +318,8 @@ def test_hooks_for_saved_tensors_have_the_gradients_of_the_forward_pass(name: st
 
 
 @every_example
-def test_hooks_for_saved_tensors(example: Example) -> None:
-    """What is saved may be moved away and brought back, in another layout, too."""
+def test_saved_tensor_hooks(example: Example) -> None:
+    """Hooks may offload saved tensors, and may return them in another layout."""
     call = example.call()
     expected = gradients(call, of_torch)
     packed: list[Tensor] = []
@@ -369,7 +369,7 @@ def test_anomaly_mode(example: Example) -> None:
 
 @pytest.mark.skipif(interpreter.ON, reason="the interpreter knows one thread")
 @every_operator
-def test_several_python_threads_at_once(example: Example) -> None:
+def test_concurrent_python_threads(example: Example) -> None:
     call = example.call()
     factors = [1 + n / 16 for n in range(8)]
 
@@ -387,7 +387,7 @@ def test_several_python_threads_at_once(example: Example) -> None:
 
 @every_example
 def test_gradients_by_finite_differences(example: Example, kernel_calls: KernelCalls) -> None:
-    """First derivatives of the kernels, and second ones of the definition."""
+    """Checks first derivatives of the kernels, and second derivatives of the definition."""
     call = example.call(torch.float64)
     if call.op.name == "gaussian_nll_loss" and "eps" in call.given:
         pytest.skip("the gradient passes where eps is in the variance's place, as torch's does")
@@ -401,17 +401,17 @@ def test_gradients_by_finite_differences(example: Example, kernel_calls: KernelC
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
     assert kernel_calls.total() or "inplace" in call.given
     without = "multi_margin_loss", "multilabel_margin_loss", "hardsigmoid"
-    if call.op.name not in without:  # torch has no second derivative
+    if call.op.name not in without:  # operators without a second derivative in torch
         assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
 
 
 @every_operator
-def test_a_gradient_that_no_kernel_computes(example: Example) -> None:
-    """An argument that is not differentiated may require grad; torch computes it, or raises."""
+def test_an_argument_that_is_not_differentiated_requires_grad(example: Example) -> None:
+    """torch computes the gradient, or raises."""
     op = example.op
     names = [operand.name for operand in declared(op).values() if not operand.differentiated]
     call = replace(example, optional=(*example.optional, *names)).call()
-    if "teacher_requires_grad" in parameters(op):  # else a teacher is a constant
+    if "teacher_requires_grad" in parameters(op):  # else the teacher is a constant
         call.given["teacher_requires_grad"] = True
     for name in {*names} & call.tensors.keys():
         x = call.given[name].detach().clone()
@@ -432,7 +432,7 @@ def test_a_gradient_that_no_kernel_computes(example: Example) -> None:
 
 
 def assert_alike(compute: Callable[[Function], Any]) -> None:
-    """What is computed by pyfused is torch's; where torch has no such derivative, both raise."""
+    """Compares pyfused with torch; if torch lacks a derivative, both raise."""
     try:
         expected = compute(of_torch)
     except RuntimeError as error:
@@ -446,7 +446,7 @@ def assert_alike(compute: Callable[[Function], Any]) -> None:
 
 @every_example
 def test_double_backward(example: Example) -> None:
-    """By each argument and by grad_output; the arguments are all computed from one number."""
+    """Differentiates by each argument and grad_output, all functions of one tensor."""
     call = example.call(torch.float64)
 
     def second(function: Function) -> list[Tensor]:
@@ -472,7 +472,7 @@ def test_forward_mode(example: Example) -> None:
         step = call.of_first(function)
         with forward_ad.dual_level():
             value = forward_ad.unpack_dual(step(forward_ad.make_dual(x, tangent)))
-            return [*value, step(x)]  # and one without a tangent
+            return [*value, step(x)]  # a result without a tangent
 
     assert_alike(compute)
 
@@ -510,7 +510,7 @@ def test_vmap(example: Example) -> None:
 
 @every_operator
 def test_batched_gradients(example: Example) -> None:
-    """is_grads_batched runs backward itself under vmap."""
+    """is_grads_batched runs backward under vmap."""
     call, found = example.call(), []
     for function in (ours, of_torch):
         value = function(call)

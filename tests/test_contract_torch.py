@@ -1,9 +1,8 @@
-"""The contract of every operator with what torch does to a call: kinds of tensors, modes, tracers.
+"""The contract of every operator with torch's kinds of tensors, modes, transforms and tracers.
 
-What the kernels do not take gets torch's own result, or torch's own error. Where a call has to be
-seen by torch, a kernel that works on raw memory would silently leave a constant in a graph or read
-what is not there. Each test makes calls of `catalogue.py`, which has some of every declared
-operator.
+Calls that kernels do not support give torch's results or errors. Where torch must see a call, a
+kernel that works on raw memory would silently bake a constant into a graph, or read invalid memory.
+The tests make the calls that `catalogue.py` has for every declared operator.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ Step = Callable[[Tensor], Tensor]
 
 
 def steps(example: Example) -> tuple[Step, Step, Tensor]:
-    """pyfused's call and torch's as functions of the first argument, and that argument."""
+    """Returns pyfused's and torch's call as functions of the first argument, and that argument."""
     call = example.call()
     for operand in call.op.operands:
-        if operand.number:  # torch looks at the values of a tensor, and not at a float's
+        if operand.number:  # torch reads tensors' values, but not floats'
             call.given[operand.name] = 0.7
-    if call.op is L1_LOSS:  # torch's loses its weight where a mode or tracer sees the call
+    if call.op is L1_LOSS:  # torch drops the weight under modes and tracers
         call.given.pop("weight", None)
     return call.of_first(Call.ours), call.of_first(Call.reference), call.first
 
@@ -53,23 +52,23 @@ def steps(example: Example) -> tuple[Step, Step, Tensor]:
 
 
 @every_operator
-def test_a_parameter_takes_the_kernels(example: Example, kernel_calls: KernelCalls) -> None:
+def test_parameters_use_the_kernels(example: Example, kernel_calls: KernelCalls) -> None:
     ours, of_torch, x = steps(example)
     close(ours(torch.nn.Parameter(x)), of_torch(torch.nn.Parameter(x)))
     assert kernel_calls.total()
 
 
 class Marked(Tensor):
-    """Propagates through torch's operators, as subclasses do by default."""
+    """A subclass that propagates through torch's operators, as by default."""
 
 
-# One that is called as torch's DTensor is, whose classes may be sharded.
+# A subclass with the name of torch's DTensor, for which sharding is checked.
 Lookalike = type("DTensor", (Marked,), {})
 
 
 @every_operator
 @pytest.mark.parametrize("kind", [Marked, Lookalike])
-def test_a_subclass_stays_a_subclass(
+def test_subclasses_are_preserved(
     example: Example, kind: type[Tensor], kernel_calls: KernelCalls
 ) -> None:
     ours, of_torch, x = steps(example)
@@ -103,7 +102,7 @@ class Recording(Tensor):
 
 
 @every_operator
-def test_torch_function_of_each_argument_is_asked(example: Example) -> None:
+def test_torch_function_of_each_argument_is_called(example: Example) -> None:
     call = example.call()
     for name, x in call.tensors.items():
         Recording.seen.clear()
@@ -124,7 +123,7 @@ def test_meta_tensors(example: Example, kernel_calls: KernelCalls) -> None:
     )
     try:
         expected.sum().backward()
-    except NotImplementedError:  # torch has no such kernel
+    except NotImplementedError:  # torch lacks the operator
         return
     got.sum().backward()
     assert x.grad is not None
@@ -190,7 +189,7 @@ def test_other_kinds_of_tensors(example: Example, kind: Callable[[Tensor], Tenso
 
 
 def negated(x: Tensor) -> Tensor:
-    """The imaginary part of a conjugate is negated only when it is read."""
+    """Returns a tensor with the negative bit: the imaginary part of a conjugate."""
     found = torch.complex(x.detach(), -x.detach()).conj().imag
     assert found.is_neg()
     return found
@@ -198,7 +197,7 @@ def negated(x: Tensor) -> Tensor:
 
 @every_operator
 def test_lazy_tensors(example: Example) -> None:
-    """Those that are negated when they are read, and zeros without memory."""
+    """Covers lazily negated tensors, and zero tensors without memory."""
     ours, of_torch, x = steps(example)
     for lazy in (negated(x), torch._efficientzerotensor(x.shape)):
         close(ours(lazy), of_torch(lazy.resolve_neg()))
@@ -214,7 +213,7 @@ def test_lazy_gradients_of_results(example: Example) -> None:
 
 
 @every_operator
-def test_a_lazy_clone_stays_one(example: Example) -> None:
+def test_a_lazy_clone_is_not_materialised(example: Example) -> None:
     ours, of_torch, x = steps(example)
     clone = torch._lazy_clone(x.requires_grad_())
     value = ours(clone)
@@ -226,8 +225,8 @@ def test_a_lazy_clone_stays_one(example: Example) -> None:
 
 
 @every_operator
-def test_a_tensor_that_left_a_transform(example: Example) -> None:
-    """What torch.func.grad wrapped, and is kept, is dead but for its value."""
+def test_a_tensor_that_escaped_a_transform(example: Example) -> None:
+    """A tensor wrapped by torch.func.grad outlives the transform."""
     ours, of_torch, x = steps(example)
     kept: list[Tensor] = []
     torch.func.grad(lambda y: kept.append(y * 1) or y.sum())(x)
@@ -268,7 +267,7 @@ def test_a_mode_sees_the_call(
     x.requires_grad_()
     seen = []
     for step in (ours, of_torch):
-        step(x)  # so that there is a plan
+        step(x)  # creates a plan
         kernel_calls.clear()
         with mode() as each:
             torch.autograd.grad(step(x).sum(), x)
@@ -280,7 +279,9 @@ def test_a_mode_sees_the_call(
 
 
 @every_operator
-def test_a_default_device_does_not_disturb(example: Example, kernel_calls: KernelCalls) -> None:
+def test_a_default_device_keeps_kernels_enabled(
+    example: Example, kernel_calls: KernelCalls
+) -> None:
     ours, of_torch, x = steps(example)
     x = x.detach().requires_grad_()
     expected = of_torch(x)

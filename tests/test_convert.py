@@ -1,4 +1,4 @@
-"""convert() swaps modules of exactly torch's classes, in place, and revert() undoes it."""
+"""convert() replaces modules of exactly torch's classes in place, and revert() undoes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pyfused
 
 
 class MyReLU(nn.ReLU):
-    """A subclass, which may do anything."""
+    """A subclass, which is not converted, because it may behave differently."""
 
 
 class Net(nn.Module):
@@ -46,7 +46,7 @@ def types(model: nn.Module) -> list[type[nn.Module]]:
     return [type(module) for module in model.modules()]
 
 
-def test_what_is_swapped_and_what_is_left(kernel_calls: KernelCalls) -> None:
+def test_converted_and_unconverted_modules(kernel_calls: KernelCalls) -> None:
     model = Net()
     expected = model(X, TARGET)
     modules = list(model.modules())
@@ -66,7 +66,7 @@ def test_what_is_swapped_and_what_is_left(kernel_calls: KernelCalls) -> None:
     assert kernel_calls == {"cross_entropy": 1}  # torch is faster at the others' sizes
 
 
-def test_everything_else_is_kept() -> None:
+def test_attributes_are_preserved() -> None:
     model, seen = Net().double().eval(), []
     model.criterion.register_forward_hook(lambda *_: seen.append("hook"))
     model.criterion.note = "mine"
@@ -88,7 +88,7 @@ def test_everything_else_is_kept() -> None:
         assert all(vars(module)[key] is value for key, value in was.items())
 
 
-def test_revert_undoes_convert_and_nothing_else() -> None:
+def test_revert_only_undoes_convert() -> None:
     model = Net()
     model.mine = pyfused.nn.ReLU()
     before = types(model)
@@ -99,7 +99,7 @@ def test_revert_undoes_convert_and_nothing_else() -> None:
     assert pyfused.revert(model) == ()
 
 
-def test_converting_twice_changes_nothing() -> None:
+def test_convert_is_idempotent() -> None:
     model = Net()
     pyfused.convert(model)
     before = types(model)
@@ -111,7 +111,7 @@ def test_converting_twice_changes_nothing() -> None:
     assert pyfused.revert(model) == SWAPPED
 
 
-def test_the_model_itself() -> None:
+def test_a_model_that_is_itself_converted() -> None:
     criterion = nn.CrossEntropyLoss()
     assert pyfused.plan_conversion(criterion).swapped == (".",)
     pyfused.convert(criterion)
@@ -121,7 +121,7 @@ def test_the_model_itself() -> None:
     assert str(pyfused.plan_conversion(nn.Linear(2, 2))) == "swapped: none"
 
 
-def test_the_logger_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_conversions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = Net()
     with caplog.at_level(logging.INFO, "pyfused"):
         plan = pyfused.plan_conversion(model)
@@ -175,7 +175,7 @@ def test_copies_are_converted_and_can_be_reverted(through: str) -> None:
     assert type(model.activation) is pyfused.nn.ReLU
 
 
-def test_a_file_loaded_where_pyfused_is_missing_names_it(tmp_path: Path) -> None:
+def test_loading_a_pickled_model_without_pyfused_names_it(tmp_path: Path) -> None:
     model = nn.Sequential(nn.ReLU())
     pyfused.convert(model)
     torch.save(model, tmp_path / "model.pt")
@@ -194,14 +194,14 @@ def test_a_file_loaded_where_pyfused_is_missing_names_it(tmp_path: Path) -> None
     [torch.randn, None, "model", nn.ReLU, torch.ones(2)],
     ids=["function", "None", "str", "class", "tensor"],
 )
-def test_what_is_no_module(wrong: Any) -> None:
+def test_an_argument_that_is_no_module(wrong: Any) -> None:
     for function in (pyfused.convert, pyfused.plan_conversion, pyfused.revert):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
             function(wrong)
 
 
 @pytest.mark.parametrize("where", ["whole", "part", "in place"])
-def test_a_compiled_model_is_left_as_it_was(where: str) -> None:
+def test_a_compiled_model_is_not_changed(where: str) -> None:
     model: Any = Net()
     if where == "whole":
         model = torch.compile(model, backend="eager")
@@ -219,14 +219,14 @@ def test_a_compiled_model_is_left_as_it_was(where: str) -> None:
     assert types(model) == before
 
 
-def test_a_model_is_converted_before_it_is_compiled() -> None:
+def test_converting_before_compiling() -> None:
     model = Net()
     pyfused.convert(model)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(X, TARGET), model(X, TARGET))
 
 
-def test_a_sharded_model_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_sharded_model_is_not_changed(tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group(
@@ -243,7 +243,7 @@ def test_a_sharded_model_is_left_as_it_was(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_importing_pyfused_did_not_import_what_a_wrapped_model_needs() -> None:
+def test_importing_pyfused_does_not_import_wrapper_modules() -> None:
     code = "import sys, pyfused, torch; pyfused.convert(torch.nn.ReLU());"
     code += "sys.exit(any(m in sys.modules for m in ('torch._dynamo', 'torch.distributed.fsdp')))"
     assert python(code).returncode == 0

@@ -19,7 +19,7 @@ from pyfused import checks
 from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
-from pyfused.types import TENSORS, Options
+from pyfused.types import TENSORS, VocabOptions
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
@@ -143,7 +143,7 @@ class Operator(ABC):
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
     strategy: ClassVar[str] = "element by element"
-    options: ClassVar[type[Options] | None] = None
+    options: ClassVar[type[VocabOptions] | None] = None
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))

@@ -21,7 +21,7 @@ from pyfused.torch_internals import (
     is_view,
     is_zero_tensor,
 )
-from pyfused.types import TENSORS, Options, TensorSpec
+from pyfused.types import TENSORS, TensorSpec, VocabOptions
 
 PLAIN = (Tensor, Parameter)
 _CONSTANTS = (bool, int, torch.dtype)  # True is equal to 1, so the type is part of the key
@@ -38,7 +38,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
     if type(arguments[0]) not in PLAIN or active_mode() is not None:
         return None
     key: list[Any] = [op, inplace, torch.is_grad_enabled()]
-    if isinstance(arguments[-1], Options):
+    if isinstance(arguments[-1], VocabOptions):
         arguments = (*arguments[:-1], *vars(arguments[-1]).values())
     for value in arguments:
         kind = type(value)
@@ -79,8 +79,8 @@ def with_specs(arguments: Arguments, key: Sequence[Any]) -> Arguments:
         entry = next(entries)
         return TensorSpec(*entry) if isinstance(value, Tensor) else value
 
-    specs = [spec(value) for value in arguments if not isinstance(value, Options)]
-    if isinstance(arguments[-1], Options):
+    specs = [spec(value) for value in arguments if not isinstance(value, VocabOptions)]
+    if isinstance(arguments[-1], VocabOptions):
         specs.append(options := copy(arguments[-1]))
         vars(options).update({name: spec(value) for name, value in vars(options).items()})
     if key[1]:  # in place
@@ -110,7 +110,7 @@ def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
             reason = layout_reason(name, value)
             if reason is None and name not in tensors and not is_readable(value):
                 reason = f"{name} is a tensor"
-        elif not isinstance(value, Options) and type(_number(op, name, value)) not in _HASHED:
+        elif not isinstance(value, VocabOptions) and type(_number(op, name, value)) not in _HASHED:
             reason = f"{name} is a {type(value).__name__}"
         if reason is not None:
             return reason
@@ -140,7 +140,7 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
 def named(op: Operator, arguments: Arguments) -> dict[str, Any]:
     """Returns the arguments by name, including options."""
     by_name = dict(zip(op.arguments, arguments, strict=True))
-    for options in [value for value in arguments if isinstance(value, Options)]:
+    for options in [value for value in arguments if isinstance(value, VocabOptions)]:
         by_name |= vars(options)
     return by_name
 
@@ -171,7 +171,7 @@ def with_python_numbers(op: Operator, arguments: Arguments) -> Arguments:
     """
     pairs = zip(op.arguments, arguments, strict=True)
     numbers = [_number(op, name, value) for name, value in pairs]
-    if isinstance(options := numbers[-1], Options):
+    if isinstance(options := numbers[-1], VocabOptions):
         numbers[-1] = options = copy(options)
         vars(options).update({k: _number(op, k, value) for k, value in vars(options).items()})
     return tuple(numbers)
