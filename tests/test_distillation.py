@@ -341,7 +341,7 @@ def test_a_costly_fallback_warns_once() -> None:
         call(1024)
         """)
     told = (
-        "linear_kl_div: torch's operators take 33 MiB for the logits: teacher_linear_weight "
+        "linear_kl_div: torch's operators need 33 MiB for the logits: teacher_linear_weight "
         "requires grad. Detach it if it needs no gradient"
     )
     assert done.stdout == "called\n" * 4

@@ -160,7 +160,7 @@ def state_plan(
     """
     backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
     needs = needs_grad(tensors) if needs is None else needs
-    is_logits, needs_any = len(tensors) == 1, True in needs
+    count, is_logits, needs_any = len(tensors), len(tensors) == 1, True in needs
     has_classes = shard is None or tensors[not is_logits].numel() > 0
     rows, classes, fields, *_ = options
     launches: dict[Any, Callable[..., Any]] = {}  # forward's by None, backward's by strides
@@ -174,8 +174,8 @@ def state_plan(
         elif is_logits:
             launch = launches.get(None)
             if launch is None:
-                count = results if shard is None else 0  # results follow from the merged state
-                launch = logits_state(backend, layer[0], rows, classes, fields, count)
+                ready = results if shard is None else 0  # others follow from the merged state
+                launch = logits_state(backend, layer[0], rows, classes, fields, ready)
                 launches[None] = launch
             state, output = launch(*layer, target, weight)
         else:
@@ -203,8 +203,8 @@ def state_plan(
             strides = tensors[0].stride()  # saved-tensor hooks may change them
             launch = launches.get(strides)
             if launch is None:
-                count = results or len(grad_results)
-                launch = logits_gradient(backend, tensors[0], rows, classes, count)
+                width = results or len(grad_results)
+                launch = logits_gradient(backend, tensors[0], rows, classes, width)
                 launches[strides] = launch
             gradients = (launch(*tensors, weight, state, grad_results),)
         else:
@@ -217,7 +217,7 @@ def state_plan(
         return gradients
 
     def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-        *layer, target, weight, state = saved[: len(tensors) + 3]
+        *layer, target, weight, state = saved[: count + 3]  # `tensors` would stay in memory
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
 
         def definition(*layer: Tensor | None) -> Tensor:
