@@ -185,13 +185,22 @@ class Report:
         if compared := sum(row.compared for row in rows):
             least = "at least " if unknown else ""
             ours, theirs = sum(row.pyfused for row in rows), sum(row.torch for row in rows)
-            loss = ours - theirs
-            slower = f": pyfused was slower by {time_of(loss)}" if loss > 0.0005 else ""
+            saved = theirs - ours
             lines.append(
-                f"pyfused's kernels took {least}{time_of(ours)} of {ran}; torch's operators would "
-                f"have taken {least}{time_of(theirs)}{slower} "
-                f"(estimated by re-running calls with both: {compared:,})"
+                f"kernels took {least}{time_of(ours)} of {ran}; torch's operators would have taken "
+                f"{least}{time_of(theirs)} (estimated by re-running calls with both: {compared:,})"
             )
+            if saved > 0.0005:
+                without = seconds + saved
+                share = f"{time_of(saved)} of {time_of(without)} ({saved / without:.0%})"
+                lines.append(f"pyfused saved about {share}")
+            elif saved < -0.0005:
+                lines.append(
+                    f"pyfused was slower by about {time_of(-saved)}: run python -m pyfused tune, or "
+                    "do not use it for this program"
+                )
+            else:
+                lines.append("pyfused made no measurable difference")
         return "\n".join(lines)
 
 
