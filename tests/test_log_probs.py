@@ -72,7 +72,7 @@ def draw(
     shape: tuple[int, ...] = (12, 70),
     bias: bool = True,
 ) -> dict[str, Tensor]:
-    """Returns the tensors of a call for logits of this shape; a third of the targets are ignored."""
+    """Returns the tensors of a call with logits of this shape; ignores a third of the targets."""
     rows, (classes, *positions) = shape[: len(shape) > 1], shape[len(shape) > 1 :]
     target = torch.randint(0, classes, (*rows, *positions))
     target.view(-1)[1::3] = -100
