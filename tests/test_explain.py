@@ -132,7 +132,7 @@ def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyP
 
 
 def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dict[str, Any]]]:
-    """Returns functions that make the arguments of a call from an input, with the second limit."""
+    """Returns a function that makes the arguments of a call from an input, for either limit."""
 
     def arguments(x: Tensor, second: bool) -> tuple[list[Tensor], dict[str, Any]]:
         if isinstance(op, EmbeddingLoss):

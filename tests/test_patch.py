@@ -284,7 +284,7 @@ def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str
 
 
 class Handler:
-    """Records the arguments of ``__torch_function__``, and returns a fixed answer."""
+    """Records each call of ``__torch_function__``, and responds with the configured answer."""
 
     seen: list[Any] = []  # noqa: RUF012
     answer = "calls"
@@ -308,7 +308,7 @@ class Sub(Tensor, Handler):
 
 
 class Alike(Handler):
-    """A class with a tensor's interface that is no tensor."""
+    """A class with ``__torch_function__`` that is no tensor."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -320,7 +320,7 @@ class Mode(TorchFunctionMode, Handler):
         return "Mode"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.handle(func, (), args, kwargs)  # types may include Tensor or not
+        return self.handle(func, (), args, kwargs)  # types vary between functions
 
 
 def outcome(call: Any, within: Any) -> tuple[Any, list[float], Any]:
@@ -338,7 +338,7 @@ def outcome(call: Any, within: Any) -> tuple[Any, list[float], Any]:
 
 
 ANSWERS = "calls", "answers", "has none", "raises"
-SHOWN = [  # each argument, with the answers alternating
+SHOWN = [  # each function, with alternating answers
     (place, answer)
     for i, place in enumerate(OWNERS)
     for j, answer in enumerate(ANSWERS)

@@ -32,8 +32,8 @@ NAMES = "softmax", "log_softmax"
 by_name = pytest.mark.parametrize("name", NAMES)
 close = torch.testing.assert_close
 
-# Contiguous and strided rows; sizes within a tile, a group, a block of groups, a chunk, a cached row,
-# and larger.
+# Contiguous and strided rows, with sizes within a tile, a group, a block of groups, a chunk and a
+# cached row, and larger.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((7,), 0),
     ((1,), -1),

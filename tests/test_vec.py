@@ -298,11 +298,10 @@ def test_load_is_exact(half: str, piece: int | None, vec: Vec) -> None:
 
 
 def midpoints(half: str) -> np.ndarray:
-    """Returns the midpoints between consecutive positive numbers; k and k + 1 are equally near to
-    the k-th.
+    """Returns the midpoints between consecutive positive numbers of a half precision.
 
-    The successor of the largest number is the next power of two, from which numbers round to
-    infinity.
+    The k-th midpoint is equally near to the numbers with bits k and k + 1. The successor of the
+    largest number is the next power of two, from which numbers round to infinity.
     """
     values = WIDE[half][: INFINITE[half]].astype(np.float64)
     values = np.append(values, 2 * values[-1] - values[-2])
@@ -310,7 +309,7 @@ def midpoints(half: str) -> np.ndarray:
 
 
 def nearest(x: np.ndarray, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bits of the number nearest to x, with ties towards zero, and whether x is a tie."""
+    """Returns the bits of the number nearest to x (ties towards zero), and whether x is a tie."""
     magnitude = np.abs(x)
     below = np.searchsorted(middle, magnitude)
     tie = middle[np.minimum(below, len(middle) - 1)] == magnitude

@@ -240,7 +240,7 @@ def not_differentiable(own: slice) -> list[Any]:
 
 
 def run_on_dtensors(sent: list[int]) -> list[Any]:
-    """Returns the path of a call, its collectives, and the difference to one process."""
+    """Returns the path of calls, the numbers sent per row, and the difference to one process."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
@@ -521,7 +521,7 @@ def test_unsupported_options_fall_back(ranks: list[Any]) -> None:
 
 
 def of_modules(own: slice) -> list[Any]:
-    """Compares modules with a shard to modules with all classes; returns differences and reasons."""
+    """Compares modules with a shard to modules with all classes."""
     input, head, bias, target = draw(torch.float32)
     logits, shard = input @ head.t() + bias, VocabShard(own.start, CLASSES)
     found = []
