@@ -68,7 +68,7 @@ gpu-compile: $(BUILD) $(TOOLS) $(TRITONS:%=.venv/triton-%) ## compile the GPU ke
 gpu-check: ## test and time the kernels on this machine's GPU, with the packages of PYTHON (OUT=folder)
 	@$(PYTHON) benchmarks/run.py gpu-check $(or $(OUT),$(error gpu-check needs OUT=folder))
 
-test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, Lightning, skorch and Liger
+test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, TRL, Lightning, skorch and Liger
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would import kernels/ instead of the package kernels
 
 bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/results/ (30 minutes; THREADS=16)

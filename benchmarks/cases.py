@@ -206,7 +206,7 @@ class Arguments:
 
         return Arguments(
             self.input.detach().to(dtype).requires_grad_(),
-            tuple(map(convert, self.other_operands)),
+            tuple(map(convert, self.others)),
             {name: convert(value) for name, value in self.options.items()},
             convert(self.grad_output),
         )

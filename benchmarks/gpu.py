@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,6 @@ from cases import BF16, EMBEDDINGS, F32, MODES, POINTWISE, Arguments, Case, M, S
 from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
-from pyfused.__main__ import installed
 from pyfused.dispatch import call as dispatch
 
 ROUNDS, WARM_UP = 30, 3
@@ -54,6 +54,14 @@ CASES = (
     Case("cross_entropy", (1 << 20, 100), BF16),
     Case("nll_loss", (262_144, 1000)),
 )
+
+
+def installed(package: str) -> str:
+    """Returns the version of a package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def peers_of(case: Case) -> dict[str, Any]:
@@ -269,9 +277,8 @@ def choosing(
         change: Returns the replacement of a choice, given the choice and the number of classes.
     """
     from pyfused.backends import triton
-    from pyfused.kernels import launch
 
-    choose, made = launch.choose, []
+    choose, made = triton.choose, []
 
     def choose_other(itemsize: int, classes: int = 0, *args: Any, **kwargs: Any) -> Any:
         choice = change(choose(itemsize, classes, *args, **kwargs), classes)
@@ -279,7 +286,7 @@ def choosing(
         return choice
 
     with (
-        mock.patch.object(launch, "choose", choose_other),
+        mock.patch.object(triton, "choose", choose_other),
         mock.patch.object(dispatch, "_plans", plans),
         mock.patch.object(triton, "_tiling", triton._tiling.__wrapped__),  # uncached
     ):

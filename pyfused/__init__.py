@@ -25,6 +25,7 @@ try:
     from pyfused.adopt.explain import explain
     from pyfused.adopt.patch import patch, unpatch
     from pyfused.adopt.run import report
+    from pyfused.adopt.trl import patch_trl, unpatch_trl
     from pyfused.formula import activation, loss
     from pyfused.types import VocabShard
 except ImportError as error:
@@ -44,8 +45,10 @@ __all__ = [
     "memory",
     "nn",
     "patch",
+    "patch_trl",
     "plan_conversion",
     "report",
     "revert",
     "unpatch",
+    "unpatch_trl",
 ]

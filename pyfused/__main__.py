@@ -1,4 +1,4 @@
-"""Prints what a bug report needs: ``python -m pyfused``. ``run`` and ``tune`` are its commands."""
+"""``python -m pyfused``: prints the information for a bug report, or runs ``run`` or ``tune``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def built() -> list[str]:
 
 
 def shares_threads() -> bool:
-    """Returns whether torch and the kernels use one OpenMP runtime, and so one thread pool."""
+    """Returns whether torch and the kernels share one OpenMP runtime, and so one thread pool."""
     count = torch.get_num_threads()
     torch.set_num_threads(count + 1)
     try:
@@ -33,10 +33,10 @@ def shares_threads() -> bool:
 
 def thread_runtime() -> str:
     if cpu.MISSING:
-        return "none, there are no kernels"
+        return "none: there are no kernels"
     if not cpu.native.runtime_file:
-        return "none is loaded, the kernels run on one thread"
-    pool = "torch's own pool" if shares_threads() else "a pool beside torch's"
+        return "none loaded: kernels run on one thread"
+    pool = "shared with torch" if shares_threads() else "not shared with torch"
     return f"{cpu.native.runtime_file}, {pool}"
 
 
@@ -45,7 +45,7 @@ def triton() -> str:
     if unsupported_triton() is None:
         return found
     pinned = pinned_triton(torch.__version__)
-    return f"{found}, needed is {NEEDED}" + (f"; torch requires {pinned}" if pinned else "")
+    return f"{found}; pyfused needs {NEEDED}" + (f", torch requires {pinned}" if pinned else "")
 
 
 def on_cpus() -> str:
@@ -79,13 +79,13 @@ def report() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        "python -m pyfused", description="Print what a bug report needs."
+        "python -m pyfused", description="Print the information for a bug report."
     )
     parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser(
         "run",
-        help="run a program under pyfused.patch(), and count",
+        help="run a program under pyfused.patch(), and report how much time it saved",
         description="Run a program under pyfused.patch(), and report how much time it saved.",
     )
     command.add_argument(
@@ -93,14 +93,16 @@ def main() -> None:
         action="store_true",
         help="re-run more calls with torch's operators, for a better estimate",
     )
-    command.add_argument("-m", action="store_true", dest="module", help="program is a module")
+    command.add_argument(
+        "-m", action="store_true", dest="module", help="the program is the name of a module"
+    )
     command.add_argument("program", help="a script, a folder or archive with __main__.py")
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's arguments")
     tuning = commands.add_parser(
         "tune",
         help="measure the sizes from which kernels are faster on this machine",
         description="Measure the sizes from which kernels are faster than torch, and save them for "
-        "later processes. It takes up to two minutes.",
+        "later processes. This takes up to two minutes.",
     )
     tuning.add_argument("--op", nargs="+", default=[], choices=OPERATORS, metavar="OPERATOR")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Every argument error and its wording; the types are the ones that torch raises."""
+"""Raises all argument errors, with the types that torch raises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from pyfused.types import (
     LogProbsOptions,
     MarginOptions,
     ModuleOptions,
-    NllOptions,
     TensorSpec,
     VocabOptions,
 )
@@ -36,12 +35,13 @@ Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 def tensor(name: str, value: Any, also: type | None = None) -> None:
     if not isinstance(value, TENSORS) and not (also is not None and isinstance(value, also)):
         expected = "a Tensor" + (f" or a {also.__name__}" if also is not None else "")
-        hint = "; pass head.weight" if isinstance(value, torch.nn.Linear) else ""
+        is_layer = isinstance(value, torch.nn.Linear) and name.endswith("weight")
+        hint = "; pass head.weight" if is_layer else ""
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}{hint}")
 
 
 def _tensors(optional: Any = None, **tensors: Any) -> None:
-    """Checks tensors by name, and a weight that may be None."""
+    """Checks that values are tensors; ``optional`` is a weight, which may be None."""
     for name, value in tensors.items():
         tensor(name, value)
     if optional is not None:
@@ -60,12 +60,12 @@ def one_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
 
 
-# Names, tensors, and whether these may hold class indices.
+# Each is a name, the tensor, and whether it may hold class indices.
 NamedTensors = Sequence[tuple[str, Tensor, bool]]
 
 
 def devices(tensors: NamedTensors, error: Exception) -> None:
-    """Raises for devices that differ, in a call that torch has refused; scalars may differ."""
+    """Raises if tensors are on different devices, after torch has raised; scalars may differ."""
     for name, value, _ in tensors:
         device = tensors[0][1].device
         if value.device != device and value.dim():
@@ -73,10 +73,14 @@ def devices(tensors: NamedTensors, error: Exception) -> None:
 
 
 def floating(tensors: NamedTensors, error: Exception) -> None:
-    """Raises for dtypes that are not floating, in a call that torch has refused."""
+    """Raises if a dtype is not floating, after torch has raised."""
+    input = tensors[0][1]
     for name, value, indices in tensors:
         if not indices:
-            hint = _are_swapped(tensors[0][1], tensors[1][1]) if len(tensors) > 1 else ""
+            hint = _are_swapped(input, tensors[1][1]) if len(tensors) > 1 else ""
+            if input.is_floating_point() and not value.is_complex():
+                cast = "float()" if input.dtype is torch.float32 else f"to({input.dtype})"
+                hint = f". Pass {name}.{cast}"
             _floating(name, value, hint, type(error))
 
 
@@ -88,6 +92,11 @@ def _floating(
 
 
 _OTHER_INTEGERS = (torch.int8, torch.int16, torch.int32)
+
+
+def _pass_long(target: Tensor) -> str:
+    castable = target.dtype in _OTHER_INTEGERS or target.is_floating_point()
+    return ". Pass target.long()" if castable else ""
 
 
 def _are_swapped(input: Tensor, target: Tensor) -> str:
@@ -157,8 +166,8 @@ def cross_entropy(
     if target.is_floating_point() and target.shape == input.shape:
         if options.ignore_index >= 0:
             raise RuntimeError(
-                "ignore_index: expected none (a negative number) with class probabilities as "
-                f"target, got {options.ignore_index}"
+                "ignore_index: expected a negative number with class probabilities as target, got "
+                f"{options.ignore_index}"
             )
     else:
         _class_index_target(input, target)
@@ -181,17 +190,17 @@ def cross_entropy(
 
 
 def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
-    """Checks the types and values of the options that all functions of a vocabulary have.
+    """Checks the types and values of the options that all functions over a vocabulary share.
 
     Args:
-        losses: The shape of the losses before a reduction.
+        losses: The shape of the unreduced losses.
     """
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     reduction(options.reduction)
     for name, positive, optional in _NUMBERS[type(options)]:
         value = getattr(options, name)
         if value is not None or not optional:
-            # A count in a tensor may be 0, as on a GPU, where nobody looks: the mean is NaN then.
+            # A count in a tensor may be 0, because it is not read on GPUs: the mean is NaN then.
             count = name == "denominator" and isinstance(value, TENSORS)
             bounded(name, value, positive and not count)
     if options.denominator is not None and options.reduction != "mean":
@@ -202,7 +211,7 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
     weight = options.token_weight
     if weight is not None:
         tensor("token_weight", weight)
-        _shape("token_weight", weight, losses, "one for each loss", ValueError)
+        _shape("token_weight", weight, losses, "one factor for each loss", ValueError)
         values("token_weight", weight, 0.0, math.inf, ValueError)
 
 
@@ -217,9 +226,10 @@ _NUMBERS: dict[type[VocabOptions], list[tuple[str, bool, bool]]] = {
 
 
 def normalized(options: Options) -> Options:
-    """Checked options as the kernels take them.
+    """Converts checked options for the kernels.
 
-    Numbers are floats, a temperature is part of the scale, and no label smoothing is below 0.
+    Numbers become floats, the temperature becomes a part of the scale, and negative label smoothing
+    becomes 0.
     """
     changed: dict[str, Any] = {}
     plain = type(options) is CrossEntropyOptions and options.is_plain()
@@ -241,8 +251,8 @@ def linear_cross_entropy(
     """Checks types, shapes, dtypes and options; class indices are checked later.
 
     Args:
-        probabilities: The target may hold class probabilities.
-        classes: The number of all classes, where the layer has some of them.
+        probabilities: Whether the target may hold class probabilities.
+        classes: The number of all classes if the layer is a shard of them.
     """
     input, linear_weight, linear_bias, target, weight = head
     for name, value in head._asdict().items():
@@ -258,19 +268,24 @@ def linear_cross_entropy(
     features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
         raise RuntimeError(
-            f"input: expected shape (N, {features}) beside a linear_weight of shape "
+            f"input: expected shape (N, {features}) with linear_weight of shape "
             f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
         )
     memory_budget(options.memory_budget)
     if not target.is_floating_point():
         _index_dtype(target)
     elif not probabilities or target.dim() < input.dim():
-        beside = ", or class probabilities for each row" * probabilities
+        alternative = ", or class probabilities for each row" * probabilities
         raise RuntimeError(
-            f"target: expected class indices of dtype torch.int64 or torch.uint8{beside}, got "
+            f"target: expected class indices of dtype torch.int64 or torch.uint8{alternative}, got "
             f"{target.dtype} of shape {tuple(target.shape)}. Pass target.long()"
         )
     leading: tuple[int, ...] = input.shape[:-1]
+    if input.dim() == 2 and target.shape != leading and target.shape == shape:
+        raise ValueError(
+            f"target: expected class indices of shape {tuple(leading)}, got {tuple(target.shape)}, "
+            "one for each row of linear_weight. Pass input, linear_weight, target in this order"
+        )
     if input.dim() > 2:
         what = "with the input's leading dimensions"
         of_target = shape if target.is_floating_point() else shape[1:]
@@ -291,7 +306,7 @@ def linear_cross_entropy(
 
 
 def _with_shape(tensor: Any, shape: Sequence[int]) -> Any:
-    """Returns what checks read of a tensor, with another shape."""
+    """Returns the spec of a tensor with another shape."""
     return TensorSpec(tensor.dtype, torch.Size(shape), (), tensor.device, tensor.requires_grad)
 
 
@@ -299,7 +314,7 @@ def _index_dtype(target: Tensor) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
             "target: expected class indices of dtype torch.int64 or torch.uint8, got "
-            f"{target.dtype}" + ". Pass target.long()" * (target.dtype in _OTHER_INTEGERS)
+            f"{target.dtype}{_pass_long(target)}"
         )
 
 
@@ -311,13 +326,17 @@ def memory_budget(value: Any) -> None:
 
 
 def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """Checks shapes, devices and dtypes; messages put `prefix` before the tensors' names."""
+    """Checks shapes, devices and dtypes.
+
+    Args:
+        prefix: Precedes the tensors' names in messages.
+    """
     features, shape = input.shape[-1], weight.shape[:-1]
     if weight.dim() < 2 or weight.shape[-1] != features:
         swapped = weight.dim() == 2 and weight.shape[0] == features
         raise RuntimeError(
-            f"{prefix}linear_weight: expected shape (C, ..., {features}), with as many features as "
-            f"the {prefix}input, got {tuple(weight.shape)}"
+            f"{prefix}linear_weight: expected shape (C, ..., {features}) for the {prefix}input of "
+            f"shape {tuple(input.shape)}, got {tuple(weight.shape)}"
             + f". Is it transposed, or are the {prefix}input logits?"
             * swapped
         )
@@ -338,7 +357,7 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
 
 
 def layer_device(input: Tensor, weight: Any, bias: Any, prefix: str = "") -> None:
-    """Raises for parameters on another device: torch reads memory beside a weight on meta."""
+    """Raises for parameters on another device, as torch reads invalid memory for a meta weight."""
     for name, value in (("weight", weight), ("bias", bias)):
         if isinstance(value, TENSORS) and value.device != input.device:
             raise RuntimeError(
@@ -350,7 +369,7 @@ def layer_device(input: Tensor, weight: Any, bias: Any, prefix: str = "") -> Non
 def kl_div_with_logits(logits: Tensor, teacher_logits: Tensor, options: DivergenceOptions) -> None:
     _vectors("logits", logits)
     _vectors("teacher_logits", teacher_logits)
-    _shape("teacher_logits", teacher_logits, logits.shape, "that of the logits")
+    _shape("teacher_logits", teacher_logits, logits.shape, "the shape of logits")
     _divergence(logits.shape[:-1], options)
 
 
@@ -391,7 +410,7 @@ def linear_topk_kl_div(
         raise RuntimeError(f"teacher_log_probs: expected 1 to {classes} classes, got {k}")
     shape = *input.shape[:-1], k
     _shape("teacher_log_probs", teacher_log_probs, shape, "with the student's tokens")
-    _shape("teacher_indices", teacher_indices, shape, "that of teacher_log_probs")
+    _shape("teacher_indices", teacher_indices, shape, "the shape of teacher_log_probs")
     if options.remainder not in ("bucket", "ignore"):
         raise ValueError(f"remainder: expected 'bucket' or 'ignore', got {options.remainder!r}")
     if options.remainder == "ignore" and options.beta:
@@ -408,7 +427,7 @@ def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
-    """Returns for each row of (N, k) whether an index is invalid or repeated; raises on CPUs."""
+    """Returns whether each row of (N, k) has an invalid or repeated index; raises on CPUs."""
     indices = indices.sort(-1).values
     outside = (indices < 0) | (indices >= classes)
     twice = torch.zeros_like(outside)
@@ -426,20 +445,20 @@ def topk_indices(indices: Tensor, classes: int) -> Tensor:
 
 
 def topk_log_probs(log_probs: Tensor) -> None:
-    """Checks that rows (..., k) are log-probabilities, as exact as bfloat16; raises on CPUs."""
+    """Raises if rows (..., k) are not log-probabilities, up to rounding to bfloat16; on CPUs."""
     if not _can_be_read(log_probs):
         return
     logs = log_probs.detach().double()
     p = logs.exp()
-    # Rounding a logarithm by a relative 2 ** -8 changes the sum by that times p |log p|.
+    # A relative error of 2 ** -8 in log p changes the sum by 2 ** -8 * p * |log p|.
     most = 1 + 2**-8 * (1 + (p * logs.abs()).where(p != 0, 0).sum(-1))
     total = p.sum(-1)
     invalid = (total > most) | (logs > 1).any(-1)
     if invalid.any():
         row = int(invalid.flatten().nonzero()[0])
         raise ValueError(
-            "teacher_log_probs: expected logarithms of probabilities, with a sum of 1 at most, got "
-            f"a sum of {float(total.flatten()[row]):.4g} in row {row}, of logarithms up to "
+            "teacher_log_probs: expected logarithms of probabilities that add up to at most 1, got "
+            f"a sum of {float(total.flatten()[row]):.4g} in row {row}, whose largest logarithm is "
             f"{float(logs.flatten(0, -2)[row].max()):.4g}"
         )
 
@@ -500,18 +519,20 @@ def linear_log_probs(
 
 
 def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> Tensor:
-    """Returns logits with the dimension of the classes moved to where an operator has it.
+    """Moves the dimension of the classes to the index that an operator expects.
 
     Args:
+        where: The index.
         class_dim: The ``dim`` of the call; required for more than two dimensions.
     """
     if not isinstance(logits, Tensor) or (class_dim is None and logits.dim() < 3):
         return logits
     if class_dim is None:
         raise ValueError(
-            f"dim: expected the dimension of the classes of {name} of shape {tuple(logits.shape)}, "
-            f"got None. With dim=-1 a token has {logits.shape[-1]} classes, as a language model's "
-            f"logits have; with dim=1 it has {logits.shape[1]}, as torch's cross_entropy has it"
+            f"dim: expected the dimension of the classes for {name} of shape "
+            f"{tuple(logits.shape)}, got None. Pass dim=-1 for {logits.shape[-1]} classes (a "
+            f"language model's logits) or dim=1 for {logits.shape[1]} classes (the layout of "
+            "torch's cross_entropy)"
         )
     dim(class_dim, logits)
     dims = max(logits.dim(), 1)
@@ -520,7 +541,7 @@ def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> 
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:
-    """Checks types, shapes and options; a class index out of range stands for no class."""
+    """Checks types, shapes and options; class indices may be out of range."""
     _tensors(input=input, target=target)
     bounded("margin", margin)
     if kind not in ("cosface", "arcface"):
@@ -536,14 +557,15 @@ def _class_weight(input: Tensor, weight: Tensor | None, alike: bool = True) -> N
     classes = classes_of(input)
     if weight.shape != (classes,):
         raise RuntimeError(
-            f"weight: expected shape ({classes},), one for each class, got {tuple(weight.shape)}"
+            f"weight: expected shape ({classes},), one factor for each class, got "
+            f"{tuple(weight.shape)}"
         )
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     if alike and weight.dtype is not input.dtype and not autocast:
         raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
 
 
-def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: NllOptions) -> None:
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: VocabOptions) -> None:
     """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
     _tensors(weight, input=input, target=target)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
@@ -604,7 +626,7 @@ def _int64_target(input: Tensor, target: Tensor) -> None:
     if target.dtype is not torch.int64:
         raise RuntimeError(
             f"target: expected class indices of dtype torch.int64, got {target.dtype}"
-            f"{_are_swapped(input, target)}"
+            f"{_are_swapped(input, target) or _pass_long(target)}"
         )
 
 
@@ -623,7 +645,7 @@ def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = Tru
             + f", or class probabilities of a floating dtype and the input's shape {shape}"
             * probabilities
             + f", got {target.dtype} of shape {tuple(target.shape)}"
-            + ". Pass target.long()" * (target.dtype in _OTHER_INTEGERS)
+            + _pass_long(target)
         )
     if target.shape != expected and not single:
         batch = target.shape[:1] != input.shape[:1]
@@ -639,11 +661,11 @@ def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = Tru
 
 
 def _hint(input: Tensor, target: Tensor) -> str:
-    """Returns a hint at the probable mistake behind a target whose shape does not fit."""
+    """Returns a hint for a target of the wrong shape, "" if the mistake is not a common one."""
     if input.dim() > 2 and target.shape == input.shape[:-1]:
         return (
-            ". Classes are dimension 1 of the input: move them there with input.movedim(-1, 1), or "
-            "pass input.flatten(0, -2) and target.flatten()"
+            ". Dimension 1 of the input has to be the classes: pass input.movedim(-1, 1), or "
+            "input.flatten(0, -2) and target.flatten()"
         )
     rows = input.shape[:-1].numel()
     if not target.is_floating_point() and target.numel() == rows and input.dim() > 1:
@@ -658,7 +680,7 @@ def classes_of(input: Tensor) -> int:
 def target_out_of_range(
     classes: int, target: Tensor, ignore_index: int | None, position: int, least: int = 0
 ) -> IndexError | RuntimeError:
-    """Returns the error for the class index at ``position``, counted along the flattened target."""
+    """Returns the error for the class index at ``position`` in the flattened target."""
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
     or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     return (RuntimeError if ignore_index is None else IndexError)(
@@ -668,10 +690,10 @@ def target_out_of_range(
 
 
 def class_indices(classes: int, target: Tensor, ignore_index: int | None, least: int = 0) -> None:
-    """Raises for the first class index out of range, as the kernel finds it."""
+    """Raises for the first class index out of range, as the kernels do."""
     if target.is_floating_point():
         return
-    index = target.long()  # a uint8 tensor is compared with 1462 as with 182
+    index = target.long()  # comparing a uint8 tensor with 1462 would wrap it to 182
     if not index.numel():
         return
     low, high = index.aminmax()
@@ -686,20 +708,20 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None, least:
 
 
 def overwritable(input: Tensor) -> None:
-    """Raises for a tensor that may be read by something else than autograd's next node."""
+    """Raises for a tensor whose values may be read after the call, other than by autograd."""
     base = input._base if input._base is not None else input
     if base.is_leaf:
         what = "a leaf" if base is input else "a view of a leaf"
         raise RuntimeError(
-            f"inplace: expected False for an input that is {what}, whose values outlive the call, "
-            "got True"
+            f"inplace: expected False for an input that is {what}, got True, which would overwrite "
+            "the leaf's values"
         )
     extent = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride <= extent:
             raise RuntimeError(
-                "inplace: expected False for an input with elements that share memory, got True "
-                f"with strides {input.stride()}"
+                "inplace: expected False for an input whose elements share memory, got True with "
+                f"strides {input.stride()}"
             )
         extent += stride * (size - 1)
 
@@ -708,7 +730,7 @@ def overwritable(input: Tensor) -> None:
 
 
 def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
-    """Checks the bounds of a number; a tensor on a GPU is not read."""
+    """Checks the bounds of a number, without reading tensors on GPUs."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
@@ -725,7 +747,7 @@ def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> No
 
 
 def bounded(name: str, value: Any, positive: bool = False) -> None:
-    """Raises for a negative number, or 0 where it has to be positive."""
+    """Raises for a negative number, and for 0 if it has to be positive."""
     one_number(name, value)
     if isinstance(value, TENSORS) and not _can_be_read(value):
         return
@@ -735,7 +757,7 @@ def bounded(name: str, value: Any, positive: bool = False) -> None:
 
 
 def values_of_options(token_weight: Tensor | None, denominator: Any) -> None:
-    """Raises for values of tensors among the options, whose layouts have been checked."""
+    """Checks the values of tensors among the options; their layouts have been checked."""
     if token_weight is not None:
         values("token_weight", token_weight, 0.0, math.inf, ValueError)
     if isinstance(denominator, Tensor):
@@ -743,7 +765,7 @@ def values_of_options(token_weight: Tensor | None, denominator: Any) -> None:
 
 
 def _can_be_read(value: Any) -> bool:
-    """Returns whether a tensor's values can be read without waiting for a device."""
+    """Returns whether a tensor's values can be read without synchronising a device."""
     plain = type(value) in (Tensor, Parameter) and value.is_cpu
     if not plain or is_dynamo_compiling() or dispatch_modes():
         return False  # a mode may trace operators that read values
@@ -753,7 +775,7 @@ def _can_be_read(value: Any) -> bool:
 def values(
     name: str, value: Tensor | float, low: float, high: float, error: type[Exception]
 ) -> None:
-    """Raises for values out of their bounds; a tensor on a GPU is not read."""
+    """Raises for values out of bounds, without reading tensors on GPUs."""
     if isinstance(value, float):
         value = torch.tensor(value)
     if not _can_be_read(value) or not value.numel():
@@ -794,7 +816,7 @@ def triplets(anchor: Tensor, positive: Tensor, negative: Tensor) -> None:
 
 
 def _alike_in_dimensions(name: str, first: Tensor, **others: Tensor) -> None:
-    """Checks that tensors broadcast and have as many dimensions as the first."""
+    """Checks that tensors broadcast and have the same number of dimensions."""
     for other, tensor in others.items():
         if tensor.dim() != first.dim():
             raise RuntimeError(
@@ -807,8 +829,8 @@ def _alike_in_dimensions(name: str, first: Tensor, **others: Tensor) -> None:
 def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> None:
     if target.dim() > 1 or input1.dim() != target.dim() + 1:
         raise RuntimeError(
-            "target: expected shape (N) beside inputs of shape (N, D), or () beside (D), got shape "
-            f"{tuple(target.shape)} beside {tuple(input1.shape)}"
+            "target: expected shape (N) for inputs of shape (N, D), or () for (D), got shape "
+            f"{tuple(target.shape)} for {tuple(input1.shape)}"
         )
     _alike_in_dimensions("input1", input1, input2=input2)
     for each in (input1, input2):
@@ -822,15 +844,15 @@ def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None =
 
 
 def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
-    """Raises for a variance that is neither of the input's shape nor lacks one dimension."""
+    """Raises for invalid shapes of target and variance."""
     _broadcasts("target", input.shape, target.shape)
     if isinstance(var, float) or var.shape in (input.shape, input.shape[:-1]):
         return
     pairs = zip(input.shape, var.shape, strict=False)
     if var.dim() != input.dim() or [b for a, b in pairs if a != b] != [1]:
         raise ValueError(
-            f"var: expected the input's shape {tuple(input.shape)}, the same with one dimension of "
-            f"size 1 or without the last, or a float, got shape {tuple(var.shape)}"
+            f"var: expected a float or the input's shape {tuple(input.shape)}, where one dimension "
+            f"may have size 1 or the last may be missing, got shape {tuple(var.shape)}"
         )
 
 
@@ -848,7 +870,7 @@ def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
 
 
 def _broadcasts(name: str, input: torch.Size, other: torch.Size, expands: bool = False) -> None:
-    """Checks that a shape broadcasts with the input's, or that it expands to the input's."""
+    """Checks that a shape broadcasts with the input's, or expands to the input's."""
     pairs = zip(reversed(input), reversed(other), strict=False)
     fits = all(b in (1, a) or (a == 1 and not expands) for a, b in pairs)
     if not fits or (expands and len(other) > len(input)):

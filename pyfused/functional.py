@@ -1,37 +1,38 @@
 """Fused counterparts of ``torch.nn.functional``: same names, arguments, results and errors.
 
-All functions have the following in common. Their docstrings describe what is specific to them.
+The following applies to all functions; each docstring describes what is specific to its function.
 
 Dtypes
     float32, float64, bfloat16 and float16. Half precision is computed in float32 and rounded once.
-    The dtype of the result is torch's: losses promote differing dtypes, and most return float32
-    under autocast. Activations return the shape and dtype of the input.
+    Results have torch's dtype: losses promote mixed dtypes, and most return float32 under autocast.
+    Activations return the input's shape and dtype.
 
 Reductions
-    ``reduction="none"`` returns one loss for each element, or for each row of classes or features;
-    ``"sum"`` adds them up; ``"mean"`` divides the sum by the number of elements or rows, and is NaN
-    if there are none. ``size_average`` and ``reduce`` are torch's deprecated arguments for it.
+    ``reduction="none"`` returns one loss for each element of the broadcast shape, or one for each
+    row of classes or features; ``"sum"`` adds them up; ``"mean"`` divides the sum by their number,
+    and is NaN if there are none. ``size_average`` and ``reduce`` are torch's deprecated arguments
+    for the same purpose. Log-likelihoods, entropies and divergences are in nats.
 
-Numbers
-    An option that is a number may be a tensor of one element, whose value is read in each call. If
-    it requires grad, or is on a GPU, the call takes torch's operators, which differentiate it.
+Numeric options
+    A numeric option may be a tensor of one element, whose value is read in each call. If the tensor
+    requires grad or is on a GPU, torch's operators compute the call.
 
 In-place operation
-    ``inplace=True`` writes an activation's result over ``input`` and returns ``input``. This is a
-    RuntimeError for a leaf that requires grad, and for memory that overlaps itself.
+    ``inplace=True`` writes an activation's result to ``input`` and returns ``input``. It raises a
+    RuntimeError for a leaf that requires grad, and for a tensor whose elements share memory.
 
 Errors
-    Errors have the type that torch raises and name the argument, what was expected and what was
-    got: TypeError for an argument that is not a tensor or not a number, RuntimeError or ValueError
-    for a shape, dtype or option that does not fit. The kernels check class indices: one that is out
-    of range is an IndexError on CPUs. On GPUs, where the check would synchronise, the loss of its
-    row is NaN and the gradient zero.
+    Errors have the type that torch raises and name the argument, the expected value and the value
+    passed: TypeError for an argument that is not a tensor or not a number, RuntimeError or
+    ValueError for an invalid shape, dtype or option. The kernels check class indices: on CPUs, an
+    index out of range raises an IndexError. On GPUs, where the check would synchronise, the loss of
+    its row is NaN and the gradient is zero.
 
-Fall-back
-    Second derivatives, forward-mode AD, ``torch.func``, tensor subclasses, other devices and
-    dtypes, and sizes at which ATen is faster are computed by torch's operator; for a function that
-    torch lacks, by its definition in torch's operators. :func:`pyfused.explain` reports whether a
-    call falls back, and why.
+Fallback
+    torch's operator computes second derivatives, forward-mode AD, ``torch.func``, tensor
+    subclasses, other devices and dtypes, and sizes at which torch is faster. If torch has no such
+    operator, a definition in torch's operators does. :func:`pyfused.explain` reports whether a call
+    falls back, and why.
 
 Other names, such as ``conv2d``, are torch's functions.
 """
@@ -186,57 +187,56 @@ def cross_entropy(
 
     With ``lse`` the log-sum-exp of a row of logits and ``q`` its target distribution, smoothed by
     ``label_smoothing`` and weighted by ``weight``, the loss of the row is
-    ``sum_c q_c * (lse - input_c)``. torch has no argument after ``label_smoothing``.
+    ``sum_c q_c * (lse - input_c)``. torch lacks the arguments after ``label_smoothing``.
 
     Args:
         input: Logits, of shape (C), (N, C) or (N, C, d1, ..., dk).
         target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
             int64 or uint8; or class probabilities of the input's shape and any floating dtype.
-        weight: One factor for each class, of shape (C); of the input's dtype for class indices.
-        ignore_index: Rows with this target have loss and gradient 0, and the mean leaves them out.
+        weight: A factor for each class, of shape (C); of the input's dtype for class indices.
+        ignore_index: Rows with this target have loss and gradient 0, and the mean excludes them.
         reduction: ``"mean"`` divides by the sum of ``weight[target]`` over the rows that are not
-            ignored, or for class probabilities by the number of rows.
+            ignored; for class probabilities, by the number of rows.
         label_smoothing: The fraction of the target, 0.0 to 1.0, that is spread over all classes.
         gamma: Multiplies the loss of a row by ``(1 - p) ** gamma``, where ``p`` is the probability
-            of its target: focal loss (Lin et al. 2017, arXiv 1708.02002), for class indices without
-            smoothing. With ``log_p = log_softmax(input, 1)`` it is::
+            of the target: focal loss (Lin et al. 2017, arXiv 1708.02002). Requires class indices
+            without smoothing. With ``log_p = log_softmax(input, 1)`` it is::
 
                 nll_loss(log_p * (-log_p.expm1()) ** gamma, target, weight)
 
         z_loss: Adds ``z_loss * lse ** 2`` to the loss of a row, which keeps the logits from
             drifting (Chowdhery et al. 2022, arXiv 2204.02311).
-        scale: Multiplies the logits, without a copy of them. Losses of cosines take about 64
+        scale: Multiplies the logits, without copying them. Losses over cosines use about 64
             (:func:`additive_margin`).
-        softcap: Replaces the logits by ``softcap * tanh(input / softcap)`` before they are scaled,
-            without a copy of them, as :func:`softcap`. ``inplace`` has no effect with it.
+        softcap: Replaces the logits by ``softcap * tanh(input / softcap)`` before scaling, without
+            copying them, as :func:`softcap` does. ``inplace`` has no effect with it.
         temperature: Divides the logits: the inverse of ``scale``.
-        token_weight: Multiplies the loss of each row, and has the shape of class indices. The mean
+        token_weight: Multiplies the loss of each row; has the shape of class indices. The mean
             divides by the sum of ``token_weight * weight[target]``.
-        denominator: What ``"mean"`` divides by instead, such as the count of valid targets of all
-            micro-batches or processes: a positive number, or a tensor of one element, which gives
-            NaN if it is 0. Other reductions take None.
-        loss_dtype: The dtype of the loss. With half-precision logits, ``torch.float32`` gives the
+        denominator: Replaces the divisor of ``"mean"``, for example by the number of valid targets
+            in all micro-batches or processes: a positive number, or a tensor of one element, where
+            0 gives NaN. Must be None for other reductions.
+        loss_dtype: The dtype of the loss. With half-precision logits, ``torch.float32`` returns the
             loss of ``input.float()`` without that copy; bfloat16 rounds a loss of 36 to steps of
             0.25.
-        inplace: The gradient overwrites ``input``, which saves the memory of the logits. Do not use
-            ``input`` afterwards: it holds the gradient, from the forward pass on if the loss is a
-            scalar. Autograd raises if an earlier operation saved ``input``; other uses silently
-            give wrong numbers. It allows one backward pass, without ``create_graph``. Nothing is
-            overwritten if no gradient is needed, or if torch's operator runs.
-        shard: The classes of this process, a :class:`pyfused.VocabShard`, if a process group shards
-            the classes. All processes call with the same targets, and a ``weight`` of all classes.
-            Each gets the loss over all classes and the gradient of its own logits. Takes class
-            indices without ``gamma``. Calls that do not fit together, or that one process refuses,
-            raise in every process.
+        inplace: Overwrites ``input`` by its gradient, which saves memory of the size of the logits.
+            Do not use ``input`` afterwards: it holds the gradient, after the forward pass already
+            if the loss is a scalar. Autograd raises if an earlier operation saved ``input``; other
+            uses silently give wrong numbers. Only one backward pass is possible, without
+            ``create_graph``. Nothing is overwritten if no gradient is needed or if torch's operator
+            runs.
+        shard: This process' :class:`pyfused.VocabShard`, if a process group shards the classes. All
+            processes pass the same targets and the ``weight`` of all classes. Each gets the loss
+            over all classes and the gradient of its local logits. Requires class indices, without
+            ``gamma``. If the calls do not match, or one process raises, every process raises.
 
     Returns:
-        The loss in nats, of the input's dtype, or float32 under autocast, or ``loss_dtype``: a
-        scalar, or of the shape of class indices for ``"none"``.
+        The loss, of the input's dtype, or float32 under autocast, or ``loss_dtype``.
 
     Raises:
-        IndexError: A class index is out of range; the message gives it and its position.
-        RuntimeError, ValueError: A shape, dtype or option does not fit, or ``inplace`` with an
-            ``input`` that is a leaf or overlaps itself.
+        IndexError: A class index is out of range; the message has the index and its position.
+        RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` with an
+            ``input`` that is a leaf or whose elements share memory.
     """
     options = CrossEntropyOptions(  # by position: keywords take 0.2 us longer
         ignore_index,
@@ -270,16 +270,16 @@ def cross_entropy_with_metrics(
     shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
-    """Returns :func:`cross_entropy`, and metrics of each target from the same pass over the logits.
+    """Returns :func:`cross_entropy` and metrics of each target, from one pass over the logits.
 
     Args:
         input, target, weight, ignore_index, reduction, label_smoothing, gamma, inplace, shard: As
             in :func:`cross_entropy`.
-        options: The other keywords of :func:`cross_entropy`.
+        options: The other keyword arguments of :func:`cross_entropy`.
 
     Returns:
         The loss, and the :class:`~pyfused.ops.metrics.Metrics` of the capped and scaled logits:
-        log-probability, log-sum-exp, prediction, whether it is correct, and entropy.
+        log-probability, log-sum-exp, prediction, whether the prediction is correct, and entropy.
     """
     checks.keywords("cross_entropy_with_metrics", options)
     given = CrossEntropyOptions(
@@ -299,7 +299,7 @@ def cross_entropy_with_metrics(
 def additive_margin(
     input: Tensor, target: Tensor, margin: float = 0.35, kind: MarginKind = "cosface"
 ) -> Tensor:
-    """Lowers the cosine of each target by a margin, which keeps the classes apart.
+    """Lowers the cosine of each target by a margin, which separates the classes.
 
     torch has no such function. CosFace is::
 
@@ -308,8 +308,8 @@ def additive_margin(
     Args:
         input: Cosines of the angles between embeddings and classes, of shape (C), (N, C) or
             (N, C, d1, ..., dk) and any floating dtype.
-        target: Class indices, of shape (), (N) or (N, d1, ..., dk), int64 or uint8. A row whose
-            index is not in [0, C), such as an ``ignore_index``, is unchanged.
+        target: Class indices, of shape (), (N) or (N, d1, ..., dk), int64 or uint8. Rows whose
+            index is not in [0, C), such as ``ignore_index``, are unchanged.
         margin: 0.0 or more; an angle in radians for ``"arcface"``.
         kind: ``"cosface"`` for ``cosine - margin`` (Wang et al. 2018, arXiv 1801.09414),
             ``"arcface"`` for ``cos(angle + margin)`` (Deng et al. 2019, arXiv 1801.07698).
@@ -342,17 +342,17 @@ def linear_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor:
-    """Returns :func:`cross_entropy` of a linear layer's output without holding all logits.
+    """Returns :func:`cross_entropy` of a linear layer's output, without all logits in memory.
 
-    The result is that of torch's function of this name::
+    The result equals torch's function of this name::
 
         cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
 
-    The logits of some rows at a time go through the matrix product, cross-entropy and the products
-    of the gradients while they are in cache. With little memory, or with half precision that the
-    CPU has no instructions for, they are computed for some classes at a time, and the backward pass
-    recomputes them. Weight gradients are accumulated in float32, also for half precision. CPUs
-    leave ignored rows out of the products.
+    Each block of rows goes through the matrix product, the cross-entropy and the products of the
+    gradients while its logits are in cache. If memory is short, or if the CPU has no instructions
+    for the half-precision dtype, logits are computed for blocks of classes, and the backward pass
+    recomputes them. Weight gradients are accumulated in float32, in half precision too. On CPUs,
+    the products skip ignored rows.
 
     Args:
         input: The layer's input, of shape (..., D): torch's (D) and (N, D), or a model's (B, T, D).
@@ -362,31 +362,31 @@ def linear_cross_entropy(
             int64 or uint8; or class probabilities of shape (..., C) or (..., C, d1, ..., dk) and
             any floating dtype.
         linear_bias: The layer's bias, of the input's dtype and shape (C) or (C, d1, ..., dk).
-        weight: One factor for each class, of shape (C).
+        weight: A factor for each class, of shape (C).
         reduction: As in :func:`cross_entropy`. The gradients of ``"none"`` recompute the logits.
         ignore_index: As in :func:`cross_entropy`; None stands for -100.
         label_smoothing: As in :func:`cross_entropy`.
-        options: torch's ``LinearCrossEntropyOptions``, used by calls that fall back to torch's
+        options: torch's ``LinearCrossEntropyOptions``, used only if the call falls back to torch's
             operator.
-        memory_budget: Bytes for the logits that exist at once and for the operands of their
-            product. None takes up to 512 rows, a quarter of the rows and 16 MiB; for bfloat16 on
-            CPUs with AMX, all rows up to a 32nd of the machine's memory. It changes the result only
-            by rounding.
+        memory_budget: Bytes for the logits in memory at once and the operands of their product. By
+            default a quarter of the logits or 16 MiB, whichever is more, but at most 512 rows; for
+            bfloat16 on CPUs with AMX, all rows if they take at most 1/32 of the machine's memory.
+            It changes the result only by rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
         filter_eps: Skips classes in a block's gradient products if the gradients of all their
             logits are below ``eps = filter_eps * grad_output``, divided by the mean's denominator
-            (Wijmans et al. 2024, arXiv 2411.09009, who take 2 ** -12, the precision of bfloat16).
+            (Wijmans et al. 2024, arXiv 2411.09009, who use 2 ** -12, the precision of bfloat16).
             The error is below ``eps * linear_weight.abs().sum(0)`` for the input's gradient and
-            below ``eps * input.abs().sum(0)`` for the weight's: small for confident predictions,
-            but otherwise small probabilities add up. 0.0 skips nothing. On GPUs each block
-            synchronises to find the classes.
-        shard: As in :func:`cross_entropy`. Each process has ``linear_weight`` and ``linear_bias``
-            of some classes, and the same ``input``, whose gradient is summed over the processes.
-            ``filter_eps`` has no effect then.
+            below ``eps * input.abs().sum(0)`` for the weight's gradient. It is small for confident
+            predictions; otherwise many small probabilities add up. 0.0 skips nothing. On GPUs each
+            block synchronises to find the classes. Has no effect with ``shard``.
+        shard: As in :func:`cross_entropy`. Each process passes ``linear_weight`` and
+            ``linear_bias`` of its classes and the same ``input``, whose gradient is summed over the
+            processes.
 
     Returns:
-        The loss in nats, as of :func:`cross_entropy`.
+        As in :func:`cross_entropy`.
     """
     given = HeadOptions(
         -100 if ignore_index is None else ignore_index,
@@ -423,17 +423,17 @@ def linear_cross_entropy_with_metrics(
     shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
-    """Returns :func:`linear_cross_entropy`, and metrics of each target from the same pass.
+    """Returns :func:`linear_cross_entropy` and metrics of each target, from one pass.
 
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
         label_smoothing, memory_budget, filter_eps, shard: As in :func:`linear_cross_entropy`.
-        options: The other keywords of :func:`linear_cross_entropy`.
+        options: The other keyword arguments of :func:`linear_cross_entropy`.
 
     Returns:
         The loss, and the :class:`~pyfused.ops.metrics.Metrics` of the layer's capped and scaled
-        output, as of :func:`cross_entropy_with_metrics`.
+        output, as in :func:`cross_entropy_with_metrics`.
     """
     checks.keywords("linear_cross_entropy_with_metrics", options)
     given = HeadOptions(
@@ -461,6 +461,7 @@ def log_probs(
     temperature: float = 1.0,
     return_entropy: bool = False,
     return_lse: bool = False,
+    return_metrics: bool = False,
     shard: VocabShard | None = None,
 ) -> LogProbs:
     """Returns each target's log-probability and, on request, its row's entropy and log-sum-exp.
@@ -481,18 +482,27 @@ def log_probs(
         softcap: Replaces the logits by ``softcap * tanh(logits / softcap)``; None for no bound.
         temperature: Divides the logits after that.
         return_entropy, return_lse: Whether to return the entropy, and the log-sum-exp.
+        return_metrics: Whether the result has the attributes ``is_top1`` and ``mean_logit``, which
+            have no gradient.
         shard: The classes of this process, as in :func:`cross_entropy`.
 
     Returns:
         A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float64 for
         float64 logits, otherwise float32.
     """
-    alone = not (return_entropy or return_lse)
-    options = LogProbsOptions(ignore_index, softcap=softcap, temperature=temperature, alone=alone)
+    options = LogProbsOptions(
+        ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        alone=not (return_entropy or return_lse),
+        with_metrics=return_metrics,
+    )
     logits = checks.classes_at(1, "logits", logits, dim)
     op, arguments = operators.LOG_PROBS, (logits, target, options)
     values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
-    return LogProbs(values) if options.alone else named(values, return_entropy, return_lse)
+    if options.alone and not return_metrics:
+        return LogProbs(values)
+    return named(values, options, return_entropy, return_lse)
 
 
 def linear_log_probs(
@@ -506,6 +516,7 @@ def linear_log_probs(
     temperature: float = 1.0,
     return_entropy: bool = False,
     return_lse: bool = False,
+    return_metrics: bool = False,
     memory_budget: int | None = None,
     deterministic_rows: bool = False,
     shard: VocabShard | None = None,
@@ -519,7 +530,8 @@ def linear_log_probs(
         input, linear_weight: As in :func:`linear_cross_entropy`.
         target: Class indices, as in :func:`linear_cross_entropy`.
         linear_bias: The layer's bias, of shape (C) or (C, d1, ..., dk).
-        ignore_index, softcap, temperature, return_entropy, return_lse: As in :func:`log_probs`.
+        ignore_index, softcap, temperature: As in :func:`log_probs`.
+        return_entropy, return_lse, return_metrics: As in :func:`log_probs`.
         memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
             Within it, logits of the first rows may be kept for the backward pass.
         deterministic_rows: True makes the bits of a row independent of the batch's size and of the
@@ -537,13 +549,16 @@ def linear_log_probs(
         softcap=softcap,
         temperature=temperature,
         alone=not (return_entropy or return_lse),
+        with_metrics=return_metrics,
         memory_budget=memory_budget,
         deterministic_rows=deterministic_rows,
     )
     arguments = input, linear_weight, linear_bias, target, options
     op = operators.LINEAR_LOG_PROBS
     values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
-    return LogProbs(values) if options.alone else named(values, return_entropy, return_lse)
+    if options.alone and not return_metrics:
+        return LogProbs(values)
+    return named(values, options, return_entropy, return_lse)
 
 
 def kl_div_with_logits(
@@ -562,43 +577,44 @@ def kl_div_with_logits(
 ) -> Tensor:
     """Returns the divergence of a student's predictions from a teacher's, for distillation.
 
-    With p and q the softmax of the student's and of the teacher's logits divided by the
-    temperature, and m = beta q + (1 - beta) p, the loss of a token is
+    With p and q the softmax of the student's and the teacher's logits divided by the temperature,
+    and m = beta q + (1 - beta) p, the loss of a token is
 
     - for ``beta=0.0``, forward KL(q || p), the sum of ``q (log q - log p)`` over the classes
       (Hinton et al. 2015, arXiv 1503.02531),
     - for ``beta=1.0``, reverse KL(p || q), the sum of ``p (log p - log q)``,
     - in between, ``beta KL(q || m) + (1 - beta) KL(p || m)``, the generalised Jensen-Shannon
-      divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649). It is 0 at both ends, where KL(q ||
-      p) and KL(p || q) replace it.
+      divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649). It is 0 at both ends, where it is
+      replaced by KL(q || p) and KL(p || q).
 
-    0 log 0 is 0. The loss is not multiplied by the square of the temperature. With ``x = logits /
-    temperature`` and ``y = teacher_logits / temperature``, forward KL is, in torch's terms::
+    0 log 0 is 0. The loss is not multiplied by the square of the temperature. torch has no such
+    function. With ``x = logits / temperature`` and ``y = teacher_logits / temperature``, forward KL
+    is::
 
         kl_div(
             log_softmax(x, -1), log_softmax(y, -1), log_target=True, reduction="none"
         ).sum(-1)
 
     Args:
-        logits: The student's, of shape (C) or (N, C), or with ``dim`` of any shape.
+        logits: The student's logits, of shape (C) or (N, C), or any shape with ``dim``.
         teacher_logits: Of the same shape and any floating dtype.
-        dim: The dimension of the classes, as in :func:`log_probs`. The other dimensions are tokens.
+        dim: The dimension of the classes, as in :func:`log_probs`. The others are tokens.
         beta: 0.0 to 1.0.
-        softcap, teacher_softcap: Replaces the student's and the teacher's logits by
-            ``softcap * tanh(logits / softcap)``; None for no bound.
+        softcap, teacher_softcap: Replaces the student's or the teacher's logits by
+            ``softcap * tanh(logits / softcap)``; None for no cap.
         temperature: Divides all logits after that.
         reduction: ``"mean"`` divides by the number of tokens, or by the sum of ``token_weight``.
-            For logits (N, C) it is ``"batchmean"`` of :func:`kl_div`.
+            For logits (N, C) it equals ``"batchmean"`` of :func:`kl_div`.
         token_weight: A factor of 0.0 or more for the loss of each token, or a mask, of the tokens'
             shape. Tokens of weight 0 are not read and have no gradient, whatever their logits are.
-        denominator: What ``"mean"`` divides by instead, as in :func:`cross_entropy`.
+        denominator: Replaces the divisor of ``"mean"``, as in :func:`cross_entropy`.
         teacher_requires_grad: By default the teacher is constant and gets no gradient, even if its
-            tensors require grad. With True it does if they do, and torch's operators compute the
-            loss.
+            tensors require grad. With True it gets one if they do, and torch's operators compute
+            the loss.
 
     Returns:
-        The loss in nats: a scalar, or of the tokens' shape for ``"none"``; float64 for float64
-        logits, otherwise float32.
+        The loss: a scalar, or of the tokens' shape for ``"none"``; float64 for float64 logits,
+        otherwise float32.
     """
     arguments = operators.KL_DIV_WITH_LOGITS.bind(
         logits=logits,
@@ -634,27 +650,27 @@ def linear_kl_div(
     memory_budget: int | None = None,
     teacher_requires_grad: bool = False,
 ) -> Tensor:
-    """Returns :func:`kl_div_with_logits` of two linear layers' outputs without holding all logits.
+    """Returns :func:`kl_div_with_logits` of two linear layers, without all logits in memory.
 
-    The logits of both models are computed for some rows at a time and turned into gradients. Weight
-    gradients are accumulated in float32, also for half precision.
+    The logits of both models are computed for blocks of rows and turned into gradients. Weight
+    gradients are accumulated in float32, in half precision too.
 
     Args:
         input, linear_weight, linear_bias: The student's input and layer, of shapes (..., D), (C, D)
             and (C).
-        teacher_input, teacher_linear_weight, teacher_linear_bias: The teacher's, of shapes (...,
-            E), (C, E) and (C). E and the dtype may differ from the student's.
+        teacher_input, teacher_linear_weight, teacher_linear_bias: The teacher's input and layer, of
+            shapes (..., E), (C, E) and (C). E and the dtype may differ from the student's.
         beta, softcap, teacher_softcap, temperature, reduction, denominator: As in
             :func:`kl_div_with_logits`.
-        token_weight: As in :func:`kl_div_with_logits`, of shape (...). CPUs leave tokens of weight
-            0 out of the products.
+        token_weight: As in :func:`kl_div_with_logits`, of shape (...). On CPUs, the products skip
+            tokens of weight 0.
         teacher_requires_grad: As in :func:`kl_div_with_logits`. With True, if the teacher's tensors
-            require grad as a head's weight does by default, torch's operators compute all logits.
-        memory_budget: Bytes for the logits of both models that exist at once, at least one row of
-            each. None as in :func:`linear_cross_entropy`.
+            require grad, as a head's weight does by default, torch's operators compute all logits.
+        memory_budget: Bytes for the logits of both models in memory at once, at least one row of
+            each. The default is as in :func:`linear_cross_entropy`.
 
     Returns:
-        As :func:`kl_div_with_logits`.
+        As in :func:`kl_div_with_logits`.
     """
     arguments = operators.LINEAR_KL_DIV.bind(
         input=input,
@@ -698,25 +714,25 @@ def linear_topk_kl_div(
     Args:
         teacher_indices: k different classes for each token, of shape (..., k), int64.
         teacher_log_probs: Their log-probabilities at the temperature, of shape (..., k) and any
-            floating dtype. The other classes share the rest of the probability.
+            floating dtype. The other classes share the remaining probability.
         beta: As in :func:`kl_div_with_logits`; 0.0 with ``remainder="ignore"``.
         softcap, temperature: The student's logits are ``softcap * tanh(logits / softcap)``, divided
             by the temperature.
-        remainder: ``"bucket"`` counts all other classes as one, with the rest of the probability,
-            of the student and of the teacher; with ``beta=1.0`` the loss is infinite if the teacher
-            has no rest. ``"ignore"`` sums ``q (log q - log p)`` over the k classes alone, which may
-            be negative; p is normalised over all classes.
+        remainder: ``"bucket"`` treats all other classes as one, with the remaining probability of
+            the student and the teacher; with ``beta=1.0`` the loss is infinite if the teacher's
+            remaining probability is 0. ``"ignore"`` sums ``q (log q - log p)`` over the k classes
+            only, which may be negative; p is normalised over all classes.
         input, linear_weight, linear_bias, reduction, token_weight: As in :func:`linear_kl_div`.
         denominator, memory_budget, teacher_requires_grad: As in :func:`linear_kl_div`.
 
     Returns:
-        As :func:`kl_div_with_logits`.
+        As in :func:`kl_div_with_logits`.
 
     Raises:
         IndexError: A class index is out of range.
-        ValueError: A token has a class twice, or its ``teacher_log_probs`` are above 0 or have
-            probabilities of a sum above 1, by more than rounding. On GPUs the loss of a token with
-            such indices is NaN instead.
+        ValueError: A token has a class twice, or its ``teacher_log_probs`` are above 0 or their
+            probabilities add up to more than 1, beyond rounding. On GPUs the loss of a token with
+            invalid indices is NaN instead.
     """
     arguments = operators.LINEAR_TOPK_KL_DIV.bind(
         input=input,
@@ -748,19 +764,16 @@ def nll_loss(
 ) -> Tensor:
     """Returns the negative log-likelihood of class indices, ``-weight[target] * input[target]``.
 
-    :func:`cross_entropy` is this loss of :func:`log_softmax`, in one kernel.
+    :func:`cross_entropy` computes this loss of :func:`log_softmax` in one kernel.
 
     Args:
         input: Log-probabilities, of shape (C), (N, C) or (N, C, d1, ..., dk).
         target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
             int64, or uint8 if the input has two dimensions.
-        weight: One factor for each class, of shape (C) and the input's dtype.
-        ignore_index: Rows with this target have loss and gradient 0, and the mean leaves them out.
+        weight: A factor for each class, of shape (C) and the input's dtype.
+        ignore_index: Rows with this target have loss and gradient 0, and the mean excludes them.
         reduction: ``"mean"`` divides by the sum of ``weight[target]`` over the rows that are not
             ignored.
-
-    Returns:
-        The loss in nats: a scalar, or of the target's shape for ``"none"``.
     """
     return call(
         operators.NLL_LOSS, (input, target, weight, size_average, ignore_index, reduce, reduction)
@@ -777,23 +790,20 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the hinge loss of several classes, as in a support vector machine.
+    """Returns the hinge loss over several classes, as in a support vector machine.
 
     With ``z_c = max(0, margin - input_target + input_c)``, the loss of a row is
-    ``weight_target / C`` times the sum of ``z_c ** p`` over all classes but the target.
+    ``weight_target / C`` times the sum of ``z_c ** p`` over all classes except the target.
 
     Args:
         input: Scores, of shape (C) or (N, C).
         target: Class indices in [0, C), int64, of shape (), (1) or (N).
         p: 1 or 2.
         margin: The distance between scores at which the loss becomes 0.
-        weight: One factor for each class, of shape (C) and the input's dtype.
-
-    Returns:
-        The loss: a scalar, or of the target's shape for ``"none"``.
+        weight: A factor for each class, of shape (C) and the input's dtype.
 
     Raises:
-        RuntimeError: A class index is out of range; on GPUs its loss is NaN instead.
+        RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
     """
     return call(
         operators.MULTI_MARGIN_LOSS,
@@ -808,18 +818,15 @@ def multilabel_margin_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the hinge loss of rows that have several target classes.
+    """Returns the hinge loss of rows with several target classes.
 
     The loss of a row is ``1 / C`` times the sum of ``max(0, 1 - input_t + input_c)`` over its
-    targets t and over the classes c that are not targets. The time grows with these pairs.
+    targets t and the classes c that are not targets. The time is proportional to these pairs.
 
     Args:
         input: Scores, of shape (C) or (N, C).
         target: Class indices in [0, C), int64, of the input's shape. The targets of a row end at
             its first -1.
-
-    Returns:
-        The loss: a scalar, or of shape () or (N) for ``"none"``.
 
     Raises:
         RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
@@ -846,15 +853,14 @@ def triplet_margin_loss(
 
     Args:
         anchor: Embeddings, of shape (D), (N, D) or (..., D).
-        positive: Embeddings of the anchor's class, of as many dimensions, which broadcast.
-        negative: Embeddings of another class, of as many dimensions, which broadcast.
+        positive: Embeddings of the anchor's class, with the same number of dimensions; they
+            broadcast.
+        negative: Embeddings of another class, as ``positive``.
         margin: By how much the negative should be farther away than the positive; more than 0.
-        p: The exponent of the norm. 1 and 2 have kernels.
-        eps: Added to every difference.
-        swap: Takes the smaller distance of the negative to anchor and positive.
-
-    Returns:
-        The loss: a scalar, or of the shape of the inputs without D for ``"none"``.
+        p: The exponent of the norm. The kernels compute 1 and 2.
+        eps: Added to each difference.
+        swap: Replaces the distance of the negative from the anchor by its distance from the
+            positive if that is smaller.
     """
     return call(
         operators.TRIPLET_MARGIN_LOSS,
@@ -871,19 +877,16 @@ def cosine_embedding_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the loss of pairs of embeddings whose cosine should be large, or small.
+    """Returns the loss of pairs of embeddings whose cosine should be large or small.
 
     With ``cos = x1 . x2 / sqrt((x1 . x1 + 1e-12) (x2 . x2 + 1e-12))``, the loss of a row is
-    ``1 - cos`` for a target of 1, ``max(0, cos - margin)`` for -1, and 0 for others.
+    ``1 - cos`` for target 1, ``max(0, cos - margin)`` for target -1, and 0 for other targets.
 
     Args:
         input1: Embeddings, of shape (D) or (N, D).
-        input2: Embeddings of as many dimensions, which broadcast.
+        input2: Embeddings with the same number of dimensions; they broadcast.
         target: 1 or -1 for each row, of shape () or (N) and any dtype.
-        margin: The cosine below which embeddings that should differ have no loss.
-
-    Returns:
-        The loss: a scalar, or of the target's shape for ``"none"``.
+        margin: The cosine below which pairs with target -1 have no loss.
     """
     return call(
         operators.COSINE_EMBEDDING_LOSS,
@@ -899,17 +902,14 @@ def mse_loss(
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Returns the squared difference of input and target, ``weight * (input - target) ** 2``.
+    """Returns the squared error, ``weight * (input - target) ** 2``.
 
     Args:
         input: Predictions, of any shape.
-        target: Ground truth, of a shape that broadcasts with the input's; torch warns if they
+        target: Ground truth, of a shape that broadcasts with the input's; torch warns if the shapes
             differ.
         reduction: ``"mean"`` divides by the number of elements, or by the sum of ``weight``.
-        weight: One factor for each element, of the input's shape.
-
-    Returns:
-        The loss: a scalar, or of the broadcast shape for ``"none"``.
+        weight: A factor for each element, of the input's shape.
     """
     return call(elementwise.MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
 
@@ -922,15 +922,12 @@ def l1_loss(
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Returns the absolute difference of input and target, ``weight * |input - target|``.
+    """Returns the absolute error, ``weight * |input - target|``.
 
-    The gradient is 0 where they are equal.
+    The gradient is 0 where input and target are equal.
 
     Args:
         input, target, reduction, weight: As in :func:`mse_loss`.
-
-    Returns:
-        The loss, as of :func:`mse_loss`.
     """
     return call(elementwise.L1_LOSS, (input, target, size_average, reduce, reduction, weight))
 
@@ -943,17 +940,14 @@ def smooth_l1_loss(
     reduction: Reduction = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    """Returns the difference of input and target, squared where it is small.
+    """Returns the absolute error, or the squared error where it is small.
 
     With ``d = |input - target|``, the loss of an element is ``d ** 2 / (2 * beta)`` where
     ``d < beta``, else ``d - beta / 2``.
 
     Args:
         input, target: As in :func:`mse_loss`.
-        beta: The difference up to which it is squared; 0.0 for :func:`l1_loss`.
-
-    Returns:
-        The loss, as of :func:`mse_loss`.
+        beta: The error below which it is squared; 0.0 for :func:`l1_loss`.
 
     Raises:
         RuntimeError: ``beta`` is negative.
@@ -968,19 +962,16 @@ def huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Returns the difference of input and target, squared where it is small.
+    """Returns the absolute error, or the squared error where it is small.
 
     With ``d = |input - target|``, the loss of an element is ``weight`` times ``d ** 2 / 2`` where
-    ``d < delta``, else ``delta * (d - delta / 2)``. It is ``delta`` times :func:`smooth_l1_loss`.
+    ``d < delta``, else ``delta * (d - delta / 2)``: ``delta`` times :func:`smooth_l1_loss`.
 
     Args:
         input, target: As in :func:`mse_loss`.
         reduction: ``"mean"`` divides by the number of elements, also with ``weight``.
-        delta: The difference up to which it is squared; more than 0.
-        weight: One factor for each element, of the input's shape.
-
-    Returns:
-        The loss, as of :func:`mse_loss`.
+        delta: The error below which it is squared; more than 0.
+        weight: A factor for each element, of the input's shape.
     """
     return call(elementwise.HUBER_LOSS, (input, target, reduction, delta, weight))
 
@@ -1001,15 +992,13 @@ def binary_cross_entropy(
     Args:
         input: Probabilities of the positive class, 0.0 to 1.0, of any shape.
         target: Probabilities of the positive class, 0.0 to 1.0, of the input's shape.
-        weight: One factor for each element, of a shape that broadcasts to the input's.
+        weight: A factor for each element, of a shape that broadcasts to the input's.
         reduction: ``"mean"`` divides by the number of elements, also with ``weight``.
 
-    Returns:
-        The loss in nats: a scalar, or of the input's shape for ``"none"``.
-
     Raises:
-        RuntimeError: A probability is out of range; on GPUs its loss is NaN instead. Or a weight
-            requires grad. Or autocast is on, on a GPU: torch advises to pass logits.
+        RuntimeError: A probability is out of range (on GPUs its loss is NaN instead), ``weight``
+            requires grad, or autocast is enabled on a GPU; use
+            :func:`binary_cross_entropy_with_logits` then.
     """
     return call(
         elementwise.BINARY_CROSS_ENTROPY, (input, target, weight, size_average, reduce, reduction)
@@ -1033,13 +1022,12 @@ def binary_cross_entropy_with_logits(
     Args:
         input: Logits, of any shape.
         target: Probabilities of the positive class, 0.0 to 1.0, of the input's shape.
-        weight: One factor for each element, of a shape that broadcasts to the input's.
+        weight: A factor for each element, of a shape that broadcasts to the input's.
         reduction: ``"mean"`` divides by the number of elements, also with ``weight``.
         pos_weight: A factor for the positive class, of a shape that broadcasts to the input's.
 
     Returns:
-        The loss in nats, of the target's dtype, or float32 under autocast: a scalar, or of the
-        input's shape for ``"none"``.
+        The loss, of the target's dtype, or float32 under autocast.
 
     Raises:
         RuntimeError: A weight requires grad.
@@ -1060,17 +1048,15 @@ def kl_div(
 ) -> Tensor:
     """Returns the Kullback-Leibler divergence of log-probabilities from a target distribution.
 
-    The term of an element is ``target * (log(target) - input)``, or 0 where the target is 0.
+    The divergence of an element is ``target * (log(target) - input)``, or 0 where the target is 0.
 
     Args:
         input: Log-probabilities, of any shape.
-        target: Probabilities, or log-probabilities, of a shape that broadcasts with the input's.
+        target: Probabilities or log-probabilities, of a shape that broadcasts with the input's.
         reduction: ``"batchmean"`` divides the sum by the size of the first dimension, which gives
-            the mean divergence. torch warns of ``"mean"``, which divides by the number of elements.
+            the mean divergence. torch warns about ``"mean"``, which divides by the number of
+            elements.
         log_target: Whether ``target`` holds log-probabilities.
-
-    Returns:
-        The divergence in nats: a scalar, or of the broadcast shape for ``"none"``.
     """
     return call(elementwise.KL_DIV, (input, target, size_average, reduce, reduction, log_target))
 
@@ -1085,7 +1071,7 @@ def poisson_nll_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the negative log-likelihood of counts drawn from Poisson distributions.
+    """Returns the negative log-likelihood of counts under Poisson distributions.
 
     The loss of an element is ``exp(input) - target * input``, or without ``log_input``
     ``input - target * log(input + eps)``.
@@ -1094,11 +1080,8 @@ def poisson_nll_loss(
         input: Logarithms of the rates, or the rates, of any shape.
         target: Counts, of a shape that broadcasts with the input's.
         log_input: Whether ``input`` holds logarithms.
-        full: Add Stirling's approximation of ``log(target!)`` where the target is more than 1.
+        full: Adds Stirling's approximation of ``log(target!)`` where the target is more than 1.
         eps: Added to a rate before its logarithm is taken.
-
-    Returns:
-        The loss in nats: a scalar, or of the broadcast shape for ``"none"``.
     """
     return call(
         elementwise.POISSON_NLL_LOSS,
@@ -1114,7 +1097,7 @@ def gaussian_nll_loss(
     eps: float = 1e-6,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the negative log-likelihood of targets drawn from Gaussian distributions.
+    """Returns the negative log-likelihood of targets under Gaussian distributions.
 
     With ``v = max(var, eps)``, the loss of an element is
     ``(log(v) + (input - target) ** 2 / v) / 2``; ``var`` gets the gradient of ``v``.
@@ -1122,17 +1105,14 @@ def gaussian_nll_loss(
     Args:
         input: Expectations, of any shape.
         target: Samples, of a shape that broadcasts with the input's.
-        var: Variances, of the input's shape, or without its last dimension, or with a single
-            dimension of size 1; or a float for all elements.
-        full: Add the constant ``log(2 * pi) / 2``.
+        var: Variances, of the input's shape, or without its last dimension, or with one dimension
+            of size 1; or a float for all elements.
+        full: Adds the constant ``log(2 * pi) / 2``.
         eps: The smallest variance, for stability.
 
-    Returns:
-        The loss in nats: a scalar, or of the broadcast shape for ``"none"``.
-
     Raises:
-        ValueError: A variance is negative; on GPUs it counts as ``eps`` instead. Or the shape of
-            ``var`` does not fit.
+        ValueError: A variance is negative (on GPUs it counts as ``eps`` instead), or the shape of
+            ``var`` is invalid.
     """
     return call(elementwise.GAUSSIAN_NLL_LOSS, (input, target, var, full, eps, reduction))
 
@@ -1144,16 +1124,13 @@ def soft_margin_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the logistic loss of the classes -1 and 1, ``log(1 + exp(-target * input))``.
+    """Returns the logistic loss for the classes -1 and 1, ``log(1 + exp(-target * input))``.
 
-    It is finite where the exponential of torch's operator overflows.
+    It is finite where the exponential in torch's operator overflows.
 
     Args:
         input: Scores, of any shape.
         target: The classes, -1 or 1, of the input's shape.
-
-    Returns:
-        The loss in nats: a scalar, or of the input's shape for ``"none"``.
     """
     return call(elementwise.SOFT_MARGIN_LOSS, (input, target, size_average, reduce, reduction))
 
@@ -1166,7 +1143,7 @@ def hinge_embedding_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the distance of similar pairs, and the closeness of dissimilar pairs.
+    """Returns the distance of similar pairs, and the hinge loss of dissimilar pairs.
 
     The loss of an element is ``input`` where the target is 1 and ``max(0, margin - input)`` where
     it is -1. For other targets it is the sum of both.
@@ -1175,10 +1152,7 @@ def hinge_embedding_loss(
         input: Distances, of any shape.
         target: 1 for similar and -1 for dissimilar pairs, of a shape that broadcasts with the
             input's.
-        margin: The distance from which on dissimilar pairs have no loss.
-
-    Returns:
-        The loss: a scalar, or of the broadcast shape for ``"none"``.
+        margin: The distance from which dissimilar pairs have no loss.
     """
     return call(
         elementwise.HINGE_EMBEDDING_LOSS, (input, target, margin, size_average, reduce, reduction)
@@ -1194,18 +1168,15 @@ def margin_ranking_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the loss of pairs of scores that are not ranked, by a margin, as the target says.
+    """Returns the loss of pairs of scores, where the target tells which score should be higher.
 
     The loss of an element is ``max(0, -target * (input1 - input2) + margin)``.
 
     Args:
-        input1, input2: Scores, of shapes that broadcast and have as many dimensions.
+        input1, input2: Scores, of shapes that broadcast, with the same number of dimensions.
         target: 1 where ``input1`` should be higher, -1 where ``input2`` should, of a shape that
             broadcasts with theirs.
         margin: By how much it should be higher.
-
-    Returns:
-        The loss: a scalar, or of the broadcast shape for ``"none"``.
     """
     return call(
         elementwise.MARGIN_RANKING_LOSS,
@@ -1216,11 +1187,11 @@ def margin_ranking_loss(
 def quantile_loss(
     input: Tensor, target: Tensor, quantile: float = 0.5, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Returns the difference of input and target, which costs more on one side.
+    """Returns the pinball loss, which weights errors above and below the target differently.
 
-    The mean of this loss is smallest at the given quantile of the targets (Koenker and Bassett
-    1978). Where the two are equal the gradient is the mean of both sides, as of
-    :func:`torch.maximum`. torch has no such loss; in its terms::
+    Its mean is smallest at the given quantile of the targets (Koenker and Bassett 1978). Where
+    input and target are equal, the gradient is the mean of both sides, as for
+    :func:`torch.maximum`. torch has no such loss; it is equivalent to::
 
         d = target - input
         torch.maximum(quantile * d, (quantile - 1) * d)
@@ -1228,28 +1199,22 @@ def quantile_loss(
     Args:
         input: Predictions, of any shape.
         target: Ground truth, of a shape that broadcasts with the input's.
-        quantile: The fraction of the targets that should lie below the input, 0.0 to 1.0.
-
-    Returns:
-        The loss: a scalar, or of the broadcast shape for ``"none"``.
+        quantile: The fraction of the targets that should be below the input, 0.0 to 1.0.
     """
     return call(elementwise.QUANTILE_LOSS, (input, target, quantile, reduction))
 
 
 def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Returns the logarithm of the hyperbolic cosine of the difference of input and target.
+    """Returns the logarithm of the hyperbolic cosine of the error.
 
-    It is half of the squared difference where that is small, the absolute difference less log(2)
-    where it is large, and smooth in between. torch has no such loss; in its terms::
+    It is about half of the squared error where the error is small, about the absolute error minus
+    log(2) where it is large, and smooth in between. torch has no such loss; it is equivalent to::
 
         d = (input - target).abs()
         d + F.softplus(-2 * d) - math.log(2)
 
     Args:
         input, target: As in :func:`quantile_loss`.
-
-    Returns:
-        The loss, as of :func:`quantile_loss`.
     """
     return call(elementwise.LOG_COSH_LOSS, (input, target, reduction))
 
@@ -1263,18 +1228,15 @@ def hinge_loss(
 ) -> Tensor:
     """Returns the loss of a support vector machine for the classes -1 and 1.
 
-    torch has no such loss; in its terms::
+    torch has no such loss; it is equivalent to::
 
         (margin - target * input).clamp(min=0)  # ** 2 if squared
 
     Args:
         input: Scores, of any shape.
         target: The classes, -1 or 1, of a shape that broadcasts with the input's.
-        margin: The distance from zero, on the right side, from which on there is no loss.
+        margin: Correct scores at least this far from zero have no loss.
         squared: Whether to square the loss.
-
-    Returns:
-        The loss: a scalar, or of the broadcast shape for ``"none"``.
     """
     return call(elementwise.HINGE_LOSS, (input, target, margin, squared, reduction))
 
@@ -1289,25 +1251,22 @@ def sigmoid_focal_loss(
     weight: Tensor | None = None,
     ignore_index: float | None = None,
 ) -> Tensor:
-    """Returns the cross-entropy of two classes in which well-classified elements count less.
+    """Returns binary cross-entropy in which well-classified elements count less.
 
     With ``p = sigmoid(inputs)`` and ``u = p * (1 - targets) + (1 - p) * targets``, the loss of an
     element is its binary cross-entropy times ``u ** gamma``, and times ``alpha`` for the positive
-    class and ``1 - alpha`` for the negative one (Lin et al. 2017, arXiv 1708.02002). It is
-    ``torchvision.ops.sigmoid_focal_loss``; torch has no such loss.
+    class and ``1 - alpha`` for the negative class (Lin et al. 2017, arXiv 1708.02002). The result
+    equals ``torchvision.ops.sigmoid_focal_loss``; torch has no such loss.
 
     Args:
         inputs: Logits, of any shape.
         targets: Probabilities of the positive class, usually 0.0 or 1.0, of the inputs' shape and
             dtype.
-        alpha: The weight of the positive class, 0.0 to 1.0; below 0 for no weights.
-        gamma: 0.0 or more; 0.0 gives the cross-entropy.
+        alpha: The weight of the positive class, 0.0 to 1.0; negative for no weights.
+        gamma: 0.0 or more; 0.0 gives binary cross-entropy.
         reduction: ``"mean"`` divides by the number of elements that are not ignored.
-        weight: One factor for each element, of a shape that broadcasts to the inputs'.
+        weight: A factor for each element, of a shape that broadcasts to the inputs'.
         ignore_index: Elements with this target have loss and gradient 0.
-
-    Returns:
-        The loss in nats: a scalar, or of the inputs' shape for ``"none"``.
     """
     return call(
         elementwise.SIGMOID_FOCAL_LOSS,
@@ -1324,7 +1283,7 @@ def rmse_loss(
 ) -> Tensor:
     """Returns the square root of the mean squared error, in the unit of the target.
 
-    torch has no such loss; in its terms::
+    torch has no such loss; it is equivalent to::
 
         (mse_loss(input, target, reduction=reduction, weight=weight) + eps).sqrt()
 
@@ -1332,9 +1291,6 @@ def rmse_loss(
         input, target, weight: As in :func:`mse_loss`.
         reduction: The reduction of the squares, as in :func:`mse_loss`.
         eps: Added before the root, whose gradient is NaN if the loss is 0 and ``eps`` is 0.
-
-    Returns:
-        The loss: a scalar, or of the broadcast shape for ``"none"``.
     """
     return call(elementwise.RMSE_LOSS, (input, target, reduction, weight, eps))
 
@@ -1352,11 +1308,7 @@ def multilabel_soft_margin_loss(
     Args:
         input: Logits, of shape (C), (N, C) or (N, d1, ..., C).
         target: Probabilities of the classes, usually 0.0 or 1.0, of the input's shape.
-        weight: One factor for each class, of shape (C), or for each element.
-
-    Returns:
-        The loss in nats: a scalar, or of the input's shape without its last dimension for
-        ``"none"``.
+        weight: A factor for each class, of shape (C), or for each element.
     """
     return call(
         elementwise.MULTILABEL_SOFT_MARGIN_LOSS,
@@ -1374,7 +1326,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """Returns ``input`` where it is above 0, elsewhere ``negative_slope * input``.
+    """Returns ``input`` where it is positive, elsewhere ``negative_slope * input``.
 
     Args:
         input: Any shape.
@@ -1395,7 +1347,7 @@ def tanh(input: Tensor) -> Tensor:
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     """Returns ``cap * tanh(input / cap)``, which is between ``-cap`` and ``cap``.
 
-    It hardly changes small values. Language models cap their logits by it (Gemma 2, arXiv
+    Small values hardly change. Language models cap their logits this way (Gemma 2, arXiv
     2408.00118). torch has no such function.
 
     Args:
@@ -1412,17 +1364,17 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * sigmoid(input)``, also known as swish.
 
     Args:
-        input: Any shape. With ``inplace`` and a gradient, torch's operator copies it.
+        input: Any shape. With ``inplace`` and a gradient, torch's operator makes a copy.
     """
     return call(elementwise.SILU, (input,), inplace)
 
 
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
-    """Returns ``input`` times the standard normal distribution function of it.
+    """Returns ``input`` times the standard normal distribution function at ``input``.
 
-    At infinity it is this product: inf of inf, NaN of -inf, with a gradient of NaN at both. oneDNN,
-    which computes torch's on x86 in float32 and bfloat16 without approximation, returns NaN of inf,
-    too, and inf from half of the largest number on; it takes small calls and those without a
+    At infinity the result is this product: inf for inf and NaN for -inf, with gradient NaN at both.
+    oneDNN, which torch uses on x86 for float32 and bfloat16 without approximation, also returns NaN
+    for inf, and inf from half of the largest number on; it computes small calls and calls without a
     gradient.
 
     Args:
@@ -1452,18 +1404,18 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
     Args:
         input: Any shape.
         threshold: The largest number that is replaced.
-        value: What replaces it.
+        value: The replacement.
     """
     return call(elementwise.THRESHOLD, (input, threshold, value), inplace)
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Returns ``input`` where it is above 0, elsewhere ``weight * input`` with a learned weight.
+    """Returns ``input`` where it is positive, elsewhere ``weight * input`` with a learned weight.
 
     Args:
-        input: Of shape (N, C, ...), or with a single slope of any shape.
-        weight: The slope of each channel, of shape (C), or a single one, of shape (1) or (); of the
-            input's dtype.
+        input: Of shape (N, C, ...), or any shape with a single slope.
+        weight: The slope of each channel, of shape (C), or a single slope, of shape (1) or (); of
+            the input's dtype.
     """
     return call(elementwise.PRELU, (input, weight))
 
@@ -1480,7 +1432,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
-    """Returns ``input`` clamped to two bounds.
+    """Returns ``input`` clamped to [``min_val``, ``max_val``].
 
     Args:
         input: Any shape.
@@ -1535,17 +1487,17 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """Returns ``input`` where it is above 0, elsewhere ``alpha * (exp(input) - 1)``.
+    """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input) - 1)``.
 
     Args:
         input: Any shape.
-        alpha: Minus the limit at minus infinity.
+        alpha: The result at minus infinity is ``-alpha``.
     """
     return call(elementwise.ELU, (input, alpha), inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns 1.0507 times :func:`elu` with an ``alpha`` of 1.6733: they keep mean and variance.
+    """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance.
 
     Args:
         input: Any shape.
@@ -1554,11 +1506,11 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """Returns ``input`` where it is above 0, elsewhere ``alpha * (exp(input / alpha) - 1)``.
+    """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input / alpha) - 1)``.
 
     Args:
         input: Any shape.
-        alpha: Minus the limit at minus infinity; not 0.
+        alpha: The result at minus infinity is ``-alpha``; not 0.
     """
     return call(elementwise.CELU, (input, alpha), inplace)
 
@@ -1577,8 +1529,8 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
 
     Args:
         input: Any shape.
-        beta: How sharp the bend at 0 is.
-        threshold: The result is ``input`` where ``beta * input`` is above it.
+        beta: The sharpness of the bend at 0.
+        threshold: Where ``beta * input`` is above it, the result is ``input``.
     """
     return call(elementwise.SOFTPLUS, (input, beta, threshold))
 
@@ -1615,7 +1567,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 
     Args:
         input: Any shape with an even size along ``dim``.
-        dim: The dimension along which the halves lie.
+        dim: The dimension that is halved.
 
     Returns:
         A tensor with half the size along ``dim``.
@@ -1630,8 +1582,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns ``silu(gate) * up``, the gated activation of most language models.
 
-    torch has no such function. The backward pass reads both inputs and recomputes ``silu(gate)``;
-    nothing else is saved.
+    torch has no such function. Only the inputs are saved; backward recomputes ``silu(gate)``.
 
     Args:
         gate, up: Tensors that broadcast.
@@ -1645,8 +1596,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor:
     """Returns ``gelu(gate, approximate) * up``.
 
-    torch has no such function. The backward pass reads both inputs and recomputes ``gelu(gate)``;
-    nothing else is saved.
+    torch has no such function. Only the inputs are saved; backward recomputes ``gelu(gate)``.
 
     Args:
         gate, up: Tensors that broadcast.
@@ -1662,8 +1612,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns ``relu(gate) * up``.
 
-    torch has no such function. The backward pass reads both inputs and recomputes ``relu(gate)``;
-    nothing else is saved.
+    torch has no such function. Only the inputs are saved; backward recomputes ``relu(gate)``.
 
     Args:
         gate, up: Tensors that broadcast.
@@ -1684,13 +1633,13 @@ def softmax(
 
     Args:
         input: Any shape.
-        dim: The dimension along which the results add up to 1. Leaving it out is deprecated.
-        _stacklevel: torch's own, for that warning.
-        dtype: Convert the input to this dtype first.
+        dim: The dimension along which the results add up to 1. Omitting it is deprecated.
+        _stacklevel: The stack level of torch's deprecation warning.
+        dtype: Converts the input to this dtype first.
 
     Returns:
-        A contiguous tensor of the input's shape; NaN along ``dim`` where all values are -inf or any
-        is inf.
+        A contiguous tensor of the input's shape; NaN along ``dim`` if all values are -inf or any
+        value is inf.
 
     Raises:
         IndexError: The input has no dimension ``dim``.
@@ -1704,13 +1653,13 @@ def log_softmax(
     _stacklevel: int = 3,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns ``input`` less its log-sum-exp along ``dim``: the logarithm of :func:`softmax`.
+    """Returns ``input`` minus its log-sum-exp along ``dim``: the logarithm of :func:`softmax`.
 
     Args:
         input, dim, _stacklevel, dtype: As in :func:`softmax`.
 
     Returns:
-        A contiguous tensor of the input's shape; NaN as in :func:`softmax`.
+        As in :func:`softmax`.
 
     Raises:
         IndexError: The input has no dimension ``dim``.

@@ -1,8 +1,8 @@
 """Recycles the memory of large outputs on CPU.
 
 New memory is expensive: the operating system zeroes each page at its first write, which takes
-longer than most kernels need to compute its contents. So gradients, losses without reduction and
-activations of 32 MiB or more reuse blocks that earlier ones have freed.
+longer than most kernels take to compute its contents. So gradients, unreduced losses and
+activations of 32 MiB or more reuse blocks that earlier outputs have freed.
 
 The environment variable ``PYFUSED_RECYCLE`` configures this for a process: ``0`` switches it off,
 and a number above 1 is the limit in bytes.
@@ -27,9 +27,9 @@ class Stats(NamedTuple):
     Attributes:
         in_use: Bytes of the blocks that hold tensors.
         free: Bytes of the free blocks.
-        limit: The most bytes of free blocks; 0 where nothing is recycled.
-        hits: Large outputs since the start of the process that took a free block.
-        misses: Large outputs since the start of the process that took new memory.
+        limit: The maximum number of bytes of free blocks; 0 if recycling is off.
+        hits: The number of large outputs, since the process started, that reused a free block.
+        misses: The number of large outputs, since the process started, that took new memory.
     """
 
     in_use: int
@@ -43,12 +43,12 @@ _limit = 0
 
 
 def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
-    """Lets large outputs on CPU take the memory of earlier ones; the default on Linux.
+    """Reuses the memory of earlier large outputs on CPU; on by default on Linux.
 
     A freed block stays mapped, and its pages are released with ``MADV_FREE``: the operating system
-    reclaims them when memory is needed. Until then they count as resident memory of the process, up
-    to ``limit``. An output takes a free block of its size or up to an eighth larger. Where the
-    address space is limited (``RLIMIT_AS``) blocks are unmapped at once.
+    reclaims them when it needs memory. Until then they count as resident memory of the process, up
+    to ``limit``. An output reuses a free block of its size or up to an eighth larger. If the
+    address space is limited (``RLIMIT_AS``), blocks are unmapped immediately.
 
     The storage of such a tensor cannot be resized: ``resize_`` to more elements and
     ``untyped_storage().resize_`` raise torch's ``RuntimeError``, as they do for tensors made from
@@ -57,12 +57,12 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
     Args:
         enabled: False switches recycling off and unmaps the free blocks; every large output then
             takes new memory, which is up to twice as slow.
-        limit: The most bytes of free blocks; the oldest are unmapped first. By default a quarter of
-            the machine's memory, or of the control group's limit if that is less.
+        limit: The maximum number of bytes of free blocks; the oldest are unmapped first. By default
+            a quarter of the machine's memory, or of the control group's limit if that is less.
 
     Raises:
         RuntimeError: ``enabled`` is True and the system is not Linux.
-        TypeError, ValueError: ``limit`` is no positive int, or is passed with ``enabled=False``.
+        TypeError, ValueError: ``limit`` is not a positive int, or is passed with ``enabled=False``.
     """
     global _limit
     if limit is not None:
@@ -71,18 +71,16 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
         if limit <= 0:
             raise ValueError(f"limit: expected a positive number of bytes, got {limit}")
         if not enabled:
-            raise ValueError(f"limit: expected none with enabled=False, got {limit}")
+            raise ValueError(f"limit: expected None with enabled=False, got {limit}")
     if cpu.RECYCLES:
         _limit = (_default_limit() if limit is None else limit) if enabled else 0
         cpu.native.recycler_limit(_limit)
     elif enabled:
-        raise RuntimeError("recycle: expected Linux, which this system is not")
+        raise RuntimeError("enabled: expected False on systems other than Linux, got True")
 
 
 def release() -> int:
-    """Returns the memory of all free blocks to the system.
-
-    The next large outputs take new memory.
+    """Returns the memory of all free blocks to the system; later large outputs take new memory.
 
     Returns:
         The number of bytes.
@@ -91,7 +89,7 @@ def release() -> int:
 
 
 def stats() -> Stats:
-    """Returns how much memory is in use and free, and how often an output took a free block."""
+    """Returns how much memory is in use and free, and how often an output reused a block."""
     if not cpu.RECYCLES:
         return Stats(0, 0, 0, 0, 0)
     in_use, free, hits, misses = cpu.native.recycler_stats()
@@ -99,7 +97,7 @@ def stats() -> Stats:
 
 
 def _default_limit() -> int:
-    """Returns a part of the memory, or 0 where the system counts unused mappings as used."""
+    """Returns a fraction of the memory, or 0 if the system counts unused mappings as used."""
     if _number(Path("/proc/sys/vm/overcommit_memory")) == 2:
         return 0
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -107,7 +105,7 @@ def _default_limit() -> int:
 
 
 def _group_limits() -> list[int]:
-    """Returns the limits in bytes of the process's control group and of those that hold it."""
+    """Returns the limits in bytes of the process's control groups and their parents."""
     limits = []
     try:
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -129,7 +127,7 @@ def _group_limits() -> list[int]:
 def _number(file: Path) -> int | None:
     try:
         return int(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError):  # no such file, or "max"
         return None
 
 

@@ -5,7 +5,7 @@ function of :mod:`pyfused.functional`. Other names, such as ``Linear``, are torc
 """
 
 # mypy: disable-error-code="arg-type"
-# torch's modules declare their reduction as a str, whose values are checked by the functions.
+# torch's modules declare their reduction as a str; the functions check its value.
 # ruff: noqa: F403
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *of_torch})
 
 
-functional = F  # as torch.nn has torch's
+functional = F  # like torch.nn.functional
 
 
 def _changed(module: torch.nn.Module, **defaults: Any) -> str:
-    """Returns the ``repr`` of the options that torch's module lacks and that are not defaults."""
+    """Returns the ``repr`` of options that torch's module lacks, without default values."""
     options = {name: getattr(module, name) for name in defaults}
     for name, value in getattr(module, "fused_options", {}).items():
         options[name], defaults[name] = value, getattr(CrossEntropyOptions, name, None)
@@ -105,11 +105,11 @@ def _changed(module: torch.nn.Module, **defaults: Any) -> str:
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
-    Takes torch's arguments, and as keywords ``gamma`` (focal loss), ``inplace`` (the gradient
-    overwrites the logits) and the function's other keywords.
+    Takes torch's arguments and the function's keyword arguments, including ``gamma`` (focal loss)
+    and ``inplace`` (the gradient overwrites the logits).
     """
 
-    # On the class, because `convert` turns a torch.nn.CrossEntropyLoss into this one.
+    # Class attributes, because `convert` only changes the class of a torch.nn.CrossEntropyLoss.
     gamma, inplace = 0.0, False
     fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
 
@@ -156,8 +156,9 @@ else:  # torch has this module since 2.13
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     """``torch.nn.LinearCrossEntropyLoss`` over :func:`pyfused.functional.linear_cross_entropy`.
 
-    Takes torch's arguments, ``memory_budget``, ``filter_eps`` and the function's other keywords.
-    The linear layer is the attribute ``linear``. With the head of a model, call the function.
+    Takes torch's arguments and the function's keyword arguments, including ``memory_budget`` and
+    ``filter_eps``. The linear layer is the attribute ``linear``. For the head of a model, call the
+    function.
     """
 
     memory_budget: int | None = None
@@ -221,7 +222,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
 
 
 class LogProbs(torch.nn.Module):
-    """:func:`pyfused.functional.log_probs` as a module, with its keywords."""
+    """:func:`pyfused.functional.log_probs` as a module, with its keyword arguments."""
 
     def __init__(
         self,
@@ -232,6 +233,7 @@ class LogProbs(torch.nn.Module):
         temperature: float = 1.0,
         return_entropy: bool = False,
         return_lse: bool = False,
+        return_metrics: bool = False,
         shard: VocabShard | None = None,
     ) -> None:
         super().__init__()
@@ -242,6 +244,7 @@ class LogProbs(torch.nn.Module):
             "temperature": temperature,
             "return_entropy": return_entropy,
             "return_lse": return_lse,
+            "return_metrics": return_metrics,
             "shard": shard,
         }
 
@@ -253,7 +256,7 @@ class LogProbs(torch.nn.Module):
 
 
 class LinearLogProbs(LogProbs):
-    """:func:`pyfused.functional.linear_log_probs` of the layer that is its attribute ``linear``."""
+    """:func:`pyfused.functional.linear_log_probs` as a module, with the layer ``linear``."""
 
     def __init__(
         self,
@@ -281,7 +284,7 @@ class LinearLogProbs(LogProbs):
 class KLDivWithLogitsLoss(_Loss):
     """:func:`pyfused.functional.kl_div_with_logits` as a module, called with the same tensors.
 
-    Takes the function's keywords except ``token_weight``, which is an argument of the call.
+    Takes the function's keyword arguments except ``token_weight``, which is passed to the call.
     """
 
     _function: ClassVar[Callable[..., Tensor]] = staticmethod(F.kl_div_with_logits)
@@ -477,7 +480,7 @@ class HingeLoss(_Loss):
 
 
 class SigmoidFocalLoss(_WeightedLoss):
-    """:func:`pyfused.functional.sigmoid_focal_loss` as a module; ``reduction`` is the mean."""
+    """:func:`pyfused.functional.sigmoid_focal_loss` as a module, with ``"mean"`` by default."""
 
     def __init__(
         self,

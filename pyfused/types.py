@@ -1,4 +1,4 @@
-"""The options of calls, and groups of tensors; all layers of the package pass these on whole."""
+"""The options of calls and groups of tensors that all layers of the package share."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Describes the layout of a tensor, but not its values, to a plan.
+    """Describes a tensor without its values.
 
-    It has the attributes of a tensor, so that checks accept either.
+    It has a tensor's attributes, and checks accept either.
 
     Attributes:
         is_leaf_or_view: Whether the tensor is a leaf or a view. It is set for an input that the
@@ -81,29 +81,18 @@ TENSORS: Any = (Tensor, TensorSpec)
 
 
 @dataclass(eq=False)
-class Options:
-    def values(self) -> tuple[Any, ...]:
-        """Returns the values of the fields, in order."""
-        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the fields that hold tensors, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, TENSORS)}
-
-
-@dataclass(eq=False)
-class VocabOptions(Options):
+class VocabOptions:
     """The options that all functions over a vocabulary share, built once from a call's keywords.
 
-    The fields are arguments of the custom operators. A function without one of these options leaves
-    it at its default.
+    The fields are arguments of the custom operators. A function that lacks an option leaves its
+    default.
 
     Attributes:
         ignore_index: The target of rows that are ignored.
         reduction: The reduction over rows (tokens): "none", "mean" or "sum".
         token_weight: The factor of each row's loss, None for ones.
         denominator: The divisor of a mean, None for the total weight of the valid targets.
-        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no bound.
+        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no cap.
         temperature: The divisor of the logits, after the softcap.
     """
 
@@ -113,6 +102,14 @@ class VocabOptions(Options):
     denominator: float | Tensor | None = field(default=None, metadata=POSITIVE)
     softcap: float | None = field(default=None, metadata=POSITIVE)
     temperature: float = field(default=1.0, metadata=POSITIVE)
+
+    def values(self) -> tuple[Any, ...]:
+        """Returns the values of all fields, in order."""
+        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the fields that hold tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, TENSORS)}
 
     @property
     def rows(self) -> RowOptions:
@@ -159,7 +156,7 @@ class HeadOptions(CrossEntropyOptions):
 
     Attributes:
         memory_budget: Bytes for the logits in memory at once, None for the default.
-        filter_eps: Gradients of logits below this are left out of matrix products.
+        filter_eps: Matrix products skip gradients of logits below this.
     """
 
     memory_budget: int | None = None
@@ -172,13 +169,15 @@ class LogProbsOptions(VocabOptions):
 
     Attributes:
         alone: Whether only the log-probabilities are returned, without entropy and log-sum-exp.
+        with_metrics: Whether the call returns a tuple of these and the metrics of each target.
         memory_budget: Bytes for the logits in memory at once, None for the default.
-        deterministic_rows: Whether the bits of a row's results are independent of the batch, by
-            matrix products of one size.
+        deterministic_rows: Whether the bits of a row's results are independent of the batch;
+            requires matrix products of a fixed size.
     """
 
     reduction: str = "none"
     alone: bool = False
+    with_metrics: bool = False
     memory_budget: int | None = None
     deterministic_rows: bool = False
 
@@ -192,8 +191,8 @@ class DivergenceOptions(VocabOptions):
             0 for KL(teacher || student), 1 for KL(student || teacher).
         teacher_softcap: The softcap of the teacher's logits.
         memory_budget: Bytes for the logits of both models in memory at once, None for the default.
-        remainder: How the probability outside of the teacher's top k is treated: "bucket" as one
-            class, "ignore" not at all.
+        remainder: "bucket" treats the classes outside the teacher's top k as one class, "ignore"
+            drops them.
     """
 
     beta: float = 0.0
@@ -203,7 +202,7 @@ class DivergenceOptions(VocabOptions):
 
     def __post_init__(self) -> None:
         if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
-            self.token_weight = self.token_weight.to(torch.float32)  # from a mask
+            self.token_weight = self.token_weight.to(torch.float32)  # it is a mask
 
 
 class RowOptions(NamedTuple):
@@ -212,7 +211,7 @@ class RowOptions(NamedTuple):
     Attributes:
         ignore_index: The target of rows whose state and gradient are 0.
         scale: The factor of the logits, after the softcap.
-        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no bound.
+        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no cap.
     """
 
     ignore_index: int = -100
@@ -220,16 +219,16 @@ class RowOptions(NamedTuple):
     softcap: float | None = None
 
 
-# The fields of the state of a row of logits, in float64; csrc/row_state.h defines them. A state has
-# the first STATE_FIELDS or METRICS_FIELDS of them, or all SMOOTHING_FIELDS.
+# The fields of a row's state, in float64; csrc/row_state.h defines them. A state has the first
+# STATE_FIELDS or METRICS_FIELDS fields, or all SMOOTHING_FIELDS.
 LOG_P, ENTROPY, LSE, PIVOT, SUM, WEIGHTED, TARGET_LOGIT, MAXIMUM, INDEX, SMOOTH = range(10)
 STATE_FIELDS, METRICS_FIELDS, SMOOTHING_FIELDS = MAXIMUM, SMOOTH, SMOOTH + 1
-# The differentiable fields, beside SMOOTH.
+# The differentiable fields, in addition to SMOOTH.
 RESULTS = (LOG_P, ENTROPY, LSE)
 
 
 class ClassRange(NamedTuple):
-    """The range of classes that logits have, among all classes.
+    """The range of classes that logits cover.
 
     Attributes:
         first: The index of the first class.
@@ -241,25 +240,25 @@ class ClassRange(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """The classes of this process, where a group of processes shards the vocabulary.
+    """The classes of this process, if a group of processes shards the vocabulary.
 
     Processes may have different numbers of classes, or none. Logits are not gathered. For each row,
     the processes reduce three numbers: the largest logit, the sum of exponentials, and the target
-    logit; a fourth with label smoothing; and another for log-probabilities or metrics. For metrics,
+    logit. Label smoothing adds a fourth number, log-probabilities and metrics another. For metrics,
     two more numbers are gathered from each process. The gradient of logits needs no communication.
 
-    Before that, each call gathers seven numbers from each process, which synchronises a GPU. All
-    processes raise the same error if shards overlap, leave gaps or exceed the classes, or if the
-    targets, options or shapes differ. If the arguments of one process are invalid, the others raise
-    an error, too. DTensors skip this exchange, as their placements are the same in every process.
+    Each call first gathers seven numbers from each process, which synchronises a GPU. All processes
+    raise the same error if shards overlap, leave gaps or exceed the classes, or if the targets,
+    options or shapes differ. If the arguments of one process are invalid, all processes raise.
+    DTensors skip this exchange, because their placements are the same in every process.
 
     If a tensor requires grad in one process, the result requires grad in all processes, and all of
-    them have to call backward. With ``create_graph=True`` gradients are computed by torch's
-    operators, from all logits of a process in float64, and can be differentiated any number of
-    times. Each of these passes communicates, so every process of the group has to take part.
+    them have to call backward. With ``create_graph=True`` torch's operators compute the gradients,
+    from all logits of a process in float64, and they can be differentiated any number of times.
+    Each of these passes communicates, so every process of the group has to take part.
 
     Attributes:
-        first: The index of this process' first class among all classes.
+        first: The index of the first class of this process.
         classes: The number of all classes, None for the sum over the processes.
         group: A process group of :mod:`torch.distributed`, None for all processes.
     """
@@ -282,16 +281,9 @@ class FusedOptions(TypedDict, total=False):
 
 
 class ModuleOptions(FusedOptions, total=False):
-    """The keyword arguments of a cross-entropy module, whose vocabulary may be sharded."""
+    """The keyword arguments of cross-entropy modules, including ``shard``."""
 
     shard: VocabShard | None
-
-
-class NllOptions(NamedTuple):
-    """Options of the negative log-likelihood."""
-
-    ignore_index: int
-    reduction: str
 
 
 class MarginOptions(NamedTuple):
@@ -303,10 +295,10 @@ class MarginOptions(NamedTuple):
 
 
 class EmbeddingOptions(NamedTuple):
-    """Options of losses of embeddings.
+    """Options of losses over embeddings.
 
     Attributes:
-        euclidean: Whether distances have p = 2 rather than p = 1.
+        euclidean: Whether the norm of distances has exponent 2 rather than 1.
     """
 
     margin: float
@@ -321,7 +313,7 @@ class Outputs(NamedTuple):
     Attributes:
         loss: Whether the loss is computed.
         gradients: Whether the gradient of each operand is computed; () for none.
-        inplace: Whether the gradient of cross-entropy's input overwrites the input.
+        inplace: Whether the gradient of the input overwrites the input.
     """
 
     loss: bool = True
@@ -349,7 +341,7 @@ class Head(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """The number of logits of a row: C * d1 * ... * dk."""
+        """Returns the number of logits of a row: C * d1 * ... * dk."""
         return self.linear_weight[..., 0].numel()
 
     def as_rows(self, options: HeadOptions) -> tuple[Head, HeadOptions]:

@@ -57,7 +57,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("eps", [1e-3, 0.5]),
         ("filter_eps", [0.0]),
         ("full log_input log_target reduce size_average squared swap", [False, True]),
-        ("deterministic_rows return_entropy return_lse", [False, True]),
+        ("deterministic_rows return_entropy return_lse return_metrics", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient is NaN for p = 1
         ("ignore_index", [0, 255, 1, -1]),
         ("inplace with_metrics", [True]),  # with_metrics is a function of its own
@@ -150,7 +150,10 @@ def ours(call: Call, **given: Any) -> Any:
     found = getattr(fused, name)(**given)
     if not isinstance(call.op, LogProbsOperator):
         return found
-    return torch.stack([result for result in found if result is not None])
+    stacked = torch.stack([result for result in found if result is not None])
+    if not given.get("return_metrics"):
+        return stacked
+    return stacked, (found.is_top1, found.mean_logit)
 
 
 def reference(call: Call, **given: Any) -> Any:
@@ -161,7 +164,9 @@ def reference(call: Call, **given: Any) -> Any:
     if isinstance(call.op, LogProbsOperator):
         wanted = [True, given.get("return_entropy", False), given.get("return_lse", False)]
         chosen = [i for i, each in enumerate(wanted) if each]
-        return call.op.reference(*call.op.bind(**given))[chosen]
+        given["with_metrics"] = given.get("return_metrics", False)
+        found = call.op.reference(*call.op.bind(**given))
+        return (found[0][chosen], found[1:]) if given["with_metrics"] else found[chosen]
     if call.op in WITH_OPTIONS or isinstance(call.op, Divergence):
         return call.op.reference(*call.op.bind(**given))
     return call.op.reference(**given)

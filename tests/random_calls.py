@@ -83,7 +83,7 @@ def random_call(
         if name in ("dim", "reduction") or rng.once_in(12 if name in (*ROUNDED, *DEPRECATED) else 4)
     }
     if given.keys() & {*ROUNDED, *DEPRECATED} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
-        given.pop("with_metrics", None)  # rounding causes ties
+        given = without_metrics(given)  # rounding causes ties
     deprecated = given.get("size_average"), given.get("reduce")
     if reduction_of(*deprecated, given.get("reduction", "mean")) != "mean":
         given.pop("denominator", None)
@@ -140,8 +140,12 @@ def random_call(
                 x.requires_grad_(not rng.once_in(4))
         tensors[name] = x
     if "linear_weight" in tensors and tensors["linear_weight"].stride(0) == 0:
-        given.pop("with_metrics", None)  # all logits are equal up to rounding
+        given = without_metrics(given)  # all logits are equal up to rounding
     return Call(op, tensors | given, rng.choice(chosen), seed)
+
+
+def without_metrics(given: dict[str, Any]) -> dict[str, Any]:
+    return {n: x for n, x in given.items() if n not in ("with_metrics", "return_metrics")}
 
 
 def shape_of(rng: Random, elements: int, dims: int) -> list[int]:

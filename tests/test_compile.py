@@ -234,6 +234,33 @@ def test_forward_and_backward_use_the_operator(
     assert kernel_calls["cross_entropy"] == 4
 
 
+@taken
+@pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
+def test_metrics_of_log_probs(op: str, graphs: Graphs) -> None:
+    """The operator computes them with the other results, and they have no gradient."""
+    target = INDICES.where(INDICES > 1, -100)
+    tensors = {"logits": torch.randn(N, C)}
+    if op == "linear_log_probs":
+        tensors = {"input": torch.randn(N, 3), "linear_weight": torch.randn(C, 3)}
+    leaves = [x.requires_grad_() for x in tensors.values()]
+
+    def step() -> Any:
+        function = getattr(fused, op)
+        return function(**tensors, target=target, return_entropy=True, return_metrics=True)
+
+    compiled = torch.compile(step, fullgraph=True, backend=graphs.backend)()
+    expected = step()
+    assert torch.equal(compiled.is_top1, expected.is_top1)
+    close(compiled.mean_logit, expected.mean_logit)
+    assert not compiled.mean_logit.requires_grad
+    found, exact = (
+        torch.autograd.grad(x.log_probability.sum() + x.entropy.sum(), leaves)
+        for x in (compiled, expected)
+    )
+    close(found, exact)
+    assert graphs.operators == [op, f"{op}_backward"]
+
+
 GPU_CALLS: dict[str, tuple[int, Any, str | None]] = {
     "cross_entropy": (1 << 14, fused.cross_entropy, "cross_entropy"),
     "kl_div": (1 << 14, lambda x, _: fused.kl_div_with_logits(x, x), "kl_div_with_logits"),

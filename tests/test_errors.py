@@ -59,6 +59,11 @@ CROSS_ENTROPY: Wrong = {
     ),
     "probabilities_for_one_row": (lambda f: f.cross_entropy(X, P[0]), ["target", "(5,)"]),
     "float_indices": (lambda f: f.cross_entropy(X, Y.float()), ["target", "int64", "float32"]),
+    "float_pass_long": (lambda f: f.cross_entropy(X, Y.float()), ["Pass target.long()"]),
+    "float_pass_long_unbatched": (
+        lambda f: f.cross_entropy(X[0], Y[0].float()),
+        ["Pass target.long()"],
+    ),
     "int32_indices": (lambda f: f.cross_entropy(X, Y.int()), ["target", "int64", "int32"]),
     "batch_not_flattened": (
         lambda f: f.cross_entropy(X, Y.view(2, 2)),
@@ -268,15 +273,31 @@ OTHERS: Wrong = {
     "mse_integers": (lambda f: f.mse_loss(X.long(), X.long()), ["input", "floating", "int64"]),
     "bce_integers": (
         lambda f: f.binary_cross_entropy(P, P.long()),
-        ["target", "floating", "int64"],
+        ["target", "floating", "int64", "Pass target.float()"],
     ),
     "bce_with_logits_integers": (
         lambda f: f.binary_cross_entropy_with_logits(X, P.long()),
-        ["target", "floating", "int64"],
+        ["target", "floating", "int64", "Pass target.float()"],
+    ),
+    "bce_with_logits_integers_for_bfloat16": (
+        lambda f: f.binary_cross_entropy_with_logits(X.bfloat16(), P.long()),
+        ["target", "floating", "int64", "Pass target.to(torch.bfloat16)"],
     ),
     "soft_margin_shape": (
         lambda f: f.soft_margin_loss(X, X[:3]),
         ["target", "(4, 5)", "(3, 5)"],
+    ),
+    "nll_float_indices": (
+        lambda f: f.nll_loss(X, Y.float()),
+        ["target", "int64", "float32", "Pass target.long()"],
+    ),
+    "multi_margin_float_indices": (
+        lambda f: f.multi_margin_loss(X, Y.float()),
+        ["target", "int64", "float32", "Pass target.long()"],
+    ),
+    "linear_in_the_order_of_liger": (
+        lambda f: f.linear_cross_entropy(torch.ones(9, 5), X, Y),
+        ["target", "(9,)", "(4,)", "Pass input, linear_weight, target in this order"],
     ),
     "nll_integers": (lambda f: f.nll_loss(X.long(), Y), ["input", "floating", "int64"]),
     "nll_swapped": (lambda f: f.nll_loss(Y, X), ["target", "(4, 5)", "target swapped?"]),

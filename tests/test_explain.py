@@ -261,6 +261,14 @@ def test_a_call_that_raises(op: str, args: Any, kwargs: Any) -> None:
 def test_invalid_arguments() -> None:
     with pytest.raises(TypeError, match="missing a required argument: 'target'"):
         pyfused.explain("cross_entropy", X)
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'alpha'"):
+        pyfused.explain("relu", X, alpha=1)
+
+
+def test_a_call_without_arguments() -> None:
+    with pytest.raises(TypeError, match=r"^relu: missing a required argument: 'input'.*") as raised:
+        pyfused.explain("relu")
+    assert str(raised.value).endswith("Pass the call's arguments: pyfused.explain('relu', input)")
 
 
 # ---- the logger ---------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ class FakeClock:
 
     def call(self, *_: Any) -> tuple[torch.Tensor, ...]:
         """An operator whose result is wrong with half the rows."""
-        choose = sys.modules["pyfused.kernels.launch"].choose
+        choose = sys.modules["pyfused.backends.triton"].choose
         self.chosen.append(choose(2, 1000, 4096))
         if self.chosen[-1].threads > 64:
             raise RuntimeError("out of resources")
@@ -238,10 +238,11 @@ def test_neighbours_of_a_choice_are_timed_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
+    from pyfused.backends import triton
     from pyfused.kernels import launch
 
     clock = FakeClock()
-    monkeypatch.setattr(launch, "choose", lambda *_, **__: launch.Choice(2, 1024, 64))
+    monkeypatch.setattr(triton, "choose", lambda *_, **__: launch.Choice(2, 1024, 64))
     monkeypatch.setattr(launch, "warp_size", lambda: 32)
     monkeypatch.setattr(gpu.cases, "evaluate", clock.call)
     monkeypatch.setattr(gpu.cases, "assert_correct", lambda *_: None)

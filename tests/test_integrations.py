@@ -1,7 +1,7 @@
 """transformers, Lightning and skorch give the same losses with and without pyfused.
 
 TRL and Liger give the results of the functions that replace theirs in the page on language models.
-`make test-integrations` runs these tests, which download nothing. It does not install TRL.
+`make test-integrations` runs these tests, which download nothing.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def test_language_models_that_return_logits() -> None:
     model = language_model("Llama")
     assert "." in pyfused.plan_conversion(model).swapped
     pyfused.convert(model)
-    assert pyfused.plan_conversion(model).left[0].reason == "is pyfused's already"
+    assert pyfused.plan_conversion(model).left[0].reason == "is already converted"
     assert model(input_ids=batch()["input_ids"]).logits is not None
     assert model(batch()["input_ids"], logits_to_keep=2).logits.shape[1] == 2
     assert len(model(**batch(), return_dict=False)) >= 2
@@ -210,7 +210,7 @@ def test_copies_of_language_models(copied: Callable[[Any], Any]) -> None:
     expected, loss = (each(**batch()).loss for each in (model, again))
     assert torch.equal(loss, expected)
     assert again(**batch()).logits is None
-    assert pyfused.plan_conversion(again).left[0].reason == "is pyfused's already"
+    assert pyfused.plan_conversion(again).left[0].reason == "is already converted"
     assert "." in pyfused.revert(again)
     assert type(again) is kind
     assert again(**batch()).logits is not None
@@ -288,10 +288,12 @@ def test_unsupported_models_are_reported_with_a_reason() -> None:
         for entry in pyfused.plan_conversion(transformers.BertForMaskedLM(config)).left
         if entry.name == "."
     ]
-    assert left.reason == "its head is no plain torch.nn.Linear"
+    assert left.reason == "its head is not a plain torch.nn.Linear"
     model = language_model("Llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    assert pyfused.plan_conversion(model).left[0].reason == "its head is no plain torch.nn.Linear"
+    assert (
+        pyfused.plan_conversion(model).left[0].reason == "its head is not a plain torch.nn.Linear"
+    )
 
 
 def test_models_are_compared_before_they_are_converted() -> None:
@@ -324,9 +326,9 @@ def test_models_are_compared_before_they_are_converted() -> None:
         raise KeyError("no such key")
 
     assert of(lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs)) == ""
-    assert of(peaked) == "its logits are read by logsumexp, beside its loss"
+    assert of(peaked) == "its logits are read by logsumexp"
     assert of(doubled).startswith("its loss differs from torch's by 0.5")
-    assert of(broken).endswith("has raised KeyError('no such key')")
+    assert "its forward raised KeyError('no such key')" in of(broken)
 
 
 @as_users_run_it
@@ -372,9 +374,7 @@ def test_a_head_named_by_the_user(weight_of_logits: float, kernel_calls: KernelC
     model, tokens = OwnModel(weight_of_logits), batch()["input_ids"]
     expected = model(tokens, tokens)[1]
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    with pytest.raises(
-        ValueError, match=r"head: expected the name of a Linear, \['out'\], got 'x'"
-    ):
+    with pytest.raises(ValueError, match=r"head: expected the name .* one of \['out'\], got 'x'"):
         pyfused.convert(model, head="x")
     assert pyfused.plan_conversion(model).swapped == ()
     assert pyfused.plan_conversion(model, head="out").swapped == (".",)

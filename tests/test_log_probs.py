@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -148,15 +150,72 @@ def test_results_that_were_not_requested(op: str) -> None:
         _ = found.entropy
     with pytest.raises(AttributeError, match="log_sum_exp: expected a call with return_lse=True"):
         _ = found.log_sum_exp
+    with pytest.raises(AttributeError, match="is_top1: expected a call with return_metrics=True"):
+        _ = found.is_top1
+    with pytest.raises(AttributeError, match="mean_logit: expected a call"):
+        _ = found.mean_logit
     assert found._fields == ("log_probability", "entropy", "log_sum_exp")
     assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
+
+
+@pytest.mark.interpreted
+@grid(kind=SHAPES, op=["log_probs", "linear_log_probs"], dtype=FLOATS)
+def test_metrics(op: str, kind: str, dtype: torch.dtype) -> None:
+    """Metrics are exact, have no gradient, and do not change other results."""
+    tensors, options = draw(op, dtype, SHAPES[kind]), {"softcap": 4.0, "temperature": 0.7}
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    logits, target = tensors.get("logits"), tensors["target"]
+    if logits is None:
+        x, weight = tensors["input"].double(), tensors["linear_weight"].double()
+        logits = torch.tensordot(x, weight, ([-1], [-1])) + tensors["linear_bias"]
+    dim = min(logits.dim() - 1, 1)
+    target.view(-1)[:4] = logits.argmax(dim).view(-1)[:4]
+    target.view(-1)[1::3] = -100
+    counted, x = target != -100, 4 * (logits.double() / 4).tanh() / 0.7
+    plain = all_three(op, **tensors, **options)
+    found = all_three(op, **tensors, **options, return_metrics=True)
+    assert torch.equal(torch.stack([*found]), torch.stack([*plain]))
+    assert found.is_top1.dtype is torch.bool
+    if op == "log_probs" or dtype in (torch.float32, torch.float64):  # others round the logits
+        assert found.is_top1.tolist() == ((logits.argmax(dim) == target) & counted).tolist()
+    assert found.is_top1.any()
+    exact = x.mean(dim).where(counted, 0)
+    rounding = 0.02 if op == "linear_log_probs" and wide is torch.float32 else 1e-6
+    torch.testing.assert_close(found.mean_logit, exact.to(wide), rtol=rounding, atol=rounding)
+    assert not found.mean_logit.requires_grad
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    gradients = [torch.autograd.grad(sum(x.sum() for x in r), leaves) for r in (found, plain)]
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("ignore_index", [0, -100])
+def test_metrics_of_ties_and_ignored_rows(ignore_index: int) -> None:
+    """The first of equal logits is the largest, and NaN precedes all numbers, as in torch."""
+    logits = torch.tensor([[1.0, 2, 2], [1, 2, 2], [math.nan, 5, 0], [3, 1, 2], [0, 0, 0]])
+    target = torch.tensor([1, 2, 0, ignore_index, ignore_index])
+    found = fused.log_probs(logits, target, ignore_index=ignore_index, return_metrics=True)
+    expected = [True, False, ignore_index != 0, False, False]
+    assert found.is_top1.tolist() == expected
+    means = torch.tensor([5 / 3, 5 / 3, math.nan if ignore_index else 0, 0, 0])
+    torch.testing.assert_close(found.mean_logit, means, equal_nan=True)
+
+
+@every_operator
+def test_metrics_stay_in_copies_and_pickles(op: str) -> None:
+    with torch.no_grad():
+        found = getattr(fused, op)(**draw(op), return_metrics=True)
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert len(other) == 3
+        assert torch.equal(other.mean_logit, found.mean_logit)
+        assert torch.equal(other.is_top1, found.is_top1)
 
 
 def test_the_dimension_of_the_classes() -> None:
     """Language models' logits (B, T, C) require dim; the results equal those of rows."""
     tensors = draw("log_probs")
     logits, target = tensors["logits"].detach().view(3, 4, 70), tensors["target"].view(3, 4)
-    told = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 it has 4"
+    told = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 for 4 classes"
     with pytest.raises(ValueError, match=told):
         fused.log_probs(logits, target)
     expected = [x.view(3, 4) for x in all_three("log_probs", **tensors)]

@@ -42,14 +42,14 @@ def test_the_report_names_the_requested_isa(isa: str) -> None:
 
 
 def test_the_kernels_use_torchs_thread_pool() -> None:
-    assert run()["thread runtime"].endswith(", torch's own pool")
+    assert run()["thread runtime"].endswith(", shared with torch")
 
 
 @pytest.mark.parametrize(
     ("file", "reported"),
     [
-        ("", "none is loaded, the kernels run on one thread"),
-        ("libgomp.so.1", "libgomp.so.1, a pool beside torch's"),
+        ("", "none loaded: kernels run on one thread"),
+        ("libgomp.so.1", "libgomp.so.1, not shared with torch"),
     ],
 )
 def test_the_report_states_if_threads_are_not_torchs(
@@ -63,8 +63,8 @@ def test_the_report_states_if_threads_are_not_torchs(
 @pytest.mark.parametrize(
     ("found", "reported"),
     [
-        (None, "not installed, needed is 3.6 or later; torch requires 3.7.1"),
-        ("3.5.1", "3.5.1, needed is 3.6 or later; torch requires 3.7.1"),
+        (None, "not installed; pyfused needs 3.6 or later, torch requires 3.7.1"),
+        ("3.5.1", "3.5.1; pyfused needs 3.6 or later, torch requires 3.7.1"),
         ("3.7.1", "3.7.1"),
     ],
 )

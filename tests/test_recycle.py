@@ -438,7 +438,7 @@ def test_invalid_limits() -> None:
     for limit, error in ((0, ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)):
         with pytest.raises(error, match="limit: expected"):
             memory.recycle(limit=limit)
-    with pytest.raises(ValueError, match="limit: expected none with enabled=False, got 5"):
+    with pytest.raises(ValueError, match="limit: expected None with enabled=False, got 5"):
         memory.recycle(False, limit=5)
     assert memory.stats().limit == ROOM
 

@@ -132,7 +132,7 @@ def test_programs_run_as_with_python(arguments: list[str], folder: Path) -> None
     assert got.stdout.removesuffix(f"{size}\n") == expected.stdout.removesuffix(
         f"{expected_size}\n"
     )
-    assert got.stderr == "pyfused: no calls of its losses and activations\n"
+    assert got.stderr == "pyfused: no losses or activations were called\n"
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_the_first_rank_prints(rank: str, tmp_path: Path) -> None:
     done = counted(script(tmp_path, RANK), folder=tmp_path, RANK=rank, WORLD_SIZE="2")
     assert done.stdout == f"{rank} True\n"
     assert counts(done.stderr) == ({} if rank == "1" else {"calls": 1})
-    assert done.stderr.startswith("pyfused: of 2 ranks, rank 0:\n") == (rank == "0")
+    assert done.stderr.startswith("pyfused: rank 0 of 2:\n") == (rank == "0")
 
 
 @pytest.mark.slow
@@ -638,7 +638,7 @@ def test_the_summary_is_one_line_without_a_speed_up() -> None:
     nothing = "pyfused: no speed-up: "
     small = f"{nothing}all calls (1,200) were too small for a kernel, in 60 s"
     assert summary(60.0, small={"relu": 1200}) == [[small]]
-    assert summary(0.0) == [["pyfused: no calls of its losses and activations"]]
+    assert summary(0.0) == [["pyfused: no losses or activations were called"]]
     dtype = {("relu", "input has dtype torch.int64"): 1}
     left = "left to torch: relu (1: input has dtype torch.int64)"
     assert summary(60.0, fallbacks=dtype) == [[left], [f"{nothing}no kernel ran, in 60 s"]]

@@ -53,7 +53,10 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
     "with_metrics": ("cross_entropy_with_metrics", {"reduction": "sum"}),
     "linear_with_metrics": ("linear_cross_entropy_with_metrics", {"z_loss": 0.1}),
     "log_probs": ("log_probs", {"softcap": 4.0, "temperature": 2.0}),
-    "linear_log_probs": ("linear_log_probs", {"softcap": 4.0, "temperature": 0.5}),
+    "linear_log_probs": (
+        "linear_log_probs",
+        {"softcap": 4.0, "temperature": 0.5, "return_metrics": True},
+    ),
 }
 
 
@@ -140,6 +143,15 @@ def metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[list[Tensor
     return [*found, [loss.detach(), *metrics, *gradients]]
 
 
+def log_probs_metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[Tensor]:
+    """Whether targets have the largest logit, mean logits, and the gradient of what is beside."""
+    logits, target = special_logits(dtype, ())
+    logits = logits[:, own].clone().requires_grad_()
+    results = functional.log_probs(logits, target, return_metrics=True, temperature=0.5, **shard)
+    (gradient,) = torch.autograd.grad(results[0].sum(), logits)
+    return [results.is_top1, results.mean_logit, gradient]
+
+
 def rank_of(rank: int, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -181,6 +193,9 @@ def rank_of(rank: int, folder: str, pipe: Any) -> None:
                 classes, dtype, shard=VocabShard(classes.start)
             )
             found["gathered"].append(list(gathered))
+            found["log_probs metrics", in_order, dtype] = log_probs_metrics_of(
+                classes, dtype, shard=VocabShard(classes.start)
+            )
         for case in DERIVED:
             found["derivatives", case] = derivatives_of(case, own, shard=VocabShard(own.start))
         found["modules"] = of_modules(own)
@@ -276,6 +291,8 @@ def run_on_dtensors(sent: list[int]) -> list[Any]:
 def flat(found: Any) -> list[Tensor]:
     if isinstance(found, Tensor):
         return [found]
+    if isinstance(found, functional.LogProbs):
+        found = *found, *(found._metrics or ())
     return [tensor for part in found if part is not None for tensor in flat(part)]
 
 
@@ -349,6 +366,8 @@ def of_every_operator(dtype: torch.dtype) -> list[Any]:
         compare("linear_cross_entropy_with_metrics", shaped, reduction="none")
         compare("linear_log_probs", shaped, **everything)
         compare("linear_log_probs", layer, memory_budget=4000, **everything)
+        compare("linear_log_probs", shaped, return_metrics=True)
+        compare("log_probs", of_tokens, dim=1, return_metrics=True, **everything)
         layer["linear_bias"] = bias, rows
         compare("linear_cross_entropy_with_metrics", layer, label_smoothing=0.1, reduction="none")
         compare("linear_log_probs", layer, temperature=2.0)
@@ -463,6 +482,19 @@ def test_metrics_of_processes_together(ranks: list[Any]) -> None:
                 torch.testing.assert_close(joined, case[place], equal_nan=True)
 
 
+def test_metrics_of_log_probs_of_processes_together(ranks: list[Any]) -> None:
+    for in_order, dtype in itertools.product((True, False), WIDE):
+        found = [rank["log_probs metrics", in_order, dtype] for rank in ranks]
+        expected = log_probs_metrics_of(slice(None), dtype)
+        logits, target = special_logits(dtype, ())
+        counted = target != -100
+        exact = (logits.argmax(1) == target) & counted, logits.mean(1).where(counted, 0) / 0.5
+        for *metrics, _ in (*found, expected):
+            torch.testing.assert_close(metrics, [*exact], equal_nan=True)
+        gradients = [gradient for *_, gradient in (found if in_order else found[::-1])]
+        torch.testing.assert_close(torch.cat(gradients, 1), expected[-1], equal_nan=True)
+
+
 def test_the_definition_of_metrics(ranks: list[Any]) -> None:
     for in_order, dims in itertools.product((True, False), ((), (2,))):
         logits, target = special_logits(torch.float64, dims)
@@ -495,9 +527,9 @@ def tolerance_of(expected: Tensor) -> dict[str, float]:
 def test_every_operator_supports_dtensors(ranks: list[Any]) -> None:
     """Gradients have the placements of their tensors, results those of the input."""
     for rank in ranks:
-        assert len(rank["dtensors"]) == 32
+        assert len(rank["dtensors"]) == 40
         for backend, strategy, as_leaves, kinds, pairs in rank["dtensors"]:
-            assert (backend, strategy) == ("cpu", "some classes a process")
+            assert (backend, strategy) == ("cpu", "some classes per process")
             assert as_leaves
             assert kinds == {True}
             for got, expected in pairs:
@@ -550,7 +582,7 @@ def test_modules_with_a_shard(ranks: list[Any]) -> None:
     for rank in ranks:
         *modules, said = rank["modules"]
         assert all(far < 1e-5 and shown for far, shown in modules)
-        assert said == "some classes a process"
+        assert said == "some classes per process"
 
 
 def test_processes_exchange_tensors_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,7 +606,7 @@ def test_dtensors_take_the_same_path(ranks: list[Any]) -> None:
     for rank in ranks:
         *shared, other = rank["dtensor"]
         for backend, strategy, numbers, far in shared:
-            assert (backend, strategy, numbers) == ("cpu", "some classes a process", 4)
+            assert (backend, strategy, numbers) == ("cpu", "some classes per process", 4)
             assert far < 1e-5
         assert other == "input is a DTensor"
 

@@ -1,1 +1,1 @@
-"""Ways to use pyfused in code that calls torch: patch, convert, run; and what they do to a call."""
+"""Uses pyfused in code that calls torch: patch, convert, run, explain and tune."""

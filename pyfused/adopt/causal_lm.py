@@ -1,13 +1,13 @@
-"""Language models: the head and its loss become ``linear_cross_entropy``.
+"""Replaces the head and the loss of language models by ``linear_cross_entropy``.
 
-A model and its head get subclasses of their classes, of the same names. In training the model's own
-``forward`` runs, and its head returns the logits of `deferred.py`, which are not computed: their
-cross-entropy is that of the hidden states and the head's weight. Whatever else reads the logits
-computes them, so the results are those of the model in any case.
+The classes of a model and its head are replaced by subclasses of the same names. In training, the
+model's original ``forward`` runs, and its head returns the logits of `deferred.py`, which are not
+computed: their cross-entropy is computed from the hidden states and the head's weight. If other
+code reads the logits, they are computed, so results never change.
 
-The first loss of a model is also computed by torch, some rows of logits at a time, with the
-gradient of the head's input: if they differ, the model gets its own ``forward`` back. That takes
-the time of one more head and loss once, and the memory of those rows.
+torch also computes the first loss of a model and the gradient of the head's input, for a few rows
+of logits at a time. If they differ, the model's original ``forward`` is restored. This takes the
+time of one more head and loss once, and the memory of those rows.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
 
-_thread = threading.local()  # its attribute call: the call of a model that runs in the thread
+_thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
-ROWS_BYTES = 16 << 20  # logits that torch computes at once for a loss to compare with
-TOKENS = 5  # of the batch that a model is tried with
-_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that autocast casts
+ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at once for the comparison
+TOKENS = 5  # tokens of the batch that a model is tried with
+_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
 # ---- a model's forward with another head ---------------------------------------------------------
 
@@ -43,8 +43,8 @@ class _Call:
     """One call of a model whose head defers its logits.
 
     Attributes:
-        told: The warnings that were given for the model, and COMPARED after its first loss.
-        differs: How the first loss differs from torch's.
+        told: The warnings issued for the model, and COMPARED after its first loss.
+        differs: How the first loss differs from torch's, None if it does not.
     """
 
     def __init__(self, model: Any, head: Any, told: set[str]) -> None:
@@ -54,13 +54,13 @@ class _Call:
         self.hooks = deferred.hooks()
 
     def run(self, kind: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
-        """Returns the output of the model's own ``forward``, and what has read its logits."""
+        """Returns the output of the model's original ``forward``, and the readers of its logits."""
         before, _thread.call = getattr(_thread, "call", None), self
         try:
             output = _finished(kind.forward(self.model, *args, **kwargs))
             for family in self.families:
-                if family.is_kept():  # beyond the call, when the head's weight may change
-                    family.compute("what outlives its forward")
+                if family.is_kept():  # after the call the head's weight may change
+                    family.compute("code after its forward")
             return output, [use for family in self.families for use in family.uses]
         finally:
             _thread.call = before
@@ -69,12 +69,12 @@ class _Call:
             self.families.clear()
 
     def logits(self, hidden: Tensor) -> Any:
-        """Returns the deferred logits of hidden states, or None where the head has to run."""
+        """Returns the deferred logits of hidden states, or None if the head has to run."""
         if not torch.is_grad_enabled() or not _is_usable(self.head, hidden):
             return None
         reason = _reason(self.head, hidden)
         if self.hooks != deferred.hooks():
-            reason = "a checkpoint within its forward calls its head"
+            reason = "a checkpoint in its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
         family = deferred.Family(self, hidden, self.head.weight, self.head.bias)
@@ -82,7 +82,7 @@ class _Call:
         return family.logits()
 
     def accepts(self, node: Any, target: Tensor, options: dict[str, Any]) -> bool:
-        """Returns whether a loss is the one that torch computes; the first one is compared."""
+        """Returns whether a loss agrees with torch's; only the first one is compared."""
         if COMPARED not in self.told and self.differs is None:
             differs = _loss_differs(node, target, options)
             self.differs = differs or None
@@ -107,7 +107,7 @@ _HEAD = subclass.subclass(Linear, _head_forward)
 
 
 def _is_usable(head: Any, hidden: Any) -> bool:
-    """Returns whether a head's call is valid, and its gradient plain reverse mode."""
+    """Returns whether a head's call is valid and its gradient needs only reverse mode."""
     if is_dynamo_compiling():
         return True
     if type(hidden) not in deferred.PLAIN:
@@ -126,33 +126,33 @@ def _is_usable(head: Any, hidden: Any) -> bool:
 
 
 def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
-    """Returns why a head has to compute its logits itself: it is more than its weight and bias.
+    """Returns why a head has to compute its logits itself, None if weight and bias determine them.
 
     Args:
-        hidden: The head's input, which its weight and bias have to fit; None before a call.
+        hidden: The head's input, None before a call.
     """
     if type(head) not in (Linear, _HEAD):
-        return f"its head is a {type(head).__name__}, and no plain torch.nn.Linear"
+        return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(head):
-        return "the forward of its head was replaced, as accelerate does to offload it"
+        return "the forward of its head was replaced, for example by accelerate's offloading"
     if has_hooks(head):
         return "its head has hooks"
     if has_compiled_call(head):
-        return "its head is compiled by itself"
+        return "its head is compiled separately"
     for name, value in (("weight", head.weight), ("bias", head.bias)):
         if hidden is None or value is None:
             continue
         if not is_dynamo_compiling() and type(value) not in deferred.PLAIN:
             return f"the {name} of its head is a {type(value).__name__}"
         if value.device != hidden.device:
-            return f"the {name} of its head is on {value.device}, and its input on {hidden.device}"
+            return f"the {name} of its head is on {value.device}, its input on {hidden.device}"
         if value.numel() == 0:
             return f"the {name} of its head has no elements"
     return None
 
 
 def _finished(output: Any) -> Any:
-    """Returns a model's output with None for logits that only their loss has read."""
+    """Returns a model's output, with None for logits that only their loss has read."""
     if deferred.is_deferred(output):
         family = output._node.family
         if not family.computed and set(family.uses) == {LOSS}:
@@ -173,17 +173,17 @@ def _finished(output: Any) -> Any:
     return output
 
 
-# ---- which models --------------------------------------------------------------------------------
+# ---- supported models ----------------------------------------------------------------------------
 
 
 def _head_of(model: Any) -> str | None:
-    """Returns the name of a model's head among its own modules."""
+    """Returns the name of a model's head among its children, None if it is not a child."""
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_children() if module is head), None)
 
 
 def has_head(module: Any) -> bool:
-    """Returns whether it is a model of transformers with a head of logits."""
+    """Returns whether a module is a model of transformers with a head for logits."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return False
@@ -191,25 +191,29 @@ def has_head(module: Any) -> bool:
 
 
 def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
-    """Returns why a model that has a head keeps its ``forward``.
+    """Returns why a model with a head keeps its ``forward``, None if it can be converted.
 
     Args:
-        vouched: The name of the head that a user has given; None for that of transformers.
+        vouched: The name of the head if the user passed one; None for a model of transformers.
 
     Raises:
         ValueError: There is no such head.
     """
     if subclass.is_fused(model):
-        return "is pyfused's already"
+        return "is already converted"
     if vouched is not None:
         heads = [name for name, module in model.named_children() if type(module) in (Linear, _HEAD)]
         if vouched not in heads:
-            raise ValueError(f"head: expected the name of a Linear, {heads}, got {vouched!r}")
+            known = f"one of {heads}" if heads else "but the model has none"
+            raise ValueError(
+                "head: expected the name of a torch.nn.Linear among the model's children, "
+                f"{known}, got {vouched!r}"
+            )
     if "forward" in vars(model):
         return "its forward was replaced"
     head = vouched or _head_of(model)
     if head is None or type(getattr(model, head)) not in (Linear, _HEAD):
-        return "its head is no plain torch.nn.Linear"
+        return "its head is not a plain torch.nn.Linear"
     reason = _reason(getattr(model, head))
     if vouched is not None or reason is not None:
         return reason
@@ -219,12 +223,12 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
 
 
 def fuse(model: Any, head: str | None = None) -> None:
-    """Gives a model and its head the subclasses of their classes.
+    """Changes the classes of a model and its head to their fused subclasses.
 
     Args:
-        head: The name of the head that a user has given; None for that of transformers.
+        head: The name of the head if the user passed one; None for a model of transformers.
     """
-    setattr(model, subclass.MARK, set())  # the warnings that were given
+    setattr(model, subclass.MARK, set())  # the warnings that have been issued
     _fuse_head(getattr(model, head or _head_of(model) or ""))
     subclass.fuse(model, _fused_forward, head)
 
@@ -253,11 +257,11 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
             _tell(model, told, reason)
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
-            _fuse_head(layer)  # it may be another one than at the conversion
+            _fuse_head(layer)  # the head may have been replaced after the conversion
         call = _Call(model, layer, told)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
-            _tell(model, told, f"its {call.differs}. Its own forward is used from now on")
+            _tell(model, told, f"its {call.differs}. Its original forward is used from now on")
             unfuse(model)
             return output
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
@@ -269,7 +273,7 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
 
 
 def unfuse(model: Any) -> None:
-    """Gives a model its own ``forward``; without it the head's is torch's."""
+    """Restores a model's original ``forward``; without its calls, the head computes logits."""
     delattr(model, subclass.MARK)
     subclass.unfuse(model)
 
@@ -284,24 +288,24 @@ def _tell(model: Any, told: set[str], reason: str) -> None:
 def _wants_loss_alone(
     model: Any, parameters: inspect.Signature, args: Any, kwargs: dict[str, Any]
 ) -> bool:
-    """Returns whether a model's call has labels, and nothing that needs the logits."""
+    """Returns whether a model's call has labels and no argument that requires the logits."""
     given = parameters.bind(model, *args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     keep = given.get("logits_to_keep", 0)
     return (
         given.get("labels") is not None
-        and "_loss_function" not in vars(model)  # one of the user's own
+        and "_loss_function" not in vars(model)  # the user has replaced the loss
         and isinstance(keep, int)
         and keep == 0
         and given.get("return_dict", model.config.return_dict) is not False
     )
 
 
-# ---- whether the loss is torch's -----------------------------------------------------------------
+# ---- comparison with torch's loss ----------------------------------------------------------------
 
 
 def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | None:
-    """Returns how a loss or its gradient differs from torch's, "" for equal, None for unknown."""
+    """Returns how a loss or its gradient differs from torch's, "" if equal, None if unknown."""
     rows = node.rows.detach().requires_grad_()
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
@@ -326,7 +330,7 @@ def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | N
 
 
 def _difference(pairs: Any, dtype: torch.dtype) -> str | None:
-    """Returns how far a loss or its gradient is from the expected one, None if they agree."""
+    """Returns how a loss or its gradient differs from the expected one, None if they agree."""
     for name, (value, expected) in zip(("loss", "gradient"), pairs, strict=True):
         error, scale = (value.float() - expected.float()).norm(), expected.float().norm()
         if not error <= max(1e-3, 16 * torch.finfo(dtype).eps) * scale:
@@ -335,7 +339,7 @@ def _difference(pairs: Any, dtype: torch.dtype) -> str | None:
 
 
 class _Decoder:
-    """Replaces the modules that compute hidden states by given ones."""
+    """Replaces a module that computes hidden states: its calls return fixed ones."""
 
     def __init__(self, module: Module, hidden: Tensor) -> None:
         self.module, self.hidden = module, hidden
@@ -349,7 +353,7 @@ class _Decoder:
 
 
 class _Outputs:
-    """The outputs of a decoder: hidden states, and nothing else."""
+    """The outputs of a decoder, with hidden states only."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -363,17 +367,17 @@ class _Outputs:
 
 
 def _trial_reason(model: Any, name: str) -> str | None:
-    """Returns why a model of transformers is left, found by running it on random hidden states.
+    """Returns why a model of transformers cannot be converted, by running it.
 
     The ``forward`` of a shallow copy of the model runs with and without deferred logits, and with a
-    decoder that returns the hidden states. So nothing of the model changes, and a few rows of
-    logits are all it takes.
+    decoder that returns random hidden states. The model does not change, and only a few rows of
+    logits are computed.
     """
     head, children = getattr(model, name), dict(model.named_children())
     kinds = sys.modules["transformers"].PreTrainedModel
     bases = [n for n, m in children.items() if m is model.base_model or isinstance(m, kinds)]
     if not bases:
-        return "its hidden states are no output of a base model"
+        return "its hidden states do not come from a base model"
     weight, generator = head.weight, torch.Generator().manual_seed(0)
     values = torch.randn(1, TOKENS, head.in_features, generator=generator)
     hidden = values.to(weight.device, weight.dtype).requires_grad_()
@@ -391,13 +395,13 @@ def _trial_reason(model: Any, name: str) -> str | None:
     try:
         with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
             for call in (_Call(twin, head, {COMPARED}), _Call(twin, deferring, {COMPARED})):
-                output, uses = call.run(type(model), (), inputs)  # the second one's are deferred
+                output, uses = call.run(type(model), (), inputs)  # the second call defers logits
                 results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
     except Exception as error:
-        return f"its forward was tried with given hidden states and has raised {error!r}"
+        return f"its forward raised {error!r} when called with random hidden states"
     if set(uses) != {LOSS}:
         read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
-        return f"its logits are read by {read or 'no cross-entropy'}, beside its loss"
+        return f"its logits are read by {read}" if read else "its loss is not a cross-entropy"
     expected, found = results
     difference = _difference(zip(found, expected, strict=True), weight.dtype)
     return f"its {difference}" if difference else None

@@ -1,4 +1,4 @@
-"""Replaces the modules of a model by pyfused's, and reverts them."""
+"""Replaces the modules of a model by pyfused's, and reverts the replacement."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
 
 
 class Left(NamedTuple):
-    """A module that :func:`pyfused.convert` leaves alone."""
+    """A module that :func:`pyfused.convert` does not replace."""
 
     name: str
     kind: str
@@ -39,7 +39,7 @@ class Conversion(NamedTuple):
 
     Attributes:
         swapped: The names of the modules that it replaces.
-        left: The modules that it leaves alone, with reasons.
+        left: The modules that it does not replace, with reasons.
     """
 
     swapped: tuple[str, ...]
@@ -55,39 +55,39 @@ def convert(model: Model, *, head: str | None = None) -> Model:
     """Replaces supported torch modules by pyfused's, in place.
 
     Modules stay the same objects and only change their class: hooks, buffers, device, training
-    flag, names and references are kept. Subclasses are left alone.
+    flag, names and references are kept. Subclasses are not replaced.
 
     In transformers' language models whose head is a plain linear layer, head and loss become
-    :func:`pyfused.functional.linear_cross_entropy`: called with labels in training mode, the output
-    has the loss and no logits. Each model is tried first: its ``forward`` computes the loss of a
-    few random hidden states in both ways. It is left alone if the loss or its gradient differs, or
-    if something else reads the logits.
+    :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels returns
+    the loss and no logits. ``convert`` tries each model first, by computing the loss of a few
+    random hidden states with and without the change. The model is not changed if the loss or its
+    gradient differs, or if other code reads the logits.
 
     In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
 
-    :func:`plan_conversion` previews the changes; the logger ``pyfused`` gets them at level INFO.
+    :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
 
     Args:
         model: Any module; its submodules are replaced, and the module itself if it is supported.
         head: The name of the :class:`torch.nn.Linear` of ``model`` that computes logits, if
             ``model`` is a language model of any library whose ``forward`` calls it and torch's
             cross-entropy. In training mode the logits in its output are None if only the loss reads
-            them; other code that reads them gets them. The first loss is compared with torch's: if
-            they differ, the model gets its own ``forward`` back.
+            them; any other code that reads them receives them. The first loss is compared with
+            torch's: if they differ, the model's original ``forward`` is restored.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head; nothing has been
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head. It has not been
             changed.
     """
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     for name in plan.swapped:
         module = modules[name]
-        if MARK in vars(module):  # one that has several names is swapped once
+        if MARK in vars(module):  # a module may have several names
             continue
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
@@ -109,8 +109,8 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
         head: As in :func:`convert`.
 
     Returns:
-        The names of the modules that would be replaced (``"."`` is the model itself), and losses or
-        activations that would be left alone, with the reasons.
+        The names of the modules that would be replaced (``"."`` is the model itself), and the
+        losses and activations that would not be, with reasons.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
@@ -154,7 +154,7 @@ def revert(model: Module) -> tuple[str, ...]:
 
 
 def _modules(model: Any) -> list[tuple[str, Module]]:
-    """Returns the modules, each under all of its names; raises if one cannot be converted."""
+    """Returns the modules, each under all of its names; raises for a wrapped module."""
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     modules = [(name or ".", m) for name, m in model.named_modules(remove_duplicate=False)]
@@ -162,14 +162,14 @@ def _modules(model: Any) -> list[tuple[str, Module]]:
         wrapper = _wrapper(module)
         if wrapper:
             raise ValueError(
-                f"model: expected one that is not {wrapper} yet, got {type(module).__name__} at "
-                f"{name!r}. Convert or revert the model first, and wrap it then."
+                f"model: expected a module that is not {wrapper} yet, got {type(module).__name__} "
+                f"at {name!r}. Convert or revert the model before wrapping it"
             )
     return modules
 
 
 def _wrapper(module: Module) -> str | None:
-    """Returns how a module is wrapped; wrappers rely on the classes that they have seen."""
+    """Returns how a module is wrapped, as wrappers rely on the classes at the time, or None."""
     if torch_internals.is_compiled_module(module):
         return "compiled"
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -180,7 +180,7 @@ def _wrapper(module: Module) -> str | None:
 
 def _reason_to_leave(module: Module) -> str | None:
     if type(module) in _TORCH_CLASSES:
-        return "is pyfused's already"
+        return "is already a module of pyfused.nn"
     for torch_class in FUSED:
         if type(module) is torch_class and "forward" in vars(module):
             return "its forward was replaced"

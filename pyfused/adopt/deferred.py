@@ -1,20 +1,18 @@
-"""Logits that are computed only when something other than their cross-entropy reads them.
+"""Logits that are computed only if an operation other than their cross-entropy reads them.
 
-A head returns a tensor without memory, of a subclass that sees every operator by
+A head returns a tensor without memory, of a subclass that intercepts all operators by
 ``__torch_function__``. A few operators are recorded instead of computed: views that keep rows
 whole, slices of rows, a cast to float32, a positive factor, a cap by tanh. The cross-entropy of
-such logits is ``linear_cross_entropy`` of the hidden states. Any other operator computes the logits
-and everything recorded of them, by the same operators of torch, in the grad mode and autocast of
-the recording. ``torch.utils.swap_tensors`` then turns the tensors without memory into the computed
-ones, so nothing is imitated any longer: views are views, and changes in place are seen through
-them.
+such logits is computed by ``linear_cross_entropy`` from the hidden states. Any other operator
+computes the logits and all recorded operators, by torch, in the grad mode and autocast of the
+recording. ``torch.utils.swap_tensors`` then replaces the tensors without memory by the computed
+ones: views are real views, and in-place changes are visible through them.
 
-A class with all methods of a tensor would be the alternative, with each method to be kept right.
-torch swaps no tensor that C++ holds, such as an argument of an ``autograd.Function``: such a tensor
-passes operators on to the computed logits, and `_Deferral` is its gradient.
+torch cannot swap a tensor that C++ holds, such as an argument of an ``autograd.Function``. Such a
+tensor forwards operators to the computed logits, and `_Deferral` computes its gradient.
 
-Under torch.compile the logits have memory, and a subclass with the same ``__torch_function__``: the
-compiler drops those that nobody reads.
+Under torch.compile, the logits have memory and the same ``__torch_function__``, and the compiler
+removes them if they are not read.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_cuda", "is_cpu")),
 }
-# Each keeps the elements' order, and so the rows, if the last dimension stays as long as it is.
+# These keep the order of elements, and so the rows if the last dimension keeps its size.
 _VIEWS = {
     *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
     *(Tensor.contiguous, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze),
@@ -58,14 +56,14 @@ _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 
 
 class Family:
-    """The logits of one call of a head, and what was recorded of them.
+    """The logits of one call of a head, and the operators recorded for them.
 
     Attributes:
-        call: The model's call, whose ``accepts`` says whether a loss may take the kernels.
+        call: The model's call, whose ``accepts`` returns whether a loss may be fused.
         inputs: The hidden states, the head's weight and its bias.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
-        nodes: The recorded tensors, until they are computed or the model's call is over.
+        nodes: The recorded tensors, until they are computed or the model's call ends.
     """
 
     def __init__(self, call: Any, *inputs: Any) -> None:
@@ -87,7 +85,7 @@ class Family:
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
 
     def is_lazy(self) -> bool:
-        """Returns whether operators can be recorded: modes are those of the head's call."""
+        """Returns whether operators can be recorded: the modes have not changed since the call."""
         return not self.computed and self.context == _context(self.inputs[0].device.type)
 
     def is_kept(self) -> bool:
@@ -95,7 +93,7 @@ class Family:
         return any(node.reference() is not None for node in self.nodes)
 
     def compute(self, reader: str) -> None:
-        """Computes the logits and what was recorded of them, once, for the operator that reads."""
+        """Computes the logits and the recorded operators once, because an operator reads them."""
         self.uses.append(reader)
         if not self.computed and not self.traced:
             with self.restored():
@@ -112,36 +110,36 @@ class Family:
         """Restores grad mode and autocast of the head's call.
 
         Raises:
-            RuntimeError: The head's input or parameters have been changed in place since.
+            RuntimeError: The head's input or parameters have been changed in place since the call.
         """
         if _versions(self.inputs) != self.versions:
             raise RuntimeError(
-                "pyfused.convert: expected a head whose input, weight and bias stay the same until "
-                "its logits are read, got one changed in place. Read the logits before, or revert "
-                "the model"
+                "pyfused.convert: expected the head's input, weight and bias to stay the same "
+                "until its logits are read, got one changed in place. Read the logits before the "
+                "change, or call pyfused.revert(model)"
             )
         _, autocast, dtype, _ = self.context
         cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
-        # A checkpoint that recomputes would see these tensors saved at another point.
+        # A checkpoint that recomputes would find these tensors saved at another point.
         saved = nullcontext() if hooks() is None else saved_here()
         with torch.inference_mode(False), torch.enable_grad(), cast, saved:
             yield
 
 
 def hooks() -> Any:
-    """Returns the hooks for saved tensors, by which a checkpoint is noticed."""
+    """Returns the hooks for saved tensors, which detect a checkpoint."""
     return None if is_dynamo_compiling() else torch_internals.saved_tensors_hooks(True)
 
 
 def saved_here() -> saved_tensors_hooks:
-    """Hides tensors that are saved for backward from the hooks that are in effect."""
+    """Hides tensors that are saved for backward from the active hooks."""
 
     def unpack(saved: tuple[Tensor, int]) -> Tensor:
         tensor, version = saved
         if version_of(tensor) != version:
             raise RuntimeError(
-                "pyfused.convert: expected what backward needs of logits to stay the same, got it "
-                "changed in place"
+                "pyfused.convert: expected the tensors saved for the backward pass of logits to "
+                "stay the same, got one changed in place"
             )
         return tensor
 
@@ -149,7 +147,7 @@ def saved_here() -> saved_tensors_hooks:
 
 
 def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
-    """Returns the modes that a call of torch depends on."""
+    """Returns the modes that torch's results depend on."""
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return torch.is_grad_enabled(), autocast, dtype, hooks()
 
@@ -162,15 +160,16 @@ def _versions(tensors: Any) -> list[tuple[int, int]]:
 class _Node:
     """One tensor of a family: the head's output, or an operator's result.
 
-    Its value is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where ``x =
-    linear(rows, weight, bias)``.
+    Its value is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
+    ``x = linear(rows, weight, bias)``.
 
     Attributes:
-        operation: The operator of torch, and its arguments and keywords after the parent.
-        cast: The dtype that x was cast to, if it was.
-        example: A tensor of its shape, strides and dtype: on meta, or the compiler's own.
-        real: The computed tensor. ``version`` is its version when it was computed.
-        held: Whether C++ holds the tensor without memory, which then stays what it is.
+        operation: torch's operator, and its arguments and keyword arguments after the parent.
+        cast: The dtype that x was cast to, None without a cast.
+        example: A tensor of the same shape, strides and dtype: on meta, or the compiler's.
+        real: The computed tensor.
+        version: The version of ``real`` when it was computed.
+        held: Whether C++ holds the tensor without memory, which then cannot be swapped.
         reference: A weak reference to the tensor without memory.
     """
 
@@ -188,7 +187,7 @@ class _Node:
     reference: Callable[[], Any] = lambda: None
 
     def tensor(self, example: Tensor) -> Any:
-        """Returns the tensor that users get."""
+        """Returns the tensor that the user's code receives."""
         self.example = example
         if self.family.traced:
             tensor: Any = example.as_subclass(_Logits)
@@ -200,19 +199,20 @@ class _Node:
         return tensor
 
     def compute(self) -> Tensor:
-        """Computes the tensor once; the one that users have becomes the computed one if it can."""
+        """Computes the tensor once, and swaps it with the one without memory if possible."""
         if self.real is None:
             real = self.apply(self.parent.compute() if self.parent else self.family.inputs[0])
             if LOSS in self.family.uses:
                 vars(real).update(register_hook=_refuse, retain_grad=_refuse)
-            tensor, self.reference = self.reference(), lambda: None  # no weak reference is left
+            # torch cannot swap a tensor that has weak references.
+            tensor, self.reference = self.reference(), lambda: None
             self.real = tensor if _becomes(tensor, real) else real
             self.version = version_of(self.real)
             self.held = isinstance(tensor, _Logits)
         return self.real
 
     def apply(self, input: Tensor) -> Tensor:
-        """Returns torch's result of the operator, given its parent or the hidden states."""
+        """Returns the result of torch's operator for its parent's value or the hidden states."""
         if self.parent is None:
             return F.linear(input, *self.family.inputs[1:])
         function, args, kwargs = self.operation
@@ -220,7 +220,7 @@ class _Node:
         return result
 
     def recompute(self, rows: Tensor | None = None) -> Tensor:
-        """Returns another tensor of the same value, or the logits of other rows."""
+        """Returns a new tensor of the same value, or the logits of other rows."""
         if self.parent is None:
             return self.apply(self.family.inputs[0] if rows is None else rows)
         parent = self.parent.recompute(rows)
@@ -228,7 +228,7 @@ class _Node:
         return parent if keeps_values and rows is not None else self.apply(parent)
 
     def record(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Returns the result of an operator that can be recorded, or else None."""
+        """Returns the result of an operator if it can be recorded, or else None."""
         if function is F.cross_entropy:
             return self.cross_entropy(*args, **kwargs)
         rows, scale, given = self.rows, self.scale, (*args, *kwargs.values())
@@ -307,7 +307,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _keeps_rows(index: Any, dimensions: int) -> bool:
-    """Returns whether an index takes whole rows, and leaves the last dimension as it is."""
+    """Returns whether an index selects whole rows and keeps the last dimension."""
     given = list(index) if type(index) is tuple else [index]
     for each in given:
         bounds = (each.start, each.stop, each.step) if type(each) is slice else ()
@@ -321,7 +321,7 @@ def _keeps_rows(index: Any, dimensions: int) -> bool:
 
 
 def _becomes(tensor: Any, real: Tensor) -> bool:
-    """Swaps two tensors, and returns whether torch could: C++ may hold one of them."""
+    """Swaps two tensors, and returns False if torch cannot because C++ holds one of them."""
     if tensor is None:
         return False
     vars(real).update({name: value for name, value in vars(tensor).items() if name != "_node"})
@@ -335,11 +335,10 @@ def _becomes(tensor: Any, real: Tensor) -> bool:
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
-    """Raises for a hook or gradient of logits that a fused loss would bypass."""
+    """Raises for a hook or gradient of logits that a fused loss bypasses."""
     raise RuntimeError(
         "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
-        "their loss, which has been computed without them, got it after. Call it before, or revert "
-        "the model"
+        "their loss, got it after. Call it before the loss, or call pyfused.revert(model)"
     )
 
 
@@ -347,7 +346,7 @@ def _refuse(*_: Any, **__: Any) -> Any:
 
 
 class _Logits(Tensor):
-    """The output of a converted head, or a recorded operator of it; compilers get this class."""
+    """The output of a converted head or of a recorded operator; torch.compile sees this class."""
 
     _node: Any = None
 
@@ -374,21 +373,21 @@ class DeferredLogits(_Logits):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Computes an operator that C++ has called, from logits that are recomputed for it."""
+        """Computes an operator that C++ called, from recomputed logits."""
         if torch_internals.is_mutable(function):
             raise RuntimeError(
-                f"pyfused.convert: expected no change in place of a converted model's logits by "
-                f"compiled code, got {function}. Revert the model"
+                "pyfused.convert: expected no in-place operator on a converted model's logits in "
+                f"compiled code, got {function}. Call pyfused.revert(model)"
             )
         return function(*_mapped(_values, args), **_mapped(_values, kwargs or {}))
 
 
-# Dispatch leaves them to torch's function, whose __torch_function__ computes the fused loss.
+# These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
 reasons.not_logged.add(f"input is a {DeferredLogits.__name__}")
 
 
 class _Deferral(torch.autograd.Function):
-    """Creates a tensor without memory, whose gradient goes to the head's input and parameters."""
+    """Creates a tensor without memory, and computes the gradient of the head from its gradient."""
 
     @staticmethod
     def forward(ctx: Any, node: _Node, hidden: Tensor, *_: Any) -> Tensor:
@@ -406,8 +405,8 @@ class _Deferral(torch.autograd.Function):
         node, inputs = ctx.node, ctx.node.family.inputs
         if node.real is not None and version_of(node.real) != node.version:
             raise RuntimeError(
-                "pyfused.convert: expected logits that are not changed in place beside an "
-                "autograd.Function that takes them, got such ones. Revert the model"
+                "pyfused.convert: expected logits passed to an autograd.Function to stay the same, "
+                "got logits changed in place. Call pyfused.revert(model)"
             )
         needed, create_graph = ctx.needs_input_grad[1:], torch.is_grad_enabled()
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
@@ -428,7 +427,7 @@ def _compute(tensor: Any, function: Any) -> Any:
     if not family.traced and getattr(tensor.grad_fn, "node", None) is not tensor._node:
         raise RuntimeError(
             "pyfused.convert: expected no autograd.Function that changes logits in place or "
-            "returns them, got one. Revert the model"
+            "returns them, got one. Call pyfused.revert(model)"
         )
     family.compute(_name_of(function))
     if function in _OF_GRADIENTS and LOSS in family.uses:
@@ -437,7 +436,7 @@ def _compute(tensor: Any, function: Any) -> Any:
 
 
 def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
-    """Returns arguments with a function applied to the deferred logits among them."""
+    """Returns arguments after applying a function to the deferred logits among them."""
     if type(x) is dict:
         return {key: _mapped(change, value) for key, value in x.items()}
     if type(x) in (list, tuple):
@@ -446,7 +445,7 @@ def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
 
 
 def computed(tensor: Any) -> Any:
-    """Returns the computed logits, given a tensor that may have become them."""
+    """Returns the computed logits of a tensor, which is the tensor itself after a swap."""
     if isinstance(tensor, DeferredLogits):
         return tensor._node.real
     return tensor._node.example if isinstance(tensor, _Logits) else tensor

@@ -1,4 +1,4 @@
-"""Reports which backend a call takes, and why."""
+"""Reports which backend a call is dispatched to, and why."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from pyfused.ops.operators import OPERATORS
 
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Returns which backend a call of an operator takes, and why, without making the call.
+    """Returns which backend a call is dispatched to, and why, without making the call.
 
-    The code that decides for the call answers, with the active modes and number of threads. It
-    cannot predict fallbacks that are decided during backward, such as those of ``create_graph``.
+    It runs the same dispatch code as the call, with the active modes and number of threads. It
+    cannot predict fallbacks that are decided during backward, for example for ``create_graph``.
 
     Args:
-        op: The name of a function in :mod:`pyfused.functional`; a function of that name, torch's or
-            pyfused's; a module of :mod:`pyfused.nn`, or one of ``torch.nn`` that
+        op: The name of a function in :mod:`pyfused.functional`; a function of that name in torch or
+            pyfused; a module of :mod:`pyfused.nn`, or one of ``torch.nn`` that
             :func:`pyfused.convert` replaces; a formula of :func:`pyfused.loss` or
             :func:`pyfused.activation`, or its module.
         args, kwargs: The call's arguments.
 
     Raises:
         ValueError: There is no such operator.
-        TypeError: The operator does not take these arguments.
-        Exception: The error of the call itself, if it takes a CPU kernel, or would but for its size
-            or a dtype.
+        TypeError: The arguments do not match the operator's parameters.
+        Exception: The error of the call itself, if a CPU kernel runs or if only the size or a dtype
+            prevents it.
     """
     if isinstance(op, FormulaModule):
         return explain(op.formula, *args, **op.named, **kwargs)
@@ -52,8 +52,14 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if name not in OPERATORS:
         close = difflib.get_close_matches(op, OPERATORS, 1) if isinstance(op, str) else []
         hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"op: expected a function that pyfused has a kernel of, got {op!r}{hint}")
-    bound = inspect.signature(getattr(functional, name)).bind(*args, **kwargs)
+        raise ValueError(f"op: expected a function of pyfused.functional, got {op!r}{hint}")
+    signature = inspect.signature(getattr(functional, name))
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        required = [p.name for p in signature.parameters.values() if p.default is p.empty]
+        example = f"pyfused.explain({name!r}, {', '.join(required)})"
+        raise TypeError(f"{name}: {error}. Pass the call's arguments: {example}") from None
     bound.apply_defaults()
     values = dict(bound.arguments)
     inplace, operator = values.pop("inplace", False), OPERATORS[name]
@@ -65,7 +71,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     said = path_of(operator, arguments, inplace)
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     if all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors):
-        # What a kernel could not take is checked by torch, but for dtypes of indices.
+        # torch checks the calls that kernels do not support, except for dtypes of indices.
         reason = fallback_reason(operator, arguments, inplace)
         if reason is None or " has dtype " in reason:
             operator.check(arguments)
@@ -73,13 +79,13 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
 
 
 def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Returns the explanation of a module's call: ``forward`` runs with an ``F`` that explains."""
+    """Explains a module's call, by running ``forward`` with an ``F`` whose functions explain."""
     if type(module) in FUSED:
         module = copy.copy(module)
         module.__class__ = FUSED[type(module)]
     forward: Any = type(module).forward
     if forward.__globals__ is not vars(nn):
-        raise ValueError(f"op: expected a module that pyfused has a kernel of, got {module}")
+        raise ValueError(f"op: expected a module of pyfused.nn, got {module}")
     explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
     explained = FunctionType(forward.__code__, vars(nn) | {"F": explaining})
     said: Explanation = explained(module, *args, **kwargs)

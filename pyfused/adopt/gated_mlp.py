@@ -1,4 +1,4 @@
-"""MLPs of transformers: their gated activation, act(gate_proj(x)) * up_proj(x), in one kernel."""
+"""Computes the gated activation of transformers' MLPs, act(gate_proj(x)) * up_proj(x), fused."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def is_known(module: Any) -> bool:
-    """Returns whether a layer computes that product alone, and pyfused has its activation."""
+    """Returns whether a layer computes only that product, with an activation that pyfused has."""
     kind: Any = type(module)
     return _is_product(kind) and _function_of(module) is not None
 
 
 def fuse(module: Any) -> None:
-    """Gives a layer the subclass of its class."""
+    """Changes the class of a layer to its fused subclass."""
     subclass.fuse(module, _fused_forward)
 
 
@@ -46,7 +46,7 @@ def _is_product(kind: Any) -> bool:
 
 
 def _function_of(module: Any) -> Callable[..., Tensor] | None:
-    """Returns the gated activation, None where hooks or another ``forward`` need what it fuses."""
+    """Returns the gated activation, None if hooks or a replaced ``forward`` need its inputs."""
     act: Any = module.act_fn
     if "forward" in vars(module) or has_hooks(act):
         return None
@@ -60,7 +60,7 @@ def _fused_forward(kind: Any) -> Any:
 
     def forward(layer: Any, x: Tensor) -> Any:
         function = _function_of(layer)
-        if function is None:  # a hook was added since
+        if function is None:  # a hook was added after the conversion
             return kind.forward(layer, x)
         return layer.down_proj(function(layer.gate_proj(x), layer.up_proj(x)))
 

@@ -1,4 +1,4 @@
-"""Makes code that calls torch's functions call pyfused's."""
+"""Makes torch's functions call pyfused's."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _log = logging.getLogger("pyfused")
 C_FUNCTIONS = (BuiltinFunctionType, MethodDescriptorType)
 
 
-# ---- what is patched -----------------------------------------------------------------------------
+# ---- patched functions ---------------------------------------------------------------------------
 
 
 class _Function:
-    """A Python function of torch.nn.functional, which stays the same object with other code.
+    """A Python function of torch.nn.functional; patching replaces its code, not the object.
 
-    So names that were imported before are reached, and pickles name torch. The other code has
-    torch's parameters, file and line: inspect and torch.jit.script read torch's source.
+    So the patch reaches names that were imported before, and pickles refer to torch. The new code
+    has torch's parameters, file and line, because inspect and torch.jit.script read torch's source.
     """
 
     def __init__(self, op: Operator) -> None:
@@ -77,9 +77,9 @@ class _Function:
         return standing and self.function.__code__ is code
 
     def put(self, code: Any) -> None:
-        # The compiler puts torch's functions into graphs by name, whatever their code. Only a
-        # function that may become a custom operator is traced instead. The copy with torch's code
-        # must not be, as it would point back to this function.
+        # The compiler puts torch's functions into graphs by name, whatever their code. Functions
+        # that may become custom operators are traced instead. The copy with torch's code must not
+        # be traced, because that leads back to this function.
         if self.op.name in COMPILED or self.function.__name__ != self.name:
             is_ours = code is self.ours
             trace_instead(self.function, self.traced if is_ours else None)
@@ -90,8 +90,8 @@ class _Function:
 class StandIn(functools.partial[Any]):
     """Replaces a built-in of torch, and is equal to it.
 
-    So both are found in a table with either as a key, such as that of a subclass which defines
-    ``__torch_function__``. Like a built-in, it is no method of a class whose attribute it is.
+    So dictionaries of functions find either, such as the ones in ``__torch_function__``. Like a
+    built-in, it does not become a method as an attribute of a class.
     """
 
     __wrapped__: Any
@@ -105,7 +105,7 @@ class StandIn(functools.partial[Any]):
     def __hash__(self) -> int:
         return hash(self.__wrapped__)
 
-    def __reduce__(self) -> str:  # pickled by name, like a function
+    def __reduce__(self) -> str:  # pickles by name, like a function
         return self.__qualname__
 
 
@@ -117,7 +117,7 @@ class MethodStandIn(StandIn):
 
 
 class _BuiltIn:
-    """A built-in of torch or Tensor: it has no code, so its name gets another function."""
+    """A built-in of torch or Tensor: it has no code, so patching replaces the attribute."""
 
     def __init__(self, owner: Any, op: Operator, inplace: bool) -> None:
         self.owner, self.name, self.op, self.inplace = owner, op.name + "_" * inplace, op, inplace
@@ -148,12 +148,12 @@ class _BuiltIn:
                 given = dict(zip(by_place, args, strict=False)) | kwargs
                 once = len(given) == len(args) + len(kwargs) and len(args) >= method
                 if not once or not required <= given.keys() <= known:
-                    return torch_function(*args, **kwargs)  # raises, or takes what pyfused does not
+                    return torch_function(*args, **kwargs)  # raises, or supports these arguments
                 given = defaults | given
                 arguments = tuple([given[name] for name in op.arguments])
             if has_torch_function(arguments):
                 if any(isinstance(value, Proxy) for value in arguments):
-                    # Passes over the graph compare its functions with torch's names by identity.
+                    # Graph passes compare functions with torch's attributes by identity.
                     return handle_torch_function(stand_in, arguments, *args, **kwargs)
                 return shown(*args, **kwargs)
             is_eager = not is_dynamo_compiling()
@@ -178,7 +178,7 @@ class _BuiltIn:
         return self.now() is function and (inherited or function is self.ours)
 
     def put(self, function: Any) -> None:
-        # A pickle names torch while this function is found there.
+        # Pickles refer to torch while the function is installed there.
         here = function is self.ours
         owner = "torch" if self.owner is Tensor else self.owner.__name__
         self.ours.__module__ = owner if here else __name__
@@ -202,14 +202,14 @@ def _fused(
     """Returns the function that a patched function of torch calls.
 
     Args:
-        torch_functions: torch's function, and the one that overwrites the input.
-        aten: The same without torch's Python code, which subclasses and modes have to see.
+        torch_functions: torch's function and its in-place variant.
+        aten: The same without torch's Python code, for calls that no subclass or mode observes.
     """
 
     def call(arguments: Arguments, *inplace: Any) -> Any:
         if has_torch_function(arguments):
             return torch_functions[0](*arguments, *inplace)
-        overwrites = bool(inplace and inplace[0])  # torch takes any object's truth value
+        overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
         if not is_dynamo_compiling() and (torch_alone.depth or dispatch.is_small(op, arguments)):
             return aten[overwrites](*arguments)
         bound = one_frame_further(op, op.bind(*arguments))
@@ -224,24 +224,25 @@ def _call(
 ) -> Tensor:
     """Returns the result of a kernel, or else of torch's function, which raises torch's errors.
 
-    An error that torch does not raise is pyfused's: a warning says so, once, and the result is
-    torch's. With ``inplace`` it is raised, as the kernel may have overwritten the input.
+    If pyfused raises an error and torch does not, the result is torch's, and a warning reports the
+    error once. With ``inplace`` the error is raised, because the kernel may have overwritten the
+    input.
     """
     reason, failure = None, None
     try:
-        plan_of = dispatch.compiled_plan if is_dynamo_compiling() else dispatch.plan_of
-        reason, run = plan_of(op, arguments, inplace)
+        decide = dispatch.decide_compiled if is_dynamo_compiling() else dispatch.decide
+        reason, run = decide(op, arguments, inplace)
         if run is not None:
             output: Tensor = run(arguments)
             return output
     except Exception as error:
-        # A checkpoint ends its recomputation by an exception.
+        # A checkpoint uses an exception to stop its recomputation.
         if type(error).__module__ == "torch.utils.checkpoint":
             raise
         failure = error
     if reason is not None:
         dispatch.report_fallback(op, arguments, reason)
-    # Called outside of `except`: the context of torch's error is no error of pyfused.
+    # Called outside of `except`, to keep pyfused's error out of the context of torch's error.
     if is_dynamo_compiling():
         result = torch_call()
     else:
@@ -252,7 +253,7 @@ def _call(
             raise failure
         if first_time(op.name, type(failure).__name__):
             message = (
-                f"pyfused: {op.name}: the result is torch's, as pyfused has raised {failure!r}"
+                f"pyfused: {op.name}: torch computed the result, because pyfused raised {failure!r}"
             )
             warnings.warn(message, RuntimeWarning, stacklevel=4)
     return result
@@ -267,9 +268,9 @@ def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
 
 
 def _shown(method: Any) -> Callable[..., Any]:
-    """Returns a function that shows a method to subclasses and modes as torch does.
+    """Returns a function that passes torch's method to subclasses and modes.
 
-    torch's method looks up its name in Tensor, and would show the patched one.
+    torch's method looks up its name in Tensor, and would pass the patched one.
     """
     name = f"torch.Tensor.{method.__name__}"
 
@@ -280,7 +281,7 @@ def _shown(method: Any) -> Callable[..., Any]:
         given = given or [self]  # a mode sees it
         try:
             return handle_torch_function(method, given, self, *args, **kwargs)
-        except AttributeError as error:  # of torch's message that there is no implementation
+        except AttributeError as error:  # raised while torch formats its message
             if error.obj is not method:
                 raise
         raise TypeError(
@@ -297,10 +298,10 @@ def _shown(method: Any) -> Callable[..., Any]:
 def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType) -> CodeType:
     """Returns code that calls a function, with the parameters and source lines of torch's function.
 
-    As its globals are torch's, the callee is one of its constants.
+    The callee is one of its constants, because its globals are torch's.
 
     Args:
-        call: The call of ``callee`` with the parameters of torch's function.
+        call: The source of the call of ``callee``, with the parameters of torch's function.
     """
     by_place = torch_function.co_varnames[: torch_function.co_argcount]
     by_name = torch_function.co_varnames[len(by_place) :][: torch_function.co_kwonlyargcount]
@@ -334,16 +335,16 @@ _SITES: tuple[_Function | _BuiltIn, ...] = (
 )
 
 
-# ---- when the sites are replaced -----------------------------------------------------------------
+# ---- patch and unpatch ---------------------------------------------------------------------------
 
 _lock = threading.RLock()
-_calls: set[Patch] = set()  # of patch() until unpatch()
-_blocks = 0  # ``with`` blocks that are entered and not left, in all threads
+_calls: set[Patch] = set()  # calls of patch() without unpatch()
+_blocks = 0  # the number of active ``with`` blocks, in all threads
 _installed = False
 
 
 class Patch:
-    """What :func:`pyfused.patch` returns: ignored, entered by ``with``, or used as decorator."""
+    """The result of :func:`pyfused.patch`, a context manager and decorator."""
 
     def __enter__(self) -> Patch:
         global _blocks
@@ -373,21 +374,21 @@ def patch(function: Function) -> Function: ...
 def patch(function: Any = None) -> Any:
     """Makes torch's losses and activations call pyfused's.
 
-    Functions of :mod:`torch.nn.functional` stay the same objects and get other code, so torch's
-    modules, losses deep in a library, and names that were imported before are affected. Activations
-    among the built-ins of :mod:`torch` and :class:`torch.Tensor`, such as ``torch.relu``,
-    ``torch.relu_`` and ``Tensor.relu``, have no code: their names get another function, and what
-    ``from torch import relu`` imported before stays torch's. Errors are torch's, and pickles name
-    torch only.
+    Functions of :mod:`torch.nn.functional` stay the same objects and get new code. This affects
+    torch's modules, losses inside libraries, and names that were imported before. Activations that
+    are built-ins of :mod:`torch` and :class:`torch.Tensor`, such as ``torch.relu``, ``torch.relu_``
+    and ``Tensor.relu``, have no Python code, so the attributes are replaced; a name imported before
+    by ``from torch import relu`` remains torch's. Errors are torch's, and pickles refer to torch
+    only.
 
     - ``patch()`` lasts until :func:`unpatch`; a second call changes nothing.
     - ``with patch():`` lasts for the block. Blocks nest.
     - ``@patch`` and ``@patch()`` last for each call of the function.
 
-    All threads are affected, until the last call or block has ended.
+    The patch affects all threads, until the last call or block has ended.
 
     Raises:
-        RuntimeError: Other code has replaced one of the names. Nothing has been changed.
+        RuntimeError: Other code has replaced one of the functions. Nothing has been changed.
         TypeError: The decorated function is a coroutine or a generator.
     """
     if function is None:
@@ -399,7 +400,7 @@ def patch(function: Any = None) -> Any:
             _calls.add(asked)
         return asked
     if not callable(function) or isinstance(function, (torch.nn.Module, type)):
-        hint = ". pyfused.convert(model) makes a model's modules pyfused's; patch() takes functions"
+        hint = ". To convert a module, call pyfused.convert(model)"
         raise TypeError(
             f"function: expected a function, got {_describe(function)}"
             + hint * isinstance(function, torch.nn.Module)
@@ -407,8 +408,8 @@ def patch(function: Any = None) -> Any:
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(is_kind(function) for is_kind in kinds):
         raise TypeError(
-            f"function: expected one that returns before others run, got {function!r}, a coroutine "
-            "or generator. Use 'with pyfused.patch():' around what it calls."
+            f"function: expected a function, got the coroutine or generator {function!r}. Use "
+            "'with pyfused.patch():' around the calls in it"
         )
 
     @functools.wraps(function)
@@ -420,11 +421,11 @@ def patch(function: Any = None) -> Any:
 
 
 def unpatch() -> None:
-    """Ends all calls of :func:`patch`: torch's names have torch's functions again.
+    """Ends all calls of :func:`patch` and restores torch's functions.
 
     Raises:
-        RuntimeError: There was no such call, or other code has since replaced one of the names.
-            Nothing has been changed.
+        RuntimeError: ``patch()`` was not called, or other code has replaced one of the functions
+            since. Nothing has been changed.
     """
     with _lock:
         if not _calls:
@@ -440,12 +441,12 @@ def unpatch() -> None:
 
 
 def _expect(asked: str, whose: str, function: Callable[[Any], Any]) -> None:
-    """Raises if a name has an unexpected function."""
+    """Raises if other code has replaced one of the functions."""
     for site in _SITES:
         if not site.has(function(site)):
             raise RuntimeError(
                 f"{asked}: expected {whose} function at {site.path}, got "
-                f"{_describe(site.now())}. Undo that patch first."
+                f"{_describe(site.now())}. Undo that patch first"
             )
 
 
@@ -457,7 +458,7 @@ def _install() -> None:
     TorchAlone.needed = True
     table = dynamo_table()
     if table:
-        table()  # filled before the names are pyfused's
+        table()  # fills the compiler's table with torch's functions
     try:
         for site in _SITES:
             if isinstance(site, _BuiltIn):
@@ -481,7 +482,7 @@ def _remove_unless_wanted() -> None:
     _installed = False
     table = dynamo_table()
     if table and not table().keys().isdisjoint(site.traced for site in _SITES):
-        table.cache_clear()  # it was filled while the names were pyfused's
+        table.cache_clear()  # it was filled with pyfused's functions
 
 
 def _describe(function: Any) -> str:

@@ -1,6 +1,6 @@
 """Counts the calls of pyfused's operators, and estimates the time that their kernels save.
 
-``python -m pyfused run train.py`` and :func:`pyfused.report` print what is counted here.
+``python -m pyfused run train.py`` and :func:`pyfused.report` print the results.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from pyfused import torch_internals
 from pyfused.adopt.patch import patch
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import reasons
-from pyfused.dispatch.call import plan_of  # stays the function that does not count
+from pyfused.dispatch.call import decide  # the original, which does not count
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.signature import PLAIN
 from pyfused.ops import custom_operators
 
 BUDGET = 0.25  # seconds for re-running calls of an operator
-MOST = 1 << 24  # elements of a call that is re-run; of a larger one it is the first rows
+MOST = 1 << 24  # elements of a call that is re-run; of a larger call, only the first rows
 
 
 @dataclass
 class Calls:
-    """Calls of one operator's kernels, alike in size and in whether gradients are needed.
+    """Calls of one operator's kernels, of similar size, with or without gradients.
 
     Attributes:
         count: The number of calls.
-        largest: The elements of the largest input, or of a linear layer's logits.
-        elements: The elements of all inputs together.
-        times: The seconds per element, of pyfused and of torch, of each call that was re-run.
+        largest: The number of elements of the largest input, or of a linear layer's logits.
+        elements: The number of elements of all inputs together.
+        times: The seconds per element with pyfused and with torch, for each call that was re-run.
         due: The number of the next call to re-run.
     """
 
@@ -56,7 +56,7 @@ class Calls:
 
 
 class Row(NamedTuple):
-    """The calls of one operator's kernels, of all sizes together; the times are estimates."""
+    """The calls of one operator's kernels, of all sizes; the times are estimates."""
 
     op: str
     calls: int
@@ -67,30 +67,30 @@ class Row(NamedTuple):
 
 
 class Report:
-    """What :func:`pyfused.report` returns: its ``str`` and ``repr`` are the table."""
+    """The result of :func:`pyfused.report`; its ``str`` and ``repr`` are the table."""
 
     def __init__(self, compare: bool = False) -> None:
         self._budget = math.inf if compare else BUDGET
-        # By operator, bits of the size, and whether gradients are needed.
+        # Keys: the operator, bits of the size, and whether gradients are needed.
         self._kernels: defaultdict[tuple[str, int, bool], Calls] = defaultdict(Calls)
-        self._small: Counter[str] = Counter()  # calls that are too small for a kernel
+        self._small: Counter[str] = Counter()  # calls that were too small for a kernel
         self._fallbacks: Counter[tuple[str, str]] = Counter()  # by operator and other reason
         self._compiled: Counter[str] = Counter()  # calls of kernels in compiled programs
         self._comparing: defaultdict[str, float] = defaultdict(float)  # seconds, by operator
         self._seconds, self._began = 0.0, perf_counter()
 
-    # A mode cannot count: torch's operators take the calls while one is active.
+    # A mode could not count, because calls fall back to torch while a mode is active.
     def __enter__(self) -> Report:
         self._began = perf_counter()
-        self._uncounted = dispatch.plan_of, dispatch.is_small, custom_operators.compute
-        dispatch.plan_of, dispatch.is_small = self._plan_of, self._is_small
+        self._uncounted = dispatch.decide, dispatch.is_small, custom_operators.compute
+        dispatch.decide, dispatch.is_small = self._decide, self._is_small
         custom_operators.compute = self._compute
         return self
 
     def __exit__(self, *error: object) -> None:
-        dispatch.plan_of, dispatch.is_small, custom_operators.compute = self._uncounted
+        dispatch.decide, dispatch.is_small, custom_operators.compute = self._uncounted
         if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.synchronize()  # else the block seems to end where its kernels are launched
+            torch.cuda.synchronize()  # include the time of launched kernels
         self._seconds += perf_counter() - self._began
 
     def _is_small(self, op: Operator, arguments: Arguments, elements: int | None = None) -> bool:
@@ -104,7 +104,7 @@ class Report:
             self._compiled[op] += 1
         return self._uncounted[2](op, function, *arguments)
 
-    def _plan_of(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Plan:
+    def _decide(self, op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Decision:
         plan = self._uncounted[0](op, arguments, inplace)
         if torch_internals.compiler_traces():
             return plan
@@ -130,14 +130,14 @@ class Report:
         if _can_be_repeated(op, arguments):
             try:
                 calls.times.append(_times(op, arguments))
-            except Exception:  # no memory for a second call, for example
+            except Exception:  # for example, out of memory
                 calls.due = math.inf
         self._comparing[op.name] += perf_counter() - start
 
     # ---- the table ----
 
     def _rows(self, ran: float) -> list[Row]:
-        """Returns a row for each operator with kernels, the one that took longest first."""
+        """Returns a row for each operator whose kernels ran, the slowest first."""
         rows = []
         for op in dict.fromkeys(op for op, *_ in self._kernels):
             kinds = [calls for key, calls in self._kernels.items() if key[0] == op]
@@ -146,7 +146,7 @@ class Report:
             for calls in compared:
                 for i, seconds in enumerate(zip(*calls.times, strict=True)):
                     times[i] += calls.elements * sorted(seconds)[(len(seconds) - 1) // 2]
-            # Other sizes are taken to need as long per element.
+            # Other sizes are assumed to take the same time per element.
             known = sum(calls.elements for calls in compared)
             scale = sum(calls.elements for calls in kinds) / max(known, 1)
             rows.append(
@@ -158,7 +158,7 @@ class Report:
                     *(scale * seconds for seconds in times),
                 )
             )
-        # An estimate has a backward pass for each call that may have one, which may never have run.
+        # An estimate includes a backward pass for each call that may have one, even if none ran.
         part = min(1.0, ran / max(sum(row.pyfused for row in rows), 1e-9))
         rows = [row._replace(pyfused=part * row.pyfused, torch=part * row.torch) for row in rows]
         return sorted(rows, key=lambda row: -row.torch)
@@ -168,7 +168,7 @@ class Report:
         rows, ran = self._rows(seconds), time_of(seconds)
         if not (rows or self._fallbacks or self._compiled):
             if not self._small:
-                return "pyfused: no calls of its losses and activations"
+                return "pyfused: no losses or activations were called"
             calls = f"all calls ({self._small.total():,})"
             return f"pyfused: no speed-up: {calls} were too small for a kernel, in {ran}"
         lines = table(rows) if rows else []
@@ -222,7 +222,7 @@ def _rows(arguments: Arguments) -> int:
 
 
 def _can_be_repeated(op: Operator, arguments: Arguments) -> bool:
-    """Returns whether no hook, mode, profiler or CUDA graph would see that a call is re-run."""
+    """Returns whether no hook, mode, profiler or CUDA graph would observe a repeated call."""
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     on_gpu = tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing()
     return (
@@ -235,9 +235,9 @@ def _can_be_repeated(op: Operator, arguments: Arguments) -> bool:
 
 
 def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
-    """Returns the seconds per element that a call takes with pyfused and with torch.
+    """Returns the seconds per element of a call with pyfused and with torch.
 
-    The tensors are detached and none is overwritten, so the program's results do not change.
+    The tensors are detached and not overwritten, so the program's results do not change.
     """
     elements, rows = _elements(op, arguments), _rows(arguments)
     if elements > MOST:
@@ -247,11 +247,11 @@ def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
             for value in arguments
         )
         elements = _elements(op, arguments)
-    kernel = plan_of(op, arguments, False).run
+    kernel = decide(op, arguments, False).run
     assert kernel is not None
     with warnings.catch_warnings(), torch_alone:
         warnings.simplefilter("ignore")
-        # The first time of a call includes new memory and the start of threads.
+        # The first run includes allocating memory and starting threads.
         ours = min(_seconds(kernel, arguments) for _ in range(2))
         theirs = min(_seconds(lambda given: op.builtin(*given), arguments) for _ in range(2))
     return ours / elements, theirs / elements
@@ -282,20 +282,20 @@ def _seconds(function: Callable[[Arguments], Any], arguments: Arguments) -> floa
     return seconds
 
 
-# ---- what users call -----------------------------------------------------------------------------
+# ---- public functions ----------------------------------------------------------------------------
 
 
 def report(compare: bool = False) -> Report:
     """Counts the calls of pyfused's operators in a ``with`` block, and compares some with torch's.
 
-    In a notebook it prints what ``python -m pyfused run`` prints of a program::
+    It gives the report of ``python -m pyfused run``, for example in a notebook::
 
         with pyfused.patch(), pyfused.report() as report:
             train()
         print(report)
 
     Args:
-        compare: Compare more calls, whatever time that takes, for better estimates.
+        compare: Compares more calls, without a time limit, for better estimates.
     """
     return Report(compare)
 
@@ -303,39 +303,39 @@ def report(compare: bool = False) -> Report:
 def run(program: str, arguments: Sequence[str], module: bool, compare: bool) -> None:
     """Runs a program as ``python`` does, patched, and prints a report to stderr when it ends.
 
-    Of the processes that ``torchrun`` starts, all are patched, and rank 0 counts and prints.
+    If ``torchrun`` starts several processes, all are patched, and rank 0 counts and prints.
 
     Args:
         program: The path of a script, a folder or an archive, or the name of a module.
-        module: Whether it is the name of a module.
-        compare: Compare more calls, for better estimates.
+        module: Whether ``program`` is the name of a module.
+        compare: Compares more calls, for better estimates.
     """
     report, process = Report(compare), os.getpid()
 
     def end() -> None:
-        if os.getpid() == process:  # and no forked child
+        if os.getpid() == process:  # not in a forked child
             report.__exit__()
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
             if ranks > 1:
-                print(f"pyfused: of {ranks} ranks, rank 0:", file=sys.stderr)
+                print(f"pyfused: rank 0 of {ranks}:", file=sys.stderr)
             print(report, file=sys.stderr)
 
     patch().__enter__()  # also for threads and exit handlers that outlive the program
     if os.environ.get("RANK", "0") == "0":
         report.__enter__()
-        atexit.register(end)  # the first, and so the last to be called
+        atexit.register(end)  # registered first, so called last
     sys.argv[:] = program, *arguments
     try:
         if module:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:
             path = Path(program)
-            if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # where -m has put a folder
+            if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # -m has added a folder
                 sys.path[:1] = [] if path.is_dir() else [str(path.resolve().parent)]
             runpy.run_path(str(path.absolute()), run_name="__main__")
     except (ImportError, OSError) as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"] != "runpy":  # else the program has not begun
+        if frame.f_globals["__name__"] != "runpy":  # the program had started
             raise
         atexit.unregister(end)
         if isinstance(error, ImportError):

@@ -1,4 +1,4 @@
-"""Modules of other libraries with another ``forward``: they get a subclass of their class."""
+"""Replaces ``forward`` of other libraries' modules, by subclasses of their classes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from types import new_class
 from typing import Any
 
 MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
-ForwardOf = Callable[..., Callable[..., Any]]  # a function of a module, so that pickle finds it
+ForwardOf = Callable[..., Callable[..., Any]]  # defined at module level, for pickle
 
 
 @cache
 def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
-    """Returns the subclass of a class, of the same name, with ``forward_of(kind, *arguments)``.
+    """Returns a subclass of the same name, whose forward is ``forward_of(kind, *arguments)``.
 
-    A copy, a replica and a loaded module have it as well.
+    Copies, replicas and loaded modules keep it.
     """
 
     def reduce(module: Any, protocol: Any) -> Any:  # the subclass cannot be imported
@@ -28,12 +28,12 @@ def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
 
 
 def _new(kind: Any, *given: Any) -> Any:
-    """Returns a module without attributes, which pickle and copy fill."""
+    """Returns a module without attributes, for pickle and copy."""
     return kind.__new__(subclass(kind, *given))
 
 
 def fuse(module: Any, forward_of: ForwardOf, *arguments: Any) -> None:
-    """Gives a module the subclass of its class."""
+    """Changes the class of a module to its fused subclass."""
     kind: Any = type(module)
     module.__class__ = subclass(kind, forward_of, *arguments)
 

@@ -23,19 +23,19 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated
 from pyfused.ops.softmax import Softmax
 
-SMALLEST, LARGEST = 10, 24  # exponents of 2: the numbers of elements that are tried
+SMALLEST, LARGEST = 10, 24  # exponents of 2: the range of sizes
 _SECONDS = 0.03  # for the calls of one size
 _ROUNDS = 7
 _MANY = 1000  # classes
 _FEATURES = 128  # of an embedding
-_WIN = 0.95  # a kernel wins with less than this part of torch's time
+_WIN = 0.95  # a kernel wins if it takes less than this fraction of torch's time
 
 
 def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
-    """Returns a training step of an operator, with random operands within their bounds.
+    """Returns a training step of an operator, with random operands within bounds.
 
     Args:
-        second: Make a call that takes the second limit of the table.
+        second: Whether the second limit of the table applies to the call.
     """
     classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
     embeddings = isinstance(op, EmbeddingLoss)
@@ -65,7 +65,7 @@ def _drawn(operand: Operand, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape).sign()
     if operand.indices:
         target = torch.randint(shape[1], shape[:1])
-        ended = (0, shape[1] - 1)  # of labels a row has one
+        ended = (0, shape[1] - 1)  # one label in each row
         return pad(target[:, None], ended, value=-1) if operand.labels else target
     if math.isinf(operand.low):
         return torch.randn(shape)
@@ -77,7 +77,7 @@ def torch_function(op: Operator) -> Callable[..., Tensor]:
 
 
 def wins(op: Operator, elements: int, second: bool) -> bool:
-    """Returns whether the kernel is clearly faster, by the median ratio of interleaved calls."""
+    """Returns whether the kernel is clearly faster, from the median ratio of interleaved calls."""
     step = call_of(op, elements, second)
     functions = torch_function(op), getattr(functional, op.name)
     calls = max(1, round(_SECONDS / _ROUNDS / 2 / _seconds(step, functions[0], 2)))
@@ -96,7 +96,7 @@ def _seconds(step: Callable[[Any], None], function: Any, calls: int) -> float:
 
 
 def limit(op: Operator, second: bool) -> int:
-    """Returns the smallest power of two from which the kernel wins, found by bisection."""
+    """Returns the smallest power of two from which the kernel wins, by bisection."""
     low, high = SMALLEST, LARGEST + 1
     while low < high:
         middle = (low + high) // 2
@@ -105,16 +105,16 @@ def limit(op: Operator, second: bool) -> int:
 
 
 def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """Measures the limits of operators on this machine, with as many threads as torch has.
+    """Measures the limits of operators on this machine, with torch's number of threads.
 
     Args:
-        names: The operators; by default all whose limits depend on the size.
+        names: The operators; by default all that have limits.
 
     Returns:
         The two limits of each operator in ``pyfused.dispatch.sizes``, in elements.
     """
     found = {}
-    forced, sizes.FORCED = sizes.FORCED, "cpu"  # so that the kernels take calls of any size
+    forced, sizes.FORCED = sizes.FORCED, "cpu"  # run kernels for all sizes
     try:
         for name in names or [n for n in sizes.ON_CPU if n in OPERATORS and n not in sizes.LINEAR]:
             op = OPERATORS[name]
@@ -135,4 +135,4 @@ def main(names: Sequence[str]) -> None:
     file = sizes.tuned_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"machine": sizes.MACHINE, "limits": kept}), encoding="utf-8")
-    print(f"Processes that start from now on use {file}.")
+    print(f"Saved to {file}. Processes started from now on use these limits.")

@@ -50,9 +50,9 @@ from pyfused.types import (
     EmbeddingOptions,
     Kernels,
     MarginOptions,
-    NllOptions,
     Outputs,
     RowOptions,
+    VocabOptions,
 )
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def nll_loss(
     input: Tensor,
     target: Tensor,  # noqa: ARG001
     weight: Tensor | None,
-    options: NllOptions,
+    options: VocabOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:

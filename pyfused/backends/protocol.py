@@ -21,9 +21,9 @@ from pyfused.types import (
     Gradients,
     Kernels,
     MarginOptions,
-    NllOptions,
     Outputs,
     RowOptions,
+    VocabOptions,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Backend(Protocol):
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        options: NllOptions,
+        options: VocabOptions,
         outputs: Outputs,
         grad_output: Tensor | None = None,
     ) -> LossKernel:

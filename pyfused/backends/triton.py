@@ -53,9 +53,9 @@ from pyfused.types import (
     Gradients,
     Kernels,
     MarginOptions,
-    NllOptions,
     Outputs,
     RowOptions,
+    VocabOptions,
 )
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def nll_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: NllOptions,
+    options: VocabOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:

@@ -24,7 +24,7 @@ from pyfused.types import Gradients
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the dtype in which torch computes a loss: autocast widens half precision."""
+    """Returns the dtype in which torch computes a loss: float32 for half precision in autocast."""
     is_half = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if is_half and torch.is_autocast_enabled(device.type) else dtype
 
@@ -32,8 +32,8 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def in_autocast_dtype(device: str, *inputs: Tensor) -> list[Tensor]:
     """Casts the inputs of linear layers as autocast does, which leaves float64 unchanged.
 
-    Weights and biases are not cast: loops over blocks cast them block by block, so that their
-    gradients are accumulated without rounding.
+    Loops over blocks cast weights and biases block by block, and accumulate their gradients without
+    rounding.
     """
     if not torch.is_autocast_enabled(device):
         return [*inputs]
@@ -48,9 +48,9 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def second_order(op: str, grad_output: Tensor) -> bool:
-    """Returns whether torch's definition computes a backward pass.
+    """Returns whether torch's definition has to compute a backward pass.
 
-    The kernels compute gradients of plain tensors that are not differentiated again.
+    The kernels support plain tensors only, and their gradients cannot be differentiated again.
     """
     reason = (
         (torch.is_grad_enabled() and "create_graph")
@@ -70,8 +70,8 @@ class Fused(torch.autograd.Function):
     """The autograd function of all operators, which runs the functions of a plan.
 
     Gradients computed by the forward pass are saved after the plan's tensors, from index
-    ``ctx.first_gradient`` on. Backward scales them by grad_output: in place, or as copies if the
-    graph is retained, as another backward pass then reads them, perhaps concurrently.
+    ``ctx.first_gradient`` on. Backward scales them by grad_output: in place, or in copies if the
+    graph is retained, because another backward pass may read them, even concurrently.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class Fused(torch.autograd.Function):
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
                 "inplace: expected False for create_graph=True or a second backward pass, got "
-                "True, and the gradient has taken the logits' memory"
+                "True, and the gradient has overwritten the logits"
             )
         saved: Any = ctx.saved_tensors
         gradients: Any
@@ -123,7 +123,7 @@ class Fused(torch.autograd.Function):
 
 
 class _InGraph(torch.autograd.Function):
-    """Makes a constant gradient a differentiable function of the inputs, with derivatives of 0."""
+    """Makes a constant gradient a differentiable function of the inputs, with derivative 0."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
     )
 
 
-# `Fused.apply` checks for functorch first, which takes 1.8 of 4.3 us. Dispatch has already left
-# functorch's calls to torch.
+# `Fused.apply` first checks for functorch, which takes 1.8 of 4.3 us. Calls under functorch have
+# already been dispatched to torch.
 apply: Callable[..., Any] = super(torch.autograd.Function, Fused).apply
 
 
@@ -159,12 +159,11 @@ def differentiate(
 ) -> Gradients:
     """Returns the gradients of a definition in torch's operators, differentiable in grad mode.
 
-    The gradient of an input that needs none is None.
+    The gradient is None for an input that needs none.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views, because one input may be computed from another: the gradient of an input must not
-        # include the path through the other.
+        # Views exclude paths through other inputs, because one input may be computed from another.
         views = [x if x is None else x.view_as(x) for x in inputs]
         loss = definition(*views)
     differentiated = [x for x, need in zip(views, needs, strict=True) if need and x is not None]

@@ -1,6 +1,6 @@
 """Dispatches a call to a fused kernel, or to torch's own operator with a reason.
 
-With ``PYFUSED_BACKEND`` set the kernels take tensors of any size.
+If ``PYFUSED_BACKEND`` is set, kernels run for tensors of any size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pyfused.torch_internals import (
 from pyfused.types import TENSORS, TensorSpec
 
 is_small = sizes.is_small
-# What a compiler follows into, to the custom operators that are called there.
+# The compiler traces these operators, down to the custom operators that they call.
 FOLLOWED = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED, "multilabel_margin_loss")
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
@@ -51,14 +51,14 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
 
     Args:
         arguments: All arguments of torch's function except ``inplace``.
-        inplace: The result takes the input's memory; with a loss, the input's gradient does.
+        inplace: Whether the result overwrites the input; for a loss, the input's gradient does.
     """
     if is_dynamo_compiling():
-        reason, run = compiled_plan(op, arguments, inplace)
+        reason, run = decide_compiled(op, arguments, inplace)
     elif is_small(op, arguments):
         reason, run = SMALL, None
     else:
-        reason, run = plan_of(op, arguments, inplace)
+        reason, run = decide(op, arguments, inplace)
     if inplace and (reason is None or reason is SMALL):
         op.prepare_inplace(arguments[0])
     if run is not None:
@@ -68,7 +68,7 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
     is_guarded = TorchAlone.needed and not (reason is SMALL and op.definition is None)
     if reason is not SMALL:
         report_fallback(op, arguments, str(reason))
-        if has_torch_function(arguments):  # whose own code may call patched functions
+        if has_torch_function(arguments):  # its code may call patched functions
             function = op.reference_ if inplace else op.reference
             is_guarded = False
     try:
@@ -81,11 +81,11 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         raise
 
 
-# ---- plans ---------------------------------------------------------------------------------------
+# ---- decisions -----------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """How calls of one signature are carried out: by ``run``, or by torch for a reason."""
+class Decision(NamedTuple):
+    """How calls of one signature are executed: by ``run``, or by torch for ``reason``."""
 
     reason: str | None
     run: Callable[[Arguments], Any] | None
@@ -103,57 +103,57 @@ def keep_plan(key: Any, plan: Any) -> None:
     _plans[key] = plan
 
 
-def plan_of(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
-    """Returns the plan of a call, whatever its size, which is made once for each signature."""
+def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
+    """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
     key = signature(op, arguments, inplace)
     if key is None:
-        return _plan_without_signature(op, arguments, inplace)
+        return _decide_without_signature(op, arguments, inplace)
     if _checkpoints and left_in_checkpoint():
-        return Plan("a torch dispatch or function mode in the checkpoint's forward pass", None)
-    plan: Plan | None = _plans.get(key)
-    if plan is None:
-        plan = _new_plan(op, with_specs(arguments, key), inplace)
-        keep_plan(key, plan)
-    return plan
+        return Decision("a torch dispatch or function mode in the checkpoint's forward pass", None)
+    decision: Decision | None = _plans.get(key)
+    if decision is None:
+        decision = _new_decision(op, with_specs(arguments, key), inplace)
+        keep_plan(key, decision)
+    return decision
 
 
-def _new_plan(op: Operator, specs: Arguments, inplace: bool) -> Plan:
+def _new_decision(op: Operator, specs: Arguments, inplace: bool) -> Decision:
     tensors = numbers_in_tensors(op, specs)
     if tensors and all(map(is_readable, tensors.values())):
-        return Plan(None, lambda given: call(op, with_python_numbers(op, given), inplace))
+        return Decision(None, lambda given: call(op, with_python_numbers(op, given), inplace))
     reason = _planned_reason(op, specs, inplace)
-    return Plan(reason, None if reason else op.plan(specs, inplace))
+    return Decision(reason, None if reason else op.plan(specs, inplace))
 
 
-def _plan_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
+def _decide_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     if is_traced(arguments[0]):
-        return compiled_plan(op, arguments, inplace)
+        return decide_compiled(op, arguments, inplace)
     reason = no_signature_reason(op, arguments)
     if reason is not None:
-        return Plan(reason, None)
+        return Decision(reason, None)
     if op.local_shard_of(arguments) is not None:
-        return Plan(None, op.run_on_dtensors)  # type: ignore[attr-defined]
+        return Decision(None, op.run_on_dtensors)  # type: ignore[attr-defined]
     numbers = with_python_numbers(op, arguments)
-    return Plan(None, lambda _: call(op, numbers, inplace))
+    return Decision(None, lambda _: call(op, numbers, inplace))
 
 
-def compiled_plan(op: Operator, arguments: Arguments, inplace: bool) -> Plan:
-    """Returns how a call goes into a program that is being compiled."""
+def decide_compiled(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
+    """Decides whether a custom operator runs a call in a program that is being compiled."""
     reason = fallback_reason(op, arguments, inplace)
-    return Plan(reason, None if reason else op.compiled)
+    return Decision(reason, None if reason else op.compiled)
 
 
-# ---- why torch's operator takes a call -----------------------------------------------------------
+# ---- reasons to fall back ------------------------------------------------------------------------
 
 
 def fallback_reason(op: Operator, arguments: Arguments, inplace: bool = False) -> str | None:
-    """Returns why torch's operator takes a call, whatever its size, None where a kernel does.
+    """Returns why a call of any size falls back to torch's operator, None if a kernel runs.
 
-    The kernels compute first derivatives, in reverse mode, of plain strided tensors on CPUs and
-    GPUs.
+    The kernels compute results and first derivatives, in reverse mode, of plain strided tensors on
+    CPUs and GPUs.
 
     Raises:
-        RuntimeError: ``PYFUSED_BACKEND`` names a backend that cannot take tensors of this device.
+        RuntimeError: ``PYFUSED_BACKEND`` names a backend that does not support this device.
     """
     if is_compiled(arguments[0]):
         return _compiler_reason(op, arguments) or _planned_reason(op, arguments, inplace)
@@ -165,7 +165,7 @@ def fallback_reason(op: Operator, arguments: Arguments, inplace: bool = False) -
 
 
 def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
-    """Returns the reason as a plan finds it, from specs of tensors or from a compiler's tensors."""
+    """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
     input = arguments[0]
     compiling = not isinstance(input, TensorSpec)
     for name in numbers_in_tensors(op, arguments) if not compiling else ():
@@ -185,7 +185,7 @@ def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | 
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
-    """Returns why the kernels for the input's device do not take a tensor, None where they do."""
+    """Returns why the kernels for the input's device do not support a tensor, or None."""
     name = operand.name
     if not isinstance(tensor, TENSORS):
         is_number = operand.number and type(tensor) is float
@@ -206,22 +206,22 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Returns whether the compiler calls code that it does not trace, with a fake tensor.
+    """Returns whether the compiler calls code with a fake tensor, without tracing it.
 
-    So it does with functions that it knows as torch's, which is how it came to know those that
-    pyfused.patch had put there.
+    It does this for functions that it knows as torch's, including those that ``pyfused.patch`` had
+    replaced when it listed them.
     """
     stands_in = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
     return stands_in and compiler_traces()
 
 
 def is_compiled(tensor: Tensor) -> bool:
-    """Returns whether the call goes into a compiled program, in either of the compiler's ways."""
+    """Returns whether the call becomes a part of a compiled program, traced or as a function."""
     return is_dynamo_compiling() or is_traced(tensor)
 
 
 def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
-    """Returns why a compiled call is torch's function, None where it is a custom operator."""
+    """Returns why a compiled call stays torch's function, None if it becomes a custom operator."""
     if torch.compiler.is_exporting():
         return "torch.export: a program of torch's operators runs without pyfused"
     input = arguments[0]
@@ -229,10 +229,10 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
     limit = sizes.NEVER if limits is None else limits[takes_triton(input)]
     if limit == sizes.NEVER:
         return FUSED
-    # Imported by the compiler in any case, and slow to import.
+    # Imported late because it is slow to import; the compiler has imported it already.
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    # Of sizes that change, each side of the limit has its program. An unknown size is large.
+    # If sizes are dynamic, each side of the limit gets a program. An unknown size counts as large.
     if limit and guard_or_false(input.numel() < limit):
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
@@ -258,7 +258,7 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
         if tensor is None or operand.indices:
             continue
         if not isinstance(tensor, Tensor):
-            return f"torch.compile: {operand.name} is no tensor"
+            return f"torch.compile: {operand.name} is not a tensor"
         if tensor.dtype is not input.dtype:
             return f"torch.compile: {operand.name} differs in dtype"
         if not operand.optional and tensor.shape != input.shape:
@@ -270,10 +270,9 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
 
 
 def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
-    """Logs once that torch's operator takes a call, and warns if that makes large logits.
+    """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
-    The warning is for logits of which the kernels need less than half: they take a quarter of the
-    memory, or 16 MiB.
+    It warns from 32 MiB on; the kernels would need a quarter of that, or 16 MiB.
     """
     reasons.say_once(op.name, reason)
     if op.name not in sizes.LINEAR or is_dynamo_compiling():
@@ -283,17 +282,17 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
         return
     megabytes = math.prod((*input.shape[:-1], *weight.shape[:-1])) * input.element_size() >> 20
     if megabytes >= 32 and reasons.first_time(op.name, f"logits: {reason}"):
-        message = f"pyfused: {op.name}: torch's operators take {megabytes} MiB for the logits, as "
+        message = f"pyfused: {op.name}: torch's operators need {megabytes} MiB for the logits: "
         if reason.endswith(" requires grad"):
             reason += ". Detach it if it needs no gradient"
         warnings.warn(message + reason, RuntimeWarning, stacklevel=5)
 
 
 def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
-    """Raises pyfused's error for arguments that torch's operator has refused, if it has one."""
+    """Raises pyfused's error, if any, for arguments for which torch's operator has raised."""
     tensors = [(arguments[0], op.operands[0]), *((arguments[i], o) for i, o in op.other_operands)]
     operands = [(o.name, t, o.indices) for t, o in tensors if isinstance(t, Tensor)]
-    if not isinstance(error, NotImplementedError):  # that one is of a dtype, layout or device
+    if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
         checks.devices(operands, error)
         op.check(arguments)
     checks.floating(operands, error)

@@ -12,7 +12,7 @@ from pyfused.dispatch.call import fallback_reason, is_small
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.reasons import SMALL
 
-BY_SHARDS = "some classes a process"
+BY_SHARDS = "some classes per process"
 
 
 class Explanation(NamedTuple):
@@ -21,9 +21,9 @@ class Explanation(NamedTuple):
     Attributes:
         op: The operator's name in :mod:`pyfused.functional`.
         backend: ``"torch"``, ``"cpu"`` for C++ kernels, or ``"triton"``.
-        reason: Why torch's operator runs, or how the kernel goes through the arguments.
+        reason: Why torch's operator runs, or how the kernel traverses the arguments.
         isa: The instruction set of a CPU kernel.
-        threads: The most threads that a CPU kernel uses.
+        threads: The maximum number of threads of a CPU kernel.
     """
 
     op: str
@@ -40,7 +40,7 @@ class Explanation(NamedTuple):
 
 
 def path_of(op: Operator, arguments: Arguments, inplace: bool = False) -> Explanation:
-    """Returns the path of a call as :func:`pyfused.dispatch.call.call` has it."""
+    """Returns the path that :func:`pyfused.dispatch.call.call` would choose for a call."""
     if not is_dynamo_compiling() and is_small(op, arguments):
         return Explanation(op.name, "torch", SMALL)
     reason = fallback_reason(op, arguments, inplace)

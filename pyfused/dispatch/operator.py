@@ -1,7 +1,4 @@
-"""The base class of operators: what one declares, and what follows from the declaration.
-
-``pyfused/ops/operators.py`` holds the declarations.
-"""
+"""The base class of operators. ``pyfused/ops/operators.py`` holds the declarations."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ from pyfused import checks
 from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
-from pyfused.types import TENSORS, Options
+from pyfused.types import TENSORS, VocabOptions
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
-Arguments = tuple[Any, ...]  # all arguments of torch's function but `inplace`, by position
+Arguments = tuple[Any, ...]  # all arguments of torch's function except `inplace`, by position
 
 
 class Operand(NamedTuple):
@@ -39,7 +36,7 @@ class Operand(NamedTuple):
         indices: Whether it may hold class indices or other integers.
         labels: Whether it holds several class indices for each row, which end at the first -1.
         sign: Whether its values are -1 and 1.
-        number: Whether it may be a float, which stands for a tensor of this value.
+        number: Whether it may be a float instead of a tensor.
         enforced: The error that torch raises on CPUs for values out of bounds, None for no error.
     """
 
@@ -56,17 +53,17 @@ class Operand(NamedTuple):
 
 
 class Scalar(NamedTuple):
-    """A number among the arguments, which a tensor of one element may hold.
+    """A numeric argument, which may be a tensor of one element.
 
     Attributes:
         default: The default of a function that torch lacks. If torch's function has no default, an
             example value.
-        low, high: The bounds of valid values, which are included.
+        low, high: The bounds of valid values, inclusive.
         positive: Whether 0 is excluded.
-        optional: Whether it may be None, which kernels take as NaN.
+        optional: Whether it may be None, which kernels receive as NaN.
         flag: Whether it is a bool; each value has its own kernel.
-        words: The strings that it may be, if it is no number; each has its own kernel.
-        special: A value with a faster kernel of its own, None if there is none.
+        words: The valid values if it is a string; each has its own kernel.
+        special: A value with its own, faster kernel; None if there is none.
     """
 
     name: str
@@ -81,7 +78,7 @@ class Scalar(NamedTuple):
 
     @property
     def cases(self) -> tuple[Any, ...]:
-        """Returns the values with a kernel of their own; None stands for all other numbers."""
+        """Returns the values that have their own kernel; None stands for all other numbers."""
         if self.flag or self.words:
             return self.words or (False, True)
         return (None,) if self.special is None else (None, self.special)
@@ -104,24 +101,25 @@ class Operator(ABC):
     Attributes:
         name: The name of pyfused's function, torch's function and the kernel.
         module: The name of the module in ``torch.nn`` and ``pyfused.nn``.
-        operands: The tensors, the input first.
-        scalars: The numbers, in the formula's order.
+        operands: The tensor arguments, the input first.
+        scalars: The numeric arguments, in the formula's order.
         fallback_reason: Takes the arguments; returns why torch's operator has to compute the call,
             None if a kernel can.
-        definition: The operator in torch's operators, if torch has no function of this name.
-        built_in: The arguments that torch's built-in functions of this name require; () if these
-            are not for users.
+        definition: The definition in torch's operators, if torch has no function of this name.
+        built_in: The arguments that torch's built-in functions of this name require; () if users
+            do not call these.
 
-        reference, reference_: torch's original function, also while it is patched, and its in-place
+        reference, reference_: torch's original function, unaffected by patches, and its in-place
             variant.
         builtin, builtin_: The same with the least overhead, for calls that no subclass or mode
             observes.
-        arguments: The function's parameters but ``inplace``, in order.
+        arguments: The function's parameters in order, without ``inplace``.
         defaults: The defaults of the parameters after the input.
         indexed_scalars: The index of each scalar among the arguments, and the scalar.
-        other_operands: The index of each tensor but the input among the arguments, and its operand.
+        other_operands: The index of each operand after the input among the arguments, and the
+            operand.
         broadcast: The indices of the tensors that broadcast with the input.
-        is_linear: Whether the size of a call is the size of a linear layer's output.
+        is_linear: Whether the size of a call is the number of a linear layer's outputs.
         strategy: Describes how CPU kernels traverse an input.
         options: The class of the options, if these are the last argument.
     """
@@ -145,7 +143,7 @@ class Operator(ABC):
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
     strategy: ClassVar[str] = "element by element"
-    options: ClassVar[type[Options] | None] = None
+    options: ClassVar[type[VocabOptions] | None] = None
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -162,7 +160,7 @@ class Operator(ABC):
         self.other_operands = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
     def bind(self, *args: Any, **kwargs: Any) -> Arguments:
-        """Returns the arguments in the order in which `call` takes them."""
+        """Returns the arguments in the order that `call` expects."""
         return args + tuple([kwargs[name] for name in self.arguments[len(args) :]])
 
     def kernel_of(self, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
@@ -187,11 +185,11 @@ class Operator(ABC):
 
     @property
     def family(self) -> str:
-        """Returns the row of the table of sizes for operators without a row of their own."""
+        """Returns the name of the row in the table of sizes for operators without their own row."""
         return type(self).__name__
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        """Returns whether a call has to reach the second limit of the table of sizes.
+        """Returns whether the second limit of the table of sizes applies to a call.
 
         Args:
             few: The largest number of classes that counts as few.
@@ -219,10 +217,10 @@ class Operator(ABC):
 
     @abstractmethod
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
-        """Checks types, shapes and options, and returns the plan of this signature.
+        """Checks types, shapes and options, and returns the plan of a signature.
 
         Args:
-            arguments: The arguments of the call, with a TensorSpec in place of each tensor.
+            arguments: The arguments of the call, with a TensorSpec instead of each tensor.
         """
 
     def compiled(self, arguments: Arguments) -> Any:
@@ -231,7 +229,7 @@ class Operator(ABC):
 
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
-        """Raises for invalid arguments, values included, after torch's operator has raised."""
+        """Raises for invalid arguments, including values, after torch's operator has raised."""
 
     def check_scalars(self, arguments: Arguments) -> None:
         for index, scalar in self.indexed_scalars:
@@ -243,11 +241,11 @@ class Operator(ABC):
         """Prepares an input that a call is to overwrite."""
 
     def inplace_fallback_reason(self, input: Tensor) -> str | None:  # noqa: ARG002
-        """Returns why torch's operator has to overwrite the input, None if a kernel can."""
+        """Returns why torch's operator has to compute an in-place call, None if a kernel can."""
         return None
 
     def local_shard_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
-        """Returns this process' shard of a call with DTensors, None if the kernels take none."""
+        """Returns this process' shard of a call with DTensors, None if there is none."""
         return None
 
     def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
@@ -276,7 +274,7 @@ def parameters_of(function: Any) -> dict[str, Any]:
 def reduction_of(
     size_average: bool | None, reduce: bool | None, reduction: str, warn: bool = True
 ) -> str:
-    """Returns the reduction of a loss, over which two deprecated arguments take precedence."""
+    """Returns the reduction of a loss; the two deprecated arguments take precedence."""
     if size_average is None and reduce is None:
         return reduction
     if not is_dynamo_compiling():  # Dynamo cannot trace torch's function, nor a warning

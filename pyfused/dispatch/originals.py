@@ -1,4 +1,4 @@
-"""torch's own functions, also while :func:`pyfused.patch` has given theirs other code."""
+"""Keeps torch's original functions available while :func:`pyfused.patch` is in effect."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from pyfused.torch_internals import trace_instead
 
 @cache
 def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Returns a copy of a Python function with its present code; a built-in is returned as it is.
+    """Returns a copy of a Python function with its current code, or a built-in itself.
 
-    The globals are torch's, so that subclasses and modes see torch's function. It may therefore
-    call other patched functions, as ``selu`` calls ``torch.selu``: call it within `torch_alone`.
+    The copy shares torch's globals, because subclasses and modes have to see torch's function. It
+    may therefore call other patched functions, as ``selu`` calls ``torch.selu``: call it within
+    `torch_alone`.
     """
     if not isinstance(function, FunctionType):
         return function
     copy = FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(copy, function)
-    # The compiler puts torch's functions into graphs, but would trace the copy.
+    # The compiler puts torch's functions into graphs, but it would trace the copy.
     trace_instead(copy, function)
     return copy
 
 
 class TorchAlone(threading.local):
-    """A context in which patched functions are torch's, for torch's definition of an operator.
+    """A context in which patched functions call torch's code, for definitions of operators.
 
-    A definition that called a patched function would recurse into the operator that it defines, or
-    compute a part of it by another operator's kernel.
+    Without it, a definition that calls a patched function would recurse into its own operator, or
+    compute a part of the result by another operator's kernel.
     """
 
     depth = 0
-    needed = False  # from the first patch on, in all threads
+    needed = False  # True in all threads after the first patch
 
     def __enter__(self) -> None:
         self.depth += 1

@@ -1,4 +1,4 @@
-"""Why torch's operator takes a call: the reasons that several modules share, and the log."""
+"""Reasons to fall back to torch's operator that several modules share, and their log."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import logging
 
 from torch.compiler import is_dynamo_compiling
 
-SMALL = "ATen is faster at this size"
+SMALL = "torch is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _log = logging.getLogger("pyfused")
-not_logged: set[str] = set()  # reasons that are no fall-back, as a kernel runs after all
+not_logged: set[str] = set()  # reasons that are not logged, because a kernel runs in the end
 _said: set[tuple[str, str]] = set()
 
 
 def first_time(op: str, reason: str) -> bool:
-    """Returns whether it is the first call with this operator and this reason."""
+    """Returns whether this is the first call with this operator and this reason."""
     new = (op, reason) not in _said
     _said.add((op, reason))
     return new
 
 
 def say_once(op: str, reason: str) -> None:
-    """Logs, at level INFO and once, why torch's operator takes a call."""
+    """Logs why a call falls back to torch's operator, once and at level INFO."""
     if is_dynamo_compiling() or not _log.isEnabledFor(logging.INFO) or reason in not_logged:
         return
     if first_time(op, reason):

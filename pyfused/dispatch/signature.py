@@ -1,4 +1,4 @@
-"""The signature of a call: all that a plan may depend on, and no tensor's values."""
+"""The signature of a call: everything that its plan depends on. Values of tensors are excluded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyfused.torch_internals import (
     is_view,
     is_zero_tensor,
 )
-from pyfused.types import TENSORS, Options, TensorSpec
+from pyfused.types import TENSORS, TensorSpec, VocabOptions
 
 PLAIN = (Tensor, Parameter)
 _CONSTANTS = (bool, int, torch.dtype)  # True is equal to 1, so the type is part of the key
@@ -29,20 +29,21 @@ _HASHED = (type(None), str, float, *_CONSTANTS)
 
 
 def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, ...] | None:
-    """Returns the key of a call's plan, or None if `no_signature_reason` or numbers prevent one.
+    """Returns the key of a call's plan, or None if the call has none.
 
-    It holds the operator, the layout of each tensor and whether it requires grad, every other
-    argument, grad mode and autocast.
+    The key has the operator, the layout of each tensor and whether it requires grad, all other
+    arguments, grad mode and autocast. A call has no key if `no_signature_reason` returns a reason,
+    or if its numbers have to be converted first.
     """
     if type(arguments[0]) not in PLAIN or active_mode() is not None:
         return None
     key: list[Any] = [op, inplace, torch.is_grad_enabled()]
-    if isinstance(arguments[-1], Options):
+    if isinstance(arguments[-1], VocabOptions):
         arguments = (*arguments[:-1], *vars(arguments[-1]).values())
     for value in arguments:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            if (  # as in layout_reason, without the cost of a call for each tensor
+            if (  # the conditions of layout_reason, without a call for each tensor
                 value.layout is not torch.strided
                 or value.is_neg()
                 or is_zero_tensor(value)
@@ -71,15 +72,15 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
 
 
 def with_specs(arguments: Arguments, key: Sequence[Any]) -> Arguments:
-    """Returns the arguments with a TensorSpec, made from the signature, in place of each tensor."""
+    """Returns the arguments with a TensorSpec from the signature instead of each tensor."""
     entries = iter(key[3:])
 
     def spec(value: Any) -> Any:
         entry = next(entries)
         return TensorSpec(*entry) if isinstance(value, Tensor) else value
 
-    specs = [spec(value) for value in arguments if not isinstance(value, Options)]
-    if isinstance(arguments[-1], Options):
+    specs = [spec(value) for value in arguments if not isinstance(value, VocabOptions)]
+    if isinstance(arguments[-1], VocabOptions):
         specs.append(options := copy(arguments[-1]))
         vars(options).update({name: spec(value) for name, value in vars(options).items()})
     if key[1]:  # in place
@@ -87,14 +88,14 @@ def with_specs(arguments: Arguments, key: Sequence[Any]) -> Arguments:
     return tuple(specs)
 
 
-# ---- why a call has no signature -----------------------------------------------------------------
+# ---- calls without a signature -------------------------------------------------------------------
 
 
 def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
-    """Returns why torch's operator takes a call that no signature describes.
+    """Returns why a call without a signature falls back to torch's operator.
 
-    None means that a kernel may take it: its tensors are DTensors that the kernels take shard by
-    shard, or its numbers have to be converted first.
+    None means that a kernel may run: for the local shards of DTensors, or after numbers have been
+    converted.
     """
     input = arguments[0]
     sharded = type(input) not in PLAIN and op.local_shard_of(arguments) is not None
@@ -109,7 +110,7 @@ def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
             reason = layout_reason(name, value)
             if reason is None and name not in tensors and not is_readable(value):
                 reason = f"{name} is a tensor"
-        elif not isinstance(value, Options) and type(_number(op, name, value)) not in _HASHED:
+        elif not isinstance(value, VocabOptions) and type(_number(op, name, value)) not in _HASHED:
             reason = f"{name} is a {type(value).__name__}"
         if reason is not None:
             return reason
@@ -117,7 +118,7 @@ def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
 
 
 def layout_reason(name: str, tensor: Tensor) -> str | None:
-    """Returns why dtype, shape, strides and device do not describe a tensor, None if they do."""
+    """Returns why a TensorSpec cannot describe a tensor, None if it can."""
     if type(tensor) not in PLAIN:
         return f"{name} is a {type(tensor).__name__}"
     if tensor.layout is not torch.strided:
@@ -128,7 +129,7 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
         return f"{name} is nested"
     if is_functorch_wrapped(tensor):
         return f"{name} has left torch.func"
-    if is_lazy_clone(tensor):  # taking its address would copy it
+    if is_lazy_clone(tensor):  # reading its address would copy it
         return f"{name} is a lazy clone"
     return None
 
@@ -137,15 +138,15 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
 
 
 def named(op: Operator, arguments: Arguments) -> dict[str, Any]:
-    """Returns the arguments by name, options included."""
+    """Returns the arguments by name, including options."""
     by_name = dict(zip(op.arguments, arguments, strict=True))
-    for options in [value for value in arguments if isinstance(value, Options)]:
+    for options in [value for value in arguments if isinstance(value, VocabOptions)]:
         by_name |= vars(options)
     return by_name
 
 
 def _tensors_of(op: Operator) -> tuple[str, ...]:
-    """Returns the names of arguments and options that may be tensors; others are numbers."""
+    """Returns the names of tensor arguments and options; a tensor elsewhere holds a number."""
     return *[operand.name for operand in op.operands], "token_weight", "denominator"
 
 
@@ -158,19 +159,19 @@ def numbers_in_tensors(op: Operator, arguments: Arguments) -> dict[str, Any]:
 def is_readable(number: Any) -> bool:
     """Returns whether the value of a tensor can be used as a Python number.
 
-    A tensor that requires grad stays a tensor, and reading one on a GPU would synchronise.
+    A tensor that requires grad has to stay a tensor, and reading a tensor on a GPU synchronises.
     """
     return number.is_cpu and not number.requires_grad and bool(number.numel() == 1)
 
 
 def with_python_numbers(op: Operator, arguments: Arguments) -> Arguments:
-    """Returns the arguments with Python numbers in place of NumPy's and of one-element tensors.
+    """Returns the arguments with NumPy numbers and one-element tensors as Python numbers.
 
-    Options of torch's own function are left out.
+    The options of torch's function are replaced by None.
     """
     pairs = zip(op.arguments, arguments, strict=True)
     numbers = [_number(op, name, value) for name, value in pairs]
-    if isinstance(options := numbers[-1], Options):
+    if isinstance(options := numbers[-1], VocabOptions):
         numbers[-1] = options = copy(options)
         vars(options).update({k: _number(op, k, value) for k, value in vars(options).items()})
     return tuple(numbers)

@@ -1,9 +1,9 @@
 """The sizes from which a call is dispatched to a kernel, in elements.
 
 A kernel costs a few microseconds more per call than torch's operator and saves some nanoseconds per
-element: many where torch runs several operators, few where it reaches the memory's bandwidth. So
-each operator has one of five sizes from which a kernel is clearly faster on AMD EPYC, with AVX-512
-and with AVX2. The largest sizes are for outputs whose pages torch gets from the system.
+element: many if torch runs several operators, few if torch is limited by memory bandwidth. Each
+operator has one of five sizes from which a kernel is clearly faster on AMD EPYC, with AVX-512 and
+with AVX2. The largest sizes are for outputs whose pages torch gets from the system.
 
 ``python -m pyfused tune`` measures the limits of a machine, which then replace these.
 """
@@ -24,7 +24,7 @@ from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.signature import PLAIN
 
 NEVER = sys.maxsize
-FORCED = backends.FORCED  # the backend that takes calls of any size, None by default
+FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
 COMPOSED = ("rmse_loss", "multilabel_soft_margin_loss")
@@ -37,8 +37,8 @@ def _rows(first: int, second: int, names: str) -> dict[str, Limits]:
 
 
 # The second limit applies to unreduced losses, which write one more output; to activations without
-# a gradient; and to losses over few classes, as torch does not vectorise rows that are shorter than
-# a vector. The row of a family applies to operators without a row of their own. VECTOR is in bytes.
+# a gradient; and to losses over few classes, because torch does not vectorise rows that are shorter
+# than a vector. The row of a family applies to operators without their own row. VECTOR is in bytes.
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
 ON_CPU = {
@@ -64,8 +64,8 @@ ON_CPU = {
     **_rows(PAGES, PAGES, "hardshrink softshrink prelu glu"),
     **_rows(PAGES, NEVER, "nll_loss"),
 }
-# In half precision torch computes the same number of bytes per second, so that limits double; the
-# kernels convert float16 in a separate step. Over classes torch is slower. torch's gelu is from
+# In half precision torch processes the same number of bytes per second, so limits double. The
+# kernels convert float16 in a separate step. Over classes torch is slower. torch's gelu calls
 # oneDNN.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES = {
@@ -73,9 +73,9 @@ ON_CPU_OF_HALVES = {
     **_rows(SMALL, NEVER, "gelu"),
 }
 
-# On GPUs: measured on an H100 in float32 with backward, on a host with a slow CPU, where a step of
-# mse_loss took 150 us to launch with torch and 400 us with pyfused. ATen's activations reach the
-# memory's bandwidth. Its nll_loss takes 1.6 us per thousand rows for any number of classes.
+# Limits on GPUs, measured on an H100 in float32 with backward. The host had a slow CPU: launching a
+# step of mse_loss took 150 us with torch and 400 us with pyfused. torch's activations reach the
+# memory bandwidth. Its nll_loss takes 1.6 us per thousand rows for any number of classes.
 FEW_ON_GPU = 64
 ON_GPU = {
     **_rows(0, 0, f"log_probs {' '.join(LINEAR)}"),
@@ -91,10 +91,10 @@ _DEFAULT = PAGES, PAGES
 
 # In compiled programs, on CPUs and on GPUs: the sizes from which a call becomes a custom operator,
 # which Inductor cannot fuse with its neighbours. Operators without a row stay torch's functions.
-# Heads avoid the logits. For logits and for large losses on CPUs, a kernel moves less memory than
-# Inductor's code, which allocates its outputs. A custom operator costs about 30 us per pass. No
-# compiled call has been measured on a GPU: from 2^24 logits on, launching should take no longer
-# than the kernels, which are 1.1 to 2.5 times as fast as Inductor's code
+# Heads avoid materialising the logits. For logits and large losses on CPUs, a kernel moves less
+# memory than Inductor's code, which allocates its outputs. A custom operator costs about 30 us per
+# pass. No compiled call has been measured on a GPU: from 2^24 logits on, launching should take no
+# longer than the kernels, which are 1.1 to 2.5 times as fast as Inductor's code
 # (benchmarks/results/nvidia-h100-80gb-hbm3/table.md).
 COMPILED = {
     **_rows(0, 0, " ".join(LINEAR)),
@@ -105,7 +105,7 @@ COMPILED = {
     **_rows(PAGES, NEVER, "gaussian_nll_loss soft_margin_loss hinge_embedding_loss hinge_loss"),
     **_rows(PAGES, NEVER, "margin_ranking_loss quantile_loss log_cosh_loss sigmoid_focal_loss"),
     **_rows(PAGES, NEVER, "triplet_margin_loss cosine_embedding_loss nll_loss multi_margin_loss"),
-    **_rows(PAGES, NEVER, " ".join(COMPOSED)),  # its parts are dispatched again
+    **_rows(PAGES, NEVER, " ".join(COMPOSED)),  # their parts are dispatched separately
 }
 
 MACHINE = f"{cpu.capability}, torch {torch.__version__}"
@@ -114,14 +114,14 @@ MACHINE = f"{cpu.capability}, torch {torch.__version__}"
 def tuned_file() -> Path:
     """Returns the file that ``python -m pyfused tune`` writes.
 
-    ``Path.home()`` would raise an error for users without a home directory, as in containers.
+    ``Path.home()`` raises an error for users without a home directory, for example in containers.
     """
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     return Path(caches, "pyfused", "sizes.json")
 
 
 def tuned() -> dict[str, Limits]:
-    """Returns the limits that were measured on this machine, {} if there are none."""
+    """Returns the limits measured on this machine, {} if there are none."""
     try:
         results = json.loads(tuned_file().read_text(encoding="utf-8"))
         limits = results["limits"] if results["machine"] == MACHINE else {}
@@ -132,16 +132,16 @@ def tuned() -> dict[str, Limits]:
 
 @cache
 def cpu_limits() -> dict[str, Limits]:
-    """Returns the table for CPUs, with the rows that were measured on this machine replaced.
+    """Returns the table for CPUs, updated by the limits measured on this machine.
 
-    The file is read by the first decision that depends on a size, not by importing pyfused.
+    Their file is read when a size first matters, not when pyfused is imported.
     """
     return ON_CPU | tuned()
 
 
 @cache
 def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limits:
-    """Returns the limits of an operator, or else of its family, on CPUs or on GPUs."""
+    """Returns the limits of an operator or its family, on CPUs or GPUs."""
     if cpu and dtype in HALVES and op.name in ON_CPU_OF_HALVES:
         return ON_CPU_OF_HALVES[op.name]
     table = cpu_limits() if cpu else ON_GPU
@@ -152,9 +152,9 @@ def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limit
 
 
 def is_small(op: Operator, arguments: Arguments, elements: int | None = None) -> bool:
-    """Returns whether a call is left to torch's operator because it is small, or empty.
+    """Returns whether a call is dispatched to torch's operator because it is small or empty.
 
-    Calls that are being compiled are not asked about, as the program would depend on the size.
+    It is not called while compiling, because the program would depend on the size.
 
     Args:
         elements: The number of elements of the call, None to compute it.
@@ -176,7 +176,7 @@ def is_small(op: Operator, arguments: Arguments, elements: int | None = None) ->
         return elements == 0
     on_cpu = input.is_cpu
     first, second = limits(op, on_cpu, input.dtype)
-    if (elements < first) == (elements < second):  # mostly: the call's other properties are moot
+    if (elements < first) == (elements < second):  # the common case
         return elements < first
     few = VECTOR // min(input.element_size(), 4) - 1 if on_cpu else FEW_ON_GPU
     return elements < (second if op.takes_second_limit(arguments, few) else first)

@@ -29,7 +29,7 @@ from pyfused.dispatch.plan import (
 )
 from pyfused.layout import accumulate_dtype, is_dense
 from pyfused.ops.custom_operators import custom_operator
-from pyfused.types import Gradients, MarginOptions, NllOptions, Outputs
+from pyfused.types import Gradients, MarginOptions, Outputs, VocabOptions
 
 
 class ClassLossArguments(NamedTuple):
@@ -38,7 +38,7 @@ class ClassLossArguments(NamedTuple):
     input: Tensor
     target: Tensor
     weight: Tensor | None
-    options: Any  # CrossEntropyOptions, NllOptions or MarginOptions
+    options: Any  # VocabOptions or MarginOptions
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -197,7 +197,18 @@ class NllLoss(ClassLoss):
     def read(self, arguments: Arguments) -> ClassLossArguments:
         input, target, weight, size_average, ignore_index, reduce, reduction = arguments
         reduction = reduction_of(size_average, reduce, reduction)
-        return ClassLossArguments(input, target, weight, NllOptions(ignore_index, reduction))
+        options = VocabOptions(ignore_index=ignore_index, reduction=reduction)
+        return ClassLossArguments(input, target, weight, options)
+
+    def define(self, parsed: ClassLossArguments) -> Tensor:
+        input, target, weight, options = parsed
+        return self.reference(
+            input,
+            target,
+            weight,
+            ignore_index=options.ignore_index,
+            reduction=options.reduction,
+        )
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.dispatch.call import call, plan_of
+from pyfused.dispatch.call import call, decide
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
@@ -36,7 +36,7 @@ class Composed(Operator):
 
         def run(arguments: Arguments) -> Tensor:
             base_arguments = self.given(*arguments)
-            kernel = plan_of(self.of, base_arguments, inplace).run
+            kernel = decide(self.of, base_arguments, inplace).run
             loss = call(self.of, base_arguments) if kernel is None else kernel(base_arguments)
             return self.finish(loss, *arguments)
 

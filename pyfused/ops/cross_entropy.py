@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of, cpu
-from pyfused.dispatch.call import is_compiled, plan_of, unsupported
+from pyfused.dispatch.call import decide, is_compiled, unsupported
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     TOKEN_WEIGHT,
@@ -63,7 +63,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
                 and input.requires_grad
                 and _ignores_rows(input, target, options.ignore_index)
             ):
-                run = plan_of(self, (input, target, weight, options), False).run
+                run = decide(self, (input, target, weight, options), False).run
                 if run is not None:  # a kernel is faster than masking by torch's operators
                     return run((input, target, weight, options))
                 input = definitions.without_ignored(input, target, options.ignore_index)

@@ -148,8 +148,12 @@ def log_probs(
     logits: Tensor,
     target: Tensor,
     options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
-) -> Tensor:
-    """Returns the log-probability of each target, stacked with entropy and log-sum-exp."""
+) -> Any:
+    """Returns the log-probability of each target, stacked with entropy and log-sum-exp.
+
+    With metrics it returns a tuple of these, whether the target has the largest logit, and the mean
+    logit.
+    """
     checks.log_probs(logits, target, options)
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
     shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
@@ -159,13 +163,18 @@ def log_probs(
     log_p = x.log_softmax(dim)
     at_target = log_p.gather(dim, target.where(valid, 0).unsqueeze(dim)).squeeze(dim)
     if options.alone:
-        return at_target.where(valid, 0).reshape(shape)
-    p = log_p.exp()
-    entropy = -(p * log_p.where(p != 0, 0)).sum(dim)
-    results = torch.stack(
-        [result.where(valid, 0) for result in (at_target, entropy, x.logsumexp(dim))]
-    )
-    return results.reshape(3, *shape)
+        results = at_target.where(valid, 0).reshape(shape)
+    else:
+        p = log_p.exp()
+        entropy = -(p * log_p.where(p != 0, 0)).sum(dim)
+        results = torch.stack(
+            [result.where(valid, 0) for result in (at_target, entropy, x.logsumexp(dim))]
+        ).reshape(3, *shape)
+    if not options.with_metrics:
+        return results
+    x = x.detach()
+    is_top1 = (x.argmax(dim) == target) & valid
+    return results, is_top1.reshape(shape), x.mean(dim).where(valid, 0).reshape(shape)
 
 
 def linear_log_probs(
@@ -174,12 +183,16 @@ def linear_log_probs(
     linear_bias: Tensor | None,
     target: Tensor,
     options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
-) -> Tensor:
+) -> Any:
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
     rows, positions = input.reshape(-1, input.shape[-1]), linear_weight.shape[1:-1]
     logits = head_logits(rows, linear_weight, linear_bias)
     results = log_probs(logits, target.reshape(len(rows), *positions), options)
-    return results.reshape(*results.shape[: not options.alone], *target.shape)
+    if not options.with_metrics:
+        return results.reshape(*results.shape[: not options.alone], *target.shape)
+    results, *metrics = results
+    results = results.reshape(*results.shape[: not options.alone], *target.shape)
+    return results, *[x.reshape(target.shape) for x in metrics]
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:

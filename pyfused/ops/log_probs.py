@@ -3,7 +3,8 @@
     log_probability = x[target] - lse,  entropy = -sum_c p_c log p_c,  lse = log sum_c exp(x_c)
 
 These are the first fields of the state of a row. A call returns them as one tensor, with one
-gradient, which ``functional.py`` splits.
+gradient, which ``functional.py`` splits. With metrics it returns a tuple of this tensor,
+is_top1 and the mean logit, which follow from other fields and have no gradient.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import StateOptions
-from pyfused.ops.row_state import state_results
+from pyfused.ops.row_state import state_metrics, state_results
 from pyfused.ops.shards import ShardedOperator, is_dtensor, state_plan
-from pyfused.types import RESULTS, STATE_FIELDS, ClassRange, LogProbsOptions, VocabShard
+from pyfused.types import (
+    RESULTS,
+    SMOOTHING_FIELDS,
+    STATE_FIELDS,
+    ClassRange,
+    LogProbsOptions,
+    VocabShard,
+)
 
 
 class _Values(NamedTuple):
@@ -42,10 +50,16 @@ class LogProbs(_Values):
         log_probability: ``log p_target``, in nats, at most 0.
         entropy: ``-sum_c p_c log p_c``.
         log_sum_exp: ``log sum_c exp(logit_c)``.
+        is_top1: Whether the target is the first class with the largest logit; False for ignored
+            targets. No item of the tuple, and without a gradient.
+        mean_logit: The mean of the logits of all classes, after softcap and temperature. No item
+            of the tuple, and without a gradient.
 
     Raises:
         AttributeError: An attribute is read that the call did not return; the item is None.
     """
+
+    _metrics: Sequence[Tensor] | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -55,21 +69,41 @@ class LogProbs(_Values):
     def log_sum_exp(self) -> Tensor:
         return self._returned(2, "log_sum_exp: expected a call with return_lse=True")
 
+    @property
+    def is_top1(self) -> Tensor:
+        return self._returned_metrics("is_top1")[0]
+
+    @property
+    def mean_logit(self) -> Tensor:
+        return self._returned_metrics("mean_logit")[1]
+
     def _returned(self, index: int, message: str) -> Tensor:
         value: Tensor | None = self[index]
         if value is None:
             raise AttributeError(message)
         return value
 
+    def _returned_metrics(self, name: str) -> Sequence[Tensor]:
+        if self._metrics is None:
+            raise AttributeError(f"{name}: expected a call with return_metrics=True")
+        return self._metrics
 
-def named(values: Tensor, return_entropy: bool, return_lse: bool) -> LogProbs:
-    """Splits the tensor of all three results."""
-    # The backward of unbind makes plain zeros for unused results, which do not mix with DTensors.
-    if is_dtensor(values):
+
+def named(
+    results: Any, options: LogProbsOptions, return_entropy: bool, return_lse: bool
+) -> LogProbs:
+    """Names the results of a call, which is given the options."""
+    values, *metrics = results if options.with_metrics else (results,)
+    log_p, entropy, lse = values, None, None
+    if is_dtensor(values) and not options.alone:
+        # The backward of unbind makes plain zeros for unused results, which do not mix with these.
         log_p, entropy, lse = values[0], values[1], values[2]
-    else:
+    elif not options.alone:
         log_p, entropy, lse = values.unbind()
-    return LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
+    found = LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
+    if metrics:
+        found._metrics = metrics
+    return found
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -121,7 +155,7 @@ class LogProbsOperator(ShardedOperator):
             tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
         return self.state_plan(tensors, options, arrange=arrange, needs=needs, results=results)
 
-    def compiled(self, arguments: Arguments) -> Tensor:
+    def compiled(self, arguments: Arguments) -> Any:
         *tensors, target, options = arguments
         if not self.is_linear:
             return self._compiled(arguments)
@@ -132,18 +166,22 @@ class LogProbsOperator(ShardedOperator):
         with without_autocast(device):
             return self._compiled((input, weight, bias, target, options))
 
-    def _compiled(self, arguments: Arguments) -> Tensor:
+    def _compiled(self, arguments: Arguments) -> Any:
         self.check(arguments)
         *tensors, target, options = arguments
         operator = custom_operator(self.name)
         state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
         results = state_results(state, 1 if options.alone else len(RESULTS))
-        return results.to(accumulate_dtype(tensors[0].dtype))
+        results = results.to(accumulate_dtype(tensors[0].dtype))
+        if not options.with_metrics:
+            return results
+        return _with_metrics(results, state, target, options.ignore_index, self.classes(tensors))
 
     def fake(self, arguments: Arguments) -> Tensor:
         """Returns an empty tensor like the state that the custom operator returns."""
-        target: Tensor = arguments[-2]
-        return target.new_empty((STATE_FIELDS, *target.shape), dtype=torch.float64)
+        target, options = arguments[-2:]
+        empty: Tensor = target.new_empty((_fields(options), *target.shape), dtype=torch.float64)
+        return empty
 
     def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
@@ -162,14 +200,22 @@ class LogProbsOperator(ShardedOperator):
         results: int | None = None,
         **kwargs: Any,
     ) -> Plan:
+        classes = classes or ClassRange(0, self.classes(tensors))
         state_options = StateOptions(
             options.rows,
-            classes or ClassRange(0, self.classes(tensors)),
+            classes,
+            _fields(options),
             memory_budget=options.memory_budget,
             fixed_sizes=options.deterministic_rows,
         )
         if results is None:
             results = 1 if options.alone else len(RESULTS)
+        if results and options.with_metrics:
+
+            def finish(output: tuple[Tensor, Tensor], arguments: Arguments) -> Any:
+                return _with_metrics(*output, arguments[-2], options.ignore_index, classes.total)
+
+            kwargs["finish"] = finish
         return state_plan(self.name, tensors, state_options, shard, results=results, **kwargs)
 
     def classes(self, tensors: Sequence[Tensor]) -> int:
@@ -187,3 +233,14 @@ class LogProbsOperator(ShardedOperator):
             self.check_arguments(*arguments, classes=classes)
         else:
             super().check_shapes(arguments, classes)
+
+
+def _fields(options: LogProbsOptions) -> int:
+    return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
+
+
+def _with_metrics(
+    results: Tensor, state: Tensor, target: Tensor, ignore_index: int, classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    is_top1, mean_logit = state_metrics(state, target, ignore_index, classes)
+    return results, is_top1, mean_logit.to(results.dtype)

@@ -18,7 +18,7 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import spread_rows, take_rows
 from pyfused.ops.row_state import loss_denominator
-from pyfused.types import TENSORS, Gradients, Options, Outputs
+from pyfused.types import TENSORS, Gradients, Outputs, VocabOptions
 
 # The loss, or None; the gradients, or (); and the state of each row if the metrics or the backward
 # pass need it, or None.
@@ -40,7 +40,7 @@ class RowLoss(Operator):
 
     student: int
     check_arguments: Callable[..., None]
-    options: ClassVar[type[Options]]
+    options: ClassVar[type[VocabOptions]]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class RowLoss(Operator):
         self.row_operands = [i for i, name in enumerate(names) if name not in weights]
 
     @abstractmethod
-    def checked_options(self, arguments: Arguments) -> Options:
+    def checked_options(self, arguments: Arguments) -> VocabOptions:
         """Raises for invalid types, shapes and options; returns the options for the kernels."""
 
     @abstractmethod

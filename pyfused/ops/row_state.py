@@ -17,6 +17,7 @@ from torch import Tensor
 from pyfused.backends import Backend, cross_entropy_once
 from pyfused.layout import accumulate_dtype
 from pyfused.types import (
+    INDEX,
     LOG_P,
     LSE,
     MAXIMUM,
@@ -141,6 +142,20 @@ def metrics_state(
 def state_results(state: Tensor, count: int) -> Tensor:
     """Returns the log-probabilities of a state for 1, or the first ``count`` fields."""
     return state[LOG_P] if count == 1 else state[:count]
+
+
+def state_metrics(
+    state: Tensor, target: Tensor, ignore_index: int, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Returns whether the target is the first class with the largest logit, and the mean logit.
+
+    Args:
+        state: The state over all classes, with all fields.
+        classes: The number of all classes.
+    """
+    state = state.detach()
+    is_top1 = (state[INDEX] == target) & (target != ignore_index)
+    return is_top1, state[SMOOTH] / classes
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ def state_plan(
     results: int = 0,
     needs: tuple[bool, ...] | None = None,
     arrange: Callable[[Arguments], Sequence[Any]] = tuple,
+    finish: Callable[[Any, Arguments], Any] | None = None,
 ) -> Plan:
     """Returns the plan of the state of rows, whose classes may be sharded over processes.
 
@@ -155,24 +156,26 @@ def state_plan(
         results: The number of fields to return, in the accumulation dtype; 0 for the whole state.
         needs: Whether each of the tensors needs a gradient; None to ask autograd.
         arrange: As in `Plan`; by default the arguments are the plan's tensors.
+        finish: As in `Plan`. The output that it takes is a tuple of the results and the state.
     """
     backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
     needs = needs_grad(tensors) if needs is None else needs
-    is_logits, needs_any = len(tensors) == 1, True in needs
+    count, is_logits, needs_any = len(tensors), len(tensors) == 1, True in needs
     has_classes = shard is None or tensors[not is_logits].numel() > 0
     rows, classes, fields, *_ = options
     launches: dict[Any, Callable[..., Any]] = {}  # forward's by None, backward's by strides
 
     def forward(tensors: Sequence[Any]) -> Forward:
         *layer, target, weight = tensors
-        output, logits = None, None
+        output: Any = None
+        logits = None
         if not has_classes:
             state = empty_state(fields, target)
         elif is_logits:
             launch = launches.get(None)
             if launch is None:
-                count = results if shard is None else 0  # results follow from the merged state
-                launch = logits_state(backend, layer[0], rows, classes, fields, count)
+                ready = results if shard is None else 0  # others follow from the merged state
+                launch = logits_state(backend, layer[0], rows, classes, fields, ready)
                 launches[None] = launch
             state, output = launch(*layer, target, weight)
         else:
@@ -183,6 +186,8 @@ def state_plan(
             state = state.where(target != rows.ignore_index, 0)
         if output is None:
             output = state_results(state, results).to(dtype) if results else state
+        if finish is not None:
+            output = output, state
         return output, (*tensors, state, logits), ()
 
     def backward(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
@@ -198,8 +203,8 @@ def state_plan(
             strides = tensors[0].stride()  # saved-tensor hooks may change them
             launch = launches.get(strides)
             if launch is None:
-                count = results or len(grad_results)
-                launch = logits_gradient(backend, tensors[0], rows, classes, count)
+                width = results or len(grad_results)
+                launch = logits_gradient(backend, tensors[0], rows, classes, width)
                 launches[strides] = launch
             gradients = (launch(*tensors, weight, state, grad_results),)
         else:
@@ -212,7 +217,7 @@ def state_plan(
         return gradients
 
     def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-        *layer, target, weight, state = saved[: len(tensors) + 3]
+        *layer, target, weight, state = saved[: count + 3]  # `tensors` would stay in memory
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
 
         def definition(*layer: Tensor | None) -> Tensor:
@@ -229,6 +234,7 @@ def state_plan(
         forward=forward,
         backward=backward,
         define=define,
+        finish=finish,
     )
 
 
@@ -536,8 +542,8 @@ class LocalShard(NamedTuple):
     def replicate(self, result: Any) -> Any:
         """Converts a result, which is equal in all processes, to replicated DTensors."""
         if isinstance(result, tuple):
-            loss, metrics = result
-            return self.replicate(loss), Metrics(*map(self.replicate, metrics))
+            items = map(self.replicate, result)
+            return Metrics(*items) if isinstance(result, Metrics) else tuple(items)
         from torch.distributed.tensor import Replicate
 
         placements = (Replicate(),) * self.mesh.ndim

@@ -65,9 +65,9 @@ from pyfused.types import (
     DivergenceOptions,
     EmbeddingOptions,
     MarginOptions,
-    NllOptions,
     Outputs,
     RowOptions,
+    VocabOptions,
 )
 
 TARGETS = {
@@ -222,7 +222,7 @@ def class_cases() -> Iterator[Case]:
             run = partial(backend.kl_div_with_logits, x, x, options, Outputs(True, (True,)))
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=reduced, **fields)
         outputs = Outputs(True, (True, False))
-        given = x, target, None, NllOptions(-100, "mean"), outputs
+        given = x, target, None, VocabOptions(-100, "mean"), outputs
         run = partial(backend.nll_loss(*given), (x, target, *NO_OTHERS))
         yield case("nll_loss", *of, run, vector=0, launches=1 + reduced, **fields)
         for p in (1, 2) if len(shape) == 2 else ():

@@ -1,0 +1,164 @@
+"""Makes the trainers of TRL compute log-probabilities by pyfused.
+
+The trainers for SFT, DPO, GRPO, KTO and RLOO hold no logits. They pass hidden states to
+``trl.trainer.utils._ChunkedLogProbFunction.apply``, which `patch_trl` replaces.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from pyfused.dispatch.call import fallback_reason, is_small
+from pyfused.dispatch.reasons import SMALL, first_time
+from pyfused.functional import linear_log_probs
+from pyfused.ops.operators import LINEAR_LOG_PROBS
+from pyfused.types import LogProbsOptions
+
+_MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
+# The results beside the log-probabilities, and the parameters of TRL's forward, both in order.
+_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_PARAMETERS = (
+    *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
+
+
+def patch_trl(*, deterministic_rows: bool = False) -> None:
+    """Makes TRL's trainers for SFT, DPO, GRPO, KTO and RLOO use :func:`linear_log_probs`.
+
+    It takes the place of ``trl.trainer.utils._ChunkedLogProbFunction``, which computes the
+    log-probabilities, entropies and statistics of tokens from hidden states, with the same
+    arguments and results. Calls that pyfused does not compute take TRL's own function, and one
+    warning for each reason says so: a weight that ZeRO-3 partitions, other devices and dtypes, and
+    ``log_sum_sq_probs``. If a version of TRL has other arguments, TRL is not changed, with a
+    warning.
+
+    Args:
+        deterministic_rows: Whether the bits of a token's results are independent of its batch, as
+            in :func:`linear_log_probs`.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    try:
+        utils = importlib.import_module(_MODULE)
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise ImportError("patch_trl: expected TRL, which is not installed") from None
+    function = getattr(utils, _NAME, None)
+    if isinstance(function, _LogProbFunction):
+        function = function.original
+    if _is_known(function):
+        setattr(utils, _NAME, _LogProbFunction(function, deterministic_rows))
+    else:
+        message = f"pyfused.patch_trl: TRL is not changed, as {_MODULE}.{_NAME} of this version "
+        message += "has other arguments than that of TRL 1.16"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def unpatch_trl() -> None:
+    """Gives TRL its own function again.
+
+    Raises:
+        RuntimeError: TRL is not patched.
+    """
+    utils = sys.modules.get(_MODULE)
+    function = getattr(utils, _NAME, None)
+    if not isinstance(function, _LogProbFunction):
+        raise RuntimeError("unpatch_trl() called without patch_trl()")
+    setattr(utils, _NAME, function.original)
+
+
+def _is_known(function: Any) -> bool:
+    """Returns whether it is an autograd function with the arguments and results of TRL 1.16."""
+    if not hasattr(function, "forward"):
+        return False
+    parameters = inspect.signature(function.forward).parameters
+    return (*parameters,) == _PARAMETERS and parameters["outputs"].default == _OUTPUTS
+
+
+class _LogProbFunction:
+    """Takes the place of TRL's autograd function."""
+
+    def __init__(self, original: Any, deterministic_rows: bool) -> None:
+        self.original, self.deterministic_rows = original, deterministic_rows
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = _OUTPUTS,
+    ) -> Any:
+        """Returns the log-probabilities and, as far as requested, the other outputs."""
+        softcap = final_logit_softcapping
+        factors = temperature, logit_scale, 1.0 if softcap is None else softcap
+        reason = _original_reason((hidden, weight, bias, targets), factors, outputs)
+        if reason is not None:
+            if reason is not SMALL and not is_dynamo_compiling() and first_time("trl", reason):
+                message = "pyfused.patch_trl: TRL's own function computes log-probabilities, as "
+                warnings.warn(message + reason, RuntimeWarning, stacklevel=2)
+            arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap
+            return self.original.apply(*arguments, logit_scale, outputs)
+        # softcap(scale x) / temperature, with the scale in the other two
+        results = linear_log_probs(
+            hidden,
+            weight,
+            targets,
+            linear_bias=bias,
+            softcap=None if softcap is None else softcap / logit_scale,
+            temperature=temperature / logit_scale,
+            return_entropy="entropy" in outputs,
+            return_metrics="mean_logits" in outputs or "is_top1" in outputs,
+            deterministic_rows=self.deterministic_rows,
+        )
+        return (  # float32 for float64 inputs, too
+            results.log_probability.float(),
+            results.entropy.float() if "entropy" in outputs else None,
+            None,
+            results.mean_logit.float() if "mean_logits" in outputs else None,
+            results.is_top1 if "is_top1" in outputs else None,
+        )
+
+
+def _original_reason(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    factors: Sequence[float],
+    outputs: Sequence[str],
+) -> str | None:
+    """Returns why TRL's own function has to compute a call, None if pyfused can.
+
+    Args:
+        tensors: The hidden states, weight, bias and targets.
+        factors: The temperature, scale and softcap.
+    """
+    arguments = *tensors, LogProbsOptions()
+    if not is_dynamo_compiling() and is_small(LINEAR_LOG_PROBS, arguments):
+        return SMALL
+    hidden, weight, bias, _ = tensors
+    if hasattr(weight, "ds_id"):
+        return "the weight is partitioned by ZeRO-3"
+    if "log_sum_sq_probs" in outputs:
+        return "log_sum_sq_probs is requested"
+    if min(factors) <= 0:
+        return "the temperature, the scale or the softcap is not positive"
+    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
+    casts = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes
+    if len(dtypes) > 1 and not casts:
+        return "the hidden states and the layer differ in dtype"
+    return fallback_reason(LINEAR_LOG_PROBS, arguments)

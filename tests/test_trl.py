@@ -1,0 +1,396 @@
+"""TRL's trainers with pyfused.patch_trl: the results and weights that TRL alone has."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import KernelCalls
+from grid import grid
+from torch import Tensor
+
+import pyfused
+from pyfused.dispatch import reasons
+
+pytestmark = [
+    pytest.mark.integrations,
+    pytest.mark.filterwarnings("ignore"),  # theirs, of each other
+]
+NAME = "_ChunkedLogProbFunction"
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+KNOWN = ("entropy", "mean_logits", "is_top1")
+TOKENS, FEATURES, CLASSES, CHUNK = 40, 24, 600, 256
+OPTIONS = {
+    "plain": (1.0, None, 1.0),
+    "temperature": (0.7, None, 1.0),
+    "softcap": (1.0, 4.0, 1.0),
+    "everything": (1.3, 4.0, 0.25),
+}
+CHOICES = [c for n in range(5) for c in itertools.combinations(OUTPUTS, n)]
+
+
+@pytest.fixture
+def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.setattr(reasons, "_said", set())
+    module = pytest.importorskip("trl.trainer.utils")
+    original = getattr(module, NAME)
+    yield module
+    setattr(module, NAME, original)
+
+
+def draw(dtype: torch.dtype, bias: bool = True) -> list[Any]:
+    """Draws hidden states, a layer and targets, some of which have the largest logit."""
+    hidden, weight = torch.randn(TOKENS, FEATURES), torch.randn(CLASSES, FEATURES) / 3
+    tensors = [x.to(dtype) for x in (hidden, weight, torch.randn(CLASSES))]
+    target = torch.randint(CLASSES, (TOKENS,))
+    target[::3] = (hidden @ weight.t() + bias * tensors[2].float()).argmax(1)[::3]
+    return [*[x.requires_grad_() for x in tensors[: 2 + bias]], *[None] * (not bias), target]
+
+
+def exact(tensors: list[Any], options: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes log-probabilities, entropies and mean logits in float64 from all logits."""
+    hidden, weight, bias, target = tensors
+    temperature, softcap, scale = options
+    logits = (hidden @ weight.t() + (0 if bias is None else bias)) * scale
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    log_p = (logits / temperature).log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return log_p[range(TOKENS), target], entropy, (logits / temperature).mean(1)
+
+
+def evaluate(function: Any, tensors: list[Any], options: tuple[Any, ...]) -> list[Any]:
+    """Returns all results of a function, and the gradients of two of them."""
+    temperature, softcap, scale = options
+    results = function.apply(*tensors, temperature, CHUNK, softcap, scale, KNOWN)
+    return [*results, *gradients(results, tensors)]
+
+
+def gradients(results: Any, tensors: list[Any]) -> tuple[Tensor, ...]:
+    leaves = [x for x in tensors[:3] if x is not None]
+    total = (results[0] * torch.linspace(-1, 1, TOKENS)).sum() + results[1].sum()
+    return torch.autograd.grad(total, leaves)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    difference = found.detach().double() - expected.detach()
+    return float(difference.norm() / expected.detach().norm())
+
+
+@grid(
+    options=OPTIONS,
+    dtype=[torch.float32, torch.bfloat16],
+    bias=[False, True],
+    autocast=[False, True],
+)
+def test_values_and_gradients(
+    options: str,
+    dtype: torch.dtype,
+    bias: bool,
+    autocast: bool,
+    utils: ModuleType,
+    kernel_calls: KernelCalls,
+) -> None:
+    """They are as exact as TRL's, whose dtypes they have."""
+    tensors, original = draw(dtype, bias), getattr(utils, NAME)
+    wide = [x if x is None else x.detach().double().requires_grad_() for x in tensors[:3]]
+    wide.append(tensors[3])
+    pyfused.patch_trl()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = evaluate(original, tensors, OPTIONS[options])
+        assert not kernel_calls
+        found = evaluate(getattr(utils, NAME), tensors, OPTIONS[options])
+    assert kernel_calls["row_state"] >= 1
+    log_p, entropy, mean = exact(wide, OPTIONS[options])
+    best = [log_p, entropy, None, mean, None, *gradients((log_p, entropy), wide)]
+    is_half = autocast or dtype is torch.bfloat16
+    for ours, theirs, true in zip(found, expected, best, strict=True):
+        if theirs is None:
+            assert ours is None
+            continue
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert ours.requires_grad == theirs.requires_grad
+        if true is not None:
+            assert error(ours, true) <= 1.2 * error(theirs, true) + (2e-3 if is_half else 1e-6)
+            assert error(ours, theirs.double()) < (0.05 if is_half else 1e-5)
+        elif not is_half:  # whose logits are rounded
+            assert torch.equal(ours, theirs)
+            assert ours.any()
+
+
+@pytest.mark.parametrize("outputs", CHOICES, ids="-".join)
+def test_every_choice_of_outputs(
+    outputs: tuple[str, ...], utils: ModuleType, kernel_calls: KernelCalls
+) -> None:
+    """The log-probabilities have the same bits whatever else is returned."""
+    tensors, original = draw(torch.float32), getattr(utils, NAME)
+    pyfused.patch_trl()
+    function = getattr(utils, NAME)
+    if "log_sum_sq_probs" in outputs:
+        with pytest.warns(RuntimeWarning, match="as log_sum_sq_probs is requested"):
+            found = function.apply(*tensors, 1.0, CHUNK, None, 1.0, ("log_probs", *outputs))
+        assert not kernel_calls
+    else:
+        found = function.apply(*tensors, 1.0, CHUNK, None, 1.0, ("log_probs", *outputs))
+        alone = function.apply(*tensors, 1.0, CHUNK, outputs=())
+        assert torch.equal(found[0], alone[0])
+        assert kernel_calls["row_state"] == 2
+    expected = original.apply(*tensors, 1.0, CHUNK, None, 1.0, outputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [x is not None for x in found[1:]] == [name in outputs for name in OUTPUTS]
+
+
+def partitioned(tensors: list[Any]) -> None:
+    tensors[1].ds_id = 0
+
+
+def of_two_dtypes(tensors: list[Any]) -> None:
+    tensors[1] = tensors[1].detach().bfloat16().requires_grad_()
+
+
+FALLBACKS: dict[str, tuple[str, Any]] = {
+    "ZeRO-3": ("the weight is partitioned by ZeRO-3", partitioned),
+    "two dtypes": ("the hidden states and the layer differ in dtype", of_two_dtypes),
+    "subclass": ("input is a Buffer", lambda x: x.__setitem__(0, subclass(x[0]))),
+}
+
+
+def subclass(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(type("Buffer", (Tensor,), {}))
+
+
+@pytest.mark.parametrize(("reason", "change"), FALLBACKS.values(), ids=FALLBACKS)
+def test_other_calls_take_the_original(
+    reason: str, change: Any, utils: ModuleType, kernel_calls: KernelCalls
+) -> None:
+    """One warning says so for each reason."""
+    tensors, original = draw(torch.float32), getattr(utils, NAME)
+    change(tensors)
+    pyfused.patch_trl()
+    arguments = *tensors, 1.0, CHUNK, None, 1.0, KNOWN
+    with pytest.warns(RuntimeWarning, match=f"patch_trl: TRL's own function .* as {reason}"):
+        found = getattr(utils, NAME).apply(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = getattr(utils, NAME).apply(*arguments)
+    for results in (found, again):
+        torch.testing.assert_close(results, original.apply(*arguments), rtol=0, atol=0)
+    assert not kernel_calls
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive(scale: float, utils: ModuleType) -> None:
+    tensors, original = draw(torch.float32), getattr(utils, NAME)
+    pyfused.patch_trl()
+    with pytest.warns(RuntimeWarning, match="the scale or the softcap is not positive"):
+        found = getattr(utils, NAME).apply(*tensors, 1.0, CHUNK, 3.0, scale, KNOWN)
+    expected = original.apply(*tensors, 1.0, CHUNK, 3.0, scale, KNOWN)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.thresholds
+def test_a_small_call_takes_the_original_without_a_warning(
+    utils: ModuleType, kernel_calls: KernelCalls
+) -> None:
+    tensors, original = draw(torch.float32), getattr(utils, NAME)
+    tensors[0], tensors[3] = tensors[0][:3], tensors[3][:3]
+    pyfused.patch_trl()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = getattr(utils, NAME).apply(*tensors, 1.0, CHUNK, None, 1.0, KNOWN)
+    expected = original.apply(*tensors, 1.0, CHUNK, None, 1.0, KNOWN)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not kernel_calls
+
+
+def test_deterministic_rows(utils: ModuleType) -> None:
+    """A token has the same bits in every batch."""
+    hidden, weight, _, target = draw(torch.float32, bias=False)
+    pyfused.patch_trl(deterministic_rows=True)
+    function = getattr(utils, NAME)
+    whole = function.apply(hidden, weight, None, target, 1.0, CHUNK, outputs=())[0]
+    for rows in (slice(1), slice(5, 12), slice(None, None, 3)):
+        part = function.apply(hidden[rows], weight, None, target[rows], 1.0, CHUNK, outputs=())
+        assert torch.equal(part[0], whole[rows])
+
+
+def test_compiled(utils: ModuleType) -> None:
+    tensors = draw(torch.float32)
+    pyfused.patch_trl()
+
+    def step(*tensors: Any) -> Any:
+        return getattr(utils, NAME).apply(*tensors, 0.7, CHUNK, 4.0, 0.5, KNOWN)
+
+    torch.compiler.reset()
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors)
+    expected = step(*tensors)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, tensors), gradients(expected, tensors))
+
+
+# ---- patching ------------------------------------------------------------------------------------
+
+
+def test_unpatch_restores_the_original(utils: ModuleType) -> None:
+    original = getattr(utils, NAME)
+    pyfused.patch_trl()
+    pyfused.patch_trl(deterministic_rows=True)
+    assert getattr(utils, NAME) is not original
+    pyfused.unpatch_trl()
+    assert getattr(utils, NAME) is original
+    with pytest.raises(RuntimeError, match=r"unpatch_trl\(\) called without patch_trl"):
+        pyfused.unpatch_trl()
+
+
+class OtherArguments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class OtherOrder(torch.autograd.Function):
+    """Returns the outputs in another order than TRL 1.16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Any,
+        weight: Any,
+        bias: Any,
+        targets: Any,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: Any = None,
+        logit_scale: float = 1.0,
+        outputs: Any = OUTPUTS[::-1],
+    ) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("other", [None, OtherArguments, OtherOrder])
+def test_an_unknown_function_is_left_alone(
+    other: Any, utils: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils, NAME, other)
+    with pytest.warns(RuntimeWarning, match="TRL is not changed") as warned:
+        pyfused.patch_trl()
+    assert len(warned) == 1
+    assert getattr(utils, NAME) is other
+
+
+def test_without_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if not Path(x, "trl").is_dir()])
+    with pytest.raises(ImportError, match="patch_trl: expected TRL, which is not installed"):
+        pyfused.patch_trl()
+
+
+# ---- trainers ------------------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS) + 3, **sizes, **heads, **tokens))
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>"]
+    words = {word: i for i, word in enumerate([*special, *WORDS])}
+    own = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    pad, bos, eos = special
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own, pad_token=pad, bos_token=bos, eos_token=eos, padding_side="left"
+    )
+
+
+def texts(words: int) -> list[str]:
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.randint(60, (8, words), generator=generator).tolist()
+    return ["".join(f" {WORDS[i]}" for i in row) for row in draws]
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(text))) for text in completions]
+
+
+# The numbers of words of the texts, options, and other arguments of the trainer.
+KINDS: dict[str, tuple[dict[str, int], dict[str, Any], Any]] = {
+    "SFT": ({"text": 9}, {}, dict),
+    "GRPO": (
+        {"prompt": 3},
+        {"num_generations": 4, "max_completion_length": 6, "temperature": 0.9},
+        lambda: {"reward_funcs": reward},
+    ),
+    "RLOO": (
+        {"prompt": 3},
+        {"num_generations": 4, "max_completion_length": 6, "beta": 0.0},
+        lambda: {"reward_funcs": reward},
+    ),
+    "DPO": (
+        {"prompt": 3, "chosen": 5, "rejected": 4},
+        {},
+        lambda: {"ref_model": model()},
+    ),
+}
+
+
+def trained(kind: str, folder: Path) -> dict[str, Tensor]:
+    """Returns the weights after one step of a trainer."""
+    import trl
+    from datasets import Dataset
+
+    common = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    data, options, arguments = KINDS[kind]
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model(),
+        args=getattr(trl, f"{kind}Config")(**common, **options),
+        train_dataset=Dataset.from_dict({name: texts(n) for name, n in data.items()}),
+        processing_class=tokenizer(),
+        **arguments(),
+    )
+    trainer.train()
+    return {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trainer_ends_at_the_same_weights(
+    kind: str, tmp_path: Path, utils: ModuleType, kernel_calls: KernelCalls
+) -> None:
+    initial = {name: x.detach() for name, x in model().named_parameters()}
+    expected = trained(kind, tmp_path)
+    assert not kernel_calls["row_state"]
+    pyfused.patch_trl()
+    found = trained(kind, tmp_path)
+    assert kernel_calls["row_state"] >= 1
+    assert kernel_calls["row_gradients"] >= 1
+    assert not torch.equal(expected["lm_head.weight"], initial["lm_head.weight"])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
