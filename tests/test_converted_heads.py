@@ -373,7 +373,7 @@ def test_drawn_forwards(first: int) -> None:
     assert found["refused"] <= 1, found
 
 
-# ---- a head that is more than its weight and bias ------------------------------------------------
+# ---- modified heads ------------------------------------------------------------------------------
 
 X, TARGET = torch.arange(64).view(4, 16) % 50, torch.arange(64) % 40
 
@@ -807,7 +807,7 @@ def test_a_compiled_model(change: Callable[..., Tensor], fused: bool) -> None:
     assert not (fused and any("addmm" in name for name in names)), names
 
 
-# ---- what is said --------------------------------------------------------------------------------
+# ---- warnings and logs ---------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")

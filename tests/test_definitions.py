@@ -56,7 +56,7 @@ def by_torchs_name(call: Call, **changed: Any) -> Tensor:
     return getattr(F, call.op.name)(**call.given | changed)
 
 
-# ---- what is asked of a call ---------------------------------------------------------------------
+# ---- derivatives, transforms and compilation -----------------------------------------------------
 
 
 def first(call: Call, function: Function) -> list[Tensor]:

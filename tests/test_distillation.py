@@ -470,7 +470,7 @@ def test_rounded_log_probabilities(dtype: torch.dtype) -> None:
     assert fused.linear_topk_kl_div(**arguments, remainder="ignore") == 0
 
 
-# ---- what else the house has ---------------------------------------------------------------------
+# ---- torch.compile, options and errors -----------------------------------------------------------
 
 
 @pytest.mark.cpu

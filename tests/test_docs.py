@@ -248,7 +248,7 @@ def test_every_argument_is_in_the_table(name: str) -> None:
     assert described | (SHARED & parameters) == parameters
 
 
-# ---- links and pictures --------------------------------------------------------------------------
+# ---- links and plots -----------------------------------------------------------------------------
 
 
 def test_the_inventory_of_torch_has_exactly_its_operators() -> None:

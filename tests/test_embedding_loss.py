@@ -25,7 +25,7 @@ SHAPES = ((5,), (7, 2), (40, 17), (3, 1030), (40, 64))[: 3 if interpreter.ON els
 Extended = np.ndarray[Any, np.dtype[np.longdouble]]
 
 
-# ---- the definitions, in long double -------------------------------------------------------------
+# ---- definitions in long double ------------------------------------------------------------------
 
 
 def triplet(

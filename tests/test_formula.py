@@ -769,7 +769,7 @@ def test_many_live_registers(kernel_calls: KernelCalls) -> None:
     assert kernel_calls[mine.op.name] == 1
 
 
-# ---- an explicit gradient ------------------------------------------------------------------------
+# ---- user gradients ------------------------------------------------------------------------------
 
 
 @pyfused.loss
@@ -981,7 +981,7 @@ def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float,
         torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-12, atol=1e-13)
 
 
-# ---- where no kernel runs ------------------------------------------------------------------------
+# ---- fallbacks -----------------------------------------------------------------------------------
 
 
 def test_torch_func_and_higher_derivatives() -> None:
@@ -1087,7 +1087,7 @@ def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
     assert "formulas.wing: torch: input is a Sub" in caplog.text
 
 
-# ---- as an object --------------------------------------------------------------------------------
+# ---- formulas as objects -------------------------------------------------------------------------
 
 
 def test_module_pickle_and_copy() -> None:

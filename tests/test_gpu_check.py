@@ -177,7 +177,7 @@ def test_targets_count_the_cases_that_reach_them(rehearsed: Path) -> None:
     ]
 
 
-# ---- what users run ------------------------------------------------------------------------------
+# ---- typical use ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sizes", "heads", "training"])

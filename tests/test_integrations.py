@@ -98,7 +98,7 @@ def test_the_example_runs(
     assert "largest difference between the loss curves" in capsys.readouterr().out
 
 
-# ---- the head and the loss in one ----------------------------------------------------------------
+# ---- language models with a fused head -----------------------------------------------------------
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

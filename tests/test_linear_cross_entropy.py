@@ -309,7 +309,7 @@ def test_blocks_of_classes_equal_whole_rows(
     torch.testing.assert_close(gradient.t(), best, equal_nan=True)
 
 
-# ---- inputs of more dimensions -------------------------------------------------------------------
+# ---- inputs with more dimensions -----------------------------------------------------------------
 
 
 @pytest.mark.cpu
@@ -320,7 +320,7 @@ def test_a_class_index_out_of_range_among_leading_dimensions() -> None:
         fused.linear_cross_entropy(torch.randn(2, 3, 4), torch.randn(9, 4), target)
 
 
-# ---- classes left out of the gradients' products -------------------------------------------------
+# ---- filter_eps ----------------------------------------------------------------------------------
 
 
 def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,7 +386,7 @@ def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
         )
 
 
-# ---- how many logits at a time -------------------------------------------------------------------
+# ---- block sizes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.cpu

@@ -365,7 +365,7 @@ def test_no_products_for_unneeded_gradients(name: str, sizes: list[tuple[int, in
     assert found == [(8, FEATURES, 70), *sizes]
 
 
-# ---- what a row's results depend on --------------------------------------------------------------
+# ---- independence of rows ------------------------------------------------------------------------
 
 ROWS, CLASSES = (9, 150) if interpreter.ON else (9, 3500)
 
@@ -513,7 +513,7 @@ def test_rows_beyond_2_31_elements() -> None:
     torch.testing.assert_close([*found], of_logits(logits.clone(), target))
 
 
-# ---- how users call it ---------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [

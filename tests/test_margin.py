@@ -36,7 +36,7 @@ def composed(
 
 
 def cosines(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Draws cosines, and targets of which some are ignored."""
+    """Draws cosines and targets; some targets are ignored."""
     dim = min(len(shape) - 1, 1)
     input = (torch.rand(shape) * 1.8 - 0.9).to(dtype).requires_grad_()
     target = torch.randint(0, shape[dim], (*shape[:dim], *shape[dim + 1 :]))

@@ -16,8 +16,8 @@ MIB = 1 << 20
 SIZE = 64 * MIB  # bytes of the logits; large compared to other allocations
 SLACK = 8 * MIB
 
-# `measured()` prints the growth of the peak over what was resident before the call. It makes the
-# call twice: the first one sets up what stays.
+# `measured()` prints the growth of the peak over the resident memory before the call. It makes the
+# call twice, because the first call also makes persistent allocations.
 PREAMBLE = """
 import gc, re
 from pathlib import Path

@@ -130,7 +130,7 @@ print(library.has_runtime(), library.threads_used(64, 3), library.threads_used(1
     assert done.stdout == "1 3 1\n", done.stderr
 
 
-# ---- the modules as they were built --------------------------------------------------------------
+# ---- the installed modules -----------------------------------------------------------------------
 
 CALLS = """
 from pyfused.functional import cross_entropy, gelu, mse_loss

@@ -82,7 +82,7 @@ def put_back() -> Iterator[None]:
     assert not {"relu", "relu_", "sigmoid", "sigmoid_"} & set(vars(Tensor))
 
 
-# ---- what is patched ----------------------------------------------------------------------------
+# ---- patched functions ---------------------------------------------------------------------------
 
 
 def test_functions_methods_and_torchs_own_modules(kernel_calls: KernelCalls) -> None:
@@ -241,7 +241,7 @@ def test_inplace_may_be_symbolic(name: str) -> None:
         assert graph() == expected
 
 
-# ---- what defines __torch_function__ ------------------------------------------------------------
+# ---- __torch_function__ --------------------------------------------------------------------------
 
 
 def tensors_of(name: str) -> dict[str, Tensor]:
@@ -582,7 +582,7 @@ def test_names_imported_before_are_patched(kernel_calls: KernelCalls) -> None:
     assert kernel_calls["relu"] == 2
 
 
-# ---- torch's functions are still torch's --------------------------------------------------------
+# ---- identity of torch's functions ---------------------------------------------------------------
 
 
 def test_patched_functions_look_like_torchs() -> None:
@@ -712,7 +712,7 @@ def test_a_patch_that_fails_is_undone(fails: int, monkeypatch: pytest.MonkeyPatc
         assert patched()
 
 
-# ---- how long it lasts --------------------------------------------------------------------------
+# ---- lifetime of a patch -------------------------------------------------------------------------
 
 
 def test_a_call_lasts_until_unpatch() -> None:
@@ -762,7 +762,7 @@ def test_the_context_manager_can_be_reused() -> None:
 def test_a_decorated_function(decorator: Any) -> None:
     @decorator
     def step(more: int) -> bool:
-        """What it does."""
+        """A decorated function."""
         return step(more - 1) if more else patched()
 
     assert not patched()
@@ -817,7 +817,7 @@ def test_threads_that_train_at_once(kernel_calls: KernelCalls) -> None:
     assert kernel_calls["cross_entropy"] == 60
 
 
-# ---- bad use ------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def test_unpatch_without_patch() -> None:

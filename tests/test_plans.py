@@ -165,7 +165,7 @@ def test_threads_share_plans() -> None:
     assert not wrong
 
 
-# ---- what a call costs ---------------------------------------------------------------------------
+# ---- overhead of a call --------------------------------------------------------------------------
 
 
 def python_calls(step: Callable[[], Any]) -> int:

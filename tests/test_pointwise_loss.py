@@ -165,7 +165,7 @@ def test_a_scalar_target_promotes_as_in_torch(
         assert_matches_torch(loss.ours, loss.reference, **given, **options)
 
 
-# ---- values at the edges -------------------------------------------------------------------------
+# ---- special values ------------------------------------------------------------------------------
 
 
 @pytest.mark.interpreted

@@ -186,7 +186,7 @@ def test_layout_and_dtype(layout: str, dtype: torch.dtype) -> None:
     assert y.data_ptr() % 64 == 0
 
 
-# ---- tensors like any other ----------------------------------------------------------------------
+# ---- use of recycled tensors ---------------------------------------------------------------------
 
 
 def test_a_plain_tensor() -> None:

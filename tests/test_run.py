@@ -91,7 +91,7 @@ def script(folder: Path, code: str) -> str:
     return str(path)
 
 
-# ---- as by itself --------------------------------------------------------------------------------
+# ---- running programs ----------------------------------------------------------------------------
 
 SHOW = """
 import pickle, sys
@@ -215,7 +215,7 @@ relu()
     assert f"({2 if 'relu' in code else 1})" in after
 
 
-# ---- patched, and counted ------------------------------------------------------------------------
+# ---- patching and counting -----------------------------------------------------------------------
 
 SCRIPT = """
 import pickle, sys, torch, torch.nn.functional as F, helper, warnings
@@ -378,7 +378,7 @@ for size in (5, 5, 1 << 20): double(torch.ones(size))
     assert counts(done.stderr) == {"__main__.double": 1}  # small calls are not counted
 
 
-# ---- what it was worth ---------------------------------------------------------------------------
+# ---- saved time ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
     assert copies[0] == 0 < copies[1]
 
 
-# ---- what importing costs ------------------------------------------------------------------------
+# ---- imports -------------------------------------------------------------------------------------
 
 LOADED = """
 import sys, torch

@@ -379,7 +379,7 @@ def test_store_keeps_nan(half: str, piece: int | None, vec: Vec) -> None:
     assert np.isnan(WIDE[half][vec(f"store_{half}", x, np.uint16, piece)]).all()
 
 
-# ---- what the compiler makes of loops ------------------------------------------------------------
+# ---- vectorisation -------------------------------------------------------------------------------
 
 
 def test_no_loop_of_a_loss_calls_a_function(

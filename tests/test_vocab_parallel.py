@@ -144,7 +144,7 @@ def metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[list[Tensor
 
 
 def log_probs_metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[Tensor]:
-    """Whether targets have the largest logit, mean logits, and the gradient of what is beside."""
+    """Returns is_top1, mean logits, and the gradient of the other results."""
     logits, target = special_logits(dtype, ())
     logits = logits[:, own].clone().requires_grad_()
     results = functional.log_probs(logits, target, return_metrics=True, temperature=0.5, **shard)

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs, without a GPU, and checks their machine code.
 
-    python tests/gpu/compile_ahead.py                       # what `make gpu-compile` runs
+    python tests/gpu/compile_ahead.py                       # same as `make gpu-compile`
     python tests/gpu/compile_ahead.py --targets sm_90 --match "cross_entropy bfloat16" --all
 
 The backend is called with fake tensors and a fake driver for another GPU, so the compiled kernels
