@@ -768,7 +768,7 @@ def test_a_decorated_function(decorator: Any) -> None:
     assert not patched()
     assert step(2)
     assert not patched()
-    assert (step.__name__, step.__doc__) == ("step", "What it does.")
+    assert (step.__name__, step.__doc__) == ("step", "A decorated function.")
 
 
 def test_several_threads() -> None:
