@@ -41,7 +41,7 @@ def cells(times: cases.Times) -> list[str]:
     return [*(f"{median(each):,.4g}" for each in times), spread(cases.ratios(*times))]
 
 
-# ---- other work on the same cores ----------------------------------------------------------------
+# ---- load on the same cores ----------------------------------------------------------------------
 
 PROCESSES_PER_CORE, MEAN_SECONDS = 4, 20e-3
 

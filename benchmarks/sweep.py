@@ -138,7 +138,7 @@ def slower(times: cases.Times, margin: float) -> bool:
 
 
 def sweep(options: Namespace) -> None:
-    """Times calls of random shapes, and prints those that are slower than torch's."""
+    """Times calls of random shapes, and prints calls that are slower than torch's."""
     cases.settle_allocator()
     how = options.how
     ops = [op for op in options.op or OPS if how != PATCHED or hasattr(F, op)]

@@ -247,7 +247,7 @@ def two_pass_kernel(
         grad_scale = scale * SCALE
         factor = slope * grad_scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
-        tl.debug_barrier()  # inplace: all threads have read what is overwritten next
+        tl.debug_barrier()  # inplace: wait for the loads before overwriting
         for start in range(0, classes, BLOCK):
             c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
             at = pointers(x_rows, c)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pyfused.formulas.program import Line, Program
 
 OPERANDS = ("x0", "x1", "x2", "x3")
-NUMBERS = 3  # parameters that are passed as kernel arguments of their own
+NUMBERS = 3  # parameters that are passed as separate kernel arguments
 
 
 def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
@@ -46,7 +46,7 @@ def parts_of(parameters: tuple[float, ...]) -> tuple[float, ...]:
 
 @triton.jit
 def parameter(parts, k: tl.constexpr):
-    """Decodes parameter k, a float64, from its four parts, of which the lowest bits come first."""
+    """Decodes parameter k, a float64, from its four parts, lowest bits first."""
     bits = tl.cast(parts[4 * k], tl.int64)
     for i in tl.static_range(1, 4):
         bits |= tl.cast(parts[4 * k + i], tl.int64) << (16 * i)

@@ -130,8 +130,8 @@ def is_observed() -> bool:
     )
 
 
-# Checkpoints in whose forward pass a call fell back to torch because of a mode. Recomputation runs
-# without the mode, but must save the same tensors, so it falls back, too.
+# If a mode makes a call fall back to torch in the forward pass of a checkpoint, the recomputation,
+# which runs without the mode, falls back, too, because it must save the same tensors.
 _checkpoints: set[weakref.ref[Any]] = set()
 
 
@@ -236,7 +236,7 @@ decomposition_table: Mapping[Any, Callable[..., Any]] = _optional(
 
 
 class DispatchMode(TorchDispatchMode):
-    """A dispatch mode whose entry does not import torch's compiler, which takes a second."""
+    """A dispatch mode that can be entered without importing torch's compiler (one second)."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

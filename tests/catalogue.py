@@ -172,7 +172,7 @@ def reference(call: Call, **given: Any) -> Any:
     return call.op.reference(**given)
 
 
-# ---- the arguments of an operator ----------------------------------------------------------------
+# ---- arguments of an operator --------------------------------------------------------------------
 
 
 def declared(op: Operator) -> dict[str, Operand]:
@@ -404,7 +404,7 @@ def tried(op: Operator, name: str, default: Any) -> list[Any]:
 _CALLED = [op for op in OPERATORS.values() if hasattr(fused, op.name)]
 EXAMPLES = {example.id: example for op in _CALLED for example in examples(op)}
 # A few calls of each operator: plain, with probabilities, and with all options. Interpreted
-# kernels are slow, and the operators of a family share all but a formula, whose values are compared
+# kernels are slow, and operators of a family differ only in the formula, whose values are compared
 # in all examples. So there one operator of each family goes through the rest of the contract.
 FAMILIES = {(type(op), getattr(op, "saves", "")): op for op in reversed(OPERATORS.values())}
 _OPERATORS = FAMILIES if interpreter.ON and not grid.FULL else OPERATORS

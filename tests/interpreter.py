@@ -71,7 +71,7 @@ def interpret_faster() -> None:
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
     launch, call, seen = GridExecutor.__call__, InterpretedFunction.__call__, set()
 
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+    def launch_patched(self: Any, *args: Any, **kwargs: Any) -> None:
         seen.clear()
         launch(self, *args, **kwargs)
 
@@ -81,7 +81,7 @@ def interpret_faster() -> None:
         seen.add(self.fn.__module__)
         return call(self, *args, **kwargs)
 
-    GridExecutor.__call__, InterpretedFunction.__call__ = launch_anew, call_patched
+    GridExecutor.__call__, InterpretedFunction.__call__ = launch_patched, call_patched
 
 
 def with_constants_of_bfloat16() -> None:

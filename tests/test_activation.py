@@ -184,7 +184,7 @@ def test_in_place_on_strided_memory_does_not_write_between_elements(op: Activati
     assert torch.equal(memory, before)
 
 
-# ---- what is no kernel's business ----------------------------------------------------------------
+# ---- fallbacks -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inplace", [False, True])

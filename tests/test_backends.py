@@ -26,7 +26,7 @@ from pyfused.ops.elementwise import RELU
 on_triton = pytest.mark.skipif(backend is cpu, reason="the C++ kernels raise instead")
 
 
-# ---- the choice ---------------------------------------------------------------------------------
+# ---- choice of the backend -----------------------------------------------------------------------
 
 CALL = """
 import sys, torch, pyfused.functional as F
@@ -193,7 +193,7 @@ def test_a_forced_backend_runs_a_kernel_for_the_smallest_call() -> None:
     assert not run(code).stdout
 
 
-# ---- targets that are no class ------------------------------------------------------------------
+# ---- out-of-range targets ------------------------------------------------------------------------
 
 
 @on_triton
@@ -239,7 +239,7 @@ def test_results_are_bitwise_reproducible(shape: tuple[int, ...], target_kind: s
         assert torch.equal(again.gradients[0], first.gradients[0])
 
 
-# ---- programs that nobody compiled --------------------------------------------------------------
+# ---- invalid programs ----------------------------------------------------------------------------
 
 # The slots of a program: four operands, five results, registers, and constants.
 FIRST = program.CONSTANTS

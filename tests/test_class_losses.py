@@ -58,7 +58,7 @@ def from_rows(rows: Extended, shape: tuple[int, ...]) -> Extended:
     return np.moveaxis(rows.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
 
 
-# ---- each in closed form: the loss of a row of weight one, and its gradient ----------------------
+# ---- closed forms: the loss of a row of weight 1, and its gradient -------------------------------
 
 
 def nll(x: Extended, label: np.ndarray) -> tuple[Extended, Extended]:
@@ -194,7 +194,7 @@ def test_gamma_with_probabilities_of_one_and_zero(loss: str) -> None:
     close(got.gradients[0], gradient)
 
 
-# ---- what is wrong -------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 X, Y = torch.randn(6, 5), torch.tensor([1, 0, 4, 2, 2, 3])
 FIELD, INDICES = torch.randn(2, 5, 7), torch.zeros(2, 7, dtype=torch.int64)
@@ -278,7 +278,7 @@ def test_unsupported_uses_of_gamma(
         fused.cross_entropy(X, X.softmax(1), **options)
 
 
-# ---- what is another loss's kernel ---------------------------------------------------------------
+# ---- losses that use the kernel of another loss --------------------------------------------------
 
 
 def test_multilabel_soft_margin_loss_warns_once_of_deprecated_arguments() -> None:

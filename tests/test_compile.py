@@ -379,7 +379,7 @@ def test_a_lazily_negated_input() -> None:
     close(compiled(z), F.cross_entropy(-z.imag, INDICES))
 
 
-# ---- calls that take no operator -----------------------------------------------------------------
+# ---- calls without a custom operator -------------------------------------------------------------
 
 WEIGHTS = torch.randint(-4, 5, (C, C)).float()  # exact products in any order
 TARGET = torch.randint(-4, 5, (N, C)).float()
@@ -449,7 +449,7 @@ def test_multilabel_margin_loss_is_an_operator_in_any_size_and_reduction(
     assert kernel_calls["multilabel_margin_loss"]
 
 
-# ---- derivatives, and Inductor's own code --------------------------------------------------------
+# ---- derivatives, and compiling with Inductor ----------------------------------------------------
 
 
 @pytest.mark.parametrize("op", ["mse_loss", "nll_loss"])

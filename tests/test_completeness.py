@@ -73,7 +73,7 @@ def test_only_operators_are_listed() -> None:
     assert len(ENTRIES) == sum(map(len, GALLERY.values()))
 
 
-# ---- what follows from declarations --------------------------------------------------------------
+# ---- files generated from declarations -----------------------------------------------------------
 
 
 @pytest.mark.skipif(

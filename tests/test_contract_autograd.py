@@ -64,7 +64,7 @@ def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
     return {name: x * factor for name, x in call.leaves.items()}
 
 
-# ---- the gradient of the result ------------------------------------------------------------------
+# ---- grad_output ---------------------------------------------------------------------------------
 
 
 @pytest.mark.interpreted
@@ -116,7 +116,7 @@ def test_each_gradient_separately(example: Example) -> None:
         close(torch.autograd.grad(value, x, above(value), retain_graph=True)[0], expected[name])
 
 
-# ---- no graph ------------------------------------------------------------------------------------
+# ---- without a graph -----------------------------------------------------------------------------
 
 
 @pytest.mark.interpreted
@@ -175,7 +175,7 @@ def test_freeing_the_graph_frees_all_tensors(example: Example) -> None:
     assert [each() for each in memory] == [None] * len(memory)
 
 
-# ---- arguments are only read, and a change to them never gives a wrong number --------------------
+# ---- modified arguments and results --------------------------------------------------------------
 
 
 @pytest.mark.interpreted
@@ -314,7 +314,7 @@ def test_saved_tensor_hooks_receive_gradients_of_the_forward_pass(name: str) -> 
     close(torch.autograd.grad(loss, leaves), [2 * x for x in expected])
 
 
-# ---- hooks, checkpoints, anomalies ---------------------------------------------------------------
+# ---- hooks, checkpoints, anomaly mode ------------------------------------------------------------
 
 
 @every_example
@@ -382,7 +382,7 @@ def test_concurrent_python_threads(example: Example) -> None:
             close(got, wanted)
 
 
-# ---- derivatives that are torch's own definition -------------------------------------------------
+# ---- derivatives computed by the definition ------------------------------------------------------
 
 
 @every_example

@@ -48,7 +48,7 @@ def steps(example: Example) -> tuple[Step, Step, Tensor]:
     return call.of_first(Call.ours), call.of_first(Call.reference), call.first
 
 
-# ---- tensors of other kinds ---------------------------------------------------------------------
+# ---- other kinds of tensors ----------------------------------------------------------------------
 
 
 @every_operator

@@ -186,7 +186,7 @@ def test_loading_a_pickled_model_without_pyfused_names_it(tmp_path: Path) -> Non
     assert "pyfused" in last
 
 
-# ---- what cannot be converted -------------------------------------------------------------------
+# ---- unsupported models --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

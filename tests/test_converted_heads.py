@@ -1,6 +1,7 @@
-"""A converted head gives what the model gives without it, whatever its forward does with logits.
+"""A converted head gives the same results as before, whatever a model's forward does with its
+logits.
 
-`python tests/test_converted_heads.py 5000` compares that many drawn forwards.
+`python tests/test_converted_heads.py 5000` compares as many randomly drawn forwards.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CLASSES, FEATURES = 23, 6
 
 
 class Doubled(torch.autograd.Function):
-    """A function of somebody else's, which torch shows to no ``__torch_function__``."""
+    """An autograd function of another library, which ``__torch_function__`` does not see."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
@@ -56,7 +57,7 @@ class Output:
 
 
 class Drawn(nn.Module):
-    """A model whose forward is drawn: views, changes in place, reads, and losses of its logits."""
+    """A model with a random forward: views, in-place changes, reads, and losses of its logits."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
 
 def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     def hooked(x: Tensor) -> Tensor:
-        if x.grad_fn is not None:  # torch crashes for a view of what no_grad has changed
+        if x.grad_fn is not None:  # torch crashes for views changed under no_grad
             x.register_hook(lambda grad: grad * 2)
         return x
 
@@ -295,7 +296,7 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
 
 
 def step(model: Drawn, draw: random.Random, checkpointed: bool = True) -> tuple[Any, list[Any]]:
-    """The error of a step, or its loss, outputs and gradients."""
+    """Returns the error of a step, or its loss, outputs and gradients."""
     tokens = torch.arange(12).view(3, 4) % 11
     autocast = draw.random() < 0.1
     outer = draw.random() < 0.1 and checkpointed
@@ -317,9 +318,9 @@ def step(model: Drawn, draw: random.Random, checkpointed: bool = True) -> tuple[
 
 
 def compare(seed: int) -> str:
-    """Compares a drawn model with itself converted, and says how its loss was computed."""
+    """Compares a drawn model with its conversion; returns how its loss was computed."""
     model = Drawn(seed)
-    # A checkpoint around it hides from torch what was saved and changed in place since.
+    # A checkpoint hides from torch that a saved tensor was changed in place.
     expected_error, expected = step(model, random.Random(seed), checkpointed=False)
     again = pyfused.convert(Drawn(seed), head="head")
     fused: list[deferred.Family] = []
@@ -333,24 +334,24 @@ def compare(seed: int) -> str:
         patch.setattr(deferred._Node, "loss", counted)
         error, found = step(again, random.Random(seed))
     if str(error).startswith("pyfused.convert: expected"):
-        return "refused"  # gradients of logits without a loss, or changed beside a saved copy
+        return "refused"  # unsupported uses of logits
     where = f"seed {seed}: {expected_error!r} became {error!r}"
     if "modified by an inplace operation" in str(expected_error) and error is None:
-        return "error"  # a fused loss has saved less than torch's
+        return "error"  # a fused loss saves fewer tensors than torch's
     assert type(error) is type(expected_error), where
     if error is not None:
         return "error"
-    assert is_fused(again), where  # it has found no difference itself
+    assert is_fused(again), where  # its own check has passed
     coarse = found[0] or any(p.dtype is torch.float32 for p in again.parameters())
     rtol, atol = (0.05, 0.02) if found[0] else (1e-3, 1e-4) if coarse else (1e-4, 1e-5)
     for ours, theirs in zip(found[1] + found[2], expected[1] + expected[2], strict=True):
         if ours is None and theirs is not None and theirs.shape[-1:] == (CLASSES,):
-            continue  # logits of which the loss alone was asked, or a gradient of zeros
+            continue  # unused logits, or a gradient of zeros
         if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
             assert ours.dtype is theirs.dtype, where
             assert ours.requires_grad == theirs.requires_grad, where
             largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
-            scaled = atol * max(1.0, largest if found[0] else 1.0)  # bfloat16 rounds terms of sums
+            scaled = atol * max(1.0, largest if found[0] else 1.0)  # bfloat16 rounds terms
             torch.testing.assert_close(
                 *(ours, theirs),
                 rtol=rtol,
@@ -372,13 +373,13 @@ def test_drawn_forwards(first: int) -> None:
     assert found["refused"] <= 1, found
 
 
-# ---- a head that is more than its weight and bias ------------------------------------------------
+# ---- modified heads ------------------------------------------------------------------------------
 
 X, TARGET = torch.arange(64).view(4, 16) % 50, torch.arange(64) % 40
 
 
 class Model(nn.Module):
-    """A model whose forward calls what is given of itself and its logits."""
+    """A model whose forward calls the given functions with itself and its logits."""
 
     factor = 1.25
 
@@ -400,7 +401,7 @@ class Model(nn.Module):
 
 
 def results(model: nn.Module) -> tuple[Tensor, ...]:
-    """The loss and the gradients of a batch."""
+    """Returns the loss and the gradients of a batch."""
     model.zero_grad()
     loss = model(X, TARGET)[1]
     loss.backward()
@@ -408,7 +409,7 @@ def results(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def offloaded(head: nn.Linear) -> None:
-    """What accelerate does: another forward of the instance, and a weight without memory."""
+    """Does the same as accelerate: replaces the instance's forward, and moves weights to meta."""
     kept = {name: parameter.detach() for name, parameter in head.named_parameters()}
     for name in kept:
         setattr(head, name, nn.Parameter(torch.empty_like(kept[name], device="meta")))
@@ -450,7 +451,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_head_that_is_more_than_its_weight(name: str, when: str) -> None:
+def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
     if (name, when) == ("compiled", "before"):
         pytest.skip("convert refuses a model with a compiled part")
     change, reason = CHANGES[name]
@@ -484,8 +485,8 @@ def test_a_head_that_is_more_than_its_weight(name: str, when: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_weight_that_does_not_fit() -> None:
-    """A weight without elements, as ZeRO-3 leaves it, of another class, or on meta."""
+def test_unsupported_weights() -> None:
+    """Tries a weight without elements, as in ZeRO-3, of another class, or on meta."""
 
     class Quantised(Tensor):
         pass
@@ -499,13 +500,13 @@ def test_a_weight_that_does_not_fit() -> None:
     ):
         model.head.weight = nn.Parameter(other)
         warned = pytest.warns(RuntimeWarning, match=f"weight of its head {reason}")
-        with warned, contextlib.suppress(RuntimeError):  # of torch, for the bias
+        with warned, contextlib.suppress(RuntimeError):  # raised by torch, because of the bias
             model(X)
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_the_head_of_a_checkpoint_within_the_forward() -> None:
-    """The checkpoint calls the head again when the model's call is over."""
+def test_a_checkpoint_around_the_head() -> None:
+    """Recomputation calls the head after the model's call has ended."""
 
     class Checkpointed(Model):
         def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
@@ -521,11 +522,11 @@ def test_the_head_of_a_checkpoint_within_the_forward() -> None:
         torch.testing.assert_close(results(model), expected)
 
 
-# ---- what is the model's, and what an owner may do -----------------------------------------------
+# ---- changes of a model --------------------------------------------------------------------------
 
 
 class Sub(Model):
-    """A model that asks what it is, and changes what it has."""
+    """A model that checks its class and changes its attributes."""
 
     def embedded(self, x: Tensor) -> Tensor:
         assert isinstance(self, Sub)
@@ -537,7 +538,7 @@ class Sub(Model):
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The losses that were computed without logits."""
+    """Counts the losses that were computed without logits."""
     found: list[Tensor] = []
     loss = deferred._Node.loss
 
@@ -565,7 +566,7 @@ def test_copies(name: str, losses: list[Tensor]) -> None:
     expected = results(plain)
     description = repr(model)
     model = COPIES[name](pyfused.convert(model, head="head"))
-    if name == "replica":  # whose parameters are tensors that it is given
+    if name == "replica":  # a replica's parameters are plain tensors
         for place in ("emb", "head"):
             part = getattr(model, place)._replicate_for_data_parallel()
             for each, value in getattr(plain, place).named_parameters():
@@ -589,7 +590,7 @@ def _keep(_: Any, logits: Tensor) -> Tensor:
     return logits
 
 
-def test_a_head_put_there_later(losses: list[Tensor]) -> None:
+def test_a_head_that_is_replaced_later(losses: list[Tensor]) -> None:
     model, plain = pyfused.convert(Model(), head="head"), Model()
     torch.manual_seed(9)
     model.head = nn.Linear(8, 40)
@@ -615,8 +616,8 @@ def test_several_threads_call_one_model(losses: list[Tensor]) -> None:
     assert len(losses) >= 80
 
 
-def test_what_outlives_the_forward_is_computed() -> None:
-    """So that it is the logits of then, after a step of the optimiser too."""
+def test_logits_that_outlive_the_forward_are_computed() -> None:
+    """They have the values of the forward, even after a step of the optimiser."""
 
     def keep(model: Any, logits: Tensor) -> Tensor:
         model.last = logits[:, :3]
@@ -632,8 +633,8 @@ def test_what_outlives_the_forward_is_computed() -> None:
     torch.testing.assert_close(model.last, plain.last)
 
 
-def test_nothing_is_kept_of_a_call() -> None:
-    """Neither logits nor hidden states wait for the garbage collector."""
+def test_a_call_keeps_no_references() -> None:
+    """Logits and hidden states are freed without garbage collection."""
     kept: list[Any] = []
 
     def keep(_: Any, logits: Tensor) -> Tensor:
@@ -717,7 +718,7 @@ def test_the_first_loss_is_compared_once(
     assert calls == [""]
     no_target = torch.full_like(TARGET, 3)
     model = pyfused.convert(Large().to(dtype), head="head")
-    model(X, no_target)  # says nothing, if it is NaN
+    model(X, no_target)  # NaN losses do not warn
     model(X, TARGET)
     assert calls[2:] in ([""], []), calls
 
@@ -784,7 +785,7 @@ COMPILED: list[tuple[Callable[..., Tensor], bool]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # of Dynamo
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
 @pytest.mark.parametrize(("change", "fused"), COMPILED)
 def test_a_compiled_model(change: Callable[..., Tensor], fused: bool) -> None:
     from torch._dynamo.backends.common import aot_autograd
@@ -806,11 +807,13 @@ def test_a_compiled_model(change: Callable[..., Tensor], fused: bool) -> None:
     assert not (fused and any("addmm" in name for name in names)), names
 
 
-# ---- what is said --------------------------------------------------------------------------------
+# ---- warnings and logs ---------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_logs_name_nothing_of_ours(caplog: pytest.LogCaptureFixture, losses: list[Tensor]) -> None:
+def test_logs_contain_no_internal_names(
+    caplog: pytest.LogCaptureFixture, losses: list[Tensor]
+) -> None:
     class Own(Model):
         def forward(self, x: Tensor, target: Tensor) -> Any:
             logits = self.head(self.emb(x)).flatten(0, 1)
@@ -824,7 +827,7 @@ def test_logs_name_nothing_of_ours(caplog: pytest.LogCaptureFixture, losses: lis
     assert not any("Logits" in record.getMessage() for record in caplog.records)
 
 
-def test_a_read_is_told_once_of_a_model() -> None:
+def test_a_model_warns_once_of_a_read() -> None:
     model = pyfused.convert(Model(lambda _, x: x[:, :, :20]), head="head")
     with pytest.warns(RuntimeWarning, match="Model computes all of its logits: .* by indexing"):
         model(X)

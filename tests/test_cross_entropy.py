@@ -1,4 +1,4 @@
-"""cross_entropy means what torch's means: values, shapes, dtypes, NaN and infinities."""
+"""cross_entropy matches torch: values, shapes, dtypes, NaN and infinities."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = [(5,), (6, 5), (3, 5, 4), (2, 5, 3, 4), (2, 3, 2, 1, 5)]
 
 
 def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Logits that require a gradient, and a target of the given kind for them."""
+    """Draws logits that require grad, and a target of the given kind."""
     class_dim = min(len(shape) - 1, 1)
     logits = torch.randn(shape, dtype=dtype) * 4
     if kind == "probabilities":
@@ -33,7 +33,7 @@ def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float3
     return logits.requires_grad_(), target
 
 
-def test_the_reference_is_torch_in_float64(target_kind: str, reduction: str) -> None:
+def test_the_reference_equals_torch_in_float64(target_kind: str, reduction: str) -> None:
     for shape, smoothing in product(SHAPES, (0.0, 0.1, 1.0)):
         logits, target = problem(shape, target_kind, torch.float64)
         options: dict[str, Any] = {
@@ -60,7 +60,7 @@ def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction:
     for shape in SHAPES[1:]:
         logits, target = problem(shape, "index")
         if DEVICE != "cpu" and abs(ignored) >> 31 and len(shape) > 2:
-            continue  # where torch's kernel reads class indices of 32 bits
+            continue  # torch's kernel reads 32-bit class indices
         target[torch.rand(target.shape) < 0.3] = ignored
         weight = torch.rand(shape[1]) if weighted else None
         got = assert_matches_torch(
@@ -78,9 +78,7 @@ def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction:
 
 
 @grid(shape=SHAPES, reduction=REDUCTIONS, smoothing=[0.0, 0.1])
-def test_nothing_but_ignored_targets(
-    shape: tuple[int, ...], smoothing: float, reduction: str
-) -> None:
+def test_only_ignored_targets(shape: tuple[int, ...], smoothing: float, reduction: str) -> None:
     logits, target = problem(shape, "index")
     got = evaluate(
         cross_entropy,
@@ -91,7 +89,7 @@ def test_nothing_but_ignored_targets(
     )
     expected = torch.full_like(got.value, NAN if reduction == "mean" else 0.0)
     torch.testing.assert_close(got.value, expected, equal_nan=True)
-    # torch's gradient of the mean over nothing is 0 too, unless smoothing makes it NaN.
+    # torch's gradient of an empty mean is also 0, unless smoothing makes it NaN.
     assert torch.equal(got.gradients[0], torch.zeros(shape))
 
 
@@ -102,10 +100,10 @@ def test_nothing_but_ignored_targets(
     smoothing=[0.0, 0.1],
     columns=[False, False, True, True],
 )
-def test_an_ignored_row_stays_out_of_the_gradient_whatever_it_holds(
+def test_ignored_rows_have_zero_gradients_even_for_nan(
     bad: float, smoothing: float, columns: bool, reduction: str
 ) -> None:
-    """The one documented difference: torch multiplies its NaN probabilities by zero, giving NaN."""
+    """A documented difference: torch multiplies NaN probabilities by zero, which gives NaN."""
     logits, target = problem((4, 5), "index")
     if columns:
         logits = logits.detach().T.contiguous().T.requires_grad_()
@@ -126,9 +124,7 @@ def test_an_ignored_row_stays_out_of_the_gradient_whatever_it_holds(
 
 @pytest.mark.interpreted
 @grid(classes=[45, 91, 131], dtype=[torch.bfloat16, torch.float32])
-def test_rows_that_begin_anywhere_in_memory_have_nothing_of_their_neighbours(
-    classes: int, dtype: torch.dtype
-) -> None:
+def test_unaligned_rows_do_not_depend_on_their_neighbours(classes: int, dtype: torch.dtype) -> None:
     logits, target = problem((9, classes), "index", dtype)
     with torch.no_grad():
         logits[::2] = NAN
@@ -163,14 +159,14 @@ SPECIAL_ROWS = {
 
 @pytest.mark.interpreted
 @grid(row=SPECIAL_ROWS, dtype=FLOATS, reduction=REDUCTIONS)
-def test_special_values_come_out_as_torchs(row: str, dtype: torch.dtype, reduction: str) -> None:
-    for padding in (0, 3, 12, 60):  # short of, across and beyond a vector
+def test_special_values_equal_torchs(row: str, dtype: torch.dtype, reduction: str) -> None:
+    for padding in (0, 3, 12, 60):  # less than, about and more than a vector
         logits = torch.zeros(5, padding + 5)
         logits[:, padding:] = torch.tensor(SPECIAL_ROWS[row])
         logits, target = logits.to(dtype).requires_grad_(), torch.arange(5) + padding
         options = {"reduction": reduction}
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
-        logits = logits.detach().T[None].contiguous().requires_grad_()  # classes not innermost
+        logits = logits.detach().T[None].contiguous().requires_grad_()  # classes not contiguous
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, target[None], **options)
 
 
@@ -180,8 +176,8 @@ def test_special_values_come_out_as_torchs(row: str, dtype: torch.dtype, reducti
     order=["ascending", "descending", "peak"],
     target_kind=KINDS,
 )
-def test_the_largest_logit_may_come_anywhere(classes: int, order: str, target_kind: str) -> None:
-    """A sum that was begun against a smaller maximum has to be brought to the larger one."""
+def test_the_largest_logit_at_any_position(classes: int, order: str, target_kind: str) -> None:
+    """Sums relative to a smaller maximum are rescaled to the larger one."""
     row = torch.linspace(-3, 3, classes)
     row = {"ascending": row, "descending": -row, "peak": 9 * (row.abs() < 0.01) - row.abs()}[order]
     logits = torch.stack([row, 20 * row, -row]).requires_grad_()
@@ -200,22 +196,22 @@ JUMPS = [5, 7, 10, 50, 87, 88, 89, 100, 130, 200, 300, 700, 750, 1500, 1e4, 1e9,
 
 @pytest.mark.cpu
 @grid(isa=ISAS, dtype=[torch.float32, torch.float64], smoothing=[0.0, 0.0, 0.1, 0.1])
-def test_a_larger_logit_may_come_late(smoothing: float, dtype: torch.dtype, isa: str) -> None:
-    """By more than exponents hold, too, if it is compared with what came before."""
-    jumps = [jump for jump in JUMPS if jump < 1e9 or not smoothing]  # sums of such are rounded much
+def test_a_much_larger_logit_late_in_a_row(smoothing: float, dtype: torch.dtype, isa: str) -> None:
+    """The difference to earlier logits may overflow the exponent."""
+    jumps = [jump for jump in JUMPS if jump < 1e9 or not smoothing]  # 1e9 is rounded too much
     logits = torch.randn(len(jumps), 3000, dtype=dtype)
     logits[:, 2000:2500] += torch.tensor(jumps, dtype=dtype)[:, None]
     logits.requires_grad_()
     options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
-    for first in (0, 2000):  # far below the largest, and near it
+    for first in (0, 2000):  # far from the largest, and near it
         target = torch.randint(first, first + 500, (len(jumps),))
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, **options)
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("classes", [5000, 5008], ids="C{}".format)
-def test_a_large_gradient_in_new_and_in_used_memory(classes: int) -> None:
-    """It is written past the cache where its pages are there, and a row begins with a line."""
+def test_a_large_gradient_in_new_and_in_recycled_memory(classes: int) -> None:
+    """Non-temporal stores are used if the pages are mapped and rows start at a cache line."""
     logits = torch.randn(840, classes, requires_grad=True)
     target = torch.randint(classes, (840,))
     expected = evaluate(F.cross_entropy, logits, target, convert=exactly)
@@ -266,16 +262,16 @@ def test_no_classes(shape: tuple[int, ...], smoothing: float, reduction: str) ->
     logits = torch.empty(shape, requires_grad=True)
     options = {"reduction": reduction, "label_smoothing": smoothing}
     assert_matches_torch(cross_entropy, F.cross_entropy, logits, torch.empty(shape), **options)
-    if len(shape) < 3:  # beyond, torch cannot tell ignored targets from a mismatch
+    if len(shape) < 3:  # with more dimensions, torch reports a shape mismatch
         ignored = torch.full(shape[:-1], -100)
         assert_matches_torch(cross_entropy, F.cross_entropy, logits, ignored, **options)
-        if DEVICE == "cpu":  # elsewhere torch asserts, and nothing can be called after that
+        if DEVICE == "cpu":  # a device-side assert would break the CUDA context
             with pytest.raises(IndexError):
                 cross_entropy(logits, torch.zeros_like(ignored), **options)
 
 
 def test_one_sample_without_a_batch(reduction: str) -> None:
-    """Its target may have one element; torch then computes the loss but fails in backward."""
+    """The target may have one element; torch then computes the loss but fails in backward."""
     logits = torch.randn(5, requires_grad=True)
     got = assert_matches_torch(
         cross_entropy, F.cross_entropy, logits, torch.tensor(3), reduction=reduction
@@ -306,7 +302,7 @@ def test_uint8_targets(ignored: int, reduction: str, kernel_calls: KernelCalls) 
 
 
 @grid(smoothing=[-1.0, -0.1, -0.0, NAN, True, False, 0, 1], target_kind=KINDS)
-def test_smoothing_at_and_beyond_its_lower_end(smoothing: float, target_kind: str) -> None:
+def test_smoothing_of_zero_and_below(smoothing: float, target_kind: str) -> None:
     logits, target = problem((4, 5), target_kind)
     assert_matches_torch(cross_entropy, F.cross_entropy, logits, target, label_smoothing=smoothing)
 

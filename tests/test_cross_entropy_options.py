@@ -1,4 +1,4 @@
-"""What cross_entropy has beyond torch's, from z_loss and softcap to denominator and loss_dtype."""
+"""The options that cross_entropy adds to torch's, such as z_loss, softcap and denominator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 3))
 
 
 def reference(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """As anybody would write it."""
+    """Computes the loss by its textbook definition."""
     z_loss, scale = options.pop("z_loss", 0.0), options.pop("scale", 1.0)
     scale, cap = scale / options.pop("temperature", 1.0), options.pop("softcap", None)
     token_weight, divisor = options.pop("token_weight", None), options.pop("denominator", None)
@@ -46,7 +46,7 @@ def reference(input: Tensor, target: Tensor, **options: Any) -> Tensor:
 def arguments(
     shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input, target, weight and token_weight."""
+    """Draws input, target, weight and token_weight."""
     dim = 0 if len(shape) == 1 else 1
     of_target = (*shape[:dim], *shape[dim + 1 :])
     input = (4 * torch.randn(shape)).to(dtype).requires_grad_()
@@ -81,7 +81,7 @@ CAPPED: dict[str, dict[str, Any]] = {
 def test_capped_logits(
     shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], kernel_calls: KernelCalls
 ) -> None:
-    """From the state of rows, without a capped copy of the logits."""
+    """Computed from the row state, without materialising capped logits."""
     input, target, weight, token_weight = arguments(shape, dtype, False)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     for weights in ({}, {"weight": weight, "token_weight": token_weight}):
@@ -106,8 +106,8 @@ def test_capped_logits(
 
 
 @pytest.mark.cpu
-def test_capped_logits_beside_what_the_state_has_not() -> None:
-    """Probabilities, focal loss and second derivatives take torch's operators."""
+def test_capped_logits_with_unsupported_options() -> None:
+    """Probabilities, focal loss and second derivatives fall back to torch's operators."""
     x = torch.randn(4, 30, dtype=torch.float64, requires_grad=True)
     target, probabilities = torch.tensor([3, -100, 7, 1]), torch.rand(4, 30).double()
     loss = fused.cross_entropy(x, target, softcap=2.0, gamma=1.5)
@@ -135,7 +135,7 @@ def test_capped_logits_beside_what_the_state_has_not() -> None:
 def test_scaled_logits_are_not_rounded(
     shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, isa: str
 ) -> None:
-    """They are float32 whatever the logits are, and so is a loss of that dtype."""
+    """Scaled logits are float32 for any input dtype, as is a loss with that loss_dtype."""
     input = (torch.rand(shape) * 2 - 1).to(dtype).requires_grad_()
     target = input.detach().argmax(1)
     if probabilities:
@@ -160,7 +160,7 @@ def test_scaled_logits_are_not_rounded(
 
 
 @grid(shape=SHAPES, dtype=FLOATS, probabilities=[False, True, True, False])
-def test_as_exact_as_reference(
+def test_as_accurate_as_the_reference(
     shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, kernel_calls: KernelCalls
 ) -> None:
     input, target, weight, token_weight = arguments(shape, dtype, probabilities)
@@ -186,7 +186,7 @@ def test_as_exact_as_reference(
     assert kernel_calls["cross_entropy"] > 0
 
 
-def test_token_weight_of_nothing_and_of_what_is_ignored() -> None:
+def test_token_weight_of_zero_and_of_ignored_targets() -> None:
     input, target, _, _ = arguments((6, 5), torch.float32, False)
     token_weight = torch.zeros(6)
     assert fused.cross_entropy(input, target, token_weight=token_weight).isnan()
@@ -232,8 +232,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-def test_a_count_of_no_targets() -> None:
-    """A mean over nothing, as torch's."""
+def test_only_ignored_targets() -> None:
+    """The mean over no targets equals torch's."""
     input = torch.randn(6, 5, requires_grad=True)
     target, none = torch.full((6,), -100), torch.tensor(0)
     for loss in (

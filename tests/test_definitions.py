@@ -1,8 +1,8 @@
-"""Under patch() a definition in torch's terms is torch's alone, whatever asks for it.
+"""While torch is patched, definitions in torch code still run torch's own functions.
 
-A definition that called a patched function would come back to the operator that it defines, and
-never end, or compute a part of it by another kernel. So what torch computes has the same bits with
-and without a patch, and takes a few frames.
+A definition that called a patched function would recurse into the operator that it defines, or
+compute a part with another kernel. So results must have the same bits with and without a patch,
+with a shallow stack.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 import pyfused
 
 pytestmark = [
-    # torch compiles its own forward-mode decompositions with torch.jit when they are first used.
+    # torch compiles its forward-mode decompositions with torch.jit at their first use.
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
-    # vmap of torch's in-place operators.
+    # Raised by vmap of torch's in-place operators.
     pytest.mark.filterwarnings("ignore:An output with one or more elements was resized"),
 ]
 Function = Callable[..., Tensor]
@@ -36,7 +36,7 @@ Function = Callable[..., Tensor]
 
 @contextmanager
 def few_frames() -> Iterator[None]:
-    """Ends a function that calls itself before memory does."""
+    """Limits the recursion depth."""
     before, depth = sys.getrecursionlimit(), len(inspect.stack(0))
     sys.setrecursionlimit(depth + 300)
     try:
@@ -46,7 +46,7 @@ def few_frames() -> Iterator[None]:
 
 
 def has_torchs_name(call: Call) -> bool:
-    """Returns whether torch has a Python function of this name that takes the arguments."""
+    """Returns whether torch has a Python function of this name that accepts the arguments."""
     function = getattr(F, call.op.name, None)
     names = inspect.signature(function).parameters if inspect.isfunction(function) else ()
     return call.given.keys() <= {*names} and "inplace" not in call.given
@@ -56,7 +56,7 @@ def by_torchs_name(call: Call, **changed: Any) -> Tensor:
     return getattr(F, call.op.name)(**call.given | changed)
 
 
-# ---- what is asked of a call ---------------------------------------------------------------------
+# ---- derivatives, transforms and compilation -----------------------------------------------------
 
 
 def first(call: Call, function: Function) -> list[Tensor]:
@@ -97,7 +97,7 @@ every_way = pytest.mark.parametrize("way", WAYS, ids=[way.__name__ for way in WA
 
 
 def bits(way: Any, call: Call, function: Function) -> list[Tensor] | type[Exception]:
-    """The results without NaN, or what is raised where torch has no such derivative."""
+    """Returns the results without NaN, or the error if torch has no such derivative."""
     try:
         return [result.detach().nan_to_num(7.0) for result in way(call, function)]
     except RuntimeError as error:
@@ -131,14 +131,14 @@ def test_second_derivatives_with_each_option(example: Example) -> None:
 
 @pytest.mark.thresholds
 @every_operator
-def test_in_sizes_of_users(example: Example) -> None:
-    """Many operators take a kernel in this size, and others do not."""
+def test_sizes_above_the_limits(example: Example) -> None:
+    """Many operators run kernels at this size, others fall back."""
     assert_same_bits(second, example.call(shape=(1024, 130)))
 
 
 @every_family
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.13's compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch 2.13's compiler
 def test_compiled_while_torch_is_patched(example: Example) -> None:
     if example.id == "kl_div":
         pytest.skip("torch's warning, which the compiler cannot trace")

@@ -1,4 +1,4 @@
-"""Divergences of a student from a teacher: of logits, of heads, and of a teacher's top k."""
+"""Divergences of a student from a teacher: of logits, of heads, and with a teacher's top k."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ every_operator = pytest.mark.parametrize("op", OPS)
 
 
 def given(op: str, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (N,)) -> Any:
-    """The tensors of a call, those of the student requiring grad."""
+    """Returns the tensors of a call; the student's require grad."""
     teacher_logits = 2 * torch.randn(*rows, C)
     if op == "kl_div_with_logits":
         both = {"logits": 2 * torch.randn(*rows, C), "teacher_logits": teacher_logits}
@@ -57,7 +57,7 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def by_torch(op: str, **arguments: Any) -> Tensor:
-    """The composition of torch's operators, in the dtype of the tensors."""
+    """Computes the divergence with torch's operators, in the dtype of the tensors."""
     options = DivergenceOptions(
         **{key: arguments.pop(key) for key in [*arguments] if key in vars(DivergenceOptions())}
     )
@@ -100,12 +100,12 @@ def by_torch(op: str, **arguments: Any) -> Tensor:
 
 
 def definition(op: str, **arguments: Any) -> Tensor:
-    """Computes what torch runs where no kernel does."""
+    """Computes the operator's definition in torch code, which fallbacks run."""
     return OPERATORS[op].reference(*OPERATORS[op].bind(**arguments))
 
 
 def tokens_of(op: str, arguments: dict[str, Any]) -> dict[str, int]:
-    """The dimension of the classes, which logits of more than two dimensions need."""
+    """Returns the dim argument, which logits with more than two dimensions require."""
     return {"dim": -1} if op == "kl_div_with_logits" and arguments["logits"].dim() > 2 else {}
 
 
@@ -121,7 +121,7 @@ def assert_close(op: str, arguments: dict[str, Any], **options: Any) -> None:
 
 
 @grid(op=OPS, beta=BETAS, dtype=FLOATS)
-def test_as_exact_as_torch(op: str, beta: float, dtype: torch.dtype) -> None:
+def test_as_accurate_as_torch(op: str, beta: float, dtype: torch.dtype) -> None:
     errors = Errors()
     token_weight = torch.rand(N).to(dtype)
     token_weight[2] = 0
@@ -139,7 +139,7 @@ def test_as_exact_as_torch(op: str, beta: float, dtype: torch.dtype) -> None:
         for i, (ours, theirs, best) in enumerate(pairs):
             terms = 0 if op == "kl_div_with_logits" else N if i else C
             errors.add(f"gradient {i}", ours, theirs, best, products=terms)
-    errors.check(roundings=32 if dtype is torch.float64 else 2)  # its sums have no wider type
+    errors.check(roundings=32 if dtype is torch.float64 else 2)  # no wider dtype for sums
 
 
 @every_operator
@@ -171,8 +171,8 @@ def test_shapes_and_weights(op: str, beta: float, kernel_calls: KernelCalls) -> 
 
 @every_operator
 @every_beta
-def test_weight_zero_hides_a_token(op: str, beta: float) -> None:
-    """Whatever its logits and grad_output are; nothing is counted where all have weight 0."""
+def test_tokens_of_weight_zero_are_ignored(op: str, beta: float) -> None:
+    """Their logits and grad_output do not matter; if all weights are 0, the loss is 0."""
     arguments = given(op)
     leaves = [tensor for tensor in arguments.values() if tensor.requires_grad]
     leaves[0].data[1] = math.nan
@@ -199,12 +199,12 @@ def test_weight_zero_hides_a_token(op: str, beta: float) -> None:
 @every_beta
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_infinite_logits(beta: float, temperature: float) -> None:
-    """0 log 0 is 0, and a class that only one side excludes is infinite or it is not."""
+    """0 log 0 is 0; a class that only one side excludes may give an infinite divergence."""
     x, y = torch.randn(4, C), torch.randn(4, C)
-    x[0, :5] = y[0, :5] = -math.inf  # both
+    x[0, :5] = y[0, :5] = -math.inf  # excluded by both
     y[1, 3] = -math.inf
     x[2, 3] = -math.inf
-    x[3], y[3] = y[3] + 1e4, y[3] - 1e4  # offsets change nothing
+    x[3], y[3] = y[3] + 1e4, y[3] - 1e4  # offsets do not change softmax
     x.requires_grad_()
     options: dict[str, Any] = {"beta": beta, "temperature": temperature, "reduction": "none"}
     loss = fused.kl_div_with_logits(x, y, **options)
@@ -282,8 +282,8 @@ def test_a_teacher_of_another_dtype() -> None:
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("op", ["linear_kl_div", "linear_topk_kl_div"])
-def test_no_product_beyond_those_that_are_needed(op: str) -> None:
-    """Of tokens with weight 0 there is none, nor of gradients that are not asked for."""
+def test_no_unnecessary_matrix_products(op: str) -> None:
+    """Tokens of weight 0 and gradients that are not needed have no products."""
     arguments, weight = given(op), torch.ones(N)
     rows, weight[:3] = N - 3, 0
     frozen = {name: tensor.detach() for name, tensor in arguments.items()}
@@ -303,7 +303,7 @@ def test_no_product_beyond_those_that_are_needed(op: str) -> None:
 
 
 @every_operator
-def test_a_teacher_is_a_constant_unless_asked_otherwise(op: str, kernel_calls: KernelCalls) -> None:
+def test_a_teacher_is_a_constant_by_default(op: str, kernel_calls: KernelCalls) -> None:
     arguments = given(op)
     name = [name for name in arguments if name.startswith("teacher")][-1]
     expected = getattr(fused, op)(**arguments, beta=0.5)
@@ -322,7 +322,7 @@ def test_a_teacher_is_a_constant_unless_asked_otherwise(op: str, kernel_calls: K
 @pytest.mark.cpu
 @pytest.mark.slow
 def test_a_costly_fallback_warns_once() -> None:
-    """Of 33 MiB of logits, as a teacher's gradient is asked for; a process says it once."""
+    """A gradient for the teacher makes 33 MiB of logits fall back; a process warns once."""
     done = python("""
         import torch
         from pyfused.functional import linear_kl_div
@@ -349,7 +349,7 @@ def test_a_costly_fallback_warns_once() -> None:
 
 
 def test_classes_of_logits_with_more_dimensions() -> None:
-    """Without a dim both readings are named; with it the classes are there."""
+    """Without dim, the error names both interpretations."""
     x, y = torch.randn(2, 21, 4, 3, requires_grad=True), torch.randn(2, 21, 4, 3)
     told = (
         r"dim: expected .* logits of shape \(2, 21, 4, 3\).* dim=-1 for 3 .* dim=1 for 21 classes"
@@ -377,7 +377,7 @@ def test_classes_of_logits_with_more_dimensions() -> None:
 
 @grid(op=OPS, beta=BETAS)
 def test_definition_of_softcaps(op: str, beta: float) -> None:
-    """Those of student and teacher, with a mean's denominator."""
+    """Tries softcaps of student and teacher, and the denominator of a mean."""
     arguments, weight = given(op, torch.float64), torch.rand(N).double()
     options: dict[str, Any] = {"beta": beta, "temperature": 0.5, "denominator": 3.0, "softcap": 1.5}
     if op != "linear_topk_kl_div":
@@ -392,7 +392,7 @@ def test_definition_of_softcaps(op: str, beta: float) -> None:
 # ---- a teacher's top k ---------------------------------------------------------------------------
 
 
-def test_all_classes_are_the_whole_distribution() -> None:
+def test_top_k_of_all_classes_equals_the_full_divergence() -> None:
     arguments, teacher_logits = given("linear_topk_kl_div"), torch.randn(N, C)
     log_probs, indices = teacher_logits.log_softmax(-1).sort()
     arguments |= {"teacher_indices": indices, "teacher_log_probs": log_probs}
@@ -441,7 +441,7 @@ def test_bad_indices(row: list[int], error: type[Exception], told: str) -> None:
     ],
     ids=["probabilities", "positive", "logits", "too many"],
 )
-def test_what_cannot_be_log_probabilities(wrong: Any, told: str) -> None:
+def test_invalid_log_probabilities(wrong: Any, told: str) -> None:
     arguments = given("linear_topk_kl_div")
     arguments["teacher_log_probs"] = wrong(arguments["teacher_log_probs"])
     told = f"teacher_log_probs: expected .* probabilities that add up to at most 1, .*{told}"
@@ -457,8 +457,8 @@ def test_what_cannot_be_log_probabilities(wrong: Any, told: str) -> None:
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_log_probabilities_may_be_rounded(dtype: torch.dtype) -> None:
-    """Those of all classes, whose sum is off by more than one rounding of 1."""
+def test_rounded_log_probabilities(dtype: torch.dtype) -> None:
+    """The probabilities of all classes may sum to more than 1 by several roundings."""
     for scale in (0.01, 1.0, 4.0):
         log_probs, indices = (scale * torch.randn(N, C)).log_softmax(-1).sort()
         arguments = given("linear_topk_kl_div") | {"teacher_indices": indices}
@@ -470,13 +470,13 @@ def test_log_probabilities_may_be_rounded(dtype: torch.dtype) -> None:
     assert fused.linear_topk_kl_div(**arguments, remainder="ignore") == 0
 
 
-# ---- what else the house has ---------------------------------------------------------------------
+# ---- torch.compile, options and errors -----------------------------------------------------------
 
 
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.usefixtures("compiled_always")
-def test_compiled_makes_logits_once() -> None:
+def test_compiled_computes_logits_once() -> None:
     arguments = given("linear_kl_div")
     with products() as found:
         loss = torch.compile(lambda: fused.linear_kl_div(**arguments), fullgraph=True)()

@@ -1,4 +1,4 @@
-"""Two processes train like one: DistributedDataParallel, FSDP2 and DTensor over gloo."""
+"""Training in two processes equals training in one: DDP, FSDP2 and DTensor over gloo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-STEPS, ROWS, CLASSES = 4, 1 << 14, 6  # half the rows are the kernels', by the measured table
+STEPS, ROWS, CLASSES = 4, 1 << 14, 6  # half of the rows exceed the size limit of kernels
 
 
 def build() -> nn.Module:
@@ -57,7 +57,7 @@ def in_one_process() -> list[float]:
 
 
 def dtensor_losses(mesh: Any) -> list[float]:
-    """torch's path, by way of DTensor's own rules."""
+    """Falls back to torch's operators, by DTensor's own rules."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     x, target = batches()[0]
@@ -109,7 +109,7 @@ def test_two_processes_train_like_one(wrapper: str, ranks: list[dict[str, Any]])
     assert all(found["backend"] == "cpu" for found in ranks)
 
 
-def test_dtensors_take_torchs_operator(ranks: list[dict[str, Any]]) -> None:
+def test_dtensors_fall_back_to_torch(ranks: list[dict[str, Any]]) -> None:
     x, target = batches()[0]
     logits = torch.cat([x, x], 1).requires_grad_()
     loss = F.cross_entropy(logits, target) + logits.relu().sum()

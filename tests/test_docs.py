@@ -1,4 +1,4 @@
-"""The pages of the site: their pictures, tables and examples, and that no operator is missing."""
+"""The pages of the documentation: plots, tables and examples, and that no operator is missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CURVES = [
 
 
 @pytest.mark.parametrize(("name", "curve"), CURVES)
-def test_a_curve_is_what_the_kernels_compute(
+def test_curves_are_computed_by_kernels(
     name: str, curve: gallery.Curve, kernel_calls: KernelCalls
 ) -> None:
     x, values, gradients = gallery.evaluate(name, ENTRIES[name], curve)
@@ -45,34 +45,34 @@ def test_a_curve_is_what_the_kernels_compute(
     assert x.shape == values.shape == gradients.shape
     assert values.isfinite().all()
     if name in ("hardshrink", "threshold"):
-        return  # they jump
-    # Between the points: a gradient that were not the value's would stray by more than a kink does.
+        return  # discontinuous
+    # Between the points, a wrong gradient would deviate by more than a kink does.
     slopes, between = values.diff() / x.diff(), (gradients[1:] + gradients[:-1]) / 2
     assert (slopes - between).abs().mean() < 0.02 * max(1.0, gradients.abs().max().item())
 
 
-def test_a_call_that_is_left_to_torch_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_fall_back_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = ENTRIES["mse_loss"]
     monkeypatch.setattr("pyfused.backends.FORCED", "torch")
     with pytest.raises(RuntimeError, match="not torch's: mse_loss: torch"):
         gallery.evaluate("mse_loss", entry, entry.curves[0])
 
 
-def test_a_picture_is_one_element() -> None:
+def test_a_plot_is_a_single_html_element() -> None:
     picture = gallery.picture("relu", ENTRIES["relu"])
     assert "\n" not in picture  # Markdown would end the element at a blank line
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.formula])
-def test_a_formula_can_be_typeset(name: str) -> None:
+def test_formulas_can_be_typeset(name: str) -> None:
     mathml = pytest.importorskip("docutils.utils.math.latex2mathml")
     formula = mathml.tex2mathml(ENTRIES[name].formula, as_block=True)
     assert "merror" not in formula
     assert "<mi>x</mi>" in formula or "<mi>p</mi>" in formula
 
 
-def test_ratios_are_those_of_the_newest_report() -> None:
+def test_ratios_come_from_the_newest_report() -> None:
     rows = gallery.measured()
     reports = [gallery.report.load([path]) for path in RESULTS.glob("*/results.json")]
     timed = [found for found in reports if found["benchmarks"]]
@@ -84,11 +84,11 @@ def test_ratios_are_those_of_the_newest_report() -> None:
     assert rows["cross_entropy"].case == "cross_entropy (1024, 32000) float32"
 
 
-def test_an_operator_that_nobody_measured_has_a_dash() -> None:
+def test_an_operator_without_measurements_has_a_dash() -> None:
     assert "torch / pyfused: -\n" in gallery.row_of("relu", {})
 
 
-def test_the_legend_names_what_is_drawn_alone() -> None:
+def test_the_legend_names_drawn_curves_only() -> None:
     rows = gallery.measured()
     peers = {peer for row in rows.values() for peer in row.peers}
     drawn = gallery.ratios(rows)
@@ -102,7 +102,7 @@ def test_the_formulas_are_drawn_by_kernels(kernel_calls: KernelCalls) -> None:
     assert kernel_calls == {f"formulas.{name}": 2 for name in gallery.FORMULAS}
 
 
-def test_the_gain_over_size_has_every_operator_and_its_machine() -> None:
+def test_the_plot_of_speed_up_over_size_has_all_operators() -> None:
     drawn = gallery.gain()
     assert all(re.search(rf">{op}\b", drawn) for op in gain.OPERATORS)
     found = gallery.newest_gain()
@@ -121,7 +121,7 @@ def test_sizes_are_listed() -> None:
     assert f"| {cpu_limits()['relu'][0]:,} |" in relu
 
 
-def test_the_pages_have_every_comment_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_have_all_markers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "picture", lambda *_: "")
     text = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
     assert all(comment in text for comment in gallery.FILLED)
@@ -173,7 +173,7 @@ def test_the_page_of_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatc
     assert "torch has no operator of this name." in pages.page("quantile_loss")
 
 
-def test_pages_of_operators_that_are_gone_are_removed(
+def test_pages_of_removed_operators_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pages, "page", lambda name: f"# {name}")
@@ -188,7 +188,7 @@ def test_pages_of_operators_that_are_gone_are_removed(
 def documented(input: int, scale: float = 2.0, *, name: str = "mean", other: str = "") -> None: ...
 
 
-def test_arguments_become_a_table() -> None:
+def test_arguments_are_converted_to_a_table() -> None:
     docstring = """What it does.
 
 Args:
@@ -238,7 +238,7 @@ def test_shared_arguments_are_described_once() -> None:
 
 @pytest.mark.parametrize("name", pyfused.functional.__all__)
 def test_every_argument_is_in_the_table(name: str) -> None:
-    """Else a section of the docstring has another form than the others."""
+    """Fails if a section of the docstring has an unexpected form."""
     function = getattr(pyfused.functional, name)
     lines = inspect.getdoc(function).splitlines()
     pages.arguments(None, "function", name, function, None, lines)
@@ -248,10 +248,10 @@ def test_every_argument_is_in_the_table(name: str) -> None:
     assert described | (SHARED & parameters) == parameters
 
 
-# ---- links and pictures --------------------------------------------------------------------------
+# ---- links and plots -----------------------------------------------------------------------------
 
 
-def test_the_inventory_of_torch_has_its_operators_and_no_others() -> None:
+def test_the_inventory_of_torch_has_exactly_its_operators() -> None:
     lines = (DOCS / "torch-objects.inv").read_text("utf-8").splitlines()
     assert lines[0] == "# Sphinx inventory version 1"
     names = [line.split()[0] for line in lines[3:]]
@@ -264,7 +264,7 @@ def test_the_inventory_of_torch_has_its_operators_and_no_others() -> None:
             assert f"torch.nn.{op.module}" in names
 
 
-def test_a_picture_is_saved_for_both_themes(tmp_path: Path) -> None:
+def test_plots_are_saved_for_both_themes(tmp_path: Path) -> None:
     figure = gallery.Figure()
     figure.subplots().plot([1, 2], label="line")
     gallery.report.save(figure, tmp_path / "picture")
@@ -276,7 +276,7 @@ def test_a_picture_is_saved_for_both_themes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/memory.md", "docs/language-models.md"])
-def test_pictures_have_both_themes(page: str) -> None:
+def test_plots_have_both_themes(page: str) -> None:
     text = (DOCS.parent / page).read_text("utf-8")
     pictures = re.findall(r"[\w./-]+\.(?:png|svg)", text)
     assert pictures

@@ -1,4 +1,4 @@
-"""triplet_margin_loss and cosine_embedding_loss: losses of rows of features."""
+"""triplet_margin_loss and cosine_embedding_loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = ((5,), (7, 2), (40, 17), (3, 1030), (40, 64))[: 3 if interpreter.ON els
 Extended = np.ndarray[Any, np.dtype[np.longdouble]]
 
 
-# ---- the definitions, in long double -------------------------------------------------------------
+# ---- definitions in long double ------------------------------------------------------------------
 
 
 def triplet(
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
     },
     "cosine": ("cosine_embedding_loss", cosine, {"margin": 0.125}),
 }
-ROUNDINGS = {"triplet_margin_loss": 6, "cosine_embedding_loss": 12}  # of what is largest
+ROUNDINGS = {"triplet_margin_loss": 6, "cosine_embedding_loss": 12}  # at the largest magnitude
 
 
 @pytest.mark.interpreted
@@ -93,7 +93,7 @@ def test_values_and_gradients(
     factor = grad_output.double().numpy()[..., None] / rows
     accumulate = torch.float64 if dtype is torch.float64 else torch.float32
     eps = torch.finfo(accumulate).eps
-    # Distances are rounded before their difference, which may be small, as a cosine before 1 - cos.
+    # Distances and cosines are rounded before a subtraction that may cancel.
     size = 2 * math.sqrt(shape[-1]) * (math.sqrt(shape[-1]) if options.get("p") == 1 else 1) + 2
     terms = 1 if reduction != "sum" else each.size
     for got, precise, scale in (
@@ -102,7 +102,7 @@ def test_values_and_gradients(
     ):
         assert got.dtype is dtype
         precise = torch.from_numpy(np.asarray(precise, np.float64))
-        # A gradient is rounded twice, by the interpreter towards zero.
+        # A gradient is rounded twice; the interpreter rounds towards zero.
         allowed = ROUNDINGS[name] * eps * scale + 2 * torch.finfo(dtype).eps * precise.abs()
         allowed = allowed + torch.finfo(dtype).smallest_normal
         excess = (got.double() - precise).abs() - allowed
@@ -120,7 +120,7 @@ def results(function: Callable[..., Tensor], tensors: list[Tensor], *rest: Tenso
     return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
 
-def assert_torchs(name: str, tensors: list[Tensor], *rest: Tensor, **options: Any) -> None:
+def assert_equals_torch(name: str, tensors: list[Tensor], *rest: Tensor, **options: Any) -> None:
     given = {"reduction": "none", **options}
     both = (
         results(partial(getattr(module, name), **given), tensors, *rest) for module in (fused, F)
@@ -132,9 +132,9 @@ def assert_torchs(name: str, tensors: list[Tensor], *rest: Tensor, **options: An
 @pytest.mark.interpreted
 @grid(p=[1, 2], swap=[False, True])
 def test_triplets_at_special_values(p: int, swap: bool, kernel_calls: KernelCalls) -> None:
-    """Distances of 0, ties, a loss of exactly 0, NaN and infinities: all gradients are torch's."""
+    """Distances of 0, ties, a loss of exactly 0, NaN and infinities give torch's gradients."""
     tensors = [SPECIAL[torch.randint(len(SPECIAL), (500,))].double() for _ in range(3)]
-    assert_torchs("triplet_margin_loss", tensors, p=p, swap=swap, eps=0.0)
+    assert_equals_torch("triplet_margin_loss", tensors, p=p, swap=swap, eps=0.0)
     assert kernel_calls["triplet_margin_loss"] == 2
 
 
@@ -143,7 +143,7 @@ def test_triplets_at_special_values(p: int, swap: bool, kernel_calls: KernelCall
 def test_cosines_at_special_values(target: float, margin: float) -> None:
     first, second = (SPECIAL[torch.randint(len(SPECIAL), (500,))].double() for _ in range(2))
     targets = torch.full((500,), target)
-    assert_torchs("cosine_embedding_loss", [first, second], targets, margin=margin)
+    assert_equals_torch("cosine_embedding_loss", [first, second], targets, margin=margin)
 
 
 # ---- shapes and dtypes ---------------------------------------------------------------------------
@@ -157,10 +157,10 @@ def test_cosines_at_special_values(target: float, margin: float) -> None:
         ((3,),) * 3,
     ]
 )
-def test_triplets_that_broadcast(shapes: tuple[Any, ...], kernel_calls: KernelCalls) -> None:
+def test_broadcasting_triplets(shapes: tuple[Any, ...], kernel_calls: KernelCalls) -> None:
     tensors = [torch.randn(shape) for shape in shapes]
-    assert_torchs("triplet_margin_loss", tensors)
-    assert_torchs("triplet_margin_loss", tensors, reduction="mean")
+    assert_equals_torch("triplet_margin_loss", tensors)
+    assert_equals_torch("triplet_margin_loss", tensors, reduction="mean")
     assert kernel_calls["triplet_margin_loss"] == 3
 
 
@@ -168,8 +168,8 @@ def test_triplets_that_broadcast(shapes: tuple[Any, ...], kernel_calls: KernelCa
 def test_targets_are_compared_in_their_dtype(dtype: torch.dtype) -> None:
     first, second = torch.randn(2, 6, 5)
     target = torch.tensor([1, -1, 0, 1 + 1e-9, -1 - 1e-9, 3], dtype=torch.float64).to(dtype)
-    assert_torchs("cosine_embedding_loss", [first, second], target)
-    assert_torchs("cosine_embedding_loss", [first.double(), second.double()], target)
+    assert_equals_torch("cosine_embedding_loss", [first, second], target)
+    assert_equals_torch("cosine_embedding_loss", [first.double(), second.double()], target)
 
 
 REASONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
@@ -184,7 +184,7 @@ REASONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 
 
 @grid(case=REASONS)
-def test_what_is_left_to_torch_is_said(case: str, kernel_calls: KernelCalls) -> None:
+def test_fallbacks_and_their_reasons(case: str, kernel_calls: KernelCalls) -> None:
     arguments, options, reason = REASONS[case]
     said = pyfused.explain("triplet_margin_loss", *arguments, **options)
     assert said.backend == "torch"
@@ -212,7 +212,7 @@ ERRORS: dict[str, tuple[str, tuple[Tensor, ...], dict[str, Any], str]] = {
 
 
 @grid(case=ERRORS)
-def test_errors_are_of_torchs_type_and_name_the_argument(case: str) -> None:
+def test_errors_have_torchs_type_and_name_the_argument(case: str) -> None:
     name, tensors, options, message = ERRORS[case]
     with pytest.raises((RuntimeError, ValueError), match=message) as ours:
         getattr(fused, name)(*tensors, **options)

@@ -1,4 +1,4 @@
-"""Bad input raises what torch raises, naming the argument, what was expected and what came."""
+"""Invalid arguments raise torch's type of error, and name argument, expected and got."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def indices(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
-# name: (call, words that the message has to hold: the argument, what it expects, what it got)
+# name: (call, strings in the message: the argument, what was expected, what was got)
 Wrong = dict[str, tuple[Callable[[Any], Any], list[str]]]
 
 CROSS_ENTROPY: Wrong = {
@@ -338,7 +338,7 @@ OTHERS: Wrong = {
 
 
 def wrong_of_every_loss() -> Wrong:
-    """What is wrong with any pointwise loss: reductions, dtypes, missing operands, parameters."""
+    """Yields invalid calls of any pointwise loss."""
     found: Wrong = {}
     for loss in FIRST:
         drawn = EXAMPLES[loss.op.name].call(shape=(4, 5)).tensors
@@ -386,14 +386,14 @@ def error(call: Callable[[], Any]) -> Exception:
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @parametrize(CROSS_ENTROPY | BOUNDS | OTHERS | wrong_of_every_loss())
-def test_type_of_torch_and_a_message_that_helps(
+def test_errors_have_torchs_type_and_a_helpful_message(
     call: Callable[[Any], Any], words: list[str]
 ) -> None:
     try:
         expected = call(F)
     except Exception as raised:
         theirs = raised
-    else:  # one that this loss takes
+    else:  # an option of this loss
         torch.testing.assert_close(call(fused), expected)
         return
     ours = error(lambda: call(fused))
@@ -403,7 +403,7 @@ def test_type_of_torch_and_a_message_that_helps(
 
 
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
-def test_type_checkers_know_the_words_that_are_accepted(op: Operator) -> None:
+def test_types_list_the_accepted_strings(op: Operator) -> None:
     hints = get_type_hints(getattr(fused, op.name))
     if "reduction" in hints:
         batchmean = {"batchmean"} if op.name == "kl_div" else set()
@@ -422,8 +422,8 @@ NO_TENSORS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
 @pytest.mark.parametrize(("wrong", "got"), NO_TENSORS.values(), ids=NO_TENSORS.keys())
-def test_what_is_no_tensor(op: Operator, wrong: Any, got: str) -> None:
-    """A TypeError here; torch's may be an accident: AttributeError for a list."""
+def test_arguments_that_are_no_tensors(op: Operator, wrong: Any, got: str) -> None:
+    """A TypeError; torch may raise others by accident, such as AttributeError for a list."""
     for operand in op.operands:
         if operand.optional and wrong is None:
             continue
@@ -431,7 +431,7 @@ def test_what_is_no_tensor(op: Operator, wrong: Any, got: str) -> None:
         given |= {o.name: P for o in op.operands if not o.optional} | {operand.name: wrong}
         try:
             op.reference(**given)
-        except Warning:  # NumPy's own, of a tensor subtracted from an array
+        except Warning:  # raised by NumPy for an array minus a tensor
             continue
         except Exception:
             raised = error(lambda given=given: getattr(fused, op.name)(**given))
@@ -444,9 +444,7 @@ def test_what_is_no_tensor(op: Operator, wrong: Any, got: str) -> None:
 
 
 @parametrize(BOUNDS)
-def test_out_of_range_while_no_gradient_is_wanted(
-    call: Callable[[Any], Any], words: list[str]
-) -> None:
+def test_out_of_range_without_gradients(call: Callable[[Any], Any], words: list[str]) -> None:
     assert not X.requires_grad
     for reduction in (torch.no_grad, torch.enable_grad):
         with reduction():
@@ -454,8 +452,8 @@ def test_out_of_range_while_no_gradient_is_wanted(
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_an_out_of_range_target_leaves_nothing_behind(reduction: str) -> None:
-    """No value, no gradient, no change to what was passed in."""
+def test_an_out_of_range_target_has_no_side_effects(reduction: str) -> None:
+    """Returns no value and no gradient, and does not modify arguments."""
     logits = torch.randn(100, 7, requires_grad=True)
     target = torch.zeros(100, dtype=torch.int64)
     target[99] = 7
@@ -474,7 +472,7 @@ def test_an_out_of_range_target_leaves_nothing_behind(reduction: str) -> None:
         assert torch.equal(tensor, copy)
 
 
-def test_the_next_call_after_an_error_is_right() -> None:
+def test_calls_after_an_error_are_correct() -> None:
     with pytest.raises(IndexError):
         fused.cross_entropy(X, indices(0, 1, 2, 5))
     torch.testing.assert_close(fused.cross_entropy(X, Y), F.cross_entropy(X, Y))
@@ -482,7 +480,7 @@ def test_the_next_call_after_an_error_is_right() -> None:
 
 @pytest.mark.thresholds
 @parametrize(CROSS_ENTROPY | BOUNDS)
-def test_errors_are_the_same_where_torch_takes_the_call(
+def test_errors_are_the_same_in_calls_that_fall_back(
     call: Callable[[Any], Any], words: list[str]
 ) -> None:
     raised = error(lambda: call(fused))

@@ -1,4 +1,4 @@
-"""The examples run, learn, and give the same losses with torch as with pyfused.
+"""The examples run and learn, with equal losses for torch and pyfused.
 
 `make demo-quick` runs all of them at full size.
 """
@@ -26,19 +26,19 @@ pytest.importorskip("tokenizers")
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    monkeypatch.setenv("PYFUSED_BACKEND", "cpu")  # what two examples set at import ends with a test
+    monkeypatch.setenv("PYFUSED_BACKEND", "cpu")  # undone after a test, unlike in the examples
 
 
 @pytest.fixture
 def kernels_forced() -> Iterator[None]:
-    """As by PYFUSED_BACKEND=cpu, which two examples set before they import pyfused."""
+    """Forces kernels, like PYFUSED_BACKEND=cpu, which two examples set before importing pyfused."""
     with fused_always():
         yield
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    # Nets as small as these gain nothing from a second, and wait long for it on a busy machine.
+    # A second thread does not speed up networks this small, and may be delayed on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,9 +80,7 @@ def test_digits_learns_with_equal_losses(
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
-def test_digits_fails_where_the_losses_differ(
-    factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digits_fails_if_losses_differ(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     class WrongLoss(torch.nn.CrossEntropyLoss):
         def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return factor * super().forward(input, target)
@@ -93,7 +91,7 @@ def test_digits_fails_where_the_losses_differ(
         example("digits").main()
 
 
-def test_smallest_net_learns_the_sum() -> None:
+def test_a_minimal_network_learns_the_sum() -> None:
     regression = example("regression")
     model = regression.build(pyfused.nn, inputs=2)
     inputs, targets = regression.SUM_INPUTS, regression.SUM_TARGETS
@@ -102,14 +100,14 @@ def test_smallest_net_learns_the_sum() -> None:
     torch.testing.assert_close(model(inputs), targets, rtol=0, atol=0.05)
 
 
-def test_formulas_of_ones_own_train_with_equal_losses(
+def test_custom_formulas_train_with_equal_losses(
     kernels_forced: None,
     kernel_calls: KernelCalls,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["custom_loss.py", "--steps", "20"])
-    example("custom_loss").main()  # exits where the losses differ
+    example("custom_loss").main()  # exits if losses differ
     assert "value = mul(" in capsys.readouterr().out
     assert kernel_calls["custom_loss.squared_error"] >= 20
     assert kernel_calls["custom_loss.swish"] > 20
@@ -134,13 +132,13 @@ def test_grpo_raises_the_reward_with_equal_losses(
     kernel_calls: KernelCalls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--steps", "30"])
-    example("grpo").main()  # exits where the losses differ, or the reward has not risen
+    example("grpo").main()  # exits if losses differ, or the reward does not rise
     assert kernel_calls["row_gradients"] >= 2 * 30
     assert "at the end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_grpo_fails_where_the_losses_differ(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo_fails_if_losses_differ(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     grpo = example("grpo")
     right = grpo.by_pyfused
     monkeypatch.setitem(
@@ -153,7 +151,7 @@ def test_grpo_fails_where_the_losses_differ(factor: float, monkeypatch: pytest.M
 
 @pytest.fixture
 def distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """With a text of few tokens, in the order of which there is something to learn."""
+    """Provides a text of few tokens with a learnable order."""
     tokens, path = torch.arange(1000) % 50, tmp_path / "tokens.pt"
     torch.save({"training": tokens, "held_out": tokens, "vocabulary": 50}, path)
     arguments = ["--tokens", str(path), "--steps", "8", "--teacher-steps", "8"]
@@ -161,24 +159,24 @@ def distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return example("distillation")
 
 
-def test_distilling_gives_equal_losses(
+def test_distillation_has_equal_losses(
     distillation: ModuleType,
     kernels_forced: None,
     kernel_calls: KernelCalls,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    distillation.main()  # exits where the losses differ, or the student learns nothing
+    distillation.main()  # exits if losses differ, or the student does not learn
     told = capsys.readouterr().out
     assert kernel_calls["kl_div_with_logits"] >= 8
     gpt = example("gpt")
     small, large = (distillation.build(32_000, 0, n) for n in (distillation.WIDTH, gpt.WIDTH))
     assert 3 < distillation.size_of(large) / distillation.size_of(small) < 6
     first, last = (float(line.split()[-1]) for line in told.splitlines()[:2])
-    assert first < last  # the teacher has learnt
+    assert first < last  # the teacher has improved
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_distilling_fails_where_the_losses_differ(
+def test_distillation_fails_if_losses_differ(
     factor: float, distillation: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = distillation.by_pyfused
@@ -201,7 +199,7 @@ def descents(kernels_forced: None) -> ModuleType:
     return example("gradient_descent")
 
 
-# What each experiment is there to show, in the words of its table, after the steps of --quick.
+# The expected outcome of each experiment after the steps of --quick, as entries of its table.
 SHOWN = {
     "outliers": lambda of: (
         max(of["l1"]["mean error"], of["quantile 0.5"]["mean error"])
@@ -229,7 +227,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_the_choice_of_a_loss_shows(
+def test_the_choice_of_a_loss_matters(
     name: str, losses: ModuleType, kernel_calls: KernelCalls
 ) -> None:
     experiment = getattr(losses, name)()
@@ -244,7 +242,7 @@ def test_the_choice_of_a_loss_shows(
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.001, float("nan")])
-def test_losses_draws_or_fails_where_they_differ(
+def test_losses_are_plotted_or_fail_if_they_differ(
     factor: float, losses: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     right = pyfused.functional.mse_loss
@@ -279,7 +277,7 @@ def test_each_loss_has_a_rate_that_is_right(
         )
 
 
-def test_descents_are_drawn(
+def test_descents_are_plotted(
     descents: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(descents, "PREDICTIONS", descents.PREDICTIONS[:1])
@@ -292,7 +290,7 @@ def test_descents_are_drawn(
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "log-probabilities", "divergence"])
-def test_each_way_of_a_head_has_the_same_value_and_gradients(
+def test_implementations_of_a_head_agree(
     loss: str, kernels_forced: None, kernel_calls: KernelCalls
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -310,7 +308,7 @@ def test_each_way_of_a_head_has_the_same_value_and_gradients(
 
 
 @pytest.mark.parametrize("memory", [True, False])
-def test_heads_draws_what_it_measured(memory: bool, tmp_path: Path) -> None:
+def test_heads_plots_its_measurements(memory: bool, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     heads = example("heads")
     measured = heads.Measured(1.0, 2.0, 3.0 if memory else None)
@@ -319,4 +317,4 @@ def test_heads_draws_what_it_measured(memory: bool, tmp_path: Path) -> None:
     assert len(figure.axes) == 1 + memory
     for axes in figure.axes:
         tallest = max(bar.get_height() for bar in axes.patches)
-        assert axes.get_ylim()[1] > tallest  # there is room for the number above it
+        assert axes.get_ylim()[1] > tallest  # leaves room for the label

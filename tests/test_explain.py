@@ -1,4 +1,4 @@
-"""explain() says what a call does, and the logger says where one falls back."""
+"""explain() describes how a call is computed, and the logger reports fallbacks."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ GRAD = torch.ones(5, requires_grad=True)
 
 
 class Mine(Tensor):
-    """Propagates through torch's operators."""
+    """A subclass that propagates through torch's operators."""
 
 
-# op, arguments, options, and the reason; None where a kernel takes the call.
+# op, arguments, options, and the reason; None if a kernel computes the call.
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
     "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
@@ -60,12 +60,12 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("op", "args", "kwargs", "reason"), CALLS.values(), ids=CALLS.keys())
-def test_what_is_said_is_what_is_done(
+def test_explanations_match_the_calls(
     op: str, args: Any, kwargs: Any, reason: str | None, kernel_calls: KernelCalls
 ) -> None:
     said = pyfused.explain(op, *args, **kwargs)
     assert not kernel_calls
-    with contextlib.suppress(RuntimeError):  # torch's own, of a weight that requires grad
+    with contextlib.suppress(RuntimeError):  # torch raises for a weight that requires grad
         getattr(fused, op)(*args, **kwargs)
     assert kernel_calls.total() == (reason is None)
     assert said.op == op
@@ -88,17 +88,15 @@ INVALID = {
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @pytest.mark.parametrize(("op", "args", "message"), INVALID.values(), ids=INVALID.keys())
-def test_a_call_that_is_invalid_has_its_error_whatever_its_size(
-    op: str, args: Any, message: str
-) -> None:
+def test_invalid_calls_raise_their_error_at_any_size(op: str, args: Any, message: str) -> None:
     with pytest.raises(Exception, match=message) as said:
         pyfused.explain(op, *args)
-    with pytest.raises((type(said.value), AttributeError)):  # the latter is torch's of relu(3)
+    with pytest.raises((type(said.value), AttributeError)):  # torch's relu(3) raises AttributeError
         getattr(fused, op)(*args)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_modes_that_are_active() -> None:
+def test_active_modes() -> None:
     def reason() -> str:
         return pyfused.explain("relu", X).reason
 
@@ -118,7 +116,7 @@ def test_the_modes_that_are_active() -> None:
         "a torch dispatch or function mode",
         "a torch dispatch or function mode",
     ]
-    with torch.device("cpu"):  # a mode that concerns only new tensors
+    with torch.device("cpu"):  # a mode that affects only new tensors
         assert pyfused.explain("relu", X).backend == "cpu"
 
 
@@ -134,7 +132,7 @@ def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyP
 
 
 def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dict[str, Any]]]:
-    """Returns what makes the arguments of a call with an input, and for the second limit."""
+    """Returns a function that makes the arguments of a call from an input, for either limit."""
 
     def arguments(x: Tensor, second: bool) -> tuple[list[Tensor], dict[str, Any]]:
         if isinstance(op, EmbeddingLoss):
@@ -167,9 +165,7 @@ CALLS_OF_A_SIZE = {
 @pytest.mark.thresholds
 @pytest.mark.parametrize("op", [op for op in CALLS_OF_A_SIZE if op in sizes.ON_CPU])
 @pytest.mark.parametrize("second", [False, True])
-def test_torch_takes_a_call_below_the_limit(
-    op: str, second: bool, kernel_calls: KernelCalls
-) -> None:
+def test_calls_below_the_limit_fall_back(op: str, second: bool, kernel_calls: KernelCalls) -> None:
     limit = sizes.cpu_limits()[op][second]
     classes = sizes.FEW if second else 2 * sizes.FEW
     at_limit = {max(limit - 1, 0) // classes, -(-limit // classes)} - {0}
@@ -207,13 +203,13 @@ def test_threads(threads: Callable[[int], None]) -> None:
     ["no", len, F.ctc_loss, 3, torch.nn.Linear(2, 2)],
     ids=["name", "builtin", "function", "number", "module"],
 )
-def test_an_operator_that_does_not_exist(op: Any) -> None:
+def test_an_unknown_operator(op: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"got {op!r}") + "$") as raised:
         pyfused.explain(op, X)
     assert str(raised.value).startswith("op: expected a ")
 
 
-def test_a_name_that_is_nearly_right() -> None:
+def test_a_misspelt_name() -> None:
     with pytest.raises(ValueError, match=r"got 'rellu'\. Did you mean 'relu'\?"):
         pyfused.explain("rellu", X)
 
@@ -236,7 +232,7 @@ def test_a_module_with_its_options(package: Any) -> None:
     assert "dim is not given" in said("Softmax", X)
 
 
-def test_a_module_that_torch_has_not() -> None:
+def test_a_module_that_torch_lacks() -> None:
     weighed = pyfused.nn.CrossEntropyLoss(token_weight=torch.ones(6, requires_grad=True))
     assert pyfused.explain(weighed, X, TARGET).reason == "token_weight requires grad"
     linear = pyfused.nn.LinearCrossEntropyLoss(5, 7, softcap=2.0)
@@ -262,7 +258,7 @@ def test_a_call_that_raises(op: str, args: Any, kwargs: Any) -> None:
     assert raised[0] == raised[1]
 
 
-def test_arguments_that_the_operator_does_not_take() -> None:
+def test_invalid_arguments() -> None:
     with pytest.raises(TypeError, match="missing a required argument: 'target'"):
         pyfused.explain("cross_entropy", X)
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'alpha'"):
@@ -293,7 +289,7 @@ def fall_back() -> None:
 
 
 @pytest.mark.usefixtures("nothing_said")
-def test_a_line_for_each_fall_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_fallback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pyfused"):
         fall_back()
     said = [record.getMessage() for record in caplog.records]
@@ -307,7 +303,7 @@ def test_a_line_for_each_fall_back(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("nothing_said")
-def test_nothing_is_said_unless_asked_for(
+def test_logging_is_off_by_default(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fall_back()
@@ -318,7 +314,7 @@ def test_nothing_is_said_unless_asked_for(
 
 @pytest.mark.thresholds
 @pytest.mark.usefixtures("nothing_said")
-def test_what_aten_does_faster_is_no_fall_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_small_calls_are_not_logged_as_fallbacks(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "pyfused"):
         fused.relu(X)
         fused.cross_entropy(X, TARGET)

@@ -1,4 +1,4 @@
-"""pyfused.loss and pyfused.activation: a formula in Python as fused kernels."""
+"""pyfused.loss and pyfused.activation compile a formula in Python to fused kernels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ N = 200 if interpreter.ON else 2000
 
 
 def operands_of(name: str, n: int = N, scale: float = 3.0) -> list[Tensor]:
-    """Operands in the domain of a formula, as float32."""
+    """Returns float32 operands in the domain of a formula."""
     formula, generator = FORMULAS[name], torch.Generator().manual_seed(3)
     input, target = torch.randn(2, n, generator=generator, device="cpu") * scale
     uniform = torch.rand(n, generator=generator, device="cpu")
@@ -70,7 +70,7 @@ def unreduced(formula: Formula) -> dict[str, str]:
 # ---- results -------------------------------------------------------------------------------------
 
 
-@pytest.mark.cpu  # the interpreter has no fused multiply-add
+@pytest.mark.cpu  # the interpreter lacks fused multiply-add
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e-4])
 @pytest.mark.parametrize("dtype", FLOATS[:1] + FLOATS[2:])
 @pytest.mark.parametrize("name", FORMULAS)
@@ -160,7 +160,7 @@ def kinks(input: Tensor, target: Tensor, *, low: float = -1.0, high: float = 2.0
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, math.inf, -math.inf, math.nan]
 
 
-def test_kinks_and_nan_are_torchs() -> None:
+def test_kinks_and_nan_equal_torchs() -> None:
     values = torch.tensor(SPECIAL, dtype=torch.float64)
     pairs = [x.flatten().requires_grad_() for x in torch.meshgrid(values, values, indexing="ij")]
     got = evaluate(called(kinks, reduction="none"), *pairs)
@@ -203,7 +203,7 @@ def test_logic_of_floats(name: str, dtype: torch.dtype, kernel_calls: KernelCall
 
 
 def test_products_and_quotients_of_extreme_numbers() -> None:
-    """Numbers are not joined to ones that float32 does not have."""
+    """Constants are not folded into numbers that overflow float32."""
 
     @pyfused.activation
     def mine(input: Tensor, *, large: float = 1.5e30, small: float = 1.5e-30) -> Tensor:
@@ -247,7 +247,7 @@ def of_everything(input: Tensor) -> Tensor:
 
 
 def test_operations() -> None:
-    """Defining it has compared its kernel with torch; its values are looked at again here."""
+    """Defining the formula compares its kernel with torch; this test compares the values again."""
     input = torch.randn(1000, dtype=torch.float64, requires_grad=True)
     got, expected = evaluate(of_everything, input), evaluate(of_everything.function, input)
     torch.testing.assert_close(got.value, expected.value, rtol=1e-9, atol=1e-9)
@@ -255,7 +255,7 @@ def test_operations() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_powers_are_torchs(dtype: torch.dtype) -> None:
+def test_powers_equal_torchs(dtype: torch.dtype) -> None:
     @pyfused.activation
     def power(a: Tensor, b: Tensor, *, exponent: float = 1.7, base: float = 2.5) -> Tensor:
         return torch.pow(a, b) + a**exponent + base**b
@@ -272,14 +272,17 @@ def test_powers_are_torchs(dtype: torch.dtype) -> None:
 
     got, expected = alone(a, b), torch.pow(a, b)
     torch.testing.assert_close(got, expected, equal_nan=True)
-    signs = (x.nan_to_num().signbit() for x in (got, expected))  # of -0.0, too
+    signs = (x.nan_to_num().signbit() for x in (got, expected))  # includes -0.0
     assert torch.equal(*signs)
 
     @pyfused.activation
     def root(a: Tensor, *, exponent: float = 0.7) -> Tensor:
         return a**exponent
 
-    for each in (values, values.abs().nan_to_num().clamp(0.1, 9)):  # the gradient is a quotient
+    for each in (
+        values,
+        values.abs().nan_to_num().clamp(0.1, 9),
+    ):  # the gradient divides by it
         a = each.clone().requires_grad_()
         for exponent in (0.7, -2.5, 5.0):
             got = evaluate(root, a, exponent=exponent)
@@ -290,7 +293,7 @@ def test_powers_are_torchs(dtype: torch.dtype) -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_bits_for_any_number_of_threads(
+def test_results_do_not_depend_on_the_number_of_threads(
     dtype: torch.dtype, reduction: str, threads: Callable[[int], None]
 ) -> None:
     operands = [x.to(dtype).requires_grad_() for x in operands_of("wing", 100_003)]
@@ -330,7 +333,7 @@ def test_four_operands() -> None:
 
 @pyfused.loss
 def of_many_terms(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Its gradients are read again by others, and take registers where they are not wanted."""
+    """A formula whose gradients other instructions read, so they need registers even if unused."""
     sin = torch.sin
     p = sin(a * 0.2) * sin(c * 0.3) * sin(c * 0.4) * sin(b * 0.5) * sin(c * 0.6) * sin(a * 0.7)
     q = (p + sin(a * 0.8) + sin(a * 0.9) + torch.tanh(a)) * sin(b * 1.1)
@@ -355,7 +358,7 @@ def test_every_subset_of_gradients(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_dtypes_are_torchs(dtype: torch.dtype) -> None:
+def test_dtypes_equal_torchs(dtype: torch.dtype) -> None:
     operands = [x.to(dtype) for x in operands_of("wing", 20)]
     assert wing(*operands).dtype == wing.function(*operands).mean().dtype
     assert wing(operands[0], operands[1].double()).dtype == torch.float64
@@ -381,7 +384,7 @@ def test_empty() -> None:
 
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the formulas that take a trace."""
+    """Collects the names of the formulas that are traced."""
     found: list[str] = []
     init = Traced.__init__
 
@@ -393,7 +396,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_parameters_take_no_new_trace(traces: list[str]) -> None:
+def test_parameters_need_no_new_trace(traces: list[str]) -> None:
     @pyfused.loss
     def mine(
         input: Tensor,
@@ -419,11 +422,11 @@ def test_parameters_take_no_new_trace(traces: list[str]) -> None:
     for named in ({"power": 2.0}, {"power": 2}, {"flag": True}, {"power": 2.0, "omega": 3.0}):
         got = mine(*operands, **named, reduction="none")
         torch.testing.assert_close(got, mine.function(*operands, **named))
-    assert len(traces) == 2  # squares have a program of their own, and so has the flag
+    assert len(traces) == 2  # one for squares, and one for the flag
 
 
-def test_what_python_does_with_tensors_and_parameters(traces: list[str]) -> None:
-    """A function runs as it is written: on tensors, without a gradient where it asks for none."""
+def test_python_code_with_tensors_and_parameters(traces: list[str]) -> None:
+    """The function runs as Python code on tensors, including no_grad blocks."""
 
     @pyfused.activation
     def mine(input: Tensor, *, k: float = 1.5) -> Tensor:
@@ -443,7 +446,7 @@ def test_what_python_does_with_tensors_and_parameters(traces: list[str]) -> None
 
 
 def test_a_parameter_that_chooses_the_result() -> None:
-    """The operations are the same."""
+    """All parameter values lead to the same operations."""
 
     @pyfused.activation
     def mine(input: Tensor, *, k: float = 2.0) -> Tensor:
@@ -463,7 +466,7 @@ def test_a_parameter_that_chooses_the_result() -> None:
         assert torch.equal(torch.autograd.grad(got.sum(), input)[0], torch.full((100,), slope))
 
 
-def test_gradients_that_a_parameter_changes_alone() -> None:
+def test_a_parameter_that_only_changes_gradients() -> None:
     """The operations of the value are the same."""
 
     @pyfused.activation
@@ -498,10 +501,10 @@ def test_gradients_that_a_parameter_changes_alone() -> None:
         torch.testing.assert_close(got.gradients, expected.gradients)
 
 
-@pytest.mark.cpu  # the interpreter warns of NaN where the check runs such a kernel
+@pytest.mark.cpu  # the interpreter warns of NaN in the check
 @pytest.mark.parametrize("patched", [False, True])
-def test_functions_of_pyfuseds_in_a_formula(patched: bool) -> None:
-    """They take torch's way there, as other formulas do."""
+def test_pyfused_functions_in_a_formula(patched: bool) -> None:
+    """They fall back to torch's operators, as do other formulas."""
     if patched:
         pyfused.patch()
     try:
@@ -547,7 +550,7 @@ USES: dict[str, Callable[[Tensor, float], Any]] = {
 def test_random_uses_of_parameters(
     uses: list[tuple[str, bool]], values: list[tuple[float, float]]
 ) -> None:
-    """The programs of other values, which the definition did not compare with the function."""
+    """Tries parameter values that the definition has not compared with the function."""
 
     @pyfused.activation(strict=False)
     def mine(input: Tensor, *, j: float = 0.7, k: float = 1.3) -> Tensor:
@@ -564,7 +567,7 @@ def test_random_uses_of_parameters(
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
-def test_a_trace_leaves_the_callers_state_alone() -> None:
+def test_tracing_does_not_change_the_callers_state() -> None:
     @pyfused.loss
     def mine(input: Tensor, target: Tensor, *, scale: float = 1.0, squared: bool = False) -> Tensor:
         d = scale * (input - target)
@@ -591,7 +594,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_definition_and_a_trace_in_each_mode(mode: str) -> None:
-    """The derivative of log1p is NaN at some of the points of the check."""
+    """The derivative of log1p is NaN at some points of the check."""
     with MODES[mode]():
 
         @pyfused.loss
@@ -613,7 +616,7 @@ def test_a_definition_and_a_trace_in_each_mode(mode: str) -> None:
         torch.testing.assert_close(got.gradients, expected.gradients)
 
 
-def test_a_parameter_of_an_operator_of_torchs() -> None:
+def test_a_parameter_of_an_operator_that_takes_no_tensor() -> None:
     @pyfused.activation
     def mine(input: Tensor, *, slope: float = 0.1) -> Tensor:
         return F.leaky_relu(input, slope)
@@ -621,7 +624,7 @@ def test_a_parameter_of_an_operator_of_torchs() -> None:
     input = torch.randn(100)
     for slope in (0.1, 0.2, 0.1):
         assert torch.equal(mine(input, slope=slope), F.leaky_relu(input, slope))
-    for k in range(40):  # each takes a trace, and there is an end to that
+    for k in range(40):  # each needs a trace, and their number is limited
         assert torch.equal(mine(input, slope=k / 64), F.leaky_relu(input, k / 64))
     assert "its parameters have needed 32 traces" in mine.explain(input, slope=0.99).reason
     assert mine.explain(input, slope=0.2).backend != "torch"
@@ -665,8 +668,8 @@ class Recording(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["softsign", "log_cosh_loss"])
-def test_modes_and_hooks_of_a_caller_do_not_see_a_trace(name: str) -> None:
-    """A GPU prints a formula in its first call, whatever that is in."""
+def test_modes_and_hooks_of_the_caller_do_not_see_tracing(name: str) -> None:
+    """On a GPU, the first call generates the kernel, under any mode."""
     expected = [(p.prologue, p.body, p.constants) for p in kernels()[name].programs]
 
     def fail(_: Any) -> None:
@@ -679,8 +682,8 @@ def test_modes_and_hooks_of_a_caller_do_not_see_a_trace(name: str) -> None:
     assert not recording.names
 
 
-def test_a_trace_imports_no_compiler() -> None:
-    """torch.autograd.grad would import sympy, which takes 0.4 s."""
+def test_tracing_does_not_import_the_compiler() -> None:
+    """torch.autograd.grad with grad_outputs would import sympy, which takes 0.4 s."""
     found = python("""
         import sys
         from pyfused.ops.elementwise import SOFTSIGN
@@ -693,8 +696,8 @@ def test_a_trace_imports_no_compiler() -> None:
     assert "sympy" not in found.stdout
 
 
-def test_no_tensor_of_parameters_is_filled() -> None:
-    """Kernels take them as numbers, which need no order of streams."""
+def test_parameters_are_not_copied_to_tensors() -> None:
+    """Kernels take numbers, which need no stream synchronisation."""
     program, values = wing.op.kernel((3.0, 0.7), 2, Outputs())
     operands = (torch.ones(40), torch.zeros(40))
     with Recording() as recorded:
@@ -704,16 +707,16 @@ def test_no_tensor_of_parameters_is_filled() -> None:
     assert "aten::fill_" not in recorded.names
 
 
-def test_a_program_keeps_each_of_its_kernels() -> None:
+def test_a_program_caches_its_kernels() -> None:
     program = compiled("", Expressions(), (), (), 0)
     kernels = [program.kernel(key, lambda _: object()) for key in range(1100)]
     assert all(program.kernel(key, object) is kernel for key, kernel in enumerate(kernels))
     assert program.kernel("new", lambda p: p.kernel("new", lambda _: "first") and "second") == (
-        "first"  # as where another thread makes one at the same time
+        "first"  # as if another thread made one at the same time
     )
 
 
-def test_parameters_that_have_no_kernel() -> None:
+def test_unsupported_parameters() -> None:
     @pyfused.activation
     def mine(input: Tensor, *, rounds: bool = False) -> Tensor:
         return input.round() if rounds else 2 * input
@@ -750,8 +753,8 @@ def test_eight_parameters(kernel_calls: KernelCalls) -> None:
     assert kernel_calls[mine.op.name] == 2 * 8
 
 
-def test_many_values_at_a_time(kernel_calls: KernelCalls) -> None:
-    """All sines are needed until the last sum, so that each has a register."""
+def test_many_live_registers(kernel_calls: KernelCalls) -> None:
+    """All sines are needed until the last sum, so that each needs a register."""
 
     @pyfused.activation
     def mine(input: Tensor) -> Tensor:
@@ -766,7 +769,7 @@ def test_many_values_at_a_time(kernel_calls: KernelCalls) -> None:
     assert kernel_calls[mine.op.name] == 1
 
 
-# ---- an explicit gradient ------------------------------------------------------------------------
+# ---- user gradients ------------------------------------------------------------------------------
 
 
 @pyfused.loss
@@ -783,7 +786,7 @@ def _slopes(input: Tensor, target: Tensor, *, scale: float = 1.0) -> tuple[Tenso
 
 @pyfused.activation
 def step(input: Tensor, other: Tensor, *, width: float = 1.0) -> Tensor:
-    """Its own derivative is 0; that of other is left at 0."""
+    """A step function with a user's gradient of 0; the gradient of other is None."""
     return torch.where(input > 0, 1.0, 0.0) * torch.ones_like(input) + 0 * other * width
 
 
@@ -794,7 +797,7 @@ def _through(input: Tensor, other: Tensor, *, width: float = 1.0) -> tuple[Tenso
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_a_gradient_that_is_given(scale: float, reduction: str, kernel_calls: KernelCalls) -> None:
+def test_a_user_gradient(scale: float, reduction: str, kernel_calls: KernelCalls) -> None:
     operands = [x.double().requires_grad_() for x in operands_of("wing", 200)]
     got = evaluate(called(log_cosh, scale=scale, reduction=reduction), *operands)
     slope = scale * (scale * (operands[0] - operands[1]).detach()).tanh()
@@ -803,8 +806,8 @@ def test_a_gradient_that_is_given(scale: float, reduction: str, kernel_calls: Ke
     assert kernel_calls[log_cosh.op.name] == 1 + (reduction == "none")
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
-def test_a_gradient_that_is_given_is_the_one_everywhere(kernel_calls: KernelCalls) -> None:
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # in torch
+def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None:
     x, other = torch.randn(50, dtype=torch.float64), torch.ones(50, dtype=torch.float64)
     expected = torch.where(x.abs() < 0.5, 1.0, 0.0).double()
     named = {"width": 0.5}
@@ -826,7 +829,7 @@ def test_a_gradient_that_is_given_is_the_one_everywhere(kernel_calls: KernelCall
 
 
 @pytest.mark.thresholds
-def test_operands_of_a_small_call_are_passed_by_name() -> None:
+def test_small_calls_with_operands_by_keyword() -> None:
     input, target = operands_of("wing", 8)
     expected = log_cosh(input, target, scale=2.0)
     assert torch.equal(log_cosh(input, target=target, scale=2.0), expected)
@@ -834,7 +837,7 @@ def test_operands_of_a_small_call_are_passed_by_name() -> None:
     assert torch.equal(by_name, log_cosh.function(input, target, scale=2.0))
 
 
-def test_a_gradient_of_other_parameters_or_results() -> None:
+def test_invalid_user_gradients() -> None:
     @pyfused.activation
     def mine(input: Tensor, *, k: float = 1.0) -> Tensor:
         return k * input
@@ -856,7 +859,7 @@ def test_a_gradient_of_other_parameters_or_results() -> None:
 
 
 def _rewritten(make: Callable[[Expressions, int], int]) -> tuple[Any, ...]:
-    """An expression of u as nested tuples."""
+    """Returns the rewritten expression of u as nested tuples."""
     e = Expressions()
 
     def tree(place: int) -> Any:
@@ -961,7 +964,7 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
 @given(st.floats(0.25, 4), st.floats(-30, 30), st.sampled_from(["value", "log", "where"]))
 @settings(max_examples=4 if interpreter.ON else settings().max_examples)
 def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
-    """In float64, where the difference counts, on both sides of the threshold and at it."""
+    """In float64, where the difference matters, around the threshold."""
 
     @pyfused.activation
     def mine(input: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -978,7 +981,7 @@ def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float,
         torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-12, atol=1e-13)
 
 
-# ---- where no kernel runs ------------------------------------------------------------------------
+# ---- fallbacks -----------------------------------------------------------------------------------
 
 
 def test_torch_func_and_higher_derivatives() -> None:
@@ -1034,7 +1037,7 @@ def test_fallback(kernel_calls: KernelCalls) -> None:
 
 @pytest.mark.cpu
 @pytest.mark.thresholds
-def test_small_tensors_are_torchs(kernel_calls: KernelCalls) -> None:
+def test_small_tensors_run_unfused(kernel_calls: KernelCalls) -> None:
     input, target = operands_of("wing", 20)
     assert torch.equal(wing(input, target), wing.function(input, target).mean())
     assert "faster at this size" in wing.explain(input, target).reason
@@ -1051,7 +1054,7 @@ def test_small_tensors_are_torchs(kernel_calls: KernelCalls) -> None:
 @pytest.mark.cpu
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_the_broadcast_size_decides(kernel_calls: KernelCalls) -> None:
+def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls) -> None:
     scalar, big = torch.tensor(0.5), torch.randn(1 << 15)
     column, row = torch.randn(1 << 8, 1), torch.randn(1 << 8)
     for count, operands in enumerate(((scalar, big), (big, scalar), (column, row)), 1):
@@ -1084,7 +1087,7 @@ def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
     assert "formulas.wing: torch: input is a Sub" in caplog.text
 
 
-# ---- as an object --------------------------------------------------------------------------------
+# ---- formulas as objects -------------------------------------------------------------------------
 
 
 def test_module_pickle_and_copy() -> None:
@@ -1181,7 +1184,7 @@ def _casts(input: Tensor) -> Tensor:
         (_casts, "float16"),
     ],
 )
-def test_what_cannot_be_traced(function: Callable[[Tensor], Tensor], words: str) -> None:
+def test_untraceable_functions(function: Callable[[Tensor], Tensor], words: str) -> None:
     with pytest.raises(UntraceableError) as error:
         pyfused.activation(function)
     message = str(error.value)
@@ -1217,15 +1220,15 @@ def test_wrong_definitions() -> None:
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(3), torch.tensor(2.0), torch.ones(2, 3)], ids=str)
-def test_a_tensor_that_is_no_operand(tensor: Tensor) -> None:
-    """It may have other values in later calls."""
+def test_a_captured_tensor(tensor: Tensor) -> None:
+    """Its values may change before later calls."""
     with pytest.raises(UntraceableError, match="mul: a tensor of its own; make it an operand"):
         pyfused.activation(lambda input: input * tensor)
     with pytest.raises(UntraceableError, match=r"a tensor of its own|elementwise formula"):
         pyfused.activation(lambda input: tensor)
 
 
-def test_the_check_of_a_definition_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def mine(input: Tensor) -> Tensor:
         return input.sigmoid() ** 2
 
@@ -1258,12 +1261,12 @@ def test_each_trace_is_checked(monkeypatch: pytest.MonkeyPatch, kernel_calls: Ke
 @pytest.mark.parametrize(
     "function",
     [
-        lambda input: torch.sign(torch.exp(-25 * input.abs())),  # 0 in kernels, 1e-310 in torch
+        lambda input: torch.sign(torch.exp(-25 * input.abs())),  # kernels flush 1e-310 to 0
         lambda input: torch.where(torch.tanh(input) > -1, input, 2 * input),
         lambda input: torch.tanh(10 * input) * 1e15,
     ],
 )
-def test_the_check_of_a_definition_allows_for_roundings(function: Any) -> None:
+def test_the_check_tolerates_rounding(function: Any) -> None:
     assert pyfused.activation(function).explain(torch.ones(5)).backend != "torch"
 
 
@@ -1322,7 +1325,7 @@ HEADS = {
 @given(random_formulas(), st.sampled_from([*MODES]))
 @settings(max_examples=20 if interpreter.ON else max(200, settings().max_examples))
 def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]], mode: str) -> None:
-    """A definition compares the CPU's kernel with torch in float64."""
+    """Defining a formula compares the CPU's kernel with torch in float64."""
     operands, steps = drawn
     with MODES[mode]():
         formula = pyfused.activation(HEADS[operands](steps))
@@ -1335,7 +1338,7 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]], mode: st
         return launch((*x, None, None))[1]
 
     of_all = gradients((True,) * operands)
-    for wanted in product([False, True], repeat=operands):  # the same instructions, or fewer
+    for wanted in product([False, True], repeat=operands):  # a subset of the instructions
         for one, other, is_wanted in zip(gradients(wanted), of_all, wanted, strict=True):
             assert (one is None) != is_wanted
             assert one is None or torch.equal(one.nan_to_num(), other.nan_to_num())

@@ -1,7 +1,8 @@
-"""Random calls of every operator, with any of its arguments, against torch in float64.
+"""Random calls of every operator, with any of its arguments, compared with torch in float64.
 
-The other files try what somebody thought of. Here hypothesis draws options, shapes, strides, dtypes
-and values together; `HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py` draws 5000 calls of each.
+Hypothesis draws options, shapes, strides, dtypes and values together, which finds combinations that
+other tests do not have. `HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py` draws 5000 calls of
+each operator.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pyfused.adopt.explain import explain
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 
-SIZES = [10, 300] if interpreter.ON else [10, 3000]  # elements at most
+SIZES = [10, 300] if interpreter.ON else [10, 3000]  # the maximum number of elements
 SEEDS = st.integers(0, 2**32)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a target size:UserWarning"),
@@ -37,7 +38,7 @@ every_operator = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS
 
 @every_operator
 def test_call(op: Operator) -> None:
-    """All but the size comes from one seed: hypothesis repeats what it draws, in five of six."""
+    """The call depends on one seed and the size, because hypothesis often repeats other draws."""
 
     @settings(max_examples=settings().max_examples * (5 if op is CROSS_ENTROPY else 1))
     @given(SEEDS, st.sampled_from(SIZES))
@@ -50,8 +51,8 @@ def test_call(op: Operator) -> None:
 
 
 @every_operator
-def test_argument_changed_in_place(op: Operator) -> None:
-    """After the forward pass: backward raises, or the gradients are those of the old values."""
+def test_modifying_an_argument_before_backward(op: Operator) -> None:
+    """Backward raises, or computes the gradients of the old values."""
 
     @settings(max_examples=settings().max_examples // 4)
     @given(SEEDS, st.sampled_from(SIZES), st.booleans())
@@ -80,7 +81,7 @@ def test_argument_changed_in_place(op: Operator) -> None:
 
 
 def backward(call: Call, again: bool) -> Callable[[], Sequence[Tensor]]:
-    """Returns the backward pass, or the second one, which may round otherwise than the first."""
+    """Runs the backward pass, or a second one, which may round differently."""
     _, gradients = forward(call, ours)
     if again:
         gradients()
@@ -90,14 +91,15 @@ def backward(call: Call, again: bool) -> Callable[[], Sequence[Tensor]]:
 @pytest.mark.cpu
 @pytest.mark.parametrize("op", WITHOUT_PRODUCTS.values(), ids=WITHOUT_PRODUCTS)
 def test_threads(op: Operator, threads: Callable[[int], None]) -> None:
-    """Several threads give the bits of one, but for torch's operators and its sums of the gradients
-    of what was broadcast, which round as they may.
+    """Results do not depend on the number of threads.
+
+    Excludes torch's operators, and sums of gradients of broadcast operands.
     """
 
     @settings(max_examples=settings().max_examples // 8)
     @given(SEEDS, st.sampled_from([2, 3, 5]))
     def check(seed: int, number: int) -> None:
-        call = random_call(op, seed, 150_000)  # a thread for each 32,768
+        call = random_call(op, seed, 150_000)  # one thread per 32,768 elements
         note(str(call))
         try:
             threads(1)
@@ -119,7 +121,7 @@ def test_threads(op: Operator, threads: Callable[[int], None]) -> None:
 def takes_kernel(call: Call) -> bool:
     given = {name: value for name, value in call.given.items() if name != "with_metrics"}
     if given.get("inplace"):
-        given["input"] = given["input"] * 1  # no leaf
+        given["input"] = given["input"] * 1  # not a leaf
     return explain(call.op.name, **given).backend != "torch"
 
 
@@ -130,7 +132,7 @@ def assert_identical(got: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.cpu
 @pytest.mark.slow
 def test_threads_with_small_stacks() -> None:
-    """A call that needs more than torch's would end the process, which says what it tried last."""
+    """A stack overflow would end the process, which prints its last call."""
     done = python(
         f"""
         import sys

@@ -1,4 +1,4 @@
-"""Gated activations: values, gradients, what is saved, and the MLPs of transformers."""
+"""Gated activations: values, gradients, saved tensors, and the MLPs of transformers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def in_torch(op: Gated, gate: Tensor, up: Tensor, **options: Any) -> Tensor:
 
 
 @grid(case=cases(), dtype=[torch.float32, torch.bfloat16])
-def test_the_error_is_at_most_torchs(
-    case: tuple[Gated, dict[str, Any]], dtype: torch.dtype
-) -> None:
+def test_as_accurate_as_torch(case: tuple[Gated, dict[str, Any]], dtype: torch.dtype) -> None:
     op, options = case
     gate, up = ((3 * torch.randn(4000)).to(dtype).requires_grad_() for _ in range(2))
     ours = evaluate(getattr(functional, op.name), gate, up, **options)
@@ -53,7 +51,7 @@ def test_the_error_is_at_most_torchs(
 
 
 @grid(op=GATED)
-def test_special_values_are_torchs(op: Gated) -> None:
+def test_special_values_equal_torchs(op: Gated) -> None:
     special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -2.0, 200.0, -200.0]).double()
     gate, up = special.repeat(9), special.repeat_interleave(9)
     leaves = [gate.requires_grad_(), up.requires_grad_()]
@@ -64,7 +62,7 @@ def test_special_values_are_torchs(op: Gated) -> None:
 
 
 @grid(op=GATED)
-def test_nothing_but_the_inputs_is_saved(op: Gated) -> None:
+def test_only_inputs_are_saved(op: Gated) -> None:
     gate, up = (torch.randn(50, requires_grad=True) for _ in range(2))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -78,7 +76,7 @@ def test_nothing_but_the_inputs_is_saved(op: Gated) -> None:
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
 @pytest.mark.parametrize("of_rows", [False, True])
 def test_halves_along_each_dimension(dim: int, of_rows: bool, kernel_calls: KernelCalls) -> None:
-    """Of one column each, too, and beside a gradient that is broadcast."""
+    """Includes halves with one column, and a broadcast grad_output."""
     shape = [4, 6, 8] if not of_rows else [2, 2, 2]
     x = torch.randn(shape, requires_grad=True)
     assert_matches_torch(functional.glu, torch.nn.functional.glu, x, dim=dim)
@@ -104,16 +102,14 @@ def test_slopes_of_channels(shape: tuple[int, ...], each: bool, kernel_calls: Ke
         ((4,), 1, IndexError, "dim: expected -1 to 0"),
     ],
 )
-def test_halves_that_there_are_not(
-    shape: tuple[int, ...], dim: int, error: type[Exception], words: str
-) -> None:
+def test_odd_sizes(shape: tuple[int, ...], dim: int, error: type[Exception], words: str) -> None:
     with pytest.raises(error):
         torch.nn.functional.glu(torch.ones(shape), dim)
     with pytest.raises(error, match=words):
         functional.glu(torch.ones(shape), dim)
 
 
-def test_slopes_that_do_not_fit() -> None:
+def test_slopes_of_wrong_shape() -> None:
     with pytest.raises(RuntimeError, match=r"weight: expected one number, or one for each of 5 ch"):
         functional.prelu(torch.ones(2, 5), torch.ones(3))
 

@@ -1,4 +1,4 @@
-"""`make gpu-check` and its benchmarks, as far as they go without a GPU."""
+"""Tests `make gpu-check` and its benchmarks without a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cases import BF16, Case  # noqa: E402
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-def test_it_says_in_one_line_what_is_missing(
+def test_missing_requirements_are_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -38,7 +38,7 @@ def test_it_says_in_one_line_what_is_missing(
 
 
 @no_gpu
-def test_make_passes_its_words_on(tmp_path: Path) -> None:
+def test_make_passes_its_arguments(tmp_path: Path) -> None:
     made = subprocess.run(
         ["make", "gpu-check", f"OUT={tmp_path}", f"PYTHON={sys.executable}"],
         cwd=ROOT,
@@ -63,7 +63,7 @@ def test_steps_name_files_that_exist(tmp_path: Path) -> None:
                 assert Path(word.partition("::")[0]).exists()
 
 
-def test_some_steps_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_selected_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "without_gpu", lambda: None)
     monkeypatch.setattr(run, "environment", lambda _: {})
     monkeypatch.setattr(run, "run_step", lambda *_: "passed")
@@ -75,7 +75,7 @@ def test_some_steps_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert done == ["- build: passed", "- heads: passed"]
 
 
-def test_a_failing_and_an_endless_step_are_told_of(tmp_path: Path) -> None:
+def test_failing_and_endless_steps_are_reported(tmp_path: Path) -> None:
     fail = run.Step("fail", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
     sleep = run.Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 0.1)
     assert run.run_step(fail, tmp_path, 60, {}).startswith("failed (3)")
@@ -94,7 +94,7 @@ def test_the_tests_for_a_gpu_are_skipped_without_one() -> None:
 
 @pytest.fixture
 def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the benchmarks find on a CPU, in the form that they have on a GPU."""
+    """Runs the benchmarks on the CPU; their results have the same form as on a GPU."""
     monkeypatch.setattr(gpu, "ROUNDS", 3)
     monkeypatch.setattr(gpu, "CALLS", 2)
     monkeypatch.setattr(gpu, "SMALL", 1000)
@@ -110,7 +110,7 @@ def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_a_rehearsal_has_a_row_for_each_case_and_mode(rehearsed: Path) -> None:
+def test_results_have_a_row_for_each_case_and_mode(rehearsed: Path) -> None:
     found = json.loads(rehearsed.read_text())
     assert found["left_out"] == []
     rows = report.rows_of(found)
@@ -124,7 +124,7 @@ def test_a_rehearsal_has_a_row_for_each_case_and_mode(rehearsed: Path) -> None:
     assert all(("copy" in row.peers) == (row.elements >= 1000) for row in rows)
 
 
-def test_a_case_that_fails_is_left_out_and_named(
+def test_a_failing_case_is_omitted_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -141,7 +141,7 @@ def test_a_case_that_fails_is_left_out_and_named(
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["", "without matplotlib"])
-def test_the_report_is_that_of_cpus(
+def test_the_report_has_the_form_of_a_cpu_report(
     drawn: bool, rehearsed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not drawn:
@@ -177,11 +177,11 @@ def test_targets_count_the_cases_that_reach_them(rehearsed: Path) -> None:
     ]
 
 
-# ---- what users run ------------------------------------------------------------------------------
+# ---- typical use ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sizes", "heads", "training"])
-def test_what_users_run_is_rehearsed(
+def test_benchmarks_of_typical_use(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_use, "SIZES", (256, 4096))
@@ -198,7 +198,7 @@ def test_what_users_run_is_rehearsed(
     assert not any("Error" in cell for row in found for cell in row)
 
 
-def test_a_measurement_that_fails_and_one_too_late_have_a_row(tmp_path: Path) -> None:
+def test_failing_and_late_measurements_have_a_row(tmp_path: Path) -> None:
     options = Namespace(trial=True, seconds=60, file=tmp_path / "table.md")
     table = gpu.Table(options, "Words.", ["case", "time", "ratio"], names=1)
     table.add("one", lambda: [][0])
@@ -213,13 +213,13 @@ def test_a_measurement_that_fails_and_one_too_late_have_a_row(tmp_path: Path) ->
 
 
 class FakeClock:
-    """Tells how long a call takes by the choice that it launches: 1 ms, less with 64 threads."""
+    """Returns a time that depends on the launch choice: 1 ms, less with 64 threads."""
 
     def __init__(self) -> None:
         self.chosen: list[Any] = []
 
     def call(self, *_: Any) -> tuple[torch.Tensor, ...]:
-        """An operator, whose result is wrong with half the rows."""
+        """An operator whose result is wrong with half the rows."""
         choose = sys.modules["pyfused.backends.triton"].choose
         self.chosen.append(choose(2, 1000, 4096))
         if self.chosen[-1].threads > 64:
@@ -267,7 +267,7 @@ def test_neighbours_of_a_choice_are_timed_and_checked(
 
 
 def interpreted(command: str, file: Path) -> list[str]:
-    """Returns the lines of a table that the interpreter has filled on this machine."""
+    """Returns the lines of a table that was measured in the interpreter."""
     pytest.importorskip("triton")
     subprocess.run(
         [sys.executable, ROOT / "benchmarks/run.py", command, file, "--trial"],
@@ -278,13 +278,13 @@ def interpreted(command: str, file: Path) -> list[str]:
     return file.read_text().splitlines()
 
 
-def test_launch_choices_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
+def test_launch_choices_in_the_interpreter(tmp_path: Path) -> None:
     rows = interpreted("gpu-launch", tmp_path / "launch.md")[-2:]
     assert [row.split(" (")[0] for row in rows] == ["| cross_entropy", "| mse_loss"]
     assert "Error" not in "".join(rows)
 
 
-def test_variants_are_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
+def test_variants_in_the_interpreter(tmp_path: Path) -> None:
     rows = interpreted("gpu-variants", tmp_path / "variants.md")[4:]
     assert len(rows) == 5 + 7 + 9 + 5
     assert "Error" not in "".join(rows)

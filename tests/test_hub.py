@@ -1,4 +1,4 @@
-"""The folder that `make hub` writes: it loads under any name, beside pyfused, and as a kernel."""
+"""Tests the output of `make hub`: it works under any name, next to pyfused, and as a kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str, folder: Path, **environment: str) -> str:
-    """Returns what Python prints in a folder, where no kernels/ hides the package of that name."""
+    """Runs Python in a folder without kernels/, which would hide the package of that name."""
     given = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, "-W", "ignore", *arguments]
     result = subprocess.run(
@@ -49,7 +49,7 @@ print(another.explain("cross_entropy", torch.randn(8, 50), torch.arange(8)).back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_it_is_imported_under_another_name_beside_pyfused(backend: str, hub: Path) -> None:
+def test_import_under_another_name_next_to_pyfused(backend: str, hub: Path) -> None:
     pytest.importorskip("triton")
     out = run("-c", IMPORTED, folder=hub / "build/torch-cpu", **BACKENDS[backend])
     assert out == f"True another.functional\n{backend}\n"
@@ -57,7 +57,7 @@ def test_it_is_imported_under_another_name_beside_pyfused(backend: str, hub: Pat
 
 @pytest.mark.integrations
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_its_tests_and_its_example_pass_with_the_kernels_package(backend: str, hub: Path) -> None:
+def test_its_tests_and_example_pass_with_the_kernels_package(backend: str, hub: Path) -> None:
     out = run("-m", "pytest", "-q", "-p", "no:randomly", folder=hub, **BACKENDS[backend])
     assert "passed" in out
     assert f"{backend}" in run("example.py", folder=hub, **BACKENDS[backend])
@@ -73,7 +73,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 use_kernel_forward_from_hub("SwiGLUMLP")(LlamaMLP)
-use_kernel_forward_from_hub("SiLU")(SiLUActivation)  # transformers does so beside its own kernels
+use_kernel_forward_from_hub("SiLU")(SiLUActivation)  # transformers does the same for its kernels
 layers = {"SwiGLUMLP": "SwiGLUMLP", "SiLU": "SiLU"}
 register_kernel_mapping({
     name: {"cpu": LocalLayerRepository(repo_path=Path.cwd(), layer_name=layer)}

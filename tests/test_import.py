@@ -1,4 +1,4 @@
-"""Importing pyfused defines functions and classes, and has no other effect."""
+"""Importing pyfused defines functions and classes, and has no side effects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def observe(event, arguments):
         opened.append(str(arguments[0]))
     elif event.startswith(CHANGES):
         changed.append(f"{event} {arguments}")
-    elif event in ("exec", "compile"):  # and not the import system or a decorator of Python's
+    elif event in ("exec", "compile"):  # excludes the import system and decorators of Python
         caller = sys._getframe(1)
         if caller.f_globals["__name__"].startswith("pyfused"):
             executed.append(f"{event} in {caller.f_globals['__name__']}")
@@ -65,7 +65,7 @@ json.dump({"opened": opened, "executed": executed, "changed": changed}, sys.stdo
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A home with the sizes of another day, for ``mse_loss`` alone."""
+    """Creates a home with measured sizes of another day, for ``mse_loss`` alone."""
     file = tmp_path / ".cache/pyfused/sizes.json"
     file.parent.mkdir(parents=True)
     kept = {"machine": sizes.MACHINE, "limits": {"mse_loss": [1, 1]}}
@@ -79,14 +79,14 @@ def observed(code: str, home: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def test_importing_reads_no_file_of_the_user_and_changes_nothing(home: Path) -> None:
+def test_importing_reads_no_user_files_and_has_no_side_effects(home: Path) -> None:
     found = observed(IMPORT, home)
-    assert any("pyfused" in path for path in found["opened"])  # its own
+    assert any("pyfused" in path for path in found["opened"])  # pyfused's files
     assert not [path for path in found["opened"] if path.startswith(str(home))]
     assert found["changed"] == []
 
 
-def test_importing_executes_no_text(home: Path) -> None:
+def test_importing_does_not_call_exec(home: Path) -> None:
     assert observed(IMPORT, home)["executed"] == []
 
 
@@ -146,6 +146,6 @@ json.dump([bool(count) for count in counts] + [", compiled)" in str(report)], sy
         ("F.rmse_loss(x.repeat(64, 1), x.detach().repeat(64, 1) + 1)", 1000),
     ],
 )
-def test_operators_are_registered_when_a_compiler_asks(call: str, width: int, home: Path) -> None:
+def test_operators_are_registered_when_first_compiled(call: str, width: int, home: Path) -> None:
     code = OPERATORS.replace("CALL", call).replace("WIDTH", str(width))
     assert observed(code, home) == [False, True, True]

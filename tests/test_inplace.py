@@ -1,4 +1,4 @@
-"""cross_entropy(inplace=True): the gradient takes the logits' memory, or the call is refused."""
+"""cross_entropy(inplace=True) overwrites the logits with their gradient, or raises."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def logits_of(leaf: Tensor) -> Tensor:
-    """Logits in memory of their own, that a node made."""
+    """Returns logits that are a result of a graph, in new memory."""
     return leaf * 1
 
 
 def backward(
     leaf: Tensor, target: Tensor, *, inplace: bool, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits, and their gradient on its way to the node that made them, and at the leaf."""
+    """Returns the logits, and the gradients at the node that computed them and at the leaf."""
     logits = logits_of(leaf)
     seen: list[Tensor] = []
     logits.register_hook(seen.append)
@@ -55,7 +55,7 @@ def target_for(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
     target_kind=["index", "index", "probabilities", "probabilities"],
     isa=ISAS,
 )
-def test_the_gradient_takes_the_logits_memory(
+def test_the_gradient_overwrites_the_logits(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     smoothing: float,
@@ -74,7 +74,7 @@ def test_the_gradient_takes_the_logits_memory(
 
 @pytest.mark.parametrize("shape", [(20, 10), (4, 300), (2, 5, 6)], ids=str)
 def test_both_gradients(shape: tuple[int, ...]) -> None:
-    """The target's is computed from the logits, before the logits' own overwrites them."""
+    """The target's gradient is computed before the logits are overwritten."""
     leaf = torch.randn(shape, requires_grad=True)
     target = torch.randn(shape).softmax(1).requires_grad_()
     weight = torch.rand(shape[1])
@@ -89,7 +89,7 @@ def test_both_gradients(shape: tuple[int, ...]) -> None:
 @pytest.mark.interpreted
 @grid(dtype=FLOATS, reduction=["none", "mean", "sum"], isa=ISAS)
 def test_logits_with_gaps_between_them(dtype: torch.dtype, reduction: str, isa: str) -> None:
-    """What lies there belongs to others, whatever the loss is multiplied by."""
+    """The gaps belong to other tensors, and are not modified by any scaling of the loss."""
     target = torch.randint(20, (70,))
     leaf = torch.randn(70, 33).to(dtype).requires_grad_()
     found = []
@@ -105,7 +105,7 @@ def test_logits_with_gaps_between_them(dtype: torch.dtype, reduction: str, isa: 
 
 
 @pytest.mark.parametrize("shape", [(20, 10), (4, 300)], ids=str)
-def test_infinite_weights_look_at_the_logits_twice(shape: tuple[int, ...]) -> None:
+def test_infinite_weights_read_the_logits_twice(shape: tuple[int, ...]) -> None:
     leaf = torch.randn(shape, requires_grad=True)
     target = torch.randint(shape[1], shape[:1])
     weight = torch.ones(shape[1])
@@ -116,7 +116,7 @@ def test_infinite_weights_look_at_the_logits_twice(shape: tuple[int, ...]) -> No
     torch.testing.assert_close(got, expected, equal_nan=True, rtol=0, atol=0)
 
 
-def test_a_slice_is_overwritten_where_it_lies() -> None:
+def test_a_slice_is_overwritten_in_place() -> None:
     leaf = torch.randn(6, 40, requires_grad=True)
     whole = logits_of(leaf)
     before = whole.detach().clone()
@@ -126,7 +126,7 @@ def test_a_slice_is_overwritten_where_it_lies() -> None:
     assert torch.equal(whole[:, 8:24], leaf.grad[:, 8:24])
 
 
-def test_without_a_gradient_nothing_is_overwritten() -> None:
+def test_without_gradients_nothing_is_overwritten() -> None:
     logits = torch.randn(6, 300)
     before, version = logits.clone(), logits._version
     cross_entropy(logits, torch.randint(300, (6,)), inplace=True)
@@ -137,7 +137,7 @@ def test_without_a_gradient_nothing_is_overwritten() -> None:
 
 
 @pytest.mark.cpu
-def test_a_wrong_target_overwrites_nothing() -> None:
+def test_an_invalid_target_overwrites_nothing() -> None:
     logits = logits_of(torch.randn(6, 300, requires_grad=True))
     before = logits.detach().clone()
     with pytest.raises(IndexError, match="target"):
@@ -159,7 +159,7 @@ def overlapping(leaf: Tensor) -> Tensor:
     ],
     ids=["leaf", "view of a leaf", "expanded", "overlapping"],
 )
-def test_what_must_not_be_overwritten(make: Any, what: str) -> None:
+def test_logits_that_must_not_be_overwritten(make: Any, what: str) -> None:
     leaf = torch.randn(6, 10, requires_grad=True)
     before = leaf.detach().clone()
     input = make(leaf)
@@ -169,8 +169,8 @@ def test_what_must_not_be_overwritten(make: Any, what: str) -> None:
 
 
 @pytest.mark.thresholds
-def test_refused_at_every_size() -> None:
-    """Not only where a kernel runs: a program that is wrong should not wait for large inputs."""
+def test_errors_are_raised_at_every_size() -> None:
+    """Also below the size limit of kernels, so that wrong programs fail early."""
     leaf = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="inplace"):
         cross_entropy(leaf, torch.tensor([0, 1]), inplace=True)
@@ -181,7 +181,7 @@ def test_refused_at_every_size() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autograd_notices_who_else_needs_the_logits(reduction: str) -> None:
+def test_autograd_detects_overwritten_saved_logits(reduction: str) -> None:
     leaf = torch.randn(6, 10, requires_grad=True)
     target = torch.randint(10, (6,))
     loss = cross_entropy(leaf.exp(), target, reduction=reduction, inplace=True)
@@ -197,7 +197,7 @@ def test_autograd_notices_who_else_needs_the_logits(reduction: str) -> None:
 @pytest.mark.parametrize(
     ("reduction", "dtype"), [("none", torch.float32), ("mean", torch.float16)], ids=str
 )
-def test_autograd_notices_who_saves_logits_that_a_backward_will_overwrite(
+def test_autograd_detects_logits_saved_before_backward_overwrites_them(
     reduction: str, dtype: torch.dtype
 ) -> None:
     leaf = torch.randn(6, 10, dtype=dtype, requires_grad=True)
@@ -216,7 +216,7 @@ def test_a_second_backward_pass(reduction: str, kernel_calls: KernelCalls) -> No
     target = torch.randint(10, (6,))
     loss = cross_entropy(logits_of(leaf), target, reduction=reduction, inplace=True).sum()
     (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-    if reduction == "none":  # whose logits the first pass has overwritten
+    if reduction == "none":  # the first pass has overwritten the logits
         with pytest.raises(RuntimeError, match=r"inplace: expected False.*second backward pass"):
             loss.backward()
     else:
@@ -224,7 +224,7 @@ def test_a_second_backward_pass(reduction: str, kernel_calls: KernelCalls) -> No
     assert kernel_calls["cross_entropy"] > 0
 
 
-def test_no_second_derivative() -> None:
+def test_second_derivatives_raise() -> None:
     leaf = torch.randn(6, 10, requires_grad=True)
     loss = cross_entropy(logits_of(leaf), torch.randint(10, (6,)), inplace=True)
     with pytest.raises(RuntimeError, match="inplace: expected False for create_graph=True"):

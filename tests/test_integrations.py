@@ -1,7 +1,7 @@
-"""transformers, Lightning and skorch: the same losses as without pyfused, step by step.
+"""transformers, Lightning and skorch give the same losses with and without pyfused.
 
-TRL and Liger: the same results as the functions that the page on language models names for theirs.
-`make test-integrations` runs these; nothing is downloaded.
+TRL and Liger give the results of the functions that replace theirs in the page on language models.
+`make test-integrations` runs these tests, which download nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pyfused import functional as fused
 
 pytestmark = [
     pytest.mark.integrations,
-    pytest.mark.filterwarnings("ignore"),  # theirs, of each other
+    pytest.mark.filterwarnings("ignore"),  # raised by these libraries
 ]
 as_users_run_it = pytest.mark.thresholds
 STEPS = 12
@@ -98,7 +98,7 @@ def test_the_example_runs(
     assert "largest difference between the loss curves" in capsys.readouterr().out
 
 
-# ---- the head and the loss in one ----------------------------------------------------------------
+# ---- language models with a fused head -----------------------------------------------------------
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -136,7 +136,7 @@ def language_model(kind: str, **more: Any) -> Any:
 
 def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, 300, (8, 40), generator=generator)  # too many for ATen
+    tokens = torch.randint(1, 300, (8, 40), generator=generator)  # above the size limit
     labels = tokens.clone()
     labels[:, ::4] = -100
     return {"input_ids": tokens, "labels": labels}
@@ -165,7 +165,7 @@ def test_language_models(kind: str, items: Any, kernel_calls: KernelCalls) -> No
 
 
 @as_users_run_it
-def test_language_models_where_logits_are_asked_for() -> None:
+def test_language_models_that_return_logits() -> None:
     model = language_model("Llama")
     assert "." in pyfused.plan_conversion(model).swapped
     pyfused.convert(model)
@@ -232,13 +232,13 @@ def offloaded(model: Any, how: str, folder: Path) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
-    """accelerate gives the head another forward, and leaves its weight on meta."""
+    """accelerate replaces the head's forward, and moves its weight to meta."""
     expected, model = language_model("Llama"), language_model("Llama")
     offloaded(expected, how, tmp_path / "expected")
     if when == "before":
         offloaded(model, how, tmp_path / "model")
         left = pyfused.plan_conversion(model).left
-        assert left[0].reason == "its forward was replaced"  # its own, too
+        assert left[0].reason == "its forward was replaced"  # applies to the unconverted head, too
         pyfused.convert(model)
     else:
         pyfused.convert(model)
@@ -264,7 +264,7 @@ def test_a_converted_language_model_is_freed_at_once() -> None:
 
 
 @as_users_run_it
-def test_a_loss_function_of_the_users_own() -> None:
+def test_a_custom_loss_function() -> None:
     model = pyfused.convert(language_model("Llama"))
     model.loss_function = functools.partial(model.loss_function, ignore_index=-100)
     assert model(**batch()).logits is not None
@@ -279,7 +279,7 @@ def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) 
 
 
 @as_users_run_it
-def test_other_models_are_left_with_the_reason() -> None:
+def test_unsupported_models_are_reported_with_a_reason() -> None:
     import transformers
 
     config = transformers.BertConfig(**{**SIZES, "intermediate_size": 64})
@@ -296,8 +296,8 @@ def test_other_models_are_left_with_the_reason() -> None:
     )
 
 
-def test_what_is_found_by_trying_is_what_differs() -> None:
-    """A forward that does more with its logits keeps them, and one that raises is left alone."""
+def test_models_are_compared_before_they_are_converted() -> None:
+    """A forward with other uses of its logits keeps them, and one that raises is not converted."""
     kind = type(language_model("Llama"))
 
     def of(forward: Callable[..., Any]) -> str:
@@ -332,7 +332,7 @@ def test_what_is_found_by_trying_is_what_differs() -> None:
 
 
 @as_users_run_it
-def test_trying_a_model_changes_nothing_of_it() -> None:
+def test_comparing_a_model_does_not_change_it() -> None:
     model = language_model("Mixtral")
     model(**batch()).loss.backward()
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -348,7 +348,7 @@ def test_trying_a_model_changes_nothing_of_it() -> None:
 
 
 class OwnModel(torch.nn.Module):
-    """A language model of no library, with its own names."""
+    """A user's language model, with its own attribute names."""
 
     def __init__(self, weight_of_logits: float = 0.0) -> None:
         super().__init__()
@@ -370,9 +370,7 @@ class OwnModel(torch.nn.Module):
 
 @as_users_run_it
 @pytest.mark.parametrize("weight_of_logits", [0.0, 0.1])
-def test_a_head_that_the_user_vouches_for(
-    weight_of_logits: float, kernel_calls: KernelCalls
-) -> None:
+def test_a_head_named_by_the_user(weight_of_logits: float, kernel_calls: KernelCalls) -> None:
     model, tokens = OwnModel(weight_of_logits), batch()["input_ids"]
     expected = model(tokens, tokens)[1]
     gradients = torch.autograd.grad(expected, list(model.parameters()))
@@ -399,7 +397,7 @@ def test_a_head_that_the_user_vouches_for(
 
 
 def test_every_causal_language_model_of_the_list() -> None:
-    """The page's list of what is converted is what convert() does, with equal gradients."""
+    """The page's list of supported models is correct, and gradients are equal."""
     page = (Path(__file__).parents[1] / "docs" / "causal-language-models.md").read_text()
     listed = {
         name: reason.strip()
@@ -411,8 +409,8 @@ def test_every_causal_language_model_of_the_list() -> None:
 
 
 @as_users_run_it
-def test_gradient_accumulation_with_the_head_and_the_loss_in_one() -> None:
-    """Trainer hands over the number of targets of all micro-batches."""
+def test_gradient_accumulation_with_a_fused_head() -> None:
+    """Trainer passes the number of targets of all micro-batches."""
     train = example("with_transformers").train
     expected = train("Llama", STEPS, accumulate=4)
     losses = train("Llama", STEPS, accumulate=4, convert=True)
@@ -424,7 +422,7 @@ def test_gradient_accumulation_with_the_head_and_the_loss_in_one() -> None:
 
 
 def assert_same(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
-    """Values and gradients of sums of some ten float32 numbers differ in their order."""
+    """Compares values and gradients; sums of about ten float32 numbers may be in another order."""
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     grad_output = torch.randn_like(theirs)
     torch.testing.assert_close(
@@ -451,7 +449,7 @@ def test_trl(kernel_calls: KernelCalls) -> None:
 
 
 def test_liger() -> None:
-    """Triton's interpreter runs Liger's kernels, where the environment says so from the start."""
+    """Runs Liger's kernels in Triton's interpreter, if it is enabled at start."""
     pytest.importorskip("liger_kernel")
     environment = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "cpu"}
     done = python("import test_integrations; test_integrations.liger()", **environment)

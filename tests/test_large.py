@@ -1,8 +1,7 @@
-"""Outputs that leave the cache, and more elements than a 32-bit index or offset can count.
+"""Outputs larger than the cache, and tensors with more elements than 32-bit indices can address.
 
-Most of what has 2**31 elements costs little: memory that was never written takes none
-(`numpy.zeros` maps pages that the first write makes real), and an expanded tensor has more elements
-than memory.
+Most tests of 2**31 elements need little memory: pages that were never written take none
+(`numpy.zeros` maps them lazily), and an expanded tensor has more elements than memory.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ WRAP = 2**31
 
 
 def available_gib() -> float:
-    """Memory that can be had without swapping, caches included; 0 where that is unknown."""
+    """Returns the available memory, including caches, without swapping; 0 if it is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -41,7 +40,7 @@ def needs_gib(amount: float) -> pytest.MarkDecorator:
 
 
 def unwritten(elements: int) -> Tensor:
-    """bfloat16 zeros that take address space but, until written to, no memory."""
+    """Returns bfloat16 zeros that take address space, but no memory until they are written."""
     try:
         memory = np.zeros(elements, dtype=np.int16)
     except MemoryError:
@@ -50,7 +49,7 @@ def unwritten(elements: int) -> Tensor:
 
 
 def far_apart(values: Tensor) -> Tensor:
-    """The rows of `values`, the last of them more than 2**31 elements after the first."""
+    """Returns the rows of `values`, with the last row more than 2**31 elements after the first."""
     rows, length = values.shape
     step = WRAP // (rows - 1) + 40
     memory = unwritten((rows - 1) * step + length)
@@ -63,12 +62,12 @@ def columns_far_apart(values: Tensor) -> Tensor:
     return far_apart(values.T.contiguous()).T
 
 
-BEYOND_CACHE = 17 * 2**20  # bytes: from 16 MiB on, kernels store past the cache
+BEYOND_CACHE = 17 * 2**20  # bytes; kernels use non-temporal stores from 16 MiB on
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_outputs_that_leave_the_cache(dtype: torch.dtype, isa: str) -> None:
-    """Rows of an odd length, so that no two start alike within a cache line."""
+def test_outputs_larger_than_the_cache(dtype: torch.dtype, isa: str) -> None:
+    """Rows have an odd length, so that they start at different offsets in a cache line."""
     rows, length = 129, BEYOND_CACHE // dtype.itemsize // 129 | 1
     x, y = torch.randn(2, rows, length).to(dtype)
     x.requires_grad_()
@@ -121,7 +120,7 @@ def test_relu_and_mse_loss_of_distant_rows() -> None:
 
 
 def test_cross_entropy_of_more_logits_than_2_31() -> None:
-    """Rows that share their memory, so that 4 GiB of logits take none."""
+    """Rows share memory, so that 4 GiB of logits need none."""
     classes = 65536
     rows = WRAP // classes + 3
     row = torch.randn(classes).bfloat16()

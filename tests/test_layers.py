@@ -1,4 +1,4 @@
-"""Imports go down the layers of the package, and never in a circle."""
+"""Imports follow the order of the package's layers, without cycles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyfused
 
-LAYERS = (  # each may import from itself and from those before it
+LAYERS = (  # each may import from itself and from earlier ones
     ("types", "layout", "torch_internals"),
     ("checks",),
     ("formulas",),
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def imports(in_functions: bool) -> dict[str, set[str]]:
-    """Returns the modules that each module imports, also within functions, which run later."""
+    """Returns the modules that each module imports, optionally also within functions."""
     files = {
         ".".join((folder, *file.relative_to(ROOT / where).with_suffix("").parts)): file
         for where, folder in (("pyfused", "pyfused"), ("kernels", "pyfused.kernels"))
@@ -59,10 +59,10 @@ def level(module: str) -> int:
     return LEVELS[module.split(".")[1]]
 
 
-def test_imports_go_down_and_in_no_circle() -> None:
+def test_imports_follow_the_layers_without_cycles() -> None:
     graph = imports(in_functions=True)
     assert len(graph) > 50
     assert pyfused.__name__ == "pyfused"
     up = [f"{a} imports {b}" for a, of in graph.items() for b in of if level(b) > level(a)]
     assert not up, "\n".join(sorted(up))
-    TopologicalSorter(imports(in_functions=False)).prepare()  # raises for a circle
+    TopologicalSorter(imports(in_functions=False)).prepare()  # raises for a cycle

@@ -1,6 +1,6 @@
-"""Processes without memory left, and threads with small stacks: what torch survives, we survive.
+"""Lack of memory and small stacks of threads do not crash the process.
 
-Each test is a process of its own, which a limit or a crash would end.
+Each test runs in a new process, which a limit or a crash would end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 STACK = 128 << 10
-# Rows, few classes in columns, and many whose positions are contiguous.
+# Rows, columns of few classes, and many classes with contiguous positions.
 SHAPES = ((3, 3000), (300, 5), (2, 60, 70))
 
 
@@ -96,7 +96,7 @@ def run_all() -> None:
 
 
 def test_threads_with_small_stacks() -> None:
-    """Both those of Python and those of OpenMP."""
+    """Tries threads of Python and of OpenMP."""
     code = f"""
         import threading, torch
         from conftest import fused_always
@@ -115,8 +115,8 @@ def test_threads_with_small_stacks() -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def test_a_scale_needs_no_memory_that_grows_with_a_row() -> None:
-    """Where that was allocated on the threads, a lack of it ended the process."""
+def test_a_scale_needs_constant_memory() -> None:
+    """An allocation that fails on a thread would end the process."""
     done = python("""
         import torch
         from torch.nn import functional as F
@@ -139,14 +139,14 @@ def test_a_scale_needs_no_memory_that_grows_with_a_row() -> None:
 
 
 def test_no_memory_for_the_buffers_of_threads() -> None:
-    """It is an error of Python's, raised before any thread is started."""
+    """Raises a MemoryError before any thread is started."""
     done = python("""
         import torch
         from processes import left
         from pyfused.functional import cross_entropy, softmax
         x, y = torch.randn(2, 3_000_000, 5).softmax(-1)
         count = torch.get_num_threads
-        # There is room for an output, and less than for the buffers of 457 threads.
+        # Memory suffices for an output, but not for the buffers of 457 threads.
         for run, room in ((lambda: cross_entropy(x, y), 16), (lambda: softmax(x, 1), 64)):
             value = run()
             with left(room << 20):

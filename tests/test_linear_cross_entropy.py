@@ -1,4 +1,4 @@
-"""linear_cross_entropy beside the logits that it does without."""
+"""linear_cross_entropy compared with cross_entropy of materialised logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class HeadCase:
-    """A call's arguments: N rows of D features, C classes; a third of the targets ignored."""
+    """Arguments of a call: N rows of D features, C classes; a third of the targets are ignored."""
 
     def __init__(
         self,
@@ -105,16 +105,16 @@ def add(errors: Errors, given: HeadCase, names: str, **more: Any) -> None:
 
 
 @grid(kind=KINDS if backend is cpu else [*KINDS][:-1], budget=[None, 3000], dtype=FLOATS)
-def test_as_exact_as_with_the_logits(kind: str, budget: int | None, dtype: torch.dtype) -> None:
+def test_as_accurate_as_with_logits(kind: str, budget: int | None, dtype: torch.dtype) -> None:
     errors = Errors()
     for names in OPTIONS if backend is cpu else OPTIONS[-2:]:
         add(errors, HeadCase(**KINDS[kind], dtype=dtype), names, memory_budget=budget)
-    errors.check(roundings=128 if dtype is torch.float64 else 1)  # its sums have no wider type
+    errors.check(roundings=128 if dtype is torch.float64 else 1)  # no wider dtype for sums
 
 
 @pytest.mark.parametrize("wanted", ["input", "head", None])
-def test_no_product_beyond_those_that_are_needed(wanted: str | None) -> None:
-    """Rows that are ignored have none, but on devices that nobody waits for."""
+def test_no_unnecessary_matrix_products(wanted: str | None) -> None:
+    """Ignored rows have no products, except on asynchronous devices."""
     given = HeadCase(rows=90)
     input, head = given.input.detach(), given.head.detach()
     rows = 90 if backend.ASYNCHRONOUS else 60
@@ -131,8 +131,8 @@ def test_no_product_beyond_those_that_are_needed(wanted: str | None) -> None:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("budget", [None, 1])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"denominator": 3.0}], ids=str)
-def test_nothing_counts(budget: int | None, options: dict[str, Any]) -> None:
-    """The loss is 0, and its mean NaN, whatever the number of blocks; gradients are 0."""
+def test_only_ignored_rows(budget: int | None, options: dict[str, Any]) -> None:
+    """The loss is 0, its mean NaN, for any number of blocks; gradients are 0."""
     given = HeadCase(rows=2, classes=247)
     target, leaves = torch.full((2,), -100), (given.input, given.head)
     loss = fused.linear_cross_entropy(*leaves, target, memory_budget=budget, **options)
@@ -143,7 +143,7 @@ def test_nothing_counts(budget: int | None, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("classes", [2, 40], ids=["rows", "blocks"])
 def test_weight_gradients_are_summed_in_float32(classes: int) -> None:
-    """Each of many rows adds less to the sum than half precision can tell."""
+    """Each of many rows adds less than half precision can resolve."""
     n = 4096 if backend is cpu else 512
     input = torch.ones(n, 1, dtype=torch.bfloat16)
     head = torch.zeros(classes, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -173,7 +173,7 @@ def test_probabilities_of_another_dtype(reduction: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @grid(budget=[None, 8 << 10], frozen=[False, True], dtype=[torch.float32, torch.float16])
 @pytest.mark.usefixtures("compiler")
-def test_compiled_makes_logits_as_often_as_eager(
+def test_compiled_computes_logits_as_often_as_eager(
     dtype: torch.dtype, budget: int | None, frozen: bool
 ) -> None:
     given = HeadCase(rows=90)
@@ -189,7 +189,7 @@ def test_compiled_makes_logits_as_often_as_eager(
             gradients.append(torch.autograd.grad(call(input, head) * 3, leaves))
         sizes.append(sorted(found))
     assert sizes[1] == sizes[0]
-    for got, expected in zip(*gradients, strict=True):  # rounded before or after the factor of 3
+    for got, expected in zip(*gradients, strict=True):  # rounding before or after the factor of 3
         assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
@@ -262,14 +262,14 @@ def test_class_index_out_of_range(rows: int | None) -> None:
         fused.linear_cross_entropy(given.input, given.head, given.target)
 
 
-def test_class_indices_of_uint8_among_more_classes_than_it_holds() -> None:
+def test_uint8_class_indices_with_more_than_256_classes() -> None:
     input, weight, target = torch.randn(3, 4), torch.randn(1462, 4), torch.tensor([226, 0, 156])
     expected = F.cross_entropy(input @ weight.t(), target)
     got = fused.linear_cross_entropy(input, weight, target.byte(), z_loss=0.0, scale=1.0)
     torch.testing.assert_close(got, expected)
 
 
-# Of logits that are computed a block of classes at a time: where the largest or a NaN lies.
+# Positions of the largest logit or a NaN, for logits that are computed in blocks of classes.
 BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "rising": lambda row: row.sort().values,
     "falling": lambda row: row.sort(descending=True).values,
@@ -288,10 +288,10 @@ BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.interpreted
 @grid(kind=BLOCKS, label=[0, 63, 191], options=[{}, {"label_smoothing": 0.1, "weight": True}])
-def test_blocks_of_classes_are_those_of_a_row(
+def test_blocks_of_classes_equal_whole_rows(
     kind: str, label: int, options: dict[str, Any], kernel_calls: KernelCalls
 ) -> None:
-    """Losses, metrics and gradients; the products of one feature, 1, are exact."""
+    """Losses, metrics and gradients; products with one feature of 1 are exact."""
     row, target = BLOCKS[kind](3 * torch.randn(192)), torch.tensor([label])
     if "weight" in options:
         options = options | {"weight": torch.rand(192)}
@@ -309,7 +309,7 @@ def test_blocks_of_classes_are_those_of_a_row(
     torch.testing.assert_close(gradient.t(), best, equal_nan=True)
 
 
-# ---- inputs of more dimensions -------------------------------------------------------------------
+# ---- inputs with more dimensions -----------------------------------------------------------------
 
 
 @pytest.mark.cpu
@@ -320,11 +320,11 @@ def test_a_class_index_out_of_range_among_leading_dimensions() -> None:
         fused.linear_cross_entropy(torch.randn(2, 3, 4), torch.randn(9, 4), target)
 
 
-# ---- classes left out of the gradients' products -------------------------------------------------
+# ---- filter_eps ----------------------------------------------------------------------------------
 
 
 def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, head and target of a model that is nearly sure, of few classes at a time."""
+    """Returns input, head and target of a confident model, with few likely classes."""
     head = 3 * torch.randn(400, 16)
     target = torch.arange(48) % 7
     input = head[target] + 0.3 * torch.randn(48, 16)
@@ -333,7 +333,7 @@ def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.cpu
 @grid(reduction=["mean", "sum", "none"], budget=[None, 3000], dtype=[torch.float32, torch.bfloat16])
-def test_filtered_gradients_are_off_by_less_than_is_said(
+def test_filtered_gradients_are_within_the_documented_error(
     reduction: str, budget: int | None, dtype: torch.dtype
 ) -> None:
     input, head, target = confident(dtype)
@@ -348,7 +348,7 @@ def test_filtered_gradients_are_off_by_less_than_is_said(
         multiplications.append(sum(map(math.prod, found)))
     (exact, exactly), (loss, found) = results
     assert torch.equal(loss, exact)
-    assert multiplications[1] < 0.55 * multiplications[0]  # a third are those of the logits
+    assert multiplications[1] < 0.55 * multiplications[0]  # a third are products for logits
     least = epsilon * float(grad_output.max()) / (len(target) if reduction == "mean" else 1)
     sums = head.detach().float().abs().sum(0), input.detach().float().abs().sum(0)
     rounding = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-6
@@ -359,8 +359,8 @@ def test_filtered_gradients_are_off_by_less_than_is_said(
 
 
 @pytest.mark.cpu
-def test_nothing_is_filtered_where_all_counts() -> None:
-    """Of random logits every class counts, and a NaN counts, too."""
+def test_nothing_is_filtered_for_random_logits() -> None:
+    """All classes of random logits are significant, as is NaN."""
     input, head = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     target = torch.randint(0, 50, (30,))
     plain = fused.linear_cross_entropy(input, head, target)
@@ -386,12 +386,12 @@ def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
         )
 
 
-# ---- how many logits at a time -------------------------------------------------------------------
+# ---- block sizes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.cpu
-def test_how_many_logits_exist_at_once_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With AMX all of them are the fastest way in bfloat16."""
+def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AMX, computing all bfloat16 logits at once is fastest."""
     given = HeadCase(rows=3000, classes=4000)
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
 
@@ -413,10 +413,10 @@ def test_how_many_logits_exist_at_once_is_explained(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("function", [fused.linear_cross_entropy, fused.linear_log_probs])
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
-def test_autocast_mixes_no_float64(
+def test_autocast_of_float64(
     function: Callable[..., Any], dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    """Autocast leaves it alone, and torch refuses such a product."""
+    """Autocast does not convert float64, and torch refuses products of mixed dtypes."""
     given = HeadCase(rows=40, classes=300)
     input, head = (x.to(dtype) for x, dtype in zip((given.input, given.head), dtypes, strict=True))
     with (
@@ -429,7 +429,7 @@ def test_autocast_mixes_no_float64(
 @pytest.mark.parametrize("name", ["linear_weight", "linear_bias", "teacher_linear_weight"])
 @pytest.mark.parametrize("rows", [2, 64])
 def test_parameters_on_another_device(name: str, rows: int) -> None:
-    """torch multiplies a CPU's input with a weight on meta, and so returns what memory holds."""
+    """torch multiplies a CPU input with a meta weight, and returns uninitialised memory."""
     input, target = torch.randn(rows, 8), torch.zeros(rows, dtype=torch.int64)
     indices, log_probs = torch.arange(3).expand(rows, 3), torch.full((rows, 3), -2.0)
     layer = {"linear_weight": torch.randn(50, 8), "linear_bias": torch.randn(50)}
@@ -456,7 +456,7 @@ def test_parameters_on_another_device(name: str, rows: int) -> None:
             call(input, layer | {name: layer[name].to("meta")})
 
 
-def test_a_layer_in_place_of_its_weight() -> None:
+def test_a_layer_passed_as_its_weight() -> None:
     target = torch.zeros(4, dtype=torch.int64)
     for function in (fused.linear_cross_entropy, fused.linear_log_probs):
         with pytest.raises(TypeError, match=r"linear_weight: .* got Linear; pass head\.weight"):

@@ -1,4 +1,4 @@
-"""log_probs and linear_log_probs beside torch's composition, and what a row's results depend on."""
+"""log_probs and linear_log_probs compared with torch's operators, and independence of rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyfused.backends import cpu
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
-# Which of log-probability, entropy and log-sum-exp have a gradient.
+# Combinations of log-probability, entropy and log-sum-exp that have a gradient.
 CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]  # of results
 CHOICES = CHOICES[::3] if interpreter.ON else CHOICES  # (0), (0, 1), (0, 1, 2)
 SHAPES: dict[str, tuple[int, ...]] = {"rows": (12, 70), "one": (70,), "kdim": (5, 9, 3, 2)}
@@ -40,7 +40,7 @@ def of_logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> list[Tensor]:
-    """In torch's terms, from logits that are widened first as their users do."""
+    """Computes the results with torch's operators, from logits in a wider dtype."""
     dim, x = min(logits.dim() - 1, 1), logits if logits.dtype is torch.float64 else logits.float()
     x = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
     log_p, counted = x.log_softmax(dim), target != ignore_index
@@ -74,7 +74,7 @@ def draw(
     shape: tuple[int, ...] = (12, 70),
     bias: bool = True,
 ) -> dict[str, Tensor]:
-    """The tensors of a call with logits of this shape; a third of the targets ignored."""
+    """Returns the tensors of a call with logits of this shape; ignores a third of the targets."""
     rows, (classes, *positions) = shape[: len(shape) > 1], shape[len(shape) > 1 :]
     target = torch.randint(0, classes, (*rows, *positions))
     target.view(-1)[1::3] = -100
@@ -96,7 +96,7 @@ def all_three(op: str, **given: Any) -> fused.LogProbs:
 
 
 def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -> None:
-    """Adds the errors of the results, and of the gradients for some of them at a time."""
+    """Adds the errors of the results, and of the gradients of several combinations of results."""
     beyond = {n: options.pop(n) for n in ("memory_budget", "deterministic_rows") if n in options}
     for chosen in CHOICES:
 
@@ -109,7 +109,7 @@ def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -
         got = evaluate(ours, **tensors, **options)
         of_torch = evaluate(theirs, **tensors, **options)
         exact = evaluate(theirs, convert=exactly, **tensors, **options)
-        features, (rows, columns) = 0, (0, 0)  # of the products, if there are any
+        features, (rows, columns) = 0, (0, 0)  # sizes of products, for linear_log_probs
         if op == "linear_log_probs":
             features = FEATURES
             columns = tensors["linear_weight"].numel() // features
@@ -123,14 +123,14 @@ def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -
 
 
 @grid(kind=SHAPES, op=["log_probs", "linear_log_probs"], dtype=FLOATS)
-def test_as_exact_as_torch(op: str, kind: str, dtype: torch.dtype) -> None:
+def test_as_accurate_as_torch(op: str, kind: str, dtype: torch.dtype) -> None:
     errors = Errors()
     shaping: dict[str, Any] = {"softcap": 4.0, "temperature": 0.7}
     for options in ({}, {"temperature": 1.7}, shaping) if backend is cpu else (shaping,):
         for _ in range(10 if kind == "one" else 1):
             check(errors, op, draw(op, dtype, SHAPES[kind]), **options)
-    few = 3 if kind == "one" else 1  # elements, of which torch's may all be lucky
-    errors.check(roundings=128 if dtype is torch.float64 else few)  # its sums have no wider type
+    few = 3 if kind == "one" else 1  # one element, for which torch's error may be 0
+    errors.check(roundings=128 if dtype is torch.float64 else few)  # no wider dtype for sums
 
 
 @grid(dtype=FLOATS, budget=[5000] if interpreter.ON else [1, 5000, 1 << 17, 1 << 22])
@@ -143,7 +143,7 @@ def test_budgets_and_fixed_products(budget: int, dtype: torch.dtype) -> None:
 
 
 @every_operator
-def test_what_is_not_asked_for_is_an_error_that_says_how_to_ask(op: str) -> None:
+def test_results_that_were_not_requested(op: str) -> None:
     found = getattr(fused, op)(**draw(op))
     assert found[1] is found[2] is None
     with pytest.raises(AttributeError, match="entropy: expected a call with return_entropy=True"):
@@ -161,7 +161,7 @@ def test_what_is_not_asked_for_is_an_error_that_says_how_to_ask(op: str) -> None
 @pytest.mark.interpreted
 @grid(kind=SHAPES, op=["log_probs", "linear_log_probs"], dtype=FLOATS)
 def test_metrics(op: str, kind: str, dtype: torch.dtype) -> None:
-    """They are exact, have no gradient, and leave the other results as they are."""
+    """Metrics are exact, have no gradient, and do not change other results."""
     tensors, options = draw(op, dtype, SHAPES[kind]), {"softcap": 4.0, "temperature": 0.7}
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     logits, target = tensors.get("logits"), tensors["target"]
@@ -191,7 +191,7 @@ def test_metrics(op: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("ignore_index", [0, -100])
 def test_metrics_of_ties_and_ignored_rows(ignore_index: int) -> None:
-    """The first of equal logits is the largest, and NaN is before all, as in torch's argmax."""
+    """The first of equal logits is the largest, and NaN precedes all numbers, as in torch."""
     logits = torch.tensor([[1.0, 2, 2], [1, 2, 2], [math.nan, 5, 0], [3, 1, 2], [0, 0, 0]])
     target = torch.tensor([1, 2, 0, ignore_index, ignore_index])
     found = fused.log_probs(logits, target, ignore_index=ignore_index, return_metrics=True)
@@ -211,8 +211,8 @@ def test_metrics_stay_in_copies_and_pickles(op: str) -> None:
         assert torch.equal(other.is_top1, found.is_top1)
 
 
-def test_which_dimension_has_the_classes() -> None:
-    """Language models' logits (B, T, C) need a dim; with it the results are those of rows."""
+def test_the_dimension_of_the_classes() -> None:
+    """Language models' logits (B, T, C) require dim; the results equal those of rows."""
     tensors = draw("log_probs")
     logits, target = tensors["logits"].detach().view(3, 4, 70), tensors["target"].view(3, 4)
     told = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 for 4 classes"
@@ -230,7 +230,7 @@ def test_which_dimension_has_the_classes() -> None:
 @pytest.mark.interpreted
 @every_operator
 def test_ignored_rows(op: str) -> None:
-    """Whatever is in them, results and gradients are 0."""
+    """Results and gradients of ignored rows are 0, whatever they contain."""
     tensors = draw(op)
     ignored, first = tensors["target"] == -100, next(iter(tensors))
     poisoned = tensors[first].detach().clone()
@@ -242,22 +242,22 @@ def test_ignored_rows(op: str) -> None:
         sum(x.sum() for x in found), [x for x in tensors.values() if x.requires_grad]
     )
     assert (gradient[ignored] == 0).all()
-    if backend is cpu:  # a GPU's product reads them
+    if backend is cpu:  # a GPU's product includes them
         assert all(x.isfinite().all() for x in others)
 
 
 @pytest.mark.cpu
-def test_ignored_rows_take_no_product() -> None:
+def test_ignored_rows_have_no_products() -> None:
     with products() as found:
         log_probs = fused.linear_log_probs(**draw("linear_log_probs", shape=(90, 70)))
         log_probs.log_probability.sum().backward()
-    assert found.count((60, FEATURES, 70)) == 1  # these logits stay for the backward pass
+    assert found.count((60, FEATURES, 70)) == 1  # these logits are kept for backward
     assert not any(90 in sizes for sizes in found)
 
 
 @pytest.mark.interpreted
 @every_operator
-def test_nothing_counts(op: str) -> None:
+def test_only_ignored_rows(op: str) -> None:
     tensors = draw(op)
     tensors["target"] = torch.full_like(tensors["target"], -100)
     leaves = [x for x in tensors.values() if x.requires_grad]
@@ -268,7 +268,7 @@ def test_nothing_counts(op: str) -> None:
 
 @every_operator
 def test_log_probabilities_are_never_above_0(op: str) -> None:
-    """Of a class that has all but what is rounded away."""
+    """The target has all probability except what is rounded away."""
     n, classes = 50, 130
     logits = torch.randn(n, classes) * torch.logspace(-3, 3, n)[:, None]
     logits[:, 7] = logits.amax(1) + torch.linspace(0, 40, n)
@@ -284,9 +284,9 @@ def test_log_probabilities_are_never_above_0(op: str) -> None:
 
 @pytest.mark.interpreted
 @every_dtype
-def test_an_offset_of_all_logits_changes_roundings_alone(dtype: torch.dtype) -> None:
+def test_an_offset_of_all_logits_only_changes_roundings(dtype: torch.dtype) -> None:
     logits = torch.randint(-8, 8, (6, 300)).to(dtype)
-    offset = 1e4 if dtype in (torch.float32, torch.float64) else 128.0  # exact beside the logits
+    offset = 1e4 if dtype in (torch.float32, torch.float64) else 128.0  # added exactly
     target = torch.randint(0, 300, (6,))
     leaves = [(logits + by).requires_grad_() for by in (0.0, offset)]
     plain, shifted = (all_three("log_probs", logits=leaf, target=target) for leaf in leaves)
@@ -302,7 +302,7 @@ def test_an_offset_of_all_logits_changes_roundings_alone(dtype: torch.dtype) -> 
 
 @pytest.mark.interpreted
 def test_infinite_logits(isa: str) -> None:
-    """A class without probability has no part in entropy and gradients, and none that is NaN."""
+    """Classes with probability 0 do not contribute to entropy and gradients, which are not NaN."""
     logits = torch.randn(4, 300)
     logits[:, 5] = -math.inf
     logits[3, 6:] = -1e4
@@ -322,7 +322,7 @@ def test_infinite_logits(isa: str) -> None:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
-    """Of a row with +inf every result is NaN, and so is every gradient, as torch's."""
+    """In rows with +inf, all results and gradients are NaN, as in torch."""
     logits = torch.randn(4, 300, dtype=dtype)
     logits[1, 7] = logits[2, 1] = math.inf
     leaf, target = logits.requires_grad_(), torch.tensor([1, 2, 1, 4])
@@ -338,7 +338,7 @@ def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.interpreted
-def test_nan_stays(isa: str) -> None:
+def test_nan_propagates(isa: str) -> None:
     logits = torch.randn(3, 300)
     logits[1, 7] = math.nan
     found = all_three("log_probs", logits=logits, target=torch.tensor([0, 7, 1]))
@@ -354,9 +354,7 @@ def test_nan_stays(isa: str) -> None:
     ("name", "sizes"),
     [("input", [(8, 70, FEATURES)]), ("linear_weight", [(70, 8, FEATURES)]), ("linear_bias", [])],
 )
-def test_no_product_of_a_gradient_that_nobody_wants(
-    name: str, sizes: list[tuple[int, int, int]]
-) -> None:
+def test_no_products_for_unneeded_gradients(name: str, sizes: list[tuple[int, int, int]]) -> None:
     tensors = draw("linear_log_probs")
     frozen = {n: x.detach() for n, x in tensors.items()} | {name: tensors[name]}
     with products() as found:
@@ -367,7 +365,7 @@ def test_no_product_of_a_gradient_that_nobody_wants(
     assert found == [(8, FEATURES, 70), *sizes]
 
 
-# ---- what a row's results depend on --------------------------------------------------------------
+# ---- independence of rows ------------------------------------------------------------------------
 
 ROWS, CLASSES = (9, 150) if interpreter.ON else (9, 3500)
 
@@ -387,7 +385,7 @@ def bits(results: Any) -> Tensor:
     shift=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_a_row_depends_on_itself_alone(
+def test_a_row_does_not_depend_on_other_rows(
     classes: int,
     rows: int,
     dtype: torch.dtype,
@@ -407,7 +405,7 @@ def test_a_row_depends_on_itself_alone(
         torch.set_num_threads(before)
     memory = torch.empty(rows * classes + shift, dtype=dtype)[shift:].view(rows, classes)
     order = torch.randperm(rows)
-    leaf = memory.copy_(logits[order]).requires_grad_()  # elsewhere, with gradients
+    leaf = memory.copy_(logits[order]).requires_grad_()  # other memory, with gradients
     moved = bits(all_three("log_probs", logits=leaf, target=target[order], **shaping))
     assert torch.equal(moved, whole[:, order])
     row = int(order[0])
@@ -424,10 +422,10 @@ def test_a_row_depends_on_itself_alone(
     fixed=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_chunks_change_no_bit(
+def test_chunks_give_the_same_bits(
     classes: int, rows: int, budget: int | None, fixed: bool, seed: int
 ) -> None:
-    """Of logits whose matrix product is exact: one feature, 1, times each."""
+    """Matrix products with one feature of 1 are exact."""
     torch.manual_seed(seed)
     head = (torch.randn(classes, 1) * 8).requires_grad_()
     input, target = torch.ones(rows, 1), torch.randint(0, classes, (rows,))
@@ -448,7 +446,7 @@ def test_chunks_change_no_bit(
     seed=st.integers(0, 99),
 )
 def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, seed: int) -> None:
-    """A row has the same bits in any batch, at any place, whatever else is asked for."""
+    """A row has the same bits in any batch, at any index, with any other results."""
     torch.manual_seed(seed)
     tensors = {"linear_weight": torch.randn(classes, features)}
     if bias:
@@ -474,10 +472,10 @@ def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(("group", "alike"), [(6, True), (7, False)])
-def test_rows_that_a_library_computes_in_another_order(
+def test_rows_whose_products_are_summed_in_another_order(
     group: int, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of rows have one order of sums, as in MKL, and what remains of a product another."""
+    """MKL sums groups of rows in one order, and the remaining rows in another."""
     mm, sizes = torch.mm, []
 
     def by_groups(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -487,7 +485,7 @@ def test_rows_that_a_library_computes_in_another_order(
         mm(x[whole:].flip(1), weight.flip(0), out=out[whole:])
 
     monkeypatch.setattr(torch, "mm", by_groups)
-    features, classes = 16 * group, 31  # of no other test: what a library does is tried once
+    features, classes = 16 * group, 31  # sizes that no other test uses, because probes are cached
     input, target = torch.randn(150, features), torch.randint(0, classes, (150,))
     head = {"linear_weight": torch.randn(classes, features), "deterministic_rows": True}
 
@@ -505,7 +503,7 @@ def test_rows_that_a_library_computes_in_another_order(
 
 @pytest.mark.cpu
 def test_rows_beyond_2_31_elements() -> None:
-    """The last row begins there; the memory between is never touched."""
+    """The last row starts there; the memory before it is not touched."""
     classes, stride = 1000, (1 << 31) + 8
     memory = torch.empty(stride + classes, dtype=torch.bfloat16)
     logits = memory.as_strided((2, classes), (stride, 1))
@@ -515,7 +513,7 @@ def test_rows_beyond_2_31_elements() -> None:
     torch.testing.assert_close([*found], of_logits(logits.clone(), target))
 
 
-# ---- how users call it ---------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
@@ -573,12 +571,15 @@ def test_bad_input(op: str, wrong: dict[str, Any], error: type[Exception], told:
 def test_a_class_index_out_of_range(op: str, label: int) -> None:
     tensors = draw(op)
     tensors["target"][3] = label
-    if backend is not cpu:  # nothing waits for the device
+    if backend is not cpu:  # the device is asynchronous
         found = getattr(fused, op)(**tensors).log_probability
         assert found.isnan().tolist() == [i == 3 for i in range(12)]
         return
     with pytest.raises(IndexError, match=rf"target: .*\[0, 70\).*got {label} at position \(3,\)"):
         getattr(fused, op)(**tensors)
     frozen = {name: x.detach() for name, x in tensors.items()}
-    with pytest.raises(IndexError), torch.autograd.forward_ad.dual_level():  # torch's definition
+    with (
+        pytest.raises(IndexError),
+        torch.autograd.forward_ad.dual_level(),
+    ):  # the definition
         getattr(fused, op)(**frozen)

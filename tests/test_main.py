@@ -1,4 +1,4 @@
-"""`python -m pyfused`: what a bug report needs."""
+"""`python -m pyfused`, the report for bug reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(**environment: str) -> dict[str, str]:
     return {line[:24].strip(): line[24:] for line in done.stdout.splitlines()}
 
 
-def test_the_report_names_what_a_bug_report_needs() -> None:
+def test_the_report_has_all_entries() -> None:
     report = run()
     assert report["pyfused"] == pyfused.__version__
     assert report["python"] == platform.python_version()
@@ -36,12 +36,12 @@ def test_the_report_names_what_a_bug_report_needs() -> None:
 
 
 @pytest.mark.parametrize("isa", cpu.supported)
-def test_the_report_names_the_isa_that_was_asked_for(isa: str) -> None:
+def test_the_report_names_the_requested_isa(isa: str) -> None:
     report = run(PYFUSED_CPU_CAPABILITY=isa)
     assert report["PYFUSED_CPU_CAPABILITY"] == report["ISA chosen"] == isa
 
 
-def test_the_kernels_run_in_the_pool_of_torch() -> None:
+def test_the_kernels_use_torchs_thread_pool() -> None:
     assert run()["thread runtime"].endswith(", shared with torch")
 
 
@@ -52,7 +52,7 @@ def test_the_kernels_run_in_the_pool_of_torch() -> None:
         ("libgomp.so.1", "libgomp.so.1, not shared with torch"),
     ],
 )
-def test_the_report_says_where_threads_are_not_those_of_torch(
+def test_the_report_states_if_threads_are_not_torchs(
     file: str, reported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu.native, "runtime_file", file)
@@ -68,7 +68,7 @@ def test_the_report_says_where_threads_are_not_those_of_torch(
         ("3.7.1", "3.7.1"),
     ],
 )
-def test_the_report_names_the_triton_found_and_the_one_needed(
+def test_the_report_names_the_installed_and_the_required_triton(
     found: str | None, reported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "triton_version", lambda: found)

@@ -1,4 +1,4 @@
-"""additive_margin, whose cosines cross_entropy scales."""
+"""additive_margin, the margin of cosines that cross_entropy scales."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5))
 def by_hand(
     input: Tensor, target: Tensor, margin: float, kind: str, scale: float = 1.0, **options: Any
 ) -> Tensor:
-    """As the papers write it, of angles."""
+    """Computes the margin from angles, as in the papers."""
     dim = min(input.dim() - 1, 1)
     one_hot = F.one_hot(target.clamp(min=0), input.shape[dim]).bool().movedim(-1, dim)
     lowered = input - margin if kind == "cosface" else (input.acos() + margin).cos()
@@ -36,7 +36,7 @@ def composed(
 
 
 def cosines(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """And targets, some of them ignored."""
+    """Draws cosines and targets; some targets are ignored."""
     dim = min(len(shape) - 1, 1)
     input = (torch.rand(shape) * 1.8 - 0.9).to(dtype).requires_grad_()
     target = torch.randint(0, shape[dim], (*shape[:dim], *shape[dim + 1 :]))
@@ -81,8 +81,8 @@ def test_gradients_of_both_orders(kind: str) -> None:
 
 
 @every_kind
-def test_at_the_ends_of_the_cosine(kind: str) -> None:
-    """An angle of 0 has no slope; rounding takes a cosine beyond 1. Neither makes a NaN."""
+def test_cosines_of_one(kind: str) -> None:
+    """The derivative at an angle of 0 and cosines that rounding moves beyond 1 give no NaN."""
     input = torch.tensor([[1.0, 0.2], [-1.0, 0.2], [1 + 1e-6, 0.0]], requires_grad=True)
     target = torch.zeros(3, dtype=torch.int64)
     loss = composed(input, target, 0.5, kind, reduction="none")
@@ -93,7 +93,7 @@ def test_at_the_ends_of_the_cosine(kind: str) -> None:
     assert gradient.isfinite().all()
 
 
-def test_the_input_stays_and_no_class_is_lowered_for_an_index_out_of_range() -> None:
+def test_the_input_is_not_modified_and_invalid_indices_are_ignored() -> None:
     input, target = cosines((6, 5), torch.float32)
     before, target[0] = input.detach().clone(), 5
     lowered = fused.additive_margin(input, target, 0.3)

@@ -1,4 +1,4 @@
-"""How much memory a call takes beyond its arguments and results, at its peak."""
+"""Peak memory of calls, without arguments and results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 MIB = 1 << 20
-SIZE = 64 * MIB  # of the logits: large beside what a process allocates by the way
+SIZE = 64 * MIB  # bytes of the logits; large compared to other allocations
 SLACK = 8 * MIB
 
-# `measured()` prints the growth of the peak over what was resident before the call. It makes the
-# call twice: the first one sets up what stays.
+# `measured()` prints the growth of the peak over the resident memory before the call. It makes the
+# call twice, because the first call also makes persistent allocations.
 PREAMBLE = """
 import gc, re
 from pathlib import Path
@@ -35,7 +35,7 @@ def measured(name, call, leaves=()):
         gc.collect()
         pyfused.memory.release()
         if before is not None:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before = resident("VmRSS")
         call()
         for x in leaves:
@@ -76,13 +76,13 @@ for name, head in heads.items():
 
 @pytest.fixture(scope="module")
 def growth() -> dict[str, int]:
-    """The bytes that each call takes, which one process measures."""
+    """Returns the bytes that each call needs, measured in one process."""
     done = python(PREAMBLE)
     assert done.returncode == 0, done.stderr
     return {name: int(size) for name, size in re.findall(r"(.+) (-?\d+)\n", done.stdout)}
 
 
-# The tensors of the size of the logits that a call makes.
+# The number of tensors of the logits' size that a call allocates.
 TENSORS = {
     "mean": 1,
     "smoothed": 1,
@@ -91,18 +91,18 @@ TENSORS = {
     "mse_loss-0": 0,
     "mse_loss-1": 1,
     "mse_loss-2": 2,
-    "in place": 1,  # the logits, which are made within the call
+    "in place": 1,  # the logits, which the call computes
     "relu": 2,  # its output and the gradient
 }
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_call_takes_its_results_and_nothing_else(name: str, growth: dict[str, int]) -> None:
+def test_a_call_only_allocates_its_results(name: str, growth: dict[str, int]) -> None:
     assert abs(growth[name] - TENSORS[name] * SIZE) < SLACK
 
 
 @pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_log_probs", "linear_kl_div"])
-def test_a_head_takes_a_quarter_of_the_logits(op: str, growth: dict[str, int]) -> None:
-    """Of linear_kl_div there are the logits of the teacher, too."""
+def test_a_head_needs_a_quarter_of_the_logits(op: str, growth: dict[str, int]) -> None:
+    """linear_kl_div also has the logits of the teacher."""
     logits = 2 * SIZE * (2 if op == "linear_kl_div" else 1)
     assert growth[op] < logits / 4 + SLACK

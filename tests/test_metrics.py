@@ -1,4 +1,4 @@
-"""Metrics of the targets, from the pass that computes the loss."""
+"""Metrics of the targets, computed in the same pass as the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.functional import Metrics
 
-MANY = (1, 40_000 if backend is cpu else 2_000)  # more than a tile holds, for several programs
+MANY = (1, 40_000 if backend is cpu else 2_000)  # more classes than a tile, in several programs
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6), MANY)
 Z_LOSS = 0.125
 
@@ -29,7 +29,7 @@ def exact(
     ignore_index: int = -100,
     scale: float = 1.0,
 ) -> Metrics:
-    """In float64, one row at a time, as the definitions read."""
+    """Computes the metrics by their definitions in float64, row by row."""
     dim = min(input.dim() - 1, 1)
     logits = input.detach().double() * scale
     logits = logits if cap is None else cap * (logits / cap).tanh()
@@ -72,7 +72,7 @@ def assert_metrics(got: Metrics, expected: Metrics, dtype: torch.dtype) -> None:
 
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
-    """But for a rounding: sums and products may be contracted in other places."""
+    """Compares up to a rounding, because compilers may contract sums and products differently."""
     epsilon = 2 * torch.finfo(got.dtype).eps
     torch.testing.assert_close(got, expected, rtol=epsilon, atol=epsilon)
 
@@ -95,14 +95,14 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool) -> tup
     probabilities=[False, True],
     reduction=["mean", "mean", "none", "none"],
 )
-def test_of_cross_entropy(
+def test_metrics_of_cross_entropy(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     probabilities: bool,
     reduction: str,
     kernel_calls: KernelCalls,
 ) -> None:
-    """Exact, of one pass with class indices, and the loss is what it is without."""
+    """Class indices are exact, in one pass, and metrics do not change the loss."""
     input, target = case(shape, dtype, probabilities)
     options: dict[str, Any] = {"reduction": reduction, "z_loss": Z_LOSS}
     loss, metrics = fused.cross_entropy_with_metrics(input, target, **options)
@@ -133,7 +133,7 @@ SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.interpreted
 @grid(name=SPECIAL, classes=[6, 91, 400, 3000], isa=ISAS)
 def test_special_logits(name: str, classes: int, isa: str) -> None:
-    """As torch's argmax and logsumexp have it: the first of several, a NaN before all."""
+    """Metrics follow torch's argmax and logsumexp: the first of ties, and NaN above all numbers."""
     row = SPECIAL[name](torch.linspace(-1, 1, 6))
     input = torch.full((2, classes), -3.0)
     input[1, classes - 6 :] = row
@@ -147,7 +147,7 @@ def test_special_logits(name: str, classes: int, isa: str) -> None:
     )
     lse, log_p = input.logsumexp(1), input.log_softmax(1)
     assert metrics.prediction.tolist() == input.argmax(1).tolist()
-    if "inf" not in name:  # then it is NaN, as the loss is
+    if "inf" not in name:  # else it is NaN, like the loss
         torch.testing.assert_close(metrics.log_sum_exp, lse, equal_nan=True)
     torch.testing.assert_close(metrics.log_probability, log_p[[0, 1], target], equal_nan=True)
     entropy = torch.special.entr(log_p.exp()).sum(1)
@@ -157,7 +157,7 @@ def test_special_logits(name: str, classes: int, isa: str) -> None:
 def linear_case(
     dtype: torch.dtype, *, of_row: tuple[int, ...] = (), classes: int = 50
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input, weight, bias and target."""
+    """Returns input, weight, bias and target."""
     input = torch.randn(12, 8).to(dtype).requires_grad_()
     weight = torch.randn(classes, *of_row, 8).to(dtype).requires_grad_()
     bias = torch.randn(classes, *of_row).to(dtype).requires_grad_()
@@ -177,7 +177,7 @@ def logits_of(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     softcap=[None, None, 5.0, 5.0],
     dtype=[torch.float32, torch.float64],
 )
-def test_of_linear_cross_entropy(
+def test_metrics_of_linear_cross_entropy(
     dtype: torch.dtype, of_row: tuple[int, ...], budget: int | None, softcap: float | None
 ) -> None:
     input, weight, bias, target = linear_case(dtype, of_row=of_row)
@@ -200,10 +200,10 @@ def test_of_linear_cross_entropy(
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
-def test_of_linear_cross_entropy_in_half_precision(
+def test_metrics_of_linear_cross_entropy_in_half_precision(
     multiplies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As those of logits in float32, unless the CPU multiplies in half precision."""
+    """Metrics equal those of float32 logits, unless the CPU multiplies half precision."""
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", multiplies)
     input, weight, bias, target = linear_case(torch.bfloat16, classes=3000)
     _, metrics = fused.linear_cross_entropy_with_metrics(
@@ -224,7 +224,7 @@ def test_of_linear_cross_entropy_in_half_precision(
 def test_all_ignored_and_one_row(single: bool) -> None:
     input, weight, bias, target = linear_case(torch.float32)
     target.fill_(0)
-    bias.data[0] = 50.0  # which is predicted, and right unless it is ignored
+    bias.data[0] = 50.0  # the predicted class, correct unless it is ignored
     if single:
         input, target = input[0], torch.tensor(0)
     for ignore_index in (-100, 0):
@@ -246,7 +246,7 @@ def test_all_ignored_and_one_row(single: bool) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
 def test_definition(probabilities: bool) -> None:
-    """What no kernel takes has them as well."""
+    """Calls that fall back have metrics, too."""
     for shape in SHAPES[:5]:
         input, target = case(shape, torch.float32, probabilities)
         with forward_ad.dual_level():

@@ -1,4 +1,4 @@
-"""The modules are torch's modules with another forward."""
+"""The modules are subclasses of torch's modules with another forward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyfused.ops.operators import OPERATORS
 
 pytestmark = pytest.mark.thresholds
 W = torch.linspace(0.5, 1.5, 5)
-ADDED = {  # to cross_entropy and linear_cross_entropy
+ADDED = {  # additional options of cross_entropy and linear_cross_entropy
     "gamma": 0.0,
     "z_loss": 0.0,
     "scale": 1.0,
@@ -59,11 +59,11 @@ def pair(name: str, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
 
 
 def assert_same_signature(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
-    """Names, defaults and kinds, but for what is ours, by name alone."""
+    """Compares names, defaults and kinds; additional parameters are keyword-only."""
     found = []
     for function in (ours, theirs):
         parameters = inspect.signature(function).parameters.values()
-        by_name = inspect.Parameter.VAR_KEYWORD  # a module's, which hands them to its function
+        by_name = inspect.Parameter.VAR_KEYWORD  # a module passes **kwargs to its function
         found.append([(p.name, p.default, p.kind) for p in parameters if p.kind is not by_name])
     extra = [parameter for parameter in found[0] if parameter not in found[1]]
     added = [(name, value, inspect.Parameter.KEYWORD_ONLY) for name, value in ADDED.items()]
@@ -76,7 +76,7 @@ def assert_same_signature(ours: Callable[..., Any], theirs: Callable[..., Any]) 
 
 
 @every_module
-def test_is_torchs_class_in_all_but_forward(name: str, options: dict[str, Any]) -> None:
+def test_modules_only_override_forward(name: str, options: dict[str, Any]) -> None:
     ours, theirs = pair(name, options)
     assert isinstance(ours, type(theirs))
     assert repr(ours) == repr(theirs)
@@ -92,7 +92,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
-# The others keep their options in a dict; test_contract.py calls them.
+# Other modules store their options in a dict; test_contract.py calls them.
 WITH_ATTRIBUTES = [
     name for name in OPERATORS if "temperature" not in parameters(getattr(fused_functional, name))
 ]
@@ -117,7 +117,7 @@ def test_forward_passes_every_attribute(name: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_ATTRIBUTES if not hasattr(nn.functional, n)])
-def test_a_module_that_torch_lacks_takes_its_functions_options(name: str) -> None:
+def test_modules_that_torch_lacks_have_the_options_of_the_function(name: str) -> None:
     op = OPERATORS[name]
     tensors = [operand.name for operand in op.operands if not operand.optional]
     options = parameters(getattr(fused_functional, name))
@@ -147,7 +147,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize(("expected", "module"), SHOWN.items(), ids=SHOWN.keys())
-def test_repr_shows_what_torch_has_not(expected: str, module: nn.Module) -> None:
+def test_repr_shows_additional_options(expected: str, module: nn.Module) -> None:
     assert repr(module) == expected
 
 
@@ -158,9 +158,9 @@ def test_repr_of_a_head_with_its_loss() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if hasattr(nn.functional, name)])
-def test_functional_signatures_are_torchs(name: str) -> None:
+def test_functional_signatures_equal_torchs(name: str) -> None:
     of_torch = getattr(nn.functional, name)
-    built_in = {  # of which nothing can be read
+    built_in = {  # built-ins without a signature
         "gelu": lambda input, *, approximate="none": None,
         "hardshrink": lambda input, lambd=0.5: None,
         "softshrink": lambda input, lambd=0.5: None,
@@ -189,6 +189,6 @@ def test_legacy_arguments(name: str) -> None:
     assert module.reduction == "sum"
 
 
-def test_a_module_refuses_keywords_of_no_function() -> None:
+def test_modules_reject_unknown_keywords() -> None:
     with pytest.raises(TypeError, match=r"CrossEntropyLoss\(\) got an unexpected .* 'z_los'"):
         fused.CrossEntropyLoss(z_los=0.1)  # type: ignore[call-arg]

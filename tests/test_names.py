@@ -1,4 +1,4 @@
-"""pyfused.functional and pyfused.nn have every public name that torch's modules have."""
+"""pyfused.functional and pyfused.nn have all public names of torch's modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ both = pytest.mark.parametrize(("ours", "theirs"), BOTH)
 
 
 @both
-def test_what_is_not_ours_is_torchs(ours: ModuleType, theirs: ModuleType) -> None:
+def test_other_names_are_torchs(ours: ModuleType, theirs: ModuleType) -> None:
     names = {name for name in dir(theirs) if not name.startswith("_")}
     for name in names - {*ours.__all__, "functional"}:
         assert getattr(ours, name) is getattr(theirs, name), name
@@ -29,7 +29,7 @@ def test_what_is_not_ours_is_torchs(ours: ModuleType, theirs: ModuleType) -> Non
     assert dir(ours) == sorted(names | {*ours.__all__})
 
 
-def test_functional_of_nn_is_ours() -> None:
+def test_nn_functional_is_pyfuseds() -> None:
     assert pyfused.nn.functional is pyfused.functional
 
 
@@ -43,13 +43,13 @@ def test_names_can_be_imported() -> None:
 
 @both
 @pytest.mark.parametrize("name", ["conv5d", "_NormBase", "__path__"])
-def test_a_name_that_torch_has_not(ours: ModuleType, theirs: ModuleType, name: str) -> None:
+def test_an_unknown_name(ours: ModuleType, theirs: ModuleType, name: str) -> None:
     assert not hasattr(theirs, name) or name == "__path__"
     with pytest.raises(AttributeError, match=f"module '{ours.__name__}' has no attribute '{name}'"):
         getattr(ours, name)
 
 
-def test_a_star_import_has_what_is_ours() -> None:
+def test_a_star_import_has_pyfuseds_names() -> None:
     names: dict[str, object] = {}
     exec("from pyfused.functional import *", names)
     assert names.keys() - {"__builtins__"} == {*pyfused.functional.__all__}
@@ -63,7 +63,7 @@ def test_compiled() -> None:
     assert torch.equal(compiled(x), x @ weight.t())
 
 
-def test_what_is_in_the_package() -> None:
+def test_names_of_the_package() -> None:
     assert all(hasattr(pyfused, name) for name in pyfused.__all__)
     code = "import pyfused; print(pyfused.functional.cross_entropy.__name__)"
     assert python(code).stdout == "cross_entropy\n"

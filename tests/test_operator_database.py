@@ -1,9 +1,9 @@
-"""Every call of PyTorch's own operator database, of the operators that torch has, against torch.
+"""Calls from PyTorch's operator database, compared with torch.
 
-`torch.testing._internal` lists for each operator and module of torch calls that work and calls that
-raise. Each is made as it stands, with operands that broadcast, and with the deprecated arguments
-`size_average` and `reduce`. `--full` makes all of these calls eagerly, and for each sample one
-of them compiled as one graph; otherwise some of each operator are made.
+`torch.testing._internal` lists valid and invalid calls of each operator and module. Each is called
+unchanged, with broadcasting operands, and with the deprecated arguments `size_average` and
+`reduce`. `--full` runs all of these calls eagerly, and one variant of each sample compiled as one
+graph; otherwise some of each operator are run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODULES = [name for name in nn.__all__ if hasattr(torch.nn, name)]
 every_operator = pytest.mark.parametrize("op", IN_TORCH.values(), ids=IN_TORCH)
 every_module = pytest.mark.parametrize("name", MODULES)
 BOTH = [(average, reduce) for average in (None, True, False) for reduce in (None, True, False)]
-# torch warns where its own path over chunks cannot be taken; the kernels need no such options.
+# torch warns if it cannot compute in chunks; the kernels ignore these options.
 CHUNKED = "linear_cross_entropy: ``options`` ignored"
 
 
@@ -80,7 +80,7 @@ def test_compiled(op: Operator) -> None:
 @every_module
 @pytest.mark.filterwarnings("ignore")
 def test_modules(name: str) -> None:
-    """The entries are classes with arguments for their constructors and for their calls."""
+    """The entries have arguments for the constructor and for the call."""
     for entry in database()[name]:
         found = entry.module_inputs_func(entry, "cpu", torch.float32, True, training=True)
         for one in found if grid.FULL else found[:: len(found) // 4 + 1]:
@@ -99,9 +99,9 @@ def test_modules(name: str) -> None:
 
 @cache
 def database() -> dict[str, list[Any]]:
-    """torch's entries for each operator and module, by name.
+    """Returns torch's entries for each operator and module, by name.
 
-    A test imports them, not this file: that takes seconds, and loads a profile of hypothesis.
+    They are imported by tests only, because importing takes seconds and loads a hypothesis profile.
     """
     profile = hypothesis.settings.get_current_profile_name()
     with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def database() -> dict[str, list[Any]]:
 
 
 def calls(op: Operator, number: int) -> Iterator[Call]:
-    """About so many of the samples, each as one of its variants."""
+    """Returns about `count` samples, each in one of its variants."""
     found = samples(op)
     assert found
     first = [*IN_TORCH].index(op.name)
@@ -129,7 +129,7 @@ def calls(op: Operator, number: int) -> Iterator[Call]:
 
 @cache
 def samples(op: Operator) -> list[Call]:
-    """In all dtypes, or in one: the operators see them by turns."""
+    """Returns samples in all dtypes alternately, or in one dtype."""
     turn, found = [*IN_TORCH].index(op.name), []
     for entry in database()[op.name]:
         dtypes = [dtype for dtype in FLOATS if dtype in entry.dtypes]
@@ -144,13 +144,13 @@ def samples(op: Operator) -> list[Call]:
 def call_of(op: Operator, sample: Any) -> Call:
     names = inspect.signature(getattr(fused, op.name)).parameters
     given = dict(zip(names, (sample.input, *sample.args), strict=False)) | sample.kwargs
-    if op is POISSON_NLL_LOSS and given.get("full"):  # at 0 torch's gradient is 0 * inf
+    if op is POISSON_NLL_LOSS and given.get("full"):  # torch's gradient at 0 is 0 * inf
         given["target"] = given["target"].detach().clamp(min=0.1).requires_grad_()
     return Call(op, given)
 
 
 def variants(call: Call) -> list[Call]:
-    """The call as it stands, where even a weight may require a gradient, and what it becomes."""
+    """Returns the unchanged call, in which even a weight may require grad, and its variants."""
     op = call.op
     differentiated = [operand.name for operand in op.operands if operand.differentiated]
     detached = {
@@ -162,7 +162,7 @@ def variants(call: Call) -> list[Call]:
     plain = replace(call, given=detached)
     found = [call, plain]
     names = inspect.signature(getattr(fused, op.name)).parameters
-    if "reduction" in names and op is not LINEAR_CROSS_ENTROPY:  # in chunks torch looks at no shape
+    if "reduction" in names and op is not LINEAR_CROSS_ENTROPY:  # torch checks no shapes
         found += [narrowed(plain, o.name, dim) for o in op.operands[:2] for dim in (0, -1)]
     if "reduce" in names:
         for average, reduce in BOTH[1:]:
@@ -172,7 +172,7 @@ def variants(call: Call) -> list[Call]:
 
 
 def narrowed(call: Call, name: str, dim: int) -> Call:
-    """With one element left along a dimension of an operand, which then broadcasts."""
+    """Reduces a dimension of an operand to one element, which then broadcasts."""
     x = call.given[name]
     if not x.dim() or not x.shape[dim]:
         return call
@@ -195,7 +195,7 @@ def check(call: Call) -> None:
 
 
 def attempt(call: Call, function: Callable[..., Any]) -> tuple[list[Tensor] | Exception, list[str]]:
-    """The results or the error, and the warnings."""
+    """Returns the results or the error, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -225,7 +225,7 @@ def compiled(call: Call, functional: Any = fused, **given: Any) -> Any:
 
 
 def is_compiled_by_torch(call: Call) -> bool:
-    """Whether torch's own function gives the results of the eager call."""
+    """Returns whether torch's own function, compiled, gives the eager results."""
     try:
         check_results(call, partial(compiled, functional=F))
     except AssertionError:

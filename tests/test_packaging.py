@@ -1,4 +1,4 @@
-"""What users get: an sdist and a wheel, built for real, installed and imported outside the tree."""
+"""The sdist and the wheel, built and installed as users do, outside the working tree."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def run(
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the sdist and the wheel built from it, in a world without torch.
+    """Returns a folder with the sdist and the wheel built from it, in an environment without torch.
 
-    PYFUSED_TEST_DIST names one with what was built already, of the tree as it is.
+    PYFUSED_TEST_DIST names a folder with an existing build of the current tree.
     """
     if os.environ.get("PYFUSED_TEST_DIST"):
         return Path(os.environ["PYFUSED_TEST_DIST"])
@@ -83,7 +83,7 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
     return Parser().parsestr(wheel.read(name).decode())
 
 
-def test_the_sdist_holds_what_a_build_needs_on_any_platform(dist: Path) -> None:
+def test_the_sdist_has_all_files_of_a_build(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as sdist:
         files = {name.partition("/")[2] for name in sdist.getnames()}
@@ -91,7 +91,7 @@ def test_the_sdist_holds_what_a_build_needs_on_any_platform(dist: Path) -> None:
     assert files >= sources | {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_has_only_the_package(wheel: zipfile.ZipFile) -> None:
     sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("pyfused/**/*.py")}
     kernels = {f"pyfused/kernels/{file.name}" for file in ROOT.glob("kernels/*.py")}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -107,7 +107,7 @@ def test_the_metadata_agrees_with_the_package(metadata: Message, wheel: zipfile.
     assert "torch>=2.11" in metadata.get_all("Requires-Dist", [])
 
 
-def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -> None:
+def test_the_constraints_pin_all_requirements(metadata: Message) -> None:
     files = ROOT.glob("constraints*.txt")
     lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
@@ -130,8 +130,8 @@ def test_the_constraints_pin_whatever_the_metadata_asks_for(metadata: Message) -
         ),
     ],
 )
-def test_each_environment_holds_its_extras(files: list[str], extras: list[str]) -> None:
-    """`make demo` works without the tools of the others, which come on top of it."""
+def test_each_environment_has_its_extras(files: list[str], extras: list[str]) -> None:
+    """`make demo` only needs the first; the others are installed in addition."""
     tables = settings()
     lines = [
         line for each in files for line in (ROOT / f"{each}.txt").read_text("utf-8").splitlines()
@@ -181,7 +181,7 @@ def test_workflows_pin_actions_by_commit_and_call_known_targets(workflow: Path) 
 
 
 def test_the_workflow_tests_the_versions_that_are_supported() -> None:
-    """Each Python of the metadata, and each version of Triton."""
+    """Includes each Python of the metadata, and each version of Triton."""
     text = (ROOT / ".github/workflows/tests.yml").read_text("utf-8")
     rows = re.findall(r'python: "([\d.]+)", torch: ([\d.]+), triton: ([\d.]+)', text)
     pythons = re.findall(
@@ -210,7 +210,7 @@ print(cpu.capability, cpu.native.__file__, output.tolist())
 
 @pytest.fixture
 def site(dist: Path, tmp_path: Path) -> Path:
-    """A folder into which the wheel was installed."""
+    """Returns a folder into which the wheel was installed."""
     (wheel,) = dist.glob("*.whl")
     pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
     installed = run(*pip, folder=tmp_path)
@@ -221,7 +221,7 @@ def site(dist: Path, tmp_path: Path) -> Path:
 def run_installed(
     *arguments: str, site: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python without .pth files: the editable install of the tree would come to the rescue."""
+    """Runs Python without .pth files, which would import the editable install instead."""
     path = [site, *(Path(sysconfig.get_path(lib)) for lib in ("purelib", "platlib"))]
     return run("-S", *arguments, folder=site, path=path, **environment)
 
@@ -242,7 +242,7 @@ def test_an_unknown_isa_is_an_error_that_names_the_known(site: Path) -> None:
 
 
 @pytest.mark.skipif(len(cpu.ISAS) == 1, reason="one instruction set serves all CPUs of this kind")
-def test_an_isa_that_the_cpu_lacks_is_an_error_and_is_not_loaded(site: Path) -> None:
+def test_an_unsupported_isa_is_an_error_and_is_not_loaded(site: Path) -> None:
     least, most = MODULES[0], MODULES[-1]
     older_cpu = f"""
 import sys, types
@@ -260,7 +260,7 @@ finally:
 
 
 @pytest.mark.parametrize("arguments", [("-c", "import pyfused"), ("-m", "pyfused")])
-def test_an_installation_with_a_module_that_does_not_load_says_what_to_do(
+def test_a_module_that_does_not_load_gives_a_helpful_error(
     tmp_path: Path, arguments: tuple[str, str]
 ) -> None:
     site = copy_of_package(tmp_path)
@@ -276,7 +276,7 @@ def test_an_installation_with_a_module_that_does_not_load_says_what_to_do(
 
 
 def copy_of_package(folder: Path, modules: bool = False) -> Path:
-    """Returns the folder, which holds the package as an installation does."""
+    """Returns a folder with the package, as in an installation."""
     ignored = shutil.ignore_patterns("__pycache__", *(() if modules else ("_cpu_*",)))
     shutil.copytree(ROOT / "pyfused", folder / "pyfused", ignore=ignored)
     shutil.copytree(ROOT / "kernels", folder / "pyfused/kernels", ignore=ignored)
@@ -300,7 +300,7 @@ print(pyfused.memory.stats().limit, pyfused.memory.release())
 """
 
 
-def test_a_pure_installation_has_torchs_operators_on_cpus(pure: Path) -> None:
+def test_a_pure_installation_falls_back_on_cpus(pure: Path) -> None:
     result = run_installed("-c", PURE, site=pure)
     said = "mse_loss: torch: pyfused was installed without its CPU kernels\n0 0\n"
     assert (result.stdout, result.stderr) == (said, "")
@@ -320,7 +320,7 @@ print(pyfused.explain("cross_entropy", x, target).backend, pyfused.explain(swish
 """
 
 
-def test_a_pure_installation_has_tritons_kernels(pure: Path) -> None:
+def test_a_pure_installation_has_triton_kernels(pure: Path) -> None:
     pytest.importorskip("triton")
     forced = {"PYFUSED_BACKEND": "triton", "TRITON_INTERPRET": "1"}
     result = run_installed("-c", INTERPRETED, site=pure, **forced)
@@ -328,7 +328,7 @@ def test_a_pure_installation_has_tritons_kernels(pure: Path) -> None:
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_checkouts_folder_finds_the_installed_package(installed: bool, tmp_path: Path) -> None:
+def test_a_checkout_imports_the_installed_package(installed: bool, tmp_path: Path) -> None:
     tree, site = copy_of_package(tmp_path / "tree"), tmp_path / "site"
     (tree / "csrc").mkdir()
     if installed:
@@ -347,7 +347,7 @@ def test_a_checkouts_folder_finds_the_installed_package(installed: bool, tmp_pat
 
 @pytest.fixture
 def stub_tree(tmp_path: Path) -> Path:
-    """The tree with next to nothing to compile."""
+    """Returns a copy of the tree with minimal sources to compile."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "pyfused").mkdir()
     shutil.copy(ROOT / "setup.py", tmp_path)
@@ -367,7 +367,7 @@ def build(tree: Path, **environment: str) -> str:
     return result.stdout
 
 
-def test_a_build_without_a_compiler_says_so_in_a_sentence(stub_tree: Path) -> None:
+def test_a_build_without_a_compiler_exits_with_a_clear_message(stub_tree: Path) -> None:
     environment = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
     result = run("setup.py", "--quiet", "build_ext", folder=stub_tree, **environment)
     assert result.returncode == 1
@@ -387,14 +387,14 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 @of_gcc_and_clang
-def test_a_build_without_pythons_headers_says_so_in_a_sentence(stub_tree: Path) -> None:
+def test_a_build_without_pythons_headers_exits_with_a_clear_message(stub_tree: Path) -> None:
     result = run("-c", NO_HEADERS, folder=stub_tree)
     assert result.stderr.startswith("pyfused needs the headers of Python: there is no Python.h in ")
     assert len(result.stderr.splitlines()) == 1
 
 
 @of_gcc_and_clang
-def test_a_build_compiles_what_changed_and_no_more(stub_tree: Path) -> None:
+def test_a_build_only_compiles_changed_sources(stub_tree: Path) -> None:
     def compiled_after(changed: str | None) -> Counter[str]:
         if changed:
             (stub_tree / changed).touch()
@@ -407,33 +407,33 @@ def test_a_build_compiles_what_changed_and_no_more(stub_tree: Path) -> None:
     assert compiled_after("csrc/stub.h") == {"bindings": 1}
 
 
-def test_the_files_that_setup_names_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_that_setup_names_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     made = runpy.run_path(str(ROOT / "setup.py"))
     assert set(made["SHARED"]) <= {f"csrc/{file.name}" for file in ROOT.glob("csrc/*")}
 
 
-def test_the_files_that_the_sanitizers_check_are_there() -> None:
-    """Of a file that is missing pytest's processes tell nothing, and run no test."""
+def test_the_files_that_the_sanitizers_run_exist() -> None:
+    """If a file is missing, pytest's workers run no test and report nothing."""
     checked = re.search(r"^CHECKED = (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert checked
     assert all((ROOT / f"tests/test_{name}.py").exists() for name in checked[1].split())
 
 
-def test_the_files_that_other_machines_run_are_there() -> None:
+def test_the_files_that_other_machines_run_exist() -> None:
     files = " ".join(files for _, files in machines.MACHINES).split()
     assert all((ROOT / f"tests/test_{name}.py").exists() for name in files)
 
 
 @of_gcc_and_clang
-def test_other_flags_compile_everything_again(stub_tree: Path) -> None:
+def test_other_flags_recompile_everything(stub_tree: Path) -> None:
     assert "-c csrc/other.cpp" in build(stub_tree)
     assert "-c csrc/other.cpp" in build(stub_tree, CXXFLAGS="-g")
     assert "-c csrc/other.cpp" not in build(stub_tree, CXXFLAGS="-g")
 
 
 @of_gcc_and_clang
-def test_the_flags_suit_any_cpu_and_keep_nan_and_infinity(stub_tree: Path) -> None:
+def test_the_flags_are_portable_and_preserve_nan_and_infinity(stub_tree: Path) -> None:
     commands = build(stub_tree)
     assert "-ffp-contract=fast" in commands
     for flag in ("-march=native", "-mtune=native", "-ffast-math", "-ffinite-math-only"):
@@ -441,8 +441,8 @@ def test_the_flags_suit_any_cpu_and_keep_nan_and_infinity(stub_tree: Path) -> No
 
 
 @of_gcc_and_clang
-def test_a_build_for_another_platform_has_its_modules_and_libraries(stub_tree: Path) -> None:
+def test_a_cross_build_has_the_platforms_modules_and_libraries(stub_tree: Path) -> None:
     commands = build(stub_tree, _PYTHON_HOST_PLATFORM="macosx-14.0-arm64")
     assert "_cpu_generic" in commands
     assert "_cpu_x86_64" not in commands
-    assert "-ldl" not in commands  # the libraries of this platform's glibc
+    assert "-ldl" not in commands  # a library of this platform's glibc

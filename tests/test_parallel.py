@@ -1,4 +1,4 @@
-"""csrc/parallel.cpp: kernels run on the threads that torch has, whichever compiler built them."""
+"""csrc/parallel.cpp: kernels run on torch's threads, with any compiler."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def built(folder: Path, compiler: list[str], *flags: str) -> Path:
 
 
 def alone(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python without what torch would load."""
+    """Runs Python without the libraries that torch would load."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
@@ -57,7 +57,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return built(tmp_path_factory.mktemp("parallel"), COMPILERS[request.param])
 
 
-def test_each_compilers_build_takes_the_threads_of_torch(library: Path) -> None:
+def test_builds_of_each_compiler_use_torchs_threads(library: Path) -> None:
     done = python(f"""{COUNT}{WARM}
 library = ctypes.CDLL({str(library)!r})
 print(library.threads_used(64, 2), before == threads())
@@ -76,8 +76,8 @@ print(used, before == threads())
 
 
 @pytest.mark.parametrize("warm", [WARM, "import torch\n"], ids=["after use", "before use"])
-def test_a_forked_child_has_threads_of_its_own(library: Path, warm: str) -> None:
-    """Whether torch has used threads or not, and in a child of the child as well."""
+def test_a_forked_child_has_its_own_threads(library: Path, warm: str) -> None:
+    """Whether or not torch has used threads before, and also in a grandchild."""
     done = python(f"""{COUNT}{warm}
 library = ctypes.CDLL({str(library)!r})
 def in_child(depth):
@@ -93,8 +93,8 @@ print(in_child(1), library.threads_used(64, 2), in_child(1), library.threads_use
     assert done.stdout == "17 2 17 2\n", done.stderr
 
 
-def test_a_lack_of_memory_is_thrown_before_a_body_runs(library: Path) -> None:
-    """For the memory of the threads, on one thread and on two; the next call is as any other."""
+def test_allocation_failures_throw_before_the_body_runs(library: Path) -> None:
+    """Covers buffers of one and of two threads; later calls are not affected."""
     done = python(f"""{COUNT}{WARM}
 library = ctypes.CDLL({str(library)!r})
 library.blocks_run.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int
@@ -112,8 +112,8 @@ print(library.has_runtime(), library.threads_used(9, 2), threads())
     assert done.stdout == "0 1 1\n", done.stderr
 
 
-def test_a_torch_of_another_name_has_its_runtime(library: Path) -> None:
-    """A Linux distribution's torch has its version in its name; the runtime of GCC has none."""
+def test_a_renamed_torch_library_is_found(library: Path) -> None:
+    """Linux distributions add the version to torch's library; GCC's runtime has none."""
     done = alone(f"""{COUNT}
 ctypes.CDLL("libgomp.so.1")
 print(ctypes.CDLL({str(library)!r}).threads_used(64, 2), threads())
@@ -121,7 +121,7 @@ print(ctypes.CDLL({str(library)!r}).threads_used(64, 2), threads())
     assert done.stdout == "2 2\n", done.stderr
 
 
-def test_a_runtime_with_clangs_calls_alone(tmp_path: Path) -> None:
+def test_a_runtime_with_clangs_interface_only(tmp_path: Path) -> None:
     library = built(tmp_path, next(iter(COMPILERS.values())), "-DLLVM_RUNTIME")
     done = alone(f"""{COUNT}
 library = ctypes.CDLL({str(library)!r})
@@ -130,7 +130,7 @@ print(library.has_runtime(), library.threads_used(64, 3), library.threads_used(1
     assert done.stdout == "1 3 1\n", done.stderr
 
 
-# ---- the modules as they were built --------------------------------------------------------------
+# ---- the installed modules -----------------------------------------------------------------------
 
 CALLS = """
 from pyfused.functional import cross_entropy, gelu, mse_loss
@@ -142,15 +142,15 @@ total.backward()
 
 @pytest.mark.parametrize("isa", cpu.supported)
 def test_a_large_call_starts_no_thread(isa: str) -> None:
-    """Backward runs on a thread of autograd's, which has a team of its own, as torch's calls do."""
+    """Backward runs on an autograd thread, which has its own team of threads, as in torch."""
     warm = "y = torch.ones(1 << 22, requires_grad=True)\n(y.exp() * y).sum().backward()\n"
     code = COUNT + WARM + warm + "before = threads()\n" + CALLS + "print(before == threads())"
     done = python(code, PYFUSED_CPU_CAPABILITY=isa)
     assert done.stdout == "True\n", done.stderr
 
 
-def test_modules_without_a_runtime_say_so_once() -> None:
-    """They look for it when they are loaded, which here is before torch loads it."""
+def test_modules_without_a_runtime_warn_once() -> None:
+    """Modules search for the runtime at import, here before torch loads it."""
     files = [sys.modules[cpu.load(isa).__name__].__file__ for isa in cpu.supported]
     done = alone(f"""{COUNT}
 from importlib.util import module_from_spec, spec_from_file_location

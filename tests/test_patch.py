@@ -1,4 +1,4 @@
-"""patch() replaces torch's functions for all who look them up, and unpatch() puts them back."""
+"""patch() replaces torch's functions for all users, and unpatch() restores them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def standing() -> list[Any]:
 
 
 def running() -> list[Any]:
-    """What a call runs: the code of a function, or the built-in itself."""
+    """Returns the code that a call runs: a function's code, or the built-in itself."""
     return [getattr(function, "__code__", function) for function in standing()]
 
 
@@ -66,7 +66,7 @@ X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0
 
 
 def patched() -> bool:
-    """All names or none."""
+    """Returns whether all names are patched, or none; fails if only some are."""
     same = [now is then for now, then in zip(running(), TORCHS_RUNNING, strict=True)]
     assert all(same) or not any(same)
     return not any(same)
@@ -82,7 +82,7 @@ def put_back() -> Iterator[None]:
     assert not {"relu", "relu_", "sigmoid", "sigmoid_"} & set(vars(Tensor))
 
 
-# ---- what is patched ----------------------------------------------------------------------------
+# ---- patched functions ---------------------------------------------------------------------------
 
 
 def test_functions_methods_and_torchs_own_modules(kernel_calls: KernelCalls) -> None:
@@ -136,7 +136,7 @@ WRONG = {
 
 @as_users_run_it
 @pytest.mark.parametrize("call", WRONG.values(), ids=WRONG.keys())
-def test_wrong_arguments_are_torchs_own_error(call: Any) -> None:
+def test_wrong_arguments_raise_torchs_error(call: Any) -> None:
     with pytest.raises(Exception) as expected:  # noqa: PT011
         call()
     with pyfused.patch(), pytest.raises(type(expected.value)) as got:
@@ -147,7 +147,7 @@ def test_wrong_arguments_are_torchs_own_error(call: Any) -> None:
 
 
 @pytest.mark.parametrize(("owner", "name"), OWNERS, ids=[f"{o.__name__}.{n}" for o, n in OWNERS])
-def test_a_call_that_fails_is_made_once(owner: Any, name: str) -> None:
+def test_a_failing_call_is_made_once(owner: Any, name: str) -> None:
     class Refuses(TorchDispatchMode):
         calls = 0
 
@@ -163,7 +163,7 @@ def test_a_call_that_fails_is_made_once(owner: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyError, AssertionError])
-def test_an_error_that_torch_does_not_have_is_a_warning(
+def test_errors_that_torch_does_not_raise_become_warnings(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> Tensor:
@@ -177,7 +177,7 @@ def test_an_error_that_torch_does_not_have_is_a_warning(
             with pytest.warns(RuntimeWarning, match="pyfused: relu: .*of pyfused alone") as seen:
                 assert call(X).equal(expected)
             assert len(seen) == 1
-            assert call(X).equal(expected)  # and no second warning, which would raise
+            assert call(X).equal(expected)  # a second warning would raise
             reasons._said.clear()
         with pytest.raises(error, match="of pyfused alone"):  # X may be overwritten
             F.relu(X.clone().requires_grad_() * 1, inplace=True)
@@ -185,7 +185,7 @@ def test_an_error_that_torch_does_not_have_is_a_warning(
 
 @as_users_run_it
 @pytest.mark.parametrize("call", [F.softmax, F.log_softmax, nn.Softmax(), nn.LogSoftmax()])
-def test_a_missing_dim_is_warned_of_at_the_line_that_torch_names(call: Any) -> None:
+def test_the_warning_of_a_missing_dim_names_torchs_line(call: Any) -> None:
     lines = []
     for context in (contextlib.nullcontext(), pyfused.patch()):
         with context, warnings.catch_warnings(record=True) as seen:
@@ -201,8 +201,8 @@ OVERWRITING = [
 
 
 @pytest.mark.parametrize("name", OVERWRITING)
-def test_any_object_says_whether_to_overwrite(name: str) -> None:
-    """torch takes its truth value; an element of a tensor or array may be one."""
+def test_inplace_may_be_any_object(name: str) -> None:
+    """torch uses its truth value, for example of an element of a tensor or array."""
     call, required = getattr(F, name), OPERATORS[name].required
     no_number = torch.tensor([1, 2])
 
@@ -228,7 +228,7 @@ def test_any_object_says_whether_to_overwrite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OVERWRITING)
-def test_whether_to_overwrite_may_be_traced(name: str) -> None:
+def test_inplace_may_be_symbolic(name: str) -> None:
     def step(x: Tensor, inplace: bool) -> Tensor:
         return getattr(F, name)(x, **OPERATORS[name].required, inplace=inplace)
 
@@ -241,7 +241,7 @@ def test_whether_to_overwrite_may_be_traced(name: str) -> None:
         assert graph() == expected
 
 
-# ---- what defines __torch_function__ ------------------------------------------------------------
+# ---- __torch_function__ --------------------------------------------------------------------------
 
 
 def tensors_of(name: str) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ def tensors_of(name: str) -> dict[str, Tensor]:
 
 
 def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments of right calls, and for built-ins of wrong ones."""
+    """Returns arguments of valid calls, and for built-ins of invalid ones."""
     op = OPERATORS[name.removesuffix("_")]
     tensors = tensors_of(op.name)
     (first, x), *others = tensors.items()
@@ -284,7 +284,7 @@ def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str
 
 
 class Handler:
-    """Records what it is shown, and answers."""
+    """Records each call of ``__torch_function__``, and responds with the configured answer."""
 
     seen: list[Any] = []  # noqa: RUF012
     answer = "calls"
@@ -308,7 +308,7 @@ class Sub(Tensor, Handler):
 
 
 class Alike(Handler):
-    """No tensor."""
+    """A class with ``__torch_function__`` that is no tensor."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -316,15 +316,15 @@ class Alike(Handler):
 
 
 class Mode(TorchFunctionMode, Handler):
-    def __repr__(self) -> str:  # which is part of torch's messages
+    def __repr__(self) -> str:  # part of torch's messages
         return "Mode"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.handle(func, (), args, kwargs)  # torch's own differ in whether Tensor is one
+        return self.handle(func, (), args, kwargs)  # types vary between functions
 
 
 def outcome(call: Any, within: Any) -> tuple[Any, list[float], Any]:
-    """What a call returns or raises, and what a handler saw of it."""
+    """Returns the result or the error of a call, and the records of the handler."""
     Handler.seen.clear()
     try:
         with within:
@@ -338,7 +338,7 @@ def outcome(call: Any, within: Any) -> tuple[Any, list[float], Any]:
 
 
 ANSWERS = "calls", "answers", "has none", "raises"
-SHOWN = [  # each place, the answers by turns
+SHOWN = [  # each function, with alternating answers
     (place, answer)
     for i, place in enumerate(OWNERS)
     for j, answer in enumerate(ANSWERS)
@@ -350,7 +350,7 @@ SHOWN = [  # each place, the answers by turns
 @pytest.mark.parametrize(
     ("place", "answer"), SHOWN, ids=[f"{owner.__name__}.{n}-{a}" for (owner, n), a in SHOWN]
 )
-def test_what_defines_torch_function_is_shown_what_torch_shows(
+def test_torch_function_receives_the_same_calls_as_without_patch(
     place: tuple[Any, str], answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, name = place
@@ -365,7 +365,7 @@ def test_what_defines_torch_function_is_shown_what_torch_shows(
             places = [*range(len(args)), *kwargs]
             for kind, place in itertools.product(classes, places or [0]):
                 if kind == "Mode" and answer == "has none":
-                    continue  # some of torch's own methods recurse
+                    continue  # some of torch's methods recurse
 
                 def made(value: Any, at: Any, kind: str = kind, place: Any = place) -> Any:
                     if not isinstance(value, Tensor):
@@ -390,7 +390,7 @@ def test_what_defines_torch_function_is_shown_what_torch_shows(
 
 
 class WithTable(Tensor):
-    """A subclass that implements those of torch's functions that its table has."""
+    """A subclass that implements the torch functions in its table."""
 
     seen: list[Any] = []  # noqa: RUF012
     table: dict[Any, str] = {}  # noqa: RUF012
@@ -413,11 +413,11 @@ OVERRIDABLE = {
 
 
 def reached() -> dict[str, tuple[list[Any], str]]:
-    """What a subclass sees of a call of each of torch's functions that it implements."""
+    """Returns the torch functions that a subclass with a table receives."""
     found = {}
     for name, most in OVERRIDABLE.items():
         x = torch.ones(1).as_subclass(WithTable)
-        # Until the required parameters are given, be they tensors or numbers.
+        # Try until all required parameters are passed, as tensors or numbers.
         for count, other in itertools.product(range(most), (x, 0)):
             WithTable.seen.clear()
             with contextlib.suppress(Exception):
@@ -430,10 +430,10 @@ def reached() -> dict[str, tuple[list[Any], str]]:
 
 @as_users_run_it
 @pytest.mark.filterwarnings("ignore")
-def test_a_table_of_torchs_functions_has_them_whenever_it_was_made(
+def test_tables_of_torchs_functions_made_before_or_after_patching(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a subclass has one that defines ``__torch_function__``, and looks up what it is shown."""
+    """Subclasses with ``__torch_function__`` look up the function that they receive."""
 
     def table() -> dict[Any, str]:
         return {named(name): name.rpartition(".")[-1] for name in OVERRIDABLE}
@@ -453,10 +453,10 @@ def test_a_table_of_torchs_functions_has_them_whenever_it_was_made(
                 assert got[name][1] == result
                 assert all(map(is_, got[name][0], seen)), name
         assert {resolve_name(named(name)) for name in expected} == {*expected}
-    assert reached().keys() == expected.keys()  # with the table that was made while patched
+    assert reached().keys() == expected.keys()  # with the table made while patched
 
 
-def test_a_built_in_that_a_class_holds_is_no_method_of_it() -> None:
+def test_a_built_in_stored_in_a_class_is_not_bound() -> None:
     with pyfused.patch():
         holder = type("Holder", (), {"activation": torch.relu})
         assert holder().activation(X).equal(X.relu())
@@ -466,7 +466,7 @@ def test_a_built_in_that_a_class_holds_is_no_method_of_it() -> None:
 
 @pytest.fixture
 def in_seconds() -> Iterator[None]:
-    """Ends a hang, which once was a function that called itself through torch."""
+    """Ends a hang, for example of a function that calls itself through torch."""
 
     def late(*_: Any) -> None:
         raise TimeoutError
@@ -479,7 +479,7 @@ def in_seconds() -> Iterator[None]:
 
 
 class Forms(nn.Module):
-    """An operator by all its names."""
+    """An operator called by all its names."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -511,7 +511,7 @@ class AllForms(nn.Module):
         return [y for name, form in self.forms.items() for y in form(*tensors[name])]
 
 
-CANNOT = "gaussian_nll_loss"  # torch.export of torch's own fails
+CANNOT = "gaussian_nll_loss"  # torch.export fails for torch's function
 EXPORTED = sorted({name for _, name in OWNERS if name in OPERATORS} - {CANNOT})
 
 
@@ -519,7 +519,7 @@ EXPORTED = sorted({name for _, name in OWNERS if name in OPERATORS} - {CANNOT})
 @pytest.mark.usefixtures("in_seconds")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_is_torchs(strict: bool) -> None:
+def test_an_exported_program_has_torchs_operators(strict: bool) -> None:
     names = BUILT_IN if strict else EXPORTED
     model, tensors = AllForms(names), {name: tuple(tensors_of(name).values()) for name in names}
 
@@ -538,7 +538,7 @@ def test_an_exported_program_is_torchs(strict: bool) -> None:
 
 @pytest.mark.usefixtures("in_seconds")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")
-def test_what_is_exported_to_onnx_is_torchs() -> None:
+def test_onnx_export_has_torchs_operators() -> None:
     pytest.importorskip("onnxscript")
     model = nn.Sequential(nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.GELU(), nn.Softmax(1)).eval()
     expected = torch.onnx.export(model, (X,), dynamo=True)
@@ -572,7 +572,7 @@ def test_a_model_that_holds_a_patched_function_can_be_saved() -> None:
         torch.testing.assert_close(pickle.loads(data)(x), layer(x))
 
 
-def test_whoever_looked_before_is_reached(kernel_calls: KernelCalls) -> None:
+def test_names_imported_before_are_patched(kernel_calls: KernelCalls) -> None:
     layer = nn.TransformerEncoderLayer(4, 1, 8, activation=looked_before, batch_first=True)
     assert layer.activation_relu_or_gelu == 1
     with pyfused.patch():
@@ -582,10 +582,10 @@ def test_whoever_looked_before_is_reached(kernel_calls: KernelCalls) -> None:
     assert kernel_calls["relu"] == 2
 
 
-# ---- torch's functions are still torch's --------------------------------------------------------
+# ---- identity of torch's functions ---------------------------------------------------------------
 
 
-def test_to_whoever_looks_at_them_functions_are_torchs() -> None:
+def test_patched_functions_look_like_torchs() -> None:
     def seen() -> list[Any]:
         functions = [getattr(F, name) for name in NAMES]
         return [
@@ -600,8 +600,8 @@ def test_to_whoever_looks_at_them_functions_are_torchs() -> None:
 
 
 @as_users_run_it
-def test_what_is_pickled_names_torch_alone(tmp_path: Path) -> None:
-    """A model that was saved whole, with each patched name: loaded where there is no pyfused."""
+def test_pickles_do_not_reference_pyfused(tmp_path: Path) -> None:
+    """A model with each patched name is saved whole, and loaded without pyfused."""
     x = torch.randn(1, 3, 4)
     with pyfused.patch():
         layer = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True, activation=torch.relu)
@@ -619,7 +619,7 @@ def test_what_is_pickled_names_torch_alone(tmp_path: Path) -> None:
 
 @as_users_run_it
 def test_a_transformers_fast_path() -> None:
-    """Which asks whether its activation is F.relu."""
+    """torch checks whether the activation is F.relu."""
 
     def built() -> nn.Module:
         return nn.TransformerEncoderLayer(4, 2, 8, activation="relu", batch_first=True).eval()
@@ -633,7 +633,7 @@ def test_a_transformers_fast_path() -> None:
             assert "aten::_transformer_encoder_layer_fwd" in names
 
 
-def test_what_was_compiled_while_patched_is_compiled_anew() -> None:
+def test_functions_compiled_while_patched_are_recompiled() -> None:
     graphs: list[set[Any]] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -643,7 +643,7 @@ def test_what_was_compiled_while_patched_is_compiled_anew() -> None:
     compiled = torch.compile(lambda x: F.mse_loss(x, x + 1), fullgraph=True, backend=backend)
     with pyfused.patch():
         compiled(X)
-    assert F.mse_loss not in graphs[-1]  # what pyfused's function calls is
+    assert F.mse_loss not in graphs[-1]  # only the functions that pyfused's function calls
     compiled(X)
     assert F.mse_loss in graphs[-1]
     assert len(graphs) == 2
@@ -651,7 +651,7 @@ def test_what_was_compiled_while_patched_is_compiled_anew() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if isinstance(OPERATORS[n], Activation)])
 def test_a_compiled_activation_is_named_by_torchs_function(name: str) -> None:
-    """In the compiler's graph, and in an exported one, where torch's passes look for it."""
+    """Passes of torch search for it in the compiler's graph and in exported graphs."""
 
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -682,7 +682,7 @@ def scripted(x: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_script_compiles_what_torch_wrote() -> None:
+def test_script_compiles_torchs_source() -> None:
     expected = scripted(X)
     with pyfused.patch():
         compiled = torch.jit.script(scripted)
@@ -693,7 +693,7 @@ def test_script_compiles_what_torch_wrote() -> None:
 
 
 @pytest.mark.parametrize("fails", range(0, len(OWNERS), 4))
-def test_a_patch_that_fails_half_way_is_undone(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_that_fails_is_undone(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
     site = sys.modules["pyfused.adopt.patch"]._SITES[fails]
     put, failed = type(site).put, []
 
@@ -712,7 +712,7 @@ def test_a_patch_that_fails_half_way_is_undone(fails: int, monkeypatch: pytest.M
         assert patched()
 
 
-# ---- how long it lasts --------------------------------------------------------------------------
+# ---- lifetime of a patch -------------------------------------------------------------------------
 
 
 def test_a_call_lasts_until_unpatch() -> None:
@@ -750,7 +750,7 @@ def test_a_block_that_raises() -> None:
         raise KeyError
 
 
-def test_what_patch_returns_can_be_entered_again() -> None:
+def test_the_context_manager_can_be_reused() -> None:
     again = pyfused.patch()
     for _ in range(2):
         with again, again:
@@ -762,17 +762,17 @@ def test_what_patch_returns_can_be_entered_again() -> None:
 def test_a_decorated_function(decorator: Any) -> None:
     @decorator
     def step(more: int) -> bool:
-        """What it does."""
+        """A decorated function."""
         return step(more - 1) if more else patched()
 
     assert not patched()
     assert step(2)
     assert not patched()
-    assert (step.__name__, step.__doc__) == ("step", "What it does.")
+    assert (step.__name__, step.__doc__) == ("step", "A decorated function.")
 
 
 def test_several_threads() -> None:
-    """Each that wants it has it, however the others come and go."""
+    """Each thread's patch is active, however other threads enter and leave theirs."""
     barrier = threading.Barrier(4)
 
     def work(_: int) -> int:
@@ -809,7 +809,7 @@ def test_threads_that_train_at_once(kernel_calls: KernelCalls) -> None:
             losses.append(loss.item())
         return losses
 
-    x, target = X.repeat(1600, 1), TARGET.repeat(1600)  # too many for ATen
+    x, target = X.repeat(1600, 1), TARGET.repeat(1600)  # above the size limit
     expected = [train(seed) for seed in range(6)]
     with pyfused.patch(), ThreadPoolExecutor(3) as pool:
         for got, wanted in zip(pool.map(train, range(6)), expected, strict=True):
@@ -817,7 +817,7 @@ def test_threads_that_train_at_once(kernel_calls: KernelCalls) -> None:
     assert kernel_calls["cross_entropy"] == 60
 
 
-# ---- bad use ------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def test_unpatch_without_patch() -> None:
@@ -832,7 +832,7 @@ def test_unpatch_without_patch() -> None:
         pyfused.unpatch()
 
 
-def test_someone_elses_patch_is_not_patched_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_patched_by_others_are_not_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs(*args: Any, **kwargs: Any) -> Tensor:
         return X
 
@@ -845,11 +845,11 @@ def test_someone_elses_patch_is_not_patched_over(monkeypatch: pytest.MonkeyPatch
                     use()
             assert getattr(owner, name) is theirs
         if owner is torch.Tensor and "relu" in vars(torch.Tensor):
-            del torch.Tensor.relu  # put back by monkeypatch, where it was inherited
+            del torch.Tensor.relu  # inherited again after monkeypatch
         assert standing() == before
 
 
-def test_someone_elses_code_is_not_patched_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_replaced_by_others_is_not_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = (lambda input, inplace=False: input).__code__
     with monkeypatch.context() as context:
         context.setattr(F.relu, "__code__", theirs)
@@ -865,7 +865,7 @@ def test_someone_elses_code_is_not_patched_over(monkeypatch: pytest.MonkeyPatch)
     pyfused.unpatch()
 
 
-def test_someone_elses_patch_over_ours_is_not_undone() -> None:
+def test_later_patches_by_others_are_not_undone() -> None:
     pyfused.patch()
     ours, F.relu = F.relu, len
     with pytest.raises(
@@ -877,7 +877,7 @@ def test_someone_elses_patch_over_ours_is_not_undone() -> None:
     pyfused.unpatch()
 
 
-def test_what_cannot_be_decorated() -> None:
+def test_objects_that_cannot_be_decorated() -> None:
     async def coroutine() -> None: ...
 
     def generator() -> Iterator[int]:

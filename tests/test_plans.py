@@ -1,4 +1,4 @@
-"""A call is planned once for its signature, and replayed."""
+"""A call is planned once for its signature; later calls reuse the plan."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 
 
-def assert_each_is_right(*steps: Callable[[Any], Tensor]) -> None:
-    """Makes the calls in turn, so that each could take the plan of another."""
+def assert_each_is_correct(*steps: Callable[[Any], Tensor]) -> None:
+    """Makes the calls in turn, so that each could wrongly reuse the plan of another."""
     for step in steps * 3:
         got, expected = step(fused), step(TORCH)
         torch.testing.assert_close(got, expected)
@@ -48,9 +48,9 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("other", KINDS.values(), ids=KINDS)
-def test_tensors_of_another_kind_have_another_plan(other: Callable[[Tensor], Tensor]) -> None:
+def test_other_kinds_of_tensors_have_other_plans(other: Callable[[Tensor], Tensor]) -> None:
     x, y = torch.randn(2, 6, 5)
-    assert_each_is_right(
+    assert_each_is_correct(
         lambda f: f.mse_loss(x, y),
         lambda f: f.mse_loss(other(x), y),
         lambda f: f.mse_loss(x, other(y)),
@@ -64,14 +64,14 @@ def test_modes_are_in_the_signature() -> None:
         torch.no_grad,
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: torch.autocast("cpu", torch.float16),
-        lambda: torch.device("cpu"),  # what torch.set_default_device does
+        lambda: torch.device("cpu"),  # same as torch.set_default_device
     )
 
     def step(functional: Any, mode: Callable[[], Any]) -> Tensor:
         with mode():
             return functional.cross_entropy(x.bfloat16(), CLASSES)
 
-    assert_each_is_right(*[functools.partial(step, mode=mode) for mode in modes])
+    assert_each_is_correct(*[functools.partial(step, mode=mode) for mode in modes])
 
 
 OPTIONS: tuple[tuple[dict[str, Any], ...], ...] = (
@@ -94,10 +94,10 @@ def test_options_are_in_the_signature(options: tuple[dict[str, Any], ...]) -> No
             return functional.cross_entropy(x, CLASSES, **given)
         return functional.cross_entropy(x, target, **given)
 
-    assert_each_is_right(*[functools.partial(step, given=given) for given in options])
+    assert_each_is_correct(*[functools.partial(step, given=given) for given in options])
 
 
-def test_a_number_in_a_tensor_is_read_for_each_call() -> None:
+def test_numbers_in_tensors_are_read_in_each_call() -> None:
     x, beta = torch.zeros(6, 5), torch.tensor(1.0)
     for value in (1.0, 0.25):
         beta.fill_(value)
@@ -105,7 +105,7 @@ def test_a_number_in_a_tensor_is_read_for_each_call() -> None:
         assert got == pytest.approx(float(F.smooth_l1_loss(x, OTHER, beta=value)))
 
 
-def test_wrong_arguments_raise_each_time() -> None:
+def test_invalid_arguments_raise_each_time() -> None:
     for _ in range(3):
         with pytest.raises(RuntimeError, match="beta"):
             fused.smooth_l1_loss(torch.randn(6, 5), OTHER, beta=-1.0)
@@ -113,7 +113,7 @@ def test_wrong_arguments_raise_each_time() -> None:
             fused.cross_entropy(torch.randn(6, 5), torch.full((6,), 7))
 
 
-def test_a_plan_holds_no_tensor() -> None:
+def test_a_plan_has_no_references_to_tensors() -> None:
     x, target = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
     token_weight = torch.rand(6)
     fused.mse_loss(x, target).backward()
@@ -126,7 +126,7 @@ def test_a_plan_holds_no_tensor() -> None:
 
 
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of ever new shapes keep no more memory than the plans of eight."""
+    """Memory does not grow with the number of shapes, beyond the plans that are cached."""
     monkeypatch.setattr(dispatch, "MOST_PLANS", 8)
 
     def calls_of(sizes: range) -> int:
@@ -165,11 +165,11 @@ def test_threads_share_plans() -> None:
     assert not wrong
 
 
-# ---- what a call costs ---------------------------------------------------------------------------
+# ---- overhead of a call --------------------------------------------------------------------------
 
 
 def python_calls(step: Callable[[], Any]) -> int:
-    """The number of Python functions that a step calls, the same on every machine."""
+    """Returns the number of Python functions that a step calls, the same on every machine."""
     count = 0
 
     def profile(_frame: FrameType, event: str, _argument: Any) -> None:
@@ -186,7 +186,7 @@ def python_calls(step: Callable[[], Any]) -> int:
     return count
 
 
-# For each call the most functions of a step, beyond those of autograd itself.
+# The maximum number of functions per step, without those of autograd.
 CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "mse_loss": (lambda x: fused.mse_loss(x, OTHER), 19),
     "cross_entropy": (lambda x: fused.cross_entropy(x, CLASSES), 23),
@@ -208,8 +208,8 @@ def test_a_step_calls_few_python_functions(name: str) -> None:
 
 @pytest.mark.cpu
 @pytest.mark.slow
-def test_the_first_call_of_no_operator_imports_a_compiler() -> None:
-    """torch's Python definitions, which run for meta tensors, would import sympy for 0.4 s."""
+def test_first_calls_do_not_import_the_compiler() -> None:
+    """torch's Python definitions for meta tensors would import sympy, which takes 0.4 s."""
     found = python("""
         import sys
         from catalogue import EXAMPLES
@@ -223,8 +223,8 @@ def test_the_first_call_of_no_operator_imports_a_compiler() -> None:
     assert found.stdout == "False\n", found.stderr
 
 
-def test_a_checkpoint_decides_once(kernel_calls: KernelCalls) -> None:
-    """The forward pass runs under a mode, so by torch's operator; the recomputation does not."""
+def test_recomputation_uses_the_same_path(kernel_calls: KernelCalls) -> None:
+    """The forward pass falls back because of a mode, which is not active in the recomputation."""
     x = torch.randn(6, 5, requires_grad=True)
     step = lambda x: fused.cross_entropy(2 * x, CLASSES)  # noqa: E731
     (expected,) = torch.autograd.grad(step(x), x)
@@ -234,5 +234,5 @@ def test_a_checkpoint_decides_once(kernel_calls: KernelCalls) -> None:
     loss.backward()
     assert kernel_calls["cross_entropy"] == ran
     torch.testing.assert_close(x.grad, expected)
-    checkpoint(step, x, use_reentrant=False).backward()  # without the mode
+    checkpoint(step, x, use_reentrant=False).backward()  # runs without the mode
     assert kernel_calls["cross_entropy"] == ran + 2

@@ -1,4 +1,4 @@
-"""Pointwise losses mean what torch's mean: values, shapes, dtypes, warnings, NaN and infinities."""
+"""Pointwise losses match torch: values, shapes, dtypes, warnings, NaN and infinities."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def test_a_warning_of_a_small_call_names_its_line(loss: Loss) -> None:
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @pytest.mark.parametrize("op", ["mse_loss", "huber_loss", "rmse_loss"])
-def test_the_size_of_a_call_is_that_of_all_operands_together(
-    op: str, kernel_calls: KernelCalls
-) -> None:
+def test_the_size_of_a_call_is_its_broadcast_size(op: str, kernel_calls: KernelCalls) -> None:
     few, many = torch.rand(1 << 5), torch.rand(1 << 15, 1)
     for given in ((few, many), (many, few)):
         kernel_calls.clear()
@@ -120,7 +118,7 @@ def test_type_promotion(
     reduction: str,
     kernel_calls: KernelCalls,
 ) -> None:
-    """torch's dtype or error; nearer to the exact value than torch, which rounds on the way."""
+    """Results have torch's dtype or error, and are more accurate than torch."""
     values = loss.draw((60, 5), torch.float64, requiring=())
     first_two = [operand.name for operand in loss.operands[:2]]
     dtypes = dict(zip(first_two[:: -1 if swapped else 1], (dtype, other), strict=True))
@@ -167,12 +165,12 @@ def test_a_scalar_target_promotes_as_in_torch(
         assert_matches_torch(loss.ours, loss.reference, **given, **options)
 
 
-# ---- values at the edges -------------------------------------------------------------------------
+# ---- special values ------------------------------------------------------------------------------
 
 
 @pytest.mark.interpreted
 @grid(loss=LOSSES, dtype=FLOATS, size=[6, 6 * 7, 6 * 50], reduction=REDUCTIONS)
-def test_special_values_come_out_as_torchs(
+def test_special_values_equal_torchs(
     loss: Loss, dtype: torch.dtype, size: int, reduction: str
 ) -> None:
     special = torch.tensor(SAMPLES[loss.op.name].special).to(dtype)
@@ -203,10 +201,8 @@ def test_unusual_weights(loss: Loss, value: float, reduction: str) -> None:
 
 @pytest.mark.interpreted
 @grid(dtype=FLOATS, reduction=REDUCTIONS)
-def test_variances_at_the_edges(
-    dtype: torch.dtype, reduction: str, kernel_calls: KernelCalls
-) -> None:
-    """Those below eps count as eps, and the gradient passes; that of an infinite one is 0."""
+def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: KernelCalls) -> None:
+    """Variances below eps are clamped, with gradients; the gradient of an infinite one is 0."""
     x, t = (torch.randn(40).to(dtype).requires_grad_() for _ in range(2))
     var = torch.cat([torch.linspace(0, 1, 39), torch.tensor([INF])]).to(dtype).requires_grad_()
     options = {"eps": 0.5, "reduction": reduction}
@@ -221,7 +217,7 @@ LEGACY = [(a, b) for a in (None, True, False) for b in (None, True, False) if (a
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
 @grid(legacy=LEGACY)
-def test_kl_div_divides_by_the_batch_beside_deprecated_arguments(
+def test_kl_div_batchmean_with_deprecated_arguments(
     legacy: tuple[bool | None, bool | None],
 ) -> None:
     given = torch.randn(4, 5), torch.rand(4, 5), *legacy, "batchmean"
@@ -230,7 +226,7 @@ def test_kl_div_divides_by_the_batch_beside_deprecated_arguments(
 
 @pytest.mark.parametrize("elements", [1, 1 << 16])
 @pytest.mark.thresholds
-def test_a_weight_never_widens_a_focal_loss(elements: int) -> None:
+def test_a_weight_does_not_promote_a_focal_loss(elements: int) -> None:
     x = torch.zeros(elements)
     with pytest.raises(RuntimeError, match="weight: expected a shape that broadcasts"):
         functional.sigmoid_focal_loss(x, x, weight=torch.ones(3, elements))
@@ -251,13 +247,13 @@ def test_a_mean_divides_by_the_weight_before_it_broadcasts(op: str) -> None:
 
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_operands_in_rows_are_read_as_they_are() -> None:
-    """Those that broadcast along rows or columns, and half of each row, are not copied."""
+def test_operands_in_rows_are_not_copied() -> None:
+    """Tries operands that broadcast along rows or columns, and half of each row."""
     x, whole = torch.randn(70, 300), torch.randn(70, 600)
     of_rows, of_columns = torch.randn(70, 1), torch.randn(300)
 
     def copies(*operands: Tensor) -> int:
-        functional.huber_loss(*operands)  # planning looks at tensors without memory
+        functional.huber_loss(*operands)  # planning uses meta tensors
         with operators_of_torch("aten::copy_") as found:
             functional.huber_loss(*operands)
         return len(found)
@@ -269,8 +265,8 @@ def test_operands_in_rows_are_read_as_they_are() -> None:
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("name", ["mse_loss", "poisson_nll_loss"])
-def test_the_gradient_of_what_broadcasts_is_rounded_once(name: str) -> None:
-    """The parts of a bfloat16 target's would cancel, if each were rounded."""
+def test_gradients_of_broadcast_operands_are_rounded_once(name: str) -> None:
+    """Terms of a bfloat16 target's gradient would cancel if each were rounded."""
     input = torch.tensor([1.003, -1.0], dtype=torch.float64).repeat(1000)
     target = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
     loss = getattr(functional, name)(input, target, reduction="sum")

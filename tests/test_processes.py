@@ -1,4 +1,4 @@
-"""Processes: a forked child computes on after its parent has, and so does a spawned one."""
+"""Kernels work in forked children, before or after use in the parent, and in spawned ones."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pyfused.backends import cpu
 from pyfused.functional import cross_entropy, mse_loss, relu
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
-# Python warns of a fork beside threads from 3.12 on, which is just what is tried here.
+# From 3.12 on, Python warns of forks with threads, which these tests need.
 ignore_fork_warning = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def compute(seed: int = 0) -> list[Any]:
-    """Losses and gradients large enough to be shared out among threads, as plain numbers.
+    """Returns losses and gradients, large enough for several threads, as plain numbers.
 
-    Nothing here is large for torch's own kernels: they hang in a forked child of a parent that
-    has used several threads, which is why DataLoader sets its workers to one.
+    Operands are small for torch's kernels, which hang in a forked child of a parent that has used
+    several threads. (DataLoader sets its workers to one thread for this reason.)
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(600, 1000, generator=generator).requires_grad_()
@@ -56,7 +56,7 @@ def in_forked_child() -> list[Any]:
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=send, args=(sender, 0))
     child.start()
-    sender.close()  # so that a child that dies is seen as the end of the file
+    sender.close()  # so that recv raises EOFError if a child dies
     try:
         assert receiver.poll(SECONDS), "the child hangs"
         return receiver.recv()
@@ -112,7 +112,7 @@ def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
 
 
 @pytest.mark.parametrize("asked", ["x86-64-v9", "avx2", "x86-64-v3 "])
-def test_an_instruction_set_that_does_not_exist(asked: str) -> None:
+def test_an_unknown_instruction_set(asked: str) -> None:
     done = python("import pyfused.functional", PYFUSED_CPU_CAPABILITY=asked)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
@@ -122,7 +122,7 @@ def test_an_instruction_set_that_does_not_exist(asked: str) -> None:
 
 @forks
 def test_fork_before_use() -> None:
-    """The parent has computed nothing when it forks: its child may use threads like anyone."""
+    """The parent has computed nothing before the fork, so its child may use threads."""
     done = python(
         "import os, torch; from pyfused.functional import relu; torch.set_num_threads(2)\n"
         "child = os.fork()\n"

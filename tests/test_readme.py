@@ -1,4 +1,4 @@
-"""Every Python block of the documents runs as it stands."""
+"""Python blocks, links, file names and commands in the documents are correct."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_make_knows_the_command(command: str) -> None:
-    """The targets themselves are what CI runs."""
+def test_make_has_the_target(command: str) -> None:
+    """CI runs the targets themselves."""
     dry = command.replace("make ", "make --dry-run ")
     subprocess.run(dry, shell=True, check=True, cwd=ROOT, capture_output=True)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_code_names_its_language(page: str) -> None:
-    """Otherwise the site highlights it as Python."""
+    """Sphinx highlights other blocks as Python."""
     fences = re.findall(r"^ *```(.*)$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
     assert all(fences[::2])
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_have_targets(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text("utf-8"))
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links)
 
@@ -81,15 +81,15 @@ def test_the_readme_is_short() -> None:
 
 
 EXAMPLE = re.findall(
-    r"^\d\. ((?:(?!^\d\. ).)*?^   ```.*?)(?=^\d\. )",  # the steps that hold code
+    r"^\d\. ((?:(?!^\d\. ).)*?^   ```.*?)(?=^\d\. )",  # the steps with code
     (ROOT / "CONTRIBUTING.md").read_text("utf-8"),
     FLAGS,
 )
 
 
 @pytest.mark.parametrize("step", EXAMPLE, ids=[step.split("`")[1] for step in EXAMPLE])
-def test_the_worked_example_is_what_the_tree_holds(step: str) -> None:
-    """Each excerpt occurs in the file named before it."""
+def test_the_worked_example_matches_the_sources(step: str) -> None:
+    """Each excerpt occurs in the file that is named before it."""
     path = ""
     for name, code in re.findall(r"`([\w/.]+\.\w+)`|^   ```\w+\n(.*?)^   ```", step, FLAGS):
         path = name or path

@@ -1,4 +1,4 @@
-"""Large outputs in memory that earlier ones have freed: tensors like any other."""
+"""Large outputs in recycled memory behave like other tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not cpu.RECYCLES, reason="recycled on Linux alone"),
 ]
 MIB = 1 << 20
-ELEMENTS = 9 * MIB  # of float32: more than RECYCLED_BYTES
+ELEMENTS = 9 * MIB  # as float32, more than RECYCLED_BYTES
 ROOM = 1 << 30
 in_little_memory = pytest.mark.skipif(
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer takes more"
@@ -58,7 +58,7 @@ def output(elements: int = ELEMENTS) -> Tensor:
 # ---- blocks --------------------------------------------------------------------------------------
 
 
-def test_the_next_output_takes_the_memory_of_the_last() -> None:
+def test_the_next_output_reuses_freed_memory() -> None:
     first = output()
     address, before = first.data_ptr(), memory.stats()
     assert before.in_use >= ELEMENTS * 4
@@ -73,7 +73,7 @@ def test_the_next_output_takes_the_memory_of_the_last() -> None:
 @pytest.mark.parametrize(
     ("factor", "fits"), [(1.0, True), (0.9, True), (0.85, False), (1.1, False)]
 )
-def test_a_block_serves_sizes_of_up_to_an_eighth_less(factor: float, fits: bool) -> None:
+def test_a_block_is_reused_for_up_to_an_eighth_less(factor: float, fits: bool) -> None:
     elements = 10 * MIB
     del_me = output(elements)
     del del_me
@@ -82,7 +82,7 @@ def test_a_block_serves_sizes_of_up_to_an_eighth_less(factor: float, fits: bool)
     assert memory.stats().hits == hits + fits
 
 
-def test_small_outputs_are_torchs() -> None:
+def test_small_outputs_are_allocated_by_torch() -> None:
     before = memory.stats()
     output(8 * MIB - 1)
     assert memory.stats() == before
@@ -90,7 +90,7 @@ def test_small_outputs_are_torchs() -> None:
     assert memory.stats().misses == before.misses + 1
 
 
-def test_the_block_freed_first_goes_first() -> None:
+def test_the_oldest_block_is_released_first() -> None:
     outputs = [output(n * ELEMENTS) for n in (1, 2, 3)]
     memory.recycle(limit=4 * 36 * MIB)
     while outputs:
@@ -101,7 +101,7 @@ def test_the_block_freed_first_goes_first() -> None:
     assert memory.stats().hits == hits
 
 
-def test_what_exceeds_the_limit_is_given_back() -> None:
+def test_blocks_beyond_the_limit_are_released() -> None:
     memory.recycle(limit=36 * MIB - 1)
     output()
     assert memory.stats().free == 0
@@ -130,8 +130,8 @@ def test_off_and_on_again() -> None:
     assert memory.stats().free == 36 * MIB
 
 
-def test_pages_are_surrendered() -> None:
-    """Free blocks count as pages that the kernel may take without asking."""
+def test_pages_of_free_blocks_are_reclaimable() -> None:
+    """Free blocks are marked by MADV_FREE, so the kernel may reclaim their pages."""
 
     def lazily_free() -> int:
         rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
@@ -186,7 +186,7 @@ def test_layout_and_dtype(layout: str, dtype: torch.dtype) -> None:
     assert y.data_ptr() % 64 == 0
 
 
-# ---- tensors like any other ----------------------------------------------------------------------
+# ---- use of recycled tensors ---------------------------------------------------------------------
 
 
 def test_a_plain_tensor() -> None:
@@ -206,7 +206,7 @@ READERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_memory_is_in_use_until_its_last_reader_is_gone(read: Callable[[Tensor], Any]) -> None:
+def test_memory_is_in_use_until_the_last_reference_is_gone(read: Callable[[Tensor], Any]) -> None:
     reader, in_use = read(output()), memory.stats().in_use
     output(2 * ELEMENTS)
     assert memory.stats().in_use == in_use
@@ -214,7 +214,7 @@ def test_memory_is_in_use_until_its_last_reader_is_gone(read: Callable[[Tensor],
     assert memory.stats().in_use == in_use - 36 * MIB
 
 
-def test_copies_have_memory_of_their_own() -> None:
+def test_copies_have_their_own_memory() -> None:
     y, file = output(), io.BytesIO()
     torch.save(y, file)
     file.seek(0)
@@ -228,14 +228,14 @@ def test_copies_have_memory_of_their_own() -> None:
 
 
 def test_resizing() -> None:
-    """What tensors from NumPy's arrays cannot do either."""
+    """Tensors from NumPy arrays cannot be resized, either."""
     y = output()
     assert y.resize_(10).tolist() == [1] * 10
     with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
         y.resize_(ELEMENTS + 1)
     with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
         y.untyped_storage().resize_(0)
-    y.data = torch.empty(0)  # which frees memory as well
+    y.data = torch.empty(0)  # frees memory, too
     assert memory.stats().in_use == 0
 
 
@@ -268,7 +268,7 @@ def test_a_forked_child_starts_with_no_free_block() -> None:
         from pyfused import memory
         from pyfused.functional import relu
         from pyfused.dispatch import call as dispatch
-        dispatch.is_small = lambda *_: False  # a kernel takes every size
+        dispatch.is_small = lambda *_: False  # kernels for every size
         torch.set_num_threads(1)
         x = torch.ones(9 << 20)
         kept = relu(x); relu(x)
@@ -306,13 +306,13 @@ def test_tensors_outlive_the_interpreter() -> None:
 
 @in_little_memory
 def test_no_memory_left() -> None:
-    """Free blocks go before an allocation fails; what fails then is torch's, with its error."""
+    """Free blocks are released before an allocation fails; then torch raises its error."""
     done = python("""
         import resource, torch
         from pyfused import memory
         from pyfused.functional import relu
         from pyfused.dispatch import call as dispatch
-        dispatch.is_small = lambda *_: False  # a kernel takes every size
+        dispatch.is_small = lambda *_: False  # kernels for every size
         torch.set_num_threads(1)
         memory.recycle(limit=1 << 40)
         x, larger = torch.ones(9 << 20), torch.ones(12 << 20)
@@ -320,14 +320,14 @@ def test_no_memory_left() -> None:
         assert memory.stats().free
         mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + (20 << 20), -1))
-        y = relu(larger)  # has room where the free block was
+        y = relu(larger)  # fits after the free block is released
         assert memory.stats().free == 0 and y.sum() == 12 << 20
         try:
             relu(larger)
         except RuntimeError as error:
             print(error)
         del y
-        assert memory.stats().free == 0  # nothing is kept under a limit that would count it
+        assert memory.stats().free == 0  # nothing is kept under a limit of the address space
     """)
     assert done.returncode == 0, done.stderr
     assert "not enough memory" in done.stdout or "can't allocate memory" in done.stdout
@@ -335,8 +335,8 @@ def test_no_memory_left() -> None:
 
 @in_little_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
-def test_training_fits_where_it_fits_without(asked: str) -> None:
-    """A limit of the address space that has room for one gradient, in either setting."""
+def test_training_needs_no_more_address_space(asked: str) -> None:
+    """With a limit that allows one gradient, with and without recycling."""
     done = python(
         """
         import resource, torch
@@ -352,7 +352,7 @@ def test_training_fits_where_it_fits_without(asked: str) -> None:
             x.grad = None
             cross_entropy(x, target).backward()
             x.grad = None
-            torch.empty(24 << 20).fill_(1)  # as large as what is there without a free block
+            torch.empty(24 << 20).fill_(1)  # as large as memory without a free block
         print("ok")
         """,
         PYFUSED_RECYCLE=asked,
@@ -362,7 +362,7 @@ def test_training_fits_where_it_fits_without(asked: str) -> None:
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A control group of memory, where the system lets us have one."""
+    """Creates a memory control group, if the system permits it."""
     for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
         folder = root / f"pyfused-test-{os.getpid()}"
         try:
@@ -381,7 +381,7 @@ def group() -> Iterator[Path]:
 
 @in_little_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
-def test_training_fits_in_a_group_where_it_fits_without(group: Path, asked: str) -> None:
+def test_training_needs_no_more_memory_in_a_control_group(group: Path, asked: str) -> None:
     done = python(
         f"""
         import os, torch
@@ -411,7 +411,7 @@ def test_training_fits_in_a_group_where_it_fits_without(group: Path, asked: str)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux has the peak")
 def test_the_peak_grows_by_one_gradient_at_most() -> None:
-    """Though other memory is wanted, just as large, when the gradient is free."""
+    """Even if other memory of the same size is needed while the gradient's block is free."""
     code = """
         import re, torch
         from pathlib import Path
@@ -434,7 +434,7 @@ def test_the_peak_grows_by_one_gradient_at_most() -> None:
 # ---- settings ------------------------------------------------------------------------------------
 
 
-def test_wrong_limits() -> None:
+def test_invalid_limits() -> None:
     for limit, error in ((0, ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)):
         with pytest.raises(error, match="limit: expected"):
             memory.recycle(limit=limit)
@@ -449,12 +449,12 @@ def test_the_environment(asked: str, limit: int) -> None:
     assert int(python(code, PYFUSED_RECYCLE=asked).stdout) == limit
 
 
-def test_a_wrong_environment() -> None:
+def test_invalid_environment_variables() -> None:
     done = python("import pyfused", PYFUSED_RECYCLE="yes")
     assert "PYFUSED_RECYCLE: expected 0 or a number of bytes, got 'yes'" in done.stderr
 
 
-def test_the_default_is_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_a_fraction_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(memory, "_group_limits", list)
     assert memory._default_limit() == machine // 4
@@ -462,7 +462,7 @@ def test_the_default_is_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -
     assert memory._default_limit() == 1 << 18
 
 
-def test_a_strict_kernel_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_with_strict_overcommit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_group_limits", list)
     monkeypatch.setattr(memory, "_number", lambda _: 2)
     assert memory._default_limit() == 0

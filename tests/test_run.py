@@ -1,4 +1,4 @@
-"""`python -m pyfused run`: the program runs as by itself, patched, and its calls are counted."""
+"""`python -m pyfused run` runs a program as Python does, but patched, and reports its calls."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from pyfused.ops.custom_operators import custom_operator
 from pyfused.types import CrossEntropyOptions, HeadOptions
 
 Done = subprocess.CompletedProcess[str]
-SECONDS = 300  # far beyond what it takes, so that only a hang is cut short
+SECONDS = 300  # generous, so that only a hang is ended
 
 pytestmark = pytest.mark.thresholds
 
 
 def counts(stderr: str) -> dict[str, int]:
-    """How often the summary says that each operator was called, "calls" where it is one line."""
+    """Returns the number of calls per operator in the summary, "calls" for a one-line summary."""
     lines = re.findall(r"^([\w.]+) +([\d,]+) +[\d,]+ ", stderr, re.MULTILINE)
     lines += re.findall(r"([\w.]+) \(([\d,]+)(?:: [^)]*|, compiled)?\)", stderr)
     found: dict[str, int] = {}
@@ -74,14 +74,14 @@ except SystemExit as end:
 except BaseException:
     sys.excepthook(*sys.exc_info())
     code = 1
-threading._shutdown()  # as at the end of a process that was not forked
+threading._shutdown()  # as at the end of an unforked process
 atexit._run_exitfuncs()
 sys.exit(code)
 """
 
 
 def counted(*arguments: str, folder: Path, **environment: str) -> Done:
-    """The command in a process that has imported torch already."""
+    """Runs the command in a process that has imported torch already."""
     return python(COMMAND.format(folder=str(folder), arguments=arguments), **environment)
 
 
@@ -91,7 +91,7 @@ def script(folder: Path, code: str) -> str:
     return str(path)
 
 
-# ---- as by itself --------------------------------------------------------------------------------
+# ---- running programs ----------------------------------------------------------------------------
 
 SHOW = """
 import pickle, sys
@@ -122,7 +122,7 @@ def folder(tmp_path: Path) -> Path:
         ["-m", "pack.show", "a", "-m"],
     ],
 )
-def test_a_program_is_run_as_python_runs_it(arguments: list[str], folder: Path) -> None:
+def test_programs_run_as_with_python(arguments: list[str], folder: Path) -> None:
     given = [argument.format(folder) for argument in arguments]
     expected = plain(*given, folder=folder)
     got = counted("--compare", *given, folder=folder)
@@ -146,7 +146,7 @@ def test_a_program_is_run_as_python_runs_it(arguments: list[str], folder: Path) 
         ["-m", "pack"],
     ],
 )
-def test_python_says_what_it_cannot_run(arguments: list[str], folder: Path) -> None:
+def test_errors_of_programs_that_cannot_run(arguments: list[str], folder: Path) -> None:
     expected = plain(*arguments, folder=folder)
     got = counted(*arguments, folder=folder)
     assert expected.returncode == got.returncode > 0
@@ -162,7 +162,7 @@ def test_python_says_what_it_cannot_run(arguments: list[str], folder: Path) -> N
         (["run", "--nowhere", "script.py"], 2, "error: unrecognized arguments: --nowhere"),
     ],
 )
-def test_what_the_command_says_itself(
+def test_messages_of_the_command(
     arguments: list[str],
     code: int,
     words: str,
@@ -190,10 +190,10 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("code", "end"), ENDS.items(), ids=ENDS.keys())
-def test_a_program_ends_as_it_does_by_itself(
+def test_exit_status_and_output_of_the_program(
     code: str, end: tuple[int, str | None], tmp_path: Path
 ) -> None:
-    """The report comes last."""
+    """The report is printed last."""
     path = script(
         tmp_path,
         f"""
@@ -215,7 +215,7 @@ relu()
     assert f"({2 if 'relu' in code else 1})" in after
 
 
-# ---- patched, and counted ------------------------------------------------------------------------
+# ---- patching and counting -----------------------------------------------------------------------
 
 SCRIPT = """
 import pickle, sys, torch, torch.nn.functional as F, helper, warnings
@@ -264,11 +264,13 @@ def test_a_script_runs_patched_and_its_calls_are_counted(tmp_path: Path) -> None
         "silu": 1,
     }
     assert re.search(r"tanh +1 +4,194,304 +[\d.]+ s +[\d.]+ s\n", done.stderr)
-    assert re.search(r"pyfused's kernels took [\d.]+ s of [\d.]+ s; torch's .*\n\Z", done.stderr)
+    assert re.search(
+        r"\nkernels took [\d.]+ s of [\d.]+ s; torch's .*\npyfused .*\n\Z", done.stderr
+    )
 
 
-def test_what_is_imported_first_and_a_file_that_moves(tmp_path: Path) -> None:
-    """pyfused may be imported by the program, patched again, and counted again within."""
+def test_programs_that_import_patch_or_move(tmp_path: Path) -> None:
+    """Programs may import pyfused, patch, and count in a nested block."""
     path = script(
         tmp_path,
         """
@@ -328,7 +330,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_forked_children_are_patched_spawned_ones_are_not_and_none_is_counted(
+def test_child_processes(
     tmp_path: Path,
 ) -> None:
     path = script(tmp_path, CHILDREN)
@@ -356,7 +358,7 @@ def test_the_first_rank_prints(rank: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_are_started_by_torchrun(tmp_path: Path) -> None:
+def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     path = script(tmp_path, RANK)
     done = plain(*launcher, "-m", "pyfused", "run", path, folder=tmp_path)
@@ -375,15 +377,15 @@ for size in (5, 5, 1 << 20): double(torch.ones(size))
 """,
     )
     done = counted(path, folder=tmp_path)
-    assert counts(done.stderr) == {"__main__.double": 1}  # those that are not small
+    assert counts(done.stderr) == {"__main__.double": 1}  # small calls are not counted
 
 
-# ---- what it was worth ---------------------------------------------------------------------------
+# ---- saved time ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def counted_here() -> Iterator[run.Report]:
-    """What is counted of the test's calls: each takes a kernel if one can, and is compared."""
+    """Counts the test's calls; those that a kernel can compute run it and are compared."""
     with fused_always(), pyfused.report(compare=True) as report:
         yield report
 
@@ -412,7 +414,7 @@ def test_a_repeated_call_is_compared_and_changes_nothing(
         return y.detach().tolist(), gradient, x._version, y._version, torch.get_rng_state().tolist()
 
     got = results()
-    if counted_here._fallbacks:  # relu in place, which saves a kernel nothing
+    if counted_here._fallbacks:  # relu in place always falls back
         assert call is CALLS["in place"]
         return
     ((key, calls),) = counted_here._kernels.items()
@@ -457,7 +459,7 @@ SEEN = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", SEEN.values(), ids=SEEN.keys())
-def test_a_call_is_not_repeated_where_that_is_seen(
+def test_calls_are_not_repeated_if_that_is_visible(
     call: Callable[[], Any], counted_here: run.Report
 ) -> None:
     call()
@@ -474,9 +476,7 @@ WARNS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("call", WARNS.values(), ids=WARNS.keys())
-def test_a_call_that_is_repeated_warns_once(
-    call: Callable[[], Any], counted_here: run.Report
-) -> None:
+def test_a_repeated_call_warns_once(call: Callable[[], Any], counted_here: run.Report) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         call()
@@ -484,7 +484,7 @@ def test_a_call_that_is_repeated_warns_once(
     assert all(calls.times for calls in counted_here._kernels.values())
 
 
-def test_a_large_call_is_cut_and_one_that_cannot_be_is_not_repeated(
+def test_large_calls_are_cut_or_not_repeated(
     counted_here: run.Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Size] = []
@@ -502,7 +502,7 @@ def test_a_large_call_is_cut_and_one_that_cannot_be_is_not_repeated(
     assert not seen
 
 
-def test_a_repetition_that_fails_is_not_seen_and_is_the_last(
+def test_a_failing_repetition_is_invisible_and_not_retried(
     counted_here: run.Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> Any:
@@ -524,17 +524,17 @@ def test_a_call_without_elements_is_counted(
 
 
 def test_comparisons_have_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count().__next__  # one second between any two readings
+    clock = itertools.count().__next__  # advances by one second per reading
     monkeypatch.setattr(run, "perf_counter", clock)
     monkeypatch.setattr(run, "BUDGET", 20)
     with fused_always(), pyfused.report() as limited, pyfused.report(compare=True) as unlimited:
         for _ in range(300):
             F.relu(X)
     (some,), (all_,) = limited._kernels.values(), unlimited._kernels.values()
-    assert 1 < len(some.times) < len(all_.times) == 9  # of the calls 1, 2, 4, 8, ...
+    assert 1 < len(some.times) < len(all_.times) == 9  # calls 1, 2, 4, 8, ... are compared
 
 
-def test_small_calls_and_others_that_are_left_to_torch_are_counted() -> None:
+def test_small_calls_and_fallbacks_are_counted() -> None:
     with pyfused.patch(), pyfused.report() as report:
         for size in [5] * 90 + [7] * 10:
             torch.nn.functional.mse_loss(torch.zeros(size), torch.ones(size))
@@ -563,7 +563,7 @@ def test_the_report_of_a_block() -> None:
     with pyfused.patch(), pyfused.report() as report:
         for _ in range(3):
             torch.nn.functional.cross_entropy(x, target).backward()
-    torch.nn.functional.cross_entropy(x, target)  # which is not in the block
+    torch.nn.functional.cross_entropy(x, target)  # outside of the block
     with pyfused.patch():
         torch.nn.functional.cross_entropy(x, target)
     assert counts(str(report)) == {"cross_entropy": 3}
@@ -591,7 +591,7 @@ def summary(seconds: float, kernels: Kinds | None = None, **counted: Any) -> lis
     return [re.split("  +", line) for line in str(report).splitlines()]
 
 
-def test_the_summary_says_what_was_gained() -> None:
+def test_the_summary_of_saved_time() -> None:
     assert summary(60.0, KERNELS, small={"relu": 1200}) == [
         HEADER,
         ["cross_entropy", "1,000", "1,000", "2.0 s", "9.0 s"],
@@ -607,7 +607,7 @@ def test_the_summary_says_what_was_gained() -> None:
     ]
 
 
-def test_the_summary_says_what_was_lost() -> None:
+def test_the_summary_of_lost_time() -> None:
     slow: Kinds = {("mse_loss", 20, True): run.Calls(10, 10**6, 10**7, [(3e-7, 1e-7)])}
     *_, (times,), (verdict,) = summary(60.0, slow)
     assert "took 3.0 s of 60 s; torch's operators would have taken 1.0 s (estimated" in times
@@ -617,8 +617,8 @@ def test_the_summary_says_what_was_lost() -> None:
     )
 
 
-def test_the_kernels_never_take_longer_than_the_program() -> None:
-    """An estimate has backward passes that the program may not run."""
+def test_kernel_times_are_at_most_the_programs() -> None:
+    """Estimates include backward passes that the program may not run."""
     _, *rows, (last,), (verdict,) = summary(0.211, KERNELS)
     assert [row[3:] for row in rows] == [["0.200 s", "0.900 s"], ["0.011 s", "0.011 s"]]
     assert "took 0.211 s of 0.211 s; torch's operators would have taken 0.911 s (" in last
@@ -630,7 +630,7 @@ def test_the_kernels_never_take_longer_than_the_program() -> None:
     assert float(ours) <= float(program)
 
 
-def test_the_summary_never_gives_a_total_of_what_was_not_compared() -> None:
+def test_the_summary_has_no_total_without_comparisons() -> None:
     *_, unknown, last, _ = summary(60.0, {**KERNELS, **TANH}, compiled={"gelu": 3})
     assert unknown == ["not compared: tanh (1), gelu (3, compiled)"]
     assert last[0].startswith("kernels took at least 2.1 s of 60 s; torch's operators ")
@@ -641,7 +641,7 @@ def test_the_summary_never_gives_a_total_of_what_was_not_compared() -> None:
     ]
 
 
-def test_the_summary_is_one_line_where_nothing_is_gained() -> None:
+def test_the_summary_is_one_line_without_a_speed_up() -> None:
     nothing = "pyfused: no speed-up: "
     small = f"{nothing}all calls (1,200) were too small for a kernel, in 60 s"
     assert summary(60.0, small={"relu": 1200}) == [[small]]

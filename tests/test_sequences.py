@@ -1,7 +1,7 @@
-"""Random sequences of calls of a few layouts, in which everything else varies, against torch.
+"""Random sequences of calls with few layouts, in which everything else varies, compared with torch.
 
-Plans are never forgotten in between: what a plan has taken from an earlier call and should not have
-is a wrong number here. ``python tests/test_sequences.py 100000`` makes as many calls.
+Plans are cached across calls, so a plan that wrongly keeps something of an earlier call gives wrong
+results. ``python tests/test_sequences.py 100000`` runs as many calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from pyfused.ops.activation import Activation
 
 ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
-# What has results beside the first, or rounds otherwise for a reason of its own.
+# Operators with several results, or with other rounding.
 LEFT_OUT = ("inplace", "with_metrics", "filter_eps", "dtype", "loss_dtype")
 
 
@@ -64,7 +64,7 @@ class Sequence:
         for name, x in call.tensors.items():
             if x.is_floating_point() and name in example.options:
                 x.mul_(rng.choice([1.0, 2.0]))
-            elif x.is_floating_point():  # other values of the same layout, in the same bounds
+            elif x.is_floating_point():  # other values with the same layout and bounds
                 x.data = (x * rng.choice([0.25, 0.5, 1.0])).detach()
                 x.requires_grad_(x.requires_grad and rng.random() < 0.7)
         given = call.given
@@ -86,7 +86,7 @@ class Sequence:
     def compare(self, found: Any, expected: Any, tolerance: float) -> None:
         if isinstance(expected, ERRORS) or isinstance(found, ERRORS):
             self.raised += 1
-            # A number that requires grad: one refuses it, and the other may differentiate.
+            # A number that requires grad: one raises, and the other may differentiate.
             refused = "requires grad" in str(found) or "requires grad" in str(expected)
             assert refused or (isinstance(found, ERRORS) and isinstance(expected, ERRORS)), (
                 f"found {found!r}, expected {expected!r}"
@@ -143,7 +143,7 @@ def overwritten(call: Call, function: Any, given: dict[str, Any]) -> Any:
 
 
 def of_kind(leaf: Tensor, kind: int) -> Tensor:
-    """Returns a leaf, what was computed from it, a view of it, or other memory of its values."""
+    """Returns values as a leaf, as a result of a graph, as a view, or in other memory."""
     if kind == 0 or not leaf.is_floating_point():
         return leaf
     if kind == 1:
@@ -172,7 +172,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("seed", range(1 if interpreter.ON else 3))
-def test_a_sequence_of_calls_is_torchs(seed: int) -> None:
+def test_sequences_of_calls_equal_torchs(seed: int) -> None:
     calls = 60 if interpreter.ON else 400
     with quiet():
         assert run(seed, calls).raised < calls / 4

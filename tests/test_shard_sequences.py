@@ -1,4 +1,4 @@
-"""Random calls with sharded classes: as in one process, and the collectives still pair up."""
+"""Random calls with sharded classes, compared with one process; collectives stay paired."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Call(NamedTuple):
     """A call with all classes.
 
     Attributes:
-        tensors: By name, those that may require grad; the first one is the input or the logits.
+        tensors: Tensors by name, which may require grad; the first is the input or the logits.
         options: The other arguments.
     """
 
@@ -58,7 +58,7 @@ class Call(NamedTuple):
         return tensors[1].shape[0] if "linear" in self.name else tensors[0].shape[1]
 
     def part(self, name: str, tensor: Tensor, own: slice) -> Tensor:
-        """A part of one of the tensors, or of its gradient: that of some classes."""
+        """Returns the classes of this process of a tensor or of its gradient."""
         if "linear" in self.name:
             return tensor if name == "input" else tensor[own]
         return tensor[:, own]
@@ -73,7 +73,7 @@ class Call(NamedTuple):
         return flat(getattr(functional, self.name)(**leaves, **self.options, **shard))
 
     def total(self, results: list[Tensor]) -> Tensor:
-        """A number that depends on all results that have a gradient."""
+        """Returns a scalar that depends on all differentiable results."""
         differentiated = results if "log_probs" in self.name else results[:1]
         terms = [x * torch.linspace(-1, 2, x.numel()).view_as(x) for x in differentiated]
         return torch.cat([term.flatten() for term in terms]).sum()
@@ -102,7 +102,7 @@ def random_call(rng: random.Random, dtype: torch.dtype, infinite: bool) -> Call:
         shape = *leading, *positions
     else:
         logits, shape = normal(rows, classes, *more), (rows, *more)
-        if infinite and classes > 1 and rng.random() < 0.2:  # of one class, torch has NaN for 0
+        if infinite and classes > 1 and rng.random() < 0.2:  # torch has NaN for one class
             logits[0, rng.randrange(classes)] = rng.choice([-1, 1, torch.nan]) * torch.inf
         tensors["logits" if name == "log_probs" else "input"] = logits
     chosen = dict(OPTIONS) if name == "log_probs" else OPTIONS | OF_LOSSES
@@ -124,7 +124,7 @@ def random_call(rng: random.Random, dtype: torch.dtype, infinite: bool) -> Call:
 
 
 def random_shards(rng: random.Random, classes: int, size: int) -> list[slice]:
-    """The classes of each process: any number of them, also none, in any order."""
+    """Draws the classes of each process: any number of them, including none, in any order."""
     cuts = sorted([0, classes, *[rng.randint(0, classes) for _ in range(size - 1)]])
     return rng.sample([slice(*cuts[i : i + 2]) for i in range(size)], size)
 
@@ -150,12 +150,12 @@ class Process:
         self.step = self.calls = 0
 
     def differentiated_together(self) -> None:
-        """A few calls of some groups, for whose sum there is one backward pass."""
+        """Runs some calls in several groups, and one backward pass for the sum of their results."""
         rng, total, calls, alone = self.rng, torch.zeros((), dtype=torch.float64), [], False
         grad, create_graph = rng.random() < 0.9, rng.random() < 0.2
         for _ in range(rng.randint(1, 3)):
             dtype = rng.choice([torch.float64] * 9 + [torch.float32])
-            autocast = dtype is torch.float64 and rng.random() < 0.2  # which it leaves alone
+            autocast = dtype is torch.float64 and rng.random() < 0.2  # not affected by autocast
             call = random_call(rng, dtype, not create_graph)
             ranks, group = rng.choice(self.groups)
             shards, unlike = random_shards(rng, call.classes, len(ranks)), rng.random() < 0.3
@@ -215,7 +215,7 @@ class Process:
             close(got, call.part(name, expected, own))
 
     def data_parallel(self) -> None:
-        """The input comes from a model whose gradients are averaged, or kept for later."""
+        """The input is the output of a model whose gradients are averaged, or accumulated."""
         rng, generator = self.rng, torch.Generator().manual_seed(self.rng.getrandbits(32))
         x, weight, bias = (
             torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -240,7 +240,7 @@ class Process:
             close(parameter.grad, steps * gradient)
 
     def refused(self) -> None:
-        """One process has an argument that does not fit to those of the others: all raise."""
+        """One process has an argument that does not match the others: all processes raise."""
         rng, call = self.rng, random_call(self.rng, torch.float64, False)
         (ranks, group), kind = rng.choice(self.groups), rng.choice([*REFUSED])
         shards = random_shards(rng, call.classes, len(ranks))
@@ -262,7 +262,7 @@ class Process:
             raise AssertionError(f"no error of {kind}: {call}")
 
     def run_on_dtensors(self) -> None:
-        """Of few classes, so that some processes have none, and with tensors that are frozen."""
+        """Few classes, so that some processes have none, and with frozen tensors."""
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         self.calls += 1
@@ -292,7 +292,7 @@ class Process:
                 close(tensor.grad.full_tensor(), gradient)
 
     def under_autocast(self) -> None:
-        """As outside of it with an input, weight and bias in half precision."""
+        """Results equal those of input, weight and bias converted to half precision."""
         call = random_call(self.rng, torch.float32, False)
         own = random_shards(self.rng, call.classes, SIZE)[self.rank]
         self.calls += 1
@@ -372,7 +372,7 @@ def sequence(rank: int, seed: int, steps: int, folder: str, pipe: Any) -> None:
             except Exception:
                 print(f"seed {seed}, step {step}, {kind.__name__}", flush=True)
                 raise
-            if step % 3 == 0:  # which pairs with another collective if a process has made one alone
+            if step % 3 == 0:  # would hang if a process had made an unpaired collective
                 known = torch.tensor([rank + step])
                 dist.all_reduce(known)
                 assert known.item() == sum(range(SIZE)) + SIZE * step, (seed, step)
@@ -389,7 +389,7 @@ def test_sequences_of_calls(tmp_path: Any) -> None:
 
 
 def check(found: list[tuple[int, dict[int, tuple[str, str]]]]) -> None:
-    """All processes of a call raise the same, or one its own error, of which the others tell."""
+    """Checks that all processes of a call raise, one its own error, and the others refer to it."""
     assert len({calls for calls, _ in found}) == 1
     for step in {step for _, errors in found for step in errors}:
         told = [errors[step] for _, errors in found if step in errors]
@@ -397,7 +397,7 @@ def check(found: list[tuple[int, dict[int, tuple[str, str]]]]) -> None:
         messages = [message for _, message in told]
         assert len(messages) > 1
         others = [message for message in messages if "got an error in those of" in message]
-        if others:  # a wrong number of all classes is also one that a weight does not fit to
+        if others:  # a wrong number of classes does not match the weight, either
             assert kind in ("shape", "type", "number", "total")
             assert len(others) == len(messages) - 1
         else:

@@ -1,4 +1,4 @@
-"""From which size on a kernel takes a call, and how a machine's own sizes are measured."""
+"""The sizes from which kernels are used, and the measurement of a machine's own sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "limits", lambda op, cpu, dtype=None: (FIRST, SECOND))
 
 
-def test_the_second_limit_is_for_losses_of_each_element() -> None:
+def test_the_second_limit_of_unreduced_losses() -> None:
     for elements, options, expected in (
         (FIRST - 1, MSE, True),
         (FIRST, MSE, False),
@@ -51,15 +51,15 @@ def test_the_second_limit_is_for_losses_of_each_element() -> None:
 
 
 @pytest.mark.parametrize("classes", [sizes.FEW, sizes.FEW + 1])
-def test_the_second_limit_is_for_few_classes(classes: int) -> None:
+def test_the_second_limit_of_few_classes(classes: int) -> None:
     x = torch.zeros(-(-FIRST // classes), classes)
     assert is_torchs(CROSS_ENTROPY, x) == (classes == sizes.FEW)
     assert is_torchs(SOFTMAX, x, 1, 3, None) == (classes == sizes.FEW)
     assert is_torchs(SOFTMAX, x.t(), -2, 3, None) == (classes == sizes.FEW)
-    assert not is_torchs(SOFTMAX, x.t().contiguous(), -2, 3, None)  # torch has vectors of columns
+    assert not is_torchs(SOFTMAX, x.t().contiguous(), -2, 3, None)  # torch vectorises over columns
 
 
-def test_half_precision_needs_more_elements_but_where_torch_is_slow(
+def test_limits_of_half_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
@@ -71,7 +71,7 @@ def test_half_precision_needs_more_elements_but_where_torch_is_slow(
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_the_second_limit_is_for_calls_without_a_gradient(needs_grad: bool) -> None:
+def test_the_second_limit_of_calls_without_gradients(needs_grad: bool) -> None:
     x = torch.zeros(FIRST, requires_grad=needs_grad)
     assert is_torchs(GELU, x, "none") != needs_grad
     assert not is_torchs(GELU, x, "tanh")
@@ -82,7 +82,7 @@ def test_the_second_limit_is_for_calls_without_a_gradient(needs_grad: bool) -> N
         assert is_torchs(NLL_LOSS, rows)
 
 
-def test_half_precision_has_twice_as_many_few_classes() -> None:
+def test_few_classes_of_half_precision() -> None:
     for classes, expected in ((2 * sizes.FEW + 1, True), (2 * sizes.FEW + 2, False)):
         x = torch.zeros(-(-FIRST // classes), classes, dtype=torch.bfloat16)
         assert is_torchs(CROSS_ENTROPY, x) == expected
@@ -94,14 +94,14 @@ def test_a_linear_layer_counts_its_logits() -> None:
     assert LINEAR_CROSS_ENTROPY.elements((x[:0], weight)) == 0
 
 
-def test_no_elements_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "FORCED", "cpu")
     for elements in (0, 1):
         x = torch.zeros(elements)
         assert is_torchs(MSE_LOSS, x, x, *MSE) == (elements == 0)
 
 
-def test_families_stand_for_operators_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families_are_defaults_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.delitem(sizes.cpu_limits(), "quantile_loss")
     sizes.limits.cache_clear()
@@ -134,14 +134,14 @@ TUNED = [name for name in OPERATORS if any(sizes.ON_CPU.get(name, ())) and name 
 
 @pytest.mark.parametrize("name", TUNED)
 @pytest.mark.parametrize("second", [False, True])
-def test_what_is_measured_is_a_step_of_the_operator(name: str, second: bool) -> None:
+def test_steps_of_the_operator_are_measured(name: str, second: bool) -> None:
     op = OPERATORS[name]
     step = tune.call_of(op, 1 << 6, second)
     for function in (tune.torch_function(op), getattr(tune.functional, name)):
-        step(function)  # raises where the arguments are none of the operator's
+        step(function)  # raises if the arguments do not match the operator
 
 
-def test_what_was_measured_is_kept_for_this_machine(
+def test_measured_sizes_are_stored_for_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
@@ -160,7 +160,7 @@ def test_what_was_measured_is_kept_for_this_machine(
     assert sizes.tuned() == {}
 
 
-def test_a_user_without_a_home_as_in_containers() -> None:
+def test_a_user_without_a_home() -> None:
     child = python(
         """
         import os, pwd

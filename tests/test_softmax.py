@@ -1,4 +1,4 @@
-"""softmax and log_softmax mean what torch's mean, along any dimension of any memory."""
+"""softmax and log_softmax match torch, along any dimension with any strides."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ NAMES = "softmax", "log_softmax"
 by_name = pytest.mark.parametrize("name", NAMES)
 close = torch.testing.assert_close
 
-# Rows side by side and not; within a tile, a group, a block of groups, a chunk, a row that is kept,
-# and beyond.
+# Contiguous and strided rows, with sizes within a tile, a group, a block of groups, a chunk and a
+# cached row, and larger.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((7,), 0),
     ((1,), -1),
@@ -65,7 +65,7 @@ def both(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Tensor], .
 
 
 def assert_alike(ours: Callable[..., Tensor], of_torch: Callable[..., Tensor], x: Tensor) -> None:
-    """In half precision the last digit of an output counts in the gradient, and in sums of it."""
+    """In half precision, the rounding of an output affects the gradient, and sums of it."""
     got, expected = evaluate(ours, x), evaluate(of_torch, x)
     eps = torch.finfo(expected.value.dtype).eps
     half = expected.value.dtype in HALF
@@ -99,7 +99,7 @@ def test_as_accurate_as_torchs(
         errors.add("value", got, expected, exact)
         (of_ours,) = torch.autograd.grad(got, x, grad_output)
         (of_torchs,) = torch.autograd.grad(expected, x, grad_output)
-        y, dy = extended(got), extended(grad_output)  # the output's rounding is not the gradient's
+        y, dy = extended(got), extended(grad_output)  # exact gradient of the rounded output
         if name == "softmax":
             ideal = y * (dy - (dy * y).sum(dim, keepdims=True))
             term = float(abs(y * dy).max())
@@ -114,8 +114,8 @@ def test_as_accurate_as_torchs(
 
 @pytest.mark.interpreted
 @grid(name=NAMES, dtype=FLOATS, classes=[20, 41, 300], isa=ISAS)
-def test_short_rows_apart(name: str, dtype: torch.dtype, classes: int, isa: str) -> None:
-    """What lies between the rows is not read, and the last rows of a group are complete."""
+def test_short_rows_with_gaps(name: str, dtype: torch.dtype, classes: int, isa: str) -> None:
+    """Memory between rows is not read, and the last rows of a group are complete."""
     ours, of_torch = both(name, 1)
     wide = torch.full((35, classes + 7), NAN).to(dtype)
     wide[:, :classes] = torch.randn(35, classes)
@@ -132,7 +132,7 @@ def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: in
     x = x.to(dtype)
     close(ours(x), of_torch(x), equal_nan=True)
     finite = torch.randn(4, classes).to(dtype)
-    finite[:, 1] = -INF  # as a mask makes it
+    finite[:, 1] = -INF  # a mask
     assert_alike(ours, of_torch, finite.requires_grad_())
 
 
@@ -146,23 +146,23 @@ def test_no_result_is_subnormal(
     count: int,
     threads: Callable[[int], None],
 ) -> None:
-    """A hundred cycles each, on many processors, is what masked scores would cost."""
+    """Subnormal results of masked scores would take a hundred cycles each on many processors."""
     if isa == "generic":
         pytest.skip("processors that take no longer for them")
     threads(count)
     least = torch.finfo(dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32).tiny
     x = torch.linspace(1.2, 0.9, 70)[:, None] * np.log(least) + torch.rand(70, classes)
-    x[:, 0] = 0  # beside which the others are masked
+    x[:, 0] = 0  # all other classes are masked
     x = x.to(dtype).movedim(1, dim).requires_grad_()
     y = fused.softmax(x, dim)
     gradients = torch.autograd.grad(y, x, torch.rand(y.shape).to(dtype))
     for result in (y.detach(), *gradients):
         assert not ((result != 0) & (result.double().abs() < least)).any()
-    assert torch.tensor(1e-30) * 1e-10 > 0  # others' results may be
+    assert torch.tensor(1e-30) * 1e-10 > 0  # torch's denormals are not flushed
 
 
 @by_name
-def test_a_dimension_that_is_not_given(name: str) -> None:
+def test_a_missing_dimension(name: str) -> None:
     for shape in ((4,), (3, 4), (2, 3, 4), (2, 3, 4, 5)):
         x = torch.randn(shape)
         with warnings.catch_warnings(record=True) as of_ours:
@@ -196,7 +196,7 @@ def test_errors(name: str, dim: Any, error: type[Exception], told: str) -> None:
 
 
 @by_name
-def test_the_output_is_all_that_is_kept(name: str) -> None:
+def test_only_the_output_is_saved(name: str) -> None:
     x = torch.randn(20, 300, requires_grad=True)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""The same bits for every number of threads and every run; other Python threads go on meanwhile."""
+"""Results do not depend on the number of threads; the GIL is released meanwhile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_more_threads_than_work(threads: Threads) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_out_of_range_target_is_found_by_whichever_thread(count: int, threads: Threads) -> None:
+def test_any_thread_detects_an_out_of_range_target(count: int, threads: Threads) -> None:
     threads(count)
     logits = torch.randn(70_003, 3, requires_grad=True)
     for position in (0, 40_000, 70_002):
@@ -49,7 +49,7 @@ EACH_KIND = (
     *("cross_entropy", "mse_loss", "multilabel_margin_loss", "nll_loss", "multi_margin_loss"),
     *("relu", "softmax"),
 )
-BACKWARD = "relu", "softmax"  # whose backward passes have kernels of their own
+BACKWARD = "relu", "softmax"  # with separate backward kernels
 
 
 def prepared(name: str, backward: bool) -> Callable[[], Any]:
@@ -62,7 +62,7 @@ def prepared(name: str, backward: bool) -> Callable[[], Any]:
 
 
 class Native:
-    """The extension, with `during` in place of each call of a kernel."""
+    """The extension, with `during` called around each kernel."""
 
     def __init__(self, native: Any, during: Callable[[Callable[[], Any]], Any]) -> None:
         self.native, self.during = native, during
@@ -77,13 +77,11 @@ class Native:
 @pytest.mark.parametrize(
     ("name", "backward"), [*((n, False) for n in EACH_KIND), *((n, True) for n in BACKWARD)]
 )
-def test_the_gil_is_released_within(
-    name: str, backward: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the kernel runs, and nothing else, another Python thread makes progress.
+def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Python thread makes progress while the kernel runs.
 
-    With a switch interval this long, a thread that waits for the GIL gets it only from one that
-    lets it go of its own accord, and between the event and the end of the loop only the kernel can.
+    With a switch interval this long, a waiting thread gets the GIL only if it is released
+    voluntarily, and only the kernel runs between the event and the end of the loop.
     """
     progress: list[Any] = []
 
@@ -114,10 +112,10 @@ def test_the_gil_is_released_within(
     assert progress == [True, "seen"]
 
 
-def test_the_number_of_threads_is_the_one_of_the_call(
+def test_the_number_of_threads_is_read_in_each_call(
     threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the one of the call that was planned."""
+    """The plan does not store the number of threads."""
     given: list[int] = []
     native = cpu.native
     with monkeypatch.context() as patch:

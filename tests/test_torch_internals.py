@@ -1,4 +1,4 @@
-"""Private attributes of torch: where a version lacks one, calls are torch's and nothing raises."""
+"""If torch lacks a private attribute, calls fall back to torch, and nothing raises."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def loaded_again() -> Any:
     return module
 
 
-def test_this_version_has_all() -> None:
+def test_this_version_has_all_attributes() -> None:
     assert len(REQUIRED) > 10
     assert torch_internals.MISSING is None
 
 
 @pytest.mark.parametrize("path", REQUIRED)
-def test_what_is_missing_is_said(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_attributes_are_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve = pkgutil.resolve_name
 
     def of_another_version(name: str) -> Any:
@@ -52,7 +52,7 @@ def test_what_is_missing_is_said(path: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("owner", "name"), OPTIONAL)
-def test_what_can_be_done_without(owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_optional_attribute(owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(pkgutil.resolve_name(owner), name)
     other = loaded_again()
     assert other.MISSING is None
@@ -62,7 +62,7 @@ def test_what_can_be_done_without(owner: str, name: str, monkeypatch: pytest.Mon
     assert other.has_amx() in (False, True)
 
 
-def test_torch_computes_what_pyfused_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_fall_back_without_required_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
     expected = torch.autograd.grad(F.mse_loss(x, y), x)
     assert pyfused.explain("mse_loss", x, y).backend != "torch"

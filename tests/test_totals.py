@@ -1,4 +1,4 @@
-"""Sums on the device: what `reductions.py` computes, and what reaches it from each loss."""
+"""Sums on the device: the kernels of `reductions.py`, and their use in the losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parts_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", [1, 2, 1024, 1025, 3000, 3001, 100_003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_sum(n: int, dtype: torch.dtype) -> None:
-    """In one step or two, and in float64 whatever the parts are."""
+    """In one step or two, in float64 for any dtype of the partial sums."""
     parts = torch.randn(n, dtype=dtype)
     exact = math.fsum(parts.tolist())
     for out in (torch.empty(()), torch.empty((), dtype=torch.float64)):
@@ -45,7 +45,7 @@ def test_sum_of_nan_and_infinity() -> None:
 
 
 def counted(target: Tensor, weights: list[Tensor | None], ignore_index: int) -> float:
-    """By torch."""
+    """Counts with torch's operators."""
     weight, token_weight = weights
     valid = (target != ignore_index) & (target >= 0) & (target < 7)
     counts = valid.double()
@@ -60,7 +60,7 @@ def counted(target: Tensor, weights: list[Tensor | None], ignore_index: int) -> 
 @pytest.mark.parametrize("weighted", range(4))
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_count(n: int, weighted: int, ignore_index: int) -> None:
-    """Ignored targets, and those that are no class, count for nothing."""
+    """Ignored and out-of-range targets do not count."""
     target = torch.randint(-1, 9, (n,))
     target[::4] = -100
     weights = [
@@ -81,16 +81,16 @@ def test_scale(factor: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_programs_share_a_sum() -> None:
-    """More blocks than programs, and more than one part."""
+def test_grid_stride_loops() -> None:
+    """More blocks than programs, and several partial sums."""
     x, target = torch.randn(2, 4999, dtype=torch.float64)
     torch.testing.assert_close(fused.mse_loss(x, target), (x - target).square().mean())
     torch.testing.assert_close(fused.mse_loss(x[:1], target[:1]), (x - target)[0].square())
 
 
 def test_the_last_program_to_arrive_adds_up() -> None:
-    """Of many programs another kernel does."""
-    for n in (700, 33, 320, 32, 640):  # 22 programs are more than may add up
+    """For many programs, another kernel adds up."""
+    for n in (700, 33, 320, 32, 640):  # 22 programs exceed the limit of arrivals
         x, target = torch.randn(2, n, dtype=torch.float64)
         with patch.object(triton, "SUM", wraps=triton.SUM) as launched:
             got = fused.mse_loss(x, target)
@@ -98,14 +98,14 @@ def test_the_last_program_to_arrive_adds_up() -> None:
         assert launched.called == (n == 700)
 
 
-def test_no_programs_add_up_to_zero() -> None:
+def test_the_sum_of_no_elements_is_zero() -> None:
     out = torch.full((), math.nan)
     triton._add_up(triton._parts_of(out, 0, 0))
     assert out.item() == 0
 
 
 def test_each_call_has_its_own_counter() -> None:
-    """Kept ones would lie in the memory pool of a CUDA graph, or be shared by several graphs."""
+    """Shared counters would belong to the memory pool of a CUDA graph, or to several graphs."""
     first, second = (triton._parts_of(torch.empty(()), 4, 100) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one.data_ptr() != other.data_ptr()

@@ -1,4 +1,4 @@
-"""What training loops use around a loss, with pyfused in it and patched in: the same results."""
+"""Training loops give the same results with pyfused and with torch patched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import pyfused
 
 pytestmark = pytest.mark.thresholds
-ROWS = 1 << 15  # so many that half of them are the kernels', by the measured table
+ROWS = 1 << 15  # half of the rows exceed the size limit
 X = torch.linspace(-2, 2, ROWS * 5).view(ROWS, 5)
 TARGET = torch.arange(ROWS) % 3
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -67,7 +67,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def train(loss_of: Loss, scaled: bool) -> list[float]:
-    """Four steps, each of two batches whose gradients are added up, clipped and unscaled."""
+    """Runs four steps of two accumulated batches, with clipped and unscaled gradients."""
     generator = torch.Generator().manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     for parameter in model.parameters():
@@ -103,7 +103,7 @@ def test_patched_training(loss_of: Loss, scaled: bool, kernel_calls: KernelCalls
 
 
 def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
-    """The kernel gets the half-precision logits themselves; torch casts them first."""
+    """The kernel reads half-precision logits; torch converts them first."""
     logits = torch.randn(ROWS, 3, dtype=torch.bfloat16, requires_grad=True)
     copies = []
     for functional in (pyfused.functional, F):
@@ -115,7 +115,7 @@ def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
     assert copies[0] == 0 < copies[1]
 
 
-# ---- what importing costs ------------------------------------------------------------------------
+# ---- imports -------------------------------------------------------------------------------------
 
 LOADED = """
 import sys, torch
@@ -125,7 +125,7 @@ print(*sorted(set(sys.modules) - before))
 """
 
 
-def test_an_import_loads_pyfused_and_nothing_else() -> None:
+def test_an_import_loads_only_pyfused() -> None:
     done = python(LOADED)
     loaded = {name for name in done.stdout.split() if not f"{name}.".startswith("pyfused.")}
     assert loaded <= {"torch.utils._device"}

@@ -1,4 +1,4 @@
-"""TRL's trainers with pyfused.patch_trl: the results and weights that TRL alone has."""
+"""TRL's trainers with pyfused.patch_trl: results and weights equal those of TRL alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyfused.dispatch import reasons
 
 pytestmark = [
     pytest.mark.integrations,
-    pytest.mark.filterwarnings("ignore"),  # theirs, of each other
+    pytest.mark.filterwarnings("ignore"),  # raised by these libraries
 ]
 NAME = "_ChunkedLogProbFunction"
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -97,7 +97,7 @@ def test_values_and_gradients(
     utils: ModuleType,
     kernel_calls: KernelCalls,
 ) -> None:
-    """They are as exact as TRL's, whose dtypes they have."""
+    """Results have TRL's dtypes, and are as accurate as TRL's."""
     tensors, original = draw(dtype, bias), getattr(utils, NAME)
     wide = [x if x is None else x.detach().double().requires_grad_() for x in tensors[:3]]
     wide.append(tensors[3])
@@ -119,7 +119,7 @@ def test_values_and_gradients(
         if true is not None:
             assert error(ours, true) <= 1.2 * error(theirs, true) + (2e-3 if is_half else 1e-6)
             assert error(ours, theirs.double()) < (0.05 if is_half else 1e-5)
-        elif not is_half:  # whose logits are rounded
+        elif not is_half:  # logits are rounded to half precision
             assert torch.equal(ours, theirs)
             assert ours.any()
 
@@ -128,7 +128,7 @@ def test_values_and_gradients(
 def test_every_choice_of_outputs(
     outputs: tuple[str, ...], utils: ModuleType, kernel_calls: KernelCalls
 ) -> None:
-    """The log-probabilities have the same bits whatever else is returned."""
+    """Log-probabilities have the same bits, whichever other results are returned."""
     tensors, original = draw(torch.float32), getattr(utils, NAME)
     pyfused.patch_trl()
     function = getattr(utils, NAME)
@@ -166,10 +166,10 @@ def subclass(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("reason", "change"), FALLBACKS.values(), ids=FALLBACKS)
-def test_other_calls_take_the_original(
+def test_unsupported_calls_use_the_original(
     reason: str, change: Any, utils: ModuleType, kernel_calls: KernelCalls
 ) -> None:
-    """One warning says so for each reason."""
+    """Each reason is reported by one warning."""
     tensors, original = draw(torch.float32), getattr(utils, NAME)
     change(tensors)
     pyfused.patch_trl()
@@ -195,7 +195,7 @@ def test_a_scale_that_is_not_positive(scale: float, utils: ModuleType) -> None:
 
 
 @pytest.mark.thresholds
-def test_a_small_call_takes_the_original_without_a_warning(
+def test_a_small_call_uses_the_original_without_a_warning(
     utils: ModuleType, kernel_calls: KernelCalls
 ) -> None:
     tensors, original = draw(torch.float32), getattr(utils, NAME)
@@ -274,7 +274,7 @@ class OtherOrder(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("other", [None, OtherArguments, OtherOrder])
-def test_an_unknown_function_is_left_alone(
+def test_an_unknown_function_is_not_replaced(
     other: Any, utils: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(utils, NAME, other)
@@ -382,7 +382,7 @@ def trained(kind: str, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trainer_ends_at_the_same_weights(
+def test_trainers_reach_the_same_weights(
     kind: str, tmp_path: Path, utils: ModuleType, kernel_calls: KernelCalls
 ) -> None:
     initial = {name: x.detach() for name, x in model().named_parameters()}

@@ -1,4 +1,4 @@
-"""csrc/vec.h and exponentials.h, on each instruction set, against what rounds correctly."""
+"""Accuracy of csrc/vec.h and exponentials.h on each instruction set."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from setuptools import Distribution, Extension
 
 from pyfused.backends import cpu
 
-from distutils.core import run_setup  # isort: skip  # setuptools brings it where Python does not
+from distutils.core import run_setup  # isort: skip  # setuptools provides it for Python 3.12 and later
 
 ROOT = Path(__file__).parents[1]
-CHUNK = 1 << 20  # inputs at a time
-# Of the float32 inputs: an odd one meets every pattern of the last bits.
+CHUNK = 1 << 20  # inputs per call
+# The stride over float32 inputs; an odd one covers every pattern of the last bits.
 STRIDE = 61 if grid.FULL else 251
-SIGN, INFINITY = 1 << 31, 0x7F80_0000  # as bits of a float32
+SIGN, INFINITY = 1 << 31, 0x7F80_0000  # bits of float32 numbers
 
 Reference = Callable[[np.ndarray], np.ndarray]
 
@@ -37,7 +37,7 @@ class Vec:
         self.library = ctypes.CDLL(path)
 
     def __call__(self, name: str, x: np.ndarray, to: type, piece: int | None = None) -> np.ndarray:
-        """``name`` of each element, ``piece`` of them at a time, or all at once."""
+        """Evaluates ``name``, ``piece`` elements at a time, or all at once."""
         x, result = np.ascontiguousarray(x), np.empty(x.shape, to)
         addresses = (ctypes.c_void_p(array.ctypes.data) for array in (x, result))
         sizes = (ctypes.c_int64(size) for size in (x.size, piece or x.size))
@@ -47,7 +47,7 @@ class Vec:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Builds as setup.py builds the kernels: it chooses the compiler and the flags."""
+    """Compiles like setup.py, with its compiler and flags."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         kernels: Distribution = run_setup("setup.py", stop_after="init")
@@ -80,15 +80,15 @@ def floats(bits: np.ndarray | list[int]) -> np.ndarray:
 
 
 class Row(NamedTuple):
-    """The figures of the headers: the largest error is the one of the worst instruction set."""
+    """The documented accuracy of a function: the largest error over all instruction sets."""
 
     name: str
     reference: Reference
     low: float
     high: float
     max_ulp: float
-    growth: float = 0.0  # of the largest error, with |x|
-    least: float = 0.0  # the least result with a ULP of its own: below, errors count in that one
+    growth: float = 0.0  # growth of the largest error with |x|
+    least: float = 0.0  # errors of smaller results are in ULP of this number
 
     @property
     def dtype(self) -> type:
@@ -157,7 +157,7 @@ FLOAT64 = [
 
 
 def every_float32(row: Row, stride: int) -> Iterator[np.ndarray]:
-    """All of the range, or each stride-th, in chunks; the bits of one sign are in order."""
+    """Yields all float32 numbers in a range, or every stride-th, in chunks."""
     first, last = sorted(int(np.float32(end).view(np.uint32)) for end in (row.low, row.high))
     for chunk in range(first, last + 1, stride * CHUNK):
         stop = min(last + 1, chunk + stride * CHUNK)
@@ -165,7 +165,7 @@ def every_float32(row: Row, stride: int) -> Iterator[np.ndarray]:
 
 
 def edges(row: Row) -> np.ndarray:
-    """Where something changes: at each exponent, where the n of 2^n steps, and beyond the ends."""
+    """Returns numbers around exponents, steps of n in 2^n, and the ends of the range."""
     powers = np.exp2(np.arange(-1074.0, 61.0, 0.5))
     multiples = np.arange(2100.0) * np.log(2.0) / 2
     after_one = 1 + np.exp2(-np.arange(1.0, 53.0))
@@ -179,7 +179,7 @@ def edges(row: Row) -> np.ndarray:
 
 
 def draws(row: Row) -> np.ndarray:
-    """Float64 inputs evenly spread, and evenly over their exponents."""
+    """Draws float64 numbers, uniform and log-uniform."""
     random = np.random.default_rng(20)
     ends = np.maximum(np.abs([row.low, row.high]), 2.0**-60)
     magnitudes = np.exp2(random.uniform(*np.sort(np.log2(ends)), 500_000))
@@ -188,7 +188,7 @@ def draws(row: Row) -> np.ndarray:
 
 
 def largest_error(row: Row, vec: Vec, x: np.ndarray, piece: int | None = None) -> float:
-    """In ULP, less its growth. The reference has so many more bits that it is as good as exact."""
+    """Returns the largest error in ULP, less its growth; the reference is practically exact."""
     exact = row.reference(x.astype(np.float64 if row.dtype is np.float32 else np.longdouble))
     exponents = np.frexp(np.maximum(np.abs(exact), row.least))[1]
     ulps = np.ldexp(exact.dtype.type(1), exponents - np.finfo(row.dtype).nmant - 1)
@@ -208,7 +208,7 @@ def test_error_within_the_range(row: Row, vec: Vec) -> None:
 
 @pytest.mark.parametrize(("dtype", "low"), [(np.float32, -13.0), (np.float64, -37.0)])
 def test_the_normal_distribution(dtype: type, low: float, vec: Vec) -> None:
-    """What x * x / 2 is rounded by before the exponential takes it grows with it."""
+    """The rounding error of x * x / 2 before the exponential grows with x."""
     x = np.concatenate([np.linspace(low, 9, 4001), np.linspace(-2, 2, 1001), [-1e-30]]).astype(
         dtype
     )
@@ -257,7 +257,7 @@ def test_exp_below_its_range_and_of_special_values(row: Row, piece: int | None, 
 
 
 @pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
-def test_log_of_one_is_zero_and_nan_stays(piece: int | None, vec: Vec) -> None:
+def test_log_of_one_is_zero_and_of_nan_is_nan(piece: int | None, vec: Vec) -> None:
     nans = floats([0x7FC0_0000, 0xFFC0_0000, 0x7FFF_FFFF, 0xFFFF_FFFF, 0x7FC0_0001] * 7)
     for row in FLOAT32 + FLOAT64:
         assert np.isnan(vec(row.name, nans.astype(row.dtype), row.dtype, piece)).all()
@@ -298,9 +298,10 @@ def test_load_is_exact(half: str, piece: int | None, vec: Vec) -> None:
 
 
 def midpoints(half: str) -> np.ndarray:
-    """Between each positive number and the next: at the k-th of them, k and k + 1 are as near.
+    """Returns the midpoints between consecutive positive numbers of a half precision.
 
-    What comes after the largest number is the next power of two, where infinity begins.
+    The k-th midpoint is equally near to the numbers with bits k and k + 1. The successor of the
+    largest number is the next power of two, from which numbers round to infinity.
     """
     values = WIDE[half][: INFINITE[half]].astype(np.float64)
     values = np.append(values, 2 * values[-1] - values[-2])
@@ -308,7 +309,7 @@ def midpoints(half: str) -> np.ndarray:
 
 
 def nearest(x: np.ndarray, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bits of the number nearest to x: of two the one nearer to zero, and whether there are."""
+    """Returns the bits of the number nearest to x (ties towards zero), and whether x is a tie."""
     magnitude = np.abs(x)
     below = np.searchsorted(middle, magnitude)
     tie = middle[np.minimum(below, len(middle) - 1)] == magnitude
@@ -317,7 +318,7 @@ def nearest(x: np.ndarray, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def roundable(half: str) -> Iterator[np.ndarray]:
-    """Every number that is half-way, their neighbours, and some of all others."""
+    """Returns all midpoints, their neighbours, and a sample of other numbers."""
     middle = midpoints(half)
     bits = middle.view(np.uint32)
     near = np.concatenate([bits, bits - 1, bits + 1, WIDE[half][: len(middle) + 1].view(np.uint32)])
@@ -349,7 +350,7 @@ def test_scaled_rounds_to_nearest(half: str, piece: int | None, vec: Vec) -> Non
 
 @of_each_half
 @pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
-def test_exponentials_round_as_if_they_were_exact_or_nearly(
+def test_rounded_exponentials_are_nearly_correctly_rounded(
     half: str, piece: int | None, vec: Vec
 ) -> None:
     numbers = WIDE[half][: INFINITE[half]].astype(np.float64)
@@ -372,19 +373,19 @@ def test_scaled_keeps_nan(half: str, piece: int | None, vec: Vec) -> None:
 @of_each_half
 @pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
 def test_store_keeps_nan(half: str, piece: int | None, vec: Vec) -> None:
-    """Whatever its payload: one in the low bits only would round away, and leave infinity."""
+    """With any payload: truncating one in the low bits would give infinity."""
     payloads = [1, 2, 0xFFF, 0x1000, 0xFFFF, 0x1_0000, 0x3F_FFFF, 0x40_0000, 0x7F_FFFF]
     x = floats([sign | INFINITY | payload for sign in (0, SIGN) for payload in payloads])
     assert np.isnan(WIDE[half][vec(f"store_{half}", x, np.uint16, piece)]).all()
 
 
-# ---- what the compiler makes of loops ------------------------------------------------------------
+# ---- vectorisation -------------------------------------------------------------------------------
 
 
 def test_no_loop_of_a_loss_calls_a_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loop that calls is not vectorized: it takes 4 to 15 times as long."""
+    """A loop with a call is not vectorised, and takes 4 to 15 times as long."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     made = runpy.run_path(str(ROOT / "setup.py"))
     isa = next(iter(made["ISAS"].values()))

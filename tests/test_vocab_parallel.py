@@ -1,4 +1,4 @@
-"""Logits of which each process has some classes: as in one process, over gloo."""
+"""Logits with sharded classes give the results of one process, over gloo."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ pytestmark = [
 ]
 
 ROWS, FEATURES, CLASSES = 13, 6, 150
-CUTS = [0, 1, 70, 70, CLASSES]  # uneven, and an empty one
+CUTS = [0, 1, 70, 70, CLASSES]  # uneven shards, one of them empty
 SIZE = len(CUTS) - 1
 WIDE = (torch.float32, torch.float64)
 
 
 def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input, head, bias and target; a third of the targets ignored."""
+    """Returns input, head, bias and target; a third of the targets are ignored."""
     generator = torch.Generator().manual_seed(3)
     input = torch.randn(ROWS, FEATURES, generator=generator).to(dtype)
     head = torch.randn(CLASSES, FEATURES, generator=generator).to(dtype)
@@ -61,9 +61,9 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def derivatives_of(case: str, own: slice, **shard: Any) -> list[list[Tensor]]:
-    """The first three derivatives, each of the one before times random numbers, by the leaves.
+    """Returns three derivatives by the leaves, each of the previous one times random numbers.
 
-    From the second on the gradient of the value is a leaf, too, the last one.
+    From the second on, grad_output of the value is a leaf, too, the last one.
     """
     name, given = DERIVED[case][0], dict(DERIVED[case][1])
     if "weight" in given:
@@ -105,7 +105,7 @@ METRICS_OPTIONS: dict[str, Any] = {"scale": 0.5, "z_loss": 0.1, "reduction": "no
 
 
 def special_logits(dtype: torch.dtype, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Rows with ties, NaN, masked and equal classes, and their targets; every third is ignored."""
+    """Returns rows with ties, NaN, masked and equal classes; every third target is ignored."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(ROWS * 4, CLASSES, generator=generator)
     logits[1, [10, 60, 120]] = 50.0
@@ -123,7 +123,7 @@ def special_logits(dtype: torch.dtype, dims: tuple[int, ...]) -> tuple[Tensor, T
 
 
 def metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[list[Tensor]]:
-    """Losses, metrics and gradients, of logits with one and more dimensions and of a head."""
+    """Returns losses, metrics and gradients of logits with more dimensions, and of a head."""
     found = []
     for dims in ((), (2,)):
         logits, target = special_logits(dtype, dims)
@@ -144,7 +144,7 @@ def metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[list[Tensor
 
 
 def log_probs_metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[Tensor]:
-    """Whether targets have the largest logit, mean logits, and the gradient of what is beside."""
+    """Returns is_top1, mean logits, and the gradient of the other results."""
     logits, target = special_logits(dtype, ())
     logits = logits[:, own].clone().requires_grad_()
     results = functional.log_probs(logits, target, return_metrics=True, temperature=0.5, **shard)
@@ -226,12 +226,12 @@ def rank_of(rank: int, folder: str, pipe: Any) -> None:
     dist.barrier()
     dist.destroy_process_group()
     file = io.BytesIO()
-    torch.save(found, file)  # a tensor itself would be gone with its process
+    torch.save(found, file)  # shared memory of tensors would be lost with the process
     pipe.send_bytes(file.getvalue())
 
 
 def not_differentiable(own: slice) -> list[Any]:
-    """What a batch of gradients gives, and what is said of calls that have no derivatives."""
+    """Returns batched gradients, and the errors of calls that have no derivatives."""
     input, head, _, target = draw(torch.float64)
     input, head = input.requires_grad_(), head[own].clone().requires_grad_()
     logits, batch = (input @ head.t()).detach().requires_grad_(), torch.tensor([1.0, -2.0])
@@ -255,7 +255,7 @@ def not_differentiable(own: slice) -> list[Any]:
 
 
 def run_on_dtensors(sent: list[int]) -> list[Any]:
-    """How a call goes, what it sends, and how far its results are from those of one process."""
+    """Returns the path of calls, the numbers sent per row, and the difference to one process."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
@@ -299,7 +299,7 @@ def flat(found: Any) -> list[Tensor]:
 def results_of(
     name: str, tensors: dict[str, Tensor], options: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Results of a function, and the gradients of the first and of the second order."""
+    """Returns results of a function, and the gradients of first and second order."""
     leaves = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
     found = flat(getattr(functional, name)(**tensors, **options))
     total = sum(x.square().sum() for x in found if x.requires_grad)
@@ -311,7 +311,7 @@ def results_of(
 
 
 def of_every_operator(dtype: torch.dtype) -> list[Any]:
-    """Of calls with DTensors how they go, and results and gradients beside those of plain ones."""
+    """Returns paths, results and gradients of calls with DTensors, and of the same plain calls."""
     from torch.distributed.tensor import (
         DTensor,
         Replicate,
@@ -329,7 +329,7 @@ def of_every_operator(dtype: torch.dtype) -> list[Any]:
     found = []
 
     def compare(name: str, given: dict[str, tuple[Tensor, Any]], **options: Any) -> None:
-        """The tensors beside their placements, None for a plain one."""
+        """Returns tensors with their placements, None for plain tensors."""
         plain = {key: x.clone() for key, (x, _) in given.items()}
         tensors = {
             key: x.clone() if p is None else distribute_tensor(x, mesh, p)
@@ -375,7 +375,7 @@ def of_every_operator(dtype: torch.dtype) -> list[Any]:
 
 
 def of_other_options() -> list[Any]:
-    """How calls go whose classes are sharded and whose options no kernel takes, and results."""
+    """Returns paths and results of sharded calls with options that no kernel supports."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -397,12 +397,12 @@ def of_other_options() -> list[Any]:
 
 
 def of_other_placements() -> list[Any]:
-    """Why torch's operator takes them, and what it makes of them."""
+    """Returns the reasons of fallbacks for other placements, and their results."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     input, head, _, target = draw(torch.float32)
-    input, target = input[:12], target[:12]  # as many in each process
+    input, target = input[:12], target[:12]  # divisible by the number of processes
     whole, rows, columns = ([each] for each in (Replicate(), Shard(0), Shard(1)))
     found: list[Any] = []
     for of_input, of_head, of_target in (
@@ -422,7 +422,7 @@ def of_other_placements() -> list[Any]:
     sharded = distribute_tensor(head, mesh, rows)
     shared = distribute_tensor(input, mesh, whole)
     found.append(told(lambda: linear_log_probs(shared, sharded, None)))
-    # As with FSDP, where each process has a part of the batch.
+    # As with FSDP, where the batch is sharded.
     for call in (linear_cross_entropy, linear_log_probs):
         found.append(explain(call.__name__, input, sharded, target).reason)
         found.append(told(lambda call=call: call(input, sharded, target)))
@@ -444,8 +444,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [torch.load(io.BytesIO(found), weights_only=False) for found in sent]
 
 
-def test_how_many_numbers_of_a_row_are_sent(ranks: list[Any]) -> None:
-    """Of log_probs the entropy is among them."""
+def test_the_numbers_sent_per_row(ranks: list[Any]) -> None:
+    """log_probs also sends the entropy."""
     for rank in ranks:
         numbers = [rank["sent", name] for name in ("plain", "smoothed", "log_probs")]
         assert numbers == [3, 4, 4]
@@ -453,7 +453,7 @@ def test_how_many_numbers_of_a_row_are_sent(ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("case", DERIVED)
 def test_derivatives_of_processes_together(case: str, ranks: list[Any]) -> None:
-    """The first three, against those of all classes, which are those of torch's definition."""
+    """Compares three derivatives with those of the definition on all classes."""
     expected = derivatives_of(case, slice(None))
     linear = "linear" in DERIVED[case][0]
     for order, exact in enumerate(expected):
@@ -466,13 +466,13 @@ def test_derivatives_of_processes_together(case: str, ranks: list[Any]) -> None:
 
 
 def test_metrics_of_processes_together(ranks: list[Any]) -> None:
-    """In any order of the classes, and the same bits in every process."""
+    """For any order of the classes, with the same bits in every process."""
     for in_order, dtype in itertools.product((True, False), WIDE):
         with fused_always():
             expected = metrics_of(slice(None), dtype)
         found = [rank["metrics", in_order, dtype] for rank in ranks]
         for case, *parts in zip(expected, *(found if in_order else found[::-1]), strict=True):
-            head = len(case) > 7  # whose gradients are those of input, weight and bias
+            head = len(case) > 7  # has gradients of input, weight and bias
             for part in parts:
                 torch.testing.assert_close(part[: 6 + head], case[: 6 + head], equal_nan=True)
                 same = zip(part[1:6], parts[0][1:6], strict=True)
@@ -495,7 +495,7 @@ def test_metrics_of_log_probs_of_processes_together(ranks: list[Any]) -> None:
         torch.testing.assert_close(torch.cat(gradients, 1), expected[-1], equal_nan=True)
 
 
-def test_metrics_in_torchs_terms(ranks: list[Any]) -> None:
+def test_the_definition_of_metrics(ranks: list[Any]) -> None:
     for in_order, dims in itertools.product((True, False), ((), (2,))):
         logits, target = special_logits(torch.float64, dims)
         _, expected = catalogue.cross_entropy(
@@ -508,7 +508,7 @@ def test_metrics_in_torchs_terms(ranks: list[Any]) -> None:
 
 
 def test_metrics_are_gathered_once(ranks: list[Any]) -> None:
-    """Two numbers a row, and none without metrics, beside those that tell of each call."""
+    """Two numbers per row, and none without metrics, in addition to the check of each call."""
     for rank in ranks:
         without, *each = rank["gathered"]
         (few,) = {*without}
@@ -517,15 +517,15 @@ def test_metrics_are_gathered_once(ranks: list[Any]) -> None:
 
 
 def tolerance_of(expected: Tensor) -> dict[str, float]:
-    """Sums of both signs are rounded as their terms are, and second derivatives are large."""
+    """Sums with both signs are rounded like their terms, and second derivatives are large."""
     if not expected.is_floating_point():
         return {}
     rounding = 1e-5 if expected.dtype is torch.float32 else 1e-11
     return {"rtol": rounding, "atol": rounding * max(1.0, float(expected.abs().max()))}
 
 
-def test_every_operator_takes_dtensors(ranks: list[Any]) -> None:
-    """Gradients have the placements of their tensors, and results are as the input is."""
+def test_every_operator_supports_dtensors(ranks: list[Any]) -> None:
+    """Gradients have the placements of their tensors, results those of the input."""
     for rank in ranks:
         assert len(rank["dtensors"]) == 40
         for backend, strategy, as_leaves, kinds, pairs in rank["dtensors"]:
@@ -536,7 +536,7 @@ def test_every_operator_takes_dtensors(ranks: list[Any]) -> None:
                 torch.testing.assert_close(got, expected, **tolerance_of(expected))
 
 
-def test_other_placements_take_torchs_operator(ranks: list[Any]) -> None:
+def test_other_placements_fall_back(ranks: list[Any]) -> None:
     for rank in ranks:
         *of_torch, no_target, reason, error, other_reason, other_error = rank["others"]
         for why, far in of_torch:
@@ -547,13 +547,13 @@ def test_other_placements_take_torchs_operator(ranks: list[Any]) -> None:
         assert all("mixed torch.Tensor and DTensor" in each for each in (error, other_error))
 
 
-def test_options_that_no_kernel_takes_go_to_torchs_operator(ranks: list[Any]) -> None:
+def test_unsupported_options_fall_back(ranks: list[Any]) -> None:
     for rank in ranks:
         assert rank["other options"] == [("input is a DTensor", True)] * 2
 
 
 def of_modules(own: slice) -> list[Any]:
-    """How far modules with a shard are from those of all classes, and what is said of them."""
+    """Compares modules with a shard to modules with all classes."""
     input, head, bias, target = draw(torch.float32)
     logits, shard = input @ head.t() + bias, VocabShard(own.start, CLASSES)
     found = []
@@ -578,7 +578,7 @@ def of_modules(own: slice) -> list[Any]:
     return found
 
 
-def test_modules_take_a_shard(ranks: list[Any]) -> None:
+def test_modules_with_a_shard(ranks: list[Any]) -> None:
     for rank in ranks:
         *modules, said = rank["modules"]
         assert all(far < 1e-5 and shown for far, shown in modules)
@@ -602,7 +602,7 @@ def test_processes_exchange_tensors_where_the_logits_are(monkeypatch: pytest.Mon
         linear_log_probs(logits, logits, target, shard=VocabShard(0))
 
 
-def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
+def test_dtensors_take_the_same_path(ranks: list[Any]) -> None:
     for rank in ranks:
         *shared, other = rank["dtensor"]
         for backend, strategy, numbers, far in shared:
@@ -611,7 +611,7 @@ def test_dtensors_go_the_same_way(ranks: list[Any]) -> None:
         assert other == "input is a DTensor"
 
 
-def test_what_has_no_derivatives_raises(ranks: list[Any]) -> None:
+def test_missing_derivatives_raise(ranks: list[Any]) -> None:
     for rank in ranks:
         batch_is_right, batched, *constants = rank["not differentiable"]
         assert batch_is_right

@@ -196,8 +196,8 @@ class Report:
                 lines.append(f"pyfused saved about {share}")
             elif saved < -0.0005:
                 lines.append(
-                    f"pyfused was slower by about {time_of(-saved)}: run python -m pyfused tune, or "
-                    "do not use it for this program"
+                    f"pyfused was slower by about {time_of(-saved)}: run python -m pyfused tune, "
+                    "or do not use it for this program"
                 )
             else:
                 lines.append("pyfused made no measurable difference")

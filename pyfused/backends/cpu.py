@@ -585,7 +585,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     return forward, backward
 
 
-# ---- element by element --------------------------------------------------------------------------
+# ---- elementwise kernels -------------------------------------------------------------------------
 
 
 def pointwise_loss(

@@ -169,9 +169,9 @@ class Backend(Protocol):
             denominator: The divisor of the sum of the losses, and of the gradients.
 
         Returns:
-            A function that takes tensors, of which the inputs come first, and the gradient of the
-            loss of each row; None means ones. It returns the loss of each row or their sum, in the
-            accumulation dtype, and the gradients of the inputs.
+            A function that takes tensors, inputs first, and the gradient of each row's loss; None
+            means ones. It returns the loss of each row or their sum, in the accumulation dtype,
+            and the gradients of the inputs.
         """
 
     def row_state(

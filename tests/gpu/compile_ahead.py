@@ -1,17 +1,17 @@
-"""Compile the Triton kernels for GPUs that are not here, and look at their machine code.
+"""Compiles the Triton kernels for GPUs, without a GPU, and checks their machine code.
 
-    python tests/gpu/compile_ahead.py                       # what `make gpu-compile` runs
+    python tests/gpu/compile_ahead.py                       # same as `make gpu-compile`
     python tests/gpu/compile_ahead.py --targets sm_90 --match "cross_entropy bfloat16" --all
 
-The backend is called as users call it, but with tensors without memory and a driver that names a
-GPU that is not there: what is compiled is what would be launched. Exits with 1 where a kernel
+The backend is called with fake tensors and a fake driver for another GPU, so the compiled kernels
+are those that would be launched. Exits with 1 if a kernel
 
-- does not compile, or spills more than `SPILLED` bytes a thread (float64 excepted);
-- loads or stores most bits of aligned rows less than 128 at a time, or 64 where positions are
-  contiguous, in the loops that load most, or in the whole kernel where it has no loop;
-- takes more instructions an element than `INSTRUCTIONS` allows;
+- does not compile, or spills more than `SPILLED` bytes per thread (except float64);
+- has narrow loads or stores of aligned rows: most bits in accesses below 128 bits, or 64 bits for
+  contiguous positions, in the loops that load most, or in the kernel if it has no loop;
+- needs more instructions per element than `INSTRUCTIONS` allows;
 
-or where a call takes more launches than its case allows.
+or if a call needs more launches than its case allows.
 """
 
 from __future__ import annotations
@@ -76,37 +76,37 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SOME = ("sm_90", "gfx942")  # for what is rare: one of each maker
+SOME = ("sm_90", "gfx942")  # for rare cases: one GPU of each vendor
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SPILLED = 16  # bytes of a thread
+SPILLED = 16  # bytes per thread
 NO_OTHERS = (None,) * 3  # weight, token_weight and denominator
-# Of 32,000 classes, where on an H100 a row that is read twice takes 1.3 times as long.
-# A sine of large numbers keeps many digits of pi.
+# At 32,000 classes, softmax spills, but two passes would take 1.3 times as long on an H100.
+# The sine of large numbers needs many digits of pi.
 MAY_SPILL = {"": SPILLED, "softmax_backward_kernel": 80, "formula snake": 32}
-# An element of cross-entropy with class indices and its gradient, on sm_90.
+# Instructions per element of cross-entropy with class indices and its gradient, on sm_90.
 INSTRUCTIONS = {
     **{(c, BF16): 21 for c in (1000, 4096, 16_384)},
     **{(c, F32): 28 for c in (1000, 4096, 16_384)},
     **{(c, BF16): 26 for c in (32_000, 128_256)},
     **{(c, F32): 40 for c in (32_000, 128_256)},
-    (21, 512, 512, F32): 52,  # 21 classes take three tiles of 8
+    (21, 512, 512, F32): 52,  # 21 classes need three tiles of 8
 }
-READ_LITTLE = ("count_kernel", "sum_kernel")  # 8 bytes a row
+READ_LITTLE = ("count_kernel", "sum_kernel")  # 8 bytes per row
 WRITE_LITTLE = ("row_state_kernel",)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the backend on tensors without memory."""
+    """A call of the backend with fake tensors."""
 
     name: str
     dtype: torch.dtype
-    elements: int  # of the input
+    elements: int  # the number of elements of the input
     run: Callable[[], object]
     targets: Sequence[str] = tuple(TARGETS)
-    vector: int = 128  # bits that a thread is to load and store at a time; 0: not looked at
-    launches: int = 1  # at most
-    instructions: int = 0  # an element, at most; 0: not looked at
+    vector: int = 128  # the required vector width in bits; 0: not checked
+    launches: int = 1  # the maximum number of launches
+    instructions: int = 0  # the maximum per element; 0: not checked
 
 
 # ---- the calls -----------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def empty(dtype: torch.dtype, *shape: int) -> Tensor:
 def case(
     op: str, dtype: torch.dtype, shape: tuple[int, ...], run: Any, kind: str = "", **fields: Any
 ) -> Case:
-    """Vectors have 128 bits where rows begin at multiples of 16 bytes, or 64 bits of positions."""
+    """Returns a case; vectors have 128 bits for aligned rows, or 64 for contiguous positions."""
     contiguous = math.prod(shape[2:]) if len(shape) > 2 else shape[-1]
     vector = 0 if contiguous * dtype.itemsize % 16 else 64 if len(shape) > 2 else 128
     size = "x".join(map(str, shape)) if len(shape) > 1 else ""
@@ -130,11 +130,11 @@ def case(
 def cross_entropy(
     dtype: torch.dtype, shape: tuple[int, ...], kind: str = "", **fields: Any
 ) -> Case:
-    """A mean with its gradient; the words of `kind` say what is different."""
+    """Returns the case of a mean with its gradient; `kind` lists variations."""
     words = kind.split()
     x, indices = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
     n, classes, target = indices.numel(), shape[1], x if "probabilities" in words else indices
-    # Many class indices are counted by a kernel of its own, and very many parts added up by two.
+    # A separate kernel counts many class indices, and adds up very many partial sums in two steps.
     launches = launches_of_sum(*shape) + (n > 1 << 20)
     if target is not x and (launches > 1 or n > backend.COUNTED_BY_PROGRAMS):
         launches += 1
@@ -156,7 +156,7 @@ def cross_entropy(
 
 
 def launches_of_sum(*shape: int) -> int:
-    """Returns how many kernels reduce a loss: the last program of the first one, or a second."""
+    """Returns the number of kernels of a reduced loss; large ones need a second to add up."""
     return 1 + (math.prod(shape) > backend.HOST_BOUND)
 
 
@@ -169,7 +169,7 @@ KINDS = (
 
 
 def cross_entropy_cases() -> Iterator[Case]:
-    """Every shape for all targets; every kind at three shapes, for some targets."""
+    """Yields every shape for all targets, and every kind at three shapes for some targets."""
     for dtype, shape in product((BF16, F32, F16, F64), SHAPES):
         targets = tuple(TARGETS) if dtype in (BF16, F32) else SOME
         yield cross_entropy(dtype, shape, targets=targets)
@@ -181,7 +181,7 @@ def cross_entropy_cases() -> Iterator[Case]:
 
 
 def class_cases() -> Iterator[Case]:
-    """Softmax, and the losses of class indices but for cross-entropy."""
+    """Yields softmax, and losses of class indices other than cross-entropy."""
     shapes = (4096, 1000), (4096, 32_000), (4096, 50_257), (8, 21, 4096)
     for dtype, shape in product((BF16, F32, F16, F64), shapes):
         x, target = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
@@ -192,7 +192,7 @@ def class_cases() -> Iterator[Case]:
             backward = partial(backend.softmax(op, x, 1)[1], x, x)
             yield case(op, *of, forward, **fields)
             yield case(op, *of, backward, "backward", **fields)
-        # A thread may load more bits of what it continues from than of 16-bit logits.
+        # A thread may load more bits of the state than of 16-bit logits.
         few = {"vector": 0} if dtype.itemsize == 2 else {}
         for cap in (None, 30.0) if len(shape) == 2 else ():
             kind, rows = "softcap" * bool(cap), RowOptions(-100, 1.4, cap)
@@ -242,7 +242,7 @@ def embedding_cases() -> Iterator[Case]:
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 128), (4096, 4096), (4096, 16_384))):
         x, target = empty(dtype, *shape), empty(accumulate_dtype(dtype), shape[0], 1)
         targets = SOME if dtype in (F16, F64) else tuple(TARGETS)
-        if shape[1] == 128:  # which a warp of 64 threads does not read 16 bytes a thread
+        if shape[1] == 128:  # too short for 16 bytes per thread in a warp of 64
             targets = tuple(target for target in targets if target != "gfx942")
         fields: Any = {"launches": launches_of_sum(*shape), "targets": targets}
         for euclidean, swap in product((True, False), (False, True)):
@@ -334,7 +334,7 @@ class Launched(NamedTuple):
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Launched]]:
-    """While entered, kernels are compiled for a GPU that is not there, and not launched."""
+    """Compiles kernels for a target in this context, without launching them."""
     gpu, run, launched = TARGETS[target], JITFunction.run, []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -353,7 +353,7 @@ def compiling(target: str) -> Iterator[list[Launched]]:
         try:
             yield launched
         finally:
-            driver.set_active(None)  # the next to ask finds the real one
+            driver.set_active(None)  # reset to the real driver
             launch.warp_size.cache_clear()
 
 
@@ -370,7 +370,7 @@ WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)\b|dwordx(\d)|(byte)|(short)")
 
 
 class Code(NamedTuple):
-    """A kernel's instructions, and the first and last of each of its innermost loops."""
+    """A kernel's instructions, and the first and last instruction of each innermost loop."""
 
     instructions: list[str]
     loops: list[tuple[int, int]]
@@ -385,12 +385,12 @@ class Code(NamedTuple):
             elif instruction := INSTRUCTION.match(line):
                 found.append(instruction[1] or instruction[2])
                 if ATOMIC.search(found[-1]):
-                    break  # what follows adds up the parts of a sum, in one program
+                    break  # the rest adds up partial sums, in one program only
         loops = []
         for i, branch in enumerate(map(BRANCH.search, found)):
             first = labels.get(branch[1] or branch[2], i) if branch else i
-            # A branch from behind the program's end returns from a block put out of the way, and a
-            # loop that ends here is innermost if no other begins in it.
+            # A backward branch after the program's end returns from an out-of-line block. A loop
+            # that ends here is innermost if no other loop begins in it.
             ends = any(map(ENDS.match, found[first:i]))
             if first < i and not ends and not any(first <= begun for begun, _ in loops):
                 loops.append((first, i))
@@ -401,7 +401,7 @@ class Code(NamedTuple):
 
 
 def widths(access: re.Pattern[str], instructions: Sequence[str]) -> list[int]:
-    """Bits of each access of global memory."""
+    """Returns the bits of each global memory access."""
     found = []
     for each in filter(None, map(access.search, instructions)):
         width = WIDTH.search(each[1] or each[2])
@@ -411,12 +411,12 @@ def widths(access: re.Pattern[str], instructions: Sequence[str]) -> list[int]:
 
 
 def wide(bits: Sequence[int], vector: int) -> int:
-    """Percentage of the bits that come at least `vector` at a time."""
+    """Returns the percentage of the bits in accesses of at least `vector` bits."""
     return 100 * sum(b for b in bits if b >= vector) // max(1, sum(bits))
 
 
 def wide_loads(code: Code, vector: int) -> int:
-    """The least percentage of the loops that load much, or what is in none if that loads more."""
+    """Returns the lowest percentage of loops that load much, or of other code if it loads more."""
     loaded = [widths(LOAD, code.body(loop)) for loop in code.loops]
     within = {i for first, last in code.loops for i in range(first, last + 1)}
     rest = widths(LOAD, [x for i, x in enumerate(code.instructions) if i not in within])
@@ -426,10 +426,10 @@ def wide_loads(code: Code, vector: int) -> int:
 
 
 def per_element(code: Code, case: Case, launched: Launched) -> float:
-    """Instructions that a thread executes for each of its elements.
+    """Returns the number of instructions that a thread executes per element.
 
-    Those of a loop count as often as it takes to load all elements of a thread with the loads in
-    its body; all others count once, behind branches too. That holds where loops load logits alone.
+    Instructions in a loop are multiplied by the iterations needed to load all elements of a thread;
+    others count once, even if branches skip them. This is correct if loops only load logits.
     """
     threads = 32 * launched.kernel.metadata.num_warps
     elements = case.elements / launched.programs / threads
@@ -443,7 +443,7 @@ def per_element(code: Code, case: Case, launched: Launched) -> float:
 
 
 def tool(name: str, option: str, cubin: bytes) -> str:
-    """What a tool of CUDA, which comes with Triton, writes of machine code."""
+    """Runs a CUDA tool, which is part of Triton, on machine code; returns its output."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
@@ -452,7 +452,7 @@ def tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def disassembled(kernel: Any) -> tuple[Code, int, int]:
-    """Code, registers, and bytes that a thread spills."""
+    """Returns the code, the number of registers, and the bytes that a thread spills."""
     if text := kernel.asm.get("amdgcn"):
         used = {key: int(n) for key, n in re.findall(r"\.(vgpr\w*count):\s+(\d+)", text)}
         # Scalar registers are spilled to vector registers, not to memory.
@@ -463,21 +463,21 @@ def disassembled(kernel: Any) -> tuple[Code, int, int]:
     return Code.read(tool("nvdisasm", "-c", cubin)), int(usage["REG"]), spilled
 
 
-# ---- what is wrong -------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
-    """What became of one kernel of a case."""
+    """The result of a kernel of a case."""
 
     target: str
     case: str
     kernel: str = ""
     warps: int = 0
     registers: int = 0
-    spilled: int = 0  # bytes of a thread
-    loads: int = 0  # percentage that is as wide as it should be
+    spilled: int = 0  # bytes per thread
+    loads: int = 0  # the percentage with the required width
     stores: int = 0
-    instructions: float = 0  # an element, where there is a limit
+    instructions: float = 0  # per element, if there is a limit
     wrong: str = ""
 
 
@@ -490,7 +490,7 @@ def inspect(target: str, case: Case, launched: Launched) -> Found:
     counted = target == "sm_90" and case.instructions and not little
     instructions = per_element(code, case, launched) if counted else 0
     judged = case.vector and rounded and not little
-    much = sum(stored) > vector and name not in WRITE_LITTLE  # more than losses
+    much = sum(stored) > vector and name not in WRITE_LITTLE  # stores more than losses
     may_spill = max(
         most for key, most in MAY_SPILL.items() if key in ("", name) or key in case.name
     )
@@ -506,7 +506,7 @@ def inspect(target: str, case: Case, launched: Launched) -> Found:
 
 
 def compile_cases(target: str, cases: Sequence[Case]) -> list[Found]:
-    """The kernels of some cases; one that several cases launch is looked at once."""
+    """Compiles the kernels of cases; a kernel that several cases launch is checked once."""
     found: list[Found] = []
     seen = set()
     for case in cases:
@@ -532,7 +532,7 @@ def compile_cases(target: str, cases: Sequence[Case]) -> list[Found]:
 
 
 def compile_piece(target: str, names: Sequence[str]) -> list[Found]:
-    """The same, in a process of its own: a case cannot be sent to it."""
+    """Compiles cases, given by name because they cannot be pickled, in a worker process."""
     return compile_cases(target, [case for case in all_cases() if case.name in names])
 
 

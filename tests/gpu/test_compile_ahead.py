@@ -1,4 +1,4 @@
-"""Some kernels compile for GPUs that are not here; and what is wrong with a kernel is found."""
+"""Some kernels compile ahead of time, and compile_ahead.py detects bad kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_kernels_compile_well(target: str) -> None:
 
 @triton.jit
 def copy_kernel(x, out, n, step: tl.constexpr, block: tl.constexpr, spread: tl.constexpr):  # noqa: ANN001, ANN201
-    """Loads wide before its loop, and within if the step is 1; stores wide if the spread is 1."""
+    """Copies; loads in the loop are wide if the step is 1, stores if the spread is 1."""
     lanes = tl.arange(0, block)
     total = tl.load(x + lanes)
     for start in range(0, n, block):
@@ -72,7 +72,7 @@ def test_what_is_wrong_is_found(target: str) -> None:
     assert judged(target) == []
     assert judged(target, step=3) == ["narrow loads"]
     assert judged(target, spread=3) == ["narrow stores"]
-    elements = 1 << (13 if target == "sm_90" else 15)  # of one warp
+    elements = 1 << (13 if target == "sm_90" else 15)  # for one warp
     assert judged(target, block=elements, warps=1) == ["spills"]
 
 
@@ -110,7 +110,7 @@ AMDGCN = """
 
 
 def test_instructions_of_loops_are_counted() -> None:
-    """A thread loads 4 of its 40 elements at a time. A branch to the end makes no loop."""
+    """A thread loads 4 of its 40 elements per iteration. A branch to the end is not a loop."""
     code = ahead.Code.read(SASS)
     assert code.loops == [(1, 3)]
     assert ahead.widths(ahead.LOAD, code.instructions) == [128]
@@ -125,7 +125,7 @@ def test_instructions_of_loops_are_counted() -> None:
 
 @pytest.mark.parametrize("classes_contiguous", [False, True])
 def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
-    """Rows, or classes, that begin more than 2**31 elements apart are reached by 64 bits."""
+    """Offsets of rows or classes that are more than 2**31 elements apart are 64-bit."""
     strides = (2**32, 1) if classes_contiguous else (1, 2**32)
     x = torch.empty_strided((2, 4096), strides, dtype=F32, device="meta")
     options = CrossEntropyOptions(-100, "mean")

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, devices, memory, and that no call synchronises."""
+"""Tests that need a GPU: CUDA graphs, devices, memory, and that no call synchronises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 INPLACE = {F: {}, fused: {"inplace": True}}
 Call = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-# Of logits (600, 700), class indices, and something of the logits' shape.
+# Calls with logits (600, 700), class indices, and a tensor of the logits' shape.
 CALLS: dict[str, Call] = {
     "index": lambda f, x, t, y: f.cross_entropy(x, t),
     "index none": lambda f, x, t, y: f.cross_entropy(x, t, reduction="none"),
@@ -79,7 +79,7 @@ def test_against_torch_in_float64(call: Call, dtype: torch.dtype) -> None:
 
 
 def test_every_kernel_runs() -> None:
-    """Short, for a sanitizer."""
+    """Runs quickly, for compute-sanitizer."""
     for call in CALLS.values():
         results(fused, call, *inputs())
     torch.cuda.synchronize()
@@ -118,11 +118,11 @@ def test_a_captured_graph_follows_its_inputs(call: Call) -> None:
     close(got, results(F, call, *exact), torch.float32)
 
 
-def test_streams_and_graphs_add_up_beside_each_other() -> None:
-    """Each has a counter of its own of the programs that have stored their parts."""
+def test_sums_on_concurrent_streams_and_graphs() -> None:
+    """Each call has its own arrival counter."""
     x, _, y = inputs()
     expected = fused.mse_loss(x, y)
-    assert torch.equal(expected, fused.mse_loss(x, y))  # in a fixed order
+    assert torch.equal(expected, fused.mse_loss(x, y))  # sums have a fixed order
     graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
     with torch.cuda.graph(graph):
         captured = fused.mse_loss(x, y)

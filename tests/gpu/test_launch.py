@@ -1,4 +1,4 @@
-"""A prepared launch passes to Triton's launcher what Triton itself would, without a GPU here."""
+"""A prepared launch passes the same arguments to the launcher as Triton does; needs no GPU."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from pyfused.kernels.launch import Choice, Launch
 
 
 class Driver:
-    """A GPU's driver that records each launch instead of making it.
+    """A fake GPU driver that records launches.
 
-    Its devices have numbers that no GPU has, as compiled kernels are kept by device.
+    It uses device numbers that no GPU has, because compiled kernels are cached by device.
     """
 
     def __init__(self) -> None:
@@ -69,13 +69,13 @@ def recorder() -> Iterator[Driver]:
     DRIVER.launched.clear()
     with patch.object(DRIVER, "device", 1000):
         yield DRIVER
-    driver.set_active(None)  # the next to ask finds the real one
+    driver.set_active(None)  # reset to the real driver
     for function in cached:
         function.cache_clear()
 
 
 def described(arguments: Any) -> Any:
-    """Arguments with tensors by their type, as each call has new ones."""
+    """Replaces tensors by their types, because each call has new tensors."""
     if isinstance(arguments, tuple):
         return tuple(map(described, arguments))
     is_tensor = isinstance(arguments, torch.Tensor)
@@ -98,13 +98,13 @@ CASES = (
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_arguments_are_those_of_triton(name: str, recorder: Driver) -> None:
+def test_arguments_equal_tritons(name: str, recorder: Driver) -> None:
     case = next(case for case in ahead.all_cases() if case.name == name)
     by_triton = lambda run, programs, *arguments: run.by_triton(programs, arguments)  # noqa: E731
     with patch.object(launch.Launch, "__call__", by_triton):
         case.run()
     of_triton = recorder.launched.copy()
-    for _ in range(2):  # the second finds what the first compiled
+    for _ in range(2):  # the second launch uses the compiled kernel
         recorder.launched.clear()
         case.run()
         for (*kernel, found), (*expected_kernel, expected) in zip(
@@ -145,13 +145,13 @@ def add(recorder: Driver) -> Launch:
 
 
 def compiled_by_triton(add: Launch, *arguments: Any) -> bool:
-    """Whether a launch of these arguments takes Triton's own way."""
+    """Returns whether a launch with these arguments uses Triton's launcher."""
     with patch.object(Launch, "by_triton", autospec=True, side_effect=Launch.by_triton) as way:
         add(4, *arguments)
     return way.called
 
 
-def test_what_triton_specializes_is_told_apart(add: Launch) -> None:
+def test_specializations_are_distinguished(add: Launch) -> None:
     x = torch.zeros(1024)
     given: list[tuple[Any, ...]] = [
         (x, x, 1024),
@@ -169,7 +169,7 @@ def test_what_triton_specializes_is_told_apart(add: Launch) -> None:
     assert not compiled_by_triton(add, x.clone(), x.clone(), 1008)
 
 
-def test_another_device_has_a_kernel_of_its_own(add: Launch, recorder: Driver) -> None:
+def test_kernels_are_cached_per_device(add: Launch, recorder: Driver) -> None:
     x = torch.zeros(1024)
     add(8, x, x, 1024)
     recorder.device = 1001
