@@ -567,7 +567,8 @@ def test_the_report_of_a_block() -> None:
     with pyfused.patch():
         torch.nn.functional.cross_entropy(x, target)
     assert counts(str(report)) == {"cross_entropy": 3}
-    assert "estimated by re-running calls with both: 2)" in str(report)
+    # The second is not re-run if the first took longer than the budget.
+    assert re.search(r"estimated by re-running calls with both: [12]\)", str(report))
 
 
 Kinds = dict[tuple[str, int, bool], run.Calls]

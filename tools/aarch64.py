@@ -18,7 +18,7 @@ PYTHON = SYSTEM / "usr/bin/python-in-qemu"
 WRAPPER = f"""#!/bin/sh
 exec qemu-aarch64 -cpu neoverse-n1 -L {SYSTEM} -0 "$0" {SYSTEM}/usr/bin/python{VERSION} "$@"
 """
-TESTS = ("accuracy", "autograd", "errors", "threads", "processes")
+TESTS = ("accuracy", "contract_autograd", "errors", "threads", "processes")
 # Excludes tests that take minutes: accuracy over many classes, bitwise equality for all thread
 # counts except in one dtype, and tests that start processes, which import torch. Also excludes data
 # loaders, because qemu 7 crashes if a forked child starts a thread.
