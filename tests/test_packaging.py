@@ -291,9 +291,10 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PURE = f"""
 import sys
 sys.path += {[str(ROOT / folder) for folder in ("docs", "benchmarks", "examples")]}
-import pages, pyfused, torch
+import contextlib, io, pages, pyfused, torch
 for name in pages.EXAMPLES:
-    exec(compile(pages.example(name), name, "exec"), {{}})
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(pages.example(name), name, "exec"), {{}})
 x = torch.randn(1 << 20, requires_grad=True)
 print(pyfused.explain("mse_loss", x, x.detach()))
 print(pyfused.memory.stats().limit, pyfused.memory.release())

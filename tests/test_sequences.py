@@ -18,7 +18,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
-from catalogue import EXAMPLES, Call, Example, ours, parameters, reference
+from catalogue import EXAMPLES, Call, Example, ours, parameters, reference, result_of
 from conftest import fused_always
 from torch import Tensor
 
@@ -122,6 +122,7 @@ def outcome(
             stack.enter_context(mode())
         try:
             value = overwritten(call, function, given) if inplace else function(call, **given)
+            value = result_of(value)
             results: list[Tensor | None] = [value.detach()]
             if value.requires_grad:
                 grad = torch.linspace(0.5, 2, value.numel()).view(value.shape).to(value.dtype)

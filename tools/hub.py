@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "tools/hub"
-LEFT_OUT = {"__init__.py", "__main__.py", "run.py", "tune.py"}
+LEFT_OUT = {"__init__.py", "__main__.py", "adopt/run.py", "adopt/trl.py", "adopt/tune.py"}
 BYTECODE = shutil.ignore_patterns("__pycache__")
 
 
@@ -49,7 +49,7 @@ def write(folder: Path) -> None:
     source = ROOT / "pyfused"
     for path in source.rglob("*.py"):
         name = path.relative_to(source)
-        if name.parts[0] not in LEFT_OUT:
+        if name.as_posix() not in LEFT_OUT:
             text = relative(path.read_text(encoding="utf-8"), depth=len(name.parts) - 1)
             (package / name).parent.mkdir(exist_ok=True)
             (package / name).write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
 """pyfused for the kernel hub: Triton kernels on GPUs, torch's operators on CPUs."""
 
 from . import functional, layers, nn
-from .convert import convert, plan_conversion, revert
-from .explain import explain
+from .adopt.convert import convert, plan_conversion, revert
+from .adopt.explain import explain
 from .formula import activation, loss
 from .types import VocabShard
 
