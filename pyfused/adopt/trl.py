@@ -33,7 +33,7 @@ _PARAMETERS = (
 
 
 def patch_trl(*, deterministic_rows: bool = False) -> None:
-    """Makes TRL's trainers for SFT, DPO, GRPO, KTO and RLOO use :func:`linear_log_probs`.
+    """Makes TRL's trainers for SFT, DPO, GRPO, KTO and RLOO use :func:`~pyfused.functional.linear_log_probs`.
 
     It takes the place of ``trl.trainer.utils._ChunkedLogProbFunction``, which computes the
     log-probabilities, entropies and statistics of tokens from hidden states, with the same
@@ -44,7 +44,7 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
 
     Args:
         deterministic_rows: Whether the bits of a token's results are independent of its batch, as
-            in :func:`linear_log_probs`.
+            in :func:`~pyfused.functional.linear_log_probs`.
 
     Raises:
         ImportError: TRL is not installed.
