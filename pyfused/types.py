@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Gradients = tuple[Tensor | None, ...]  # one for each operand
 Kernels = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # forward, backward
@@ -110,6 +113,23 @@ class VocabOptions:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the fields that hold tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, TENSORS)}
+
+    def plan_tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """Returns token_weight and denominator, None for a denominator that is no tensor."""
+        denominator: Any = self.denominator
+        return self.token_weight, denominator if isinstance(denominator, TENSORS) else None
+
+    def without_tensors(self) -> Self:
+        """Returns the options with None in place of tensors, which a plan can keep."""
+        nothing: dict[str, Any] = dict.fromkeys(self.tensors())
+        return replace(self, **nothing)
+
+    def with_tensors(self, token_weight: Tensor | None, denominator: Tensor | None) -> Self:
+        """Returns the options that a plan has kept, with the tensors of a call."""
+        if token_weight is None and denominator is None:
+            return self
+        given = self.denominator if denominator is None else denominator
+        return replace(self, token_weight=token_weight, denominator=given)
 
     @property
     def rows(self) -> RowOptions:

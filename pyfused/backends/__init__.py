@@ -47,9 +47,7 @@ def cross_entropy_once(
 ) -> LossResult:
     """Prepares and launches the kernel for a single call."""
     launch = backend.cross_entropy(input, target, weight, options, outputs, grad_output)
-    denominator = options.denominator if isinstance(options.denominator, Tensor) else None
-    tensors = input, target, weight, options.token_weight, denominator
-    return launch(tensors, grad_output)
+    return launch((input, target, weight, *options.plan_tensors()), grad_output)
 
 
 def takes_triton(input: Tensor | TensorSpec) -> bool:

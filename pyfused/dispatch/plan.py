@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.backends import Backend
+from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
 from pyfused.layout import layouts
 from pyfused.types import Gradients, Outputs
 
 Arguments = tuple[Any, ...]  # the positional arguments of a call
 Tensors = Sequence[Any]  # each is a Tensor or None
-# A prepared kernel: takes the tensors and grad_output, returns the loss and the gradients.
-Launch = Callable[..., tuple[Any, Gradients]]
 # The result of a forward pass: the output, the tensors to save, and the gradients, () if backward
 # computes them.
 Forward = tuple[Any, Tensors, Gradients]
@@ -77,7 +75,7 @@ def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
 
 
 def loss_passes(
-    prepare: Callable[[Tensors, Outputs, Tensor | None], Launch],
+    prepare: Callable[[Tensors, Outputs, Tensor | None], LossKernel],
     needs: tuple[bool, ...],
     in_forward: bool,
     inplace: bool = False,
@@ -92,7 +90,7 @@ def loss_passes(
         in_forward: Whether the forward pass computes the gradients.
         inplace: Whether the gradient of the input overwrites the input.
     """
-    launches: dict[Any, Launch] = {}
+    launches: dict[Any, LossKernel] = {}
     in_forward = in_forward and True in needs
 
     def forward(tensors: Tensors) -> Forward:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
+from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
 from pyfused.dispatch.operator import Arguments, Operator, reduction_of
 from pyfused.dispatch.plan import (
-    Launch,
     Plan,
     Tensors,
     gradients_in_forward,
@@ -51,7 +51,7 @@ class ClassLoss(Operator):
     """
 
     check_arguments: Callable[..., None]
-    kernel: Callable[[Backend], Callable[..., Launch]]
+    kernel: Callable[[Backend], Callable[..., LossKernel]]
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         return checks.classes_of(arguments[0]) <= few
@@ -99,7 +99,7 @@ class ClassLoss(Operator):
             tensors = self.tensors(arguments)
             return (*self.arranged(tensors[:3]), *tensors[3:]) if converts else tensors
 
-        def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> Launch:
+        def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> LossKernel:
             options = self.with_tensors(numbers, tensors)
             return self.kernel(backend)(*tensors[:3], options, outputs, grad_output)
 

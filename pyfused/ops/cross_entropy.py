@@ -113,7 +113,9 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             return (loss, state), saved, gradients
 
         def finish(results: Any, arguments: Arguments) -> tuple[Tensor, metrics.Metrics]:
-            (loss, state), target = results, self.arranged(arguments[:3])[1]
+            (loss, state), target = results, arguments[1]
+            if not target.is_floating_point():  # probabilities need no copy of the logits here
+                _, target, _ = self.arranged(arguments[:3])
             loss = loss if plan.finish is None else plan.finish(loss, arguments)
             return loss, metrics.of_state(state, target, options.ignore_index, dtype)
 
@@ -127,15 +129,11 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return *tensors, token_weight, denominator if isinstance(denominator, Tensor) else None
 
     def without_tensors(self, options: CrossEntropyOptions) -> CrossEntropyOptions:
-        number = None if isinstance(options.denominator, TENSORS) else options.denominator
-        return replace(options, token_weight=None, denominator=number, with_metrics=False)
+        return replace(options.without_tensors(), with_metrics=False)
 
     def with_tensors(self, options: CrossEntropyOptions, tensors: Tensors) -> CrossEntropyOptions:
         *_, token_weight, denominator = tensors
-        if token_weight is None and denominator is None:
-            return options
-        denominator = options.denominator if denominator is None else denominator
-        return replace(options, token_weight=token_weight, denominator=denominator)
+        return options.with_tensors(token_weight, denominator)
 
     def compute_shard(
         self, arguments: Arguments, classes: ClassRange, shard: VocabShard | None

@@ -29,7 +29,7 @@ from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.heads import Block, Layer, capped, linear, loss_over_rows, valid_rows
-from pyfused.ops.row_loss import Results, RowLoss, option_tensors
+from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.ops.row_state import logits_state, loss_denominator
 from pyfused.types import (
     ENTROPY,
@@ -220,7 +220,7 @@ class Divergence(RowLoss):
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         *tensors, options = arguments
-        token_weight, denominator = option_tensors(options)
+        token_weight, denominator = options.plan_tensors()
         checks.values_of_options(token_weight, denominator)
         device = tensors[0].device.type
         for i, operand in enumerate(self.operands):

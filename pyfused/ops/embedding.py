@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend
+from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments
-from pyfused.dispatch.plan import Launch
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs
@@ -108,12 +107,13 @@ class EmbeddingLoss(TensorLoss):
         outputs: Outputs,
         divisor: float,
         grad_output: Tensor | None,  # noqa: ARG002
-    ) -> Launch:
+    ) -> LossKernel:
         scalars = dict(zip([scalar.name for scalar in self.scalars], numbers, strict=True))
         euclidean = scalars.pop("p", 2.0) == 2.0
         options = EmbeddingOptions(**scalars, euclidean=euclidean)
-        prepare: Callable[..., Launch] = backend.embedding_loss
-        return prepare(self.name, tuple(tensors[:-2]), options, reduction, outputs, divisor)
+        return backend.embedding_loss(
+            self.name, tuple(tensors[:-2]), options, reduction, outputs, divisor
+        )
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
         return grad_output.expand(operands[0].shape[:-1])

@@ -32,7 +32,7 @@ from pyfused.ops.heads import (
     valid_rows,
 )
 from pyfused.ops.metrics import Metrics, of_state
-from pyfused.ops.row_loss import Results, RowLoss, option_tensors
+from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.ops.row_state import (
     kernel_weight,
     metrics_state,
@@ -75,7 +75,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         head, options = head._replace(input=input).as_rows(options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
-        return *head, *option_tensors(options)
+        return *head, *options.plan_tensors()
 
     def finish(self, results: Any, arguments: Arguments) -> Any:
         (loss, state), (head, options) = results, _head(arguments)
@@ -84,7 +84,8 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         loss = loss if loss_dtype is dtype else loss.to(dtype)
         if not options.with_metrics:
             return loss
-        target = self.to_rows(arguments)[3]
+        target = head.as_rows(options)[0].target
+        target = target if target.is_floating_point() else target.to(torch.int64)
         metrics = of_state(state, target, options.ignore_index, loss_dtype)
         return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
+from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     REDUCTIONS,
@@ -33,7 +34,6 @@ from pyfused.dispatch.operator import (
 )
 from pyfused.dispatch.plan import (
     Forward,
-    Launch,
     Plan,
     gradients_in_forward,
     loss_passes,
@@ -183,7 +183,7 @@ class TensorLoss(Operator):
             tensor = None if denominator is None else compute_divisor(operands, unexpanded)
             return *operands, weight, tensor
 
-        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> Launch:
+        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
             return self.prepared(
                 backend, tensors, numbers, reduction, outputs, divisor, grad_output
             )
@@ -243,7 +243,7 @@ class TensorLoss(Operator):
         outputs: Outputs,
         divisor: float,
         grad_output: Tensor | None,
-    ) -> Launch:
+    ) -> LossKernel:
         """Prepares the kernel for the layouts of these tensors."""
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
@@ -410,12 +410,11 @@ class PointwiseLoss(TensorLoss):
         outputs: Outputs,
         divisor: float,
         grad_output: Tensor | None,
-    ) -> Launch:
+    ) -> LossKernel:
         *operands, weight, _ = tensors
         formula, numbers = self.kernel(numbers, len(operands), outputs)
         layouts = tuple(operands), weight, grad_output
-        prepare: Callable[..., Launch] = backend.pointwise_loss
-        return prepare(formula, layouts, numbers, reduction, outputs, divisor)
+        return backend.pointwise_loss(formula, layouts, numbers, reduction, outputs, divisor)
 
     def _definition(self) -> Callable[..., Tensor]:
         """Returns a function of operands, scalars and reduction, which torch lacks."""
@@ -499,13 +498,10 @@ class Halves(Gated):
         needs, dim = needs_grad((input,)) if needs is None else needs, dim % input.dim()
         backend: Backend = backend_of(input)
 
-        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> Launch:
+        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
             formula, numbers = self.kernel((), 2, outputs)
             layouts = tuple(tensors[:2]), None, grad_output
-            launch: Launch = backend.pointwise_loss(
-                formula, layouts, numbers, "none", outputs, 1.0, dim
-            )
-            return launch
+            return backend.pointwise_loss(formula, layouts, numbers, "none", outputs, 1.0, dim)
 
         halves_forward, halves_backward = loss_passes(prepare, needs * 2, False)
 

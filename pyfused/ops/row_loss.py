@@ -18,7 +18,7 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import spread_rows, take_rows
 from pyfused.ops.row_state import loss_denominator
-from pyfused.types import TENSORS, Gradients, Outputs, VocabOptions
+from pyfused.types import Gradients, Outputs, VocabOptions
 
 # The loss, or None; the gradients, or (); and the state of each row if the metrics or the backward
 # pass need it, or None.
@@ -119,7 +119,7 @@ class RowLoss(Operator):
         Args:
             needs: Whether each of the student's tensors needs a gradient; None to ask autograd.
         """
-        numbers, count = without_tensors(self.checked_options(arguments)), len(self.operands)
+        numbers, count = self.checked_options(arguments).without_tensors(), len(self.operands)
         if needs is None:
             needs = needs_grad(arguments[: self.student])
         backend, device = backend_of(arguments[0]), arguments[0].device.type
@@ -129,7 +129,7 @@ class RowLoss(Operator):
             return self.to_rows(arguments)
 
         def forward(tensors: Sequence[Any]) -> Forward:
-            options = with_tensors(numbers, *tensors[count:])
+            options = numbers.with_tensors(*tensors[count:])
             dtype = tensors[0].dtype
             in_forward = True in needs and gradients_in_forward(options.reduction, dtype)
             outputs = Outputs(True, needs if in_forward else ())
@@ -139,13 +139,13 @@ class RowLoss(Operator):
 
         def backward(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
             token_weight, denominator, state = saved[count:]
-            options = with_tensors(numbers, token_weight, denominator)
+            options = numbers.with_tensors(token_weight, denominator)
             outputs = Outputs(False, needs)
             tensors = saved[:count]
             return self.compute(backend, tensors, options, outputs, grad_output, state)[1]
 
         def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-            options = with_tensors(numbers, *saved[count:-1])
+            options = numbers.with_tensors(*saved[count:-1])
             return self.define(saved[:count], options, needs, grad_output)
 
         return Plan(
@@ -162,7 +162,7 @@ class RowLoss(Operator):
     def compiled(self, arguments: Arguments) -> Any:
         options = self.checked_options(arguments)
         *tensors, token_weight, denominator = self.to_rows(arguments)
-        options = with_tensors(options, token_weight, denominator)
+        options = options.with_tensors(token_weight, denominator)
         in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
         needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
         with without_autocast(tensors[0].device.type):
@@ -225,22 +225,3 @@ class RowLoss(Operator):
         if gradients:
             gradients = spread_rows(gradients[0], rows, total), *gradients[1:]
         return loss, gradients, spread_rows(state, rows, total, 1)
-
-
-def without_tensors(options: Any) -> Any:
-    """Returns the options with None in place of tensors."""
-    return replace(options, **dict.fromkeys(options.tensors()))
-
-
-def with_tensors(options: Any, token_weight: Tensor | None, denominator: Tensor | None) -> Any:
-    """Returns the options with the tensors of a call."""
-    if token_weight is None and denominator is None:
-        return options
-    denominator = options.denominator if denominator is None else denominator
-    return replace(options, token_weight=token_weight, denominator=denominator)
-
-
-def option_tensors(options: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns token_weight and denominator, None for a denominator that is no tensor."""
-    denominator = options.denominator
-    return options.token_weight, denominator if isinstance(denominator, TENSORS) else None
