@@ -39,8 +39,9 @@ demo-quick: $(BUILD) ## demo with fewer steps: about a minute on two idle cores
 	$(BIN)/python examples/custom_loss.py
 	$(BIN)/python examples/heads.py --rounds 1
 
-formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the declarations
+formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the declarations, and rebuild
 	$(BIN)/python tools/formulas.py
+	$(MAKE) build
 
 test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" selects some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -190,6 +191,7 @@ HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include")
 
 $(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.inc csrc/*.cpp)
 	@echo 'Compiling the kernels: minutes the first time, then only changed files'
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pyfused
 	@touch $@

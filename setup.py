@@ -67,7 +67,7 @@ class BuildKernels(build_ext):
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = f"{COMMON[kind]} {isa[kind]}".split()
-        if self.editable_mode:  # setuptools removes its temporary folder, with all object files
+        if self.editable_mode or self.inplace:  # pip removes the default folder with object files
             self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
         # setuptools initialises MSVC lazily, which is not thread-safe.
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
@@ -78,7 +78,10 @@ class BuildKernels(build_ext):
             for extension in self.extensions:
                 own = [source for source in extension.sources if source not in SHARED]
                 extension.extra_objects = pool.map(partial(self.compile_source, extension), own)
-        objects = list(shared)
+            objects = list(shared)
+            for number, (isa, extension) in enumerate(zip(ISAS, self.extensions, strict=True), 1):
+                print(f"Building the kernels for {isa} ({number} of {len(ISAS)})", flush=True)
+                extension.extra_objects = list(extension.extra_objects)
         for extension in self.extensions:
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects

@@ -103,6 +103,8 @@ std::vector<ActivationFormula> activation_formulas() {
 #undef PYFUSED_ACTIVATION
 }
 
+uint32_t formulas_checksum() { return kFormulasChecksum; }
+
 #define PYFUSED_INSTANTIATE(T)                                                                 \
   template void activation(const ActivationFormula&, const T*, T*, const Parameters&, int64_t, \
                            int);                                                               \

@@ -37,6 +37,9 @@ struct ActivationFormula {
 
 std::vector<ActivationFormula> activation_formulas();
 
+// The checksum of formulas.inc, by which tests detect modules compiled from another one.
+uint32_t formulas_checksum();
+
 template <class T>
 void activation(const ActivationFormula& formula, const T* input, T* output,
                 const Parameters& parameters, int64_t n, int threads);

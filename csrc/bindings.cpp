@@ -452,6 +452,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   const py::call_guard<py::gil_scoped_release> unlocked;
 
   m.def("runs_here", &runs_here);
+  m.attr("formulas_checksum") = formulas_checksum();
   m.attr("row_classes") = row_classes();
   m.attr("runtime_file") = runtime_file();
   m.def("runtime_threads", &runtime_threads);
