@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grid
@@ -28,6 +29,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the backend under test
+
+# The modules hold the checksum that csrc/formulas.inc had when they were compiled.
+formulas = Path(__file__).parents[1] / "csrc" / "formulas.inc"
+compiled_from = getattr(cpu.native, "formulas_checksum", None)
+if compiled_from and formulas.exists() and f" = {compiled_from}u;" not in formulas.read_text():
+    pytest.exit("csrc/formulas.inc has changed since the kernels were compiled: run make build", 1)
 
 
 # Files that start processes, build packages or C++, run examples, or test the GPU report.

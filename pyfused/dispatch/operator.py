@@ -159,6 +159,29 @@ class Operator(ABC):
         self._reduction = self.arguments.index("reduction") if reduces else None
         self.other_operands = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
 
+    def definition_of(self, compute: Callable[..., Tensor], **last: Any) -> Callable[..., Tensor]:
+        """Returns a function for an operator that torch lacks.
+
+        Args:
+            compute: The function of all arguments.
+            last: The arguments after the operands and the scalars, with their defaults.
+        """
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        defaults = {scalar.name: scalar.default for scalar in self.scalars} | last
+        parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
+        parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
+
+        def definition(*args: Any, **kwargs: Any) -> Tensor:
+            kwargs = defaults | dict(zip(self.arguments, args, strict=False)) | kwargs
+            for operand in self.operands:
+                checks.tensor(operand.name, kwargs.get(operand.name))
+            arguments = tuple([kwargs[name] for name in self.arguments])
+            self.check_scalars(arguments)
+            return compute(*arguments)
+
+        definition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return definition
+
     def bind(self, *args: Any, **kwargs: Any) -> Arguments:
         """Returns the arguments in the order that `call` expects."""
         return args + tuple([kwargs[name] for name in self.arguments[len(args) :]])

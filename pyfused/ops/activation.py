@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of
@@ -45,6 +46,8 @@ class Activation(Operator):
     overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.definition is None and not hasattr(F, self.name):
+            self.definition = self.definition_of(self.formula)
         super().__post_init__()
         self.builtin_ = self.reference_
         if self.definition is None and not self.checks:

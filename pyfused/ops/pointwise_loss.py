@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 import warnings
@@ -350,7 +349,7 @@ class PointwiseLoss(TensorLoss):
 
     def __post_init__(self) -> None:
         if self.definition is None and not hasattr(F, self.name):
-            self.definition = self._definition()
+            self.definition = self.definition_of(self._reduced_formula, reduction="mean")
         super().__post_init__()
         if self.warns:
             self.builtin = self._built_in()
@@ -416,25 +415,8 @@ class PointwiseLoss(TensorLoss):
         layouts = tuple(operands), weight, grad_output
         return backend.pointwise_loss(formula, layouts, numbers, reduction, outputs, divisor)
 
-    def _definition(self) -> Callable[..., Tensor]:
-        """Returns a function of operands, scalars and reduction, which torch lacks."""
-        names = [*(operand.name for operand in self.operands), *(s.name for s in self.scalars)]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
-        defaults = {scalar.name: scalar.default for scalar in self.scalars}
-        defaults |= {"reduction": "mean"} if self.reduces else {}
-        parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
-
-        def definition(*args: Any, **kwargs: Any) -> Tensor:
-            kwargs = defaults | dict(zip(self.arguments, args, strict=False)) | kwargs
-            for operand in self.operands:
-                checks.tensor(operand.name, kwargs.get(operand.name))
-            self.check_scalars(tuple([kwargs[name] for name in self.arguments]))
-            loss = self.formula(*[kwargs[name] for name in names])
-            return reduced(loss, kwargs.get("reduction", "none"))
-
-        definition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return definition
+    def _reduced_formula(self, *arguments: Any) -> Tensor:
+        return reduced(self.formula(*arguments[:-1]), arguments[-1])
 
     def _built_in(self) -> Callable[..., Tensor]:
         """Returns a faster variant of torch's function, whose warning names the caller's line."""
