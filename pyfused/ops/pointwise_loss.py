@@ -349,7 +349,11 @@ class PointwiseLoss(TensorLoss):
 
     def __post_init__(self) -> None:
         if self.definition is None and not hasattr(F, self.name):
-            self.definition = self.definition_of(self._reduced_formula, reduction="mean")
+            self.definition = (
+                self.definition_of(self._reduced_formula, reduction="mean")
+                if self.reduces
+                else self.definition_of(self.formula)
+            )
         super().__post_init__()
         if self.warns:
             self.builtin = self._built_in()
