@@ -44,6 +44,7 @@ formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the decl
 	$(MAKE) build
 
 test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" selects some)
+	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/test_completeness.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected
 

@@ -30,12 +30,6 @@ os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the backend under test
 
-# The modules hold the checksum that csrc/formulas.inc had when they were compiled.
-formulas = Path(__file__).parents[1] / "csrc" / "formulas.inc"
-compiled_from = getattr(cpu.native, "formulas_checksum", None)
-if compiled_from and formulas.exists() and f" = {compiled_from}u;" not in formulas.read_text():
-    pytest.exit("csrc/formulas.inc has changed since the kernels were compiled: run make build", 1)
-
 
 # Files that start processes, build packages or C++, run examples, or test the GPU report.
 SLOW = (
@@ -63,6 +57,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    formulas = Path(__file__).parents[1] / "csrc" / "formulas.inc"
+    compiled = getattr(cpu.native, "formulas_checksum", None)
+    if compiled and formulas.exists() and f" = {compiled}u;" not in formulas.read_text("utf-8"):
+        changed = "csrc/formulas.inc has changed since the kernels were compiled"
+        raise pytest.UsageError(f"{changed}: run make build")
     config.addinivalue_line("markers", "thresholds: small inputs go to torch, as they do for users")
     config.addinivalue_line("markers", "interpreted: of a family, on interpreted kernels too")
     config.addinivalue_line("markers", "cpu: what only the C++ kernels do, or torch on CPUs")

@@ -1,4 +1,4 @@
-"""Checks that a new operator is complete; `pytest -k name_of_it` names missing parts."""
+"""Checks that each operator is complete, and names the missing steps; `make test` runs it first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from samples import SAMPLES
 import pyfused
 from pyfused import functional, nn
 from pyfused.dispatch.operator import TOKEN_WEIGHT, Operator, parameters_of
+from pyfused.ops import elementwise
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
 from pyfused.ops.operators import OPERATORS
@@ -31,17 +33,45 @@ every_operator = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS
 README = (ROOT / "README.md").read_text("utf-8")
 
 
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_declarations_are_listed() -> None:
+    declared = {n: op for n, op in vars(elementwise).items() if isinstance(op, Operator)}
+    missing = [name for name, op in declared.items() if op not in elementwise.OPERATORS]
+    assert not missing, "step 1: pyfused/ops/elementwise.py: list them in OPERATORS"
+
+
+def missing_steps(op: Operator) -> Iterator[str]:
+    """Yields the missing steps of "Adding a loss or an activation" in CONTRIBUTING.md, in order."""
+    if op.name not in vars(functional):
+        yield f"2. pyfused/functional.py: add a function {op.name}"
+    if op.name not in functional.__all__:
+        yield f"2. pyfused/functional.py: add {op.name} to __all__"
+    if op.module not in vars(nn):
+        yield f"3. pyfused/nn.py: add a class {op.module}"
+    is_printed = isinstance(op, (Activation, PointwiseLoss))
+    words = {
+        "csrc/formulas.inc": [f'X("{name}", ' for name in (op.kernels if is_printed else ())],
+        "README.md": [f"`{op.name}`"],
+        "docs/torch-objects.inv": [f".{op.name} "] * hasattr(torch.nn.functional, op.name),
+    }
+    for file, needed in words.items():
+        text = (ROOT / file).read_text("utf-8")
+        if not all(word in text for word in needed):
+            yield f"4. {file}: run make formulas"
+    if f"`{op.name}`" not in CHANGELOG:
+        yield f"5. CHANGELOG.md: add `{op.name}`"
+    if is_printed and op.name not in SAMPLES:
+        yield f"6. tests/samples.py: add a row {op.name} to SAMPLES"
+
+
 @every_operator
-def test_public_function_and_module(op: Operator) -> None:
-    assert op.name in functional.__all__
-    assert op.name in vars(functional)
-    assert op.module in vars(nn), f"pyfused/nn.py: expected a class {op.module}"
+def test_steps(op: Operator) -> None:
+    if missing := list(missing_steps(op)):
+        lines = "\n".join(missing)
+        pytest.fail(f"{op.name}: missing steps of CONTRIBUTING.md:\n{lines}", pytrace=False)
     assert issubclass(getattr(nn, op.module), getattr(torch.nn, op.module, torch.nn.Module))
-
-
-@every_operator
-def test_entry_in_the_changelog(op: Operator) -> None:
-    assert f"`{op.name}`" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 @every_operator
@@ -51,9 +81,7 @@ def test_entry_in_the_documentation(op: Operator) -> None:
 
 
 @every_operator
-def test_samples_for_tests(op: Operator) -> None:
-    """A family's tests need a definition, and test_fuzz.py needs values of each argument."""
-    assert op.name in SAMPLES or not isinstance(op, (Activation, PointwiseLoss))
+def test_random_calls_have_values_of_each_argument(op: Operator) -> None:
     operands = [operand.name for operand in (*op.operands, TOKEN_WEIGHT)]
     arguments = inspect.signature(getattr(functional, op.name)).parameters
     for name in arguments.keys() - {*operands, *LEFT_OUT}:
@@ -84,20 +112,6 @@ def test_generated_files_are_current() -> None:
     printed = runpy.run_path(str(ROOT / "tools" / "formulas.py"))["printed"]()
     for path, text in printed.items():
         assert path.read_text("utf-8") == text, f"{path.name}: run make formulas"
-
-
-@every_operator
-def test_generated_files_contain_the_operator(op: Operator) -> None:
-    """Names the operator that is missing in a generated file."""
-    kernels = op.kernels if isinstance(op, (Activation, PointwiseLoss)) else {}
-    words = {
-        "csrc/formulas.inc": [f'X("{name}", ' for name in kernels],
-        "README.md": [f"`{op.name}`"],
-        "docs/torch-objects.inv": [f".{op.name} "] * hasattr(torch.nn.functional, op.name),
-    }
-    for file, needed in words.items():
-        text = (ROOT / file).read_text("utf-8")
-        assert all(word in text for word in needed), f"{file}: run make formulas"
 
 
 @every_operator

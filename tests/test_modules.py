@@ -126,7 +126,8 @@ def test_modules_that_torch_lacks_have_the_options_of_the_function(name: str) ->
         for p in options.values()
         if p.name not in tensors
     ]
-    assert list(parameters(getattr(fused, op.module)).values()) == expected
+    accepted = parameters(getattr(fused, op.module)).values()
+    assert [p for p in accepted if "VAR" not in p.kind.name] == expected
     assert list(parameters(getattr(fused, op.module)().forward)) == tensors
 
 

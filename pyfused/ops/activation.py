@@ -46,6 +46,8 @@ class Activation(Operator):
     overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.gradient is None and self.saves == "output":
+            raise TypeError(f"{self.name}: a formula without a gradient needs saves='input'")
         if self.definition is None and not hasattr(F, self.name):
             self.definition = self.definition_of(self.formula)
         super().__post_init__()
