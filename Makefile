@@ -32,12 +32,12 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot
 	$(BIN)/python examples/grpo.py
 	$(BIN)/python examples/distillation.py
 
-demo-quick: $(BUILD) ## demo with fewer steps: about a minute on two idle cores
+demo-quick: $(BUILD) ## demo with fewer steps: 90 seconds on two idle cores
 	$(BIN)/python examples/demo.py --quick
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
-	$(BIN)/python examples/heads.py --rounds 1
+	$(BIN)/python examples/heads.py
 
 formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the declarations, and rebuild
 	$(BIN)/python tools/formulas.py

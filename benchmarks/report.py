@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from cases import TRAINING, Case, Quartiles, ratios
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from palette import STYLES
+
 from pyfused.backends import cpu
 
 try:
@@ -211,16 +214,7 @@ def fill(page: Path, table: str) -> None:
 
 # ---- plots ---------------------------------------------------------------------------------------
 
-# Each colour has a contrast of at least 3 to white and to black, and they are distinguishable with
-# colour blindness (adapted from Okabe and Ito).
-ORANGE, BLUE, GREEN, PINK, YELLOW = "#D55E00", "#2A86C7", "#009E73", "#CC79A7", "#B8860B"
-COLOURS = {
-    "torch": BLUE,
-    "torch.compile": GREEN,
-    "pyfused": ORANGE,
-    "pyfused, inplace=True": YELLOW,
-}
-STYLES = ((ORANGE, "o"), (BLUE, "s"), (GREEN, "D"), (PINK, "^"), (YELLOW, "v"))
+USES_MEMORY = ("torch", "torch.compile", "pyfused", "pyfused, inplace=True")
 INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # colours of text and axes
 WIDTH = 8  # inches; pages do not scale plots
 
@@ -235,7 +229,7 @@ def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
         known = [(place, row) for place, row in enumerate(rows) if name in row.peers]
         places = [place + 0.18 * (index - (len(peers) - 1) / 2) for place, _ in known]
         ratios = [row.peers[name].ratio for _, row in known]
-        colour, marker = STYLES[index]
+        colour, marker = STYLES[name]
         axes.hlines(places, [low for low, *_ in ratios], [high for *_, high in ratios], colour)
         middle = [median for _, median, _ in ratios]
         axes.plot(middle, places, marker, color=colour, markersize=4, label=name)
@@ -244,7 +238,11 @@ def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     finish_ratios(axes)
-    finish(axes, "x", ncols=len(peers))
+    # The chart is tall, so the axis and the legend are also, or only, at the top.
+    axes.tick_params(axis="x", top=True, labeltop=True)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.3, 1), "borderaxespad": 1.8}
+    axes.legend(**above, ncols=len(peers), frameon=False)
+    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
     figure.suptitle("Time of each divided by time of pyfused: median of the rounds, and quartiles")
     return figure
 
@@ -268,12 +266,12 @@ def draw_memory(found: Sequence[Found]) -> Figure:
     cases = list(dict.fromkeys(entry["case"] for entry in found))
     figure = Figure(figsize=(WIDTH, 1.5 + 0.8 * len(cases)), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(COLOURS)
-    for index, (name, colour) in enumerate(COLOURS.items()):
+    width = 0.8 / len(USES_MEMORY)
+    for index, name in enumerate(USES_MEMORY):
         entries = [entry for entry in found if entry["implementation"] == name]
         places = [cases.index(entry["case"]) + (index - 1.5) * width for entry in entries]
         taken = [entry["bytes"] / entry["input_bytes"] for entry in entries]
-        bars = axes.barh(places, taken, width, color=colour, label=name)
+        bars = axes.barh(places, taken, width, color=STYLES[name][0], label=name)
         sizes = [f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in entries]
         axes.bar_label(bars, sizes, padding=3, fontsize=8)
     axes.set_yticks(range(len(cases)), cases)
@@ -294,7 +292,7 @@ def draw_allocators(found: Sequence[Found]) -> Figure:
     panels = figure.subplots(lines, 2, squeeze=False, sharey=True).flat
     for axes, case in zip(panels, cases, strict=False):
         times = {entry["setting"]: entry["ms"] for entry in found if entry["case"] == case}
-        colours = [COLOURS[name.partition(",")[0]] for name in names]
+        colours = [STYLES[name.partition(",")[0]][0] for name in names]
         bars = axes.barh(names, [times[name] for name in names], color=colours)
         axes.bar_label(bars, [f"{times[name]:.3g}" for name in names], padding=3, fontsize=8)
         axes.margins(x=0.15)

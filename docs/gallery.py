@@ -26,10 +26,11 @@ sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks"
 
 import report
 from formulas import FORMULAS
+from palette import SERIES, STYLES
 from report import Row
 
 POINTS = 401
-COLOURS = report.ORANGE, report.BLUE, report.GREEN, report.PINK
+COLOURS = [colour for colour, _ in SERIES]
 
 
 # ---- values of the kernels ----------------------------------------------------------------------
@@ -121,11 +122,12 @@ def ratios(rows: dict[str, Row]) -> str:
     names = sorted(rows, key=lambda name: rows[name].peers["torch"].ratio[1])
     figure = Figure(figsize=(5.2, 1.2 + 0.15 * len(names)), layout="constrained")
     axes = figure.subplots()
-    for peer, label, marker, colour in (
-        ("torch", "eager torch", "o", report.COLOURS["torch"]),
-        ("torch, THP", "with huge pages", "s", report.PINK),
-        ("torch.compile", "compiled", "D", report.COLOURS["torch.compile"]),
+    for peer, label in (
+        ("torch", "eager torch"),
+        ("torch, THP", "with huge pages"),
+        ("torch.compile", "compiled"),
     ):
+        colour, marker = STYLES[peer]
         known = [name for name in names if peer in rows[name].peers]
         if not known:  # else it is in the legend
             continue
@@ -150,7 +152,7 @@ def gain() -> str:
         known = [row for row in rows if row["op"] == op]
         elements = [row["elements"] for row in known]
         low, median, high = zip(*(row["ratio"] for row in known), strict=True)
-        colour, marker = report.STYLES[index]
+        colour, marker = SERIES[index]
         axes.fill_between(elements, low, high, color=colour, alpha=0.2, linewidth=0)
         label = f"{op}, 1,000 classes" if op == "cross_entropy" else op
         axes.plot(elements, median, marker, ls="-", color=colour, markersize=4, label=label)

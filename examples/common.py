@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from palette import STYLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# From Okabe and Ito's palette for colour blindness.
-PALETTE = "#56B4E9", "#D55E00", "#009E73"
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
@@ -57,8 +55,8 @@ def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> No
     """Draws medians as bars, with the interquartile range as a line, and a legend.
 
     Args:
-        groups: The values of each bar, by the names of the group and of the bar. Bars are labelled
-            with the ratio of the first median of their group to their median.
+        groups: The values of each bar, by group and implementation. Bars are labelled with
+            the ratio of the first median of their group to their median.
     """
     labels, tallest = [], 0.0
     for place, (title, group) in enumerate(groups.items()):
@@ -68,7 +66,7 @@ def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> No
             several = values if len(values) > 1 else values * 2
             low, median, high = statistics.quantiles(several, n=4)
             label = name if place == 0 else None
-            axes.bar(x, median, width, color=PALETTE[index], label=label)
+            axes.bar(x, median, width, color=STYLES[name][0], label=label)
             axes.plot([x, x], [low, high], color="black")
             above = {"textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{median:,.0f}", (x, high), (0, 3), **above)

@@ -23,9 +23,10 @@ import digits
 import gpt
 import regression
 import torch
-from common import PALETTE, draw_bars, largest_difference
+from common import draw_bars, largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from palette import STYLES
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -33,7 +34,7 @@ from rich.table import Table
 import pyfused.nn
 
 MODULES = {"torch": torch.nn, "pyfused": pyfused.nn}
-COLOURS = dict(zip(gpt.IMPLEMENTATIONS, PALETTE, strict=True))
+COLOURS = {name: STYLES[name][0] for name in gpt.IMPLEMENTATIONS}
 
 T = TypeVar("T")
 

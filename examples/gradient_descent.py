@@ -26,6 +26,7 @@ import torch
 from common import largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from palette import SERIES
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -34,8 +35,7 @@ import pyfused.functional
 
 STEPS = 10
 RATES = "too small", "right", "too large"
-# From Okabe and Ito's palette for colour blindness.
-COLOURS = "#56B4E9", "#009E73", "#D55E00"
+COLOURS = [colour for colour, _ in SERIES[:3]]
 TOLERANCE = 1e-5
 ZERO, ONE_IN_FIVE = (0.0,), (0.0, 0.0, 0.0, 0.0, 1.0)
 

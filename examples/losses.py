@@ -26,6 +26,7 @@ import torch
 from common import largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from palette import SERIES
 from rich.console import Console
 from rich.table import Table
 from sklearn import datasets, metrics
@@ -38,8 +39,7 @@ STEPS, QUICK_STEPS = 400, 150
 LEARNING_RATE = 0.01
 # Rounding errors accumulate over the steps.
 TOLERANCE = 1e-4
-# From Okabe and Ito's palette for colour blindness.
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = [colour for colour, _ in SERIES]
 # The 80 % prediction interval: its quantiles, and its half width in standard deviations.
 QUANTILES, DEVIATIONS = (0.1, 0.9), 1.2816
 

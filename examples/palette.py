@@ -1,0 +1,24 @@
+"""The colours of all pictures: an implementation has the same colour everywhere.
+
+Each colour has a contrast of about 3 or more to white and to black, and the first five are
+distinguishable with colour blindness (adapted from Okabe and Ito).
+"""
+
+BLUE, GREEN, ORANGE, PINK, YELLOW = "#2A86C7", "#009E73", "#D55E00", "#CC79A7", "#B8860B"
+PURPLE, GREY = "#7B61C9", "#808080"
+
+# The colour and the marker of each implementation that is compared.
+STYLES = {
+    "torch": (BLUE, "o"),
+    "torch, THP": (PURPLE, "s"),
+    "torch, in chunks": (PURPLE, "s"),
+    "torch.compile": (GREEN, "D"),
+    "pyfused": (ORANGE, "o"),
+    "pyfused, inplace=True": (PINK, "v"),
+    "pyfused, linear": (PINK, "v"),
+    "liger": (YELLOW, "v"),
+    "copy": (GREY, "^"),
+}
+
+# The colours and markers of curves that are no implementations.
+SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PINK, "^"), (YELLOW, "v"), (PURPLE, "P"))
