@@ -741,7 +741,9 @@ def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> No
     else:
         number(name, value, (float, Real), "a float")
     if not (float(value) > 0.0 if positive else low <= float(value) <= high):
-        expected = f"a number from {low} up" if high == math.inf else f"a number in [{low}, {high}]"
+        expected = (
+            f"a number of at least {low}" if high == math.inf else f"a number in [{low}, {high}]"
+        )
         expected = "a positive number" if positive else expected
         raise RuntimeError(f"{name}: expected {expected}, got {float(value)}")
 
@@ -752,7 +754,7 @@ def bounded(name: str, value: Any, positive: bool = False) -> None:
     if isinstance(value, TENSORS) and not _can_be_read(value):
         return
     if not (value > 0 if positive else value >= 0):
-        expected = "a positive number" if positive else "a number from 0.0 up"
+        expected = "a positive number" if positive else "a number of at least 0.0"
         raise ValueError(f"{name}: expected {expected}, got {float(value)}")
 
 

@@ -178,8 +178,8 @@ class FormulaOperator(PointwiseLoss):
                     return traced.difference or (traced, values)
             if len(self.traces) >= _MOST_TRACES:
                 return UntraceableError(
-                    f"its parameters have needed {_MOST_TRACES} traces: each new value takes "
-                    "another, as an operator of torch's that is no arithmetic takes one of them"
+                    f"its parameters caused {_MOST_TRACES} traces: an operation that takes no "
+                    "tensor uses one of them, so each new value is traced again"
                 )
             inputs = {i: run.literals[i] for i in self.written.dependent(parameters, run)}
             try:
@@ -259,13 +259,13 @@ def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, 
     name, operands, parameters = function.__name__, [], {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in _CALL_OPTIONS:
-            raise TypeError(f"{name}: {parameter.name} is added to a formula; take another name")
+            raise TypeError(f"{name}: pyfused adds the parameter {parameter.name}; rename yours")
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"{name}: expected operands and keywords, got {parameter}")
+            raise TypeError(f"{name}: expected named parameters, got {parameter}")
         if parameter.default is not parameter.empty:
             parameters[parameter.name] = parameter.default
         elif parameter.kind is parameter.KEYWORD_ONLY:
-            raise TypeError(f"{name}: expected a default of the parameter {parameter.name}")
+            raise TypeError(f"{name}: expected a default for the parameter {parameter.name}")
         else:
             operands.append(parameter.name)
     if not 1 <= len(operands) <= OPERANDS:
@@ -336,7 +336,7 @@ class Formula:
             op.long = len(traced.program(op.all_outputs).body) >= _LONG
         except (UntraceableError, RuntimeError) as error:
             if self.strict:
-                message = f"{self.__name__}: {error}; or pass strict=False, and it runs unfused"
+                message = f"{self.__name__}: {error}. Pass strict=False to run it unfused"
                 raise type(error)(message) from error
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
@@ -418,7 +418,8 @@ class FormulaModule(torch.nn.Module):
         allowed = formula.keywords - {"weight"}
         if unknown := named.keys() - allowed:
             raise TypeError(
-                f"{formula.__name__}: expected keywords of {sorted(allowed)}, got {sorted(unknown)}"
+                f"{formula.__name__}: expected keywords from {sorted(allowed)}, "
+                f"got {sorted(unknown)}"
             )
         self.formula, self.named = formula, named
 
@@ -536,9 +537,8 @@ def check(
         where = zip(op.variables, points, strict=True)
         at = ", ".join(f"{variable.name}={x[i].item():.6g}" for variable, x in where)
         raise RuntimeError(
-            f"its kernel's {names[k]} is {results[k, i].item():.9g} at {at}, "
-            f"and the function's {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} "
-            "values differ"
+            f"its kernel computes {results[k, i].item():.9g} for the {names[k]} at {at}, the "
+            f"function {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} values differ"
         )
 
 

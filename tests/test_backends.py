@@ -51,7 +51,7 @@ def test_cpu_tensors_do_not_import_triton() -> None:
 def test_triton_takes_cpu_tensors_only_when_interpreted() -> None:
     forced = {"PYFUSED_BACKEND": "triton"}
     refused = run(CALL, **forced)
-    assert "PYFUSED_BACKEND: triton cannot run on cpu: that takes TRITON_INTERPRET=1" in (
+    assert "PYFUSED_BACKEND: triton cannot run on cpu: CPU tensors need TRITON_INTERPRET=1" in (
         refused.stderr
     )
     small = CALL.replace("600", "6").replace("500", "5")

@@ -259,7 +259,7 @@ def test_errors_have_torchs_type_and_more_detail(case: str, grad: bool) -> None:
 
 
 GAMMAS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"gamma": -1.0}, ValueError, "gamma: expected a number from 0.0 up, got -1.0"),
+    ({"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0.0, got -1.0"),
     ({"gamma": "2"}, TypeError, "gamma: expected a float, got str '2'"),
     ({"gamma": None}, TypeError, "gamma: expected a float, got NoneType None"),
     ({"gamma": 2.0, "label_smoothing": 0.1}, ValueError, "gamma: expected 0.0 with class prob"),

@@ -200,14 +200,18 @@ def test_token_weight_of_zero_and_of_ignored_targets() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"z_loss": -0.5}, ValueError, "z_loss: expected a number from 0.0 up, got -0.5"),
+    ({"z_loss": -0.5}, ValueError, "z_loss: expected a number of at least 0.0, got -0.5"),
     ({"z_loss": "1"}, TypeError, "z_loss: expected a float, got str '1'"),
     ({"scale": "1"}, TypeError, "scale: expected a float, got str '1'"),
     ({"scale": 0.0}, ValueError, "scale: expected a positive number, got 0.0"),
-    ({"gamma": -1.0}, ValueError, "gamma: expected a number from 0.0 up, got -1.0"),
+    ({"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0.0, got -1.0"),
     ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
     ({"denominator": -1.5}, ValueError, "denominator: expected a positive number, got -1.5"),
-    ({"denominator": torch.tensor(-1)}, ValueError, "denominator: expected a number from 0.0 up"),
+    (
+        {"denominator": torch.tensor(-1)},
+        ValueError,
+        "denominator: expected a number of at least 0.0",
+    ),
     ({"denominator": torch.ones(2)}, ValueError, r"denominator: expected one number, got .*\(2,\)"),
     (
         {"denominator": 2.5, "reduction": "sum"},

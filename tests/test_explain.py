@@ -45,7 +45,7 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
     "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
     "empty": ("relu", (X[:0],), {}, reasons.SMALL),
-    "inplace": ("relu", (X.clone(),), {"inplace": True}, "overwriting saves no memory to a kernel"),
+    "inplace": ("relu", (X.clone(),), {"inplace": True}, "a kernel would save no memory in place"),
     "inplace of a result": ("relu", (X.clone().requires_grad_() * 1, True), {}, None),
     "integers": ("relu", (TARGET,), {}, "input has dtype torch.int64"),
     "sparse": ("relu", (X.to_sparse(),), {}, "input has layout torch.sparse_coo"),

@@ -205,7 +205,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int, got float 1.5"),
     ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
     ({"softcap": 0.0}, ValueError, "softcap: expected a positive number, got 0.0"),
-    ({"z_loss": -1.0}, ValueError, "z_loss: expected a number from 0.0 up, got -1.0"),
+    ({"z_loss": -1.0}, ValueError, "z_loss: expected a number of at least 0.0, got -1.0"),
     ({"token_weight": torch.ones(3)}, ValueError, r"token_weight: expected shape \(12,\)"),
     (
         {"token_weight": -torch.ones(12)},

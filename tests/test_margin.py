@@ -103,7 +103,7 @@ def test_the_input_is_not_modified_and_invalid_indices_are_ignored() -> None:
 
 
 WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
-    ({"margin": -0.1}, ValueError, "margin: expected a number from 0.0 up, got -0.1"),
+    ({"margin": -0.1}, ValueError, "margin: expected a number of at least 0.0, got -0.1"),
     ({"margin": "1"}, TypeError, "margin: expected a float, got str '1'"),
     ({"kind": "sphere"}, ValueError, "kind: expected 'cosface' or 'arcface', got 'sphere'"),
     ({"target": torch.rand(6, 5)}, ValueError, "target: expected class indices, got torch.float32"),

@@ -396,7 +396,7 @@ def check(found: list[tuple[int, dict[int, tuple[str, str]]]]) -> None:
         (kind,) = {kind for kind, _ in told}
         messages = [message for _, message in told]
         assert len(messages) > 1
-        others = [message for message in messages if "got an error in those of" in message]
+        others = [message for message in messages if "got invalid ones in ranks" in message]
         if others:  # a wrong number of classes does not match the weight, either
             assert kind in ("shape", "type", "number", "total")
             assert len(others) == len(messages) - 1

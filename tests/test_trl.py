@@ -278,7 +278,7 @@ def test_an_unknown_function_is_not_replaced(
     other: Any, utils: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(utils, NAME, other)
-    with pytest.warns(RuntimeWarning, match="TRL is not changed") as warned:
+    with pytest.warns(RuntimeWarning, match="TRL is left unchanged") as warned:
         pyfused.patch_trl()
     assert len(warned) == 1
     assert getattr(utils, NAME) is other

@@ -620,8 +620,8 @@ def test_missing_derivatives_raise(ranks: list[Any]) -> None:
         )
         for name, error in zip(("weight", "token_weight", "denominator"), constants, strict=True):
             assert error == (
-                f"RuntimeError: {name}: expected a tensor that the kernels take, got one where "
-                f"{name} requires grad"
+                f"RuntimeError: {name}: expected a tensor that the kernels support with a "
+                f"shard, but {name} requires grad"
             )
 
 
@@ -632,12 +632,12 @@ def test_bad_input(ranks: list[Any]) -> None:
         for of_all, shift, end in ((late, 1, total), (early, -1, total), (short, 0, total + 1)):
             parts = ", ".join(f"[{i + shift}, {i + shift + 5})" for i in range(0, total, 5))
             assert of_all == (
-                f"ValueError: shard: expected each class of [0, {end}) in one process of the "
-                f"group, got {parts}"
+                f"ValueError: shard: expected each class of [0, {end}) in exactly one process, "
+                f"got {parts}"
             )
         assert f"IndexError: target: expected class indices in [0, {total})" in index
         assert f"RuntimeError: weight: expected shape ({total},)" in weight
-        assert gamma == "ValueError: gamma: expected 0.0 beside a shard, got 2.0"
-        assert negative == "ValueError: classes: expected a number from 0.0 up, got -1.0"
+        assert gamma == "ValueError: gamma: expected 0.0 with a shard, got 2.0"
+        assert negative == "ValueError: classes: expected a number of at least 0.0, got -1.0"
         assert number == "TypeError: first: expected an int, got str '0'"
         assert no_shard == "TypeError: shard: expected a VocabShard, got int"

@@ -261,7 +261,7 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
         call = _Call(model, layer, told)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
-            _tell(model, told, f"its {call.differs}. Its original forward is used from now on")
+            _tell(model, told, f"its {call.differs}. From now on, its original forward runs")
             unfuse(model)
             return output
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]

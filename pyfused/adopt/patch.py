@@ -395,7 +395,7 @@ def patch(function: Any = None) -> Any:
         asked = Patch()
         with _lock:
             if _calls:
-                _log.info("patch: in effect already")
+                _log.info("patch: already active")
             _install()
             _calls.add(asked)
         return asked

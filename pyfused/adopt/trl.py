@@ -55,15 +55,15 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
-        raise ImportError("patch_trl: expected TRL, which is not installed") from None
+        raise ImportError("patch_trl: TRL is not installed") from None
     function = getattr(utils, _NAME, None)
     if isinstance(function, _LogProbFunction):
         function = function.original
     if _is_known(function):
         setattr(utils, _NAME, _LogProbFunction(function, deterministic_rows))
     else:
-        message = f"pyfused.patch_trl: TRL is not changed, as {_MODULE}.{_NAME} of this version "
-        message += "has other arguments than that of TRL 1.16"
+        message = f"pyfused.patch_trl: TRL is left unchanged, because {_MODULE}.{_NAME} "
+        message += "has other arguments than in TRL 1.16"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
@@ -112,7 +112,7 @@ class _LogProbFunction:
         reason = _original_reason((hidden, weight, bias, targets), factors, outputs)
         if reason is not None:
             if reason is not SMALL and not is_dynamo_compiling() and first_time("trl", reason):
-                message = "pyfused.patch_trl: TRL's own function computes log-probabilities, as "
+                message = "pyfused.patch_trl: TRL's own function ran, because "
                 warnings.warn(message + reason, RuntimeWarning, stacklevel=2)
             arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap
             return self.original.apply(*arguments, logit_scale, outputs)

@@ -95,7 +95,7 @@ def _without_triton(device: torch.device) -> str | None:
         return reason
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "that takes TRITON_INTERPRET=1"
+        return None if interpreted else "CPU tensors need TRITON_INTERPRET=1"
     if not torch.cuda.is_available():  # fake CUDA tensors on a machine without a GPU
         return "no GPU is available"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

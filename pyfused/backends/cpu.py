@@ -79,7 +79,7 @@ def load(isa: str) -> ModuleType:
         raise ImportError(
             f"pyfused's compiled module {name} cannot be loaded ({error}). The installation is "
             "broken or was never built: run 'pip install --force-reinstall pyfused', or "
-            "'pip install .' in a checkout, with a C++17 compiler at hand.",
+            "'pip install .' in a checkout, which needs a C++17 compiler.",
             name=name,
         ) from error
 
@@ -90,8 +90,8 @@ def _choose() -> str:
         return supported[-1]
     if asked not in supported:
         raise ImportError(
-            f"PYFUSED_CPU_CAPABILITY: expected one of {', '.join(supported)}, which is what this "
-            f"CPU runs, got {asked!r}"
+            f"PYFUSED_CPU_CAPABILITY: expected one of {', '.join(supported)}, which this CPU "
+            f"supports, got {asked!r}"
         )
     return asked
 
@@ -110,14 +110,14 @@ else:
     if any((folder.parent / "csrc").is_dir() for folder in _FOLDERS):
         logging.getLogger("pyfused").warning(
             "pyfused is imported from its source folder, whose CPU kernels are not built: calls "
-            "on CPUs take torch's operators. Run 'pip install .' or 'make build' in %s.",
+            "on CPUs run torch's operators. Run 'pip install .' or 'make build' in %s.",
             _FOLDERS[0].parent,
         )
 RECYCLES = hasattr(native, "recycled")  # Linux only
 
 if not (native.runtime_file or MISSING):
     logging.getLogger("pyfused").warning(
-        "torch has loaded no OpenMP runtime that is known here; the kernels run on one thread"
+        "torch has loaded no known OpenMP runtime; the kernels run on one thread"
     )
 
 

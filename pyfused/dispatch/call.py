@@ -223,7 +223,7 @@ def is_compiled(tensor: Tensor) -> bool:
 def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
     """Returns why a compiled call stays torch's function, None if it becomes a custom operator."""
     if torch.compiler.is_exporting():
-        return "torch.export: a program of torch's operators runs without pyfused"
+        return "torch.export: exported programs contain only torch's operators"
     input = arguments[0]
     limits = sizes.COMPILED.get(op.name)
     limit = sizes.NEVER if limits is None else limits[takes_triton(input)]
@@ -247,7 +247,7 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
     if by_name.get("reduction") == "none" or by_name.get("reduce") is not None:
         return "torch.compile: Inductor fuses what follows an unreduced loss"
     if warning is not None and warning(arguments):
-        return "torch.compile: a warning"
+        return "torch.compile: the call warns"
     if torch.is_autocast_enabled(input.device.type):
         return "torch.compile: autocast"
     for place, scalar in op.indexed_scalars:

@@ -45,7 +45,7 @@ class Recorder(DispatchMode):
             if (tracked := self.expressions.get(argument.data_ptr())) is not None:
                 return tracked[1]
             if argument.dim():
-                raise UntraceableError("a tensor of its own; make it an operand")
+                raise UntraceableError("a tensor that is no operand; pass it as an operand")
             argument = argument.item()
         return self.e.literal(argument) if type(argument) in (bool, int, float) else argument
 
@@ -67,8 +67,8 @@ class Recorder(DispatchMode):
             result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
         if result is NotImplemented:
             raise UntraceableError(
-                f"{name}, which is not one of the elementwise operations that the kernels have; "
-                "write it with those"
+                f"{name}, which the kernels do not have; write it with elementwise operations that "
+                "they have"
             )
         return result
 
@@ -79,13 +79,13 @@ class Recorder(DispatchMode):
         problem = ""
         if torch.float64 in sources and dtype not in (torch.float64, torch.bool):
             problem = (
-                f"{name} makes {dtype} of numbers; the kernels compute in float32, or in float64 "
-                "of float64, so leave casts out"
+                f"{name} casts to {dtype}; the kernels compute in float32, or in float64 for "
+                "float64 operands, so remove the cast"
             )
         elif name.startswith("bitwise") and sources - {torch.bool}:
-            problem = f"{name} of integers"
+            problem = f"{name} on integers"
         elif name == "add" and dtype is torch.bool:
-            problem = "a sum of masks; write torch.logical_or"
+            problem = "a sum of bool tensors; use torch.logical_or"
         if problem:
             raise UntraceableError(problem)
 
@@ -208,7 +208,7 @@ class Run(TorchFunctionMode):
                     self.results += slopes_of(gradient, operands, parameters)
             if not isinstance(self.results[0], Tensor):
                 kind = type(self.results[0]).__name__
-                raise UntraceableError(f"expected it to return one tensor, got {kind}")
+                raise UntraceableError(f"expected the function to return one tensor, got {kind}")
             self.structure.append(sources := list[Any]())
             tree_map(partial(self.read, sources), self.results)
         except Exception as error:
@@ -241,8 +241,8 @@ class Run(TorchFunctionMode):
             self.track(results)
         elif not sys._getframe(1).f_globals["__name__"].startswith("pyfused."):
             raise UntraceableError(
-                f"{name}, which is not the same for every call; make it a parameter, or use "
-                "operations like torch.zeros_like and Tensor.type_as"
+                f"{name}, which may return another value in another call; pass it as a parameter, "
+                "or use operations such as torch.zeros_like and Tensor.type_as"
             )
         return made
 
@@ -254,10 +254,10 @@ class Run(TorchFunctionMode):
         """
         if isinstance(argument, Tensor):
             if argument.data_ptr() not in self.sources:
-                raise UntraceableError("a tensor of its own; make it an operand")
+                raise UntraceableError("a tensor that is no operand; pass it as an operand")
             if isinstance(argument.grad_fn, BackwardCFunction):  # may use a parameter untraced
                 raise UntraceableError(
-                    "an autograd.Function; give the formula its gradient by @formula.gradient"
+                    "an autograd.Function; define its gradient with @formula.gradient instead"
                 )
             call.append(self.sources[argument.data_ptr()][1])
         elif isinstance(argument, bool) or not isinstance(argument, (int, float)):
@@ -316,13 +316,13 @@ class Written(NamedTuple):
             if value.shape != _SHAPE or not value.dtype.is_floating_point:
                 raise UntraceableError(
                     f"expected an elementwise formula, got a {value.dtype} tensor of shape "
-                    f"{tuple(value.shape)} from operands of shape {_SHAPE}; leave reductions to "
-                    "'reduction'"
+                    f"{tuple(value.shape)} from operands of shape {_SHAPE}; remove reductions "
+                    "and pass reduction="
                 )
             try:
                 return [value, *(slopes or gradients_of(value, leaves, scale))]
             except Exception as error:
-                raise UntraceableError(f"a derivative: {error}") from error
+                raise UntraceableError(f"the derivative uses {error}") from error
 
         e, (value, *gradients) = expressions_of(run, self.operands, [*inputs.values()])
         return e, [value, *(map(e.scaled, gradients) if self.gradient else gradients)]

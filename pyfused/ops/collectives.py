@@ -49,8 +49,8 @@ def total_classes(calls: Sequence[Call]) -> int:
     invalid = [rank for rank, call in enumerate(calls) if not call.is_valid]
     if invalid:
         raise RuntimeError(
-            "shard: expected valid arguments in every process of the group, got an error in those "
-            f"of ranks {invalid}"
+            "shard: expected valid arguments in every process of the group, got invalid ones in "
+            f"ranks {invalid}"
         )
     if len({call.common for call in calls}) > 1:
         raise ValueError(
@@ -63,18 +63,22 @@ def total_classes(calls: Sequence[Call]) -> int:
         )
     totals = sorted({call.total for call in calls} - {-1}) or [sum(call.size for call in calls)]
     if len(totals) > 1:
-        raise ValueError(f"shard: expected one number of all classes, got {totals}")
+        raise ValueError(
+            f"shard: expected the same total number of classes everywhere, got {totals}"
+        )
     total, ranges = totals[0], [(call.first, call.first + call.size) for call in calls]
     shards = sorted((first, end) for first, end in ranges if end > first)
     adjacent = [0, *[end for _, end in shards]] == [*[first for first, _ in shards], total]
     if not adjacent or min(ranges)[0] < 0 or max(ranges)[1] > total:
         got = ", ".join(f"[{first}, {end})" for first, end in ranges)
         raise ValueError(
-            f"shard: expected each class of [0, {total}) in one process of the group, got {got}"
+            f"shard: expected each class of [0, {total}) in exactly one process, got {got}"
         )
     needs = {call.needs for call in calls}
     if 0 in needs and max(needs) > 1:
-        raise RuntimeError("shard: expected grad mode in every process of the group, or in none")
+        raise RuntimeError(
+            "shard: expected grad mode to be on in all processes of the group, or in none"
+        )
     return total
 
 

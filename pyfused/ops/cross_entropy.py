@@ -229,7 +229,7 @@ def cross_entropy_fallback_reason(
         if is_compiled(input):
             return "torch.compile: Inductor fuses the softcap"
         if options.gamma or target.is_floating_point():
-            return "softcap beside gamma or class probabilities"
+            return "softcap with gamma or class probabilities"
     return options_fallback_reason(input, options)
 
 

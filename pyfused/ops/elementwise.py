@@ -74,7 +74,7 @@ def _kl_div_fallback_reason(
     *_: Any,
 ) -> str | None:
     if reduction == "batchmean" and not (size_average is None and reduce is None):
-        return "reduction is 'batchmean' beside size_average or reduce"  # torch divides by both
+        return "reduction is 'batchmean' with size_average or reduce"  # torch divides by both
     return _differ_in_shape(input, target)
 
 
@@ -496,7 +496,7 @@ def _no_row_of_labels(input: Tensor, target: Tensor, weight: Tensor | None, *_: 
     if not input.dim():
         return "input has no dimension"
     if weight is not None and weight.shape not in (input.shape, input.shape[-1:]):
-        return "weight is neither of the input's shape nor one for each class"
+        return "weight has neither the input's shape nor one element for each class"
     return _differ_in_shape(input, target)
 
 
@@ -830,9 +830,7 @@ LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
     saves="input",
-    fallback_reason=lambda input: (
-        None if input.is_contiguous() else "torch makes its result contiguous"
-    ),
+    fallback_reason=lambda input: None if input.is_contiguous() else "torch's result is contiguous",
     formula=lambda input: 0 - _softplus(-input),  # 0.0 of infinity
     definition=lambda input: _LOG_SIGMOID(input),
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
@@ -862,8 +860,8 @@ def _gradient_of_glu(first: Tensor, second: Tensor) -> Gradients:
 
 def _no_halves(input: Tensor, dim: int) -> str | None:
     if not isinstance(dim, int) or not -input.dim() <= dim < input.dim():
-        return "input has no such dimension"
-    return "the dimension has no halves" if input.shape[dim] % 2 else None
+        return "dim is out of range"
+    return "the size along dim is odd" if input.shape[dim] % 2 else None
 
 
 GLU = Halves(

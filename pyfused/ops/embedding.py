@@ -33,7 +33,7 @@ def triplet_fallback_reason(
 
 def cosine_fallback_reason(input1: Tensor, input2: Tensor, target: Tensor, *_: Any) -> str | None:
     if target.dim() != input1.dim() - 1 or target.dim() > 1:
-        return "the target has a dimension more or less than rows of the inputs"
+        return "target is not one element for each row of the inputs"
     return _shape_reason(input1, input2)
 
 

@@ -77,7 +77,7 @@ NLL_LOSS = NllLoss(
 
 
 def _row_fallback_reason(input: Tensor, *_: Any) -> str | None:
-    return "neither (C) nor (N, C)" if input.dim() not in (1, 2) else None
+    return "input has neither shape (C) nor (N, C)" if input.dim() not in (1, 2) else None
 
 
 MULTI_MARGIN_LOSS = MultiMarginLoss(
@@ -96,7 +96,7 @@ MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
     kernel=lambda backend: backend.multilabel_margin_loss,
     operands=(INPUT, CLASSES._replace(labels=True)),
     fallback_reason=lambda input, *_: (
-        "more classes than a program keeps on a GPU"
+        "more than 65,536 classes on a GPU"
         if input.is_cuda and input.shape[-1:].numel() > 1 << 16
         else _row_fallback_reason(input)
     ),

@@ -407,12 +407,12 @@ class ShardedOperator(Operator):
             raise RuntimeError(f"target: expected class indices, got {target.dtype}")
         checks.reduction(options.reduction)
         if getattr(options, "gamma", 0):
-            raise ValueError(f"gamma: expected 0.0 beside a shard, got {options.gamma}")
+            raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
         self.check_shapes((*kwargs.values(),), max(1, shape[dim]) if total is None else total)
         if unsupported_tensor := _unsupported(kwargs | options.tensors()):
             name, reason = unsupported_tensor
             raise RuntimeError(
-                f"{name}: expected a tensor that the kernels take, got one where {reason}"
+                f"{name}: expected a tensor that the kernels support with a shard, but {reason}"
             )
 
     def compute_checked(self, arguments: Arguments, shard: VocabShard) -> Any:

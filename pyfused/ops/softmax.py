@@ -77,5 +77,5 @@ def softmax_fallback_reason(
     if type(dim) is not int:
         return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
     if not -input.dim() <= dim < input.dim():
-        return "dim is none of the input's"
+        return "dim is out of range"
     return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"
