@@ -164,7 +164,8 @@ def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
     """Returns a table with the times of pyfused and of the first peer, and ratios."""
     peers = peers or peers_of(rows)
     first = peers[0]
-    columns = ["case", "mode", "pyfused, ms", f"{first}, ms"]
+    several = len({row.mode for row in rows}) > 1
+    columns = ["case", *["mode"] * several, "pyfused, ms", f"{first}, ms"]
     columns += ["share of a copy" if n == "copy" else f"{n} / pyfused" for n in peers]
     speeds = any(row.bytes for row in rows)
     columns += ["GB/s"] if speeds else []
@@ -173,7 +174,7 @@ def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
     lines = []
     for row in rows:
         known = row.peers.get(first)
-        cells = [row.case, row.mode]
+        cells = [row.case, *[row.mode] * several]
         cells += [f"{known.pyfused_ms:.3g}", f"{known.ms:.3g}"] if known else ["", ""]
         cells += [spread(row.peers[name].ratio) if name in row.peers else "" for name in peers]
         if speeds:
@@ -182,7 +183,7 @@ def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
         if peaks:
             cells.append("" if row.peak_gradients is None else f"{row.peak_gradients:.2f}")
         lines.append(cells)
-    return tabulated(columns, lines, names=2)
+    return tabulated(columns, lines, names=1 + several)
 
 
 def tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Unpack
@@ -34,6 +35,8 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
 ]
+highlight_language = "none"  # blocks without a language are plain text
+python_maximum_signature_line_length = 88  # longer signatures have a line for each parameter
 nitpicky = True  # a reference without a target is an error
 nitpick_ignore = [
     ("py:class", "Tensor"),  # of fields of a NamedTuple
@@ -74,6 +77,18 @@ def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
                         entry.insert(0, nodes.inline("", title, classes=["label"]))
 
 
+QUARTILES = re.compile(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)")
+
+
+def keep_quartiles_together(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
+    """Allows a line break in a table only between a ratio and its quartiles."""
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            if match := QUARTILES.fullmatch(text):
+                ratio, low, high = match.groups()
+                text.parent.replace(text, nodes.Text(f"{ratio} ({low}\u00a0to\u00a0{high})"))
+
+
 def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
     """Allows line breaks behind the underscores of names in tables."""
     for entry in doctree.findall(nodes.entry):
@@ -87,6 +102,7 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", gallery.fill)
     app.connect("builder-inited", pages.write)
     app.connect("doctree-resolved", label_cells)
+    app.connect("doctree-resolved", keep_quartiles_together)
     app.connect("doctree-resolved", let_names_break)
     app.connect("autodoc-process-docstring", pages.arguments, priority=400)  # Napoleon has 500
     app.connect("autodoc-process-docstring", pages.returns, priority=400)
