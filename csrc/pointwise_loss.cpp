@@ -156,7 +156,7 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
 
 PYFUSED_INLINE_ALL
 
-// Flattened, as GCC vectorizes no loop that calls, and stops inlining in a file with this many.
+// Flattened, because GCC does not vectorize loops with calls, and inlines only so many in a file.
 template <template <class> class Of, class A>
 PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   const Of<A> f(parameters);

@@ -85,7 +85,7 @@ struct Instruction {
 template <class A> using Inputs = std::array<const A*, 4>;
 template <class A> using InstructionLoop = void (*)(A* out, const Inputs<A>& in, int64_t n);
 
-// The loops of an instruction, by `constants`.
+// The loops of an instruction, indexed by `constants`.
 template <class A> using InstructionRow = std::array<InstructionLoop<A>, 16>;
 
 namespace instructions {

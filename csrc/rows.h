@@ -96,7 +96,7 @@ template <class T> class Normalizer {
     });
   }
 
-  // Multiplied by this, the kept exponentials of a chunk are relative to the final pivot.
+  // Returns the factor that makes the kept exponentials of a chunk relative to the final pivot.
   double rescale(int64_t chunk) const {
     return pivots[chunk] == pivot ? 1 : exp_shifted(pivots[chunk] - pivot);
   }

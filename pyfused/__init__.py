@@ -1,9 +1,9 @@
-"""Losses and activations for PyTorch whose forward and backward are fused.
+"""Fused losses, activations and language-model heads for PyTorch, forward and backward.
 
 ``pyfused.functional`` mirrors ``torch.nn.functional`` and ``pyfused.nn`` mirrors ``torch.nn``: the
-same names, arguments, results and errors. :func:`convert` makes the modules of a model pyfused's,
-:func:`patch` makes calls of torch's functions take pyfused's, and :func:`explain` says which way a
-call goes.
+same names, arguments, results and errors. :func:`convert` replaces the modules of a model by
+pyfused's, :func:`patch` replaces torch's functions, and :func:`explain` reports which
+implementation a call runs, and why.
 """
 
 import sys
@@ -29,7 +29,7 @@ try:
     from pyfused.formula import activation, loss
     from pyfused.types import VocabShard
 except ImportError as error:
-    # `python -m pyfused` is asked when something is wrong: one line says what.
+    # People run `python -m pyfused` when something is wrong, so it prints one line.
     if sys.argv[:1] == ["-m"] and "pyfused" in sys.orig_argv:
         raise SystemExit(f"pyfused: {error}") from None
     raise

@@ -31,8 +31,8 @@ Errors
 Fallback
     torch's operator computes second derivatives, forward-mode AD, ``torch.func``, tensor
     subclasses, other devices and dtypes, and sizes at which torch is faster. If torch has no such
-    operator, a definition in torch's operators does. :func:`pyfused.explain` reports whether a call
-    falls back, and why.
+    operator, a definition written with torch's operators is used. :func:`pyfused.explain` reports
+    whether a call falls back, and why.
 
 Other names, such as ``conv2d``, are torch's functions.
 """

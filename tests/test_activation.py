@@ -63,7 +63,7 @@ def extremes(dtype: torch.dtype) -> list[float]:
 
 
 def widest(op: Activation, x: Tensor) -> Tensor:
-    """Returns x in float64, because torch's float32 vectors are wrong for gelu(inf), gelu(3e38)."""
+    """Returns x in float64, because torch's vectorised gelu is wrong for inf and 3e38."""
     return x.detach().double().requires_grad_() if op.saves == "input" else x
 
 

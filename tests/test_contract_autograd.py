@@ -446,7 +446,7 @@ def assert_alike(compute: Callable[[Function], Any]) -> None:
 
 @every_example
 def test_double_backward(example: Example) -> None:
-    """Differentiates by each argument and grad_output, all functions of one tensor."""
+    """Differentiates by every argument and by grad_output, which depend on one tensor."""
     call = example.call(torch.float64)
 
     def second(function: Function) -> list[Tensor]:

@@ -225,7 +225,7 @@ def compiled(call: Call, functional: Any = fused, **given: Any) -> Any:
 
 
 def is_compiled_by_torch(call: Call) -> bool:
-    """Returns whether torch's own function, compiled, gives the eager results."""
+    """Returns whether torch's own compiled function returns the eager results."""
     try:
         check_results(call, partial(compiled, functional=F))
     except AssertionError:

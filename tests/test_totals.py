@@ -89,7 +89,7 @@ def test_grid_stride_loops() -> None:
 
 
 def test_the_last_program_to_arrive_adds_up() -> None:
-    """For many programs, another kernel adds up."""
+    """If there are many programs, a second kernel adds up their sums."""
     for n in (700, 33, 320, 32, 640):  # 22 programs exceed the limit of arrivals
         x, target = torch.randn(2, n, dtype=torch.float64)
         with patch.object(triton, "SUM", wraps=triton.SUM) as launched:

@@ -301,7 +301,7 @@ def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType
     The callee is one of its constants, because its globals are torch's.
 
     Args:
-        call: The source of the call of ``callee``, with the parameters of torch's function.
+        call: The source code that calls ``callee`` with the parameters of torch's function.
     """
     by_place = torch_function.co_varnames[: torch_function.co_argcount]
     by_name = torch_function.co_varnames[len(by_place) :][: torch_function.co_kwonlyargcount]

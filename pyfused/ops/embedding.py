@@ -38,7 +38,7 @@ def cosine_fallback_reason(input1: Tensor, input2: Tensor, target: Tensor, *_: A
 
 
 def _shape_reason(first: Tensor, *inputs: Tensor) -> str | None:
-    """Returns why kernels do not support the shapes, whose dimensions but the last broadcast."""
+    """Returns why kernels do not support the shapes. All dimensions except the last broadcast."""
     if first.dim() and all(x.dim() == first.dim() for x in inputs):
         if all(x.shape[-1] == first.shape[-1] for x in inputs):
             return None

@@ -154,7 +154,7 @@ class TensorLoss(Operator):
         denominator, divisor = self.denominators.get(reduction), 1.0
 
         def compute_divisor(operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
-            """Returns the divisor if it depends on values, or else keeps it in the plan."""
+            """Returns the divisor if it depends on values; otherwise stores it in the plan."""
             nonlocal denominator, divisor
             if denominator is None:
                 return None
