@@ -20,8 +20,8 @@ template <class T> using Loaded = std::conditional_t<std::is_same_v<T, float16>,
 template <class T>
 using ForwardLoop = void(const Parameters&, const T* input, Accumulate<T>* output, int64_t n);
 
-// `saved` is the output or the input, as the formula needs. With step 0, one grad_output is
-// broadcast.
+// `saved` is the output or the input, whichever the formula needs. A step of 0 broadcasts one
+// grad_output.
 template <class T>
 using BackwardLoop = void(const Parameters&, const T* grad_output, int64_t step, const T* saved,
                           Accumulate<T>* grad_input, int64_t n);

@@ -445,8 +445,8 @@ bool runs_here([[maybe_unused]] const std::string& isa) {
 
 }  // namespace
 
-// Free-threaded Python need not turn the GIL on for this module: what threads share is constant,
-// but for the pool of recycled blocks, which has a lock.
+// Free-threaded Python need not enable the GIL for this module: threads share only constants and
+// the pool of recycled blocks, which has a lock.
 PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   namespace py = pybind11;
   const py::call_guard<py::gil_scoped_release> unlocked;

@@ -13,7 +13,7 @@
 //   probabilities  1 - smoothing  1            smoothing / C / smooth_weight  0
 //   smoothing 1    1 / C          0            1                              0
 //
-// The last line is that of probabilities with smoothing 1.
+// The last line is for probabilities with smoothing 1.
 //
 // With a scale, x is scale times the logits, whose gradient is scale dloss/dx.
 //
@@ -42,8 +42,8 @@ namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
 
-// Python makes the options once for all calls of a signature, but for the last two, which are a
-// call's.
+// Python makes the options once for all calls of a signature. Only the last two differ between
+// calls.
 struct CrossEntropyOptions {
   int64_t ignore_index = -100;
   Reduction reduction = Reduction::mean;

@@ -1,5 +1,5 @@
-// A recycled block as a DLPack tensor. The structures are those of DLPack 0
-// (dmlc.github.io/dlpack), as far as they are needed.
+// A recycled block as a DLPack tensor. The structures are the required parts of DLPack 0
+// (dmlc.github.io/dlpack).
 #pragma once
 
 #include <cstdint>

@@ -91,7 +91,7 @@ template <class A> struct Lines {
   Lines from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-// The largest of each column of k rows and of `highest`.
+// Raises `highest` to the maximum of each column of k rows.
 template <int64_t kColumns, class A>
 PYFUSED_INLINE void largest_of_columns(Lines<A> x, int64_t k, A* highest) {
   for (int64_t i = 0; i < k; ++i) {
@@ -111,7 +111,7 @@ PYFUSED_INLINE void exponentials_of_columns(Lines<A> x, const A* pivot, int64_t 
   }
 }
 
-// The sum of each column of x y; without kProducts of x.
+// The sum of each column of x y; without kProducts, of x.
 template <int64_t kColumns, bool kProducts, class T, class A>
 PYFUSED_INLINE void sums_of_columns(Lines<T> x, Lines<T> y, int64_t k, A* sums) {
   std::fill_n(sums, kColumns, A(0));
@@ -161,9 +161,10 @@ template <class T, class V> PYFUSED_INLINE V exp2_floats(V t, float factor = 1) 
   return times_power_of_floor(polynomial(kExp2<T>, fraction(t), factor), t);
 }
 
-// exp(x) factor, as exact as T: for float to 2 + |x| / 30 ULP; 0 where exp(x) < 2^-126, as many
-// processors take a hundred cycles for a result that is subnormal or rounds to 0. Each instruction
-// here is about 6% of a row's time. Four registers at a time are 1.2 times faster than two.
+// exp(x) factor, to the precision of T: 2 + |x| / 30 ULP for float. It is 0 where exp(x) < 2^-126,
+// because many processors take a hundred cycles for a result that is subnormal or rounds to 0. Each
+// instruction here is about 6% of a row's time. Four registers at a time are 1.2 times faster than
+// two.
 template <class T, class V> PYFUSED_INLINE V exp_floats(V x, float factor = 1) {
   if constexpr (!std::is_same_v<T, float>) return exp2_floats<T>(x * kLog2E, factor);
   const V n = round_to_int(x * kLog2E);

@@ -1,11 +1,11 @@
-// The formulas of the pointwise losses and of the activations, which `make formulas` prints from
-// pyfused/ops/elementwise.py: each the loss of an element and its gradients, or an activation
+// The formulas of pointwise losses and activations, which `make formulas` prints from
+// pyfused/ops/elementwise.py. Each is the loss of an element with its gradients, or an activation
 //
 //   forward   y = f(x)
 //   backward  dx = f'(x) dy, from dy and either y or x, whichever the operator saves
 //
-// for float and double. A formula takes its numbers, at most three, in the constructor, and
-// computes there in double what follows from them. Reading, rounding, weights, sums, loops and
+// for float and double. The constructor of a formula takes its parameters, at most three, and
+// computes constants from them in double. Reading, rounding, weights, sums, loops and
 // threads are in pointwise_loss.cpp and activation.cpp.
 #pragma once
 

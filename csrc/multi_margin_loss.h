@@ -1,4 +1,4 @@
-// The hinge of each class that comes within a margin of the target's, as in a multi-class SVM.
+// The hinge loss of each class whose score is within a margin of the target's, as in an SVM.
 //
 //   z_c  = max(0, margin - x_t + x_c)
 //   loss = weight_t / C sum_{c != t} z_c^p,    p = 1 or 2

@@ -31,8 +31,8 @@ using Blocks = void (*)(const void* data, int64_t first, int64_t end, void* memo
 // allocate, because an exception that leaves a parallel region ends the process.
 void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes = 0);
 
-// At most one thread for so many elements, as torch has it. To wake a thread takes as long as some
-// thousand elements do and, where other processes are busy, as long as millions.
+// At most one thread for this many elements, as in torch. Waking a thread takes as long as a few
+// thousand elements or, if other processes are busy, as long as millions.
 constexpr int64_t kThreadElements = 32768;
 inline int threads_for(int64_t elements, int threads) {
   return int(std::clamp<int64_t>(elements / kThreadElements, 1, threads));

@@ -180,7 +180,7 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
         grad_input[i] = f.grad_input(a, b, c, scale);
         return value;
       };
-  // Where the target has a gradient, which is then not that of the base, both share their terms.
+  // If the formula has a gradient of the target, instead of the base's, both gradients share terms.
   if constexpr (!std::is_same_v<decltype(&Of<A>::grad_target),
                                 decltype(&Formula<A>::grad_target)>) {
     if (!chunk.sum && grad_input && grad_target) {

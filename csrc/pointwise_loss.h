@@ -19,7 +19,7 @@ using Parameters = std::array<double, 3>;  // a formula's numbers
 
 constexpr int kOperands = 4;  // at most
 
-// n elements of each operand, in L1. Gradients that are null are not wanted.
+// n elements of each operand, in L1. Null gradients are not computed.
 template <class A> struct LossChunk {
   int64_t n;
   std::array<const A*, kOperands> operands;

@@ -2,7 +2,7 @@
 // are vectorised, except pow of doubles and sin and cos of large numbers, which call the C library.
 // A register takes 4 KiB, or 8 of doubles: chunks of a program with few registers stay in L1.
 // Chunks of 512, 256 and 128 elements took 1.03 to 1.07, 1.04 to 1.15 and 1.10 to 1.32 times as
-// long, in the median of ten formulas, as each instruction is found and called for more of them.
+// long, in the median of ten formulas, because instructions are looked up and called more often.
 //
 // pyfused/formulas/program.py makes programs. A place is the number of
 //
@@ -34,7 +34,7 @@ constexpr int kValuePlace = kOperands, kRegisterPlace = kValuePlace + 1 + kOpera
 constexpr int kConstantPlace = kRegisterPlace + kProgramRegisters;
 
 // name, number of operands, and the result from a, b, c and d. Comparisons are 1 or 0. NaN passes
-// through minimum and maximum, as in torch. pow_less is b**c, of a = b**(c + 1).
+// through minimum and maximum, as in torch. pow_less is b**c, given a = b**(c + 1).
 #define PYFUSED_INSTRUCTIONS(X)                     \
   X(copy, 1, a)                                     \
   X(neg, 1, -a)                                     \

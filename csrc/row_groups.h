@@ -16,10 +16,10 @@ namespace pyfused {
 // The exponentials of a group stay in L1: rows of many classes have smaller groups.
 constexpr int64_t kGroupElements = 4096;
 
-// Rows of at most so many: a lane adds up to 32 terms, so that rounding errors stay small.
+// The most classes of a row: a lane adds up 32 terms at most, which keeps rounding errors small.
 constexpr int64_t kGroupClasses = int64_t(32) * kSquare;
 
-// Combines, of each row, the lanes; the result is in the row's lane.
+// Combines the lanes of each row; the result is in the row's lane.
 template <class Combine> PYFUSED_INLINE Register across(Square& rows, const Combine& combine) {
   transpose(rows);
   for (int step = kSquare / 2; step > 0; step /= 2) {

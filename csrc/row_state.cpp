@@ -17,7 +17,7 @@ struct Terms {
 };
 
 // The sums of e = exp(x - pivot) and of e (x - pivot). Unbounded as in sum_exponentials. Few terms
-// at a time, as sums in few lanes would lose digits.
+// at a time, because sums in few lanes would lose digits.
 template <bool Unbounded, class T, class A> Terms terms_of(const T* x, A pivot, int64_t n) {
   constexpr int64_t kTerms = 128;
   Terms total{};
@@ -213,7 +213,7 @@ template <class T> class LogitRow {
     return rows.weight ? rows.weight + rows.first_class + first : nullptr;
   }
 
-  // Not inlined, as these would make the loop over few classes 1.5 times slower.
+  // Not inlined, because this would make the loop over few classes 1.5 times slower.
   template <class U> PYFUSED_NOINLINE void raise_maximum(const U* x, int64_t first, int64_t n) {
     const A high = largest(x, n, maximum);
     if (!(high > maximum)) return;
@@ -257,8 +257,8 @@ template <class T> class LogitRow {
     return sum.value();
   }
 
-  // Calls body(x) with n logits from a class on, as they are or from the buffer. A loop over memory
-  // of any alignment may add up in another order, so that it is for registers alone.
+  // Calls body(x) with n logits from a class on, in place or from the buffer. A loop over memory of
+  // any alignment might add up in another order, so only registers read the logits in place.
   template <class Body> void with_chunk(int64_t first, int64_t n, const Body& body) {
     const T* const z = logits + first;
     const A scale = A(rows.scale), cap = A(rows.softcap);

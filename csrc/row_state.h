@@ -1,5 +1,5 @@
-// The state of each row of logits z beside a class index t, and the gradient of what follows from
-// it.
+// The state of each row of logits z with a class index t, and the gradients of the results that are
+// computed from it.
 //
 //   x_c      = scale z_c, or with a softcap  scale softcap tanh(z_c / softcap)
 //   lse      = log sum_c exp(x_c) = pivot + log(sum),      sum = sum_c exp(x_c - pivot)
@@ -16,10 +16,10 @@
 //
 // torch: log_softmax(x, 1) and what follows from it
 //
-// Shapes: z is (rows, classes), the classes contiguous. They may be some of all classes. Then one
-// call after another, of consecutive classes, continues from the state that the one before has
-// left. If each but the last has a multiple of kChunk classes, the results are bitwise those of one
-// call. No result depends on another row.
+// Shapes: z is (rows, classes), the classes contiguous. They may be a block of all classes. Then
+// calls with consecutive blocks continue from the state that the previous call has left. If each
+// block except the last has a multiple of kChunk classes, the results have the same bits as those
+// of one call. No result depends on another row.
 //
 // Memory traffic: the forward pass reads the logits once; the backward pass reads them once and
 // writes the gradient once.

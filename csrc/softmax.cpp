@@ -431,8 +431,8 @@ template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, 
       });
 }
 
-// Whether the distance of classes is a multiple of a page: narrow columns would leave most sets of
-// the caches without use, so that classes displace each other.
+// Whether the stride of classes is a multiple of a page: then narrow columns would use few of the
+// cache sets, and classes would evict each other.
 template <class T> bool far_apart(const Softmax<T>& softmax) {
   return softmax.input.inner == 1 && softmax.inner >= 128 &&
          softmax.input.classes * int64_t(sizeof(T)) % 4096 == 0;
