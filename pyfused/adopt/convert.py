@@ -169,7 +169,7 @@ def _modules(model: Any) -> list[tuple[str, Module]]:
 
 
 def _wrapper(module: Module) -> str | None:
-    """Returns how a module is wrapped, as wrappers rely on the classes at the time, or None."""
+    """Returns the wrapper that relies on a module's class, or None."""
     if torch_internals.is_compiled_module(module):
         return "compiled"
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -77,7 +77,7 @@ class _Function:
         return standing and self.function.__code__ is code
 
     def put(self, code: Any) -> None:
-        # The compiler puts torch's functions into graphs by name, whatever their code. Functions
+        # The compiler puts torch's functions into graphs by name, not by code. Functions
         # that may become custom operators are traced instead. The copy with torch's code must not
         # be traced, because that leads back to this function.
         if self.op.name in COMPILED or self.function.__name__ != self.name:

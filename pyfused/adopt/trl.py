@@ -1,4 +1,4 @@
-"""Makes the trainers of TRL compute log-probabilities by pyfused.
+"""Makes the trainers of TRL compute log-probabilities with pyfused.
 
 The trainers for SFT, DPO, GRPO, KTO and RLOO hold no logits. They pass hidden states to
 ``trl.trainer.utils._ChunkedLogProbFunction.apply``, which `patch_trl` replaces.
@@ -106,7 +106,7 @@ class _LogProbFunction:
         logit_scale: float = 1.0,
         outputs: Sequence[str] = _OUTPUTS,
     ) -> Any:
-        """Returns the log-probabilities and, as far as requested, the other outputs."""
+        """Returns the log-probabilities and the other requested outputs."""
         softcap = final_logit_softcapping
         factors = temperature, logit_scale, 1.0 if softcap is None else softcap
         reason = _original_reason((hidden, weight, bias, targets), factors, outputs)

@@ -1,4 +1,4 @@
-"""The sizes of blocks of logits, over which the loops of `heads.py` go.
+"""The sizes of the blocks of logits that `heads.py` loops over.
 
 There are two loops. The one over rows, each with all classes, computes three matrix products: the
 logits, and the gradients of input and weight. The one over blocks of classes computes four, as the

@@ -1,4 +1,4 @@
-"""The custom operators, which only a compiler sees, as it cannot trace into the kernels.
+"""Custom operators for torch.compile, which cannot trace into the kernels.
 
 Importing this module registers them, which takes longer than importing the rest of pyfused, so
 `custom_operator` imports it when a compiler first asks for one.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 PACKAGE = __name__.partition(".")[0]
-# The namespace contains the package's name, as a process may hold two copies of the package, one
-# of them loaded from the kernel hub under another name. It contains the version, as the compiler
-# caches programs on disk by the names of their operators.
+# The namespace contains the package's name, because a process may hold a second copy of the package
+# from the kernel hub, which has another name. It contains the version, because the compiler caches
+# programs on disk by the names of their operators.
 _VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
 NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)

@@ -36,7 +36,7 @@ from pyfused.types import Gradients
 INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
-# torch's functions, whatever pyfused.patch replaces them by.
+# torch's functions, unaffected by pyfused.patch.
 _GELU, _SILU = built_in("gelu", F.gelu), built_in("silu", F.silu)
 _SOFTPLUS, _SOFTSHRINK = built_in("softplus", F.softplus), built_in("softshrink", F.softshrink)
 _LOG_SIGMOID = built_in("log_sigmoid", F.logsigmoid)
@@ -319,7 +319,7 @@ def _gradient_of_gaussian_nll_loss(
     full: bool,  # noqa: ARG001
     eps: Tensor,
 ) -> Gradients:
-    """Returns the gradients; that of the variance passes where it is below eps."""
+    """Returns the gradients; the variance has one even where it is below eps, as in torch."""
     v, d = torch.where(var < eps, eps, var), input - target
     of_input = 2 * d * (0.5 / v)  # overflows where torch's does
     return of_input, -of_input, (1 - d * d / v) / v * 0.5
@@ -373,7 +373,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
 
 
 def _gradient_of_quantile_loss(input: Tensor, target: Tensor, quantile: Tensor) -> Gradients:
-    """Returns the gradients: of a tie the mean of both slopes, of NaN their sum, as torch does."""
+    """Returns the gradients: the mean of both slopes at a tie, their sum for NaN, as in torch."""
     d = target - input
     equal = torch.where(d == 0, 0.5 - quantile, 1 - 2 * quantile)
     slope = torch.where(d > 0, -quantile, torch.where(d < 0, 1 - quantile, equal))

@@ -239,7 +239,7 @@ def loss_denominator(options: VocabOptions, default: float | Tensor) -> float | 
 
 
 def _target_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions) -> Tensor:
-    """Returns the class weight of each target in float64; that of ignored targets is arbitrary."""
+    """Returns the class weight of each target in float64, an arbitrary one for ignored targets."""
     label = target.where(target != options.ignore_index, 0).clamp(0, len(weight) - 1)
     return weight.double()[label]
 

@@ -81,7 +81,7 @@ def _unsupported(kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-# Options that may differ between processes, as they affect neither communication nor the loss.
+# Options that may differ between processes: they affect neither communication nor the loss.
 _MAY_DIFFER = ("alone", "deterministic_rows", "filter_eps", "memory_budget")
 
 
