@@ -62,13 +62,16 @@ def outdated(object_file: Path) -> bool:
 class BuildKernels(build_ext):
     """Compiles changed sources in parallel, once for each instruction set."""
 
+    def run(self) -> None:
+        if self.editable_mode or self.inplace:  # pip removes the default folder with object files
+            self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
+        super().run()
+
     def build_extensions(self) -> None:
         self.check_compiler()
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = f"{COMMON[kind]} {isa[kind]}".split()
-        if self.editable_mode or self.inplace:  # pip removes the default folder with object files
-            self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
         # setuptools initialises MSVC lazily, which is not thread-safe.
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
         with ThreadPoolExecutor(jobs) as pool:

@@ -402,7 +402,10 @@ def test_a_build_only_compiles_changed_sources(stub_tree: Path) -> None:
         return Counter(re.findall(r"-c csrc/(\w+)\.cpp", build(stub_tree)))
 
     each = len(MODULES)
-    assert compiled_after(None) == {"bindings": 1, "other": each}
+    printed = build(stub_tree)
+    lines = re.findall(r"^Building the kernels for \w+ \((\d) of (\d)\)$", printed, re.MULTILINE)
+    assert lines == [(str(n), str(each)) for n in range(1, each + 1)]
+    assert Counter(re.findall(r"-c csrc/(\w+)\.cpp", printed)) == {"bindings": 1, "other": each}
     assert compiled_after(None) == {}
     assert compiled_after("csrc/other.cpp") == {"other": each}
     assert compiled_after("csrc/stub.h") == {"bindings": 1}
