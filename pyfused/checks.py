@@ -281,7 +281,7 @@ def linear_cross_entropy(
             f"{target.dtype} of shape {tuple(target.shape)}. Pass target.long()"
         )
     leading: tuple[int, ...] = input.shape[:-1]
-    if input.dim() == 2 and target.shape != leading and target.shape == shape:
+    if input.dim() == 2 and target.dim() == 1 and leading != target.shape == shape:
         raise ValueError(
             f"target: expected class indices of shape {tuple(leading)}, got {tuple(target.shape)}, "
             "one for each row of linear_weight. Pass input, linear_weight, target in this order"

@@ -251,6 +251,14 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
         fused.linear_cross_entropy(**arguments)
 
 
+def test_as_many_rows_as_classes_with_further_dimensions() -> None:
+    """The targets have the shape of linear_weight without features, which is no swap."""
+    input, weight, target = torch.randn(3, 5), torch.randn(3, 2, 5), torch.randint(3, (3, 2))
+    logits = (input @ weight.flatten(0, 1).T).unflatten(1, (3, 2))
+    loss = fused.linear_cross_entropy(input, weight, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("rows", [None, 12])
 def test_class_index_out_of_range(rows: int | None) -> None:
