@@ -69,7 +69,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   template <class Body> void for_pieces(const Body& body) const {
     for (int64_t b = 0, count = 0; b < n; b += count) {
       count = shape.outer == 1 ? n : std::min(n - b, shape.inner - (first + b) % shape.inner);
-      // A constant makes short loops of instructions without tests.
+      // A constant trip count lets the compiler unroll short loops without bounds checks.
       count == kColumns ? body(b, std::integral_constant<int64_t, kColumns>()) : body(b, count);
     }
   }
@@ -173,8 +173,8 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     }
   }
 
-  // Sums in A take 8 classes at most and are added up in double, so that rounding errors do not
-  // grow with the number of classes.
+  // A sum in A has at most 8 classes, and these sums are added up in double, so rounding errors do
+  // not grow with the number of classes.
   template <class Body> static void for_groups(int64_t k, const Body& body) {
     for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
   }

@@ -105,7 +105,7 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
 
 constexpr int64_t kFewGrouped = 48;
 
-// Few classes leave lanes without work, and many rows have a layout of their own.
+// Fewer classes would leave lanes idle; more classes use the row layout.
 template <class T> bool takes_groups(const CrossEntropy<T>& ce) {
   return ce.target && !ce.dense() && ce.scale == 1 && ce.outer == 1 && ce.logits.classes == 1 &&
          (!ce.grad_logits.data || ce.grad_logits.classes == 1) && ce.classes > kFewGrouped &&

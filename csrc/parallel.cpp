@@ -214,9 +214,9 @@ thread_local Memory memory;
 #ifdef _WIN32
 void run_team(Work& work) { runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0); }
 #else
-// OpenMP's threads do not survive a fork, and the thread that forked would wait in the child for a
-// team that is gone, if it had one, which no runtime tells. A new thread has a team of its own: in
-// the child it starts the regions of the thread that forked.
+// OpenMP's threads do not survive a fork. If the thread that forked had a team, it would wait
+// forever in the child, and no runtime tells whether it had one. A new thread gets a new team, so
+// in the child a new thread starts the parallel regions.
 class Substitute {
  public:
   Substitute() { std::thread(&Substitute::serve, this).detach(); }

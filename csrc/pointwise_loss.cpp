@@ -58,7 +58,7 @@ const Accumulate<T>* elements(const Operand<T>& o, int64_t columns, int64_t firs
   return buffer;
 }
 
-// What the losses of a chunk, and their gradients, are multiplied by; null for 1.
+// The factors of the losses of a chunk and of their gradients; null for 1.
 template <class A> struct Factors {
   const A* value = nullptr;
   const A* gradient = nullptr;

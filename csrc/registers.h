@@ -1,5 +1,5 @@
 // Pairs and quads of registers of floats, for exponentials.h. avx512.h and avx2.h define one
-// register and a pair. PYFUSED_HAS_REGISTERS tells whether there is one of them.
+// register and a pair. PYFUSED_HAS_REGISTERS is defined if one of them is included.
 //
 // An operator processes all registers before the next operator starts, so that the CPU has
 // independent instructions while a result is pending.

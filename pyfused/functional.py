@@ -363,7 +363,7 @@ def linear_cross_entropy(
             any floating dtype.
         linear_bias: The layer's bias, of the input's dtype and shape (C) or (C, d1, ..., dk).
         weight: A factor for each class, of shape (C).
-        reduction: As in :func:`cross_entropy`. The gradients of ``"none"`` recompute the logits.
+        reduction: As in :func:`cross_entropy`. With ``"none"``, backward recomputes the logits.
         ignore_index: As in :func:`cross_entropy`; None stands for -100.
         label_smoothing: As in :func:`cross_entropy`.
         options: torch's ``LinearCrossEntropyOptions``, used only if the call falls back to torch's
