@@ -8,7 +8,8 @@
     otherwise  loss = sum_c beta q_c s_c + (1 - beta) p_c r_c,       r_c = log p_c - log m_c
                dloss/dx_c = (1 - beta) SCALE p_c (r_c - sum_k p_k r_k),   s_c = log q_c - log m_c
 
-0 log 0 is 0. The loss and the gradient of a row are multiplied by its token weight.
+0 log 0 is 0. The loss and the gradient of a row are multiplied by its token weight, and divided by
+the denominator of a mean.
 
 Shapes: (n, C) with contiguous classes. Bytes: x and y are read twice, or three times for the
 gradient with beta > 0, mostly from cache after the first time; the gradient is written once.
@@ -62,11 +63,12 @@ def ratios(log_p, log_q, beta, KIND: tl.constexpr):
     return s, r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["denominator"])
 def kl_div_kernel(
     student,
     teacher,
     token_weight,
+    denominator,
     grad_output,
     loss,
     grad,
@@ -88,7 +90,7 @@ def kl_div_kernel(
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
-    weight = row_scale(token_weight, None, rows, in_bounds, A)
+    weight = row_scale(token_weight, denominator, rows, in_bounds, A)
     counted = in_bounds & (weight != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], CLASS_UNIT)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend
+from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
@@ -189,14 +192,13 @@ class Divergence(RowLoss):
     strategy = "row by row"
 
     def bind(self, *_: Any, **kwargs: Any) -> Arguments:
-        dim, teacher_requires_grad = (
-            kwargs.pop("dim", None),
-            kwargs.pop("teacher_requires_grad", False),
-        )
+        dim = kwargs.pop("dim", None)
+        teacher_requires_grad = kwargs.pop("teacher_requires_grad", False)
         tensors = [kwargs.pop(operand.name, None) for operand in self.operands]
-        if self.student == 1:
-            pairs = zip(self.operands, tensors, strict=True)
-            tensors = [checks.classes_at(-1, operand.name, x, dim) for operand, x in pairs]
+        for i, operand in enumerate(self.operands if self.student == 1 else ()):
+            x = tensors[i]
+            if dim is not None or (isinstance(x, Tensor) and x.dim() > 2):
+                tensors[i] = checks.classes_at(-1, operand.name, x, dim)
         for i in range(self.student, 0 if teacher_requires_grad else len(tensors)):
             if isinstance(tensors[i], Tensor) and tensors[i].requires_grad:
                 tensors[i] = tensors[i].detach()
@@ -256,6 +258,44 @@ class Divergence(RowLoss):
         return loss, gradients if outputs.gradients else (), None
 
 
+class LogitsDivergence(Divergence):
+    """The divergence of logits. Without softcaps, its kernels are prepared once per signature."""
+
+    def plan(
+        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
+    ) -> Plan:
+        plan = super().plan(arguments, inplace, needs)
+        options, count = self.checked_options(arguments).without_tensors(), len(self.operands)
+        if not options.softcap is None is options.teacher_softcap:
+            return plan
+        prepare = partial(prepared_divergence, plan.backend, options)
+        in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
+        forward, backward = loss_passes(prepare, plan.needs, in_forward)
+
+        def arrange(arguments: Arguments) -> Sequence[Any]:
+            logits, teacher_logits, options = arguments
+            if not options.token_weight is None is options.denominator:
+                return self.to_rows(arguments)
+            classes = logits.shape[-1]
+            return logits.reshape(-1, classes), teacher_logits.reshape(-1, classes), None, None
+
+        def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+            kept = options.with_tensors(*saved[count : count + 2])
+            return self.define(saved[:count], kept, plan.needs, grad_output)
+
+        def finish(loss: Tensor, arguments: Arguments) -> Tensor:
+            return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
+
+        return replace(
+            plan,
+            arrange=arrange,
+            forward=forward,
+            backward=backward,
+            define=define,
+            finish=finish,
+        )
+
+
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     """Returns why torch's operators have to compute these arguments, None if a kernel can."""
     return options_fallback_reason(input, arguments[-1])
@@ -288,13 +328,37 @@ def _logits_loss(
     """Computes the divergence of rows of logits, and their gradient, in the accumulation dtype."""
     student, cap_backward = capped(backend, logits, options.softcap)
     teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
     if student is not logits:
         outputs = outputs._replace(inplace=True)
-    loss, (gradient,) = backend.kl_div_with_logits(
-        student.to(dtype), teacher.to(dtype), options, outputs, grad_output
-    )
-    return loss, None if gradient is None else cap_backward(gradient.to(student.dtype))
+    tensors = student, teacher, options.token_weight, None
+    launch = prepared_divergence(backend, options, tensors, outputs, grad_output)
+    loss, (gradient,) = launch(tensors, grad_output)
+    return loss, None if gradient is None else cap_backward(gradient)
+
+
+def prepared_divergence(
+    backend: Backend,
+    options: DivergenceOptions,
+    tensors: Sequence[Any],
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> LossKernel:
+    """Prepares the kernel of logits without softcaps, which may differ in dtype."""
+    student, teacher, token_weight, *_ = tensors
+    dtype, common = student.dtype, torch.promote_types(student.dtype, teacher.dtype)
+    given = student.to(common), teacher.to(common), token_weight, options, outputs, grad_output
+    kernel: LossKernel = backend.kl_div_with_logits(*given)
+    if dtype is teacher.dtype:
+        return kernel
+
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+        student, teacher, *others = tensors
+        given = student.to(common), teacher.to(common), *others
+        loss, (gradient,) = kernel(given, grad_output)
+        loss = None if loss is None else loss.to(accumulate_dtype(dtype))
+        return loss, (None if gradient is None else gradient.to(dtype),)
+
+    return launch
 
 
 def linear_kernels(
