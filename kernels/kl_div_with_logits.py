@@ -91,7 +91,7 @@ def kl_div_kernel(
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
     weight = row_scale(token_weight, denominator, rows, in_bounds, A)
-    counted = in_bounds & (weight != 0.0)
+    counted = in_bounds & (row_scale(token_weight, None, rows, in_bounds, A) != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], CLASS_UNIT)
     y_rows = contiguous_rows(teacher, rows, strides[1], CLASS_UNIT)
