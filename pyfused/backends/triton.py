@@ -146,7 +146,7 @@ def _count(
 ) -> Tensor:
     """Returns the denominator of a mean, in float64: the sum of the weights of valid targets."""
     n, count = target.numel(), target.new_empty((), dtype=torch.float64)
-    programs = min(-(-n // (1 << 14)), 256)
+    programs = min(-(-n // (2 * SUMMANDS.block)), 256)
     reduced = _parts_of(count, programs, n)
     COUNT(programs, target, weight, token_weight, reduced, n, ignore, classes)
     _add_up(reduced)

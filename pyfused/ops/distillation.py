@@ -184,10 +184,10 @@ class Divergence(RowLoss):
     Attributes:
         kernels: Computes the divergence of each row, or their sum, and the gradients that are
             needed, of two-dimensional operands. Takes the arguments of `compute_rows` except the
-            state.
+            state. For logits, `divergence_kernel`.
     """
 
-    kernels: Callable[..., tuple[Tensor | None, Gradients]]
+    kernels: Callable[..., Any]
     options = DivergenceOptions
     strategy = "row by row"
 
@@ -241,9 +241,7 @@ class Divergence(RowLoss):
     ) -> tuple[Tensor | None, float | Tensor]:
         weight, n = options.token_weight, len(tensors[0])
         total = n if weight is None else weight.sum(dtype=torch.float64)
-        if weight is None or self.student == 1:
-            return None, total
-        return valid_rows(weight, 0, backend), total
+        return (None if weight is None else valid_rows(weight, 0, backend)), total
 
     def compute_rows(
         self,
@@ -259,16 +257,14 @@ class Divergence(RowLoss):
 
 
 class LogitsDivergence(Divergence):
-    """The divergence of logits. Without softcaps, its kernels are prepared once per signature."""
+    """The divergence of logits."""
 
     def plan(
         self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
     ) -> Plan:
         plan = super().plan(arguments, inplace, needs)
         options, count = self.checked_options(arguments).without_tensors(), len(self.operands)
-        if not options.softcap is None is options.teacher_softcap:
-            return plan
-        prepare = partial(prepared_divergence, plan.backend, options)
+        prepare = partial(self.kernels, plan.backend, options)
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
 
@@ -304,59 +300,30 @@ def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-def logits_kernels(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients]:
-    """Computes the divergence of logits, and the gradient of the student's logits."""
-    logits, teacher_logits = tensors
-    loss, gradient = _logits_loss(backend, logits, teacher_logits, options, outputs, grad_output)
-    return loss, (gradient,)
-
-
-def _logits_loss(
-    backend: Backend,
-    logits: Tensor,
-    teacher_logits: Tensor,
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Computes the divergence of rows of logits, and their gradient, in the accumulation dtype."""
-    student, cap_backward = capped(backend, logits, options.softcap)
-    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
-    if student is not logits:
-        outputs = outputs._replace(inplace=True)
-    tensors = student, teacher, options.token_weight, None
-    launch = prepared_divergence(backend, options, tensors, outputs, grad_output)
-    loss, (gradient,) = launch(tensors, grad_output)
-    return loss, None if gradient is None else cap_backward(gradient)
-
-
-def prepared_divergence(
+def divergence_kernel(
     backend: Backend,
     options: DivergenceOptions,
     tensors: Sequence[Any],
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossKernel:
-    """Prepares the kernel of logits without softcaps, which may differ in dtype."""
-    student, teacher, token_weight, *_ = tensors
-    dtype, common = student.dtype, torch.promote_types(student.dtype, teacher.dtype)
-    given = student.to(common), teacher.to(common), token_weight, options, outputs, grad_output
-    kernel: LossKernel = backend.kl_div_with_logits(*given)
-    if dtype is teacher.dtype:
-        return kernel
+    """Prepares the divergence of logits; if these have softcaps or two dtypes, in each call."""
+    prepare, (logits, teacher_logits, token_weight, *_) = backend.kl_div_with_logits, tensors
+    dtype = logits.dtype
+    if options.softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
+        return prepare(logits, teacher_logits, token_weight, options, outputs, grad_output)
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
-        student, teacher, *others = tensors
-        given = student.to(common), teacher.to(common), *others
-        loss, (gradient,) = kernel(given, grad_output)
+        logits, teacher_logits, token_weight, *others = tensors
+        student, cap_backward = capped(backend, logits, options.softcap)
+        teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
+        common = torch.promote_types(student.dtype, teacher.dtype)
+        x, y = student.to(common), teacher.to(common)
+        capped_outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
+        kernel = prepare(x, y, token_weight, options, capped_outputs, grad_output)
+        loss, (gradient,) = kernel((x, y, token_weight, *others), grad_output)
         loss = None if loss is None else loss.to(accumulate_dtype(dtype))
-        return loss, (None if gradient is None else gradient.to(dtype),)
+        return loss, (None if gradient is None else cap_backward(gradient.to(student.dtype)),)
 
     return launch
 
@@ -373,10 +340,15 @@ def linear_kernels(
     teacher_dtype = backend.product_dtype(input.dtype)
     weight, bias = weight.to(teacher_dtype), None if bias is None else bias.to(teacher_dtype)
 
-    def step(block: Block, *args: Any) -> tuple[Tensor | None, Tensor | None]:
+    def step(
+        block: Block, options: DivergenceOptions, outputs: Outputs, grad_output: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         teacher_logits = backend.empty(block.logits.shape, teacher_dtype, block.logits)
         linear(input[block.rows].to(teacher_dtype), weight, bias, teacher_logits)
-        return _logits_loss(backend, block.logits, teacher_logits, *args)
+        tensors = block.logits, teacher_logits, options.token_weight, None
+        kernel = divergence_kernel(backend, options, tensors, outputs, grad_output)
+        loss, (gradient,) = kernel(tensors, grad_output)
+        return loss, gradient
 
     teacher_bytes = teacher_dtype.itemsize * (1 if options.teacher_softcap is None else 3)
     return _by_rows(backend, tensors, options, outputs, grad_output, step, teacher_bytes)

@@ -136,7 +136,7 @@ KL_DIV_WITH_LOGITS = LogitsDivergence(
     check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
-    kernels=distillation.logits_kernels,
+    kernels=distillation.divergence_kernel,
     fallback_reason=distillation.fallback_reason,
     definition=distillation.kl_div_with_logits,
 )
