@@ -210,6 +210,7 @@ class Table:
         self.head = f"{machine(measured_on(self.device))}. {words}"
         self.columns, self.names = columns, names
         self.rows: list[list[str]] = []
+        self.errors = 0
 
     def add(self, name: str, row: Callable[[], list[list[str]]]) -> None:
         """Adds the rows of a measurement, or its error."""
@@ -218,6 +219,7 @@ class Table:
                 raise TimeoutError("out of time")
             rows = row()
         except Exception as error:  # continue with the other rows
+            self.errors += 1
             told = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             rows = [[name, told, *[""] * (len(self.columns) - 2)]]
         self.rows += rows

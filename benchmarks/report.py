@@ -348,6 +348,8 @@ def write(
     if allocators:
         found |= json.loads(allocators.read_text(encoding="utf-8"))
     rows = rows_of(found)
+    if not rows:
+        sys.exit(f"no benchmark has succeeded: {found.get('left_out')}")
     folder = results / slug(found)
     folder.mkdir(parents=True, exist_ok=True)
     caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio."

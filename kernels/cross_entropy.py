@@ -135,19 +135,19 @@ def row_kernel(
         distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
         value += smooth_weight * distance
         slope += scalar(smoothing, A)
-    if loss is not None:
-        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
     if grad is not None:
-        scale = tl.where(valid, scale * SCALE, 0.0)
-        factor = tl.where(valid, slope * scale / total, 0.0)
+        grad_scale = tl.where(valid, scale * SCALE, 0.0)
+        factor = tl.where(valid, slope * grad_scale / total, 0.0)
         gradient = e * factor[:, None]
         if DENSE:
-            gradient -= (smooth_weight * scale)[:, None]
+            gradient -= (smooth_weight * grad_scale)[:, None]
         is_target = c[None, :] == label.to(tl.int32)[:, None]
-        gradient -= tl.where(is_target, (index_weight * scale)[:, None], 0.0)
+        gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
         tl.debug_barrier()  # inplace: threads read the target logit before it is overwritten
         to = contiguous_rows(grad, rows, strides[1], CLASS_UNIT)
         tl.store(pointers(to, c), gradient, mask=mask & in_bounds[:, None])
+    if loss is not None:  # last, because the sum of parts would keep the tile in registers
+        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
 
 
 # ---- long rows, other strides, class probabilities -----------------------------------------------

@@ -8,7 +8,8 @@
     otherwise  loss = sum_c beta q_c s_c + (1 - beta) p_c r_c,       r_c = log p_c - log m_c
                dloss/dx_c = (1 - beta) SCALE p_c (r_c - sum_k p_k r_k),   s_c = log q_c - log m_c
 
-0 log 0 is 0. The loss and the gradient of a row are multiplied by its token weight.
+0 log 0 is 0. The loss and the gradient of a row are multiplied by its token weight, and divided by
+the denominator of a mean.
 
 Shapes: (n, C) with contiguous classes. Bytes: x and y are read twice, or three times for the
 gradient with beta > 0, mostly from cache after the first time; the gradient is written once.
@@ -40,20 +41,23 @@ FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def log_softmax(rows, c, mask, maximum, total, A: tl.constexpr, SCALE: tl.constexpr):
-    """Returns probabilities and their logarithms; 0 and -inf outside of the mask."""
-    x = load_scaled(pointers(rows, c), mask, -float("inf"), A, SCALE) - maximum[:, None]
-    return exp_nonpositive(x) / total[:, None], x - log(total)[:, None]
+def log_softmax(rows, c, mask, state, A: tl.constexpr, EXACT: tl.constexpr, SCALE: tl.constexpr):
+    """Returns probabilities and their logarithms; 0 and -inf outside of the mask.
+
+    state: the results of `first_pass`.
+    """
+    x = load_scaled(pointers(rows, c), mask, -float("inf"), A, SCALE) - state[0][:, None]
+    return exp_nonpositive(x, EXACT) * (1.0 / state[1])[:, None], x - log(state[1])[:, None]
 
 
 @triton.jit
-def ratios(log_p, log_q, beta, KIND: tl.constexpr):
+def ratios(log_p, log_q, beta, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Returns s and r: the log-ratios of q and p to each other, or to their mixture m."""
     s, r = log_q - log_p, log_p - log_q
     if KIND == MIXTURE:
         low = scalar(-1e30, log_p.dtype)  # -inf - -inf would be NaN
         difference = tl.where(log_p < low, low, log_p) - tl.where(log_q < low, low, log_q)
-        ratio = exp_nonpositive(-tl.abs(difference))
+        ratio = exp_nonpositive(-tl.abs(difference), EXACT)
         share = scalar(beta, log_p.dtype)
         more = difference >= 0.0
         of_m = tl.where(more, 1.0 - share + share * ratio, share + (1.0 - share) * ratio)
@@ -62,11 +66,12 @@ def ratios(log_p, log_q, beta, KIND: tl.constexpr):
     return s, r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["denominator"])
 def kl_div_kernel(
     student,
     teacher,
     token_weight,
+    denominator,
     grad_output,
     loss,
     grad,
@@ -86,15 +91,16 @@ def kl_div_kernel(
     strides: the row strides of student, teacher and grad.
     """
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = student.dtype.element_ty.primitive_bitwidth > 16
     classes = multiple(classes, CLASS_UNIT)
     _, rows, in_bounds = block_of_rows(n, ROWS)
-    weight = row_scale(token_weight, None, rows, in_bounds, A)
-    counted = in_bounds & (weight != 0.0)
+    weight = row_scale(token_weight, denominator, rows, in_bounds, A)
+    counted = in_bounds & (row_scale(token_weight, None, rows, in_bounds, A) != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], CLASS_UNIT)
     y_rows = contiguous_rows(teacher, rows, strides[1], CLASS_UNIT)
-    x_max, x_total = first_pass(x_rows, classes, read, A, True, ROWS, BLOCK, SCALE)
-    y_max, y_total = first_pass(y_rows, classes, read, A, True, ROWS, BLOCK, SCALE)
+    of_x = first_pass(x_rows, classes, read, A, EXACT, ROWS, BLOCK, SCALE)
+    of_y = first_pass(y_rows, classes, read, A, EXACT, ROWS, BLOCK, SCALE)
     scale = weight * SCALE
     if grad_output is not None:
         if EACH:
@@ -106,9 +112,9 @@ def kl_div_kernel(
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
         c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-        p, log_p = log_softmax(x_rows, c, mask & read[:, None], x_max, x_total, A, SCALE)
-        q, log_q = log_softmax(y_rows, c, mask & read[:, None], y_max, y_total, A, SCALE)
-        s, r = ratios(log_p, log_q, beta, KIND)
+        p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, A, EXACT, SCALE)
+        q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, A, EXACT, SCALE)
+        s, r = ratios(log_p, log_q, beta, KIND, EXACT)
         of_teacher += tl.where(q == 0.0, 0.0, q * s)
         of_student += tl.where(p == 0.0, 0.0, p * r)
         if grad is not None and KIND == FORWARD:
@@ -122,9 +128,9 @@ def kl_div_kernel(
         if grad is not None:
             for start in range(0, classes, BLOCK):
                 c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-                p, log_p = log_softmax(x_rows, c, mask & read[:, None], x_max, x_total, A, SCALE)
-                q, log_q = log_softmax(y_rows, c, mask & read[:, None], y_max, y_total, A, SCALE)
-                s, r = ratios(log_p, log_q, beta, KIND)
+                p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, A, EXACT, SCALE)
+                q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, A, EXACT, SCALE)
+                s, r = ratios(log_p, log_q, beta, KIND, EXACT)
                 gradient = p * (r - mean[:, None]) * (share * scale)[:, None]
                 gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
                 store_rows(grad, rows, strides[2], c, mask, gradient, CLASS_UNIT)

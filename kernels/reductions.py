@@ -53,7 +53,7 @@ def add_up(part, reduced):
         tl.debug_barrier()
         # Releases this partial sum, and acquires the partial sums of earlier arrivals.
         if tl.atomic_add(reduced[2], 1, sem="acq_rel") == programs - 1:
-            tl.store(reduced[0], sum_of_parts(parts, 0, programs, 1024))
+            tl.store(reduced[0], sum_of_parts(parts, 0, programs, 256))
 
 
 @triton.jit
@@ -100,9 +100,9 @@ def read_rows(
     if denominator is not None:
         if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
             n = tl.num_programs(0) // tl.cdiv(inner, rows.shape[0]) * inner
-            total = tl.zeros([1024], tl.float64)
-            for start in range(0, n, 1024):
-                i = start + tl.arange(0, 1024)
+            total = tl.zeros([256], tl.float64)  # a larger block would need more registers
+            for start in range(0, n, 256):
+                i = start + tl.arange(0, 256)
                 total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
             denominator = tl.sum(total)
     scale = row_scale(row_weight, denominator, rows, valid | invalid, A)

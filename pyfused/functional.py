@@ -369,9 +369,9 @@ def linear_cross_entropy(
         options: torch's ``LinearCrossEntropyOptions``, used only if the call falls back to torch's
             operator.
         memory_budget: Bytes for the logits in memory at once and the operands of their product. By
-            default a quarter of the logits or 16 MiB, whichever is more, but at most 512 rows; for
-            bfloat16 on CPUs with AMX, all rows if they take at most 1/32 of the machine's memory.
-            It changes the result only by rounding.
+            default a quarter of the logits or 16 MiB, whichever is more, but at most 512 rows, 2048
+            on GPUs; for bfloat16 on CPUs with AMX, all rows if they take at most 1/32 of the
+            machine's memory. It changes the result only by rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
         filter_eps: Skips classes in a block's gradient products if the gradients of all their

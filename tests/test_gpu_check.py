@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import interpreter
@@ -52,8 +54,8 @@ def test_make_passes_its_arguments(tmp_path: Path) -> None:
 
 def test_steps_name_files_that_exist(tmp_path: Path) -> None:
     steps = run.steps(tmp_path)
-    first = ["build", "gpu tests", "sizes", "gpu-variants", "heads", "training"]
-    names = [*first, "shared tests", "benchmarks", "report", "launch choices"]
+    names = ["build", "smoke", "gpu tests", "sizes", "host time", "heads", "variants", "training"]
+    names += ["shared tests", "benchmarks", "report", "launch choices"]
     assert [step.name for step in steps][: len(names)] == names
     command = steps[names.index("shared tests")].command
     assert [Path(word).name for word in command if "/tests/" in str(word)] == [*interpreter.SHARED]
@@ -75,12 +77,58 @@ def test_steps_are_selected_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done == ["- build: passed", "- heads: passed"]
 
 
+def test_a_failing_step_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = {"build": 0, "smoke": 1, "heads": 0, "late": 0}
+    exits = {n: (sys.executable, "-c", f"raise SystemExit({code})") for n, code in codes.items()}
+    steps = [run.Step(n, code, 60, needed=n == "build") for n, code in exits.items()]
+    monkeypatch.setattr(run, "steps", lambda _: steps)
+    monkeypatch.setattr(run, "without_gpu", lambda: None)
+    monkeypatch.setattr(run, "environment", lambda _: {})
+    readings = iter([0] * 10 + [60 * 2 - 4])  # the start, and three for each step that runs
+    clock = SimpleNamespace(perf_counter=lambda: next(readings, 0))
+    monkeypatch.setattr(run, "time", clock)
+    with pytest.raises(SystemExit) as ended:
+        run.gpu_check(Namespace(out=tmp_path, steps=None, minutes=2))
+    assert ended.value.code
+    lines = (tmp_path / "summary.md").read_text().splitlines()[2:]
+    results = {line.removeprefix("- ").split(": ")[0]: line.split(": ")[1] for line in lines}
+    words = ["passed", "failed (1)", "passed", "not run"]
+    assert [result.split(",")[0] for result in results.values()] == words
+    steps[0] = run.Step("build", exits["smoke"], 60, needed=True)
+    with pytest.raises(SystemExit):
+        run.gpu_check(Namespace(out=tmp_path, steps=None, minutes=2))
+    assert len((tmp_path / "summary.md").read_text().splitlines()) == 3
+
+
+def test_a_step_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
+    step = run.Step("tests", (sys.executable, "-c", ""), 60, packages=("pytest", "no_such_package"))
+    result = "not run: no_such_package missing; pip install no_such_package"
+    assert run.run_step(step, tmp_path, 60, {}) == result
+    page = (ROOT / "docs/gpu.md").read_text()
+    assert all(package in page for package in run.TEST_PACKAGES)
+
+
+def test_a_report_of_no_benchmark_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    gpu.run((Case("relu", (100,)),), "cpu", -1, file)
+    with pytest.raises(SystemExit, match=r"no benchmark has succeeded: .*out of time"):
+        report.write([file], tmp_path / "results")
+    lines = run.targets(json.loads(file.read_text()))
+    assert all("not measured" in line for line in lines[:-1])
+
+
 def test_failing_and_endless_steps_are_reported(tmp_path: Path) -> None:
     fail = run.Step("fail", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
-    sleep = run.Step("sleep", (sys.executable, "-c", "import time; time.sleep(60)"), 0.1)
+    child = f"import subprocess; subprocess.run(['{sys.executable}', '-c', 'while 1: print(1)'])"
+    sleep = run.Step("sleep", (sys.executable, "-c", child), 1)
     assert run.run_step(fail, tmp_path, 60, {}).startswith("failed (3)")
     assert (tmp_path / "fail.log").read_text() == "why\n"
     assert run.run_step(sleep, tmp_path, 60, {}).startswith("out of time")
+    size = (tmp_path / "sleep.log").stat().st_size
+    time.sleep(0.1)
+    assert (tmp_path / "sleep.log").stat().st_size == size  # its child has ended, too
 
 
 def test_the_tests_for_a_gpu_are_skipped_without_one() -> None:
@@ -180,7 +228,7 @@ def test_targets_count_the_cases_that_reach_them(rehearsed: Path) -> None:
 # ---- typical use ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sizes", "heads", "training"])
+@pytest.mark.parametrize("name", ["smoke", "sizes", "host", "heads", "training"])
 def test_benchmarks_of_typical_use(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,10 +240,42 @@ def test_benchmarks_of_typical_use(
     assert torch.__version__ in head
     found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert all(len(row) == columns.count("|") - 1 for row in found)
-    ways = {"sizes": ["mse_loss", "l1_loss"], "heads": ["three products", "torch"]}
-    expected = ways.get(name, ["torch", "pyfused.patch()"])
-    assert [row[2 if name == "heads" else 0] for row in found][:2] == expected
+    ways = {name: ["mse_loss", "l1_loss"] for name in ("sizes", "host")}
+    ways |= {"heads": ["three products", "torch"], "training": ["torch", "pyfused.patch()"]}
+    column = {"smoke": 1, "heads": 2}.get(name, 0)
+    assert [row[column] for row in found][:2] == ways.get(name, ["correct", "correct"])
     assert not any("Error" in cell for row in found for cell in row)
+
+
+def test_a_wrong_kernel_fails_the_smoke_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_use.fused, "mse_loss", torch.nn.functional.l1_loss)
+    file = tmp_path / "smoke.md"
+    with pytest.raises(SystemExit):
+        gpu_use.gpu_smoke(Namespace(trial=True, seconds=60, file=file))
+    assert [line.split(" | ")[1].split(":")[0] for line in file.read_text().splitlines()[4:]] == [
+        "AssertionError",
+        "correct",
+        *["correct"] * 3,
+    ]
+
+
+def test_a_failing_head_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu_use, "LOSSES", ("cross-entropy",))
+    wrong = lambda given: {"fails": fail, "wrong": lambda: given.products()}  # noqa: E731
+    monkeypatch.setattr(gpu_use, "peers_of", wrong)
+    file = tmp_path / "heads.md"
+    gpu_use.gpu_heads(Namespace(trial=True, seconds=60, file=file))
+    rows = [line.strip("| ").split(" | ")[2:4] for line in file.read_text().splitlines()[4:]]
+    assert len(rows) == 8
+    assert rows[-2] == ["fails", "RuntimeError: out of memory"]
+    assert rows[-1][1].startswith("differs by ")
 
 
 def test_failing_and_late_measurements_have_a_row(tmp_path: Path) -> None:

@@ -68,8 +68,7 @@ def home(tmp_path: Path) -> Path:
     """Creates a home with measured sizes of another day, for ``mse_loss`` alone."""
     file = tmp_path / ".cache/pyfused/sizes.json"
     file.parent.mkdir(parents=True)
-    kept = {"machine": sizes.MACHINE, "limits": {"mse_loss": [1, 1]}}
-    file.write_text(json.dumps(kept))
+    file.write_text(json.dumps({sizes.MACHINE: {"mse_loss": [1, 1]}}))
     return tmp_path
 
 

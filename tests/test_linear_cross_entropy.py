@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
+from pyfused.ops.chunk_sizes import rows_in_budget
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -395,6 +397,14 @@ def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
 
 
 # ---- block sizes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_blocks_have_more_rows_on_gpus(asynchronous: bool) -> None:
+    given: Any = SimpleNamespace(ASYNCHRONOUS=asynchronous)
+    most, row = 2048 if asynchronous else 512, 100_000
+    for n, budget, rows in ((1 << 14, None, most), (4000, None, min(1000, most)), (9, 250_000, 2)):
+        assert rows_in_budget(n, row, budget, torch.float32, given) == rows
 
 
 @pytest.mark.cpu

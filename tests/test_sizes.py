@@ -11,9 +11,11 @@ import torch
 from processes import python
 from torch import Tensor
 
+import pyfused
 from pyfused.adopt import tune
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
+from pyfused.dispatch.reasons import SMALL
 from pyfused.ops.elementwise import GELU, MSE_LOSS, QUANTILE_LOSS
 from pyfused.ops.operators import (
     CROSS_ENTROPY,
@@ -66,7 +68,6 @@ def test_limits_of_half_precision(
     mse = sizes.limits(MSE_LOSS, True)
     for dtype, factor in sizes.HALVES.items():
         assert sizes.limits(MSE_LOSS, True, dtype) == (factor * mse[0], factor * mse[1])
-        assert sizes.limits(MSE_LOSS, False, dtype) == sizes.limits(MSE_LOSS, False)
         assert sizes.limits(SOFTMAX, True, dtype) == sizes.ON_CPU_OF_HALVES["softmax"]
 
 
@@ -145,19 +146,103 @@ def test_measured_sizes_are_stored_for_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    assert sizes.tuned() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sizes.tuned(sizes.MACHINE) == {}
     monkeypatch.setattr(tune, "limit", lambda _op, second: 7 + second)
     tune.main(["mse_loss"])
     monkeypatch.setattr(tune, "limit", lambda _op, second: 5 + second)
     tune.main(["l1_loss"])
-    kept = sizes.tuned()
-    assert kept == {"mse_loss": (7, 7), "l1_loss": (5, 5)} | kept
-    for text in ("", "[]", "{}", '{"machine": 3, "limits": 4}'):
+    expected = {"mse_loss": (7, 8), "l1_loss": (5, 6)}
+    assert sizes.tuned(sizes.MACHINE) == expected
+    assert sizes.tuned("another") == {}
+    monkeypatch.setattr(sizes, "MACHINE", "another")
+    tune.main(["mse_loss"])
+    assert sizes.tuned("another") == {"mse_loss": (5, 6)}
+    assert len(json.loads(sizes.tuned_file().read_text())) == 2
+    for text in ("", "[]", "{}", '{"another": 3}', '{"another": {"mse_loss": 4}}'):
         sizes.tuned_file().write_text(text)
-        assert sizes.tuned() == {}
-    other = json.dumps({"machine": "another", "limits": {"mse_loss": [1, 2]}})
-    sizes.tuned_file().write_text(other)
-    assert sizes.tuned() == {}
+        assert sizes.tuned("another") == {}
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+
+def stub_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acts as if there were a GPU; kernels run on CPU tensors, by a clock that counts readings."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(tune, "unsupported_triton", lambda: None)
+    readings = iter(range(1000))
+    measured = tune.tune_gpu
+    stub = lambda: measured("cpu", lambda: None, lambda: next(readings) * 1e-3)  # noqa: E731
+    monkeypatch.setattr(tune, "tune_gpu", stub)
+    monkeypatch.setattr(tune, "_COPIED", 1 << 20)
+
+
+def test_the_two_numbers_of_a_gpu_are_measured_and_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    stub_gpu(monkeypatch)
+    for function in (sizes.gpu, sizes.limits):
+        function.cache_clear()
+    try:
+        assert sizes.gpu() == sizes.Gpu()  # nothing has been measured
+        sizes.gpu.cache_clear()
+        monkeypatch.setattr(tune, "tune", lambda _: {})
+        tune.main([])
+        # 50 calls in 1 ms; 50 copies that read and write 2^20 bytes, in 1 ms
+        assert sizes.gpu() == (20, 105)
+        assert sizes.limits(MSE_LOSS, False) == (1 << 17, 1 << 17)  # from 2.1 MB / 32 bytes on
+        (machine,) = {*json.loads(sizes.tuned_file().read_text())} - {sizes.MACHINE}
+        assert machine.startswith(f"a GPU, torch {torch.__version__}, Triton ")
+    finally:
+        for function in (sizes.gpu, sizes.limits):
+            function.cache_clear()
+
+
+def test_the_limits_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(sizes, "gpu", sizes.Gpu)
+    sizes.limits.cache_clear()
+    try:
+        for names, exponent in (
+            ("mse_loss smooth_l1_loss huber_loss cross_entropy", 23),
+            ("l1_loss kl_div", 22),
+            ("binary_cross_entropy_with_logits", 21),
+        ):
+            for name in names.split():
+                first = [
+                    sizes.limits(OPERATORS[name], False, dtype)[0]
+                    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+                ]
+                assert first == [1 << exponent, 2 << exponent, 1 << exponent >> 1], name
+        assert sizes.limits(CROSS_ENTROPY, False)[1] == 1 << 20
+        for name in ("hinge_embedding_loss", "margin_ranking_loss"):
+            assert sizes.limits(OPERATORS[name], False) == (1 << 14, 1 << 14)
+        for name in ("sigmoid_focal_loss", "gaussian_nll_loss", "log_probs", *sizes.LINEAR):
+            assert sizes.limits(OPERATORS[name], False) == (0, 0)
+    finally:
+        sizes.limits.cache_clear()
+
+
+def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(sizes, "gpu", lambda: sizes.Gpu(20, 100))
+    sizes.limits.cache_clear()
+    try:
+        x = torch.empty(100, 65, device="meta")  # neither CPU nor GPU, but dispatched like a GPU's
+        target = torch.empty(100, dtype=torch.int64, device="meta")
+        by_numbers = "as a call takes the host 20 us and the GPU moves 100 GB/s"
+        for logits, limit in ((x, 65_536), (x[:, :64], 16_384)):
+            reason = pyfused.explain("cross_entropy", logits, target).reason
+            assert reason == f"{SMALL}: kernels run from {limit:,} elements on, {by_numbers}"
+        reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
+        assert reason == f"{SMALL}: kernels run from 16,384 elements on"
+        assert pyfused.explain("relu", x).reason == SMALL
+    finally:
+        sizes.limits.cache_clear()
 
 
 def test_a_user_without_a_home() -> None:

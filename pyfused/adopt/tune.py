@@ -1,4 +1,7 @@
-"""Measures the sizes from which kernels are faster than torch: ``python -m pyfused tune``."""
+"""Measures the sizes from which kernels are faster than torch: ``python -m pyfused tune``.
+
+On CPUs, it measures the size of each operator; on GPUs, the two numbers from which they follow.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyfused import functional
+from pyfused.backends.versions import unsupported_triton
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operand, Operator
 from pyfused.ops.activation import Activation
@@ -26,6 +32,8 @@ from pyfused.ops.softmax import Softmax
 SMALLEST, LARGEST = 10, 24  # exponents of 2: the range of sizes
 _SECONDS = 0.03  # for the calls of one size
 _ROUNDS = 7
+_CALLS = 50  # whose launches fit into the GPU's queue
+_COPIED = 1 << 28  # bytes, more than caches hold
 _MANY = 1000  # classes
 _FEATURES = 128  # of an embedding
 _WIN = 0.95  # a kernel wins if it takes less than this fraction of torch's time
@@ -85,7 +93,7 @@ def wins(op: Operator, elements: int, second: bool) -> bool:
     for _ in range(_ROUNDS):
         theirs, ours = (_seconds(step, function, calls) for function in functions)
         ratios.append(ours / theirs)
-    return sorted(ratios)[_ROUNDS // 2] < _WIN
+    return median(ratios) < _WIN
 
 
 def _seconds(step: Callable[[Any], None], function: Any, calls: int) -> float:
@@ -104,8 +112,19 @@ def limit(op: Operator, second: bool) -> int:
     return 1 << low
 
 
+@contextmanager
+def every_size() -> Iterator[None]:
+    """Runs kernels for all sizes in this context."""
+    forced, sizes.FORCED = sizes.FORCED, "every size"
+    try:
+        yield
+    finally:
+        sizes.FORCED = forced
+
+
+@every_size()
 def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """Measures the limits of operators on this machine, with torch's number of threads.
+    """Measures the limits of operators on this machine's CPU, with torch's number of threads.
 
     Args:
         names: The operators; by default all that have limits.
@@ -114,25 +133,61 @@ def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
         The two limits of each operator in ``pyfused.dispatch.sizes``, in elements.
     """
     found = {}
-    forced, sizes.FORCED = sizes.FORCED, "cpu"  # run kernels for all sizes
-    try:
-        for name in names or [n for n in sizes.ON_CPU if n in OPERATORS and n not in sizes.LINEAR]:
-            op = OPERATORS[name]
-            if names or any(sizes.limits(op, cpu=True)):
-                has_second = len(set(sizes.limits(op, cpu=True))) > 1
-                first = limit(op, second=False)
-                found[name] = first, limit(op, second=True) if has_second else first
-                print(f"{name}: {found[name][0]:,} and {found[name][1]:,}", file=sys.stderr)
-    finally:
-        sizes.FORCED = forced
+    for name in names or [n for n in sizes.ON_CPU if n in OPERATORS and n not in sizes.LINEAR]:
+        op = OPERATORS[name]
+        if names or any(sizes.limits(op, cpu=True)):
+            has_second = len(set(sizes.limits(op, cpu=True))) > 1
+            first = limit(op, second=False)
+            found[name] = first, limit(op, second=True) if has_second else first
+            print(f"{name}: {found[name][0]:,} and {found[name][1]:,}", file=sys.stderr)
     return found
 
 
+@every_size()
+def tune_gpu(
+    device: str = "cuda",
+    synchronize: Callable[[], None] = torch.cuda.synchronize,
+    now: Callable[[], float] = time.perf_counter,
+) -> tuple[int, int]:
+    """Measures the two numbers of ``pyfused.dispatch.sizes.Gpu``."""
+    input, target = torch.randn(2, 1 << SMALLEST, device=device)
+    source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
+    copied = torch.empty_like(source)
+    input.requires_grad_()
+
+    def seconds(step: Callable[[], object], waits: bool) -> float:
+        step()  # compiles
+        times = []
+        for _ in range(_ROUNDS):
+            synchronize()
+            start = now()
+            for _ in range(_CALLS):
+                step()
+            if waits:
+                synchronize()
+            times.append((now() - start) / _CALLS)
+        return median(times)
+
+    loss = lambda: torch.autograd.grad(functional.mse_loss(input, target), input)  # noqa: E731
+    host = seconds(loss, waits=False)
+    copy = seconds(lambda: copied.copy_(source), waits=True)
+    return max(1, round(1e6 * host)), max(1, round(2e-9 * _COPIED / copy))
+
+
 def main(names: Sequence[str]) -> None:
-    """Measures limits and saves them for later processes."""
-    found = tune(names)
-    kept = sizes.tuned() | found
+    """Measures CPU and GPU, and saves the results for later processes."""
+    found = {sizes.MACHINE: tune(names)}
+    if torch.cuda.is_available() and unsupported_triton() is None:
+        host_us, gb_per_s = numbers = tune_gpu()
+        found[sizes.gpu_machine()] = {"gpu": numbers}
+        print(f"GPU: {host_us} us for a call on the host, {gb_per_s:,} GB/s", file=sys.stderr)
     file = sizes.tuned_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"machine": sizes.MACHINE, "limits": kept}), encoding="utf-8")
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = {}
+    for machine, results in found.items():
+        kept[machine] = sizes.tuned(machine) | results
+    file.write_text(json.dumps(kept), encoding="utf-8")
     print(f"Saved to {file}. Processes started from now on use these limits.")

@@ -404,33 +404,51 @@ multilabel_margin_loss = multi_margin_loss
 
 def kl_div_with_logits(
     input: Tensor,
-    teacher: Tensor,
+    teacher: Tensor,  # noqa: ARG001
+    token_weight: Tensor | None,  # noqa: ARG001
     options: DivergenceOptions,
     outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> LossResult:
-    input, teacher = feature_rows(input), feature_rows(teacher)
-    each, grad = options.reduction == "none", None
-    if any(outputs.gradients):
-        grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
-    accumulate = accumulate_dtype(input.dtype)
-    token_weight, grad_output = contiguous_in(accumulate, options.token_weight, grad_output)
-    loss = _loss_allocator(input.shape[:1] if each else (), accumulate)() if outputs.loss else None
-    native.kl_div_with_logits(
-        DTYPES[input.dtype],
-        input.shape,
-        _rows(input),
-        _rows(teacher),
-        options.beta,
-        1 / options.temperature,
-        _address(token_weight),
-        each,
-        _address(grad_output),
-        _address(loss),
-        _rows(grad),
-        torch.get_num_threads(),
-    )
-    return loss, (grad,)
+    grad_output: Tensor | None = None,  # noqa: ARG001
+) -> LossKernel:
+    each, accumulate = options.reduction == "none", accumulate_dtype(input.dtype)
+    dtype, needs_grad = DTYPES[input.dtype], any(outputs.gradients)
+    new_loss = _loss_allocator(input.shape[:1] if each else (), accumulate)
+
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+        input, teacher, token_weight, denominator, *_ = tensors
+        input, teacher = feature_rows(input), feature_rows(teacher)
+        grad = None
+        if options.reduction == "mean":
+            denominator = options.denominator if denominator is None else denominator
+            if denominator is None:
+                denominator = (
+                    len(input) if token_weight is None else token_weight.sum(dtype=torch.float64)
+                )
+            scale = input.new_ones((), dtype=torch.float64) if grad_output is None else grad_output
+            grad_output = scale / denominator
+        if needs_grad:
+            grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
+        weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
+        loss = new_loss() if outputs.loss else None
+        native.kl_div_with_logits(
+            dtype,
+            input.shape,
+            _rows(input),
+            _rows(teacher),
+            options.beta,
+            1 / options.temperature,
+            _address(weight),
+            each,
+            _address(grad_output),
+            _address(loss),
+            _rows(grad),
+            torch.get_num_threads(),
+        )
+        if loss is not None and options.reduction == "mean":
+            loss = (loss / denominator).to(accumulate)
+        return loss, (grad,)
+
+    return launch
 
 
 def embedding_loss(

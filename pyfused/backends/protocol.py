@@ -136,19 +136,18 @@ class Backend(Protocol):
         self,
         input: Tensor,
         teacher: Tensor,
+        token_weight: Tensor | None,
         options: DivergenceOptions,
         outputs: Outputs,
         grad_output: Tensor | None = None,
-    ) -> LossResult:
-        """Returns the divergence of each row of logits (N, C) from the teacher's, or their sum.
+    ) -> LossKernel:
+        """Prepares the divergence of logits (N, C) from the teacher's, and the input's gradient.
+
+        The kernel takes input, teacher, token_weight, and the denominator if it is a tensor. The
+        loss has the accumulation dtype.
 
         Args:
             teacher: Logits of the input's dtype and shape.
-            options: For a mean, the kernel returns the sum, which the caller divides.
-            grad_output: The gradient of the loss, of the loss's shape; None means ones.
-
-        Returns:
-            The loss, in the accumulation dtype, and the gradient of the input.
         """
 
     def embedding_loss(

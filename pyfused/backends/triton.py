@@ -146,7 +146,7 @@ def _count(
 ) -> Tensor:
     """Returns the denominator of a mean, in float64: the sum of the weights of valid targets."""
     n, count = target.numel(), target.new_empty((), dtype=torch.float64)
-    programs = min(-(-n // (1 << 14)), 256)
+    programs = min(-(-n // (2 * SUMMANDS.block)), 256)
     reduced = _parts_of(count, programs, n)
     COUNT(programs, target, weight, token_weight, reduced, n, ignore, classes)
     _add_up(reduced)
@@ -289,7 +289,7 @@ def _denominator(
     Args:
         denominator: The denominator passed to the call; None for the weight of the valid targets.
         may_count: Whether the kernel can count, because its row_weight is the token_weight.
-        target, counted: The arguments of ``_count``.
+        target, counted: The arguments of ``_count``; without class indices, each row counts.
     """
     token_weight = counted[1]
     if isinstance(denominator, Tensor):
@@ -486,28 +486,46 @@ def _logit_rows(
 def kl_div_with_logits(
     input: Tensor,
     teacher: Tensor,
+    token_weight: Tensor | None,
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> LossResult:
-    input, teacher = feature_rows(input), feature_rows(teacher)
-    (n, classes), each, grad = input.shape, options.reduction == "none", None
-    if any(outputs.gradients):
-        grad = input.detach() if outputs.inplace else input.new_empty(input.shape)
-    token_weight, grad_output = contiguous_in(
-        accumulate_dtype(input.dtype), options.token_weight, grad_output
-    )
-    strides = input.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0)
+) -> LossKernel:
+    student_rows, teacher_rows = feature_rows(input), feature_rows(teacher)
+    copies = student_rows is not input or teacher_rows is not teacher
+    (n, classes), reduction, beta = student_rows.shape, options.reduction, float(options.beta)
+    accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
+    converts = converts_in(accumulate, token_weight, grad_output)
+    stride, fixed_denominator = student_rows.stride(0), options.denominator
+    grad_stride = 0 if not needs_grad else stride if outputs.inplace else classes
+    strides = stride, teacher_rows.stride(0), grad_stride
     rows = [(0, stride, 1) for stride in strides]
     choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
-    kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
-    loss, stored = _loss_of(input, "none" if each else "sum", outputs, programs)
-    tensors = input, teacher, token_weight, grad_output, stored, grad
-    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
+    kind = {0.0: FORWARD, 1.0: REVERSE}.get(beta, MIXTURE)
+    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": reduction == "none"}
     kernel = prepared(kl_div_kernel, choice, **meta, **units)
-    kernel(programs, *tensors, n, classes, strides, float(options.beta))
-    _add_up(stored)
-    return loss, (grad,)
+
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+        input, teacher, token_weight, denominator, *_ = tensors
+        if copies:
+            input, teacher = feature_rows(input), feature_rows(teacher)
+        if converts:
+            token_weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
+        loss = stored = grad = divisor = None
+        if needs_grad:
+            grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
+        if outputs.loss:
+            loss, stored = _loss_of(input, reduction, outputs, programs)
+        if reduction == "mean":
+            denominator = fixed_denominator if denominator is None else denominator
+            divisor = _denominator(denominator, n, False, input, None, token_weight)
+        results = grad_output, stored, grad
+        kernel(programs, input, teacher, token_weight, divisor, *results, n, classes, strides, beta)
+        if stored is not loss:
+            _add_up(stored)
+        return loss, (grad,)
+
+    return launch
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:

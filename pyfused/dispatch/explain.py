@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from pyfused.backends import backend_of
 from pyfused.dispatch.call import fallback_reason, is_small
 from pyfused.dispatch.operator import Arguments, Operator
-from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.sizes import why_small
 
 BY_SHARDS = "some classes per process"
 
@@ -42,7 +42,7 @@ class Explanation(NamedTuple):
 def path_of(op: Operator, arguments: Arguments, inplace: bool = False) -> Explanation:
     """Returns the path that :func:`pyfused.dispatch.call.call` would choose for a call."""
     if not is_dynamo_compiling() and is_small(op, arguments):
-        return Explanation(op.name, "torch", SMALL)
+        return Explanation(op.name, "torch", why_small(op, arguments))
     reason = fallback_reason(op, arguments, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)

@@ -1,39 +1,46 @@
 """The sizes from which a call is dispatched to a kernel, in elements.
 
 A kernel costs a few microseconds more per call than torch's operator and saves some nanoseconds per
-element: many if torch runs several operators, few if torch is limited by memory bandwidth. Each
-operator has one of five sizes from which a kernel is clearly faster on AMD EPYC, with AVX-512 and
-with AVX2. The largest sizes are for outputs whose pages torch gets from the system.
+element: many if torch runs several operators, few if torch is limited by memory bandwidth.
 
-``python -m pyfused tune`` measures the limits of a machine, which then replace these.
+On CPUs, each operator has one of five sizes from which a kernel is clearly faster on AMD EPYC, with
+AVX-512 and with AVX2. The largest sizes are for outputs whose pages torch gets from the system. On
+GPUs, the sizes follow from two numbers of the machine.
+
+``python -m pyfused tune`` measures the sizes, or the two numbers, of a machine; they replace these.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pyfused import backends
 from pyfused.backends import cpu
+from pyfused.backends.versions import triton_version
 from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.signature import PLAIN
 
-NEVER = sys.maxsize
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
 COMPOSED = ("rmse_loss", "multilabel_soft_margin_loss")
-SMALL, MEDIUM, LARGE, HUGE, PAGES = 1 << 14, 1 << 17, 1 << 19, 1 << 22, 1 << 24
+ALWAYS, NEVER = 0, sys.maxsize
+TINY, SMALL, MEDIUM, LARGE, HUGE, PAGES = (1 << n for n in (10, 14, 17, 19, 22, 24))
 Limits = tuple[int, int]
 
 
-def _rows(first: int, second: int, names: str) -> dict[str, Limits]:
-    return dict.fromkeys(names.split(), (first, second))
+def _table(rows: dict[Limits, str]) -> dict[str, Limits]:
+    return {name: limits for limits, names in rows.items() for name in names.split()}
 
 
 # The second limit applies to unreduced losses, which write one more output; to activations without
@@ -41,53 +48,72 @@ def _rows(first: int, second: int, names: str) -> dict[str, Limits]:
 # than a vector. The row of a family applies to operators without their own row. VECTOR is in bytes.
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
-ON_CPU = {
-    **_rows(0, 0, "gaussian_nll_loss hinge_embedding_loss log_cosh_loss sigmoid_focal_loss"),
-    **_rows(0, 0, "log_probs kl_div_with_logits multilabel_soft_margin_loss quantile_loss"),
-    **_rows(0, 0, "cosine_embedding_loss softcap softsign"),
-    **_rows(0, SMALL, "triplet_margin_loss hinge_loss"),
-    **_rows(SMALL, MEDIUM, "binary_cross_entropy binary_cross_entropy_with_logits kl_div"),
-    **_rows(SMALL, MEDIUM, "margin_ranking_loss multilabel_margin_loss"),
-    **_rows(SMALL, MEDIUM, "poisson_nll_loss soft_margin_loss"),
-    **_rows(1 << 10, 1 << 10, "LongFormula"),  # 3 to 4 times as fast as torch from this size on
-    **_rows(SMALL, SMALL, f"Activation Formula {' '.join(LINEAR)}"),  # elements of heads are logits
-    **_rows(SMALL, PAGES, "gelu"),
-    **_rows(MEDIUM, SMALL, "cross_entropy log_softmax"),
-    **_rows(MEDIUM, MEDIUM, "ClassLoss logsigmoid"),
-    **_rows(MEDIUM, NEVER, "multi_margin_loss"),
-    **_rows(MEDIUM, PAGES, "PointwiseLoss"),
-    **_rows(LARGE, PAGES, "Composed"),
-    **_rows(LARGE, MEDIUM, "silu Gated"),
-    **_rows(LARGE, SMALL, "softmax"),
-    **_rows(HUGE, MEDIUM, "sigmoid"),
-    **_rows(PAGES, PAGES, "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish"),
-    **_rows(PAGES, PAGES, "hardshrink softshrink prelu glu"),
-    **_rows(PAGES, NEVER, "nll_loss"),
-}
+ON_CPU = _table(
+    {
+        (ALWAYS, ALWAYS): "gaussian_nll_loss hinge_embedding_loss log_cosh_loss sigmoid_focal_loss "
+        "log_probs kl_div_with_logits multilabel_soft_margin_loss quantile_loss "
+        "cosine_embedding_loss softcap softsign",
+        (ALWAYS, SMALL): "triplet_margin_loss hinge_loss",
+        (TINY, TINY): "LongFormula",  # 3 to 4 times as fast as torch from this size on
+        (SMALL, SMALL): f"Activation Formula {' '.join(LINEAR)}",  # elements of heads are logits
+        (SMALL, MEDIUM): "binary_cross_entropy binary_cross_entropy_with_logits kl_div "
+        "margin_ranking_loss multilabel_margin_loss poisson_nll_loss soft_margin_loss",
+        (SMALL, PAGES): "gelu",
+        (MEDIUM, SMALL): "cross_entropy log_softmax",
+        (MEDIUM, MEDIUM): "ClassLoss logsigmoid",
+        (MEDIUM, PAGES): "PointwiseLoss",
+        (MEDIUM, NEVER): "multi_margin_loss",
+        (LARGE, SMALL): "softmax",
+        (LARGE, MEDIUM): "silu Gated",
+        (LARGE, PAGES): "Composed",
+        (HUGE, MEDIUM): "sigmoid",
+        (PAGES, PAGES): "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish "
+        "hardshrink softshrink prelu glu",
+        (PAGES, NEVER): "nll_loss",
+    }
+)
 # In half precision torch processes the same number of bytes per second, so limits double. The
 # kernels convert float16 in a separate step. Over classes torch is slower. torch's gelu calls
 # oneDNN.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
-ON_CPU_OF_HALVES = {
-    **_rows(MEDIUM, SMALL, "cross_entropy log_softmax softmax"),
-    **_rows(SMALL, NEVER, "gelu"),
-}
+ON_CPU_OF_HALVES = _table(
+    {(MEDIUM, SMALL): "cross_entropy log_softmax softmax", (SMALL, NEVER): "gelu"}
+)
 
-# Limits on GPUs, measured on an H100 in float32 with backward. The host had a slow CPU: launching a
-# step of mse_loss took 150 us with torch and 400 us with pyfused. torch's activations reach the
-# memory bandwidth. Its nll_loss takes 1.6 us per thousand rows for any number of classes.
-FEW_ON_GPU = 64
-ON_GPU = {
-    **_rows(0, 0, f"log_probs {' '.join(LINEAR)}"),
-    **_rows(SMALL, SMALL, "sigmoid_focal_loss Formula LongFormula"),
-    **_rows(HUGE, HUGE, "gaussian_nll_loss"),
-    **_rows(1 << 25, 1 << 25, "l1_loss softmax log_softmax"),
-    **_rows(1 << 26, 1 << 26, "mse_loss smooth_l1_loss huber_loss"),
-    **_rows(1 << 26, 1 << 21, "cross_entropy"),
-    **_rows(1 << 27, 1 << 21, "nll_loss"),
-    **_rows(NEVER, NEVER, "Activation"),
+
+class Gpu(NamedTuple):
+    """The two numbers of a machine from which the limits on its GPU follow."""
+
+    host_us: float = 60  # the host's time for a call, forward and backward; estimated
+    gb_per_s: float = 3000  # the bandwidth of the GPU's memory, of an H100
+
+
+# A kernel is faster if torch's kernels take the GPU longer than launching ours takes the host. This
+# is how many times torch's kernels read or write an element, forward and backward: their time on an
+# H100 divided by that of one pass. For few classes torch is slower: its nll_loss takes 1.6 us per
+# thousand rows.
+PASSES = 8
+PASSES_OF = {
+    "l1_loss": 13,
+    "kl_div": 13,
+    "binary_cross_entropy_with_logits": 22,
+    "nll_loss": 1,
+    "softmax": 5,
+    "log_softmax": 5,
 }
-_DEFAULT = PAGES, PAGES
+FEW_ON_GPU, PASSES_OF_FEW = 64, 50
+# The operators whose limits on GPUs do not depend on these numbers: torch launches so many kernels,
+# or synchronises, that its calls take the host longer; it launches 13 to 23 kernels, which takes
+# the host about as long; its activations reach the memory bandwidth.
+ON_GPU = _table(
+    {
+        (ALWAYS, ALWAYS): "gaussian_nll_loss sigmoid_focal_loss triplet_margin_loss "
+        f"cosine_embedding_loss {' '.join((*OF_LOGITS[1:], *LINEAR))}",
+        (SMALL, SMALL): "hinge_embedding_loss margin_ranking_loss log_cosh_loss quantile_loss "
+        "multilabel_soft_margin_loss Formula LongFormula",
+        (NEVER, NEVER): "Activation prelu glu",
+    }
+)
 
 # In compiled programs, on CPUs and on GPUs: the sizes from which a call becomes a custom operator,
 # which Inductor cannot fuse with its neighbours. Operators without a row stay torch's functions.
@@ -96,19 +122,33 @@ _DEFAULT = PAGES, PAGES
 # pass. No compiled call has been measured on a GPU: from 2^24 logits on, launching should take no
 # longer than the kernels, which are 1.1 to 2.5 times as fast as Inductor's code
 # (benchmarks/results/nvidia-h100-80gb-hbm3/table.md).
-COMPILED = {
-    **_rows(0, 0, " ".join(LINEAR)),
-    **_rows(0, 0, "multilabel_margin_loss"),  # torch's graph counts labels past the end
-    **_rows(1 << 18, 1 << 24, " ".join(OF_LOGITS)),
-    **_rows(PAGES, NEVER, "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy"),
-    **_rows(PAGES, NEVER, "binary_cross_entropy_with_logits kl_div poisson_nll_loss"),
-    **_rows(PAGES, NEVER, "gaussian_nll_loss soft_margin_loss hinge_embedding_loss hinge_loss"),
-    **_rows(PAGES, NEVER, "margin_ranking_loss quantile_loss log_cosh_loss sigmoid_focal_loss"),
-    **_rows(PAGES, NEVER, "triplet_margin_loss cosine_embedding_loss nll_loss multi_margin_loss"),
-    **_rows(PAGES, NEVER, " ".join(COMPOSED)),  # their parts are dispatched separately
-}
+COMPILED = _table(
+    {
+        # torch's graph of multilabel_margin_loss counts labels past the end
+        (ALWAYS, ALWAYS): f"multilabel_margin_loss {' '.join(LINEAR)}",
+        (2 * MEDIUM, PAGES): " ".join(OF_LOGITS),
+        (PAGES, NEVER): "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
+        "binary_cross_entropy_with_logits kl_div poisson_nll_loss gaussian_nll_loss "
+        "soft_margin_loss hinge_embedding_loss hinge_loss margin_ranking_loss quantile_loss "
+        "log_cosh_loss sigmoid_focal_loss triplet_margin_loss cosine_embedding_loss nll_loss "
+        f"multi_margin_loss {' '.join(COMPOSED)}",  # parts of the last are dispatched separately
+    }
+)
 
 MACHINE = f"{cpu.capability}, torch {torch.__version__}"
+
+
+def gpu_machine() -> str:
+    """Returns the GPU, the versions of torch and Triton, and the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        text = ""
+    processor = re.search("model name.*: (.*)", text)
+    return (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton_version()}, "
+        f"{processor[1] if processor else cpu.capability}"
+    )
 
 
 def tuned_file() -> Path:
@@ -120,12 +160,11 @@ def tuned_file() -> Path:
     return Path(caches, "pyfused", "sizes.json")
 
 
-def tuned() -> dict[str, Limits]:
-    """Returns the limits measured on this machine, {} if there are none."""
+def tuned(machine: str) -> dict[str, Limits]:
+    """Returns what was measured on a machine: two numbers for each name, {} if there are none."""
     try:
-        results = json.loads(tuned_file().read_text(encoding="utf-8"))
-        limits = results["limits"] if results["machine"] == MACHINE else {}
-        return {name: (int(first), int(second)) for name, (first, second) in limits.items()}
+        pairs = json.loads(tuned_file().read_text(encoding="utf-8"))[machine].items()
+        return {name: (int(first), int(second)) for name, (first, second) in pairs}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
@@ -136,19 +175,49 @@ def cpu_limits() -> dict[str, Limits]:
 
     Their file is read when a size first matters, not when pyfused is imported.
     """
-    return ON_CPU | tuned()
+    return ON_CPU | tuned(MACHINE)
+
+
+@cache
+def gpu() -> Gpu:
+    """Returns the numbers measured on this machine, or the defaults."""
+    return Gpu(*tuned(gpu_machine()).get("gpu", ())) if torch.cuda.is_available() else Gpu()
+
+
+def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
+    """Returns the limits of an operator or its family."""
+    names = op.name, op.family, *[kind.__name__ for kind in type(op).__mro__]
+    return next((table[name] for name in names if name in table), None)
 
 
 @cache
 def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limits:
     """Returns the limits of an operator or its family, on CPUs or GPUs."""
-    if cpu and dtype in HALVES and op.name in ON_CPU_OF_HALVES:
+    if not cpu:
+        passes = PASSES_OF.get(op.name, PASSES)
+        few = PASSES_OF_FEW if op.name == "cross_entropy" else passes
+        elements = 1e3 * gpu().host_us * gpu().gb_per_s / dtype.itemsize  # of one pass
+        first, second = (1 << math.ceil(math.log2(elements / n)) for n in (passes, few))
+        return _row(ON_GPU, op) or (max(SMALL, first), max(SMALL, second))
+    if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
         return ON_CPU_OF_HALVES[op.name]
-    table = cpu_limits() if cpu else ON_GPU
-    names = op.name, op.family, *[kind.__name__ for kind in type(op).__mro__]
-    first, second = next((table[name] for name in names if name in table), _DEFAULT)
-    factor = HALVES.get(dtype, 1) if cpu else 1
+    first, second = _row(cpu_limits(), op) or (PAGES, PAGES)
+    factor = HALVES.get(dtype, 1)
     return factor * first, factor * second
+
+
+def why_small(op: Operator, arguments: Arguments) -> str:
+    """Returns why torch computes a small call, with the numbers that decide on GPUs."""
+    input = arguments[0]
+    first, second = limits(op, input.is_cpu, input.dtype)
+    if input.is_cpu or first == NEVER or not input.numel():
+        return SMALL_REASON
+    limit = second if op.takes_second_limit(arguments, FEW_ON_GPU) else first
+    reason = f"{SMALL_REASON}: kernels run from {limit:,} elements on"
+    if _row(ON_GPU, op):
+        return reason
+    host_us, gb_per_s = gpu()
+    return f"{reason}, as a call takes the host {host_us} us and the GPU moves {gb_per_s} GB/s"
 
 
 def is_small(op: Operator, arguments: Arguments, elements: int | None = None) -> bool:

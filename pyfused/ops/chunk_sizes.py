@@ -26,6 +26,7 @@ from pyfused.types import Head, HeadOptions
 # For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
 # 1.3 times with 128, and 1.1 times with 256.
 MAX_ROWS = 512
+MAX_ROWS_GPU = 2048  # not measured: larger products, and fewer launches
 MIN_ROWS = 96  # with fewer, the fourth product of the loop over blocks is cheaper
 MIN_ROWS_AMX = 1536  # for bfloat16
 MEMORY_FRACTION = 32  # with AMX, all rows at once up to 1/32 of the machine's memory
@@ -64,7 +65,8 @@ def rows_in_budget(
         return memory_budget // row
     if has_slow_sums(dtype, backend) and n * row <= physical_memory() // MEMORY_FRACTION:
         return n
-    return min(max(n * row // 4, MIN_BUDGET) // row, MAX_ROWS)
+    most = MAX_ROWS_GPU if backend.ASYNCHRONOUS else MAX_ROWS
+    return min(max(n * row // 4, MIN_BUDGET) // row, most)
 
 
 def rows_at_once(head: Head, options: HeadOptions, backend: Backend) -> int:

@@ -170,7 +170,7 @@ class CompiledOperator:
             # The dtype of other results depends on autocast, so that the caller converts them.
             finishes = self.op.options is None and plan.finish is not None
             return plan.finish(output, arguments) if finishes else output  # type: ignore[misc]
-        loss, state = output
+        loss, state = output if isinstance(output, tuple) else (output, None)
         if any(needs) and not gradients:
             gradients = plan.backward(saved, loss.new_ones(()))
         results = [loss, *self.dense_gradients(gradients, values)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend
+from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
@@ -181,22 +184,21 @@ class Divergence(RowLoss):
     Attributes:
         kernels: Computes the divergence of each row, or their sum, and the gradients that are
             needed, of two-dimensional operands. Takes the arguments of `compute_rows` except the
-            state.
+            state. For logits, `divergence_kernel`.
     """
 
-    kernels: Callable[..., tuple[Tensor | None, Gradients]]
+    kernels: Callable[..., Any]
     options = DivergenceOptions
     strategy = "row by row"
 
     def bind(self, *_: Any, **kwargs: Any) -> Arguments:
-        dim, teacher_requires_grad = (
-            kwargs.pop("dim", None),
-            kwargs.pop("teacher_requires_grad", False),
-        )
+        dim = kwargs.pop("dim", None)
+        teacher_requires_grad = kwargs.pop("teacher_requires_grad", False)
         tensors = [kwargs.pop(operand.name, None) for operand in self.operands]
-        if self.student == 1:
-            pairs = zip(self.operands, tensors, strict=True)
-            tensors = [checks.classes_at(-1, operand.name, x, dim) for operand, x in pairs]
+        for i, operand in enumerate(self.operands if self.student == 1 else ()):
+            x = tensors[i]
+            if dim is not None or (isinstance(x, Tensor) and x.dim() > 2):
+                tensors[i] = checks.classes_at(-1, operand.name, x, dim)
         for i in range(self.student, 0 if teacher_requires_grad else len(tensors)):
             if isinstance(tensors[i], Tensor) and tensors[i].requires_grad:
                 tensors[i] = tensors[i].detach()
@@ -239,9 +241,7 @@ class Divergence(RowLoss):
     ) -> tuple[Tensor | None, float | Tensor]:
         weight, n = options.token_weight, len(tensors[0])
         total = n if weight is None else weight.sum(dtype=torch.float64)
-        if weight is None or self.student == 1:
-            return None, total
-        return valid_rows(weight, 0, backend), total
+        return (None if weight is None else valid_rows(weight, 0, backend)), total
 
     def compute_rows(
         self,
@@ -256,6 +256,42 @@ class Divergence(RowLoss):
         return loss, gradients if outputs.gradients else (), None
 
 
+class LogitsDivergence(Divergence):
+    """The divergence of logits."""
+
+    def plan(
+        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
+    ) -> Plan:
+        plan = super().plan(arguments, inplace, needs)
+        options, count = self.checked_options(arguments).without_tensors(), len(self.operands)
+        prepare = partial(self.kernels, plan.backend, options)
+        in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
+        forward, backward = loss_passes(prepare, plan.needs, in_forward)
+
+        def arrange(arguments: Arguments) -> Sequence[Any]:
+            logits, teacher_logits, options = arguments
+            if not options.token_weight is None is options.denominator:
+                return self.to_rows(arguments)
+            classes = logits.shape[-1]
+            return logits.reshape(-1, classes), teacher_logits.reshape(-1, classes), None, None
+
+        def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+            kept = options.with_tensors(*saved[count : count + 2])
+            return self.define(saved[:count], kept, plan.needs, grad_output)
+
+        def finish(loss: Tensor, arguments: Arguments) -> Tensor:
+            return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
+
+        return replace(
+            plan,
+            arrange=arrange,
+            forward=forward,
+            backward=backward,
+            define=define,
+            finish=finish,
+        )
+
+
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
     """Returns why torch's operators have to compute these arguments, None if a kernel can."""
     return options_fallback_reason(input, arguments[-1])
@@ -264,37 +300,32 @@ def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-def logits_kernels(
+def divergence_kernel(
     backend: Backend,
+    options: DivergenceOptions,
     tensors: Sequence[Any],
-    options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients]:
-    """Computes the divergence of logits, and the gradient of the student's logits."""
-    logits, teacher_logits = tensors
-    loss, gradient = _logits_loss(backend, logits, teacher_logits, options, outputs, grad_output)
-    return loss, (gradient,)
+) -> LossKernel:
+    """Prepares the divergence of logits; if these have softcaps or two dtypes, in each call."""
+    prepare, (logits, teacher_logits, token_weight, *_) = backend.kl_div_with_logits, tensors
+    dtype = logits.dtype
+    if options.softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
+        return prepare(logits, teacher_logits, token_weight, options, outputs, grad_output)
 
+    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+        logits, teacher_logits, token_weight, *others = tensors
+        student, cap_backward = capped(backend, logits, options.softcap)
+        teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
+        common = torch.promote_types(student.dtype, teacher.dtype)
+        x, y = student.to(common), teacher.to(common)
+        capped_outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
+        kernel = prepare(x, y, token_weight, options, capped_outputs, grad_output)
+        loss, (gradient,) = kernel((x, y, token_weight, *others), grad_output)
+        loss = None if loss is None else loss.to(accumulate_dtype(dtype))
+        return loss, (None if gradient is None else cap_backward(gradient.to(student.dtype)),)
 
-def _logits_loss(
-    backend: Backend,
-    logits: Tensor,
-    teacher_logits: Tensor,
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Computes the divergence of rows of logits, and their gradient, in the accumulation dtype."""
-    student, cap_backward = capped(backend, logits, options.softcap)
-    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    if student is not logits:
-        outputs = outputs._replace(inplace=True)
-    loss, (gradient,) = backend.kl_div_with_logits(
-        student.to(dtype), teacher.to(dtype), options, outputs, grad_output
-    )
-    return loss, None if gradient is None else cap_backward(gradient.to(student.dtype))
+    return launch
 
 
 def linear_kernels(
@@ -309,10 +340,15 @@ def linear_kernels(
     teacher_dtype = backend.product_dtype(input.dtype)
     weight, bias = weight.to(teacher_dtype), None if bias is None else bias.to(teacher_dtype)
 
-    def step(block: Block, *args: Any) -> tuple[Tensor | None, Tensor | None]:
+    def step(
+        block: Block, options: DivergenceOptions, outputs: Outputs, grad_output: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         teacher_logits = backend.empty(block.logits.shape, teacher_dtype, block.logits)
         linear(input[block.rows].to(teacher_dtype), weight, bias, teacher_logits)
-        return _logits_loss(backend, block.logits, teacher_logits, *args)
+        tensors = block.logits, teacher_logits, options.token_weight, None
+        kernel = divergence_kernel(backend, options, tensors, outputs, grad_output)
+        loss, (gradient,) = kernel(tensors, grad_output)
+        return loss, gradient
 
     teacher_bytes = teacher_dtype.itemsize * (1 if options.teacher_softcap is None else 3)
     return _by_rows(backend, tensors, options, outputs, grad_output, step, teacher_bytes)

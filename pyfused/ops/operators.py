@@ -11,7 +11,7 @@ from pyfused.dispatch.operator import Operand, Operator, Scalar
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
-from pyfused.ops.distillation import Divergence
+from pyfused.ops.distillation import Divergence, LogitsDivergence
 from pyfused.ops.elementwise import INPUT, WEIGHT
 from pyfused.ops.embedding import (
     EmbeddingLoss,
@@ -130,13 +130,13 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
 
 # ---- distillation --------------------------------------------------------------------------------
 
-KL_DIV_WITH_LOGITS = Divergence(
+KL_DIV_WITH_LOGITS = LogitsDivergence(
     name="kl_div_with_logits",
     module="KLDivWithLogitsLoss",
     check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
-    kernels=distillation.logits_kernels,
+    kernels=distillation.divergence_kernel,
     fallback_reason=distillation.fallback_reason,
     definition=distillation.kl_div_with_logits,
 )
