@@ -209,15 +209,39 @@ _has_any_global_hook: Callable[[], bool] = _optional(
 )
 
 
-def has_hooks(module: Any) -> bool:
-    """Returns whether calling a module runs hooks."""
+def has_hooks(module: Any, package: str | None = None) -> bool:
+    """Returns whether calling a module runs hooks, except forward hooks defined in a package."""
+    forward = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
+        module._backward_hooks
         or module._backward_pre_hooks
         or _has_any_global_hook()
+        or not all(package and str(hook.__module__).startswith(package) for hook in forward)
     )
+
+
+def run_pre_hooks(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Returns the arguments for a module's ``forward``, after its forward pre-hooks."""
+    for key, hook in tuple(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        elif (result := hook(module, args)) is not None:
+            args = result if isinstance(result, tuple) else (result,)
+    return args, kwargs
+
+
+def run_forward_hooks(module: Any, args: Any, output: Any) -> Any:
+    """Returns a module's output after its forward hooks, which take no keyword arguments."""
+    for hook in tuple(module._forward_hooks.values()):
+        result = hook(module, args, output)
+        output = output if result is None else result
+    return output
+
+
+def fsdp_policy(module: Any) -> Any:
+    """Returns the mixed-precision policy of a unit of ``fully_shard``, None for other modules."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    return getattr(state, "_mp_policy", None)
 
 
 def with_children(module: Any, children: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ import inspect
 import sys
 import threading
 import warnings
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -28,10 +28,19 @@ from torch.nn import functional as F
 
 from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS
-from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
+from pyfused.torch_internals import (
+    active_mode,
+    fsdp_policy,
+    has_compiled_call,
+    has_hooks,
+    run_forward_hooks,
+    run_pre_hooks,
+    with_children,
+)
 
 _thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
+FSDP = "torch.distributed.fsdp."  # its hooks gather and free a sharded head's weight
 ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at once for the comparison
 TOKENS = 5  # tokens of the batch that a model is tried with
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
@@ -58,26 +67,50 @@ class _Call:
         before, _thread.call = getattr(_thread, "call", None), self
         try:
             output = _finished(kind.forward(self.model, *args, **kwargs))
-            for family in self.families:
-                if family.is_kept():  # after the call the head's weight may change
-                    family.compute("code after its forward")
+            self.close("code after its forward")
             return output, [use for family in self.families for use in family.uses]
         finally:
             _thread.call = before
             for family in self.families:
                 family.nodes.clear()
+                family.results = None
             self.families.clear()
 
-    def logits(self, hidden: Tensor) -> Any:
-        """Returns the deferred logits of hidden states, or None if the head has to run."""
-        if not torch.is_grad_enabled() or not _is_usable(self.head, hidden):
+    def close(self, reader: str) -> None:
+        """Computes logits that are referenced, and runs the hooks after a sharded head's forward.
+
+        FSDP's hooks free the weight, and let the gradients of the results gather it again.
+        """
+        for family in self.families:
+            if family.is_kept():  # after the call the head's weight may change
+                family.compute(reader)
+            if family.results is not None:
+                family.close(partial(run_forward_hooks, self.head, family.inputs[:1]))
+
+    def logits(self, kind: Any, hidden: Tensor) -> Any:
+        """Returns the logits of hidden states, deferred if possible, or None to call the head."""
+        head, sharded = self.head, type(self.head) is not _HEAD
+        if not torch.is_grad_enabled() or not (sharded or _is_usable(head, hidden)):
             return None
-        reason = _reason(self.head, hidden)
+        reason = _reason(head, None if sharded else hidden)
         if self.hooks != deferred.hooks():
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
-        family = deferred.Family(self, hidden, self.head.weight, self.head.bias)
+        if not sharded:
+            return self.defer(hidden)
+        self.close("code after another call of its head")
+        args, kwargs = run_pre_hooks(head, (hidden,), {})  # gathers the weight
+        reason = _reason(head, *args)
+        if reason is None and _is_usable(head, *args):
+            logits, dtype = self.defer(*args, sharded=True), fsdp_policy(head).output_dtype
+            return logits if dtype in (None, logits.dtype) else logits.to(dtype)
+        if reason is not None:
+            _tell(self.model, self.told, reason)
+        return run_forward_hooks(head, args, kind.forward(head, *args, **kwargs))
+
+    def defer(self, hidden: Tensor, sharded: bool = False) -> Any:
+        family = deferred.Family(self, hidden, self.head.weight, self.head.bias, sharded=sharded)
         self.families.append(family)
         return family.logits()
 
@@ -91,19 +124,23 @@ class _Call:
         return self.differs is None
 
 
-def _head_forward(kind: Any) -> Any:
-    """Returns the ``forward`` of a head's subclass."""
+def _head_call(kind: Any) -> Any:
+    """Returns the ``__call__`` of a head's subclass."""
 
-    @wraps(kind.forward)
-    def forward(head: Any, input: Tensor) -> Any:
+    def __call__(head: Any, input: Tensor) -> Any:  # noqa: N807
         call = getattr(_thread, "call", None)
-        logits = call.logits(input) if call is not None and call.head is head else None
-        return kind.forward(head, input) if logits is None else logits
+        logits = call.logits(kind, input) if call is not None and call.head is head else None
+        return kind.__call__(head, input) if logits is None else logits
 
-    return forward
+    return __call__
 
 
-_HEAD = subclass.subclass(Linear, _head_forward)
+_HEAD = subclass.subclass(Linear, _head_call)
+
+
+def _is_sharded(head: Any) -> bool:
+    """Returns whether a converted head is a unit of ``fully_shard``."""
+    return type(head).__bases__[-1] is _HEAD and fsdp_policy(head) is not None
 
 
 def _is_usable(head: Any, hidden: Any) -> bool:
@@ -131,11 +168,12 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    if type(head) not in (Linear, _HEAD):
+    sharded = type(head) not in (Linear, _HEAD) and _is_sharded(head)
+    if type(head) not in (Linear, _HEAD) and not sharded:
         return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(head):
         return "the forward of its head was replaced, for example by accelerate's offloading"
-    if has_hooks(head):
+    if has_hooks(head, FSDP if sharded and not is_dynamo_compiling() else None):
         return "its head has hooks"
     if has_compiled_call(head):
         return "its head is compiled separately"
@@ -236,7 +274,7 @@ def fuse(model: Any, head: str | None = None) -> None:
 def _fuse_head(head: Any) -> None:
     if type(head) is Linear:
         setattr(head, subclass.MARK, True)
-        subclass.fuse(head, _head_forward)
+        subclass.fuse(head, _head_call)
 
 
 def _fused_forward(kind: Any, head: str | None) -> Any:
@@ -248,10 +286,9 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
         name = head
         if name is None and _wants_loss_alone(model, parameters, args, kwargs):
             name = _head_of(model)
-        if name is None or not model.training:
+        if name is None or not model.training or subclass.MARK not in vars(model):
             return kind.forward(model, *args, **kwargs)
-        layer, told = getattr(model, name), vars(model).get(subclass.MARK)
-        told = told if isinstance(told, set) else set()
+        layer, told = getattr(model, name), vars(model)[subclass.MARK]
         reason = _reason(layer)
         if reason is not None:
             _tell(model, told, reason)

@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import EllipsisType
 from typing import Any
 
@@ -61,19 +62,22 @@ class Family:
     Attributes:
         call: The model's call, whose ``accepts`` returns whether a loss may be fused.
         inputs: The hidden states, the head's weight and its bias.
+        sharded: Whether FSDP frees the weight after the call, and gathers it again in backward.
+        results: The fused losses and computed logits of a sharded head, until its call is closed.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
         nodes: The recorded tensors, until they are computed or the model's call ends.
     """
 
-    def __init__(self, call: Any, *inputs: Any) -> None:
-        self.call, self.inputs = call, inputs
+    def __init__(self, call: Any, *inputs: Any, sharded: bool = False) -> None:
+        self.call, self.inputs, self.sharded = call, inputs, sharded
+        self.results: list[Any] | None = [] if sharded else None
         self.uses: list[str] = []
         self.computed = False
         self.nodes: list[_Node] = []
         self.traced = is_dynamo_compiling()
         self.context = _context(inputs[0].device.type)
-        self.versions = None if self.traced else _versions(inputs)
+        self.versions = None if self.traced else self.versions_now()
 
     def logits(self) -> Any:
         """Returns the output of the head."""
@@ -83,6 +87,17 @@ class Family:
         _, autocast, dtype, _ = self.context
         shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
+
+    def versions_now(self) -> list[Any]:
+        """Returns the versions of the inputs, and addresses except those that FSDP changes."""
+        inputs = [x for x in self.inputs if x is not None]
+        return [(version_of(x), self.sharded or x.data_ptr()) for x in inputs]
+
+    def close(self, finish: Callable[..., Any]) -> None:
+        """Passes the results to a function that may register hooks, once."""
+        results, self.results = self.results, None
+        with torch_internals.DisableTorchFunctionSubclass():
+            finish(results)
 
     def is_lazy(self) -> bool:
         """Returns whether operators can be recorded: the modes have not changed since the call."""
@@ -112,7 +127,7 @@ class Family:
         Raises:
             RuntimeError: The head's input or parameters have been changed in place since the call.
         """
-        if _versions(self.inputs) != self.versions:
+        if self.versions_now() != self.versions:
             raise RuntimeError(
                 "pyfused.convert: expected the head's input, weight and bias to stay the same "
                 "until its logits are read, got one changed in place. Read the logits before the "
@@ -150,10 +165,6 @@ def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
     """Returns the modes that torch's results depend on."""
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return torch.is_grad_enabled(), autocast, dtype, hooks()
-
-
-def _versions(tensors: Any) -> list[tuple[int, int]]:
-    return [(version_of(x), x.data_ptr()) for x in tensors if x is not None]
 
 
 @dataclass(eq=False)
@@ -202,13 +213,15 @@ class _Node:
         """Computes the tensor once, and swaps it with the one without memory if possible."""
         if self.real is None:
             real = self.apply(self.parent.compute() if self.parent else self.family.inputs[0])
-            if LOSS in self.family.uses:
-                vars(real).update(register_hook=_refuse, retain_grad=_refuse)
             # torch cannot swap a tensor that has weak references.
             tensor, self.reference = self.reference(), lambda: None
             self.real = tensor if _becomes(tensor, real) else real
             self.version = version_of(self.real)
             self.held = isinstance(tensor, _Logits)
+            if LOSS in self.family.uses:
+                vars(self.real).update(register_hook=_Refusal(self.real), retain_grad=_refuse)
+            if self.family.results is not None:
+                self.family.results += [self.real, *[tensor] * self.held]
         return self.real
 
     def apply(self, input: Tensor) -> Tensor:
@@ -294,7 +307,10 @@ class _Node:
                 if not self.family.call.accepts(self, target, options):
                     return None
         self.family.uses.append(LOSS)
-        return self.loss(self.rows, target, options)
+        loss = self.loss(self.rows, target, options)
+        if self.family.results is not None:
+            self.family.results.append(loss)
+        return loss
 
     def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         _, weight, bias = self.family.inputs
@@ -340,6 +356,25 @@ def _refuse(*_: Any, **__: Any) -> Any:
         "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
         "their loss, got it after. Call it before the loss, or call pyfused.revert(model)"
     )
+
+
+class _Refusal:
+    """The method ``register_hook`` of logits that a fused loss bypasses.
+
+    It accepts hooks of FSDP, which do not depend on the gradient.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = weakref.ref(logits)
+
+    def __call__(self, hook: Any) -> Any:
+        function = getattr(hook, "func", hook)  # of a functools.partial
+        if str(function.__module__).startswith("torch.distributed.fsdp."):
+            return Tensor.register_hook(self.logits(), hook)  # type: ignore[arg-type]
+        return _refuse()
+
+    def __reduce__(self) -> Any:
+        return partial, (_refuse,)
 
 
 # ---- tensor subclasses ---------------------------------------------------------------------------

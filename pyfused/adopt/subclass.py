@@ -15,6 +15,8 @@ ForwardOf = Callable[..., Callable[..., Any]]  # defined at module level, for pi
 def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
     """Returns a subclass of the same name, whose forward is ``forward_of(kind, *arguments)``.
 
+    If that function is named ``__call__``, it replaces the module's call, which runs hooks.
+
     Copies, replicas and loaded modules keep it.
     """
 
@@ -22,7 +24,8 @@ def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
         return _new, (kind, forward_of, *arguments), *kind.__reduce_ex__(module, protocol)[2:]
 
     forward = forward_of(kind, *arguments)
-    members = {"forward": forward, "__reduce_ex__": reduce, "_unfused": kind}
+    name = "__call__" if forward.__name__ == "__call__" else "forward"
+    members = {name: forward, "__reduce_ex__": reduce, "_unfused": kind}
     named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(members | named))
 
@@ -43,4 +46,5 @@ def is_fused(module: Any) -> bool:
 
 
 def unfuse(module: Any) -> None:
-    module.__class__ = type(module)._unfused
+    """Restores the class of a module, unless a wrapper has made another subclass of it."""
+    module.__class__ = vars(type(module)).get("_unfused", type(module))
