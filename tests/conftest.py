@@ -35,7 +35,8 @@ backend = backend_of(torch.empty(0))  # the backend under test
 SLOW = (
     *("test_compile_ahead", "test_distributed", "test_examples", "test_gpu_check", "test_hub"),
     *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
-    *("test_shard_sequences", "test_types", "test_vec", "test_vocab_parallel"),
+    *("test_shard_sequences", "test_sharded_heads", "test_types", "test_vec"),
+    "test_vocab_parallel",
 )
 
 # Files with many tests that compile; single tests in other files use the fixture `compiler`.

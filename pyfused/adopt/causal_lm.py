@@ -17,7 +17,7 @@ import inspect
 import sys
 import threading
 import warnings
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
-from pyfused.adopt import deferred, subclass
+from pyfused.adopt import deferred, sharded, subclass
 from pyfused.adopt.deferred import LOSS
 from pyfused.torch_internals import (
     active_mode,
@@ -40,7 +40,6 @@ from pyfused.torch_internals import (
 
 _thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
-FSDP = "torch.distributed.fsdp."  # its hooks gather and free a sharded head's weight
 ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at once for the comparison
 TOKENS = 5  # tokens of the batch that a model is tried with
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
@@ -72,47 +71,47 @@ class _Call:
         finally:
             _thread.call = before
             for family in self.families:
-                family.nodes.clear()
-                family.results = None
+                family.forget()
             self.families.clear()
 
     def close(self, reader: str) -> None:
-        """Computes logits that are referenced, and runs the hooks after a sharded head's forward.
-
-        FSDP's hooks free the weight, and let the gradients of the results gather it again.
-        """
+        """Ends the head's calls, and computes logits that are still referenced."""
         for family in self.families:
             if family.is_kept():  # after the call the head's weight may change
                 family.compute(reader)
-            if family.results is not None:
-                family.close(partial(run_forward_hooks, self.head, family.inputs[:1]))
+            family.close()
 
     def logits(self, kind: Any, hidden: Tensor) -> Any:
         """Returns the logits of hidden states, deferred if possible, or None to call the head."""
-        head, sharded = self.head, type(self.head) is not _HEAD
-        if not torch.is_grad_enabled() or not (sharded or _is_usable(head, hidden)):
+        head, hooked = self.head, has_hooks(self.head)
+        if not torch.is_grad_enabled() or not (hooked or _is_usable(head, hidden)):
             return None
-        reason = _reason(head, None if sharded else hidden)
+        reason = _reason(head, None if hooked else hidden)
         if self.hooks != deferred.hooks():
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
-        if not sharded:
-            return self.defer(hidden)
+        if hooked:
+            return self.sharded_logits(kind, hidden)
+        self.families.append(deferred.Family(self, hidden, head.weight, head.bias))
+        return self.families[-1].logits()
+
+    def sharded_logits(self, kind: Any, hidden: Tensor) -> Any:
+        """Returns the logits of a head whose hooks are torch.distributed's, deferred if possible."""
+        head = self.head
         self.close("code after another call of its head")
-        args, kwargs = run_pre_hooks(head, (hidden,), {})  # gathers the weight
-        reason = _reason(head, *args)
-        if reason is None and _is_usable(head, *args):
-            logits, dtype = self.defer(*args, sharded=True), fsdp_policy(head).output_dtype
-            return logits if dtype in (None, logits.dtype) else logits.to(dtype)
+        args, kwargs = run_pre_hooks(head, (hidden,), {})
+        reason = (sharded.layout_reason if type(head) is _HEAD else _reason)(head, *args)
+        if reason is None:
+            family = sharded.family(self, head, *args)
+            if _is_usable(head, family.inputs[0]):
+                if COMPARED in self.told or family.is_full():
+                    self.families.append(family)
+                    return family.logits()
+                reason = "its head returns a part of its logits, or a DTensor"
         if reason is not None:
             _tell(self.model, self.told, reason)
         return run_forward_hooks(head, args, kind.forward(head, *args, **kwargs))
-
-    def defer(self, hidden: Tensor, sharded: bool = False) -> Any:
-        family = deferred.Family(self, hidden, self.head.weight, self.head.bias, sharded=sharded)
-        self.families.append(family)
-        return family.logits()
 
     def accepts(self, node: Any, target: Tensor, options: dict[str, Any]) -> bool:
         """Returns whether a loss agrees with torch's; only the first one is compared."""
@@ -136,11 +135,6 @@ def _head_call(kind: Any) -> Any:
 
 
 _HEAD = subclass.subclass(Linear, _head_call)
-
-
-def _is_sharded(head: Any) -> bool:
-    """Returns whether a converted head is a unit of ``fully_shard``."""
-    return type(head).__bases__[-1] is _HEAD and fsdp_policy(head) is not None
 
 
 def _is_usable(head: Any, hidden: Any) -> bool:
@@ -168,12 +162,12 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    sharded = type(head) not in (Linear, _HEAD) and _is_sharded(head)
-    if type(head) not in (Linear, _HEAD) and not sharded:
+    plain = type(head) in (Linear, _HEAD)
+    if not plain and (type(head).__bases__[-1] is not _HEAD or fsdp_policy(head) is None):
         return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(head):
         return "the forward of its head was replaced, for example by accelerate's offloading"
-    if has_hooks(head, FSDP if sharded and not is_dynamo_compiling() else None):
+    if has_hooks(head, None if is_dynamo_compiling() else sharded.HOOKS[plain]):
         return "its head has hooks"
     if has_compiled_call(head):
         return "its head is compiled separately"
@@ -252,7 +246,8 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     head = vouched or _head_of(model)
     if head is None or type(getattr(model, head)) not in (Linear, _HEAD):
         return "its head is not a plain torch.nn.Linear"
-    reason = _reason(getattr(model, head))
+    layer = getattr(model, head)
+    reason = _reason(layer) or ("its head has hooks" if has_hooks(layer) else None)
     if vouched is not None or reason is not None:
         return reason
     if "labels" not in inspect.signature(type(model).forward).parameters:

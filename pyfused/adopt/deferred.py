@@ -62,16 +62,13 @@ class Family:
     Attributes:
         call: The model's call, whose ``accepts`` returns whether a loss may be fused.
         inputs: The hidden states, the head's weight and its bias.
-        sharded: Whether FSDP frees the weight after the call, and gathers it again in backward.
-        results: The fused losses and computed logits of a sharded head, until its call is closed.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
         nodes: The recorded tensors, until they are computed or the model's call ends.
     """
 
-    def __init__(self, call: Any, *inputs: Any, sharded: bool = False) -> None:
-        self.call, self.inputs, self.sharded = call, inputs, sharded
-        self.results: list[Any] | None = [] if sharded else None
+    def __init__(self, call: Any, *inputs: Any) -> None:
+        self.call, self.inputs = call, inputs
         self.uses: list[str] = []
         self.computed = False
         self.nodes: list[_Node] = []
@@ -88,16 +85,28 @@ class Family:
         shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
 
-    def versions_now(self) -> list[Any]:
-        """Returns the versions of the inputs, and addresses except those that FSDP changes."""
-        inputs = [x for x in self.inputs if x is not None]
-        return [(version_of(x), self.sharded or x.data_ptr()) for x in inputs]
+    def versions_now(self) -> Any:
+        """Returns what changes if an input is changed in place."""
+        return [(version_of(x), x.data_ptr()) for x in self.inputs if x is not None]
 
-    def close(self, finish: Callable[..., Any]) -> None:
-        """Passes the results to a function that may register hooks, once."""
-        results, self.results = self.results, None
-        with torch_internals.DisableTorchFunctionSubclass():
-            finish(results)
+    def linear(self, input: Tensor) -> Tensor:
+        """Returns the logits of rows of hidden states, computed."""
+        return F.linear(input, *self.inputs[1:])
+
+    def loss(self, rows: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Returns the cross-entropy of rows of hidden states."""
+        _, weight, bias = self.inputs
+        return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
+
+    def keep(self, *results: Any) -> None:
+        """Receives each loss, and all logits that have been computed."""
+
+    def close(self) -> None:
+        """Ends the head's call."""
+
+    def forget(self) -> None:
+        """Breaks reference cycles."""
+        self.nodes.clear()
 
     def is_lazy(self) -> bool:
         """Returns whether operators can be recorded: the modes have not changed since the call."""
@@ -220,14 +229,13 @@ class _Node:
             self.held = isinstance(tensor, _Logits)
             if LOSS in self.family.uses:
                 vars(self.real).update(register_hook=_Refusal(self.real), retain_grad=_refuse)
-            if self.family.results is not None:
-                self.family.results += [self.real, *[tensor] * self.held]
+            self.family.keep(self.real, *[tensor] * self.held)
         return self.real
 
     def apply(self, input: Tensor) -> Tensor:
         """Returns the result of torch's operator for its parent's value or the hidden states."""
         if self.parent is None:
-            return F.linear(input, *self.family.inputs[1:])
+            return self.family.linear(input)
         function, args, kwargs = self.operation
         result: Tensor = function(input, *args, **kwargs)
         return result
@@ -308,14 +316,12 @@ class _Node:
                     return None
         self.family.uses.append(LOSS)
         loss = self.loss(self.rows, target, options)
-        if self.family.results is not None:
-            self.family.results.append(loss)
+        self.family.keep(loss)
         return loss
 
     def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
-        _, weight, bias = self.family.inputs
         options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
-        return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
+        return self.family.loss(rows, target, **options)
 
 
 def _is_size(value: Any) -> bool:
