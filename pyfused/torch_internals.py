@@ -209,30 +209,35 @@ _has_any_global_hook: Callable[[], bool] = _optional(
 )
 
 
-def has_hooks(module: Any, package: str | None = None) -> bool:
-    """Returns whether calling a module runs hooks, except forward hooks defined in a package."""
+def is_distributed(hook: Any) -> bool:
+    """Returns whether torch.distributed defines a function."""
+    return str(hook.__module__).startswith("torch.distributed.")
+
+
+def has_hooks(module: Any, distributed: bool = True) -> bool:
+    """Returns whether a call of a module runs hooks; torch.distributed's count if distributed."""
     forward = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
         or _has_any_global_hook()
-        or not all(package and str(hook.__module__).startswith(package) for hook in forward)
+        or any(distributed or not is_distributed(hook) for hook in forward)
     )
 
 
-def run_pre_hooks(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def run_pre_hooks(module: Any, args: Any) -> Any:
     """Returns the arguments for a module's ``forward``, after its forward pre-hooks."""
-    for key, hook in tuple(module._forward_pre_hooks.items()):
+    for key, hook in module._forward_pre_hooks.items():
         if key in module._forward_pre_hooks_with_kwargs:
-            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            args, _ = hook(module, args, {}) or (args, {})
         elif (result := hook(module, args)) is not None:
             args = result if isinstance(result, tuple) else (result,)
-    return args, kwargs
+    return args
 
 
 def run_forward_hooks(module: Any, args: Any, output: Any) -> Any:
-    """Returns a module's output after its forward hooks, which take no keyword arguments."""
-    for hook in tuple(module._forward_hooks.values()):
+    """Returns a module's output after its forward hooks."""
+    for hook in module._forward_hooks.values():
         result = hook(module, args, output)
         output = output if result is None else result
     return output

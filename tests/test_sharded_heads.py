@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 lacks parts of FSDP2"),
 ]
 
-VOCABULARY, FEATURES, BATCH, LENGTH, STEPS = 1001, 16, 2, 24, 3
+VOCABULARY, FEATURES, BATCH, LENGTH, STEPS = 1001, 16, 2, 24, 2
 
 
 # Names of FSDP's collectives, in torch 2.13 and before.
@@ -258,7 +258,7 @@ WRAPPERS = {
     "TP, sharded input": tensor_parallel("fused", {"reads": "sequence"}, input_layouts=Shard(1)),
     "TP, read": tensor_parallel("told", {"reads": "maximum"}),
     "TP, in C++": tensor_parallel("told", {"reads": "function"}),
-    "TP, two calls": tensor_parallel("told", {"reads": "twice"}),
+    "TP, two calls": tensor_parallel("fused", {"reads": "twice"}),
     "TP, loss_parallel": tensor_parallel(
         "told", {"reads": "DTensor"}, output_layouts=Shard(-1), use_local_output=False
     ),
@@ -464,7 +464,8 @@ def test_wrapped_models_train_like_unconverted_ones(
         assert found.error <= wrapper.tolerance
         assert len(found.warned) == (found.outcome == "told"), found.warned
         if "TP" not in name:
-            assert found.collectives == found.expected_collectives
+            order = sorted if schedule == "joint" else list  # the root is gathered later
+            assert order(found.collectives) == order(found.expected_collectives)
 
 
 def test_a_unit_is_gathered_and_reduced_once(ranks: list[dict[Any, Compared]]) -> None:

@@ -17,7 +17,7 @@ import inspect
 import sys
 import threading
 import warnings
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
-from pyfused.adopt import deferred, sharded, subclass
+from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS
+from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import (
     active_mode,
     fsdp_policy,
@@ -66,20 +67,15 @@ class _Call:
         before, _thread.call = getattr(_thread, "call", None), self
         try:
             output = _finished(kind.forward(self.model, *args, **kwargs))
-            self.close("code after its forward")
+            for family in self.families:
+                family.close("code after its forward")
             return output, [use for family in self.families for use in family.uses]
         finally:
             _thread.call = before
             for family in self.families:
-                family.forget()
+                family.nodes.clear()
+                family.results = None
             self.families.clear()
-
-    def close(self, reader: str) -> None:
-        """Ends the head's calls, and computes logits that are still referenced."""
-        for family in self.families:
-            if family.is_kept():  # after the call the head's weight may change
-                family.compute(reader)
-            family.close()
 
     def logits(self, kind: Any, hidden: Tensor) -> Any:
         """Returns the logits of hidden states, deferred if possible, or None to call the head."""
@@ -97,21 +93,26 @@ class _Call:
         return self.families[-1].logits()
 
     def sharded_logits(self, kind: Any, hidden: Tensor) -> Any:
-        """Returns the logits of a head whose hooks are torch.distributed's, deferred if possible."""
-        head = self.head
-        self.close("code after another call of its head")
-        args, kwargs = run_pre_hooks(head, (hidden,), {})
-        reason = (sharded.layout_reason if type(head) is _HEAD else _reason)(head, *args)
-        if reason is None:
-            family = sharded.family(self, head, *args)
-            if _is_usable(head, family.inputs[0]):
-                if COMPARED in self.told or family.is_full():
-                    self.families.append(family)
-                    return family.logits()
-                reason = "its head returns a part of its logits, or a DTensor"
+        """Returns the logits of a head whose hooks torch.distributed has defined."""
+        head, policy = self.head, fsdp_policy(self.head)
+        for family in self.families if policy else ():
+            family.close("code after another call of its head")
+        args = run_pre_hooks(head, (hidden,))
+        finish, weight, bias = partial(run_forward_hooks, head, args), head.weight, head.bias
+        reason: str | None = "its head has hooks"
+        if policy is not None:
+            reason = _reason(head, *args)
+            family = deferred.Family(self, *args, weight, bias, finish=finish)
+        elif _is_colwise(*args, weight, bias):
+            family = deferred.ColwiseFamily(self, finish, *args, weight, bias)
+            reason = None if COMPARED in self.told or family.is_full() else reason
         if reason is not None:
             _tell(self.model, self.told, reason)
-        return run_forward_hooks(head, args, kind.forward(head, *args, **kwargs))
+        elif _is_usable(head, family.inputs[0]):
+            self.families.append(family)
+            logits, dtype = family.logits(), policy and policy.output_dtype
+            return logits if dtype in (None, logits.dtype) else logits.to(dtype)
+        return finish(kind.forward(head, *args))
 
     def accepts(self, node: Any, target: Tensor, options: dict[str, Any]) -> bool:
         """Returns whether a loss agrees with torch's; only the first one is compared."""
@@ -135,6 +136,22 @@ def _head_call(kind: Any) -> Any:
 
 
 _HEAD = subclass.subclass(Linear, _head_call)
+
+
+def _is_unit(head: Any) -> bool:
+    """Returns whether ``fully_shard`` has made a converted head a unit."""
+    return type(head).__bases__[-1] is _HEAD and fsdp_policy(head) is not None
+
+
+def _is_colwise(hidden: Any, *parameters: Any) -> bool:
+    """Returns whether a head's input is replicated and its parameters are sharded by classes."""
+    tensors = [x for x in (hidden, *parameters) if x is not None]
+    return (
+        all(map(is_dtensor, tensors))
+        and hidden.device_mesh.ndim == 1
+        and hidden.placements[0].is_replicate()
+        and all(x.placements[0].is_shard(0) for x in tensors[1:])
+    )
 
 
 def _is_usable(head: Any, hidden: Any) -> bool:
@@ -162,12 +179,11 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    plain = type(head) in (Linear, _HEAD)
-    if not plain and (type(head).__bases__[-1] is not _HEAD or fsdp_policy(head) is None):
+    if type(head) not in (Linear, _HEAD) and not _is_unit(head):
         return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(head):
         return "the forward of its head was replaced, for example by accelerate's offloading"
-    if has_hooks(head, None if is_dynamo_compiling() else sharded.HOOKS[plain]):
+    if has_hooks(head, distributed=is_dynamo_compiling()):
         return "its head has hooks"
     if has_compiled_call(head):
         return "its head is compiled separately"

@@ -62,13 +62,15 @@ class Family:
     Attributes:
         call: The model's call, whose ``accepts`` returns whether a loss may be fused.
         inputs: The hidden states, the head's weight and its bias.
+        finish: Receives the losses and computed logits of a unit of FSDP when its call ends.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
         nodes: The recorded tensors, until they are computed or the model's call ends.
     """
 
-    def __init__(self, call: Any, *inputs: Any) -> None:
-        self.call, self.inputs = call, inputs
+    def __init__(self, call: Any, *inputs: Any, finish: Any = None) -> None:
+        self.call, self.inputs, self.finish = call, inputs, finish
+        self.results: list[Any] | None = None if finish is None else []
         self.uses: list[str] = []
         self.computed = False
         self.nodes: list[_Node] = []
@@ -86,27 +88,31 @@ class Family:
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
 
     def versions_now(self) -> Any:
-        """Returns what changes if an input is changed in place."""
-        return [(version_of(x), x.data_ptr()) for x in self.inputs if x is not None]
+        """Returns what changes if an input is changed in place; FSDP moves the weight."""
+        inputs = [x for x in self.inputs if x is not None]
+        return [(version_of(x), self.finish or x.data_ptr()) for x in inputs]
 
     def linear(self, input: Tensor) -> Tensor:
         """Returns the logits of rows of hidden states, computed."""
         return F.linear(input, *self.inputs[1:])
 
-    def loss(self, rows: Tensor, target: Tensor, **options: Any) -> Tensor:
+    def loss(self, rows: Tensor, target: Tensor, **options: Any) -> Any:
         """Returns the cross-entropy of rows of hidden states."""
         _, weight, bias = self.inputs
         return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
 
     def keep(self, *results: Any) -> None:
-        """Receives each loss, and all logits that have been computed."""
+        if self.results is not None:
+            self.results += results
 
-    def close(self) -> None:
-        """Ends the head's call."""
-
-    def forget(self) -> None:
-        """Breaks reference cycles."""
-        self.nodes.clear()
+    def close(self, reader: str) -> None:
+        """Ends the head's call, after which its weight may change."""
+        if self.is_kept():
+            self.compute(reader)
+        results, self.results = self.results, None
+        if results is not None:
+            with torch_internals.DisableTorchFunctionSubclass():
+                self.finish(results)
 
     def is_lazy(self) -> bool:
         """Returns whether operators can be recorded: the modes have not changed since the call."""
@@ -148,6 +154,30 @@ class Family:
         saved = nullcontext() if hooks() is None else saved_here()
         with torch.inference_mode(False), torch.enable_grad(), cast, saved:
             yield
+
+
+class ColwiseFamily(Family):
+    """The logits of a head of ``ColwiseParallel``, whose input is a replicated DTensor."""
+
+    def __init__(self, call: Any, gather: Any, hidden: Any, weight: Any, bias: Any) -> None:
+        local, layout = hidden.full_tensor(), (hidden.device_mesh, hidden.placements)
+        super().__init__(call, local if type(local) in PLAIN else local.clone(), weight, bias)
+        self.gather = gather  # runs the hooks after the head's forward
+        self.replicate: Any = lambda x: type(hidden).from_local(x, *layout, run_check=False)
+
+    def linear(self, input: Tensor) -> Any:
+        return self.gather(F.linear(self.replicate(input), *self.inputs[1:]))
+
+    def loss(self, rows: Tensor, target: Tensor, **options: Any) -> Any:
+        return super().loss(self.replicate(rows), self.replicate(target), **options).full_tensor()
+
+    def is_full(self) -> bool:
+        """Returns whether the head returns plain logits of all rows and classes, by a few rows."""
+        hidden, weight, _ = self.inputs
+        shape = [weight.device_mesh.size()] * (hidden.dim() - 1)  # any dimension can be sharded
+        with torch.no_grad():
+            logits = self.linear(hidden.new_zeros(*shape, hidden.shape[-1]))
+        return type(logits) is Tensor and logits.shape == (*shape, len(weight))
 
 
 def hooks() -> Any:
@@ -319,7 +349,7 @@ class _Node:
         self.family.keep(loss)
         return loss
 
-    def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
         options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
         return self.family.loss(rows, target, **options)
 
@@ -365,18 +395,15 @@ def _refuse(*_: Any, **__: Any) -> Any:
 
 
 class _Refusal:
-    """The method ``register_hook`` of logits that a fused loss bypasses.
-
-    It accepts hooks of FSDP, which do not depend on the gradient.
-    """
+    """Replaces ``register_hook`` of logits with a fused loss; FSDP's hooks ignore the gradient."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = weakref.ref(logits)
 
     def __call__(self, hook: Any) -> Any:
-        function = getattr(hook, "func", hook)  # of a functools.partial
-        if str(function.__module__).startswith("torch.distributed.fsdp."):
-            return Tensor.register_hook(self.logits(), hook)  # type: ignore[arg-type]
+        if torch_internals.is_distributed(getattr(hook, "func", hook)):  # FSDP1 passes a partial
+            logits: Any = self.logits()
+            return Tensor.register_hook(logits, hook)  # type: ignore[no-untyped-call]
         return _refuse()
 
     def __reduce__(self) -> Any:
