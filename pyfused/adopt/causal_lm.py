@@ -97,14 +97,14 @@ class _Call:
         head, policy = self.head, fsdp_policy(self.head)
         for family in self.families if policy else ():
             family.close("code after another call of its head")
-        args = run_pre_hooks(head, (hidden,))
+        (hidden,) = args = run_pre_hooks(head, (hidden,))
         finish, weight, bias = partial(run_forward_hooks, head, args), head.weight, head.bias
         reason: str | None = "its head has hooks"
         if policy is not None:
-            reason = _reason(head, *args)
-            family = deferred.Family(self, *args, weight, bias, finish=finish)
-        elif _is_colwise(*args, weight, bias):
-            family = deferred.ColwiseFamily(self, finish, *args, weight, bias)
+            reason = _reason(head, hidden)
+            family = deferred.Family(self, hidden, weight, bias, finish=finish)
+        elif _is_colwise(hidden, weight, bias):
+            family = deferred.ColwiseFamily(self, finish, hidden, weight, bias)
             reason = None if COMPARED in self.told or family.is_full() else reason
         if reason is not None:
             _tell(self.model, self.told, reason)
@@ -136,11 +136,6 @@ def _head_call(kind: Any) -> Any:
 
 
 _HEAD = subclass.subclass(Linear, _head_call)
-
-
-def _is_unit(head: Any) -> bool:
-    """Returns whether ``fully_shard`` has made a converted head a unit."""
-    return type(head).__bases__[-1] is _HEAD and fsdp_policy(head) is not None
 
 
 def _is_colwise(hidden: Any, *parameters: Any) -> bool:
@@ -179,8 +174,9 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    if type(head) not in (Linear, _HEAD) and not _is_unit(head):
-        return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
+    kind: Any = type(head)
+    if kind not in (Linear, _HEAD) and not (kind.__bases__[-1] is _HEAD and fsdp_policy(head)):
+        return f"its head is a {kind.__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(head):
         return "the forward of its head was replaced, for example by accelerate's offloading"
     if has_hooks(head, distributed=is_dynamo_compiling()):

@@ -345,7 +345,7 @@ class _Node:
                 if not self.family.call.accepts(self, target, options):
                     return None
         self.family.uses.append(LOSS)
-        loss = self.loss(self.rows, target, options)
+        loss: Tensor = self.loss(self.rows, target, options)
         self.family.keep(loss)
         return loss
 
