@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import language_models
 import pytest
 import torch
 import torch.distributed as dist
@@ -190,6 +191,17 @@ def tensor_parallel(before: str, options: Any = {}, **style: Any) -> Wrapper:  #
     return Wrapper(wrap, before, "left", options, same_batch=True)
 
 
+def two_dimensional(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(model, mesh["tensor"], plan)
+    for part in (model.lm_head, model):
+        fully_shard(part, mesh=mesh["data"])
+    return model
+
+
 def zero3(model: Any) -> Any:
     """Partitions the head's weight like ZeRO-3 of DeepSpeed: hooks gather and release it."""
     weight, parts = model.lm_head.weight, [Tensor()] * 2
@@ -263,6 +275,7 @@ WRAPPERS = {
         "told", {"reads": "DTensor"}, output_layouts=Shard(-1), use_local_output=False
     ),
     "TP, sharded output": tensor_parallel("told", output_layouts=Shard(0)),
+    "TP of a unit": Wrapper(two_dimensional, "told", "refused", same_batch=True),
     "ZeRO-3": Wrapper(zero3, "told", "left"),
 }
 
@@ -488,3 +501,31 @@ def test_processes_may_differ(ranks: list[dict[Any, Compared]]) -> None:
     for found in results:
         assert found.error <= 1e-5
         assert found.collectives == found.expected_collectives
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize("units", ["head", ""])
+def test_a_model_of_transformers(units: str) -> None:
+    """Trains a sharded model in one process, with mixed precision."""
+    pytest.importorskip("transformers")
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, results = dist.init_device_mesh("cpu", (1,)), []
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for convert in (pyfused.convert, lambda model: model):
+            model = convert(language_models.tiny("LlamaForCausalLM"))
+            for part in [*model.model.layers, *[model.lm_head] * bool(units), model]:
+                fully_shard(part, mesh=mesh, mp_policy=policy)
+            tokens = torch.arange(24).view(2, 12)
+            for _ in range(2):
+                output = model(input_ids=tokens, labels=tokens, use_cache=False)
+                output.loss.backward()
+            assert (output.logits is None) == (convert is pyfused.convert)
+            gradients = [parameter.grad.full_tensor() for parameter in model.parameters()]
+            results.append([output.loss.detach(), *gradients])
+        for found, expected in zip(*results, strict=True):
+            assert (found - expected).norm() <= 2e-2 * expected.norm()
+    finally:
+        dist.destroy_process_group()
