@@ -216,12 +216,12 @@ def is_distributed(hook: Any) -> bool:
 
 def has_hooks(module: Any, distributed: bool = True) -> bool:
     """Returns whether a call of a module runs hooks; torch.distributed's count if distributed."""
-    forward = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+    forward = module._forward_pre_hooks | module._forward_hooks
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
         or _has_any_global_hook()
-        or any(distributed or not is_distributed(hook) for hook in forward)
+        or (forward and (distributed or not all(map(is_distributed, forward.values()))))
     )
 
 

@@ -92,7 +92,7 @@ class _Call:
         self.families.append(deferred.Family(self, hidden, head.weight, head.bias))
         return self.families[-1].logits()
 
-    def sharded_logits(self, kind: Any, hidden: Tensor) -> Any:
+    def sharded_logits(self, kind: Any, hidden: Any) -> Any:
         """Returns the logits of a head whose hooks torch.distributed has defined."""
         head, policy = self.head, fsdp_policy(self.head)
         for family in self.families if policy else ():
@@ -103,7 +103,10 @@ class _Call:
         if policy is not None:
             reason = _reason(head, hidden)
             family = deferred.Family(self, hidden, weight, bias, finish=finish)
-        elif _is_colwise(hidden, weight, bias):
+        elif all(is_dtensor(x) for x in (hidden, weight, bias) if x is not None) and (
+            all(placement.is_replicate() for placement in hidden.placements)
+            and any(placement.is_shard(0) for placement in weight.placements)
+        ):
             family = deferred.ColwiseFamily(self, finish, hidden, weight, bias)
             reason = None if COMPARED in self.told or family.is_full() else reason
         if reason is not None:
@@ -136,17 +139,6 @@ def _head_call(kind: Any) -> Any:
 
 
 _HEAD = subclass.subclass(Linear, _head_call)
-
-
-def _is_colwise(hidden: Any, *parameters: Any) -> bool:
-    """Returns whether a head's input is replicated and its parameters are sharded by classes."""
-    tensors = [x for x in (hidden, *parameters) if x is not None]
-    return (
-        all(map(is_dtensor, tensors))
-        and hidden.device_mesh.ndim == 1
-        and hidden.placements[0].is_replicate()
-        and all(x.placements[0].is_shard(0) for x in tensors[1:])
-    )
 
 
 def _is_usable(head: Any, hidden: Any) -> bool:

@@ -89,8 +89,7 @@ class Family:
 
     def versions_now(self) -> Any:
         """Returns what changes if an input is changed in place; FSDP moves the weight."""
-        inputs = [x for x in self.inputs if x is not None]
-        return [(version_of(x), self.finish or x.data_ptr()) for x in inputs]
+        return [(version_of(x), self.finish or x.data_ptr()) for x in self.inputs if x is not None]
 
     def linear(self, input: Tensor) -> Tensor:
         """Returns the logits of rows of hidden states, computed."""
