@@ -26,18 +26,11 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
+from pyfused import torch_internals
 from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS
 from pyfused.ops.shards import is_dtensor
-from pyfused.torch_internals import (
-    active_mode,
-    fsdp_policy,
-    has_compiled_call,
-    has_hooks,
-    run_forward_hooks,
-    run_pre_hooks,
-    with_children,
-)
+from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
 
 _thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
@@ -94,11 +87,12 @@ class _Call:
 
     def sharded_logits(self, kind: Any, hidden: Any) -> Any:
         """Returns the logits of a head whose hooks torch.distributed has defined."""
-        head, policy = self.head, fsdp_policy(self.head)
+        head, policy = self.head, torch_internals.fsdp_policy(self.head)
         for family in self.families if policy else ():
             family.close("code after another call of its head")
-        (hidden,) = args = run_pre_hooks(head, (hidden,))
-        finish, weight, bias = partial(run_forward_hooks, head, args), head.weight, head.bias
+        (hidden,) = args = torch_internals.run_pre_hooks(head, (hidden,))
+        finish = partial(torch_internals.run_forward_hooks, head, args)
+        weight, bias = head.weight, head.bias
         reason: str | None = "its head has hooks"
         if policy is not None:
             reason = _reason(head, hidden)
@@ -167,7 +161,8 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
         hidden: The head's input, None before a call.
     """
     kind: Any = type(head)
-    if kind not in (Linear, _HEAD) and not (kind.__bases__[-1] is _HEAD and fsdp_policy(head)):
+    is_unit = kind.__bases__[-1] is _HEAD and torch_internals.fsdp_policy(head)
+    if kind not in (Linear, _HEAD) and not is_unit:
         return f"its head is a {kind.__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(head):
         return "the forward of its head was replaced, for example by accelerate's offloading"
