@@ -224,7 +224,7 @@ class Divergence(RowLoss):
         *tensors, options = arguments
         token_weight, denominator = options.token_weight, options.denominator
         if not token_weight is None is denominator:
-            token_weight, denominator = options.plan_tensors()
+            denominator = denominator if isinstance(denominator, Tensor) else None
             checks.values_of_options(token_weight, denominator)
         device = tensors[0].device.type
         for i, operand in enumerate(self.operands):
