@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
 from torch.nn.functional import pad
 
 from pyfused import functional
@@ -63,7 +64,7 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
     def step(function: Callable[..., Tensor]) -> None:
         result = function(*operands, **options)
         if not forward:
-            torch.autograd.grad(result, input, torch.ones_like(result))
+            grad(result, input, torch.ones_like(result))
 
     return step
 
@@ -155,7 +156,7 @@ def tune_gpu(
     copied = torch.empty_like(source)
     input.requires_grad_()
 
-    def seconds(step: Callable[[], object], waits: bool) -> float:
+    def seconds(step: Callable[[], object], wait: Callable[[], None]) -> float:
         step()  # compiles
         times = []
         for _ in range(_ROUNDS):
@@ -163,14 +164,12 @@ def tune_gpu(
             start = now()
             for _ in range(_CALLS):
                 step()
-            if waits:
-                synchronize()
+            wait()
             times.append((now() - start) / _CALLS)
         return median(times)
 
-    loss = lambda: torch.autograd.grad(functional.mse_loss(input, target), input)  # noqa: E731
-    host = seconds(loss, waits=False)
-    copy = seconds(lambda: copied.copy_(source), waits=True)
+    host = seconds(lambda: grad(functional.mse_loss(input, target), input), lambda: None)
+    copy = seconds(lambda: copied.copy_(source), synchronize)
     return max(1, round(1e6 * host)), max(1, round(2e-9 * _COPIED / copy))
 
 
@@ -183,10 +182,7 @@ def main(names: Sequence[str]) -> None:
         print(f"GPU: {host_us} us for a call on the host, {gb_per_s:,} GB/s", file=sys.stderr)
     file = sizes.tuned_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = {}
+    kept = sizes.tuned_machines()
     for machine, results in found.items():
         kept[machine] = sizes.tuned(machine) | results
     file.write_text(json.dumps(kept), encoding="utf-8")

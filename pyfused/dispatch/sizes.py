@@ -19,7 +19,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -160,12 +160,21 @@ def tuned_file() -> Path:
     return Path(caches, "pyfused", "sizes.json")
 
 
-def tuned(machine: str) -> dict[str, Limits]:
-    """Returns what was measured on a machine: two numbers for each name, {} if there are none."""
+def tuned_machines() -> dict[str, Any]:
+    """Returns what was measured on each machine, {} if there is nothing."""
     try:
-        pairs = json.loads(tuned_file().read_text(encoding="utf-8"))[machine].items()
+        found = json.loads(tuned_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tuned(machine: str) -> dict[str, Limits]:
+    """Returns what was measured on a machine: two numbers for each name."""
+    try:
+        pairs = tuned_machines().get(machine, {}).items()
         return {name: (int(first), int(second)) for name, (first, second) in pairs}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return {}
 
 

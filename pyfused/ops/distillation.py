@@ -222,8 +222,10 @@ class Divergence(RowLoss):
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         *tensors, options = arguments
-        token_weight, denominator = options.plan_tensors()
-        checks.values_of_options(token_weight, denominator)
+        token_weight, denominator = options.token_weight, options.denominator
+        if not token_weight is None is denominator:
+            denominator = denominator if isinstance(denominator, Tensor) else None
+            checks.values_of_options(token_weight, denominator)
         device = tensors[0].device.type
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
@@ -268,13 +270,6 @@ class LogitsDivergence(Divergence):
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
 
-        def arrange(arguments: Arguments) -> Sequence[Any]:
-            logits, teacher_logits, options = arguments
-            if not options.token_weight is None is options.denominator:
-                return self.to_rows(arguments)
-            classes = logits.shape[-1]
-            return logits.reshape(-1, classes), teacher_logits.reshape(-1, classes), None, None
-
         def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
             kept = options.with_tensors(*saved[count : count + 2])
             return self.define(saved[:count], kept, plan.needs, grad_output)
@@ -282,14 +277,7 @@ class LogitsDivergence(Divergence):
         def finish(loss: Tensor, arguments: Arguments) -> Tensor:
             return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
-        return replace(
-            plan,
-            arrange=arrange,
-            forward=forward,
-            backward=backward,
-            define=define,
-            finish=finish,
-        )
+        return replace(plan, forward=forward, backward=backward, define=define, finish=finish)
 
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
