@@ -1,9 +1,10 @@
 """Replaces the head and the loss of language models by ``linear_cross_entropy``.
 
-The classes of a model and its head are replaced by subclasses of the same names. In training, the
-model's original ``forward`` runs, and its head returns the logits of `deferred.py`, which are not
-computed: their cross-entropy is computed from the hidden states and the head's weight. If other
-code reads the logits, they are computed, so results never change.
+The classes of a model and its head are replaced by subclasses of the same names. In training, and
+in evaluation if the user asks for it, the model's original ``forward`` runs, and its head returns
+the logits of `deferred.py`, which are not computed: their cross-entropy is computed from the hidden
+states and the head's weight. If other code reads the logits, they are computed, so results never
+change.
 
 torch also computes the first loss of a model and the gradient of the head's input, for a few rows
 of logits at a time. If they differ, the model's original ``forward`` is restored. This takes the
@@ -28,7 +29,13 @@ from torch.nn import functional as F
 
 from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS
-from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
+from pyfused.torch_internals import (
+    active_mode,
+    has_compiled_call,
+    has_hooks,
+    version_of,
+    with_children,
+)
 
 _thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
@@ -44,11 +51,22 @@ class _Call:
 
     Attributes:
         told: The warnings issued for the model, and COMPARED after its first loss.
+        without_gradient: Whether logits are deferred in no_grad and inference mode.
+        metrics: The metrics of the last loss, if ``with_metrics`` is set.
         differs: How the first loss differs from torch's, None if it does not.
     """
 
-    def __init__(self, model: Any, head: Any, told: set[str]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        head: Any,
+        told: set[str],
+        without_gradient: bool = False,
+        with_metrics: bool = False,
+    ) -> None:
         self.model, self.head, self.told = model, head, told
+        self.without_gradient, self.with_metrics = without_gradient, with_metrics
+        self.metrics: Any = None
         self.families: list[deferred.Family] = []
         self.differs: str | None = None
         self.hooks = deferred.hooks()
@@ -70,7 +88,8 @@ class _Call:
 
     def logits(self, hidden: Tensor) -> Any:
         """Returns the deferred logits of hidden states, or None if the head has to run."""
-        if not torch.is_grad_enabled() or not _is_usable(self.head, hidden):
+        defers = torch.is_grad_enabled() or self.without_gradient
+        if not defers or not _is_usable(self.head, hidden):
             return None
         reason = _reason(self.head, hidden)
         if self.hooks != deferred.hooks():
@@ -89,6 +108,15 @@ class _Call:
             if differs == "":
                 self.told.add(COMPARED)
         return self.differs is None
+
+    def is_exact(self, bias: Tensor, dtype: torch.dtype) -> bool:
+        """Returns whether a bias keeps its values in autocast's dtype, like zeros; checks once."""
+        if bias.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        checked = f"{dtype} holds {bias.data_ptr()}, version {version_of(bias)}"
+        if checked not in self.told and torch.equal(bias.to(dtype).to(bias.dtype), bias):
+            self.told.add(checked)
+        return checked in self.told
 
 
 def _head_forward(kind: Any) -> Any:
@@ -116,11 +144,12 @@ def _is_usable(head: Any, hidden: Any) -> bool:
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return (
         hidden.layout is torch.strided
-        and not (hidden.is_nested or hidden.is_inference())
+        and not hidden.is_nested
+        and hidden.is_inference() == torch.is_inference_mode_enabled()
         and hidden.numel() > 0
         and hidden.shape[-1:] == head.weight.shape[-1:]
         and all(x.dtype in _CAST_DTYPES if autocast else x.dtype is hidden.dtype for x in tensors)
-        and any(x.requires_grad for x in tensors)
+        and (not torch.is_grad_enabled() or any(x.requires_grad for x in tensors))
         and active_mode() is None
     )
 
@@ -176,10 +205,9 @@ def _finished(output: Any) -> Any:
 # ---- supported models ----------------------------------------------------------------------------
 
 
-def _head_of(model: Any) -> str | None:
-    """Returns the name of a model's head among its children, None if it is not a child."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_children() if module is head), None)
+def _head_of(model: Any, vouched: str | None) -> Any:
+    """Returns the head that the user has named, or else the head of a model of transformers."""
+    return model.get_submodule(vouched) if vouched else model.get_output_embeddings()
 
 
 def has_head(module: Any) -> bool:
@@ -202,35 +230,38 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if subclass.is_fused(model):
         return "is already converted"
     if vouched is not None:
-        heads = [name for name, module in model.named_children() if type(module) in (Linear, _HEAD)]
+        linear = [(name, m) for name, m in model.named_modules() if type(m) in (Linear, _HEAD)]
+        heads = [name for name, _ in sorted(linear, key=lambda item: -item[1].out_features)]
         if vouched not in heads:
-            known = f"one of {heads}" if heads else "but the model has none"
+            known = f"such as one of {heads[:5]}" if heads else "but the model has none"
             raise ValueError(
-                "head: expected the name of a torch.nn.Linear among the model's children, "
+                "head: expected the name of a torch.nn.Linear in the model, "
                 f"{known}, got {vouched!r}"
             )
     if "forward" in vars(model):
         return "its forward was replaced"
-    head = vouched or _head_of(model)
-    if head is None or type(getattr(model, head)) not in (Linear, _HEAD):
+    head = _head_of(model, vouched)
+    if type(head) not in (Linear, _HEAD):
         return "its head is not a plain torch.nn.Linear"
-    reason = _reason(getattr(model, head))
+    reason = _reason(head)
     if vouched is not None or reason is not None:
         return reason
-    if "labels" not in inspect.signature(type(model).forward).parameters:
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    if not any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters):
         return "its forward takes no labels"
-    return None if getattr(model, head).weight.is_meta else _trial_reason(model, head)
+    return None if head.weight.is_meta else _trial_reason(model, head)
 
 
-def fuse(model: Any, head: str | None = None) -> None:
+def fuse(model: Any, head: str | None, evaluation: bool, metrics: bool) -> None:
     """Changes the classes of a model and its head to their fused subclasses.
 
     Args:
         head: The name of the head if the user passed one; None for a model of transformers.
+        evaluation, metrics: As in :func:`pyfused.convert`.
     """
     setattr(model, subclass.MARK, set())  # the warnings that have been issued
-    _fuse_head(getattr(model, head or _head_of(model) or ""))
-    subclass.fuse(model, _fused_forward, head)
+    _fuse_head(_head_of(model, head))
+    subclass.fuse(model, _fused_forward, head, evaluation, metrics)
 
 
 def _fuse_head(head: Any) -> None:
@@ -239,37 +270,57 @@ def _fuse_head(head: Any) -> None:
         subclass.fuse(head, _head_forward)
 
 
-def _fused_forward(kind: Any, head: str | None) -> Any:
+def _fused_forward(
+    kind: Any, head: str | None, evaluation: bool = False, metrics: bool = False
+) -> Any:
     """Returns the ``forward`` of a model's subclass."""
-    parameters = inspect.signature(kind.forward)
+    names = _positional_arguments(kind)
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        name = head
-        if name is None and _wants_loss_alone(model, parameters, args, kwargs):
-            name = _head_of(model)
-        if name is None or not model.training:
-            return kind.forward(model, *args, **kwargs)
-        layer, told = getattr(model, name), vars(model).get(subclass.MARK)
+        told = vars(model).get(subclass.MARK)
         told = told if isinstance(told, set) else set()
+        if metrics:
+            model.pyfused_metrics = None
+        if not (model.training or evaluation):
+            return kind.forward(model, *args, **kwargs)
+        if head is None:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if given.get("labels") is None:
+                _tell_of_missing_labels(model, told, given)
+            if not _wants_loss_alone(model, given):
+                return kind.forward(model, *args, **kwargs)
+        layer = _head_of(model, head)
         reason = _reason(layer)
         if reason is not None:
             _tell(model, told, reason)
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
             _fuse_head(layer)  # the head may have been replaced after the conversion
-        call = _Call(model, layer, told)
+        call = _Call(model, layer, told, not model.training, metrics)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _tell(model, told, f"its {call.differs}. From now on, its original forward runs")
             unfuse(model)
             return output
+        if metrics:
+            model.pyfused_metrics = call.metrics
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
             _tell(model, told, f"its logits are read by {', '.join(reads)}")
         return output
 
     return forward
+
+
+def _positional_arguments(kind: Any) -> list[str]:
+    """Returns the names of the arguments of ``forward``; *args are passed to the base class."""
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            parameters = inspect.signature(base.forward).parameters
+            if not any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+                return list(parameters)[1:]
+    return []
 
 
 def unfuse(model: Any) -> None:
@@ -285,18 +336,24 @@ def _tell(model: Any, told: set[str], reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _wants_loss_alone(
-    model: Any, parameters: inspect.Signature, args: Any, kwargs: dict[str, Any]
-) -> bool:
+def _tell_of_missing_labels(model: Any, told: set[str], given: dict[str, Any]) -> None:
+    """Warns of a training step whose loss the user computes from the model's logits."""
+    within = getattr(_thread, "call", None) is not None  # the call of an outer model
+    own = ("shift_labels", "logits_to_keep", "output_hidden_states", "past_key_values")
+    if model.training and torch.is_grad_enabled() and not within and not any(map(given.get, own)):
+        reason = (
+            "it was called in training mode without labels. Pass labels. Trainer removes them with "
+            "label_smoothing_factor or compute_loss_func: leave both unset, and for label "
+            "smoothing override compute_loss with pyfused.functional.linear_cross_entropy"
+        )
+        _tell(model, told, reason)
+
+
+def _wants_loss_alone(model: Any, given: dict[str, Any]) -> bool:
     """Returns whether a model's call has labels and no argument that requires the logits."""
-    given = parameters.bind(model, *args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
-    keep = given.get("logits_to_keep", 0)
     return (
         given.get("labels") is not None
         and "_loss_function" not in vars(model)  # the user has replaced the loss
-        and isinstance(keep, int)
-        and keep == 0
         and given.get("return_dict", model.config.return_dict) is not False
     )
 
@@ -306,13 +363,20 @@ def _wants_loss_alone(
 
 def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | None:
     """Returns how a loss or its gradient differs from torch's, "" if equal, None if unknown."""
-    rows = node.rows.detach().requires_grad_()
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _loss_differs(node, target.clone(), options)
+    rows = node.rows.detach()
+    rows = (rows.clone() if rows.is_inference() else rows).requires_grad_()
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     size = max(1, ROWS_BYTES // (4 * len(node.family.inputs[1])))
     losses, gradients = [], []
-    valid = (target != options["ignore_index"]).sum() if options["reduction"] == "mean" else 1
-    with deferred.saved_here():
+    valid: Any = 1
+    if options["reduction"] == "mean":
+        kept, weight = target != options["ignore_index"], options["weight"]
+        valid = kept.sum() if weight is None else weight[target.where(kept, 0)][kept].sum()
+    with torch.enable_grad(), deferred.saved_here():
         loss = node.loss(rows, target, options)
         (gradient,) = torch.autograd.grad(loss, rows, torch.ones_like(loss) * valid)
         for chunk, targets in zip(rows.split(size), target.split(size), strict=True):
@@ -366,42 +430,64 @@ class _Outputs:
             raise AttributeError(name)
 
 
-def _trial_reason(model: Any, name: str) -> str | None:
+def _twin(model: Any, path: str, head: Any, hidden: Tensor) -> Any:
+    """Returns a shallow copy of a model with another head and decoders that return fixed states."""
+    name, _, rest = path.partition(".")
+    base, kinds = getattr(model, "base_model", None), sys.modules["transformers"].PreTrainedModel
+    changed: dict[str, Any] = {
+        each: _Decoder(module, hidden)
+        for each, module in model.named_children()
+        if module is base or isinstance(module, kinds)
+    }
+    changed[name] = _twin(getattr(model, name), rest, head, hidden) if rest else head
+    return with_children(model, changed)
+
+
+def _trial_reason(model: Any, head: Any) -> str | None:
     """Returns why a model of transformers cannot be converted, by running it.
 
     The ``forward`` of a shallow copy of the model runs with and without deferred logits, and with a
     decoder that returns random hidden states. The model does not change, and only a few rows of
     logits are computed.
     """
-    head, children = getattr(model, name), dict(model.named_children())
+    path = next((name for name, module in model.named_modules() if module is head), "")
     kinds = sys.modules["transformers"].PreTrainedModel
-    bases = [n for n, m in children.items() if m is model.base_model or isinstance(m, kinds)]
-    if not bases:
+    bases = [m for m in model.modules() if m is model.base_model or isinstance(m, kinds)]
+    if not path or bases == [model]:
         return "its hidden states do not come from a base model"
     weight, generator = head.weight, torch.Generator().manual_seed(0)
-    values = torch.randn(1, TOKENS, head.in_features, generator=generator)
-    hidden = values.to(weight.device, weight.dtype).requires_grad_()
     labels = torch.randint(len(weight), (1, TOKENS), generator=generator).to(weight.device)
     labels[0, 1] = -100
     inputs: dict[str, Any] = {"input_ids": torch.zeros_like(labels), "labels": labels}
-    if "output_router_logits" in inspect.signature(type(model).forward).parameters:
+    parameters = inspect.signature(type(model).forward).parameters
+    if "output_router_logits" in parameters:
         inputs["output_router_logits"] = False
+    if model.main_input_name in parameters:
+        inputs[model.main_input_name] = inputs.pop("input_ids")
     deferring = copy.copy(head)
     _fuse_head(deferring)
-    decoders = {base: _Decoder(children[base], hidden) for base in bases}
-    twin = with_children(model, decoders | {name: deferring})
-    results: list[tuple[Tensor, ...]] = []
-    uses: list[str] = []
-    try:
-        with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
-            for call in (_Call(twin, head, {COMPARED}), _Call(twin, deferring, {COMPARED})):
-                output, uses = call.run(type(model), (), inputs)  # the second call defers logits
-                results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
-    except Exception as error:
-        return f"its forward raised {error!r} when called with random hidden states"
-    if set(uses) != {LOSS}:
-        read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
-        return f"its logits are read by {read}" if read else "its loss is not a cross-entropy"
-    expected, found = results
-    difference = _difference(zip(found, expected, strict=True), weight.dtype)
-    return f"its {difference}" if difference else None
+    reason = None
+    # The head's input may be a projection of the decoder's output.
+    features = head.in_features
+    for size in dict.fromkeys((features, getattr(model.config, "hidden_size", features))):
+        values = torch.randn(1, TOKENS, size, generator=generator)
+        hidden = values.to(weight.device, weight.dtype).requires_grad_()
+        twin = _twin(model, path, deferring, hidden)
+        results: list[tuple[Tensor, ...]] = []
+        uses: list[str] = []
+        try:
+            with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
+                for of in (head, deferring):
+                    call = _Call(twin, of, {COMPARED})
+                    output, uses = call.run(type(model), (), inputs)  # the second call defers
+                    results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
+        except Exception as error:
+            reason = f"its forward raised {error!r} when called with random hidden states"
+            continue
+        if set(uses) != {LOSS}:
+            read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
+            return f"its logits are read by {read}" if read else "its loss is not a cross-entropy"
+        expected, found = results
+        difference = _difference(zip(found, expected, strict=True), weight.dtype)
+        return f"its {difference}" if difference else None
+    return reason

@@ -51,7 +51,9 @@ class Conversion(NamedTuple):
         return "\n".join(lines)
 
 
-def convert(model: Model, *, head: str | None = None) -> Model:
+def convert(
+    model: Model, *, head: str | None = None, evaluation: bool = False, metrics: bool = False
+) -> Model:
     """Replaces supported torch modules by pyfused's, in place.
 
     Modules stay the same objects and only change their class: hooks, buffers, device, training
@@ -94,7 +96,7 @@ def convert(model: Model, *, head: str | None = None) -> Model:
         elif gated_mlp.is_known(module):
             gated_mlp.fuse(module)
         else:
-            causal_lm.fuse(module, head if name == "." else None)
+            causal_lm.fuse(module, head if name == "." else None, evaluation, metrics)
             continue
         setattr(module, MARK, True)
     _log.info("convert: %s", plan)
@@ -146,6 +148,7 @@ def revert(model: Module) -> tuple[str, ...]:
     for _, module in converted:
         if MARK in vars(module):
             delattr(module, MARK)
+            vars(module).pop("pyfused_metrics", None)
             if is_fused(module):
                 unfuse(module)
             elif type(module) in _TORCH_CLASSES:
