@@ -41,6 +41,13 @@ def names() -> list[str]:
     return [n for n in dir(transformers) if n.endswith(ends) and not n.startswith("Auto")]
 
 
+def sizes_of(known: Any) -> dict[str, Any]:
+    """Returns the arguments of a configuration like this one, and of the configurations in it."""
+    given = {key: value for key, value in SIZES.items() if hasattr(known, key)}
+    parts = {key: getattr(known, key, None) for key in known.sub_configs}
+    return given | {key: sizes_of(part) for key, part in parts.items() if part is not None}
+
+
 def tiny(name: str) -> Any:
     """Returns a model of this class with random weights.
 
@@ -50,8 +57,7 @@ def tiny(name: str) -> Any:
     import transformers
 
     kind = getattr(transformers, name)
-    of_config, known = kind.config_class, kind.config_class()
-    given = {key: value for key, value in SIZES.items() if hasattr(known, key)}
+    of_config, given = kind.config_class, sizes_of(kind.config_class())
     config = of_config(**given)
     for types in ("layer_types", "mlp_layer_types"):
         if len(getattr(config, types, None) or (0, 0)) != 2:
@@ -61,6 +67,7 @@ def tiny(name: str) -> Any:
         size = sum(parameter.numel() for parameter in kind(config).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size >> 20} million parameters")
+    config.decoder_start_token_id = 1
     torch.manual_seed(0)
     return kind(config).train()
 

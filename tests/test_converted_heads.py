@@ -149,6 +149,29 @@ def sliced(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     )()
 
 
+def selected(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    if x.dim() < 2 or min(x.shape) < 2:
+        return x
+    leading = x.shape[: draw.randrange(1, x.dim())]
+    mask = torch.arange(leading.numel()).view(leading) % 4 != 1
+    index = torch.tensor([1, 0, 1])
+    return draw.choice(
+        [
+            lambda: x[mask],
+            lambda: x[index],
+            lambda: x[index, index] if x.dim() > 2 else x[(index,)],
+            lambda: x[index.view(1, 3).expand(2, 3)],
+            lambda: x[mask.nonzero(as_tuple=True)],
+        ]
+    )()
+
+
+def shifted(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    bias = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype)
+    bias = bias.view((1,) * draw.randrange(x.dim()) + bias.shape)
+    return draw.choice([lambda: x + bias, lambda: x.add(bias), lambda: torch.add(x, bias)])()
+
+
 def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     by = number(draw)
     return draw.choice(
@@ -256,7 +279,7 @@ def without_gradient(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tens
     return x
 
 
-PROVEN: list[Callable[..., Tensor]] = [view, view, sliced, scaled, cast]
+PROVEN: list[Callable[..., Tensor]] = [view, view, sliced, selected, shifted, scaled, cast]
 ANY: list[Callable[..., Tensor]] = [read, read, in_place, without_gradient]
 
 
@@ -271,13 +294,14 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
         index[::3] = options["ignore_index"]
     if draw.random() < 0.3:
         options["label_smoothing"] = 0.1
+    weight = torch.linspace(0.5, 1.5, classes, dtype=rows.dtype)
+    if draw.random() < 0.2:
+        options["weight"] = weight
     if anything and draw.random() < 0.5:
-        weight = torch.linspace(0.5, 1.5, classes, dtype=rows.dtype)
         return draw.choice(
             [
                 lambda: F.cross_entropy(rows, index, weight=weight),
                 lambda: F.cross_entropy(rows.t()[None], index[None], **options).sum(),
-                lambda: F.nll_loss(rows.log_softmax(-1), index.clamp(min=0)),
                 lambda: rows.logsumexp(-1).sum(),
                 lambda: F.cross_entropy(rows, rows.detach().softmax(-1)),
                 lambda: F.cross_entropy(rows[0], index[0].clamp(min=0)),
@@ -285,12 +309,30 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
                 lambda: checkpoint(F.cross_entropy, rows, index, use_reentrant=draw.random() < 0.5),
             ]
         )()
+    more: list[Callable[[], Tensor]] = []
+    if "label_smoothing" not in options:
+        more += [
+            lambda: F.nll_loss(F.log_softmax(rows, -1), index, **options).sum(),
+            lambda: nn.NLLLoss(**options)(nn.LogSoftmax(-1)(rows), index).sum(),
+            lambda: F.nll_loss(x.log_softmax(-1).view(-1, classes), index, **options).sum(),
+        ]
+    if x.dim() > 2:
+        places = index.view(x.shape[:-1])
+        more += [
+            lambda: F.cross_entropy(x.movedim(-1, 1), places, **options).sum(),
+            lambda: (
+                (F.cross_entropy(x.transpose(1, 2), places, **options) * 2).sum()
+                if x.dim() == 3
+                else x.sum()
+            ),
+        ]
     return draw.choice(
         [
             lambda: F.cross_entropy(rows, index, **options).sum(),
             lambda: nn.CrossEntropyLoss(**options)(rows, index).sum(),
             lambda: F.cross_entropy(input=rows, target=index, **options).sum(),
             lambda: pyfused.functional.cross_entropy(rows, index, **options).sum(),
+            *more,
         ]
     )()
 

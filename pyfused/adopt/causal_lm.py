@@ -423,7 +423,8 @@ class _Outputs:
         self.last_hidden_state = hidden
 
     def __getitem__(self, index: Any) -> Any:
-        return self.last_hidden_state if index == 0 else () if isinstance(index, slice) else None
+        states = self.last_hidden_state, self.last_hidden_state[:, 0]  # the second is pooled
+        return states[index] if isinstance(index, slice) else states[0] if index == 0 else None
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -433,13 +434,14 @@ class _Outputs:
 def _twin(model: Any, path: str, head: Any, hidden: Tensor) -> Any:
     """Returns a shallow copy of a model with another head and decoders that return fixed states."""
     name, _, rest = path.partition(".")
-    base, kinds = getattr(model, "base_model", None), sys.modules["transformers"].PreTrainedModel
+    base, kinds = getattr(model, "base_model", model), sys.modules["transformers"].PreTrainedModel
+    children: dict[str, Any] = dict(model.named_children())
     changed: dict[str, Any] = {
         each: _Decoder(module, hidden)
-        for each, module in model.named_children()
+        for each, module in children.items()
         if module is base or isinstance(module, kinds)
     }
-    changed[name] = _twin(getattr(model, name), rest, head, hidden) if rest else head
+    changed[name] = _twin(children[name], rest, head, hidden) if rest else head
     return with_children(model, changed)
 
 
@@ -462,6 +464,9 @@ def _trial_reason(model: Any, head: Any) -> str | None:
     parameters = inspect.signature(type(model).forward).parameters
     if "output_router_logits" in parameters:
         inputs["output_router_logits"] = False
+    for sentence in ("next_sentence_label", "sentence_order_label"):  # of pretraining
+        if sentence in parameters:
+            inputs[sentence] = labels.new_zeros(1)
     if model.main_input_name in parameters:
         inputs[model.main_input_name] = inputs.pop("input_ids")
     deferring = copy.copy(head)

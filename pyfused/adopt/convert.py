@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +25,16 @@ FUSED: dict[type[Module], type[Module]] = {
     if hasattr(torch.nn, op.module)
 }
 _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
+_LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}
+_HEAD = "linear_cross_entropy, which computes head and loss"
+
+
+class Replaced(NamedTuple):
+    """A module that :func:`pyfused.convert` replaces, and what replaces it."""
+
+    name: str
+    kind: str
+    replacement: str
 
 
 class Left(NamedTuple):
@@ -37,18 +48,33 @@ class Left(NamedTuple):
 class Conversion(NamedTuple):
     """The changes of :func:`pyfused.convert`.
 
+    Printed, it is a table of these modules.
+
     Attributes:
-        swapped: The names of the modules that it replaces.
+        replaced: The modules that it replaces.
         left: The modules that it does not replace, with reasons.
     """
 
-    swapped: tuple[str, ...]
+    replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
 
+    @property
+    def swapped(self) -> tuple[str, ...]:
+        """The names of the modules that it replaces."""
+        return tuple(each.name for each in self.replaced)
+
     def __str__(self) -> str:
-        lines = [f"swapped: {', '.join(self.swapped) or 'none'}"]
-        lines += [f"left alone: {name} ({kind}): {reason}" for name, kind, reason in self.left]
-        return "\n".join(lines)
+        rows = [(*each[:2], f"replaced by {each.replacement}") for each in self.replaced]
+        rows += [(*each[:2], f"left: {each.reason}") for each in self.left]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{n:{widths[0]}}  {k:{widths[1]}}  {outcome}" for n, k, outcome in rows]
+        return "\n".join(lines if self.replaced else [_NOTHING, *lines])
+
+
+_NOTHING = (
+    "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
+    "and no language model of transformers. For any other one, pass head=, its linear layer."
+)
 
 
 def convert(
@@ -59,11 +85,11 @@ def convert(
     Modules stay the same objects and only change their class: hooks, buffers, device, training
     flag, names and references are kept. Subclasses are not replaced.
 
-    In transformers' language models whose head is a plain linear layer, head and loss become
-    :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels returns
-    the loss and no logits. ``convert`` tries each model first, by computing the loss of a few
-    random hidden states with and without the change. The model is not changed if the loss or its
-    gradient differs, or if other code reads the logits.
+    In transformers' language models whose head is a plain linear layer, at any depth, head and loss
+    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels
+    returns the loss and no logits. ``convert`` tries each model first, by computing the loss of a
+    few random hidden states with and without the change. The model is not changed if the loss or
+    its gradient differs, or if other code reads the logits.
 
     In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
@@ -76,7 +102,13 @@ def convert(
             ``model`` is a language model of any library whose ``forward`` calls it and torch's
             cross-entropy. In training mode the logits in its output are None if only the loss reads
             them; any other code that reads them receives them. The first loss is compared with
-            torch's: if they differ, the model's original ``forward`` is restored.
+            torch's: if they differ, the model's original ``forward`` is restored. The name of a
+            layer further down has dots: ``"cls.predictions.decoder"``.
+        evaluation: Whether a language model's calls with labels return no logits in evaluation mode
+            either, with gradients, in ``no_grad`` or in inference mode.
+        metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
+            :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass.
+            None if that cross-entropy was not fused.
 
     Returns:
         The same model.
@@ -87,10 +119,12 @@ def convert(
             changed.
     """
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
-    for name in plan.swapped:
+    kinds: Counter[str] = Counter()
+    for name, kind, replacement in plan.replaced:
         module = modules[name]
         if MARK in vars(module):  # a module may have several names
             continue
+        kinds[f"head and loss of {kind}" if replacement is _HEAD else kind] += 1
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
         elif gated_mlp.is_known(module):
@@ -99,7 +133,12 @@ def convert(
             causal_lm.fuse(module, head if name == "." else None, evaluation, metrics)
             continue
         setattr(module, MARK, True)
-    _log.info("convert: %s", plan)
+    if kinds:
+        listed = [kind if "head" in kind else f"{n} {kind}" for kind, n in kinds.items()]
+        made = f"replaced {kinds.total()} modules ({', '.join(listed)}); left {len(plan.left)}"
+        _log.info("pyfused.convert: %s: see pyfused.plan_conversion(model)", made)
+    else:
+        _log.info("pyfused.convert: %s", plan)
     return model
 
 
@@ -111,13 +150,13 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
         head: As in :func:`convert`.
 
     Returns:
-        The names of the modules that would be replaced (``"."`` is the model itself), and the
+        The modules that would be replaced (``"."`` is the model itself), and the language models,
         losses and activations that would not be, with reasons.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
     """
-    swapped, left = [], []
+    replaced, left = [], []
     for name, module in _modules(model):
         vouched = head if name == "." else None
         has_head = vouched is not None or causal_lm.has_head(module)
@@ -127,9 +166,14 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             reason = _reason_to_leave(module)
         if reason:
             left.append(Left(name, type(module).__qualname__, reason))
-        elif has_head or type(module) in FUSED or gated_mlp.is_known(module):
-            swapped.append(name)
-    return Conversion(tuple(swapped), tuple(left))
+        elif has_head:
+            replaced.append(Replaced(name, type(module).__qualname__, _HEAD))
+        elif type(module) in FUSED:
+            kind = type(module).__qualname__
+            replaced.append(Replaced(name, kind, f"pyfused.nn.{kind}"))
+        elif gated_mlp.is_known(module):
+            replaced.append(Replaced(name, type(module).__qualname__, "a fused gated activation"))
+    return Conversion(tuple(replaced), tuple(left))
 
 
 def revert(model: Module) -> tuple[str, ...]:
@@ -182,7 +226,7 @@ def _wrapper(module: Module) -> str | None:
 
 
 def _reason_to_leave(module: Module) -> str | None:
-    if type(module) in _TORCH_CLASSES:
+    if type(module).__module__ == nn.__name__:
         return "is already a module of pyfused.nn"
     for torch_class in FUSED:
         if type(module) is torch_class and "forward" in vars(module):
@@ -193,4 +237,7 @@ def _reason_to_leave(module: Module) -> str | None:
             return "is compiled by torch.jit"
         if type(module) is not torch_class and type(module).__name__ == torch_class.__name__:
             return f"is a class of {type(module).__module__}, not torch.nn.{torch_class.__name__}"
-    return None
+    if type(module) in FUSED or isinstance(module, torch.nn.MultiheadAttention):
+        return None
+    known = any(base.__module__ in _LOSSES_AND_ACTIVATIONS for base in type(module).__mro__)
+    return "has no counterpart in pyfused.nn" if known else None

@@ -293,8 +293,8 @@ class _Node:
         elif function in _SUMS:
             if kwargs or not self.is_bias(only):
                 return None
-            changed["shift"] = only.reshape(-1)
-            args = (changed["shift"],)  # without leading dimensions, for any selection of rows
+            args = (only.reshape(-1),)  # without leading dimensions, for any selection of rows
+            changed["shift"] = args[0] if self.shift is None else self.shift + args[0]
             result = function(self.example, args[0].to(self.example.device))
             self.family.watch(only)
         elif function is Tensor.to and type(only) is torch.device:
