@@ -1,4 +1,4 @@
-"""Builds a tiny model of every causal language model of transformers, and converts it."""
+"""Builds a tiny model of every language model of transformers, and converts it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import sys
 from typing import Any
 
+import numpy
 import torch
 
 import pyfused
@@ -37,8 +38,9 @@ MOST_PARAMETERS = 30_000_000  # the limit for models whose sizes cannot be set
 def names() -> list[str]:
     import transformers
 
-    ends = ("ForCausalLM", "LMHeadModel")
-    return [n for n in dir(transformers) if n.endswith(ends) and not n.startswith("Auto")]
+    ends = "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "MTModel"
+    listed = [n for n in dir(transformers) if n.endswith(ends) and "PreTrainedModel" not in n]
+    return [n for n in listed if not n.startswith(("Auto", "FSMTModel", "PretrainedFSMT"))]
 
 
 def sizes_of(known: Any) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def step(model: Any) -> tuple[torch.Tensor, list[torch.Tensor | None], bool]:
     labels = tokens.clone()
     labels[:, ::4] = -100
     torch.manual_seed(0)  # for dropout
+    numpy.random.seed(0)  # noqa: NPY002 for BigBird's random attention
     output = model(input_ids=tokens, labels=labels, use_cache=False)
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True)

@@ -29,13 +29,7 @@ from torch.nn import functional as F
 
 from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS
-from pyfused.torch_internals import (
-    active_mode,
-    has_compiled_call,
-    has_hooks,
-    version_of,
-    with_children,
-)
+from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
 
 _thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
@@ -108,15 +102,6 @@ class _Call:
             if differs == "":
                 self.told.add(COMPARED)
         return self.differs is None
-
-    def is_exact(self, bias: Tensor, dtype: torch.dtype) -> bool:
-        """Returns whether a bias keeps its values in autocast's dtype, like zeros; checks once."""
-        if bias.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        checked = f"{dtype} holds {bias.data_ptr()}, version {version_of(bias)}"
-        if checked not in self.told and torch.equal(bias.to(dtype).to(bias.dtype), bias):
-            self.told.add(checked)
-        return checked in self.told
 
 
 def _head_forward(kind: Any) -> Any:

@@ -32,6 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
@@ -58,6 +59,7 @@ _PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
 _QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide}
 _INDEX_DTYPES = (torch.bool, torch.int64)
 _STATE = ("rows", "cast", "scale", "cap", "shift", "log", "channels")  # of a node
+_EXACT: Any = WeakTensorKeyDictionary()  # a bias, and the dtype and version that were compared
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 
 
@@ -289,7 +291,7 @@ class _Node:
         elif function in _LOG_SOFTMAX:
             if not self.is_over_classes(*args, **kwargs):
                 return None
-            changed["log"] = True
+            changed["log"], args, kwargs = True, (), {"dim": -1}  # for any selection of rows
         elif function in _SUMS:
             if kwargs or not self.is_bias(only):
                 return None
@@ -344,8 +346,8 @@ class _Node:
         if not one_each or tensor.dim() > example.dim() or tensor.device != rows.device:
             return False
         _, _, autocast, dtype, _ = self.family.context
-        if autocast:  # which casts a bias
-            return not self.family.traced and self.family.call.is_exact(tensor, dtype)
+        if autocast:  # the kernel's bias has autocast's dtype
+            return not self.family.traced and _is_exact(tensor, dtype)
         return tensor.dtype is example.dtype is rows.dtype
 
     def cross_entropy(
@@ -404,6 +406,16 @@ class _Node:
         )
         self.family.call.metrics = result[1]
         return result[0]
+
+
+def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether a dtype holds a bias exactly, such as zeros; a bias is compared once."""
+    if bias.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    now = dtype, *_versions([bias])
+    if _EXACT.get(bias) != now and torch.equal(bias.to(dtype).to(bias.dtype), bias):
+        _EXACT[bias] = now
+    return _EXACT.get(bias) == now
 
 
 def _is_size(value: Any) -> bool:
