@@ -374,7 +374,6 @@ def test_calls_with_shifted_labels_and_kept_logits() -> None:
         )
 
 
-ENCODER = SIZES | {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -430,12 +429,9 @@ def qwen2_vl() -> tuple[Any, dict[str, Any]]:
 def whisper() -> tuple[Any, dict[str, Any]]:
     import transformers
 
-    config = transformers.WhisperConfig(
-        **ENCODER | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
-        decoder_start_token_id=1,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    sizes = language_models.sizes_of(transformers.WhisperConfig())
+    sizes |= {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64}
+    config = transformers.WhisperConfig(**sizes | {"decoder_start_token_id": 1})
     model = transformers.WhisperForConditionalGeneration(config)
     return model, {"input_features": torch.rand(8, 8, 40), "labels": batch()["labels"]}
 
@@ -472,7 +468,8 @@ def test_models_with_several_parts(of: Callable[[], Any]) -> None:
         convert(model.train())
         torch.manual_seed(0)
         output = model(**inputs)
-        names, leaves = zip(*model.named_parameters(), strict=True)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        names, leaves = zip(*trained, strict=True)
         gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True)
         found.append((output.loss, dict(zip(names, gradients, strict=True))))
     logits = getattr(output, "logits", None) or getattr(output, "prediction_logits", None)
@@ -485,8 +482,10 @@ def test_models_with_several_parts(of: Callable[[], Any]) -> None:
 @as_users_run_it
 def test_training_without_labels_warns_once() -> None:
     model, tokens = pyfused.convert(language_model("Llama")), batch()["input_ids"]
+    encoder_decoder, inputs = bert_to_bert()
+    pyfused.convert(encoder_decoder.train())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         model(tokens, output_hidden_states=True)
         model(tokens, logits_to_keep=1)
         with torch.no_grad():
@@ -494,8 +493,7 @@ def test_training_without_labels_warns_once() -> None:
         model.generate(tokens, max_new_tokens=2, do_sample=False)
         model.eval()(tokens)
         model.train().model(tokens)
-        encoder_decoder, inputs = bert_to_bert()
-        pyfused.convert(encoder_decoder.train())(**inputs)  # its decoder gets no labels
+        encoder_decoder(**inputs)  # its decoder gets no labels
     with pytest.warns(RuntimeWarning, match="without labels. Pass labels. Trainer removes them"):
         model(tokens)
     with warnings.catch_warnings():
@@ -503,7 +501,7 @@ def test_training_without_labels_warns_once() -> None:
         model(tokens)
 
 
-def trainer(model: Any, **options: Any) -> Any:
+def trainer(model: Any, kind: Any = None, **options: Any) -> Any:
     import transformers
 
     texts = example("with_transformers").Texts()
@@ -511,7 +509,7 @@ def trainer(model: Any, **options: Any) -> Any:
         "unused", max_steps=3, logging_steps=1, use_cpu=True, report_to=[], save_strategy="no",
         disable_tqdm=True, per_device_eval_batch_size=8, **options,
     )  # fmt: skip
-    return transformers.Trainer(model, arguments, train_dataset=texts, eval_dataset=texts)
+    return (kind or transformers.Trainer)(model, arguments, train_dataset=texts, eval_dataset=texts)
 
 
 @as_users_run_it
@@ -541,26 +539,25 @@ def test_label_smoothing_as_documented() -> None:
 def test_evaluation_and_metrics_with_trainer() -> None:
     import transformers
 
-    class LogAccuracy(transformers.TrainerCallback):  # as in docs/language-models.md
-        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
-            metrics = model.pyfused_metrics
-            valid = metrics.prediction != -100
-            self.accuracy = float(metrics.correct.sum() / valid.sum())
-
-        def on_log(self, *_: Any, logs: Any, **__: Any) -> None:
-            logs["accuracy"] = self.accuracy
+    class Accuracy(transformers.Trainer):  # as in docs/language-models.md
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            metrics = self.model.pyfused_metrics
+            if "loss" in logs and metrics is not None:
+                valid = metrics.prediction != -100
+                logs["accuracy"] = float(metrics.correct.sum() / valid.sum())
+            super().log(logs, *args)
 
     def plain() -> Any:
         return language_model("Llama", vocab_size=512)
 
     expected = trainer(plain()).evaluate()["eval_loss"]
     model = pyfused.convert(plain(), evaluation=True, metrics=True)
-    train = trainer(model)
+    train = trainer(model, Accuracy)
     assert train.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert model.pyfused_metrics.correct.shape == (8 * 32,)
-    train.add_callback(LogAccuracy())
     train.train()
-    assert [0 <= entry["accuracy"] <= 1 for entry in train.state.log_history[1:4]] == [True] * 3
+    steps = [entry for entry in train.state.log_history if "loss" in entry]
+    assert [0 <= entry["accuracy"] <= 1 for entry in steps] == [True] * 3
 
 
 @as_users_run_it
