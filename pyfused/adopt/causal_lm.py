@@ -45,22 +45,13 @@ class _Call:
 
     Attributes:
         told: The warnings issued for the model, and COMPARED after its first loss.
-        without_gradient: Whether logits are deferred in no_grad and inference mode.
         metrics: The metrics of the last loss, if ``with_metrics`` is set.
         differs: How the first loss differs from torch's, None if it does not.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        head: Any,
-        told: set[str],
-        without_gradient: bool = False,
-        with_metrics: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, head: Any, told: set[str], with_metrics: bool = False) -> None:
         self.model, self.head, self.told = model, head, told
-        self.without_gradient, self.with_metrics = without_gradient, with_metrics
-        self.metrics: Any = None
+        self.with_metrics, self.metrics = with_metrics, None
         self.families: list[deferred.Family] = []
         self.differs: str | None = None
         self.hooks = deferred.hooks()
@@ -82,7 +73,8 @@ class _Call:
 
     def logits(self, hidden: Tensor) -> Any:
         """Returns the deferred logits of hidden states, or None if the head has to run."""
-        defers = torch.is_grad_enabled() or self.without_gradient
+        # In training, no_grad is of a checkpoint or of generation.
+        defers = torch.is_grad_enabled() or not self.model.training
         if not defers or not _is_usable(self.head, hidden):
             return None
         reason = _reason(self.head, hidden)
@@ -259,7 +251,7 @@ def _fused_forward(
     kind: Any, head: str | None, evaluation: bool = False, metrics: bool = False
 ) -> Any:
     """Returns the ``forward`` of a model's subclass."""
-    names = _positional_arguments(kind)
+    names = list(inspect.signature(kind.forward).parameters)[1:]
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -269,12 +261,11 @@ def _fused_forward(
             model.pyfused_metrics = None
         if not (model.training or evaluation):
             return kind.forward(model, *args, **kwargs)
-        if head is None:
-            given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if head is None and not _wants_loss_alone(model, given):
             if given.get("labels") is None:
                 _tell_of_missing_labels(model, told, given)
-            if not _wants_loss_alone(model, given):
-                return kind.forward(model, *args, **kwargs)
+            return kind.forward(model, *args, **kwargs)
         layer = _head_of(model, head)
         reason = _reason(layer)
         if reason is not None:
@@ -282,7 +273,7 @@ def _fused_forward(
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
             _fuse_head(layer)  # the head may have been replaced after the conversion
-        call = _Call(model, layer, told, not model.training, metrics)
+        call = _Call(model, layer, told, metrics)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _tell(model, told, f"its {call.differs}. From now on, its original forward runs")
@@ -296,16 +287,6 @@ def _fused_forward(
         return output
 
     return forward
-
-
-def _positional_arguments(kind: Any) -> list[str]:
-    """Returns the names of the arguments of ``forward``; *args are passed to the base class."""
-    for base in kind.__mro__:
-        if "forward" in vars(base):
-            parameters = inspect.signature(base.forward).parameters
-            if not any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-                return list(parameters)[1:]
-    return []
 
 
 def unfuse(model: Any) -> None:
@@ -322,13 +303,15 @@ def _tell(model: Any, told: set[str], reason: str) -> None:
 
 
 def _tell_of_missing_labels(model: Any, told: set[str], given: dict[str, Any]) -> None:
-    """Warns of a training step whose loss the user computes from the model's logits."""
-    within = getattr(_thread, "call", None) is not None  # the call of an outer model
-    own = ("shift_labels", "logits_to_keep", "output_hidden_states", "past_key_values")
-    if model.training and torch.is_grad_enabled() and not within and not any(map(given.get, own)):
+    """Warns of a training step whose loss the user computes from all logits."""
+    values = map(given.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
+    other = getattr(_thread, "call", None) is not None  # the call of an outer model
+    if other or any(torch.is_tensor(value) or value for value in values):
+        return
+    if model.training and torch.is_grad_enabled():
         reason = (
-            "it was called in training mode without labels. Pass labels. Trainer removes them with "
-            "label_smoothing_factor or compute_loss_func: leave both unset, and for label "
+            "it was called in training mode without labels. Pass labels=. Trainer removes them for "
+            "label_smoothing_factor and compute_loss_func: leave both unset, and for label "
             "smoothing override compute_loss with pyfused.functional.linear_cross_entropy"
         )
         _tell(model, told, reason)
@@ -348,20 +331,17 @@ def _wants_loss_alone(model: Any, given: dict[str, Any]) -> bool:
 
 def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | None:
     """Returns how a loss or its gradient differs from torch's, "" if equal, None if unknown."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return _loss_differs(node, target.clone(), options)
-    rows = node.rows.detach()
-    rows = (rows.clone() if rows.is_inference() else rows).requires_grad_()
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+    if target.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     size = max(1, ROWS_BYTES // (4 * len(node.family.inputs[1])))
     losses, gradients = [], []
     valid: Any = 1
     if options["reduction"] == "mean":
-        kept, weight = target != options["ignore_index"], options["weight"]
-        valid = kept.sum() if weight is None else weight[target.where(kept, 0)][kept].sum()
-    with torch.enable_grad(), deferred.saved_here():
+        kept, weight = target[target != options["ignore_index"]], options["weight"]
+        valid = len(kept) if weight is None else weight[kept.long()].sum()
+    with torch.inference_mode(False), torch.enable_grad(), deferred.saved_here():
+        # autograd saves no tensors of inference mode, but copies of them.
+        rows, target = node.rows.detach().clone().requires_grad_(), target.clone()
         loss = node.loss(rows, target, options)
         (gradient,) = torch.autograd.grad(loss, rows, torch.ones_like(loss) * valid)
         for chunk, targets in zip(rows.split(size), target.split(size), strict=True):
@@ -447,12 +427,10 @@ def _trial_reason(model: Any, head: Any) -> str | None:
     labels[0, 1] = -100
     inputs: dict[str, Any] = {"input_ids": torch.zeros_like(labels), "labels": labels}
     parameters = inspect.signature(type(model).forward).parameters
-    if "output_router_logits" in parameters:
-        inputs["output_router_logits"] = False
-    for sentence in ("next_sentence_label", "sentence_order_label"):  # of pretraining
-        if sentence in parameters:
-            inputs[sentence] = labels.new_zeros(1)
-    if model.main_input_name in parameters:
+    more: dict[str, Any] = {"output_router_logits": False}
+    more |= dict.fromkeys(("next_sentence_label", "sentence_order_label"), labels.new_zeros(1))
+    inputs |= {name: value for name, value in more.items() if name in parameters}
+    if "input_ids" not in parameters and model.main_input_name in parameters:
         inputs[model.main_input_name] = inputs.pop("input_ids")
     deferring = copy.copy(head)
     _fuse_head(deferring)

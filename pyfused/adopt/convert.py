@@ -133,12 +133,11 @@ def convert(
             causal_lm.fuse(module, head if name == "." else None, evaluation, metrics)
             continue
         setattr(module, MARK, True)
-    if kinds:
-        listed = [kind if "head" in kind else f"{n} {kind}" for kind, n in kinds.items()]
-        made = f"replaced {kinds.total()} modules ({', '.join(listed)}); left {len(plan.left)}"
-        _log.info("pyfused.convert: %s: see pyfused.plan_conversion(model)", made)
-    else:
-        _log.info("pyfused.convert: %s", plan)
+    listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    made = f"replaced {kinds.total()} modules ({listed}); left {len(plan.left)}"
+    _log.info(
+        "pyfused.convert: %s", f"{made}: see pyfused.plan_conversion(model)" if kinds else plan
+    )
     return model
 
 
@@ -158,21 +157,17 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     """
     replaced, left = [], []
     for name, module in _modules(model):
-        vouched = head if name == "." else None
-        has_head = vouched is not None or causal_lm.has_head(module)
-        if has_head:
-            reason = causal_lm.reason_to_leave(module, vouched)
+        vouched, kind = head if name == "." else None, type(module).__qualname__
+        if vouched is not None or causal_lm.has_head(module):
+            reason, replacement = causal_lm.reason_to_leave(module, vouched), _HEAD
         else:
-            reason = _reason_to_leave(module)
+            reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
+            if type(module) not in FUSED:
+                replacement = "a fused gated activation" if gated_mlp.is_known(module) else ""
         if reason:
-            left.append(Left(name, type(module).__qualname__, reason))
-        elif has_head:
-            replaced.append(Replaced(name, type(module).__qualname__, _HEAD))
-        elif type(module) in FUSED:
-            kind = type(module).__qualname__
-            replaced.append(Replaced(name, kind, f"pyfused.nn.{kind}"))
-        elif gated_mlp.is_known(module):
-            replaced.append(Replaced(name, type(module).__qualname__, "a fused gated activation"))
+            left.append(Left(name, kind, reason))
+        elif replacement:
+            replaced.append(Replaced(name, kind, replacement))
     return Conversion(tuple(replaced), tuple(left))
 
 

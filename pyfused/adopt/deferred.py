@@ -22,7 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
 
@@ -58,7 +58,6 @@ _SUMS = {Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add}
 _PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
 _QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide}
 _INDEX_DTYPES = (torch.bool, torch.int64)
-_STATE = ("rows", "cast", "scale", "cap", "shift", "log", "channels")  # of a node
 _EXACT: Any = WeakTensorKeyDictionary()  # a bias, and the dtype and version that were compared
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 
@@ -258,9 +257,8 @@ class _Node:
 
     def record(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it can be recorded, or else None."""
-        if function is F.cross_entropy or function is F.nll_loss:
-            takes_log = function is F.nll_loss
-            return self.cross_entropy(*args, **kwargs) if self.log == takes_log else None
+        if function is (F.nll_loss if self.log else F.cross_entropy):
+            return self.cross_entropy(*args, **kwargs)
         rows, scale, given = self.rows, self.scale, (*args, *kwargs.values())
         only: Any = given[0] if len(given) == 1 else None
         changed: dict[str, Any] = {}
@@ -323,32 +321,34 @@ class _Node:
             if result.shape[-1:] != self.example.shape[-1:]:
                 return None
             changed["rows"] = rows.reshape(*result.shape[:-1], rows.shape[-1])
-        kept = {name: getattr(self, name) for name in _STATE}
-        state = kept | {"moves": "rows" in changed} | changed
-        node = _Node(self.family, parent=self, operation=(function, args, kwargs), **state)
+        operation, moves = (function, args, kwargs), "rows" in changed
+        node = replace(self, parent=self, operation=operation, moves=moves, **changed)
         return node.tensor(result)
 
-    def is_over_classes(
-        self, dim: Any = None, *more: Any, dtype: Any = None, _stacklevel: int = 3
-    ) -> bool:
+    def is_over_classes(self, dim: Any = None, *more: Any, dtype: Any = None, **_: Any) -> bool:
         """Returns whether a log_softmax is over the classes, and has the dtype of its input."""
         is_last = type(dim) is int and dim in (-1, self.example.dim() - 1)
         keeps_dtype = not self.family.context[2] or self.example.dtype is torch.float32
         return is_last and not more and dtype is None and keeps_dtype
 
+    def is_constant(self, tensor: Any) -> bool:
+        """Returns whether a tensor has a number for each class, in the head's dtype."""
+        if not isinstance(tensor, Tensor) or not (self.family.traced or type(tensor) in PLAIN):
+            return False
+        classes, autocast = len(self.family.inputs[1]), self.family.context[2]
+        dtypes = {torch.float32} if autocast else {self.rows.dtype, self.example.dtype}
+        shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
+        fits = dtypes == {tensor.dtype} and tensor.device == self.rows.device
+        return bool(shaped and fits and not tensor.requires_grad)
+
     def is_bias(self, tensor: Any) -> bool:
         """Returns whether adding a tensor to the logits equals a bias of the head."""
-        plain = isinstance(tensor, Tensor) and (self.family.traced or type(tensor) in PLAIN)
-        if not plain or self.scale != 1 or self.cap is not None or tensor.requires_grad:
-            return False
-        example, rows = self.example, self.rows
-        one_each = tensor.shape[-1:] == example.shape[-1:] and tensor.numel() == tensor.shape[-1]
-        if not one_each or tensor.dim() > example.dim() or tensor.device != rows.device:
-            return False
         _, _, autocast, dtype, _ = self.family.context
-        if autocast:  # the kernel's bias has autocast's dtype
-            return not self.family.traced and _is_exact(tensor, dtype)
-        return tensor.dtype is example.dtype is rows.dtype
+        is_first = self.scale == 1 and self.cap is None
+        if not is_first or not self.is_constant(tensor) or tensor.dim() > self.example.dim():
+            return False
+        # Autocast casts the head's bias.
+        return not autocast or (not self.family.traced and _is_exact(tensor, dtype))
 
     def cross_entropy(
         self,
@@ -365,11 +365,11 @@ class _Node:
         plain = self.family.traced or type(target) in PLAIN
         if legacy or not plain or target.is_floating_point() or self.rows.dim() != 2:
             return None
-        if weight is not None and not self.is_class_weight(weight):
+        if weight is not None and not self.is_constant(weight):
             return None
         shape = target.shape
         if self.channels:
-            if shape != self.example.movedim(1, -1).shape[:-1]:
+            if shape != (self.example.shape[:1] + self.example.shape[2:]):
                 return None
             target = target.flatten()
         options = {
@@ -386,26 +386,17 @@ class _Node:
         loss = self.loss(self.rows, target, options)
         return loss.view(shape) if self.channels and reduction == "none" else loss
 
-    def is_class_weight(self, weight: Any) -> bool:
-        """Returns whether the kernel takes a factor for each class as torch's operator does."""
-        if not (self.family.traced or type(weight) in PLAIN) or weight.requires_grad:
-            return False
-        dtype = torch.float32 if self.family.context[2] else self.rows.dtype
-        same = self.family.context[2] or self.example.dtype is dtype
-        return same and weight.dtype is dtype and weight.device == self.rows.device
-
     def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         _, weight, bias = self.family.inputs
         if self.shift is not None:
             bias = self.shift if bias is None else bias + self.shift
         options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
-        if not self.family.call.with_metrics:
-            return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
-        result = linear_cross_entropy_with_metrics(
-            rows, weight, target, linear_bias=bias, **options
-        )
-        self.family.call.metrics = result[1]
-        return result[0]
+        layer, call = {"linear_bias": bias}, self.family.call
+        if not call.with_metrics:
+            return linear_cross_entropy(rows, weight, target, **layer, **options)
+        with_metrics = linear_cross_entropy_with_metrics
+        loss, call.metrics = with_metrics(rows, weight, target, **layer, **options)
+        return loss
 
 
 def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
