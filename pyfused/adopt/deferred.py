@@ -406,7 +406,7 @@ def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
     now = dtype, *_versions([bias])
     if _EXACT.get(bias) != now and torch.equal(bias.to(dtype).to(bias.dtype), bias):
         _EXACT[bias] = now
-    return _EXACT.get(bias) == now
+    return bool(_EXACT.get(bias) == now)
 
 
 def _is_size(value: Any) -> bool:
