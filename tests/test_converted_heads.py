@@ -868,6 +868,17 @@ def test_logits_that_are_read_in_evaluation(mode: str) -> None:
     assert type(model.found[0]) is Tensor
 
 
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+def test_evaluation_and_metrics_compiled() -> None:
+    model: Any = pyfused.convert(Model(), head="head", evaluation=True, metrics=True)
+    compiled, expected = torch.compile(model, backend="aot_eager"), Model()(X, TARGET)[1]
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(compiled(X, TARGET)[1], expected)
+        assert model.pyfused_metrics.correct.shape == TARGET.shape
+
+
 def test_metrics() -> None:
     """The metrics are the function's, of the model's last call."""
     plain = Model()

@@ -521,17 +521,41 @@ def test_trainers_label_smoothing_is_reported() -> None:
 
 
 @as_users_run_it
-def test_label_smoothing_as_documented() -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_label_smoothing_as_documented(accumulate: int) -> None:
     """The documented loss equals the loss of Trainer's label_smoothing_factor."""
-    from transformers.trainer_pt_utils import LabelSmoother
+    import transformers
 
-    model, (tokens, labels) = language_model("Llama"), batch().values()
-    expected = LabelSmoother(0.1)(model(tokens), labels, shift_labels=True)
-    hidden = model.model(tokens).last_hidden_state
-    loss = fused.linear_cross_entropy(
-        hidden[:, :-1], model.lm_head.weight, labels[:, 1:], label_smoothing=0.1
-    )
-    torch.testing.assert_close(loss, expected)
+    class Smoothing(transformers.Trainer):  # as in docs/language-models.md
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            labels = inputs.pop("labels")
+            outputs = model.model(**inputs)
+            loss = fused.linear_cross_entropy(
+                outputs.last_hidden_state[:, :-1],
+                model.lm_head.weight,
+                labels[:, 1:],
+                label_smoothing=0.1,
+                reduction="mean" if num_items_in_batch is None else "sum",
+            )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+            return (loss, outputs) if return_outputs else loss
+
+    found = []
+    for kind, smoothing in ((Smoothing, 0.0), (None, 0.1)):
+        model, options = (
+            language_model("Llama", vocab_size=512),
+            {"label_smoothing_factor": smoothing},
+        )
+        train = trainer(model, kind, gradient_accumulation_steps=accumulate, **options)
+        train.train()
+        found.append([entry["loss"] for entry in train.state.log_history if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @as_users_run_it
