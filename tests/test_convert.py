@@ -56,10 +56,10 @@ def test_converted_and_unconverted_modules(kernel_calls: KernelCalls) -> None:
     assert str(plan).splitlines() == [
         "activation  ReLU              replaced by pyfused.nn.ReLU",
         "layers.1    ReLU              replaced by pyfused.nn.ReLU",
+        "layers.3    MyReLU            left: is a subclass of torch.nn.ReLU",
         "layers.4    ReLU              replaced by pyfused.nn.ReLU",
         "criterion   CrossEntropyLoss  replaced by pyfused.nn.CrossEntropyLoss",
         "other       MSELoss           replaced by pyfused.nn.MSELoss",
-        "layers.3    MyReLU            left: is a subclass of torch.nn.ReLU",
     ]
     assert types(model) == types(Net())
     assert pyfused.convert(model) is model

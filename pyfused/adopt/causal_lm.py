@@ -35,6 +35,11 @@ _thread = threading.local()  # its attribute `call` is the model's call that run
 OUTPUT, COMPARED = "the output", "the first loss was compared"
 ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at once for the comparison
 TOKENS = 5  # tokens of the batch that a model is tried with
+_MISSING_LABELS = (
+    "it was called in training mode without labels. Pass labels=. Trainer removes them for "
+    "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
+    "override compute_loss with pyfused.functional.linear_cross_entropy"
+)
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
 # ---- a model's forward with another head ---------------------------------------------------------
@@ -45,13 +50,13 @@ class _Call:
 
     Attributes:
         told: The warnings issued for the model, and COMPARED after its first loss.
-        metrics: The metrics of the last loss, if ``with_metrics`` is set.
+        with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
         differs: How the first loss differs from torch's, None if it does not.
     """
 
     def __init__(self, model: Any, head: Any, told: set[str], with_metrics: bool = False) -> None:
         self.model, self.head, self.told = model, head, told
-        self.with_metrics, self.metrics = with_metrics, None
+        self.with_metrics = with_metrics
         self.families: list[deferred.Family] = []
         self.differs: str | None = None
         self.hooks = deferred.hooks()
@@ -207,13 +212,11 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if subclass.is_fused(model):
         return "is already converted"
     if vouched is not None:
-        linear = [(name, m) for name, m in model.named_modules() if type(m) in (Linear, _HEAD)]
-        heads = [name for name, _ in sorted(linear, key=lambda item: -item[1].out_features)]
+        heads = [name for name, module in model.named_modules() if type(module) in (Linear, _HEAD)]
         if vouched not in heads:
-            known = f"such as one of {heads[:5]}" if heads else "but the model has none"
+            known = f"such as one of {heads[-5:]}" if heads else "but it has none"
             raise ValueError(
-                "head: expected the name of a torch.nn.Linear in the model, "
-                f"{known}, got {vouched!r}"
+                f"head: expected the name of a torch.nn.Linear in the model, {known}, got {vouched!r}"
             )
     if "forward" in vars(model):
         return "its forward was replaced"
@@ -223,19 +226,11 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     reason = _reason(head)
     if vouched is not None or reason is not None:
         return reason
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    if not any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters):
-        return "its forward takes no labels"
     return None if head.weight.is_meta else _trial_reason(model, head)
 
 
 def fuse(model: Any, head: str | None, evaluation: bool, metrics: bool) -> None:
-    """Changes the classes of a model and its head to their fused subclasses.
-
-    Args:
-        head: The name of the head if the user passed one; None for a model of transformers.
-        evaluation, metrics: As in :func:`pyfused.convert`.
-    """
+    """Changes the classes of a model and its head to fused subclasses with convert's options."""
     setattr(model, subclass.MARK, set())  # the warnings that have been issued
     _fuse_head(_head_of(model, head))
     subclass.fuse(model, _fused_forward, head, evaluation, metrics)
@@ -247,9 +242,7 @@ def _fuse_head(head: Any) -> None:
         subclass.fuse(head, _head_forward)
 
 
-def _fused_forward(
-    kind: Any, head: str | None, evaluation: bool = False, metrics: bool = False
-) -> Any:
+def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool) -> Any:
     """Returns the ``forward`` of a model's subclass."""
     names = list(inspect.signature(kind.forward).parameters)[1:]
 
@@ -279,8 +272,6 @@ def _fused_forward(
             _tell(model, told, f"its {call.differs}. From now on, its original forward runs")
             unfuse(model)
             return output
-        if metrics:
-            model.pyfused_metrics = call.metrics
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
             _tell(model, told, f"its logits are read by {', '.join(reads)}")
@@ -305,16 +296,10 @@ def _tell(model: Any, told: set[str], reason: str) -> None:
 def _tell_of_missing_labels(model: Any, told: set[str], given: dict[str, Any]) -> None:
     """Warns of a training step whose loss the user computes from all logits."""
     values = map(given.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
-    other = getattr(_thread, "call", None) is not None  # the call of an outer model
-    if other or any(torch.is_tensor(value) or value for value in values):
-        return
-    if model.training and torch.is_grad_enabled():
-        reason = (
-            "it was called in training mode without labels. Pass labels=. Trainer removes them for "
-            "label_smoothing_factor and compute_loss_func: leave both unset, and for label "
-            "smoothing override compute_loss with pyfused.functional.linear_cross_entropy"
-        )
-        _tell(model, told, reason)
+    alone = getattr(_thread, "call", None) is None  # not called by another model
+    asks = any(torch.is_tensor(value) or value for value in values)
+    if alone and not asks and model.training and torch.is_grad_enabled():
+        _tell(model, told, _MISSING_LABELS)
 
 
 def _wants_loss_alone(model: Any, given: dict[str, Any]) -> bool:

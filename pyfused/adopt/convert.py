@@ -26,15 +26,10 @@ FUSED: dict[type[Module], type[Module]] = {
 }
 _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
 _LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}
-_HEAD = "linear_cross_entropy, which computes head and loss"
-
-
-class Replaced(NamedTuple):
-    """A module that :func:`pyfused.convert` replaces, and what replaces it."""
-
-    name: str
-    kind: str
-    replacement: str
+_NOTHING = (
+    "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
+    "and no language model of transformers. For any other one, pass head=, its linear layer."
+)
 
 
 class Left(NamedTuple):
@@ -48,33 +43,18 @@ class Left(NamedTuple):
 class Conversion(NamedTuple):
     """The changes of :func:`pyfused.convert`.
 
-    Printed, it is a table of these modules.
-
     Attributes:
-        replaced: The modules that it replaces.
+        swapped: The names of the modules that it replaces.
         left: The modules that it does not replace, with reasons.
+        table: Both, with the class of each module and what replaces it; printed by ``print``.
     """
 
-    replaced: tuple[Replaced, ...]
+    swapped: tuple[str, ...]
     left: tuple[Left, ...]
-
-    @property
-    def swapped(self) -> tuple[str, ...]:
-        """The names of the modules that it replaces."""
-        return tuple(each.name for each in self.replaced)
+    table: str
 
     def __str__(self) -> str:
-        rows = [(*each[:2], f"replaced by {each.replacement}") for each in self.replaced]
-        rows += [(*each[:2], f"left: {each.reason}") for each in self.left]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{n:{widths[0]}}  {k:{widths[1]}}  {outcome}" for n, k, outcome in rows]
-        return "\n".join(lines if self.replaced else [_NOTHING, *lines])
-
-
-_NOTHING = (
-    "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
-    "and no language model of transformers. For any other one, pass head=, its linear layer."
-)
+        return self.table
 
 
 def convert(
@@ -120,11 +100,13 @@ def convert(
     """
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     kinds: Counter[str] = Counter()
-    for name, kind, replacement in plan.replaced:
-        module = modules[name]
+    for name in plan.swapped:
+        module, kind = modules[name], type(modules[name]).__qualname__
         if MARK in vars(module):  # a module may have several names
             continue
-        kinds[f"head and loss of {kind}" if replacement is _HEAD else kind] += 1
+        kinds[
+            f"head and loss of {kind}" if name == "." or causal_lm.has_head(module) else kind
+        ] += 1
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
         elif gated_mlp.is_known(module):
@@ -155,20 +137,24 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     Raises:
         TypeError, ValueError: As in :func:`convert`.
     """
-    replaced, left = [], []
+    swapped, left, rows = [], [], []
     for name, module in _modules(model):
         vouched, kind = head if name == "." else None, type(module).__qualname__
         if vouched is not None or causal_lm.has_head(module):
-            reason, replacement = causal_lm.reason_to_leave(module, vouched), _HEAD
+            reason, replacement = causal_lm.reason_to_leave(module, vouched), "linear_cross_entropy"
         else:
             reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
             if type(module) not in FUSED:
                 replacement = "a fused gated activation" if gated_mlp.is_known(module) else ""
         if reason:
             left.append(Left(name, kind, reason))
+            rows.append((name, kind, f"left: {reason}"))
         elif replacement:
-            replaced.append(Replaced(name, kind, replacement))
-    return Conversion(tuple(replaced), tuple(left))
+            swapped.append(name)
+            rows.append((name, kind, f"replaced by {replacement}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {what}" for name, kind, what in rows]
+    return Conversion(tuple(swapped), tuple(left), "\n".join([_NOTHING] * (not swapped) + lines))
 
 
 def revert(model: Module) -> tuple[str, ...]:

@@ -66,8 +66,7 @@ class Family:
     """The logits of one call of a head, and the operators recorded for them.
 
     Attributes:
-        call: The model's call, whose ``accepts`` returns whether a loss may be fused, and whose
-            ``metrics`` receives the metrics of the loss if ``with_metrics`` is set.
+        call: The model's call, whose ``accepts`` returns whether a loss may be fused.
         inputs: The hidden states, the head's weight and its bias.
         read: These and the tensors of recorded operators, none of which may change in place.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
@@ -391,11 +390,11 @@ class _Node:
         if self.shift is not None:
             bias = self.shift if bias is None else bias + self.shift
         options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
-        layer, call = {"linear_bias": bias}, self.family.call
+        layer, call = (rows, weight, target), self.family.call
         if not call.with_metrics:
-            return linear_cross_entropy(rows, weight, target, **layer, **options)
-        with_metrics = linear_cross_entropy_with_metrics
-        loss, call.metrics = with_metrics(rows, weight, target, **layer, **options)
+            return linear_cross_entropy(*layer, linear_bias=bias, **options)
+        loss, metrics = linear_cross_entropy_with_metrics(*layer, linear_bias=bias, **options)
+        call.model.pyfused_metrics = metrics
         return loss
 
 
