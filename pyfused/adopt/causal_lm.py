@@ -214,9 +214,9 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if vouched is not None:
         heads = [name for name, module in model.named_modules() if type(module) in (Linear, _HEAD)]
         if vouched not in heads:
-            known = f"such as one of {heads[-5:]}" if heads else "but it has none"
+            known = f"one of {heads[-5:]}" if heads else "but it has none"
             raise ValueError(
-                f"head: expected the name of a torch.nn.Linear in the model, {known}, got {vouched!r}"
+                f"head: expected the name of a torch.nn.Linear, {known}, got {vouched!r}"
             )
     if "forward" in vars(model):
         return "its forward was replaced"
@@ -283,6 +283,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
 def unfuse(model: Any) -> None:
     """Restores a model's original ``forward``; without its calls, the head computes logits."""
     delattr(model, subclass.MARK)
+    vars(model).pop("pyfused_metrics", None)
     subclass.unfuse(model)
 
 

@@ -104,22 +104,19 @@ def convert(
         module, kind = modules[name], type(modules[name]).__qualname__
         if MARK in vars(module):  # a module may have several names
             continue
-        kinds[
-            f"head and loss of {kind}" if name == "." or causal_lm.has_head(module) else kind
-        ] += 1
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
         elif gated_mlp.is_known(module):
             gated_mlp.fuse(module)
         else:
             causal_lm.fuse(module, head if name == "." else None, evaluation, metrics)
+            kinds[f"head and loss of {kind}"] += 1
             continue
+        kinds[kind] += 1
         setattr(module, MARK, True)
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    made = f"replaced {kinds.total()} modules ({listed}); left {len(plan.left)}"
-    _log.info(
-        "pyfused.convert: %s", f"{made}: see pyfused.plan_conversion(model)" if kinds else plan
-    )
+    made = f"replaced {kinds.total()} modules ({listed}); left {len(plan.left)}: see "
+    _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
     return model
 
 
