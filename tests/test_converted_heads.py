@@ -507,7 +507,7 @@ def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
             remove.append(change(model.head))
             if name in ("parametrised", "class"):
                 with pytest.raises(
-                    ValueError, match=r"name of a torch\.nn\.Linear .*has none, got"
+                    ValueError, match=r"name of a torch\.nn\.Linear, .*has none, got"
                 ):
                     pyfused.convert(model, head="head")
                 return
