@@ -699,3 +699,12 @@ class ReGLU(torch.nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.reglu(gate, up)
+
+
+def _repr(module: torch.nn.Module) -> str:
+    package = "pyfused." if type(module).__module__ == __name__ else ""
+    return package + torch.nn.Module.__repr__(module)
+
+
+for _name in __all__:
+    globals()[_name].__repr__ = _repr

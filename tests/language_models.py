@@ -1,4 +1,4 @@
-"""Builds a tiny model of every causal language model of transformers, and converts it."""
+"""Builds a tiny model of every language model of transformers, and converts it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("rotary_dim", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "encoder_layers"), 1),
     "num_experts_per_tok": 2,
+    "attention_type": "original_full",  # of BigBird; short sequences change the other one
     "mamba_d_head": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -37,8 +38,16 @@ MOST_PARAMETERS = 30_000_000  # the limit for models whose sizes cannot be set
 def names() -> list[str]:
     import transformers
 
-    ends = ("ForCausalLM", "LMHeadModel")
-    return [n for n in dir(transformers) if n.endswith(ends) and not n.startswith("Auto")]
+    ends = "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "MTModel"
+    listed = [n for n in dir(transformers) if n.endswith(ends) and "PreTrainedModel" not in n]
+    return [n for n in listed if not n.startswith(("Auto", "FSMTModel", "PretrainedFSMT"))]
+
+
+def sizes_of(known: Any) -> dict[str, Any]:
+    """Returns the arguments of a configuration like this one, and of the configurations in it."""
+    given = {key: value for key, value in SIZES.items() if hasattr(known, key)}
+    parts = {key: getattr(known, key, None) for key in known.sub_configs}
+    return given | {key: sizes_of(part) for key, part in parts.items() if part is not None}
 
 
 def tiny(name: str) -> Any:
@@ -50,8 +59,7 @@ def tiny(name: str) -> Any:
     import transformers
 
     kind = getattr(transformers, name)
-    of_config, known = kind.config_class, kind.config_class()
-    given = {key: value for key, value in SIZES.items() if hasattr(known, key)}
+    of_config, given = kind.config_class, sizes_of(kind.config_class())
     config = of_config(**given)
     for types in ("layer_types", "mlp_layer_types"):
         if len(getattr(config, types, None) or (0, 0)) != 2:
@@ -61,6 +69,7 @@ def tiny(name: str) -> Any:
         size = sum(parameter.numel() for parameter in kind(config).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size >> 20} million parameters")
+    config.decoder_start_token_id = 1
     torch.manual_seed(0)
     return kind(config).train()
 

@@ -53,10 +53,14 @@ def test_converted_and_unconverted_modules(kernel_calls: KernelCalls) -> None:
     plan = pyfused.plan_conversion(model)
     assert plan.swapped == SWAPPED
     assert plan.left == (("layers.3", "MyReLU", "is a subclass of torch.nn.ReLU"),)
-    assert str(plan) == (
-        "swapped: activation, layers.1, layers.4, criterion, other\n"
-        "left alone: layers.3 (MyReLU): is a subclass of torch.nn.ReLU"
-    )
+    assert str(plan).splitlines() == [
+        "activation  ReLU              replaced by pyfused.nn.ReLU",
+        "layers.1    ReLU              replaced by pyfused.nn.ReLU",
+        "layers.3    MyReLU            left: is a subclass of torch.nn.ReLU",
+        "layers.4    ReLU              replaced by pyfused.nn.ReLU",
+        "criterion   CrossEntropyLoss  replaced by pyfused.nn.CrossEntropyLoss",
+        "other       MSELoss           replaced by pyfused.nn.MSELoss",
+    ]
     assert types(model) == types(Net())
     assert pyfused.convert(model) is model
     assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
@@ -74,7 +78,9 @@ def test_attributes_are_preserved() -> None:
     names = [name for name, _ in model.named_modules()]
     description, state = repr(model), copy.deepcopy(model.state_dict())
     pyfused.convert(model)
-    assert repr(model) == description
+    for kind in ("CrossEntropyLoss(", "MSELoss(", " ReLU("):
+        description = description.replace(kind, f" pyfused.{kind.strip()}".replace("  ", " "))
+    assert repr(model).split() == description.split()
     assert [name for name, _ in model.named_modules()] == names
     assert not model.criterion.training
     assert model.criterion.weight.dtype == torch.float64
@@ -118,16 +124,42 @@ def test_a_model_that_is_itself_converted() -> None:
     assert type(criterion) is pyfused.nn.CrossEntropyLoss
     pyfused.revert(criterion)
     assert type(criterion) is nn.CrossEntropyLoss
-    assert str(pyfused.plan_conversion(nn.Linear(2, 2))) == "swapped: none"
 
 
 def test_conversions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = Net()
     with caplog.at_level(logging.INFO, "pyfused"):
-        plan = pyfused.plan_conversion(model)
+        pyfused.plan_conversion(model)
         assert not caplog.records
         pyfused.convert(model)
-    assert [record.getMessage() for record in caplog.records] == [f"convert: {plan}"]
+        pyfused.convert(nn.Linear(2, 2))
+    counted = (
+        "replaced 4 modules (2 ReLU, 1 CrossEntropyLoss, 1 MSELoss); left 1"  # one has 2 names
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"pyfused.convert: {counted}: see pyfused.plan_conversion(model)",
+        f"pyfused.convert: {pyfused.plan_conversion(nn.Linear(2, 2))}",
+    ]
+
+
+def test_a_model_with_nothing_to_convert() -> None:
+    plan = pyfused.plan_conversion(nn.Linear(2, 2))
+    assert (plan.swapped, plan.left) == ((), ())
+    assert str(plan).startswith("Nothing to convert: found no loss or activation of torch.nn")
+
+
+def test_losses_and_activations_without_a_counterpart() -> None:
+    class Mine(nn.modules.loss._Loss):
+        pass
+
+    modules = nn.RReLU(), Mine(), nn.MultiheadAttention(2, 1), nn.Dropout(), pyfused.nn.HingeLoss()
+    plan = pyfused.plan_conversion(nn.Sequential(*modules))
+    reason = "has no counterpart in pyfused.nn"
+    assert plan.swapped == ()
+    assert [(left.name, left.reason) for left in plan.left] == [
+        *(("0", reason), ("1", reason), ("4", "is already a module of pyfused.nn"))
+    ]
+    assert str(plan).splitlines()[1].split() == ["0", "RReLU", "left:", *reason.split()]
 
 
 def test_a_class_of_another_library_with_torchs_name() -> None:

@@ -149,6 +149,29 @@ def sliced(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     )()
 
 
+def selected(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    if x.dim() < 2 or min(x.shape) < 2:
+        return x
+    leading = x.shape[: draw.randrange(1, x.dim())]
+    mask = torch.arange(leading.numel()).view(leading) % 4 != 1
+    index = torch.tensor([1, 0, 1])
+    return draw.choice(
+        [
+            lambda: x[mask],
+            lambda: x[index],
+            lambda: x[index, index] if x.dim() > 2 else x[(index,)],
+            lambda: x[index.view(1, 3).expand(2, 3)],
+            lambda: x[mask.nonzero(as_tuple=True)],
+        ]
+    )()
+
+
+def shifted(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    bias = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype)
+    bias = bias.view((1,) * draw.randrange(x.dim()) + bias.shape)
+    return draw.choice([lambda: x + bias, lambda: x.add(bias), lambda: torch.add(x, bias)])()
+
+
 def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     by = number(draw)
     return draw.choice(
@@ -256,7 +279,7 @@ def without_gradient(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tens
     return x
 
 
-PROVEN: list[Callable[..., Tensor]] = [view, view, sliced, scaled, cast]
+PROVEN: list[Callable[..., Tensor]] = [view, view, sliced, selected, shifted, scaled, cast]
 ANY: list[Callable[..., Tensor]] = [read, read, in_place, without_gradient]
 
 
@@ -271,13 +294,14 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
         index[::3] = options["ignore_index"]
     if draw.random() < 0.3:
         options["label_smoothing"] = 0.1
+    weight = torch.linspace(0.5, 1.5, classes, dtype=rows.dtype)
+    if draw.random() < 0.2:
+        options["weight"] = weight
     if anything and draw.random() < 0.5:
-        weight = torch.linspace(0.5, 1.5, classes, dtype=rows.dtype)
         return draw.choice(
             [
                 lambda: F.cross_entropy(rows, index, weight=weight),
                 lambda: F.cross_entropy(rows.t()[None], index[None], **options).sum(),
-                lambda: F.nll_loss(rows.log_softmax(-1), index.clamp(min=0)),
                 lambda: rows.logsumexp(-1).sum(),
                 lambda: F.cross_entropy(rows, rows.detach().softmax(-1)),
                 lambda: F.cross_entropy(rows[0], index[0].clamp(min=0)),
@@ -285,12 +309,30 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
                 lambda: checkpoint(F.cross_entropy, rows, index, use_reentrant=draw.random() < 0.5),
             ]
         )()
+    more: list[Callable[[], Tensor]] = []
+    if "label_smoothing" not in options:
+        more += [
+            lambda: F.nll_loss(F.log_softmax(rows, -1), index, **options).sum(),
+            lambda: nn.NLLLoss(**options)(nn.LogSoftmax(-1)(rows), index).sum(),
+            lambda: F.nll_loss(x.log_softmax(-1).view(-1, classes), index, **options).sum(),
+        ]
+    if x.dim() > 2:
+        places = index.view(x.shape[:-1])
+        more += [
+            lambda: F.cross_entropy(x.movedim(-1, 1), places, **options).sum(),
+            lambda: (
+                (F.cross_entropy(x.transpose(1, 2), places, **options) * 2).sum()
+                if x.dim() == 3
+                else x.sum()
+            ),
+        ]
     return draw.choice(
         [
             lambda: F.cross_entropy(rows, index, **options).sum(),
             lambda: nn.CrossEntropyLoss(**options)(rows, index).sum(),
             lambda: F.cross_entropy(input=rows, target=index, **options).sum(),
             lambda: pyfused.functional.cross_entropy(rows, index, **options).sum(),
+            *more,
         ]
     )()
 
@@ -465,7 +507,7 @@ def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
             remove.append(change(model.head))
             if name in ("parametrised", "class"):
                 with pytest.raises(
-                    ValueError, match=r"name of a torch\.nn\.Linear .*has none, got"
+                    ValueError, match=r"name of a torch\.nn\.Linear, .*has none, got"
                 ):
                     pyfused.convert(model, head="head")
                 return
@@ -691,6 +733,171 @@ def test_gradients_of_logits_whose_loss_was_computed_without_them(how: str) -> N
     model = pyfused.convert(Late(), head="head")
     with pytest.raises(RuntimeError, match="Call it before the loss"):
         model(X, TARGET)
+
+
+# ---- recorded operators --------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A masked language model, whose head is two levels down."""
+
+    def __init__(self, change: Any = lambda _, logits: logits) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.emb, self.predictions = nn.Embedding(50, 8), nn.Module()
+        self.predictions.decoder = nn.Linear(8, 40)
+        self.bias, self.change = nn.Buffer(torch.linspace(-1, 1, 40)[None]), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self, self.predictions.decoder(self.emb(x).tanh()))
+
+
+RECORDED: dict[str, Callable[..., Tensor]] = {
+    "bias": lambda m, x: F.cross_entropy((x + m.bias).view(-1, 40), TARGET),
+    "class weights": lambda m, x: F.cross_entropy(
+        x.view(-1, 40), TARGET, 1.5 + m.bias[0], ignore_index=3, label_smoothing=0.1
+    ),
+    "channels": lambda m, x: F.cross_entropy(x.transpose(1, 2), TARGET.view(4, 16)),
+    "channels, none": lambda m, x: (
+        F.cross_entropy(x.permute(0, 2, 1), TARGET.view(4, 16), reduction="none").square().mean()
+    ),
+    "mask": lambda m, x: F.cross_entropy(x[X % 3 == 0], TARGET.view(4, 16)[X % 3 == 0]),
+    "rows": lambda m, x: F.cross_entropy(x[torch.arange(4), TARGET[:4]], TARGET[:4]),
+    "log_softmax": lambda m, x: F.nll_loss(F.log_softmax(x, -1).view(-1, 40), TARGET),
+    "log_softmax of channels": lambda m, x: nn.NLLLoss()(
+        nn.LogSoftmax(2)(x).transpose(1, 2), TARGET.view(4, 16)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_operators(name: str, losses: list[Tensor]) -> None:
+    found = []
+    for convert in (lambda m, **_: m, pyfused.convert):
+        model = convert(Masked(RECORDED[name]).double(), head="predictions.decoder")
+        loss = model(X)
+        found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    assert losses  # without a warning of a read
+
+
+READ: dict[str, Callable[..., Tensor]] = {
+    "add": lambda m, x: F.cross_entropy((x + m.emb.weight[:40, 0]).view(-1, 40), TARGET),
+    "nll_loss": lambda m, x: F.nll_loss(x.view(-1, 40), TARGET),
+    "cross_entropy": lambda m, x: F.cross_entropy(x.log_softmax(-1).view(-1, 40), TARGET),
+    "log_softmax": lambda m, x: F.nll_loss(x.log_softmax(1).view(-1, 40), TARGET),
+    "transpose": lambda m, x: F.cross_entropy(x.transpose(0, 1).flatten(0, 1), TARGET),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_operators_that_read_the_logits(name: str) -> None:
+    expected = Masked(READ[name])(X)
+    model = pyfused.convert(Masked(READ[name]), head="predictions.decoder")
+    with pytest.warns(RuntimeWarning, match=f"are read by {name}"):
+        torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_bias_under_autocast(exact: bool, losses: list[Tensor]) -> None:
+    """A float32 bias is fused if bfloat16 holds it."""
+    plain, model = Masked(RECORDED["bias"]), Masked(RECORDED["bias"])
+    for each in (plain, model):
+        each.bias = each.bias.bfloat16().float() if exact else 10 * each.bias
+    pyfused.convert(model, head="predictions.decoder")
+    warned = contextlib.nullcontext() if exact else pytest.warns(RuntimeWarning, match="by add")
+    with torch.autocast("cpu", torch.bfloat16), warned:
+        torch.testing.assert_close(model(X), plain(X), rtol=0.02, atol=0.02)
+    assert bool(losses) == exact
+    model.bias.mul_(1.2345)  # its values are compared again
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(X)
+    assert len(losses) <= 2 * exact
+
+
+@pytest.mark.parametrize("changed", ["bias", "index"])
+def test_recorded_tensors_that_change_before_the_loss(changed: str) -> None:
+    index = torch.arange(4)
+
+    def change(model: Any, logits: Tensor) -> Tensor:
+        rows = (logits + model.bias)[index].view(-1, 40)
+        (model.bias if changed == "bias" else index).mul_(0)
+        return F.cross_entropy(rows, TARGET)
+
+    model = pyfused.convert(Masked(change), head="predictions.decoder")
+    with pytest.raises(RuntimeError, match=r"stay the same .* got one changed in place"):
+        model(X)
+
+
+# ---- evaluation and metrics ----------------------------------------------------------------------
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_evaluation(mode: str, evaluation: bool, losses: list[Tensor]) -> None:
+    model = pyfused.convert(Model(), head="head", evaluation=evaluation).eval()
+    for _ in range(2):  # the first loss is compared
+        with MODES[mode]():
+            expected, (logits, loss) = Model()(X, TARGET), model(X, TARGET)
+            logits_alone = model(X)
+        assert (logits is None, bool(losses)) == (evaluation, evaluation)
+        assert loss.requires_grad == (mode == "grad")
+        torch.testing.assert_close(loss.clone(), expected[1].clone())
+        torch.testing.assert_close(logits_alone.clone(), expected[0].clone())
+    if evaluation and mode == "grad":
+        torch.testing.assert_close(results(model), results(Model()))
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_that_are_read_in_evaluation(mode: str) -> None:
+    def read(model: Any, logits: Tensor) -> Tensor:
+        view = 2 * logits.view(-1, 40)
+        model.best = logits.argmax(-1)
+        logits += 1
+        return view
+
+    plain, model = Model(read), pyfused.convert(Model(read), head="head", evaluation=True)
+    for each in (plain, model.eval()):
+        with MODES[mode]():
+            each.found = [x.clone() for x in (*each(X, TARGET), each.best)]
+    torch.testing.assert_close(model.found, plain.found)
+    assert type(model.found[0]) is Tensor
+
+
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+def test_evaluation_and_metrics_compiled() -> None:
+    model: Any = pyfused.convert(Model(), head="head", evaluation=True, metrics=True)
+    compiled, expected = torch.compile(model, backend="aot_eager"), Model()(X, TARGET)[1]
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(compiled(X, TARGET)[1], expected)
+        assert model.pyfused_metrics.correct.shape == TARGET.shape
+
+
+def test_metrics() -> None:
+    """The metrics are the function's, of the model's last call."""
+    plain = Model()
+    model: Any = pyfused.convert(Model(), head="head", evaluation=True, metrics=True)
+    hidden = plain.emb(X).flatten(0, 1)
+    _, expected = pyfused.functional.linear_cross_entropy_with_metrics(
+        hidden, plain.head.weight, TARGET, linear_bias=plain.head.bias
+    )
+    for each in (model, copy.deepcopy(model), model.eval()):
+        with torch.no_grad() if not each.training else torch.enable_grad():
+            assert each(X, TARGET)[0] is None
+        torch.testing.assert_close(each.pyfused_metrics, expected)
+        assert not any(x.requires_grad for x in each.pyfused_metrics)
+    torch.testing.assert_close(results(model), results(Model()))
+    model(X)
+    assert model.pyfused_metrics is None  # without a loss
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    pyfused.revert(model)
+    assert not hasattr(model, "pyfused_metrics")
 
 
 # ---- the first loss ------------------------------------------------------------------------------

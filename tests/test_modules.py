@@ -79,7 +79,7 @@ def assert_same_signature(ours: Callable[..., Any], theirs: Callable[..., Any]) 
 def test_modules_only_override_forward(name: str, options: dict[str, Any]) -> None:
     ours, theirs = pair(name, options)
     assert isinstance(ours, type(theirs))
-    assert repr(ours) == repr(theirs)
+    assert repr(ours) == "pyfused." + repr(theirs).removeprefix("pyfused.")
     assert_same_signature(type(ours), type(theirs))
     parameters = [inspect.signature(module.forward).parameters for module in (ours, theirs)]
     assert list(parameters[0]) == list(parameters[1])
@@ -149,7 +149,16 @@ SHOWN = {
 
 @pytest.mark.parametrize(("expected", "module"), SHOWN.items(), ids=SHOWN.keys())
 def test_repr_shows_additional_options(expected: str, module: nn.Module) -> None:
-    assert repr(module) == expected
+    assert repr(module) == f"pyfused.{expected}"
+
+
+def test_repr_of_a_subclass_names_its_own_class() -> None:
+    class Mine(fused.ReLU):
+        pass
+
+    assert repr(nn.Sequential(Mine(), fused.ReLU())).split() == [
+        *("Sequential(", "(0):", "Mine()", "(1):", "pyfused.ReLU()", ")")
+    ]
 
 
 def test_repr_of_a_head_with_its_loss() -> None:

@@ -1,9 +1,10 @@
 """Replaces the head and the loss of language models by ``linear_cross_entropy``.
 
-The classes of a model and its head are replaced by subclasses of the same names. In training, the
-model's original ``forward`` runs, and its head returns the logits of `deferred.py`, which are not
-computed: their cross-entropy is computed from the hidden states and the head's weight. If other
-code reads the logits, they are computed, so results never change.
+The classes of a model and its head are replaced by subclasses of the same names. In training, and
+in evaluation if the user asks for it, the model's original ``forward`` runs, and its head returns
+the logits of `deferred.py`, which are not computed: their cross-entropy is computed from the hidden
+states and the head's weight. If other code reads the logits, they are computed, so results never
+change.
 
 torch also computes the first loss of a model and the gradient of the head's input, for a few rows
 of logits at a time. If they differ, the model's original ``forward`` is restored. This takes the
@@ -36,6 +37,11 @@ _thread = threading.local()  # its attribute `call` is the model's call that run
 OUTPUT, COMPARED = "the output", "the first loss was compared"
 ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at once for the comparison
 TOKENS = 5  # tokens of the batch that a model is tried with
+_MISSING_LABELS = (
+    "it was called in training mode without labels. Pass labels=. Trainer removes them for "
+    "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
+    "override compute_loss with pyfused.functional.linear_cross_entropy"
+)
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
 # ---- a model's forward with another head ---------------------------------------------------------
@@ -46,11 +52,13 @@ class _Call:
 
     Attributes:
         told: The warnings issued for the model, and COMPARED after its first loss.
+        with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
         differs: How the first loss differs from torch's, None if it does not.
     """
 
-    def __init__(self, model: Any, head: Any, told: set[str]) -> None:
+    def __init__(self, model: Any, head: Any, told: set[str], with_metrics: bool = False) -> None:
         self.model, self.head, self.told = model, head, told
+        self.with_metrics = with_metrics
         self.families: list[deferred.Family] = []
         self.differs: str | None = None
         self.hooks = deferred.hooks()
@@ -73,7 +81,9 @@ class _Call:
     def logits(self, kind: Any, hidden: Tensor) -> Any:
         """Returns the logits of hidden states, deferred if possible, or None to call the head."""
         head, hooked = self.head, has_hooks(self.head)
-        if not torch.is_grad_enabled() or not (hooked or _is_usable(head, hidden)):
+        # In training, no_grad is of a checkpoint or of generation.
+        defers = torch.is_grad_enabled() or not (hooked or self.model.training)
+        if not defers or not (hooked or _is_usable(head, hidden)):
             return None
         reason = _reason(head, None if hooked else hidden)
         if self.hooks != deferred.hooks():
@@ -145,11 +155,12 @@ def _is_usable(head: Any, hidden: Any) -> bool:
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return (
         hidden.layout is torch.strided
-        and not (hidden.is_nested or hidden.is_inference())
+        and not hidden.is_nested
+        and hidden.is_inference() == torch.is_inference_mode_enabled()
         and hidden.numel() > 0
         and hidden.shape[-1:] == head.weight.shape[-1:]
         and all(x.dtype in _CAST_DTYPES if autocast else x.dtype is hidden.dtype for x in tensors)
-        and any(x.requires_grad for x in tensors)
+        and (not torch.is_grad_enabled() or any(x.requires_grad for x in tensors))
         and active_mode() is None
     )
 
@@ -207,10 +218,9 @@ def _finished(output: Any) -> Any:
 # ---- supported models ----------------------------------------------------------------------------
 
 
-def _head_of(model: Any) -> str | None:
-    """Returns the name of a model's head among its children, None if it is not a child."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_children() if module is head), None)
+def _head_of(model: Any, vouched: str | None) -> Any:
+    """Returns the head that the user has named, or else the head of a model of transformers."""
+    return model.get_submodule(vouched) if vouched else model.get_output_embeddings()
 
 
 def has_head(module: Any) -> bool:
@@ -233,36 +243,28 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if subclass.is_fused(model):
         return "is already converted"
     if vouched is not None:
-        heads = [name for name, module in model.named_children() if type(module) in (Linear, _HEAD)]
+        heads = [name for name, module in model.named_modules() if type(module) in (Linear, _HEAD)]
         if vouched not in heads:
-            known = f"one of {heads}" if heads else "but the model has none"
+            known = f"one of {heads[-5:]}" if heads else "but it has none"
             raise ValueError(
-                "head: expected the name of a torch.nn.Linear among the model's children, "
-                f"{known}, got {vouched!r}"
+                f"head: expected the name of a torch.nn.Linear, {known}, got {vouched!r}"
             )
     if "forward" in vars(model):
         return "its forward was replaced"
-    head = vouched or _head_of(model)
-    if head is None or type(getattr(model, head)) not in (Linear, _HEAD):
+    head = _head_of(model, vouched)
+    if type(head) not in (Linear, _HEAD):
         return "its head is not a plain torch.nn.Linear"
-    layer = getattr(model, head)
-    reason = _reason(layer) or ("its head has hooks" if has_hooks(layer) else None)
+    reason = _reason(head) or ("its head has hooks" if has_hooks(head) else None)
     if vouched is not None or reason is not None:
         return reason
-    if "labels" not in inspect.signature(type(model).forward).parameters:
-        return "its forward takes no labels"
-    return None if getattr(model, head).weight.is_meta else _trial_reason(model, head)
+    return None if head.weight.is_meta else _trial_reason(model, head)
 
 
-def fuse(model: Any, head: str | None = None) -> None:
-    """Changes the classes of a model and its head to their fused subclasses.
-
-    Args:
-        head: The name of the head if the user passed one; None for a model of transformers.
-    """
+def fuse(model: Any, head: str | None, evaluation: bool, metrics: bool) -> None:
+    """Changes the classes of a model and its head to fused subclasses with convert's options."""
     setattr(model, subclass.MARK, set())  # the warnings that have been issued
-    _fuse_head(getattr(model, head or _head_of(model) or ""))
-    subclass.fuse(model, _fused_forward, head)
+    _fuse_head(_head_of(model, head))
+    subclass.fuse(model, _fused_forward, head, evaluation, metrics)
 
 
 def _fuse_head(head: Any) -> None:
@@ -271,25 +273,30 @@ def _fuse_head(head: Any) -> None:
         subclass.fuse(head, _head_call)
 
 
-def _fused_forward(kind: Any, head: str | None) -> Any:
+def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool) -> Any:
     """Returns the ``forward`` of a model's subclass."""
-    parameters = inspect.signature(kind.forward)
+    names = list(inspect.signature(kind.forward).parameters)[1:]
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        name = head
-        if name is None and _wants_loss_alone(model, parameters, args, kwargs):
-            name = _head_of(model)
-        if name is None or not model.training or subclass.MARK not in vars(model):
+        told = vars(model).get(subclass.MARK)
+        if told is not None and metrics:
+            model.pyfused_metrics = None
+        if told is None or not (model.training or evaluation):
             return kind.forward(model, *args, **kwargs)
-        layer, told = getattr(model, name), vars(model)[subclass.MARK]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if head is None and not _wants_loss_alone(model, given):
+            if given.get("labels") is None:
+                _tell_of_missing_labels(model, told, given)
+            return kind.forward(model, *args, **kwargs)
+        layer = _head_of(model, head)
         reason = _reason(layer)
         if reason is not None:
             _tell(model, told, reason)
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
             _fuse_head(layer)  # the head may have been replaced after the conversion
-        call = _Call(model, layer, told)
+        call = _Call(model, layer, told, metrics)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _tell(model, told, f"its {call.differs}. From now on, its original forward runs")
@@ -306,6 +313,7 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
 def unfuse(model: Any) -> None:
     """Restores a model's original ``forward``; without its calls, the head computes logits."""
     delattr(model, subclass.MARK)
+    vars(model).pop("pyfused_metrics", None)
     subclass.unfuse(model)
 
 
@@ -316,18 +324,20 @@ def _tell(model: Any, told: set[str], reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _wants_loss_alone(
-    model: Any, parameters: inspect.Signature, args: Any, kwargs: dict[str, Any]
-) -> bool:
+def _tell_of_missing_labels(model: Any, told: set[str], given: dict[str, Any]) -> None:
+    """Warns of a training step whose loss the user computes from all logits."""
+    values = map(given.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
+    alone = getattr(_thread, "call", None) is None  # not called by another model
+    asks = any(torch.is_tensor(value) or value for value in values)
+    if alone and not asks and model.training and torch.is_grad_enabled():
+        _tell(model, told, _MISSING_LABELS)
+
+
+def _wants_loss_alone(model: Any, given: dict[str, Any]) -> bool:
     """Returns whether a model's call has labels and no argument that requires the logits."""
-    given = parameters.bind(model, *args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
-    keep = given.get("logits_to_keep", 0)
     return (
         given.get("labels") is not None
         and "_loss_function" not in vars(model)  # the user has replaced the loss
-        and isinstance(keep, int)
-        and keep == 0
         and given.get("return_dict", model.config.return_dict) is not False
     )
 
@@ -337,13 +347,17 @@ def _wants_loss_alone(
 
 def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | None:
     """Returns how a loss or its gradient differs from torch's, "" if equal, None if unknown."""
-    rows = node.rows.detach().requires_grad_()
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+    if target.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     size = max(1, ROWS_BYTES // (4 * len(node.family.inputs[1])))
     losses, gradients = [], []
-    valid = (target != options["ignore_index"]).sum() if options["reduction"] == "mean" else 1
-    with deferred.saved_here():
+    valid: Any = 1
+    if options["reduction"] == "mean":
+        kept, weight = target[target != options["ignore_index"]], options["weight"]
+        valid = len(kept) if weight is None else weight[kept.long()].sum()
+    with torch.inference_mode(False), torch.enable_grad(), deferred.saved_here():
+        # autograd saves no tensors of inference mode, but copies of them.
+        rows, target = node.rows.detach().clone().requires_grad_(), target.clone()
         loss = node.loss(rows, target, options)
         (gradient,) = torch.autograd.grad(loss, rows, torch.ones_like(loss) * valid)
         for chunk, targets in zip(rows.split(size), target.split(size), strict=True):
@@ -390,49 +404,74 @@ class _Outputs:
         self.last_hidden_state = hidden
 
     def __getitem__(self, index: Any) -> Any:
-        return self.last_hidden_state if index == 0 else () if isinstance(index, slice) else None
+        states = self.last_hidden_state, self.last_hidden_state[:, 0]  # the second is pooled
+        return states[index] if isinstance(index, slice) else states[0] if index == 0 else None
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
 
 
-def _trial_reason(model: Any, name: str) -> str | None:
+def _twin(model: Any, path: str, head: Any, hidden: Tensor) -> Any:
+    """Returns a shallow copy of a model with another head and decoders that return fixed states."""
+    name, _, rest = path.partition(".")
+    base, kinds = getattr(model, "base_model", model), sys.modules["transformers"].PreTrainedModel
+    children: dict[str, Any] = dict(model.named_children())
+    changed: dict[str, Any] = {
+        each: _Decoder(module, hidden)
+        for each, module in children.items()
+        if module is base or isinstance(module, kinds)
+    }
+    changed[name] = _twin(children[name], rest, head, hidden) if rest else head
+    return with_children(model, changed)
+
+
+def _trial_reason(model: Any, head: Any) -> str | None:
     """Returns why a model of transformers cannot be converted, by running it.
 
     The ``forward`` of a shallow copy of the model runs with and without deferred logits, and with a
     decoder that returns random hidden states. The model does not change, and only a few rows of
     logits are computed.
     """
-    head, children = getattr(model, name), dict(model.named_children())
+    path = next((name for name, module in model.named_modules() if module is head), "")
     kinds = sys.modules["transformers"].PreTrainedModel
-    bases = [n for n, m in children.items() if m is model.base_model or isinstance(m, kinds)]
-    if not bases:
+    bases = [m for m in model.modules() if m is model.base_model or isinstance(m, kinds)]
+    if not path or bases == [model]:
         return "its hidden states do not come from a base model"
     weight, generator = head.weight, torch.Generator().manual_seed(0)
-    values = torch.randn(1, TOKENS, head.in_features, generator=generator)
-    hidden = values.to(weight.device, weight.dtype).requires_grad_()
     labels = torch.randint(len(weight), (1, TOKENS), generator=generator).to(weight.device)
     labels[0, 1] = -100
     inputs: dict[str, Any] = {"input_ids": torch.zeros_like(labels), "labels": labels}
-    if "output_router_logits" in inspect.signature(type(model).forward).parameters:
-        inputs["output_router_logits"] = False
+    parameters = inspect.signature(type(model).forward).parameters
+    more: dict[str, Any] = {"output_router_logits": False}
+    more |= dict.fromkeys(("next_sentence_label", "sentence_order_label"), labels.new_zeros(1))
+    inputs |= {name: value for name, value in more.items() if name in parameters}
+    if "input_ids" not in parameters and model.main_input_name in parameters:
+        inputs[model.main_input_name] = inputs.pop("input_ids")
     deferring = copy.copy(head)
     _fuse_head(deferring)
-    decoders = {base: _Decoder(children[base], hidden) for base in bases}
-    twin = with_children(model, decoders | {name: deferring})
-    results: list[tuple[Tensor, ...]] = []
-    uses: list[str] = []
-    try:
-        with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
-            for call in (_Call(twin, head, {COMPARED}), _Call(twin, deferring, {COMPARED})):
-                output, uses = call.run(type(model), (), inputs)  # the second call defers logits
-                results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
-    except Exception as error:
-        return f"its forward raised {error!r} when called with random hidden states"
-    if set(uses) != {LOSS}:
-        read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
-        return f"its logits are read by {read}" if read else "its loss is not a cross-entropy"
-    expected, found = results
-    difference = _difference(zip(found, expected, strict=True), weight.dtype)
-    return f"its {difference}" if difference else None
+    reason = None
+    # The head's input may be a projection of the decoder's output.
+    features = head.in_features
+    for size in dict.fromkeys((features, getattr(model.config, "hidden_size", features))):
+        values = torch.randn(1, TOKENS, size, generator=generator)
+        hidden = values.to(weight.device, weight.dtype).requires_grad_()
+        twin = _twin(model, path, deferring, hidden)
+        results: list[tuple[Tensor, ...]] = []
+        uses: list[str] = []
+        try:
+            with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
+                for of in (head, deferring):
+                    call = _Call(twin, of, {COMPARED})
+                    output, uses = call.run(type(model), (), inputs)  # the second call defers
+                    results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
+        except Exception as error:
+            reason = f"its forward raised {error!r} when called with random hidden states"
+            continue
+        if set(uses) != {LOSS}:
+            read = ", ".join(dict.fromkeys(use for use in uses if use != LOSS))
+            return f"its logits are read by {read}" if read else "its loss is not a cross-entropy"
+        expected, found = results
+        difference = _difference(zip(found, expected, strict=True), weight.dtype)
+        return f"its {difference}" if difference else None
+    return reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +25,11 @@ FUSED: dict[type[Module], type[Module]] = {
     if hasattr(torch.nn, op.module)
 }
 _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
+_LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}
+_NOTHING = (
+    "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
+    "and no language model of transformers. For any other one, pass head=, its linear layer."
+)
 
 
 class Left(NamedTuple):
@@ -40,28 +46,30 @@ class Conversion(NamedTuple):
     Attributes:
         swapped: The names of the modules that it replaces.
         left: The modules that it does not replace, with reasons.
+        table: Both, with the class of each module and what replaces it; printed by ``print``.
     """
 
     swapped: tuple[str, ...]
     left: tuple[Left, ...]
+    table: str
 
     def __str__(self) -> str:
-        lines = [f"swapped: {', '.join(self.swapped) or 'none'}"]
-        lines += [f"left alone: {name} ({kind}): {reason}" for name, kind, reason in self.left]
-        return "\n".join(lines)
+        return self.table
 
 
-def convert(model: Model, *, head: str | None = None) -> Model:
+def convert(
+    model: Model, *, head: str | None = None, evaluation: bool = False, metrics: bool = False
+) -> Model:
     """Replaces supported torch modules by pyfused's, in place.
 
     Modules stay the same objects and only change their class: hooks, buffers, device, training
     flag, names and references are kept. Subclasses are not replaced.
 
-    In transformers' language models whose head is a plain linear layer, head and loss become
-    :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels returns
-    the loss and no logits. ``convert`` tries each model first, by computing the loss of a few
-    random hidden states with and without the change. The model is not changed if the loss or its
-    gradient differs, or if other code reads the logits.
+    In transformers' language models whose head is a plain linear layer, at any depth, head and loss
+    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels
+    returns the loss and no logits. ``convert`` tries each model first, by computing the loss of a
+    few random hidden states with and without the change. The model is not changed if the loss or
+    its gradient differs, or if other code reads the logits.
 
     In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
@@ -74,7 +82,13 @@ def convert(model: Model, *, head: str | None = None) -> Model:
             ``model`` is a language model of any library whose ``forward`` calls it and torch's
             cross-entropy. In training mode the logits in its output are None if only the loss reads
             them; any other code that reads them receives them. The first loss is compared with
-            torch's: if they differ, the model's original ``forward`` is restored.
+            torch's: if they differ, the model's original ``forward`` is restored. The name of a
+            layer further down has dots: ``"cls.predictions.decoder"``.
+        evaluation: Whether a language model's calls with labels return no logits in evaluation mode
+            either, with gradients, in ``no_grad`` or in inference mode.
+        metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
+            :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass.
+            None if that cross-entropy was not fused.
 
     Returns:
         The same model.
@@ -85,8 +99,9 @@ def convert(model: Model, *, head: str | None = None) -> Model:
             changed.
     """
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
+    kinds: Counter[str] = Counter()
     for name in plan.swapped:
-        module = modules[name]
+        module, kind = modules[name], type(modules[name]).__qualname__
         if MARK in vars(module):  # a module may have several names
             continue
         if type(module) in FUSED:
@@ -94,10 +109,14 @@ def convert(model: Model, *, head: str | None = None) -> Model:
         elif gated_mlp.is_known(module):
             gated_mlp.fuse(module)
         else:
-            causal_lm.fuse(module, head if name == "." else None)
+            causal_lm.fuse(module, head if name == "." else None, evaluation, metrics)
+            kinds[f"head and loss of {kind}"] += 1
             continue
+        kinds[kind] += 1
         setattr(module, MARK, True)
-    _log.info("convert: %s", plan)
+    listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    made = f"replaced {kinds.total()} modules ({listed}); left {len(plan.left)}: see "
+    _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
     return model
 
 
@@ -109,25 +128,30 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
         head: As in :func:`convert`.
 
     Returns:
-        The names of the modules that would be replaced (``"."`` is the model itself), and the
+        The modules that would be replaced (``"."`` is the model itself), and the language models,
         losses and activations that would not be, with reasons.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
     """
-    swapped, left = [], []
+    swapped, left, rows = [], [], []
     for name, module in _modules(model):
-        vouched = head if name == "." else None
-        has_head = vouched is not None or causal_lm.has_head(module)
-        if has_head:
-            reason = causal_lm.reason_to_leave(module, vouched)
+        vouched, kind = head if name == "." else None, type(module).__qualname__
+        if vouched is not None or causal_lm.has_head(module):
+            reason, replacement = causal_lm.reason_to_leave(module, vouched), "linear_cross_entropy"
         else:
-            reason = _reason_to_leave(module)
+            reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
+            if type(module) not in FUSED:
+                replacement = "a fused gated activation" if gated_mlp.is_known(module) else ""
         if reason:
-            left.append(Left(name, type(module).__qualname__, reason))
-        elif has_head or type(module) in FUSED or gated_mlp.is_known(module):
+            left.append(Left(name, kind, reason))
+            rows.append((name, kind, f"left: {reason}"))
+        elif replacement:
             swapped.append(name)
-    return Conversion(tuple(swapped), tuple(left))
+            rows.append((name, kind, f"replaced by {replacement}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {what}" for name, kind, what in rows]
+    return Conversion(tuple(swapped), tuple(left), "\n".join([_NOTHING] * (not swapped) + lines))
 
 
 def revert(model: Module) -> tuple[str, ...]:
@@ -146,6 +170,7 @@ def revert(model: Module) -> tuple[str, ...]:
     for _, module in converted:
         if MARK in vars(module):
             delattr(module, MARK)
+            vars(module).pop("pyfused_metrics", None)
             if is_fused(module):
                 unfuse(module)
             elif type(module) in _TORCH_CLASSES:
@@ -179,7 +204,7 @@ def _wrapper(module: Module) -> str | None:
 
 
 def _reason_to_leave(module: Module) -> str | None:
-    if type(module) in _TORCH_CLASSES:
+    if type(module).__module__ == nn.__name__:
         return "is already a module of pyfused.nn"
     for torch_class in FUSED:
         if type(module) is torch_class and "forward" in vars(module):
@@ -190,4 +215,7 @@ def _reason_to_leave(module: Module) -> str | None:
             return "is compiled by torch.jit"
         if type(module) is not torch_class and type(module).__name__ == torch_class.__name__:
             return f"is a class of {type(module).__module__}, not torch.nn.{torch_class.__name__}"
-    return None
+    if type(module) in FUSED or isinstance(module, torch.nn.MultiheadAttention):
+        return None
+    known = any(base.__module__ in _LOSSES_AND_ACTIVATIONS for base in type(module).__mro__)
+    return "has no counterpart in pyfused.nn" if known else None

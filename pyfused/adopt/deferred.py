@@ -2,11 +2,12 @@
 
 A head returns a tensor without memory, of a subclass that intercepts all operators by
 ``__torch_function__``. A few operators are recorded instead of computed: views that keep rows
-whole, slices of rows, a cast to float32, a positive factor, a cap by tanh. The cross-entropy of
-such logits is computed by ``linear_cross_entropy`` from the hidden states. Any other operator
-computes the logits and all recorded operators, by torch, in the grad mode and autocast of the
-recording. ``torch.utils.swap_tensors`` then replaces the tensors without memory by the computed
-ones: views are real views, and in-place changes are visible through them.
+whole, selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
+log_softmax. The cross-entropy of such logits is computed by ``linear_cross_entropy`` from the
+hidden states. Any other operator computes the logits and all recorded operators, by torch, in the
+grad mode and autocast of the recording. ``torch.utils.swap_tensors`` then replaces the tensors
+without memory by the computed ones: views are real views, and in-place changes are visible through
+them.
 
 torch cannot swap a tensor that C++ holds, such as an argument of an ``autograd.Function``. Such a
 tensor forwards operators to the computed logits, and `_Deferral` computes its gradient.
@@ -21,7 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
 from typing import Any
@@ -32,10 +33,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
-from pyfused.functional import linear_cross_entropy
+from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
+from pyfused.ops.metrics import Metrics
 from pyfused.torch_internals import version_of
 
 LOSS = "its loss"
@@ -51,8 +54,13 @@ _VIEWS = {
     *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
     *(Tensor.contiguous, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze),
 }
+_TRANSPOSES = {Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.movedim}
+_LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+_SUMS = {Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add}
 _PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
 _QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide}
+_INDEX_DTYPES = (torch.bool, torch.int64)
+_EXACT: Any = WeakTensorKeyDictionary()  # a bias, and the dtype and version that were compared
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 
 
@@ -62,6 +70,7 @@ class Family:
     Attributes:
         call: The model's call, whose ``accepts`` returns whether a loss may be fused.
         inputs: The hidden states, the head's weight and its bias.
+        read: These and the tensors of recorded operators, none of which may change in place.
         finish: Receives the losses and computed logits of a unit of FSDP when its call ends.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
@@ -76,29 +85,44 @@ class Family:
         self.nodes: list[_Node] = []
         self.traced = is_dynamo_compiling()
         self.context = _context(inputs[0].device.type)
-        self.versions = None if self.traced else self.versions_now()
+        self.read: list[Tensor] = []
+        self.versions: list[tuple[int, int]] = []
+        self.watch(*inputs)
+
+    def watch(self, *tensors: Tensor | None) -> None:
+        """Notes the versions of tensors that are read until the logits have been computed."""
+        if not self.traced:
+            self.read += [tensor for tensor in tensors if tensor is not None]
+            self.versions = self.versions_now()
 
     def logits(self) -> Any:
         """Returns the output of the head."""
         hidden, weight, _ = self.inputs
         if self.traced:
             return _Node(self, hidden).tensor(F.linear(*self.inputs))
-        _, autocast, dtype, _ = self.context
+        autocast, dtype = self.context[2:4]
         shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
 
     def versions_now(self) -> Any:
-        """Returns what changes if an input is changed in place; FSDP moves the weight."""
-        return [(version_of(x), self.finish or x.data_ptr()) for x in self.inputs if x is not None]
+        """Returns what changes if a tensor that is read changes in place; FSDP moves the weight."""
+        return [(version, self.finish or address) for version, address in _versions(self.read)]
 
     def linear(self, input: Tensor) -> Tensor:
         """Returns the logits of rows of hidden states, computed."""
         return F.linear(input, *self.inputs[1:])
 
-    def loss(self, rows: Tensor, target: Tensor, **options: Any) -> Any:
-        """Returns the cross-entropy of rows of hidden states."""
-        _, weight, bias = self.inputs
-        return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
+    def loss(self, rows: Any, target: Any, shift: Tensor | None, options: dict[str, Any]) -> Any:
+        """Returns the cross-entropy of rows of hidden states, with a shift of the head's bias."""
+        (_, weight, bias), call = self.inputs, self.call
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        if not call.with_metrics:
+            return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
+        loss, call.model.pyfused_metrics = linear_cross_entropy_with_metrics(
+            rows, weight, target, linear_bias=bias, **options
+        )
+        return loss
 
     def keep(self, *results: Any) -> None:
         if self.results is not None:
@@ -143,15 +167,16 @@ class Family:
         """
         if self.versions_now() != self.versions:
             raise RuntimeError(
-                "pyfused.convert: expected the head's input, weight and bias to stay the same "
-                "until its logits are read, got one changed in place. Read the logits before the "
-                "change, or call pyfused.revert(model)"
+                "pyfused.convert: expected the head's input, weight and bias, and what is added to "
+                "its logits or selects them, to stay the same until the logits are read, got one "
+                "changed in place. Read the logits before the change, or call pyfused.revert(model)"
             )
-        _, autocast, dtype, _ = self.context
+        inference, gradients, autocast, dtype, _ = self.context
         cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
         # A checkpoint that recomputes would find these tensors saved at another point.
         saved = nullcontext() if hooks() is None else saved_here()
-        with torch.inference_mode(False), torch.enable_grad(), cast, saved:
+        mode = torch.inference_mode(inference)  # must precede grad mode, which it sets
+        with mode, torch.set_grad_enabled(gradients), cast, saved:
             yield
 
 
@@ -167,8 +192,12 @@ class ColwiseFamily(Family):
     def linear(self, input: Tensor) -> Any:
         return self.gather(F.linear(self.replicate(input), *self.inputs[1:]))
 
-    def loss(self, rows: Tensor, target: Tensor, **options: Any) -> Any:
-        return super().loss(self.replicate(rows), self.replicate(target), **options).full_tensor()
+    def loss(self, rows: Any, target: Any, *options: Any) -> Any:
+        loss = super().loss(self.replicate(rows), self.replicate(target), *options)
+        if self.call.with_metrics:
+            metrics = self.call.model.pyfused_metrics
+            self.call.model.pyfused_metrics = Metrics(*(x.full_tensor() for x in metrics))
+        return loss.full_tensor()
 
     def is_full(self) -> bool:
         """Returns whether the head returns plain logits of all rows and classes, by a few rows."""
@@ -199,10 +228,16 @@ def saved_here() -> saved_tensors_hooks:
     return saved_tensors_hooks(lambda tensor: (tensor.detach(), version_of(tensor)), unpack)
 
 
-def _context(device: str) -> tuple[bool, bool, torch.dtype, Any]:
+def _context(device: str) -> tuple[bool, bool, bool, torch.dtype, Any]:
     """Returns the modes that torch's results depend on."""
-    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return torch.is_grad_enabled(), autocast, dtype, hooks()
+    inference = not is_dynamo_compiling() and torch.is_inference_mode_enabled()
+    modes = inference, torch.is_grad_enabled()
+    return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), hooks()
+
+
+def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    # Tensors of inference mode have no version.
+    return [(0 if x.is_inference() else version_of(x), x.data_ptr()) for x in tensors]
 
 
 @dataclass(eq=False)
@@ -210,10 +245,15 @@ class _Node:
     """One tensor of a family: the head's output, or an operator's result.
 
     Its value is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
-    ``x = linear(rows, weight, bias)``.
+    ``x = linear(rows, weight, bias) + shift``.
 
     Attributes:
         operation: torch's operator, and its arguments and keyword arguments after the parent.
+        moves: Whether the operator only selects or moves rows.
+        shift: A tensor of one number for each class, None without an addition.
+        log: Whether the value is log_softmax of that.
+        channels: Whether the classes are dimension 1, as in the cross-entropy of images; ``rows``
+            then has two dimensions.
         cast: The dtype that x was cast to, None without a cast.
         example: A tensor of the same shape, strides and dtype: on meta, or the compiler's.
         real: The computed tensor.
@@ -226,6 +266,10 @@ class _Node:
     rows: Tensor
     parent: _Node | None = None
     operation: tuple[Any, Any, Any] = (None, None, None)
+    moves: bool = False
+    shift: Tensor | None = None
+    log: bool = False
+    channels: bool = False
     cast: torch.dtype | None = None
     scale: float = 1.0
     cap: float | None = None
@@ -254,7 +298,7 @@ class _Node:
             # torch cannot swap a tensor that has weak references.
             tensor, self.reference = self.reference(), lambda: None
             self.real = tensor if _becomes(tensor, real) else real
-            self.version = version_of(self.real)
+            ((self.version, _),) = _versions([self.real])
             self.held = isinstance(tensor, _Logits)
             if LOSS in self.family.uses:
                 vars(self.real).update(register_hook=_Refusal(self.real), retain_grad=_refuse)
@@ -274,23 +318,50 @@ class _Node:
         if self.parent is None:
             return self.apply(self.family.inputs[0] if rows is None else rows)
         parent = self.parent.recompute(rows)
-        keeps_values = self.operation[0] in _VIEWS or self.operation[0] is Tensor.__getitem__
-        return parent if keeps_values and rows is not None else self.apply(parent)
+        return parent if self.moves and rows is not None else self.apply(parent)
 
     def record(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it can be recorded, or else None."""
-        if function is F.cross_entropy:
+        if function is (F.nll_loss if self.log else F.cross_entropy):
             return self.cross_entropy(*args, **kwargs)
         rows, scale, given = self.rows, self.scale, (*args, *kwargs.values())
         only: Any = given[0] if len(given) == 1 else None
         changed: dict[str, Any] = {}
+        result: Any = None
+        if self.channels:
+            return None
         if function in _VIEWS:
             if not all(map(_is_size, given)):
                 return None
+        elif function is Tensor.__getitem__ and _selects_rows(only, self.example.dim()):
+            if self.family.traced or not (selected := rows[only]).is_contiguous():
+                return None
+            self.family.watch(*(only if type(only) is tuple else (only,)))
+            changed["rows"] = selected
+            result = self.example.new_empty(*selected.shape[:-1], self.example.shape[-1])
         elif function is Tensor.__getitem__:
             if not _keeps_rows(only, self.example.dim()):
                 return None
             changed["rows"] = rows[only]
+        elif function in _TRANSPOSES and self.example.dim() > 2:
+            result = function(self.example, *args, **kwargs)
+            last_first = self.example.movedim(-1, 1)
+            if (result.shape, result.stride()) != (last_first.shape, last_first.stride()):
+                return None
+            changed |= {"rows": rows.flatten(0, -2), "channels": True}
+        elif self.log:
+            return None
+        elif function in _LOG_SOFTMAX:
+            if not self.is_over_classes(*args, **kwargs):
+                return None
+            changed["log"], args, kwargs = True, (), {"dim": -1}  # for any selection of rows
+        elif function in _SUMS:
+            if kwargs or not self.is_bias(only):
+                return None
+            args = (only.reshape(-1),)  # without leading dimensions, for any selection of rows
+            changed["shift"] = args[0] if self.shift is None else self.shift + args[0]
+            result = function(self.example, args[0].to(self.example.device))
+            self.family.watch(only)
         elif function is Tensor.to and type(only) is torch.device:
             return tensor if only == rows.device else None
         elif function is Tensor.float or (function is Tensor.to and only is torch.float32):
@@ -308,16 +379,43 @@ class _Node:
             changed["cap"] = 1 / scale
         else:
             return None
-        result = function(self.example, *args, **kwargs)
+        result = function(self.example, *args, **kwargs) if result is None else result
         if result is self.example:
             return tensor
         if function in _VIEWS:
             if result.shape[-1:] != self.example.shape[-1:]:
                 return None
             changed["rows"] = rows.reshape(*result.shape[:-1], rows.shape[-1])
-        state = {"rows": rows, "cast": self.cast, "scale": scale, "cap": self.cap} | changed
-        node = _Node(self.family, parent=self, operation=(function, args, kwargs), **state)
+        operation, moves = (function, args, kwargs), "rows" in changed
+        node = replace(self, parent=self, operation=operation, moves=moves, **changed)
         return node.tensor(result)
+
+    def is_over_classes(self, dim: Any = None, *more: Any, dtype: Any = None, **_: Any) -> bool:
+        """Returns whether a log_softmax is over the classes, and has the dtype of its input."""
+        is_last = type(dim) is int and dim in (-1, self.example.dim() - 1)
+        keeps_dtype = not self.family.context[2] or self.example.dtype is torch.float32
+        return is_last and not more and dtype is None and keeps_dtype
+
+    def is_constant(self, tensor: Any) -> bool:
+        """Returns whether a tensor has a number for each class, in the head's dtype."""
+        if not isinstance(tensor, Tensor) or not (self.family.traced or type(tensor) in PLAIN):
+            return False
+        classes, autocast = len(self.family.inputs[1]), self.family.context[2]
+        dtypes = {torch.float32} if autocast else {self.rows.dtype, self.example.dtype}
+        shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
+        fits = dtypes == {tensor.dtype} and tensor.device == self.rows.device
+        return bool(shaped and fits and not tensor.requires_grad)
+
+    def is_bias(self, tensor: Any) -> bool:
+        """Returns whether adding a tensor to the logits equals a bias of the head."""
+        _, _, autocast, dtype, _ = self.family.context
+        sharded = isinstance(self.family, ColwiseFamily)
+        if sharded or self.scale != 1 or self.cap is not None:
+            return False
+        if not self.is_constant(tensor) or tensor.dim() > self.example.dim():
+            return False
+        # Autocast casts the head's bias.
+        return not autocast or (not self.family.traced and _is_exact(tensor, dtype))
 
     def cross_entropy(
         self,
@@ -330,11 +428,19 @@ class _Node:
         label_smoothing: float = 0.0,
     ) -> Tensor | None:
         """Returns the result of torch's function of this name if it can be fused, or else None."""
-        legacy = weight is not None or size_average is not None or reduce is not None
+        legacy = size_average is not None or reduce is not None
         plain = self.family.traced or type(target) in PLAIN
         if legacy or not plain or target.is_floating_point() or self.rows.dim() != 2:
             return None
+        if weight is not None and not self.is_constant(weight):
+            return None
+        shape = target.shape
+        if self.channels:
+            if shape != (self.example.shape[:1] + self.example.shape[2:]):
+                return None
+            target = target.flatten()
         options = {
+            "weight": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": label_smoothing,
@@ -344,13 +450,25 @@ class _Node:
                 if not self.family.call.accepts(self, target, options):
                     return None
         self.family.uses.append(LOSS)
-        loss: Tensor = self.loss(self.rows, target, options)
+        loss = self.loss(self.rows, target, options)
+        loss = loss.view(shape) if self.channels and reduction == "none" else loss
         self.family.keep(loss)
         return loss
 
-    def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Any:
+    def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
-        return self.family.loss(rows, target, **options)
+        loss: Tensor = self.family.loss(rows, target, self.shift, options)
+        return loss
+
+
+def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether a dtype holds a bias exactly, such as zeros; a bias is compared once."""
+    if bias.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    now = dtype, *_versions([bias])
+    if _EXACT.get(bias) != now and torch.equal(bias.to(dtype).to(bias.dtype), bias):
+        _EXACT[bias] = now
+    return bool(_EXACT.get(bias) == now)
 
 
 def _is_size(value: Any) -> bool:
@@ -369,6 +487,14 @@ def _keeps_rows(index: Any, dimensions: int) -> bool:
         place = given.index(...)
         given[place : place + 1] = [slice(None)] * (dimensions - len(given) + 1)
     return len(given) < dimensions or (len(given) == dimensions and given[-1] == slice(None))
+
+
+def _selects_rows(index: Any, dimensions: int) -> bool:
+    """Returns whether an index consists of masks and int64 tensors for the leading dimensions."""
+    parts = index if type(index) is tuple else (index,)
+    if not parts or not all(type(x) in PLAIN and x.dtype in _INDEX_DTYPES for x in parts):
+        return False
+    return sum(x.dim() if x.dtype is torch.bool else 1 for x in parts) < dimensions
 
 
 def _becomes(tensor: Any, real: Tensor) -> bool:
@@ -491,7 +617,8 @@ def _compute(tensor: Any, function: Any) -> Any:
         RuntimeError: The operator's result would lack a gradient.
     """
     family = tensor._node.family
-    if not family.traced and getattr(tensor.grad_fn, "node", None) is not tensor._node:
+    maker = tensor._node if family.context[1] else None  # there is no grad_fn in no_grad
+    if not family.traced and getattr(tensor.grad_fn, "node", tensor.grad_fn) is not maker:
         raise RuntimeError(
             "pyfused.convert: expected no autograd.Function that changes logits in place or "
             "returns them, got one. Call pyfused.revert(model)"
