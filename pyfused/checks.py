@@ -254,9 +254,9 @@ def linear_cross_entropy(
         probabilities: Whether the target may hold class probabilities.
         classes: The number of all classes if the layer is a shard of them.
     """
-    input, linear_weight, linear_bias, target, weight = head
+    input, linear_weight, linear_bias, target, *_, weight = head
     for name, value in head._asdict().items():
-        if value is not None or name not in ("linear_bias", "weight"):
+        if value is not None or name in ("input", "linear_weight", "target"):
             tensor(name, value)
     if options.token_weight is not None:
         tensor("token_weight", options.token_weight)
@@ -265,6 +265,7 @@ def linear_cross_entropy(
         raise RuntimeError("input: expected shape (..., D), got ()")
     _floating("input", input)
     linear_layer(input, linear_weight, linear_bias)
+    _adapter(head)
     features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
         raise RuntimeError(
@@ -353,6 +354,30 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
             raise RuntimeError(
                 f"{prefix}linear_{name}: expected the {prefix}input's {input.dtype}, got "
                 f"{value.dtype}"
+            )
+
+
+def _adapter(head: Head) -> None:
+    """Checks presence, shapes, devices and dtypes of the tensors of a low-rank adapter."""
+    adapter = {"adapter_input": head.adapter_input, "adapter_weight": head.adapter_weight}
+    given = [name for name, value in adapter.items() if value is not None]
+    if not given:
+        return
+    if len(given) < 2:
+        raise ValueError(f"expected both adapter_input and adapter_weight, got {given[0]} alone")
+    input, rank = head.input, head.adapter_input.shape[-1:]  # type: ignore[union-attr]
+    for (name, value), layer in zip(adapter.items(), ("input", "linear_weight"), strict=True):
+        shape = *getattr(head, layer).shape[:-1], *rank
+        _shape(name, value, shape, f"with the leading dimensions of {layer}", RuntimeError)
+        if value.device != input.device:
+            raise RuntimeError(
+                f"{name}: expected the input's device {input.device}, got {value.device}"
+            )
+        is_double = input.dtype is torch.float64
+        if not value.is_floating_point() or (value.dtype is torch.float64) is not is_double:
+            expected = "torch.float64" if is_double else "torch.float32 or half precision"
+            raise RuntimeError(
+                f"{name}: expected {expected} beside an input of {input.dtype}, got {value.dtype}"
             )
 
 
@@ -513,7 +538,7 @@ def linear_log_probs(
 ) -> None:
     """Checks types, shapes, dtypes and options; class indices are checked later."""
     head_options = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
-    head = Head(input, linear_weight, linear_bias, target, None)
+    head = Head(input, linear_weight, linear_bias, target)
     linear_cross_entropy(head, head_options, False, classes)
     vocab_options(options, ())
 

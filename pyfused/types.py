@@ -342,7 +342,7 @@ class Outputs(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A linear layer, its input, and the targets of its logits.
+    """A linear layer with an optional low-rank adapter, its input, and the targets of its logits.
 
     Attributes:
         input: (..., D); kernels take (N, D).
@@ -350,6 +350,8 @@ class Head(NamedTuple):
         linear_bias: (C), or (C, d1, ..., dk), or None.
         target: int64 class indices (...) or (..., d1, ..., dk), or probabilities of the logits'
             shape, (..., C) or (..., C, d1, ..., dk).
+        adapter_input: (..., r), or None.
+        adapter_weight: (C, r), or (C, d1, ..., dk, r), or None.
         weight: (C), or None.
     """
 
@@ -357,7 +359,9 @@ class Head(NamedTuple):
     linear_weight: Tensor
     linear_bias: Tensor | None
     target: Tensor
-    weight: Tensor | None
+    adapter_input: Tensor | None = None
+    adapter_weight: Tensor | None = None
+    weight: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -365,8 +369,9 @@ class Head(NamedTuple):
         return self.linear_weight[..., 0].numel()
 
     def as_rows(self, options: HeadOptions) -> tuple[Head, HeadOptions]:
-        """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""
+        """Flattens inputs (..., D) to rows (N, D), and all tensors with one row per token."""
         input, target, token_weight = self.input, self.target, options.token_weight
+        adapter_input = self.adapter_input
         if input.dim() == 2:
             return self, options
         rows, positions = input.shape[:-1].numel(), self.linear_weight.shape[1:-1]
@@ -374,6 +379,8 @@ class Head(NamedTuple):
         head = self._replace(
             input=input.reshape(rows, -1), target=target.reshape(rows, *classes, *positions)
         )
+        if adapter_input is not None:
+            head = head._replace(adapter_input=adapter_input.reshape(rows, -1))
         if token_weight is not None:
             options = replace(options, token_weight=token_weight.reshape(rows, *positions))
         return head, options

@@ -14,6 +14,7 @@ import torch
 from catalogue import (
     DEPRECATED,
     OF_CLASSES,
+    PAIRS,
     Call,
     declared,
     labels,
@@ -125,11 +126,12 @@ def random_call(
     same = [*SAME_VALUES.values()]
     chosen = same if "inplace" in given else [*layouts.values()]
     tensors: dict[str, Any] = {}
+    has_adapter = rng.once_in(3)  # its two tensors come together
     for name, operand in declared(op).items():
         alike = "linear" in op.name or isinstance(op, (MultiMarginLoss, Divergence))
         mixed = tensors and not alike and rng.once_in(20)
         x = found[name]
-        if operand.optional and not rng.once_in(3):
+        if operand.optional and not (has_adapter if name in PAIRS else rng.once_in(3)):
             continue
         if isinstance(x, Tensor):
             if x.is_floating_point():

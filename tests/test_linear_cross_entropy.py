@@ -41,6 +41,11 @@ class HeadCase:
         self.input = torch.randn(*batch, features).to(dtype).requires_grad_()
         self.head = torch.randn(classes, *positions, features).to(dtype).requires_grad_()
         self.bias = torch.randn(classes, *positions).to(dtype).requires_grad_()
+        rank = 3
+        self.adapter = {
+            "adapter_input": torch.randn(*batch, rank).to(dtype).requires_grad_(),
+            "adapter_weight": torch.randn(classes, *positions, rank).to(dtype).requires_grad_(),
+        }
         self.weight = torch.rand(classes).to(dtype)
         self.token_weight = torch.rand((*batch, *positions))
         if probabilities:
@@ -53,6 +58,7 @@ class HeadCase:
     def options(self, names: str) -> dict[str, Any]:
         known = {
             "bias": {"linear_bias": self.bias},
+            "adapter": self.adapter,
             "weight": {"weight": self.weight},
             "tokens": {"token_weight": self.token_weight},
             "smoothing": {"label_smoothing": 0.1},
@@ -73,9 +79,12 @@ OPTIONS = (
     "",
     "none",
     "sum bias",
+    "adapter",
+    "none adapter",
     "weight bias smoothing",
     "tokens z",
-    "none weight tokens z smoothing bias",
+    "none weight tokens z smoothing bias adapter",
+    "adapter weight bias smoothing tokens",
     "divided tokens",
     "capped z",
     "capped none smoothing scaled",
@@ -328,6 +337,124 @@ def test_a_class_index_out_of_range_among_leading_dimensions() -> None:
     target[1, 2] = 9
     with pytest.raises(IndexError, match=r"got 9 at position \(1, 2\)"):
         fused.linear_cross_entropy(torch.randn(2, 3, 4), torch.randn(9, 4), target)
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+ADAPTER = ("adapter_input", "adapter_weight")
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [ADAPTER, ("head", *ADAPTER), ("input", *ADAPTER), ("adapter_weight",)],
+    ids=",".join,
+)
+def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
+    """A frozen weight has no gradient product, and a rank of 3 is padded to 16."""
+    given = HeadCase(rows=90)
+    rows = 90 if backend.ASYNCHRONOUS else 60
+    tensors = {"input": given.input, "head": given.head, **given.adapter}
+    detached = {n: x.detach().requires_grad_(n in needs) for n, x in tensors.items()}
+    input, head = detached.pop("input"), detached.pop("head")
+    with products() as found:
+        fused.linear_cross_entropy(
+            input, head, given.target, **detached, memory_budget=1 << 20
+        ).backward()
+    expected = {
+        "input": (rows, 70, 6),
+        "head": (70, rows, 6),
+        "adapter_input": (rows, 70, 16),
+        "adapter_weight": (70, rows, 16),
+    }
+    logits = [(rows, 6, 70), (rows, 16, 70)]
+    assert sorted(found) == sorted([*logits, *[expected[name] for name in needs]])
+
+
+@grid(budget=[None, 3000], dtype=[torch.bfloat16, torch.float16], reduction=["mean", "none"])
+def test_an_adapter_in_float32_beside_a_layer_in_half_precision(
+    budget: int | None, dtype: torch.dtype, reduction: str
+) -> None:
+    """The gradients have the dtypes of their tensors."""
+    given = HeadCase(rows=80, classes=300, dtype=dtype)
+    adapter = {n: x.detach().float().requires_grad_() for n, x in given.adapter.items()}
+    head, options = given.head.detach(), {"reduction": reduction, **adapter}
+    arguments = given.input, head, given.target
+    got = evaluate(fused.linear_cross_entropy, *arguments, **options, memory_budget=budget)
+    exact = evaluate(materialised, *arguments, convert=exactly, **options)
+    assert got.value.dtype is dtype
+    assert [x.dtype for x in got.gradients] == [dtype, torch.float32, torch.float32]
+    for ours, best in zip((got.value, *got.gradients), (exact.value, *exact.gradients), strict=True):
+        error = (ours.double() - best).norm() / best.norm()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("budget", [None, 3000])
+def test_ignored_rows_of_an_adapter_may_be_nan(budget: int | None) -> None:
+    given = HeadCase(rows=90)
+    adapter = {name: x.detach().clone() for name, x in given.adapter.items()}
+    options = {"label_smoothing": 0.1, "memory_budget": budget}
+    arguments = given.input.detach(), given.head.detach(), given.target
+    results = []
+    for value in (0.0, math.nan):
+        adapter["adapter_input"][given.target == -100] = value
+        leaves = [x.requires_grad_() for x in adapter.values()]
+        loss = fused.linear_cross_entropy(*arguments, **options, **adapter)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+        adapter = {name: x.detach() for name, x in adapter.items()}
+    if not backend.ASYNCHRONOUS:  # which computes products of ignored rows, whose gradient is 0
+        for nan, zero in zip(*results, strict=True):
+            torch.testing.assert_close(nan, zero)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_under_autocast(dtype: torch.dtype) -> None:
+    """The input is cast to bfloat16; gradients of float32 tensors are not rounded."""
+    given = HeadCase(rows=80, classes=300)
+    adapter = dict(given.adapter)
+    adapter["adapter_input"] = given.adapter["adapter_input"].detach().to(dtype).requires_grad_()
+    arguments = given.input, given.head, given.target
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = evaluate(fused.linear_cross_entropy, *arguments, **adapter)
+    exact = evaluate(materialised, *arguments, convert=exactly, **adapter)
+    for ours, best in zip((got.value, *got.gradients), (exact.value, *exact.gradients), strict=True):
+        assert (ours.double() - best).norm() / best.norm() < 2.0**-7
+    leaves = given.input, given.head, *adapter.values()
+    assert [x.dtype for x in got.gradients] == [x.dtype for x in leaves]
+
+
+WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "alone": ({"adapter_weight": None}, ValueError, "expected both .*, got adapter_input alone"),
+    "rank": (
+        {"adapter_weight": torch.ones(70, 4)},
+        RuntimeError,
+        r"adapter_weight: expected shape \(70, 3\), .*linear_weight, got \(70, 4\)",
+    ),
+    "rows": (
+        {"adapter_input": torch.ones(11, 3)},
+        RuntimeError,
+        r"adapter_input: expected shape \(12, 3\), .*input, got \(11, 3\)",
+    ),
+    "dtype": (
+        {"adapter_weight": torch.ones(70, 3).double()},
+        RuntimeError,
+        "adapter_weight: expected torch.float32 or half precision .*, got torch.float64",
+    ),
+    "device": (
+        {"adapter_weight": torch.ones(70, 3, device="meta")},
+        RuntimeError,
+        "adapter_weight: expected the input's device .*, got meta",
+    ),
+    "type": ({"adapter_input": 1.0}, TypeError, "adapter_input: expected a Tensor, got float"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ADAPTERS)
+def test_bad_adapter(name: str) -> None:
+    given, (wrong, error, message) = HeadCase(), WRONG_ADAPTERS[name]
+    with pytest.raises(error, match=message):
+        fused.linear_cross_entropy(given.input, given.head, given.target, **given.adapter | wrong)
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class RowLoss(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [operand.name.removeprefix("teacher_") for operand in self.operands]
-        weights = "linear_weight", "linear_bias", "weight"
+        weights = "linear_weight", "linear_bias", "adapter_weight", "weight"
         self.row_operands = [i for i, name in enumerate(names) if name not in weights]
 
     @abstractmethod
@@ -222,6 +222,11 @@ class RowLoss(Operator):
         if loss is not None:
             loss = spread_rows(loss, rows, total) if unreduced else loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
-        if gradients:
-            gradients = spread_rows(gradients[0], rows, total), *gradients[1:]
+        if rows is not None:
+            gradients = tuple(
+                [
+                    spread_rows(x, rows, total) if i in self.row_operands else x
+                    for i, x in enumerate(gradients)
+                ]
+            )
         return loss, gradients, spread_rows(state, rows, total, 1)
