@@ -42,7 +42,7 @@ OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
 WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with more options and results than torch's
 SHAPE = (6, 5)
 RANK = 2  # of adapters
-PAIRS = {name: ("adapter_input", "adapter_weight") for name in ("adapter_input", "adapter_weight")}
+PAIRS = dict.fromkeys(("adapter_input", "adapter_weight"), ("adapter_input", "adapter_weight"))
 
 # Values of each option; the examples use the middle one.
 OPTIONS: dict[str, list[Any]] = {

@@ -384,7 +384,9 @@ def test_an_adapter_in_float32_beside_a_layer_in_half_precision(
     exact = evaluate(materialised, *arguments, convert=exactly, **options)
     assert got.value.dtype is dtype
     assert [x.dtype for x in got.gradients] == [dtype, torch.float32, torch.float32]
-    for ours, best in zip((got.value, *got.gradients), (exact.value, *exact.gradients), strict=True):
+    for ours, best in zip(
+        (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True
+    ):
         error = (ours.double() - best).norm() / best.norm()
         assert error < 2 * torch.finfo(dtype).eps
 
@@ -418,7 +420,9 @@ def test_an_adapter_under_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = evaluate(fused.linear_cross_entropy, *arguments, **adapter)
     exact = evaluate(materialised, *arguments, convert=exactly, **adapter)
-    for ours, best in zip((got.value, *got.gradients), (exact.value, *exact.gradients), strict=True):
+    for ours, best in zip(
+        (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True
+    ):
         assert (ours.double() - best).norm() / best.norm() < 2.0**-7
     leaves = given.input, given.head, *adapter.values()
     assert [x.dtype for x in got.gradients] == [x.dtype for x in leaves]

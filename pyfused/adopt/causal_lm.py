@@ -26,7 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
-from pyfused.adopt import deferred, subclass
+from pyfused.adopt import adapters, deferred, subclass
 from pyfused.adopt.deferred import LOSS
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
 
@@ -77,7 +77,12 @@ class _Call:
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
-        family = deferred.Family(self, hidden, self.head.weight, self.head.bias)
+        (_, layer), *_ = adapters.layers(self.head)
+        adapter_weight = None
+        if layer is not self.head:
+            adapter_input, adapter_weight = adapters.low_rank(self.head, hidden)
+            hidden = torch.cat((hidden, adapter_input.to(hidden.dtype)), -1)
+        family = deferred.Family(self, hidden, layer.weight, layer.bias, adapter_weight)
         self.families.append(family)
         return family.logits()
 
@@ -85,6 +90,10 @@ class _Call:
         """Returns whether a loss agrees with torch's; only the first one is compared."""
         if COMPARED not in self.told and self.differs is None:
             differs = _loss_differs(node, target, options)
+            if differs == "" and adapters.is_lora(self.head):
+                with deferred.saved_here():
+                    rows = node.family.split(node.rows)[0][:TOKENS]
+                    differs = adapters.difference(self.head, rows) or ""
             self.differs = differs or None
             if differs == "":
                 self.told.add(COMPARED)
@@ -95,10 +104,11 @@ def _head_forward(kind: Any) -> Any:
     """Returns the ``forward`` of a head's subclass."""
 
     @wraps(kind.forward)
-    def forward(head: Any, input: Tensor) -> Any:
+    def forward(head: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = getattr(_thread, "call", None)
-        logits = call.logits(input) if call is not None and call.head is head else None
-        return kind.forward(head, input) if logits is None else logits
+        plain = call is not None and call.head is head and not (args or kwargs)
+        logits = call.logits(input) if plain else None
+        return kind.forward(head, input, *args, **kwargs) if logits is None else logits
 
     return forward
 
@@ -120,7 +130,7 @@ def _is_usable(head: Any, hidden: Any) -> bool:
         and hidden.numel() > 0
         and hidden.shape[-1:] == head.weight.shape[-1:]
         and all(x.dtype in _CAST_DTYPES if autocast else x.dtype is hidden.dtype for x in tensors)
-        and any(x.requires_grad for x in tensors)
+        and any(x.requires_grad for x in (*tensors, *head.parameters()))
         and active_mode() is None
     )
 
@@ -131,24 +141,35 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    if type(head) not in (Linear, _HEAD):
-        return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
-    if "forward" in vars(head):
-        return "the forward of its head was replaced, for example by accelerate's offloading"
-    if has_hooks(head):
-        return "its head has hooks"
-    if has_compiled_call(head):
-        return "its head is compiled separately"
-    for name, value in (("weight", head.weight), ("bias", head.bias)):
-        if hidden is None or value is None:
-            continue
-        if not is_dynamo_compiling() and type(value) not in deferred.PLAIN:
-            return f"the {name} of its head is a {type(value).__name__}"
-        if value.device != hidden.device:
-            return f"the {name} of its head is on {value.device}, its input on {hidden.device}"
-        if value.numel() == 0:
-            return f"the {name} of its head has no elements"
+    if adapters.is_lora(head):
+        reason = _call_reason("its head", head) or adapters.reason_to_compute(head, hidden)
+        if reason is not None:
+            return reason
+    for where, layer in adapters.layers(head):
+        if type(layer) not in (Linear, _HEAD):
+            return f"{where} is a {type(layer).__name__}, not a plain torch.nn.Linear"
+        reason = _call_reason(where, layer)
+        if reason is not None:
+            return reason
+        for name, value in (("weight", layer.weight), ("bias", layer.bias)):
+            if hidden is None or value is None:
+                continue
+            if not is_dynamo_compiling() and type(value) not in deferred.PLAIN:
+                return f"the {name} of {where} is a {type(value).__name__}"
+            if value.device != hidden.device:
+                return f"the {name} of {where} is on {value.device}, its input on {hidden.device}"
+            if value.numel() == 0:
+                return f"the {name} of {where} has no elements"
     return None
+
+
+def _call_reason(where: str, layer: Any) -> str | None:
+    """Returns why a call of a layer may run other code than its class' ``forward``, or None."""
+    if "forward" in vars(layer):
+        return f"the forward of {where} was replaced, for example by accelerate's offloading"
+    if has_hooks(layer):
+        return f"{where} has hooks"
+    return f"{where} is compiled separately" if has_compiled_call(layer) else None
 
 
 def _finished(output: Any) -> Any:
@@ -202,7 +223,7 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if subclass.is_fused(model):
         return "is already converted"
     if vouched is not None:
-        heads = [name for name, module in model.named_children() if type(module) in (Linear, _HEAD)]
+        heads = [name for name, module in model.named_children() if _is_head(module)]
         if vouched not in heads:
             known = f"one of {heads}" if heads else "but the model has none"
             raise ValueError(
@@ -212,9 +233,9 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if "forward" in vars(model):
         return "its forward was replaced"
     head = vouched or _head_of(model)
-    if head is None or type(getattr(model, head)) not in (Linear, _HEAD):
+    if head is None or not _is_head(getattr(model, head)):
         return "its head is not a plain torch.nn.Linear"
-    reason = _reason(getattr(model, head))
+    reason = _reason(adapters.called_head(getattr(model, head)))
     if vouched is not None or reason is not None:
         return reason
     if "labels" not in inspect.signature(type(model).forward).parameters:
@@ -229,12 +250,17 @@ def fuse(model: Any, head: str | None = None) -> None:
         head: The name of the head if the user passed one; None for a model of transformers.
     """
     setattr(model, subclass.MARK, set())  # the warnings that have been issued
-    _fuse_head(getattr(model, head or _head_of(model) or ""))
+    _fuse_head(adapters.called_head(getattr(model, head or _head_of(model) or "")))
     subclass.fuse(model, _fused_forward, head)
 
 
+def _is_head(module: Any) -> bool:
+    head = adapters.called_head(module)
+    return type(head) in (Linear, _HEAD) or adapters.is_lora(head)
+
+
 def _fuse_head(head: Any) -> None:
-    if type(head) is Linear:
+    if not subclass.is_fused(head):
         setattr(head, subclass.MARK, True)
         subclass.fuse(head, _head_forward)
 
@@ -250,7 +276,8 @@ def _fused_forward(kind: Any, head: str | None) -> Any:
             name = _head_of(model)
         if name is None or not model.training:
             return kind.forward(model, *args, **kwargs)
-        layer, told = getattr(model, name), vars(model).get(subclass.MARK)
+        layer = adapters.called_head(getattr(model, name))
+        told = vars(model).get(subclass.MARK)
         told = told if isinstance(told, set) else set()
         reason = _reason(layer)
         if reason is not None:
@@ -373,7 +400,7 @@ def _trial_reason(model: Any, name: str) -> str | None:
     decoder that returns random hidden states. The model does not change, and only a few rows of
     logits are computed.
     """
-    head, children = getattr(model, name), dict(model.named_children())
+    head, children = adapters.called_head(getattr(model, name)), dict(model.named_children())
     kinds = sys.modules["transformers"].PreTrainedModel
     bases = [n for n, m in children.items() if m is model.base_model or isinstance(m, kinds)]
     if not bases:
@@ -393,9 +420,10 @@ def _trial_reason(model: Any, name: str) -> str | None:
     results: list[tuple[Tensor, ...]] = []
     uses: list[str] = []
     try:
-        with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
-            for call in (_Call(twin, head, {COMPARED}), _Call(twin, deferring, {COMPARED})):
-                output, uses = call.run(type(model), (), inputs)  # the second call defers logits
+        for call in (_Call(twin, head, {COMPARED}), _Call(twin, deferring, {COMPARED})):
+            # Both calls draw the same dropout. The second one defers logits.
+            with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
+                output, uses = call.run(type(model), (), inputs)
                 results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
     except Exception as error:
         return f"its forward raised {error!r} when called with random hidden states"
