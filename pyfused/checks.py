@@ -357,15 +357,18 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
             )
 
 
+_ADAPTER = ("adapter_input", "adapter_weight")
+
+
 def _adapter(head: Head) -> None:
     """Checks presence, shapes, devices and dtypes of the tensors of a low-rank adapter."""
-    adapter = {"adapter_input": head.adapter_input, "adapter_weight": head.adapter_weight}
+    adapter: dict[str, Any] = {name: getattr(head, name) for name in _ADAPTER}
     given = [name for name, value in adapter.items() if value is not None]
     if not given:
         return
     if len(given) < 2:
-        raise ValueError(f"expected both adapter_input and adapter_weight, got {given[0]} alone")
-    input, rank = head.input, head.adapter_input.shape[-1:]  # type: ignore[union-attr]
+        raise ValueError(f"{given[0]}: expected {' and '.join(_ADAPTER)}, got {given[0]} alone")
+    input, rank = head.input, adapter["adapter_input"].shape[-1:]
     for (name, value), layer in zip(adapter.items(), ("input", "linear_weight"), strict=True):
         shape = *getattr(head, layer).shape[:-1], *rank
         _shape(name, value, shape, f"with the leading dimensions of {layer}", RuntimeError)

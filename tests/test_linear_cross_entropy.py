@@ -429,7 +429,11 @@ def test_an_adapter_under_autocast(dtype: torch.dtype) -> None:
 
 
 WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "alone": ({"adapter_weight": None}, ValueError, "expected both .*, got adapter_input alone"),
+    "alone": (
+        {"adapter_weight": None},
+        ValueError,
+        "expected adapter_input and .* alone",
+    ),
     "rank": (
         {"adapter_weight": torch.ones(70, 4)},
         RuntimeError,

@@ -104,11 +104,13 @@ def _head_forward(kind: Any) -> Any:
     """Returns the ``forward`` of a head's subclass."""
 
     @wraps(kind.forward)
-    def forward(head: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call = getattr(_thread, "call", None)
-        plain = call is not None and call.head is head and not (args or kwargs)
-        logits = call.logits(input) if plain else None
-        return kind.forward(head, input, *args, **kwargs) if logits is None else logits
+    def forward(head: Any, *args: Any, **kwargs: Any) -> Any:
+        call, given = getattr(_thread, "call", None), (*args, *kwargs.values())
+        if call is not None and call.head is head and len(given) == 1:
+            logits = call.logits(*given)
+            if logits is not None:
+                return logits
+        return kind.forward(head, *args, **kwargs)
 
     return forward
 

@@ -262,10 +262,11 @@ def _adapter(head: Head) -> Layer | None:
     """Returns the adapter as a layer, its rank padded with zeros to a multiple of RANK_MULTIPLE."""
     if head.adapter_input is None or head.adapter_weight is None:
         return None
-    adapter = head.adapter_input, head.adapter_weight.flatten(0, -2)
-    padding = -adapter[0].shape[-1] % RANK_MULTIPLE
-    padded = [F.pad(x, (0, padding)) if padding else x for x in adapter]
-    return Layer(*padded, None)
+    input, weight = head.adapter_input, head.adapter_weight.flatten(0, -2)
+    padding = -input.shape[-1] % RANK_MULTIPLE
+    if padding:
+        input, weight = F.pad(input, (0, padding)), F.pad(weight, (0, padding))
+    return Layer(input, weight, None)
 
 
 def _of_operands(head: Head, gradients: Gradients, grad_target: Tensor | None) -> Gradients:
@@ -275,7 +276,7 @@ def _of_operands(head: Head, gradients: Gradients, grad_target: Tensor | None) -
         for x, like in zip(gradients[:3], head[:3], strict=True)
     ]
     grad_adapter = [
-        None if x is None else x[:, : like.shape[-1]].reshape(like.shape)
+        None if x is None or like is None else x[:, : like.shape[-1]].reshape(like.shape)
         for x, like in zip(gradients[3:], head[4:6], strict=False)
     ]
     return *grad_layer, grad_target, *(grad_adapter or (None, None))
