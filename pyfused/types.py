@@ -342,36 +342,40 @@ class Outputs(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A linear layer with an optional low-rank adapter, its input, and the targets of its logits.
+    """A linear layer, its input, and the targets of its logits.
 
     Attributes:
-        input: (..., D); kernels take (N, D).
+        input: (..., D), or (..., D + r) with an adapter; kernels take two dimensions.
         linear_weight: (C, D), or (C, d1, ..., dk, D).
         linear_bias: (C), or (C, d1, ..., dk), or None.
+        adapter_weight: (C, r), or (C, d1, ..., dk, r), or None.
         target: int64 class indices (...) or (..., d1, ..., dk), or probabilities of the logits'
             shape, (..., C) or (..., C, d1, ..., dk).
-        adapter_input: (..., r), or None.
-        adapter_weight: (C, r), or (C, d1, ..., dk, r), or None.
         weight: (C), or None.
     """
 
     input: Tensor
     linear_weight: Tensor
     linear_bias: Tensor | None
+    adapter_weight: Tensor | None
     target: Tensor
-    adapter_input: Tensor | None = None
-    adapter_weight: Tensor | None = None
-    weight: Tensor | None = None
+    weight: Tensor | None
 
     @property
     def columns(self) -> int:
         """Returns the number of logits of a row: C * d1 * ... * dk."""
         return self.linear_weight[..., 0].numel()
 
+    def with_one_weight(self) -> Head:
+        """Returns the same head with the adapter's weight behind the layer's, of D + r features."""
+        if self.adapter_weight is None:
+            return self
+        weights = self.linear_weight, self.adapter_weight.to(self.linear_weight.dtype)
+        return self._replace(linear_weight=torch.cat(weights, -1), adapter_weight=None)
+
     def as_rows(self, options: HeadOptions) -> tuple[Head, HeadOptions]:
-        """Flattens inputs (..., D) to rows (N, D), and all tensors with one row per token."""
+        """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""
         input, target, token_weight = self.input, self.target, options.token_weight
-        adapter_input = self.adapter_input
         if input.dim() == 2:
             return self, options
         rows, positions = input.shape[:-1].numel(), self.linear_weight.shape[1:-1]
@@ -379,8 +383,6 @@ class Head(NamedTuple):
         head = self._replace(
             input=input.reshape(rows, -1), target=target.reshape(rows, *classes, *positions)
         )
-        if adapter_input is not None:
-            head = head._replace(adapter_input=adapter_input.reshape(rows, -1))
         if token_weight is not None:
             options = replace(options, token_weight=token_weight.reshape(rows, *positions))
         return head, options

@@ -14,7 +14,7 @@ import torch
 from catalogue import (
     DEPRECATED,
     OF_CLASSES,
-    PAIRS,
+    RANK,
     Call,
     declared,
     labels,
@@ -126,13 +126,15 @@ def random_call(
     same = [*SAME_VALUES.values()]
     chosen = same if "inplace" in given else [*layouts.values()]
     tensors: dict[str, Any] = {}
-    has_adapter = rng.once_in(3)  # its two tensors come together
     for name, operand in declared(op).items():
         alike = "linear" in op.name or isinstance(op, (MultiMarginLoss, Divergence))
         mixed = tensors and not alike and rng.once_in(20)
         x = found[name]
-        if operand.optional and not (has_adapter if name in PAIRS else rng.once_in(3)):
+        if operand.optional and not rng.once_in(3):
             continue
+        if name == "adapter_weight":  # its features are the last ones of the input
+            tensors["linear_weight"] = tensors["linear_weight"].detach()[..., :-RANK]
+            tensors["linear_weight"].requires_grad_(not rng.once_in(4))
         if isinstance(x, Tensor):
             if x.is_floating_point():
                 x = x.to(rng.choice(FLOATS) if mixed else dtype)

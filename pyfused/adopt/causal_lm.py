@@ -77,12 +77,8 @@ class _Call:
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
-        (_, layer), *_ = adapters.layers(self.head)
-        adapter_weight = None
-        if layer is not self.head:
-            adapter_input, adapter_weight = adapters.low_rank(self.head, hidden)
-            hidden = torch.cat((hidden, adapter_input.to(hidden.dtype)), -1)
-        family = deferred.Family(self, hidden, layer.weight, layer.bias, adapter_weight)
+        rows, adapter_weight = adapters.with_features(self.head, hidden)
+        family = deferred.Family(self, rows, self.head.weight, self.head.bias, adapter_weight)
         self.families.append(family)
         return family.logits()
 
@@ -91,9 +87,10 @@ class _Call:
         if COMPARED not in self.told and self.differs is None:
             differs = _loss_differs(node, target, options)
             if differs == "" and adapters.is_lora(self.head):
+                rows = node.rows[:TOKENS, : self.head.weight.shape[1]]
                 with deferred.saved_here():
-                    rows = node.family.split(node.rows)[0][:TOKENS]
-                    differs = adapters.difference(self.head, rows) or ""
+                    if adapters.differs(self.head, rows, node.family.linear):
+                        differs = "LoRA layer adds something other than scaling * B A x"
             self.differs = differs or None
             if differs == "":
                 self.told.add(COMPARED)
@@ -105,12 +102,11 @@ def _head_forward(kind: Any) -> Any:
 
     @wraps(kind.forward)
     def forward(head: Any, *args: Any, **kwargs: Any) -> Any:
-        call, given = getattr(_thread, "call", None), (*args, *kwargs.values())
-        if call is not None and call.head is head and len(given) == 1:
-            logits = call.logits(*given)
-            if logits is not None:
-                return logits
-        return kind.forward(head, *args, **kwargs)
+        call: Any = getattr(_thread, "call", None)
+        given = (*args, *kwargs.values())
+        usable = call is not None and call.head is head and len(given) == 1
+        logits = call.logits(*given) if usable else None
+        return kind.forward(head, *args, **kwargs) if logits is None else logits
 
     return forward
 
@@ -143,16 +139,16 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    if adapters.is_lora(head):
-        reason = _call_reason("its head", head) or adapters.reason_to_compute(head, hidden)
-        if reason is not None:
-            return reason
-    for where, layer in adapters.layers(head):
-        if type(layer) not in (Linear, _HEAD):
+    for where, layer in (adapters.layers(head) | {"its head": head}).items():
+        is_lora = layer is head and adapters.is_lora(head)
+        if type(layer) not in (Linear, _HEAD) and not is_lora:
             return f"{where} is a {type(layer).__name__}, not a plain torch.nn.Linear"
-        reason = _call_reason(where, layer)
-        if reason is not None:
-            return reason
+        if "forward" in vars(layer):
+            return f"the forward of {where} was replaced, for example by accelerate's offloading"
+        if has_hooks(layer):
+            return f"{where} has hooks"
+        if has_compiled_call(layer):
+            return f"{where} is compiled separately"
         for name, value in (("weight", layer.weight), ("bias", layer.bias)):
             if hidden is None or value is None:
                 continue
@@ -162,16 +158,10 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
                 return f"the {name} of {where} is on {value.device}, its input on {hidden.device}"
             if value.numel() == 0:
                 return f"the {name} of {where} has no elements"
+        reason = adapters.reason_to_compute(head, hidden) if is_lora else None
+        if reason is not None:
+            return reason
     return None
-
-
-def _call_reason(where: str, layer: Any) -> str | None:
-    """Returns why a call of a layer may run other code than its class' ``forward``, or None."""
-    if "forward" in vars(layer):
-        return f"the forward of {where} was replaced, for example by accelerate's offloading"
-    if has_hooks(layer):
-        return f"{where} has hooks"
-    return f"{where} is compiled separately" if has_compiled_call(layer) else None
 
 
 def _finished(output: Any) -> Any:

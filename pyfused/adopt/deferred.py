@@ -60,8 +60,8 @@ class Family:
 
     Attributes:
         call: The model's call, whose ``accepts`` returns whether a loss may be fused.
-        inputs: The hidden states, the head's weight, its bias, and the weight of its low-rank
-            adapter or None. The adapter's input follows the hidden states in the last dimension.
+        inputs: The hidden states, the head's weight, its bias, and the weight of an adapter, whose
+            features follow the hidden states, or None.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
         nodes: The recorded tensors, until they are computed or the model's call ends.
@@ -80,27 +80,19 @@ class Family:
         """Returns the output of the head."""
         hidden, weight, *_ = self.inputs
         if self.traced:
-            return _Node(self, hidden).tensor(self.linear(hidden))
+            return _Node(self, hidden).tensor(self.linear(hidden, self.inputs[-1]))
         _, autocast, dtype, _ = self.context
         shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
 
-    def split(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the rows of the hidden states and of the adapter's input, None without one."""
-        _, weight, _, adapter_weight = self.inputs
-        if adapter_weight is None:
-            return rows, None
-        hidden, adapter_input = rows.split((weight.shape[-1], adapter_weight.shape[-1]), -1)
-        return hidden, adapter_input
-
-    def linear(self, rows: Tensor) -> Tensor:
+    def linear(self, rows: Tensor, adapter_weight: Tensor | None) -> Tensor:
         """Returns the logits of rows, by torch."""
-        (hidden, adapter_input), (_, weight, bias, adapter_weight) = self.split(rows), self.inputs
+        _, weight, bias, _ = self.inputs
+        if adapter_weight is None:
+            return F.linear(rows, weight, bias)
+        hidden, features = rows.tensor_split((weight.shape[-1],), -1)
         logits = F.linear(hidden, weight, bias)
-        if adapter_input is None:
-            return logits
-        delta = F.linear(adapter_input.to(adapter_weight.dtype), adapter_weight)
-        return (logits + delta).to(logits.dtype)
+        return logits + F.linear(features, adapter_weight.to(rows.dtype)).to(logits.dtype)
 
     def is_lazy(self) -> bool:
         """Returns whether operators can be recorded: the modes have not changed since the call."""
@@ -232,7 +224,7 @@ class _Node:
     def apply(self, input: Tensor) -> Tensor:
         """Returns the result of torch's operator for its parent's value or the hidden states."""
         if self.parent is None:
-            return self.family.linear(input)
+            return self.family.linear(input, self.family.inputs[-1])
         function, args, kwargs = self.operation
         result: Tensor = function(input, *args, **kwargs)
         return result
@@ -316,10 +308,9 @@ class _Node:
 
     def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         _, weight, bias, adapter_weight = self.family.inputs
-        hidden, adapter_input = self.family.split(rows)
         options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
-        adapter = {"adapter_input": adapter_input, "adapter_weight": adapter_weight}
-        return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **adapter, **options)
+        layer = {"linear_bias": bias, "adapter_weight": adapter_weight}
+        return linear_cross_entropy(rows, weight, target, **layer, **options)
 
 
 def _is_size(value: Any) -> bool:

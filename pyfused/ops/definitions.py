@@ -93,19 +93,19 @@ def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    adapter_weight: Tensor | None,
     target: Tensor,
-    adapter_input: Tensor | None = None,
-    adapter_weight: Tensor | None = None,
     weight: Tensor | None = None,
     torch_options: Any = None,
     options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
 ) -> Any:
-    checks.layer_device(input, linear_weight, linear_bias)
-    plain = options.is_plain() and adapter_input is None and adapter_weight is None
-    if plain and _linear_cross_entropy is not None and input.dim() < 3:
+    checks.layer_device(input, linear_weight, linear_bias, adapter=adapter_weight)
+    head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
+    head = head.with_one_weight()
+    if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         return _linear_cross_entropy(
             input,
-            linear_weight,
+            head.linear_weight,
             target,
             linear_bias=linear_bias,
             weight=weight,
@@ -114,26 +114,21 @@ def linear_cross_entropy(
             label_smoothing=options.label_smoothing,
             options=torch_options,
         )
-    head = Head(input, linear_weight, linear_bias, target, adapter_input, adapter_weight, weight)
     checks.linear_cross_entropy(head, options)
     return head_cross_entropy(head, options)
 
 
 def head_cross_entropy(head: Head, options: HeadOptions) -> Any:
     """Returns the cross-entropy of a linear layer's output, computed from all logits."""
-    leading = head.input.shape[:-1]
+    leading, head = head.input.shape[:-1], head.with_one_weight()
     if len(leading) > 1:
         head, options = head.as_rows(options)
     input, target, ignore_index = head.input, head.target, options.ignore_index
-    adapter_input = head.adapter_input
     if not target.is_floating_point():
         valid = target != ignore_index
         valid = valid if valid.dim() < max(input.dim(), 2) else valid.flatten(1).any(1)
         input = input.where(valid.unsqueeze(-1), 0)
-        if adapter_input is not None:
-            adapter_input = adapter_input.where(valid.unsqueeze(-1), 0)
-    logits = head_logits(input, *head[1:3], adapter_input, head.adapter_weight)
-    logits = without_ignored(logits, target, ignore_index)
+    logits = without_ignored(head_logits(input, *head[1:3]), target, ignore_index)
     result = cross_entropy(logits, target, head.weight, options)
     if len(leading) < 2:
         return result
@@ -145,18 +140,9 @@ def head_cross_entropy(head: Head, options: HeadOptions) -> Any:
     )
 
 
-def head_logits(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    adapter_input: Tensor | None = None,
-    adapter_weight: Tensor | None = None,
-) -> Tensor:
+def head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
-    if adapter_input is not None and adapter_weight is not None:
-        x = adapter_input.to(adapter_weight.dtype)
-        logits = (logits + F.linear(x, adapter_weight.flatten(0, -2))).to(logits.dtype)
     return logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
 
 

@@ -1,12 +1,12 @@
 """Loops over blocks of a linear layer's logits, which are never in memory as a whole.
 
     for block in blocks(layer):         # logits = input[rows] @ weight[classes].T + bias[classes]
-                                        # logits += adapter.input[rows] @ adapter.weight[classes].T
         grad_logits = step(block)
         sums.add(block, grad_logits)    # grad_input[rows] += grad_logits @ weight[classes]
                                         # grad_weight[classes] += grad_logits.T @ input[rows]
                                         # grad_bias[classes] += grad_logits.sum(0)
-                                        # and the adapter's gradients likewise
+
+An adapter adds the output of a second layer of low rank to the logits of each block.
 
 Each loss has its own step: cross-entropy, a divergence, or log-probabilities. ``chunk_sizes.py``
 chooses the numbers of rows and classes of a block.
@@ -35,28 +35,36 @@ class Layer(NamedTuple):
     """A linear layer and its input: input (N, D), weight (C, D), and bias (C) or None.
 
     Attributes:
-        adapter: A layer of low rank r << D without bias, whose output is added; None for none.
+        adapter_weight: The weight (C, r) of an adapter, or None. Its input, the last r features of
+            input (N, D + r), adds a product to the logits.
     """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    adapter: Layer | None = None
+    adapter_weight: Tensor | None = None
+
+    def split(self) -> tuple[Layer, Layer | None]:
+        """Returns the layer and its adapter as layers without adapters."""
+        if self.adapter_weight is None:
+            return self, None
+        x, u = self.input.tensor_split((self.weight.shape[1],), 1)
+        return Layer(x, self.weight, self.bias), Layer(u, self.adapter_weight, None)
+
+    def block(self, logits: Tensor, rows: slice, classes: slice) -> Block:
+        """Returns a block, whose factors have the dtype of its logits."""
+        input, weight = self.input[rows].to(logits.dtype), self.weight[classes].to(logits.dtype)
+        return Block(logits, input, weight, rows, classes)
 
 
 class Block(NamedTuple):
-    """The logits of some rows and classes, and the rows of input and weight that produce them.
-
-    Attributes:
-        adapter: The same logits with the rows of the adapter's input and weight.
-    """
+    """The logits of some rows and classes, and the rows of input and weight that produce them."""
 
     logits: Tensor
     input: Tensor
     weight: Tensor
     rows: slice
     classes: slice
-    adapter: Block | None = None
 
 
 def blocks(
@@ -79,7 +87,7 @@ def blocks(
             allocates it.
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
-    input, weight, bias, adapter = layer
+    (input, weight, bias, _), adapter = layer.split()
     n, all_classes = len(input), len(weight)
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
@@ -94,16 +102,13 @@ def blocks(
             row_slice = slice(start, min(start + rows, n))
             x = input[row_slice].to(dtype)
             logits = memory[: len(x) * len(w)].view(len(x), len(w))
-            low_rank = None
-            if adapter is not None:
-                u, a = adapter.input[row_slice].to(dtype), adapter.weight[class_slice].to(dtype)
-                low_rank = Block(logits, u, a, row_slice, class_slice)
             if not is_computed:
                 product(x, w, b, logits)
-                if low_rank is not None:
-                    backend.add_product(logits, low_rank.input, low_rank.weight.t(), 1.0)
+                if adapter is not None:
+                    _, u, a, *_ = adapter.block(logits, row_slice, class_slice)
+                    backend.add_product(logits, u, a.t(), 1.0)
             is_computed = False
-            yield Block(logits, x, w, row_slice, class_slice, low_rank)
+            yield Block(logits, x, w, row_slice, class_slice)
 
 
 class LayerGradients:
@@ -112,8 +117,7 @@ class LayerGradients:
     Args:
         dtype: The dtype of the products.
         size: The numbers of rows and classes of a block.
-        needs: Whether the input, the weight and the bias need a gradient, and the adapter's input
-            and weight, if any.
+        needs: Whether the input, the weight, the bias and the adapter's weight need a gradient.
     """
 
     def __init__(
@@ -124,11 +128,16 @@ class LayerGradients:
         size: tuple[int, int],
         needs: Sequence[bool],
     ) -> None:
-        self.backend, self.layer, self.sum_dtype = backend, layer, accumulate_dtype(dtype)
+        self.backend, self.sum_dtype = backend, accumulate_dtype(dtype)
+        self.layer, adapter = layer.split()
         self.input: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        input, weight, bias, adapter = layer
+        self.adapter: LayerGradients | None = None
+        input, weight, bias, _ = self.layer
+        if adapter is not None:
+            needs_adapter = needs[0], needs[3], False
+            self.adapter = LayerGradients(backend, adapter, dtype, size, needs_adapter)
         all_rows, all_classes = len(input) <= size[0], 0 < len(weight) <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
@@ -139,10 +148,6 @@ class LayerGradients:
             self.weight = backend.empty(weight.shape, sum_dtype, input)
         if needs[2] and bias is not None:
             self.bias = bias.new_zeros(len(bias), dtype=self.sum_dtype)
-        self.adapter: LayerGradients | None = None
-        if adapter is not None:
-            needs = *needs[3:], False
-            self.adapter = LayerGradients(backend, adapter, dtype, size, needs)
 
     def add(self, block: Block, grad_logits: Tensor, columns: Tensor | None = None) -> None:
         """Adds the products of the gradient of a block's logits with its weight and its input.
@@ -150,9 +155,9 @@ class LayerGradients:
         Args:
             columns: The indices of the classes to include, None for all.
         """
-        _, x, weight, rows, classes, adapter = block
-        if self.adapter is not None and adapter is not None:
-            self.adapter.add(adapter, grad_logits, columns)
+        logits, x, weight, rows, classes = block
+        if self.adapter is not None:
+            self.adapter.add(self.adapter.layer.block(logits, rows, classes), grad_logits, columns)
         if self.bias is not None:
             self.bias[classes] += grad_logits.sum(0, dtype=self.sum_dtype)
         if columns is not None:
@@ -177,7 +182,7 @@ class LayerGradients:
     def converted(self) -> Gradients:
         """Returns the gradients in the dtypes of the layer's tensors, after all blocks.
 
-        The gradients of an adapter's input and weight follow those of the layer.
+        They are those of the input, the weight, the bias and the adapter's weight.
         """
 
         def convert(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
@@ -186,8 +191,13 @@ class LayerGradients:
             empty: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
             return empty.copy_(total)
 
-        gradients = tuple(map(convert, (self.input, self.weight, self.bias), self.layer[:3]))
-        return gradients if self.adapter is None else gradients + self.adapter.converted()[:2]
+        grads = *map(convert, (self.input, self.weight, self.bias), self.layer[:3]), None
+        if self.adapter is None:
+            return grads
+        features, adapter_weight, *_ = self.adapter.converted()
+        if grads[0] is None or features is None:
+            return *grads[:3], adapter_weight
+        return torch.cat((grads[0], features), 1), *grads[1:3], adapter_weight
 
 
 def over_blocks(
@@ -343,19 +353,16 @@ class _ValidRows(NamedTuple):
         return block.logits.view(len(block.input) * self.positions, -1), targets, classes
 
 
-def _valid_rows(
-    tensors: Sequence[Any], options: StateOptions, backend: Backend, adapter: Layer | None = None
-) -> _ValidRows:
-    input, weight, bias, target = tensors
+def _valid_rows(tensors: Sequence[Any], options: StateOptions, backend: Backend) -> _ValidRows:
+    input, weight, bias, *adapter_weight, target = tensors
     input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
     target = target.reshape(len(input), -1)
     rows = valid_rows(target, options.rows.ignore_index, backend)
     input, target = take_rows(input, rows), take_rows(target, rows)
-    if adapter is not None:
-        adapter = adapter._replace(input=take_rows(adapter.input, rows))
-    head = Head(input, weight, bias, target)
+    head = Head(input, weight, bias, None, target, None)
     bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
-    layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias, adapter)
+    weights = weight.movedim(0, -2).reshape(head.columns, -1)
+    layer = Layer(input, weights, bias, *adapter_weight)
     size = options.size or state_block_size(
         head, options.memory_budget, options.fixed_sizes, backend
     )
@@ -369,19 +376,18 @@ def layer_state(
     options: StateOptions,
     weight: Tensor | None = None,
     return_logits: bool = False,
-    adapter: Layer | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes the state of each target, of shape (fields, *target.shape), in float64.
 
     Args:
-        tensors: The input, weight and bias of a layer, and the target.
+        tensors: The input, weight and bias of a layer, perhaps the weight of its adapter if both
+            weights are matrices, and the target.
         weight: The weights of all classes, in the accumulation dtype, or None.
         return_logits: Whether the logits of the first block are returned, for the backward pass.
             They are None if the block does not have all classes.
-        adapter: As in `Layer`.
     """
     target, row_options, fields = tensors[-1], options.rows, options.fields
-    valid, block_logits = _valid_rows(tensors, options, backend, adapter), None
+    valid, block_logits = _valid_rows(tensors, options, backend), None
     state = valid.labels.new_empty((fields, len(valid.labels)), dtype=torch.float64)
     loop = backend, valid.layer, valid.dtype, valid.size
     for block in blocks(*loop, backwards=True, fixed_sizes=options.fixed_sizes):
@@ -409,12 +415,11 @@ def layer_gradients(
     *,
     weight: Tensor | None = None,
     filter_below: Tensor | None = None,
-    adapter: Layer | None = None,
 ) -> Gradients:
-    """Computes the gradients of a layer's input, weight and bias, and those of an adapter.
+    """Computes the gradients of a layer's input, weight, bias and adapter's weight.
 
     Args:
-        tensors, options, weight, adapter: As in `layer_state`.
+        tensors, options, weight: As in `layer_state`.
         state: The state over all classes.
         grad_results: The gradients of log-probability, entropy, log-sum-exp and the weighted sum
             of the logits, or of the first 1 or 3 of these, in float64. The target's shape follows.
@@ -423,7 +428,7 @@ def layer_gradients(
     """
     input, linear_weight, *_ = tensors
     n = input.shape[:-1].numel()
-    valid = _valid_rows(tensors, options, backend, adapter)
+    valid = _valid_rows(tensors, options, backend)
     state, grad_results = (
         take_rows(values.reshape(len(values), n, -1), valid.indices, 1).flatten(1).contiguous()
         for values in (state, grad_results)
@@ -436,7 +441,7 @@ def layer_gradients(
         launch(logits, valid.labels[targets], weight, target_state, grad_state, logits)
         return block.logits
 
-    grad_input, grad_weight, grad_bias, *of_adapter = over_blocks(
+    grad_input, grad_weight, grad_bias, grad_adapter = over_blocks(
         *(backend, valid.layer, valid.dtype, valid.size, needs, step),
         filter_below=take_rows(filter_below, valid.indices),
         memory=logits,
@@ -449,8 +454,7 @@ def layer_gradients(
         grad_weight = grad_weight.view(*shape, -1).movedim(-2, 0)
     if grad_bias is not None:
         grad_bias = grad_bias.view(shape).movedim(-1, 0)
-    of_adapter[:1] = [spread_rows(x, valid.indices, n) for x in of_adapter[:1]]
-    return grad_input, grad_weight, grad_bias, *of_adapter
+    return grad_input, grad_weight, grad_bias, grad_adapter
 
 
 # ---- softcap -------------------------------------------------------------------------------------

@@ -1,11 +1,6 @@
 """Cross-entropy of a linear layer's output, without all logits in memory:
 
 loss = cross_entropy(input @ linear_weight.T + linear_bias, target)
-
-The logits of a layer with a low-rank adapter are computed in the same blocks, without merging its
-weight with the layer's:
-
-logits = input @ linear_weight.T + linear_bias + adapter_input @ adapter_weight.T
 """
 
 from __future__ import annotations
@@ -47,11 +42,7 @@ from pyfused.ops.row_state import (
     total_weight,
 )
 from pyfused.ops.shards import ShardedOperator
-from pyfused.types import ClassRange, Gradients, Head, HeadOptions, Outputs, VocabShard
-
-# An adapter's rank is padded to a multiple of this. With r = 16 the three products of an adapter
-# take a quarter of the time that they take with r = 8, as MKL's kernels compute 16 columns at once.
-RANK_MULTIPLE = 16
+from pyfused.types import ClassRange, Head, HeadOptions, Outputs, VocabShard
 
 # torch has the function since 2.13.
 _TORCH_PARAMETERS = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
@@ -101,14 +92,12 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         head, options = _head(arguments)
         options = replace(options, loss_dtype=_result_dtype(head, options))
-        tensors = *in_autocast_dtype(head.input.device.type, head.input), *head[1:4]
+        (input,) = in_autocast_dtype(head.input.device.type, head.input)
+        tensors = input, *head[1:3], head.target
         return shards.cross_entropy(tensors, head.weight, options, classes, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
-        head, options = _head(arguments)
-        if head.adapter_input is not None or head.adapter_weight is not None:
-            raise ValueError("adapter_input: expected None beside a shard, got a Tensor")
-        self.check_arguments(head, options, False, classes)
+        self.check_arguments(*_head(arguments), False, classes)
 
     def check(self, arguments: Arguments) -> None:
         head, options = _head(arguments)
@@ -131,7 +120,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return state_fields(options)
 
     def check_indices(self, tensors: Sequence[Any], options: HeadOptions) -> None:
-        _, linear_weight, _, target, *_ = tensors
+        _, linear_weight, _, _, target, _ = tensors
         if not target.is_floating_point():
             classes, backend = len(linear_weight), backend_of(target)
             backend.check_class_indices(target.to(torch.int64), classes, options.ignore_index)
@@ -143,7 +132,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: HeadOptions
     ) -> tuple[Tensor | None, float | Tensor]:
-        target, weight = tensors[3], tensors[-1]
+        *_, target, weight = tensors
         if not target.is_floating_point():
             rows = valid_rows(target, options.ignore_index, backend)
             return rows, total_weight(target, weight, options)
@@ -216,8 +205,7 @@ def _by_rows(
     """Computes the results by blocks of rows with all classes."""
     target, classes = head.target, head.linear_weight.shape[:-1]
     dtype = product_dtype(head, backend)
-    needs = outputs.gradients or (False,) * 6
-    needs_layer, needs_target = (*needs[:3], *needs[4:]), needs[3]
+    *needs_layer, needs_target = outputs.gradients or (False,) * 5
     block_outputs = Outputs(outputs.loss, (any(needs_layer), needs_target), True)
     grad_target = torch.empty_like(target) if needs_target else None
     states = []
@@ -247,7 +235,8 @@ def _by_rows(
         scale = head.input.new_ones(()) if grad_output is None else grad_output.abs()
         filter_below = options.filter_eps * scale
     bias = None if head.linear_bias is None else head.linear_bias.flatten()
-    layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias, _adapter(head))
+    adapter_weight = None if head.adapter_weight is None else head.adapter_weight.flatten(0, -2)
+    layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias, adapter_weight)
     loss, gradients = loss_over_rows(
         *(backend, layer, dtype, rows, needs_layer, options, grad_output, step),
         filter_below=filter_below,
@@ -255,31 +244,9 @@ def _by_rows(
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
     if not outputs.gradients:
         return loss, (), state
-    return loss, _of_operands(head, gradients, grad_target), state
-
-
-def _adapter(head: Head) -> Layer | None:
-    """Returns the adapter as a layer, its rank padded with zeros to a multiple of RANK_MULTIPLE."""
-    if head.adapter_input is None or head.adapter_weight is None:
-        return None
-    input, weight = head.adapter_input, head.adapter_weight.flatten(0, -2)
-    padding = -input.shape[-1] % RANK_MULTIPLE
-    if padding:
-        input, weight = F.pad(input, (0, padding)), F.pad(weight, (0, padding))
-    return Layer(input, weight, None)
-
-
-def _of_operands(head: Head, gradients: Gradients, grad_target: Tensor | None) -> Gradients:
-    """Returns the gradients of the differentiable operands, given those of a layer."""
-    grad_layer = [
-        None if x is None or like is None else x.view_as(like)
-        for x, like in zip(gradients[:3], head[:3], strict=True)
-    ]
-    grad_adapter = [
-        None if x is None or like is None else x[:, : like.shape[-1]].reshape(like.shape)
-        for x, like in zip(gradients[3:], head[4:6], strict=False)
-    ]
-    return *grad_layer, grad_target, *(grad_adapter or (None, None))
+    pairs = zip(gradients, head[:4], strict=True)
+    grad_layer = [None if x is None or t is None else x.view_as(t) for x, t in pairs]
+    return loss, (*grad_layer, grad_target), state
 
 
 def _by_classes(
@@ -298,9 +265,8 @@ def _by_classes(
     weight, tile = kernel_weight(head.weight, dtype), tile_size(head, options, backend)
     fields = state_fields(options)
     state_options = StateOptions(options.rows, ClassRange(0, classes), fields, (tile, tile))
-    adapter = _adapter(head)
     if state is None:
-        state, _ = layer_state(backend, head[:4], state_options, weight, adapter=adapter)
+        state, _ = layer_state(backend, head[:5], state_options, weight)
         loss = state_loss(state, head.target, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         return loss, (), state
@@ -308,11 +274,9 @@ def _by_classes(
     grad_output = grad_output.expand(len(head.target))
     grad_results = state_loss_gradients(state, head.target, weight, options, classes, grad_output)
     filter_below = options.filter_eps * grad_output.abs() if options.filter_eps else None
-    needs = *outputs.gradients[:3], *outputs.gradients[4:]
     gradients = layer_gradients(
-        *(backend, head[:4], state_options, needs, state, grad_results),
+        *(backend, head[:5], state_options, outputs.gradients, state, grad_results),
         weight=weight,
         filter_below=filter_below,
-        adapter=adapter,
     )
-    return None, _of_operands(head, gradients, None), state
+    return None, (*gradients, None), state

@@ -222,11 +222,6 @@ class RowLoss(Operator):
         if loss is not None:
             loss = spread_rows(loss, rows, total) if unreduced else loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
-        if rows is not None:
-            gradients = tuple(
-                [
-                    spread_rows(x, rows, total) if i in self.row_operands else x
-                    for i, x in enumerate(gradients)
-                ]
-            )
+        if gradients:
+            gradients = spread_rows(gradients[0], rows, total), *gradients[1:]
         return loss, gradients, spread_rows(state, rows, total, 1)
