@@ -366,13 +366,6 @@ class Head(NamedTuple):
         """Returns the number of logits of a row: C * d1 * ... * dk."""
         return self.linear_weight[..., 0].numel()
 
-    def with_one_weight(self) -> Head:
-        """Returns the same head with the adapter's weight behind the layer's, of D + r features."""
-        if self.adapter_weight is None:
-            return self
-        weights = self.linear_weight, self.adapter_weight.to(self.linear_weight.dtype)
-        return self._replace(linear_weight=torch.cat(weights, -1), adapter_weight=None)
-
     def as_rows(self, options: HeadOptions) -> tuple[Head, HeadOptions]:
         """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""
         input, target, token_weight = self.input, self.target, options.token_weight

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyfused.dispatch.autograd import without_autocast
+
 RANK_MULTIPLE = 16  # MKL computes 16 columns of a product at once, in a third of the time of 8
 
 
@@ -81,7 +83,8 @@ def with_features(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         u, padding = down(head.lora_dropout[name](x)) * head.scaling[name], -len(down.weight)
         features.append(F.pad(u, (0, padding % RANK_MULTIPLE)).to(hidden.dtype))
         weights.append(F.pad(up, (0, padding % RANK_MULTIPLE)))
-    return torch.cat(features, -1), torch.cat(weights, -1)
+    with without_autocast(hidden.device.type):  # which refuses to concatenate some dtypes
+        return torch.cat(features, -1), torch.cat(weights, -1)
 
 
 def differs(head: Any, hidden: Tensor, linear: Any) -> bool:

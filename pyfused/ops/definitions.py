@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.dispatch.autograd import without_autocast
 from pyfused.dispatch.originals import original
 from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
@@ -101,7 +102,7 @@ def linear_cross_entropy(
 ) -> Any:
     checks.layer_device(input, linear_weight, linear_bias, adapter=adapter_weight)
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
-    head = head.with_one_weight()
+    head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         return _linear_cross_entropy(
             input,
@@ -118,9 +119,18 @@ def linear_cross_entropy(
     return head_cross_entropy(head, options)
 
 
+def _with_one_weight(head: Head) -> Head:
+    """Returns the same head with one weight of D + r features, which includes the adapter's."""
+    if head.adapter_weight is None:
+        return head
+    weights = head.linear_weight, head.adapter_weight.to(head.linear_weight.dtype)
+    with without_autocast(head.input.device.type):  # which refuses to concatenate some dtypes
+        return head._replace(linear_weight=torch.cat(weights, -1), adapter_weight=None)
+
+
 def head_cross_entropy(head: Head, options: HeadOptions) -> Any:
     """Returns the cross-entropy of a linear layer's output, computed from all logits."""
-    leading, head = head.input.shape[:-1], head.with_one_weight()
+    leading, head = head.input.shape[:-1], _with_one_weight(head)
     if len(leading) > 1:
         head, options = head.as_rows(options)
     input, target, ignore_index = head.input, head.target, options.ignore_index
