@@ -364,6 +364,7 @@ def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
     assert sorted(found) == sorted([(rows, 3, 70)] * 2 + of_input + of_weights)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("budget", [None, 3000])
 def test_an_adapter_equals_linear_layers(budget: int | None, frozen: bool) -> None:
