@@ -35,21 +35,18 @@ class Layer(NamedTuple):
     """A linear layer and its input: input (N, D), weight (C, D), and bias (C) or None.
 
     Attributes:
-        adapter_weight: The weight (C, r) of an adapter, or None. Its input, the last r features of
-            input (N, D + r), adds a product to the logits.
+        adapter: A layer whose output is added, of input (N, r) and weight (C, r), or None.
     """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    adapter_weight: Tensor | None = None
+    adapter: Layer | None = None
 
-    def split(self) -> tuple[Layer, Layer | None]:
-        """Returns the layer and its adapter as layers without adapters."""
-        if self.adapter_weight is None:
-            return self, None
-        x, u = self.input.tensor_split((self.weight.shape[1],), 1)
-        return Layer(x, self.weight, self.bias), Layer(u, self.adapter_weight, None)
+    def with_adapter(self, weight: Tensor) -> Layer:
+        """Makes the last r features of an input (N, D + r) those of an adapter of weight (C, r)."""
+        input, features = self.input.tensor_split((self.weight.shape[1],), 1)
+        return self._replace(input=input, adapter=Layer(features, weight, None))
 
     def block(self, logits: Tensor, rows: slice, classes: slice) -> Block:
         """Returns a block, whose factors have the dtype of its logits."""
@@ -87,7 +84,7 @@ def blocks(
             allocates it.
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
-    (input, weight, bias, _), adapter = layer.split()
+    input, weight, bias, adapter = layer
     n, all_classes = len(input), len(weight)
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
@@ -128,13 +125,12 @@ class LayerGradients:
         size: tuple[int, int],
         needs: Sequence[bool],
     ) -> None:
-        self.backend, self.sum_dtype = backend, accumulate_dtype(dtype)
-        self.layer, adapter = layer.split()
+        self.backend, self.layer, self.sum_dtype = backend, layer, accumulate_dtype(dtype)
         self.input: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.adapter: LayerGradients | None = None
-        input, weight, bias, _ = self.layer
+        input, weight, bias, adapter = layer
         if adapter is not None:
             needs_adapter = needs[0], needs[3], False
             self.adapter = LayerGradients(backend, adapter, dtype, size, needs_adapter)
@@ -354,15 +350,16 @@ class _ValidRows(NamedTuple):
 
 
 def _valid_rows(tensors: Sequence[Any], options: StateOptions, backend: Backend) -> _ValidRows:
-    input, weight, bias, *adapter_weight, target = tensors
+    input, weight, bias, *adapters, target = tensors
     input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
     target = target.reshape(len(input), -1)
     rows = valid_rows(target, options.rows.ignore_index, backend)
     input, target = take_rows(input, rows), take_rows(target, rows)
     head = Head(input, weight, bias, None, target, None)
     bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
-    weights = weight.movedim(0, -2).reshape(head.columns, -1)
-    layer = Layer(input, weights, bias, *adapter_weight)
+    layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias)
+    for adapter_weight in adapters:
+        layer = layer if adapter_weight is None else layer.with_adapter(adapter_weight)
     size = options.size or state_block_size(
         head, options.memory_budget, options.fixed_sizes, backend
     )

@@ -235,8 +235,9 @@ def _by_rows(
         scale = head.input.new_ones(()) if grad_output is None else grad_output.abs()
         filter_below = options.filter_eps * scale
     bias = None if head.linear_bias is None else head.linear_bias.flatten()
-    adapter_weight = None if head.adapter_weight is None else head.adapter_weight.flatten(0, -2)
-    layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias, adapter_weight)
+    layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias)
+    if head.adapter_weight is not None:
+        layer = layer.with_adapter(head.adapter_weight.flatten(0, -2))
     loss, gradients = loss_over_rows(
         *(backend, layer, dtype, rows, needs_layer, options, grad_output, step),
         filter_below=filter_below,
