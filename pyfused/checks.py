@@ -254,9 +254,9 @@ def linear_cross_entropy(
         probabilities: Whether the target may hold class probabilities.
         classes: The number of all classes if the layer is a shard of them.
     """
-    input, linear_weight, linear_bias, target, weight = head
+    input, linear_weight, linear_bias, adapter_weight, target, weight = head
     for name, value in head._asdict().items():
-        if value is not None or name not in ("linear_bias", "weight"):
+        if value is not None or name not in ("linear_bias", "adapter_weight", "weight"):
             tensor(name, value)
     if options.token_weight is not None:
         tensor("token_weight", options.token_weight)
@@ -264,7 +264,9 @@ def linear_cross_entropy(
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (..., D), got ()")
     _floating("input", input)
-    linear_layer(input, linear_weight, linear_bias)
+    if classes is not None and adapter_weight is not None:
+        raise ValueError("adapter_weight: expected None beside a shard, got a Tensor")
+    linear_layer(input, linear_weight, linear_bias, adapter=adapter_weight)
     features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
         raise RuntimeError(
@@ -325,13 +327,23 @@ def memory_budget(value: Any) -> None:
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {value}")
 
 
-def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+def linear_layer(
+    input: Tensor, weight: Tensor, bias: Any, prefix: str = "", adapter: Any = None
+) -> None:
     """Checks shapes, devices and dtypes.
 
     Args:
         prefix: Precedes the tensors' names in messages.
+        adapter: The weight of an adapter, whose features are the last ones of the input, or None.
     """
     features, shape = input.shape[-1], weight.shape[:-1]
+    if adapter is not None:
+        features -= adapter.shape[-1:].numel()
+        if adapter.shape[:-1] != shape:
+            raise RuntimeError(
+                f"adapter_weight: expected shape {(*shape, 'r')} beside linear_weight of shape "
+                f"{tuple(weight.shape)}, got {tuple(adapter.shape)}"
+            )
     if weight.dim() < 2 or weight.shape[-1] != features:
         swapped = weight.dim() == 2 and weight.shape[0] == features
         raise RuntimeError(
@@ -345,23 +357,27 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
             f"{prefix}linear_bias: expected shape {tuple(shape)}, got {tuple(bias.shape)}"
         )
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-    layer_device(input, weight, bias, prefix)
-    for name, value in (("weight", weight), ("bias", bias)):
+    layer_device(input, weight, bias, prefix, adapter)
+    parameters = ("linear_weight", weight), ("linear_bias", bias), ("adapter_weight", adapter)
+    for name, value in parameters:
         if value is None or value.dtype is input.dtype:
             continue
-        if not autocast or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
+        casts = autocast or (value is adapter and value.dtype is torch.float32)
+        if not casts or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
             raise RuntimeError(
-                f"{prefix}linear_{name}: expected the {prefix}input's {input.dtype}, got "
-                f"{value.dtype}"
+                f"{prefix}{name}: expected the {prefix}input's {input.dtype}, got {value.dtype}"
             )
 
 
-def layer_device(input: Tensor, weight: Any, bias: Any, prefix: str = "") -> None:
+def layer_device(
+    input: Tensor, weight: Any, bias: Any, prefix: str = "", adapter: Any = None
+) -> None:
     """Raises for parameters on another device, as torch reads invalid memory for a meta weight."""
-    for name, value in (("weight", weight), ("bias", bias)):
+    parameters = ("linear_weight", weight), ("linear_bias", bias), ("adapter_weight", adapter)
+    for name, value in parameters:
         if isinstance(value, TENSORS) and value.device != input.device:
             raise RuntimeError(
-                f"{prefix}linear_{name}: expected the {prefix}input's device {input.device}, got "
+                f"{prefix}{name}: expected the {prefix}input's device {input.device}, got "
                 f"{value.device}"
             )
 
@@ -513,7 +529,7 @@ def linear_log_probs(
 ) -> None:
     """Checks types, shapes, dtypes and options; class indices are checked later."""
     head_options = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
-    head = Head(input, linear_weight, linear_bias, target, None)
+    head = Head(input, linear_weight, linear_bias, None, target, None)
     linear_cross_entropy(head, head_options, False, classes)
     vocab_options(options, ())
 

@@ -326,6 +326,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    adapter_weight: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
     ignore_index: int | None = None,
@@ -362,6 +363,13 @@ def linear_cross_entropy(
             int64 or uint8; or class probabilities of shape (..., C) or (..., C, d1, ..., dk) and
             any floating dtype.
         linear_bias: The layer's bias, of the input's dtype and shape (C) or (C, d1, ..., dk).
+        adapter_weight: The weight of a low-rank adapter, of shape (C, r) or (C, d1, ..., dk, r) and
+            the input's dtype, or float32 beside half precision. The input then has shape
+            (..., D + r), and the adapter adds ``linear(input[..., D:], adapter_weight)`` to the
+            logits of ``input[..., :D]``. In LoRA (Hu et al. 2021, arXiv 2106.09685) these features
+            are ``scaling * linear(dropout(x), A)`` and the weight is B. It is not merged with
+            ``linear_weight``, which may be frozen. On CPUs a multiple of 16 is fastest as r.
+            Invalid with ``shard``.
         weight: A factor for each class, of shape (C).
         reduction: As in :func:`cross_entropy`. With ``"none"``, backward recomputes the logits.
         ignore_index: As in :func:`cross_entropy`; None stands for -100.
@@ -402,7 +410,8 @@ def linear_cross_entropy(
         memory_budget=memory_budget,
         filter_eps=filter_eps,
     )
-    arguments = input, linear_weight, linear_bias, target, weight, options, given
+    layer = input, linear_weight, linear_bias, adapter_weight
+    arguments = *layer, target, weight, options, given
     if shard is not None:
         return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.LINEAR_CROSS_ENTROPY, arguments)
@@ -414,6 +423,7 @@ def linear_cross_entropy_with_metrics(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    adapter_weight: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
@@ -428,7 +438,8 @@ def linear_cross_entropy_with_metrics(
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
-        label_smoothing, memory_budget, filter_eps, shard: As in :func:`linear_cross_entropy`.
+        adapter_weight, label_smoothing, memory_budget, filter_eps, shard: As in
+            :func:`linear_cross_entropy`.
         options: The other keyword arguments of :func:`linear_cross_entropy`.
 
     Returns:
@@ -445,7 +456,8 @@ def linear_cross_entropy_with_metrics(
         filter_eps=filter_eps,
         **options,
     )
-    arguments = input, linear_weight, linear_bias, target, weight, None, given
+    layer = input, linear_weight, linear_bias, adapter_weight
+    arguments = *layer, target, weight, None, given
     if shard is not None:
         return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.LINEAR_CROSS_ENTROPY, arguments)  # type: ignore[return-value]

@@ -345,9 +345,10 @@ class Head(NamedTuple):
     """A linear layer, its input, and the targets of its logits.
 
     Attributes:
-        input: (..., D); kernels take (N, D).
+        input: (..., D), or (..., D + r) with an adapter; kernels take two dimensions.
         linear_weight: (C, D), or (C, d1, ..., dk, D).
         linear_bias: (C), or (C, d1, ..., dk), or None.
+        adapter_weight: (C, r), or (C, d1, ..., dk, r), or None.
         target: int64 class indices (...) or (..., d1, ..., dk), or probabilities of the logits'
             shape, (..., C) or (..., C, d1, ..., dk).
         weight: (C), or None.
@@ -356,6 +357,7 @@ class Head(NamedTuple):
     input: Tensor
     linear_weight: Tensor
     linear_bias: Tensor | None
+    adapter_weight: Tensor | None
     target: Tensor
     weight: Tensor | None
 

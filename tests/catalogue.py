@@ -41,6 +41,7 @@ from pyfused.types import CrossEntropyOptions, HeadOptions
 OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
 WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with more options and results than torch's
 SHAPE = (6, 5)
+RANK = 2  # of adapters, which take the last features of the input
 
 # Values of each option; the examples use the middle one.
 OPTIONS: dict[str, list[Any]] = {
@@ -257,6 +258,7 @@ def logits_and_targets(
         "linear_weight": torch.randn(classes, *columns, features) / features**0.5,
         "target": target,
         "linear_bias": torch.randn(classes, *columns),
+        "adapter_weight": torch.randn(classes, *columns, RANK),
         "weight": torch.rand(classes) + 0.1,
         "token_weight": torch.rand((*rows, *columns)),
     }
@@ -320,6 +322,8 @@ class Example:
             x = drawn[name]
             if operand.optional and name not in self.optional:
                 continue
+            if name == "linear_weight" and "adapter_weight" in self.optional:
+                x = x[..., :-RANK].contiguous()
             if x.is_floating_point():
                 x = x.to(dtype).requires_grad_(operand.differentiated)
             given[name] = x
@@ -445,11 +449,12 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    adapter_weight: Tensor | None = None,
     weight: Tensor | None = None,
     **given: Any,
 ) -> Any:
     """Computes pyfused's linear_cross_entropy with torch's operators, from the full logits."""
-    tensors = input, linear_weight, linear_bias, target, weight
+    tensors = input, linear_weight, linear_bias, adapter_weight, target, weight
     return definitions.linear_cross_entropy(*tensors, options=HeadOptions(**given))
 
 

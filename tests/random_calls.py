@@ -14,6 +14,7 @@ import torch
 from catalogue import (
     DEPRECATED,
     OF_CLASSES,
+    RANK,
     Call,
     declared,
     labels,
@@ -131,6 +132,9 @@ def random_call(
         x = found[name]
         if operand.optional and not rng.once_in(3):
             continue
+        if name == "adapter_weight":  # its features are the last ones of the input
+            tensors["linear_weight"] = tensors["linear_weight"].detach()[..., :-RANK]
+            tensors["linear_weight"].requires_grad_(not rng.once_in(4))
         if isinstance(x, Tensor):
             if x.is_floating_point():
                 x = x.to(rng.choice(FLOATS) if mixed else dtype)

@@ -41,6 +41,7 @@ class HeadCase:
         self.input = torch.randn(*batch, features).to(dtype).requires_grad_()
         self.head = torch.randn(classes, *positions, features).to(dtype).requires_grad_()
         self.bias = torch.randn(classes, *positions).to(dtype).requires_grad_()
+        self.adapter = torch.randn(classes, *positions, 3).to(dtype).requires_grad_()
         self.weight = torch.rand(classes).to(dtype)
         self.token_weight = torch.rand((*batch, *positions))
         if probabilities:
@@ -53,6 +54,7 @@ class HeadCase:
     def options(self, names: str) -> dict[str, Any]:
         known = {
             "bias": {"linear_bias": self.bias},
+            "adapter": {"adapter_weight": self.adapter},
             "weight": {"weight": self.weight},
             "tokens": {"token_weight": self.token_weight},
             "smoothing": {"label_smoothing": 0.1},
@@ -73,9 +75,12 @@ OPTIONS = (
     "",
     "none",
     "sum bias",
+    "adapter",
+    "none adapter",
     "weight bias smoothing",
     "tokens z",
-    "none weight tokens z smoothing bias",
+    "none weight tokens z smoothing bias adapter",
+    "adapter weight bias smoothing tokens",
     "divided tokens",
     "capped z",
     "capped none smoothing scaled",
@@ -93,6 +98,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def add(errors: Errors, given: HeadCase, names: str, **more: Any) -> None:
     arguments, options = (given.input, given.head, given.target), given.options(names)
+    if "adapter" in names:
+        head = given.head.detach()[..., :-3].clone().requires_grad_()
+        arguments = given.input, head, given.target
     got = evaluate(fused.linear_cross_entropy, *arguments, **options, **more)
     of_torch = evaluate(materialised, *arguments, **options)
     exact = evaluate(materialised, *arguments, convert=exactly, **options)
@@ -328,6 +336,133 @@ def test_a_class_index_out_of_range_among_leading_dimensions() -> None:
     target[1, 2] = 9
     with pytest.raises(IndexError, match=r"got 9 at position \(1, 2\)"):
         fused.linear_cross_entropy(torch.randn(2, 3, 4), torch.randn(9, 4), target)
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+def with_adapter(given: HeadCase, rank: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Returns the joined input, the layer's weight, and the adapter's weight."""
+    features = given.input.shape[-1] - rank
+    return given.input, given.head.detach()[..., :features], {"adapter_weight": given.adapter}
+
+
+@pytest.mark.parametrize("needs", [(), ("head",), ("input",), ("input", "head")], ids=",".join)
+def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
+    """A frozen weight has no gradient product."""
+    given = HeadCase(rows=90)
+    rows = 90 if backend.ASYNCHRONOUS else 60
+    input, head, adapter = with_adapter(given)
+    input, head = input.detach(), head.clone()
+    for name, x in (("input", input), ("head", head)):
+        x.requires_grad_(name in needs)
+    with products() as found:
+        options: dict[str, Any] = {"memory_budget": 1 << 20, **adapter}
+        fused.linear_cross_entropy(input, head, given.target, **options).backward()
+    of_input = [(rows, 70, 3)] * 2 if "input" in needs else []
+    of_weights = [(70, rows, 3)] * (2 if "head" in needs else 1)
+    assert sorted(found) == sorted([(rows, 3, 70)] * 2 + of_input + of_weights)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("budget", [None, 3000])
+def test_an_adapter_equals_linear_layers(budget: int | None, frozen: bool) -> None:
+    """LoRA, as torch computes it from materialised logits."""
+    rows, features, classes, rank = 90, 7, 120, 4
+    x, w, a, b = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((rows, features), (classes, features), (rank, features), (classes, rank))
+    )
+    w.requires_grad_(not frozen)
+    bias, weight = torch.randn(classes).double(), torch.rand(classes).double()
+    target = torch.randint(classes, (rows,))
+    target[::4] = -100
+    options = {"weight": weight, "label_smoothing": 0.1}
+    leaves = [leaf for leaf in (x, w, a, b) if leaf.requires_grad]
+    logits = F.linear(x, w, bias) + 0.5 * F.linear(F.linear(x, a), b)
+    expected = F.cross_entropy(logits, target, **options)
+    loss = fused.linear_cross_entropy(
+        torch.cat((x, 0.5 * F.linear(x, a)), -1),
+        w,
+        target,
+        linear_bias=bias,
+        adapter_weight=b,
+        memory_budget=budget,
+        **options,
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
+    )
+
+
+@grid(budget=[None, 3000], dtype=[torch.bfloat16, torch.float16], reduction=["mean", "none"])
+def test_an_adapter_in_float32_beside_a_layer_in_half_precision(
+    budget: int | None, dtype: torch.dtype, reduction: str
+) -> None:
+    """The gradient of the adapter's weight has its dtype."""
+    given = HeadCase(rows=80, classes=300, dtype=dtype)
+    input, head, adapter = with_adapter(given)
+    adapter = {name: x.detach().float().requires_grad_() for name, x in adapter.items()}
+    arguments, options = (input, head, given.target), {"reduction": reduction, **adapter}
+    got = evaluate(fused.linear_cross_entropy, *arguments, **options, memory_budget=budget)
+    exact = evaluate(materialised, *arguments, convert=exactly, **options)
+    assert got.value.dtype is dtype
+    assert [x.dtype for x in got.gradients] == [dtype, torch.float32]
+    results = [(outcome.value, *outcome.gradients) for outcome in (got, exact)]
+    for ours, best in zip(*results, strict=True):
+        error = (ours.double() - best).norm() / best.norm()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.cpu
+def test_an_adapter_under_autocast() -> None:
+    """The input is cast to bfloat16; gradients of float32 weights are not rounded."""
+    given = HeadCase(rows=80, classes=300)
+    input, head, adapter = with_adapter(given)
+    arguments = input, head.requires_grad_(), given.target
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = evaluate(fused.linear_cross_entropy, *arguments, **adapter)
+    exact = evaluate(materialised, *arguments, convert=exactly, **adapter)
+    results = [(outcome.value, *outcome.gradients) for outcome in (got, exact)]
+    for ours, best in zip(*results, strict=True):
+        assert (ours.double() - best).norm() / best.norm() < 2.0**-7
+        assert ours.dtype is torch.float32
+
+
+WRONG_ADAPTERS: dict[str, tuple[Any, type[Exception], str]] = {
+    "rank": (
+        torch.ones(70, 4),
+        RuntimeError,
+        r"linear_weight: expected shape \(C, ..., 2\) .*, got \(70, 3\)",
+    ),
+    "classes": (
+        torch.ones(69, 3),
+        RuntimeError,
+        r"adapter_weight: expected shape \(70, 'r'\) beside .*, got \(69, 3\)",
+    ),
+    "dtype": (
+        torch.ones(70, 3).double(),
+        RuntimeError,
+        "adapter_weight: expected the input's torch.float32, got torch.float64",
+    ),
+    "device": (
+        torch.ones(70, 3, device="meta"),
+        RuntimeError,
+        "adapter_weight: expected the input's device .*, got meta",
+    ),
+    "type": (1.0, TypeError, "adapter_weight: expected a Tensor, got float"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ADAPTERS)
+def test_bad_adapter(name: str) -> None:
+    wrong, error, message = WRONG_ADAPTERS[name]
+    given = HeadCase()
+    input, head, _ = with_adapter(given)
+    with pytest.raises(error, match=message):
+        fused.linear_cross_entropy(input, head, given.target, adapter_weight=wrong)
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------

@@ -551,8 +551,8 @@ def test_compiled_calls_are_counted(counted_here: run.Report) -> None:
     x = X.clone().requires_grad_()
     options, of_head = CrossEntropyOptions(), HeadOptions()
     custom_operator("cross_entropy")(x, TARGET, None, *options.values()).backward()
-    head = x, X[:4], None, TARGET % 4, None
-    wanted = [True, False, False, False]
+    head = x, X[:4], None, None, TARGET % 4, None
+    wanted = [True, False, False, False, False]
     custom_operator("linear_cross_entropy")(*head, *of_head.values(), wanted)[0].backward()
     custom_operator("mse_loss")(x, X.flip(0), None, None, "mean", None).backward()
     assert counted_here._compiled == {"cross_entropy": 1, "linear_cross_entropy": 1, "mse_loss": 1}

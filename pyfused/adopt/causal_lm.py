@@ -28,7 +28,7 @@ from torch.nn import Linear, Module
 from torch.nn import functional as F
 
 from pyfused import torch_internals
-from pyfused.adopt import deferred, subclass
+from pyfused.adopt import adapters, deferred, subclass
 from pyfused.adopt.deferred import LOSS
 from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
@@ -92,8 +92,10 @@ class _Call:
             return _tell(self.model, self.told, reason)
         if hooked:
             return self.sharded_logits(kind, hidden)
-        self.families.append(deferred.Family(self, hidden, head.weight, head.bias))
-        return self.families[-1].logits()
+        rows, adapter_weight = adapters.with_features(head, hidden)
+        family = deferred.Family(self, rows, head.weight, head.bias, adapter_weight)
+        self.families.append(family)
+        return family.logits()
 
     def sharded_logits(self, kind: Any, hidden: Any) -> Any:
         """Returns the logits of a head whose hooks torch.distributed has defined."""
@@ -106,7 +108,7 @@ class _Call:
         reason: str | None = "its head has hooks"
         if policy is not None:
             reason = _reason(head, hidden)
-            family = deferred.Family(self, hidden, weight, bias, finish=finish)
+            family = deferred.Family(self, hidden, weight, bias, None, finish=finish)
         elif all(is_dtensor(x) for x in (hidden, weight, bias) if x is not None) and (
             all(placement.is_replicate() for placement in hidden.placements)
             and any(placement.is_shard(0) for placement in weight.placements)
@@ -125,6 +127,11 @@ class _Call:
         """Returns whether a loss agrees with torch's; only the first one is compared."""
         if COMPARED not in self.told and self.differs is None:
             differs = _loss_differs(node, target, options)
+            if differs == "" and adapters.is_lora(self.head):
+                rows = node.rows[:TOKENS, : self.head.weight.shape[1]]
+                with deferred.saved_here():
+                    if adapters.differs(self.head, rows, node.family.linear):
+                        differs = "LoRA layer adds something other than scaling * B A x"
             self.differs = differs or None
             if differs == "":
                 self.told.add(COMPARED)
@@ -134,10 +141,12 @@ class _Call:
 def _head_call(kind: Any) -> Any:
     """Returns the ``__call__`` of a head's subclass."""
 
-    def __call__(head: Any, input: Tensor) -> Any:  # noqa: N807
-        call = getattr(_thread, "call", None)
-        logits = call.logits(kind, input) if call is not None and call.head is head else None
-        return kind.__call__(head, input) if logits is None else logits
+    def __call__(head: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        call: Any = getattr(_thread, "call", None)
+        given = (*args, *kwargs.values())
+        usable = call is not None and call.head is head and len(given) == 1
+        logits = call.logits(kind, *given) if usable else None
+        return kind.__call__(head, *args, **kwargs) if logits is None else logits
 
     return __call__
 
@@ -160,7 +169,10 @@ def _is_usable(head: Any, hidden: Any) -> bool:
         and hidden.numel() > 0
         and hidden.shape[-1:] == head.weight.shape[-1:]
         and all(x.dtype in _CAST_DTYPES if autocast else x.dtype is hidden.dtype for x in tensors)
-        and (not torch.is_grad_enabled() or any(x.requires_grad for x in tensors))
+        and (
+            not torch.is_grad_enabled()
+            or any(x.requires_grad for x in (*tensors, *head.parameters()))
+        )
         and active_mode() is None
     )
 
@@ -171,25 +183,30 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    kind: Any = type(head)
-    is_unit = kind.__bases__[-1] is _HEAD and torch_internals.fsdp_policy(head)
-    if kind not in (Linear, _HEAD) and not is_unit:
-        return f"its head is a {kind.__name__}, not a plain torch.nn.Linear"
-    if "forward" in vars(head):
-        return "the forward of its head was replaced, for example by accelerate's offloading"
-    if has_hooks(head, distributed=is_dynamo_compiling()):
-        return "its head has hooks"
-    if has_compiled_call(head):
-        return "its head is compiled separately"
-    for name, value in (("weight", head.weight), ("bias", head.bias)):
-        if hidden is None or value is None:
-            continue
-        if not is_dynamo_compiling() and type(value) not in deferred.PLAIN:
-            return f"the {name} of its head is a {type(value).__name__}"
-        if value.device != hidden.device:
-            return f"the {name} of its head is on {value.device}, its input on {hidden.device}"
-        if value.numel() == 0:
-            return f"the {name} of its head has no elements"
+    for where, layer in (adapters.layers(head) | {"its head": head}).items():
+        is_lora = layer is head and adapters.is_lora(head)
+        kind: Any = type(layer)
+        is_unit = kind.__bases__[-1] is _HEAD and torch_internals.fsdp_policy(layer)
+        if kind not in (Linear, _HEAD) and not (is_lora or is_unit):
+            return f"{where} is a {kind.__name__}, not a plain torch.nn.Linear"
+        if "forward" in vars(layer):
+            return f"the forward of {where} was replaced, for example by accelerate's offloading"
+        if has_hooks(layer, distributed=is_dynamo_compiling() or adapters.is_lora(head)):
+            return f"{where} has hooks"
+        if has_compiled_call(layer):
+            return f"{where} is compiled separately"
+        for name, value in (("weight", layer.weight), ("bias", layer.bias)):
+            if hidden is None or value is None:
+                continue
+            if not is_dynamo_compiling() and type(value) not in deferred.PLAIN:
+                return f"the {name} of {where} is a {type(value).__name__}"
+            if value.device != hidden.device:
+                return f"the {name} of {where} is on {value.device}, its input on {hidden.device}"
+            if value.numel() == 0:
+                return f"the {name} of {where} has no elements"
+        reason = adapters.reason_to_compute(head, hidden) if is_lora else None
+        if reason is not None:
+            return reason
     return None
 
 
@@ -220,7 +237,8 @@ def _finished(output: Any) -> Any:
 
 def _head_of(model: Any, vouched: str | None) -> Any:
     """Returns the head that the user has named, or else the head of a model of transformers."""
-    return model.get_submodule(vouched) if vouched else model.get_output_embeddings()
+    head = model.get_submodule(vouched) if vouched else model.get_output_embeddings()
+    return adapters.called_head(head)
 
 
 def has_head(module: Any) -> bool:
@@ -243,7 +261,7 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if subclass.is_fused(model):
         return "is already converted"
     if vouched is not None:
-        heads = [name for name, module in model.named_modules() if type(module) in (Linear, _HEAD)]
+        heads = [name for name, module in model.named_modules() if _is_head(module)]
         if vouched not in heads:
             known = f"one of {heads[-5:]}" if heads else "but it has none"
             raise ValueError(
@@ -252,7 +270,7 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     if "forward" in vars(model):
         return "its forward was replaced"
     head = _head_of(model, vouched)
-    if type(head) not in (Linear, _HEAD):
+    if not _is_head(head):
         return "its head is not a plain torch.nn.Linear"
     reason = _reason(head) or ("its head has hooks" if has_hooks(head) else None)
     if vouched is not None or reason is not None:
@@ -267,8 +285,13 @@ def fuse(model: Any, head: str | None, evaluation: bool, metrics: bool) -> None:
     subclass.fuse(model, _fused_forward, head, evaluation, metrics)
 
 
+def _is_head(module: Any) -> bool:
+    head = adapters.called_head(module)
+    return type(head) in (Linear, _HEAD) or adapters.is_lora(head)
+
+
 def _fuse_head(head: Any) -> None:
-    if type(head) is Linear:
+    if not subclass.is_fused(head):
         setattr(head, subclass.MARK, True)
         subclass.fuse(head, _head_call)
 
@@ -460,10 +483,11 @@ def _trial_reason(model: Any, head: Any) -> str | None:
         results: list[tuple[Tensor, ...]] = []
         uses: list[str] = []
         try:
-            with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
-                for of in (head, deferring):
+            for of in (head, deferring):
+                # Both calls draw the same dropout. The second one defers logits.
+                with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
                     call = _Call(twin, of, {COMPARED})
-                    output, uses = call.run(type(model), (), inputs)  # the second call defers
+                    output, uses = call.run(type(model), (), inputs)
                     results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
         except Exception as error:
             reason = f"its forward raised {error!r} when called with random hidden states"

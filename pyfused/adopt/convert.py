@@ -65,11 +65,11 @@ def convert(
     Modules stay the same objects and only change their class: hooks, buffers, device, training
     flag, names and references are kept. Subclasses are not replaced.
 
-    In transformers' language models whose head is a plain linear layer, at any depth, head and loss
-    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels
-    returns the loss and no logits. ``convert`` tries each model first, by computing the loss of a
-    few random hidden states with and without the change. The model is not changed if the loss or
-    its gradient differs, or if other code reads the logits.
+    In transformers' language models whose head is a plain linear layer, at any depth and also with
+    LoRA adapters of PEFT, head and loss become :func:`pyfused.functional.linear_cross_entropy`: in
+    training mode, a call with labels returns the loss and no logits. ``convert`` tries each model
+    first, by computing the loss of a few random hidden states with and without the change. The
+    model is not changed if the loss or its gradient differs, or if other code reads the logits.
 
     In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.

@@ -69,7 +69,8 @@ class Family:
 
     Attributes:
         call: The model's call, whose ``accepts`` returns whether a loss may be fused.
-        inputs: The hidden states, the head's weight and its bias.
+        inputs: The hidden states, the head's weight, its bias, and the weight of an adapter, whose
+            features follow the hidden states, or None.
         read: These and the tensors of recorded operators, none of which may change in place.
         finish: Receives the losses and computed logits of a unit of FSDP when its call ends.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
@@ -97,9 +98,9 @@ class Family:
 
     def logits(self) -> Any:
         """Returns the output of the head."""
-        hidden, weight, _ = self.inputs
+        hidden, weight, *_ = self.inputs
         if self.traced:
-            return _Node(self, hidden).tensor(F.linear(*self.inputs))
+            return _Node(self, hidden).tensor(self.linear(hidden, self.inputs[-1]))
         autocast, dtype = self.context[2:4]
         shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
         return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
@@ -108,19 +109,25 @@ class Family:
         """Returns what changes if a tensor that is read changes in place; FSDP moves the weight."""
         return [(version, self.finish or address) for version, address in _versions(self.read)]
 
-    def linear(self, input: Tensor) -> Tensor:
-        """Returns the logits of rows of hidden states, computed."""
-        return F.linear(input, *self.inputs[1:])
+    def linear(self, rows: Tensor, adapter_weight: Tensor | None) -> Tensor:
+        """Returns the logits of rows of hidden states, computed by torch."""
+        _, weight, bias, _ = self.inputs
+        if adapter_weight is None:
+            return F.linear(rows, weight, bias)
+        hidden, features = rows.tensor_split((weight.shape[-1],), -1)
+        logits = F.linear(hidden, weight, bias)
+        return logits + F.linear(features, adapter_weight.to(rows.dtype)).to(logits.dtype)
 
     def loss(self, rows: Any, target: Any, shift: Tensor | None, options: dict[str, Any]) -> Any:
         """Returns the cross-entropy of rows of hidden states, with a shift of the head's bias."""
-        (_, weight, bias), call = self.inputs, self.call
+        (_, weight, bias, adapter_weight), call = self.inputs, self.call
         if shift is not None:
             bias = shift if bias is None else bias + shift
+        options = options | {"linear_bias": bias, "adapter_weight": adapter_weight}
         if not call.with_metrics:
-            return linear_cross_entropy(rows, weight, target, linear_bias=bias, **options)
+            return linear_cross_entropy(rows, weight, target, **options)
         loss, call.model.pyfused_metrics = linear_cross_entropy_with_metrics(
-            rows, weight, target, linear_bias=bias, **options
+            rows, weight, target, **options
         )
         return loss
 
@@ -185,12 +192,12 @@ class ColwiseFamily(Family):
 
     def __init__(self, call: Any, gather: Any, hidden: Any, weight: Any, bias: Any) -> None:
         local, layout = hidden.full_tensor(), (hidden.device_mesh, hidden.placements)
-        super().__init__(call, local if type(local) in PLAIN else local.clone(), weight, bias)
+        super().__init__(call, local if type(local) in PLAIN else local.clone(), weight, bias, None)
         self.gather = gather  # runs the hooks after the head's forward
         self.replicate: Any = lambda x: type(hidden).from_local(x, *layout, run_check=False)
 
-    def linear(self, input: Tensor) -> Any:
-        return self.gather(F.linear(self.replicate(input), *self.inputs[1:]))
+    def linear(self, rows: Tensor, adapter_weight: Any) -> Any:  # noqa: ARG002
+        return self.gather(F.linear(self.replicate(rows), *self.inputs[1:3]))
 
     def loss(self, rows: Any, target: Any, *options: Any) -> Any:
         loss = super().loss(self.replicate(rows), self.replicate(target), *options)
@@ -201,10 +208,10 @@ class ColwiseFamily(Family):
 
     def is_full(self) -> bool:
         """Returns whether the head returns plain logits of all rows and classes, by a few rows."""
-        hidden, weight, _ = self.inputs
+        hidden, weight, *_ = self.inputs
         shape = [weight.device_mesh.size()] * (hidden.dim() - 1)  # any dimension can be sharded
         with torch.no_grad():
-            logits = self.linear(hidden.new_zeros(*shape, hidden.shape[-1]))
+            logits = self.linear(hidden.new_zeros(*shape, hidden.shape[-1]), None)
         return type(logits) is Tensor and logits.shape == (*shape, len(weight))
 
 
@@ -308,7 +315,7 @@ class _Node:
     def apply(self, input: Tensor) -> Tensor:
         """Returns the result of torch's operator for its parent's value or the hidden states."""
         if self.parent is None:
-            return self.family.linear(input)
+            return self.family.linear(input, self.family.inputs[-1])
         function, args, kwargs = self.operation
         result: Tensor = function(input, *args, **kwargs)
         return result

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.dispatch.autograd import without_autocast
 from pyfused.dispatch.originals import original
 from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
@@ -93,16 +94,19 @@ def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    adapter_weight: Tensor | None,
     target: Tensor,
     weight: Tensor | None = None,
     torch_options: Any = None,
     options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
 ) -> Any:
-    checks.layer_device(input, linear_weight, linear_bias)
+    checks.layer_device(input, linear_weight, linear_bias, adapter=adapter_weight)
+    head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
+    head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         return _linear_cross_entropy(
             input,
-            linear_weight,
+            head.linear_weight,
             target,
             linear_bias=linear_bias,
             weight=weight,
@@ -111,14 +115,22 @@ def linear_cross_entropy(
             label_smoothing=options.label_smoothing,
             options=torch_options,
         )
-    head = Head(input, linear_weight, linear_bias, target, weight)
     checks.linear_cross_entropy(head, options)
     return head_cross_entropy(head, options)
 
 
+def _with_one_weight(head: Head) -> Head:
+    """Returns the same head with one weight of D + r features, which includes the adapter's."""
+    if head.adapter_weight is None:
+        return head
+    weights = head.linear_weight, head.adapter_weight.to(head.linear_weight.dtype)
+    with without_autocast(head.input.device.type):  # which refuses to concatenate some dtypes
+        return head._replace(linear_weight=torch.cat(weights, -1), adapter_weight=None)
+
+
 def head_cross_entropy(head: Head, options: HeadOptions) -> Any:
     """Returns the cross-entropy of a linear layer's output, computed from all logits."""
-    leading = head.input.shape[:-1]
+    leading, head = head.input.shape[:-1], _with_one_weight(head)
     if len(leading) > 1:
         head, options = head.as_rows(options)
     input, target, ignore_index = head.input, head.target, options.ignore_index

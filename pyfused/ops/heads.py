@@ -6,6 +6,8 @@
                                         # grad_weight[classes] += grad_logits.T @ input[rows]
                                         # grad_bias[classes] += grad_logits.sum(0)
 
+An adapter adds the output of a second layer of low rank to the logits of each block.
+
 Each loss has its own step: cross-entropy, a divergence, or log-probabilities. ``chunk_sizes.py``
 chooses the numbers of rows and classes of a block.
 """
@@ -30,11 +32,26 @@ from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, RowOptions
 
 
 class Layer(NamedTuple):
-    """A linear layer and its input: input (N, D), weight (C, D), and bias (C) or None."""
+    """A linear layer and its input: input (N, D), weight (C, D), and bias (C) or None.
+
+    Attributes:
+        adapter: A layer whose output is added, of input (N, r) and weight (C, r), or None.
+    """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
+    adapter: Layer | None = None
+
+    def with_adapter(self, weight: Tensor) -> Layer:
+        """Makes the last r features of an input (N, D + r) those of an adapter of weight (C, r)."""
+        input, features = self.input.tensor_split((self.weight.shape[1],), 1)
+        return self._replace(input=input, adapter=Layer(features, weight, None))
+
+    def block(self, logits: Tensor, rows: slice, classes: slice) -> Block:
+        """Returns a block, whose factors have the dtype of its logits."""
+        input, weight = self.input[rows].to(logits.dtype), self.weight[classes].to(logits.dtype)
+        return Block(logits, input, weight, rows, classes)
 
 
 class Block(NamedTuple):
@@ -67,7 +84,7 @@ def blocks(
             allocates it.
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
-    input, weight, bias = layer
+    input, weight, bias, adapter = layer
     n, all_classes = len(input), len(weight)
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
@@ -84,6 +101,9 @@ def blocks(
             logits = memory[: len(x) * len(w)].view(len(x), len(w))
             if not is_computed:
                 product(x, w, b, logits)
+                if adapter is not None:
+                    _, u, a, *_ = adapter.block(logits, row_slice, class_slice)
+                    backend.add_product(logits, u, a.t(), 1.0)
             is_computed = False
             yield Block(logits, x, w, row_slice, class_slice)
 
@@ -94,7 +114,7 @@ class LayerGradients:
     Args:
         dtype: The dtype of the products.
         size: The numbers of rows and classes of a block.
-        needs: Whether the input, the weight and the bias need a gradient.
+        needs: Whether the input, the weight, the bias and the adapter's weight need a gradient.
     """
 
     def __init__(
@@ -109,7 +129,11 @@ class LayerGradients:
         self.input: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        input, weight, bias = layer
+        self.adapter: LayerGradients | None = None
+        input, weight, bias, adapter = layer
+        if adapter is not None:
+            needs_adapter = needs[0], needs[3], False
+            self.adapter = LayerGradients(backend, adapter, dtype, size, needs_adapter)
         all_rows, all_classes = len(input) <= size[0], 0 < len(weight) <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
@@ -127,7 +151,9 @@ class LayerGradients:
         Args:
             columns: The indices of the classes to include, None for all.
         """
-        _, x, weight, rows, classes = block
+        logits, x, weight, rows, classes = block
+        if self.adapter is not None:
+            self.adapter.add(self.adapter.layer.block(logits, rows, classes), grad_logits, columns)
         if self.bias is not None:
             self.bias[classes] += grad_logits.sum(0, dtype=self.sum_dtype)
         if columns is not None:
@@ -150,7 +176,10 @@ class LayerGradients:
             out.copy_(self.sum)
 
     def converted(self) -> Gradients:
-        """Returns the gradients in the dtypes of the layer's tensors, after all blocks."""
+        """Returns the gradients in the dtypes of the layer's tensors, after all blocks.
+
+        They are those of the input, the weight, the bias and the adapter's weight.
+        """
 
         def convert(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
             if total is None or tensor is None or total.dtype is tensor.dtype:
@@ -158,7 +187,13 @@ class LayerGradients:
             empty: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
             return empty.copy_(total)
 
-        return tuple(map(convert, (self.input, self.weight, self.bias), self.layer))
+        grads = *map(convert, (self.input, self.weight, self.bias), self.layer[:3]), None
+        if self.adapter is None:
+            return grads
+        features, adapter_weight, *_ = self.adapter.converted()
+        if grads[0] is None or features is None:
+            return *grads[:3], adapter_weight
+        return torch.cat((grads[0], features), 1), *grads[1:3], adapter_weight
 
 
 def over_blocks(
@@ -176,7 +211,7 @@ def over_blocks(
 
     Args:
         dtype, size, options: As in `blocks`.
-        needs: Whether the input, the weight and the bias need a gradient.
+        needs: As in `LayerGradients`.
         step: Computes the gradient of a block's logits, which may overwrite them, or None.
         filter_below: Columns of gradients that are all smaller are left out of the products. A
             scalar, or one threshold for each row; None to include all columns.
@@ -315,14 +350,16 @@ class _ValidRows(NamedTuple):
 
 
 def _valid_rows(tensors: Sequence[Any], options: StateOptions, backend: Backend) -> _ValidRows:
-    input, weight, bias, target = tensors
+    input, weight, bias, *adapters, target = tensors
     input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
     target = target.reshape(len(input), -1)
     rows = valid_rows(target, options.rows.ignore_index, backend)
     input, target = take_rows(input, rows), take_rows(target, rows)
-    head = Head(input, weight, bias, target, None)
+    head = Head(input, weight, bias, None, target, None)
     bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
     layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias)
+    for adapter_weight in adapters:
+        layer = layer if adapter_weight is None else layer.with_adapter(adapter_weight)
     size = options.size or state_block_size(
         head, options.memory_budget, options.fixed_sizes, backend
     )
@@ -340,7 +377,8 @@ def layer_state(
     """Computes the state of each target, of shape (fields, *target.shape), in float64.
 
     Args:
-        tensors: The input, weight and bias of a layer, and the target.
+        tensors: The input, weight and bias of a layer, perhaps the weight of its adapter if both
+            weights are matrices, and the target.
         weight: The weights of all classes, in the accumulation dtype, or None.
         return_logits: Whether the logits of the first block are returned, for the backward pass.
             They are None if the block does not have all classes.
@@ -375,7 +413,7 @@ def layer_gradients(
     weight: Tensor | None = None,
     filter_below: Tensor | None = None,
 ) -> Gradients:
-    """Computes the gradients of a layer's input, weight and bias.
+    """Computes the gradients of a layer's input, weight, bias and adapter's weight.
 
     Args:
         tensors, options, weight: As in `layer_state`.
@@ -400,7 +438,7 @@ def layer_gradients(
         launch(logits, valid.labels[targets], weight, target_state, grad_state, logits)
         return block.logits
 
-    grad_input, grad_weight, grad_bias = over_blocks(
+    grad_input, grad_weight, grad_bias, grad_adapter = over_blocks(
         *(backend, valid.layer, valid.dtype, valid.size, needs, step),
         filter_below=take_rows(filter_below, valid.indices),
         memory=logits,
@@ -413,7 +451,7 @@ def layer_gradients(
         grad_weight = grad_weight.view(*shape, -1).movedim(-2, 0)
     if grad_bias is not None:
         grad_bias = grad_bias.view(shape).movedim(-1, 0)
-    return grad_input, grad_weight, grad_bias
+    return grad_input, grad_weight, grad_bias, grad_adapter
 
 
 # ---- softcap -------------------------------------------------------------------------------------

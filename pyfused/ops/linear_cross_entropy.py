@@ -92,7 +92,8 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         head, options = _head(arguments)
         options = replace(options, loss_dtype=_result_dtype(head, options))
-        tensors = *in_autocast_dtype(head.input.device.type, head.input), *head[1:4]
+        (input,) = in_autocast_dtype(head.input.device.type, head.input)
+        tensors = input, *head[1:3], head.target
         return shards.cross_entropy(tensors, head.weight, options, classes, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
@@ -119,7 +120,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return state_fields(options)
 
     def check_indices(self, tensors: Sequence[Any], options: HeadOptions) -> None:
-        _, linear_weight, _, target, _ = tensors
+        _, linear_weight, _, _, target, _ = tensors
         if not target.is_floating_point():
             classes, backend = len(linear_weight), backend_of(target)
             backend.check_class_indices(target.to(torch.int64), classes, options.ignore_index)
@@ -204,7 +205,7 @@ def _by_rows(
     """Computes the results by blocks of rows with all classes."""
     target, classes = head.target, head.linear_weight.shape[:-1]
     dtype = product_dtype(head, backend)
-    *needs_layer, needs_target = outputs.gradients or (False,) * 4
+    *needs_layer, needs_target = outputs.gradients or (False,) * 5
     block_outputs = Outputs(outputs.loss, (any(needs_layer), needs_target), True)
     grad_target = torch.empty_like(target) if needs_target else None
     states = []
@@ -235,6 +236,8 @@ def _by_rows(
         filter_below = options.filter_eps * scale
     bias = None if head.linear_bias is None else head.linear_bias.flatten()
     layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias)
+    if head.adapter_weight is not None:
+        layer = layer.with_adapter(head.adapter_weight.flatten(0, -2))
     loss, gradients = loss_over_rows(
         *(backend, layer, dtype, rows, needs_layer, options, grad_output, step),
         filter_below=filter_below,
@@ -242,7 +245,7 @@ def _by_rows(
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
     if not outputs.gradients:
         return loss, (), state
-    pairs = zip(gradients, head[:3], strict=True)
+    pairs = zip(gradients, head[:4], strict=True)
     grad_layer = [None if x is None or t is None else x.view_as(t) for x, t in pairs]
     return loss, (*grad_layer, grad_target), state
 
@@ -264,7 +267,7 @@ def _by_classes(
     fields = state_fields(options)
     state_options = StateOptions(options.rows, ClassRange(0, classes), fields, (tile, tile))
     if state is None:
-        state, _ = layer_state(backend, head[:4], state_options, weight)
+        state, _ = layer_state(backend, head[:5], state_options, weight)
         loss = state_loss(state, head.target, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         return loss, (), state
@@ -273,7 +276,7 @@ def _by_classes(
     grad_results = state_loss_gradients(state, head.target, weight, options, classes, grad_output)
     filter_below = options.filter_eps * grad_output.abs() if options.filter_eps else None
     gradients = layer_gradients(
-        *(backend, head[:4], state_options, outputs.gradients, state, grad_results),
+        *(backend, head[:5], state_options, outputs.gradients, state, grad_results),
         weight=weight,
         filter_below=filter_below,
     )

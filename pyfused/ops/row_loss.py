@@ -45,7 +45,7 @@ class RowLoss(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [operand.name.removeprefix("teacher_") for operand in self.operands]
-        weights = "linear_weight", "linear_bias", "weight"
+        weights = "linear_weight", "linear_bias", "adapter_weight", "weight"
         self.row_operands = [i for i, name in enumerate(names) if name not in weights]
 
     @abstractmethod

@@ -1,0 +1,106 @@
+"""Heads that PEFT has wrapped: linear layers with LoRA adapters, and trainable copies.
+
+The active adapters i of a head add sum_i scaling_i * B_i A_i dropout_i(x) to its logits. This is
+linear(u, B) with u = [scaling_i * A_i dropout_i(x)] and B = [B_i], concatenated along the rank.
+PEFT's classes are recognised without importing it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfused.dispatch.autograd import without_autocast
+
+RANK_MULTIPLE = 16  # with MKL, products of 16 columns take two thirds of the time of 8
+
+
+def _is(kind: Any, module: str, name: str) -> bool:
+    return kind is getattr(sys.modules.get(module), name, None)
+
+
+def is_lora(head: Any) -> bool:
+    """Returns whether a head is PEFT's linear layer with LoRA adapters, fused or not."""
+    kind = type(head)
+    return _is(getattr(kind, "_unfused", kind), "peft.tuners.lora.layer", "Linear")
+
+
+def called_head(head: Any) -> Any:
+    """Returns the active copy of a head in PEFT's ``modules_to_save``, or else the head itself."""
+    if not _is(type(head), "peft.utils.other", "ModulesToSaveWrapper"):
+        return head
+    active = [] if head.disable_adapters else head.active_adapters
+    copies = [head.modules_to_save[name] for name in active if name in head.modules_to_save]
+    return copies[0] if copies else head.original_module
+
+
+def _active(head: Any) -> list[str]:
+    return [name for name in head.active_adapters if name in head.lora_A]
+
+
+def layers(head: Any) -> dict[str, Any]:
+    """Returns the layers whose weights determine the logits, by a description of each."""
+    if not is_lora(head):
+        return {"its head": head}
+    adapters = {f"the adapter {name!r} of its head": head.lora_B[name] for name in _active(head)}
+    return {"the base layer of its head": head.base_layer} | adapters
+
+
+def reason_to_compute(head: Any, hidden: Tensor | None) -> str | None:
+    """Returns why a LoRA layer has to compute its output itself, None if `with_features` can.
+
+    Args:
+        hidden: The layer's input, None before a call.
+    """
+    if not hasattr(head, "lora_variant"):
+        return "its head is a LoRA layer of another version of PEFT"
+    if head.disable_adapters or head.merged or not _active(head):
+        return "the LoRA adapters of its head are disabled, merged or inactive"
+    for name in _active(head):
+        adapter, layer = f"the adapter {name!r} of its head", head.lora_B[name]
+        if name in head.lora_variant:
+            return f"{adapter} is a variant of LoRA, such as DoRA"
+        if layer.bias is not None:
+            return f"{adapter} has a bias"
+        dtype = layer.weight.dtype if hidden is None else hidden.dtype
+        if layer.weight.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
+            return f"{adapter} has dtype {layer.weight.dtype}, its input {dtype}"
+    return None
+
+
+def with_features(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns [x, u] and B, or the hidden states x and None for a head without adapters."""
+    if not is_lora(head):
+        return hidden, None
+    x, features, weights = hidden, [hidden], []
+    for name in _active(head):
+        down, up = head.lora_A[name], head.lora_B[name].weight
+        x = x.to(down.weight.dtype) if head.cast_input_dtype_enabled else x
+        u, padding = down(head.lora_dropout[name](x)) * head.scaling[name], -len(down.weight)
+        features.append(F.pad(u, (0, padding % RANK_MULTIPLE)).to(hidden.dtype))
+        weights.append(F.pad(up, (0, padding % RANK_MULTIPLE)))
+    with without_autocast(hidden.device.type):  # which refuses to concatenate some dtypes
+        return torch.cat(features, -1), torch.cat(weights, -1)
+
+
+def differs(head: Any, hidden: Tensor, linear: Any) -> bool:
+    """Returns whether ``linear(with_features(x))`` differs from PEFT's forward for these rows.
+
+    Gradients are compared, too, because B is 0 before training.
+    """
+    x, results = hidden.detach().requires_grad_(), []
+    weights = [layer[name].weight for name in _active(head) for layer in (head.lora_A, head.lora_B)]
+    leaves = [x, *[weight for weight in weights if weight.requires_grad]]
+    for forward in (type(head)._unfused.forward, lambda *args: linear(*with_features(*args))):
+        with torch.random.fork_rng([x.device] * x.is_cuda):  # both draw the same dropout
+            logits = forward(head, x)
+        ramp = torch.linspace(1, 2, logits.numel(), device=x.device).view_as(logits)
+        gradients = torch.autograd.grad((logits * ramp).sum(), leaves, materialize_grads=True)
+        results.append((logits, *gradients))
+    tolerance = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
+    pairs = zip(*results, strict=True)
+    return any(not (a - b).norm() <= tolerance * a.norm() for a, b in pairs)
