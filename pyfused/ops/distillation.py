@@ -120,7 +120,8 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     if beta == 1:
         return log_q
-    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    log, log1p = (torch.log, torch.log1p) if isinstance(beta, Tensor) else (math.log, math.log1p)
+    return torch.logaddexp(log_q + log(beta), log_p + log1p(-beta))
 
 
 def _gradient_by_log_p(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
