@@ -30,9 +30,8 @@ def given(has_bias: bool, dtype: torch.dtype = torch.float32, n: int = N) -> lis
     a = torch.randn(n, D)
     b = torch.where(torch.arange(n)[:, None] % 3 == 0, a, torch.randn(n, D))
     numbers = [torch.tensor(3.0), torch.tensor([-1.5])][: 1 + has_bias]
-    embeddings = [F.normalize(x).to(dtype) for x in (a, b)]
-    numbers = [x.to(torch.promote_types(dtype, torch.float32)) for x in numbers]
-    return [x.requires_grad_() for x in (*embeddings, *numbers)]
+    embeddings = [F.normalize(x) for x in (a, b)]
+    return [x.to(dtype).requires_grad_() for x in (*embeddings, *numbers)]
 
 
 def materialised(
@@ -67,7 +66,7 @@ def test_as_accurate_as_torch(
                 assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
                 errors.add(f"gradient {i}", ours, theirs, best, products=N * (1 if i < 2 else N))
     errors.check(roundings=32 if dtype is torch.float64 else 2)
-    assert kernel_calls.total() > 20
+    assert kernel_calls.total() >= 16
 
 
 @pytest.mark.cpu
@@ -89,9 +88,8 @@ def test_large_logits(has_bias: bool) -> None:
     got = evaluate(partial(fused.contrastive_loss, memory_budget=BUDGET), *arguments)
     exact = evaluate(materialised, *arguments, convert=exactly)
     torch.testing.assert_close(got.value, exact.value.float())
-    torch.testing.assert_close(
-        got.gradients, [x.float() for x in exact.gradients], atol=1e-4, rtol=1e-4
-    )
+    expected = [x.float() for x in exact.gradients]
+    torch.testing.assert_close(got.gradients, expected, atol=1e-4, rtol=1e-4)
 
 
 @every_kind
@@ -104,6 +102,7 @@ def test_gradients_of_every_order(has_bias: bool, kernel_calls: KernelCalls) -> 
     assert kernel_calls.total()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @every_kind
 def test_transforms(has_bias: bool) -> None:
     arguments = [x.detach() for x in given(has_bias, torch.float64)]
@@ -185,11 +184,15 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         RuntimeError,
         r"Pass linear_cross_entropy\(scale \* a, b, target\)",
     ),
-    "dtype": (lambda: fused.contrastive_loss(X, X.double()), RuntimeError, "b: expected the dtype"),
+    "dtype": (
+        lambda: fused.contrastive_loss(X, X.double()),
+        RuntimeError,
+        "b: expected torch.float32",
+    ),
     "integers": (
         lambda: fused.contrastive_loss(X.long(), X),
         RuntimeError,
-        "a: expected a floating",
+        "a: expected a float",
     ),
     "scale": (lambda: fused.contrastive_loss(X, X, X), ValueError, "scale: expected one number"),
     "bias": (lambda: fused.contrastive_loss(X, X, 1.0, "x"), TypeError, "bias: expected a float"),
@@ -235,4 +238,4 @@ def test_memory() -> None:
             print(peak() - before)
     """)
     assert done.returncode == 0, done.stderr
-    assert all(int(megabytes) < 24 for megabytes in done.stdout.split())
+    assert all(int(megabytes) < 24 for megabytes in done.stdout.split()), done.stdout
