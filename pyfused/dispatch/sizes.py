@@ -55,7 +55,7 @@ ON_CPU = _table(
         "cosine_embedding_loss softcap softsign",
         (ALWAYS, SMALL): "triplet_margin_loss hinge_loss",
         (TINY, TINY): "LongFormula",  # 3 to 4 times as fast as torch from this size on
-        (SMALL, SMALL): f"Activation Formula Contrastive {' '.join(LINEAR)}",  # logits of heads
+        (SMALL, SMALL): f"Activation Formula {' '.join(LINEAR)}",  # elements of heads are logits
         (SMALL, MEDIUM): "binary_cross_entropy binary_cross_entropy_with_logits kl_div "
         "margin_ranking_loss multilabel_margin_loss poisson_nll_loss soft_margin_loss",
         (SMALL, PAGES): "gelu",
@@ -69,6 +69,7 @@ ON_CPU = _table(
         (HUGE, MEDIUM): "sigmoid",
         (PAGES, PAGES): "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish "
         "hardshrink softshrink prelu glu",
+        (PAGES, LARGE): "Contrastive",  # logits; the second limit is for the sigmoid form
         (PAGES, NEVER): "nll_loss",
     }
 )

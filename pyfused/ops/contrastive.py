@@ -86,6 +86,9 @@ class Contrastive(RowLoss):
         operands[2:] = [float(x) if isinstance(x, Real) else x for x in operands[2:]]
         return *operands, PairOptions(**kwargs)
 
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        return arguments[2] is not None
+
     def check(self, arguments: Arguments) -> None:
         self.check_arguments(*arguments)
 
@@ -179,7 +182,8 @@ def _softmax(
         )
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
-    return loss, over_blocks(*loop, outputs.gradients, step)
+    memory = block.logits.view(-1) if n <= tile else None  # the only block is still there
+    return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)
 
 
 def _sigmoid(
