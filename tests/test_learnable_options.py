@@ -114,6 +114,7 @@ def test_beta_is_not_learned_where_the_divergence_jumps(value: float) -> None:
 
 
 @pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 def test_label_smoothing_cannot_be_learned(name: str) -> None:
     with pytest.raises(TypeError, match="label_smoothing"):
