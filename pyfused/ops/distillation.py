@@ -281,7 +281,8 @@ class LogitsDivergence(Divergence):
             return self.define(saved[:count], kept, plan.needs, grad_output)
 
         def finish(loss: Tensor, arguments: Arguments) -> Tensor:
-            return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
+            shape = arguments[0].shape[:-1] if options.reduction == "none" else ()
+            return loss.reshape(shape) if loss.dim() else loss  # a denominator may have shape (1)
 
         return replace(
             plan,
