@@ -155,6 +155,7 @@ CASES = (
     Case("multi_margin_loss", (64, 10)),
     Case("multilabel_margin_loss", (8192, 1000), headline=True),
     Case("multilabel_margin_loss", (64, 10)),
+    Case("contrastive_loss", (8192, 512)),
     *(Case(op, (65536, 256), headline=True) for op in EMBEDDINGS),
     *(Case(op, (65536, 256), BF16) for op in EMBEDDINGS),
     *(Case(op, (16, 128)) for op in EMBEDDINGS),
@@ -239,6 +240,8 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         return Arguments(input, options=options, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
         return Arguments(input, options={"dim": case.dim}, grad_output=normal(*case.shape))
+    if case.op == "contrastive_loss":
+        return Arguments(input, (normal(*case.shape),), {"scale": 0.01})
     grad_output, options = None, {}
     if case.op in EMBEDDINGS:
         shape = case.shape[:1]

@@ -241,6 +241,15 @@ GALLERY: dict[str, dict[str, Entry]] = {
             ),
             axis="first of two features, the second is 1",
         ),
+        "contrastive_loss": Entry(
+            r"\frac{1}{2} \left(\log\, \sum_j e^{z_{ij}} + \log\, \sum_j e^{z_{ji}}\right)"
+            r" - z_{ii}, \quad z_{ij} = s \, a_i \cdot b_j",
+            "For embeddings of pairs, such as images and texts or queries and passages, where the"
+            " other pairs of a batch are negatives. A bias selects the sigmoid loss of SigLIP,"
+            " which classifies each of the N x N pairs by itself. Logits are never in memory as a"
+            " whole, so the batch can be large.",
+            (),
+        ),
         "hinge_embedding_loss": Entry(
             r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
             "For distances x: similar pairs should be close, and others at least a margin m apart.",
@@ -603,6 +612,20 @@ scores = torch.randn(64, requires_grad=True)
 target = torch.randn(64).sign()  # -1 and 1
 loss = F.hinge_loss(scores, target, squared=True)
 loss.backward()
+""",
+    "contrastive_loss": """
+normalize = torch.nn.functional.normalize
+images, texts = torch.randn(2, 64, 16, requires_grad=True)
+log_scale = torch.tensor(2.66, requires_grad=True)  # learned, as in CLIP
+loss = F.contrastive_loss(normalize(images), normalize(texts), log_scale.exp())
+loss.backward()
+
+bias = torch.tensor(-10.0, requires_grad=True)
+F.contrastive_loss(normalize(images), normalize(texts), log_scale.exp(), bias).backward()
+
+queries, passages = torch.randn(8, 16, requires_grad=True), torch.randn(24, 16)
+target = torch.arange(8)  # passages 8 to 23 are hard negatives, and there is one direction
+F.linear_cross_entropy(20.0 * queries, passages, target).backward()
 """,
     "hinge_embedding_loss": """
 left, right = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)

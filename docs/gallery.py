@@ -72,7 +72,9 @@ def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def picture(name: str, entry: Entry) -> str:
-    """Draws value and gradient of an operator as SVG."""
+    """Draws value and gradient of an operator as SVG, "" if it has no curves."""
+    if not entry.curves:
+        return ""
     figure = Figure(figsize=(5.2, 2.3), layout="constrained")
     value, gradient = figure.subplots(1, 2)
     for index, curve in enumerate(entry.curves):

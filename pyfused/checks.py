@@ -24,6 +24,7 @@ from pyfused.types import (
     LogProbsOptions,
     MarginOptions,
     ModuleOptions,
+    PairOptions,
     TensorSpec,
     VocabOptions,
 )
@@ -382,6 +383,26 @@ def layer_device(
             )
 
 
+def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: PairOptions) -> None:
+    _tensors(a=a, b=b)
+    one_number("scale", scale)
+    if bias is not None:
+        one_number("bias", bias)
+    if a.dim() != 2:
+        raise RuntimeError(f"a: expected shape (N, D), got {tuple(a.shape)}")
+    _floating("a", a)
+    hint = ". Pass linear_cross_entropy(scale * a, b, target) for more candidates"
+    _shape("b", b, a.shape, "the shape of a" + hint * (len(b.shape) == 2 and len(b) > len(a)))
+    autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
+    alike = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
+    if b.device != a.device or not alike:
+        raise RuntimeError(
+            f"b: expected {a.dtype} on {a.device}, as a, got {b.dtype} on {b.device}"
+        )
+    reduction(options.reduction)
+    memory_budget(options.memory_budget)
+
+
 def kl_div_with_logits(logits: Tensor, teacher_logits: Tensor, options: DivergenceOptions) -> None:
     _vectors("logits", logits)
     _vectors("teacher_logits", teacher_logits)
@@ -438,6 +459,10 @@ def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
     one_number("beta", options.beta)
     if not 0 <= options.beta <= 1:
         raise ValueError(f"beta: expected a number in [0.0, 1.0], got {options.beta}")
+    beta: Any = options.beta
+    if getattr(beta, "requires_grad", False) and not 0 < beta < 1:
+        got = beta.item()
+        raise ValueError(f"beta: expected a number in (0.0, 1.0) to be learned, got {got}")
     vocab_options(options, tokens)
     memory_budget(options.memory_budget)
 

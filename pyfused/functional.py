@@ -90,6 +90,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "contrastive_loss",
     "cosine_embedding_loss",
     "cross_entropy",
     "cross_entropy_with_metrics",
@@ -904,6 +905,49 @@ def cosine_embedding_loss(
         operators.COSINE_EMBEDDING_LOSS,
         (input1, input2, target, margin, size_average, reduce, reduction),
     )
+
+
+def contrastive_loss(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    *,
+    reduction: Reduction = "mean",
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Returns the contrastive loss of N pairs of embeddings, without holding all N x N logits.
+
+    Row i of ``b`` is the positive of row i of ``a``; all other rows are negatives. torch has no
+    such function. Without ``bias`` it is the loss of CLIP (InfoNCE in both directions; Radford et
+    al. 2021, arXiv 2103.00020), whose ``scale`` is the inverse of a temperature::
+
+        logits, target = scale * a @ b.T, torch.arange(N)
+        (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+    With ``bias`` it is the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343)::
+
+        logits = scale * a @ b.T + bias
+        binary_cross_entropy_with_logits(logits, torch.eye(N), reduction="sum") / N
+
+    For one direction, more candidates such as hard negatives, or embeddings that are gathered from
+    several processes, call ``linear_cross_entropy(scale * a, b, target)`` with the index of each
+    row's positive in ``b``.
+
+    Args:
+        a, b: Embeddings, both of shape (N, D), usually normalised.
+        scale, bias: A number, or a tensor of one element, which may be learned.
+        reduction: ``"none"`` returns one loss for each row of ``a``; ``"mean"`` divides by N.
+        memory_budget: Bytes for the logits in memory at once, None for the default.
+
+    Returns:
+        The loss: a scalar, or of shape (N) for ``"none"``; float64 for float64 embeddings,
+        otherwise float32.
+    """
+    arguments = operators.CONTRASTIVE_LOSS.bind(
+        a=a, b=b, scale=scale, bias=bias, reduction=reduction, memory_budget=memory_budget
+    )
+    return call(operators.CONTRASTIVE_LOSS, arguments)
 
 
 def mse_loss(

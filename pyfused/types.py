@@ -158,11 +158,16 @@ class CrossEntropyOptions(VocabOptions):
         return RowOptions(self.ignore_index, self.scale / self.temperature, self.softcap)
 
     def is_plain(self) -> bool:
-        """Returns whether torch's function supports these options."""
+        """Returns whether torch's function supports these options.
+
+        It does not support numbers in tensors, which may require grad.
+        """
+        defaults = (self.gamma, 0), (self.z_loss, 0), (self.scale, 1), (self.temperature, 1)
+        for value, default in defaults:
+            if isinstance(value, TENSORS) or value != default:
+                return False
         return (
-            self.gamma == self.z_loss == 0
-            and self.scale == self.temperature == 1
-            and self.softcap is None
+            self.softcap is None
             and self.token_weight is None
             and self.denominator is None
             and self.loss_dtype is None
@@ -223,6 +228,17 @@ class DivergenceOptions(VocabOptions):
     def __post_init__(self) -> None:
         if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
             self.token_weight = self.token_weight.to(torch.float32)  # it is a mask
+
+
+@dataclass(eq=False)
+class PairOptions(VocabOptions):
+    """Options of losses of all pairs of embeddings.
+
+    Attributes:
+        memory_budget: Bytes for the logits in memory at once, None for the default.
+    """
+
+    memory_budget: int | None = None
 
 
 class RowOptions(NamedTuple):

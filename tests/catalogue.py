@@ -28,6 +28,7 @@ from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
+from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding import EmbeddingLoss
@@ -168,7 +169,7 @@ def reference(call: Call, **given: Any) -> Any:
         given["with_metrics"] = given.get("return_metrics", False)
         found = call.op.reference(*call.op.bind(**given))
         return (found[0][chosen], found[1:]) if given["with_metrics"] else found[chosen]
-    if call.op in WITH_OPTIONS or isinstance(call.op, Divergence):
+    if call.op in WITH_OPTIONS or isinstance(call.op, (Divergence, Contrastive)):
         return call.op.reference(*call.op.bind(**given))
     return call.op.reference(**given)
 
@@ -218,6 +219,9 @@ def operands(
         return logits_and_targets(op, shape, given, soft, features)
     if isinstance(op, Divergence):
         return predictions(shape, features)
+    if isinstance(op, Contrastive):
+        a, b = torch.randn(2, *shape)
+        return {"a": a, "b": b, "scale": torch.tensor(0.7), "bias": torch.tensor([-1.3])}
     if isinstance(op, EmbeddingLoss):
         rows = tuple(shape)
         return {o.name: draw(o, rows[:-1] if o.sign else rows, scale=0.5) for o in op.operands}

@@ -36,6 +36,7 @@ from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.composed import Composed
+from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding import EmbeddingLoss
@@ -99,6 +100,8 @@ def random_call(
         k = rng.randint(1, max(classes // 2, 1))
         found = predictions((*rows, classes), rng.randint(1, 20), k)
         found["logits"] *= rng.choice([1.0, 8.0])
+    elif isinstance(op, Contrastive):
+        found = operands(op, shape_of(rng, elements, 2), given)
     elif isinstance(op, EmbeddingLoss):
         shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))
         if shape[-1] == 1:
@@ -127,7 +130,7 @@ def random_call(
     chosen = same if "inplace" in given else [*layouts.values()]
     tensors: dict[str, Any] = {}
     for name, operand in declared(op).items():
-        alike = "linear" in op.name or isinstance(op, (MultiMarginLoss, Divergence))
+        alike = op.is_linear or isinstance(op, (MultiMarginLoss, Divergence))
         mixed = tensors and not alike and rng.once_in(20)
         x = found[name]
         if operand.optional and not rng.once_in(3):
@@ -286,7 +289,7 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
     precision. In float64, torch's sums have errors, too, as have matrix products in any dtype.
     Where all terms cancel, for example with one class, a rounding of each term remains.
     """
-    linear = call.op.name.startswith("linear_")
+    linear = call.op.is_linear
     few = 64 if linear or precision(call) < EPS else 4
     mean = call.given.get("reduction") in ("mean", "batchmean")
     mean = mean and not call.given.keys() & {*DEPRECATED, "denominator"}
@@ -321,7 +324,7 @@ def precision(call: Call) -> float:
     dtype = call.given.get("dtype", tensors[0].dtype)
     # softmax saves its rounded output; gradients of broadcast operands are sums of rounded terms.
     rounds = isinstance(call.op, Softmax) or getattr(call.op, "saves", "") == "output"
-    rounds |= isinstance(call.op, Composed) or call.op.name.startswith("linear_")
+    rounds |= isinstance(call.op, Composed) or call.op.is_linear
     rounds |= bool(call.given.keys() & {"inplace", *ROUNDED})  # in place, the output is saved
     rounds |= (
         not isinstance(call.op, (*OF_CLASSES, Divergence)) and len({x.shape for x in tensors}) > 1

@@ -10,6 +10,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import catalogue
 import interpreter
@@ -38,6 +39,7 @@ from pyfused import nn
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
 from pyfused.ops.class_loss import MultiMarginLoss
+from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import LOGSIGMOID, PRELU
 from pyfused.ops.operators import (
@@ -119,7 +121,7 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
         except (NotImplementedError, RuntimeError):  # torch lacks some half-precision operators
             native = natively(call)
     exact = run(converted(call, torch.float64), catalogue.reference)
-    rounded = torch.bfloat16 if "linear" in call.op.name else dtype  # the dtype of matrix products
+    rounded = torch.bfloat16 if call.op.is_linear else dtype  # the dtype of matrix products
     if dtype is torch.float64:  # not affected by autocast; torch has float32 constants
         rounded = torch.float32
     for one, theirs, best in zip(got, native, exact, strict=True):
@@ -169,7 +171,8 @@ def test_layouts(
         # In the interpreter, an example has one layout, but each operand is tried in all of them.
         for others in names if interpreter.ON else (layout, other):
             check_call(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
-        of_rows = isinstance(example.op, MultiMarginLoss) or example.op is COSINE_EMBEDDING_LOSS
+        of_rows = isinstance(example.op, (MultiMarginLoss, Contrastive))
+        of_rows |= example.op is COSINE_EMBEDDING_LOSS
         torchs = of_rows and len(shape) == 3
         assert kernel_calls.total() or torchs or example.op is LOGSIGMOID
 
@@ -243,7 +246,7 @@ def test_the_same_bits_for_every_number_of_threads(
     for number in (1, 2, 3):
         threads(number)
         found.append(run(call, ours))
-    exact = {} if "linear" in call.op.name else {"rtol": 0, "atol": 0}
+    exact = {} if call.op.is_linear else {"rtol": 0, "atol": 0}
     close(found[1], found[0], **exact)
     close(found[2], found[0], **exact)
 
@@ -255,8 +258,10 @@ def test_the_same_bits_for_every_number_of_threads(
 def test_a_module_and_its_copies(example: Example) -> None:
     """A module and its pickled copies compute the same as the function."""
     call = example.call()
-    op, options, by_name, layer = call.op, dict(call.given), {}, {}
+    op, options, layer = call.op, dict(call.given), dict[str, Any]()
     tensors = [options.pop(o.name) for o in op.operands if not o.optional]
+    numbers = [operand.name for operand in op.operands if operand.number]
+    by_name = {name: options.pop(name) for name in numbers if name in options}
     if "reduction" in parameters(op):
         options.setdefault("reduction", parameters(op)["reduction"])  # a module's may differ
     if isinstance(op, Divergence):

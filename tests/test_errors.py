@@ -428,7 +428,8 @@ def test_arguments_that_are_no_tensors(op: Operator, wrong: Any, got: str) -> No
         if operand.optional and wrong is None:
             continue
         given: dict[str, Any] = op.required
-        given |= {o.name: P for o in op.operands if not o.optional} | {operand.name: wrong}
+        tensors = {o.name: 0.5 if o.number else P for o in op.operands if not o.optional}
+        given |= tensors | {operand.name: wrong}
         try:
             op.reference(**given)
         except Warning:  # raised by NumPy for an array minus a tensor

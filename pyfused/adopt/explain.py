@@ -87,6 +87,7 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
     if forward.__globals__ is not vars(nn):
         raise ValueError(f"op: expected a module of pyfused.nn, got {module}")
     explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
-    explained = FunctionType(forward.__code__, vars(nn) | {"F": explaining})
+    names = vars(nn) | {"F": explaining}
+    explained = FunctionType(forward.__code__, names, argdefs=forward.__defaults__)
     said: Explanation = explained(module, *args, **kwargs)
     return said

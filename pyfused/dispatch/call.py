@@ -168,7 +168,7 @@ def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | 
     """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
     input = arguments[0]
     compiling = not isinstance(input, TensorSpec)
-    for name in numbers_in_tensors(op, arguments) if not compiling else ():
+    for name in numbers_in_tensors(op, arguments):
         return f"{name} is a tensor"
     reason = unsupported(op.operands[0], input, input)
     for place, operand in op.other_operands:
@@ -275,7 +275,7 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
     It warns from 32 MiB on; the kernels would need a quarter of that, or 16 MiB.
     """
     reasons.say_once(op.name, reason)
-    if op.name not in sizes.LINEAR or is_dynamo_compiling():
+    if not op.is_linear or is_dynamo_compiling():
         return
     input, weight = arguments[:2]
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):

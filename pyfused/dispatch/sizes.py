@@ -69,6 +69,7 @@ ON_CPU = _table(
         (HUGE, MEDIUM): "sigmoid",
         (PAGES, PAGES): "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish "
         "hardshrink softshrink prelu glu",
+        (PAGES, LARGE): "Contrastive",  # logits; the second limit is for the sigmoid form
         (PAGES, NEVER): "nll_loss",
     }
 )

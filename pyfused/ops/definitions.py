@@ -46,7 +46,7 @@ def cross_entropy(
     input = input if loss_dtype is None else input.to(loss_dtype)
     input = _scaled(input, options)
     weight = weight if weight is None or loss_dtype is None else weight.to(loss_dtype)
-    if options.gamma:
+    if isinstance(options.gamma, Tensor) or options.gamma:
         log_probability = F.log_softmax(input, dim)
         focused = log_probability * (-log_probability.expm1()) ** options.gamma
         loss = F.nll_loss(focused, target, weight, None, ignore_index, None, "none")
@@ -54,7 +54,7 @@ def cross_entropy(
         loss = _cross_entropy(
             input, target, weight, None, ignore_index, None, "none", label_smoothing
         )
-    if options.z_loss:
+    if isinstance(options.z_loss, Tensor) or options.z_loss:
         loss = loss + options.z_loss * input.logsumexp(dim).reshape(loss.shape) ** 2
     loss = loss if loss_dtype is None else loss.to(loss_dtype)
     weights = torch.ones_like(loss)
@@ -87,7 +87,7 @@ def _scaled(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
     """Applies the softcap, scale and temperature to logits."""
     logits = logits if options.softcap is None else softcap(logits, options.softcap)
     scale = options.scale / options.temperature
-    return logits if scale == 1 else logits * scale
+    return logits if not isinstance(scale, Tensor) and scale == 1 else logits * scale
 
 
 def linear_cross_entropy(

@@ -120,7 +120,8 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     if beta == 1:
         return log_q
-    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    log, log1p = (torch.log, torch.log1p) if isinstance(beta, Tensor) else (math.log, math.log1p)
+    return torch.logaddexp(log_q + log(beta), log_p + log1p(-beta))
 
 
 def _gradient_by_log_p(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -275,7 +276,8 @@ class LogitsDivergence(Divergence):
             return self.define(saved[:count], kept, plan.needs, grad_output)
 
         def finish(loss: Tensor, arguments: Arguments) -> Tensor:
-            return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
+            shape = arguments[0].shape[:-1] if options.reduction == "none" else ()
+            return loss.reshape(shape) if loss.dim() else loss  # a denominator may have shape (1)
 
         return replace(plan, forward=forward, backward=backward, define=define, finish=finish)
 

@@ -10,6 +10,7 @@ from pyfused import checks
 from pyfused.dispatch.operator import Operand, Operator, Scalar
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
+from pyfused.ops.contrastive import Contrastive, contrastive_loss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.distillation import Divergence, LogitsDivergence
 from pyfused.ops.elementwise import INPUT, WEIGHT
@@ -133,6 +134,20 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
     fallback_reason=cosine_fallback_reason,
 )
 
+CONTRASTIVE_LOSS = Contrastive(
+    name="contrastive_loss",
+    module="ContrastiveLoss",
+    check_arguments=checks.contrastive_loss,
+    operands=(
+        Operand("a"),
+        Operand("b"),
+        Operand("bias", optional=True, number=True),
+        Operand("scale", number=True),
+    ),
+    student=3,
+    definition=contrastive_loss,
+)
+
 # ---- distillation --------------------------------------------------------------------------------
 
 KL_DIV_WITH_LOGITS = LogitsDivergence(
@@ -196,6 +211,7 @@ OPERATORS: dict[str, Operator] = {
         MULTILABEL_MARGIN_LOSS,
         TRIPLET_MARGIN_LOSS,
         COSINE_EMBEDDING_LOSS,
+        CONTRASTIVE_LOSS,
         KL_DIV_WITH_LOGITS,
         LINEAR_KL_DIV,
         LINEAR_TOPK_KL_DIV,

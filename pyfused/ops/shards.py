@@ -62,7 +62,7 @@ from pyfused.types import (
 
 # ---- supported arguments -------------------------------------------------------------------------
 
-_CONSTANTS = ("weight", "token_weight", "denominator")  # kernels compute no gradients of these
+_DIFFERENTIATED = ("input", "logits", "linear_weight", "linear_bias")
 
 
 def _unsupported(kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -74,7 +74,9 @@ def _unsupported(kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
     input = next(iter(kwargs.values()))
     for name, tensor in kwargs.items():
         if isinstance(tensor, Tensor):
-            operand = Operand(name, indices=name == "target", differentiated=name not in _CONSTANTS)
+            operand = Operand(
+                name, indices=name == "target", differentiated=name in _DIFFERENTIATED
+            )
             reason = unsupported(operand, tensor, input)
             if reason is not None and reason is not SMALL:
                 return name, reason

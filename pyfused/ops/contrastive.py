@@ -1,0 +1,222 @@
+"""Contrastive losses of embeddings, without the logits of all pairs in memory.
+
+With the logits z_ij = scale a_i . b_j of N pairs:
+
+    softmax:  loss_i = (lse_j z_ij + lse_j z_ji) / 2 - z_ii
+    sigmoid:  loss_i = sum_j softplus(s_ij (z_ij + bias)),  s_ij = -1 if i = j else 1
+
+The softmax form goes over blocks of logits twice: for the states of all rows and columns, and for
+the gradients. Columns are rows of the transposed block. The sigmoid form computes the loss and the
+gradient of a block at once. Autograd multiplies a by the scale, which yields the scale's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfused import checks
+from pyfused.backends import Backend, backend_of
+from pyfused.backends.protocol import LossResult
+from pyfused.dispatch.autograd import in_autocast_dtype
+from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.plan import Plan, needs_grad
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.chunk_sizes import TILE, rows_in_budget, tile_size
+from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
+from pyfused.ops.heads import Block, Layer, blocks, loss_over_rows, over_blocks
+from pyfused.ops.pointwise_loss import reduced
+from pyfused.ops.row_loss import Results, RowLoss
+from pyfused.types import (
+    LOG_P,
+    STATE_FIELDS,
+    ClassRange,
+    Head,
+    HeadOptions,
+    Outputs,
+    PairOptions,
+    RowOptions,
+)
+
+
+def contrastive_loss(
+    a: Tensor,
+    b: Tensor,
+    bias: float | Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    options: PairOptions = PairOptions(),  # noqa: B008 never changed
+) -> Tensor:
+    checks.contrastive_loss(a, b, bias, scale, options)
+    logits = F.linear(a * _scalar(scale), b)
+    logits, n = logits.to(accumulate_dtype(logits.dtype)), len(a)
+    if bias is None:
+        both, target = (logits, logits.t()), torch.arange(n, device=a.device)
+        rows, columns = (F.cross_entropy(z, target, reduction="none") for z in both)
+        return reduced((rows + columns) / 2, options.reduction)
+    sign = 2 * torch.eye(n, dtype=logits.dtype, device=a.device) - 1
+    return reduced(-F.logsigmoid(sign * (logits + _scalar(bias))).sum(1), options.reduction)
+
+
+def _scalar(number: float | Tensor) -> float | Tensor:
+    """Returns a tensor without dimensions, which does not promote dtypes, or a float."""
+    return number.reshape(()) if isinstance(number, Tensor) else number
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Contrastive(RowLoss):
+    """A loss of the products of all pairs of embeddings.
+
+    Kernels take the scaled embeddings, the others, and the bias as a tensor, or None.
+    """
+
+    options = PairOptions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.is_linear = True
+
+    def bind(self, *_: Any, **kwargs: Any) -> Arguments:
+        operands = [kwargs.pop(operand.name, None) for operand in self.operands]
+        operands[2:] = [float(x) if isinstance(x, Real) else x for x in operands[2:]]
+        return *operands, PairOptions(**kwargs)
+
+    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+        return arguments[2] is not None
+
+    def check(self, arguments: Arguments) -> None:
+        self.check_arguments(*arguments)
+
+    def checked_options(self, arguments: Arguments) -> Any:
+        self.check(arguments)
+        return arguments[-1]
+
+    def plan(
+        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
+    ) -> Plan:
+        needs_a, needs_b, needs_bias, needs_scale = needs_grad(arguments[:4])
+        needs = needs or (needs_a or needs_scale, needs_b, needs_bias)
+        return super().plan(arguments, inplace, needs)
+
+    def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
+        a, b, bias, scale, _ = arguments
+        (a,) = in_autocast_dtype(a.device.type, a)
+        x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
+        if bias is not None:
+            dtype = accumulate_dtype(x.dtype)
+            bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
+        return x, b, bias, None, None, None
+
+    def finish(self, results: Any, _: Arguments) -> Tensor:
+        loss: Tensor = results[0]
+        return loss
+
+    def valid_rows(self, _: Backend, tensors: Sequence[Any], __: Any) -> tuple[None, float]:
+        return None, len(tensors[0])
+
+    def definition_loss(self, tensors: Sequence[Any], options: PairOptions) -> Tensor:
+        (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
+        return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
+
+    def compute_rows(
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        options: PairOptions,
+        outputs: Outputs,
+        grad_output: Tensor | None,
+        state: Tensor | None,  # noqa: ARG002
+    ) -> Results:
+        compute = _softmax if tensors[2] is None else _sigmoid
+        loss, gradients = compute(backend, tensors, options, outputs, grad_output)
+        return loss, gradients if outputs.gradients else (), None
+
+
+def _softmax(
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: PairOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> LossResult:
+    """Computes the loss of rows and columns, and its gradients, by square blocks of logits."""
+    x, b, *_ = tensors
+    n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
+    # Larger blocks need fewer synchronisations of threads, which take long on a busy machine.
+    tile = TILE * 3 // 2
+    if options.memory_budget is not None:  # the other half is for the transposed block
+        half = HeadOptions(memory_budget=options.memory_budget // 2)
+        tile = tile_size(Head(x, b, None, target, None), half, backend)
+    loop = backend, Layer(x, b, None), x.dtype, (tile, tile)
+    states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
+
+    def directions(block: Block) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
+        """Returns a block and its transpose, each with the states, rows and range of classes."""
+        rows, columns, logits = block.rows, block.classes, block.logits.to(wide)
+        return (
+            (logits, states[0], rows, ClassRange(columns.start, n)),
+            (logits.t().contiguous(), states[1], columns, ClassRange(rows.start, n)),
+        )
+
+    for block in blocks(*loop):
+        for logits, state, rows, classes in directions(block):
+            continues = classes.first > 0
+            launch = backend.row_state(logits, RowOptions(), classes, STATE_FIELDS, 0, continues)
+            launch(logits, target[rows], None, state[:, rows])
+    loss = reduced(-states[:, LOG_P].mean(0), options.reduction)
+    if grad_output is None:
+        return loss, ()
+    grad_log_p = (grad_output.double() / -2).expand(n)
+
+    def step(block: Block) -> Tensor:
+        of_rows, of_columns = (
+            backend.row_gradients(logits, RowOptions(), classes, 1)(
+                logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
+            )
+            for logits, state, rows, classes in directions(block)
+        )
+        return of_rows.add_(of_columns.t()).to(x.dtype)
+
+    memory = block.logits.view(-1) if n <= tile else None  # the only block is still there
+    return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)
+
+
+def _sigmoid(
+    backend: Backend,
+    tensors: Sequence[Any],
+    options: PairOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None,
+) -> LossResult:
+    """Computes the loss of each pair, and its gradients, by blocks of rows with all columns."""
+    x, b, bias, _ = tensors
+    n, dtype, wide = len(x), x.dtype, bias.dtype
+    row = n * (dtype.itemsize + 2 * wide.itemsize)
+    rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
+    needs_a, needs_b, needs_bias = outputs.gradients or (False,) * 3
+    grad_bias = torch.zeros_like(bias, dtype=torch.float64)
+    kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
+
+    def step(block: Block, __: None, grad_loss: Any) -> tuple[Tensor | None, Tensor | None]:
+        z = block.logits.to(wide).add_(bias)
+        z.diagonal(block.rows.start).neg_()
+        operands = z, z.new_full((), -1.0).expand_as(z), None, None
+        launch = SOFT_MARGIN_LOSS.prepared(
+            *(backend, operands, (), options.reduction, kernel_outputs, 1.0, None)
+        )
+        loss, (gradient, _) = launch(operands)
+        loss = loss.sum(1) if loss is not None and loss.dim() else loss
+        if gradient is not None:
+            gradient.mul_(grad_loss.to(wide).unsqueeze(-1)).diagonal(block.rows.start).neg_()
+            grad_bias.add_(gradient.sum(dtype=torch.float64))
+            gradient = gradient.to(dtype)
+        return loss, gradient
+
+    loop = backend, Layer(x, b, None), dtype, rows, (needs_a, needs_b, False), options
+    total, (grad_x, grad_b, _) = loss_over_rows(*loop, grad_output, step)
+    return total, (grad_x, grad_b, grad_bias.to(wide) if needs_bias else None)

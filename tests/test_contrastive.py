@@ -1,0 +1,243 @@
+"""contrastive_loss: the losses of CLIP and SigLIP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import FLOATS, Errors, evaluate, exactly, products
+from conftest import KernelCalls
+from grid import grid
+from processes import python
+from torch import Tensor
+
+import pyfused
+from pyfused import functional as fused
+
+N, D = 37, 6
+BUDGET = 5000  # bytes, which give several blocks
+KINDS = [False, True]
+every_kind = pytest.mark.parametrize("has_bias", KINDS, ids=["softmax", "sigmoid"])
+
+
+def given(has_bias: bool, dtype: torch.dtype = torch.float32, n: int = N) -> list[Tensor]:
+    """Returns embeddings, of which some pairs are alike; the scale; and the bias, if any."""
+    a = torch.randn(n, D)
+    b = torch.where(torch.arange(n)[:, None] % 3 == 0, a, torch.randn(n, D))
+    numbers = [torch.tensor(3.0), torch.tensor([-1.5])][: 1 + has_bias]
+    embeddings = [F.normalize(x) for x in (a, b)]
+    return [x.to(dtype).requires_grad_() for x in (*embeddings, *numbers)]
+
+
+def materialised(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Computes the loss from all logits, as CLIP and SigLIP do."""
+    logits, target = scale * a @ b.T, torch.arange(len(a))
+    if bias is not None:
+        loss = -F.logsigmoid((2 * torch.eye(len(a)) - 1).to(a.dtype) * (logits + bias)).sum(1)
+    else:
+        both = logits, logits.T
+        loss = sum(F.cross_entropy(z, target, reduction="none") for z in both) / 2
+    return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+@grid(has_bias=KINDS, dtype=FLOATS)
+def test_as_accurate_as_torch(
+    has_bias: bool, dtype: torch.dtype, kernel_calls: KernelCalls
+) -> None:
+    errors = Errors()
+    for budget in (None, BUDGET):
+        for reduction in ("mean", "sum", "none"):
+            call = partial(fused.contrastive_loss, reduction=reduction, memory_budget=budget)
+            of_torch = partial(materialised, reduction=reduction)
+            arguments = given(has_bias, dtype)
+            got, native = evaluate(call, *arguments), evaluate(of_torch, *arguments)
+            exact = evaluate(of_torch, *arguments, convert=exactly)
+            assert got.value.dtype is torch.promote_types(dtype, torch.float32)
+            errors.add("loss", got.value, native.value.to(got.value.dtype), exact.value)
+            pairs = zip(got.gradients, native.gradients, exact.gradients, strict=True)
+            for i, (ours, theirs, best) in enumerate(pairs):
+                assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+                errors.add(f"gradient {i}", ours, theirs, best, products=N * (1 if i < 2 else N))
+    errors.check(roundings=32 if dtype is torch.float64 else 2)
+    assert kernel_calls.total() >= 16
+
+
+@pytest.mark.cpu
+def test_closed_form() -> None:
+    """Two orthogonal pairs, of which all logits are known."""
+    x = torch.eye(2, dtype=torch.float64)
+    expected = math.log(1 + math.exp(-2.0))
+    assert fused.contrastive_loss(x, x, 2).item() == pytest.approx(expected)
+    expected = math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(-0.5))
+    assert fused.contrastive_loss(x, x, 2, -0.5).item() == pytest.approx(expected)
+
+
+@pytest.mark.interpreted
+@every_kind
+def test_large_logits(has_bias: bool) -> None:
+    """Exponentials of the logits overflow; rows and columns have different maxima."""
+    arguments = given(has_bias)
+    arguments[2] = torch.tensor(1000.0)
+    arguments[0].data[:5] *= 10
+    got = evaluate(partial(fused.contrastive_loss, memory_budget=BUDGET), *arguments)
+    exact = evaluate(materialised, *arguments, convert=exactly)
+    torch.testing.assert_close(got.value, exact.value.float())
+    expected = [x.float() for x in exact.gradients]
+    torch.testing.assert_close(got.gradients, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_kind
+def test_gradients_of_every_order(has_bias: bool, kernel_calls: KernelCalls) -> None:
+    arguments = given(has_bias, torch.float64, 5)
+    for reduction in ("mean", "none"):
+        call = partial(fused.contrastive_loss, reduction=reduction, memory_budget=1)
+        assert torch.autograd.gradcheck(call, arguments)
+        assert torch.autograd.gradgradcheck(call, arguments)
+    assert kernel_calls.total()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_kind
+def test_transforms(has_bias: bool) -> None:
+    arguments = [x.detach() for x in given(has_bias, torch.float64)]
+    indices = tuple(range(len(arguments)))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        got, expected = (
+            transform(f, argnums=indices)(*arguments)
+            for f in (fused.contrastive_loss, materialised)
+        )
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.usefixtures("compiler")
+@every_kind
+def test_compiled_without_a_graph_break(has_bias: bool) -> None:
+    arguments = given(has_bias)
+    compiled = torch.compile(fused.contrastive_loss, fullgraph=True, backend="aot_eager")
+    got, expected = evaluate(compiled, *arguments), evaluate(materialised, *arguments)
+    torch.testing.assert_close((got.value, got.gradients), (expected.value, expected.gradients))
+
+
+@every_kind
+def test_autocast_as_a_linear_layer(has_bias: bool) -> None:
+    arguments = given(has_bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = evaluate(fused.contrastive_loss, *arguments)
+        mixed = fused.contrastive_loss(arguments[0].bfloat16(), *arguments[1:])
+        native = evaluate(materialised, *arguments)
+    exact = evaluate(materialised, *arguments, convert=exactly)
+    assert got.value.dtype is mixed.dtype is torch.float32
+    assert abs(mixed - exact.value) <= 0.02 * exact.value
+    assert abs(got.value - exact.value) <= 2 * abs(native.value - exact.value) + 0.01 * exact.value
+    for ours, best in zip(got.gradients, exact.gradients, strict=True):
+        assert ours.dtype is torch.float32
+        assert (ours - best).abs().max() <= 0.05 * best.abs().max()
+
+
+@pytest.mark.cpu
+def test_matrix_products() -> None:
+    """The logits are computed once, unless several blocks of them need the softmax of all."""
+    for has_bias in KINDS:
+        arguments = given(has_bias)
+        with products() as found:
+            fused.contrastive_loss(*arguments).backward()
+        assert sorted(found) == sorted([(N, D, N), *[(N, N, D)] * 2])
+        with products() as found, torch.no_grad():
+            fused.contrastive_loss(*arguments)
+        assert found == [(N, D, N)]
+
+
+@pytest.mark.cpu
+def test_one_direction_with_hard_negatives() -> None:
+    """The docstring's call: learned scale, more candidates, and positives from an offset on."""
+    a, b = torch.randn(4, D, requires_grad=True), torch.randn(20, D, requires_grad=True)
+    scale, target = torch.tensor(2.0, requires_grad=True), 8 + torch.arange(4)
+    got = evaluate(lambda a, b, s: fused.linear_cross_entropy(s * a, b, target), a, b, scale)
+    expected = evaluate(lambda a, b, s: F.cross_entropy(s * a @ b.T, target), a, b, scale)
+    torch.testing.assert_close((got.value, got.gradients), (expected.value, expected.gradients))
+
+
+@pytest.mark.thresholds
+def test_large_calls_use_the_kernels() -> None:
+    paths = {16: ("torch", "torch"), 1024: ("torch", "cpu"), 4096: ("cpu", "cpu")}
+    for n, (of_softmax, of_sigmoid) in paths.items():
+        x = torch.randn(n, D)
+        assert pyfused.explain("contrastive_loss", x, x).backend == of_softmax
+        assert pyfused.explain(pyfused.nn.ContrastiveLoss(), x, x, 20, -10).backend == of_sigmoid
+
+
+X = torch.randn(4, 3)
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "shape of a": (lambda: fused.contrastive_loss(X[0], X), RuntimeError, r"a: expected shape"),
+    "shape of b": (
+        lambda: fused.contrastive_loss(X, X[:3]),
+        RuntimeError,
+        r"b: expected shape \(4",
+    ),
+    "candidates": (
+        lambda: fused.contrastive_loss(X[:3], X),
+        RuntimeError,
+        r"Pass linear_cross_entropy\(scale \* a, b, target\)",
+    ),
+    "dtype": (
+        lambda: fused.contrastive_loss(X, X.double()),
+        RuntimeError,
+        "b: expected torch.float32",
+    ),
+    "integers": (
+        lambda: fused.contrastive_loss(X.long(), X),
+        RuntimeError,
+        "a: expected a float",
+    ),
+    "scale": (lambda: fused.contrastive_loss(X, X, X), ValueError, "scale: expected one number"),
+    "bias": (lambda: fused.contrastive_loss(X, X, 1.0, "x"), TypeError, "bias: expected a float"),
+    "budget": (
+        lambda: fused.contrastive_loss(X, X, memory_budget=0),
+        ValueError,
+        "memory_budget: expected a positive",
+    ),
+    "reduction": (
+        lambda: fused.contrastive_loss(X, X, reduction="max"),
+        ValueError,
+        "reduction: expected",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+def test_memory() -> None:
+    """torch would need 4 times 64 MiB for logits and their gradients."""
+    done = python("""
+        import re
+        from pathlib import Path
+        import torch
+        from pyfused.functional import contrastive_loss
+
+        def peak():
+            status = Path("/proc/self/status").read_text()
+            return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) >> 10
+
+        a, b = torch.randn(2, 4096, 8, requires_grad=True)
+        for bias in (None, -1.0):
+            contrastive_loss(a[:512], b[:512], 2.0, bias).backward()
+        for bias in (None, -1.0):
+            before = peak()
+            contrastive_loss(a, b, 2.0, bias, memory_budget=4 << 20).backward()
+            print(peak() - before)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert all(int(megabytes) < 24 for megabytes in done.stdout.split()), done.stdout

@@ -1,0 +1,148 @@
+"""Numeric options in tensors that require grad: each gets its gradient, or the call raises."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyfused import VocabShard
+from pyfused import functional as fused
+
+N, D, C, K = 6, 4, 9, 3
+
+# The values to try. A default, such as a temperature of 1, must not select a path without gradient.
+VALUES: dict[str, tuple[float, ...]] = {
+    "beta": (0.4,),
+    "bias": (0.0, -1.5),
+    "denominator": (5.0,),
+    "gamma": (1.5, 0.0),
+    "margin": (0.3,),
+    "scale": (1.3, 1.0),
+    "softcap": (2.0,),
+    "teacher_softcap": (2.0,),
+    "temperature": (1.3, 1.0),
+    "token_weight": (0.7,),
+    "z_loss": (0.1, 0.0),
+}
+
+
+def tensors(name: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    logits, hidden, weight = (torch.randn(n).double() for n in ((N, C), (N, D), (C, D)))
+    log_probs, indices = logits.flip(0).log_softmax(-1).topk(K)
+    drawn = {
+        "input": hidden if "linear" in name else logits.tanh(),
+        "logits": logits,
+        "linear_weight": weight,
+        "target": torch.randint(C, (N,)),
+        "teacher_logits": logits.flip(0),
+        "teacher_input": hidden.flip(0),
+        "teacher_linear_weight": weight,
+        "teacher_indices": indices,
+        "teacher_log_probs": log_probs - 0.1,
+        "a": hidden,
+        "b": hidden.flip(1),
+    }
+    required = inspect.signature(getattr(fused, name)).parameters.values()
+    return {p.name: drawn[p.name] for p in required if p.default is p.empty and p.name in drawn}
+
+
+def loss_of(name: str, **options: Any) -> Tensor:
+    result = getattr(fused, name)(**tensors(name) | options)
+    first: Tensor = result[0] if isinstance(result, tuple) else result
+    return (first * torch.linspace(1, 2, first.numel()).double().view_as(first)).sum()
+
+
+NAMES = [
+    *("cross_entropy", "linear_cross_entropy", "log_probs", "linear_log_probs", "additive_margin"),
+    *("kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"),
+    "contrastive_loss",
+]
+CASES = [
+    pytest.param(name, option, value, id=f"{name}-{option}={value:g}")
+    for name in NAMES
+    for option in inspect.signature(getattr(fused, name)).parameters
+    for value in VALUES.get(option, ())
+]
+every_case = pytest.mark.parametrize(("name", "option", "value"), CASES)
+
+
+def number(option: str, value: float, shape: tuple[int, ...] = ()) -> Tensor:
+    shape = (N,) if option == "token_weight" else shape
+    return torch.full(shape, value, dtype=torch.float64, requires_grad=True)
+
+
+def check_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Compares the gradient with a difference; one-sided, as some options must not be negative."""
+    (gradient,) = torch.autograd.grad(function(x), x)
+    step = 1e-6
+    with torch.no_grad():
+        losses = [function(x + k * step) for k in range(3)]
+    slope = (4 * losses[1] - 3 * losses[0] - losses[2]) / (2 * step)
+    torch.testing.assert_close(gradient.sum(), slope, rtol=1e-6, atol=1e-6)
+    assert gradient.any()
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_gradients_of_options(name: str, option: str, value: float, shape: tuple[int, ...]) -> None:
+    x = number(option, value, shape)
+    check_gradient(lambda x: loss_of(name, **{option: x}), x)
+
+
+@pytest.mark.parametrize("name", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"])
+def test_second_derivative_of_beta(name: str) -> None:
+    def slope(beta: Tensor) -> Tensor:
+        with torch.enable_grad():
+            beta = beta.requires_grad_()
+            return torch.autograd.grad(loss_of(name, beta=beta), beta, create_graph=True)[0]
+
+    check_gradient(slope, number("beta", 0.4))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_beta_is_not_learned_where_the_divergence_jumps(value: float) -> None:
+    with pytest.raises(ValueError, match=r"beta: expected a number in \(0.0, 1.0\) to be learned"):
+        loss_of("kl_div_with_logits", beta=number("beta", value))
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_label_smoothing_cannot_be_learned(name: str) -> None:
+    with pytest.raises(TypeError, match="label_smoothing"):
+        loss_of(name, label_smoothing=number("label_smoothing", 0.1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("ignore")
+@every_case
+def test_compiled_gradients_of_options(name: str, option: str, value: float) -> None:
+    """A compiled call falls back; a check of a value may break the graph."""
+    compiled = torch.compile(lambda x: loss_of(name, **{option: x}), backend="aot_eager")
+    x = number(option, value)
+    expected = torch.autograd.grad(loss_of(name, **{option: x}), x)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), expected)
+
+
+@pytest.mark.cpu
+def test_options_beside_a_shard_raise() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name in ("cross_entropy", "linear_cross_entropy", "log_probs", "linear_log_probs"):
+            for option in ("scale", "temperature", "softcap", "z_loss", "label_smoothing"):
+                if option in inspect.signature(getattr(fused, name)).parameters:
+                    for value in VALUES.get(option, (0.1,)):
+                        options = {option: number(option, value), "shard": VocabShard(0, C)}
+                        with pytest.raises(RuntimeError, match=f"{option} requires grad"):
+                            loss_of(name, **options)
+    finally:
+        dist.destroy_process_group()
