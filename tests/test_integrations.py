@@ -844,7 +844,7 @@ def test_a_lora_head_whose_forward_differs_is_reverted() -> None:
         patch.setattr(layer.Linear, "forward", lambda self, x: original(self, x) + 0.5 * x.sum())
         model = with_adapters(language_model("Llama"))
         expected = step(model)
-        causal_lm.fuse(model.base_model.model)  # without trying the model
+        causal_lm.fuse(model.base_model.model, None, False, False)  # without a trial
         with pytest.warns(RuntimeWarning, match="LoRA layer adds something other than"):
             step(model)
         assert step(model)[2]
