@@ -43,7 +43,7 @@ def in_autocast_dtype(device: str, *inputs: Tensor) -> list[Tensor]:
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Returns a context in which autocast is disabled on a device."""
-    enabled = torch.is_autocast_enabled(device)
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 

@@ -151,7 +151,7 @@ def _softmax(
     tile = TILE * 3 // 2
     if options.memory_budget is not None:  # the other half is for the transposed block
         half = HeadOptions(memory_budget=options.memory_budget // 2)
-        tile = tile_size(Head(x, b, None, target, None), half, backend)
+        tile = tile_size(Head(x, b, None, None, target, None), half, backend)
     loop = backend, Layer(x, b, None), x.dtype, (tile, tile)
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
@@ -183,7 +183,7 @@ def _softmax(
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
     memory = block.logits.view(-1) if n <= tile else None  # the only block is still there
-    return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)
+    return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)[:3]
 
 
 def _sigmoid(
@@ -218,5 +218,5 @@ def _sigmoid(
         return loss, gradient
 
     loop = backend, Layer(x, b, None), dtype, rows, (needs_a, needs_b, False), options
-    total, (grad_x, grad_b, _) = loss_over_rows(*loop, grad_output, step)
+    total, (grad_x, grad_b, *_) = loss_over_rows(*loop, grad_output, step)
     return total, (grad_x, grad_b, grad_bias.to(wide) if needs_bias else None)
