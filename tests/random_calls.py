@@ -101,7 +101,8 @@ def random_call(
         found = predictions((*rows, classes), rng.randint(1, 20), k)
         found["logits"] *= rng.choice([1.0, 8.0])
     elif isinstance(op, Contrastive):
-        found = operands(op, shape_of(rng, elements, 2), given)
+        pairs, features = shape_of(rng, math.isqrt(elements), 1), shape_of(rng, 64, 1)
+        found = operands(op, [*pairs, *features], given)  # elements are logits
     elif isinstance(op, EmbeddingLoss):
         shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))
         if shape[-1] == 1:
