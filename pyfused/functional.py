@@ -350,11 +350,11 @@ def linear_cross_entropy(
 
         cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
 
-    Each block of rows goes through the matrix product, the cross-entropy and the products of the
-    gradients while its logits are in cache. If memory is short, or if the CPU has no instructions
-    for the half-precision dtype, logits are computed for blocks of classes, and the backward pass
-    recomputes them. Weight gradients are accumulated in float32, in half precision too. On CPUs,
-    the products skip ignored rows.
+    For each block of rows, the matrix product, the cross-entropy and the products for the gradients
+    run while its logits are in cache. With a small ``memory_budget``, or if the CPU has no
+    instructions for the half-precision dtype, logits are computed for blocks of classes, and the
+    backward pass recomputes them. Weight gradients are accumulated in float32, in half precision
+    too. On CPUs, the products skip ignored rows.
 
     Args:
         input: The layer's input, of shape (..., D): torch's (D) and (N, D), or a model's (B, T, D).
@@ -365,12 +365,12 @@ def linear_cross_entropy(
             any floating dtype.
         linear_bias: The layer's bias, of the input's dtype and shape (C) or (C, d1, ..., dk).
         adapter_weight: The weight of a low-rank adapter, of shape (C, r) or (C, d1, ..., dk, r) and
-            the input's dtype, or float32 beside half precision. The input then has shape
+            the input's dtype, or float32 if that is half precision. The input then has shape
             (..., D + r), and the adapter adds ``linear(input[..., D:], adapter_weight)`` to the
             logits of ``input[..., :D]``. In LoRA (Hu et al. 2021, arXiv 2106.09685) these features
             are ``scaling * linear(dropout(x), A)`` and the weight is B. It is not merged with
-            ``linear_weight``, which may be frozen. On CPUs a multiple of 16 is fastest as r.
-            Invalid with ``shard``.
+            ``linear_weight``, which may be frozen. On CPUs, multiples of 16 are the fastest
+            values of r. Invalid with ``shard``.
         weight: A factor for each class, of shape (C).
         reduction: As in :func:`cross_entropy`. With ``"none"``, backward recomputes the logits.
         ignore_index: As in :func:`cross_entropy`; None stands for -100.
@@ -489,8 +489,8 @@ def log_probs(
         logits: Of shape (C) or (N, C), or with ``dim`` of any shape.
         target: Class indices in [0, C) or ``ignore_index``, of the logits' shape without the
             dimension of the classes, int64 or uint8.
-        dim: The dimension of the classes, required if logits have more than two: -1 for language
-            models, (B, T, C), and 1 for the layout of torch's cross-entropy, (N, C, d1, ..., dk).
+        dim: The dimension of the classes, required if logits have more than two dimensions: -1 for
+            a language model's (B, T, C), 1 for (N, C, d1, ..., dk) as in torch's cross-entropy.
         ignore_index: Rows with this target have results and gradient 0.
         softcap: Replaces the logits by ``softcap * tanh(logits / softcap)``; None for no bound.
         temperature: Divides the logits after that.
@@ -536,8 +536,8 @@ def linear_log_probs(
 ) -> LogProbs:
     """Returns :func:`log_probs` of a linear layer's output without holding all logits.
 
-    The forward pass computes some logits at a time for the results, and the backward pass again for
-    the gradients. CPUs leave out ignored rows.
+    The forward pass computes blocks of logits, and the backward pass recomputes them. On CPUs,
+    ignored rows are skipped.
 
     Args:
         input, linear_weight: As in :func:`linear_cross_entropy`.
@@ -548,14 +548,14 @@ def linear_log_probs(
         memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
             Within it, logits of the first rows may be kept for the backward pass.
         deterministic_rows: True makes the bits of a row independent of the batch's size and of the
-            row's position, which a library's matrix product may not do. Logits are then products of
+            row's position, which matrix products do not guarantee. Logits are then products of
             96 rows, padded with zeros, whatever the budget. The first call with a layer's size
             tests whether such a product computes all rows alike; if not, rows are multiplied one at
             a time, which is slower. The bits still depend on the number of threads.
         shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
-        As :func:`log_probs`.
+        As in :func:`log_probs`.
     """
     options = LogProbsOptions(
         ignore_index,
@@ -931,8 +931,8 @@ def contrastive_loss(
         binary_cross_entropy_with_logits(logits, torch.eye(N), reduction="sum") / N
 
     For one direction, more candidates such as hard negatives, or embeddings that are gathered from
-    several processes, call ``linear_cross_entropy(scale * a, b, target)`` with the index of each
-    row's positive in ``b``.
+    several processes, call ``linear_cross_entropy(scale * a, b, target)``, where ``target`` is the
+    index in ``b`` of each row's positive.
 
     Args:
         a, b: Embeddings, both of shape (N, D), usually normalised.

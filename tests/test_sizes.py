@@ -234,7 +234,7 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     try:
         x = torch.empty(100, 65, device="meta")  # neither CPU nor GPU, but dispatched like a GPU's
         target = torch.empty(100, dtype=torch.int64, device="meta")
-        by_numbers = "as a call takes the host 20 us and the GPU moves 100 GB/s"
+        by_numbers = "as a call takes 20 us on the host and the GPU moves 100 GB/s"
         for logits, limit in ((x, 65_536), (x[:, :64], 16_384)):
             reason = pyfused.explain("cross_entropy", logits, target).reason
             assert reason == f"{SMALL}: kernels run from {limit:,} elements on, {by_numbers}"

@@ -1,14 +1,13 @@
 """Replaces the head and the loss of language models by ``linear_cross_entropy``.
 
 The classes of a model and its head are replaced by subclasses of the same names. In training, and
-in evaluation if the user asks for it, the model's original ``forward`` runs, and its head returns
-the logits of `deferred.py`, which are not computed: their cross-entropy is computed from the hidden
-states and the head's weight. If other code reads the logits, they are computed, so results never
-change.
+in evaluation if the user asks for it, the model's original ``forward`` runs, but its head returns
+deferred logits (`deferred.py`). Their cross-entropy is computed from the hidden states and the
+head's weight. If other code reads the logits, they are computed, so results never change.
 
 torch also computes the first loss of a model and the gradient of the head's input, for a few rows
-of logits at a time. If they differ, the model's original ``forward`` is restored. This takes the
-time of one more head and loss once, and the memory of those rows.
+of logits at a time. If they differ, the model's original ``forward`` is restored. This costs, once,
+the time of one more head and loss, and the memory of those rows.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
 _LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}
 _NOTHING = (
     "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
-    "and no language model of transformers. For any other one, pass head=, its linear layer."
+    "and no language model of transformers. For another language model, pass head=, the name of "
+    "its linear layer for logits."
 )
 
 
@@ -71,31 +72,31 @@ def convert(
     first, by computing the loss of a few random hidden states with and without the change. The
     model is not changed if the loss or its gradient differs, or if other code reads the logits.
 
-    In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
+    In MLPs of transformers, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
 
     Args:
         model: Any module; its submodules are replaced, and the module itself if it is supported.
-        head: The name of the :class:`torch.nn.Linear` of ``model`` that computes logits, if
-            ``model`` is a language model of any library whose ``forward`` calls it and torch's
-            cross-entropy. In training mode the logits in its output are None if only the loss reads
-            them; any other code that reads them receives them. The first loss is compared with
-            torch's: if they differ, the model's original ``forward`` is restored. The name of a
-            layer further down has dots: ``"cls.predictions.decoder"``.
+        head: The name of the :class:`torch.nn.Linear` that computes the logits, with dots for a
+            nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
+            any library whose ``forward`` calls this layer and torch's cross-entropy. In training
+            mode, the logits in its output are None if only the loss reads them; if other code reads
+            them, they are computed. The first loss is compared with torch's: if they differ, the
+            model's original ``forward`` is restored.
         evaluation: Whether a language model's calls with labels return no logits in evaluation mode
             either, with gradients, in ``no_grad`` or in inference mode.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
-            :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass.
-            None if that cross-entropy was not fused.
+            :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
+            to None if that cross-entropy was not fused.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head. It has not been
+        ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head. Nothing has been
             changed.
     """
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))

@@ -4,10 +4,9 @@ A head returns a tensor without memory, of a subclass that intercepts all operat
 ``__torch_function__``. A few operators are recorded instead of computed: views that keep rows
 whole, selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
 log_softmax. The cross-entropy of such logits is computed by ``linear_cross_entropy`` from the
-hidden states. Any other operator computes the logits and all recorded operators, by torch, in the
-grad mode and autocast of the recording. ``torch.utils.swap_tensors`` then replaces the tensors
-without memory by the computed ones: views are real views, and in-place changes are visible through
-them.
+hidden states. Any other operator makes torch compute the logits and all recorded operators, in the
+grad mode and autocast of the head's call. ``torch.utils.swap_tensors`` then replaces the tensors
+without memory by the computed ones, so views are real views and show in-place changes.
 
 torch cannot swap a tensor that C++ holds, such as an argument of an ``autograd.Function``. Such a
 tensor forwards operators to the computed logits, and `_Deferral` computes its gradient.

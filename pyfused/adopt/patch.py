@@ -40,8 +40,9 @@ C_FUNCTIONS = (BuiltinFunctionType, MethodDescriptorType)
 class _Function:
     """A Python function of torch.nn.functional; patching replaces its code, not the object.
 
-    So the patch reaches names that were imported before, and pickles refer to torch. The new code
-    has torch's parameters, file and line, because inspect and torch.jit.script read torch's source.
+    The patch therefore affects names that were imported before, and pickles refer to torch. The new
+    code has torch's parameters, file and line, because inspect and torch.jit.script read torch's
+    source.
     """
 
     def __init__(self, op: Operator) -> None:
@@ -90,7 +91,7 @@ class _Function:
 class StandIn(functools.partial[Any]):
     """Replaces a built-in of torch, and is equal to it.
 
-    So dictionaries of functions find either, such as the ones in ``__torch_function__``. Like a
+    Dictionaries of functions, such as those in ``__torch_function__``, therefore find both. Like a
     built-in, it does not become a method as an attribute of a class.
     """
 
@@ -385,7 +386,7 @@ def patch(function: Any = None) -> Any:
     - ``with patch():`` lasts for the block. Blocks nest.
     - ``@patch`` and ``@patch()`` last for each call of the function.
 
-    The patch affects all threads, until the last call or block has ended.
+    The patch affects all threads. It ends when all calls and blocks have ended.
 
     Raises:
         RuntimeError: Other code has replaced one of the functions. Nothing has been changed.

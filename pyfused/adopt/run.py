@@ -297,7 +297,7 @@ def _seconds(function: Callable[[Arguments], Any], arguments: Arguments) -> floa
 def report(compare: bool = False) -> Report:
     """Counts the calls of pyfused's operators in a ``with`` block, and compares some with torch's.
 
-    It gives the report of ``python -m pyfused run``, for example in a notebook::
+    It gives the same report as ``python -m pyfused run``, for example in a notebook::
 
         with pyfused.patch(), pyfused.report() as report:
             train()
@@ -310,7 +310,7 @@ def report(compare: bool = False) -> Report:
 
 
 def run(program: str, arguments: Sequence[str], module: bool, compare: bool) -> None:
-    """Runs a program as ``python`` does, patched, and prints a report to stderr when it ends.
+    """Runs a program as ``python`` does, with torch patched, and prints a report to stderr.
 
     If ``torchrun`` starts several processes, all are patched, and rank 0 counts and prints.
 

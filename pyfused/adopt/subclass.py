@@ -1,4 +1,4 @@
-"""Replaces ``forward`` of other libraries' modules, by subclasses of their classes."""
+"""Replaces the ``forward`` of other libraries' modules: their class becomes a subclass of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
 
     If that function is named ``__call__``, it replaces the module's call, which runs hooks.
 
-    Copies, replicas and loaded modules keep it.
+    Copies, replicas and loaded modules keep the subclass.
     """
 
     def reduce(module: Any, protocol: Any) -> Any:  # the subclass cannot be imported

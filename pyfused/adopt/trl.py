@@ -33,15 +33,16 @@ _PARAMETERS = (
 
 
 def patch_trl(*, deterministic_rows: bool = False) -> None:
-    """Makes TRL's trainers compute log-probabilities by pyfused: SFT, DPO, GRPO, KTO and RLOO.
+    """Makes TRL's trainers compute log-probabilities with pyfused: SFT, DPO, GRPO, KTO, RLOO.
 
     TRL computes the log-probabilities, entropies and statistics of tokens from hidden states by
-    ``trl.trainer.utils._ChunkedLogProbFunction``. It is replaced by a function with the same
-    arguments and results that calls :func:`~pyfused.functional.linear_log_probs`.
+    ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch_trl`` replaces it by a function with the
+    same arguments and results that calls :func:`~pyfused.functional.linear_log_probs`.
 
-    TRL's own function computes the calls that pyfused cannot: with a weight that ZeRO-3 partitions,
-    on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names each reason
-    once. If a version of TRL has other arguments, nothing is replaced, and a warning says so.
+    TRL's own function still computes the calls that pyfused cannot: with a weight that ZeRO-3
+    partitions, on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names
+    each reason once. If a version of TRL has other arguments, nothing is replaced, and a warning
+    says so.
 
     Args:
         deterministic_rows: Whether the bits of a token's results are independent of its batch, as

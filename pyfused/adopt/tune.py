@@ -1,6 +1,6 @@
 """Measures the sizes from which kernels are faster than torch: ``python -m pyfused tune``.
 
-On CPUs, it measures the size of each operator; on GPUs, the two numbers from which they follow.
+On CPUs, it measures this size for each operator; on GPUs, two numbers from which all sizes follow.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pyfused.ops.softmax import Softmax
 SMALLEST, LARGEST = 10, 24  # exponents of 2: the range of sizes
 _SECONDS = 0.03  # for the calls of one size
 _ROUNDS = 7
-_CALLS = 50  # whose launches fit into the GPU's queue
+_CALLS = 50  # their launches fit into the GPU's queue
 _COPIED = 1 << 28  # bytes, more than caches hold
 _MANY = 1000  # classes
 _FEATURES = 128  # of an embedding

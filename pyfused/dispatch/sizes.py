@@ -3,11 +3,12 @@
 A kernel costs a few microseconds more per call than torch's operator and saves some nanoseconds per
 element: many if torch runs several operators, few if torch is limited by memory bandwidth.
 
-On CPUs, each operator has one of five sizes from which a kernel is clearly faster on AMD EPYC, with
-AVX-512 and with AVX2. The largest sizes are for outputs whose pages torch gets from the system. On
-GPUs, the sizes follow from two numbers of the machine.
+On CPUs, each operator has a size from which a kernel is clearly faster on AMD EPYC, with AVX-512
+and with AVX2. The largest is the size of outputs whose pages torch gets from the operating system.
+On GPUs, the sizes follow from two numbers of the machine.
 
-``python -m pyfused tune`` measures the sizes, or the two numbers, of a machine; they replace these.
+``python -m pyfused tune`` measures the sizes, or the two numbers, of a machine, which then replace
+these defaults.
 """
 
 from __future__ import annotations
@@ -89,10 +90,10 @@ class Gpu(NamedTuple):
     gb_per_s: float = 3000  # the bandwidth of the GPU's memory, of an H100
 
 
-# A kernel is faster if torch's kernels take the GPU longer than launching ours takes the host. This
-# is how many times torch's kernels read or write an element, forward and backward: their time on an
-# H100 divided by that of one pass. For few classes torch is slower: its nll_loss takes 1.6 us per
-# thousand rows.
+# A kernel is faster if torch's kernels take longer on the GPU than launching ours takes on the
+# host. PASSES is how many times torch's kernels read or write an element, forward and backward:
+# their time on an H100 divided by the time of one pass. For few classes torch is slower: its
+# nll_loss takes 1.6 us per thousand rows.
 PASSES = 8
 PASSES_OF = {
     "l1_loss": 13,
@@ -103,9 +104,9 @@ PASSES_OF = {
     "log_softmax": 5,
 }
 FEW_ON_GPU, PASSES_OF_FEW = 64, 50
-# The operators whose limits on GPUs do not depend on these numbers: torch launches so many kernels,
-# or synchronises, that its calls take the host longer; it launches 13 to 23 kernels, which takes
-# the host about as long; its activations reach the memory bandwidth.
+# Operators whose limits on GPUs do not depend on these numbers. First row: torch launches so many
+# kernels, or synchronises, that its calls take longer on the host. Second row: torch launches 13 to
+# 23 kernels, which takes about as long. Third row: torch's activations reach the memory bandwidth.
 ON_GPU = _table(
     {
         (ALWAYS, ALWAYS): "gaussian_nll_loss sigmoid_focal_loss triplet_margin_loss "
@@ -227,7 +228,7 @@ def why_small(op: Operator, arguments: Arguments) -> str:
     if _row(ON_GPU, op):
         return reason
     host_us, gb_per_s = gpu()
-    return f"{reason}, as a call takes the host {host_us} us and the GPU moves {gb_per_s} GB/s"
+    return f"{reason}, as a call takes {host_us} us on the host and the GPU moves {gb_per_s} GB/s"
 
 
 def is_small(op: Operator, arguments: Arguments, elements: int | None = None) -> bool:

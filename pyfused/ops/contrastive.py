@@ -5,9 +5,10 @@ With the logits z_ij = scale a_i . b_j of N pairs:
     softmax:  loss_i = (lse_j z_ij + lse_j z_ji) / 2 - z_ii
     sigmoid:  loss_i = sum_j softplus(s_ij (z_ij + bias)),  s_ij = -1 if i = j else 1
 
-The softmax form goes over blocks of logits twice: for the states of all rows and columns, and for
-the gradients. Columns are rows of the transposed block. The sigmoid form computes the loss and the
-gradient of a block at once. Autograd multiplies a by the scale, which yields the scale's gradient.
+The softmax form computes each block of logits twice: first for the states of all rows and columns,
+then for the gradients. It treats columns as rows of the transposed block. The sigmoid form computes
+the loss and the gradient of a block at once. Autograd differentiates scale * a, which gives the
+gradient of the scale.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _scalar(number: float | Tensor) -> float | Tensor:
 class Contrastive(RowLoss):
     """A loss of the products of all pairs of embeddings.
 
-    Kernels take the scaled embeddings, the others, and the bias as a tensor, or None.
+    Kernels take the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
     """
 
     options = PairOptions
@@ -144,7 +145,7 @@ def _softmax(
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossResult:
-    """Computes the loss of rows and columns, and its gradients, by square blocks of logits."""
+    """Computes the loss of rows and columns, and its gradients, in square blocks of logits."""
     x, b, *_ = tensors
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer synchronisations of threads, which take long on a busy machine.
@@ -193,7 +194,7 @@ def _sigmoid(
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossResult:
-    """Computes the loss of each pair, and its gradients, by blocks of rows with all columns."""
+    """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
     x, b, bias, _ = tensors
     n, dtype, wide = len(x), x.dtype, bias.dtype
     row = n * (dtype.itemsize + 2 * wide.itemsize)
