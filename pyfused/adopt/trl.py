@@ -24,7 +24,7 @@ from pyfused.ops.operators import LINEAR_LOG_PROBS
 from pyfused.types import LogProbsOptions
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
-# The results beside the log-probabilities, and the parameters of TRL's forward, both in order.
+# The results besides the log-probabilities, and the parameters of TRL's forward, both in order.
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _PARAMETERS = (
     *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),

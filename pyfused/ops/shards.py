@@ -442,8 +442,8 @@ class ShardedOperator(Operator):
         """Returns this process' shard if one dimension of a mesh shards the classes, or None.
 
         The other tensors have to be plain tensors or replicated DTensors. The input of a layer has
-        to be a DTensor, as beside a weight sharded by FSDP a plain one may be a part of the batch.
-        None is returned, too, if the kernels do not take this process' tensors.
+        to be a DTensor: if FSDP has sharded the weight, a plain input may be a part of the batch.
+        Also returns None if the kernels do not take this process' tensors.
         """
         input = arguments[0]
         if type(input) is Tensor or not is_dtensor(input):  # checked first, as all calls come here
