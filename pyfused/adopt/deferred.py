@@ -173,9 +173,10 @@ class Family:
         """
         if self.versions_now() != self.versions:
             raise RuntimeError(
-                "pyfused.convert: expected the head's input, weight and bias, and tensors that were "
+                "pyfused.convert: expected the head's input, weight and bias, and tensors that are "
                 "added to its logits or select their rows, to stay the same until the logits are "
-                "read, got one changed in place. Read the logits before the change, or call pyfused.revert(model)"
+                "read, got one changed in place. Read the logits before the change, or call "
+                "pyfused.revert(model)"
             )
         inference, gradients, autocast, dtype, _ = self.context
         cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
