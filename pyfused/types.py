@@ -390,7 +390,8 @@ class Head(NamedTuple):
         rows, positions = input.shape[:-1].numel(), self.linear_weight.shape[1:-1]
         classes = self.linear_weight.shape[: target.is_floating_point()]
         head = self._replace(
-            input=input.reshape(rows, -1), target=target.reshape(rows, *classes, *positions)
+            input=input.reshape(rows, input.shape[-1]),
+            target=target.reshape(rows, *classes, *positions),
         )
         if token_weight is not None:
             options = replace(options, token_weight=token_weight.reshape(rows, *positions))

@@ -69,6 +69,16 @@ def test_as_accurate_as_torch(
     assert kernel_calls.total() >= 16
 
 
+@pytest.mark.parametrize("n", [1, 17])
+def test_a_block_of_one_row(n: int, kernel_calls: KernelCalls) -> None:
+    """The transposed block of a single row has the same layout, but memory of its own."""
+    arguments = given(False, torch.float64, n)
+    call = partial(fused.contrastive_loss, memory_budget=1)  # blocks of 16 rows
+    got, expected = evaluate(call, *arguments), evaluate(materialised, *arguments)
+    torch.testing.assert_close(got.gradients, expected.gradients)
+    assert kernel_calls.total() or n == 1
+
+
 @pytest.mark.cpu
 def test_closed_form() -> None:
     """Two orthogonal pairs, of which all logits are known."""

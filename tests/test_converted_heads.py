@@ -830,6 +830,33 @@ def test_recorded_tensors_that_change_before_the_loss(changed: str) -> None:
         model(X)
 
 
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference"])
+@pytest.mark.parametrize("recorded", ["bias", "index"])
+def test_hidden_states_that_change_before_an_operator(mode: str, recorded: str) -> None:
+    """A change is refused, or has no effect in inference mode, where tensors have no version."""
+
+    def change(model: Any, logits: Tensor) -> Tensor:
+        model.hidden.mul_(2)
+        logits = logits + model.bias if recorded == "bias" else logits[torch.arange(4)]
+        return F.cross_entropy(logits.view(-1, 40), TARGET)
+
+    class Changed(Masked):
+        def forward(self, x: Tensor) -> Any:
+            self.hidden = 1 * self.emb(x)
+            return self.change(self, self.predictions.decoder(self.hidden))
+
+    plain = Changed(change).requires_grad_(False)
+    plain.emb.requires_grad_()
+    model = pyfused.convert(copy.deepcopy(plain), head="predictions.decoder", evaluation=True)
+    with MODES[mode]():
+        expected = plain.eval()(X)
+        if mode != "inference":
+            with pytest.raises(RuntimeError, match="got one changed in place"):
+                model.eval()(X)
+        else:
+            torch.testing.assert_close(model.eval()(X).clone(), expected.clone())
+
+
 # ---- evaluation and metrics ----------------------------------------------------------------------
 
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}

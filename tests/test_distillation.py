@@ -378,6 +378,26 @@ def test_classes_of_logits_with_more_dimensions() -> None:
         fused.kl_div_with_logits(x, y, dim=4)
 
 
+def test_gradients_of_ignored_rows_of_nan_with_a_softcap() -> None:
+    x, y, weight = torch.randn(70, 300), torch.randn(70, 300), torch.arange(70) % 3 * 1.0
+    x[0] = math.nan
+    x.requires_grad_()
+    loss = fused.kl_div_with_logits(x, y, token_weight=weight, softcap=3.0)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient.isfinite().all()
+    assert not gradient[0].any()
+
+
+def test_second_derivatives_with_a_denominator_of_one_element() -> None:
+    x, y = torch.randn(70, 300).requires_grad_(), torch.randn(70, 300)
+    norms = []
+    for denominator in (torch.tensor([2.0]), 2.0):
+        loss = fused.kl_div_with_logits(x, y, denominator=denominator)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        norms += torch.autograd.grad(gradient.square().sum(), x)
+    torch.testing.assert_close(*norms)
+
+
 @grid(op=OPS, beta=BETAS)
 def test_definition_of_softcaps(op: str, beta: float) -> None:
     """Tries softcaps of student and teacher, and the denominator of a mean."""

@@ -852,6 +852,19 @@ def test_a_lora_head_whose_forward_differs_is_reverted() -> None:
 
 
 @as_users_run_it
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_lora_head_in_evaluation(mode: Any) -> None:
+    """Its first loss is compared without gradients of the user's step."""
+    pytest.importorskip("peft")
+    plain, model = (with_adapters(language_model("Llama")).eval() for _ in range(2))
+    pyfused.convert(model, evaluation=True)
+    with mode():
+        output = model(**batch())
+        torch.testing.assert_close(output.loss.clone(), plain(**batch()).loss.clone())
+    assert output.logits is None
+
+
+@as_users_run_it
 def test_logits_of_a_lora_head_that_are_read() -> None:
     """Dropout is drawn once: the logits have the values of the fused loss."""
     pytest.importorskip("peft")

@@ -269,6 +269,18 @@ def test_as_many_rows_as_classes_with_further_dimensions() -> None:
     torch.testing.assert_close(loss, F.cross_entropy(logits, target))
 
 
+@pytest.mark.parametrize("leading", [(0,), (0, 2), (2, 0)])
+def test_an_empty_batch_with_an_adapter(leading: tuple[int, ...]) -> None:
+    input, target = torch.randn(*leading, 3 + 2, requires_grad=True), torch.empty(leading).long()
+    weights = torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    loss = fused.linear_cross_entropy(
+        input, weights[0], target, adapter_weight=weights[1], reduction="sum"
+    )
+    gradients = torch.autograd.grad(loss, (input, *weights))
+    assert loss == 0
+    assert not any(x.any() for x in gradients)
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("rows", [None, 12])
 def test_class_index_out_of_range(rows: int | None) -> None:

@@ -92,7 +92,7 @@ def differs(head: Any, hidden: Tensor, linear: Any) -> bool:
 
     Gradients are compared, too, because B is 0 before training.
     """
-    x, results = hidden.detach().requires_grad_(), []
+    x, results = hidden.detach().clone().requires_grad_(), []
     weights = [layer[name].weight for name in _active(head) for layer in (head.lora_A, head.lora_B)]
     leaves = [x, *[weight for weight in weights if weight.requires_grad]]
     for forward in (type(head)._unfused.forward, lambda *args: linear(*with_features(*args))):

@@ -128,7 +128,7 @@ class _Call:
             differs = _loss_differs(node, target, options)
             if differs == "" and adapters.is_lora(self.head):
                 rows = node.rows[:TOKENS, : self.head.weight.shape[1]]
-                with deferred.saved_here():
+                with torch.inference_mode(False), torch.enable_grad(), deferred.saved_here():
                     if adapters.differs(self.head, rows, node.family.linear):
                         differs = "LoRA layer adds something other than scaling * B A x"
             self.differs = differs or None
@@ -172,6 +172,7 @@ def _is_usable(head: Any, hidden: Any) -> bool:
             not torch.is_grad_enabled()
             or any(x.requires_grad for x in (*tensors, *head.parameters()))
         )
+        and not any(x.is_inference() for x in head.parameters())
         and active_mode() is None
     )
 
@@ -380,6 +381,7 @@ def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | N
     with torch.inference_mode(False), torch.enable_grad(), deferred.saved_here():
         # autograd saves no tensors of inference mode, but copies of them.
         rows, target = node.rows.detach().clone().requires_grad_(), target.clone()
+        options = {name: deferred.kept(value) for name, value in options.items()}
         loss = node.loss(rows, target, options)
         (gradient,) = torch.autograd.grad(loss, rows, torch.ones_like(loss) * valid)
         for chunk, targets in zip(rows.split(size), target.split(size), strict=True):

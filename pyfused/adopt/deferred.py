@@ -78,7 +78,7 @@ class Family:
     """
 
     def __init__(self, call: Any, *inputs: Any, finish: Any = None) -> None:
-        self.call, self.inputs, self.finish = call, inputs, finish
+        self.call, self.inputs, self.finish = call, tuple(map(kept, inputs)), finish
         self.results: list[Any] | None = None if finish is None else []
         self.uses: list[str] = []
         self.computed = False
@@ -93,7 +93,7 @@ class Family:
         """Notes the versions of tensors that are read until the logits have been computed."""
         if not self.traced:
             self.read += [tensor for tensor in tensors if tensor is not None]
-            self.versions = self.versions_now()
+            self.versions += self.versions_now()[len(self.versions) :]
 
     def logits(self) -> Any:
         """Returns the output of the head."""
@@ -242,6 +242,14 @@ def _context(device: str) -> tuple[bool, bool, bool, torch.dtype, Any]:
     return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), hooks()
 
 
+def kept(x: Any) -> Any:
+    """Returns a tensor whose changes in place show: a copy of one that has no version."""
+    if is_dynamo_compiling() or not isinstance(x, Tensor) or not x.is_inference():
+        return x
+    with torch.inference_mode(False), torch.no_grad():
+        return x.clone()
+
+
 def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
     # Tensors of inference mode have no version.
     return [(0 if x.is_inference() else version_of(x), x.data_ptr()) for x in tensors]
@@ -343,7 +351,9 @@ class _Node:
         elif function is Tensor.__getitem__ and _selects_rows(only, self.example.dim()):
             if self.family.traced or not (selected := rows[only]).is_contiguous():
                 return None
+            only = tuple(map(kept, only)) if type(only) is tuple else kept(only)
             self.family.watch(*(only if type(only) is tuple else (only,)))
+            args = (only,)
             changed["rows"] = selected
             result = self.example.new_empty(*selected.shape[:-1], self.example.shape[-1])
         elif function is Tensor.__getitem__:
@@ -365,6 +375,7 @@ class _Node:
         elif function in _SUMS:
             if kwargs or not self.is_bias(only):
                 return None
+            only = kept(only)
             args = (only.reshape(-1),)  # without leading dimensions, for any selection of rows
             changed["shift"] = args[0] if self.shift is None else self.shift + args[0]
             result = function(self.example, args[0].to(self.example.device))

@@ -273,6 +273,8 @@ class LogitsDivergence(Divergence):
 
         def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
             kept = options.with_tensors(*saved[count : count + 2])
+            if options.reduction != "none":  # a denominator may have shape (1)
+                grad_output = grad_output.reshape(())
             return self.define(saved[:count], kept, plan.needs, grad_output)
 
         def finish(loss: Tensor, arguments: Arguments) -> Tensor:
@@ -313,7 +315,11 @@ def divergence_kernel(
         kernel = prepare(x, y, token_weight, options, capped_outputs, grad_output)
         loss, (gradient,) = kernel((x, y, token_weight, *others), grad_output)
         loss = None if loss is None else loss.to(accumulate_dtype(dtype))
-        return loss, (None if gradient is None else cap_backward(gradient.to(student.dtype)),)
+        if gradient is not None:
+            gradient = cap_backward(gradient.to(student.dtype))
+            if options.softcap is not None and token_weight is not None:  # NaN times 0 is NaN
+                gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
+        return loss, (gradient,)
 
     return launch
 
