@@ -321,7 +321,8 @@ if __name__ == "__main__":
     child.start()
     print(queue.get())
     child.join()
-    print(list(DataLoader(Data(), batch_size=None, num_workers=1, multiprocessing_context="fork")))
+    loader = DataLoader(Data(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    print(list(loader), flush=True)
     if not os.fork():
         torch.sigmoid(torch.ones(2))
         sys.exit()
