@@ -69,7 +69,7 @@ def test_formulas_can_be_typeset(name: str) -> None:
     mathml = pytest.importorskip("docutils.utils.math.latex2mathml")
     formula = mathml.tex2mathml(ENTRIES[name].formula, as_block=True)
     assert "merror" not in formula
-    assert any(f"<mi>{name}</mi>" in formula for name in "xpa")  # an input
+    assert any(f"<mi>{x}</mi>" in formula for x in "xpa")  # an input
 
 
 def test_ratios_come_from_the_newest_report() -> None:
