@@ -43,11 +43,11 @@ def _active(head: Any) -> list[str]:
 
 
 def layers(head: Any) -> dict[str, Any]:
-    """Returns the layers whose weights determine the logits, by a description of each."""
+    """Returns a head and the layers in it that determine the logits, by a description of each."""
     if not is_lora(head):
         return {"its head": head}
     adapters = {f"the adapter {name!r} of its head": head.lora_B[name] for name in _active(head)}
-    return {"the base layer of its head": head.base_layer} | adapters
+    return {"the base layer of its head": head.base_layer} | adapters | {"its head": head}
 
 
 def reason_to_compute(head: Any, hidden: Tensor | None) -> str | None:

@@ -183,7 +183,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input, None before a call.
     """
-    for where, layer in (adapters.layers(head) | {"its head": head}).items():
+    for where, layer in adapters.layers(head).items():
         is_lora = layer is head and adapters.is_lora(head)
         kind: Any = type(layer)
         is_unit = kind.__bases__[-1] is _HEAD and torch_internals.fsdp_policy(layer)

@@ -224,8 +224,8 @@ class Divergence(RowLoss):
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         *tensors, options = arguments
         token_weight, denominator = options.token_weight, options.denominator
-        if not token_weight is None is denominator:
-            denominator = denominator if isinstance(denominator, Tensor) else None
+        if token_weight is not None or denominator is not None:
+            token_weight, denominator = options.plan_tensors()
             checks.values_of_options(token_weight, denominator)
         device = tensors[0].device.type
         for i, operand in enumerate(self.operands):
