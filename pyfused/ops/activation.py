@@ -40,14 +40,14 @@ class Activation(Operator):
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Tensor] | None = None
-    saves: str = "output"
+    saves: str = "input"
     built_in: tuple[str, ...] = ("input",)
     checks: bool = False
     overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves == "output":
-            raise TypeError(f"{self.name}: a formula without a gradient needs saves='input'")
+            raise TypeError(f"{self.name}: expected a gradient with saves='output', got None")
         if self.definition is None and not hasattr(F, self.name):
             self.definition = self.definition_of(self.formula)
         super().__post_init__()

@@ -537,6 +537,7 @@ MULTILABEL_SOFT_MARGIN_LOSS = Composed(
 RELU = Activation(
     name="relu",
     module="ReLU",
+    saves="output",
     gradient=lambda grad_output, output: torch.ops.aten.threshold_backward(grad_output, output, 0),
     formula=lambda input: torch.where(input < 0, 0, input),
 )
@@ -544,6 +545,7 @@ RELU = Activation(
 LEAKY_RELU = Activation(
     name="leaky_relu",
     module="LeakyReLU",
+    saves="output",
     scalars=(Scalar("negative_slope", low=0.0),),
     formula=lambda input, slope: torch.where(input > 0, input, slope * input),
     gradient=lambda grad_output, output, slope: torch.where(
@@ -554,6 +556,7 @@ LEAKY_RELU = Activation(
 SIGMOID = Activation(
     name="sigmoid",
     module="Sigmoid",
+    saves="output",
     gradient=lambda grad_output, output: torch.ops.aten.sigmoid_backward(grad_output, output),
     formula=torch.sigmoid,
 )
@@ -561,6 +564,7 @@ SIGMOID = Activation(
 TANH = Activation(
     name="tanh",
     module="Tanh",
+    saves="output",
     gradient=lambda grad_output, output: torch.ops.aten.tanh_backward(grad_output, output),
     formula=torch.tanh,
 )
@@ -568,7 +572,6 @@ TANH = Activation(
 SOFTCAP = Activation(
     name="softcap",
     module="Softcap",
-    saves="input",
     definition=definitions.softcap,
     scalars=(Scalar("cap", 30.0, positive=True),),
     formula=lambda input, cap: cap * (input / cap).tanh(),
@@ -584,7 +587,6 @@ def _gradient_of_silu(grad_output: Tensor, input: Tensor) -> Tensor:
 SILU = Activation(
     name="silu",
     module="SiLU",
-    saves="input",
     formula=lambda input: input * input.sigmoid(),
     gradient=_gradient_of_silu,
 )
@@ -624,7 +626,6 @@ def _gradient_of_gelu(grad_output: Tensor, input: Tensor, approximate: str) -> T
 GELU = Activation(
     name="gelu",
     module="GELU",
-    saves="input",
     definition=_gelu,
     scalars=(Scalar("approximate", words=("none", "tanh")),),
     formula=lambda input, approximate: input * _cdf(input, approximate),
@@ -641,7 +642,6 @@ def _between(low: Tensor | float, input: Tensor, high: Tensor | float) -> Tensor
 THRESHOLD = Activation(
     name="threshold",
     module="Threshold",
-    saves="input",
     built_in=("input", "threshold", "value"),
     scalars=(Scalar("threshold", 0.25), Scalar("value", -1.5)),
     formula=lambda input, threshold, value: torch.where(input <= threshold, value, input),
@@ -682,6 +682,7 @@ PRELU = Gated(
 RELU6 = Activation(
     name="relu6",
     module="ReLU6",
+    saves="output",
     formula=lambda input: input.clamp(0, 6),
     gradient=lambda grad_output, output: torch.where(_between(0, output, 6), grad_output, 0),
 )
@@ -706,7 +707,6 @@ HARDTANH = Activation(
 HARDSIGMOID = Activation(
     name="hardsigmoid",
     module="Hardsigmoid",
-    saves="input",
     formula=lambda input: (input + 3).clamp(0, 6) / 6,
     gradient=lambda grad_output, input: torch.where(_between(-3, input, 3), grad_output / 6, 0),
 )
@@ -714,7 +714,6 @@ HARDSIGMOID = Activation(
 HARDSWISH = Activation(
     name="hardswish",
     module="Hardswish",
-    saves="input",
     formula=lambda input: input * ((input + 3).clamp(0, 6) / 6),
     gradient=lambda grad_output, input: torch.where(
         input <= -3, 0, torch.where(input >= 3, grad_output, grad_output * (input / 3 + 0.5))
@@ -729,7 +728,6 @@ def _beyond(input: Tensor, bound: Tensor) -> Tensor:
 HARDSHRINK = Activation(
     name="hardshrink",
     module="Hardshrink",
-    saves="input",
     scalars=(Scalar("lambd", low=0.0),),
     formula=lambda input, lambd: torch.where((-lambd <= input) & (input <= lambd), 0, input),
     definition=lambda input, lambd=0.5: torch.hardshrink(input, lambd),
@@ -744,7 +742,6 @@ def _zero(input: Tensor) -> Tensor:
 SOFTSHRINK = Activation(
     name="softshrink",
     module="Softshrink",
-    saves="input",
     scalars=(Scalar("lambd", low=0.0),),
     formula=lambda input, lambd: torch.where(
         input > lambd, input - lambd, torch.where(input < -lambd, input + lambd, _zero(input))
@@ -758,7 +755,6 @@ SOFTSHRINK = Activation(
 ELU = Activation(
     name="elu",
     module="ELU",
-    saves="input",
     scalars=(Scalar("alpha"),),
     formula=lambda input, alpha: torch.where(input < 0, alpha * input.expm1(), input),
     gradient=lambda grad_output, input, alpha: torch.where(
@@ -772,7 +768,6 @@ _SELU_ALPHA = 1.6732632423543772848170429916717 * _SELU_SCALE
 SELU = Activation(
     name="selu",
     module="SELU",
-    saves="input",
     formula=lambda input: torch.where(input < 0, _SELU_ALPHA * input.expm1(), _SELU_SCALE * input),
     gradient=lambda grad_output, input: (
         grad_output * torch.where(input > 0, _SELU_SCALE, _SELU_ALPHA * input.exp())
@@ -782,7 +777,6 @@ SELU = Activation(
 CELU = Activation(
     name="celu",
     module="CELU",
-    saves="input",
     scalars=(Scalar("alpha", positive=True),),
     formula=lambda input, alpha: torch.where(input < 0, alpha * (input / alpha).expm1(), input),
     gradient=lambda grad_output, input, alpha: torch.where(
@@ -807,7 +801,6 @@ def _gradient_of_mish(grad_output: Tensor, input: Tensor) -> Tensor:
 MISH = Activation(
     name="mish",
     module="Mish",
-    saves="input",
     formula=lambda input: input * _parts_of_mish(input)[2],
     gradient=_gradient_of_mish,
 )
@@ -815,7 +808,6 @@ MISH = Activation(
 SOFTPLUS = Activation(
     name="softplus",
     module="Softplus",
-    saves="input",
     scalars=(Scalar("beta"), Scalar("threshold")),
     formula=lambda input, beta, threshold: torch.where(
         input * beta > threshold, input, _softplus(input * beta) / beta
@@ -829,7 +821,6 @@ SOFTPLUS = Activation(
 LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
-    saves="input",
     fallback_reason=lambda input: None if input.is_contiguous() else "torch's result is contiguous",
     formula=lambda input: 0 - _softplus(-input),  # 0.0 of infinity
     definition=lambda input: _LOG_SIGMOID(input),
@@ -839,14 +830,12 @@ LOGSIGMOID = Activation(
 SOFTSIGN = Activation(
     name="softsign",
     module="Softsign",
-    saves="input",
     formula=lambda input: input / (1 + input.abs()),
 )
 
 TANHSHRINK = Activation(
     name="tanhshrink",
     module="Tanhshrink",
-    saves="input",
     formula=lambda input: input - input.tanh(),
 )
 
@@ -905,53 +894,7 @@ REGLU = Gated(
     gradient=lambda gate, up: (torch.where(gate <= 0, 0, up), torch.where(gate < 0, 0, gate)),
 )
 
-OPERATORS: tuple[Operator, ...] = (
-    MSE_LOSS,
-    L1_LOSS,
-    SMOOTH_L1_LOSS,
-    HUBER_LOSS,
-    BINARY_CROSS_ENTROPY,
-    BINARY_CROSS_ENTROPY_WITH_LOGITS,
-    KL_DIV,
-    POISSON_NLL_LOSS,
-    GAUSSIAN_NLL_LOSS,
-    SOFT_MARGIN_LOSS,
-    HINGE_EMBEDDING_LOSS,
-    MARGIN_RANKING_LOSS,
-    QUANTILE_LOSS,
-    LOG_COSH_LOSS,
-    HINGE_LOSS,
-    SIGMOID_FOCAL_LOSS,
-    RMSE_LOSS,
-    MULTILABEL_SOFT_MARGIN_LOSS,
-    RELU,
-    LEAKY_RELU,
-    SIGMOID,
-    TANH,
-    SOFTCAP,
-    SILU,
-    GELU,
-    THRESHOLD,
-    PRELU,
-    RELU6,
-    HARDTANH,
-    HARDSIGMOID,
-    HARDSWISH,
-    HARDSHRINK,
-    SOFTSHRINK,
-    ELU,
-    SELU,
-    CELU,
-    MISH,
-    SOFTPLUS,
-    LOGSIGMOID,
-    SOFTSIGN,
-    TANHSHRINK,
-    GLU,
-    SWIGLU,
-    GEGLU,
-    REGLU,
-)
+OPERATORS = tuple([op for op in list(globals().values()) if isinstance(op, Operator)])
 
 
 def kernels() -> dict[str, Kernel]:
