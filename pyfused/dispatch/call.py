@@ -112,7 +112,7 @@ def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
         return Decision("a torch dispatch or function mode in the checkpoint's forward pass", None)
     decision: Decision | None = _plans.get(key)
     if decision is None:
-        decision = _new_decision(op, with_specs(arguments, key), inplace)
+        decision = _new_decision(op, with_specs(op, arguments, inplace), inplace)
         keep_plan(key, decision)
     return decision
 
@@ -128,13 +128,11 @@ def _new_decision(op: Operator, specs: Arguments, inplace: bool) -> Decision:
 def _decide_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     if is_traced(arguments[0]):
         return decide_compiled(op, arguments, inplace)
-    reason = no_signature_reason(op, arguments)
-    if reason is not None:
+    if reason := no_signature_reason(op, arguments):
         return Decision(reason, None)
     if op.local_shard_of(arguments) is not None:
         return Decision(None, op.run_on_dtensors)  # type: ignore[attr-defined]
-    numbers = with_python_numbers(op, arguments)
-    return Decision(None, lambda _: call(op, numbers, inplace))
+    return Decision(None, lambda given: call(op, with_python_numbers(op, given), inplace))
 
 
 def decide_compiled(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
@@ -158,30 +156,25 @@ def fallback_reason(op: Operator, arguments: Arguments, inplace: bool = False) -
     if is_compiled(arguments[0]):
         return _compiler_reason(op, arguments) or _planned_reason(op, arguments, inplace)
     arguments = with_python_numbers(op, arguments)
-    key = signature(op, arguments, inplace)
-    if key is None:
+    if signature(op, arguments, inplace) is None:
         return no_signature_reason(op, arguments)
-    return _planned_reason(op, with_specs(arguments, key), inplace)
+    return _planned_reason(op, with_specs(op, arguments, inplace), inplace)
 
 
 def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
     """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
     input = arguments[0]
-    compiling = not isinstance(input, TensorSpec)
     for name in numbers_in_tensors(op, arguments):
         return f"{name} is a tensor"
-    reason = unsupported(op.operands[0], input, input)
-    for place, operand in op.other_operands:
-        tensor = arguments[place]
-        if reason is None and not (tensor is None and operand.optional):
-            if compiling and type(tensor) not in PLAIN and not is_traced(tensor):
-                reason = f"{operand.name} is a {type(tensor).__name__}"
-            reason = reason or unsupported(operand, tensor, input)
-    if reason is None and op.fallback_reason is not None:
-        reason = op.fallback_reason(*arguments)
-    if reason is None and inplace:
-        reason = op.inplace_fallback_reason(input)
-    return reason
+    for index, operand in op.indexed_operands:
+        tensor = arguments[index]
+        if tensor is None and operand.optional:
+            continue
+        if reason := unsupported(operand, tensor, input):
+            return reason
+    if op.fallback_reason is not None and (reason := op.fallback_reason(*arguments)):
+        return reason
+    return op.inplace_fallback_reason(input) if inplace else None
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
@@ -190,8 +183,8 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     if not isinstance(tensor, TENSORS):
         is_number = operand.number and type(tensor) is float
         return None if is_number else f"{name} is a {type(tensor).__name__}"
-    is_described = isinstance(tensor, TensorSpec) or is_compiled(tensor)
-    if reason := None if is_described else layout_reason(name, tensor):
+    traced = is_traced(tensor) or (is_dynamo_compiling() and type(tensor) in PLAIN)
+    if not (isinstance(tensor, TensorSpec) or traced) and (reason := layout_reason(name, tensor)):
         return reason
     if reason := unsupported_device(name, tensor, input):
         return reason
@@ -250,11 +243,11 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
         return "torch.compile: the call warns"
     if torch.is_autocast_enabled(input.device.type):
         return "torch.compile: autocast"
-    for place, scalar in op.indexed_scalars:
-        if isinstance(arguments[place], Tensor):
+    for index, scalar in op.indexed_scalars:
+        if isinstance(arguments[index], Tensor):
             return f"torch.compile: {scalar.name} is a tensor"
-    for place, operand in op.other_operands:
-        tensor = arguments[place]
+    for index, operand in op.indexed_operands:
+        tensor = arguments[index]
         if tensor is None or operand.indices:
             continue
         if not isinstance(tensor, Tensor):
@@ -290,8 +283,8 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
 
 def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
     """Raises pyfused's error, if any, for arguments for which torch's operator has raised."""
-    tensors = [(arguments[0], op.operands[0]), *((arguments[i], o) for i, o in op.other_operands)]
-    operands = [(o.name, t, o.indices) for t, o in tensors if isinstance(t, Tensor)]
+    pairs = [(operand, arguments[index]) for index, operand in op.indexed_operands]
+    operands = [(o.name, x, o.indices) for o, x in pairs if isinstance(x, Tensor)]
     if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
         checks.devices(operands, error)
         op.check(arguments)

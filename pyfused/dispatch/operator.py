@@ -19,7 +19,7 @@ from pyfused import checks
 from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
-from pyfused.types import TENSORS, VocabOptions
+from pyfused.types import VocabOptions
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
@@ -115,9 +115,10 @@ class Operator(ABC):
             observes.
         arguments: The function's parameters in order, without ``inplace``.
         defaults: The defaults of the parameters after the input.
-        indexed_scalars: The index of each scalar among the arguments, and the scalar.
-        other_operands: The index of each operand after the input among the arguments, and the
-            operand.
+        indexed_operands, indexed_scalars: The index of each operand or scalar among the arguments,
+            and the operand or scalar.
+        tensor_names: The names of arguments and options that are tensors. A tensor elsewhere holds
+            a number.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         strategy: Describes how CPU kernels traverse an input.
@@ -139,7 +140,8 @@ class Operator(ABC):
     arguments: tuple[str, ...] = field(init=False)
     defaults: Arguments = field(init=False)
     indexed_scalars: tuple[tuple[int, Scalar], ...] = field(init=False)
-    other_operands: tuple[tuple[int, Operand], ...] = field(init=False)
+    indexed_operands: tuple[tuple[int, Operand], ...] = field(init=False)
+    tensor_names: tuple[str, ...] = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
     strategy: ClassVar[str] = "element by element"
@@ -153,11 +155,13 @@ class Operator(ABC):
             self.reference_ = partial(self.reference, inplace=True)
         self.arguments = tuple(name for name in names if name != "inplace")
         self.defaults = tuple(names[name] for name in self.arguments[1:])
-        self.indexed_scalars = tuple((self.arguments.index(s.name), s) for s in self.scalars)
+        index = self.arguments.index
+        self.indexed_operands = tuple((index(operand.name), operand) for operand in self.operands)
+        self.indexed_scalars = tuple((index(scalar.name), scalar) for scalar in self.scalars)
+        names_of_operands = [operand.name for operand in self.operands]
+        self.tensor_names = *names_of_operands, "token_weight", "denominator"
         self.is_linear = "linear_weight" in self.arguments
-        reduces = "reduction" in self.arguments
-        self._reduction = self.arguments.index("reduction") if reduces else None
-        self.other_operands = tuple((self.arguments.index(o.name), o) for o in self.operands[1:])
+        self._reduction = index("reduction") if "reduction" in self.arguments else None
 
     def definition_of(self, compute: Callable[..., Tensor], **last: Any) -> Callable[..., Tensor]:
         """Returns a function for an operator that torch lacks.
@@ -221,13 +225,9 @@ class Operator(ABC):
 
     def needs_no_gradient(self, arguments: Arguments) -> bool:
         """Returns whether a call needs no gradient."""
-        differentiated = (
-            0,
-            *(index for index, operand in self.other_operands if operand.differentiated),
-        )
         return not torch.is_grad_enabled() or not any(
-            isinstance(arguments[index], TENSORS) and arguments[index].requires_grad
-            for index in differentiated
+            operand.differentiated and getattr(arguments[index], "requires_grad", False)
+            for index, operand in self.indexed_operands
         )
 
     def elements(self, arguments: Arguments) -> int:

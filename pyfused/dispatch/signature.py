@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from numbers import Integral, Real
@@ -71,21 +70,37 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
     return tuple(key)
 
 
-def with_specs(arguments: Arguments, key: Sequence[Any]) -> Arguments:
-    """Returns the arguments with a TensorSpec from the signature instead of each tensor."""
-    entries = iter(key[3:])
+def with_specs(op: Operator, arguments: Arguments, inplace: bool) -> Arguments:
+    """Returns the arguments with a TensorSpec instead of each tensor, for planning."""
+    input, *specs = _with_values(
+        arguments, [_spec(value) for value in named(op, arguments).values()]
+    )
+    if inplace:
+        input = replace(input, is_leaf_or_view=arguments[0].is_leaf or is_view(arguments[0]))
+    return input, *specs
 
-    def spec(value: Any) -> Any:
-        entry = next(entries)
-        return TensorSpec(*entry) if isinstance(value, Tensor) else value
 
-    specs = [spec(value) for value in arguments if not isinstance(value, VocabOptions)]
+def _spec(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return TensorSpec(x.dtype, x.shape, x.stride(), x.device, x.requires_grad)
+
+
+def named(op: Operator, arguments: Arguments) -> dict[str, Any]:
+    """Returns the arguments by name, including the fields of options, which come last."""
+    by_name = dict(zip(op.arguments, arguments, strict=True))
     if isinstance(arguments[-1], VocabOptions):
-        specs.append(options := copy(arguments[-1]))
-        vars(options).update({name: spec(value) for name, value in vars(options).items()})
-    if key[1]:  # in place
-        specs[0] = replace(specs[0], is_leaf_or_view=next(entries))
-    return tuple(specs)
+        by_name |= vars(by_name.pop(op.arguments[-1]))
+    return by_name
+
+
+def _with_values(arguments: Arguments, values: list[Any]) -> Arguments:
+    """Returns the arguments with other values, in the order of `named`."""
+    if not isinstance(arguments[-1], VocabOptions):
+        return tuple(values)
+    count, options = len(arguments) - 1, copy(arguments[-1])
+    vars(options).update(zip(vars(options), values[count:], strict=True))
+    return *values[:count], options
 
 
 # ---- calls without a signature -------------------------------------------------------------------
@@ -104,13 +119,12 @@ def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
     reason = active_mode()
     if reason or sharded:
         return reason
-    tensors = _tensors_of(op)
     for name, value in named(op, arguments).items():
         if isinstance(value, Tensor):
             reason = layout_reason(name, value)
-            if reason is None and name not in tensors and not is_readable(value):
+            if reason is None and name not in op.tensor_names and not is_readable(value):
                 reason = f"{name} is a tensor"
-        elif not isinstance(value, VocabOptions) and type(_number(op, name, value)) not in _HASHED:
+        elif type(_number(op, name, value)) not in _HASHED:
             reason = f"{name} is a {type(value).__name__}"
         if reason is not None:
             return reason
@@ -137,23 +151,10 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def named(op: Operator, arguments: Arguments) -> dict[str, Any]:
-    """Returns the arguments by name, including options."""
-    by_name = dict(zip(op.arguments, arguments, strict=True))
-    for options in [value for value in arguments if isinstance(value, VocabOptions)]:
-        by_name |= vars(options)
-    return by_name
-
-
-def _tensors_of(op: Operator) -> tuple[str, ...]:
-    """Returns the names of tensor arguments and options; a tensor elsewhere holds a number."""
-    return *[operand.name for operand in op.operands], "token_weight", "denominator"
-
-
 def numbers_in_tensors(op: Operator, arguments: Arguments) -> dict[str, Any]:
     """Returns the tensors, or their specs, that hold numbers, by name."""
-    pairs, tensors = named(op, arguments).items(), _tensors_of(op)
-    return {k: x for k, x in pairs if isinstance(x, TENSORS) and k not in tensors}
+    pairs = named(op, arguments).items()
+    return {name: x for name, x in pairs if isinstance(x, TENSORS) and name not in op.tensor_names}
 
 
 def is_readable(number: Any) -> bool:
@@ -169,17 +170,13 @@ def with_python_numbers(op: Operator, arguments: Arguments) -> Arguments:
 
     The options of torch's function are replaced by None.
     """
-    pairs = zip(op.arguments, arguments, strict=True)
-    numbers = [_number(op, name, value) for name, value in pairs]
-    if isinstance(options := numbers[-1], VocabOptions):
-        numbers[-1] = options = copy(options)
-        vars(options).update({k: _number(op, k, value) for k, value in vars(options).items()})
-    return tuple(numbers)
+    pairs = named(op, arguments).items()
+    return _with_values(arguments, [_number(op, name, value) for name, value in pairs])
 
 
 def _number(op: Operator, name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
-        is_number = name not in _tensors_of(op) and layout_reason(name, value) is None
+        is_number = name not in op.tensor_names and layout_reason(name, value) is None
         return value.item() if is_number and is_readable(value) else value
     if any(scalar.flag and scalar.name == name for scalar in op.scalars):
         return bool(value)

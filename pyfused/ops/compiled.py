@@ -122,7 +122,7 @@ class CompiledOperator:
         key = *key, "compiled", *needs
         plan: Plan | None = dispatch.find_plan(key)
         if plan is None:
-            plan = self._new_plan(with_specs(arguments, key), needs)
+            plan = self._new_plan(with_specs(self.op, arguments, False), needs)
             dispatch.keep_plan(key, plan)
         return plan
 

@@ -274,7 +274,7 @@ class TensorLoss(Operator):
         return self.reference(**dict(zip(names, operands, strict=False)), **kwargs)
 
     def check(self, arguments: Arguments) -> None:
-        for index, operand in ((0, self.operands[0]), *self.other_operands):
+        for index, operand in self.indexed_operands:
             if arguments[index] is not None or not operand.optional:
                 number = float if operand.number else None
                 checks.tensor(operand.name, arguments[index], number)
@@ -319,13 +319,13 @@ class TensorLoss(Operator):
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
         dtype, device, is_equal = input.dtype, input.device, True
-        for index, _ in self.other_operands:
+        for index, _ in self.indexed_operands:
             is_equal = is_equal and getattr(arguments[index], "dtype", dtype) is dtype
         autocast = torch.is_autocast_enabled(device.type)
         if is_equal and not autocast and not self.asks_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
-        values = [(o.name, arguments[i]) for i, o in ((0, self.operands[0]), *self.other_operands)]
+        values = [(operand.name, arguments[i]) for i, operand in self.indexed_operands]
         tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
         result = result_dtype(self, kinds, device, to, reduction == "none")
