@@ -241,6 +241,14 @@ class PairOptions(VocabOptions):
     memory_budget: int | None = None
 
 
+@dataclass(eq=False)
+class MarginOptions(VocabOptions):
+    """Options of the multi-class margin losses, which ignore no rows."""
+
+    p: int = 1
+    margin: float = 1.0
+
+
 class RowOptions(NamedTuple):
     """Options of the kernels of row states.
 
@@ -320,14 +328,6 @@ class ModuleOptions(FusedOptions, total=False):
     """The keyword arguments of cross-entropy modules, including ``shard``."""
 
     shard: VocabShard | None
-
-
-class MarginOptions(NamedTuple):
-    """Options of the multi-class margin loss."""
-
-    p: int
-    margin: float
-    reduction: str
 
 
 class EmbeddingOptions(NamedTuple):

@@ -8,9 +8,10 @@ multilabel_margin_loss:  sum_{y in labels} sum_{c not in labels} max(0, 1 - x_y 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,15 +33,6 @@ from pyfused.ops.custom_operators import custom_operator
 from pyfused.types import Gradients, MarginOptions, Outputs, VocabOptions
 
 
-class ClassLossArguments(NamedTuple):
-    """The arguments that checks and kernels take."""
-
-    input: Tensor
-    target: Tensor
-    weight: Tensor | None
-    options: Any  # VocabOptions or MarginOptions
-
-
 @dataclass(eq=False, kw_only=True, repr=False)
 class ClassLoss(Operator):
     """A loss of rows of scores, given a class index or class probabilities for each row.
@@ -53,46 +45,54 @@ class ClassLoss(Operator):
     check_arguments: Callable[..., None]
     kernel: Callable[[Backend], Callable[..., LossKernel]]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        indices = [index for index, _ in self.indexed_operands]
+        self._operands: Callable[[Arguments], tuple[Any, ...]] = itemgetter(*indices)
+
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         return checks.classes_of(arguments[0]) <= few
 
     @abstractmethod
-    def read(self, arguments: Arguments) -> ClassLossArguments:
-        """Parses the arguments of torch's function."""
+    def options_of(self, arguments: Arguments) -> VocabOptions:
+        """Returns the options, given the arguments of torch's function."""
 
     def tensors(self, arguments: Arguments) -> Tensors:
-        """Returns the tensors of the plan, before `arranged`."""
-        return *arguments[:3], None, None
+        """Returns the input, the target, and weight, token_weight and denominator or None."""
+        return (*self._operands(arguments), None, None, None)[:5]
 
-    def checked(self, arguments: Arguments) -> ClassLossArguments:
-        """Raises for invalid types, shapes, dtypes and options. Kernels check class indices."""
-        parsed = self.read(arguments)
-        checks.reduction(parsed.options.reduction)
-        self.check_arguments(*parsed)
-        return parsed
+    def checked(self, arguments: Arguments) -> tuple[Any, ...]:
+        """Returns the input, the target, the weight or None, and the options.
+
+        Raises for invalid types, shapes, dtypes and options. Kernels check class indices.
+        """
+        operands = (*self._operands(arguments), None)[:3]
+        options = self.options_of(arguments)
+        checks.reduction(options.reduction)
+        self.check_arguments(*operands, options)
+        return *operands, options
 
     def plan(
         self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
     ) -> Plan:
-        """Checks a call, and returns the plan of its signature.
-
-        The plan's tensors are input, target, weight, token_weight and denominator, each a tensor or
-        None.
+        """Checks a call, and returns the plan of its signature, whose tensors are `tensors`.
 
         Args:
             needs: Whether the input and the target need a gradient; None to ask autograd.
         """
-        parsed = self.checked(arguments)
-        input: Any = parsed.input
-        target, options = parsed.target, parsed.options
-        dtype, converts = self.arrangement(parsed)
+        *operands, options = self.checked(arguments)
+        input, target, _ = operands
+        layouts: list[Any] = [None if x is None else x.empty() for x in operands]
+        arranged = self.arranged(layouts)
+        converts = any(x is not y for x, y in zip(layouts, arranged, strict=True))
+        dtype = arranged[0].dtype
         if needs is None:
             needs = needs_grad((input, target))
         needs += (False,) * (2 - len(needs))
-        backend, result_dtype = backend_of(input), self.result_dtype(parsed, dtype)
-        numbers, reduction = self.without_tensors(options), options.reduction
-        in_forward = gradients_in_forward(reduction, dtype)
-        if inplace and not is_dense(input.empty()):  # backward could not scale the gradient
+        backend, result_dtype = backend_of(input), self.result_dtype(input, options, dtype)
+        numbers = options.without_tensors()
+        in_forward = gradients_in_forward(options.reduction, dtype)
+        if inplace and not is_dense(layouts[0]):  # backward could not scale the gradient
             in_forward = False
 
         def arrange(arguments: Arguments) -> Tensors:
@@ -100,14 +100,19 @@ class ClassLoss(Operator):
             return (*self.arranged(tensors[:3]), *tensors[3:]) if converts else tensors
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> LossKernel:
-            options = self.with_tensors(numbers, tensors)
+            options = numbers.with_tensors(*tensors[3:])
             return self.kernel(backend)(*tensors[:3], options, outputs, grad_output)
 
         def define(tensors: Tensors, grad_output: Tensor) -> Gradients:
-            input, target, weight, *_ = tensors
-            options = self.with_tensors(numbers, tensors)
-            arguments = ClassLossArguments(input, target, weight, options)
-            return definition_gradients(self, arguments, needs, grad_output)
+            input, target, weight, *of_options = tensors
+            options, dtype = numbers.with_tensors(*of_options), grad_output.dtype
+
+            def definition(input: Tensor, target: Tensor) -> Tensor:
+                wide_target = target.to(dtype) if target.is_floating_point() else target
+                wide_weight = None if weight is None else weight.to(dtype)
+                return self.define(input.to(dtype), wide_target, wide_weight, options)
+
+            return differentiate(definition, (input, target), needs, grad_output)
 
         forward, backward = loss_passes(prepare, needs, in_forward, inplace)
         kernel_dtype = accumulate_dtype(dtype)
@@ -131,54 +136,33 @@ class ClassLoss(Operator):
         empty: Tensor = arguments[0].new_empty(())
         return empty
 
-    def without_tensors(self, options: Any) -> Any:
-        """Returns the options of a signature, with None in place of tensors."""
-        return options
-
-    def with_tensors(self, options: Any, tensors: Tensors) -> Any:  # noqa: ARG002
-        """Returns the options with the tensors of a call."""
-        return options
-
-    def result_dtype(self, parsed: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
+    def result_dtype(
+        self,
+        input: Tensor,
+        options: Any,  # noqa: ARG002
+        dtype: torch.dtype,
+    ) -> torch.dtype:
         """Returns the dtype of the result, given the dtype in which kernels take the input."""
-        return autocast_dtype(dtype, parsed.input.device)
-
-    def arrangement(self, parsed: ClassLossArguments) -> tuple[torch.dtype, bool]:
-        """Returns the dtype in which kernels take the input, and whether `arranged` is needed."""
-        is_row = parsed.input.dim() == 1
-        return parsed.input.dtype, parsed.target.dtype is not torch.int64 or is_row
+        return autocast_dtype(dtype, input.device)
 
     def arranged(self, tensors: Tensors) -> Tensors:
         """Converts the target to int64 indices of the loss's shape."""
         input, target, weight = tensors
-        target = target if target.dtype is torch.int64 else target.to(torch.int64)
+        target = target.to(torch.int64)
         return input, target.reshape(()) if input.dim() == 1 else target, weight
 
-    def define(self, parsed: ClassLossArguments) -> Tensor:
+    def define(self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Tensor:
         """Returns the loss, computed by torch's operators."""
-        input, target, weight, options = parsed
-        return self.reference(input, target, weight=weight, **options._asdict())
+        given = {name: getattr(options, name) for name in self.arguments if hasattr(options, name)}
+        if weight is not None:
+            given["weight"] = weight
+        return self.reference(input, target, **given)
 
     def check(self, arguments: Arguments) -> None:
         input, target, _, options = self.checked(arguments)
-        ignore_index = getattr(options, "ignore_index", None)
+        ignore_index = None if isinstance(options, MarginOptions) else options.ignore_index
         lowest = -1 if self.operands[1].labels else 0
         checks.class_indices(checks.classes_of(input), target, ignore_index, lowest)
-
-
-def definition_gradients(
-    op: ClassLoss, parsed: ClassLossArguments, needs: Sequence[bool], grad_output: Tensor
-) -> Gradients:
-    """Returns the gradients of torch's operator, which are differentiable."""
-    dtype, weight = grad_output.dtype, parsed.weight
-
-    def definition(input: Tensor, target: Tensor) -> Tensor:
-        input = input.to(dtype)
-        target = target.to(dtype) if target.is_floating_point() else target
-        wide_weight = None if weight is None else weight.to(dtype)
-        return op.define(ClassLossArguments(input, target, wide_weight, parsed.options))
-
-    return differentiate(definition, parsed[:2], needs, grad_output)
 
 
 # ---- losses of class indices ---------------------------------------------------------------------
@@ -194,21 +178,9 @@ class NllLoss(ClassLoss):
         """Returns whether no gradient is needed: forward only reads one element of each row."""
         return self.needs_no_gradient(arguments)
 
-    def read(self, arguments: Arguments) -> ClassLossArguments:
-        input, target, weight, size_average, ignore_index, reduce, reduction = arguments
-        reduction = reduction_of(size_average, reduce, reduction)
-        options = VocabOptions(ignore_index=ignore_index, reduction=reduction)
-        return ClassLossArguments(input, target, weight, options)
-
-    def define(self, parsed: ClassLossArguments) -> Tensor:
-        input, target, weight, options = parsed
-        return self.reference(
-            input,
-            target,
-            weight,
-            ignore_index=options.ignore_index,
-            reduction=options.reduction,
-        )
+    def options_of(self, arguments: Arguments) -> VocabOptions:
+        *_, size_average, ignore_index, reduce, reduction = arguments
+        return VocabOptions(ignore_index, reduction_of(size_average, reduce, reduction))
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -221,21 +193,13 @@ class MultiMarginLoss(ClassLoss):
         """Returns whether rows are shorter than a vector of any width."""
         return super().takes_second_limit(arguments, 15)
 
-    def read(self, arguments: Arguments) -> ClassLossArguments:
-        input, target, p, margin, weight, size_average, reduce, reduction = arguments
-        reduction = reduction_of(size_average, reduce, reduction)
-        return ClassLossArguments(input, target, weight, MarginOptions(p, margin, reduction))
-
-    def tensors(self, arguments: Arguments) -> Tensors:
-        return arguments[0], arguments[1], arguments[4], None, None
-
-    def arrangement(self, parsed: ClassLossArguments) -> tuple[torch.dtype, bool]:
-        return parsed.input.dtype, True
+    def options_of(self, arguments: Arguments) -> VocabOptions:
+        _, _, p, margin, _, *reductions = arguments
+        return MarginOptions(reduction=reduction_of(*reductions), p=p, margin=margin)
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors
-        target = target if target.dtype is torch.int64 else target.to(torch.int64)
-        return input.reshape(-1, input.shape[-1]), target.reshape(-1), weight
+        return input.reshape(-1, input.shape[-1]), target.to(torch.int64).reshape(-1), weight
 
     def plan(
         self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
@@ -259,13 +223,8 @@ class MultiMarginLoss(ClassLoss):
 class MultilabelMarginLoss(MultiMarginLoss):
     """The margin loss of rows with several labels, which end at the first -1."""
 
-    def read(self, arguments: Arguments) -> ClassLossArguments:
-        input, target, size_average, reduce, reduction = arguments
-        reduction = reduction_of(size_average, reduce, reduction)
-        return ClassLossArguments(input, target, None, MarginOptions(1, 1.0, reduction))
-
-    def tensors(self, arguments: Arguments) -> Tensors:
-        return arguments[0], arguments[1], None, None, None
+    def options_of(self, arguments: Arguments) -> VocabOptions:
+        return MarginOptions(reduction=reduction_of(*arguments[2:]))
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, _ = tensors
@@ -275,9 +234,6 @@ class MultilabelMarginLoss(MultiMarginLoss):
     def loss_shape(self, arguments: Arguments) -> torch.Size:
         shape: torch.Size = arguments[0].shape
         return shape[:-1]
-
-    def define(self, parsed: ClassLossArguments) -> Tensor:
-        return self.reference(parsed.input, parsed.target, reduction=parsed.options.reduction)
 
     def compiled(self, arguments: Arguments) -> Tensor:
         """Returns the loss in a compiled program, for any size and reduction.
@@ -291,6 +247,6 @@ class MultilabelMarginLoss(MultiMarginLoss):
         return loss
 
     def fake(self, arguments: Arguments) -> Tensor:
-        unreduced = self.read(arguments).options.reduction == "none"
+        unreduced = self.options_of(arguments).reduction == "none"
         empty: Tensor = arguments[0].new_empty(self.loss_shape(arguments) if unreduced else ())
         return empty

@@ -117,18 +117,14 @@ class CompiledOperator:
             needs: Whether each of the first tensors needs a gradient.
         """
         key = signature(self.op, arguments, False)
-        if key is None:
-            return self._new_plan(arguments, needs)
-        key = *key, "compiled", *needs
-        plan: Plan | None = dispatch.find_plan(key)
+        key = None if key is None else (*key, "compiled", *needs)
+        plan: Plan | None = None if key is None else dispatch.find_plan(key)
         if plan is None:
-            plan = self._new_plan(with_specs(self.op, arguments, False), needs)
-            dispatch.keep_plan(key, plan)
-        return plan
-
-    def _new_plan(self, arguments: Arguments, needs: Sequence[bool]) -> Plan:
-        results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
-        plan: Plan = self.op.plan(arguments, False, tuple(needs), **results)
+            results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
+            specs = with_specs(self.op, arguments, False)
+            plan = self.op.plan(specs, False, tuple(needs), **results)
+            if key is not None:
+                dispatch.keep_plan(key, plan)
         return plan
 
     def gradients(

@@ -25,7 +25,7 @@ from pyfused.dispatch.operator import (
 from pyfused.dispatch.plan import Forward, Plan, Tensors
 from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
-from pyfused.ops.class_loss import ClassLoss, ClassLossArguments
+from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.row_state import metrics_state
 from pyfused.ops.shards import ShardedOperator
@@ -79,15 +79,15 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         tensors = kwargs.pop("input"), kwargs.pop("target"), kwargs.pop("weight", None)
         return *tensors, CrossEntropyOptions(reduction=reduction, **kwargs)
 
-    def read(self, arguments: Arguments) -> ClassLossArguments:
-        return ClassLossArguments(*arguments)
+    def options_of(self, arguments: Arguments) -> CrossEntropyOptions:
+        options: CrossEntropyOptions = arguments[-1]
+        return options
 
-    def checked(self, arguments: Arguments) -> ClassLossArguments:
-        parsed = super().checked(arguments)
-        return parsed._replace(options=checks.normalized(parsed.options))
+    def checked(self, arguments: Arguments) -> tuple[Any, ...]:
+        *operands, options = super().checked(arguments)
+        return *operands, replace(checks.normalized(options), with_metrics=False)
 
-    def define(self, parsed: ClassLossArguments) -> Tensor:
-        input, target, weight, options = parsed
+    def define(self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Tensor:
         if options.is_plain():  # the definition of other options masks ignored rows itself
             input = definitions.without_ignored(input, target, options.ignore_index)
         return self.reference(input, target, weight, options)
@@ -104,8 +104,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:
         """Adds the metrics to a plan, which follow from the state of rows, a second output."""
-        options = self.without_tensors(checks.normalized(arguments[-1]))
-        dtype = accumulate_dtype(arguments[0].dtype)
+        *_, options = self.checked(arguments)
+        options, dtype = options.without_tensors(), accumulate_dtype(arguments[0].dtype)
 
         def forward(tensors: Tensors) -> Forward:
             state = metrics_state(plan.backend, tensors[0], tensors[1], options)
@@ -128,13 +128,6 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             checks.values_of_options(token_weight, denominator)
         return *tensors, token_weight, denominator if isinstance(denominator, Tensor) else None
 
-    def without_tensors(self, options: CrossEntropyOptions) -> CrossEntropyOptions:
-        return replace(options.without_tensors(), with_metrics=False)
-
-    def with_tensors(self, options: CrossEntropyOptions, tensors: Tensors) -> CrossEntropyOptions:
-        *_, token_weight, denominator = tensors
-        return options.with_tensors(token_weight, denominator)
-
     def compute_shard(
         self, arguments: Arguments, classes: ClassRange, shard: VocabShard | None
     ) -> Any:
@@ -150,10 +143,10 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return self.compute_shard((input, target, weight, options), ClassRange(0, classes), None)
 
     def compiled(self, arguments: Arguments) -> Tensor:
-        parsed = self.checked(arguments)
-        operator, tensors = custom_operator(self.name), self.arranged(parsed[:3])
-        loss: Tensor = operator(*tensors, *parsed.options.values())
-        dtype = self.result_dtype(parsed, tensors[0].dtype)
+        *operands, options = self.checked(arguments)
+        operator, tensors = custom_operator(self.name), self.arranged(operands)
+        loss: Tensor = operator(*tensors, *options.values())
+        dtype = self.result_dtype(operands[0], options, tensors[0].dtype)
         return loss if loss.dtype is dtype else loss.to(dtype)
 
     def fake(self, arguments: Arguments) -> Tensor:
@@ -162,15 +155,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         empty: Tensor = input.new_empty(shape, dtype=dtype)
         return empty
 
-    def result_dtype(self, parsed: ClassLossArguments, dtype: torch.dtype) -> torch.dtype:
-        loss_dtype: torch.dtype | None = parsed.options.loss_dtype
-        return loss_dtype or super().result_dtype(parsed, dtype)
-
-    def arrangement(self, parsed: ClassLossArguments) -> tuple[torch.dtype, bool]:
-        if not parsed.target.is_floating_point():
-            return super().arrangement(parsed)
-        common = _common_dtype(*parsed[:3])
-        return common, not parsed.input.dtype is parsed.target.dtype is common
+    def result_dtype(self, input: Tensor, options: Any, dtype: torch.dtype) -> torch.dtype:
+        return options.loss_dtype or super().result_dtype(input, options, dtype)
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors

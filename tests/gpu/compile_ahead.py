@@ -227,12 +227,12 @@ def class_cases() -> Iterator[Case]:
         run = partial(backend.nll_loss(*given), (x, target, *NO_OTHERS))
         yield case("nll_loss", *of, run, vector=0, launches=1 + reduced, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
-            options = MarginOptions(p, 1.0, "mean")
+            options = MarginOptions(p=p)
             given = x, target, None, options, outputs
             run = partial(backend.multi_margin_loss(*given), (x, target, *NO_OTHERS))
             yield case("multi_margin_loss", *of, run, f"p {p}", launches=reduced, **fields)
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
-        options = MarginOptions(1, 1.0, "mean")
+        options = MarginOptions()
         given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
         run = partial(backend.multilabel_margin_loss(*given), (*given[:2], *NO_OTHERS))
         launches = launches_of_sum(*shape)
