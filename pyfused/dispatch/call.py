@@ -234,13 +234,10 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
         return None
     # Other losses have custom operators for common calls only.
     by_name = dict(zip(op.arguments, arguments, strict=True))
-    warning = getattr(op, "warning", None)
     if op.needs_no_gradient(arguments):
         return "torch.compile: Inductor is as fast without a gradient"
     if by_name.get("reduction") == "none" or by_name.get("reduce") is not None:
         return "torch.compile: Inductor fuses what follows an unreduced loss"
-    if warning is not None and warning(arguments):
-        return "torch.compile: the call warns"
     if torch.is_autocast_enabled(input.device.type):
         return "torch.compile: autocast"
     for index, scalar in op.indexed_scalars:
@@ -256,6 +253,9 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
             return f"torch.compile: {operand.name} differs in dtype"
         if not operand.optional and tensor.shape != input.shape:
             return f"torch.compile: {operand.name} differs in shape"
+    warning = getattr(op, "warning", None)
+    if warning is not None and warning(arguments):
+        return "torch.compile: the call warns"
     return None
 
 

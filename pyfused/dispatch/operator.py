@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -203,6 +204,12 @@ class Operator(ABC):
             else:
                 numbers.append(value)
         return name, tuple(numbers)
+
+    def cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the name of each kernel, and the values of the scalars that it is for."""
+        names = [scalar.name for scalar in self.scalars]
+        for values in product(*(scalar.cases for scalar in self.scalars)):
+            yield self.kernel_of(values)[0], dict(zip(names, values, strict=True))
 
     @property
     def required(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import torch
@@ -97,12 +96,7 @@ class Activation(Operator):
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
         """Returns the kernels by name, one for each combination of flags and words."""
-        kernels = {}
-        for values in product(*(scalar.cases for scalar in self.scalars)):
-            name, _ = self.kernel_of(values)
-            case = dict(zip([scalar.name for scalar in self.scalars], values, strict=True))
-            kernels[name] = Kernel(name, case, self._trace_kernel)
-        return kernels
+        return {name: Kernel(name, case, self._trace_kernel) for name, case in self.cases()}
 
     def _trace_kernel(self, kernel: Kernel) -> list[Method]:
         """Traces the forward and the backward function of one element."""

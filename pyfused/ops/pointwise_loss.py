@@ -9,8 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, reduce
-from itertools import product
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -44,10 +43,15 @@ from pyfused.formulas.program import Program
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import PACKAGE, custom_operator
 from pyfused.torch_internals import built_in
-from pyfused.types import TENSORS, Gradients, Outputs
+from pyfused.types import TENSORS, Gradients, Outputs, TensorSpec
 
 # Parameters of torch's Python functions that the built-in ones lack.
 _PYTHON_PARAMETERS = ("size_average", "reduce", "weight")
+
+_BROADCASTING = (
+    "Using a target size ({}) that is different to the input size ({}). This will likely lead to "
+    "incorrect results due to broadcasting. Please ensure they have the same size."
+)
 
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
@@ -145,41 +149,32 @@ class TensorLoss(Operator):
         needs += (False,) * (len(operands) - len(needs))
         backend, numbers = backend_of(operands[0]), self.numbers(arguments)
         warning = None if self.warning is None else self.warning(arguments)
-        shape = getattr(operands[0], "shape", None)
-        is_arranged = self.arrange is None and weight is None
-        for operand in operands:
-            is_arranged = is_arranged and isinstance(operand, TENSORS) and operand.shape == shape
-            is_arranged = is_arranged and operand.dtype is dtype
-        broadcasts = self.warns and operands[1].shape != shape
+        *layouts, layout_of_weight = [
+            x.empty() if isinstance(x, TensorSpec) else x for x in (*operands, weight)
+        ]
+        arranged, _ = self.arranged(layouts, None, dtype)
+        is_arranged = weight is None and all(map(is_, layouts, arranged))
         denominator, divisor = self.denominators.get(reduction), 1.0
-
-        def compute_divisor(operands: Sequence[Tensor], weight: Tensor | None) -> Tensor | None:
-            """Returns the divisor if it depends on values; otherwise stores it in the plan."""
-            nonlocal denominator, divisor
-            if denominator is None:
-                return None
-            value = denominator(operands, weight, numbers)
-            if isinstance(value, Tensor):
-                return value
-            denominator, divisor = None, value
-            return None
+        if denominator is not None:
+            value = denominator(arranged, layout_of_weight, numbers)
+            if not isinstance(value, Tensor):  # it does not depend on the values of tensors
+                denominator, divisor = None, value
 
         def arrange(arguments: Arguments) -> Sequence[Any]:
-            operands, weight = self._values(arguments), None
+            operands, weight, tensor = self._values(arguments), None, None
             if operands[-1] is None:
                 operands = operands[:-1]
             if self._weight is not None:
                 weight = arguments[self._weight]
             if self.enforces and not self.nan_on_invalid:
                 self._bounds(operands)
-            if broadcasts:
-                _warn_of_broadcasting(operands)
             if warning is not None:
                 warnings.warn(warning, stacklevel=_stacklevel())
             unexpanded = weight  # torch's mean divides by its sum before broadcasting
             if not is_arranged:
                 operands, weight = self.arranged(operands, weight, dtype)
-            tensor = None if denominator is None else compute_divisor(operands, unexpanded)
+            if denominator is not None:
+                tensor = denominator(operands, unexpanded, numbers)
             return *operands, weight, tensor
 
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
@@ -356,16 +351,14 @@ class PointwiseLoss(TensorLoss):
             )
         super().__post_init__()
         if self.warns:
-            self.builtin = self._built_in()
+            self.warning, self.builtin = _broadcasting_warning, self._built_in()
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
         """Returns the kernels by name, one for each flag, word and optional last operand."""
         kernels = {}
         required = sum(not variable.optional for variable in self.variables)
-        for values in product(*(scalar.cases for scalar in self.scalars)):
-            stem, _ = self.kernel_of(values)
-            case = dict(zip([scalar.name for scalar in self.scalars], values, strict=True))
+        for stem, case in self.cases():
             for operands in range(required, len(self.variables) + 1):
                 name = self._kernel_name(stem, operands)
                 kernels[name] = Kernel(name, case, partial(self._trace_kernel, operands))
@@ -441,7 +434,8 @@ class PointwiseLoss(TensorLoss):
             if input.shape != target.shape:
                 if is_dynamo_compiling():  # Dynamo cannot trace a warning
                     return reference(*arguments)
-                _warn_of_broadcasting((input, target))
+                message = _BROADCASTING.format(target.shape, input.shape)
+                warnings.warn(message, stacklevel=_stacklevel())
                 input, target = torch.broadcast_tensors(input, target)
             numbers = [arguments[index] for index in scalars]
             loss: Tensor = built_in_loss(input, target, reduction, *numbers)
@@ -551,15 +545,10 @@ def result_dtype(
         return op.reference(**ones, **reduction).dtype
 
 
-def _warn_of_broadcasting(operands: Sequence[Tensor]) -> None:
-    input, target = operands[:2]
-    if input.shape != target.shape:
-        warnings.warn(
-            f"Using a target size ({target.shape}) that is different to the input size "
-            f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
-            stacklevel=_stacklevel(),
-        )
+def _broadcasting_warning(arguments: Arguments) -> str | None:
+    input, target = arguments[:2]
+    same = input.shape == target.shape
+    return None if same else _BROADCASTING.format(target.shape, input.shape)
 
 
 def _stacklevel() -> int:
