@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -33,32 +33,61 @@ Options = TypeVar("Options", bound=CrossEntropyOptions)
 Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 
 
+def _error(name: str, expected: str, got: Any, error: type[Exception] = RuntimeError) -> Exception:
+    got = tuple(got) if isinstance(got, torch.Size) else got
+    return error(f"{name}: expected {expected}, got {got}")
+
+
 def tensor(name: str, value: Any, also: type | None = None) -> None:
     if not isinstance(value, TENSORS) and not (also is not None and isinstance(value, also)):
         expected = "a Tensor" + (f" or a {also.__name__}" if also is not None else "")
         is_layer = isinstance(value, torch.nn.Linear) and name.endswith("weight")
         hint = "; pass head.weight" if is_layer else ""
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}{hint}")
+        raise _error(name, expected, f"{type(value).__name__}{hint}", TypeError)
 
 
-def _tensors(optional: Any = None, **tensors: Any) -> None:
-    """Checks that values are tensors; ``optional`` is a weight, which may be None."""
+def _tensors(**tensors: Any) -> None:
+    """Checks that values are tensors; factors and biases may be None."""
+    optional = "weight", "token_weight", "linear_bias", "adapter_weight"
     for name, value in tensors.items():
-        tensor(name, value)
-    if optional is not None:
-        tensor("weight", optional)
+        if value is not None or name not in optional:
+            tensor(name, value)
 
 
 def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+        raise _error(name, expected, f"{type(value).__name__} {value!r}", TypeError)
 
 
-def one_number(name: str, value: Any) -> None:
+def one_number(name: str, value: Any, error: type[Exception] = ValueError) -> None:
     if not isinstance(value, TENSORS):
         number(name, value, (float, Real), "a float")
     elif value.numel() != 1:
-        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+        raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
+
+
+def bounded(
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    positive: bool = False,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Checks the bounds of a number, unless reading a tensor would synchronise a device."""
+    one_number(name, value, error)
+    if isinstance(value, TENSORS) and not _can_be_read(value):
+        return
+    if not (value > 0 if positive else low <= value <= high):
+        upper = f"a number in [{low}, {high}]" if high < math.inf else f"a number of at least {low}"
+        raise _error(name, "a positive number" if positive else upper, float(value), error)
+
+
+def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
+    """Checks a numeric argument of an elementwise operator."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
+        raise _error(name, "a float", "a Tensor that requires grad", TypeError)
+    bounded(name, value, low, high, positive, RuntimeError)
 
 
 # Each is a name, the tensor, and whether it may hold class indices.
@@ -70,7 +99,7 @@ def devices(tensors: NamedTensors, error: Exception) -> None:
     for name, value, _ in tensors:
         device = tensors[0][1].device
         if value.device != device and value.dim():
-            raise type(error)(f"{name}: expected the input's device {device}, got {value.device}")
+            raise _error(name, f"the input's device {device}", value.device, type(error))
 
 
 def floating(tensors: NamedTensors, error: Exception) -> None:
@@ -89,9 +118,11 @@ def _floating(
     name: str, value: Tensor, hint: str = "", error: type[Exception] = RuntimeError
 ) -> None:
     if not value.is_floating_point():
-        raise error(f"{name}: expected a floating dtype, got {value.dtype}{hint}")
+        raise _error(name, "a floating dtype", f"{value.dtype}{hint}", error)
 
 
+_INDICES = "class indices of dtype torch.int64 or torch.uint8"
+_SCORES = "shape (C), (N, C) or (N, C, d1, ...)"
 _OTHER_INTEGERS = (torch.int8, torch.int16, torch.int32)
 
 
@@ -108,13 +139,13 @@ def _are_swapped(input: Tensor, target: Tensor) -> str:
 def reduction(value: Any, known: tuple[str, ...] = ("none", "mean", "sum")) -> None:
     if value not in known:
         *others, last = map(repr, known)
-        raise ValueError(f"reduction: expected {', '.join(others)} or {last}, got {value!r}")
+        raise _error("reduction", f"{', '.join(others)} or {last}", repr(value), ValueError)
 
 
 def approximate(value: Any) -> None:
     if value not in ("none", "tanh"):
         error = RuntimeError if isinstance(value, str) else TypeError
-        raise error(f"approximate: expected 'none' or 'tanh', got {value!r}")
+        raise _error("approximate", "'none' or 'tanh'", repr(value), error)
 
 
 def keywords(function: str, options: Keywords) -> Keywords:
@@ -129,20 +160,17 @@ def dim(value: Any, input: Tensor) -> None:
         number("dim", value, (int, Integral), "an int")
         most = max(input.dim(), 1)
         if not -most <= value < most:
-            raise IndexError(
-                f"dim: expected {-most} to {most - 1} for an input of shape {tuple(input.shape)}, "
-                f"got {value}"
-            )
+            expected = f"{-most} to {most - 1} for an input of shape {tuple(input.shape)}"
+            raise _error("dim", expected, value, IndexError)
 
 
 def halves(input: Tensor, along: int) -> None:
     tensor("input", input)
     if not input.dim():
-        raise RuntimeError("input: expected one dimension or more, got shape ()")
+        raise _error("input", "one dimension or more", "shape ()")
     dim(along, input)
     if input.shape[along] % 2:
-        shape = tuple(input.shape)
-        raise RuntimeError(f"input: expected an even size along dim {along}, got shape {shape}")
+        raise _error("input", f"an even size along dim {along}", f"shape {tuple(input.shape)}")
 
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -152,42 +180,34 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
     """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
-    _tensors(input=input, target=target)
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    _tensors(input=input, target=target, weight=weight)
     one_number("label_smoothing", options.label_smoothing)
-    for name, *_ in _NUMBERS[type(options)]:
-        if isinstance(value := getattr(options, name), TENSORS):
-            one_number(name, value)
+    vocab_options(options, loss_shape(input, "none"))
+    probabilities = target.is_floating_point()
     if input.dim() == 0:
-        raise (IndexError if target.is_floating_point() else RuntimeError)(
-            "input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got ()"
-        )
+        expected = "logits of shape (C), (N, C) or (N, C, d1, ...)"
+        raise _error("input", expected, "()", IndexError if probabilities else RuntimeError)
     if options.label_smoothing > 1.0:
-        raise RuntimeError(f"label_smoothing: expected 0.0 to 1.0, got {options.label_smoothing}")
-    if target.is_floating_point() and target.shape == input.shape:
+        raise _error("label_smoothing", "0.0 to 1.0", options.label_smoothing)
+    if probabilities and target.shape == input.shape:
         if options.ignore_index >= 0:
-            raise RuntimeError(
-                "ignore_index: expected a negative number with class probabilities as target, got "
-                f"{options.ignore_index}"
-            )
+            expected = "a negative number with class probabilities as target"
+            raise _error("ignore_index", expected, options.ignore_index)
     else:
         _class_index_target(input, target)
-    if weight is not None:
-        tensor("weight", weight)
-        _class_weight(input, weight, alike=not target.is_floating_point())
-    if type(options) is CrossEntropyOptions and options.is_plain():
-        return
-    vocab_options(options, loss_shape(input, "none"))
-    if options.gamma and (target.is_floating_point() or options.label_smoothing > 0.0):
-        raise ValueError(
-            "gamma: expected 0.0 with class probabilities or label smoothing, got "
-            f"{float(options.gamma)}"
-        )
-    loss_dtype = options.loss_dtype
-    if loss_dtype is not None and not (
-        isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point
-    ):
-        raise ValueError(f"loss_dtype: expected a floating dtype or None, got {loss_dtype}")
+    _class_weight(input, weight, alike=not probabilities)
+    if options.gamma and (probabilities or options.label_smoothing > 0.0):
+        expected = "0.0 with class probabilities or label smoothing"
+        raise _error("gamma", expected, float(options.gamma), ValueError)
+    dtype: Any = options.loss_dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise _error("loss_dtype", "a floating dtype or None", dtype, ValueError)
+
+
+# The numeric options of functions over a vocabulary, by their bounds, and those that may be None.
+_POSITIVE = ("denominator", "softcap", "temperature", "scale", "teacher_softcap")
+_NONNEGATIVE = ("gamma", "z_loss", "filter_eps")
+_OPTIONAL = ("denominator", "softcap", "teacher_softcap")
 
 
 def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
@@ -198,32 +218,20 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
     """
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     reduction(options.reduction)
-    for name, positive, optional in _NUMBERS[type(options)]:
-        value = getattr(options, name)
-        if value is not None or not optional:
+    for name, value in vars(options).items():
+        if name in _POSITIVE + _NONNEGATIVE and not (value is None and name in _OPTIONAL):
             # A count in a tensor may be 0, because it is not read on GPUs: the mean is NaN then.
             count = name == "denominator" and isinstance(value, TENSORS)
-            bounded(name, value, positive and not count)
+            bounded(name, value, positive=name in _POSITIVE and not count)
+    memory_budget(getattr(options, "memory_budget", None))
     if options.denominator is not None and options.reduction != "mean":
         got = "a tensor" if isinstance(options.denominator, TENSORS) else options.denominator
-        raise ValueError(
-            f"denominator: expected None with reduction {options.reduction!r}, got {got}"
-        )
+        raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
     weight = options.token_weight
     if weight is not None:
         tensor("token_weight", weight)
         _shape("token_weight", weight, losses, "one factor for each loss", ValueError)
         values("token_weight", weight, 0.0, math.inf, ValueError)
-
-
-_NUMBERS: dict[type[VocabOptions], list[tuple[str, bool, bool]]] = {
-    kind: [
-        (each.name, each.metadata["positive"], each.default is None)
-        for each in fields(kind)
-        if each.metadata
-    ]
-    for kind in (CrossEntropyOptions, HeadOptions, LogProbsOptions, DivergenceOptions)
-}
 
 
 def normalized(options: Options) -> Options:
@@ -233,10 +241,9 @@ def normalized(options: Options) -> Options:
     becomes 0.
     """
     changed: dict[str, Any] = {}
-    plain = type(options) is CrossEntropyOptions and options.is_plain()
-    for name, *_ in () if plain else _NUMBERS[type(options)]:
-        value = getattr(options, name)
-        if type(value) is not float and isinstance(value, Real):
+    for name, value in vars(options).items():
+        is_number = name in _POSITIVE + _NONNEGATIVE and isinstance(value, Real)
+        if is_number and type(value) is not float:
             changed[name] = float(value)
     smoothing = options.label_smoothing
     if type(smoothing) is not float or not smoothing >= 0:  # NaN too
@@ -256,39 +263,28 @@ def linear_cross_entropy(
         classes: The number of all classes if the layer is a shard of them.
     """
     input, linear_weight, linear_bias, adapter_weight, target, weight = head
-    for name, value in head._asdict().items():
-        if value is not None or name not in ("linear_bias", "adapter_weight", "weight"):
-            tensor(name, value)
-    if options.token_weight is not None:
-        tensor("token_weight", options.token_weight)
-    reduction(options.reduction)
+    _tensors(**head._asdict(), token_weight=options.token_weight)
     if input.dim() == 0:
-        raise RuntimeError("input: expected shape (..., D), got ()")
+        raise _error("input", "shape (..., D)", "()")
     _floating("input", input)
     if classes is not None and adapter_weight is not None:
-        raise ValueError("adapter_weight: expected None beside a shard, got a Tensor")
+        raise _error("adapter_weight", "None beside a shard", "a Tensor", ValueError)
     linear_layer(input, linear_weight, linear_bias, adapter=adapter_weight)
     features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
-        raise RuntimeError(
-            f"input: expected shape (N, {features}) with linear_weight of shape "
-            f"{tuple(linear_weight.shape)}, got {tuple(input.shape)}"
-        )
-    memory_budget(options.memory_budget)
+        of_weight = f"linear_weight of shape {tuple(linear_weight.shape)}"
+        raise _error("input", f"shape (N, {features}) with {of_weight}", input.shape)
     if not target.is_floating_point():
         _index_dtype(target)
     elif not probabilities or target.dim() < input.dim():
         alternative = ", or class probabilities for each row" * probabilities
-        raise RuntimeError(
-            f"target: expected class indices of dtype torch.int64 or torch.uint8{alternative}, got "
-            f"{target.dtype} of shape {tuple(target.shape)}. Pass target.long()"
-        )
+        got = f"{target.dtype} of shape {tuple(target.shape)}. Pass target.long()"
+        raise _error("target", f"{_INDICES}{alternative}", got)
     leading: tuple[int, ...] = input.shape[:-1]
     if input.dim() == 2 and target.dim() == 1 and leading != target.shape == shape:
-        raise ValueError(
-            f"target: expected class indices of shape {tuple(leading)}, got {tuple(target.shape)}, "
-            "one for each row of linear_weight. Pass input, linear_weight, target in this order"
-        )
+        hint = ". Pass input, linear_weight, target in this order"
+        got = f"{tuple(target.shape)}, one for each row of linear_weight{hint}"
+        raise _error("target", f"class indices of shape {tuple(leading)}", got, ValueError)
     if input.dim() > 2:
         what = "with the input's leading dimensions"
         of_target = shape if target.is_floating_point() else shape[1:]
@@ -315,17 +311,14 @@ def _with_shape(tensor: Any, shape: Sequence[int]) -> Any:
 
 def _index_dtype(target: Tensor) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(
-            "target: expected class indices of dtype torch.int64 or torch.uint8, got "
-            f"{target.dtype}{_pass_long(target)}"
-        )
+        raise _error("target", _INDICES, f"{target.dtype}{_pass_long(target)}")
 
 
 def memory_budget(value: Any) -> None:
     if value is not None:
         number("memory_budget", value, (int, Integral), "an int")
         if value <= 0:
-            raise ValueError(f"memory_budget: expected a positive number of bytes, got {value}")
+            raise _error("memory_budget", "a positive number of bytes", value, ValueError)
 
 
 def linear_layer(
@@ -341,22 +334,16 @@ def linear_layer(
     if adapter is not None:
         features -= adapter.shape[-1:].numel()
         if adapter.shape[:-1] != shape:
-            raise RuntimeError(
-                f"adapter_weight: expected shape {(*shape, 'r')} beside linear_weight of shape "
-                f"{tuple(weight.shape)}, got {tuple(adapter.shape)}"
-            )
+            beside = f"linear_weight of shape {tuple(weight.shape)}"
+            raise _error("adapter_weight", f"shape {(*shape, 'r')} beside {beside}", adapter.shape)
     if weight.dim() < 2 or weight.shape[-1] != features:
         swapped = weight.dim() == 2 and weight.shape[0] == features
-        raise RuntimeError(
-            f"{prefix}linear_weight: expected shape (C, ..., {features}) for the {prefix}input of "
-            f"shape {tuple(input.shape)}, got {tuple(weight.shape)}"
-            + f". Is it transposed, or are the {prefix}input logits?"
-            * swapped
-        )
-    if bias is not None and bias.shape != shape:
-        raise RuntimeError(
-            f"{prefix}linear_bias: expected shape {tuple(shape)}, got {tuple(bias.shape)}"
-        )
+        hint = f". Is it transposed, or are the {prefix}input logits?" * swapped
+        of_input = f"the {prefix}input of shape {tuple(input.shape)}"
+        expected = f"shape (C, ..., {features}) for {of_input}"
+        raise _error(f"{prefix}linear_weight", expected, f"{tuple(weight.shape)}{hint}")
+    if bias is not None:
+        _shape(f"{prefix}linear_bias", bias, shape)
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     layer_device(input, weight, bias, prefix, adapter)
     parameters = ("linear_weight", weight), ("linear_bias", bias), ("adapter_weight", adapter)
@@ -365,9 +352,7 @@ def linear_layer(
             continue
         casts = autocast or (value is adapter and value.dtype is torch.float32)
         if not casts or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
-            raise RuntimeError(
-                f"{prefix}{name}: expected the {prefix}input's {input.dtype}, got {value.dtype}"
-            )
+            raise _error(f"{prefix}{name}", f"the {prefix}input's {input.dtype}", value.dtype)
 
 
 def layer_device(
@@ -377,10 +362,8 @@ def layer_device(
     parameters = ("linear_weight", weight), ("linear_bias", bias), ("adapter_weight", adapter)
     for name, value in parameters:
         if isinstance(value, TENSORS) and value.device != input.device:
-            raise RuntimeError(
-                f"{prefix}{name}: expected the {prefix}input's device {input.device}, got "
-                f"{value.device}"
-            )
+            expected = f"the {prefix}input's device {input.device}"
+            raise _error(f"{prefix}{name}", expected, value.device)
 
 
 def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: PairOptions) -> None:
@@ -389,16 +372,14 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: PairO
     if bias is not None:
         one_number("bias", bias)
     if a.dim() != 2:
-        raise RuntimeError(f"a: expected shape (N, D), got {tuple(a.shape)}")
+        raise _error("a", "shape (N, D)", a.shape)
     _floating("a", a)
     hint = ". Pass linear_cross_entropy(scale * a, b, target) for more candidates"
     _shape("b", b, a.shape, "the shape of a" + hint * (len(b.shape) == 2 and len(b) > len(a)))
     autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
     alike = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
     if b.device != a.device or not alike:
-        raise RuntimeError(
-            f"b: expected {a.dtype} on {a.device}, as a, got {b.dtype} on {b.device}"
-        )
+        raise _error("b", f"{a.dtype} on {a.device}, as a", f"{b.dtype} on {b.device}")
     reduction(options.reduction)
     memory_budget(options.memory_budget)
 
@@ -441,30 +422,28 @@ def linear_topk_kl_div(
     _head(input, linear_weight, linear_bias)
     _vectors("teacher_log_probs", teacher_log_probs)
     if teacher_indices.dtype is not torch.int64:
-        raise RuntimeError(f"teacher_indices: expected torch.int64, got {teacher_indices.dtype}")
+        raise _error("teacher_indices", "torch.int64", teacher_indices.dtype)
     classes, k = len(linear_weight), teacher_log_probs.shape[-1]
     if not 0 < k <= classes:
-        raise RuntimeError(f"teacher_log_probs: expected 1 to {classes} classes, got {k}")
+        raise _error("teacher_log_probs", f"1 to {classes} classes", k)
     shape = *input.shape[:-1], k
     _shape("teacher_log_probs", teacher_log_probs, shape, "with the student's tokens")
     _shape("teacher_indices", teacher_indices, shape, "the shape of teacher_log_probs")
     if options.remainder not in ("bucket", "ignore"):
-        raise ValueError(f"remainder: expected 'bucket' or 'ignore', got {options.remainder!r}")
+        raise _error("remainder", "'bucket' or 'ignore'", repr(options.remainder), ValueError)
     if options.remainder == "ignore" and options.beta:
-        raise ValueError(f"beta: expected 0.0 with remainder 'ignore', got {options.beta}")
+        raise _error("beta", "0.0 with remainder 'ignore'", options.beta, ValueError)
     _divergence(input.shape[:-1], options)
 
 
 def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
     one_number("beta", options.beta)
     if not 0 <= options.beta <= 1:
-        raise ValueError(f"beta: expected a number in [0.0, 1.0], got {options.beta}")
+        raise _error("beta", "a number in [0.0, 1.0]", options.beta, ValueError)
     beta: Any = options.beta
     if getattr(beta, "requires_grad", False) and not 0 < beta < 1:
-        got = beta.item()
-        raise ValueError(f"beta: expected a number in (0.0, 1.0) to be learned, got {got}")
+        raise _error("beta", "a number in (0.0, 1.0) to be learned", beta.item(), ValueError)
     vocab_options(options, tokens)
-    memory_budget(options.memory_budget)
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
@@ -506,7 +485,7 @@ def topk_log_probs(log_probs: Tensor) -> None:
 
 def _vectors(name: str, value: Tensor) -> None:
     if not value.dim():
-        raise RuntimeError(f"{name}: expected one dimension or more, got shape ()")
+        raise _error(name, "one dimension or more", "shape ()")
     if not value.is_floating_point():  # without a Python call in the common case
         _floating(name, value)
 
@@ -514,10 +493,7 @@ def _vectors(name: str, value: Tensor) -> None:
 def _head(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     _vectors(f"{prefix}input", input)
     if weight.dim() != 2:
-        expected = f"(C, {input.shape[-1]})"
-        raise RuntimeError(
-            f"{prefix}linear_weight: expected shape {expected}, got {tuple(weight.shape)}"
-        )
+        raise _error(f"{prefix}linear_weight", f"shape (C, {input.shape[-1]})", weight.shape)
     linear_layer(input, weight, bias, prefix)
 
 
@@ -525,21 +501,22 @@ def _shape(
     name: str,
     value: Tensor,
     expected: Sequence[int],
-    what: str,
+    what: str = "",
     error: type[Exception] = RuntimeError,
 ) -> None:
     if value.shape != tuple(expected):
-        raise error(f"{name}: expected shape {tuple(expected)}, {what}, got {tuple(value.shape)}")
+        described = f", {what}" if what else ""
+        raise _error(name, f"shape {tuple(expected)}{described}", value.shape, error)
 
 
 def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
     """Checks types, shapes, dtypes and options; class indices are checked later."""
     _tensors(logits=logits, target=target)
     if logits.dim() == 0:
-        raise RuntimeError("logits: expected shape (C), (N, C) or (N, C, d1, ...), got ()")
+        raise _error("logits", _SCORES, "()")
     _floating("logits", logits, _are_swapped(logits, target))
     if target.is_floating_point():
-        raise RuntimeError(f"target: expected class indices, got {target.dtype}")
+        raise _error("target", "class indices", target.dtype)
     _class_index_target(logits, target, probabilities=False)
     vocab_options(options, ())
 
@@ -569,12 +546,12 @@ def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> 
     if not isinstance(logits, Tensor) or (class_dim is None and logits.dim() < 3):
         return logits
     if class_dim is None:
-        raise ValueError(
-            f"dim: expected the dimension of the classes for {name} of shape "
-            f"{tuple(logits.shape)}, got None. Pass dim=-1 for {logits.shape[-1]} classes (a "
-            f"language model's logits) or dim=1 for {logits.shape[1]} classes (the layout of "
-            "torch's cross_entropy)"
+        expected = f"the dimension of the classes for {name} of shape {tuple(logits.shape)}"
+        got = (
+            f"None. Pass dim=-1 for {logits.shape[-1]} classes (a language model's logits) or "
+            f"dim=1 for {logits.shape[1]} classes (the layout of torch's cross_entropy)"
         )
+        raise _error("dim", expected, got, ValueError)
     dim(class_dim, logits)
     dims = max(logits.dim(), 1)
     where = min(where, dims - 1)
@@ -586,40 +563,28 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
     _tensors(input=input, target=target)
     bounded("margin", margin)
     if kind not in ("cosface", "arcface"):
-        raise ValueError(f"kind: expected 'cosface' or 'arcface', got {kind!r}")
+        raise _error("kind", "'cosface' or 'arcface'", repr(kind), ValueError)
     if target.is_floating_point():
-        raise ValueError(f"target: expected class indices, got {target.dtype}")
+        raise _error("target", "class indices", target.dtype, ValueError)
     _class_index_target(input, target, probabilities=False)
 
 
 def _class_weight(input: Tensor, weight: Tensor | None, alike: bool = True) -> None:
     if weight is None:
         return
-    classes = classes_of(input)
-    if weight.shape != (classes,):
-        raise RuntimeError(
-            f"weight: expected shape ({classes},), one factor for each class, got "
-            f"{tuple(weight.shape)}"
-        )
+    _shape("weight", weight, (classes_of(input),), "one factor for each class")
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     if alike and weight.dtype is not input.dtype and not autocast:
-        raise RuntimeError(f"weight: expected the input's {input.dtype}, got {weight.dtype}")
+        raise _error("weight", f"the input's {input.dtype}", weight.dtype)
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: VocabOptions) -> None:
     """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
-    _tensors(weight, input=input, target=target)
+    _tensors(input=input, target=target, weight=weight)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
-    shape, of_target = input.shape, target.shape
     if input.dim() == 0:
-        raise ValueError("input: expected shape (C), (N, C) or (N, C, d1, ...), got ()")
-    expected = loss_shape(input, "none")
-    if of_target != expected and not (len(shape) == 1 and of_target == (1,)):
-        batch = of_target[:1] != shape[:1] if len(shape) > 1 else len(of_target) == 1
-        raise (ValueError if batch else RuntimeError)(
-            f"target: expected class indices of shape {tuple(expected)}, got shape "
-            f"{tuple(of_target)}{_hint(input, target)}"
-        )
+        raise _error("input", _SCORES, "()", ValueError)
+    _index_shape(input, target)
     _index_dtype(target)
     _class_weight(input, weight)
 
@@ -628,21 +593,14 @@ def multi_margin_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: MarginOptions
 ) -> None:
     """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
-    _tensors(weight, input=input, target=target)
+    _tensors(input=input, target=target, weight=weight)
     number("margin", options.margin, (float, Real), "a float")
     if options.p not in (1, 2):
-        raise ValueError(f"p: expected 1 or 2, got {options.p}")
+        raise _error("p", "1 or 2", options.p, ValueError)
     if weight is not None and weight.dim() != 1:
-        raise ValueError(f"weight: expected one dimension, got shape {tuple(weight.shape)}")
-    shape = input.shape
-    if len(shape) not in (1, 2) or not shape[-1]:
-        raise RuntimeError(f"input: expected shape (C) or (N, C), got {tuple(shape)}")
-    single = len(shape) == 1 and target.shape == (1,)
-    if target.shape != shape[:-1] and not single:
-        raise RuntimeError(
-            f"target: expected class indices of shape {tuple(shape[:-1])}, got shape "
-            f"{tuple(target.shape)}{_hint(input, target)}"
-        )
+        raise _error("weight", "one dimension", f"shape {tuple(weight.shape)}", ValueError)
+    _one_row_or_rows(input)
+    _index_shape(input, target, error=RuntimeError)
     _int64_target(input, target)
     _class_weight(input, weight)
 
@@ -655,50 +613,62 @@ def multilabel_margin_loss(
 ) -> None:
     """Checks types, shapes and dtypes; the kernel checks the class indices."""
     _tensors(input=input, target=target)
-    shape, of_target = tuple(input.shape), tuple(target.shape)
-    if len(shape) not in (1, 2) or not shape[-1]:
-        raise RuntimeError(f"input: expected shape (C) or (N, C), got {shape}")
-    if of_target != shape and (of_target, shape) != ((), (1,)):
-        raise RuntimeError(f"target: expected the input's shape {shape}, got {of_target}")
+    _one_row_or_rows(input)
+    if target.dim() or input.shape != (1,):
+        same_shape(input, target, error=RuntimeError)
     _int64_target(input, target)
+
+
+def _one_row_or_rows(input: Tensor) -> None:
+    if input.dim() not in (1, 2) or not input.shape[-1]:
+        raise _error("input", "shape (C) or (N, C)", input.shape)
 
 
 def _int64_target(input: Tensor, target: Tensor) -> None:
     if target.dtype is not torch.int64:
-        raise RuntimeError(
-            f"target: expected class indices of dtype torch.int64, got {target.dtype}"
-            f"{_are_swapped(input, target) or _pass_long(target)}"
-        )
+        hint = _are_swapped(input, target) or _pass_long(target)
+        raise _error("target", "class indices of dtype torch.int64", f"{target.dtype}{hint}")
 
 
 def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = True) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # the common case
-    expected = loss_shape(input, "none")
-    single = input.dim() == 1 and target.shape == (1,)  # accepted as a scalar
-    shape = tuple(input.shape)
+    expected, shape = loss_shape(input, "none"), tuple(input.shape)
     if target.shape == input.shape or (
-        target.dtype not in (torch.int64, torch.uint8) and (target.shape == expected or single)
+        target.dtype not in (torch.int64, torch.uint8)
+        and (target.shape == expected or _is_single(input, target))
     ):
-        raise RuntimeError(
-            "target: expected class indices of dtype torch.int64 or torch.uint8 and shape "
-            f"{tuple(expected)}"
-            + f", or class probabilities of a floating dtype and the input's shape {shape}"
-            * probabilities
-            + f", got {target.dtype} of shape {tuple(target.shape)}"
-            + _pass_long(target)
-        )
-    if target.shape != expected and not single:
-        batch = target.shape[:1] != input.shape[:1]
-        if input.dim() == 1:
-            batch = target.dim() == 1 and not target.is_floating_point()
-        raise (ValueError if batch else RuntimeError)(
-            f"target: expected class indices of shape {tuple(expected)}"
-            + f" or class probabilities of the input's shape {shape}" * probabilities
-            + f", got shape {tuple(target.shape)}{_hint(input, target)}"
-        )
+        alternative = f", or class probabilities of a floating dtype and the input's shape {shape}"
+        indices = f"{_INDICES} and shape {tuple(expected)}{alternative * probabilities}"
+        got = f"{target.dtype} of shape {tuple(target.shape)}{_pass_long(target)}"
+        raise _error("target", indices, got)
+    alternative = f" or class probabilities of the input's shape {shape}" * probabilities
+    _index_shape(input, target, alternative)
     if input.dim() > 2 and input.shape[1] == 0 and target.numel():
-        raise RuntimeError(f"input: expected one class or more, got shape {tuple(input.shape)}")
+        raise _error("input", "one class or more", f"shape {shape}")
+
+
+def _index_shape(
+    input: Tensor, target: Tensor, alternative: str = "", error: type[Exception] | None = None
+) -> None:
+    """Checks the shape of class indices; torch's error is a ValueError if batch sizes differ."""
+    expected = loss_shape(input, "none")
+    if target.shape == expected or _is_single(input, target):
+        return
+    batch = target.shape[:1] != input.shape[:1]
+    if input.dim() == 1:
+        batch = target.dim() == 1 and not target.is_floating_point()
+    raise _error(
+        "target",
+        f"class indices of shape {tuple(expected)}{alternative}",
+        f"shape {tuple(target.shape)}{_hint(input, target)}",
+        error or (ValueError if batch else RuntimeError),
+    )
+
+
+def _is_single(input: Tensor, target: Tensor) -> bool:
+    """Returns whether the class index of one row has shape (1), which torch takes as a scalar."""
+    return input.dim() == 1 and target.shape == (1,)
 
 
 def _hint(input: Tensor, target: Tensor) -> str:
@@ -753,50 +723,17 @@ def overwritable(input: Tensor) -> None:
     base = input._base if input._base is not None else input
     if base.is_leaf:
         what = "a leaf" if base is input else "a view of a leaf"
-        raise RuntimeError(
-            f"inplace: expected False for an input that is {what}, got True, which would overwrite "
-            "the leaf's values"
-        )
+        got = "True, which would overwrite the leaf's values"
+        raise _error("inplace", f"False for an input that is {what}", got)
     extent = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride <= extent:
-            raise RuntimeError(
-                "inplace: expected False for an input whose elements share memory, got True with "
-                f"strides {input.stride()}"
-            )
+            expected = "False for an input whose elements share memory"
+            raise _error("inplace", expected, f"True with strides {input.stride()}")
         extent += stride * (size - 1)
 
 
 # ---- pointwise losses ----------------------------------------------------------------------------
-
-
-def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
-    """Checks the bounds of a number, without reading tensors on GPUs."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise RuntimeError(f"{name}: expected one number, got shape {tuple(value.shape)}")
-        if value.requires_grad:
-            raise TypeError(f"{name}: expected a float, got a Tensor that requires grad")
-        if not value.is_cpu:
-            return
-    else:
-        number(name, value, (float, Real), "a float")
-    if not (float(value) > 0.0 if positive else low <= float(value) <= high):
-        expected = (
-            f"a number of at least {low}" if high == math.inf else f"a number in [{low}, {high}]"
-        )
-        expected = "a positive number" if positive else expected
-        raise RuntimeError(f"{name}: expected {expected}, got {float(value)}")
-
-
-def bounded(name: str, value: Any, positive: bool = False) -> None:
-    """Raises for a negative number, and for 0 if it has to be positive."""
-    one_number(name, value)
-    if isinstance(value, TENSORS) and not _can_be_read(value):
-        return
-    if not (value > 0 if positive else value >= 0):
-        expected = "a positive number" if positive else "a number of at least 0.0"
-        raise ValueError(f"{name}: expected {expected}, got {float(value)}")
 
 
 def values_of_options(token_weight: Tensor | None, denominator: Any) -> None:
@@ -830,7 +767,7 @@ def values(
     within = (value >= low) & (value <= high)
     invalid = value[~(within if high < math.inf else within | value.isnan())]
     if invalid.numel():
-        raise error(f"{name}: expected values in [{low}, {high}], got {invalid[0].item()}")
+        raise _error(name, f"values in [{low}, {high}]", invalid[0].item(), error)
 
 
 def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
@@ -845,9 +782,7 @@ def same_shape(
     error: type[Exception] = ValueError,
 ) -> None:
     if target.shape != input.shape:
-        raise error(
-            f"{name}: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
-        )
+        raise _error(name, f"the input's shape {tuple(input.shape)}", target.shape, error)
 
 
 def of_one_dimension_and_broadcasting(input1: Tensor, input2: Tensor, target: Tensor) -> None:
@@ -862,19 +797,15 @@ def _alike_in_dimensions(name: str, first: Tensor, **others: Tensor) -> None:
     """Checks that tensors broadcast and have the same number of dimensions."""
     for other, tensor in others.items():
         if tensor.dim() != first.dim():
-            raise RuntimeError(
-                f"{other}: expected as many dimensions as {name} of shape {tuple(first.shape)}, "
-                f"got shape {tuple(tensor.shape)}"
-            )
+            expected = f"as many dimensions as {name} of shape {tuple(first.shape)}"
+            raise _error(other, expected, f"shape {tuple(tensor.shape)}")
         _broadcasts(other, first.shape, tensor.shape)
 
 
 def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> None:
     if target.dim() > 1 or input1.dim() != target.dim() + 1:
-        raise RuntimeError(
-            "target: expected shape (N) for inputs of shape (N, D), or () for (D), got shape "
-            f"{tuple(target.shape)} for {tuple(input1.shape)}"
-        )
+        expected = "shape (N) for inputs of shape (N, D), or () for (D)"
+        raise _error("target", expected, f"shape {tuple(target.shape)} for {tuple(input1.shape)}")
     _alike_in_dimensions("input1", input1, input2=input2)
     for each in (input1, input2):
         _broadcasts("target", each.shape[:-1], target.shape)
@@ -893,19 +824,21 @@ def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> Non
         return
     pairs = zip(input.shape, var.shape, strict=False)
     if var.dim() != input.dim() or [b for a, b in pairs if a != b] != [1]:
-        raise ValueError(
-            f"var: expected a float or the input's shape {tuple(input.shape)}, where one dimension "
-            f"may have size 1 or the last may be missing, got shape {tuple(var.shape)}"
+        expected = (
+            f"a float or the input's shape {tuple(input.shape)}, where one dimension may have size "
+            "1 or the last may be missing"
         )
+        raise _error("var", expected, f"shape {tuple(var.shape)}", ValueError)
 
 
 def slopes(input: Tensor, weight: Tensor) -> None:
     channels = input.shape[1] if input.dim() > 1 else 1
     if weight.dim() > 1 or weight.numel() not in (1, channels):
-        raise RuntimeError(
-            f"weight: expected one number, or one for each of {channels} channels of an input of "
-            f"shape {tuple(input.shape)}, got shape {tuple(weight.shape)}"
+        expected = (
+            f"one number, or one for each of {channels} channels of an input of shape "
+            f"{tuple(input.shape)}"
         )
+        raise _error("weight", expected, f"shape {tuple(weight.shape)}")
 
 
 def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
@@ -917,7 +850,5 @@ def _broadcasts(name: str, input: torch.Size, other: torch.Size, expands: bool =
     pairs = zip(reversed(input), reversed(other), strict=False)
     fits = all(b in (1, a) or (a == 1 and not expands) for a, b in pairs)
     if not fits or (expands and len(other) > len(input)):
-        raise RuntimeError(
-            f"{name}: expected a shape that broadcasts {'to' if expands else 'with'} the input's "
-            f"{tuple(input)}, got {tuple(other)}"
-        )
+        verb = "broadcasts to" if expands else "broadcasts with"
+        raise _error(name, f"a shape that {verb} the input's {tuple(input)}", other)

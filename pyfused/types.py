@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -19,9 +19,6 @@ ReductionOfKlDiv = Literal["none", "mean", "sum", "batchmean"]
 Approximate = Literal["none", "tanh"]
 MarginKind = Literal["cosface", "arcface"]
 Remainder = Literal["bucket", "ignore"]
-
-# The metadata of numeric options, which `checks` reads.
-NONNEGATIVE, POSITIVE = {"positive": False}, {"positive": True}
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,9 @@ class VocabOptions:
     ignore_index: int = -100
     reduction: str = "mean"
     token_weight: Tensor | None = None
-    denominator: float | Tensor | None = field(default=None, metadata=POSITIVE)
-    softcap: float | None = field(default=None, metadata=POSITIVE)
-    temperature: float = field(default=1.0, metadata=POSITIVE)
+    denominator: float | Tensor | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
 
     def values(self) -> tuple[Any, ...]:
         """Returns the values of all fields, in order."""
@@ -147,9 +144,9 @@ class CrossEntropyOptions(VocabOptions):
     """
 
     label_smoothing: float = 0.0
-    gamma: float = field(default=0.0, metadata=NONNEGATIVE)
-    z_loss: float = field(default=0.0, metadata=NONNEGATIVE)
-    scale: float = field(default=1.0, metadata=POSITIVE)
+    gamma: float = 0.0
+    z_loss: float = 0.0
+    scale: float = 1.0
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
 
@@ -185,7 +182,7 @@ class HeadOptions(CrossEntropyOptions):
     """
 
     memory_budget: int | None = None
-    filter_eps: float = field(default=0.0, metadata=NONNEGATIVE)
+    filter_eps: float = 0.0
 
 
 @dataclass(eq=False)
@@ -221,7 +218,7 @@ class DivergenceOptions(VocabOptions):
     """
 
     beta: float = 0.0
-    teacher_softcap: float | None = field(default=None, metadata=POSITIVE)
+    teacher_softcap: float | None = None
     memory_budget: int | None = None
     remainder: str = "bucket"
 

@@ -66,7 +66,8 @@ class ClassLoss(Operator):
 
         Raises for invalid types, shapes, dtypes and options. Kernels check class indices.
         """
-        operands = (*self._operands(arguments), None)[:3]
+        indices = [index for index, _ in self.indexed_operands]
+        operands = [*[arguments[index] for index in indices], None][:3]
         options = self.options_of(arguments)
         checks.reduction(options.reduction)
         self.check_arguments(*operands, options)
