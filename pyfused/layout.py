@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -121,27 +120,6 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
     return tensor, (outer, inner, length), (strides[0], strides[2], strides[1])
 
 
-def viewed(tensor: Tensor) -> tuple[Tensor, Strides]:
-    """Returns the tensor, or a contiguous copy if kernels cannot use its strides, and strides."""
-    strides = strides_of(tensor)
-    if strides is None:
-        tensor = tensor.contiguous()
-        strides = strides_of(tensor)
-        assert strides is not None
-    return tensor, strides
-
-
-def empty_viewed(
-    like: Tensor, empty_like: Callable[..., Tensor] = torch.empty_like
-) -> tuple[Tensor, Strides]:
-    """Returns a new tensor, in the layout of ``like`` if kernels can use it, and its strides."""
-    empty = empty_like(like)
-    strides = strides_of(empty)
-    if strides is None:
-        return viewed(empty_like(like, memory_format=torch.contiguous_format))
-    return empty, strides
-
-
 class ClassLayout(NamedTuple):
     """The layout in which kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
 
@@ -160,9 +138,17 @@ class ClassLayout(NamedTuple):
 
 def class_layout(tensor: Tensor, inplace: bool = False) -> ClassLayout:
     """Returns the layouts of a tensor and its gradient, which overwrites the tensor if inplace."""
-    view, strides = viewed(tensor)
-    grad, grad_strides = empty_viewed(view, partial(torch.empty_like, device="meta"))
-    return ClassLayout(view is not tensor, strides, grad, strides if inplace else grad_strides)
+    strides: Any = strides_of(tensor)
+    copies = strides is None
+    if copies:
+        tensor = tensor.contiguous()
+        strides = strides_of(tensor)
+    grad = torch.empty_like(tensor, device="meta")
+    grad_strides: Any = strides_of(grad)
+    if grad_strides is None:
+        grad = grad.contiguous()
+        grad_strides = strides_of(grad)
+    return ClassLayout(copies, strides, grad, strides if inplace else grad_strides)
 
 
 class SoftmaxLayout(NamedTuple):

@@ -34,10 +34,6 @@ def _required(path: str) -> Any:
         return lambda *_: False
 
 
-def _optional(owner: Any, name: str, otherwise: Any) -> Any:
-    return getattr(owner, name, otherwise)
-
-
 # ---- tensors -------------------------------------------------------------------------------------
 
 # Reading data_ptr() of a copy-on-write tensor copies it.
@@ -107,17 +103,15 @@ def compiler_traces() -> bool:
 # ---- autograd ------------------------------------------------------------------------------------
 
 # Whether this backward pass retains the graph. If not, saved tensors may be overwritten.
-graph_is_retained: Callable[[], bool] = _optional(
+graph_is_retained: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
-saved_tensors_hooks: Callable[[bool], Any] = _optional(
+saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )
 
-_graph_task: Callable[[], int] = _optional(torch._C, "_current_graph_task_id", lambda: 0)
-_profiler_is_on: Callable[[], bool] = _optional(
-    torch._C._autograd, "_profiler_enabled", lambda: True
-)
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: 0)
+_profiler_is_on: Callable[[], bool] = getattr(torch._C._autograd, "_profiler_enabled", lambda: True)
 
 
 def is_observed() -> bool:
@@ -204,7 +198,7 @@ def is_compiled_module(module: Any) -> bool:
     return has_compiled_call(module) or isinstance(module, kind)
 
 
-_has_any_global_hook: Callable[[], bool] = _optional(
+_has_any_global_hook: Callable[[], bool] = getattr(
     torch.nn.modules.module, "_has_any_global_hook", lambda: False
 )
 
@@ -259,7 +253,7 @@ def with_children(module: Any, children: dict[str, Any]) -> Any:
 # ---- tracing of formulas -------------------------------------------------------------------------
 
 # If the table is missing, only CompositeImplicitAutograd operators are decomposed.
-decomposition_table: Mapping[Any, Callable[..., Any]] = _optional(
+decomposition_table: Mapping[Any, Callable[..., Any]] = getattr(
     torch._decomp, "decomposition_table", {}
 )
 
@@ -275,7 +269,5 @@ class DispatchMode(TorchDispatchMode):
 # ---- processors ----------------------------------------------------------------------------------
 
 # Instructions for bfloat16 products; without them, float32 products are faster.
-has_amx: Callable[[], bool] = _optional(torch.cpu, "_is_amx_tile_supported", lambda: False)
-has_avx512_bf16: Callable[[], bool] = _optional(
-    torch.cpu, "_is_avx512_bf16_supported", lambda: False
-)
+has_amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+has_avx512_bf16: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

@@ -66,9 +66,8 @@ class ClassLoss(Operator):
 
         Raises for invalid types, shapes, dtypes and options. Kernels check class indices.
         """
-        indices = [index for index, _ in self.indexed_operands]
-        operands = [*[arguments[index] for index in indices], None][:3]
-        options = self.options_of(arguments)
+        operands = [arguments[index] for index, _ in self.indexed_operands]  # Dynamo traces this
+        operands, options = [*operands, None][:3], self.options_of(arguments)
         checks.reduction(options.reduction)
         self.check_arguments(*operands, options)
         return *operands, options
