@@ -20,11 +20,9 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     Head,
-    HeadOptions,
     LogProbsOptions,
     MarginOptions,
     ModuleOptions,
-    PairOptions,
     TensorSpec,
     VocabOptions,
 )
@@ -223,7 +221,7 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
             # A count in a tensor may be 0, because it is not read on GPUs: the mean is NaN then.
             count = name == "denominator" and isinstance(value, TENSORS)
             bounded(name, value, positive=name in _POSITIVE and not count)
-    memory_budget(getattr(options, "memory_budget", None))
+    memory_budget(options.memory_budget)
     if options.denominator is not None and options.reduction != "mean":
         got = "a tensor" if isinstance(options.denominator, TENSORS) else options.denominator
         raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
@@ -254,7 +252,7 @@ def normalized(options: Options) -> Options:
 
 
 def linear_cross_entropy(
-    head: Head, options: HeadOptions, probabilities: bool = True, classes: int | None = None
+    head: Head, options: CrossEntropyOptions, probabilities: bool = True, classes: int | None = None
 ) -> None:
     """Checks types, shapes, dtypes and options; class indices are checked later.
 
@@ -366,7 +364,7 @@ def layer_device(
             raise _error(f"{prefix}{name}", expected, value.device)
 
 
-def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: PairOptions) -> None:
+def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: VocabOptions) -> None:
     _tensors(a=a, b=b)
     one_number("scale", scale)
     if bias is not None:
@@ -530,7 +528,9 @@ def linear_log_probs(
     classes: int | None = None,
 ) -> None:
     """Checks types, shapes, dtypes and options; class indices are checked later."""
-    head_options = HeadOptions(options.ignore_index, "none", memory_budget=options.memory_budget)
+    head_options = CrossEntropyOptions(
+        options.ignore_index, "none", memory_budget=options.memory_budget
+    )
     head = Head(input, linear_weight, linear_bias, None, target, None)
     linear_cross_entropy(head, head_options, False, classes)
     vocab_options(options, ())

@@ -55,7 +55,6 @@ from pyfused.types import (
     Approximate,
     CrossEntropyOptions,
     FusedOptions,
-    HeadOptions,
     LogProbsOptions,
     MarginKind,
     Reduction,
@@ -246,6 +245,7 @@ def cross_entropy(
         denominator,
         softcap,
         temperature,
+        None,  # memory_budget
         label_smoothing,
         gamma,
         z_loss,
@@ -397,7 +397,7 @@ def linear_cross_entropy(
     Returns:
         As in :func:`cross_entropy`.
     """
-    given = HeadOptions(
+    given = CrossEntropyOptions(
         -100 if ignore_index is None else ignore_index,
         reduction,
         label_smoothing=label_smoothing,
@@ -448,7 +448,7 @@ def linear_cross_entropy_with_metrics(
         output, as in :func:`cross_entropy_with_metrics`.
     """
     checks.keywords("linear_cross_entropy_with_metrics", options)
-    given = HeadOptions(
+    given = CrossEntropyOptions(
         ignore_index,
         reduction,
         label_smoothing=label_smoothing,

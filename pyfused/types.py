@@ -94,6 +94,7 @@ class VocabOptions:
         denominator: The divisor of a mean, None for the total weight of the valid targets.
         softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no cap.
         temperature: The divisor of the logits, after the softcap.
+        memory_budget: Bytes for the logits in memory at once, None for the default.
     """
 
     ignore_index: int = -100
@@ -102,6 +103,7 @@ class VocabOptions:
     denominator: float | Tensor | None = None
     softcap: float | None = None
     temperature: float = 1.0
+    memory_budget: int | None = None
 
     def values(self) -> tuple[Any, ...]:
         """Returns the values of all fields, in order."""
@@ -135,12 +137,13 @@ class VocabOptions:
 
 @dataclass(eq=False)
 class CrossEntropyOptions(VocabOptions):
-    """Options of cross-entropy.
+    """Options of cross-entropy, of logits or of a linear layer's output.
 
     Attributes:
         scale: The factor of the logits, after the softcap.
         loss_dtype: The dtype of the loss, None for torch's.
         with_metrics: Whether the call returns a tuple of the loss and the metrics of each target.
+        filter_eps: Matrix products of a head skip gradients of logits below this.
     """
 
     label_smoothing: float = 0.0
@@ -149,6 +152,7 @@ class CrossEntropyOptions(VocabOptions):
     scale: float = 1.0
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
+    filter_eps: float = 0.0
 
     @property
     def rows(self) -> RowOptions:
@@ -173,26 +177,12 @@ class CrossEntropyOptions(VocabOptions):
 
 
 @dataclass(eq=False)
-class HeadOptions(CrossEntropyOptions):
-    """Options of cross-entropy of a linear layer's output.
-
-    Attributes:
-        memory_budget: Bytes for the logits in memory at once, None for the default.
-        filter_eps: Matrix products skip gradients of logits below this.
-    """
-
-    memory_budget: int | None = None
-    filter_eps: float = 0.0
-
-
-@dataclass(eq=False)
 class LogProbsOptions(VocabOptions):
     """Options of log-probabilities.
 
     Attributes:
         alone: Whether only the log-probabilities are returned, without entropy and log-sum-exp.
         with_metrics: Whether the call returns a tuple of these and the metrics of each target.
-        memory_budget: Bytes for the logits in memory at once, None for the default.
         deterministic_rows: Whether the bits of a row's results are independent of the batch;
             requires matrix products of a fixed size.
     """
@@ -200,7 +190,6 @@ class LogProbsOptions(VocabOptions):
     reduction: str = "none"
     alone: bool = False
     with_metrics: bool = False
-    memory_budget: int | None = None
     deterministic_rows: bool = False
 
 
@@ -212,30 +201,17 @@ class DivergenceOptions(VocabOptions):
         beta: The weight of the teacher in the mixture of a generalised Jensen-Shannon divergence;
             0 for KL(teacher || student), 1 for KL(student || teacher).
         teacher_softcap: The softcap of the teacher's logits.
-        memory_budget: Bytes for the logits of both models in memory at once, None for the default.
         remainder: "bucket" treats the classes outside the teacher's top k as one class, "ignore"
             drops them.
     """
 
     beta: float = 0.0
     teacher_softcap: float | None = None
-    memory_budget: int | None = None
     remainder: str = "bucket"
 
     def __post_init__(self) -> None:
         if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
             self.token_weight = self.token_weight.to(torch.float32)  # it is a mask
-
-
-@dataclass(eq=False)
-class PairOptions(VocabOptions):
-    """Options of losses of all pairs of embeddings.
-
-    Attributes:
-        memory_budget: Bytes for the logits in memory at once, None for the default.
-    """
-
-    memory_budget: int | None = None
 
 
 @dataclass(eq=False)
@@ -379,7 +355,7 @@ class Head(NamedTuple):
         """Returns the number of logits of a row: C * d1 * ... * dk."""
         return self.linear_weight[..., 0].numel()
 
-    def as_rows(self, options: HeadOptions) -> tuple[Head, HeadOptions]:
+    def as_rows(self, options: CrossEntropyOptions) -> tuple[Head, CrossEntropyOptions]:
         """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""
         input, target, token_weight = self.input, self.target, options.token_weight
         if input.dim() == 2:

@@ -37,7 +37,7 @@ from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
-from pyfused.types import CrossEntropyOptions, HeadOptions
+from pyfused.types import CrossEntropyOptions
 
 OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
 WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with more options and results than torch's
@@ -459,7 +459,7 @@ def linear_cross_entropy(
 ) -> Any:
     """Computes pyfused's linear_cross_entropy with torch's operators, from the full logits."""
     tensors = input, linear_weight, linear_bias, adapter_weight, target, weight
-    return definitions.linear_cross_entropy(*tensors, options=HeadOptions(**given))
+    return definitions.linear_cross_entropy(*tensors, options=CrossEntropyOptions(**given))
 
 
 class Torchs:

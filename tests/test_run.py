@@ -28,7 +28,7 @@ from pyfused import functional as F
 from pyfused.adopt import run
 from pyfused.dispatch import reasons
 from pyfused.ops.custom_operators import custom_operator
-from pyfused.types import CrossEntropyOptions, HeadOptions
+from pyfused.types import CrossEntropyOptions
 
 Done = subprocess.CompletedProcess[str]
 SECONDS = 300  # generous, so that only a hang is ended
@@ -550,7 +550,7 @@ def test_small_calls_and_fallbacks_are_counted() -> None:
 
 def test_compiled_calls_are_counted(counted_here: run.Report) -> None:
     x = X.clone().requires_grad_()
-    options, of_head = CrossEntropyOptions(), HeadOptions()
+    options, of_head = CrossEntropyOptions(), CrossEntropyOptions()
     custom_operator("cross_entropy")(x, TARGET, None, *options.values()).backward()
     head = x, X[:4], None, None, TARGET % 4, None
     wanted = [True, False, False, False, False]

@@ -21,7 +21,7 @@ import os
 import torch
 
 from pyfused.backends import Backend, cpu
-from pyfused.types import Head, HeadOptions
+from pyfused.types import CrossEntropyOptions, Head
 
 # For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
 # 1.3 times with 128, and 1.1 times with 256.
@@ -69,7 +69,7 @@ def rows_in_budget(
     return min(max(n * row // 4, MIN_BUDGET) // row, most)
 
 
-def rows_at_once(head: Head, options: HeadOptions, backend: Backend) -> int:
+def rows_at_once(head: Head, options: CrossEntropyOptions, backend: Backend) -> int:
     """Returns the number of rows with all classes per block, 0 if blocks of classes are better."""
     n, dtype = len(head.input), product_dtype(head, backend)
     row = head.columns * dtype.itemsize * (1 if options.softcap is None else 3)
@@ -80,7 +80,7 @@ def rows_at_once(head: Head, options: HeadOptions, backend: Backend) -> int:
     return 0 if dtype is not head.input.dtype or rows < min(n, min_rows) else min(n, rows)
 
 
-def tile_size(head: Head, options: HeadOptions, backend: Backend) -> int:
+def tile_size(head: Head, options: CrossEntropyOptions, backend: Backend) -> int:
     """Returns the number of rows and of classes of a square block that fits the budget."""
     tile, size, features = TILE, product_dtype(head, backend).itemsize, head.input.shape[1]
     if options.memory_budget is not None:
@@ -104,7 +104,7 @@ def state_block_size(
     kChunk.
     """
     n = len(head.input)
-    rows = rows_at_once(head, HeadOptions(memory_budget=memory_budget), backend)
+    rows = rows_at_once(head, CrossEntropyOptions(memory_budget=memory_budget), backend)
     if fixed_sizes:
         return max(1, rows // FIXED_ROWS) * FIXED_ROWS, head.columns
     if rows:

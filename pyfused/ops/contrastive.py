@@ -38,11 +38,11 @@ from pyfused.types import (
     LOG_P,
     STATE_FIELDS,
     ClassRange,
+    CrossEntropyOptions,
     Head,
-    HeadOptions,
     Outputs,
-    PairOptions,
     RowOptions,
+    VocabOptions,
 )
 
 
@@ -51,7 +51,7 @@ def contrastive_loss(
     b: Tensor,
     bias: float | Tensor | None = None,
     scale: float | Tensor = 1.0,
-    options: PairOptions = PairOptions(),  # noqa: B008 never changed
+    options: VocabOptions = VocabOptions(),  # noqa: B008 never changed
 ) -> Tensor:
     checks.contrastive_loss(a, b, bias, scale, options)
     logits = F.linear(a * _scalar(scale), b)
@@ -76,7 +76,7 @@ class Contrastive(RowLoss):
     Kernels take the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
     """
 
-    options = PairOptions
+    options = VocabOptions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ class Contrastive(RowLoss):
     def bind(self, *_: Any, **kwargs: Any) -> Arguments:
         operands = [kwargs.pop(operand.name, None) for operand in self.operands]
         operands[2:] = [float(x) if isinstance(x, Real) else x for x in operands[2:]]
-        return *operands, PairOptions(**kwargs)
+        return *operands, VocabOptions(**kwargs)
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         return arguments[2] is not None
@@ -120,7 +120,7 @@ class Contrastive(RowLoss):
     def valid_rows(self, _: Backend, tensors: Sequence[Any], __: Any) -> tuple[None, float]:
         return None, len(tensors[0])
 
-    def definition_loss(self, tensors: Sequence[Any], options: PairOptions) -> Tensor:
+    def definition_loss(self, tensors: Sequence[Any], options: VocabOptions) -> Tensor:
         (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
         return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
 
@@ -128,7 +128,7 @@ class Contrastive(RowLoss):
         self,
         backend: Backend,
         tensors: Sequence[Any],
-        options: PairOptions,
+        options: VocabOptions,
         outputs: Outputs,
         grad_output: Tensor | None,
         state: Tensor | None,  # noqa: ARG002
@@ -141,7 +141,7 @@ class Contrastive(RowLoss):
 def _softmax(
     backend: Backend,
     tensors: Sequence[Any],
-    options: PairOptions,
+    options: VocabOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossResult:
@@ -151,7 +151,7 @@ def _softmax(
     # Larger blocks need fewer synchronisations of threads, which take long on a busy machine.
     tile = TILE * 3 // 2
     if options.memory_budget is not None:  # the other half is for the transposed block
-        half = HeadOptions(memory_budget=options.memory_budget // 2)
+        half = CrossEntropyOptions(memory_budget=options.memory_budget // 2)
         tile = tile_size(Head(x, b, None, None, target, None), half, backend)
     loop = backend, Layer(x, b, None), x.dtype, (tile, tile)
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
@@ -192,7 +192,7 @@ def _softmax(
 def _sigmoid(
     backend: Backend,
     tensors: Sequence[Any],
-    options: PairOptions,
+    options: VocabOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossResult:

@@ -16,7 +16,7 @@ from pyfused.dispatch.originals import original
 from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.types import CrossEntropyOptions, Head, HeadOptions, LogProbsOptions
+from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions
 
 _cross_entropy = original(F.cross_entropy)
 _linear_cross_entropy = (  # from torch 2.13 on
@@ -98,7 +98,7 @@ def linear_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     torch_options: Any = None,
-    options: HeadOptions = HeadOptions(),  # noqa: B008 never changed
+    options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
 ) -> Any:
     checks.layer_device(input, linear_weight, linear_bias, adapter=adapter_weight)
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
@@ -128,7 +128,7 @@ def _with_one_weight(head: Head) -> Head:
         return head._replace(linear_weight=torch.cat(weights, -1), adapter_weight=None)
 
 
-def head_cross_entropy(head: Head, options: HeadOptions) -> Any:
+def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:
     """Returns the cross-entropy of a linear layer's output, computed from all logits."""
     leading, head = head.input.shape[:-1], _with_one_weight(head)
     if len(leading) > 1:

@@ -42,7 +42,7 @@ from pyfused.ops.row_state import (
     total_weight,
 )
 from pyfused.ops.shards import ShardedOperator
-from pyfused.types import ClassRange, Head, HeadOptions, Outputs, VocabShard
+from pyfused.types import ClassRange, CrossEntropyOptions, Head, Outputs, VocabShard
 
 # torch has the function since 2.13.
 _TORCH_PARAMETERS = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
@@ -52,7 +52,7 @@ _TORCH_PARAMETERS = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambd
 class LinearCrossEntropy(RowLoss, ShardedOperator):
     """Cross-entropy of a linear layer's output."""
 
-    options = HeadOptions
+    options = CrossEntropyOptions
 
     def bind(self, *args: Any, **kwargs: Any) -> Arguments:
         kwargs |= dict(zip(_TORCH_PARAMETERS, args, strict=False))
@@ -60,12 +60,12 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             kwargs["ignore_index"] = -100
         torch_options = kwargs.pop("options", None)
         tensors = [kwargs.pop(operand.name, None) for operand in self.operands]
-        return *tensors, torch_options, HeadOptions(**kwargs)
+        return *tensors, torch_options, CrossEntropyOptions(**kwargs)
 
-    def checked_options(self, arguments: Arguments) -> HeadOptions:
+    def checked_options(self, arguments: Arguments) -> CrossEntropyOptions:
         head, options = _head(arguments)
         self.check_arguments(head, options)
-        normalized: HeadOptions = checks.normalized(options)
+        normalized: CrossEntropyOptions = checks.normalized(options)
         return normalized
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
@@ -116,10 +116,10 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def loss_shape(self, tensors: Sequence[Any]) -> tuple[int, ...]:
         return tensors[0].shape[0], *tensors[1].shape[1:-1]  # len would specialise a dynamic size
 
-    def state_fields(self, options: HeadOptions) -> int:
+    def state_fields(self, options: CrossEntropyOptions) -> int:
         return state_fields(options)
 
-    def check_indices(self, tensors: Sequence[Any], options: HeadOptions) -> None:
+    def check_indices(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> None:
         _, linear_weight, _, _, target, _ = tensors
         if not target.is_floating_point():
             classes, backend = len(linear_weight), backend_of(target)
@@ -130,7 +130,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return accumulate_dtype(product_dtype(head, backend_of(head.input)))
 
     def valid_rows(
-        self, backend: Backend, tensors: Sequence[Any], options: HeadOptions
+        self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
     ) -> tuple[Tensor | None, float | Tensor]:
         *_, target, weight = tensors
         if not target.is_floating_point():
@@ -143,7 +143,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         self,
         backend: Backend,
         tensors: Sequence[Any],
-        options: HeadOptions,
+        options: CrossEntropyOptions,
         outputs: Outputs,
         grad_output: Tensor | None,
         state: Tensor | None,
@@ -154,7 +154,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             return _by_rows(backend, head, options, outputs, grad_output, rows)
         return _by_classes(backend, head, options, outputs, grad_output, state)
 
-    def definition_loss(self, tensors: Sequence[Any], options: HeadOptions) -> Tensor:
+    def definition_loss(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> Tensor:
         dtype = self.loss_dtype(tensors)
 
         def widen(tensor: Any) -> Any:
@@ -177,12 +177,12 @@ def linear_cross_entropy_fallback_reason(
     return options_fallback_reason(input, arguments[-1])
 
 
-def _head(arguments: Arguments) -> tuple[Head, HeadOptions]:
+def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
     *tensors, _, options = arguments
     return Head(*tensors), options
 
 
-def _result_dtype(head: Head, options: HeadOptions) -> torch.dtype:
+def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:
     if options.loss_dtype is not None:
         return options.loss_dtype
     dtype, target = head.input.dtype, head.target
@@ -197,7 +197,7 @@ def _result_dtype(head: Head, options: HeadOptions) -> torch.dtype:
 def _by_rows(
     backend: Backend,
     head: Head,
-    options: HeadOptions,
+    options: CrossEntropyOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
     rows: int,
@@ -253,7 +253,7 @@ def _by_rows(
 def _by_classes(
     backend: Backend,
     head: Head,
-    options: HeadOptions,
+    options: CrossEntropyOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
     state: Tensor | None,
