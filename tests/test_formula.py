@@ -466,6 +466,18 @@ def test_a_parameter_that_chooses_the_result() -> None:
         assert torch.equal(torch.autograd.grad(got.sum(), input)[0], torch.full((100,), slope))
 
 
+def test_parameters_named_like_deprecated_arguments_of_torch() -> None:
+    @pyfused.loss
+    def mine(input: Tensor, *, size_average: float = 0.0, reduce: float = 2.0) -> Tensor:
+        return reduce * input + size_average
+
+    input = torch.linspace(0, 1, 1000).requires_grad_()
+    loss = mine(input, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, input)
+    torch.testing.assert_close(loss, 2 * input.sum())
+    assert torch.equal(gradient, torch.full_like(input, 2.0))
+
+
 def test_a_parameter_that_only_changes_gradients() -> None:
     """The operations of the value are the same."""
 

@@ -164,6 +164,14 @@ class Operator(ABC):
         self.is_linear = "linear_weight" in self.arguments
         self._reduction = index("reduction") if "reduction" in self.arguments else None
 
+    def reduction(self, arguments: Arguments, warn: bool = True) -> str:
+        """Returns the reduction of a call, "none" for an operator without one."""
+        by_name = dict(zip(self.arguments, arguments, strict=True))
+        reduction: str = by_name.get("reduction", "none")
+        if self.definition is not None:  # a user's formula may have parameters of these names
+            return reduction
+        return reduction_of(by_name.get("size_average"), by_name.get("reduce"), reduction, warn)
+
     def definition_of(self, compute: Callable[..., Tensor], **last: Any) -> Callable[..., Tensor]:
         """Returns a function for an operator that torch lacks.
 

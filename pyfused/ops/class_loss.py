@@ -20,7 +20,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
-from pyfused.dispatch.operator import Arguments, Operator, reduction_of
+from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.plan import (
     Plan,
     Tensors,
@@ -179,8 +179,7 @@ class NllLoss(ClassLoss):
         return self.needs_no_gradient(arguments)
 
     def options_of(self, arguments: Arguments) -> VocabOptions:
-        *_, size_average, ignore_index, reduce, reduction = arguments
-        return VocabOptions(ignore_index, reduction_of(size_average, reduce, reduction))
+        return VocabOptions(arguments[4], self.reduction(arguments))
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -194,8 +193,8 @@ class MultiMarginLoss(ClassLoss):
         return super().takes_second_limit(arguments, 15)
 
     def options_of(self, arguments: Arguments) -> VocabOptions:
-        _, _, p, margin, _, *reductions = arguments
-        return MarginOptions(reduction=reduction_of(*reductions), p=p, margin=margin)
+        _, _, p, margin, *_ = arguments
+        return MarginOptions(reduction=self.reduction(arguments), p=p, margin=margin)
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors
@@ -224,7 +223,7 @@ class MultilabelMarginLoss(MultiMarginLoss):
     """The margin loss of rows with several labels, which end at the first -1."""
 
     def options_of(self, arguments: Arguments) -> VocabOptions:
-        return MarginOptions(reduction=reduction_of(*arguments[2:]))
+        return MarginOptions(reduction=self.reduction(arguments))
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, _ = tensors

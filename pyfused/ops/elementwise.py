@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.dispatch.operator import Arguments, Operand, Operator, Scalar, reduction_of
+from pyfused.dispatch.operator import Arguments, Operand, Operator, Scalar
 from pyfused.formulas.kernel import Kernel
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
@@ -513,8 +513,9 @@ def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> 
 
 
 def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
-    input, target, weight, size_average, reduce, reduction = arguments
-    reduction = reduction_of(size_average, reduce, reduction, warn=False)  # the loss has warned
+    input, target, weight, *_ = arguments
+    # The loss has warned of deprecated arguments.
+    reduction = MULTILABEL_SOFT_MARGIN_LOSS.reduction(arguments, warn=False)
     if reduction == "none":
         loss = loss.mean(-1)
     elif reduction == "sum":

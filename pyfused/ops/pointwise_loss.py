@@ -28,7 +28,6 @@ from pyfused.dispatch.operator import (
     Operand,
     Operator,
     Scalar,
-    reduction_of,
 )
 from pyfused.dispatch.plan import (
     Forward,
@@ -124,8 +123,6 @@ class TensorLoss(Operator):
         self.enforces = any(v.enforced is not None for v in self.variables)
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
         self._weight = index("weight") if self.weight_shape is not None else None
-        legacy = [name for name in ("size_average", "reduce") if name in self.arguments]
-        self._legacy = itemgetter(*map(index, legacy)) if legacy else None
 
     def plan(
         self,
@@ -283,15 +280,11 @@ class TensorLoss(Operator):
                 checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
 
     def _read(self, arguments: Arguments) -> tuple[Sequence[Any], Tensor | None, str]:
-        operands, reduction = self._values(arguments), "none"
-        if self._reduction is not None:
-            reduction = arguments[self._reduction]
+        operands = self._values(arguments)
         if operands[-1] is None:
             operands = operands[:-1]
-        if self._legacy is not None:
-            size_average, reduce = self._legacy(arguments)
-            reduction = reduction_of(size_average, reduce, reduction)
-        return operands, None if self._weight is None else arguments[self._weight], reduction
+        weight = None if self._weight is None else arguments[self._weight]
+        return operands, weight, self.reduction(arguments)
 
     def _check(
         self,
