@@ -642,14 +642,16 @@ def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = Tru
         indices = f"{_INDICES} and shape {tuple(expected)}{alternative * probabilities}"
         got = f"{target.dtype} of shape {tuple(target.shape)}{_pass_long(target)}"
         raise _error("target", indices, got)
-    alternative = f" or class probabilities of the input's shape {shape}" * probabilities
-    _index_shape(input, target, alternative)
+    _index_shape(input, target, probabilities)
     if input.dim() > 2 and input.shape[1] == 0 and target.numel():
         raise _error("input", "one class or more", f"shape {shape}")
 
 
 def _index_shape(
-    input: Tensor, target: Tensor, alternative: str = "", error: type[Exception] | None = None
+    input: Tensor,
+    target: Tensor,
+    probabilities: bool = False,
+    error: type[Exception] | None = None,
 ) -> None:
     """Checks the shape of class indices; torch's error is a ValueError if batch sizes differ."""
     expected = loss_shape(input, "none")
@@ -658,12 +660,11 @@ def _index_shape(
     batch = target.shape[:1] != input.shape[:1]
     if input.dim() == 1:
         batch = target.dim() == 1 and not target.is_floating_point()
-    raise _error(
-        "target",
-        f"class indices of shape {tuple(expected)}{alternative}",
-        f"shape {tuple(target.shape)}{_hint(input, target)}",
-        error or (ValueError if batch else RuntimeError),
-    )
+    error = error or (ValueError if batch else RuntimeError)
+    alternative = f" or class probabilities of the input's shape {tuple(input.shape)}"
+    indices = f"class indices of shape {tuple(expected)}{alternative * probabilities}"
+    got = f"shape {tuple(target.shape)}{_hint(input, target)}"
+    raise _error("target", indices, got, error)
 
 
 def _is_single(input: Tensor, target: Tensor) -> bool:
