@@ -72,23 +72,14 @@ class ClassLoss(Operator):
         self.check_arguments(*operands, options)
         return *operands, options
 
-    def plan(
-        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
-    ) -> Plan:
-        """Checks a call, and returns the plan of its signature, whose tensors are `tensors`.
-
-        Args:
-            needs: Whether the input and the target need a gradient; None to ask autograd.
-        """
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
+        """Checks a call, and returns the plan of its signature, whose tensors are `tensors`."""
         *operands, options = self.checked(arguments)
         input, target, _ = operands
         layouts: list[Any] = [None if x is None else x.empty() for x in operands]
         arranged = self.arranged(layouts)
         converts = any(x is not y for x, y in zip(layouts, arranged, strict=True))
-        dtype = arranged[0].dtype
-        if needs is None:
-            needs = needs_grad((input, target))
-        needs += (False,) * (2 - len(needs))
+        dtype, needs = arranged[0].dtype, needs_grad((input, target))
         backend, result_dtype = backend_of(input), self.result_dtype(input, options, dtype)
         numbers = options.without_tensors()
         in_forward = gradients_in_forward(options.reduction, dtype)
@@ -200,10 +191,8 @@ class MultiMarginLoss(ClassLoss):
         input, target, weight = tensors
         return input.reshape(-1, input.shape[-1]), target.to(torch.int64).reshape(-1), weight
 
-    def plan(
-        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
-    ) -> Plan:
-        plan = super().plan(arguments, inplace, needs)
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
+        plan = super().plan(arguments, inplace)
         cast = plan.finish
 
         def finish(loss: Tensor, arguments: Arguments) -> Tensor:

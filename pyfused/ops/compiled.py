@@ -11,7 +11,7 @@ schema follows from the operator's declaration and from the fields of its option
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -121,8 +121,12 @@ class CompiledOperator:
         plan: Plan | None = None if key is None else dispatch.find_plan(key)
         if plan is None:
             results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
-            specs = with_specs(self.op, arguments, False)
-            plan = self.op.plan(specs, False, tuple(needs), **results)
+            specs = list(with_specs(self.op, arguments, False))
+            for i, need in enumerate(needs):
+                if specs[i] is not None:
+                    specs[i] = replace(specs[i], requires_grad=need)
+            with torch.enable_grad():  # the compiler disables it, and says which are needed
+                plan = self.op.plan(tuple(specs), False, **results)
             if key is not None:
                 dispatch.keep_plan(key, plan)
         return plan

@@ -27,7 +27,7 @@ from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments
-from pyfused.dispatch.plan import Plan, needs_grad
+from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import TILE, rows_in_budget, tile_size
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
@@ -97,12 +97,9 @@ class Contrastive(RowLoss):
         self.check(arguments)
         return arguments[-1]
 
-    def plan(
-        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
-    ) -> Plan:
+    def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
         needs_a, needs_b, needs_bias, needs_scale = needs_grad(arguments[:4])
-        needs = needs or (needs_a or needs_scale, needs_b, needs_bias)
-        return super().plan(arguments, inplace, needs)
+        return needs_a or needs_scale, needs_b, needs_bias
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         a, b, bias, scale, _ = arguments

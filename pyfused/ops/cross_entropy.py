@@ -92,14 +92,12 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             input = definitions.without_ignored(input, target, options.ignore_index)
         return self.reference(input, target, weight, options)
 
-    def plan(
-        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
-    ) -> Any:
+    def plan(self, arguments: Arguments, inplace: bool) -> Any:
         options = arguments[-1]
         if options.softcap is not None:
             self.checked(arguments)
             return self._softcap_loss
-        plan = super().plan(arguments, inplace, needs)
+        plan = super().plan(arguments, inplace)
         return self._with_metrics(plan, arguments) if options.with_metrics else plan
 
     def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:

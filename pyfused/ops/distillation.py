@@ -262,10 +262,8 @@ class Divergence(RowLoss):
 class LogitsDivergence(Divergence):
     """The divergence of logits."""
 
-    def plan(
-        self, arguments: Arguments, inplace: bool, needs: tuple[bool, ...] | None = None
-    ) -> Plan:
-        plan = super().plan(arguments, inplace, needs)
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
+        plan = super().plan(arguments, inplace)
         options, count = self.checked_options(arguments).without_tensors(), len(self.operands)
         prepare = partial(self.kernels, plan.backend, options)
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)

@@ -129,13 +129,11 @@ class LogProbsOperator(ShardedOperator):
         self,
         arguments: Arguments,
         inplace: bool,  # noqa: ARG002
-        needs: tuple[bool, ...] | None = None,
         results: int | None = None,
     ) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
         Args:
-            needs: Whether each tensor but the target needs a gradient; None to ask autograd.
             results: As in `state_plan`; None for the results that the options select.
         """
         self.check_arguments(*arguments)
@@ -153,7 +151,7 @@ class LogProbsOperator(ShardedOperator):
 
         if self.is_linear:
             tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
-        return self.state_plan(tensors, options, arrange=arrange, needs=needs, results=results)
+        return self.state_plan(tensors, options, arrange=arrange, results=results)
 
     def compiled(self, arguments: Arguments) -> Any:
         *tensors, target, options = arguments

@@ -124,27 +124,17 @@ class TensorLoss(Operator):
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
         self._weight = index("weight") if self.weight_shape is not None else None
 
-    def plan(
-        self,
-        arguments: Arguments,
-        inplace: bool,  # noqa: ARG002
-        needs: tuple[bool, ...] | None = None,
-    ) -> Plan:
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         """Checks a call, and returns the plan of its signature.
 
         The plan's tensors are the operands, the weight or None, and the divisor of the sum, None if
         it does not depend on values.
-
-        Args:
-            needs: Whether each of the first operands needs a gradient; None to ask autograd.
         """
         operands, weight, reduction = self._read(arguments)
         self._check(arguments, operands, weight, reduction)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
-        if needs is None:
-            needs = needs_grad(operands)
-        needs += (False,) * (len(operands) - len(needs))
-        backend, numbers = backend_of(operands[0]), self.numbers(arguments)
+        needs, numbers = needs_grad(operands), self.numbers(arguments)
+        backend = backend_of(operands[0])
         warning = None if self.warning is None else self.warning(arguments)
         *layouts, layout_of_weight = [
             x.empty() if isinstance(x, TensorSpec) else x for x in (*operands, weight)
@@ -460,15 +450,10 @@ class Halves(Gated):
     def check(self, arguments: Arguments) -> None:
         checks.halves(*arguments)
 
-    def plan(
-        self,
-        arguments: Arguments,
-        inplace: bool,  # noqa: ARG002
-        needs: tuple[bool, ...] | None = None,
-    ) -> Plan:
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         """Returns the plan of a signature. Autograd sees one tensor rather than the halves."""
         input, dim = arguments
-        needs, dim = needs_grad((input,)) if needs is None else needs, dim % input.dim()
+        needs, dim = needs_grad((input,)), dim % input.dim()
         backend: Backend = backend_of(input)
 
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:

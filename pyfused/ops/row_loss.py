@@ -108,20 +108,14 @@ class RowLoss(Operator):
 
         return differentiate(definition, tensors[: self.student], needs, grad_output)
 
-    def plan(
-        self,
-        arguments: Arguments,
-        inplace: bool,  # noqa: ARG002
-        needs: tuple[bool, ...] | None = None,
-    ) -> Plan:
-        """Checks a call, and returns the plan of its signature.
+    def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
+        """Returns whether each of the student's tensors needs a gradient."""
+        return needs_grad(arguments[: self.student])
 
-        Args:
-            needs: Whether each of the student's tensors needs a gradient; None to ask autograd.
-        """
+    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+        """Checks a call, and returns the plan of its signature."""
         numbers, count = self.checked_options(arguments).without_tensors(), len(self.operands)
-        if needs is None:
-            needs = needs_grad(arguments[: self.student])
+        needs = self.gradients_needed(arguments)
         backend, device = backend_of(arguments[0]), arguments[0].device.type
 
         def arrange(arguments: Arguments) -> Sequence[Any]:

@@ -140,7 +140,6 @@ def state_plan(
     *,
     entropy: bool = True,
     results: int = 0,
-    needs: tuple[bool, ...] | None = None,
     arrange: Callable[[Arguments], Sequence[Any]] = tuple,
     finish: Callable[[Any, Arguments], Any] | None = None,
 ) -> Plan:
@@ -156,12 +155,11 @@ def state_plan(
         shard: The classes of this process, None if it has all classes.
         entropy: As in `_merged`.
         results: The number of fields to return, in the accumulation dtype; 0 for the whole state.
-        needs: Whether each of the tensors needs a gradient; None to ask autograd.
         arrange: As in `Plan`; by default the arguments are the plan's tensors.
         finish: As in `Plan`. The output that it takes is a tuple of the results and the state.
     """
     backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
-    needs = needs_grad(tensors) if needs is None else needs
+    needs = needs_grad(tensors)
     count, is_logits, needs_any = len(tensors), len(tensors) == 1, True in needs
     has_classes = shard is None or tensors[not is_logits].numel() > 0
     rows, classes, fields, *_ = options
