@@ -173,11 +173,13 @@ def halves(input: Tensor, along: int) -> None:
 
 # ---- losses over classes -------------------------------------------------------------------------
 
+# The checks named after an operator are of types, shapes, dtypes and options. Class indices are
+# checked by kernels, or by `class_indices`.
+
 
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
-    """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
     _tensors(input=input, target=target, weight=weight)
     one_number("label_smoothing", options.label_smoothing)
     vocab_options(options, loss_shape(input, "none"))
@@ -508,7 +510,6 @@ def _shape(
 
 
 def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
-    """Checks types, shapes, dtypes and options; class indices are checked later."""
     _tensors(logits=logits, target=target)
     if logits.dim() == 0:
         raise _error("logits", _SCORES, "()")
@@ -527,7 +528,6 @@ def linear_log_probs(
     options: LogProbsOptions,
     classes: int | None = None,
 ) -> None:
-    """Checks types, shapes, dtypes and options; class indices are checked later."""
     head_options = CrossEntropyOptions(
         options.ignore_index, "none", memory_budget=options.memory_budget
     )
@@ -579,7 +579,6 @@ def _class_weight(input: Tensor, weight: Tensor | None, alike: bool = True) -> N
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: VocabOptions) -> None:
-    """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
     _tensors(input=input, target=target, weight=weight)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     if input.dim() == 0:
@@ -592,7 +591,6 @@ def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Voca
 def multi_margin_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: MarginOptions
 ) -> None:
-    """Checks types, shapes, dtypes and options; the kernel checks the class indices."""
     _tensors(input=input, target=target, weight=weight)
     number("margin", options.margin, (float, Real), "a float")
     if options.p not in (1, 2):

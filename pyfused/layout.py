@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -16,6 +17,13 @@ Strides = tuple[int, int, int]  # the strides of outer rows, of inner rows and o
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which kernels accumulate for tensors of a dtype."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def common_dtype(*tensors: Any) -> torch.dtype:
+    """Returns the dtype to which torch promotes tensors; other arguments are ignored."""
+    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor)]
+    common: torch.dtype = reduce(torch.promote_types, dtypes)
+    return common
 
 
 def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -385,7 +385,7 @@ ALONE = ("dtype", "filter_eps", "inplace", "loss_dtype", "remainder", "with_metr
 
 def overwrites(op: Operator) -> bool:
     """Returns whether a result overwrites the input. (test_inplace.py tests gradients that do.)"""
-    return isinstance(op, Activation) and op.overwrites
+    return isinstance(op, Activation) and op.builtin_ is not op.reference
 
 
 def values_of(op: Operator, name: str) -> list[Any]:

@@ -291,22 +291,10 @@ class Operator(ABC):
         return "some logits at a time" if self.is_linear else self.strategy
 
 
-def parameters_of(function: Any) -> dict[str, Any]:
-    """Returns the parameters of a Python function with their defaults, `...` for no default.
-
-    Wrappers are unwrapped. `inspect.signature` does the same, but takes 0.1 ms.
-    """
-    if signature := getattr(function, "__signature__", None):
-        parameters = signature.parameters.values()
-        return {p.name: ... if p.default is p.empty else p.default for p in parameters}
-    function = inspect.unwrap(function)
-    code, values = function.__code__, function.__defaults__ or ()
-    names = code.co_varnames[: code.co_argcount]
-    defaults = dict.fromkeys(names, ...)
-    defaults |= dict(zip(reversed(names), reversed(values), strict=False))
-    for name in code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]:
-        defaults[name] = (function.__kwdefaults__ or {}).get(name, ...)
-    return defaults
+def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the parameters of a function with their defaults, `...` for no default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: ... if p.default is p.empty else p.default for p in parameters}
 
 
 def reduction_of(

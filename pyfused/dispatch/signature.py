@@ -119,12 +119,11 @@ def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
     reason = active_mode()
     if reason or sharded:
         return reason
-    for name, value in named(op, arguments).items():
+    for name, value in named(op, with_python_numbers(op, arguments)).items():
         if isinstance(value, Tensor):
-            reason = layout_reason(name, value)
-            if reason is None and name not in op.tensor_names and not is_readable(value):
-                reason = f"{name} is a tensor"
-        elif type(_number(op, name, value)) not in _HASHED:
+            is_number = name not in op.tensor_names
+            reason = layout_reason(name, value) or (f"{name} is a tensor" if is_number else None)
+        elif type(value) not in _HASHED:
             reason = f"{name} is a {type(value).__name__}"
         if reason is not None:
             return reason

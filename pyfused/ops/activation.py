@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +32,6 @@ class Activation(Operator):
         gradient: The gradient of the input, given grad_output, the saved tensor and the scalars.
             None derives it from the formula, if the input is saved.
         checks: Whether torch's Python function raises for scalars that the built-in one accepts.
-        overwrites: Whether torch has an in-place variant.
         saves: The tensor that the gradient is computed from, "input" or "output". Saving the output
             lets the input's memory be freed, or be overwritten.
     """
@@ -42,7 +41,6 @@ class Activation(Operator):
     saves: str = "input"
     built_in: tuple[str, ...] = ("input",)
     checks: bool = False
-    overwrites: bool = field(init=False)
 
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves == "output":
@@ -56,7 +54,6 @@ class Activation(Operator):
             self.builtin_ = _built_in(f"{self.name}_", self.reference_)
         if self.reference_ is self.reference:  # it has no parameter `inplace`
             self.reference_ = self.builtin_
-        self.overwrites = self.builtin_ is not self.reference
         if self.scalars and self.fallback_reason is None:
             self.fallback_reason = self._invalid_scalar
 

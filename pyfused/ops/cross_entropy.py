@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from pyfused.dispatch.operator import (
     reduction_of,
 )
 from pyfused.dispatch.plan import Forward, Plan, Tensors
-from pyfused.layout import accumulate_dtype, loss_shape
+from pyfused.layout import accumulate_dtype, common_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
 from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.custom_operators import custom_operator
@@ -160,7 +159,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         input, target, weight = tensors
         if not target.is_floating_point():
             return super().arranged(tensors)
-        common = _common_dtype(input, target, weight)
+        common = common_dtype(input, target, weight)
         return input.to(common), target.to(common), weight
 
     def prepare_inplace(self, input: Tensor) -> None:
@@ -193,12 +192,6 @@ def _ignores_rows(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     if not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
         return False
     return not (dispatch_modes() or left_in_checkpoint())
-
-
-def _common_dtype(*tensors: Any) -> torch.dtype:
-    dtypes = [x.dtype for x in tensors if x is not None]
-    common: torch.dtype = reduce(torch.promote_types, dtypes)
-    return common
 
 
 def cross_entropy_fallback_reason(

@@ -39,7 +39,6 @@ def cross_entropy(
         return _cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
-    checks.reduction(reduction)
     checks.cross_entropy(input, target, weight, options)
     dim, loss_dtype = 0 if input.dim() == 1 else 1, options.loss_dtype
     input = without_ignored(input, target, ignore_index)

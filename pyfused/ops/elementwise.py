@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.dispatch.operator import Arguments, Operand, Operator, Scalar
 from pyfused.formulas.kernel import Kernel
+from pyfused.layout import common_dtype
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.composed import Composed
@@ -65,15 +66,9 @@ def _differ_in_dtype_or_shape(input: Tensor, target: Tensor, *_: Any) -> str | N
     return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
 
 
-def _kl_div_fallback_reason(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    *_: Any,
-) -> str | None:
-    if reduction == "batchmean" and not (size_average is None and reduce is None):
+def _kl_div_fallback_reason(input: Tensor, target: Tensor, *arguments: Any) -> str | None:
+    legacy, reduction = arguments[:2], arguments[2:3]
+    if reduction == ("batchmean",) and legacy != (None, None):
         return "reduction is 'batchmean' with size_average or reduce"  # torch divides by both
     return _differ_in_shape(input, target)
 
@@ -313,11 +308,7 @@ def _gaussian_nll_loss(
 
 
 def _gradient_of_gaussian_nll_loss(
-    input: Tensor,
-    target: Tensor,
-    var: Tensor,
-    full: bool,  # noqa: ARG001
-    eps: Tensor,
+    input: Tensor, target: Tensor, var: Tensor, _: bool, eps: Tensor
 ) -> Gradients:
     """Returns the gradients; the variance has one even where it is below eps, as in torch."""
     v, d = torch.where(var < eps, eps, var), input - target
@@ -479,14 +470,7 @@ RMSE_LOSS = Composed(
     operands=(INPUT, TARGET, WEIGHT),
     scalars=(Scalar("eps", low=0.0),),
     of=MSE_LOSS,
-    given=lambda input, target, reduction, weight, _: (
-        input,
-        target,
-        None,
-        None,
-        reduction,
-        weight,
-    ),
+    given=lambda input, target, *given: (input, target, None, None, *given[:2]),
     finish=lambda loss, *arguments: (loss + arguments[-1]).sqrt(),
     definition=definitions.rmse_loss,
 )
@@ -500,14 +484,10 @@ def _no_row_of_labels(input: Tensor, target: Tensor, weight: Tensor | None, *_: 
     return _differ_in_shape(input, target)
 
 
-def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return reduce(torch.promote_types, [t.dtype for t in tensors if isinstance(t, Tensor)])
-
-
 def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> tuple[Any, ...]:
     """Returns arguments in the dtype of the target, in which torch computes this loss."""
     if isinstance(input, Tensor) and isinstance(target, Tensor):  # else the loss raises
-        dtype = _common_dtype(input, target, weight)
+        dtype = common_dtype(input, target, weight)
         input, target = input.to(dtype), target.to(dtype)
     return input, target, weight, *rest, None
 
@@ -520,7 +500,7 @@ def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
         loss = loss.mean(-1)
     elif reduction == "sum":
         loss = loss / input.shape[-1]
-    return loss.to(_common_dtype(input, target, weight))
+    return loss.to(common_dtype(input, target, weight))
 
 
 MULTILABEL_SOFT_MARGIN_LOSS = Composed(

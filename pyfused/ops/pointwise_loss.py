@@ -95,7 +95,7 @@ class TensorLoss(Operator):
             broadcast operands, the weight and the scalars.
         arrange: Transforms the operands as torch does before broadcasting.
         variables: The operands of the formula: all but the weight.
-        enforces: Whether torch raises errors for values out of bounds.
+        checks_bounds: Whether each call checks the bounds of values, as torch does.
         reduces: Whether the result is reduced: True for losses, False for activations.
         asks_dtype: Whether the result may have another dtype than operands of equal dtypes.
     """
@@ -108,7 +108,7 @@ class TensorLoss(Operator):
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
-    enforces: bool = field(init=False)
+    checks_bounds: bool = field(init=False)
     reduces: ClassVar[bool] = True
     asks_dtype: ClassVar[bool] = False
 
@@ -120,7 +120,8 @@ class TensorLoss(Operator):
         self._values: Callable[[Arguments], Sequence[Any]] = itemgetter(
             *indices if len(indices) > 1 else [slice(1)]
         )
-        self.enforces = any(v.enforced is not None for v in self.variables)
+        enforces = any(variable.enforced is not None for variable in self.variables)
+        self.checks_bounds = enforces and not self.nan_on_invalid
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
         self._weight = index("weight") if self.weight_shape is not None else None
 
@@ -153,7 +154,7 @@ class TensorLoss(Operator):
                 operands = operands[:-1]
             if self._weight is not None:
                 weight = arguments[self._weight]
-            if self.enforces and not self.nan_on_invalid:
+            if self.checks_bounds:
                 self._bounds(operands)
             if warning is not None:
                 warnings.warn(warning, stacklevel=_stacklevel())
@@ -245,15 +246,11 @@ class TensorLoss(Operator):
 
     def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
-        pairs = zip(self.scalars, numbers, strict=True)
-        kwargs = {s.name: bool(number) if s.flag else number for s, number in pairs}
-        for scalar in self.scalars:
-            if scalar.optional and math.isnan(kwargs[scalar.name]):
-                kwargs[scalar.name] = None
-        names = [variable.name for variable in self.variables]
-        if self.reduces:
-            kwargs["reduction"] = "none"
-        return self.reference(**dict(zip(names, operands, strict=False)), **kwargs)
+        given: dict[str, Any] = {"reduction": "none"} if self.reduces else {}
+        for scalar, number in zip(self.scalars, numbers, strict=True):
+            given[scalar.name] = None if scalar.optional and math.isnan(number) else number
+        given |= {v.name: x for v, x in zip(self.variables, operands, strict=False)}
+        return self.reference(**given)
 
     def check(self, arguments: Arguments) -> None:
         for index, operand in self.indexed_operands:
