@@ -613,7 +613,7 @@ def multilabel_margin_loss(
     _tensors(input=input, target=target)
     _one_row_or_rows(input)
     if target.dim() or input.shape != (1,):
-        same_shape(input, target, error=RuntimeError)
+        same_shape(RuntimeError, input=input, target=target)
     _int64_target(input, target)
 
 
@@ -769,49 +769,41 @@ def values(
         raise _error(name, f"values in [{low}, {high}]", invalid[0].item(), error)
 
 
-def broadcasting(input: Tensor, target: Tensor, *_: Any) -> None:
-    _broadcasts("target", input.shape, target.shape)
+def broadcasting(**operands: Tensor) -> None:
+    (first, input), *others = operands.items()
+    for name, operand in others:
+        owner = "the input" if first == "input" else first
+        _broadcasts(name, input.shape, operand.shape, owner=owner)
 
 
-def same_shape(
-    input: Tensor,
-    target: Tensor,
-    *_: Any,
-    name: str = "target",
-    error: type[Exception] = ValueError,
-) -> None:
-    if target.shape != input.shape:
-        raise _error(name, f"the input's shape {tuple(input.shape)}", target.shape, error)
+def same_shape(error: type[Exception] = ValueError, **operands: Tensor) -> None:
+    (_, input), *others = operands.items()
+    for name, operand in others:
+        if operand.shape != input.shape:
+            raise _error(name, f"the input's shape {tuple(input.shape)}", operand.shape, error)
 
 
-def of_one_dimension_and_broadcasting(input1: Tensor, input2: Tensor, target: Tensor) -> None:
-    _alike_in_dimensions("input1", input1, input2=input2, target=target)
-
-
-def triplets(anchor: Tensor, positive: Tensor, negative: Tensor) -> None:
-    _alike_in_dimensions("anchor", anchor, positive=positive, negative=negative)
-
-
-def _alike_in_dimensions(name: str, first: Tensor, **others: Tensor) -> None:
+def alike_in_dimensions(**operands: Tensor) -> None:
     """Checks that tensors broadcast and have the same number of dimensions."""
-    for other, tensor in others.items():
-        if tensor.dim() != first.dim():
-            expected = f"as many dimensions as {name} of shape {tuple(first.shape)}"
-            raise _error(other, expected, f"shape {tuple(tensor.shape)}")
-        _broadcasts(other, first.shape, tensor.shape)
+    (first, input), *others = operands.items()
+    for name, operand in others:
+        if operand.dim() != input.dim():
+            expected = f"as many dimensions as {first} of shape {tuple(input.shape)}"
+            raise _error(name, expected, f"shape {tuple(operand.shape)}")
+        _broadcasts(name, input.shape, operand.shape, owner=first)
 
 
 def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> None:
     if target.dim() > 1 or input1.dim() != target.dim() + 1:
         expected = "shape (N) for inputs of shape (N, D), or () for (D)"
         raise _error("target", expected, f"shape {tuple(target.shape)} for {tuple(input1.shape)}")
-    _alike_in_dimensions("input1", input1, input2=input2)
+    alike_in_dimensions(input1=input1, input2=input2)
     for each in (input1, input2):
         _broadcasts("target", each.shape[:-1], target.shape)
 
 
 def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:
-    same_shape(input, target)
+    same_shape(input=input, target=target)
     if pos_weight is not None:
         _broadcasts("pos_weight", input.shape, pos_weight.shape, expands=True)
 
@@ -844,10 +836,16 @@ def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
     _broadcasts("weight", input.shape, weight.shape, expands=True)
 
 
-def _broadcasts(name: str, input: torch.Size, other: torch.Size, expands: bool = False) -> None:
+def _broadcasts(
+    name: str,
+    input: torch.Size,
+    other: torch.Size,
+    expands: bool = False,
+    owner: str = "the input",
+) -> None:
     """Checks that a shape broadcasts with the input's, or expands to the input's."""
     pairs = zip(reversed(input), reversed(other), strict=False)
     fits = all(b in (1, a) or (a == 1 and not expands) for a, b in pairs)
     if not fits or (expands and len(other) > len(input)):
         verb = "broadcasts to" if expands else "broadcasts with"
-        raise _error(name, f"a shape that {verb} the input's {tuple(input)}", other)
+        raise _error(name, f"a shape that {verb} {owner}'s {tuple(input)}", other)

@@ -212,6 +212,7 @@ BOUNDS: Wrong = {
 }
 OTHERS: Wrong = {
     "mse_shapes": (lambda f: f.mse_loss(X, X[:3]), ["target", "(4, 5)", "(3, 5)"]),
+    "swiglu_shapes": (lambda f: f.swiglu(X, X[:3]), ["up", "gate", "(4, 5)", "(3, 5)"]),
     "mse_weight_shape": (
         lambda f: f.mse_loss(X, X, weight=torch.ones(5)),
         ["weight", "(4, 5)", "(5,)"],

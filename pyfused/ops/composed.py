@@ -50,5 +50,5 @@ class Composed(Operator):
         self.check_scalars(arguments)
         for operand, value in zip(self.operands[:2], arguments, strict=False):
             checks.tensor(operand.name, value)
-        checks.broadcasting(*arguments[:2])
+        checks.broadcasting(input=arguments[0], target=arguments[1])
         self.of.check(self.given(*arguments))

@@ -43,8 +43,6 @@ _SOFTPLUS, _SOFTSHRINK = built_in("softplus", F.softplus), built_in("softshrink"
 _LOG_SIGMOID = built_in("log_sigmoid", F.logsigmoid)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
-_same_shape_as_input = partial(checks.same_shape, name="weight")
-
 
 def _softplus(x: Tensor) -> Tensor:
     """Returns log(1 + exp(x)), where F.softplus is linear from 20 on."""
@@ -102,7 +100,7 @@ MSE_LOSS = PointwiseLoss(
     module="MSELoss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=_same_shape_as_input,
+    weight_shape=checks.same_shape,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target) ** 2,
 )
@@ -112,7 +110,7 @@ L1_LOSS = PointwiseLoss(
     module="L1Loss",
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=_same_shape_as_input,
+    weight_shape=checks.same_shape,
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target).abs(),
 )
@@ -158,7 +156,7 @@ HUBER_LOSS = PointwiseLoss(
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     scalars=(Scalar("delta", positive=True),),
-    weight_shape=_same_shape_as_input,
+    weight_shape=checks.same_shape,
     fallback_reason=_differ_in_dtype,
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
@@ -356,7 +354,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     module="MarginRankingLoss",
     operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
     scalars=(Scalar("margin"),),
-    shapes=checks.of_one_dimension_and_broadcasting,
+    shapes=checks.alike_in_dimensions,
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
         min=0
     ),
@@ -456,7 +454,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
         Scalar("gamma", low=0.0, special=2.0),
         Scalar("ignore_index", optional=True),
     ),
-    shapes=partial(checks.same_shape, name="targets"),
+    shapes=checks.same_shape,
     weight_shape=checks.weight_that_broadcasts,
     denominators={"mean": _counted_elements},
     definition=definitions.sigmoid_focal_loss,

@@ -115,7 +115,7 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     module="TripletMarginLoss",
     operands=(Operand("anchor"), Operand("positive"), Operand("negative")),
     scalars=(Scalar("margin"), Scalar("p"), Scalar("eps"), Scalar("swap", flag=True)),
-    shapes=checks.triplets,
+    shapes=checks.alike_in_dimensions,
     denominators={"mean": rows},
     fallback_reason=triplet_fallback_reason,
 )

@@ -84,7 +84,7 @@ class TensorLoss(Operator):
     """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:
-        shapes: Raises for incompatible shapes of the operands.
+        shapes: Raises for incompatible shapes of the operands, which are passed by name.
         warns: Whether torch warns if the target's shape differs from the input's. Apart from this
             and weights, torch's Python function only calls the built-in one of its name.
         warning: Returns the warning that torch issues for the arguments, or None.
@@ -104,7 +104,7 @@ class TensorLoss(Operator):
     warns: bool = False
     warning: Callable[[Arguments], str | None] | None = None
     nan_on_invalid: bool = False
-    weight_shape: Callable[[Tensor, Tensor], None] | None = None
+    weight_shape: Callable[..., None] | None = None
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
@@ -285,9 +285,9 @@ class TensorLoss(Operator):
             checks.reduction(reduction, ("none", *self.denominators, "sum"))
         self.check_scalars(arguments)
         if operands[1].shape != operands[0].shape or len(operands) > 2 or self.arrange is not None:
-            self.shapes(*operands)
+            self.shapes(**{v.name: x for v, x in zip(self.variables, operands, strict=False)})
         if self.weight_shape is not None and weight is not None:
-            self.weight_shape(operands[0], weight)
+            self.weight_shape(input=operands[0], weight=weight)
 
     def _dtypes(
         self, arguments: Arguments, input: Tensor, reduction: str
