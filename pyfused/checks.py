@@ -88,24 +88,20 @@ def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> No
     bounded(name, value, low, high, positive, RuntimeError)
 
 
-# Each is a name, the tensor, and whether it may hold class indices.
-NamedTensors = Sequence[tuple[str, Tensor, bool]]
-
-
-def devices(tensors: NamedTensors, error: Exception) -> None:
+def devices(tensors: Mapping[str, Tensor], error: Exception) -> None:
     """Raises if tensors are on different devices, after torch has raised; scalars may differ."""
-    for name, value, _ in tensors:
-        device = tensors[0][1].device
+    for name, value in tensors.items():
+        device = next(iter(tensors.values())).device
         if value.device != device and value.dim():
             raise _error(name, f"the input's device {device}", value.device, type(error))
 
 
-def floating(tensors: NamedTensors, error: Exception) -> None:
-    """Raises if a dtype is not floating, after torch has raised."""
-    input = tensors[0][1]
-    for name, value, indices in tensors:
-        if not indices:
-            hint = _are_swapped(input, tensors[1][1]) if len(tensors) > 1 else ""
+def floating(tensors: Mapping[str, Tensor], indices: Sequence[str], error: Exception) -> None:
+    """Raises if a dtype is not floating, except those of class indices, after torch has raised."""
+    input, *others = tensors.values()
+    for name, value in tensors.items():
+        if name not in indices:
+            hint = _are_swapped(input, others[0]) if others else ""
             if input.is_floating_point() and not value.is_complex():
                 cast = "float()" if input.dtype is torch.float32 else f"to({input.dtype})"
                 hint = f". Pass {name}.{cast}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,24 +128,14 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
     return tensor, (outer, inner, length), (strides[0], strides[2], strides[1])
 
 
-class ClassLayout(NamedTuple):
-    """The layout in which kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
+def class_layout(tensor: Tensor, inplace: bool = False) -> tuple[bool, Strides, Tensor, Strides]:
+    """Returns how kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
 
-    Attributes:
-        copies: Whether kernels read a contiguous copy, because they cannot use the strides.
-        strides: The strides of the tensor or the copy.
-        grad: A meta tensor with the layout of the gradient.
-        grad_strides: The strides of the gradient.
+    Returns:
+        Whether kernels read a contiguous copy, because they cannot use the strides; the strides of
+        the tensor or the copy; a meta tensor with the layout of the gradient; and the strides of
+        the gradient, which overwrites the tensor if ``inplace``.
     """
-
-    copies: bool
-    strides: Strides
-    grad: Tensor
-    grad_strides: Strides
-
-
-def class_layout(tensor: Tensor, inplace: bool = False) -> ClassLayout:
-    """Returns the layouts of a tensor and its gradient, which overwrites the tensor if inplace."""
     strides: Any = strides_of(tensor)
     copies = strides is None
     if copies:
@@ -156,29 +146,22 @@ def class_layout(tensor: Tensor, inplace: bool = False) -> ClassLayout:
     if grad_strides is None:
         grad = grad.contiguous()
         grad_strides = strides_of(grad)
-    return ClassLayout(copies, strides, grad, strides if inplace else grad_strides)
+    return copies, strides, grad, strides if inplace else grad_strides
 
 
-class SoftmaxLayout(NamedTuple):
-    """The layout in which kernels read an input along a dimension and write the output.
+def softmax_layout(
+    input: Tensor, dim: int
+) -> tuple[bool, tuple[int, int, int], Strides, Tensor, Strides]:
+    """Returns how kernels read an input along a dimension and write the contiguous output.
 
-    Attributes:
-        copies: Whether kernels read a contiguous copy.
-        output: A contiguous meta tensor with the layout of the output.
+    Returns:
+        Whether kernels read a contiguous copy; the sizes and strides of the input or the copy; a
+        meta tensor with the layout of the output; and the strides of the output.
     """
-
-    copies: bool
-    sizes: tuple[int, int, int]
-    strides: Strides
-    output: Tensor
-    output_strides: Strides
-
-
-def softmax_layout(input: Tensor, dim: int) -> SoftmaxLayout:
     view, sizes, strides = along(input, dim)
     output = torch.empty(input.shape, dtype=input.dtype, device="meta")
     copies = view.data_ptr() != input.data_ptr()
-    return SoftmaxLayout(copies, sizes, strides, output, along(output, dim)[2])
+    return copies, sizes, strides, output, along(output, dim)[2]
 
 
 def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:

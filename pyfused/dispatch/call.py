@@ -283,9 +283,10 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
 
 def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
     """Raises pyfused's error, if any, for arguments for which torch's operator has raised."""
-    pairs = [(operand, arguments[index]) for index, operand in op.indexed_operands]
-    operands = [(o.name, x, o.indices) for o, x in pairs if isinstance(x, Tensor)]
+    tensors = {operand.name: arguments[index] for index, operand in op.indexed_operands}
+    tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
-        checks.devices(operands, error)
+        checks.devices(tensors, error)
         op.check(arguments)
-    checks.floating(operands, error)
+    indices = [operand.name for operand in op.operands if operand.indices]
+    checks.floating(tensors, indices, error)

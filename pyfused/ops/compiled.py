@@ -34,17 +34,6 @@ from pyfused.ops.row_loss import RowLoss
 from pyfused.types import Gradients
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_SCHEMA_TYPES = {  # of the fields of options
-    "int": "int",
-    "int | None": "int?",
-    "float": "float",
-    "float | None": "float?",
-    "float | Tensor | None": "float?",  # a compiled call has no tensor there
-    "bool": "bool",
-    "str": "str",
-    "Tensor | None": "Tensor?",
-    "torch.dtype | None": "ScalarType?",
-}
 _NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?"}
 
 
@@ -265,14 +254,20 @@ def _dense_like(gradient: Tensor, tensor: Tensor) -> Tensor:
     return gradient if gradient.stride() == empty.stride() else empty.copy_(gradient)
 
 
+def _schema_type(annotation: str) -> str:
+    """Returns the type of an option's field in a schema."""
+    if annotation == "float | Tensor | None":
+        return "float?"  # a compiled call has no tensor there
+    return annotation.replace(" | None", "?").replace("torch.dtype", "ScalarType")
+
+
 def _schema(op: Any) -> list[str]:
     types = {s.name: "bool" if s.flag else "float?" if s.optional else "float" for s in op.scalars}
     types |= {s.name: "str" for s in op.scalars if s.words}
     types |= {o.name: "Tensor?" if o.optional else "Tensor" for o in op.operands}
     if op.options is not None:
         operands = [f"{types[operand.name]} {operand.name}" for operand in op.operands]
-        options = [f"{_SCHEMA_TYPES[str(x.type)]} {x.name}" for x in fields(op.options)]
-        return operands + options
+        return operands + [f"{_schema_type(str(x.type))} {x.name}" for x in fields(op.options)]
     for name, default in zip(op.arguments[1:], op.defaults, strict=True):
         types.setdefault(name, _NO_DEFAULT.get(name, type(default).__name__))
     return [f"{types[name]} {name.lstrip('_')}" for name in op.arguments]
