@@ -131,8 +131,7 @@ class TensorLoss(Operator):
         The plan's tensors are the operands, the weight or None, and the divisor of the sum, None if
         it does not depend on values.
         """
-        operands, weight, reduction = self._read(arguments)
-        self._check(arguments, operands, weight, reduction)
+        operands, weight, reduction = self.checked(arguments)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
         needs, numbers = needs_grad(operands), self.numbers(arguments)
         backend = backend_of(operands[0])
@@ -257,8 +256,7 @@ class TensorLoss(Operator):
             if arguments[index] is not None or not operand.optional:
                 number = float if operand.number else None
                 checks.tensor(operand.name, arguments[index], number)
-        operands, weight, reduction = self._read(arguments)
-        self._check(arguments, operands, weight, reduction)
+        operands, *_ = self.checked(arguments)
         self._bounds(operands)
 
     def _bounds(self, operands: Sequence[Any]) -> None:
@@ -266,12 +264,15 @@ class TensorLoss(Operator):
             if operand.enforced is not None:
                 checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
 
-    def _read(self, arguments: Arguments) -> tuple[Sequence[Any], Tensor | None, str]:
+    def checked(self, arguments: Arguments) -> tuple[Sequence[Any], Any, str]:
+        """Returns the operands, the weight or None, and the reduction, after checking them."""
         operands = self._values(arguments)
         if operands[-1] is None:
             operands = operands[:-1]
         weight = None if self._weight is None else arguments[self._weight]
-        return operands, weight, self.reduction(arguments)
+        reduction = self.reduction(arguments)
+        self._check(arguments, operands, weight, reduction)
+        return operands, weight, reduction
 
     def _check(
         self,
@@ -281,11 +282,9 @@ class TensorLoss(Operator):
         reduction: str,
     ) -> None:
         """Raises for invalid options and incompatible shapes."""
-        if reduction not in self.denominators:
-            checks.reduction(reduction, ("none", *self.denominators, "sum"))
+        checks.reduction(reduction, ("none", *self.denominators, "sum"))
         self.check_scalars(arguments)
-        if operands[1].shape != operands[0].shape or len(operands) > 2 or self.arrange is not None:
-            self.shapes(**{v.name: x for v, x in zip(self.variables, operands, strict=False)})
+        self.shapes(**{v.name: x for v, x in zip(self.variables, operands, strict=False)})
         if self.weight_shape is not None and weight is not None:
             self.weight_shape(input=operands[0], weight=weight)
 
