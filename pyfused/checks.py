@@ -130,16 +130,21 @@ def _are_swapped(input: Tensor, target: Tensor) -> str:
     return ". Are input and target swapped?" if swapped else ""
 
 
-def reduction(value: Any, known: tuple[str, ...] = ("none", "mean", "sum")) -> None:
-    if value not in known:
-        *others, last = map(repr, known)
-        raise _error("reduction", f"{', '.join(others)} or {last}", repr(value), ValueError)
+def one_of(
+    name: str, value: Any, words: Sequence[str], error: type[Exception] = ValueError
+) -> None:
+    if value not in words:
+        *others, last = map(repr, words)
+        raise _error(name, f"{', '.join(others)} or {last}", repr(value), error)
+
+
+def reduction(value: Any) -> None:
+    one_of("reduction", value, ("none", "mean", "sum"))
 
 
 def approximate(value: Any) -> None:
-    if value not in ("none", "tanh"):
-        error = RuntimeError if isinstance(value, str) else TypeError
-        raise _error("approximate", "'none' or 'tanh'", repr(value), error)
+    error = RuntimeError if isinstance(value, str) else TypeError
+    one_of("approximate", value, ("none", "tanh"), error)
 
 
 def keywords(function: str, options: Keywords) -> Keywords:
@@ -425,8 +430,7 @@ def linear_topk_kl_div(
     shape = *input.shape[:-1], k
     _shape("teacher_log_probs", teacher_log_probs, shape, "with the student's tokens")
     _shape("teacher_indices", teacher_indices, shape, "the shape of teacher_log_probs")
-    if options.remainder not in ("bucket", "ignore"):
-        raise _error("remainder", "'bucket' or 'ignore'", repr(options.remainder), ValueError)
+    one_of("remainder", options.remainder, ("bucket", "ignore"))
     if options.remainder == "ignore" and options.beta:
         raise _error("beta", "0.0 with remainder 'ignore'", options.beta, ValueError)
     _divergence(input.shape[:-1], options)
@@ -558,8 +562,7 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
     """Checks types, shapes and options; class indices may be out of range."""
     _tensors(input=input, target=target)
     bounded("margin", margin)
-    if kind not in ("cosface", "arcface"):
-        raise _error("kind", "'cosface' or 'arcface'", repr(kind), ValueError)
+    one_of("kind", kind, ("cosface", "arcface"))
     if target.is_floating_point():
         raise _error("target", "class indices", target.dtype, ValueError)
     _class_index_target(input, target, probabilities=False)

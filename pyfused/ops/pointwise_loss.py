@@ -282,7 +282,7 @@ class TensorLoss(Operator):
         reduction: str,
     ) -> None:
         """Raises for invalid options and incompatible shapes."""
-        checks.reduction(reduction, ("none", *self.denominators, "sum"))
+        checks.one_of("reduction", reduction, ("none", *self.denominators, "sum"))
         self.check_scalars(arguments)
         self.shapes(**{v.name: x for v, x in zip(self.variables, operands, strict=False)})
         if self.weight_shape is not None and weight is not None:
