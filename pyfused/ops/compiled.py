@@ -107,7 +107,7 @@ class CompiledOperator:
         """
         key = signature(self.op, arguments, False)
         key = None if key is None else (*key, "compiled", *needs)
-        plan: Plan | None = None if key is None else dispatch.find_plan(key)
+        plan: Plan | None = dispatch.find_plan(key)
         if plan is None:
             results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
             specs = list(with_specs(self.op, arguments, False))
