@@ -570,29 +570,19 @@ def _logit_rows(
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    logarithm, dtype = formula == "log_softmax", DTYPES[input.dtype]
     copies, sizes, strides, layout, out_strides = softmax_layout(input, dim)
+    kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype], sizes)
     new = _allocator(layout)
 
     def forward(input: Tensor) -> Tensor:
         view, output = along(input, dim)[0] if copies else input, new()
-        native.softmax(
-            logarithm,
-            dtype,
-            sizes,
-            (view.data_ptr(), *strides),
-            _NO_VIEW,
-            (output.data_ptr(), *out_strides),
-            torch.get_num_threads(),
-        )
+        result = output.data_ptr(), *out_strides
+        kernel((view.data_ptr(), *strides), _NO_VIEW, result, torch.get_num_threads())
         return output
 
     def backward(grad_output: Tensor, output: Tensor) -> Tensor:
         grad_output, output, grad_input = grad_output.contiguous(), output.contiguous(), new()
-        native.softmax(
-            logarithm,
-            dtype,
-            sizes,
+        kernel(
             (output.data_ptr(), *out_strides),
             (grad_output.data_ptr(), *out_strides),
             (grad_input.data_ptr(), *out_strides),
@@ -733,8 +723,8 @@ def activation(
     def forward(input: Tensor) -> Tensor:
         input = input.contiguous() if copies else input
         output = input if inplace else output_like(input)
-        threads = torch.get_num_threads()
-        kernel(dtype, n, input.data_ptr(), output.data_ptr(), numbers, threads)
+        pointers = input.data_ptr(), output.data_ptr()
+        kernel(dtype, n, *pointers, numbers, torch.get_num_threads())
         return output
 
     def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
@@ -743,22 +733,13 @@ def activation(
         if step and grad_output.stride() != saved.stride():
             grad_output = torch.empty_like(saved, dtype=grad_output.dtype).copy_(grad_output)
         grad_input = output_like(saved)
-        backward_kernel(
-            dtype,
-            grad_input.numel(),
-            (grad_output.data_ptr(), step),
-            saved.data_ptr(),
-            grad_input.data_ptr(),
-            numbers,
-            torch.get_num_threads(),
-        )
+        pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
+        backward_kernel(dtype, n, *pointers, numbers, torch.get_num_threads())
         return grad_input
 
     return forward, backward
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    threads = torch.get_num_threads()
-    native.scale(
-        DTYPES[tensor.dtype], tensor.numel(), tensor.data_ptr(), factor.data_ptr(), threads
-    )
+    pointers = tensor.data_ptr(), factor.data_ptr()
+    native.scale(DTYPES[tensor.dtype], tensor.numel(), *pointers, torch.get_num_threads())
