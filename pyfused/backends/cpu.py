@@ -253,8 +253,9 @@ def cross_entropy(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
-    dtype, accumulate = DTYPES[input.dtype], accumulate_dtype(input.dtype)
-    sizes, indices = row_sizes(input), target.dtype is torch.int64
+    accumulate, sizes = accumulate_dtype(input.dtype), row_sizes(input)
+    kernel = partial(native.cross_entropy, DTYPES[input.dtype], sizes)
+    indices = target.dtype is torch.int64
     copies, strides, grad_layout, grad_strides = class_layout(input, outputs.inplace)
     new_grad = _allocator(grad_layout)
     if indices:
@@ -291,9 +292,7 @@ def cross_entropy(
             grad_target = new_grad_target()
             grad_target_view = (grad_target.data_ptr(), *grad_target_strides)
         address = targets.data_ptr()
-        out_of_range = native.cross_entropy(
-            dtype,
-            sizes,
+        out_of_range = kernel(
             (logits.data_ptr(), *strides),
             address if indices else 0,
             _NO_VIEW if indices else (address, *target_strides),
@@ -321,7 +320,8 @@ def nll_loss(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
-    dtype, accumulate, sizes = DTYPES[input.dtype], accumulate_dtype(input.dtype), row_sizes(input)
+    accumulate, sizes = accumulate_dtype(input.dtype), row_sizes(input)
+    kernel = partial(native.nll_loss, DTYPES[input.dtype], sizes)
     copies, strides, grad_layout, grad_strides = class_layout(input)
     new_grad, needs_grad = _allocator(grad_layout), any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
@@ -335,9 +335,7 @@ def nll_loss(
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         loss = new_loss() if outputs.loss else None
         grad = new_grad() if needs_grad else None
-        out_of_range = native.nll_loss(
-            dtype,
-            sizes,
+        out_of_range = kernel(
             (input.data_ptr(), *strides),
             indices.data_ptr(),
             _address(weight),
@@ -363,7 +361,8 @@ def multi_margin_loss(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
-    dtype, accumulate, shape = DTYPES[input.dtype], accumulate_dtype(input.dtype), input.shape
+    accumulate, shape = accumulate_dtype(input.dtype), input.shape
+    kernel = partial(native.multi_margin_loss, DTYPES[input.dtype], shape)
     multilabel, needs_grad = target.dim() == 2, any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
     new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
@@ -376,9 +375,7 @@ def multi_margin_loss(
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         loss = new_loss() if outputs.loss else None
         grad = empty_like(input) if needs_grad else None
-        out_of_range = native.multi_margin_loss(
-            dtype,
-            shape,
+        out_of_range = kernel(
             input.data_ptr(),
             indices.data_ptr(),
             multilabel,
@@ -499,7 +496,7 @@ def row_state(
     results: int = 0,
     continues: bool = False,
 ) -> Callable[..., None]:
-    dtype, sizes, ignore_index, numbers = _logit_rows(logits, options, classes)
+    kernel, ignore_index, numbers = _logit_rows(native.row_state, logits, options, classes)
     n = len(logits)
 
     def launch(
@@ -509,9 +506,7 @@ def row_state(
         state: Tensor,
         out: Tensor | None = None,
     ) -> None:
-        native.row_state(
-            dtype,
-            sizes,
+        kernel(
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
@@ -529,7 +524,7 @@ def row_state(
 def row_gradients(
     logits: Tensor, options: RowOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
-    dtype, sizes, ignore_index, numbers = _logit_rows(logits, options, classes)
+    kernel, ignore_index, numbers = _logit_rows(native.row_gradients, logits, options, classes)
     new_grad = _allocator(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
 
     def launch(
@@ -542,9 +537,7 @@ def row_gradients(
     ) -> Tensor:
         out = new_grad() if out is None else out
         strides = (0, *grad_results.stride())[-2:]
-        native.row_gradients(
-            dtype,
-            sizes,
+        kernel(
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
@@ -561,12 +554,12 @@ def row_gradients(
 
 
 def _logit_rows(
-    logits: Tensor, options: RowOptions, classes: ClassRange
-) -> tuple[int, tuple[int, ...], int, tuple[float, float]]:
-    """Returns the arguments that both kernels share: dtype, sizes, ignore_index and factors."""
+    kernel: Callable[..., Any], logits: Tensor, options: RowOptions, classes: ClassRange
+) -> tuple[Callable[..., Any], int, tuple[float, float]]:
+    """Returns the kernel for these logits, ignore_index and the factors of the logits."""
     sizes = *logits.shape, classes.first, logits.stride(0)
     numbers = options.scale, options.softcap or 0.0
-    return DTYPES[logits.dtype], sizes, options.ignore_index, numbers
+    return partial(kernel, DTYPES[logits.dtype], sizes), options.ignore_index, numbers
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
