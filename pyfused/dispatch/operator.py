@@ -100,7 +100,7 @@ class Operator(ABC):
     """Declares an operator.
 
     Attributes:
-        name: The name of pyfused's function, torch's function, the kernel and its check.
+        name: The name of pyfused's function, torch's function and the kernel.
         module: The name of the module in ``torch.nn`` and ``pyfused.nn``.
         operands: The tensor arguments, the input first.
         scalars: The numeric arguments, in the formula's order.
@@ -163,12 +163,6 @@ class Operator(ABC):
         self.tensor_names = *names_of_operands, "token_weight", "denominator"
         self.is_linear = "linear_weight" in self.arguments
         self._reduction = index("reduction") if "reduction" in self.arguments else None
-
-    @property
-    def check_arguments(self) -> Callable[..., None]:
-        """Returns the function of `checks` that raises for invalid types, shapes and options."""
-        check: Callable[..., None] = getattr(checks, self.name)
-        return check
 
     def reduction(self, arguments: Arguments, warn: bool = True) -> str:
         """Returns the reduction of a call, "none" for an operator without one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
 from pyfused.dispatch.operator import Arguments, Operator
@@ -33,8 +33,17 @@ from pyfused.ops.custom_operators import custom_operator
 from pyfused.types import Gradients, MarginOptions, Outputs, VocabOptions
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class ClassLoss(Operator):
-    """A loss of rows of scores, given a class index or class probabilities for each row."""
+    """A loss of rows of scores, given a class index or class probabilities for each row.
+
+    Attributes:
+        check_arguments: Raises for invalid types, shapes, dtypes and options.
+        kernel: Returns a backend's function that prepares the kernel.
+    """
+
+    check_arguments: Callable[..., None]
+    kernel: Callable[[Backend], Callable[..., LossKernel]]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +92,7 @@ class ClassLoss(Operator):
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> LossKernel:
             options = numbers.with_tensors(*tensors[3:])
-            kernel = getattr(backend, self.name)
-            return kernel(*tensors[:3], options, outputs, grad_output)  # type: ignore[no-any-return]
+            return self.kernel(backend)(*tensors[:3], options, outputs, grad_output)
 
         def define(tensors: Tensors, grad_output: Tensor) -> Gradients:
             input, target, weight, *of_options = tensors
@@ -151,6 +159,7 @@ class ClassLoss(Operator):
 # ---- losses of class indices ---------------------------------------------------------------------
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class NllLoss(ClassLoss):
     """The negative log-likelihood of log-probabilities."""
 
@@ -164,6 +173,7 @@ class NllLoss(ClassLoss):
         return VocabOptions(arguments[4], self.reduction(arguments))
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class MultiMarginLoss(ClassLoss):
     """The multi-class margin loss of rows of scores."""
 
@@ -197,6 +207,7 @@ class MultiMarginLoss(ClassLoss):
         return shape
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class MultilabelMarginLoss(MultiMarginLoss):
     """The margin loss of rows with several labels, which end at the first -1."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from pyfused.types import TENSORS, ClassRange, CrossEntropyOptions, VocabOptions
 _TORCH_PARAMETERS = tuple(parameters_of(F.cross_entropy))
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(ClassLoss, ShardedOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -45,6 +46,7 @@ def _shape_reason(first: Tensor, *inputs: Tensor) -> str | None:
     return "the inputs differ in the number of dimensions, or have none"
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class EmbeddingLoss(TensorLoss):
     """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 

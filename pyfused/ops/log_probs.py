@@ -9,7 +9,7 @@ is_top1 and the mean logit, which follow from other fields and have no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,6 +113,7 @@ def named(
 class LogProbsOperator(ShardedOperator):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
+    check_arguments: Callable[..., None]
     options = LogProbsOptions
     strategy = "row by row"
 

@@ -35,6 +35,8 @@ HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
 CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
+    check_arguments=checks.cross_entropy,
+    kernel=lambda backend: backend.cross_entropy,
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
     fallback_reason=cross_entropy_fallback_reason,
     definition=definitions.cross_entropy,
@@ -43,6 +45,7 @@ CROSS_ENTROPY = CrossEntropy(
 LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     name="linear_cross_entropy",
     module="LinearCrossEntropyLoss",
+    check_arguments=checks.linear_cross_entropy,
     student=5,
     operands=(
         *HEAD,
@@ -57,6 +60,7 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
 LOG_PROBS = LogProbsOperator(
     name="log_probs",
     module="LogProbs",
+    check_arguments=checks.log_probs,
     operands=(Operand("logits"), CLASSES),
     definition=definitions.log_probs,
 )
@@ -64,6 +68,7 @@ LOG_PROBS = LogProbsOperator(
 LINEAR_LOG_PROBS = LogProbsOperator(
     name="linear_log_probs",
     module="LinearLogProbs",
+    check_arguments=checks.linear_log_probs,
     operands=(*HEAD, CLASSES),
     definition=definitions.linear_log_probs,
 )
@@ -71,6 +76,8 @@ LINEAR_LOG_PROBS = LogProbsOperator(
 NLL_LOSS = NllLoss(
     name="nll_loss",
     module="NLLLoss",
+    check_arguments=checks.nll_loss,
+    kernel=lambda backend: backend.nll_loss,
     operands=(INPUT, CLASSES, WEIGHT),
 )
 
@@ -82,6 +89,8 @@ def _row_fallback_reason(input: Tensor, *_: Any) -> str | None:
 MULTI_MARGIN_LOSS = MultiMarginLoss(
     name="multi_margin_loss",
     module="MultiMarginLoss",
+    check_arguments=checks.multi_margin_loss,
+    kernel=lambda backend: backend.multi_margin_loss,
     operands=(INPUT, CLASSES, WEIGHT),
     fallback_reason=_row_fallback_reason,
 )
@@ -89,6 +98,8 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
 MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
     name="multilabel_margin_loss",
     module="MultiLabelMarginLoss",
+    check_arguments=checks.multilabel_margin_loss,
+    kernel=lambda backend: backend.multilabel_margin_loss,
     operands=(INPUT, CLASSES._replace(labels=True)),
     fallback_reason=lambda input, *_: (
         "more than 65,536 classes on a GPU"
@@ -126,6 +137,7 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
 CONTRASTIVE_LOSS = Contrastive(
     name="contrastive_loss",
     module="ContrastiveLoss",
+    check_arguments=checks.contrastive_loss,
     operands=(
         Operand("a"),
         Operand("b"),
@@ -141,6 +153,7 @@ CONTRASTIVE_LOSS = Contrastive(
 KL_DIV_WITH_LOGITS = LogitsDivergence(
     name="kl_div_with_logits",
     module="KLDivWithLogitsLoss",
+    check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
     kernels=distillation.divergence_kernel,
@@ -151,6 +164,7 @@ KL_DIV_WITH_LOGITS = LogitsDivergence(
 LINEAR_KL_DIV = Divergence(
     name="linear_kl_div",
     module="LinearKLDivLoss",
+    check_arguments=checks.linear_kl_div,
     operands=(
         *HEAD,
         Operand("teacher_input", differentiated=False),
@@ -166,6 +180,7 @@ LINEAR_KL_DIV = Divergence(
 LINEAR_TOPK_KL_DIV = Divergence(
     name="linear_topk_kl_div",
     module="LinearTopKKLDivLoss",
+    check_arguments=checks.linear_topk_kl_div,
     operands=(
         *HEAD,
         Operand("teacher_indices", differentiated=False, indices=True),

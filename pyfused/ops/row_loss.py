@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,9 +35,11 @@ class RowLoss(Operator):
 
     Attributes:
         student: The number of differentiated tensors, which come first.
+        check_arguments: Raises for invalid types, shapes, dtypes and options.
     """
 
     student: int
+    check_arguments: Callable[..., None]
     options: ClassVar[type[VocabOptions]]
 
     def __post_init__(self) -> None:

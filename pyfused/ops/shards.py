@@ -327,6 +327,8 @@ def cross_entropy(
 class ShardedOperator(Operator):
     """An operator of logits, whose classes may be sharded over processes."""
 
+    check_arguments: Callable[..., None]
+
     @abstractmethod
     def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
         """Returns the result of valid arguments with this process' classes."""
