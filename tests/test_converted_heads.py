@@ -787,6 +787,8 @@ READ: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": lambda m, x: F.cross_entropy(x.log_softmax(-1).view(-1, 40), TARGET),
     "log_softmax": lambda m, x: F.nll_loss(x.log_softmax(1).view(-1, 40), TARGET),
     "transpose": lambda m, x: F.cross_entropy(x.transpose(0, 1).flatten(0, 1), TARGET),
+    "view": lambda m, x: F.cross_entropy(x.view(torch.int32).view(torch.float32)[0], TARGET[:16]),
+    "indexing": lambda m, x: F.cross_entropy(x[0, 1, ...][None, :], TARGET[:1]),
 }
 
 
@@ -796,6 +798,23 @@ def test_operators_that_read_the_logits(name: str) -> None:
     model = pyfused.convert(Masked(READ[name]), head="predictions.decoder")
     with pytest.warns(RuntimeWarning, match=f"are read by {name}"):
         torch.testing.assert_close(model(X), expected)
+
+
+def test_torchs_errors_for_dtypes_of_targets() -> None:
+    def loss(model: Any, logits: Tensor) -> Tensor:
+        target = TARGET.view(4, 16).to(model.dtype)
+        return F.cross_entropy(logits.transpose(1, 2), target)
+
+    model = Masked(loss)
+    for dtype in (torch.uint8, torch.int32):
+        model.dtype = dtype
+        errors = []
+        for convert in (lambda m, **_: m, pyfused.convert):
+            each = convert(copy.deepcopy(model), head="predictions.decoder")
+            with pytest.raises(RuntimeError) as raised:
+                each(X)
+            errors.append(str(raised.value))
+        assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("exact", [True, False])

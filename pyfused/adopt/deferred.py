@@ -48,16 +48,6 @@ _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_cuda", "is_cpu")),
 }
-# These keep the order of elements, and so the rows if the last dimension keeps its size.
-_VIEWS = {
-    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
-    *(Tensor.contiguous, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze),
-}
-_TRANSPOSES = {Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.movedim}
-_LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
-_SUMS = {Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add}
-_PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
-_QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide}
 _INDEX_DTYPES = (torch.bool, torch.int64)
 _EXACT: Any = WeakTensorKeyDictionary()  # a bias, and the dtype and version that were compared
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
@@ -97,12 +87,12 @@ class Family:
 
     def logits(self) -> Any:
         """Returns the output of the head."""
-        hidden, weight, *_ = self.inputs
+        hidden, weight, *_, adapter_weight = self.inputs
         if self.traced:
-            return _Node(self, hidden).tensor(self.linear(hidden, self.inputs[-1]))
+            return _Node(self, hidden, self.linear(hidden, adapter_weight)).tensor()
         autocast, dtype = self.context[2:4]
         shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
-        return _Node(self, hidden).tensor(torch.empty(shape, dtype=dtype, device="meta"))
+        return _Node(self, hidden, torch.empty(shape, dtype=dtype, device="meta")).tensor()
 
     def versions_now(self) -> Any:
         """Returns what changes if a tensor that is read changes in place; FSDP moves the weight."""
@@ -263,6 +253,8 @@ class _Node:
     ``x = linear(rows, weight, bias) + shift``.
 
     Attributes:
+        rows: The hidden states, in the shape of the tensor.
+        example: A tensor of the same shape, strides and dtype: on meta, or the compiler's.
         operation: torch's operator, and its arguments and keyword arguments after the parent.
         moves: Whether the operator only selects or moves rows.
         shift: A tensor of one number for each class, None without an addition.
@@ -270,7 +262,6 @@ class _Node:
         channels: Whether the classes are dimension 1, as in the cross-entropy of images; ``rows``
             then has two dimensions.
         cast: The dtype that x was cast to, None without a cast.
-        example: A tensor of the same shape, strides and dtype: on meta, or the compiler's.
         real: The computed tensor.
         version: The version of ``real`` when it was computed.
         held: Whether C++ holds the tensor without memory, which then cannot be swapped.
@@ -279,6 +270,7 @@ class _Node:
 
     family: Family
     rows: Tensor
+    example: Tensor
     parent: _Node | None = None
     operation: tuple[Any, Any, Any] = (None, None, None)
     moves: bool = False
@@ -288,17 +280,15 @@ class _Node:
     cast: torch.dtype | None = None
     scale: float = 1.0
     cap: float | None = None
-    example: Any = None
     real: Tensor | None = None
     version: int = 0
     held: bool = False
     reference: Callable[[], Any] = lambda: None
 
-    def tensor(self, example: Tensor) -> Any:
+    def tensor(self) -> Any:
         """Returns the tensor that the user's code receives."""
-        self.example = example
         if self.family.traced:
-            tensor: Any = example.as_subclass(_Logits)
+            tensor: Any = self.example.as_subclass(_Logits)
         else:
             tensor = _Deferral.apply(self, *self.family.inputs)  # type: ignore[no-untyped-call]
             self.reference = weakref.ref(tensor)
@@ -339,80 +329,19 @@ class _Node:
         """Returns the result of an operator if it can be recorded, or else None."""
         if function is (F.nll_loss if self.log else F.cross_entropy):
             return self.cross_entropy(*args, **kwargs)
-        rows, scale, given = self.rows, self.scale, (*args, *kwargs.values())
-        only: Any = given[0] if len(given) == 1 else None
-        changed: dict[str, Any] = {}
-        result: Any = None
-        if self.channels:
+        rule = _RULES.get(function)
+        if rule is None or self.channels or (self.log and rule not in _MOVES):
             return None
-        if function in _VIEWS:
-            if not all(map(_is_size, given)):
-                return None
-        elif function is Tensor.__getitem__ and _selects_rows(only, self.example.dim()):
-            if self.family.traced or not (selected := rows[only]).is_contiguous():
-                return None
-            only = tuple(map(kept, only)) if type(only) is tuple else kept(only)
-            self.family.watch(*(only if type(only) is tuple else (only,)))
-            args = (only,)
-            changed["rows"] = selected
-            result = self.example.new_empty(*selected.shape[:-1], self.example.shape[-1])
-        elif function is Tensor.__getitem__:
-            if not _keeps_rows(only, self.example.dim()):
-                return None
-            changed["rows"] = rows[only]
-        elif function in _TRANSPOSES and self.example.dim() > 2:
-            result = function(self.example, *args, **kwargs)
-            last_first = self.example.movedim(-1, 1)
-            if (result.shape, result.stride()) != (last_first.shape, last_first.stride()):
-                return None
-            changed |= {"rows": rows.flatten(0, -2), "channels": True}
-        elif self.log:
+        changed = rule(self, function, args, kwargs)
+        if changed is None:
             return None
-        elif function in _LOG_SOFTMAX:
-            if not self.is_over_classes(*args, **kwargs):
-                return None
-            changed["log"], args, kwargs = True, (), {"dim": -1}  # for any selection of rows
-        elif function in _SUMS:
-            if kwargs or not self.is_bias(only):
-                return None
-            only = kept(only)
-            args = (only.reshape(-1),)  # without leading dimensions, for any selection of rows
-            changed["shift"] = args[0] if self.shift is None else self.shift + args[0]
-            result = function(self.example, args[0].to(self.example.device))
-            self.family.watch(only)
-        elif function is Tensor.to and type(only) is torch.device:
-            return tensor if only == rows.device else None
-        elif function is Tensor.float or (function is Tensor.to and only is torch.float32):
-            if self.example.dtype is torch.float64:
-                return None
-            changed["cast"] = torch.float32
-        elif function in _PRODUCTS or function in _QUOTIENTS:
-            if type(only) not in (int, float) or kwargs or not 0 < only < math.inf:
-                return None
-            scale *= only if function in _PRODUCTS else 1 / only
-            if not 0 < scale < math.inf:
-                return None
-            changed["scale"] = 1.0 if math.isclose(scale, 1.0) else scale
-        elif function in (Tensor.tanh, torch.tanh) and not given and self.cap is None:
-            changed["cap"] = 1 / scale
-        else:
-            return None
-        result = function(self.example, *args, **kwargs) if result is None else result
-        if result is self.example:
+        result: dict[str, Any] = {"operation": (function, args, kwargs), "moves": rule in _MOVES}
+        result |= changed
+        if "example" not in result:
+            result["example"] = function(self.example, *args, **kwargs)
+        if result["example"] is self.example:
             return tensor
-        if function in _VIEWS:
-            if result.shape[-1:] != self.example.shape[-1:]:
-                return None
-            changed["rows"] = rows.reshape(*result.shape[:-1], rows.shape[-1])
-        operation, moves = (function, args, kwargs), "rows" in changed
-        node = replace(self, parent=self, operation=operation, moves=moves, **changed)
-        return node.tensor(result)
-
-    def is_over_classes(self, dim: Any = None, *more: Any, dtype: Any = None, **_: Any) -> bool:
-        """Returns whether a log_softmax is over the classes, and has the dtype of its input."""
-        is_last = type(dim) is int and dim in (-1, self.example.dim() - 1)
-        keeps_dtype = not self.family.context[2] or self.example.dtype is torch.float32
-        return is_last and not more and dtype is None and keeps_dtype
+        return replace(self, parent=self, **result).tensor()
 
     def is_constant(self, tensor: Any) -> bool:
         """Returns whether a tensor has a number for each class, in the head's dtype."""
@@ -423,17 +352,6 @@ class _Node:
         shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
         fits = dtypes == {tensor.dtype} and tensor.device == self.rows.device
         return bool(shaped and fits and not tensor.requires_grad)
-
-    def is_bias(self, tensor: Any) -> bool:
-        """Returns whether adding a tensor to the logits equals a bias of the head."""
-        _, _, autocast, dtype, _ = self.family.context
-        sharded = isinstance(self.family, ColwiseFamily)
-        if sharded or self.scale != 1 or self.cap is not None:
-            return False
-        if not self.is_constant(tensor) or tensor.dim() > self.example.dim():
-            return False
-        # Autocast casts the head's bias.
-        return not autocast or (not self.family.traced and _is_exact(tensor, dtype))
 
     def cross_entropy(
         self,
@@ -448,7 +366,7 @@ class _Node:
         """Returns the result of torch's function of this name if it can be fused, or else None."""
         legacy = size_average is not None or reduce is not None
         plain = self.family.traced or type(target) in PLAIN
-        if legacy or not plain or target.is_floating_point() or self.rows.dim() != 2:
+        if legacy or not plain or target.dtype is not torch.int64 or self.rows.dim() != 2:
             return None
         if weight is not None and not self.is_constant(weight):
             return None
@@ -479,6 +397,95 @@ class _Node:
         return loss
 
 
+# ---- recorded operators --------------------------------------------------------------------------
+
+# A rule returns the attributes of an operator's result that differ from its input's, or None if the
+# operator cannot be recorded.
+Changes = dict[str, Any] | None
+
+
+def _view(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+    """Records a view in the same order, which keeps rows whole if it keeps the last dimension."""
+    example = function(node.example, *args, **kwargs)
+    if example.shape[-1:] != node.example.shape[-1:] or example.dtype is not node.example.dtype:
+        return None
+    return {"example": example, "rows": node.rows.reshape(*example.shape[:-1], node.rows.shape[-1])}
+
+
+def _index(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+    """Records slices of rows, or a selection of rows by masks or int64 tensors."""
+    (index,), dimensions = args, node.example.dim()
+    parts = index if type(index) is tuple else (index,)
+    if _keeps_rows(parts, dimensions):
+        return {"rows": node.rows[parts]}
+    if node.family.traced or not _selects_rows(parts, dimensions):
+        return None
+    rows = node.rows[parts]
+    if not rows.is_contiguous():
+        return None
+    node.family.watch(*(parts := tuple(map(kept, parts))))
+    example = node.example.new_empty(*rows.shape[:-1], node.example.shape[-1])
+    return {"rows": rows, "example": example, "operation": (function, (parts,), kwargs)}
+
+
+def _keeps_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
+    """Returns whether an index of numbers and slices keeps the last dimension whole."""
+    slices = [part for part in parts if type(part) is slice]
+    bounds = [x for part in slices for x in (part.start, part.stop, part.step) if x is not None]
+    if not all(type(x) in (int, slice, EllipsisType) for x in (*parts, *bounds)):
+        return False
+    if parts[-1:] == (slice(None),):
+        return True
+    indexed = len(parts) - parts.count(...)
+    return indexed < dimensions and (indexed == len(parts) or parts[-1] is ...)
+
+
+def _selects_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
+    """Returns whether an index consists of masks and int64 tensors for the leading dimensions."""
+    if not parts or not all(type(x) in PLAIN and x.dtype in _INDEX_DTYPES for x in parts):
+        return False
+    return sum(x.dim() if x.dtype is torch.bool else 1 for x in parts) < dimensions
+
+
+def _transpose(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+    """Records the move of the classes to dimension 1."""
+    example, expected = function(node.example, *args, **kwargs), node.example.movedim(-1, 1)
+    is_expected = (example.shape, example.stride()) == (expected.shape, expected.stride())
+    if node.example.dim() < 3 or not is_expected:
+        return None
+    return {"example": example, "rows": node.rows.flatten(0, -2), "channels": True}
+
+
+def _log_softmax(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+    """Records a log_softmax over the classes whose result has the dtype of its input."""
+    dim, *others = args or (kwargs.get("dim"),)
+    is_last = type(dim) is int and dim in (-1, node.example.dim() - 1)
+    keeps_dtype = not node.family.context[2] or node.example.dtype is torch.float32
+    if others or not is_last or not keeps_dtype or kwargs.get("dtype") is not None:
+        return None
+    return {"log": True, "operation": (function, (), {"dim": -1})}  # for any selection of rows
+
+
+def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+    """Records the sum with a tensor that equals a bias of the head."""
+    (bias,), (_, _, autocast, dtype, _) = args, node.family.context
+    sharded = isinstance(node.family, ColwiseFamily)
+    if kwargs or sharded or node.scale != 1 or node.cap is not None:
+        return None
+    if not node.is_constant(bias) or bias.dim() > node.example.dim():
+        return None
+    if autocast and (node.family.traced or not _is_exact(bias, dtype)):
+        return None  # autocast casts the head's bias
+    bias = kept(bias)
+    node.family.watch(bias)
+    flat = bias.reshape(-1)  # without leading dimensions, for any selection of rows
+    return {
+        "shift": flat if node.shift is None else node.shift + flat,
+        "example": function(node.example, flat.to(node.example.device)),
+        "operation": (function, (flat,), {}),
+    }
+
+
 def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
     """Returns whether a dtype holds a bias exactly, such as zeros; a bias is compared once."""
     if bias.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -489,30 +496,44 @@ def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
     return bool(_EXACT.get(bias) == now)
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, (tuple, list)) and all(map(_is_size, value)))
+def _cast(node: _Node, _: Any, args: Any, kwargs: Any) -> Changes:
+    is_float32 = all(dtype is torch.float32 for dtype in (*args, *kwargs.values()))
+    return {"cast": torch.float32} if is_float32 and node.example.dtype != torch.float64 else None
 
 
-def _keeps_rows(index: Any, dimensions: int) -> bool:
-    """Returns whether an index selects whole rows and keeps the last dimension."""
-    given = list(index) if type(index) is tuple else [index]
-    for each in given:
-        bounds = (each.start, each.stop, each.step) if type(each) is slice else ()
-        plain = type(each) in (int, slice, EllipsisType)
-        if not plain or not all(type(bound) in (int, type(None)) for bound in bounds):
-            return False
-    if ... in given:
-        place = given.index(...)
-        given[place : place + 1] = [slice(None)] * (dimensions - len(given) + 1)
-    return len(given) < dimensions or (len(given) == dimensions and given[-1] == slice(None))
+def _scale(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+    (number,) = args
+    if kwargs or type(number) not in (int, float) or not 0 < number < math.inf:
+        return None
+    scale = node.scale / number if function in _QUOTIENTS else node.scale * number
+    if not 0 < scale < math.inf:
+        return None
+    return {"scale": 1.0 if math.isclose(scale, 1.0) else scale}
 
 
-def _selects_rows(index: Any, dimensions: int) -> bool:
-    """Returns whether an index consists of masks and int64 tensors for the leading dimensions."""
-    parts = index if type(index) is tuple else (index,)
-    if not parts or not all(type(x) in PLAIN and x.dtype in _INDEX_DTYPES for x in parts):
-        return False
-    return sum(x.dim() if x.dtype is torch.bool else 1 for x in parts) < dimensions
+def _tanh(node: _Node, _: Any, args: Any, kwargs: Any) -> Changes:
+    return None if node.cap or args or kwargs else {"cap": 1 / node.scale}
+
+
+_MOVES = (_view, _index, _transpose)
+_QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
+_RULES: dict[Any, Callable[..., Changes]] = {
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous), _view),
+    **dict.fromkeys((Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze), _view),
+    **dict.fromkeys((Tensor.squeeze, torch.squeeze), _view),
+    **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.movedim), _transpose),
+    **dict.fromkeys((Tensor.permute, torch.permute), _transpose),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _add),
+    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _scale),
+    **dict.fromkeys(_QUOTIENTS, _scale),
+    **dict.fromkeys((Tensor.float, Tensor.to), _cast),
+    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
+    Tensor.__getitem__: _index,
+}
+
+
+# ---- computed logits -----------------------------------------------------------------------------
 
 
 def _becomes(tensor: Any, real: Tensor) -> bool:
@@ -573,7 +594,7 @@ class _Logits(Tensor):
                 result = tensor._node.record(tensor, function, args[1:], kwargs)
                 if result is not None:
                     return result
-            args, kwargs = _mapped(lambda logits: _compute(logits, function), (args, kwargs))
+            args, kwargs = _mapped(partial(_compute, function=function), (args, kwargs))
         return function(*args, **kwargs)
 
 
@@ -590,7 +611,8 @@ class DeferredLogits(_Logits):
                 "pyfused.convert: expected no in-place operator on a converted model's logits in "
                 f"compiled code, got {function}. Call pyfused.revert(model)"
             )
-        return function(*_mapped(_values, args), **_mapped(_values, kwargs or {}))
+        args, kwargs = _mapped(_values, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
@@ -647,13 +669,9 @@ def _compute(tensor: Any, function: Any) -> Any:
     return computed(tensor)
 
 
-def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+def _mapped(change: Callable[[Any], Any], arguments: Any) -> Any:
     """Returns arguments after applying a function to the deferred logits among them."""
-    if type(x) is dict:
-        return {key: _mapped(change, value) for key, value in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)([_mapped(change, item) for item in x])
-    return change(x) if isinstance(x, _Logits) else x
+    return torch_internals.tree_map(lambda x: change(x) if is_deferred(x) else x, arguments)
 
 
 def computed(tensor: Any) -> Any:
