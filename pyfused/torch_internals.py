@@ -6,7 +6,6 @@ of torch lacks one of these, ``MISSING`` names it, and all calls fall back to to
 
 from __future__ import annotations
 
-import copy
 import inspect
 import pkgutil
 import sys
@@ -241,13 +240,6 @@ def fsdp_policy(module: Any) -> Any:
     """Returns the mixed-precision policy of a unit of ``fully_shard``, None for other modules."""
     state = getattr(module, "_get_fsdp_state", lambda: None)()
     return getattr(state, "_mp_policy", None)
-
-
-def with_children(module: Any, children: dict[str, Any]) -> Any:
-    """Returns a shallow copy of a module with some children replaced, by any objects."""
-    copied = copy.copy(module)
-    vars(copied)["_modules"] = module._modules | children
-    return copied
 
 
 # ---- tracing of formulas -------------------------------------------------------------------------

@@ -306,9 +306,11 @@ def test_models_are_compared_before_they_are_converted() -> None:
         forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
         Mine.forward = forward  # type: ignore[method-assign]
         model = Mine(language_model("Llama").config)
+        kinds = [type(module) for module in model.modules()]
         (left,) = [each for each in pyfused.plan_conversion(model).left if each.name == "."] or [
             None
         ]
+        assert [type(module) for module in model.modules()] == kinds
         return "" if left is None else left.reason
 
     def peaked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -590,7 +592,9 @@ def test_comparing_a_model_does_not_change_it() -> None:
     model(**batch()).loss.backward()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.model.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
     hooks = [len(module._forward_hooks) for module in model.modules()]
+    kinds = [type(module) for module in model.modules()]
     state = torch.get_rng_state()
     assert "." in pyfused.plan_conversion(model).swapped
     assert torch.equal(torch.get_rng_state(), state)
@@ -598,6 +602,7 @@ def test_comparing_a_model_does_not_change_it() -> None:
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert [type(module) for module in model.modules()] == kinds
 
 
 class OwnModel(torch.nn.Module):

@@ -12,25 +12,26 @@ the time of one more head and loss, and the memory of those rows.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Linear, Module
+from torch.nn import Linear
 from torch.nn import functional as F
 
 from pyfused import torch_internals
 from pyfused.adopt import adapters, deferred, subclass
 from pyfused.adopt.deferred import LOSS
 from pyfused.ops.shards import is_dtensor
-from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, with_children
+from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks
 
 _thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
 OUTPUT, COMPARED = "the output", "the first loss was compared"
@@ -407,24 +408,10 @@ def _difference(pairs: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
-class _Decoder:
-    """Replaces a module that computes hidden states: its calls return fixed ones."""
-
-    def __init__(self, module: Module, hidden: Tensor) -> None:
-        self.module, self.hidden = module, hidden
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return _Outputs(self.hidden)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        return _Decoder(value, self.hidden) if isinstance(value, Module) else value
-
-
 class _Outputs:
     """The outputs of a decoder, with hidden states only."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, *_: Any, **__: Any) -> None:
         self.last_hidden_state = hidden
 
     def __getitem__(self, index: Any) -> Any:
@@ -436,31 +423,29 @@ class _Outputs:
             raise AttributeError(name)
 
 
-def _twin(model: Any, path: str, head: Any, hidden: Tensor) -> Any:
-    """Returns a shallow copy of a model with another head and decoders that return fixed states."""
-    name, _, rest = path.partition(".")
-    base, kinds = getattr(model, "base_model", model), sys.modules["transformers"].PreTrainedModel
-    children: dict[str, Any] = dict(model.named_children())
-    changed: dict[str, Any] = {
-        each: _Decoder(module, hidden)
-        for each, module in children.items()
-        if module is base or isinstance(module, kinds)
-    }
-    changed[name] = _twin(children[name], rest, head, hidden) if rest else head
-    return with_children(model, changed)
+@contextmanager
+def _with_classes(classes: dict[Any, Any]) -> Iterator[None]:
+    """Changes the classes of modules within a block."""
+    before = {module: type(module) for module in classes}
+    try:
+        for module, kind in classes.items():
+            module.__class__ = kind
+        yield
+    finally:
+        for module, kind in before.items():
+            module.__class__ = kind
 
 
 def _trial_reason(model: Any, head: Any) -> str | None:
     """Returns why a model of transformers cannot be converted, by running it.
 
-    The ``forward`` of a shallow copy of the model runs with and without deferred logits, and with a
-    decoder that returns random hidden states. The model does not change, and only a few rows of
-    logits are computed.
+    Its ``forward`` runs with and without deferred logits, and its decoder returns random hidden
+    states instead of running. Only a few rows of logits are computed.
     """
-    path = next((name for name, module in model.named_modules() if module is head), "")
     kinds = sys.modules["transformers"].PreTrainedModel
-    bases = [m for m in model.modules() if m is model.base_model or isinstance(m, kinds)]
-    if not path or bases == [model]:
+    parts = [m for m in model.modules() if m is model.base_model or isinstance(m, kinds)]
+    bases = [module for module in parts if head not in list(module.modules())]
+    if not bases or model in bases:
         return "its hidden states do not come from a base model"
     weight, generator = head.weight, torch.Generator().manual_seed(0)
     labels = torch.randint(len(weight), (1, TOKENS), generator=generator).to(weight.device)
@@ -472,22 +457,27 @@ def _trial_reason(model: Any, head: Any) -> str | None:
     inputs |= {name: value for name, value in more.items() if name in parameters}
     if "input_ids" not in parameters and model.main_input_name in parameters:
         inputs[model.main_input_name] = inputs.pop("input_ids")
-    deferring = copy.copy(head)
-    _fuse_head(deferring)
     reason = None
     # The head's input may be a projection of the decoder's output.
     features = head.in_features
     for size in dict.fromkeys((features, getattr(model.config, "hidden_size", features))):
         values = torch.randn(1, TOKENS, size, generator=generator)
         hidden = values.to(weight.device, weight.dtype).requires_grad_()
-        twin = _twin(model, path, deferring, hidden)
+        fixed = {"__call__": staticmethod(partial(_Outputs, hidden))}
+        classes: dict[Any, Any] = {
+            base: type(type(base).__name__, (type(base),), fixed) for base in bases
+        }
+        if not subclass.is_fused(head):
+            kind: Any = type(head)
+            classes[head] = subclass.subclass(kind, _head_call)
         results: list[tuple[Tensor, ...]] = []
         uses: list[str] = []
         try:
-            for of in (head, deferring):
+            for deferring in (None, head):
                 # Both calls draw the same dropout. The second one defers logits.
-                with torch.enable_grad(), torch.random.fork_rng([weight.device] * weight.is_cuda):
-                    call = _Call(twin, of, {COMPARED})
+                fork = torch.random.fork_rng([weight.device] * weight.is_cuda)
+                with torch.enable_grad(), fork, _with_classes(classes):
+                    call = _Call(model, deferring, {COMPARED})
                     output, uses = call.run(type(model), (), inputs)
                     results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
         except Exception as error:
