@@ -281,9 +281,9 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
 
 def fuse(model: Any, head: str | None, evaluation: bool, metrics: bool) -> None:
     """Changes the classes of a model and its head to fused subclasses with convert's options."""
-    setattr(model, subclass.MARK, set())  # the warnings that have been issued
     _fuse_head(_head_of(model, head))
     subclass.fuse(model, _fused_forward, head, evaluation, metrics)
+    setattr(model, subclass.MARK, set())  # the warnings that have been issued
 
 
 def _is_head(module: Any) -> bool:
@@ -293,7 +293,6 @@ def _is_head(module: Any) -> bool:
 
 def _fuse_head(head: Any) -> None:
     if not subclass.is_fused(head):
-        setattr(head, subclass.MARK, True)
         subclass.fuse(head, _head_call)
 
 
@@ -324,7 +323,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _tell(model, told, f"its {call.differs}. From now on, its original forward runs")
-            unfuse(model)
+            subclass.unfuse(model)  # without its calls, the head computes logits
             return output
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
@@ -332,13 +331,6 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         return output
 
     return forward
-
-
-def unfuse(model: Any) -> None:
-    """Restores a model's original ``forward``; without its calls, the head computes logits."""
-    delattr(model, subclass.MARK)
-    vars(model).pop("pyfused_metrics", None)
-    subclass.unfuse(model)
 
 
 def _tell(model: Any, told: set[str], reason: str) -> None:

@@ -13,7 +13,7 @@ from torch.nn import Module
 import pyfused.nn as nn
 from pyfused import torch_internals
 from pyfused.adopt import causal_lm, gated_mlp
-from pyfused.adopt.subclass import MARK, is_fused, unfuse
+from pyfused.adopt.subclass import MARK, unfuse
 from pyfused.ops.operators import OPERATORS
 
 Model = TypeVar("Model", bound=Module)
@@ -107,14 +107,13 @@ def convert(
             continue
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
+            setattr(module, MARK, True)
         elif gated_mlp.is_known(module):
             gated_mlp.fuse(module)
         else:
             causal_lm.fuse(module, head if name == "." else None, evaluation, metrics)
-            kinds[f"head and loss of {kind}"] += 1
-            continue
+            kind = f"head and loss of {kind}"
         kinds[kind] += 1
-        setattr(module, MARK, True)
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     made = f"replaced {kinds.total()} modules ({listed}); left {len(plan.left)}: see "
     _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
@@ -169,13 +168,9 @@ def revert(model: Module) -> tuple[str, ...]:
     """
     converted = [(name, module) for name, module in _modules(model) if MARK in vars(module)]
     for _, module in converted:
-        if MARK in vars(module):
-            delattr(module, MARK)
-            vars(module).pop("pyfused_metrics", None)
-            if is_fused(module):
-                unfuse(module)
-            elif type(module) in _TORCH_CLASSES:
-                module.__class__ = _TORCH_CLASSES[type(module)]
+        if MARK in vars(module):  # a module may have several names
+            unfuse(module)
+            module.__class__ = _TORCH_CLASSES.get(type(module), type(module))
     return tuple(name for name, _ in converted)
 
 

@@ -36,9 +36,10 @@ def _new(kind: Any, *given: Any) -> Any:
 
 
 def fuse(module: Any, forward_of: ForwardOf, *arguments: Any) -> None:
-    """Changes the class of a module to its fused subclass."""
+    """Changes the class of a module to its fused subclass, and marks the module."""
     kind: Any = type(module)
     module.__class__ = subclass(kind, forward_of, *arguments)
+    setattr(module, MARK, True)
 
 
 def is_fused(module: Any) -> bool:
@@ -47,4 +48,6 @@ def is_fused(module: Any) -> bool:
 
 def unfuse(module: Any) -> None:
     """Restores the class of a module, unless a wrapper has made another subclass of it."""
+    delattr(module, MARK)
+    vars(module).pop("pyfused_metrics", None)
     module.__class__ = vars(type(module)).get("_unfused", type(module))
