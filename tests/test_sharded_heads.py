@@ -260,7 +260,7 @@ WRAPPERS = {
     "unit, two calls": Wrapper(fsdp2(), "told", "refused", {"reads": "twice"}),
     "unit, read": Wrapper(fsdp2(), "told", "refused", {"reads": "maximum"}),
     "unit, in C++": Wrapper(fsdp2(), "told", "refused", {"reads": "function"}),
-    "unit, torch.compile": Wrapper(lambda x: compiled(fsdp2()(x)), "left", "refused"),
+    "unit, torch.compile": Wrapper(lambda x: compiled(fsdp2()(x)), "told", "refused"),
     "unit, offloaded": Wrapper(fsdp2(offload=True), "fused", "refused"),
     "unit with a hook": Wrapper(fsdp2("hooked"), "told", "refused"),
     "unit of norm and head": Wrapper(fsdp2("group"), "fused", "refused"),

@@ -42,6 +42,7 @@ _MISSING_LABELS = (
     "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
     "override compute_loss with pyfused.functional.linear_cross_entropy"
 )
+_COMPILED_UNIT = "its head is a unit of fully_shard in a compiled model"
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
 # ---- a model's forward with another head ---------------------------------------------------------
@@ -192,6 +193,8 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
             return f"{where} is a {kind.__name__}, not a plain torch.nn.Linear"
         if "forward" in vars(layer):
             return f"the forward of {where} was replaced, for example by accelerate's offloading"
+        if is_unit and is_dynamo_compiling():
+            return _COMPILED_UNIT
         if has_hooks(layer, distributed=is_dynamo_compiling() or adapters.is_lora(head)):
             return f"{where} has hooks"
         if has_compiled_call(layer):
@@ -334,7 +337,8 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
 
 
 def _tell(model: Any, told: set[str], reason: str) -> None:
-    if reason not in told and not is_dynamo_compiling():
+    # The compiler breaks the graph at a warning, as it does at the hooks of a unit.
+    if reason not in told and (not is_dynamo_compiling() or reason == _COMPILED_UNIT):
         told.add(reason)
         message = f"pyfused.convert: {type(model).__name__} computes all of its logits: {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
