@@ -8,6 +8,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator
 from functools import cached_property
 from types import BuiltinFunctionType, CodeType, MethodDescriptorType, MethodType, NoneType
 from typing import Any, TypeVar, overload
@@ -57,18 +58,34 @@ class _Function:
     def ours(self) -> Any:
         if self.unpatched is None:
             return None
-        names = list(parameters_of(self.function))
-        inplace = "inplace" in names
+        op, names = self.op, list(parameters_of(self.function))
         given = [name for name in names if name != "inplace"]
-        call = f"callee(({', '.join(given)},){', inplace' * inplace})"
-        if self.op.definition is None:
-            torch_functions = self.op.reference, self.op.reference_
-            aten = self.op.builtin, self.op.builtin_
+
+        def by_name(*arguments: Any) -> Any:
+            return self.copy(**dict(zip(given, arguments, strict=True)))
+
+        # torch's function and its in-place variant, and both without torch's Python code, for calls
+        # that no subclass or mode observes
+        if op.definition is None:
+            torch_functions = op.reference, op.reference_
+            aten = op.builtin, op.builtin_
         else:  # pyfused's definition has more options than torch's function
-            by_name = self.unpatched.co_kwonlyargcount > 0
-            torch_function = _by_name(self.copy, given) if by_name else self.copy
+            torch_function = by_name if self.unpatched.co_kwonlyargcount else self.copy
             torch_functions = aten = torch_function, torch_function
-        return code_calling(_fused(self.op, torch_functions, aten), call, self.unpatched)
+
+        def call(arguments: Arguments, *inplace: Any) -> Any:
+            if has_torch_function(arguments):
+                return torch_functions[0](*arguments, *inplace)
+            overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
+            is_eager = not is_dynamo_compiling()
+            if is_eager and (torch_alone.depth or dispatch.is_small(op, arguments)):
+                return aten[overwrites](*arguments)
+            bound = one_frame_further(op, op.bind(*arguments))
+            unbound = functools.partial(torch_functions[overwrites], *arguments)
+            return _call(op, bound, overwrites, unbound)
+
+        inplace = ", inplace" * ("inplace" in names)
+        return code_calling(call, f"callee(({', '.join(given)},){inplace})", self.unpatched)
 
     def now(self) -> Any:
         return getattr(F, self.name)
@@ -190,34 +207,6 @@ class _BuiltIn:
             delattr(self.owner, self.name)  # the base class has it
         else:
             setattr(self.owner, self.name, function)
-
-
-def _by_name(function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    """Returns a function that passes some of its positional arguments by name."""
-    return lambda *arguments: function(**dict(zip(names, arguments, strict=True)))
-
-
-def _fused(
-    op: Operator, torch_functions: tuple[Any, Any], aten: tuple[Any, Any]
-) -> Callable[..., Any]:
-    """Returns the function that a patched function of torch calls.
-
-    Args:
-        torch_functions: torch's function and its in-place variant.
-        aten: The same without torch's Python code, for calls that no subclass or mode observes.
-    """
-
-    def call(arguments: Arguments, *inplace: Any) -> Any:
-        if has_torch_function(arguments):
-            return torch_functions[0](*arguments, *inplace)
-        overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
-        if not is_dynamo_compiling() and (torch_alone.depth or dispatch.is_small(op, arguments)):
-            return aten[overwrites](*arguments)
-        bound = one_frame_further(op, op.bind(*arguments))
-        unbound = functools.partial(torch_functions[overwrites], *arguments)
-        return _call(op, bound, overwrites, unbound)
-
-    return call
 
 
 def _call(
@@ -344,7 +333,7 @@ _blocks = 0  # the number of active ``with`` blocks, in all threads
 _installed = False
 
 
-class Patch:
+class Patch(ContextDecorator):
     """The result of :func:`pyfused.patch`, a context manager and decorator."""
 
     def __enter__(self) -> Patch:
@@ -362,10 +351,22 @@ class Patch:
             _remove_unless_wanted()
 
     def __call__(self, function: Function) -> Function:
+        if not callable(function) or isinstance(function, (torch.nn.Module, type)):
+            hint = ". To convert a module, call pyfused.convert(model)"
+            raise TypeError(
+                f"function: expected a function, got {_describe(function)}"
+                + hint * isinstance(function, torch.nn.Module)
+            )
+        kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+        if any(is_kind(function) for is_kind in kinds):
+            raise TypeError(
+                f"function: expected a function, got the coroutine or generator {function!r}. Use "
+                "'with pyfused.patch():' around the calls in it"
+            )
         with _lock:
             _calls.discard(self)
             _remove_unless_wanted()
-        return patch(function)
+        return super().__call__(function)
 
 
 @overload
@@ -392,33 +393,15 @@ def patch(function: Any = None) -> Any:
         RuntimeError: Other code has replaced one of the functions. Nothing has been changed.
         TypeError: The decorated function is a coroutine or a generator.
     """
-    if function is None:
-        asked = Patch()
-        with _lock:
-            if _calls:
-                _log.info("patch: already active")
-            _install()
-            _calls.add(asked)
-        return asked
-    if not callable(function) or isinstance(function, (torch.nn.Module, type)):
-        hint = ". To convert a module, call pyfused.convert(model)"
-        raise TypeError(
-            f"function: expected a function, got {_describe(function)}"
-            + hint * isinstance(function, torch.nn.Module)
-        )
-    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-    if any(is_kind(function) for is_kind in kinds):
-        raise TypeError(
-            f"function: expected a function, got the coroutine or generator {function!r}. Use "
-            "'with pyfused.patch():' around the calls in it"
-        )
-
-    @functools.wraps(function)
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        with patch():
-            return function(*args, **kwargs)
-
-    return patched
+    if function is not None:
+        return Patch()(function)
+    asked = Patch()
+    with _lock:
+        if _calls:
+            _log.info("patch: already active")
+        _install()
+        _calls.add(asked)
+    return asked
 
 
 def unpatch() -> None:
