@@ -123,6 +123,9 @@ class StandIn(functools.partial[Any]):
     def __hash__(self) -> int:
         return hash(self.__wrapped__)
 
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self  # from Python 3.14, a partial binds the instance
+
     def __reduce__(self) -> str:  # pickles by name, like a function
         return self.__qualname__
 
