@@ -14,7 +14,9 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median_low
 from time import perf_counter
 from traceback import walk_tb
 from typing import Any, NamedTuple
@@ -42,8 +44,8 @@ class Calls:
 
     Attributes:
         count: The number of calls.
-        largest: The number of elements of the largest input, or of a linear layer's logits.
-        elements: The number of elements of all inputs together.
+        largest: The number of elements of the largest call's input, or of a linear layer's logits.
+        elements: The number of elements of all calls together.
         times: The seconds per element with pyfused and with torch, for each call that was re-run.
         due: The number of the next call to re-run.
     """
@@ -118,7 +120,7 @@ class Report:
         needs_grad = torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in arguments
         )
-        elements = _elements(op, arguments)
+        elements = op.elements(arguments)
         calls = self._kernels[op.name, elements.bit_length(), needs_grad]
         calls.count += 1
         calls.elements += elements
@@ -145,7 +147,7 @@ class Report:
             times = [0.0, 0.0]
             for calls in compared:
                 for i, seconds in enumerate(zip(*calls.times, strict=True)):
-                    times[i] += calls.elements * sorted(seconds)[(len(seconds) - 1) // 2]
+                    times[i] += calls.elements * median_low(seconds)
             # Other sizes are assumed to take the same time per element.
             known = sum(calls.elements for calls in compared)
             scale = sum(calls.elements for calls in kinds) / max(known, 1)
@@ -221,11 +223,6 @@ def time_of(seconds: float) -> str:
 # ---- a call that is re-run -----------------------------------------------------------------------
 
 
-def _elements(op: Operator, arguments: Arguments) -> int:
-    """Returns the number of elements of the input, or of a linear layer's logits."""
-    return op.elements(arguments) if op.is_linear else arguments[0].numel()
-
-
 def _rows(arguments: Arguments) -> int:
     return math.prod(arguments[0].shape[:1])
 
@@ -235,7 +232,7 @@ def _can_be_repeated(op: Operator, arguments: Arguments) -> bool:
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     on_gpu = tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing()
     return (
-        0 < _elements(op, arguments) <= MOST * _rows(arguments)
+        0 < op.elements(arguments) <= MOST * _rows(arguments)
         and (tensors[0].is_cpu or on_gpu)
         and all(type(tensor) in PLAIN for tensor in tensors)
         and torch_internals.active_mode() is None
@@ -248,14 +245,14 @@ def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
 
     The tensors are detached and not overwritten, so the program's results do not change.
     """
-    elements, rows = _elements(op, arguments), _rows(arguments)
+    elements, rows = op.elements(arguments), _rows(arguments)
     if elements > MOST:
         kept = math.ceil(rows * MOST / elements)
         arguments = tuple(
             value[:kept] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
             for value in arguments
         )
-        elements = _elements(op, arguments)
+        elements = op.elements(arguments)
     kernel = decide(op, arguments, False).run
     assert kernel is not None
     with warnings.catch_warnings(), torch_alone:
@@ -276,18 +273,19 @@ def _seconds(function: Callable[[Arguments], Any], arguments: Arguments) -> floa
     )
     leaves = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
     wait: Callable[[], Any] = torch.cuda.synchronize if arguments[0].is_cuda else int
-    wait()
-    start = perf_counter()
-    result = function(arguments)
-    wait()
-    seconds = perf_counter() - start
-    if leaves:
-        grad_output = torch.ones_like(result)
+
+    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
         wait()
         start = perf_counter()
-        torch.autograd.grad(result, leaves, grad_output, allow_unused=True)
+        result = call()
         wait()
-        seconds += perf_counter() - start
+        return perf_counter() - start, result
+
+    seconds, result = timed(lambda: function(arguments))
+    if leaves:
+        grad_output = torch.ones_like(result)
+        backward = partial(torch.autograd.grad, result, leaves, grad_output, allow_unused=True)
+        seconds += timed(backward)[0]
     return seconds
 
 
