@@ -332,6 +332,20 @@ def test_models_are_compared_before_they_are_converted() -> None:
     assert "its forward raised KeyError('no such key')" in of(broken)
 
 
+def test_models_are_compared_under_another_default_device() -> None:
+    model = language_model("Llama")
+    with torch.device("meta"):
+        assert "." in pyfused.plan_conversion(model).swapped
+
+
+def test_a_head_without_elements_is_left() -> None:
+    """ZeRO-3 partitions the weights of a model when it is built."""
+    model = language_model("Llama")
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(0))
+    (left,) = pyfused.plan_conversion(model).left
+    assert left.reason == "the weight of its head has no elements"
+
+
 def test_a_subclass_that_passes_its_arguments_on() -> None:
     kind = type(language_model("Llama"))
 

@@ -279,6 +279,8 @@ def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
     reason = _reason(head) or ("its head has hooks" if has_hooks(head) else None)
     if vouched is not None or reason is not None:
         return reason
+    if head.weight.numel() == 0:
+        return "the weight of its head has no elements"
     return None if head.weight.is_meta else _trial_reason(model, head)
 
 
@@ -444,8 +446,9 @@ def _trial_reason(model: Any, head: Any) -> str | None:
     if not bases or model in bases:
         return "its hidden states do not come from a base model"
     weight, generator = head.weight, torch.Generator().manual_seed(0)
-    labels = torch.randint(len(weight), (1, TOKENS), generator=generator).to(weight.device)
+    labels = torch.randint(len(weight), (1, TOKENS), generator=generator, device="cpu")
     labels[0, 1] = -100
+    labels = labels.to(weight.device)
     inputs: dict[str, Any] = {"input_ids": torch.zeros_like(labels), "labels": labels}
     parameters = inspect.signature(type(model).forward).parameters
     more: dict[str, Any] = {"output_router_logits": False}
@@ -457,7 +460,7 @@ def _trial_reason(model: Any, head: Any) -> str | None:
     # The head's input may be a projection of the decoder's output.
     features = head.in_features
     for size in dict.fromkeys((features, getattr(model.config, "hidden_size", features))):
-        values = torch.randn(1, TOKENS, size, generator=generator)
+        values = torch.randn(1, TOKENS, size, generator=generator, device="cpu")
         hidden = values.to(weight.device, weight.dtype).requires_grad_()
         fixed = {"__call__": staticmethod(partial(_Outputs, hidden))}
         classes: dict[Any, Any] = {
