@@ -17,27 +17,17 @@ from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, uns
 from pyfused.ops.operators import OPERATORS
 
 
-def built() -> list[str]:
-    return [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
-
-
-def shares_threads() -> bool:
-    """Returns whether torch and the kernels share one OpenMP runtime, and so one thread pool."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(count + 1)
-    try:
-        return bool(cpu.native.runtime_threads() == count + 1)
-    finally:
-        torch.set_num_threads(count)
-
-
 def thread_runtime() -> str:
+    """Returns the kernels' OpenMP runtime, and whether they share its thread pool with torch."""
     if cpu.MISSING:
         return "none: there are no kernels"
     if not cpu.native.runtime_file:
         return "none loaded: kernels run on one thread"
-    pool = "shared with torch" if shares_threads() else "not shared with torch"
-    return f"{cpu.native.runtime_file}, {pool}"
+    count = torch.get_num_threads()
+    torch.set_num_threads(count + 1)
+    shared = cpu.native.runtime_threads() == count + 1
+    torch.set_num_threads(count)
+    return f"{cpu.native.runtime_file}, {'shared' if shared else 'not shared'} with torch"
 
 
 def triton() -> str:
@@ -48,17 +38,12 @@ def triton() -> str:
     return f"{found}; pyfused needs {NEEDED}" + (f", torch requires {pinned}" if pinned else "")
 
 
-def on_cpus() -> str:
-    return f"torch's operators: {cpu.MISSING}" if cpu.MISSING else "C++ kernels"
-
-
-def on_gpus() -> str:
-    if reason := unsupported_triton():
-        return f"torch's operators: {reason}"
-    return "Triton kernels; other devices: torch's operators"
-
-
 def report() -> dict[str, str]:
+    built = [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
+    on_cpus = f"torch's operators: {cpu.MISSING}" if cpu.MISSING else "C++ kernels"
+    on_gpus = "Triton kernels; other devices: torch's operators"
+    if reason := unsupported_triton():
+        on_gpus = f"torch's operators: {reason}"
     return {
         "pyfused": pyfused.__version__,
         "platform": platform.platform(),
@@ -66,14 +51,14 @@ def report() -> dict[str, str]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": triton(),
         "compiler": cpu.native.compiler,
-        "ISAs built": ", ".join(built()) or "none",
+        "ISAs built": ", ".join(built) or "none",
         "ISAs supported": ", ".join(cpu.supported) or "none",
         "ISA chosen": cpu.capability,
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
         "operators": ", ".join(OPERATORS),
-        "kernels": f"cpu: {on_cpus()}; GPUs: {on_gpus()}",
+        "kernels": f"cpu: {on_cpus}; GPUs: {on_gpus}",
     }
 
 

@@ -60,7 +60,8 @@ class Family:
         call: The model's call, whose ``accepts`` returns whether a loss may be fused.
         inputs: The hidden states, the head's weight, its bias, and the weight of an adapter, whose
             features follow the hidden states, or None.
-        read: These and the tensors of recorded operators, none of which may change in place.
+        watched: These and the tensors of recorded operators, none of which may change in place,
+            with their versions and addresses.
         finish: Receives the losses and computed logits of a unit of FSDP when its call ends.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
@@ -75,15 +76,18 @@ class Family:
         self.nodes: list[_Node] = []
         self.traced = is_dynamo_compiling()
         self.context = _context(inputs[0].device.type)
-        self.read: list[Tensor] = []
-        self.versions: list[tuple[int, int]] = []
+        self.watched: list[tuple[Tensor, Any]] = []
         self.watch(*inputs)
 
     def watch(self, *tensors: Tensor | None) -> None:
         """Notes the versions of tensors that are read until the logits have been computed."""
         if not self.traced:
-            self.read += [tensor for tensor in tensors if tensor is not None]
-            self.versions += self.versions_now()[len(self.versions) :]
+            self.watched += [(x, self.state(x)) for x in tensors if x is not None]
+
+    def state(self, tensor: Tensor) -> Any:
+        """Returns what changes if a tensor changes in place; FSDP moves the weight."""
+        version, address = _state(tensor)
+        return version, self.finish or address
 
     def logits(self) -> Any:
         """Returns the output of the head."""
@@ -93,10 +97,6 @@ class Family:
         autocast, dtype = self.context[2:4]
         shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
         return _Node(self, hidden, torch.empty(shape, dtype=dtype, device="meta")).tensor()
-
-    def versions_now(self) -> Any:
-        """Returns what changes if a tensor that is read changes in place; FSDP moves the weight."""
-        return [(version, self.finish or address) for version, address in _versions(self.read)]
 
     def linear(self, rows: Tensor, adapter_weight: Tensor | None) -> Tensor:
         """Returns the logits of rows of hidden states, computed by torch."""
@@ -126,7 +126,7 @@ class Family:
 
     def close(self, reader: str) -> None:
         """Ends the head's call, after which its weight may change."""
-        if self.is_kept():
+        if any(node.reference() is not None for node in self.nodes):  # a tensor without memory
             self.compute(reader)
         results, self.results = self.results, None
         if results is not None:
@@ -136,10 +136,6 @@ class Family:
     def is_lazy(self) -> bool:
         """Returns whether operators can be recorded: the modes have not changed since the call."""
         return not self.computed and self.context == _context(self.inputs[0].device.type)
-
-    def is_kept(self) -> bool:
-        """Returns whether a tensor without memory is still referenced."""
-        return any(node.reference() is not None for node in self.nodes)
 
     def compute(self, reader: str) -> None:
         """Computes the logits and the recorded operators once, because an operator reads them."""
@@ -161,7 +157,7 @@ class Family:
         Raises:
             RuntimeError: The head's input or parameters have been changed in place since the call.
         """
-        if self.versions_now() != self.versions:
+        if any(self.state(tensor) != state for tensor, state in self.watched):
             raise RuntimeError(
                 "pyfused.convert: expected the head's input, weight and bias, and tensors that are "
                 "added to its logits or select their rows, to stay the same until the logits are "
@@ -240,9 +236,9 @@ def kept(x: Any) -> Any:
         return x.clone()
 
 
-def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    # Tensors of inference mode have no version.
-    return [(0 if x.is_inference() else version_of(x), x.data_ptr()) for x in tensors]
+def _state(x: Tensor) -> tuple[int, int]:
+    """Returns the version of a tensor, 0 for one of inference mode, and its address."""
+    return 0 if x.is_inference() else version_of(x), x.data_ptr()
 
 
 @dataclass(eq=False)
@@ -303,7 +299,7 @@ class _Node:
             # torch cannot swap a tensor that has weak references.
             tensor, self.reference = self.reference(), lambda: None
             self.real = tensor if _becomes(tensor, real) else real
-            ((self.version, _),) = _versions([self.real])
+            self.version, _ = _state(self.real)
             self.held = isinstance(tensor, _Logits)
             if LOSS in self.family.uses:
                 vars(self.real).update(register_hook=_Refusal(self.real), retain_grad=_refuse)
@@ -490,7 +486,7 @@ def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
     """Returns whether a dtype holds a bias exactly, such as zeros; a bias is compared once."""
     if bias.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    now = dtype, *_versions([bias])
+    now = dtype, *_state(bias)
     if _EXACT.get(bias) != now and torch.equal(bias.to(dtype).to(bias.dtype), bias):
         _EXACT[bias] = now
     return bool(_EXACT.get(bias) == now)
