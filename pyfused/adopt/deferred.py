@@ -252,7 +252,6 @@ class _Node:
         rows: The hidden states, in the shape of the tensor.
         example: A tensor of the same shape, strides and dtype: on meta, or the compiler's.
         operation: torch's operator, and its arguments and keyword arguments after the parent.
-        moves: Whether the operator only selects or moves rows.
         shift: A tensor of one number for each class, None without an addition.
         log: Whether the value is log_softmax of that.
         channels: Whether the classes are dimension 1, as in the cross-entropy of images; ``rows``
@@ -269,7 +268,6 @@ class _Node:
     example: Tensor
     parent: _Node | None = None
     operation: tuple[Any, Any, Any] = (None, None, None)
-    moves: bool = False
     shift: Tensor | None = None
     log: bool = False
     channels: bool = False
@@ -318,8 +316,8 @@ class _Node:
         """Returns a new tensor of the same value, or the logits of other rows."""
         if self.parent is None:
             return self.apply(self.family.inputs[0] if rows is None else rows)
-        parent = self.parent.recompute(rows)
-        return parent if self.moves and rows is not None else self.apply(parent)
+        parent, moves = self.parent.recompute(rows), _RULES.get(self.operation[0]) in _MOVES
+        return parent if moves and rows is not None else self.apply(parent)
 
     def record(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it can be recorded, or else None."""
@@ -328,16 +326,15 @@ class _Node:
         rule = _RULES.get(function)
         if rule is None or self.channels or (self.log and rule not in _MOVES):
             return None
-        changed = rule(self, function, args, kwargs)
-        if changed is None:
+        node = rule(self, function, args, kwargs)
+        if node is None:
             return None
-        result: dict[str, Any] = {"operation": (function, args, kwargs), "moves": rule in _MOVES}
-        result |= changed
-        if "example" not in result:
-            result["example"] = function(self.example, *args, **kwargs)
-        if result["example"] is self.example:
-            return tensor
-        return replace(self, parent=self, **result).tensor()
+        if node.operation is self.operation:
+            node.operation = function, args, kwargs
+        if node.example is self.example:
+            node.example = function(self.example, *args, **kwargs)
+        node.parent = self
+        return tensor if node.example is self.example else node.tensor()
 
     def is_constant(self, tensor: Any) -> bool:
         """Returns whether a tensor has a number for each class, in the head's dtype."""
@@ -395,25 +392,25 @@ class _Node:
 
 # ---- recorded operators --------------------------------------------------------------------------
 
-# A rule returns the attributes of an operator's result that differ from its input's, or None if the
+# A rule returns a copy of a node with the attributes that an operator changes, or None if the
 # operator cannot be recorded.
-Changes = dict[str, Any] | None
 
 
-def _view(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+def _view(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     """Records a view in the same order, which keeps rows whole if it keeps the last dimension."""
     example = function(node.example, *args, **kwargs)
     if example.shape[-1:] != node.example.shape[-1:] or example.dtype is not node.example.dtype:
         return None
-    return {"example": example, "rows": node.rows.reshape(*example.shape[:-1], node.rows.shape[-1])}
+    rows = node.rows.reshape(*example.shape[:-1], node.rows.shape[-1])
+    return replace(node, example=example, rows=rows)
 
 
-def _index(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+def _index(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     """Records slices of rows, or a selection of rows by masks or int64 tensors."""
     (index,), dimensions = args, node.example.dim()
     parts = index if type(index) is tuple else (index,)
     if _keeps_rows(parts, dimensions):
-        return {"rows": node.rows[parts]}
+        return replace(node, rows=node.rows[parts])
     if node.family.traced or not _selects_rows(parts, dimensions):
         return None
     rows = node.rows[parts]
@@ -421,7 +418,7 @@ def _index(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
         return None
     node.family.watch(*(parts := tuple(map(kept, parts))))
     example = node.example.new_empty(*rows.shape[:-1], node.example.shape[-1])
-    return {"rows": rows, "example": example, "operation": (function, (parts,), kwargs)}
+    return replace(node, rows=rows, example=example, operation=(function, (parts,), kwargs))
 
 
 def _keeps_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
@@ -443,26 +440,26 @@ def _selects_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
     return sum(x.dim() if x.dtype is torch.bool else 1 for x in parts) < dimensions
 
 
-def _transpose(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+def _transpose(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     """Records the move of the classes to dimension 1."""
     example, expected = function(node.example, *args, **kwargs), node.example.movedim(-1, 1)
     is_expected = (example.shape, example.stride()) == (expected.shape, expected.stride())
     if node.example.dim() < 3 or not is_expected:
         return None
-    return {"example": example, "rows": node.rows.flatten(0, -2), "channels": True}
+    return replace(node, example=example, rows=node.rows.flatten(0, -2), channels=True)
 
 
-def _log_softmax(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+def _log_softmax(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     """Records a log_softmax over the classes whose result has the dtype of its input."""
     dim, *others = args or (kwargs.get("dim"),)
     is_last = type(dim) is int and dim in (-1, node.example.dim() - 1)
     keeps_dtype = not node.family.context[2] or node.example.dtype is torch.float32
     if others or not is_last or not keeps_dtype or kwargs.get("dtype") is not None:
         return None
-    return {"log": True, "operation": (function, (), {"dim": -1})}  # for any selection of rows
+    return replace(node, log=True, operation=(function, (), {"dim": -1}))  # for any rows
 
 
-def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     """Records the sum with a tensor that equals a bias of the head."""
     (bias,), (_, _, autocast, dtype, _) = args, node.family.context
     sharded = isinstance(node.family, ColwiseFamily)
@@ -474,12 +471,10 @@ def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
         return None  # autocast casts the head's bias
     bias = kept(bias)
     node.family.watch(bias)
-    flat = bias.reshape(-1)  # without leading dimensions, for any selection of rows
-    return {
-        "shift": flat if node.shift is None else node.shift + flat,
-        "example": function(node.example, flat.to(node.example.device)),
-        "operation": (function, (flat,), {}),
-    }
+    bias = bias.reshape(-1)  # for any rows
+    example = function(node.example, bias.to(node.example.device))
+    shift = bias if node.shift is None else node.shift + bias
+    return replace(node, shift=shift, example=example, operation=(function, (bias,), {}))
 
 
 def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
@@ -492,28 +487,29 @@ def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
     return bool(_EXACT.get(bias) == now)
 
 
-def _cast(node: _Node, _: Any, args: Any, kwargs: Any) -> Changes:
+def _cast(node: _Node, _: Any, args: Any, kwargs: Any) -> _Node | None:
     is_float32 = all(dtype is torch.float32 for dtype in (*args, *kwargs.values()))
-    return {"cast": torch.float32} if is_float32 and node.example.dtype != torch.float64 else None
+    fits = is_float32 and node.example.dtype is not torch.float64
+    return replace(node, cast=torch.float32) if fits else None
 
 
-def _scale(node: _Node, function: Any, args: Any, kwargs: Any) -> Changes:
+def _scale(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     (number,) = args
     if kwargs or type(number) not in (int, float) or not 0 < number < math.inf:
         return None
     scale = node.scale / number if function in _QUOTIENTS else node.scale * number
     if not 0 < scale < math.inf:
         return None
-    return {"scale": 1.0 if math.isclose(scale, 1.0) else scale}
+    return replace(node, scale=1.0 if math.isclose(scale, 1.0) else scale)
 
 
-def _tanh(node: _Node, _: Any, args: Any, kwargs: Any) -> Changes:
-    return None if node.cap or args or kwargs else {"cap": 1 / node.scale}
+def _tanh(node: _Node, _: Any, args: Any, kwargs: Any) -> _Node | None:
+    return None if node.cap or args or kwargs else replace(node, cap=1 / node.scale)
 
 
 _MOVES = (_view, _index, _transpose)
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
-_RULES: dict[Any, Callable[..., Changes]] = {
+_RULES: dict[Any, Callable[..., _Node | None]] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous), _view),
     **dict.fromkeys((Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze), _view),
     **dict.fromkeys((Tensor.squeeze, torch.squeeze), _view),
