@@ -42,6 +42,7 @@ _MISSING_LABELS = (
     "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
     "override compute_loss with pyfused.functional.linear_cross_entropy"
 )
+SILENT = ""  # a reason without a warning
 _COMPILED_UNIT = "its head is a unit of fully_shard in a compiled model"
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
@@ -82,12 +83,11 @@ class _Call:
     def logits(self, kind: Any, hidden: Tensor) -> Any:
         """Returns the logits of hidden states, deferred if possible, or None to call the head."""
         head, hooked = self.head, has_hooks(self.head)
-        # In training, no_grad is of a checkpoint or of generation.
-        defers = torch.is_grad_enabled() or not (hooked or self.model.training)
-        if not defers or not (hooked or _is_usable(head, hidden)):
-            return None
         reason = _reason(head, None if hooked else hidden)
-        if self.hooks != deferred.hooks():
+        # In training, no_grad is of a checkpoint or of generation.
+        if not torch.is_grad_enabled() and (hooked or self.model.training):
+            reason = SILENT
+        elif reason != SILENT and self.hooks != deferred.hooks():
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
@@ -115,14 +115,14 @@ class _Call:
             and any(placement.is_shard(0) for placement in weight.placements)
         ):
             family = deferred.ColwiseFamily(self, finish, hidden, weight, bias)
-            reason = None if COMPARED in self.told or family.is_full() else reason
+            if COMPARED in self.told or family.is_full():
+                reason = None if _is_usable(head, family.inputs[0]) else SILENT
         if reason is not None:
             _tell(self.model, self.told, reason)
-        elif _is_usable(head, family.inputs[0]):
-            self.families.append(family)
-            logits, dtype = family.logits(), policy and policy.output_dtype
-            return logits if dtype in (None, logits.dtype) else logits.to(dtype)
-        return finish(kind.forward(head, *args))
+            return finish(kind.forward(head, *args))
+        self.families.append(family)
+        logits, dtype = family.logits(), policy and policy.output_dtype
+        return logits if dtype in (None, logits.dtype) else logits.to(dtype)
 
     def accepts(self, node: Any, target: Tensor, options: dict[str, Any]) -> bool:
         """Returns whether a loss agrees with torch's; only the first one is compared."""
@@ -211,7 +211,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
         reason = adapters.reason_to_compute(head, hidden) if is_lora else None
         if reason is not None:
             return reason
-    return None
+    return None if hidden is None or _is_usable(head, hidden) else SILENT
 
 
 def _finished(output: Any) -> Any:
@@ -340,7 +340,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
 
 def _tell(model: Any, told: set[str], reason: str) -> None:
     # The compiler breaks the graph at a warning, as it does at the hooks of a unit.
-    if reason not in told and (not is_dynamo_compiling() or reason == _COMPILED_UNIT):
+    if reason not in (SILENT, *told) and (not is_dynamo_compiling() or reason == _COMPILED_UNIT):
         told.add(reason)
         message = f"pyfused.convert: {type(model).__name__} computes all of its logits: {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
