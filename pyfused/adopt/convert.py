@@ -200,18 +200,20 @@ def _wrapper(module: Module) -> str | None:
 
 
 def _reason_to_leave(module: Module) -> str | None:
-    if type(module).__module__ == nn.__name__:
+    kind = type(module)
+    if kind.__module__ == nn.__name__:
         return "is already a module of pyfused.nn"
+    if kind in FUSED:
+        return "its forward was replaced" if "forward" in vars(module) else None
     for torch_class in FUSED:
-        if type(module) is torch_class and "forward" in vars(module):
-            return "its forward was replaced"
-        if type(module) not in FUSED and isinstance(module, torch_class):
-            return f"is a subclass of torch.nn.{torch_class.__name__}"
-        if getattr(module, "original_name", None) == torch_class.__name__:
+        name = torch_class.__name__
+        if isinstance(module, torch_class):
+            return f"is a subclass of torch.nn.{name}"
+        if getattr(module, "original_name", None) == name:
             return "is compiled by torch.jit"
-        if type(module) is not torch_class and type(module).__name__ == torch_class.__name__:
-            return f"is a class of {type(module).__module__}, not torch.nn.{torch_class.__name__}"
-    if type(module) in FUSED or isinstance(module, torch.nn.MultiheadAttention):
+        if kind.__name__ == name:
+            return f"is a class of {kind.__module__}, not torch.nn.{name}"
+    if isinstance(module, torch.nn.MultiheadAttention):
         return None
-    known = any(base.__module__ in _LOSSES_AND_ACTIVATIONS for base in type(module).__mro__)
+    known = any(base.__module__ in _LOSSES_AND_ACTIVATIONS for base in kind.__mro__)
     return "has no counterpart in pyfused.nn" if known else None
