@@ -710,11 +710,27 @@ def test_a_head_that_is_changed_before_its_loss(changed: str) -> None:
         model(X, TARGET)
 
 
+class InCpp(torch.autograd.Function):
+    """An autograd function whose operators are called by C++."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        with torch._C.DisableTorchFunctionSubclass():
+            return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # noqa: ARG004
+        return 2 * grad_output
+
+
+@pytest.mark.parametrize("first", [None, Doubled, InCpp])
 @pytest.mark.parametrize("how", ["register_hook", "retain_grad", "grad", "after a read"])
-def test_gradients_of_logits_whose_loss_was_computed_without_them(how: str) -> None:
+def test_gradients_of_logits_that_others_bypass(how: str, first: Any) -> None:
+    """Gradients of a fused loss or of an autograd function do not reach the computed logits."""
+
     def forward(model: Any, x: Tensor, target: Tensor) -> Any:
         logits = model.head(model.embedded(x)).flatten(0, 1)
-        loss = F.cross_entropy(logits, target)
+        loss = first.apply(logits).sum() if first else F.cross_entropy(logits, target)
         if how == "register_hook":
             logits.register_hook(lambda grad: grad)
         elif how == "retain_grad":

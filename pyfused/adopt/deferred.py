@@ -65,6 +65,8 @@ class Family:
         finish: Receives the losses and computed logits of a unit of FSDP when its call ends.
         uses: The names of the operators that have read the logits, and LOSS for a fused loss.
         computed: Whether the logits have been computed.
+        bypassed: Whether gradients bypass the computed logits: a loss is fused, or C++ has read the
+            tensors without memory.
         nodes: The recorded tensors, until they are computed or the model's call ends.
     """
 
@@ -72,7 +74,7 @@ class Family:
         self.call, self.inputs, self.finish = call, tuple(map(kept, inputs)), finish
         self.results: list[Any] | None = None if finish is None else []
         self.uses: list[str] = []
-        self.computed = False
+        self.computed = self.bypassed = False
         self.nodes: list[_Node] = []
         self.traced = is_dynamo_compiling()
         self.context = _context(inputs[0].device.type)
@@ -146,6 +148,9 @@ class Family:
                     if node.reference() is not None:
                         node.compute()
             for node in self.nodes:
+                if self.bypassed and node.real is not None:
+                    refusing = {"register_hook": _Refusal(node.real), "retain_grad": _refuse}
+                    vars(node.real).update(refusing)
                 node.real = node.real if node.held else None
             self.nodes.clear()
         self.computed = True
@@ -299,8 +304,7 @@ class _Node:
             self.real = tensor if _becomes(tensor, real) else real
             self.version, _ = _state(self.real)
             self.held = isinstance(tensor, _Logits)
-            if LOSS in self.family.uses:
-                vars(self.real).update(register_hook=_Refusal(self.real), retain_grad=_refuse)
+            self.family.bypassed |= self.held
             self.family.keep(self.real, *[tensor] * self.held)
         return self.real
 
@@ -379,6 +383,7 @@ class _Node:
                 if not self.family.call.accepts(self, target, options):
                     return None
         self.family.uses.append(LOSS)
+        self.family.bypassed = True
         loss = self.loss(self.rows, target, options)
         loss = loss.view(shape) if self.channels and reduction == "none" else loss
         self.family.keep(loss)
@@ -543,15 +548,16 @@ def _becomes(tensor: Any, real: Tensor) -> bool:
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
-    """Raises for a hook or gradient of logits that a fused loss bypasses."""
+    """Raises for a hook or gradient of logits that other gradients bypass."""
     raise RuntimeError(
         "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
-        "their loss, got it after. Call it before the loss, or call pyfused.revert(model)"
+        "their loss or an autograd.Function of them, got it after. Call it before the loss, or "
+        "call pyfused.revert(model)"
     )
 
 
 class _Refusal:
-    """Replaces ``register_hook`` of logits with a fused loss; FSDP's hooks ignore the gradient."""
+    """Replaces ``register_hook`` of bypassed logits; FSDP's hooks ignore the gradient."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = weakref.ref(logits)
@@ -656,7 +662,7 @@ def _compute(tensor: Any, function: Any) -> Any:
             "returns them, got one. Call pyfused.revert(model)"
         )
     family.compute(_name_of(function))
-    if function in _OF_GRADIENTS and LOSS in family.uses:
+    if function in _OF_GRADIENTS and family.bypassed:
         _refuse()
     return computed(tensor)
 
@@ -675,6 +681,7 @@ def computed(tensor: Any) -> Any:
 
 def _values(tensor: Any) -> Tensor:
     node: _Node = tensor._node
+    node.family.bypassed = True
     if node.real is not None:
         return node.real.detach()
     with node.family.restored(), torch.no_grad():
