@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import logging
 import math
 import pickle
@@ -795,6 +796,22 @@ def test_recorded_operators(name: str, losses: list[Tensor]) -> None:
         found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
     assert losses  # without a warning of a read
+
+
+INDICES = 0, -1, slice(None), slice(1, None), slice(None, None, 2), ..., None, slice(0, X[0, 1])
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_indices_of_whole_rows(dimensions: int) -> None:
+    hidden, weight = torch.randn(5, 4, 3)[(0,) * (3 - dimensions)], torch.randn(3, 3)
+    logits, found = F.linear(hidden, weight), 0
+    for count in range(dimensions + 2):
+        for index in itertools.product(INDICES, repeat=count):
+            if deferred._keeps_rows(index, dimensions):
+                with contextlib.suppress(IndexError):  # of torch
+                    found += 1
+                    torch.testing.assert_close(F.linear(hidden[index], weight), logits[index])
+    assert found > 5
 
 
 READ: dict[str, Callable[..., Tensor]] = {

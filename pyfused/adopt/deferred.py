@@ -430,7 +430,8 @@ def _keeps_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
     """Returns whether an index of numbers and slices keeps the last dimension whole."""
     slices = [part for part in parts if type(part) is slice]
     bounds = [x for part in slices for x in (part.start, part.stop, part.step) if x is not None]
-    if not all(type(x) in (int, slice, EllipsisType) for x in (*parts, *bounds)):
+    known = all(type(x) in (int, slice, EllipsisType) for x in (*parts, *bounds))
+    if not known or parts.count(...) > 1:
         return False
     if parts[-1:] == (slice(None),):
         return True
