@@ -18,7 +18,7 @@ from pyfused import torch_internals
 
 SOURCE = Path(torch_internals.__file__)
 REQUIRED = re.findall(r'_required\(\s*"([\w.]+)"', SOURCE.read_text())
-OPTIONAL = re.findall(r'_optional\(\s*([\w.]+), "(\w+)"', SOURCE.read_text())
+OPTIONAL = re.findall(r'\n\w+: .* = getattr\(\s*([\w.]+), "(\w+)"', SOURCE.read_text())
 
 
 def loaded_again() -> Any:
@@ -32,6 +32,7 @@ def loaded_again() -> Any:
 
 def test_this_version_has_all_attributes() -> None:
     assert len(REQUIRED) > 10
+    assert len(OPTIONAL) > 5
     assert torch_internals.MISSING is None
 
 
