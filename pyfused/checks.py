@@ -220,6 +220,8 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     reduction(options.reduction)
     for name, value in vars(options).items():
+        if type(value) is float and value > 0:  # the common case
+            continue
         if name in _POSITIVE + _NONNEGATIVE and not (value is None and name in _OPTIONAL):
             # A count in a tensor may be 0, because it is not read on GPUs: the mean is NaN then.
             count = name == "denominator" and isinstance(value, TENSORS)
