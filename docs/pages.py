@@ -23,7 +23,7 @@ from pyfused.ops.operators import OPERATORS
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
 SHARED = (
-    "Dtypes, reductions, in-place operation, errors and fallback are described for"
+    "Dtypes, activations, reductions, errors and fallback are described for"
     " [all functions](../reference.md#functions-and-modules)."
 )
 

@@ -5,7 +5,11 @@ The following applies to all functions; each docstring describes what is specifi
 Dtypes
     float32, float64, bfloat16 and float16. Half precision is computed in float32 and rounded once.
     Results have torch's dtype: losses promote mixed dtypes, and most return float32 under autocast.
-    Activations return the input's shape and dtype.
+
+Activations
+    The ``input`` of an activation may have any shape, and the result has its shape and dtype.
+    ``inplace=True`` writes the result to ``input`` and returns ``input``. It raises a RuntimeError
+    for a leaf that requires grad, and for a tensor whose elements share memory.
 
 Reductions
     ``reduction="none"`` returns one loss for each element of the broadcast shape, or one for each
@@ -16,10 +20,6 @@ Reductions
 Numeric options
     A numeric option may be a tensor of one element, whose value is read in each call. If the tensor
     requires grad or is on a GPU, torch's operators compute the call.
-
-In-place operation
-    ``inplace=True`` writes an activation's result to ``input`` and returns ``input``. It raises a
-    RuntimeError for a leaf that requires grad, and for a tensor whose elements share memory.
 
 Errors
     Errors have the type that torch raises and name the argument, the expected value and the value
@@ -84,71 +84,10 @@ if TYPE_CHECKING:
     from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention
     from typing_extensions import Unpack
 
-__all__ = [
-    "additive_margin",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "celu",
-    "contrastive_loss",
-    "cosine_embedding_loss",
-    "cross_entropy",
-    "cross_entropy_with_metrics",
-    "elu",
-    "gaussian_nll_loss",
-    "geglu",
-    "gelu",
-    "glu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "hinge_embedding_loss",
-    "hinge_loss",
-    "huber_loss",
-    "kl_div",
-    "kl_div_with_logits",
-    "l1_loss",
-    "leaky_relu",
-    "linear_cross_entropy",
-    "linear_cross_entropy_with_metrics",
-    "linear_kl_div",
-    "linear_log_probs",
-    "linear_topk_kl_div",
-    "log_cosh_loss",
-    "log_probs",
-    "log_softmax",
-    "logsigmoid",
-    "margin_ranking_loss",
-    "mish",
-    "mse_loss",
-    "multi_margin_loss",
-    "multilabel_margin_loss",
-    "multilabel_soft_margin_loss",
-    "nll_loss",
-    "poisson_nll_loss",
-    "prelu",
-    "quantile_loss",
-    "reglu",
-    "relu",
-    "relu6",
-    "rmse_loss",
-    "selu",
-    "sigmoid",
-    "sigmoid_focal_loss",
-    "silu",
-    "smooth_l1_loss",
-    "soft_margin_loss",
-    "softcap",
-    "softmax",
-    "softplus",
-    "softshrink",
-    "softsign",
-    "swiglu",
-    "tanh",
-    "tanhshrink",
-    "threshold",
-    "triplet_margin_loss",
-]
+_NAMES = ["additive_margin", "cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"]
+_NAMES += operators.OPERATORS
+if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
+    __all__ = _NAMES
 
 
 def __getattr__(name: str) -> Any:
@@ -159,7 +98,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     of_torch = (name for name in dir(torch.nn.functional) if not name.startswith("_"))
-    return sorted({*__all__, *of_torch})
+    return sorted({*_NAMES, *of_torch})
 
 
 def cross_entropy(
@@ -1373,11 +1312,7 @@ def multilabel_soft_margin_loss(
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``max(input, 0)``; NaN stays NaN.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``max(input, 0)``; NaN stays NaN."""
     return call(elementwise.RELU, (input,), inplace)
 
 
@@ -1385,18 +1320,13 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """Returns ``input`` where it is positive, elsewhere ``negative_slope * input``.
 
     Args:
-        input: Any shape.
         negative_slope: The slope below 0.
     """
     return call(elementwise.LEAKY_RELU, (input, negative_slope), inplace)
 
 
 def tanh(input: Tensor) -> Tensor:
-    """Returns the hyperbolic tangent.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns the hyperbolic tangent."""
     return call(elementwise.TANH, (input,))
 
 
@@ -1407,7 +1337,6 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     2408.00118). torch has no such function.
 
     Args:
-        input: Any shape.
         cap: More than 0.
 
     Raises:
@@ -1419,8 +1348,7 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * sigmoid(input)``, also known as swish.
 
-    Args:
-        input: Any shape. With ``inplace`` and a gradient, torch's operator makes a copy.
+    With ``inplace=True`` and a gradient, torch's operator computes the call, and copies the input.
     """
     return call(elementwise.SILU, (input,), inplace)
 
@@ -1434,7 +1362,6 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
     gradient.
 
     Args:
-        input: Any shape.
         approximate: ``"none"``, or ``"tanh"`` for
             ``input * (1 + tanh(sqrt(2 / pi) * (input + 0.044715 * input ** 3))) / 2``.
 
@@ -1446,11 +1373,7 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
 
 
 def sigmoid(input: Tensor) -> Tensor:
-    """Returns ``1 / (1 + exp(-input))``.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``1 / (1 + exp(-input))``."""
     return call(elementwise.SIGMOID, (input,))
 
 
@@ -1458,7 +1381,6 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
     """Returns ``input`` where it is above a threshold or NaN, elsewhere ``value``.
 
     Args:
-        input: Any shape.
         threshold: The largest number that is replaced.
         value: The replacement.
     """
@@ -1477,11 +1399,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``input`` clamped to [0, 6].
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``input`` clamped to [0, 6]."""
     return call(elementwise.RELU6, (input,), inplace)
 
 
@@ -1491,7 +1409,6 @@ def hardtanh(
     """Returns ``input`` clamped to [``min_val``, ``max_val``].
 
     Args:
-        input: Any shape.
         min_val: The lower bound.
         max_val: The upper bound.
 
@@ -1502,20 +1419,12 @@ def hardtanh(
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``input / 6 + 1 / 2`` clamped to [0, 1].
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``input / 6 + 1 / 2`` clamped to [0, 1]."""
     return call(elementwise.HARDSIGMOID, (input,), inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``input * hardsigmoid(input)``.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``input * hardsigmoid(input)``."""
     return call(elementwise.HARDSWISH, (input,), inplace)
 
 
@@ -1523,7 +1432,6 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """Returns ``input`` where its absolute value is above ``lambd``, elsewhere 0.
 
     Args:
-        input: Any shape.
         lambd: 0 or more.
     """
     return call(elementwise.HARDSHRINK, (input, lambd))
@@ -1533,7 +1441,6 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """Returns ``input`` moved towards 0 by ``lambd``, or 0 between ``-lambd`` and ``lambd``.
 
     Args:
-        input: Any shape.
         lambd: 0 or more.
 
     Raises:
@@ -1546,18 +1453,13 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input) - 1)``.
 
     Args:
-        input: Any shape.
         alpha: The result at minus infinity is ``-alpha``.
     """
     return call(elementwise.ELU, (input, alpha), inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
     return call(elementwise.SELU, (input,), inplace)
 
 
@@ -1565,18 +1467,13 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input / alpha) - 1)``.
 
     Args:
-        input: Any shape.
         alpha: The result at minus infinity is ``-alpha``; not 0.
     """
     return call(elementwise.CELU, (input, alpha), inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``input * tanh(log(1 + exp(input)))``.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``input * tanh(log(1 + exp(input)))``."""
     return call(elementwise.MISH, (input,), inplace)
 
 
@@ -1584,7 +1481,6 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
     """Returns ``log(1 + exp(beta * input)) / beta``.
 
     Args:
-        input: Any shape.
         beta: The sharpness of the bend at 0.
         threshold: Where ``beta * input`` is above it, the result is ``input``.
     """
@@ -1592,29 +1488,17 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
 
 
 def logsigmoid(input: Tensor) -> Tensor:
-    """Returns ``-log(1 + exp(-input))``.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``-log(1 + exp(-input))``."""
     return call(elementwise.LOGSIGMOID, (input,))
 
 
 def softsign(input: Tensor) -> Tensor:
-    """Returns ``input / (1 + abs(input))``.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``input / (1 + abs(input))``."""
     return call(elementwise.SOFTSIGN, (input,))
 
 
 def tanhshrink(input: Tensor) -> Tensor:
-    """Returns ``input - tanh(input)``.
-
-    Args:
-        input: Any shape.
-    """
+    """Returns ``input - tanh(input)``."""
     return call(elementwise.TANHSHRINK, (input,))
 
 
@@ -1638,7 +1522,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns ``silu(gate) * up``, the gated activation of most language models.
 
-    torch has no such function. Only the inputs are saved; backward recomputes ``silu(gate)``.
+    torch has no such function. Only the inputs are saved; backward recomputes the activation.
 
     Args:
         gate, up: Tensors that broadcast.
@@ -1650,31 +1534,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor:
-    """Returns ``gelu(gate, approximate) * up``.
-
-    torch has no such function. Only the inputs are saved; backward recomputes ``gelu(gate)``.
+    """Returns ``gelu(gate, approximate) * up``: :func:`swiglu` with another activation.
 
     Args:
-        gate, up: Tensors that broadcast.
+        gate, up: As in :func:`swiglu`.
         approximate: As in :func:`gelu`.
-
-    Returns:
-        A tensor of the broadcast shape and the promoted dtype.
     """
     checks.approximate(approximate)
     return call(elementwise.GEGLU, (gate, up, approximate))
 
 
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Returns ``relu(gate) * up``.
-
-    torch has no such function. Only the inputs are saved; backward recomputes ``relu(gate)``.
+    """Returns ``relu(gate) * up``: :func:`swiglu` with another activation.
 
     Args:
-        gate, up: Tensors that broadcast.
-
-    Returns:
-        A tensor of the broadcast shape and the promoted dtype.
+        gate, up: As in :func:`swiglu`.
     """
     return call(elementwise.REGLU, (gate, up))
 
@@ -1688,7 +1562,7 @@ def softmax(
     """Returns ``exp(input)`` divided by its sum along ``dim``, without overflow.
 
     Args:
-        input: Any shape.
+        input: Logits, of any shape.
         dim: The dimension along which the results add up to 1. Omitting it is deprecated.
         _stacklevel: The stack level of torch's deprecation warning.
         dtype: Converts the input to this dtype first.
@@ -1709,15 +1583,12 @@ def log_softmax(
     _stacklevel: int = 3,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns ``input`` minus its log-sum-exp along ``dim``: the logarithm of :func:`softmax`.
+    """Returns the logarithm of :func:`softmax`: ``input`` minus its log-sum-exp along ``dim``.
 
     Args:
-        input, dim, _stacklevel, dtype: As in :func:`softmax`.
+        input, dim, _stacklevel, dtype: As in :func:`softmax`, which raises the same errors.
 
     Returns:
         As in :func:`softmax`.
-
-    Raises:
-        IndexError: The input has no dimension ``dim``.
     """
     return call(operators.LOG_SOFTMAX, (input, dim, _stacklevel, dtype))

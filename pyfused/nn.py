@@ -68,7 +68,9 @@ if TYPE_CHECKING:
     from torch.nn.parameter import *
     from typing_extensions import Unpack
 
-__all__ = sorted(["AdditiveMargin", *(op.module for op in OPERATORS.values())])
+_NAMES = ["AdditiveMargin", *(op.module for op in OPERATORS.values())]
+if not TYPE_CHECKING:  # without __all__, type checkers export the classes of this file
+    __all__ = _NAMES
 
 
 def __getattr__(name: str) -> Any:
@@ -79,7 +81,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     of_torch = (name for name in dir(torch.nn) if not name.startswith("_"))
-    return sorted({*__all__, *of_torch})
+    return sorted({*_NAMES, *of_torch})
 
 
 functional = F  # like torch.nn.functional
@@ -684,9 +686,6 @@ class Softcap(torch.nn.Module):
 class SwiGLU(torch.nn.Module):
     """:func:`pyfused.functional.swiglu` as a module."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.swiglu(gate, up)
 
@@ -708,9 +707,6 @@ class GEGLU(torch.nn.Module):
 class ReGLU(torch.nn.Module):
     """:func:`pyfused.functional.reglu` as a module."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.reglu(gate, up)
 
@@ -720,5 +716,5 @@ def _repr(module: torch.nn.Module) -> str:
     return package + torch.nn.Module.__repr__(module)
 
 
-for _name in __all__:
+for _name in _NAMES:
     globals()[_name].__repr__ = _repr

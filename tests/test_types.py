@@ -35,6 +35,18 @@ def test_a_users_program_has_types(tmp_path: Path) -> None:
     assert mypy(wrong).count(": error: ") == 3
 
 
+def test_star_imports_have_types(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from torch import tensor\nfrom pyfused.functional import *\nfrom pyfused.nn import *\n"
+        "reveal_type(relu(tensor(1.0)))\nreveal_type(ReLU())\n"
+    )
+    found = mypy(program)
+    assert 'type is "torch._tensor.Tensor"' in found, found
+    assert 'type is "pyfused.nn.ReLU"' in found, found
+
+
 def test_modules_have_types(tmp_path: Path) -> None:
     """mypy --strict rejects subclasses of untyped classes."""
     pytest.importorskip("mypy")
