@@ -17,7 +17,6 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -97,11 +96,15 @@ def is_atom(text: str) -> bool:
 
 
 class Struct:
-    """The C++ struct of a kernel; its members are parameters and values computed from them."""
+    """The C++ struct of a kernel.
+
+    Attributes:
+        members: The names of the parameters and of values computed from them: C++ code to name.
+    """
 
     def __init__(self, kernel: Kernel) -> None:
         self.name, self.kernel = struct_name(kernel.name), kernel
-        self.members = {("parameter", k): name for k, name in enumerate(kernel.parameters)}
+        self.members = {f"p[{k}]": name for k, name in enumerate(kernel.parameters)}
         self.initial = [f"{name}(A(p[{k}]))" for k, name in enumerate(kernel.parameters)]
 
     def body(self, method: Method, output: int) -> str:
@@ -195,15 +198,11 @@ class Struct:
 
     def member(self, e: Expressions, index: int) -> str:
         """Returns the name of the member for an expression; its value is computed in double."""
-        key = self.key(e, index)
-        if key not in self.members:
-            self.members[key] = f"c{len(self.members) - len(self.kernel.parameters)}"
-            self.initial.append(f"{self.members[key]}(A({self.in_double(e, index)}))")
-        return self.members[key]
-
-    def key(self, e: Expressions, index: int) -> Any:
-        op, arguments = e.nodes[index]
-        return (op, *(arguments if op in INPUTS else [self.key(e, a) for a in arguments]))
+        value = self.in_double(e, index)
+        if value not in self.members:
+            self.members[value] = f"c{len(self.members) - len(self.kernel.parameters)}"
+            self.initial.append(f"{self.members[value]}(A({value}))")
+        return self.members[value]
 
     def in_double(self, e: Expressions, index: int) -> str:
         op, arguments = e.nodes[index]

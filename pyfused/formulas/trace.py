@@ -348,6 +348,7 @@ def slopes_of(
 
 
 # ---- ATen's operators as expressions -------------------------------------------------------------
+# torch decomposes other operators, such as masked_fill and clamp_min, into these.
 
 E = Expressions
 
@@ -403,8 +404,7 @@ _SAME_NAME = (
     *("sqrt", "tanh", "where"),
 )
 _COPIES = (
-    *("alias", "clone", "conj_physical", "contiguous", "detach", "expand", "expand_copy"),
-    *("lift_fresh", "lift_fresh_copy", "scalar_tensor", "view", "view_as", "_to_copy"),
+    *("alias", "clone", "detach", "expand", "lift_fresh", "scalar_tensor", "view", "_to_copy"),
 )
 ATEN: dict[str, Callable[..., Any]] = {
     **{name: _operation(name) for name in _SAME_NAME},
@@ -414,10 +414,8 @@ ATEN: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("full", "full_like", "new_full", "fill", "copy"), _argument(1)),
     "add": _scaled("add"),
     "sub": _scaled("sub"),
-    "rsub": lambda e, a, b, alpha=None: e.sub(b, a if alpha is None else e.mul(a, alpha)),
     "div": _div,
     "sgn": _operation("sign"),
-    "square": lambda e, a: e.mul(a, a),
     "log2": lambda e, a: e.mul(e.log(a), e.literal(1.4426950408889634)),
     "log10": lambda e, a: e.mul(e.log(a), e.literal(0.4342944819032518)),
     "exp2": lambda e, a: e.pow(e.literal(2), a),
@@ -432,11 +430,7 @@ ATEN: dict[str, Callable[..., Any]] = {
         ("logical_xor", "bitwise_xor"), lambda e, a, b: e.logical_not(e.eq(e.mask(a), e.mask(b)))
     ),
     "clamp": _clamp,
-    "clamp_min": _clamp,
-    "clamp_max": lambda e, a, high: e.minimum(a, high),
     "relu": lambda e, a: e.maximum(a, e.literal(0)),
-    "threshold_backward": lambda e, g, a, low: e.where(e.le(a, low), e.literal(0), g),
-    "masked_fill": lambda e, a, mask, value: e.where(mask, value, a),
     "softplus": _softplus,
     "softplus_backward": _softplus_backward,
     "log_sigmoid_forward": lambda e, a: (e.neg(e.softplus(e.neg(a))), a),
