@@ -86,29 +86,30 @@ HANDOVER_SECONDS = 3e-3
 
 
 class Worker:
-    """A process that runs torch's operators, or the pyfused of a folder."""
+    """A Python process that answers questions, both lines of JSON, until its input is closed."""
 
-    def __init__(self, library: str, folder: Path = ROOT, **variables: str) -> None:
+    def __init__(self, *command: str | Path, **variables: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(folder), library],
-            env={**os.environ, **variables, "PYTHONPATH": str(folder)},
+            [sys.executable, *command],
+            env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.known = self.answer()  # the names of the supported cases
 
-    def seconds(self, case: Case, mode: str, calls: int) -> float:
-        print(json.dumps([case.name, mode, calls]), file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> Any:
+    def ask(self, *question: Any) -> Any:
+        print(json.dumps(question), file=self.process.stdin, flush=True)
         assert self.process.stdout
         return json.loads(self.process.stdout.readline() or sys.exit("a worker ended"))
 
 
+def worker_of(library: str, folder: Path = ROOT, **variables: str) -> Worker:
+    """Starts a process that times torch's operators, or those of the pyfused in a folder."""
+    return Worker(__file__, folder, library, PYTHONPATH=str(folder), **variables)
+
+
 def work(folder: Path, library: str) -> None:
-    """Reads lines with the name of a case, a mode and a number of calls; prints their time."""
+    """Answers the name of a case, a mode and a number of calls with their time in seconds."""
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     cases.settle_allocator()
     operators = pyfused.functional if library == "pyfused" else TORCH
@@ -120,12 +121,15 @@ def work(folder: Path, library: str) -> None:
         cases.assert_correct(case, arguments, operators)
         return step(operators, case, arguments, mode)
 
-    print(json.dumps([*known]), flush=True)
     for line in sys.stdin:  # until the parent process ends
-        name, mode, calls = json.loads(line)
-        call = prepared(known[name], mode)
-        time.sleep(HANDOVER_SECONDS)
-        print(cases.timed(call, calls), flush=True)
+        name, *how = json.loads(line)
+        if how:
+            mode, calls = how
+            call = prepared(known[name], mode)
+            time.sleep(HANDOVER_SECONDS)
+            print(cases.timed(call, calls), flush=True)
+        else:  # whether the library supports the case
+            print(json.dumps(name in known), flush=True)
 
 
 # ---- a revision and the working tree -------------------------------------------------------------
@@ -152,14 +156,14 @@ def compare(options: Namespace) -> None:
     """
     rows, slower = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        base = Worker("pyfused", built(extracted(options.base, Path(folder))))
-        workers = base, Worker("pyfused", built(ROOT))
+        base = worker_of("pyfused", built(extracted(options.base, Path(folder))))
+        workers = base, worker_of("pyfused", built(ROOT))
         if options.busy:
             start_load()
-        wanted = [case for case in cases.chosen(CASES, options.k) if case.name in base.known]
+        wanted = [case for case in cases.chosen(CASES, options.k) if base.ask(case.name)]
         both = [(case, mode) for case in wanted for mode in MODES]
         for case, mode in track(both, "Measuring", transient=True):
-            timers = [partial(worker.seconds, case, mode) for worker in workers]
+            timers = [partial(worker.ask, case.name, mode) for worker in workers]
             times = cases.remeasured(timers, options.seconds, options.margin)
             low, _, high = cases.ratios(*times)
             verdict = "slower" if high < options.margin else "faster" if low > 1 else ""
@@ -191,11 +195,11 @@ def allocators(options: Namespace) -> None:
     families = ("cross_entropy", "mse_loss", "relu")  # one operator of each family
     large = [case for case in cases.chosen(HEADLINES, options.k) if case.bytes >= LARGE]
     workers = {
-        name: Worker(name.partition(",")[0], **variables) for name, variables in SETTINGS.items()
+        name: worker_of(name.partition(",")[0], **variables) for name, variables in SETTINGS.items()
     }
     found: list[dict[str, Any]] = []
     for case in track([case for case in large if case.op in families], transient=True):
-        timers = [partial(worker.seconds, case, TRAINING) for worker in workers.values()]
+        timers = [partial(worker.ask, case.name, TRAINING) for worker in workers.values()]
         times = cases.measure(timers, options.seconds)
         for name, taken in zip(workers, times, strict=True):
             ms, ratio = median(taken), cases.ratios(times[0], taken)

@@ -7,8 +7,6 @@ thread is measured, which other load on the machine affects little.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -16,9 +14,9 @@ from statistics import median
 
 import report
 import torch
-from cases import ratios
+from cases import interleaved, ratios
+from pairs import Worker
 from report import ROOT, spread, tabulated
-from rich.progress import track
 from torch import Tensor
 
 import pyfused.functional
@@ -43,7 +41,7 @@ WARM_UP = 3
 
 
 def work(library: str, linear: bool, compiled: bool, dtype: str, cpu: bool) -> None:
-    """Takes a training step for each line read, and prints its milliseconds."""
+    """Takes a training step for each line read, and prints its time in seconds."""
     clock = time.process_time if cpu else time.perf_counter
     functional = torch.nn.functional if library == "torch" else pyfused.functional
     torch.manual_seed(0)
@@ -62,32 +60,21 @@ def work(library: str, linear: bool, compiled: bool, dtype: str, cpu: bool) -> N
         optimizer.zero_grad()
         forward(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
-        print(1e3 * (clock() - started), flush=True)
+        print(clock() - started, flush=True)
 
 
 def measure(dtype: str, rounds: int, cpu: bool) -> dict[str, list[float]]:
-    pipe = subprocess.PIPE
+    threads = ONE_THREAD if cpu else {}
     workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, json.dumps([*arguments, dtype, cpu])],
-            env={**os.environ, **variables, **(ONE_THREAD if cpu else {})},
-            stdin=pipe,
-            stdout=pipe,
-            text=True,
-            bufsize=1,
-        )
+        Worker(__file__, json.dumps([*arguments, dtype, cpu]), **variables, **threads)
         for arguments, variables in WAYS.values()
     ]
-    times: list[list[float]] = [[] for _ in workers]
-    for _ in track(range(WARM_UP + rounds), f"Measuring {dtype}", transient=True):
-        for worker, taken in zip(workers, times, strict=True):
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write("step\n")
-            taken.append(float(worker.stdout.readline() or sys.exit("a worker ended")))
+    timers = [worker.ask for worker in workers]
+    interleaved(timers, WARM_UP, 1)
+    times = interleaved(timers, rounds, 1)
     for worker in workers:
-        worker.communicate()
-    return {way: taken[WARM_UP:] for way, taken in zip(WAYS, times, strict=True)}
+        worker.process.communicate()
+    return dict(zip(WAYS, times, strict=True))
 
 
 def steps(options: Namespace) -> None:
