@@ -366,17 +366,7 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     if name != "generalized_cross_entropy":  # its input is a probability
         operands[0] = torch.randn(elements)
     grad_output = None if formula.op.loss else torch.randn(elements)
-
-    def step(function: Callable[..., Any]) -> Callable[[], torch.Tensor]:
-        """Returns a step with its own leaf, so that it does not free the gradient of another."""
-        leaf = operands[0].detach().requires_grad_()
-
-        def run() -> torch.Tensor:
-            leaf.grad = None
-            function(leaf, *operands[1:]).backward(grad_output)
-            return leaf
-
-        return run
+    arguments = cases.Arguments(operands[0].requires_grad_(), (*operands[1:],), {}, grad_output)
 
     def unfused(*operands: torch.Tensor) -> torch.Tensor:
         each = formula.function(*operands)
@@ -387,18 +377,11 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     functions = [unfused, formula, torch.compile(unfused)]
     if by_hand is not None:
         functions.append(partial(by_hand, reduction="mean"))
-    steps = [step(function) for function in functions]
+    ways = [SimpleNamespace(**{name: function}) for function in functions]
+    case = Case(name, (elements,))
     if elements <= cases.M:  # checking larger tensors takes seconds
-        theirs, ours = (run().grad for run in steps[:2])
-        assert theirs is not None
-        assert ours is not None
-        leaf = operands[0].double().requires_grad_()
-        wide = None if grad_output is None else grad_output.double()
-        unfused(leaf, *(operand.double() for operand in operands[1:])).backward(wide)
-        assert leaf.grad is not None
-        error = float((theirs.double() - leaf.grad).abs().max())
-        cases.assert_close(ours.double(), leaf.grad, ours.dtype, error)
-    times = cases.measure(timers_of(steps), seconds, 5)
+        cases.assert_correct(case, arguments, ours=ways[1], theirs=ways[0])
+    times = cases.measure(timers_of([step(way, case, arguments) for way in ways]), seconds, 5)
     found = [*cells(times[:2]), spread(cases.ratios(times[2], times[1]))]
     if by_hand is not None:
         found += [f"{median(times[3]):,.4g}", spread(cases.ratios(times[1], times[3]))]
