@@ -37,6 +37,14 @@ using namespace pyfused;
 
 template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
 
+using StridedTuple = std::array<int64_t, 2>;  // address and stride
+
+// Returns a function of the other arguments, whose types pybind11 reads.
+template <class First, class... Arguments>
+auto bind_first(void (*function)(const First&, Arguments...), const First& first) {
+  return [=](Arguments... arguments) { function(first, arguments...); };
+}
+
 // ---- one kernel for each element type -----------------------------------------------------------
 
 enum class DType { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
@@ -70,7 +78,7 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
     const int64_t elements = sizes[0] * sizes[1] * sizes[2];
     const size_t bytes = size_t(elements) * sizeof(T);
     for (const ViewTuple& gradient : gradients) {
-      prefer_huge_pages(pointer<void>(gradient[0]), gradient[0] ? bytes : 0);
+      prefer_huge_pages(pointer<void>(gradient[0]), bytes);
     }
     return cross_entropy(CrossEntropy<T>{{sizes[0], sizes[1], sizes[2]},
                                          options,
@@ -115,8 +123,7 @@ int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t i
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
-    prefer_huge_pages(pointer<void>(grad_input), grad_input ? bytes : 0);
+    prefer_huge_pages(pointer<void>(grad_input), size_t(sizes[0] * sizes[1]) * sizeof(T));
     return multi_margin_loss(
         MultiMargin<T>{sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
                        multilabel, pointer<const A>(weight), squared, margin, Reduction(reduction),
@@ -131,8 +138,7 @@ int64_t run_invalid_class_index(int64_t target, int64_t n, int64_t classes, int6
 
 // ---- the state of rows --------------------------------------------------------------------------
 
-using StridedTuple = std::array<int64_t, 2>;  // address and stride
-using FieldsTuple = std::array<int64_t, 3>;   // address, stride and count
+using FieldsTuple = std::array<int64_t, 3>;  // address, stride and count
 
 template <class D> RowFields<D> row_fields(const FieldsTuple& v) {
   return {pointer<D>(v[0]), v[1], int(v[2])};
@@ -172,7 +178,7 @@ void run_row_gradients(int dtype, const std::array<int64_t, 4>& sizes, int64_t l
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
-    prefer_huge_pages(pointer<void>(grad[0]), grad[0] == logits ? 0 : bytes);
+    if (grad[0] != logits) prefer_huge_pages(pointer<void>(grad[0]), bytes);
     const auto& [address, stride, row_stride, count, itemsize] = grad_results;
     row_gradients(logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads),
                   {row_fields<const double>(state),
@@ -192,7 +198,7 @@ void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const Strid
     using T = decltype(element);
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
-    prefer_huge_pages(pointer<void>(grad[0]), grad[0] && grad[0] != student[0] ? bytes : 0);
+    if (grad[0] != student[0]) prefer_huge_pages(pointer<void>(grad[0]), bytes);
     kl_div_with_logits(KlDiv<T>{sizes[0], sizes[1], pointer<const T>(student[0]), student[1],
                                 pointer<const T>(teacher[0]), teacher[1], beta, scale,
                                 pointer<const A>(token_weight), each, pointer<const A>(grad_output),
@@ -205,8 +211,8 @@ void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const Strid
 
 // sizes: rows, features; inputs: x, y, and z or the target; options: margin, eps, euclidean, swap;
 // outputs: the losses, their sum, and the gradients.
-template <class Loss>
-void run_embedding_loss(const Loss& loss, int dtype, std::array<int64_t, 2> sizes,
+template <bool kCosine>
+void run_embedding_loss(int dtype, std::array<int64_t, 2> sizes,
                         const std::array<StridedTuple, 3>& inputs,
                         const std::tuple<double, double, bool, bool>& options, double denominator,
                         int64_t grad_output, const std::array<int64_t, 5>& outputs, int threads) {
@@ -232,10 +238,9 @@ void run_embedding_loss(const Loss& loss, int dtype, std::array<int64_t, 2> size
     for (int i = 0; i < 3; ++i) {
       e.inputs[i] = {pointer<const T>(inputs[i][0]), inputs[i][1]};
       e.gradients[i] = pointer<T>(outputs[2 + i]);
-      const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
-      prefer_huge_pages(e.gradients[i], e.gradients[i] ? bytes : 0);
+      prefer_huge_pages(e.gradients[i], size_t(sizes[0] * sizes[1]) * sizeof(T));
     }
-    loss(e);
+    kCosine ? cosine_embedding_loss(e) : triplet_margin_loss(e);
   });
 }
 
@@ -259,7 +264,6 @@ void run_softmax(bool logarithm, int dtype, std::array<int64_t, 3> sizes, const 
 
 // ---- pointwise losses and activations -----------------------------------------------------------
 
-using StepTuple = std::array<int64_t, 2>;     // address; step
 using OperandTuple = std::array<int64_t, 3>;  // address; step; row_step
 using RowsTuple = std::array<int64_t, 2>;     // columns; row_step of gradients
 
@@ -288,11 +292,11 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
                        threads_for(n, threads),
                        rows[0],
                        rows[1]};
-    prefer_huge_pages(p.each, each ? size_t(n) * sizeof(T) : 0);
+    prefer_huge_pages(p.each, size_t(n) * sizeof(T));
     for (int k = 0; k < kOperands; ++k) {
       p.operands[k] = operand<T>(operands[k]);
       p.gradients[k] = pointer<T>(gradients[k]);
-      prefer_huge_pages(p.gradients[k], gradients[k] ? size_t(n) * sizeof(T) : 0);
+      prefer_huge_pages(p.gradients[k], size_t(n) * sizeof(T));
     }
     pointwise_loss(formula, p);
   });
@@ -300,21 +304,21 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
 
 using InstructionTuple = std::tuple<std::string, int, std::vector<int>>;  // name, out, in
 
-void check_place(const std::string& instruction, const char* argument, int place, int first,
-                 int end) {
-  if (place >= first && place < end) return;
-  throw std::invalid_argument(instruction + ": " + argument + ": expected a place from " +
+void check_slot(const std::string& instruction, const char* argument, int slot, int first,
+                int end) {
+  if (slot >= first && slot < end) return;
+  throw std::invalid_argument(instruction + ": " + argument + ": expected a slot from " +
                               std::to_string(first) + " to " + std::to_string(end - 1) + ", got " +
-                              std::to_string(place));
+                              std::to_string(slot));
 }
 
-// Instructions that read places from first_read to end, and write places from first_written to
+// Instructions that read slots from first_read to end, and write slots from first_written to
 // end_written.
-std::vector<Instruction> read_instructions(const std::vector<InstructionTuple>& given,
+std::vector<Instruction> read_instructions(const std::vector<InstructionTuple>& lines,
                                            int first_read, int end, int first_written,
                                            int end_written) {
-  std::vector<Instruction> found;
-  for (const auto& [name, out, in] : given) {
+  std::vector<Instruction> read;
+  for (const auto& [name, out, in] : lines) {
     const auto row = std::find(std::begin(kInstructions), std::end(kInstructions), name);
     if (row == std::end(kInstructions)) throw std::invalid_argument("no instruction " + name);
     const int opcode = int(row - std::begin(kInstructions));
@@ -323,15 +327,15 @@ std::vector<Instruction> read_instructions(const std::vector<InstructionTuple>& 
                                   std::to_string(kInstructionOperands[opcode]) + " operands, got " +
                                   std::to_string(in.size()));
     }
-    check_place(name, "result", out, first_written, end_written);
-    for (const int place : in) check_place(name, "operand", place, first_read, end);
+    check_slot(name, "result", out, first_written, end_written);
+    for (const int slot : in) check_slot(name, "operand", slot, first_read, end);
     Instruction each{opcode, 0, out, {}};
     each.in.fill(in[0]);
     std::copy(in.begin(), in.end(), each.in.begin());
-    for (size_t k = 0; k < in.size(); ++k) each.constants |= unsigned(in[k] >= kConstantPlace) << k;
-    found.push_back(each);
+    for (size_t k = 0; k < in.size(); ++k) each.constants |= unsigned(in[k] >= kFirstConstant) << k;
+    read.push_back(each);
   }
-  return found;
+  return read;
 }
 
 Program read_program(const std::vector<InstructionTuple>& prologue,
@@ -343,23 +347,34 @@ Program read_program(const std::vector<InstructionTuple>& prologue,
                                 std::to_string(kProgramConstants) + " at most, got " +
                                 std::to_string(constants.size()));
   }
-  const int end = kConstantPlace + int(constants.size());
-  return {read_instructions(prologue, kConstantPlace, end, kConstantPlace, end),
-          read_instructions(body, 0, end, kValuePlace, kConstantPlace), constants, parameters};
+  const int end = kFirstConstant + int(constants.size());
+  return {read_instructions(prologue, kFirstConstant, end, kFirstConstant, end),
+          read_instructions(body, 0, end, kValueSlot, kFirstConstant), constants, parameters};
 }
 
 // A gradient that the program writes or reads has memory.
 void check_gradients(const Program& program, const std::array<int64_t, kOperands>& gradients) {
   for (const Instruction& each : program.body) {
     for (int k = 0; k < kOperands; ++k) {
-      const int place = kValuePlace + 1 + k;
-      const bool used = each.out == place || std::count(each.in.begin(), each.in.end(), place);
+      const int slot = kValueSlot + 1 + k;
+      const bool used = each.out == slot || std::count(each.in.begin(), each.in.end(), slot);
       if (used && !gradients[k]) {
         throw std::invalid_argument("gradients: expected the address of gradient " +
                                     std::to_string(k) + ", which the program computes, got 0");
       }
     }
   }
+}
+
+void run_program(const Program& program, int dtype, int64_t n,
+                 const std::array<OperandTuple, kOperands>& operands,
+                 const std::vector<double>& parameters, const OperandTuple& weight,
+                 double denominator, const OperandTuple& grad_output, int64_t each, int64_t reduced,
+                 const std::array<int64_t, kOperands>& gradients, int threads,
+                 const RowsTuple& rows) {
+  check_gradients(program, gradients);
+  run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands, {},
+                     weight, denominator, grad_output, each, reduced, gradients, threads, rows);
 }
 
 void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,
@@ -373,7 +388,7 @@ void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int6
 }
 
 void run_activation_backward(const ActivationFormula& formula, int dtype, int64_t n,
-                             const StepTuple& grad_output, int64_t saved, int64_t grad_input,
+                             const StridedTuple& grad_output, int64_t saved, int64_t grad_input,
                              const Parameters& parameters, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -476,67 +491,23 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
   m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
-  const auto def_embedding_loss = [&](const char* name, const auto& loss) {
-    m.def(
-        name,
-        [loss](int dtype, std::array<int64_t, 2> sizes, const std::array<StridedTuple, 3>& inputs,
-               const std::tuple<double, double, bool, bool>& options, double denominator,
-               int64_t grad_output, const std::array<int64_t, 5>& outputs, int threads) {
-          run_embedding_loss(loss, dtype, sizes, inputs, options, denominator, grad_output, outputs,
-                             threads);
-        },
-        unlocked);
-  };
-  def_embedding_loss("triplet_margin_loss", [](const auto& e) { triplet_margin_loss(e); });
-  def_embedding_loss("cosine_embedding_loss", [](const auto& e) { cosine_embedding_loss(e); });
+  m.def("triplet_margin_loss", &run_embedding_loss<false>, unlocked);
+  m.def("cosine_embedding_loss", &run_embedding_loss<true>, unlocked);
   m.def("row_gradients", &run_row_gradients, unlocked);
   m.def("row_state", &run_row_state, unlocked);
   m.def("softmax", &run_softmax, unlocked);
   for (const LossFormula& formula : loss_formulas()) {
-    m.def(
-        formula.name,
-        [formula](int dtype, int64_t n, const std::array<OperandTuple, kOperands>& operands,
-                  const Parameters& parameters, const OperandTuple& weight, double denominator,
-                  const OperandTuple& grad_output, int64_t each, int64_t reduced,
-                  const std::array<int64_t, kOperands>& gradients, int threads,
-                  const RowsTuple& rows) {
-          run_pointwise_loss(formula, dtype, n, operands, parameters, weight, denominator,
-                             grad_output, each, reduced, gradients, threads, rows);
-        },
-        unlocked);
+    m.def(formula.name, bind_first(&run_pointwise_loss<LossFormula>, formula), unlocked);
   }
   m.attr("program_registers") = kProgramRegisters;
   m.attr("program_constants") = kProgramConstants;
   py::class_<Program>(m, "Program", py::module_local())
       .def(py::init(&read_program))
-      .def(
-          "__call__",
-          [](const Program& program, int dtype, int64_t n,
-             const std::array<OperandTuple, kOperands>& operands,
-             const std::vector<double>& parameters, const OperandTuple& weight, double denominator,
-             const OperandTuple& grad_output, int64_t each, int64_t reduced,
-             const std::array<int64_t, kOperands>& gradients, int threads, const RowsTuple& rows) {
-            check_gradients(program, gradients);
-            run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands,
-                               {}, weight, denominator, grad_output, each, reduced, gradients,
-                               threads, rows);
-          },
-          unlocked);
+      .def("__call__", &run_program, unlocked);
   for (const ActivationFormula& formula : activation_formulas()) {
-    m.def(
-        formula.name,
-        [formula](int dtype, int64_t n, int64_t input, int64_t output, const Parameters& parameters,
-                  int threads) {
-          run_activation(formula, dtype, n, input, output, parameters, threads);
-        },
-        unlocked);
+    m.def(formula.name, bind_first(&run_activation, formula), unlocked);
     m.def((std::string(formula.name) + "_backward").c_str(),
-          [formula](int dtype, int64_t n, const StepTuple& grad_output, int64_t saved,
-                    int64_t grad_input, const Parameters& parameters, int threads) {
-            run_activation_backward(formula, dtype, n, grad_output, saved, grad_input, parameters,
-                                    threads);
-          },
-          unlocked);
+          bind_first(&run_activation_backward, formula), unlocked);
   }
   m.def("scale", &run_scale, unlocked);
 

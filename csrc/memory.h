@@ -29,9 +29,10 @@ template <class T> constexpr int64_t kPrefetchDistance = (1 << 14) / int64_t(siz
 // write. A huge page replaces 512 page faults by one.
 constexpr size_t kFreshBytes = size_t(32) << 20;
 
+// Requests huge pages for an output; data may be null.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < kFreshBytes) return;
+  if (!data || bytes < kFreshBytes) return;
   constexpr uintptr_t kPage = uintptr_t(1) << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;

@@ -166,19 +166,21 @@ struct Work {
 
 void run_queues(void* shared) {
   Work& work = *static_cast<Work*>(shared);
-  const size_t threads = work.queues.size(), own = size_t(runtime.thread_number());
+  const size_t threads = work.queues.size(), thread = size_t(runtime.thread_number());
   const unsigned previous = float_control();
   set_float_control(work.control);
   for (size_t i = 0; i < threads; ++i) {
-    Queue& queue = work.queues[(own + i) % threads];
+    Queue& queue = work.queues[(thread + i) % threads];
     while (queue.next.load(std::memory_order_relaxed) < queue.end) {
       const int64_t first = queue.next.fetch_add(work.step, std::memory_order_relaxed);
       const int64_t end = std::min(queue.end, first + work.step);
-      if (first < end) work.body(work.data, first, end, work.memory + own * work.bytes);
+      if (first < end) work.body(work.data, first, end, work.memory + thread * work.bytes);
     }
   }
   set_float_control(previous);
 }
+
+void run_team(Work& work) { runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0); }
 
 // ---- memory of threads --------------------------------------------------------------------------
 
@@ -211,9 +213,7 @@ thread_local Memory memory;
 
 // ---- fork ---------------------------------------------------------------------------------------
 
-#ifdef _WIN32
-void run_team(Work& work) { runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0); }
-#else
+#ifndef _WIN32
 // OpenMP's threads do not survive a fork. If the thread that forked had a team, it would wait
 // forever in the child, and no runtime tells whether it had one. A new thread gets a new team, so
 // in the child a new thread starts the parallel regions.
@@ -233,7 +233,7 @@ class Substitute {
     std::unique_lock<std::mutex> lock(mutex);
     while (true) {
       changed.wait(lock, [this] { return task; });
-      runtime.parallel(&run_queues, task, unsigned(task->queues.size()), 0);
+      run_team(*task);
       task = nullptr;
       changed.notify_all();
     }
@@ -249,14 +249,8 @@ thread_local Substitute* substitute = nullptr;  // never destroyed, as its threa
 
 const int fork_watch = pthread_atfork(nullptr, nullptr, [] {
   forked = true;
-  substitute = nullptr;  // the thread of the parent's is gone, too
+  substitute = nullptr;  // its thread exists in the parent only
 });
-
-void run_team(Work& work) {
-  if (!forked) return runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0);
-  if (!substitute) substitute = new Substitute;
-  substitute->run(work);
-}
 #endif
 
 }  // namespace
@@ -276,6 +270,12 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
     work.queues[i].next = blocks * i / threads;
     work.queues[i].end = blocks * (i + 1) / threads;
   }
+#ifndef _WIN32
+  if (forked) {
+    if (!substitute) substitute = new Substitute;
+    return substitute->run(work);
+  }
+#endif
   run_team(work);
 }
 

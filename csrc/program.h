@@ -4,7 +4,7 @@
 // Chunks of 512, 256 and 128 elements took 1.03 to 1.07, 1.04 to 1.15 and 1.10 to 1.32 times as
 // long, in the median of ten formulas, because instructions are looked up and called more often.
 //
-// pyfused/formulas/program.py makes programs. A place is the number of
+// pyfused/formulas/program.py makes programs. A slot is the number of
 //
 //   an operand (0 to 3), the value (4), a gradient (5 to 8), a register (9 to 72), or a constant:
 //
@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -30,8 +31,8 @@
 namespace pyfused {
 
 constexpr int kProgramRegisters = 64, kProgramConstants = 256;  // at most
-constexpr int kValuePlace = kOperands, kRegisterPlace = kValuePlace + 1 + kOperands;
-constexpr int kConstantPlace = kRegisterPlace + kProgramRegisters;
+constexpr int kValueSlot = kOperands, kFirstRegister = kValueSlot + 1 + kOperands;
+constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
 
 // name, number of operands, and the result from a, b, c and d. Comparisons are 1 or 0. NaN passes
 // through minimum and maximum, as in torch. pow_less is b**c, given a = b**(c + 1).
@@ -78,7 +79,7 @@ constexpr int kConstantPlace = kRegisterPlace + kProgramRegisters;
 struct Instruction {
   int opcode;
   unsigned constants;  // bit k: operand k is a constant
-  int out;  // a place
+  int out;  // a slot
   std::array<int, 4> in;  // one that does not exist is the first again
 };
 
@@ -167,7 +168,7 @@ struct Program {
   size_t parameters;
 };
 
-// A program with the numbers of a call, in the place of a LossFormula.
+// A program with the numbers of a call, evaluated like a LossFormula.
 class ProgramFormula {
  public:
   ProgramFormula(const Program& program, const std::vector<double>& parameters, double denominator)
@@ -175,18 +176,19 @@ class ProgramFormula {
     auto& [doubles, floats] = constants_;
     doubles = program.constants;
     if (parameters.size() != program.parameters) {
-      throw std::invalid_argument("parameters: expected one for each of the program's");
+      throw std::invalid_argument("parameters: expected " + std::to_string(program.parameters) +
+                                  ", got " + std::to_string(parameters.size()));
     }
     doubles[0] = 1 / denominator;
     std::copy(parameters.begin(), parameters.end(), doubles.begin() + 1);
     for (const Instruction& each : program.prologue) {
       Inputs<double> in;
-      for (int k = 0; k < 4; ++k) in[k] = &doubles[each.in[k] - kConstantPlace];
-      instruction_rows<double>()[each.opcode][0](&doubles[each.out - kConstantPlace], in, 1);
+      for (int k = 0; k < 4; ++k) in[k] = &doubles[each.in[k] - kFirstConstant];
+      instruction_rows<double>()[each.opcode][0](&doubles[each.out - kFirstConstant], in, 1);
     }
     floats.assign(doubles.begin(), doubles.end());
     for (const Instruction& each : body_) {
-      registers_ = std::max(registers_, each.out - kRegisterPlace + 1);
+      registers_ = std::max(registers_, each.out - kFirstRegister + 1);
     }
   }
 
@@ -200,17 +202,17 @@ class ProgramFormula {
   template <class A>
   void evaluate(const Parameters&, const LossChunk<A>& chunk, Registers<A>& registers) const {
     const std::vector<A>& constants = std::get<std::vector<A>>(constants_);
-    std::array<const A*, kConstantPlace + kProgramConstants> place;
+    std::array<const A*, kFirstConstant + kProgramConstants> slots;
     for (int k = 0; k < kOperands; ++k) {
-      place[k] = chunk.operands[k];
-      place[kValuePlace + 1 + k] = chunk.gradients[k];
+      slots[k] = chunk.operands[k];
+      slots[kValueSlot + 1 + k] = chunk.gradients[k];
     }
-    place[kValuePlace] = chunk.value;
-    for (int i = 0; i < registers_; ++i) place[kRegisterPlace + i] = registers.values[i];
-    for (size_t i = 0; i < constants.size(); ++i) place[kConstantPlace + i] = &constants[i];
+    slots[kValueSlot] = chunk.value;
+    for (int i = 0; i < registers_; ++i) slots[kFirstRegister + i] = registers.values[i];
+    for (size_t i = 0; i < constants.size(); ++i) slots[kFirstConstant + i] = &constants[i];
     for (const auto& [opcode, constant, to, from] : body_) {
-      const Inputs<A> in{place[from[0]], place[from[1]], place[from[2]], place[from[3]]};
-      instruction_rows<A>()[opcode][constant](const_cast<A*>(place[to]), in, chunk.n);
+      const Inputs<A> in{slots[from[0]], slots[from[1]], slots[from[2]], slots[from[3]]};
+      instruction_rows<A>()[opcode][constant](const_cast<A*>(slots[to]), in, chunk.n);
     }
   }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -259,11 +260,11 @@ def test_limits_of_programs_match_the_kernels() -> None:
         (("cube", 4, (0,)), "no instruction cube"),
         (("mul", 4, ()), "mul: expected 2 operands, got 0"),
         (("mul", 4, (0, 1, 0, 1, 0)), "mul: expected 2 operands, got 5"),
-        (("mul", -1, (0, 1)), f"mul: result: expected a place from 4 to {FIRST - 1}, got -1"),
-        (("mul", 3, (0, 1)), f"mul: result: expected a place from 4 to {FIRST - 1}, got 3"),
-        (("mul", FIRST, (0, 1)), f"mul: result: expected a place from 4 to {FIRST - 1}, got"),
-        (("mul", 4, (0, -1)), f"mul: operand: expected a place from 0 to {FIRST + 1}, got -1"),
-        (("mul", 4, (FIRST + 2, 0)), f"mul: operand: expected a place from 0 to {FIRST + 1}, got"),
+        (("mul", -1, (0, 1)), f"mul: result: expected a slot from 4 to {FIRST - 1}, got -1"),
+        (("mul", 3, (0, 1)), f"mul: result: expected a slot from 4 to {FIRST - 1}, got 3"),
+        (("mul", FIRST, (0, 1)), f"mul: result: expected a slot from 4 to {FIRST - 1}, got"),
+        (("mul", 4, (0, -1)), f"mul: operand: expected a slot from 0 to {FIRST + 1}, got -1"),
+        (("mul", 4, (FIRST + 2, 0)), f"mul: operand: expected a slot from 0 to {FIRST + 1}, got"),
     ],
 )
 def test_instructions_are_checked(instruction: Any, words: str) -> None:
@@ -274,7 +275,7 @@ def test_instructions_are_checked(instruction: Any, words: str) -> None:
 @pytest.mark.cpu
 def test_a_prologue_and_constants_are_checked() -> None:
     """A prologue reads and writes constants."""
-    words = f"neg: .*: expected a place from {FIRST} to {FIRST}, got"
+    words = f"neg: .*: expected a slot from {FIRST} to {FIRST}, got"
     for result, operand in ((FIRST - 1, FIRST), (FIRST, FIRST + 1), (4, FIRST), (FIRST, 0)):
         with pytest.raises(ValueError, match=words):
             cpu.native.Program([("neg", result, (operand,))], [MUL], [0.0], 0)
@@ -289,13 +290,15 @@ def test_a_program_of_a_gradient_needs_its_memory() -> None:
     operands = [(row.data_ptr(), 1, 9) for row in x] + [(0, 0, 0)] * 2
     gradient = cpu.native.Program([], [MUL, ("copy", 6, (0,))], [0.0], 0)
 
-    def run(of_target: int) -> None:
+    def run(of_target: int, parameters: Sequence[float] = ()) -> None:
         gradients = (0, of_target, 0, 0)
-        given = [], (0, 0, 0), 1.0, (0, 0, 0), 0, 0, gradients, 1, (9, 9)
-        gradient(0, 9, operands, *given)
+        options = (0, 0, 0), 1.0, (0, 0, 0), 0, 0, gradients, 1, (9, 9)
+        gradient(0, 9, operands, [*parameters], *options)
 
     with pytest.raises(ValueError, match="gradients: expected the address of gradient 1"):
         run(0)
+    with pytest.raises(ValueError, match="parameters: expected 0, got 1"):
+        run(out.data_ptr(), parameters=[1.5])
     run(out.data_ptr())
     assert torch.equal(out, x[0])
 
