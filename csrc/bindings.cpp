@@ -437,7 +437,7 @@ std::array<uint64_t, 4> recycler_stats() {
 bool runs_here([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
   // Not __builtin_cpu_supports, whose table of features not every toolchain links.
-  const auto all = [](unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; };
+  const auto all = [](unsigned bits, unsigned features) { return (bits & features) == features; };
   unsigned eax, ebx, ecx, edx, enabled = 0, extended = 0;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
   const unsigned base = ecx;

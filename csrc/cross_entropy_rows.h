@@ -37,7 +37,7 @@ template <class T, bool kScales> class Row {
     keeps ? read<true>(first_max) : read<false>(first_max);
   }
 
-  // Writes the gradients that are wanted. The logits' gradient may overwrite the logits.
+  // Writes the gradients whose memory is not null. The logits' gradient may overwrite the logits.
   RowLoss finish() {
     if (ce.ignored(position)) {
       if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});

@@ -62,9 +62,9 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   View<const T> probabilities;  // a distribution for each position
   const A* weight;  // one for each class; null for ones
   const A* grad_output;  // for each position with Reduction::none, else one; null for ones
-  A* loss;  // for each position with Reduction::none, else one; null if not wanted
-  View<T> grad_logits;  // data is null if not wanted
-  View<T> grad_probabilities;  // data is null if not wanted
+  A* loss;  // for each position with Reduction::none, else one; null if not computed
+  View<T> grad_logits;  // data is null if not computed
+  View<T> grad_probabilities;  // data is null if not computed
   int threads;
 
   const A* token_weights = reinterpret_cast<const A*>(token_weight);  // factors of the losses

@@ -25,15 +25,15 @@ template <class A> using RowSum = std::conditional_t<std::is_same_v<A, double>, 
 // faster for 2 to 64 features. A long row is processed in chunks.
 constexpr int64_t kTile = kChunk, kTileRows = 128;
 
-// A tile of the first kInputs inputs, what is computed of its rows, and its gradients.
+// A tile of the first kInputs inputs, the sums and losses of its rows, and its gradients.
 template <class T, int kInputs> struct EmbeddingTile {
   using A = Accumulate<T>;
 
-  int64_t rows = 0, features = 0;        // those of the tile
-  std::array<const A*, kInputs> x{};     // its inputs
-  std::array<int64_t, kInputs> stride{};  // between their rows
+  int64_t rows = 0, features = 0;         // of the tile
+  std::array<const A*, kInputs> x{};      // the inputs
+  std::array<int64_t, kInputs> stride{};  // between the rows of an input
   RowSum<A> sums[kTileRows][3];
-  double scale[kTileRows];  // of the gradients, where they are wanted
+  double scale[kTileRows];  // of the gradients
   double target[kTileRows];
   double loss[kTileRows];
   A factors[3][kTileRows];
@@ -118,9 +118,9 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
     }
   }
 
-  // Computes the losses, and if they are wanted the gradients' factors. Returns whether there is a
-  // gradient that is not 0.
-  template <class T> static bool finish(const EmbeddingLoss<T>& e, Tile<T>& tile, bool wanted) {
+  // Computes the losses, and with `gradients` the factors of the gradients. Returns whether any
+  // gradient is not 0.
+  template <class T> static bool finish(const EmbeddingLoss<T>& e, Tile<T>& tile, bool gradients) {
     using A = Accumulate<T>;
     const auto distance = [&](int i, int64_t r) {
       const double sum = tile.sums[r][i].value();
@@ -134,7 +134,7 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
       const double u = distance(0, r), v = distance(1, r), w = kSwap ? distance(2, r) : v;
       const double excess = e.margin + u - (v < w || v != v ? v : w);
       tile.loss[r] = excess < 0 ? 0 : excess;
-      if (!wanted) continue;
+      if (!gradients) continue;
       const double slope = excess >= 0 ? tile.scale[r] : 0;
       const double half = kSwap && v == w ? slope / 2 : slope;
       tile.factors[0][r] = factor(u, slope);
@@ -142,7 +142,7 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
       if (kSwap) tile.factors[2][r] = factor(w, v < w ? 0 : half);
       zeros = zeros && slope == 0 && std::isfinite(u + v + w);
     }
-    return wanted && !zeros;
+    return gradients && !zeros;
   }
 
   template <class T> static void differentiate(const EmbeddingLoss<T>& e, Tile<T>& tile) {
@@ -181,7 +181,7 @@ struct CosineEmbedding {
     }
   }
 
-  template <class T> static bool finish(const EmbeddingLoss<T>& e, Tile<T>& tile, bool wanted) {
+  template <class T> static bool finish(const EmbeddingLoss<T>& e, Tile<T>& tile, bool gradients) {
     using A = Accumulate<T>;
     constexpr double kEps = 1e-12F;  // torch's is a float, too
     bool zeros = true;
@@ -191,7 +191,7 @@ struct CosineEmbedding {
       const double target = tile.target[r], excess = cosine - e.margin;
       const double above = excess < 0 ? 0 : excess;
       tile.loss[r] = target == 1 ? 1 - cosine : target == -1 ? above : 0;
-      if (!wanted) continue;
+      if (!gradients) continue;
       const double slope = target == 1                   ? -tile.scale[r]
                            : target == -1 && excess >= 0 ? tile.scale[r]
                                                          : 0;
@@ -200,7 +200,7 @@ struct CosineEmbedding {
       tile.factors[2][r] = A(-slope * cosine / yy);
       zeros = zeros && slope == 0 && std::isfinite(cosine);
     }
-    return wanted && !zeros;
+    return gradients && !zeros;
   }
 
   template <class T> static void differentiate(const EmbeddingLoss<T>&, Tile<T>& tile) {

@@ -38,9 +38,9 @@ template <class T> struct EmbeddingLoss {
   bool euclidean, swap;
   double denominator;  // what the sum of the losses and the gradients are divided by
   const A* grad_output;  // of each row; null for ones
-  A* losses;  // of each row; null if not wanted
-  A* sum;  // their sum; null if not wanted
-  std::array<T*, 3> gradients;  // (N, D), dense; null if not wanted
+  A* losses;  // of each row; null if not computed
+  A* sum;  // their sum; null if not computed
+  std::array<T*, 3> gradients;  // (N, D), dense; null if not computed
   int threads;
 };
 

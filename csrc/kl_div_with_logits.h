@@ -1,4 +1,4 @@
-// The divergence of a student's predictions from a teacher's, given the logits of both.
+// The divergence of a student's predictions from a teacher's, from the logits of both.
 //
 //   p = softmax(scale x), q = softmax(scale y), m = beta q + (1 - beta) p
 //   beta 0     loss = sum_c q_c (log q_c - log p_c)
@@ -33,8 +33,8 @@ template <class T> struct KlDiv {
   const A* token_weight;  // factors of the losses; null for ones
   bool each;  // a loss for each row; otherwise one, their sum
   const A* grad_output;  // for each row if there is a loss for each, else one; null for ones
-  A* loss;  // null if not wanted
-  T* grad;  // of the student; may be its logits; null if not wanted
+  A* loss;  // null if not computed
+  T* grad;  // of the student; may be its logits; null if not computed
   int64_t grad_stride;
   int threads;
 };

@@ -33,8 +33,8 @@ template <class T> struct MultiMargin {
   double margin;
   Reduction reduction;
   const A* grad_output;  // for each row with Reduction::none, else one; null for ones
-  A* loss;               // for each row with Reduction::none, else one; null if not wanted
-  T* grad_input;         // null if not wanted
+  A* loss;               // for each row with Reduction::none, else one; null if not computed
+  T* grad_input;         // null if not computed
   int threads;
 };
 

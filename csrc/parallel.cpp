@@ -64,8 +64,8 @@ std::string file_of(void* address) {
   return dladdr(address, &info) ? info.dli_fname : "";
 }
 
-// Where torch's own calls of OpenMP lead. Linux searches what is global in the process, then what
-// torch depends on; macOS binds a library to those that it depends on.
+// Where the dynamic linker finds the OpenMP functions that torch calls: on Linux the global scope,
+// then the libraries that torch depends on; on macOS those libraries first.
 std::vector<void*> scopes() {
 #ifdef __APPLE__
   constexpr const char* kNames[] = {"@rpath/libtorch_cpu.dylib"};
@@ -184,8 +184,8 @@ void run_team(Work& work) { runtime.parallel(&run_queues, &work, unsigned(work.q
 
 // ---- memory of threads --------------------------------------------------------------------------
 
-// The calling thread keeps the memory for its next call: what it writes first is in the cache then,
-// and an allocation of this size may be of new pages each time.
+// The calling thread keeps the memory for its next call, where the memory may still be in the
+// cache. An allocation of this size may get new pages each time.
 class Memory {
  public:
   Memory() = default;
@@ -193,12 +193,12 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
   ~Memory() { ::operator delete(data, kAlignment); }
 
-  char* at_least(size_t wanted) {
-    if (bytes < wanted) {
+  char* at_least(size_t needed) {
+    if (bytes < needed) {
       ::operator delete(std::exchange(data, nullptr), kAlignment);
       bytes = 0;
-      data = ::operator new(wanted, kAlignment);
-      bytes = wanted;
+      data = ::operator new(needed, kAlignment);
+      bytes = needed;
     }
     return static_cast<char*>(data);
   }

@@ -22,9 +22,9 @@ namespace pyfused {
 // Runs the blocks from `first` to `end`, with the memory of the thread that runs them.
 using Blocks = void (*)(const void* data, int64_t first, int64_t end, void* memory);
 
-// Calls body(data, first, end, memory) for all blocks, in pieces, on up to so many of torch's
-// threads: the build links no OpenMP; the runtime that torch has loaded is found when the module is
-// loaded. On the calling thread alone if there is none, and within a parallel region.
+// Calls body(data, first, end, memory) for all blocks, in pieces, on at most `threads` of torch's
+// threads. The build links no OpenMP: the runtime that torch has loaded is found when the module is
+// loaded. Without a runtime, and within a parallel region, the calling thread runs all blocks.
 //
 // Each thread has `bytes` of memory, aligned to vectors, which are allocated before the threads
 // start: std::bad_alloc reaches the caller, and nothing has been written yet. A body must not
@@ -70,12 +70,12 @@ void parallel_for_with(int64_t blocks, int threads, const Body& body) {
   run_blocks(blocks, threads, run, &body, sizeof(Object));
 }
 
-std::string runtime_file();  // of the OpenMP runtime; empty if there is none
-int runtime_threads();  // how many threads it would start by itself
+std::string runtime_file();  // the file of the OpenMP runtime; empty if none is loaded
+int runtime_threads();  // the threads that the runtime starts by default
 
-// While one exists, the calling thread, and those that run its blocks, round results below the
-// smallest normal number to 0. Many x86 processors take a hundred cycles for a subnormal result,
-// and a softmax of masked scores is full of them. Processors of other kinds are left as they are.
+// While an object exists, the calling thread and the threads that run its blocks round results
+// below the smallest normal number to 0. Many x86 processors take a hundred cycles for a subnormal
+// result, and a softmax of masked scores has many of them. Has no effect on other processors.
 class FlushSubnormals {
  public:
   FlushSubnormals();

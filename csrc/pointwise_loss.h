@@ -3,7 +3,7 @@
 //   loss       = reduce(w f(x, t)),  reduce: each, or sum / denominator
 //   dloss/dx   = u w df/dx,          dloss/dt = u w df/dt,   u = grad_output / denominator
 //
-// Memory traffic: each operand and w are read once, each wanted gradient is written once.
+// Memory traffic: each operand and w are read once, each gradient is written once.
 #pragma once
 
 #include <array>
@@ -66,7 +66,7 @@ template <class T> struct PointwiseLoss {
   Operand<T> grad_output;
   T* each;                      // n losses, or null
   A* reduced;                   // their sum / denominator, or null
-  std::array<T*, kOperands> gradients;  // null if not wanted
+  std::array<T*, kOperands> gradients;  // null if not computed
   int threads;
   int64_t columns = 0;            // of operands and gradients in rows; 0 for one row
   int64_t gradient_row_step = 0;  // of gradients in rows

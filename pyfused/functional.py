@@ -222,7 +222,7 @@ def cross_entropy_with_metrics(
         log-probability, log-sum-exp, prediction, whether the prediction is correct, and entropy.
     """
     checks.keywords("cross_entropy_with_metrics", options)
-    given = CrossEntropyOptions(
+    loss_options = CrossEntropyOptions(
         ignore_index,
         reduction,
         label_smoothing=label_smoothing,
@@ -230,7 +230,7 @@ def cross_entropy_with_metrics(
         with_metrics=True,
         **options,
     )
-    arguments = input, target, weight, given
+    arguments = input, target, weight, loss_options
     if shard is not None:
         return operators.CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.CROSS_ENTROPY, arguments, inplace)  # type: ignore[return-value]
@@ -336,7 +336,7 @@ def linear_cross_entropy(
     Returns:
         As in :func:`cross_entropy`.
     """
-    given = CrossEntropyOptions(
+    loss_options = CrossEntropyOptions(
         -100 if ignore_index is None else ignore_index,
         reduction,
         label_smoothing=label_smoothing,
@@ -351,7 +351,7 @@ def linear_cross_entropy(
         filter_eps=filter_eps,
     )
     layer = input, linear_weight, linear_bias, adapter_weight
-    arguments = *layer, target, weight, options, given
+    arguments = *layer, target, weight, options, loss_options
     if shard is not None:
         return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.LINEAR_CROSS_ENTROPY, arguments)
@@ -387,7 +387,7 @@ def linear_cross_entropy_with_metrics(
         output, as in :func:`cross_entropy_with_metrics`.
     """
     checks.keywords("linear_cross_entropy_with_metrics", options)
-    given = CrossEntropyOptions(
+    loss_options = CrossEntropyOptions(
         ignore_index,
         reduction,
         label_smoothing=label_smoothing,
@@ -397,7 +397,7 @@ def linear_cross_entropy_with_metrics(
         **options,
     )
     layer = input, linear_weight, linear_bias, adapter_weight
-    arguments = *layer, target, weight, None, given
+    arguments = *layer, target, weight, None, loss_options
     if shard is not None:
         return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
     return call(operators.LINEAR_CROSS_ENTROPY, arguments)  # type: ignore[return-value]
