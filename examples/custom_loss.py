@@ -49,7 +49,7 @@ def main() -> None:
     curves = []
     for name, activation, criterion in (
         ("torch", torch.nn.SiLU(), torch.nn.MSELoss()),
-        ("one's own", swish.module(), squared_error.module(reduction="mean")),
+        ("custom", swish.module(), squared_error.module(reduction="mean")),
     ):
         model = build(activation)
         losses = list(train(model, criterion, patients, targets, steps))

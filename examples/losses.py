@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-os.environ.setdefault(
-    "PYFUSED_BACKEND", "cpu"
-)  # else torch's operators would compute data this small
+# By default, torch's operators compute data as small as this.
+os.environ.setdefault("PYFUSED_BACKEND", "cpu")
 
 import torch
 from common import largest_difference
@@ -53,7 +52,7 @@ class Choice:
     loss: Callable[[ModuleType, Tensor, Tensor], Tensor]
 
     @property
-    def is_torchs(self) -> bool:
+    def in_torch(self) -> bool:
         return hasattr(torch.nn.functional, self.function)
 
 
@@ -120,7 +119,7 @@ def run(experiment: Experiment, steps: int) -> list[Result]:
     for choice in experiment.choices:
         losses, outputs = train(pyfused.functional, experiment, choice, steps)
         of_torch = None
-        if choice.is_torchs:
+        if choice.in_torch:
             of_torch, _ = train(torch.nn.functional, experiment, choice, steps)
         results.append(Result(choice, losses, of_torch, outputs))
     return results
