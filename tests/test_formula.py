@@ -243,6 +243,7 @@ def of_everything(input: Tensor) -> Tensor:
     y = y + F.softplus(input, beta=2.0) + F.tanhshrink(input) + F.softsign(input) + F.celu(input)
     y = y + F.relu6(input) + F.hardsigmoid(input) + F.hardshrink(input) + F.softshrink(input)
     y = y.masked_fill(input == 0.25, 7.0).add_(1.0) + torch.ones_like(input)
+    y = y + torch.lerp(input, x, 0.3) + torch.where(input > 1, input.new_full((), 2.5), input)
     return torch.where(torch.isnan(input), torch.zeros_like(input), y)
 
 

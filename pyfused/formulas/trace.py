@@ -411,7 +411,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_COPIES, _argument(0)),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "empty_like", "zero"), _constant(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
-    **dict.fromkeys(("full", "full_like", "new_full", "fill", "copy"), _argument(1)),
+    **dict.fromkeys(("full", "full_like", "fill", "copy"), _argument(1)),
     "add": _scaled("add"),
     "sub": _scaled("sub"),
     "div": _div,
