@@ -244,6 +244,7 @@ def of_everything(input: Tensor) -> Tensor:
     y = y + F.relu6(input) + F.hardsigmoid(input) + F.hardshrink(input) + F.softshrink(input)
     y = y.masked_fill(input == 0.25, 7.0).add_(1.0) + torch.ones_like(input)
     y = y + torch.lerp(input, x, 0.3) + torch.where(input > 1, input.new_full((), 2.5), input)
+    y = y + torch.nan_to_num(input, posinf=2.0, neginf=-2.0) + input.nan_to_num(4.0, 5.0, 6.0)
     return torch.where(torch.isnan(input), torch.zeros_like(input), y)
 
 
@@ -253,6 +254,19 @@ def test_operations() -> None:
     got, expected = evaluate(of_everything, input), evaluate(of_everything.function, input)
     torch.testing.assert_close(got.value, expected.value, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_to_num_equals_torchs(dtype: torch.dtype, kernel_calls: KernelCalls) -> None:
+    @pyfused.activation
+    def mine(input: Tensor) -> Tensor:
+        return torch.nan_to_num(input, posinf=5.0, neginf=-7.0) + input.nan_to_num(1.5, 5.0, 6.0)
+
+    input = torch.tensor(SPECIAL, dtype=dtype, requires_grad=True)
+    got, expected = evaluate(mine, input), evaluate(mine.function, input)
+    assert torch.equal(got.value, expected.value)
+    torch.testing.assert_close(got.gradients, expected.gradients)
+    assert kernel_calls[mine.op.name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -1181,6 +1195,10 @@ def _of_math(input: Tensor) -> Tensor:
     return input * math.exp(input)
 
 
+def _bounds(input: Tensor) -> Tensor:
+    return torch.nan_to_num(input) * 0.5  # another bound for each dtype
+
+
 def _casts(input: Tensor) -> Tensor:
     return input.half() + 1
 
@@ -1194,6 +1212,7 @@ def _casts(input: Tensor) -> Tensor:
         (_is_random, "rand_like"),
         (_counts, "shape, which may return another value in another call"),
         (_of_math, "torch's functions instead of math's"),
+        (_bounds, "nan_to_num: posinf and neginf depend on the dtype"),
         (_casts, "float16"),
     ],
 )

@@ -9,6 +9,7 @@ need no new trace.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -368,6 +369,16 @@ def _clamp(e: E, a: int, low: int | None = None, high: int | None = None) -> int
     return a if high is None else e.minimum(a, high)
 
 
+def _nan_to_num(
+    e: E, a: int, nan: int | None = None, posinf: int | None = None, neginf: int | None = None
+) -> int:
+    if posinf is None or neginf is None:
+        raise UntraceableError("posinf and neginf depend on the dtype by default; pass both")
+    a = e.where(e.eq(a, a), a, e.literal(0) if nan is None else nan)
+    a = e.where(e.eq(a, e.literal(math.inf)), posinf, a)
+    return e.where(e.eq(a, e.literal(-math.inf)), neginf, a)
+
+
 def _softplus(e: E, a: int, beta: int | None = None, threshold: int | None = None) -> int:
     beta, threshold = (
         e.literal(default) if value is None else value
@@ -430,6 +441,7 @@ ATEN: dict[str, Callable[..., Any]] = {
         ("logical_xor", "bitwise_xor"), lambda e, a, b: e.logical_not(e.eq(e.mask(a), e.mask(b)))
     ),
     "clamp": _clamp,
+    "nan_to_num": _nan_to_num,
     "relu": lambda e, a: e.maximum(a, e.literal(0)),
     "softplus": _softplus,
     "softplus_backward": _softplus_backward,
