@@ -682,6 +682,18 @@ def test_parameters_are_exact_to_the_last_bit(dtype: torch.dtype) -> None:
             assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
+@pytest.mark.parametrize("tensor", [torch.tensor, torch.as_tensor, torch.asarray])
+def test_a_number_that_torch_rounds_is_rounded(tensor: Callable[[float], Tensor]) -> None:
+    @pyfused.activation
+    def mine(input: Tensor, *, limit: float = 0.25) -> Tensor:
+        return torch.minimum(input, tensor(limit)) * 3
+
+    input = torch.tensor(SPECIAL, dtype=torch.float64)
+    for limit in (0.25, 0.7, 0.1):
+        got, expected = mine(input, limit=limit), mine.function(input, limit=limit)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 class Recording(TorchDispatchMode):
     """Collects the names of the operators that run."""
 

@@ -251,7 +251,7 @@ class Run(TorchFunctionMode):
         """Adds an argument to the structure of a call; returns it, or the tensor that replaces it.
 
         Numbers that rewrites depend on are part of the structure: exponents for which pow is
-        rewritten, and very large and very small numbers.
+        rewritten, and very large and very small numbers. So are numbers that torch.tensor rounds.
         """
         if isinstance(argument, Tensor):
             if argument.data_ptr() not in self.sources:
@@ -263,8 +263,10 @@ class Run(TorchFunctionMode):
             call.append(self.sources[argument.data_ptr()][1])
         elif isinstance(argument, bool) or not isinstance(argument, (int, float)):
             call.append(argument)
-        elif not is_moderate(argument) or (
-            call[0].__name__.strip("_") in ("pow", "rpow") and argument in EXPONENTS
+        elif (
+            not is_moderate(argument)
+            or call[0].__name__ in ("tensor", "as_tensor", "asarray")
+            or (call[0].__name__.strip("_") in ("pow", "rpow") and argument in EXPONENTS)
         ):
             call.append(repr(float(argument)))
         else:
