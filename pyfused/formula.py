@@ -84,7 +84,7 @@ class FormulaOperator(PointwiseLoss):
         slopes: Callable[..., Any] | None = None,
     ) -> None:
         operands, self.parameters = _read_signature(function)
-        self.written = trace.Written(function, slopes, len(operands))
+        self.user = trace.UserFunction(function, slopes, len(operands))
         if slopes is not None:
             function = _differentiated(function, slopes, operands)
         self.function, self.loss, self.long = function, loss, False
@@ -169,10 +169,10 @@ class FormulaOperator(PointwiseLoss):
         parameters = dict(zip(self.parameters, numbers, strict=True))
 
         def derived(inputs: dict[int, float]) -> Traced:
-            return Traced(self.name, run, inputs, *self.written.derive(parameters, inputs))
+            return Traced(self.name, run, inputs, *self.user.derive(parameters, inputs))
 
         try:
-            run = self.written.run(parameters)
+            run = self.user.run(parameters)
             for traced in self.traces:
                 if (values := traced.values(run)) is not None:
                     return traced.difference or (traced, values)
@@ -181,7 +181,7 @@ class FormulaOperator(PointwiseLoss):
                     f"its parameters caused {_MOST_TRACES} traces: an operation that takes no "
                     "tensor uses one of them, so each new value is traced again"
                 )
-            inputs = {i: run.literals[i] for i in self.written.dependent(parameters, run)}
+            inputs = {i: run.literals[i] for i in self.user.dependent(parameters, run)}
             try:
                 traced = derived(inputs)
             except UntraceableError:

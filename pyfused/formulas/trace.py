@@ -174,6 +174,61 @@ def gradients_of(
 # ---- a user's function ---------------------------------------------------------------------------
 
 
+class UserFunction(NamedTuple):
+    """A user's function, its gradient, and its number of operands."""
+
+    function: Callable[..., Any]
+    gradient: Callable[..., Any] | None
+    operands: int
+
+    def run(self, parameters: dict[str, Any]) -> Run:
+        return Run(self, _operands(self.operands), parameters, {})
+
+    def dependent(self, parameters: dict[str, Any], run: Run) -> list[int]:
+        """Returns the indices of the literals that depend on parameters.
+
+        Ignores a parameter if another value of it changes the structure or raises an error.
+        """
+        indices = set[int]()
+        for name, value in parameters.items():
+            if type(value) not in (int, float):
+                continue
+            try:
+                other = self.run(parameters | {name: value * 1.0009765625 + 2.0**-12})
+            except UntraceableError:
+                continue
+            if other.structure == run.structure:
+                pairs = zip(run.literals, other.literals, strict=True)
+                indices |= {i for i, (old, new) in enumerate(pairs) if old != new}
+        return sorted(indices)
+
+    def derive(
+        self, parameters: dict[str, Any], inputs: Mapping[int, float]
+    ) -> tuple[Expressions, list[int]]:
+        """Traces the value and the gradient of each operand; see :func:`expressions_of`.
+
+        Args:
+            inputs: The literals that are inputs: index to value.
+        """
+
+        def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
+            tensors = dict(zip(inputs, numbers, strict=True))
+            value, *slopes = Run(self, leaves, parameters, tensors).results
+            if value.shape != _SHAPE or not value.dtype.is_floating_point:
+                raise UntraceableError(
+                    f"expected an elementwise formula, got a {value.dtype} tensor of shape "
+                    f"{tuple(value.shape)} from operands of shape {_SHAPE}; remove reductions "
+                    "and pass reduction="
+                )
+            try:
+                return [value, *(slopes or gradients_of(value, leaves, scale))]
+            except Exception as error:
+                raise UntraceableError(f"the derivative uses {error}") from error
+
+        e, (value, *gradients) = expressions_of(run, self.operands, [*inputs.values()])
+        return e, [value, *(map(e.scaled, gradients) if self.gradient else gradients)]
+
+
 class Run(TorchFunctionMode):
     """Runs a user's function and gradient, and collects the numbers passed to torch.
 
@@ -191,8 +246,7 @@ class Run(TorchFunctionMode):
 
     def __init__(
         self,
-        function: Callable[..., Any],
-        gradient: Callable[..., Any] | None,
+        user: UserFunction,
         operands: Sequence[Tensor],
         parameters: dict[str, Any],
         inputs: Mapping[int, Tensor],
@@ -204,16 +258,16 @@ class Run(TorchFunctionMode):
         self.track(operands)
         try:
             with self:
-                self.results = [function(*operands, **parameters)]
-                if gradient is not None:
-                    self.results += slopes_of(gradient, operands, parameters)
+                self.results = [user.function(*operands, **parameters)]
+                if user.gradient is not None:
+                    self.results += slopes_of(user.gradient, operands, parameters)
             if not isinstance(self.results[0], Tensor):
                 kind = type(self.results[0]).__name__
                 raise UntraceableError(f"expected the function to return one tensor, got {kind}")
             self.structure.append(sources := list[Any]())
             tree_map(partial(self.read, sources), self.results)
         except Exception as error:
-            file = function.__code__.co_filename
+            file = user.function.__code__.co_filename
             lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == file]
             message = f"line {[0, *lines][-1]} of {file}: {error}"
             if "Boolean value" in message or "converted to" in message:
@@ -274,61 +328,6 @@ class Run(TorchFunctionMode):
             self.literals.append(float(argument))
             return self.inputs.get(len(self.literals) - 1, argument)
         return argument
-
-
-class Written(NamedTuple):
-    """A user's function, its gradient, and its number of operands."""
-
-    function: Callable[..., Any]
-    gradient: Callable[..., Any] | None
-    operands: int
-
-    def run(self, parameters: dict[str, Any]) -> Run:
-        return Run(self.function, self.gradient, _operands(self.operands), parameters, {})
-
-    def dependent(self, parameters: dict[str, Any], run: Run) -> list[int]:
-        """Returns the indices of the literals that depend on parameters.
-
-        Ignores a parameter if another value of it changes the structure or raises an error.
-        """
-        indices = set[int]()
-        for name, value in parameters.items():
-            if type(value) not in (int, float):
-                continue
-            try:
-                other = self.run(parameters | {name: value * 1.0009765625 + 2.0**-12})
-            except UntraceableError:
-                continue
-            if other.structure == run.structure:
-                pairs = zip(run.literals, other.literals, strict=True)
-                indices |= {i for i, (old, new) in enumerate(pairs) if old != new}
-        return sorted(indices)
-
-    def derive(
-        self, parameters: dict[str, Any], inputs: Mapping[int, float]
-    ) -> tuple[Expressions, list[int]]:
-        """Traces the value and the gradient of each operand; see :func:`expressions_of`.
-
-        Args:
-            inputs: The literals that are inputs: index to value.
-        """
-
-        def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
-            tensors = dict(zip(inputs, numbers, strict=True))
-            value, *slopes = Run(*self[:2], leaves, parameters, tensors).results
-            if value.shape != _SHAPE or not value.dtype.is_floating_point:
-                raise UntraceableError(
-                    f"expected an elementwise formula, got a {value.dtype} tensor of shape "
-                    f"{tuple(value.shape)} from operands of shape {_SHAPE}; remove reductions "
-                    "and pass reduction="
-                )
-            try:
-                return [value, *(slopes or gradients_of(value, leaves, scale))]
-            except Exception as error:
-                raise UntraceableError(f"the derivative uses {error}") from error
-
-        e, (value, *gradients) = expressions_of(run, self.operands, [*inputs.values()])
-        return e, [value, *(map(e.scaled, gradients) if self.gradient else gradients)]
 
 
 def slopes_of(
