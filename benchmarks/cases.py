@@ -80,7 +80,7 @@ class Case:
     reduction: str = "mean"
     dim: int = -1  # the dimension of a softmax
     autocast: bool = False
-    headline: bool = False  # in the table of docs/benchmarks.md; timed by `quick`
+    headline: bool = False  # in the table of docs/benchmarks.md; run by `-m quick`
 
     @property
     def name(self) -> str:

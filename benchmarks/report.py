@@ -1,4 +1,4 @@
-"""Writes tables and plots from the results of the suites of CPUs and GPUs, and of allocators.
+"""Writes tables and plots from the results of pytest-benchmark, the GPU suite and allocators.
 
 They are written to benchmarks/results/<machine>; tables of headline cases also to pages of docs/.
 """
@@ -50,7 +50,7 @@ KEY = {
     " Its time divided by pyfused's is the share; GB/s are these bytes by pyfused's time.",
 }
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
-Found = dict[str, Any]  # the JSON output of a suite
+Found = dict[str, Any]  # the JSON output of pytest-benchmark
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def row(case: Case, mode: str, peers: dict[str, Peer], peak: float | None = None
 
 
 def machine_info() -> dict[str, Any]:
-    import cpuinfo
+    import cpuinfo  # installed with pytest-benchmark
 
     found = cpuinfo.get_cpu_info()
     brand = found.get("brand_raw") or found["arch"]

@@ -31,14 +31,14 @@ Command = Callable[[argparse.Namespace], None] | str
 
 
 def suite(*arguments: str) -> list[Path]:
-    """Times the cases with torch's default setting and with huge pages, in two processes."""
+    """Runs the benchmarks with torch's default setting and with huge pages, in two processes."""
     FOUND.mkdir(exist_ok=True)
     files = []
     for name, value in (("default", "0"), ("huge-pages", "1")):
         files.append(FOUND / f"{name}.json")
-        command = [sys.executable, __file__, "suite", files[-1], *arguments]
+        pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *arguments]
         variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": value}
-        subprocess.run(command, env=variables, check=True)
+        subprocess.run(pytest, env=variables, cwd=ROOT, check=True)
     return files
 
 
@@ -55,8 +55,13 @@ def report(options: argparse.Namespace) -> None:
 
 
 def quick(options: argparse.Namespace) -> None:
-    files = suite(*(["-k", *options.k] if any(options.k) else ["--headlines"]))
+    files = suite(*(["-k", options.k] if options.k else ["-m", "quick"]))
     importlib.import_module("report").write(files, FOUND)
+
+
+def memory(options: argparse.Namespace) -> None:
+    pytest = [sys.executable, "-m", "pytest", HERE / "test_memory.py", "-k", options.k]
+    subprocess.run(pytest, cwd=ROOT, check=True)
 
 
 # ---- gpu-check -----------------------------------------------------------------------------------
@@ -249,11 +254,10 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, nargs="+", help="report these results instead of measuring")
     add("--results", type=Path, default=HERE / "results", help="the output folder")
     add("--threads", type=int, help="the number of threads; if given, docs/ is not updated")
-    command("quick", quick, "time the headline cases or selected ones, into .benchmarks", named)
-    command("memory", "suite.memory", "measure the peak memory of torch and pyfused", named)
-    add = command("suite", "suite.suite", "time the cases; report and quick run this twice", named)
-    add("file", type=Path, help="the output file")
-    add("--headlines", action="store_true", help="time the headline cases only")
+    add = command("quick", quick, "time the headline cases, and report in .benchmarks")
+    add("-k", metavar="EXPRESSION", help="select other cases, as in pytest")
+    add = command("memory", memory, "measure the peak memory of torch and pyfused")
+    add("-k", metavar="EXPRESSION", default="", help="select cases, as in pytest")
 
     add = command("busy", "pairs.busy", "time the headline cases under load", named)
     add("--seconds", type=float, default=10, help="time per case")

@@ -84,10 +84,71 @@ if TYPE_CHECKING:
     from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention
     from typing_extensions import Unpack
 
-_NAMES = ["additive_margin", "cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"]
-_NAMES += operators.OPERATORS
-if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
-    __all__ = _NAMES
+__all__ = [
+    "additive_margin",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "celu",
+    "contrastive_loss",
+    "cosine_embedding_loss",
+    "cross_entropy",
+    "cross_entropy_with_metrics",
+    "elu",
+    "gaussian_nll_loss",
+    "geglu",
+    "gelu",
+    "glu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "hinge_embedding_loss",
+    "hinge_loss",
+    "huber_loss",
+    "kl_div",
+    "kl_div_with_logits",
+    "l1_loss",
+    "leaky_relu",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_metrics",
+    "linear_kl_div",
+    "linear_log_probs",
+    "linear_topk_kl_div",
+    "log_cosh_loss",
+    "log_probs",
+    "log_softmax",
+    "logsigmoid",
+    "margin_ranking_loss",
+    "mish",
+    "mse_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "poisson_nll_loss",
+    "prelu",
+    "quantile_loss",
+    "reglu",
+    "relu",
+    "relu6",
+    "rmse_loss",
+    "selu",
+    "sigmoid",
+    "sigmoid_focal_loss",
+    "silu",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "softcap",
+    "softmax",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "swiglu",
+    "tanh",
+    "tanhshrink",
+    "threshold",
+    "triplet_margin_loss",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -98,7 +159,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     of_torch = (name for name in dir(torch.nn.functional) if not name.startswith("_"))
-    return sorted({*_NAMES, *of_torch})
+    return sorted({*__all__, *of_torch})
 
 
 def cross_entropy(

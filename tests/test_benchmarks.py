@@ -18,7 +18,6 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cases
 import report
 import run
-import suite
 import sweep
 from cases import TORCH, TRAINING, Case, assert_correct, draw, step
 
@@ -104,34 +103,7 @@ def test_a_sweep_includes_the_smallest_calls_with_kernels() -> None:
     assert len(embeddings.shape) == 2
 
 
-# ---- suite and reports ---------------------------------------------------------------------------
-
-
-@pytest.mark.thresholds
-def test_a_suite_writes_a_file_for_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the suite sets it
-    monkeypatch.setattr(suite, "PEERS", {"torch": TORCH})
-    monkeypatch.setattr(suite, "SECONDS", 0.0)
-    monkeypatch.setattr(suite, "CASES", [Case("sigmoid", (1 << 20,)), Case("tanh", (1 << 20,))])
-    options = SimpleNamespace(file=tmp_path / "found.json", headlines=False, k=["sigmoid"])
-    suite.suite(options)
-    rows = report.rows_of(report.load([options.file]))
-    assert {(row.op, row.mode, *row.peers) for row in rows} == {
-        ("sigmoid", mode, "torch", "copy") for mode in cases.MODES
-    }
-    assert all(peer.ms > 0 for row in rows for peer in row.peers.values())
-    assert kernel_calls["sigmoid"] > 19
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_peak_memory_is_measured_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "relu (32 M) float32"
-    monkeypatch.setattr(suite, "IMPLEMENTATIONS", dict.fromkeys(["pyfused"]))
-    (found,) = suite.peaks([name])
-    assert (found["case"], found["implementation"]) == (name, "pyfused")
-    assert 0.9 < found["bytes"] / found["input_bytes"] < 3
+# ---- reports -------------------------------------------------------------------------------------
 
 
 def found_on(**info: object) -> report.Found:
@@ -164,9 +136,9 @@ def test_the_table_of_allocators_is_filled_in(tmp_path: Path) -> None:
 
 
 COMMANDS = (
-    *("report", "quick", "suite found.json", "memory", "busy", "compare HEAD", "allocators"),
-    *("compiled", "overhead", "sweep", "head", "steps", "filter-eps", "gpu gpu.json"),
-    *("gpu-launch launch.md", "gpu-check folder"),
+    *("report", "quick", "memory", "busy", "compare HEAD", "allocators", "compiled", "overhead"),
+    *("sweep", "head", "steps", "filter-eps", "gpu gpu.json", "gpu-launch launch.md"),
+    "gpu-check folder",
 )
 
 
