@@ -131,8 +131,7 @@ class Contrastive(RowLoss):
         state: Tensor | None,  # noqa: ARG002
     ) -> Results:
         compute = _softmax if tensors[2] is None else _sigmoid
-        loss, gradients = compute(backend, tensors, options, outputs, grad_output)
-        return loss, gradients if outputs.gradients else (), None
+        return *compute(backend, tensors, options, outputs, grad_output), None
 
 
 def _softmax(
@@ -150,7 +149,7 @@ def _softmax(
     if options.memory_budget is not None:  # the other half is for the transposed block
         half = CrossEntropyOptions(memory_budget=options.memory_budget // 2)
         tile = tile_size(Head(x, b, None, None, target, None), half, backend)
-    loop = backend, Layer(x, b, None), x.dtype, (tile, tile)
+    loop = backend, Layer(x, b, None, None, x.dtype), (tile, tile)
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
     def directions(block: Block) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
@@ -198,11 +197,10 @@ def _sigmoid(
     n, dtype, wide = len(x), x.dtype, bias.dtype
     row = n * (dtype.itemsize + 2 * wide.itemsize)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
-    needs_a, needs_b, needs_bias = outputs.gradients or (False,) * 3
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
 
-    def step(block: Block, __: None, grad_loss: Any) -> tuple[Tensor | None, Tensor | None]:
+    def step(block: Block, __: PairOptions, grad_loss: Any) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z), None, None
@@ -217,6 +215,8 @@ def _sigmoid(
             gradient = gradient.to(dtype)
         return loss, gradient
 
-    loop = backend, Layer(x, b, None), dtype, rows, (needs_a, needs_b, False), options
-    total, (grad_x, grad_b, *_) = loss_over_rows(*loop, grad_output, step)
-    return total, (grad_x, grad_b, grad_bias.to(wide) if needs_bias else None)
+    layer = Layer(x, b, None, None, dtype)
+    loss, gradients = loss_over_rows(backend, layer, rows, outputs, options, grad_output, step)
+    if not gradients:
+        return loss, ()
+    return loss, (*gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None)

@@ -31,7 +31,7 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.heads import Block, Layer, capped, linear, loss_over_rows, valid_rows
+from pyfused.ops.heads import Block, Layer, LossStep, capped, linear, loss_over_rows, valid_rows
 from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.ops.row_state import logits_state, loss_denominator
 from pyfused.types import (
@@ -255,8 +255,7 @@ class Divergence(RowLoss):
         grad_output: Tensor | None,
         state: Tensor | None,  # noqa: ARG002
     ) -> Results:
-        loss, gradients = self.kernels(backend, tensors, options, outputs, grad_output)
-        return loss, gradients if outputs.gradients else (), None
+        return *self.kernels(backend, tensors, options, outputs, grad_output), None
 
 
 class LogitsDivergence(Divergence):
@@ -333,14 +332,15 @@ def linear_kernels(
     *_, input, weight, bias = tensors
     teacher_dtype = backend.product_dtype(input.dtype)
     weight, bias = weight.to(teacher_dtype), None if bias is None else bias.to(teacher_dtype)
+    block_outputs = Outputs(outputs.loss, (True,) if outputs.gradients else (), True)
 
     def step(
-        block: Block, options: DivergenceOptions, outputs: Outputs, grad_output: Tensor | None
+        block: Block, options: DivergenceOptions, grad_output: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         teacher_logits = backend.empty(block.logits.shape, teacher_dtype, block.logits)
         linear(input[block.rows].to(teacher_dtype), weight, bias, teacher_logits)
         tensors = block.logits, teacher_logits, options.token_weight, None
-        kernel = divergence_kernel(backend, options, tensors, outputs, grad_output)
+        kernel = divergence_kernel(backend, options, tensors, block_outputs, grad_output)
         loss, (gradient,) = kernel(tensors, grad_output)
         return loss, gradient
 
@@ -364,7 +364,7 @@ def topk_kernels(
         indices = indices.masked_fill(invalid, 0)
 
     def step(
-        block: Block, options: DivergenceOptions, outputs: Outputs, grad_output: Tensor | None
+        block: Block, options: DivergenceOptions, grad_output: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         logits, cap_backward = capped(backend, block.logits, options.softcap)
         teacher = indices[block.rows], log_probs[block.rows]
@@ -380,14 +380,13 @@ def _by_rows(
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None,
-    step: Callable[..., tuple[Tensor | None, Tensor | None]],
+    step: LossStep,
     teacher_bytes: int = 0,
 ) -> tuple[Tensor | None, Gradients]:
     """Computes the divergence and the gradients by blocks of rows.
 
     Args:
-        step: Takes a block of the student's logits, and the options, outputs and grad_output of its
-            rows; returns the loss and the gradient of the logits.
+        step: As in `loss_over_rows`, for a block of the student's logits.
         teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
     """
     input, weight, bias, *_ = tensors
@@ -395,14 +394,10 @@ def _by_rows(
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     row = len(weight) * (dtype.itemsize + cap_bytes + teacher_bytes)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
-    block_outputs = Outputs(outputs.loss, (True,) if outputs.gradients else (), True)
-
-    def block_step(block: Block, token_weight: Any, grad_output: Any) -> Any:
-        block_options = replace(options, token_weight=token_weight)
-        return step(block, block_options, block_outputs, grad_output)
-
-    layer, needs = Layer(_masked(input, options), weight, bias), outputs.gradients or (False,) * 3
-    return loss_over_rows(backend, layer, dtype, rows, needs, options, grad_output, block_step)
+    layer = Layer(_masked(input, options), weight, bias, None, dtype)
+    loop = backend, layer, rows, outputs, options, grad_output, step
+    loss, gradients = loss_over_rows(*loop)
+    return loss, gradients[:3]
 
 
 def _topk(

@@ -6,8 +6,6 @@
                                         # grad_weight[classes] += grad_logits.T @ input[rows]
                                         # grad_bias[classes] += grad_logits.sum(0)
 
-An adapter adds the output of a second layer of low rank to the logits of each block.
-
 Each loss has its own step: cross-entropy, a divergence, or log-probabilities. ``chunk_sizes.py``
 chooses the numbers of rows and classes of a block.
 """
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,40 +25,51 @@ from pyfused.backends import Backend
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import FIXED_ROWS, product_dtype, state_block_size
 from pyfused.ops.elementwise import SOFTCAP
-from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, RowOptions
+from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, Outputs, RowOptions
 
 # ---- the loop ------------------------------------------------------------------------------------
 
 
 class Layer(NamedTuple):
-    """A linear layer and its input: input (N, D), weight (C, D), and bias (C) or None.
+    """A linear layer and its input.
 
     Attributes:
-        adapter: A layer whose output is added, of input (N, r) and weight (C, r), or None.
+        input: (N, D), or (N, D + r) with an adapter, whose input the last r features are.
+        weight: (C, D).
+        bias: (C), or None.
+        adapter_weight: (C, r), or None. The adapter's output is added to the layer's.
+        dtype: The dtype of the matrix products.
     """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    adapter: Layer | None = None
+    adapter_weight: Tensor | None
+    dtype: torch.dtype
 
-    def with_adapter(self, weight: Tensor) -> Layer:
-        """Makes the last r features of an input (N, D + r) those of an adapter of weight (C, r)."""
-        input, features = self.input.tensor_split((self.weight.shape[1],), 1)
-        return self._replace(input=input, adapter=Layer(features, weight, None))
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weight, and the adapter's weight if there is one."""
+        adapter_weight = self.adapter_weight
+        return (self.weight,) if adapter_weight is None else (self.weight, adapter_weight)
 
-    def block(self, logits: Tensor, rows: slice, classes: slice) -> Block:
-        """Returns a block, whose factors have the dtype of its logits."""
-        input, weight = self.input[rows].to(logits.dtype), self.weight[classes].to(logits.dtype)
-        return Block(logits, input, weight, rows, classes)
+    def split(self, input: Tensor) -> tuple[Tensor, ...]:
+        """Splits features, or their gradient, into those of each weight."""
+        parts: tuple[Tensor, ...] = input.split([weight.shape[1] for weight in self.weights], 1)
+        return parts
 
 
 class Block(NamedTuple):
-    """The logits of some rows and classes, and the rows of input and weight that produce them."""
+    """The logits of some rows and classes, and the factors of the products that they are sums of.
+
+    Attributes:
+        inputs: The features of each of the layer's weights, in the dtype of the products.
+        weights: The rows of each of the layer's weights, in this dtype.
+    """
 
     logits: Tensor
-    input: Tensor
-    weight: Tensor
+    inputs: Sequence[Tensor]
+    weights: Sequence[Tensor]
     rows: slice
     classes: slice
 
@@ -67,7 +77,6 @@ class Block(NamedTuple):
 def blocks(
     backend: Backend,
     layer: Layer,
-    dtype: torch.dtype,
     size: tuple[int, int],
     *,
     backwards: bool = False,
@@ -77,103 +86,95 @@ def blocks(
     """Yields blocks of logits, which share their memory: all rows for some classes, then the next.
 
     Args:
-        dtype: The dtype of the products.
         size: The numbers of rows and classes of a block.
         backwards: Whether the blocks of rows come in reverse order.
         memory: Holds the logits of the first block, and is overwritten by the next ones. None
             allocates it.
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
-    input, weight, bias, adapter = layer
-    n, all_classes = len(input), len(weight)
+    input, bias, dtype = layer.input, layer.bias, layer.dtype
+    n, all_classes = len(input), len(layer.weight)
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
     if memory is None:
         memory = backend.empty((rows * classes,), dtype, input)
     for first in range(0, all_classes, classes):
         class_slice = slice(first, min(first + classes, all_classes))
-        w = weight[class_slice].to(dtype)
+        weights = [weight[class_slice].to(dtype) for weight in layer.weights]
         b = None if bias is None else bias[class_slice].to(dtype)
         starts = range(0, n, rows)
         for start in reversed(starts) if backwards else starts:
             row_slice = slice(start, min(start + rows, n))
-            x = input[row_slice].to(dtype)
-            logits = memory[: len(x) * len(w)].view(len(x), len(w))
+            inputs = layer.split(input[row_slice].to(dtype))
+            shape = len(inputs[0]), len(weights[0])
+            logits = memory[: shape[0] * shape[1]].view(shape)
             if not is_computed:
-                product(x, w, b, logits)
-                if adapter is not None:
-                    _, u, a, *_ = adapter.block(logits, row_slice, class_slice)
-                    backend.add_product(logits, u, a.t(), 1.0)
+                product(inputs[0], weights[0], b, logits)
+                for x, weight in zip(inputs[1:], weights[1:], strict=True):
+                    backend.add_product(logits, x, weight.t(), 1.0)
             is_computed = False
-            yield Block(logits, x, w, row_slice, class_slice)
+            yield Block(logits, inputs, weights, row_slice, class_slice)
 
 
 class LayerGradients:
     """Accumulates the gradients of a layer over blocks, whose rows come in ascending order.
 
     Args:
-        dtype: The dtype of the products.
         size: The numbers of rows and classes of a block.
         needs: Whether the input, the weight, the bias and the adapter's weight need a gradient.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        layer: Layer,
-        dtype: torch.dtype,
-        size: tuple[int, int],
-        needs: Sequence[bool],
+        self, backend: Backend, layer: Layer, size: tuple[int, int], needs: Sequence[bool]
     ) -> None:
-        self.backend, self.layer, self.sum_dtype = backend, layer, accumulate_dtype(dtype)
+        self.backend, self.layer, self.sum_dtype = backend, layer, accumulate_dtype(layer.dtype)
         self.input: Tensor | None = None
-        self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.adapter: LayerGradients | None = None
-        input, weight, bias, adapter = layer
-        if adapter is not None:
-            needs_adapter = needs[0], needs[3], False
-            self.adapter = LayerGradients(backend, adapter, dtype, size, needs_adapter)
-        all_rows, all_classes = len(input) <= size[0], 0 < len(weight) <= size[1]
+        self.weights: list[Tensor | None] = [None] * len(layer.weights)
+        self.sums = list(self.weights)  # of the products of the current block of classes
+        input, bias, dtype = layer.input, layer.bias, layer.dtype
+        all_rows, all_classes = len(input) <= size[0], len(layer.weight) <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
-            self.input = self.input if all_classes else self.input.zero_()
-        if needs[1]:
-            one_product = all_rows and weight.dtype is dtype
-            sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
-            self.weight = backend.empty(weight.shape, sum_dtype, input)
+        for i, weight in enumerate(layer.weights):
+            if needs[3 if i else 1]:
+                one_product = all_rows and weight.dtype is dtype
+                sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
+                self.weights[i] = backend.empty(weight.shape, sum_dtype, input)
         if needs[2] and bias is not None:
             self.bias = bias.new_zeros(len(bias), dtype=self.sum_dtype)
 
     def add(self, block: Block, grad_logits: Tensor, columns: Tensor | None = None) -> None:
-        """Adds the products of the gradient of a block's logits with its weight and its input.
+        """Adds the products of the gradient of a block's logits with its weights and its inputs.
 
         Args:
             columns: The indices of the classes to include, None for all.
         """
-        logits, x, weight, rows, classes = block
-        if self.adapter is not None:
-            self.adapter.add(self.adapter.layer.block(logits, rows, classes), grad_logits, columns)
+        _, inputs, weights, rows, classes = block
         if self.bias is not None:
             self.bias[classes] += grad_logits.sum(0, dtype=self.sum_dtype)
         if columns is not None:
-            grad_logits, weight = grad_logits[:, columns], weight[columns]
+            grad_logits, weights = grad_logits[:, columns], [weight[columns] for weight in weights]
         if self.input is not None:
-            out = self.input[rows]
-            self.backend.add_product(out, grad_logits, weight, float(classes.start > 0))
-        if self.weight is None:
-            return
-        out, first, last = self.weight[classes], rows.start == 0, rows.stop == len(self.layer.input)
-        if first:
-            in_place = out.dtype is self.sum_dtype or (last and out.dtype is grad_logits.dtype)
-            self.sum = out if in_place else self.backend.empty(out.shape, self.sum_dtype, x)
-        if columns is None:
-            self.backend.add_product(self.sum, grad_logits.t(), x, float(not first))
-        else:
-            total = self.sum.zero_() if first else self.sum
-            total.index_add_(0, columns, torch.mm(grad_logits.t(), x).to(total.dtype))
-        if last and self.sum.data_ptr() != out.data_ptr():
-            out.copy_(self.sum)
+            for out, weight in zip(self.layer.split(self.input[rows]), weights, strict=True):
+                self.backend.add_product(out, grad_logits, weight, float(classes.start > 0))
+        first, last = rows.start == 0, rows.stop == len(self.layer.input)
+        for i, (total, x) in enumerate(zip(self.weights, inputs, strict=True)):
+            if total is None:
+                continue
+            out = total[classes]
+            if first:
+                in_place = out.dtype is self.sum_dtype or (last and out.dtype is grad_logits.dtype)
+                empty = self.backend.empty
+                self.sums[i] = out if in_place else empty(out.shape, self.sum_dtype, x)
+            sums: Any = self.sums[i]
+            if columns is None:
+                self.backend.add_product(sums, grad_logits.t(), x, float(not first))
+            else:
+                sums = sums.zero_() if first else sums
+                sums.index_add_(0, columns, torch.mm(grad_logits.t(), x).to(sums.dtype))
+            if last and sums.data_ptr() != out.data_ptr():
+                out.copy_(sums)
 
     def converted(self) -> Gradients:
         """Returns the gradients in the dtypes of the layer's tensors, after all blocks.
@@ -187,19 +188,14 @@ class LayerGradients:
             empty: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
             return empty.copy_(total)
 
-        grads = *map(convert, (self.input, self.weight, self.bias), self.layer[:3]), None
-        if self.adapter is None:
-            return grads
-        features, adapter_weight, *_ = self.adapter.converted()
-        if grads[0] is None or features is None:
-            return *grads[:3], adapter_weight
-        return torch.cat((grads[0], features), 1), *grads[1:3], adapter_weight
+        weight, adapter_weight = (*self.weights, None)[:2]
+        totals = self.input, weight, self.bias, adapter_weight
+        return tuple(map(convert, totals, self.layer[:4]))
 
 
 def over_blocks(
     backend: Backend,
     layer: Layer,
-    dtype: torch.dtype,
     size: tuple[int, int],
     needs: Sequence[bool],
     step: Callable[[Block], Tensor | None],
@@ -210,14 +206,14 @@ def over_blocks(
     """Runs the loop that all losses of a layer's logits share, and returns the layer's gradients.
 
     Args:
-        dtype, size, options: As in `blocks`.
+        size, options: As in `blocks`.
         needs: As in `LayerGradients`.
         step: Computes the gradient of a block's logits, which may overwrite them, or None.
         filter_below: Columns of gradients that are all smaller are left out of the products. A
             scalar, or one threshold for each row; None to include all columns.
     """
-    sums = LayerGradients(backend, layer, dtype, size, needs)
-    for block in blocks(backend, layer, dtype, size, **options):
+    sums = LayerGradients(backend, layer, size, needs)
+    for block in blocks(backend, layer, size, **options):
         grad_logits = step(block)
         if grad_logits is not None:
             columns = None
@@ -228,16 +224,15 @@ def over_blocks(
     return sums.converted()
 
 
-# Computes the loss and the gradient of a block, given token_weight and grad_output of its rows.
+# Computes the loss and the gradient of a block, given the options and grad_output of its rows.
 LossStep = Callable[[Block, Any, Any], tuple[Tensor | None, Tensor | None]]
 
 
 def loss_over_rows(
     backend: Backend,
     layer: Layer,
-    dtype: torch.dtype,
     rows: int,
-    needs: Sequence[bool],
+    outputs: Outputs,
     options: Any,
     grad_output: Tensor | None,
     step: LossStep,
@@ -248,6 +243,8 @@ def loss_over_rows(
     The loss is a sum in float64, or a tensor with the loss of each row.
 
     Args:
+        rows: The number of rows of a block.
+        outputs: Its first gradients are those of `LayerGradients`; they are () if it has none.
         options: The options, with token_weight for all rows.
         grad_output: A scalar, or a tensor with one element per row if the reduction is "none".
     """
@@ -255,16 +252,19 @@ def loss_over_rows(
 
     def block_step(block: Block) -> Tensor | None:
         token_weight = None if weight is None else weight[block.rows]
-        grad_loss = grad_output
-        if unreduced and grad_output is not None:
-            grad_loss = grad_output[block.rows]
-        loss, grad_logits = step(block, token_weight, grad_loss)
+        per_row = unreduced and grad_output is not None
+        loss, grad_logits = step(
+            block,
+            replace(options, token_weight=token_weight),
+            grad_output[block.rows] if per_row else grad_output,  # type: ignore[index]
+        )
         if loss is not None:
             losses.append(loss)
         return grad_logits
 
-    size = rows, len(layer.weight)
-    gradients = over_blocks(backend, layer, dtype, size, needs, block_step, **kwargs)
+    size, needs = (rows, len(layer.weight)), outputs.gradients or (False,) * 4
+    gradients = over_blocks(backend, layer, size, needs, block_step, **kwargs)
+    gradients = gradients if outputs.gradients else ()
     if not losses:
         return None, gradients
     loss = torch.cat(losses) if unreduced else torch.stack(losses).sum(dtype=torch.float64)
@@ -323,135 +323,105 @@ class StateOptions(NamedTuple):
     fixed_sizes: bool = False
 
 
-class _ValidRows(NamedTuple):
-    """The rows of a layer's input that are not ignored, and the sizes of blocks of their logits.
+class LayerStates:
+    """Computes the states of the rows of a layer's logits, and gradients from them, by blocks.
 
-    Attributes:
-        layer: The layer, whose classes are contiguous for each position (d1, ..., dk).
-        labels: The targets, flattened.
-        indices: The indices of these rows in the input, None for all rows.
-        size: The numbers of rows and classes of a block.
-        dtype: The dtype of the products.
-        positions: The number of targets of a row, d1 * ... * dk.
+    A row has the logits of one target. On CPUs, rows without a valid target are left out.
+
+    Args:
+        head: The layer, with class indices as targets, and the weights of all classes in the
+            accumulation dtype, or None. A layer with an adapter has two-dimensional weights.
     """
 
-    layer: Layer
-    labels: Tensor
-    indices: Tensor | None
-    size: tuple[int, int]
-    dtype: torch.dtype
-    positions: int
+    def __init__(self, backend: Backend, head: Head, options: StateOptions) -> None:
+        self.backend, self.options, self.weight = backend, options, head.weight
+        weight, bias = head.linear_weight.detach(), head.linear_bias
+        self.shape, self.target_shape = head.input.shape, head.target.shape
+        self.class_shape = *weight.shape[1:-1], len(weight)
+        self.n, self.positions = self.shape[:-1].numel(), weight.shape[1:-1].numel()
+        input = head.input.detach().reshape(self.n, self.shape[-1])
+        target = head.target.reshape(self.n, self.positions)
+        self.valid = valid_rows(target, options.rows.ignore_index, backend)
+        input, target = take_rows(input, self.valid), take_rows(target, self.valid)
+        self.labels = target.flatten().contiguous()
+        size = options.memory_budget, options.fixed_sizes, backend
+        self.size = options.size or state_block_size(head._replace(input=input), *size)
+        bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
+        weight = weight.movedim(0, -2).reshape(head.columns, -1)  # classes of a position in a row
+        self.layer = Layer(input, weight, bias, head.adapter_weight, product_dtype(head, backend))
 
-    def per_target(self, block: Block, options: StateOptions) -> tuple[Tensor, slice, ClassRange]:
+    def per_target(self, block: Block) -> tuple[Tensor, slice, ClassRange]:
         """Returns a block's logits with a row per target, the targets' slice, and the classes."""
         targets = slice(block.rows.start * self.positions, block.rows.stop * self.positions)
-        classes = options.classes._replace(first=options.classes.first + block.classes.start)
-        return block.logits.view(len(block.input) * self.positions, -1), targets, classes
+        first, total = self.options.classes
+        logits = block.logits.view(targets.stop - targets.start, -1)
+        return logits, targets, ClassRange(first + block.classes.start, total)
 
+    def state(self, return_logits: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Computes the state of each target, of shape (fields, *target.shape), in float64.
 
-def _valid_rows(tensors: Sequence[Any], options: StateOptions, backend: Backend) -> _ValidRows:
-    input, weight, bias, *adapters, target = tensors
-    input, weight = input.detach().reshape(-1, input.shape[-1]), weight.detach()
-    target = target.reshape(len(input), -1)
-    rows = valid_rows(target, options.rows.ignore_index, backend)
-    input, target = take_rows(input, rows), take_rows(target, rows)
-    head = Head(input, weight, bias, None, target, None)
-    bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
-    layer = Layer(input, weight.movedim(0, -2).reshape(head.columns, -1), bias)
-    for adapter_weight in adapters:
-        layer = layer if adapter_weight is None else layer.with_adapter(adapter_weight)
-    size = options.size or state_block_size(
-        head, options.memory_budget, options.fixed_sizes, backend
-    )
-    labels, positions = target.flatten().contiguous(), weight.shape[1:-1].numel()
-    return _ValidRows(layer, labels, rows, size, product_dtype(head, backend), positions)
+        Args:
+            return_logits: Whether the logits of the first block are returned, for the backward
+                pass. They are None if the block does not have all classes.
+        """
+        rows, _, fields, _, _, fixed_sizes = self.options
+        state = self.labels.new_empty((fields, len(self.labels)), dtype=torch.float64)
+        loop = self.backend, self.layer, self.size
+        for block in blocks(*loop, backwards=True, fixed_sizes=fixed_sizes):
+            logits, targets, classes = self.per_target(block)
+            launch = self.backend.row_state(
+                logits, rows, classes, fields, 0, block.classes.start > 0
+            )
+            launch(logits, self.labels[targets], self.weight, state[:, targets])
+        state = spread_rows(state.view(fields, -1, self.positions), self.valid, self.n, 1)
+        has_all_classes = block.logits.shape[1] == len(self.layer.weight)
+        kept = block.logits.view(-1) if return_logits and has_all_classes else None
+        return state.view(fields, *self.target_shape), kept
 
+    def gradients(
+        self,
+        needs: Sequence[bool],
+        state: Tensor,
+        grad_results: Tensor,
+        logits: Tensor | None = None,
+        filter_below: Tensor | None = None,
+    ) -> Gradients:
+        """Computes the gradients of the layer's input, weight, bias and adapter's weight.
 
-def layer_state(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: StateOptions,
-    weight: Tensor | None = None,
-    return_logits: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Computes the state of each target, of shape (fields, *target.shape), in float64.
+        Args:
+            state: The state over all classes.
+            grad_results: The gradients of log-probability, entropy, log-sum-exp and the weighted
+                sum of the logits, or of the first 1 or 3 of these, in float64. The target's shape
+                follows.
+            logits: The logits that `state` has returned; they are overwritten.
+            filter_below: As in `over_blocks`, for all rows of the input.
+        """
+        valid, n, rows = self.valid, self.n, self.options.rows
+        state, grad_results = (
+            take_rows(values.reshape(len(values), n, -1), valid, 1).flatten(1).contiguous()
+            for values in (state, grad_results)
+        )
 
-    Args:
-        tensors: The input, weight and bias of a layer, perhaps the weight of its adapter if both
-            weights are matrices, and the target.
-        weight: The weights of all classes, in the accumulation dtype, or None.
-        return_logits: Whether the logits of the first block are returned, for the backward pass.
-            They are None if the block does not have all classes.
-    """
-    target, row_options, fields = tensors[-1], options.rows, options.fields
-    valid, block_logits = _valid_rows(tensors, options, backend), None
-    state = valid.labels.new_empty((fields, len(valid.labels)), dtype=torch.float64)
-    loop = backend, valid.layer, valid.dtype, valid.size
-    for block in blocks(*loop, backwards=True, fixed_sizes=options.fixed_sizes):
-        logits, targets, classes = valid.per_target(block, options)
-        launch = backend.row_state(logits, row_options, classes, fields, 0, block.classes.start > 0)
-        launch(logits, valid.labels[targets], weight, state[:, targets])
-        block_logits = block.logits
-    n = target.numel() // max(valid.positions, 1)
-    state = spread_rows(state.view(fields, -1, valid.positions), valid.indices, n, 1)
-    state = state.view(fields, *target.shape)
-    if not return_logits or block_logits is None:
-        return state, None
-    has_all_classes = block_logits.shape[1] == len(valid.layer.weight)
-    return state, block_logits.view(-1) if has_all_classes else None
+        def step(block: Block) -> Tensor:
+            logits, targets, classes = self.per_target(block)
+            launch = self.backend.row_gradients(logits, rows, classes, len(grad_results))
+            given = state[:, targets], grad_results[:, targets]
+            launch(logits, self.labels[targets], self.weight, *given, logits)
+            return block.logits
 
-
-def layer_gradients(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: StateOptions,
-    needs: Sequence[bool],
-    state: Tensor,
-    grad_results: Tensor,
-    logits: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    filter_below: Tensor | None = None,
-) -> Gradients:
-    """Computes the gradients of a layer's input, weight, bias and adapter's weight.
-
-    Args:
-        tensors, options, weight: As in `layer_state`.
-        state: The state over all classes.
-        grad_results: The gradients of log-probability, entropy, log-sum-exp and the weighted sum
-            of the logits, or of the first 1 or 3 of these, in float64. The target's shape follows.
-        logits: The logits that `layer_state` has returned; they are overwritten.
-        filter_below: As in `over_blocks`.
-    """
-    input, linear_weight, *_ = tensors
-    n = input.shape[:-1].numel()
-    valid = _valid_rows(tensors, options, backend)
-    state, grad_results = (
-        take_rows(values.reshape(len(values), n, -1), valid.indices, 1).flatten(1).contiguous()
-        for values in (state, grad_results)
-    )
-
-    def step(block: Block) -> Tensor:
-        logits, targets, classes = valid.per_target(block, options)
-        launch = backend.row_gradients(logits, options.rows, classes, len(grad_results))
-        target_state, grad_state = state[:, targets], grad_results[:, targets]
-        launch(logits, valid.labels[targets], weight, target_state, grad_state, logits)
-        return block.logits
-
-    grad_input, grad_weight, grad_bias, grad_adapter = over_blocks(
-        *(backend, valid.layer, valid.dtype, valid.size, needs, step),
-        filter_below=take_rows(filter_below, valid.indices),
-        memory=logits,
-        fixed_sizes=options.fixed_sizes,
-    )
-    if grad_input is not None:
-        grad_input = spread_rows(grad_input, valid.indices, n).view(input.shape)
-    shape = *linear_weight.shape[1:-1], len(linear_weight)
-    if grad_weight is not None:
-        grad_weight = grad_weight.view(*shape, -1).movedim(-2, 0)
-    if grad_bias is not None:
-        grad_bias = grad_bias.view(shape).movedim(-1, 0)
-    return grad_input, grad_weight, grad_bias, grad_adapter
+        grad_input, grad_weight, grad_bias, grad_adapter = over_blocks(
+            *(self.backend, self.layer, self.size, needs, step),
+            filter_below=take_rows(filter_below, valid),
+            memory=logits,
+            fixed_sizes=self.options.fixed_sizes,
+        )
+        if grad_input is not None:
+            grad_input = spread_rows(grad_input, valid, n).view(self.shape)
+        if grad_weight is not None:
+            grad_weight = grad_weight.view(*self.class_shape, -1).movedim(-2, 0)
+        if grad_bias is not None:
+            grad_bias = grad_bias.view(self.class_shape).movedim(-1, 0)
+        return grad_input, grad_weight, grad_bias, grad_adapter
 
 
 # ---- softcap -------------------------------------------------------------------------------------

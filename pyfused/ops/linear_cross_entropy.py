@@ -24,10 +24,9 @@ from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.heads import (
     Block,
     Layer,
+    LayerStates,
     StateOptions,
     capped,
-    layer_gradients,
-    layer_state,
     loss_over_rows,
     valid_rows,
 )
@@ -211,18 +210,17 @@ def _by_rows(
     states = []
 
     def step(
-        block: Block, token_weight: Tensor | None, grad_output: Tensor | None
+        block: Block, options: HeadOptions, grad_output: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        block_options = replace(options, token_weight=token_weight)
         targets = target[block.rows]
         targets = targets.to(dtype) if targets.is_floating_point() else targets
         capped_logits, cap_backward = capped(backend, block.logits, options.softcap, rounds=True)
         logits = capped_logits.view(-1, *classes)
         if options.with_metrics:
-            state = metrics_state(backend, logits, targets, block_options)
+            state = metrics_state(backend, logits, targets, options)
             states.append(state.flatten(1))
         loss, (grad_logits, grad_targets) = cross_entropy_once(
-            backend, logits, targets, head.weight, block_options, block_outputs, grad_output
+            backend, logits, targets, head.weight, options, block_outputs, grad_output
         )
         if grad_target is not None and grad_targets is not None:
             grad_target[block.rows] = grad_targets
@@ -234,16 +232,19 @@ def _by_rows(
     if options.filter_eps:
         scale = head.input.new_ones(()) if grad_output is None else grad_output.abs()
         filter_below = options.filter_eps * scale
-    bias = None if head.linear_bias is None else head.linear_bias.flatten()
-    layer = Layer(head.input, head.linear_weight.flatten(0, -2), bias)
-    if head.adapter_weight is not None:
-        layer = layer.with_adapter(head.adapter_weight.flatten(0, -2))
+    weight, bias, adapter_weight = head[1:4]
+    layer = Layer(
+        head.input,
+        weight.flatten(0, -2),
+        None if bias is None else bias.flatten(),
+        None if adapter_weight is None else adapter_weight.flatten(0, -2),
+        dtype,
+    )
     loss, gradients = loss_over_rows(
-        *(backend, layer, dtype, rows, needs_layer, options, grad_output, step),
-        filter_below=filter_below,
+        *(backend, layer, rows, outputs, options, grad_output, step), filter_below=filter_below
     )
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
-    if not outputs.gradients:
+    if not gradients:
         return loss, (), state
     pairs = zip(gradients, head[:4], strict=True)
     grad_layer = [None if x is None or t is None else x.view_as(t) for x, t in pairs]
@@ -262,22 +263,21 @@ def _by_classes(
 
     The gradients need the state over all classes, so the backward pass computes them.
     """
-    dtype, classes = product_dtype(head, backend), len(head.linear_weight)
-    weight, tile = kernel_weight(head.weight, dtype), tile_size(head, options, backend)
-    fields = state_fields(options)
-    state_options = StateOptions(options.rows, ClassRange(0, classes), fields, (tile, tile))
+    target, classes, tile = head.target, len(head.linear_weight), tile_size(head, options, backend)
+    weight = kernel_weight(head.weight, product_dtype(head, backend))
+    state_options = StateOptions(
+        options.rows, ClassRange(0, classes), state_fields(options), (tile, tile)
+    )
+    states = LayerStates(backend, head._replace(weight=weight), state_options)
     if state is None:
-        state, _ = layer_state(backend, head[:5], state_options, weight)
-        loss = state_loss(state, head.target, weight, options, classes)
+        state, _ = states.state()
+        loss = state_loss(state, target, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         return loss, (), state
     assert grad_output is not None
-    grad_output = grad_output.expand(len(head.target))
-    grad_results = state_loss_gradients(state, head.target, weight, options, classes, grad_output)
+    grad_output = grad_output.expand(len(target))
+    grad_results = state_loss_gradients(state, target, weight, options, classes, grad_output)
     filter_below = options.filter_eps * grad_output.abs() if options.filter_eps else None
-    gradients = layer_gradients(
-        *(backend, head[:5], state_options, outputs.gradients, state, grad_results),
-        weight=weight,
-        filter_below=filter_below,
-    )
+    needs = outputs.gradients
+    gradients = states.gradients(needs, state, grad_results, filter_below=filter_below)
     return None, (*gradients, None), state

@@ -28,7 +28,7 @@ from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.collectives import Call, Copy, Sum, all_need_gradients, gathered, total_classes
-from pyfused.ops.heads import StateOptions, layer_gradients, layer_state
+from pyfused.ops.heads import LayerStates, StateOptions
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import (
     empty_state,
@@ -57,6 +57,7 @@ from pyfused.types import (
     ClassRange,
     CrossEntropyOptions,
     Gradients,
+    Head,
     VocabShard,
 )
 
@@ -161,7 +162,7 @@ def state_plan(
     backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
     needs = needs_grad(tensors)
     count, is_logits, needs_any = len(tensors), len(tensors) == 1, True in needs
-    has_classes = shard is None or tensors[not is_logits].numel() > 0
+    has_logits = shard is None or tensors[not is_logits].numel() > 0
     rows, classes, fields, *_ = options
     launches: dict[Any, Callable[..., Any]] = {}  # forward's by None, backward's by strides
 
@@ -169,7 +170,7 @@ def state_plan(
         *layer, target, weight = tensors
         output: Any = None
         logits = None
-        if not has_classes:
+        if not has_logits:
             state = empty_state(fields, target)
         elif is_logits:
             launch = launches.get(None)
@@ -179,8 +180,9 @@ def state_plan(
                 launches[None] = launch
             state, output = launch(*layer, target, weight)
         else:
+            head = Head(*(*layer, None, target, weight))
             with without_autocast(target.device.type):
-                state, logits = layer_state(backend, (*layer, target), options, weight, needs_any)
+                state, logits = LayerStates(backend, head, options).state(needs_any)
         if shard is not None:
             state = _merged(state, shard.group, entropy)
             state = state.where(target != rows.ignore_index, 0)
@@ -195,7 +197,7 @@ def state_plan(
         if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
             logits = None  # they would be overwritten
         gradients: Gradients
-        if not has_classes:
+        if not has_logits:
             pairs = zip(tensors, needs, strict=False)
             gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
         elif is_logits:
@@ -209,9 +211,9 @@ def state_plan(
             gradients = (launch(*tensors, weight, state, grad_results),)
         else:
             grad_results = _grad_results(grad_output, state)
-            gradients = layer_gradients(
-                *(backend, tensors, options, needs, state, grad_results, logits), weight=weight
-            )
+            *layer, target = tensors
+            states = LayerStates(backend, Head(*(*layer, None, target, weight)), options)
+            gradients = states.gradients(needs, state, grad_results, logits)
         if shard is not None and not is_logits and gradients[0] is not None:
             dist.all_reduce(gradients[0], group=shard.group)
         return gradients
