@@ -353,7 +353,7 @@ class Head(NamedTuple):
     @property
     def columns(self) -> int:
         """Returns the number of logits of a row: C * d1 * ... * dk."""
-        return self.linear_weight[..., 0].numel()
+        return self.linear_weight.shape[:-1].numel()
 
     def as_rows(self, options: CrossEntropyOptions) -> tuple[Head, CrossEntropyOptions]:
         """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""

@@ -152,6 +152,27 @@ def log_probs_metrics_of(own: slice, dtype: torch.dtype, **shard: Any) -> list[T
     return [results.is_top1, results.mean_logit, gradient]
 
 
+EMPTY_SIZES = (0, FEATURES), (ROWS, 0)  # rows and features
+
+
+def of_empty_sizes(own: slice, rows: int, features: int) -> list[Tensor]:
+    """Returns losses and gradients of heads without rows or without features."""
+    *_, bias, target = draw(torch.float32)
+    leaves = torch.ones(rows, features), torch.ones(CLASSES, features)[own], bias[own].clone()
+    input, head, bias = (x.requires_grad_() for x in leaves)
+    shard, found = VocabShard(own.start, CLASSES), list[Tensor]()
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    for function in (linear_cross_entropy, linear_log_probs):
+        options: dict[str, Any] = {"linear_bias": bias, "shard": shard}
+        if function is linear_cross_entropy:
+            options["reduction"] = "none"
+        loss = function(input, head, target[:rows], **options)
+        loss = loss if isinstance(loss, Tensor) else loss.log_probability
+        found += [loss.detach(), *torch.autograd.grad(loss.sum(), (input, head, bias))]
+    torch.use_deterministic_algorithms(False)
+    return found
+
+
 def rank_of(rank: int, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -199,6 +220,7 @@ def rank_of(rank: int, folder: str, pipe: Any) -> None:
         for case in DERIVED:
             found["derivatives", case] = derivatives_of(case, own, shard=VocabShard(own.start))
         found["modules"] = of_modules(own)
+        found["empty"] = [of_empty_sizes(own, *sizes) for sizes in EMPTY_SIZES]
         found["not differentiable"] = not_differentiable(own)
         found["dtensor"] = run_on_dtensors(sent)
         found["dtensors"] = [each for dtype in WIDE for each in of_every_operator(dtype)]
@@ -583,6 +605,22 @@ def test_modules_with_a_shard(ranks: list[Any]) -> None:
         *modules, said = rank["modules"]
         assert all(far < 1e-5 and shown for far, shown in modules)
         assert said == "some classes per process"
+
+
+@pytest.mark.parametrize("index", range(len(EMPTY_SIZES)))
+def test_heads_without_rows_or_features(index: int, ranks: list[Any]) -> None:
+    rows, _ = EMPTY_SIZES[index]
+    *_, bias, target = draw(torch.float32)
+    logits = bias.expand(rows, -1).clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(logits, target[:rows], reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    for rank, (start, end) in zip(ranks, itertools.pairwise(CUTS), strict=True):
+        for sign, found in ((1, rank["empty"][index][:4]), (-1, rank["empty"][index][4:])):
+            loss, grad_input, grad_head, grad_bias = found
+            torch.testing.assert_close(sign * loss, expected.detach())
+            torch.testing.assert_close(sign * grad_bias, gradient.sum(0)[start:end])
+            assert not grad_input.any()
+            assert not grad_head.any()
 
 
 def test_processes_exchange_tensors_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:

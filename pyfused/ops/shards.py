@@ -162,7 +162,8 @@ def state_plan(
     backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
     needs = needs_grad(tensors)
     count, is_logits, needs_any = len(tensors), len(tensors) == 1, True in needs
-    has_logits = shard is None or tensors[not is_logits].numel() > 0
+    sizes = tensors[0].shape if is_logits else [n for x in tensors[:2] for n in x.shape[:-1]]
+    has_logits = shard is None or 0 not in sizes
     rows, classes, fields, *_ = options
     launches: dict[Any, Callable[..., Any]] = {}  # forward's by None, backward's by strides
 
