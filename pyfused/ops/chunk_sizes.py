@@ -80,11 +80,11 @@ def rows_at_once(head: Head, options: CrossEntropyOptions, backend: Backend) -> 
     return 0 if dtype is not head.input.dtype or rows < min(n, min_rows) else min(n, rows)
 
 
-def tile_size(head: Head, options: CrossEntropyOptions, backend: Backend) -> int:
+def tile_size(features: int, dtype: torch.dtype, memory_budget: int | None) -> int:
     """Returns the number of rows and of classes of a square block that fits the budget."""
-    tile, size, features = TILE, product_dtype(head, backend).itemsize, head.input.shape[1]
-    if options.memory_budget is not None:
-        while tile > 16 and size * tile * (tile + 3 * features) > options.memory_budget:
+    tile = TILE
+    if memory_budget is not None:
+        while tile > 16 and dtype.itemsize * tile * (tile + 3 * features) > memory_budget:
             tile //= 2
     return tile
 

@@ -38,8 +38,6 @@ from pyfused.types import (
     LOG_P,
     STATE_FIELDS,
     ClassRange,
-    CrossEntropyOptions,
-    Head,
     Outputs,
     RowOptions,
     VocabOptions,
@@ -147,8 +145,7 @@ def _softmax(
     # Larger blocks need fewer synchronisations of threads, which take long on a busy machine.
     tile = TILE * 3 // 2
     if options.memory_budget is not None:  # the other half is for the transposed block
-        half = CrossEntropyOptions(memory_budget=options.memory_budget // 2)
-        tile = tile_size(Head(x, b, None, None, target, None), half, backend)
+        tile = tile_size(x.shape[1], x.dtype, options.memory_budget // 2)
     loop = backend, Layer(x, b, None, None, x.dtype), (tile, tile)
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
@@ -200,7 +197,7 @@ def _sigmoid(
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
 
-    def step(block: Block, __: PairOptions, grad_loss: Any) -> tuple[Tensor | None, Tensor | None]:
+    def step(block: Block, __: VocabOptions, grad_loss: Any) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z), None, None

@@ -34,7 +34,7 @@ from pyfused.torch_internals import (
     is_functorch_wrapped,
     left_in_checkpoint,
 )
-from pyfused.types import TENSORS, ClassRange, CrossEntropyOptions, VocabOptions, VocabShard
+from pyfused.types import TENSORS, CrossEntropyOptions, VocabOptions, VocabShard
 
 _TORCH_PARAMETERS = tuple(parameters_of(F.cross_entropy))
 
@@ -125,11 +125,9 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             checks.values_of_options(token_weight, denominator)
         return *tensors, token_weight, denominator if isinstance(denominator, Tensor) else None
 
-    def compute_shard(
-        self, arguments: Arguments, classes: ClassRange, shard: VocabShard | None
-    ) -> Any:
+    def compute_shard(self, arguments: Arguments, shard: VocabShard | None) -> Any:
         input, target, weight, options = arguments
-        return shards.cross_entropy((input, target), weight, options, classes, shard)
+        return shards.cross_entropy((input, target), weight, options, shard)
 
     def _softcap_loss(self, arguments: Arguments) -> Any:
         """Returns the loss of capped logits, computed from the state of rows."""
@@ -137,7 +135,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         options, classes = arguments[-1], checks.classes_of(input)
         target = target.reshape(loss_shape(input, "none")).to(torch.int64)
         backend_of(target).check_class_indices(target, classes, options.ignore_index)
-        return self.compute_shard((input, target, weight, options), ClassRange(0, classes), None)
+        return self.compute_shard((input, target, weight, options), None)
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)

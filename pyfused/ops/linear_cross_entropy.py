@@ -88,12 +88,12 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         metrics = of_state(state, target, options.ignore_index, loss_dtype)
         return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
 
-    def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
+    def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         head, options = _head(arguments)
         options = replace(options, loss_dtype=_result_dtype(head, options))
         (input,) = in_autocast_dtype(head.input.device.type, head.input)
         tensors = input, *head[1:3], head.target
-        return shards.cross_entropy(tensors, head.weight, options, classes, shard)
+        return shards.cross_entropy(tensors, head.weight, options, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         self.check_arguments(*_head(arguments), False, classes)
@@ -210,7 +210,7 @@ def _by_rows(
     states = []
 
     def step(
-        block: Block, options: HeadOptions, grad_output: Tensor | None
+        block: Block, options: CrossEntropyOptions, grad_output: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         targets = target[block.rows]
         targets = targets.to(dtype) if targets.is_floating_point() else targets
@@ -263,8 +263,9 @@ def _by_classes(
 
     The gradients need the state over all classes, so the backward pass computes them.
     """
-    target, classes, tile = head.target, len(head.linear_weight), tile_size(head, options, backend)
-    weight = kernel_weight(head.weight, product_dtype(head, backend))
+    target, classes, dtype = head.target, len(head.linear_weight), product_dtype(head, backend)
+    weight = kernel_weight(head.weight, dtype)
+    tile = tile_size(head.input.shape[1], dtype, options.memory_budget)
     state_options = StateOptions(
         options.rows, ClassRange(0, classes), state_fields(options), (tile, tile)
     )

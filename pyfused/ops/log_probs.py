@@ -26,12 +26,11 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import StateOptions
 from pyfused.ops.row_state import state_metrics, state_results
-from pyfused.ops.shards import ShardedOperator, is_dtensor, state_plan
+from pyfused.ops.shards import ShardedOperator, class_range, is_dtensor, state_plan
 from pyfused.types import (
     RESULTS,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
-    ClassRange,
     LogProbsOptions,
     VocabShard,
 )
@@ -138,42 +137,34 @@ class LogProbsOperator(ShardedOperator):
         """
         self.check_arguments(*arguments)
         *tensors, _, options = arguments
-        classes, ignore_index = self.classes(tensors), options.ignore_index
+        classes, ignore_index = class_range(tensors).total, options.ignore_index
         check = backend_of(tensors[0]).check_class_indices
 
         def arrange(arguments: Arguments) -> tuple[Any, ...]:
             *tensors, target, _ = arguments
             if self.is_linear:
-                tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
+                tensors = self.cast(tensors)
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
             check(target, classes, ignore_index)
             return *tensors, target, None
 
-        if self.is_linear:
-            tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
+        tensors = self.cast(tensors)
         return self.state_plan(tensors, options, arrange=arrange, results=results)
 
     def compiled(self, arguments: Arguments) -> Any:
         *tensors, target, options = arguments
-        if not self.is_linear:
-            return self._compiled(arguments)
-        device = tensors[0].device.type  # all tensors are cast, as custom operators check dtypes
-        input, weight, bias = tensors
-        input, weight = in_autocast_dtype(device, input, weight)
-        bias = None if bias is None else in_autocast_dtype(device, bias)[0]
+        device = target.device.type
+        if self.is_linear:  # all tensors are cast, as custom operators check dtypes
+            tensors = [x if x is None else in_autocast_dtype(device, x)[0] for x in tensors]
         with without_autocast(device):
-            return self._compiled((input, weight, bias, target, options))
-
-    def _compiled(self, arguments: Arguments) -> Any:
-        self.check(arguments)
-        *tensors, target, options = arguments
-        operator = custom_operator(self.name)
-        state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
-        results = state_results(state, 1 if options.alone else len(RESULTS))
-        results = results.to(accumulate_dtype(tensors[0].dtype))
-        if not options.with_metrics:
-            return results
-        return _with_metrics(results, state, target, options.ignore_index, self.classes(tensors))
+            self.check((*tensors, target, options))
+            operator = custom_operator(self.name)
+            state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
+            results = state_results(state, _count(options)).to(accumulate_dtype(tensors[0].dtype))
+            if not options.with_metrics:
+                return results
+            classes = class_range(tensors).total
+            return _with_metrics(results, state, target, options.ignore_index, classes)
 
     def fake(self, arguments: Arguments) -> Tensor:
         """Returns an empty tensor like the state that the custom operator returns."""
@@ -181,24 +172,27 @@ class LogProbsOperator(ShardedOperator):
         empty: Tensor = target.new_empty((_fields(options), *target.shape), dtype=torch.float64)
         return empty
 
-    def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
+    def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         *tensors, target, options = arguments
-        if self.is_linear:  # autocast casts the input of a layer, but not logits
-            tensors[:1] = in_autocast_dtype(tensors[0].device.type, tensors[0])
-        plan = self.state_plan(tensors, options, classes, shard)
-        return plan((*tensors, target.to(torch.int64), None))
+        tensors = self.cast(tensors)
+        return self.state_plan(tensors, options, shard)((*tensors, target.to(torch.int64), None))
+
+    def cast(self, tensors: list[Any]) -> list[Any]:
+        """Casts the input of a layer, but not logits, as autocast does."""
+        if not self.is_linear:
+            return tensors
+        return [*in_autocast_dtype(tensors[0].device.type, tensors[0]), *tensors[1:]]
 
     def state_plan(
         self,
         tensors: Sequence[Any],
         options: LogProbsOptions,
-        classes: ClassRange | None = None,
         shard: VocabShard | None = None,
         *,
         results: int | None = None,
         **kwargs: Any,
     ) -> Plan:
-        classes = classes or ClassRange(0, self.classes(tensors))
+        classes = class_range(tensors, shard)
         state_options = StateOptions(
             options.rows,
             classes,
@@ -206,25 +200,21 @@ class LogProbsOperator(ShardedOperator):
             memory_budget=options.memory_budget,
             fixed_sizes=options.deterministic_rows,
         )
-        if results is None:
-            results = 1 if options.alone else len(RESULTS)
+        results = _count(options) if results is None else results
         if results and options.with_metrics:
 
-            def finish(output: tuple[Tensor, Tensor], arguments: Arguments) -> Any:
-                return _with_metrics(*output, arguments[-2], options.ignore_index, classes.total)
+            def finish(outputs: tuple[Tensor, Tensor], arguments: Arguments) -> Any:
+                return _with_metrics(*outputs, arguments[-2], options.ignore_index, classes.total)
 
             kwargs["finish"] = finish
         return state_plan(self.name, tensors, state_options, shard, results=results, **kwargs)
-
-    def classes(self, tensors: Sequence[Tensor]) -> int:
-        return len(tensors[1]) if self.is_linear else checks.classes_of(tensors[0])
 
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""
         *tensors, target, options = arguments
         self.check_arguments(*arguments)
         if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
-            checks.class_indices(self.classes(tensors), target, options.ignore_index)
+            checks.class_indices(class_range(tensors).total, target, options.ignore_index)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         if self.is_linear:
@@ -234,7 +224,13 @@ class LogProbsOperator(ShardedOperator):
 
 
 def _fields(options: LogProbsOptions) -> int:
+    """Returns the number of fields of the state."""
     return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
+
+
+def _count(options: LogProbsOptions) -> int:
+    """Returns the number of these that a call returns."""
+    return 1 if options.alone else len(RESULTS)
 
 
 def _with_metrics(

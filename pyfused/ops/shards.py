@@ -61,40 +61,6 @@ from pyfused.types import (
     VocabShard,
 )
 
-# ---- supported arguments -------------------------------------------------------------------------
-
-_DIFFERENTIATED = ("input", "logits", "linear_weight", "linear_bias")
-
-
-def _unsupported(kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Returns the name of a tensor that kernels do not take and the reason, None if there is none.
-
-    Args:
-        kwargs: The arguments by name, the input first.
-    """
-    input = next(iter(kwargs.values()))
-    for name, tensor in kwargs.items():
-        if isinstance(tensor, Tensor):
-            operand = Operand(
-                name, indices=name == "target", differentiated=name in _DIFFERENTIATED
-            )
-            reason = unsupported(operand, tensor, input)
-            if reason is not None and reason is not SMALL:
-                return name, reason
-    return None
-
-
-# Options that may differ between processes: they affect neither communication nor the loss.
-_MAY_DIFFER = ("alone", "deterministic_rows", "filter_eps", "memory_budget")
-
-
-def _common_part(value: Any) -> Any:
-    """Returns the part of an argument that has to be equal in all processes."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
-    return float(value) if isinstance(value, Real) else str(value)
-
-
 # ---- the state of all classes --------------------------------------------------------------------
 
 
@@ -131,6 +97,14 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     state[LSE] = pivot + log_total
     state[ENTROPY] = (log_total - state[WEIGHTED] / state[SUM]).clamp(min=0) if entropy else 0
     return state
+
+
+def class_range(layer: Sequence[Any], shard: VocabShard | None = None) -> ClassRange:
+    """Returns the classes of logits, or of the input, weight and bias of a layer."""
+    if shard is None:
+        return ClassRange(0, len(layer[1]) if len(layer) > 1 else checks.classes_of(layer[0]))
+    assert shard.classes is not None
+    return ClassRange(shard.first, shard.classes)
 
 
 def state_plan(
@@ -294,7 +268,6 @@ def cross_entropy(
     tensors: Sequence[Any],
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    classes: ClassRange,
     shard: VocabShard | None,
 ) -> Any:
     """Returns the loss, or a tuple of the loss and the metrics, computed from the state of rows.
@@ -307,7 +280,7 @@ def cross_entropy(
     *layer, target = tensors
     input, options = layer[0], checks.normalized(options)
     budget = getattr(options, "memory_budget", None)
-    fields = state_fields(options)
+    classes, fields = class_range(layer, shard), state_fields(options)
     state_options = StateOptions(options.rows, classes, fields, memory_budget=budget)
     weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
     entropy = options.with_metrics
@@ -325,6 +298,16 @@ def cross_entropy(
 
 # ---- operators -----------------------------------------------------------------------------------
 
+# Options that may differ between processes: they affect neither communication nor the loss.
+_MAY_DIFFER = ("alone", "deterministic_rows", "filter_eps", "memory_budget")
+
+
+def _common_part(value: Any) -> Any:
+    """Returns the part of an argument that has to be equal in all processes."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return float(value) if isinstance(value, Real) else str(value)
+
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ShardedOperator(Operator):
@@ -333,7 +316,7 @@ class ShardedOperator(Operator):
     check_arguments: Callable[..., None]
 
     @abstractmethod
-    def compute_shard(self, arguments: Arguments, classes: ClassRange, shard: VocabShard) -> Any:
+    def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of valid arguments with this process' classes."""
 
     @property
@@ -412,11 +395,27 @@ class ShardedOperator(Operator):
         if getattr(options, "gamma", 0):
             raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
         self.check_shapes((*kwargs.values(),), max(1, shape[dim]) if total is None else total)
-        if unsupported_tensor := _unsupported(kwargs | options.tensors()):
-            name, reason = unsupported_tensor
+        name, reason = self.unsupported_tensor(kwargs | options.tensors())
+        if reason is not None:
             raise RuntimeError(
                 f"{name}: expected a tensor that the kernels support with a shard, but {reason}"
             )
+
+    def unsupported_tensor(self, kwargs: Mapping[str, Any]) -> tuple[str, str | None]:
+        """Returns the name of a tensor that kernels do not take and why; None if there is none.
+
+        Args:
+            kwargs: The arguments by name, the input first, including tensors in options.
+        """
+        operands = {operand.name: operand for operand in self.operands}
+        input = next(iter(kwargs.values()))
+        for name, tensor in kwargs.items():
+            if isinstance(tensor, Tensor):
+                operand = operands.get(name) or Operand(name, differentiated=False)
+                reason = unsupported(operand, tensor, input)
+                if reason is not None and reason is not SMALL:
+                    return name, reason
+        return "", None
 
     def compute_checked(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of valid arguments, after a check of the class indices on CPUs."""
@@ -424,7 +423,7 @@ class ShardedOperator(Operator):
         assert shard.classes is not None
         if target.is_cpu:
             checks.class_indices(shard.classes, target, options.ignore_index)
-        return self.compute_shard(arguments, ClassRange(shard.first, shard.classes), shard)
+        return self.compute_shard(arguments, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         """Raises for invalid shapes, dtypes or options, given the number of all classes."""
@@ -475,7 +474,7 @@ class ShardedOperator(Operator):
                 kwargs[name] = _ToLocal.apply(tensor)
             elif name in names and tensor is not None:
                 return None
-        if _unsupported(kwargs):
+        if self.unsupported_tensor(kwargs)[1] is not None:
             return None
         if option_tensors:
             local_tensors = {name: kwargs.pop(name) for name in option_tensors}
