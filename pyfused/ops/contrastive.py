@@ -31,7 +31,7 @@ from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import TILE, rows_in_budget, tile_size
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
-from pyfused.ops.heads import Block, Layer, blocks, loss_over_rows, over_blocks
+from pyfused.ops.heads import Block, Layer, Pass, blocks, loss_over_rows, over_blocks
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.types import (
@@ -119,28 +119,14 @@ class Contrastive(RowLoss):
         (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
         return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
 
-    def compute_rows(
-        self,
-        backend: Backend,
-        tensors: Sequence[Any],
-        options: VocabOptions,
-        outputs: Outputs,
-        grad_output: Tensor | None,
-        state: Tensor | None,  # noqa: ARG002
-    ) -> Results:
+    def compute_rows(self, tensors: Sequence[Any], pass_: Pass) -> Results:
         compute = _softmax if tensors[2] is None else _sigmoid
-        return *compute(backend, tensors, options, outputs, grad_output), None
+        return *compute(tensors, pass_), None
 
 
-def _softmax(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: VocabOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossResult:
+def _softmax(tensors: Sequence[Any], pass_: Pass) -> LossResult:
     """Computes the loss of rows and columns, and its gradients, in square blocks of logits."""
-    x, b, *_ = tensors
+    (x, b, *_), (backend, options, outputs, grad_output, _) = tensors, pass_
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer synchronisations of threads, which take long on a busy machine.
     tile = TILE * 3 // 2
@@ -182,22 +168,16 @@ def _softmax(
     return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)[:3]
 
 
-def _sigmoid(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: VocabOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossResult:
+def _sigmoid(tensors: Sequence[Any], pass_: Pass) -> LossResult:
     """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
-    x, b, bias, _ = tensors
+    (x, b, bias, _), (backend, options, outputs, *_) = tensors, pass_
     n, dtype, wide = len(x), x.dtype, bias.dtype
     row = n * (dtype.itemsize + 2 * wide.itemsize)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
 
-    def step(block: Block, __: VocabOptions, grad_loss: Any) -> tuple[Tensor | None, Tensor | None]:
+    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z), None, None
@@ -207,13 +187,16 @@ def _sigmoid(
         loss, (gradient, _) = launch(operands)
         loss = loss.sum(1) if loss is not None and loss.dim() else loss
         if gradient is not None:
-            gradient.mul_(grad_loss.to(wide).unsqueeze(-1)).diagonal(block.rows.start).neg_()
+            assert pass_.grad_output is not None
+            gradient.mul_(pass_.grad_output.to(wide).unsqueeze(-1)).diagonal(
+                block.rows.start
+            ).neg_()
             grad_bias.add_(gradient.sum(dtype=torch.float64))
             gradient = gradient.to(dtype)
         return loss, gradient
 
     layer = Layer(x, b, None, None, dtype)
-    loss, gradients = loss_over_rows(backend, layer, rows, outputs, options, grad_output, step)
+    loss, gradients = loss_over_rows(layer, rows, pass_, step)
     if not gradients:
         return loss, ()
     return loss, (*gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None)

@@ -31,7 +31,16 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.cross_entropy import options_fallback_reason
-from pyfused.ops.heads import Block, Layer, LossStep, capped, linear, loss_over_rows, valid_rows
+from pyfused.ops.heads import (
+    Block,
+    Layer,
+    LossStep,
+    Pass,
+    capped,
+    linear,
+    loss_over_rows,
+    valid_rows,
+)
 from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.ops.row_state import logits_state, loss_denominator
 from pyfused.types import (
@@ -184,8 +193,8 @@ class Divergence(RowLoss):
 
     Attributes:
         kernels: Computes the divergence of each row, or their sum, and the gradients that are
-            needed, of two-dimensional operands. Takes the arguments of `compute_rows` except the
-            state. For logits, `divergence_kernel`.
+            needed, of two-dimensional operands. Takes the arguments of `compute_rows`. For logits,
+            `divergence_kernel`.
     """
 
     kernels: Callable[..., Any]
@@ -246,16 +255,8 @@ class Divergence(RowLoss):
         total = n if weight is None else weight.sum(dtype=torch.float64)
         return (None if weight is None else valid_rows(weight, 0, backend)), total
 
-    def compute_rows(
-        self,
-        backend: Backend,
-        tensors: Sequence[Any],
-        options: DivergenceOptions,
-        outputs: Outputs,
-        grad_output: Tensor | None,
-        state: Tensor | None,  # noqa: ARG002
-    ) -> Results:
-        return *self.kernels(backend, tensors, options, outputs, grad_output), None
+    def compute_rows(self, tensors: Sequence[Any], pass_: Pass) -> Results:
+        return *self.kernels(tensors, pass_), None
 
 
 class LogitsDivergence(Divergence):
@@ -321,67 +322,45 @@ def divergence_kernel(
     return launch
 
 
-def linear_kernels(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients]:
+def linear_kernels(tensors: Sequence[Any], pass_: Pass) -> tuple[Tensor | None, Gradients]:
     """Computes the divergence of a student's head from a teacher's, and the student's gradients."""
     *_, input, weight, bias = tensors
-    teacher_dtype = backend.product_dtype(input.dtype)
-    weight, bias = weight.to(teacher_dtype), None if bias is None else bias.to(teacher_dtype)
-    block_outputs = Outputs(outputs.loss, (True,) if outputs.gradients else (), True)
+    backend = pass_.backend
+    dtype = backend.product_dtype(input.dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def step(
-        block: Block, options: DivergenceOptions, grad_output: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        teacher_logits = backend.empty(block.logits.shape, teacher_dtype, block.logits)
-        linear(input[block.rows].to(teacher_dtype), weight, bias, teacher_logits)
+    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
+        _, options, outputs, grad_output, _ = pass_
+        teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
+        linear(input[block.rows].to(dtype), weight, bias, teacher_logits)
         tensors = block.logits, teacher_logits, options.token_weight, None
-        kernel = divergence_kernel(backend, options, tensors, block_outputs, grad_output)
+        kernel = divergence_kernel(backend, options, tensors, outputs, grad_output)
         loss, (gradient,) = kernel(tensors, grad_output)
         return loss, gradient
 
-    teacher_bytes = teacher_dtype.itemsize * (1 if options.teacher_softcap is None else 3)
-    return _by_rows(backend, tensors, options, outputs, grad_output, step, teacher_bytes)
+    teacher_bytes = dtype.itemsize * (1 if pass_.options.teacher_softcap is None else 3)
+    return _by_rows(tensors, pass_, step, teacher_bytes)
 
 
-def topk_kernels(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Gradients]:
+def topk_kernels(tensors: Sequence[Any], pass_: Pass) -> tuple[Tensor | None, Gradients]:
     """Computes the divergence of a student's head from a teacher's top k, and the gradients."""
     _, weight, _, indices, log_probs = tensors
     invalid = checks.topk_indices(indices, len(weight))[:, None]
-    checks.topk_log_probs(_masked(log_probs, options, -torch.inf))
-    if backend.ASYNCHRONOUS:  # raising an error would synchronise, so the loss of the row is NaN
+    checks.topk_log_probs(_masked(log_probs, pass_.options, -torch.inf))
+    if pass_.backend.ASYNCHRONOUS:  # an error would synchronise, so the loss of the row is NaN
         log_probs = log_probs.masked_fill(invalid, torch.nan)
         indices = indices.masked_fill(invalid, 0)
 
-    def step(
-        block: Block, options: DivergenceOptions, grad_output: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        logits, cap_backward = capped(backend, block.logits, options.softcap)
-        teacher = indices[block.rows], log_probs[block.rows]
-        loss, gradient = _topk(backend, logits, *teacher, options, outputs, grad_output)
+    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
+        logits, cap_backward = capped(pass_.backend, block.logits, pass_.options.softcap)
+        loss, gradient = _topk(logits, indices[block.rows], log_probs[block.rows], pass_)
         return loss, None if gradient is None else cap_backward(gradient)
 
-    return _by_rows(backend, tensors, options, outputs, grad_output, step)
+    return _by_rows(tensors, pass_, step)
 
 
 def _by_rows(
-    backend: Backend,
-    tensors: Sequence[Any],
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-    step: LossStep,
-    teacher_bytes: int = 0,
+    tensors: Sequence[Any], pass_: Pass, step: LossStep, teacher_bytes: int = 0
 ) -> tuple[Tensor | None, Gradients]:
     """Computes the divergence and the gradients by blocks of rows.
 
@@ -389,31 +368,25 @@ def _by_rows(
         step: As in `loss_over_rows`, for a block of the student's logits.
         teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
     """
-    input, weight, bias, *_ = tensors
+    (input, weight, bias, *_), (backend, options, *_) = tensors, pass_
     n, dtype = len(input), backend.product_dtype(input.dtype)
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     row = len(weight) * (dtype.itemsize + cap_bytes + teacher_bytes)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
     layer = Layer(_masked(input, options), weight, bias, None, dtype)
-    loop = backend, layer, rows, outputs, options, grad_output, step
-    loss, gradients = loss_over_rows(*loop)
+    loss, gradients = loss_over_rows(layer, rows, pass_, step)
     return loss, gradients[:3]
 
 
 def _topk(
-    backend: Backend,
-    logits: Tensor,
-    indices: Tensor,
-    log_q: Tensor,
-    options: DivergenceOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
+    logits: Tensor, indices: Tensor, log_q: Tensor, pass_: Pass
 ) -> tuple[Tensor | None, Tensor | None]:
     """Computes the divergence of k + 1 classes, the last of which is the sum of all others.
 
     With the gradient g of the k + 1 log-probabilities, and its sum s, the gradient of the logit x_c
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
+    backend, options, outputs, grad_output, _ = pass_
     n, classes = logits.shape
     rows, class_range = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:

@@ -224,47 +224,64 @@ def over_blocks(
     return sums.converted()
 
 
-# Computes the loss and the gradient of a block, given the options and grad_output of its rows.
-LossStep = Callable[[Block, Any, Any], tuple[Tensor | None, Tensor | None]]
+class Pass(NamedTuple):
+    """A forward or backward pass of a loss over rows.
+
+    Attributes:
+        options: The options, with the reduction "sum" or "none".
+        outputs: The results to compute.
+        grad_output: The gradient of the loss: a scalar, or one element per row if the reduction is
+            "none". None if the forward pass needs none.
+        state: The state that the forward pass has returned, None if it has returned none.
+    """
+
+    backend: Backend
+    options: Any
+    outputs: Outputs
+    grad_output: Tensor | None
+    state: Tensor | None = None
+
+
+# Computes the loss and the gradient of a block's logits, which it may overwrite, given the pass of
+# the block's rows.
+LossStep = Callable[[Block, Pass], tuple[Tensor | None, Tensor | None]]
 
 
 def loss_over_rows(
-    backend: Backend,
-    layer: Layer,
-    rows: int,
-    outputs: Outputs,
-    options: Any,
-    grad_output: Tensor | None,
-    step: LossStep,
-    **kwargs: Any,
+    layer: Layer, rows: int, pass_: Pass, step: LossStep, filter_below: Tensor | None = None
 ) -> tuple[Tensor | None, Gradients]:
     """Returns the loss and the layer's gradients, by blocks of rows with all classes.
 
-    The loss is a sum in float64, or a tensor with the loss of each row.
+    The loss is a sum in float64, or a tensor with the loss of each row. The gradients are those of
+    `LayerGradients`, or () if the pass computes none.
 
     Args:
         rows: The number of rows of a block.
-        outputs: Its first gradients are those of `LayerGradients`; they are () if it has none.
-        options: The options, with token_weight for all rows.
-        grad_output: A scalar, or a tensor with one element per row if the reduction is "none".
+        pass_: Its first gradients are those of the layer. A step computes one gradient for these,
+            and the others.
+        filter_below: As in `over_blocks`.
     """
+    backend, options, outputs, grad_output, _ = pass_
     weight, unreduced, losses = options.token_weight, options.reduction == "none", list[Tensor]()
+    needs = outputs.gradients
+    block_needs = (any(needs[:4]), *needs[4:]) if needs else ()
+    pass_ = pass_._replace(outputs=Outputs(outputs.loss, block_needs, inplace=True))
 
     def block_step(block: Block) -> Tensor | None:
-        token_weight = None if weight is None else weight[block.rows]
-        per_row = unreduced and grad_output is not None
-        loss, grad_logits = step(
-            block,
-            replace(options, token_weight=token_weight),
-            grad_output[block.rows] if per_row else grad_output,  # type: ignore[index]
-        )
+        block_pass = pass_
+        if weight is not None:
+            options_of_rows = replace(options, token_weight=weight[block.rows])
+            block_pass = block_pass._replace(options=options_of_rows)
+        if unreduced and grad_output is not None:
+            block_pass = block_pass._replace(grad_output=grad_output[block.rows])
+        loss, grad_logits = step(block, block_pass)
         if loss is not None:
             losses.append(loss)
         return grad_logits
 
-    size, needs = (rows, len(layer.weight)), outputs.gradients or (False,) * 4
-    gradients = over_blocks(backend, layer, size, needs, block_step, **kwargs)
-    gradients = gradients if outputs.gradients else ()
+    loop = backend, layer, (rows, len(layer.weight)), needs or (False,) * 4, block_step
+    gradients = over_blocks(*loop, filter_below=filter_below)
+    gradients = gradients if needs else ()
     if not losses:
         return None, gradients
     loss = torch.cat(losses) if unreduced else torch.stack(losses).sum(dtype=torch.float64)

@@ -25,6 +25,7 @@ from pyfused.ops.heads import (
     Block,
     Layer,
     LayerStates,
+    Pass,
     StateOptions,
     capped,
     loss_over_rows,
@@ -41,7 +42,7 @@ from pyfused.ops.row_state import (
     total_weight,
 )
 from pyfused.ops.shards import ShardedOperator
-from pyfused.types import ClassRange, CrossEntropyOptions, Head, Outputs, VocabShard
+from pyfused.types import ClassRange, CrossEntropyOptions, Head, VocabShard
 
 # torch has the function since 2.13.
 _TORCH_PARAMETERS = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
@@ -138,20 +139,10 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         token_weight = options.token_weight
         return None, target[:, 0].numel() if token_weight is None else token_weight.double().sum()
 
-    def compute_rows(
-        self,
-        backend: Backend,
-        tensors: Sequence[Any],
-        options: CrossEntropyOptions,
-        outputs: Outputs,
-        grad_output: Tensor | None,
-        state: Tensor | None,
-    ) -> Results:
+    def compute_rows(self, tensors: Sequence[Any], pass_: Pass) -> Results:
         head = Head(*tensors)
-        rows = rows_at_once(head, options, backend)
-        if rows:
-            return _by_rows(backend, head, options, outputs, grad_output, rows)
-        return _by_classes(backend, head, options, outputs, grad_output, state)
+        rows = rows_at_once(head, pass_.options, pass_.backend)
+        return _by_rows(head, rows, pass_) if rows else _by_classes(head, pass_)
 
     def definition_loss(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> Tensor:
         dtype = self.loss_dtype(tensors)
@@ -193,34 +184,24 @@ def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:
 # ---- loss and gradients --------------------------------------------------------------------------
 
 
-def _by_rows(
-    backend: Backend,
-    head: Head,
-    options: CrossEntropyOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-    rows: int,
-) -> Results:
+def _by_rows(head: Head, rows: int, pass_: Pass) -> Results:
     """Computes the results by blocks of rows with all classes."""
+    backend, options, outputs, grad_output, _ = pass_
     target, classes = head.target, head.linear_weight.shape[:-1]
-    dtype = product_dtype(head, backend)
-    *needs_layer, needs_target = outputs.gradients or (False,) * 5
-    block_outputs = Outputs(outputs.loss, (any(needs_layer), needs_target), True)
+    dtype, states = product_dtype(head, backend), list[Tensor]()
+    needs_target = outputs.gradients[4:] == (True,)
     grad_target = torch.empty_like(target) if needs_target else None
-    states = []
 
-    def step(
-        block: Block, options: CrossEntropyOptions, grad_output: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
+        _, options, outputs, grad_output, _ = pass_
         targets = target[block.rows]
         targets = targets.to(dtype) if targets.is_floating_point() else targets
         capped_logits, cap_backward = capped(backend, block.logits, options.softcap, rounds=True)
         logits = capped_logits.view(-1, *classes)
         if options.with_metrics:
-            state = metrics_state(backend, logits, targets, options)
-            states.append(state.flatten(1))
+            states.append(metrics_state(backend, logits, targets, options).flatten(1))
         loss, (grad_logits, grad_targets) = cross_entropy_once(
-            backend, logits, targets, head.weight, options, block_outputs, grad_output
+            backend, logits, targets, head.weight, options, outputs, grad_output
         )
         if grad_target is not None and grad_targets is not None:
             grad_target[block.rows] = grad_targets
@@ -240,9 +221,7 @@ def _by_rows(
         None if adapter_weight is None else adapter_weight.flatten(0, -2),
         dtype,
     )
-    loss, gradients = loss_over_rows(
-        *(backend, layer, rows, outputs, options, grad_output, step), filter_below=filter_below
-    )
+    loss, gradients = loss_over_rows(layer, rows, pass_, step, filter_below)
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
     if not gradients:
         return loss, (), state
@@ -251,18 +230,12 @@ def _by_rows(
     return loss, (*grad_layer, grad_target), state
 
 
-def _by_classes(
-    backend: Backend,
-    head: Head,
-    options: CrossEntropyOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None,
-    state: Tensor | None,
-) -> Results:
+def _by_classes(head: Head, pass_: Pass) -> Results:
     """Computes the results by blocks of classes.
 
     The gradients need the state over all classes, so the backward pass computes them.
     """
+    backend, options, outputs, grad_output, state = pass_
     target, classes, dtype = head.target, len(head.linear_weight), product_dtype(head, backend)
     weight = kernel_weight(head.weight, dtype)
     tile = tile_size(head.input.shape[1], dtype, options.memory_budget)
