@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of, cross_entropy_once
-from pyfused.dispatch.autograd import in_autocast_dtype
+from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
 from pyfused.dispatch.operator import Arguments, parameters_of
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
@@ -69,19 +69,16 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return normalized
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
-        head, options = _head(arguments)
+        head, options = _rows(arguments)
         checks.values_of_options(options.token_weight, options.denominator)
-        (input,) = in_autocast_dtype(head.input.device.type, head.input)
-        head, options = head._replace(input=input).as_rows(options)
         if not head.target.is_floating_point():
             head = head._replace(target=head.target.to(torch.int64))
         return *head, *options.plan_tensors()
 
     def finish(self, results: Any, arguments: Arguments) -> Any:
         (loss, state), (head, options) = results, _head(arguments)
-        leading, dtype = head.input.shape[:-1], _result_dtype(head, options)
-        loss_dtype, loss = loss.dtype, with_leading_dims(loss, leading)
-        loss = loss if loss_dtype is dtype else loss.to(dtype)
+        leading, loss_dtype = head.input.shape[:-1], loss.dtype
+        loss = with_leading_dims(loss, leading).to(_result_dtype(head, options))
         if not options.with_metrics:
             return loss
         target = head.as_rows(options)[0].target
@@ -105,13 +102,12 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
     def strategy_of(self, arguments: Arguments) -> str:
-        head, options = _head(arguments)
-        head, options = head.as_rows(options)
-        (input,) = in_autocast_dtype(head.input.device.type, head.input)
-        rows = rows_at_once(head._replace(input=input), options, backend_of(input))
+        head, options = _rows(arguments)
+        rows = rows_at_once(head, options, backend_of(head.input))
         if not rows:
             return "logits of some classes at a time"
-        return "all logits at once" if rows >= len(input) else f"logits of {rows} rows at a time"
+        all_rows = rows >= len(head.input)
+        return "all logits at once" if all_rows else f"logits of {rows} rows at a time"
 
     def loss_shape(self, tensors: Sequence[Any]) -> tuple[int, ...]:
         return tensors[0].shape[0], *tensors[1].shape[1:-1]  # len would specialise a dynamic size
@@ -172,12 +168,17 @@ def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
     return Head(*tensors), options
 
 
+def _rows(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
+    """Returns the head and its options for rows (N, D), cast as autocast does."""
+    head, options = _head(arguments)
+    (input,) = in_autocast_dtype(head.input.device.type, head.input)
+    return head._replace(input=input).as_rows(options)
+
+
 def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:
     if options.loss_dtype is not None:
         return options.loss_dtype
-    dtype, target = head.input.dtype, head.target
-    if dtype is not torch.float64 and torch.is_autocast_enabled(head.input.device.type):
-        dtype = torch.float32
+    dtype, target = autocast_dtype(head.input.dtype, head.input.device), head.target
     return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ class Metrics(NamedTuple):
 def of_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
     """Returns the metrics that follow from the state of rows, for a target of any shape."""
     state = state.detach().reshape(len(state), -1)
-    rows = state[LOG_P], state[LSE], state[ENTROPY], state[INDEX].long()
-    return _metrics(*rows, target, ignore_index, dtype)
+    rows = state[LOG_P], state[LSE], state[INDEX].long(), state[ENTROPY]
+    return _of_rows(rows, target, ignore_index, dtype)
 
 
 def of_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
@@ -53,19 +54,15 @@ def of_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
     else:
         target = target.long().reshape(lse.shape)
         log_p = logit_at(input, target)[1] - lse
-    rows = log_p.flatten(), lse.flatten(), entropy.flatten(), input.argmax(dim).flatten()
-    return _metrics(*rows, target, ignore_index, dtype)
+    rows = [x.flatten() for x in (log_p, lse, input.argmax(dim), entropy)]
+    return _of_rows(rows, target, ignore_index, dtype)
 
 
-def _metrics(
-    log_p: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    prediction: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
+def _of_rows(
+    rows: Sequence[Tensor], target: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Metrics:
+    """Returns the metrics, given log-probability, log-sum-exp, prediction and entropy of rows."""
+    log_p, lse, prediction, entropy = rows
     if target.is_floating_point():
         label = target.argmax(min(target.dim() - 1, 1)).flatten()
         valid = torch.ones_like(label, dtype=torch.bool)

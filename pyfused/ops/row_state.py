@@ -107,10 +107,7 @@ def logits_gradient(
     def run(
         logits: Tensor, target: Tensor, weight: Tensor | None, state: Tensor, grad_results: Tensor
     ) -> Tensor:
-        target, state = (
-            target.contiguous(),
-            state.contiguous(),
-        )  # saved-tensor hooks may change them
+        target, state = target.contiguous(), state.contiguous()  # hooks may have changed them
         if not views:
             return launch(logits, target, weight, state, grad_results)
         rows, fields = as_rows(logits), grad_results.shape[: results > 1]

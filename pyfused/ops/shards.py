@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -433,14 +433,14 @@ class ShardedOperator(Operator):
 
     def run_on_dtensors(self, arguments: Arguments) -> Any:
         """Returns the result of DTensors, whose classes are sharded over processes."""
-        local = self.local_shard_of(arguments)
-        kwargs = dict(zip(self.arguments, local.arguments, strict=True))
-        self.check_local(kwargs, local.shard.classes)
-        return local.replicate(self.compute_checked(local.arguments, local.shard))
+        kwargs, shard, mesh = self.local_shard_of(arguments)
+        self.check_local(kwargs, shard.classes)
+        return _replicated(self.compute_checked(tuple(kwargs.values()), shard), mesh)
 
     def local_shard_of(self, arguments: Arguments) -> Any:
-        """Returns this process' shard if one dimension of a mesh shards the classes, or None.
+        """Returns this process' part of a call in which one dimension of a mesh shards the classes.
 
+        It is a tuple of the arguments by name, the shard and the mesh; None for other calls.
         The other tensors have to be plain tensors or replicated DTensors. The input of a layer has
         to be a DTensor: if FSDP has sharded the weight, a plain input may be a part of the batch.
         Also returns None if the kernels do not take this process' tensors.
@@ -464,25 +464,23 @@ class ShardedOperator(Operator):
         if kwargs["target"].is_floating_point():
             return None
         options = kwargs["options"]
-        option_tensors = options.tensors()
-        kwargs |= option_tensors
-        for name, tensor in kwargs.items():
+        tensors = kwargs | options.tensors()
+        for name, tensor in tensors.items():
             if is_dtensor(tensor):
                 expected = placements if name in names else (Replicate(),) * mesh.ndim
                 if (tensor.device_mesh, tensor.placements) != (mesh, expected):
                     return None
-                kwargs[name] = _ToLocal.apply(tensor)
+                tensors[name] = _ToLocal.apply(tensor)
             elif name in names and tensor is not None:
                 return None
-        if self.unsupported_tensor(kwargs)[1] is not None:
+        if self.unsupported_tensor(tensors)[1] is not None:
             return None
-        if option_tensors:
-            local_tensors = {name: kwargs.pop(name) for name in option_tensors}
-            kwargs["options"] = replace(options, **local_tensors)
+        kwargs = {name: tensors[name] for name in kwargs}
+        kwargs["options"] = replace(options, **{name: tensors[name] for name in options.tensors()})
         classes, mesh_dim = sharded.shape[dim], placements.index(Shard(dim))
         first = -(-classes // mesh.size(mesh_dim)) * mesh.get_local_rank(mesh_dim)
         shard = VocabShard(min(classes, first), classes, mesh.get_group(mesh_dim))
-        return LocalShard(tuple(kwargs.values()), shard, mesh)
+        return kwargs, shard, mesh
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
@@ -534,19 +532,11 @@ class _FromLocal(torch.autograd.Function):
         return grad_output, None, None, None
 
 
-class LocalShard(NamedTuple):
-    """The arguments of one process in a call with DTensors on a mesh."""
+def _replicated(result: Any, mesh: Any) -> Any:
+    """Converts a result, which is equal in all processes, to replicated DTensors."""
+    if isinstance(result, tuple):
+        items = [_replicated(item, mesh) for item in result]
+        return Metrics(*items) if isinstance(result, Metrics) else tuple(items)
+    from torch.distributed.tensor import Replicate
 
-    arguments: Arguments
-    shard: VocabShard
-    mesh: Any
-
-    def replicate(self, result: Any) -> Any:
-        """Converts a result, which is equal in all processes, to replicated DTensors."""
-        if isinstance(result, tuple):
-            items = map(self.replicate, result)
-            return Metrics(*items) if isinstance(result, Metrics) else tuple(items)
-        from torch.distributed.tensor import Replicate
-
-        placements = (Replicate(),) * self.mesh.ndim
-        return _FromLocal.apply(result, self.mesh, placements, result.shape)
+    return _FromLocal.apply(result, mesh, (Replicate(),) * mesh.ndim, result.shape)
