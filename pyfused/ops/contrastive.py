@@ -132,7 +132,7 @@ def _softmax(tensors: Sequence[Any], pass_: Pass) -> LossResult:
     tile = TILE * 3 // 2
     if options.memory_budget is not None:  # the other half is for the transposed block
         tile = tile_size(x.shape[1], x.dtype, options.memory_budget // 2)
-    loop = backend, Layer(x, b, None, None, x.dtype), (tile, tile)
+    loop = backend, Layer(x, (b,), None, x.dtype), (tile, tile)
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
     def directions(block: Block) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
@@ -188,14 +188,13 @@ def _sigmoid(tensors: Sequence[Any], pass_: Pass) -> LossResult:
         loss = loss.sum(1) if loss is not None and loss.dim() else loss
         if gradient is not None:
             assert pass_.grad_output is not None
-            gradient.mul_(pass_.grad_output.to(wide).unsqueeze(-1)).diagonal(
-                block.rows.start
-            ).neg_()
+            gradient.mul_(pass_.grad_output.to(wide).unsqueeze(-1))
+            gradient.diagonal(block.rows.start).neg_()
             grad_bias.add_(gradient.sum(dtype=torch.float64))
             gradient = gradient.to(dtype)
         return loss, gradient
 
-    layer = Layer(x, b, None, None, dtype)
+    layer = Layer(x, (b,), None, dtype)
     loss, gradients = loss_over_rows(layer, rows, pass_, step)
     if not gradients:
         return loss, ()

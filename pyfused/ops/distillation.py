@@ -373,7 +373,7 @@ def _by_rows(
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     row = len(weight) * (dtype.itemsize + cap_bytes + teacher_bytes)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
-    layer = Layer(_masked(input, options), weight, bias, None, dtype)
+    layer = Layer(_masked(input, options), (weight,), bias, dtype)
     loss, gradients = loss_over_rows(layer, rows, pass_, step)
     return loss, gradients[:3]
 

@@ -35,27 +35,21 @@ class Layer(NamedTuple):
 
     Attributes:
         input: (N, D), or (N, D + r) with an adapter, whose input the last r features are.
-        weight: (C, D).
+        weights: The weight (C, D), and the weight (C, r) of an adapter, whose output is added.
         bias: (C), or None.
-        adapter_weight: (C, r), or None. The adapter's output is added to the layer's.
         dtype: The dtype of the matrix products.
     """
 
     input: Tensor
-    weight: Tensor
+    weights: Sequence[Tensor]
     bias: Tensor | None
-    adapter_weight: Tensor | None
     dtype: torch.dtype
 
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        """The weight, and the adapter's weight if there is one."""
-        adapter_weight = self.adapter_weight
-        return (self.weight,) if adapter_weight is None else (self.weight, adapter_weight)
-
-    def split(self, input: Tensor) -> tuple[Tensor, ...]:
+    def split(self, input: Tensor) -> Sequence[Tensor]:
         """Splits features, or their gradient, into those of each weight."""
-        parts: tuple[Tensor, ...] = input.split([weight.shape[1] for weight in self.weights], 1)
+        if len(self.weights) == 1:
+            return (input,)
+        parts: Sequence[Tensor] = input.split([weight.shape[1] for weight in self.weights], 1)
         return parts
 
 
@@ -92,15 +86,15 @@ def blocks(
             allocates it.
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
-    input, bias, dtype = layer.input, layer.bias, layer.dtype
-    n, all_classes = len(input), len(layer.weight)
+    input, all_weights, bias, dtype = layer
+    n, all_classes = len(input), len(all_weights[0])
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
     if memory is None:
         memory = backend.empty((rows * classes,), dtype, input)
     for first in range(0, all_classes, classes):
         class_slice = slice(first, min(first + classes, all_classes))
-        weights = [weight[class_slice].to(dtype) for weight in layer.weights]
+        weights = [weight[class_slice].to(dtype) for weight in all_weights]
         b = None if bias is None else bias[class_slice].to(dtype)
         starts = range(0, n, rows)
         for start in reversed(starts) if backwards else starts:
@@ -132,11 +126,11 @@ class LayerGradients:
         self.bias: Tensor | None = None
         self.weights: list[Tensor | None] = [None] * len(layer.weights)
         self.sums = list(self.weights)  # of the products of the current block of classes
-        input, bias, dtype = layer.input, layer.bias, layer.dtype
-        all_rows, all_classes = len(input) <= size[0], len(layer.weight) <= size[1]
+        input, weights, bias, dtype = layer
+        all_rows, all_classes = len(input) <= size[0], len(weights[0]) <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
-        for i, weight in enumerate(layer.weights):
+        for i, weight in enumerate(weights):
             if needs[3 if i else 1]:
                 one_product = all_rows and weight.dtype is dtype
                 sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
@@ -188,9 +182,10 @@ class LayerGradients:
             empty: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
             return empty.copy_(total)
 
-        weight, adapter_weight = (*self.weights, None)[:2]
-        totals = self.input, weight, self.bias, adapter_weight
-        return tuple(map(convert, totals, self.layer[:4]))
+        input, weights, bias, _ = self.layer
+        totals = map(convert, self.weights, weights)
+        weight, adapter_weight = (*totals, None)[:2]
+        return convert(self.input, input), weight, convert(self.bias, bias), adapter_weight
 
 
 def over_blocks(
@@ -279,7 +274,7 @@ def loss_over_rows(
             losses.append(loss)
         return grad_logits
 
-    loop = backend, layer, (rows, len(layer.weight)), needs or (False,) * 4, block_step
+    loop = backend, layer, (rows, len(layer.weights[0])), needs or (False,) * 4, block_step
     gradients = over_blocks(*loop, filter_below=filter_below)
     gradients = gradients if needs else ()
     if not losses:
@@ -365,7 +360,8 @@ class LayerStates:
         self.size = options.size or state_block_size(head._replace(input=input), *size)
         bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
         weight = weight.movedim(0, -2).reshape(head.columns, -1)  # classes of a position in a row
-        self.layer = Layer(input, weight, bias, head.adapter_weight, product_dtype(head, backend))
+        weights = (weight,) if head.adapter_weight is None else (weight, head.adapter_weight)
+        self.layer = Layer(input, weights, bias, product_dtype(head, backend))
 
     def per_target(self, block: Block) -> tuple[Tensor, slice, ClassRange]:
         """Returns a block's logits with a row per target, the targets' slice, and the classes."""
@@ -391,7 +387,7 @@ class LayerStates:
             )
             launch(logits, self.labels[targets], self.weight, state[:, targets])
         state = spread_rows(state.view(fields, -1, self.positions), self.valid, self.n, 1)
-        has_all_classes = block.logits.shape[1] == len(self.layer.weight)
+        has_all_classes = block.logits.shape[1] == len(self.layer.weights[0])
         kept = block.logits.view(-1) if return_logits and has_all_classes else None
         return state.view(fields, *self.target_shape), kept
 

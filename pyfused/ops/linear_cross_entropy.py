@@ -215,13 +215,8 @@ def _by_rows(head: Head, rows: int, pass_: Pass) -> Results:
         scale = head.input.new_ones(()) if grad_output is None else grad_output.abs()
         filter_below = options.filter_eps * scale
     weight, bias, adapter_weight = head[1:4]
-    layer = Layer(
-        head.input,
-        weight.flatten(0, -2),
-        None if bias is None else bias.flatten(),
-        None if adapter_weight is None else adapter_weight.flatten(0, -2),
-        dtype,
-    )
+    weights = [x.flatten(0, -2) for x in (weight, adapter_weight) if x is not None]
+    layer = Layer(head.input, weights, None if bias is None else bias.flatten(), dtype)
     loss, gradients = loss_over_rows(layer, rows, pass_, step, filter_below)
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
     if not gradients:
