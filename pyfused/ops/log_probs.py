@@ -93,11 +93,12 @@ def named(
 ) -> LogProbs:
     """Names the results of a call, which is given the options."""
     values, *metrics = results if options.with_metrics else (results,)
-    log_p, entropy, lse = values, None, None
-    if is_dtensor(values) and not options.alone:
+    if options.alone:
+        log_p, entropy, lse = values, None, None
+    elif is_dtensor(values):
         # The backward of unbind makes plain zeros for unused results, which do not mix with these.
         log_p, entropy, lse = values[0], values[1], values[2]
-    elif not options.alone:
+    else:
         log_p, entropy, lse = values.unbind()
     found = LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
     if metrics:
@@ -136,20 +137,46 @@ class LogProbsOperator(ShardedOperator):
             results: As in `state_plan`; None for the results that the options select.
         """
         self.check_arguments(*arguments)
+        return self._plan(arguments, None, results)
+
+    def _plan(
+        self,
+        arguments: Arguments,
+        shard: VocabShard | None,
+        results: int | None = None,
+    ) -> Plan:
         *tensors, _, options = arguments
-        classes, ignore_index = class_range(tensors).total, options.ignore_index
+        classes, ignore_index = class_range(tensors, shard), options.ignore_index
         check = backend_of(tensors[0]).check_class_indices
+        results = _count(options) if results is None else results
 
         def arrange(arguments: Arguments) -> tuple[Any, ...]:
             *tensors, target, _ = arguments
             if self.is_linear:
                 tensors = self.cast(tensors)
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
-            check(target, classes, ignore_index)
+            check(target, classes.total, ignore_index)
             return *tensors, target, None
 
-        tensors = self.cast(tensors)
-        return self.state_plan(tensors, options, arrange=arrange, results=results)
+        def finish(outputs: tuple[Tensor, Tensor], arguments: Arguments) -> Any:
+            return _with_metrics(*outputs, arguments[-2], ignore_index, classes.total)
+
+        state_options = StateOptions(
+            options.rows,
+            classes,
+            _fields(options),
+            memory_budget=options.memory_budget,
+            fixed_sizes=options.deterministic_rows,
+        )
+        return state_plan(
+            self.name,
+            self.cast(tensors),
+            state_options,
+            shard,
+            results=results,
+            arrange=arrange,
+            finish=finish if results and options.with_metrics else None,
+        )
 
     def compiled(self, arguments: Arguments) -> Any:
         *tensors, target, options = arguments
@@ -173,41 +200,13 @@ class LogProbsOperator(ShardedOperator):
         return empty
 
     def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
-        *tensors, target, options = arguments
-        tensors = self.cast(tensors)
-        return self.state_plan(tensors, options, shard)((*tensors, target.to(torch.int64), None))
+        return self._plan(arguments, shard)(arguments)
 
     def cast(self, tensors: list[Any]) -> list[Any]:
         """Casts the input of a layer, but not logits, as autocast does."""
         if not self.is_linear:
             return tensors
         return [*in_autocast_dtype(tensors[0].device.type, tensors[0]), *tensors[1:]]
-
-    def state_plan(
-        self,
-        tensors: Sequence[Any],
-        options: LogProbsOptions,
-        shard: VocabShard | None = None,
-        *,
-        results: int | None = None,
-        **kwargs: Any,
-    ) -> Plan:
-        classes = class_range(tensors, shard)
-        state_options = StateOptions(
-            options.rows,
-            classes,
-            _fields(options),
-            memory_budget=options.memory_budget,
-            fixed_sizes=options.deterministic_rows,
-        )
-        results = _count(options) if results is None else results
-        if results and options.with_metrics:
-
-            def finish(outputs: tuple[Tensor, Tensor], arguments: Arguments) -> Any:
-                return _with_metrics(*outputs, arguments[-2], options.ignore_index, classes.total)
-
-            kwargs["finish"] = finish
-        return state_plan(self.name, tensors, state_options, shard, results=results, **kwargs)
 
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""
