@@ -236,6 +236,7 @@ class Divergence(RowLoss):
         if token_weight is not None or denominator is not None:
             token_weight, denominator = options.plan_tensors()
             checks.values_of_options(token_weight, denominator)
+            denominator = None if denominator is None else denominator.reshape(())  # from (1)
         device = tensors[0].device.type
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
@@ -264,22 +265,15 @@ class LogitsDivergence(Divergence):
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
         plan = super().plan(arguments, inplace)
-        options, count = self.checked_options(arguments).without_tensors(), len(self.operands)
+        options = self.checked_options(arguments).without_tensors()
         prepare = partial(self.kernels, plan.backend, options)
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
 
-        def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-            kept = options.with_tensors(*saved[count : count + 2])
-            if options.reduction != "none":  # a denominator may have shape (1)
-                grad_output = grad_output.reshape(())
-            return self.define(saved[:count], kept, plan.needs, grad_output)
-
         def finish(loss: Tensor, arguments: Arguments) -> Tensor:
-            shape = arguments[0].shape[:-1] if options.reduction == "none" else ()
-            return loss.reshape(shape) if loss.dim() else loss  # a denominator may have shape (1)
+            return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
-        return replace(plan, forward=forward, backward=backward, define=define, finish=finish)
+        return replace(plan, forward=forward, backward=backward, finish=finish)
 
 
 def fallback_reason(input: Tensor, *arguments: Any) -> str | None:

@@ -131,7 +131,7 @@ class RowLoss(Operator):
             return self.compute(backend, tensors, options, outputs, grad_output, state)[1]
 
         def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-            options = numbers.with_tensors(*saved[count:-1])
+            options = numbers.with_tensors(*saved[count : count + 2])
             return self.define(saved[:count], options, needs, grad_output)
 
         return Plan(
