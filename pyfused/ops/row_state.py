@@ -172,11 +172,10 @@ def state_loss(
         weight: The weights of all classes, in the accumulation dtype, or None.
         classes: The number of all classes.
     """
-    smoothing, one_hot = options.label_smoothing, _one_hot(target, weight, options)
-    loss = -one_hot * state[LOG_P]
-    if smoothing:
-        total = _sum_of_weights(weight, classes)
-        loss = loss + smoothing / classes * (total * state[LSE] - state[SMOOTH])
+    of_log_p, of_lse, of_smooth = _factors(target, weight, options, classes)
+    loss = of_log_p * state[LOG_P]
+    if options.label_smoothing:
+        loss = loss + (of_lse * state[LSE] + of_smooth * state[SMOOTH])
     if options.z_loss:
         loss = loss + options.z_loss * state[LSE].square()
     if options.token_weight is not None:
@@ -196,25 +195,26 @@ def state_loss_gradients(
     if options.token_weight is not None:
         grad_output = grad_output * options.token_weight
     grad_output = grad_output.double().where(target != options.ignore_index, 0)
-    smoothing, one_hot = options.label_smoothing, _one_hot(target, weight, options)
-    gradients = state.new_zeros((4 if smoothing else 3, *target.shape))
-    gradients[LOG_P] = -one_hot * grad_output
-    grad_lse = 2 * options.z_loss * state[LSE] if options.z_loss else 0.0
-    if smoothing:
-        grad_lse = grad_lse + smoothing / classes * _sum_of_weights(weight, classes)
-        gradients[3] = -smoothing / classes * grad_output
-    gradients[LSE] = grad_lse * grad_output
+    of_log_p, of_lse, of_smooth = _factors(target, weight, options, classes)
+    gradients = state.new_zeros((4 if options.label_smoothing else 3, *target.shape))
+    gradients[LOG_P] = of_log_p * grad_output
+    if options.z_loss:
+        of_lse = of_lse + 2 * options.z_loss * state[LSE]
+    gradients[LSE] = of_lse * grad_output
+    if options.label_smoothing:
+        gradients[3] = of_smooth * grad_output
     return gradients
 
 
-def _one_hot(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor | float:
-    """Returns the factor of the target's log-probability: (1 - smoothing) times class weight."""
-    confidence = 1 - options.label_smoothing
-    return confidence if weight is None else confidence * _target_weight(target, weight, options)
-
-
-def _sum_of_weights(weight: Tensor | None, classes: int) -> Tensor | float:
-    return float(classes) if weight is None else weight.double().sum()
+def _factors(
+    target: Tensor, weight: Tensor | None, options: CrossEntropyOptions, classes: int
+) -> tuple[Tensor | float, Tensor | float, float]:
+    """Returns the factors of log-probability, log-sum-exp and weighted sum in a row's loss."""
+    smoothing = options.label_smoothing
+    if weight is None:
+        return smoothing - 1, smoothing, -smoothing / classes
+    of_log_p = (smoothing - 1) * _target_weight(target, weight, options)
+    return of_log_p, smoothing / classes * weight.double().sum(), -smoothing / classes
 
 
 def total_weight(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor:
