@@ -51,7 +51,6 @@ from pyfused.types import (
     SUM,
     ClassRange,
     DivergenceOptions,
-    Gradients,
     Outputs,
     RowOptions,
 )
@@ -316,7 +315,7 @@ def divergence_kernel(
     return launch
 
 
-def linear_kernels(tensors: Sequence[Any], pass_: Pass) -> tuple[Tensor | None, Gradients]:
+def linear_kernels(tensors: Sequence[Any], pass_: Pass) -> LossResult:
     """Computes the divergence of a student's head from a teacher's, and the student's gradients."""
     *_, input, weight, bias = tensors
     backend = pass_.backend
@@ -336,7 +335,7 @@ def linear_kernels(tensors: Sequence[Any], pass_: Pass) -> tuple[Tensor | None, 
     return _by_rows(tensors, pass_, step, teacher_bytes)
 
 
-def topk_kernels(tensors: Sequence[Any], pass_: Pass) -> tuple[Tensor | None, Gradients]:
+def topk_kernels(tensors: Sequence[Any], pass_: Pass) -> LossResult:
     """Computes the divergence of a student's head from a teacher's top k, and the gradients."""
     _, weight, _, indices, log_probs = tensors
     invalid = checks.topk_indices(indices, len(weight))[:, None]
@@ -355,7 +354,7 @@ def topk_kernels(tensors: Sequence[Any], pass_: Pass) -> tuple[Tensor | None, Gr
 
 def _by_rows(
     tensors: Sequence[Any], pass_: Pass, step: LossStep, teacher_bytes: int = 0
-) -> tuple[Tensor | None, Gradients]:
+) -> LossResult:
     """Computes the divergence and the gradients by blocks of rows.
 
     Args:

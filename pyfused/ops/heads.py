@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused.backends import Backend
+from pyfused.backends.protocol import LossResult
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import FIXED_ROWS, product_dtype, state_block_size
 from pyfused.ops.elementwise import SOFTCAP
@@ -34,8 +35,9 @@ class Layer(NamedTuple):
     """A linear layer and its input.
 
     Attributes:
-        input: (N, D), or (N, D + r) with an adapter, whose input the last r features are.
-        weights: The weight (C, D), and the weight (C, r) of an adapter, whose output is added.
+        input: (N, D), or (N, D + r) with an adapter; its last r features are the adapter's.
+        weights: The weight (C, D), followed by the weight (C, r) of an adapter if there is one.
+            The adapter's output is added to the layer's.
         bias: (C), or None.
         dtype: The dtype of the matrix products.
     """
@@ -54,11 +56,11 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The logits of some rows and classes, and the factors of the products that they are sums of.
+    """The logits of some rows and classes, and the matrices of which they are products.
 
     Attributes:
-        inputs: The features of each of the layer's weights, in the dtype of the products.
-        weights: The rows of each of the layer's weights, in this dtype.
+        inputs: The rows of the input, split into the features of each of the layer's weights.
+        weights: The classes of each weight. Both have the dtype of the products.
     """
 
     logits: Tensor
@@ -244,7 +246,7 @@ LossStep = Callable[[Block, Pass], tuple[Tensor | None, Tensor | None]]
 
 def loss_over_rows(
     layer: Layer, rows: int, pass_: Pass, step: LossStep, filter_below: Tensor | None = None
-) -> tuple[Tensor | None, Gradients]:
+) -> LossResult:
     """Returns the loss and the layer's gradients, by blocks of rows with all classes.
 
     The loss is a sum in float64, or a tensor with the loss of each row. The gradients are those of
@@ -377,14 +379,13 @@ class LayerStates:
             return_logits: Whether the logits of the first block are returned, for the backward
                 pass. They are None if the block does not have all classes.
         """
-        rows, _, fields, _, _, fixed_sizes = self.options
+        rows, fields, fixed_sizes = self.options.rows, self.options.fields, self.options.fixed_sizes
         state = self.labels.new_empty((fields, len(self.labels)), dtype=torch.float64)
         loop = self.backend, self.layer, self.size
         for block in blocks(*loop, backwards=True, fixed_sizes=fixed_sizes):
             logits, targets, classes = self.per_target(block)
-            launch = self.backend.row_state(
-                logits, rows, classes, fields, 0, block.classes.start > 0
-            )
+            continues = block.classes.start > 0
+            launch = self.backend.row_state(logits, rows, classes, fields, 0, continues)
             launch(logits, self.labels[targets], self.weight, state[:, targets])
         state = spread_rows(state.view(fields, -1, self.positions), self.valid, self.n, 1)
         has_all_classes = block.logits.shape[1] == len(self.layer.weights[0])
