@@ -279,9 +279,8 @@ def cross_entropy(
     """
     *layer, target = tensors
     input, options = layer[0], checks.normalized(options)
-    budget = getattr(options, "memory_budget", None)
     classes, fields = class_range(layer, shard), state_fields(options)
-    state_options = StateOptions(options.rows, classes, fields, memory_budget=budget)
+    state_options = StateOptions(options.rows, classes, fields, memory_budget=options.memory_budget)
     weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
     entropy = options.with_metrics
     plan = state_plan("cross_entropy", layer, state_options, shard, entropy=entropy)
