@@ -30,7 +30,9 @@ from .rows import (
     block_of_classes,
     block_of_rows,
     contiguous_rows,
+    gradient_scale,
     load_scaled,
+    load_tile,
     multiple,
     pointers,
     read_target,
@@ -45,8 +47,8 @@ def multi_margin_kernel(
     x,
     target,
     weight,
-    row_weight,
     denominator,
+    grad_output,
     loss,
     grad,
     n,
@@ -63,17 +65,17 @@ def multi_margin_kernel(
     _, rows, in_bounds = block_of_rows(n, ROWS)
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
     invalid = in_bounds & (valid == 0)  # there is no ignore_index
-    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
+    scale = row_scale(None, denominator, rows, in_bounds, A)
     x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
-    slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0, A)
+    slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0)
     share = target_weight.to(A) / classes
-    factor = tl.where(valid, share * scale, 0.0) * (2.0 if SQUARED else 1.0)
+    factor = share * gradient_scale(scale, grad_output, rows, valid, EACH)
+    factor = tl.where(valid, factor, 0.0) * (2.0 if SQUARED else 1.0)
     losses = tl.zeros([ROWS, BLOCK], A)
     slopes = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, classes, BLOCK):
         c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-        z = load_scaled(pointers(x_rows, c), mask & valid[:, None], -float("inf"), A)
-        z += slack[:, None]
+        z = load_tile(x_rows, c, mask & valid[:, None], -float("inf")) + slack[:, None]
         z = tl.where((z > 0.0) & (c[None, :] != label[:, None]), z, 0.0)  # 0 for NaN, as in torch
         slope = z if SQUARED else tl.where(z > 0.0, 1.0, 0.0).to(A)
         losses += z * z if SQUARED else z
@@ -84,17 +86,16 @@ def multi_margin_kernel(
         tl.debug_barrier()
         to = contiguous_rows(grad, rows, classes, CLASS_UNIT)
         tl.store(to[0] + label, -tl.sum(slopes, 1) * factor, mask=valid)
-    if loss is not None:
-        value = share * tl.sum(losses, 1)
-        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+    value = share * tl.sum(losses, 1)
+    store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
 
 
 @triton.jit(do_not_specialize=["denominator"])
 def multilabel_margin_kernel(
     x,
     target,
-    row_weight,
     denominator,
+    grad_output,
     loss,
     grad,
     n,
@@ -124,19 +125,18 @@ def multilabel_margin_kernel(
     for k in range(most):
         t = tl.load(targets[0] + k, mask=k < end, other=-1)
         is_target |= c[None, :] == t[:, None]
-    z = load_scaled(pointers(x_rows, c), mask, 0.0, A)
-    z = tl.where(is_target, -float("inf"), z)
+    z = tl.where(is_target, -float("inf"), load_tile(x_rows, c, mask, 0.0))
     losses = tl.zeros([ROWS, BLOCK], A)
     slopes = tl.zeros([ROWS, BLOCK], A)
     for k in range(most):
         t = tl.load(targets[0] + k, mask=k < end, other=-1)
-        slack = 1.0 - load_scaled(x_rows[0] + t, k < end, float("inf"), A)
+        slack = 1.0 - load_scaled(x_rows[0] + t, k < end, float("inf"))
         above = z + slack[:, None] > 0.0  # False for NaN, as in torch
         losses += tl.where(above, z + slack[:, None], 0.0)
         slope = tl.where(above, 1.0, 0.0).to(A)
         slopes += slope - tl.where(c[None, :] == t[:, None], tl.sum(slope, 1)[:, None], 0.0)
-    scale = row_scale(row_weight, denominator, rows, in_bounds, A)
-    store_rows(grad, rows, classes, c, mask, slopes * (scale / classes)[:, None], CLASS_UNIT)
-    if loss is not None:
-        value = tl.sum(losses, 1) / classes
-        store_loss(loss, value, scale, rows, in_bounds, in_bounds & (invalid == 0), invalid, EACH)
+    scale = row_scale(None, denominator, rows, in_bounds, A)
+    factor = gradient_scale(scale, grad_output, rows, in_bounds, EACH) / classes
+    store_rows(grad, rows, classes, c, mask, slopes * factor[:, None], CLASS_UNIT)
+    value = tl.sum(losses, 1) / classes
+    store_loss(loss, value, scale, rows, in_bounds, in_bounds & (invalid == 0), invalid, EACH)

@@ -1,14 +1,13 @@
 """Deterministic sums over a tensor in float64, and multiplication in place.
 
-    sum      out = sum_i parts_i                                            reads 8 bytes a part
     count    out = sum_i [t_i counts] weight[t_i] token_weight_i            reads 8 bytes a target
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
 Each program stores one partial sum. The last program to arrive adds them up in the order of program
-ids, so results are bitwise reproducible. In large calls, `sum_kernel` adds them up instead, because
-of contention on the arrival counter.
+ids, so results are bitwise reproducible. In large calls, torch adds them up instead, because of
+contention on the arrival counter.
 
-torch: parts.sum(), weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
+torch: weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
 
 from __future__ import annotations
@@ -20,50 +19,41 @@ from .rows import read_target, row_scale
 
 
 @triton.jit
-def sum_of_parts(parts, first, last, BLOCK: tl.constexpr):
-    """Returns the sum of parts[first:last], bypassing L1, which may hold stale values."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(first, last, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        part = tl.load(parts + i, mask=i < last, other=0.0, cache_modifier=".cg")
-        total += part.to(tl.float64)
-    return tl.sum(total)
-
-
-@triton.jit(do_not_specialize=["n"])
-def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
-    """Computes out[k], the sum of the k-th contiguous chunk of parts; one chunk per program."""
-    share = tl.cdiv(n, tl.num_programs(0))
-    first = tl.program_id(0).to(tl.int64) * share
-    total = sum_of_parts(parts, first, tl.minimum(first + share, n), BLOCK)
-    tl.store(out + tl.program_id(0), total)
-
-
-@triton.jit
 def add_up(part, reduced):
     """Stores a program's partial sum. The last program to arrive adds up all partial sums.
 
-    reduced: the sum, the partial sums, and an arrival counter that is 0 at launch. Without a
-        counter, the partial sums are not added up.
+    reduced: the partial sums, and the sum. If there is a sum, an arrival counter follows the
+        partial sums, which is 0 at launch. Else the partial sums are not added up.
     """
-    parts = reduced[1]
+    parts = reduced[0]
     tl.store(parts + tl.program_id(0), part)
-    if len(reduced) > 2:
+    if len(reduced) > 1:
         programs = tl.num_programs(0)
+        counter = (parts + programs).to(tl.pointer_type(tl.int32), bitcast=True)
         tl.debug_barrier()
         # Releases this partial sum, and acquires the partial sums of earlier arrivals.
-        if tl.atomic_add(reduced[2], 1, sem="acq_rel") == programs - 1:
-            tl.store(reduced[0], sum_of_parts(parts, 0, programs, 256))
+        if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
+            total = tl.zeros([256], tl.float64)
+            for start in range(0, programs, 256):
+                i = start + tl.arange(0, 256)
+                # bypasses L1, which may hold stale values
+                total += tl.load(parts + i, mask=i < programs, other=0.0, cache_modifier=".cg")
+            tl.store(reduced[1], tl.sum(total))
 
 
 @triton.jit
 def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
-    """Stores the loss of each row, or this program's partial sum by `add_up`."""
-    value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
-    if EACH:
-        tl.store(loss + rows, value, mask=in_bounds)
-    else:
-        add_up(tl.sum(tl.where(in_bounds, value, 0.0)), loss)
+    """Stores the loss of each row, or this program's partial sum by `add_up`.
+
+    The loss of invalid rows is NaN; there are none if invalid is None.
+    """
+    if loss is not None:
+        otherwise = 0.0 if invalid is None else tl.where(invalid, float("nan"), 0.0)
+        value = tl.where(valid, value, otherwise) * scale
+        if EACH:
+            tl.store(loss + rows, value, mask=in_bounds)
+        else:
+            add_up(tl.sum(tl.where(in_bounds, value, 0.0)), loss)
 
 
 @triton.jit
@@ -80,7 +70,7 @@ def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
 def read_rows(
     target,
     weight,
-    row_weight,
+    token_weight,
     denominator,
     rows,
     in_bounds,
@@ -103,9 +93,9 @@ def read_rows(
             total = tl.zeros([256], tl.float64)  # a larger block would need more registers
             for start in range(0, n, 256):
                 i = start + tl.arange(0, 256)
-                total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
+                total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
             denominator = tl.sum(total)
-    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
+    scale = row_scale(token_weight, denominator, rows, valid | invalid, A)
     return label, valid, invalid, target_weight.to(A), scale
 
 

@@ -22,9 +22,9 @@ from .rows import (
     block_of_classes,
     block_of_rows,
     first_pass,
-    load_scaled,
+    load_tile,
     multiple,
-    pointers,
+    store_tile,
     strided_rows,
 )
 
@@ -52,7 +52,6 @@ def softmax_kernel(
     CLASS_UNIT: tl.constexpr = 1,
 ):
     """Computes y = softmax(x), or log_softmax(x); strides are outer, inner and class strides."""
-    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
     inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
     outer, lanes, in_bounds = block_of_rows(inner, ROWS)
@@ -60,18 +59,18 @@ def softmax_kernel(
     y_rows = strided_rows(y, outer, lanes, y_strides, 0, INNER_UNIT, CLASS_UNIT)
     if WHOLE_ROW:
         c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
-        row = load_scaled(pointers(x_rows, c), mask, -float("inf"), A)
+        row = load_tile(x_rows, c, mask, -float("inf"))
         maximum = tl.max(row, 1)
         total = tl.sum(exp_nonpositive(row - maximum[:, None], EXACT), 1)
         value = normalize(row, maximum, total, LOGARITHM, EXACT)
-        tl.store(pointers(y_rows, c), value, mask=mask)
+        store_tile(y_rows, c, mask, value)
     else:
-        maximum, total = first_pass(x_rows, classes, in_bounds, A, EXACT, ROWS, BLOCK)
+        maximum, total = first_pass(x_rows, classes, in_bounds, BLOCK)
         for start in range(0, classes, BLOCK):
             c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            part = load_scaled(pointers(x_rows, c), mask, 0.0, A, 1.0, DROP)
+            part = load_tile(x_rows, c, mask, 0.0, 1.0, DROP)
             value = normalize(part, maximum, total, LOGARITHM, EXACT)
-            tl.store(pointers(y_rows, c), value, mask=mask)
+            store_tile(y_rows, c, mask, value)
 
 
 @triton.jit
@@ -106,22 +105,22 @@ def softmax_backward_kernel(
     dx_rows = strided_rows(dx, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
     if WHOLE_ROW:
         c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
-        dy_row = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
-        y_row = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+        dy_row = load_tile(dy_rows, c, mask, 0.0)
+        y_row = load_tile(y_rows, c, mask, 0.0)
         total = tl.sum(dy_row if LOGARITHM else dy_row * y_row, 1)
         value = gradient(dy_row, y_row, total, LOGARITHM, EXACT)
-        tl.store(pointers(dx_rows, c), value, mask=mask)
+        store_tile(dx_rows, c, mask, value)
     else:
         sums = tl.zeros([ROWS, BLOCK], A)
         for start in range(0, classes, BLOCK):
             c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            dy_part = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
-            y_part = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+            dy_part = load_tile(dy_rows, c, mask, 0.0)
+            y_part = load_tile(y_rows, c, mask, 0.0)
             sums += dy_part if LOGARITHM else dy_part * y_part
         total = tl.sum(sums, 1)
         for start in range(0, classes, BLOCK):
             c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            dy_part = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
-            y_part = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+            dy_part = load_tile(dy_rows, c, mask, 0.0)
+            y_part = load_tile(y_rows, c, mask, 0.0)
             value = gradient(dy_part, y_part, total, LOGARITHM, EXACT)
-            tl.store(pointers(dx_rows, c), value, mask=mask)
+            store_tile(dx_rows, c, mask, value)
