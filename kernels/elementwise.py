@@ -53,10 +53,10 @@ def elementwise_kernel(
     denominator: None for 1, an integer, or a pointer to a number on the GPU.
     """
     dtype: tl.constexpr = tl.float64 if operands[0].dtype.element_ty == tl.float64 else tl.float32
-    divisor = tl.full([], 1.0, tl.float64)
+    factor = tl.full([], 1.0, tl.float64)
     if denominator is not None:
-        divisor *= tl.load(denominator) if denominator.dtype.is_ptr() else denominator
-    scale = (1.0 / divisor).to(dtype)
+        factor /= tl.load(denominator) if denominator.dtype.is_ptr() else denominator
+    scale = factor.to(dtype)
     numbers = tl.full([], p, tl.float64), tl.full([], q, tl.float64), tl.full([], r, tl.float64)
     total = tl.zeros([BLOCK], dtype)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -85,4 +85,4 @@ def elementwise_kernel(
                 gradient = gradient if grad_output is None else gradient * g
                 tl.store(gradients[k] + i, gradient, mask=mask)
     if value is not None and not EACH:
-        add_up(tl.sum(total).to(tl.float64) / divisor, value)
+        add_up(tl.sum(total).to(tl.float64) * factor, value)

@@ -66,14 +66,16 @@ def test_grid_stride_loops() -> None:
     torch.testing.assert_close(fused.mse_loss(x[:1], target[:1]), (x - target)[0].square())
 
 
-def test_the_last_program_to_arrive_adds_up() -> None:
+def test_the_last_program_to_arrive_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """If there are many programs, torch adds up their sums."""
+    sums: list[int] = []
+    add_up = Tensor.sum
+    monkeypatch.setattr(Tensor, "sum", lambda parts: sums.append(parts.numel()) or add_up(parts))
     for n in (700, 33, 320, 32, 640):  # 22 programs exceed the limit of arrivals
         x, target = torch.randn(2, n, dtype=torch.float64)
-        with patch.object(Tensor, "sum", autospec=True, side_effect=Tensor.sum) as summed:
-            got = fused.mse_loss(x, target)
+        got = fused.mse_loss(x, target)
         assert got.item() == pytest.approx((x - target).square().mean().item(), rel=1e-14)
-        assert summed.called == (n == 700)
+    assert sums == [22]
 
 
 def test_the_sum_of_no_elements_is_zero() -> None:
