@@ -16,9 +16,6 @@ Shapes: see `rows.py`; row outer_index * inner + inner_index has one target.
 Bytes: `row_kernel` reads logits once and writes the gradient once. `two_pass_kernel` reads logits
 twice and probabilities three times, mostly from cache after the first time.
 
-A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero,
-because raising an error would require a synchronisation with the GPU.
-
 torch: F.cross_entropy(x, t, w, ignore_index=..., label_smoothing=..., reduction=...)
 """
 
@@ -28,21 +25,18 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log, tanh
-from .reductions import read_rows, store_loss
+from .reductions import class_weight, gradient_scale, read_rows, store_loss
 from .rows import (
     DROP,
-    block_of_classes,
-    block_of_rows,
-    class_weight,
+    class_block,
+    contiguous_block,
     contiguous_rows,
     finite_or_zero,
     first_pass,
-    gradient_scale,
     load_scaled,
     load_tile,
-    multiple,
+    row_block,
     scalar,
-    store_rows,
     store_tile,
     strided_rows,
 )
@@ -65,8 +59,8 @@ def index_terms(
     target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA: tl.constexpr
 ):
     """Returns the loss, q_t of the gradient, and dloss/dlse, all without smoothing."""
+    index_weight = scalar(1.0 - smoothing, target_weight.dtype) * target_weight
     nll = maximum - target_logit + log_total
-    index_weight = scalar(1.0 - smoothing, nll.dtype) * target_weight
     loss = index_weight * nll
     if GAMMA > 0.0:
         power, derivative = focal(nll, GAMMA)
@@ -80,7 +74,7 @@ def index_terms(
 def squared_lse(lse, z_loss):
     """Returns z_loss lse^2 and its derivative by lse; 0 if z_loss is 0, even for infinite lse."""
     weight = scalar(z_loss, lse.dtype)
-    lse = tl.where(weight > 0.0, lse, 0.0)
+    lse = tl.where(z_loss > 0.0, lse, 0.0)
     return weight * lse * lse, 2.0 * weight * lse
 
 
@@ -117,8 +111,8 @@ def row_kernel(
     DENSE: whether there is label smoothing.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    grad, classes = gradients[0], multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    grad = gradients[0]
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
     label, valid, invalid, target_weight, scale = read_rows(
         target, weight, token_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
     )
@@ -136,11 +130,12 @@ def row_kernel(
     value, index_weight, slope = index_terms(
         target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA
     )
-    smooth_weight = scalar(smoothing, A) / classes
+    smoothing = scalar(smoothing, A)
+    smooth_weight = smoothing / classes
     if DENSE:
         distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
         value += smooth_weight * distance
-        slope += scalar(smoothing, A)
+        slope += smoothing
     if grad is not None:
         grad_scale = gradient_scale(scale, grad_output, rows, valid, EACH)
         grad_scale = tl.where(valid, grad_scale * SCALE, 0.0)
@@ -151,7 +146,8 @@ def row_kernel(
         is_target = c[None, :] == label.to(tl.int32)[:, None]
         gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
         tl.debug_barrier()  # inplace: threads read the target logit before it is overwritten
-        store_rows(grad, rows, strides[1], c, mask & in_bounds[:, None], gradient, CLASS_UNIT)
+        to = contiguous_rows(grad, rows, strides[1], CLASS_UNIT)
+        store_tile(to, c, mask & in_bounds[:, None], gradient)
     # last, because the sum of parts would keep the tile in registers
     store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
 
@@ -160,11 +156,11 @@ def row_kernel(
 
 
 @triton.jit
-def weights_of_classes(y_rows, weight, c, mask, classes, smoothing, A: tl.constexpr):
+def weights_of_classes(y_rows, weight, c, mask, classes, smoothing):
     """Returns q_c without the [c = t] term, where y_rows is None; 0 outside of the mask."""
-    q = scalar(smoothing, A) / classes
+    q = smoothing / classes
     if y_rows is not None:
-        q += scalar(1.0 - smoothing, A) * load_tile(y_rows, c, mask, 0.0)
+        q += (1.0 - smoothing) * load_tile(y_rows, c, mask, 0.0)
     return tl.where(mask, q * class_weight(weight, c, classes, 0), 0.0)
 
 
@@ -203,9 +199,11 @@ def two_pass_kernel(
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     INDICES: tl.constexpr = target.dtype.element_ty == tl.int64
+    smoothing, z_loss = scalar(smoothing, A), scalar(z_loss, A)
     grad, grad_target = gradients
-    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
-    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    outer, lanes, in_bounds, inner, classes = row_block(
+        inner, classes, ROWS, INNER_UNIT, CLASS_UNIT
+    )
     rows = outer * inner + lanes
     x_rows = strided_rows(logits, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
     indices, y_rows = target, None
@@ -229,12 +227,12 @@ def two_pass_kernel(
     else:
         value, slope = squared_lse(maximum + log_total, z_loss)
     if INDICES and DENSE and weight is None:
-        slope += scalar(smoothing, A)
+        slope += smoothing
     elif DENSE and grad is not None:
         sums = tl.zeros([ROWS, BLOCK], A)
         for start in range(0, classes, BLOCK):
-            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            sums += weights_of_classes(y_rows, weight, c, mask, classes, smoothing, A)
+            c, mask = class_block(start, classes, in_bounds, BLOCK)
+            sums += weights_of_classes(y_rows, weight, c, mask, classes, smoothing)
         slope += tl.sum(sums, 1)
     if DENSE or grad is not None:
         target_scale = gradient_scale(scale, grad_output, rows, in_bounds, EACH)
@@ -243,11 +241,11 @@ def two_pass_kernel(
         distance = tl.zeros([ROWS, BLOCK], A)
         tl.debug_barrier()  # inplace: wait for the loads before overwriting
         for start in range(0, classes, BLOCK):
-            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+            c, mask = class_block(start, classes, in_bounds, BLOCK)
             x = load_tile(x_rows, c, mask & read[:, None], 0.0, SCALE, DROP) - maximum[:, None]
             of_weights = 0.0
             if DENSE:
-                q = weights_of_classes(y_rows, weight, c, mask, classes, smoothing, A)
+                q = weights_of_classes(y_rows, weight, c, mask, classes, smoothing)
                 away = log_total[:, None] - x
                 distance += tl.where(mask, q * away, 0.0)
                 of_weights = q * grad_scale[:, None]
@@ -260,7 +258,7 @@ def two_pass_kernel(
                 to = strided_rows(grad, outer, lanes, strides, 3, INNER_UNIT, CLASS_UNIT)
                 store_tile(to, c, mask, gradient, DROP)
             if grad_target is not None:
-                share = scalar(1.0 - smoothing, A) * class_weight(weight, c, classes, 0)
+                share = (1.0 - smoothing) * class_weight(weight, c, classes, 0)
                 to = strided_rows(grad_target, outer, lanes, strides, 9, INNER_UNIT, CLASS_UNIT)
                 store_tile(to, c, mask, away * share * target_scale[:, None])
         value += tl.sum(distance, 1)

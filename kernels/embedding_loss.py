@@ -23,17 +23,8 @@ import triton
 import triton.language as tl
 
 from .program import root, sign
-from .reductions import store_loss
-from .rows import (
-    block_of_classes,
-    block_of_rows,
-    contiguous_rows,
-    load_tile,
-    multiple,
-    row_scale,
-    scalar,
-    store_rows,
-)
+from .reductions import row_scale, store_loss
+from .rows import class_block, contiguous_block, contiguous_rows, load_tile, scalar, store_rows
 
 EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 rounded to float32, as in torch
 
@@ -91,8 +82,7 @@ def triplet_margin_kernel(
     CLASS_UNIT: tl.constexpr = 1,
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
-    features = multiple(features, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    rows, in_bounds, features = contiguous_block(n, features, ROWS, CLASS_UNIT)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
     x_rows = contiguous_rows(inputs[0], rows, strides[0], CLASS_UNIT)
     y_rows = contiguous_rows(inputs[1], rows, strides[1], CLASS_UNIT)
@@ -103,7 +93,7 @@ def triplet_margin_kernel(
     vv = tl.zeros([ROWS, BLOCK], A)
     ww = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, features, BLOCK):
-        c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+        c, mask = class_block(start, features, in_bounds, BLOCK)
         u, v, w = differences(xyz, c, mask, eps)
         uu += size(u, mask, EUCLIDEAN)
         vv += size(v, mask, EUCLIDEAN)
@@ -120,7 +110,7 @@ def triplet_margin_kernel(
         by_v = factor(v_norm, tl.where(v_norm > w_norm, 0.0, half), EUCLIDEAN)
         by_w = factor(w_norm, tl.where(v_norm < w_norm, 0.0, half), EUCLIDEAN)
         for start in range(0, features, BLOCK):
-            c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+            c, mask = class_block(start, features, in_bounds, BLOCK)
             u, v, w = differences(xyz, c, mask, eps)
             of_u = by_u * derivative(u, EUCLIDEAN)
             of_v = by_v * derivative(v, EUCLIDEAN)
@@ -152,8 +142,7 @@ def cosine_embedding_kernel(
     CLASS_UNIT: tl.constexpr = 1,
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
-    features = multiple(features, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    rows, in_bounds, features = contiguous_block(n, features, ROWS, CLASS_UNIT)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
     x_rows = contiguous_rows(inputs[0], rows, strides[0], CLASS_UNIT)
     y_rows = contiguous_rows(inputs[1], rows, strides[1], CLASS_UNIT)
@@ -162,7 +151,7 @@ def cosine_embedding_kernel(
     xx = tl.zeros([ROWS, BLOCK], A)
     yy = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, features, BLOCK):
-        c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+        c, mask = class_block(start, features, in_bounds, BLOCK)
         x = load_tile(x_rows, c, mask, 0.0)
         y = load_tile(y_rows, c, mask, 0.0)
         xy += x * y
@@ -180,7 +169,7 @@ def cosine_embedding_kernel(
         by_x = (slope * cosine / of_x)[:, None]
         by_y = (slope * cosine / of_y)[:, None]
         for start in range(0, features, BLOCK):
-            c, mask = block_of_classes(start, features, in_bounds, BLOCK)
+            c, mask = class_block(start, features, in_bounds, BLOCK)
             x = load_tile(x_rows, c, mask, 0.0)
             y = load_tile(y_rows, c, mask, 0.0)
             store_rows(gradients[0], rows, features, c, mask, across * y - by_x * x, CLASS_UNIT)

@@ -23,16 +23,13 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
-from .reductions import store_loss
+from .reductions import gradient_scale, row_scale, store_loss
 from .rows import (
-    block_of_classes,
-    block_of_rows,
+    class_block,
+    contiguous_block,
     contiguous_rows,
     first_pass,
-    gradient_scale,
     load_tile,
-    multiple,
-    row_scale,
     scalar,
     store_rows,
 )
@@ -92,8 +89,7 @@ def kl_div_kernel(
     """
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = student.dtype.element_ty.primitive_bitwidth > 16
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
     scale = row_scale(token_weight, denominator, rows, in_bounds, A)
     counted = in_bounds & (row_scale(token_weight, None, rows, in_bounds, A) != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
@@ -106,7 +102,7 @@ def kl_div_kernel(
     of_student = tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
         p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, EXACT, SCALE)
         q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, EXACT, SCALE)
         s, r = ratios(log_p, log_q, beta, KIND, EXACT)
@@ -122,7 +118,7 @@ def kl_div_kernel(
         value = mean if KIND == REVERSE else scalar(beta, A) * value + share * mean
         if grad is not None:
             for start in range(0, classes, BLOCK):
-                c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+                c, mask = class_block(start, classes, in_bounds, BLOCK)
                 p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, EXACT, SCALE)
                 q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, EXACT, SCALE)
                 s, r = ratios(log_p, log_q, beta, KIND, EXACT)

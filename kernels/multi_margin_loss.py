@@ -14,8 +14,6 @@ with every target:
 Shapes: x is (n, C), contiguous; targets are (n), or contiguous (n, C). Bytes: x and the targets are
 read once, the gradient is written once.
 
-A class index that is out of range gives a loss of NaN and a gradient of zero.
-
 torch: F.multi_margin_loss(x, t, p=..., margin=..., weight=..., reduction=...)
        F.multilabel_margin_loss(x, t, reduction=...)
 """
@@ -25,18 +23,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reductions import store_loss
+from .reductions import gradient_scale, read_target, row_scale, store_loss
 from .rows import (
-    block_of_classes,
-    block_of_rows,
+    class_block,
+    contiguous_block,
     contiguous_rows,
-    gradient_scale,
     load_scaled,
     load_tile,
-    multiple,
     pointers,
-    read_target,
-    row_scale,
     scalar,
     store_rows,
 )
@@ -61,8 +55,7 @@ def multi_margin_kernel(
     CLASS_UNIT: tl.constexpr = 1,
 ):
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
     invalid = in_bounds & (valid == 0)  # there is no ignore_index
     scale = row_scale(None, denominator, rows, in_bounds, A)
@@ -74,7 +67,7 @@ def multi_margin_kernel(
     losses = tl.zeros([ROWS, BLOCK], A)
     slopes = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
         z = load_tile(x_rows, c, mask & valid[:, None], -float("inf")) + slack[:, None]
         z = tl.where((z > 0.0) & (c[None, :] != label[:, None]), z, 0.0)  # 0 for NaN, as in torch
         slope = z if SQUARED else tl.where(z > 0.0, 1.0, 0.0).to(A)
@@ -110,11 +103,10 @@ def multilabel_margin_kernel(
     Rows are kept in registers, because the gradient of a target is a sum over all classes.
     """
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
     x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
     targets = contiguous_rows(target, rows, classes, CLASS_UNIT)
-    c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
+    c, mask = class_block(0, classes, in_bounds, BLOCK)
     label = tl.load(pointers(targets, c), mask=mask, other=-1)
     wrong = (label < -1) | (label >= classes)
     invalid = tl.max(wrong.to(tl.int32), 1) > 0

@@ -6,8 +6,6 @@
 Shapes: x is (outer, classes, inner) with any strides. Bytes: one element per row is read, and one
 element of the gradient is written, which has been filled with zeros.
 
-A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero.
-
 torch: F.nll_loss(x, t, weight, ignore_index=..., reduction=...)
 """
 
@@ -16,8 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reductions import read_rows, store_loss
-from .rows import gradient_scale
+from .reductions import gradient_scale, read_rows, store_loss
 
 
 @triton.jit(do_not_specialize=["n", "ignore_index"])

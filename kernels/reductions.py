@@ -1,4 +1,4 @@
-"""Deterministic sums over a tensor in float64, and multiplication in place.
+"""Targets and weights of rows; deterministic sums in float64; multiplication in place.
 
     count    out = sum_i [t_i counts] weight[t_i] token_weight_i            reads 8 bytes a target
     scale    x *= factor                                reads and writes x; nothing if factor is 1
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .rows import read_target, row_scale
 
 
 @triton.jit
@@ -54,6 +52,57 @@ def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.con
             tl.store(loss + rows, value, mask=in_bounds)
         else:
             add_up(tl.sum(tl.where(in_bounds, value, 0.0)), loss)
+
+
+# ---- targets, weights and scales of rows ---------------------------------------------------------
+
+
+@triton.jit
+def read_target(target, weight, rows, in_bounds, classes, ignore_index):
+    """Returns the class index, whether it is valid, whether it is out of range, and its weight.
+
+    Raising an error for an index out of range would require a synchronisation with the GPU. The
+    loss of such a row is NaN, its gradient zero. If target is None, all rows are valid.
+    """
+    label, counted, valid = tl.full(rows.shape, -1, tl.int64), in_bounds, in_bounds
+    if target is not None:
+        label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
+        counted = in_bounds & (label != ignore_index)
+        valid = counted & (label >= 0) & (label < classes)
+    target_weight = tl.where(valid, 1.0, 0.0)
+    if target is not None and weight is not None:
+        target_weight = tl.load(weight + label, mask=valid, other=0.0)
+    return label, valid, counted & (valid == 0), target_weight
+
+
+@triton.jit
+def class_weight(weight, c, classes, first_class):
+    """Returns the class weights of a tile as a row; 1 if weight is None."""
+    row = 1.0
+    if weight is not None:
+        row = tl.load(weight + first_class + c, mask=c < classes, other=0.0)[None, :]
+    return row
+
+
+@triton.jit
+def row_scale(token_weight, denominator, rows, counted, A: tl.constexpr):
+    """Returns token_weight / denominator; the denominator is None, an int or a pointer."""
+    scale = tl.where(counted, 1.0, 0.0).to(A)
+    if token_weight is not None:
+        scale = tl.load(token_weight + rows, mask=counted, other=0.0)
+    if denominator is not None:
+        if denominator.dtype.is_ptr():
+            denominator = tl.load(denominator)
+        scale /= denominator.to(A)
+    return scale
+
+
+@triton.jit
+def gradient_scale(scale, grad_output, rows, mask, EACH: tl.constexpr):
+    """Returns scale * grad_output, which has an element for each row if EACH, else one."""
+    if grad_output is not None:
+        scale *= tl.load(grad_output + rows, mask=mask, other=0.0) if EACH else tl.load(grad_output)
+    return scale
 
 
 @triton.jit
@@ -97,6 +146,9 @@ def read_rows(
             denominator = tl.sum(total)
     scale = row_scale(token_weight, denominator, rows, valid | invalid, A)
     return label, valid, invalid, target_weight.to(A), scale
+
+
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["ignore_index", "classes"])

@@ -23,28 +23,18 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log, tanh
+from .reductions import class_weight, read_target
 from .rows import (
     DROP,
-    block_of_classes,
-    block_of_rows,
-    class_weight,
+    class_block,
+    contiguous_block,
     contiguous_rows,
     finite_or_zero,
     load_scaled,
-    multiple,
     pointers,
-    read_target,
     scalar,
     store_rows,
 )
-
-
-@triton.jit
-def read_label(target, rows, in_bounds, classes, first_class, vocabulary, ignore_index):
-    """Returns the target's index, and masks: in this range of classes, valid, and out of range."""
-    label, valid, invalid, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
-    label -= first_class
-    return label, valid & (label >= 0) & (label < classes), valid, invalid
 
 
 @triton.jit
@@ -106,11 +96,10 @@ def row_state_kernel(
     CONTINUES: whether to continue from state, which holds the state of the preceding classes.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
-    label, has_target, valid, invalid = read_label(
-        target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
-    )
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    label, valid, invalid, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
+    label -= first_class
+    has_target = valid & (label >= 0) & (label < classes)
     x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
     at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
@@ -129,7 +118,7 @@ def row_state_kernel(
         old_logit = load_field(at, step, 6, in_bounds)
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
         x, _slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
@@ -213,11 +202,10 @@ def row_gradients_kernel(
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
-    label, has_target, valid, _ = read_label(
-        target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
-    )
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    label, valid, _, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
+    label -= first_class
+    has_target = valid & (label >= 0) & (label < classes)
     x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
     at, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
     g_log_p = load_field(gradient_at, strides[3], 0, valid).to(A)
@@ -234,7 +222,7 @@ def row_gradients_kernel(
     if RESULTS > 3:
         g_smooth = load_field(gradient_at, strides[3], 3, valid).to(A)[:, None]
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
         x, slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         y = x - pivot[:, None]
         y = tl.where(y < -1000.0, -1000.0, y)  # 0 * inf would be NaN; keeps NaN of a and b

@@ -33,11 +33,19 @@ def multiple(n, UNIT: tl.constexpr):
 
 
 @triton.jit
-def block_of_rows(inner, ROWS: tl.constexpr):
-    """Returns the outer index and the inner indices of a program's rows, and a bounds mask."""
+def row_block(inner, classes, ROWS, INNER_UNIT, CLASS_UNIT):
+    """Returns a program's outer index and inner indices, a bounds mask, and the aligned sizes."""
+    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
     blocks = tl.cdiv(inner, ROWS)
     lanes = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    return (tl.program_id(0) // blocks).to(tl.int64), lanes, lanes < inner
+    return (tl.program_id(0) // blocks).to(tl.int64), lanes, lanes < inner, inner, classes
+
+
+@triton.jit
+def contiguous_block(n, classes, ROWS, CLASS_UNIT):
+    """Returns the results of `row_block` for contiguous classes, without outer indices."""
+    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, 1, CLASS_UNIT)
+    return rows, in_bounds, classes
 
 
 @triton.jit
@@ -60,7 +68,7 @@ def contiguous_rows(x, rows, stride, CLASS_UNIT: tl.constexpr):
 
 
 @triton.jit
-def block_of_classes(start, classes, counted, BLOCK: tl.constexpr):
+def class_block(start, classes, counted, BLOCK: tl.constexpr):
     """Returns the class indices of the next tile, and its mask: in bounds, and the row counts."""
     c = start + tl.arange(0, BLOCK)
     return c, counted[:, None] & (c < classes)[None, :]
@@ -115,7 +123,7 @@ def first_pass(rows, classes, counted, BLOCK: tl.constexpr, SCALE: tl.constexpr 
     maximum = tl.full([counted.shape[0]], -float("inf"), A)
     total = tl.zeros([counted.shape[0], BLOCK], A)  # of each element of a tile, for less shuffles
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, counted, BLOCK)
+        c, mask = class_block(start, classes, counted, BLOCK)
         x = load_tile(rows, c, mask, -float("inf"), SCALE, KEEP)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
@@ -123,53 +131,3 @@ def first_pass(rows, classes, counted, BLOCK: tl.constexpr, SCALE: tl.constexpr 
         total += exp_nonpositive(x - pivot[:, None], EXACT)
         maximum = higher
     return finite_or_zero(maximum), tl.sum(total, 1)
-
-
-# ---- losses over classes -------------------------------------------------------------------------
-
-
-@triton.jit
-def read_target(target, weight, rows, in_bounds, classes, ignore_index):
-    """Returns the class index, whether it is valid, whether it is out of range, and its weight.
-
-    If target is None, all rows are valid, without a class.
-    """
-    label, counted, valid = tl.full(rows.shape, -1, tl.int64), in_bounds, in_bounds
-    if target is not None:
-        label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
-        counted = in_bounds & (label != ignore_index)
-        valid = counted & (label >= 0) & (label < classes)
-    target_weight = tl.where(valid, 1.0, 0.0)
-    if target is not None and weight is not None:
-        target_weight = tl.load(weight + label, mask=valid, other=0.0)
-    return label, valid, counted & (valid == 0), target_weight
-
-
-@triton.jit
-def class_weight(weight, c, classes, first_class):
-    """Returns the class weights of a tile as a row; 1 if weight is None."""
-    row = 1.0
-    if weight is not None:
-        row = tl.load(weight + first_class + c, mask=c < classes, other=0.0)[None, :]
-    return row
-
-
-@triton.jit
-def row_scale(token_weight, denominator, rows, counted, A: tl.constexpr):
-    """Returns token_weight / denominator; the denominator is None, an int or a pointer."""
-    scale = tl.where(counted, 1.0, 0.0).to(A)
-    if token_weight is not None:
-        scale = tl.load(token_weight + rows, mask=counted, other=0.0)
-    if denominator is not None:
-        if denominator.dtype.is_ptr():
-            denominator = tl.load(denominator)
-        scale /= denominator.to(A)
-    return scale
-
-
-@triton.jit
-def gradient_scale(scale, grad_output, rows, mask, EACH: tl.constexpr):
-    """Returns scale * grad_output, which has an element for each row if EACH, else one."""
-    if grad_output is not None:
-        scale *= tl.load(grad_output + rows, mask=mask, other=0.0) if EACH else tl.load(grad_output)
-    return scale
