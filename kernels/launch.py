@@ -130,7 +130,7 @@ class Launch:
             self.by_triton(programs, arguments)
             return
         active = driver.active
-        device = active.get_current_device()
+        device = index if index >= 0 else active.get_current_device()
         target = backend()
         key = device, *map(specialize, repeat(target), arguments, *SPECIALIZED)
         compiled = self.compiled.get(key)
