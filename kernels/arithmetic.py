@@ -152,6 +152,12 @@ def normal_cdf(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def widened(x):
+    """Converts half precision to float32."""
+    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+@triton.jit
 def read(tensor, k: tl.constexpr, i, n, columns, strides):
     """Loads elements i of operand k as float32 or float64; 0 for i >= n; None if tensor is None.
 
@@ -165,6 +171,5 @@ def read(tensor, k: tl.constexpr, i, n, columns, strides):
             i = i.to(n.dtype)  # 64-bit division only from 2**31 elements on
             row, column = (i // columns).to(tl.int64), (i % columns).to(tl.int64)
             i = row * strides[2 * k] + column * strides[2 * k + 1]
-        value = tl.load(tensor + i, mask=mask, other=0.0)
-        value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
+        value = widened(tl.load(tensor + i, mask=mask, other=0.0))
     return value

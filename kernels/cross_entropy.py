@@ -10,14 +10,11 @@
 w are the class weights. x is SCALE times the logits, so their gradient is SCALE dloss/dx. With
 gamma (class index, no smoothing), the loss is w_t (1 - p_t)^gamma nll with nll = lse - x_t, and
 dloss/dx_c is w_t (p_c - [c = t]) times the derivative of (1 - p_t)^gamma nll by nll.
-The loss and the gradient of a row are multiplied by `row_weight` and divided by `denominator`.
+The loss and the gradient of a row are multiplied by `token_weight` and divided by `denominator`.
 
 Shapes: see `rows.py`; row outer_index * inner + inner_index has one target.
 Bytes: `row_kernel` reads logits once and writes the gradient once. `two_pass_kernel` reads logits
 twice and probabilities three times, mostly from cache after the first time.
-
-A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero,
-because raising an error would require a synchronisation with the GPU.
 
 torch: F.cross_entropy(x, t, w, ignore_index=..., label_smoothing=..., reduction=...)
 """
@@ -28,20 +25,19 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log, tanh
-from .reductions import read_rows, store_loss
+from .reductions import class_weight, gradient_scale, read_rows, store_loss
 from .rows import (
     DROP,
-    block_of_classes,
-    block_of_rows,
-    class_weight,
+    class_block,
+    contiguous_block,
     contiguous_rows,
     finite_or_zero,
     first_pass,
     load_scaled,
-    multiple,
-    pointers,
-    row_scale,
+    load_tile,
+    row_block,
     scalar,
+    store_tile,
     strided_rows,
 )
 
@@ -59,14 +55,18 @@ def focal(nll, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def index_terms(nll, lse, index_weight, z_loss, GAMMA: tl.constexpr):
+def index_terms(
+    target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA: tl.constexpr
+):
     """Returns the loss, q_t of the gradient, and dloss/dlse, all without smoothing."""
+    index_weight = scalar(1.0 - smoothing, target_weight.dtype) * target_weight
+    nll = maximum - target_logit + log_total
     loss = index_weight * nll
     if GAMMA > 0.0:
         power, derivative = focal(nll, GAMMA)
         loss *= power
         index_weight *= derivative
-    squared, slope = squared_lse(lse, z_loss)
+    squared, slope = squared_lse(maximum + log_total, z_loss)
     return loss + squared, index_weight, index_weight + slope
 
 
@@ -86,10 +86,11 @@ def row_kernel(
     logits,
     target,
     weight,
-    row_weight,
+    token_weight,
     denominator,
+    grad_output,
     loss,
-    grad,
+    gradients,
     n,
     classes,
     strides,
@@ -106,37 +107,38 @@ def row_kernel(
 ):
     """Computes the loss of class indices for n rows of at most BLOCK contiguous classes.
 
-    strides: the row strides of logits and of grad.
+    strides: the row strides of logits and of their gradient, gradients[0].
     DENSE: whether there is label smoothing.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    grad = gradients[0]
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
     label, valid, invalid, target_weight, scale = read_rows(
-        target, weight, row_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
+        target, weight, token_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
     )
     x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
     c = tl.arange(0, BLOCK)
     mask = (c < classes)[None, :]
-    x = load_scaled(pointers(x_rows, c), mask & valid[:, None], -float("inf"), A, SCALE)
-    target_logit = load_scaled(x_rows[0] + label, valid, 0.0, A, SCALE)
+    x = load_tile(x_rows, c, mask & valid[:, None], -float("inf"), SCALE)
+    target_logit = load_scaled(x_rows[0] + label, valid, 0.0, SCALE)
 
     maximum = finite_or_zero(tl.max(x, 1))
     x -= maximum[:, None]
     e = exp_nonpositive(x, logits.dtype.element_ty.primitive_bitwidth > 16)
     total = tl.sum(e, 1)
     log_total = tl.log(total)
-    index_weight = scalar(1.0 - smoothing, A) * target_weight
     value, index_weight, slope = index_terms(
-        maximum - target_logit + log_total, maximum + log_total, index_weight, z_loss, GAMMA
+        target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA
     )
-    smooth_weight = scalar(smoothing, A) / classes
+    smoothing = scalar(smoothing, A)
+    smooth_weight = smoothing / classes
     if DENSE:
         distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
         value += smooth_weight * distance
-        slope += scalar(smoothing, A)
+        slope += smoothing
     if grad is not None:
-        grad_scale = tl.where(valid, scale * SCALE, 0.0)
+        grad_scale = gradient_scale(scale, grad_output, rows, valid, EACH)
+        grad_scale = tl.where(valid, grad_scale * SCALE, 0.0)
         factor = tl.where(valid, slope * grad_scale / total, 0.0)
         gradient = e * factor[:, None]
         if DENSE:
@@ -145,24 +147,21 @@ def row_kernel(
         gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
         tl.debug_barrier()  # inplace: threads read the target logit before it is overwritten
         to = contiguous_rows(grad, rows, strides[1], CLASS_UNIT)
-        tl.store(pointers(to, c), gradient, mask=mask & in_bounds[:, None])
-    if loss is not None:  # last, because the sum of parts would keep the tile in registers
-        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+        store_tile(to, c, mask & in_bounds[:, None], gradient)
+    # last, because the sum of parts would keep the tile in registers
+    store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
 
 
 # ---- long rows, other strides, class probabilities -----------------------------------------------
 
 
 @triton.jit
-def weights_of_classes(
-    y_rows, weight, c, mask, classes, smoothing, A: tl.constexpr, INDICES: tl.constexpr
-):
-    """Returns q_c without the [c = t] term; 0 outside of the mask."""
-    q = scalar(smoothing, A) / classes
-    if not INDICES:
-        y = tl.load(pointers(y_rows, c), mask=mask, other=0.0).to(A)
-        q += scalar(1.0 - smoothing, A) * y
-    return tl.where(mask, q * class_weight(weight, c, classes, 0, A), 0.0)
+def weights_of_classes(y_rows, weight, c, mask, classes, smoothing):
+    """Returns q_c without the [c = t] term, where y_rows is None; 0 outside of the mask."""
+    q = smoothing / classes
+    if y_rows is not None:
+        q += (1.0 - smoothing) * load_tile(y_rows, c, mask, 0.0)
+    return tl.where(mask, q * class_weight(weight, c, classes, 0), 0.0)
 
 
 @triton.jit(do_not_specialize=["denominator", "ignore_index"])
@@ -170,11 +169,11 @@ def two_pass_kernel(
     logits,
     target,
     weight,
-    row_weight,
+    token_weight,
     denominator,
+    grad_output,
     loss,
-    grad,
-    grad_target,
+    gradients,
     inner,
     classes,
     strides,
@@ -192,69 +191,61 @@ def two_pass_kernel(
 ):
     """Computes the loss of class indices or class probabilities, for any strides.
 
-    strides: the outer, inner and class strides of logits and grad, and of probabilities and their
-        gradient.
+    gradients: of logits and of probabilities, each a tensor or None.
+    strides: the outer, inner and class strides of logits and their gradient, and of probabilities
+        and their gradient.
     DENSE: whether q_c may be nonzero for every class, because of smoothing or probabilities.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     INDICES: tl.constexpr = target.dtype.element_ty == tl.int64
-    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
-    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    smoothing, z_loss = scalar(smoothing, A), scalar(z_loss, A)
+    grad, grad_target = gradients
+    outer, lanes, in_bounds, inner, classes = row_block(
+        inner, classes, ROWS, INNER_UNIT, CLASS_UNIT
+    )
     rows = outer * inner + lanes
     x_rows = strided_rows(logits, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
-    if INDICES:
-        label, valid, invalid, target_weight, scale = read_rows(
-            target,
-            weight,
-            row_weight,
-            denominator,
-            rows,
-            in_bounds,
-            inner,
-            classes,
-            ignore_index,
-            A,
-        )
-        label = label.to(tl.int32)
-        of_target = x_rows[0] + label.to(tl.int64) * x_rows[1]
-        target_logit = load_scaled(of_target, valid, 0.0, A, SCALE)
-        y_rows = x_rows
-    else:
-        valid, invalid = in_bounds, rows < 0
-        scale = row_scale(row_weight, denominator, rows, in_bounds, A)
+    indices, y_rows = target, None
+    if not INDICES:
+        indices = None
         y_rows = strided_rows(target, outer, lanes, strides, 6, INNER_UNIT, CLASS_UNIT)
+    label, valid, invalid, target_weight, scale = read_rows(
+        indices, weight, token_weight, denominator, rows, in_bounds, inner, classes, ignore_index, A
+    )
+    label = label.to(tl.int32)
+    if INDICES:
+        of_target = x_rows[0] + label.to(tl.int64) * x_rows[1]
+        target_logit = load_scaled(of_target, valid, 0.0, SCALE)
     read = valid if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
-    maximum, total = first_pass(x_rows, classes, read, A, EXACT, ROWS, BLOCK, SCALE)
+    maximum, total = first_pass(x_rows, classes, read, BLOCK, SCALE)
     log_total = tl.log(total)
     if INDICES:
-        nll = maximum - target_logit + log_total
-        index_weight = scalar(1.0 - smoothing, A) * target_weight
         value, index_weight, slope = index_terms(
-            nll, maximum + log_total, index_weight, z_loss, GAMMA
+            target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA
         )
     else:
         value, slope = squared_lse(maximum + log_total, z_loss)
     if INDICES and DENSE and weight is None:
-        slope += scalar(smoothing, A)
+        slope += smoothing
     elif DENSE and grad is not None:
         sums = tl.zeros([ROWS, BLOCK], A)
         for start in range(0, classes, BLOCK):
-            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            sums += weights_of_classes(y_rows, weight, c, mask, classes, smoothing, A, INDICES)
+            c, mask = class_block(start, classes, in_bounds, BLOCK)
+            sums += weights_of_classes(y_rows, weight, c, mask, classes, smoothing)
         slope += tl.sum(sums, 1)
     if DENSE or grad is not None:
-        grad_scale = scale * SCALE
+        target_scale = gradient_scale(scale, grad_output, rows, in_bounds, EACH)
+        grad_scale = target_scale * SCALE
         factor = slope * grad_scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
         tl.debug_barrier()  # inplace: wait for the loads before overwriting
         for start in range(0, classes, BLOCK):
-            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            at = pointers(x_rows, c)
-            x = load_scaled(at, mask & read[:, None], 0.0, A, SCALE, DROP) - maximum[:, None]
+            c, mask = class_block(start, classes, in_bounds, BLOCK)
+            x = load_tile(x_rows, c, mask & read[:, None], 0.0, SCALE, DROP) - maximum[:, None]
             of_weights = 0.0
             if DENSE:
-                q = weights_of_classes(y_rows, weight, c, mask, classes, smoothing, A, INDICES)
+                q = weights_of_classes(y_rows, weight, c, mask, classes, smoothing)
                 away = log_total[:, None] - x
                 distance += tl.where(mask, q * away, 0.0)
                 of_weights = q * grad_scale[:, None]
@@ -265,11 +256,10 @@ def two_pass_kernel(
                 gradient = tl.where(valid[:, None], gradient, 0.0)
             if grad is not None:
                 to = strided_rows(grad, outer, lanes, strides, 3, INNER_UNIT, CLASS_UNIT)
-                tl.store(pointers(to, c), gradient, mask=mask, eviction_policy=DROP)
+                store_tile(to, c, mask, gradient, DROP)
             if grad_target is not None:
-                share = scalar(1.0 - smoothing, A) * class_weight(weight, c, classes, 0, A)
+                share = (1.0 - smoothing) * class_weight(weight, c, classes, 0)
                 to = strided_rows(grad_target, outer, lanes, strides, 9, INNER_UNIT, CLASS_UNIT)
-                tl.store(pointers(to, c), away * share * scale[:, None], mask=mask)
+                store_tile(to, c, mask, away * share * target_scale[:, None])
         value += tl.sum(distance, 1)
-    if loss is not None:
-        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+    store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)

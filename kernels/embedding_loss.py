@@ -10,7 +10,8 @@
               dcos/dx = y / sqrt(X Y) - cos x / X,    dcos/dy = x / sqrt(X Y) - cos y / Y
 
 Shapes: (n, D) with contiguous features. Bytes: each input is read once, and a second time for
-gradients, mostly from cache; each gradient is written once.
+gradients, mostly from cache; each gradient is written once. The kernels take tuples of the inputs,
+of their row strides and of the gradients, which may be None.
 
 torch: F.triplet_margin_loss(x, y, z, margin=..., p=..., eps=..., swap=...)
        F.cosine_embedding_loss(x, y, target, margin=...)
@@ -22,18 +23,8 @@ import triton
 import triton.language as tl
 
 from .program import root, sign
-from .reductions import store_loss
-from .rows import (
-    block_of_classes,
-    block_of_rows,
-    contiguous_rows,
-    load_scaled,
-    multiple,
-    pointers,
-    row_scale,
-    scalar,
-    store_rows,
-)
+from .reductions import row_scale, store_loss
+from .rows import class_block, contiguous_block, contiguous_rows, load_tile, scalar, store_rows
 
 EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 rounded to float32, as in torch
 
@@ -62,17 +53,22 @@ def derivative(u, EUCLIDEAN: tl.constexpr):
     return u if EUCLIDEAN else sign(u)  # 0 for NaN, as in torch
 
 
+@triton.jit
+def differences(inputs, c, mask, eps):
+    """Returns u, v and w of a tile of features."""
+    x = load_tile(inputs[0], c, mask, 0.0)
+    y = load_tile(inputs[1], c, mask, 0.0)
+    z = load_tile(inputs[2], c, mask, 0.0)
+    return x - y + eps, x - z + eps, y - z + eps
+
+
 @triton.jit(do_not_specialize=["denominator"])
 def triplet_margin_kernel(
-    x,
-    y,
-    z,
+    inputs,
     grad_output,
     denominator,
     loss,
-    grad_x,
-    grad_y,
-    grad_z,
+    gradients,
     n,
     features,
     strides,
@@ -85,66 +81,57 @@ def triplet_margin_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    features = multiple(features, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
+    rows, in_bounds, features = contiguous_block(n, features, ROWS, CLASS_UNIT)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
-    x_rows = contiguous_rows(x, rows, strides[0], CLASS_UNIT)
-    y_rows = contiguous_rows(y, rows, strides[1], CLASS_UNIT)
-    z_rows = contiguous_rows(z, rows, strides[2], CLASS_UNIT)
-    shift = scalar(eps, A)
+    x_rows = contiguous_rows(inputs[0], rows, strides[0], CLASS_UNIT)
+    y_rows = contiguous_rows(inputs[1], rows, strides[1], CLASS_UNIT)
+    z_rows = contiguous_rows(inputs[2], rows, strides[2], CLASS_UNIT)
+    xyz = x_rows, y_rows, z_rows
+    eps = scalar(eps, A)
     uu = tl.zeros([ROWS, BLOCK], A)
     vv = tl.zeros([ROWS, BLOCK], A)
     ww = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, features, BLOCK):
-        c, mask = block_of_classes(start, features, in_bounds, BLOCK)
-        a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
-        b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
-        d = load_scaled(pointers(z_rows, c), mask, 0.0, A)
-        uu += size(a - b + shift, mask, EUCLIDEAN)
-        vv += size(a - d + shift, mask, EUCLIDEAN)
-        if SWAP:
-            ww += size(b - d + shift, mask, EUCLIDEAN)
-    u = distance(uu, EUCLIDEAN)
-    v = distance(vv, EUCLIDEAN)
-    w = distance(ww, EUCLIDEAN) if SWAP else v
-    nearest = tl.where((v < w) | (v != v), v, w)  # NaN if either is NaN
-    excess = scalar(margin, A) + u - nearest
-    if grad_x is not None or grad_y is not None or grad_z is not None:
+        c, mask = class_block(start, features, in_bounds, BLOCK)
+        u, v, w = differences(xyz, c, mask, eps)
+        uu += size(u, mask, EUCLIDEAN)
+        vv += size(v, mask, EUCLIDEAN)
+        ww += size(w, mask, EUCLIDEAN)
+    u_norm = distance(uu, EUCLIDEAN)
+    v_norm = distance(vv, EUCLIDEAN)
+    w_norm = distance(ww, EUCLIDEAN) if SWAP else v_norm
+    nearest = tl.where((v_norm < w_norm) | (v_norm != v_norm), v_norm, w_norm)  # NaN if either is
+    excess = scalar(margin, A) + u_norm - nearest
+    if gradients[0] is not None or gradients[1] is not None or gradients[2] is not None:
         slope = tl.where(excess >= 0.0, scale, 0.0)
-        half = tl.where(v == w, 0.5 * slope, slope) if SWAP else slope
-        by_u = factor(u, slope, EUCLIDEAN)
-        by_v = factor(v, tl.where(v > w, 0.0, half), EUCLIDEAN)
-        by_w = factor(w, tl.where(v < w, 0.0, half), EUCLIDEAN)
+        half = tl.where(v_norm == w_norm, 0.5 * slope, slope) if SWAP else slope
+        by_u = factor(u_norm, slope, EUCLIDEAN)
+        by_v = factor(v_norm, tl.where(v_norm > w_norm, 0.0, half), EUCLIDEAN)
+        by_w = factor(w_norm, tl.where(v_norm < w_norm, 0.0, half), EUCLIDEAN)
         for start in range(0, features, BLOCK):
-            c, mask = block_of_classes(start, features, in_bounds, BLOCK)
-            a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
-            b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
-            d = load_scaled(pointers(z_rows, c), mask, 0.0, A)
-            of_u = by_u * derivative(a - b + shift, EUCLIDEAN)
-            of_v = by_v * derivative(a - d + shift, EUCLIDEAN)
-            store_rows(grad_x, rows, features, c, mask, of_u - of_v, CLASS_UNIT)
+            c, mask = class_block(start, features, in_bounds, BLOCK)
+            u, v, w = differences(xyz, c, mask, eps)
+            of_u = by_u * derivative(u, EUCLIDEAN)
+            of_v = by_v * derivative(v, EUCLIDEAN)
+            store_rows(gradients[0], rows, features, c, mask, of_u - of_v, CLASS_UNIT)
             if SWAP:
-                of_w = by_w * derivative(b - d + shift, EUCLIDEAN)
+                of_w = by_w * derivative(w, EUCLIDEAN)
                 of_u += of_w
                 of_v += of_w
-            store_rows(grad_y, rows, features, c, mask, -of_u, CLASS_UNIT)
-            store_rows(grad_z, rows, features, c, mask, of_v, CLASS_UNIT)
-    if loss is not None:
-        value = tl.where(excess < 0.0, 0.0, excess)
-        store_loss(loss, value, scale, rows, in_bounds, in_bounds, rows < 0, EACH)
+            store_rows(gradients[1], rows, features, c, mask, -of_u, CLASS_UNIT)
+            store_rows(gradients[2], rows, features, c, mask, of_v, CLASS_UNIT)
+    value = tl.where(excess < 0.0, 0.0, excess)
+    store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, EACH)
 
 
 @triton.jit(do_not_specialize=["denominator"])
 def cosine_embedding_kernel(
-    x,
-    y,
-    target,
+    inputs,
     grad_output,
     denominator,
     loss,
-    grad_x,
-    grad_y,
+    gradients,
     n,
     features,
     strides,
@@ -154,42 +141,39 @@ def cosine_embedding_kernel(
     BLOCK: tl.constexpr,
     CLASS_UNIT: tl.constexpr = 1,
 ):
-    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    features = multiple(features, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
+    rows, in_bounds, features = contiguous_block(n, features, ROWS, CLASS_UNIT)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
-    x_rows = contiguous_rows(x, rows, strides[0], CLASS_UNIT)
-    y_rows = contiguous_rows(y, rows, strides[1], CLASS_UNIT)
-    label = tl.load(target + rows.to(tl.int64) * strides[2], mask=in_bounds, other=0.0)
-    same = label.to(A) == 1.0
-    different = label.to(A) == -1.0
+    x_rows = contiguous_rows(inputs[0], rows, strides[0], CLASS_UNIT)
+    y_rows = contiguous_rows(inputs[1], rows, strides[1], CLASS_UNIT)
+    label = tl.load(inputs[2] + rows.to(tl.int64) * strides[2], mask=in_bounds, other=0.0)
     xy = tl.zeros([ROWS, BLOCK], A)
     xx = tl.zeros([ROWS, BLOCK], A)
     yy = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, features, BLOCK):
-        c, mask = block_of_classes(start, features, in_bounds, BLOCK)
-        a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
-        b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
-        xy += a * b
-        xx += a * a
-        yy += b * b
+        c, mask = class_block(start, features, in_bounds, BLOCK)
+        x = load_tile(x_rows, c, mask, 0.0)
+        y = load_tile(y_rows, c, mask, 0.0)
+        xy += x * y
+        xx += x * x
+        yy += y * y
     of_x = tl.sum(xx, 1) + EPS
     of_y = tl.sum(yy, 1) + EPS
     norms = root(of_x) * root(of_y)  # root(of_x * of_y) could overflow
     cosine = tl.sum(xy, 1) / norms
     excess = cosine - scalar(margin, A)
-    if grad_x is not None or grad_y is not None:
-        slope = tl.where(same, -scale, tl.where(different & (excess >= 0.0), scale, 0.0))
+    if gradients[0] is not None or gradients[1] is not None:
+        other = tl.where((label == -1.0) & (excess >= 0.0), scale, 0.0)
+        slope = tl.where(label == 1.0, -scale, other)
         across = (slope / norms)[:, None]
         by_x = (slope * cosine / of_x)[:, None]
         by_y = (slope * cosine / of_y)[:, None]
         for start in range(0, features, BLOCK):
-            c, mask = block_of_classes(start, features, in_bounds, BLOCK)
-            a = load_scaled(pointers(x_rows, c), mask, 0.0, A)
-            b = load_scaled(pointers(y_rows, c), mask, 0.0, A)
-            store_rows(grad_x, rows, features, c, mask, across * b - by_x * a, CLASS_UNIT)
-            store_rows(grad_y, rows, features, c, mask, across * a - by_y * b, CLASS_UNIT)
-    if loss is not None:
-        above = tl.where(excess < 0.0, 0.0, excess)
-        value = tl.where(same, 1.0 - cosine, tl.where(different, above, 0.0))
-        store_loss(loss, value, scale, rows, in_bounds, in_bounds, rows < 0, EACH)
+            c, mask = class_block(start, features, in_bounds, BLOCK)
+            x = load_tile(x_rows, c, mask, 0.0)
+            y = load_tile(y_rows, c, mask, 0.0)
+            store_rows(gradients[0], rows, features, c, mask, across * y - by_x * x, CLASS_UNIT)
+            store_rows(gradients[1], rows, features, c, mask, across * x - by_y * y, CLASS_UNIT)
+    above = tl.where((label != -1.0) | (excess < 0.0), 0.0, excess)
+    value = tl.where(label == 1.0, 1.0 - cosine, above)
+    store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, EACH)

@@ -23,16 +23,13 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
-from .reductions import store_loss
+from .reductions import gradient_scale, row_scale, store_loss
 from .rows import (
-    block_of_classes,
-    block_of_rows,
+    class_block,
+    contiguous_block,
     contiguous_rows,
     first_pass,
-    load_scaled,
-    multiple,
-    pointers,
-    row_scale,
+    load_tile,
     scalar,
     store_rows,
 )
@@ -41,12 +38,12 @@ FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def log_softmax(rows, c, mask, state, A: tl.constexpr, EXACT: tl.constexpr, SCALE: tl.constexpr):
+def log_softmax(rows, c, mask, state, EXACT: tl.constexpr, SCALE: tl.constexpr):
     """Returns probabilities and their logarithms; 0 and -inf outside of the mask.
 
     state: the results of `first_pass`.
     """
-    x = load_scaled(pointers(rows, c), mask, -float("inf"), A, SCALE) - state[0][:, None]
+    x = load_tile(rows, c, mask, -float("inf"), SCALE) - state[0][:, None]
     return exp_nonpositive(x, EXACT) * (1.0 / state[1])[:, None], x - log(state[1])[:, None]
 
 
@@ -92,33 +89,27 @@ def kl_div_kernel(
     """
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = student.dtype.element_ty.primitive_bitwidth > 16
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
-    weight = row_scale(token_weight, denominator, rows, in_bounds, A)
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    scale = row_scale(token_weight, denominator, rows, in_bounds, A)
     counted = in_bounds & (row_scale(token_weight, None, rows, in_bounds, A) != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], CLASS_UNIT)
     y_rows = contiguous_rows(teacher, rows, strides[1], CLASS_UNIT)
-    of_x = first_pass(x_rows, classes, read, A, EXACT, ROWS, BLOCK, SCALE)
-    of_y = first_pass(y_rows, classes, read, A, EXACT, ROWS, BLOCK, SCALE)
-    scale = weight * SCALE
-    if grad_output is not None:
-        if EACH:
-            scale *= tl.load(grad_output + rows, mask=in_bounds, other=0.0)
-        else:
-            scale *= tl.load(grad_output)
+    of_x = first_pass(x_rows, classes, read, BLOCK, SCALE)
+    of_y = first_pass(y_rows, classes, read, BLOCK, SCALE)
+    grad_scale = gradient_scale(scale * SCALE, grad_output, rows, in_bounds, EACH)
     of_teacher = tl.zeros([ROWS, BLOCK], A)
     of_student = tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-        p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, A, EXACT, SCALE)
-        q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, A, EXACT, SCALE)
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
+        p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, EXACT, SCALE)
+        q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, EXACT, SCALE)
         s, r = ratios(log_p, log_q, beta, KIND, EXACT)
         of_teacher += tl.where(q == 0.0, 0.0, q * s)
         of_student += tl.where(p == 0.0, 0.0, p * r)
-        if grad is not None and KIND == FORWARD:
-            gradient = tl.where(counted[:, None], (p - q) * scale[:, None], 0.0)
+        if KIND == FORWARD:
+            gradient = tl.where(counted[:, None], (p - q) * grad_scale[:, None], 0.0)
             store_rows(grad, rows, strides[2], c, mask, gradient, CLASS_UNIT)
     value = tl.sum(of_teacher, 1)
     if KIND != FORWARD:
@@ -127,12 +118,11 @@ def kl_div_kernel(
         value = mean if KIND == REVERSE else scalar(beta, A) * value + share * mean
         if grad is not None:
             for start in range(0, classes, BLOCK):
-                c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-                p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, A, EXACT, SCALE)
-                q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, A, EXACT, SCALE)
+                c, mask = class_block(start, classes, in_bounds, BLOCK)
+                p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, EXACT, SCALE)
+                q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, EXACT, SCALE)
                 s, r = ratios(log_p, log_q, beta, KIND, EXACT)
-                gradient = p * (r - mean[:, None]) * (share * scale)[:, None]
+                gradient = p * (r - mean[:, None]) * (share * grad_scale)[:, None]
                 gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
                 store_rows(grad, rows, strides[2], c, mask, gradient, CLASS_UNIT)
-    if loss is not None:
-        store_loss(loss, value, weight, rows, in_bounds, counted, rows < 0, EACH)
+    store_loss(loss, value, scale, rows, in_bounds, counted, None, EACH)

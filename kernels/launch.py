@@ -114,8 +114,12 @@ class Launch:
         self.compiled: dict[Any, Any] = {}  # holds a reference, or Triton would unload the kernel
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        """Launches a one-dimensional grid on the device of the first argument, a tensor."""
-        index = arguments[0].get_device()
+        """Launches a one-dimensional grid on the device of the first argument.
+
+        It is a tensor or a tuple of tensors.
+        """
+        first = arguments[0]
+        index = (first[0] if isinstance(first, tuple) else first).get_device()
         if index >= 0 and index != driver.active.get_current_device():
             with torch.cuda.device(index):
                 self(programs, *arguments)
@@ -126,7 +130,7 @@ class Launch:
             self.by_triton(programs, arguments)
             return
         active = driver.active
-        device = active.get_current_device()
+        device = index if index >= 0 else active.get_current_device()
         target = backend()
         key = device, *map(specialize, repeat(target), arguments, *SPECIALIZED)
         compiled = self.compiled.get(key)

@@ -14,8 +14,6 @@ with every target:
 Shapes: x is (n, C), contiguous; targets are (n), or contiguous (n, C). Bytes: x and the targets are
 read once, the gradient is written once.
 
-A class index that is out of range gives a loss of NaN and a gradient of zero.
-
 torch: F.multi_margin_loss(x, t, p=..., margin=..., weight=..., reduction=...)
        F.multilabel_margin_loss(x, t, reduction=...)
 """
@@ -25,16 +23,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reductions import store_loss
+from .reductions import gradient_scale, read_target, row_scale, store_loss
 from .rows import (
-    block_of_classes,
-    block_of_rows,
+    class_block,
+    contiguous_block,
     contiguous_rows,
     load_scaled,
-    multiple,
+    load_tile,
     pointers,
-    read_target,
-    row_scale,
     scalar,
     store_rows,
 )
@@ -45,8 +41,8 @@ def multi_margin_kernel(
     x,
     target,
     weight,
-    row_weight,
     denominator,
+    grad_output,
     loss,
     grad,
     n,
@@ -59,21 +55,20 @@ def multi_margin_kernel(
     CLASS_UNIT: tl.constexpr = 1,
 ):
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
     invalid = in_bounds & (valid == 0)  # there is no ignore_index
-    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
+    scale = row_scale(None, denominator, rows, in_bounds, A)
     x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
-    slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0, A)
+    slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0)
     share = target_weight.to(A) / classes
-    factor = tl.where(valid, share * scale, 0.0) * (2.0 if SQUARED else 1.0)
+    factor = share * gradient_scale(scale, grad_output, rows, valid, EACH)
+    factor = tl.where(valid, factor, 0.0) * (2.0 if SQUARED else 1.0)
     losses = tl.zeros([ROWS, BLOCK], A)
     slopes = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-        z = load_scaled(pointers(x_rows, c), mask & valid[:, None], -float("inf"), A)
-        z += slack[:, None]
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
+        z = load_tile(x_rows, c, mask & valid[:, None], -float("inf")) + slack[:, None]
         z = tl.where((z > 0.0) & (c[None, :] != label[:, None]), z, 0.0)  # 0 for NaN, as in torch
         slope = z if SQUARED else tl.where(z > 0.0, 1.0, 0.0).to(A)
         losses += z * z if SQUARED else z
@@ -84,17 +79,16 @@ def multi_margin_kernel(
         tl.debug_barrier()
         to = contiguous_rows(grad, rows, classes, CLASS_UNIT)
         tl.store(to[0] + label, -tl.sum(slopes, 1) * factor, mask=valid)
-    if loss is not None:
-        value = share * tl.sum(losses, 1)
-        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+    value = share * tl.sum(losses, 1)
+    store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
 
 
 @triton.jit(do_not_specialize=["denominator"])
 def multilabel_margin_kernel(
     x,
     target,
-    row_weight,
     denominator,
+    grad_output,
     loss,
     grad,
     n,
@@ -109,11 +103,10 @@ def multilabel_margin_kernel(
     Rows are kept in registers, because the gradient of a target is a sum over all classes.
     """
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
     x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
     targets = contiguous_rows(target, rows, classes, CLASS_UNIT)
-    c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
+    c, mask = class_block(0, classes, in_bounds, BLOCK)
     label = tl.load(pointers(targets, c), mask=mask, other=-1)
     wrong = (label < -1) | (label >= classes)
     invalid = tl.max(wrong.to(tl.int32), 1) > 0
@@ -124,19 +117,18 @@ def multilabel_margin_kernel(
     for k in range(most):
         t = tl.load(targets[0] + k, mask=k < end, other=-1)
         is_target |= c[None, :] == t[:, None]
-    z = load_scaled(pointers(x_rows, c), mask, 0.0, A)
-    z = tl.where(is_target, -float("inf"), z)
+    z = tl.where(is_target, -float("inf"), load_tile(x_rows, c, mask, 0.0))
     losses = tl.zeros([ROWS, BLOCK], A)
     slopes = tl.zeros([ROWS, BLOCK], A)
     for k in range(most):
         t = tl.load(targets[0] + k, mask=k < end, other=-1)
-        slack = 1.0 - load_scaled(x_rows[0] + t, k < end, float("inf"), A)
+        slack = 1.0 - load_scaled(x_rows[0] + t, k < end, float("inf"))
         above = z + slack[:, None] > 0.0  # False for NaN, as in torch
         losses += tl.where(above, z + slack[:, None], 0.0)
         slope = tl.where(above, 1.0, 0.0).to(A)
         slopes += slope - tl.where(c[None, :] == t[:, None], tl.sum(slope, 1)[:, None], 0.0)
-    scale = row_scale(row_weight, denominator, rows, in_bounds, A)
-    store_rows(grad, rows, classes, c, mask, slopes * (scale / classes)[:, None], CLASS_UNIT)
-    if loss is not None:
-        value = tl.sum(losses, 1) / classes
-        store_loss(loss, value, scale, rows, in_bounds, in_bounds & (invalid == 0), invalid, EACH)
+    scale = row_scale(None, denominator, rows, in_bounds, A)
+    factor = gradient_scale(scale, grad_output, rows, in_bounds, EACH) / classes
+    store_rows(grad, rows, classes, c, mask, slopes * factor[:, None], CLASS_UNIT)
+    value = tl.sum(losses, 1) / classes
+    store_loss(loss, value, scale, rows, in_bounds, in_bounds & (invalid == 0), invalid, EACH)

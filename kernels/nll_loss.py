@@ -1,12 +1,10 @@
 """The negative log-likelihood of class indices t, given log-probabilities x.
 
     loss       = -weight_t x_t / denominator
-    dloss/dx_c = -weight_t [c = t] row_weight / denominator
+    dloss/dx_c = -weight_t [c = t] grad_output / denominator
 
 Shapes: x is (outer, classes, inner) with any strides. Bytes: one element per row is read, and one
 element of the gradient is written, which has been filled with zeros.
-
-A class index that is neither in [0, C) nor ignored gives a loss of NaN and a gradient of zero.
 
 torch: F.nll_loss(x, t, weight, ignore_index=..., reduction=...)
 """
@@ -16,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reductions import read_rows, store_loss
+from .reductions import gradient_scale, read_rows, store_loss
 
 
 @triton.jit(do_not_specialize=["n", "ignore_index"])
@@ -24,8 +22,8 @@ def nll_kernel(
     x,
     target,
     weight,
-    row_weight,
     denominator,
+    grad_output,
     loss,
     grad,
     n,
@@ -45,7 +43,7 @@ def nll_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_bounds = rows < n
     label, valid, invalid, target_weight, scale = read_rows(
-        target, weight, row_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
+        target, weight, None, denominator, rows, in_bounds, n, classes, ignore_index, A
     )
     outer, lanes = rows // inner, rows % inner
     if loss is not None:
@@ -54,4 +52,5 @@ def nll_kernel(
         store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
     if grad is not None:
         offsets = outer * grad_strides[0] + lanes * grad_strides[1] + label * grad_strides[2]
-        tl.store(grad + offsets, -target_weight * scale, mask=valid)
+        grad_scale = gradient_scale(scale, grad_output, rows, valid, EACH)
+        tl.store(grad + offsets, -target_weight * grad_scale, mask=valid)

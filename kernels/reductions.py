@@ -1,14 +1,13 @@
-"""Deterministic sums over a tensor in float64, and multiplication in place.
+"""Targets and weights of rows; deterministic sums in float64; multiplication in place.
 
-    sum      out = sum_i parts_i                                            reads 8 bytes a part
     count    out = sum_i [t_i counts] weight[t_i] token_weight_i            reads 8 bytes a target
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
 Each program stores one partial sum. The last program to arrive adds them up in the order of program
-ids, so results are bitwise reproducible. In large calls, `sum_kernel` adds them up instead, because
-of contention on the arrival counter.
+ids, so results are bitwise reproducible. In large calls, torch adds them up instead, because of
+contention on the arrival counter.
 
-torch: parts.sum(), weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
+torch: weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
 
 from __future__ import annotations
@@ -16,54 +15,94 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import read_target, row_scale
-
-
-@triton.jit
-def sum_of_parts(parts, first, last, BLOCK: tl.constexpr):
-    """Returns the sum of parts[first:last], bypassing L1, which may hold stale values."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(first, last, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        part = tl.load(parts + i, mask=i < last, other=0.0, cache_modifier=".cg")
-        total += part.to(tl.float64)
-    return tl.sum(total)
-
-
-@triton.jit(do_not_specialize=["n"])
-def sum_kernel(parts, out, n, BLOCK: tl.constexpr):
-    """Computes out[k], the sum of the k-th contiguous chunk of parts; one chunk per program."""
-    share = tl.cdiv(n, tl.num_programs(0))
-    first = tl.program_id(0).to(tl.int64) * share
-    total = sum_of_parts(parts, first, tl.minimum(first + share, n), BLOCK)
-    tl.store(out + tl.program_id(0), total)
-
 
 @triton.jit
 def add_up(part, reduced):
     """Stores a program's partial sum. The last program to arrive adds up all partial sums.
 
-    reduced: the sum, the partial sums, and an arrival counter that is 0 at launch. Without a
-        counter, the partial sums are not added up.
+    reduced: the partial sums, and the sum. If there is a sum, an arrival counter follows the
+        partial sums, which is 0 at launch. Else the partial sums are not added up.
     """
-    parts = reduced[1]
+    parts = reduced[0]
     tl.store(parts + tl.program_id(0), part)
-    if len(reduced) > 2:
+    if len(reduced) > 1:
         programs = tl.num_programs(0)
+        counter = (parts + programs).to(tl.pointer_type(tl.int32), bitcast=True)
         tl.debug_barrier()
         # Releases this partial sum, and acquires the partial sums of earlier arrivals.
-        if tl.atomic_add(reduced[2], 1, sem="acq_rel") == programs - 1:
-            tl.store(reduced[0], sum_of_parts(parts, 0, programs, 256))
+        if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
+            total = tl.zeros([256], tl.float64)
+            for start in range(0, programs, 256):
+                i = start + tl.arange(0, 256)
+                # bypasses L1, which may hold stale values
+                total += tl.load(parts + i, mask=i < programs, other=0.0, cache_modifier=".cg")
+            tl.store(reduced[1], tl.sum(total))
 
 
 @triton.jit
 def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
-    """Stores the loss of each row, or this program's partial sum by `add_up`."""
-    value = tl.where(valid, value, tl.where(invalid, float("nan"), 0.0)) * scale
-    if EACH:
-        tl.store(loss + rows, value, mask=in_bounds)
-    else:
-        add_up(tl.sum(tl.where(in_bounds, value, 0.0)), loss)
+    """Stores the loss of each row, or this program's partial sum by `add_up`.
+
+    The loss of invalid rows is NaN; there are none if invalid is None.
+    """
+    if loss is not None:
+        otherwise = 0.0 if invalid is None else tl.where(invalid, float("nan"), 0.0)
+        value = tl.where(valid, value, otherwise) * scale
+        if EACH:
+            tl.store(loss + rows, value, mask=in_bounds)
+        else:
+            add_up(tl.sum(tl.where(in_bounds, value, 0.0)), loss)
+
+
+# ---- targets, weights and scales of rows ---------------------------------------------------------
+
+
+@triton.jit
+def read_target(target, weight, rows, in_bounds, classes, ignore_index):
+    """Returns the class index, whether it is valid, whether it is out of range, and its weight.
+
+    Raising an error for an index out of range would require a synchronisation with the GPU. The
+    loss of such a row is NaN, its gradient zero. If target is None, all rows are valid.
+    """
+    label, counted, valid = tl.full(rows.shape, -1, tl.int64), in_bounds, in_bounds
+    if target is not None:
+        label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
+        counted = in_bounds & (label != ignore_index)
+        valid = counted & (label >= 0) & (label < classes)
+    target_weight = tl.where(valid, 1.0, 0.0)
+    if target is not None and weight is not None:
+        target_weight = tl.load(weight + label, mask=valid, other=0.0)
+    return label, valid, counted & (valid == 0), target_weight
+
+
+@triton.jit
+def class_weight(weight, c, classes, first_class):
+    """Returns the class weights of a tile as a row; 1 if weight is None."""
+    row = 1.0
+    if weight is not None:
+        row = tl.load(weight + first_class + c, mask=c < classes, other=0.0)[None, :]
+    return row
+
+
+@triton.jit
+def row_scale(token_weight, denominator, rows, counted, A: tl.constexpr):
+    """Returns token_weight / denominator; the denominator is None, an int or a pointer."""
+    scale = tl.where(counted, 1.0, 0.0).to(A)
+    if token_weight is not None:
+        scale = tl.load(token_weight + rows, mask=counted, other=0.0)
+    if denominator is not None:
+        if denominator.dtype.is_ptr():
+            denominator = tl.load(denominator)
+        scale /= denominator.to(A)
+    return scale
+
+
+@triton.jit
+def gradient_scale(scale, grad_output, rows, mask, EACH: tl.constexpr):
+    """Returns scale * grad_output, which has an element for each row if EACH, else one."""
+    if grad_output is not None:
+        scale *= tl.load(grad_output + rows, mask=mask, other=0.0) if EACH else tl.load(grad_output)
+    return scale
 
 
 @triton.jit
@@ -80,7 +119,7 @@ def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
 def read_rows(
     target,
     weight,
-    row_weight,
+    token_weight,
     denominator,
     rows,
     in_bounds,
@@ -103,10 +142,13 @@ def read_rows(
             total = tl.zeros([256], tl.float64)  # a larger block would need more registers
             for start in range(0, n, 256):
                 i = start + tl.arange(0, 256)
-                total += target_weights(target, weight, row_weight, i, n, ignore_index, classes)
+                total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
             denominator = tl.sum(total)
-    scale = row_scale(row_weight, denominator, rows, valid | invalid, A)
+    scale = row_scale(token_weight, denominator, rows, valid | invalid, A)
     return label, valid, invalid, target_weight.to(A), scale
+
+
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["ignore_index", "classes"])

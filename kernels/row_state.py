@@ -22,36 +22,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import exp_nonpositive, tanh
+from .arithmetic import exp_nonpositive, log, tanh
+from .reductions import class_weight, read_target
 from .rows import (
     DROP,
-    block_of_classes,
-    block_of_rows,
-    class_weight,
+    class_block,
+    contiguous_block,
     contiguous_rows,
     finite_or_zero,
     load_scaled,
-    multiple,
     pointers,
-    read_target,
     scalar,
     store_rows,
 )
-
-
-@triton.jit
-def read_label(target, rows, in_bounds, classes, first_class, vocabulary, ignore_index):
-    """Returns the target's index, and masks: in this range of classes, valid, and out of range.
-
-    Without targets, no row is ignored, and no target is in this range of classes.
-    """
-    label, valid, invalid = rows.to(tl.int64) * 0 - 1, in_bounds, in_bounds & (rows < 0)
-    if target is not None:
-        label, valid, invalid, _ = read_target(
-            target, None, rows, in_bounds, vocabulary, ignore_index
-        )
-        label -= first_class
-    return label, valid & (label >= 0) & (label < classes), valid, invalid
 
 
 @triton.jit
@@ -63,8 +46,14 @@ def load_logits(at, mask, A: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexp
         x = tl.where(mask, scalar(CAP * SCALE, A) * t, -float("inf"))
         slope *= (1.0 - t) * (1.0 + t)
     else:
-        x = load_scaled(at, mask, -float("inf"), A, SCALE, DROP)
+        x = load_scaled(at, mask, -float("inf"), SCALE, DROP)
     return x, slope
+
+
+@triton.jit
+def load_field(at, step, k: tl.constexpr, mask, other=0.0):
+    """Loads field k of the state; `at` points to the first field of each row."""
+    return tl.load(at + k * step, mask=mask, other=other)
 
 
 @triton.jit
@@ -107,11 +96,10 @@ def row_state_kernel(
     CONTINUES: whether to continue from state, which holds the state of the preceding classes.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
-    label, has_target, valid, invalid = read_label(
-        target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
-    )
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    label, valid, invalid, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
+    label -= first_class
+    has_target = valid & (label >= 0) & (label < classes)
     x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
     at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
@@ -124,15 +112,13 @@ def row_state_kernel(
     target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
     if CONTINUES:
         first = (tl.arange(0, BLOCK) == 0)[None, :]
-        maximum = tl.load(at + 3 * step, mask=in_bounds, other=0.0).to(A)
-        old = tl.load(at + 4 * step, mask=in_bounds, other=0.0).to(A)
-        total = tl.where(first, old[:, None], total)
-        old = tl.load(at + 5 * step, mask=in_bounds, other=0.0).to(A)
-        weighted = tl.where(first, old[:, None], weighted)
-        old_logit = tl.load(at + 6 * step, mask=in_bounds, other=0.0)
+        maximum = load_field(at, step, 3, in_bounds).to(A)
+        total = tl.where(first, load_field(at, step, 4, in_bounds).to(A)[:, None], total)
+        weighted = tl.where(first, load_field(at, step, 5, in_bounds).to(A)[:, None], weighted)
+        old_logit = load_field(at, step, 6, in_bounds)
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
         x, _slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
@@ -149,11 +135,10 @@ def row_state_kernel(
             best = tl.where(better, x, best)
             index = tl.where(better, c[None, :], index)
         if FIELDS > 9:
-            smooth += tl.where(mask, class_weight(weight, c, classes, first_class, A) * x, 0.0)
-    total_of_row = tl.sum(total, 1).to(tl.float64)
-    weighted_of_row = tl.sum(weighted, 1).to(tl.float64)
+            smooth += tl.where(mask, class_weight(weight, c, classes, first_class) * x, 0.0)
+    total_of_row, weighted_of_row = tl.sum(total, 1), tl.sum(weighted, 1)
     pivot_of_row = finite_or_zero(maximum).to(tl.float64)
-    log_total = tl.log(total_of_row)
+    log_total = log(total_of_row)
     log_p = target_logit - pivot_of_row - log_total
     entropy = log_total - weighted_of_row / total_of_row
     # Rounding could make the log-probability positive; NaN is kept.
@@ -163,34 +148,28 @@ def row_state_kernel(
     log_p = tl.where(counted, log_p, 0.0)
     entropy = tl.where(counted, entropy, 0.0)
     lse = tl.where(counted, pivot_of_row + log_total, 0.0)
-    tl.store(at, log_p, mask=in_bounds)
-    tl.store(at + step, entropy, mask=in_bounds)
-    tl.store(at + 2 * step, lse, mask=in_bounds)
-    if RESULTS > 0:
-        tl.store(results + rows, log_p, mask=in_bounds)
-    if RESULTS > 1:
-        tl.store(results + n + rows, entropy, mask=in_bounds)
-        tl.store(results + n + n + rows, lse, mask=in_bounds)
-    tl.store(at + 3 * step, maximum.to(tl.float64), mask=in_bounds)
-    tl.store(at + 4 * step, total_of_row, mask=in_bounds)
-    tl.store(at + 5 * step, weighted_of_row, mask=in_bounds)
-    tl.store(at + 6 * step, tl.where(invalid, float("nan"), target_logit), mask=in_bounds)
+    target_logit = tl.where(invalid, float("nan"), target_logit)
+    fields = (log_p, entropy, lse, maximum, total_of_row, weighted_of_row, target_logit)
+    for k in tl.static_range(7):
+        tl.store(at + k * step, fields[k], mask=in_bounds)
+    for k in tl.static_range(RESULTS):
+        tl.store(results + rows, fields[k], mask=in_bounds)
+        results += n
     if FIELDS > 7:
         largest, first_class_of_row = first_of(best, index, classes)
         largest = largest.to(tl.float64)
         prediction = (first_class + first_class_of_row).to(tl.float64)
         if CONTINUES:
-            old = tl.load(at + 7 * step, mask=in_bounds, other=0.0)
-            old_prediction = tl.load(at + 8 * step, mask=in_bounds, other=0.0)
+            old = load_field(at, step, 7, in_bounds)
             stays = (old >= largest) | (old != old)
             largest = tl.where(stays, old, largest)
-            prediction = tl.where(stays, old_prediction, prediction)
+            prediction = tl.where(stays, load_field(at, step, 8, in_bounds), prediction)
         tl.store(at + 7 * step, largest, mask=in_bounds)
         tl.store(at + 8 * step, prediction, mask=in_bounds)
     if FIELDS > 9:
         smooth_of_row = tl.sum(smooth, 1).to(tl.float64)
         if CONTINUES:
-            smooth_of_row += tl.load(at + 9 * step, mask=in_bounds, other=0.0)
+            smooth_of_row += load_field(at, step, 9, in_bounds)
         tl.store(at + 9 * step, tl.where(counted, smooth_of_row, 0.0), mask=in_bounds)
 
 
@@ -223,35 +202,34 @@ def row_gradients_kernel(
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
-    classes = multiple(classes, CLASS_UNIT)
-    _, rows, in_bounds = block_of_rows(n, ROWS)
-    label, has_target, valid, _ = read_label(
-        target, rows, in_bounds, classes, first_class, vocabulary, ignore_index
-    )
+    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    label, valid, _, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
+    label -= first_class
+    has_target = valid & (label >= 0) & (label < classes)
     x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
-    field, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
-    g_log_p = tl.load(gradient_at, mask=valid, other=0.0).to(tl.float64)
+    at, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
+    g_log_p = load_field(gradient_at, strides[3], 0, valid).to(A)
     g_entropy, g_lse = tl.zeros_like(g_log_p), tl.zeros_like(g_log_p)
     if RESULTS > 1:
-        g_entropy = tl.load(gradient_at + strides[3], mask=valid, other=0.0).to(tl.float64)
-        g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid, other=0.0).to(tl.float64)
-    entropy = tl.load(field + strides[2], mask=valid, other=0.0)
-    pivot = tl.load(field + 3 * strides[2], mask=valid, other=0.0).to(A)
-    total = tl.load(field + 4 * strides[2], mask=valid, other=1.0)
-    # p_c = exp(x_c - pivot) / total, and log p_c = (x_c - pivot) - log(total)
-    a = ((g_lse - g_log_p - g_entropy * (entropy - tl.log(total))) / total).to(A)[:, None]
-    b = (-g_entropy / total).to(A)[:, None]
+        g_entropy = load_field(gradient_at, strides[3], 1, valid).to(A)
+        g_lse = load_field(gradient_at, strides[3], 2, valid).to(A)
+    pivot = load_field(at, strides[2], 3, valid).to(A)
+    total = load_field(at, strides[2], 4, valid, 1.0).to(A)
+    weighted = load_field(at, strides[2], 5, valid).to(A)
+    # p_c = exp(x_c - pivot) / total, and log p_c + entropy = (x_c - pivot) - weighted / total
+    a = ((g_lse - g_log_p + g_entropy * (weighted / total)) / total)[:, None]
+    b = (-g_entropy / total)[:, None]
     if RESULTS > 3:
-        g_smooth = tl.load(gradient_at + 3 * strides[3], mask=valid, other=0.0).to(A)[:, None]
+        g_smooth = load_field(gradient_at, strides[3], 3, valid).to(A)[:, None]
     for start in range(0, classes, BLOCK):
-        c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
         x, slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
         y = x - pivot[:, None]
         y = tl.where(y < -1000.0, -1000.0, y)  # 0 * inf would be NaN; keeps NaN of a and b
         gradient = exp_nonpositive(y, EXACT) * (a + b * y)
         is_target = has_target[:, None] & (c[None, :] == label[:, None])
-        gradient = tl.where(is_target, gradient + g_log_p.to(A)[:, None], gradient)
+        gradient = tl.where(is_target, gradient + g_log_p[:, None], gradient)
         if RESULTS > 3:
-            gradient += g_smooth * class_weight(weight, c, classes, first_class, A)
+            gradient += g_smooth * class_weight(weight, c, classes, first_class)
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
         store_rows(grad, rows, strides[1], c, mask, gradient, CLASS_UNIT, DROP)

@@ -17,16 +17,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
-from .rows import (
-    DROP,
-    block_of_classes,
-    block_of_rows,
-    first_pass,
-    load_scaled,
-    multiple,
-    pointers,
-    strided_rows,
-)
+from .rows import DROP, class_block, first_pass, load_tile, row_block, store_tile, strided_rows
 
 
 @triton.jit
@@ -52,26 +43,24 @@ def softmax_kernel(
     CLASS_UNIT: tl.constexpr = 1,
 ):
     """Computes y = softmax(x), or log_softmax(x); strides are outer, inner and class strides."""
-    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
-    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
-    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    outer, lanes, in_bounds, inner, classes = row_block(
+        inner, classes, ROWS, INNER_UNIT, CLASS_UNIT
+    )
     x_rows = strided_rows(x, outer, lanes, x_strides, 0, INNER_UNIT, CLASS_UNIT)
     y_rows = strided_rows(y, outer, lanes, y_strides, 0, INNER_UNIT, CLASS_UNIT)
     if WHOLE_ROW:
-        c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
-        row = load_scaled(pointers(x_rows, c), mask, -float("inf"), A)
+        c, mask = class_block(0, classes, in_bounds, BLOCK)
+        row = load_tile(x_rows, c, mask, -float("inf"))
         maximum = tl.max(row, 1)
         total = tl.sum(exp_nonpositive(row - maximum[:, None], EXACT), 1)
-        value = normalize(row, maximum, total, LOGARITHM, EXACT)
-        tl.store(pointers(y_rows, c), value, mask=mask)
+        store_tile(y_rows, c, mask, normalize(row, maximum, total, LOGARITHM, EXACT))
     else:
-        maximum, total = first_pass(x_rows, classes, in_bounds, A, EXACT, ROWS, BLOCK)
+        maximum, total = first_pass(x_rows, classes, in_bounds, BLOCK)
         for start in range(0, classes, BLOCK):
-            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            part = load_scaled(pointers(x_rows, c), mask, 0.0, A, 1.0, DROP)
-            value = normalize(part, maximum, total, LOGARITHM, EXACT)
-            tl.store(pointers(y_rows, c), value, mask=mask)
+            c, mask = class_block(start, classes, in_bounds, BLOCK)
+            part = load_tile(x_rows, c, mask, 0.0, 1.0, DROP)
+            store_tile(y_rows, c, mask, normalize(part, maximum, total, LOGARITHM, EXACT))
 
 
 @triton.jit
@@ -99,29 +88,28 @@ def softmax_backward_kernel(
     """Computes dx from dy and y, which share their outer, inner and class strides."""
     A: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = y.dtype.element_ty.primitive_bitwidth > 16
-    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
-    outer, lanes, in_bounds = block_of_rows(inner, ROWS)
+    outer, lanes, in_bounds, inner, classes = row_block(
+        inner, classes, ROWS, INNER_UNIT, CLASS_UNIT
+    )
     dy_rows = strided_rows(dy, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
     y_rows = strided_rows(y, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
     dx_rows = strided_rows(dx, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
     if WHOLE_ROW:
-        c, mask = block_of_classes(0, classes, in_bounds, BLOCK)
-        dy_row = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
-        y_row = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+        c, mask = class_block(0, classes, in_bounds, BLOCK)
+        dy_row = load_tile(dy_rows, c, mask, 0.0)
+        y_row = load_tile(y_rows, c, mask, 0.0)
         total = tl.sum(dy_row if LOGARITHM else dy_row * y_row, 1)
-        value = gradient(dy_row, y_row, total, LOGARITHM, EXACT)
-        tl.store(pointers(dx_rows, c), value, mask=mask)
+        store_tile(dx_rows, c, mask, gradient(dy_row, y_row, total, LOGARITHM, EXACT))
     else:
         sums = tl.zeros([ROWS, BLOCK], A)
         for start in range(0, classes, BLOCK):
-            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            dy_part = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
-            y_part = load_scaled(pointers(y_rows, c), mask, 0.0, A)
+            c, mask = class_block(start, classes, in_bounds, BLOCK)
+            dy_part = load_tile(dy_rows, c, mask, 0.0)
+            y_part = load_tile(y_rows, c, mask, 0.0)
             sums += dy_part if LOGARITHM else dy_part * y_part
         total = tl.sum(sums, 1)
         for start in range(0, classes, BLOCK):
-            c, mask = block_of_classes(start, classes, in_bounds, BLOCK)
-            dy_part = load_scaled(pointers(dy_rows, c), mask, 0.0, A)
-            y_part = load_scaled(pointers(y_rows, c), mask, 0.0, A)
-            value = gradient(dy_part, y_part, total, LOGARITHM, EXACT)
-            tl.store(pointers(dx_rows, c), value, mask=mask)
+            c, mask = class_block(start, classes, in_bounds, BLOCK)
+            dy_part = load_tile(dy_rows, c, mask, 0.0)
+            y_part = load_tile(y_rows, c, mask, 0.0)
+            store_tile(dx_rows, c, mask, gradient(dy_part, y_part, total, LOGARITHM, EXACT))

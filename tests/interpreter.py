@@ -55,8 +55,7 @@ def use_small_tiles() -> None:
         return launch.Choice(1, 64, 32, whole_row=False)
 
     launch.choose = backend.choose = choose
-    backend.MOST_PROGRAMS, backend.MOST_PARTS, backend.COUNTED_BY_PROGRAMS = 30, 8, 16
-    backend.MOST_ARRIVALS = 20
+    backend.MOST_PROGRAMS, backend.MOST_ARRIVALS, backend.COUNTED_BY_PROGRAMS = 30, 20, 16
 
 
 def interpret_faster() -> None:

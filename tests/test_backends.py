@@ -23,6 +23,7 @@ from pyfused.dispatch import sizes
 from pyfused.formulas import program
 from pyfused.functional import cross_entropy
 from pyfused.ops.elementwise import RELU
+from pyfused.types import CrossEntropyOptions, Outputs
 
 on_triton = pytest.mark.skipif(backend is cpu, reason="the C++ kernels raise instead")
 
@@ -225,6 +226,20 @@ def test_an_out_of_range_target_gives_nan_and_no_gradient(
 
 
 # ---- sums ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [5, 300])
+@pytest.mark.parametrize("grad_output", [0.0, 0.5, float("inf")])
+def test_grad_output_does_not_scale_the_loss(grad_output: float, classes: int) -> None:
+    """Heads compute a block's loss together with its gradient, given a grad_output."""
+    logits, target = torch.randn(7, classes), torch.arange(7) % 5
+    options, outputs = CrossEntropyOptions(reduction="sum"), Outputs(True, (True, False))
+    arguments = logits, target, None, options, outputs, torch.tensor(grad_output)
+    loss, (grad, _) = backends.cross_entropy_once(backend, *arguments)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, reduction="sum"))
+    if grad_output == 0.5:
+        expected = (logits.softmax(1) - F.one_hot(target, classes)) / 2
+        torch.testing.assert_close(grad, expected)
 
 
 @pytest.mark.parametrize("shape", [(40, 5), (2, 300), (3, 5, 17)], ids=str)

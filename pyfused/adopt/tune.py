@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -106,11 +107,8 @@ def _seconds(step: Callable[[Any], None], function: Any, calls: int) -> float:
 
 def limit(op: Operator, second: bool) -> int:
     """Returns the smallest power of two from which the kernel wins, by bisection."""
-    low, high = SMALLEST, LARGEST + 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if wins(op, 1 << middle, second) else (middle + 1, high)
-    return 1 << low
+    powers = [1 << n for n in range(SMALLEST, LARGEST + 2)]
+    return powers[bisect_left(powers[:-1], True, key=lambda size: wins(op, size, second))]
 
 
 @contextmanager

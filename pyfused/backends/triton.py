@@ -16,17 +16,16 @@ from torch import Tensor
 
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import triton_version
-from pyfused.formulas.program import Program
-from pyfused.kernels.activation import activation_kernel
+from pyfused.formulas.program import OPERANDS, Program
 from pyfused.kernels.cross_entropy import row_kernel, two_pass_kernel
+from pyfused.kernels.elementwise import elementwise_kernel
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Choice, Launch, choose, power_of_2, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel, multilabel_margin_kernel
 from pyfused.kernels.nll_loss import nll_kernel
-from pyfused.kernels.pointwise_loss import pointwise_loss_kernel
 from pyfused.kernels.program import NUMBERS, formula_of, parts_of
-from pyfused.kernels.reductions import count_kernel, scale_kernel, sum_kernel
+from pyfused.kernels.reductions import count_kernel, scale_kernel
 from pyfused.kernels.row_state import row_gradients_kernel, row_state_kernel
 from pyfused.kernels.softmax import softmax_backward_kernel, softmax_kernel
 from pyfused.layout import (
@@ -72,12 +71,10 @@ COUNTED_BY_PROGRAMS = 2048  # up to this many class indices, each program counts
 MOST_ARRIVALS = 1 << 14  # up to this many programs, the last one adds up the partial sums
 # Programs of a grid-stride loop with a sum: several waves on any GPU, but few partial sums.
 MOST_PROGRAMS = 4096
-MOST_PARTS = 1 << 15  # partial sums that one program adds up; more take two steps
 SCALE_PROGRAMS = 512  # few, because in most calls the factor is 1 and programs exit at once
 # Threads that keep a whole row in registers: 0.76 times the time of two passes at 32,000 classes.
 SOFTMAX_THREADS = 1024
-SUMMANDS = Choice(1, 1024, 256)  # the tile of partial sums that a program loads
-SUM, COUNT = Launch(sum_kernel, SUMMANDS), Launch(count_kernel, SUMMANDS)
+COUNT = Launch(count_kernel, Choice(1, 1024, 256))
 SCALE = {itemsize: Launch(scale_kernel, choose(itemsize)) for itemsize in (2, 4, 8)}
 
 
@@ -108,59 +105,96 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 # ---- sums ----------------------------------------------------------------------------------------
 
-# A sum, the partial sums of the programs, and for some kernels an arrival counter; see `add_up`.
-Reduced = tuple[Tensor, ...]
 
+def _with_loss(
+    kernel: Launch,
+    programs: int,
+    elements: int,
+    new_loss: Callable[[], Tensor] | None,
+    each: bool = False,
+) -> Callable[[tuple[Any, ...], tuple[Any, ...]], Tensor | None]:
+    """Prepares a kernel that stores the loss of each row, or adds up the losses of elements.
 
-def _parts_of(out: Tensor, programs: int, elements: int) -> Reduced:
-    """Returns the tensors to which programs write a sum of elements.
+    One program stores the sum. The last of at most MOST_ARRIVALS programs adds up their partial
+    sums; torch adds up those of more programs. Partial sums and the arrival counter are
+    allocated in each call, as in ATen's reductions: cached ones could belong to the memory pool of
+    a CUDA graph, or be shared by concurrent graphs.
 
-    Partial sums and the arrival counter are allocated in each call, as in ATen's reductions. Cached
-    ones could belong to the memory pool of a CUDA graph, or be shared by concurrent graphs.
+    Args:
+        new_loss: Allocates the loss; None if it is not needed.
+
+    Returns:
+        A function of the kernel's arguments before and after the loss. It returns the loss.
     """
-    if programs == 1:
-        return out, out
-    parts = out.new_empty(programs, dtype=torch.float64)
-    if not 0 < programs <= (MOST_ARRIVALS if elements <= HOST_BOUND else 1):
-        return out, parts
-    return out, parts, out.new_zeros(1, dtype=torch.int32)
+    most = MOST_ARRIVALS if elements <= HOST_BOUND else 1
+
+    def launch(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Tensor | None:
+        if new_loss is None:
+            kernel(programs, *inputs, None, *outputs)
+            return None
+        loss = new_loss()
+        if each:
+            kernel(programs, *inputs, loss, *outputs)
+        elif programs == 1:
+            kernel(programs, *inputs, (loss,), *outputs)
+        elif 0 < programs <= most:
+            parts = loss.new_zeros(programs + 1, dtype=torch.float64)
+            kernel(programs, *inputs, (parts, loss), *outputs)
+        else:
+            parts = loss.new_empty(programs, dtype=torch.float64)
+            kernel(programs, *inputs, (parts,), *outputs)
+            loss.copy_(parts.sum())
+        return loss
+
+    return launch
 
 
-def _add_up(stored: Tensor | Reduced | None) -> None:
-    """Launches the kernel that adds up partial sums, unless the last program has added them up."""
-    if not isinstance(stored, tuple) or len(stored) > 2:
-        return
-    out, parts = stored
-    if parts is out:
-        return
-    n = parts.numel()
-    if n > MOST_PARTS:
-        first = parts.new_empty(-(-n // MOST_PARTS), dtype=torch.float64)
-        SUM(first.numel(), parts, first, n)
-        parts, n = first, first.numel()
-    SUM(1, parts, out, n)
+def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Returns a function that allocates tensors with the layout of a tensor, on a device."""
+    shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
-def _count(
-    target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int, classes: int
-) -> Tensor:
-    """Returns the denominator of a mean, in float64: the sum of the weights of valid targets."""
-    n, count = target.numel(), target.new_empty((), dtype=torch.float64)
-    programs = min(-(-n // (2 * SUMMANDS.block)), 256)
-    reduced = _parts_of(count, programs, n)
-    COUNT(programs, target, weight, token_weight, reduced, n, ignore, classes)
-    _add_up(reduced)
-    return count
+def _loss_allocator(input: Tensor, reduction: str, outputs: Outputs) -> Any:
+    """Returns the function that allocates the loss of (N, C, d1, ..., dk), None if not needed."""
+    shape, dtype = loss_shape(input, reduction), accumulate_dtype(input.dtype)
+    new_loss = partial(torch.empty, shape, dtype=dtype, device=input.device)
+    return new_loss if outputs.loss else None
 
 
-def _loss_of(
-    input: Tensor, reduction: str, outputs: Outputs, programs: int
-) -> tuple[Tensor | None, Tensor | Reduced | None]:
-    """Allocates the loss of (N, C, d1, ..., dk), and the tensors that programs write it to."""
-    if not outputs.loss:
-        return None, None
-    loss = input.new_empty(loss_shape(input, reduction), dtype=accumulate_dtype(input.dtype))
-    return loss, loss if reduction == "none" else _parts_of(loss, programs, input.numel())
+def _divisor(
+    options: VocabOptions, target: Tensor, n: int, classes: int, elements: int
+) -> Callable[..., Tensor | int | None]:
+    """Prepares the divisor of the sum of n losses, in the form that `read_rows` reads.
+
+    Args:
+        target: Class indices; in other tensors, each row counts.
+
+    Returns:
+        A function of the target, weight, token_weight, and the denominator if it is a tensor.
+    """
+    is_mean, indices = options.reduction == "mean", target.dtype is torch.int64
+    number = None if isinstance(options.denominator, Tensor) else options.denominator
+    few = n <= COUNTED_BY_PROGRAMS and elements <= HOST_BOUND
+    new_count = partial(torch.empty, (), dtype=torch.float64, device=target.device)
+    count = _with_loss(COUNT, min(-(-n // (2 * COUNT.choice.block)), 256), n, new_count)
+    numbers = n, options.ignore_index, classes
+
+    def divisor(
+        target: Tensor, weight: Tensor | None, token_weight: Tensor | None, denominator: Any
+    ) -> Tensor | int | None:
+        if not is_mean:
+            return None
+        if denominator is not None:
+            return denominator.to(torch.float64)  # type: ignore[no-any-return]
+        if number is not None:
+            exact = float(number).is_integer()
+            return int(number) if exact else target.new_full((), number, dtype=torch.float64)
+        if not indices:
+            return n if token_weight is None else token_weight.sum(dtype=torch.float64)
+        return target if few else count((target, weight, token_weight), numbers)
+
+    return divisor
 
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -178,7 +212,7 @@ def cross_entropy(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
-    indices, each = target.dtype is torch.int64, options.reduction == "none"
+    indices, reduction = target.dtype is torch.int64, options.reduction
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     copies, strides, grad_layout, grad_strides = class_layout(input, outputs.inplace)
     new_grad = _allocator(grad_layout, input.device)
@@ -193,30 +227,28 @@ def cross_entropy(
     all_strides = strides, grad_strides, target_strides, grad_target_strides
     outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
     n, accumulate = outer * inner, accumulate_dtype(input.dtype)
-    smoothing, ignore_index = options.label_smoothing, options.ignore_index
+    smoothing, elements = options.label_smoothing, input.numel()
     weighted = not indices or (smoothing > 0 and weight is not None)  # q is dense
     tensors, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
     choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
+    each = reduction == "none"
     meta: Any = {"SCALE": options.scale, "EACH": each, "GAMMA": options.gamma, **units}
     contiguous = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
-    whole_rows = choice.whole_row and contiguous and not weighted
     function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
-    if whole_rows:
+    if choice.whole_row and contiguous and not weighted:
         function, kernel_strides = row_kernel, [strides[1], grad_strides[1]]
     elif not indices:
         kernel_strides += [*target_strides, *grad_target_strides]
     kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
-    numbers = inner, classes, tuple(kernel_strides), ignore_index, smoothing, options.z_loss
+    new_loss = _loss_allocator(input, reduction, outputs)
+    run = _with_loss(kernel, programs, elements, new_loss, each)
+    numbers = tuple(kernel_strides), options.ignore_index, smoothing, options.z_loss
+    divisor = _divisor(options, target, n, classes, elements)
     converts = converts_in(accumulate, weight, options.token_weight, grad_output)
-    few = n <= COUNTED_BY_PROGRAMS and input.numel() <= HOST_BOUND
-    reduction = options.reduction
-    fixed_denominator = None if isinstance(options.denominator, Tensor) else options.denominator
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
-        if denominator is None:
-            denominator = fixed_denominator
         logits = input.contiguous() if copies else input
         target = target.contiguous() if copies_target else target
         if converts:
@@ -228,27 +260,13 @@ def cross_entropy(
             grad = logits.detach() if outputs.inplace else new_grad()
         if grad_of_target:
             grad_target = new_grad_target()
-        loss, stored = _loss_of(logits, reduction, outputs, programs)
-        row_weight = _row_weight(n, token_weight, grad_output)
-        divisor = None
-        if reduction == "mean":
-            counted = target, weight, token_weight, ignore_index, classes
-            may_count = few and row_weight is token_weight
-            divisor = _denominator(denominator, n, may_count, *counted)
-        results: Any = (stored, grad) if whole_rows else (stored, grad, grad_target)
-        kernel(programs, logits, target, weight, row_weight, divisor, *results, *numbers)
-        _add_up(stored)
-        if loss is not None and grad_output is not None:  # the kernel has scaled the loss, too
-            loss /= grad_output
-        return loss, (grad, grad_target)
+        weights = weight, token_weight
+        by = divisor(target, *weights, denominator)
+        gradients = grad, grad_target
+        inputs = logits, target, *weights, by, grad_output
+        return run(inputs, (gradients, inner, classes, *numbers)), gradients
 
     return launch
-
-
-def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """Returns a function that allocates tensors with the layout of a tensor, on a device."""
-    shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
-    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
@@ -273,35 +291,6 @@ def _tiling(
     return choice, outer * -(-inner // choice.rows), units
 
 
-def _row_weight(n: int, token_weight: Tensor | None, grad_output: Tensor | None) -> Tensor | None:
-    """Returns the factor of each row's loss or gradient, None for ones."""
-    if grad_output is None:
-        return token_weight
-    each = grad_output.flatten().expand(n)
-    return each.contiguous() if token_weight is None else token_weight.flatten() * each
-
-
-def _denominator(
-    denominator: Tensor | float | None, n: int, may_count: bool, target: Tensor, *counted: Any
-) -> Tensor | int:
-    """Returns the denominator of a mean of n rows, in the form that `read_rows` reads.
-
-    Args:
-        denominator: The denominator passed to the call; None for the weight of the valid targets.
-        may_count: Whether the kernel can count, because its row_weight is the token_weight.
-        target, counted: The arguments of ``_count``; without class indices, each row counts.
-    """
-    token_weight = counted[1]
-    if isinstance(denominator, Tensor):
-        return denominator.to(torch.float64)
-    if denominator is not None:
-        exact = float(denominator).is_integer()
-        return int(denominator) if exact else target.new_full((), denominator, dtype=torch.float64)
-    if target.dtype is not torch.int64:
-        return n if token_weight is None else token_weight.sum(dtype=torch.float64)
-    return target if may_count else _count(target, *counted)
-
-
 def nll_loss(
     input: Tensor,
     target: Tensor,
@@ -315,10 +304,12 @@ def nll_loss(
     new_grad = _allocator(grad_layout, input.device)
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
-    choice, reduction = choose(input.element_size()), options.reduction
-    programs, ignore_index = -(-n // choice.block), options.ignore_index
-    kernel = prepared(nll_kernel, choice, EACH=reduction == "none")
-    numbers = n, inner, classes, strides, grad_strides, ignore_index
+    choice, each = choose(input.element_size()), options.reduction == "none"
+    kernel = prepared(nll_kernel, choice, EACH=each)
+    new_loss = _loss_allocator(input, options.reduction, outputs)
+    run = _with_loss(kernel, -(-n // choice.block), input.numel(), new_loss, each)
+    numbers = n, inner, classes, strides, grad_strides, options.ignore_index
+    divisor = _divisor(options, target, n, classes, n)
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
@@ -326,15 +317,8 @@ def nll_loss(
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = new_grad().zero_() if needs_grad else None
-        loss, stored = _loss_of(input, reduction, outputs, programs)
-        row_weight, divisor = _row_weight(n, None, grad_output), None
-        if reduction == "mean":
-            may_count = n <= COUNTED_BY_PROGRAMS and row_weight is None
-            counted = target, weight, None, ignore_index, classes
-            divisor = target if may_count else _count(*counted)
-        kernel(programs, input, target, weight, row_weight, divisor, stored, grad, *numbers)
-        _add_up(stored)
-        return loss, (grad, None)
+        inputs = input, target, weight, divisor(target, weight, None, None), grad_output
+        return run(inputs, (grad, *numbers)), (grad, None)
 
     return launch
 
@@ -352,16 +336,17 @@ def multi_margin_loss(
     converts = converts_in(accumulate, weight, grad_output)
     sizes, strides, tensors = (1, n, classes), (0, classes, 1), 4 if multilabel else 2
     choice, programs, units = _tiling(sizes, input.element_size(), strides, tensors=tensors)
-    meta: Any = {"EACH": reduction == "none", **units}
-    divisor = n if reduction == "mean" else None
+    each, divisor = reduction == "none", n if reduction == "mean" else None
     numbers: tuple[float, ...] = n, classes
     if multilabel:
         if not choice.whole_row:
             choice = Choice(1, power_of_2(classes), 512)
-        kernel = prepared(multilabel_margin_kernel, choice, **meta)
+        kernel = prepared(multilabel_margin_kernel, choice, EACH=each, **units)
     else:
-        kernel = prepared(multi_margin_kernel, choice, SQUARED=options.p == 2, **meta)
+        kernel = prepared(multi_margin_kernel, choice, EACH=each, SQUARED=options.p == 2, **units)
         numbers = *numbers, float(options.margin)
+    new_loss = _loss_allocator(input, reduction, outputs)
+    run = _with_loss(kernel, programs, input.numel(), new_loss, each)
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
@@ -369,12 +354,8 @@ def multi_margin_loss(
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = torch.empty_like(input) if needs_grad else None
-        loss, stored = _loss_of(input, reduction, outputs, programs)
         inputs = (input, target) if multilabel else (input, target, weight)
-        row_weight = _row_weight(n, None, grad_output)
-        kernel(programs, *inputs, row_weight, divisor, stored, grad, *numbers)
-        _add_up(stored)
-        return loss, (grad, None)
+        return run((*inputs, divisor, grad_output), (grad, *numbers)), (grad, None)
 
     return launch
 
@@ -401,23 +382,21 @@ def embedding_loss(
     itemsize, accumulate = inputs[0].element_size(), accumulate_dtype(inputs[0].dtype)
     choice, programs, units = _tiling((1, n, features), itemsize, *rows, tensors=2)
     kernel = prepared(function, choice, EACH=each, **meta, **units)
+    loss_shape, device = shape[:-1] if each else (), inputs[0].device
+    new_loss = partial(torch.empty, loss_shape, dtype=accumulate, device=device)
+    run = _with_loss(kernel, programs, n * features, new_loss if outputs.loss else None, each)
     numbers = n, features, strides, *(options.margin, options.eps)[: count - 1]
     needs_grad = outputs.gradients or (False,) * len(inputs)
     tensor_count, divisor = len(inputs), None if denominator == 1 else int(denominator)
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
-        inputs = tensors[:tensor_count]
+        inputs = tuple(tensors[:tensor_count])
         first = inputs[0]
-        views = [feature_rows(x) for x in inputs] if copies else inputs
+        views = tuple([feature_rows(x) for x in inputs]) if copies else inputs
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
         gradients = tuple([first.new_empty(shape) if needed else None for needed in needs_grad])
-        loss, stored = _loss_of(views[0], reduction, outputs, programs)
-        kernel(programs, *views, grad_output, divisor, stored, *gradients[:count], *numbers)
-        _add_up(stored)
-        if each and loss is not None:
-            loss = loss.view(shape[:-1])
-        return loss, gradients
+        return run((views, grad_output, divisor), (gradients, *numbers)), gradients
 
     return launch
 
@@ -495,15 +474,17 @@ def kl_div_with_logits(
     copies = student_rows is not input or teacher_rows is not teacher
     (n, classes), reduction, beta = student_rows.shape, options.reduction, float(options.beta)
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
-    converts = converts_in(accumulate, token_weight, grad_output)
-    stride, fixed_denominator = student_rows.stride(0), options.denominator
+    converts, each = converts_in(accumulate, token_weight, grad_output), reduction == "none"
+    stride = student_rows.stride(0)
     grad_stride = 0 if not needs_grad else stride if outputs.inplace else classes
     strides = stride, teacher_rows.stride(0), grad_stride
     rows = [(0, stride, 1) for stride in strides]
     choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(beta, MIXTURE)
-    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": reduction == "none"}
-    kernel = prepared(kl_div_kernel, choice, **meta, **units)
+    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each, **units}
+    new_loss = _loss_allocator(input, reduction, outputs)
+    run = _with_loss(prepared(kl_div_kernel, choice, **meta), programs, n * classes, new_loss, each)
+    divisor = _divisor(options, input, n, classes, n * classes)
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, teacher, token_weight, denominator, *_ = tensors
@@ -511,19 +492,12 @@ def kl_div_with_logits(
             input, teacher = feature_rows(input), feature_rows(teacher)
         if converts:
             token_weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
-        loss = stored = grad = divisor = None
+        grad = None
         if needs_grad:
             grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
-        if outputs.loss:
-            loss, stored = _loss_of(input, reduction, outputs, programs)
-        if reduction == "mean":
-            denominator = fixed_denominator if denominator is None else denominator
-            divisor = _denominator(denominator, n, False, input, None, token_weight)
-        results = grad_output, stored, grad
-        kernel(programs, input, teacher, token_weight, divisor, *results, n, classes, strides, beta)
-        if stored is not loss:
-            _add_up(stored)
-        return loss, (grad,)
+        by = divisor(input, None, token_weight, denominator)
+        inputs = input, teacher, token_weight, by, grad_output
+        return run(inputs, (grad, n, classes, strides, beta)), (grad,)
 
     return launch
 
@@ -570,50 +544,34 @@ def pointwise_loss(
 ) -> LossKernel:
     operands, weight, grad_output = tensors
     n, (order, index) = operands[0].numel(), dense_operand(operands)
-    choice = choose(order.element_size())
-    programs, reduce = -(-n // choice.block), outputs.loss and reduction != "none"
-    if reduce:
+    choice, each = choose(order.element_size()), reduction == "none"
+    programs = -(-n // choice.block)
+    if outputs.loss and not each:
         programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
-    accumulate = accumulate_dtype(order.dtype)
     needs_grad = outputs.gradients or (False,) * len(operands)
-    views = _padded(operands, weight, grad_output)
-    copied, columns, strides = in_rows(order, views)
+    padding = (None,) * (OPERANDS - len(operands))
+    copied, columns, strides = in_rows(order, [*operands, *padding, weight, grad_output])
     numbers, others = (*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
     program = formula if isinstance(formula, Program) else formula.programs[0]
     function = program.kernel("triton", formula_of)
-    kernel = Launch(pointwise_loss_kernel, choice, FORMULA=function, REDUCE=reduce)
-
+    kernel = Launch(elementwise_kernel, choice, FORMULA=function, EACH=each, EXACT=True)
+    device, accumulate = order.device, accumulate_dtype(order.dtype)
+    new_sum = partial(torch.empty, (), dtype=accumulate, device=device)
+    new_loss = _allocator(order, device) if each else new_sum
+    run = _with_loss(kernel, programs, n, new_loss if outputs.loss else None, each)
     fixed_divisor = None if divisor == 1 else int(divisor)  # Triton passes floats as float32
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         *operands, weight, denominator = tensors
         like = operands[0].contiguous() if index is None else operands[index]
-        loss: Tensor | None = None
-        stored: Tensor | Reduced | None = None
-        if reduce:
-            loss = like.new_empty((), dtype=accumulate)
-            stored = _parts_of(loss, programs, n)
-        elif outputs.loss:
-            loss = stored = torch.empty_like(like)
         gradients = tuple([torch.empty_like(like) if needed else None for needed in needs_grad])
-        views = _padded(operands, weight, grad_output)
+        views = [*operands, *padding, weight, grad_output]
         for i in copied:
             views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
-        kernel(
-            programs,
-            *views[:5],
-            stored,
-            *(*gradients, None, None)[:3],
-            views[5],
-            gradients[3] if len(gradients) == 4 else None,
-            n,
-            columns,
-            strides,
-            *numbers,
-            others,
-            fixed_divisor if denominator is None else denominator,
-        )
-        _add_up(stored)
+        inputs = tuple(views[:OPERANDS]), *views[OPERANDS:]
+        by = fixed_divisor if denominator is None else denominator
+        outs = (*gradients, *padding)
+        loss = run(inputs, (outs, n, columns, strides, *numbers, others, by))
         if halves is not None and outputs.gradients:
             return loss, (_joined(gradients, halves),)
         return loss, gradients
@@ -632,40 +590,33 @@ def _joined(halves: Gradients, dim: int) -> Tensor:
     return whole
 
 
-def _padded(
-    operands: Sequence[Tensor], weight: Tensor | None, grad_output: Tensor | None
-) -> list[Any]:
-    """Returns the operands, padded to four, the weight and grad_output, in the kernel's order."""
-    x, t, third, fourth = (*operands, None, None, None)[:4]
-    return [x, t, third, weight, grad_output, fourth]
-
-
 def activation(
     formula: Kernel, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
 ) -> Kernels:
-    n, choice = input.numel(), choose(input.element_size())
+    n, choice, padding = input.numel(), choose(input.element_size()), (None,) * OPERANDS
     programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:NUMBERS]
+    constants = {"EACH": True, "EXACT": input.element_size() > 2}
     forward_kernel, backward_kernel = (
-        Launch(activation_kernel, choice, FORMULA=program.kernel("triton", formula_of))
-        for program in formula.programs
+        Launch(elementwise_kernel, choice, FORMULA=p.kernel("triton", formula_of), **constants)
+        for p in formula.programs
     )
-
-    copies, columns, strides = in_rows(torch.empty_like(input, device="meta"), [input, None])
+    copies, columns, strides = in_rows(torch.empty_like(input, device="meta"), [input])
 
     def forward(input: Tensor) -> Tensor:
         output = input if inplace else torch.empty_like(input)
         x = torch.empty_like(output).copy_(input) if copies else input
-        forward_kernel(programs, x, None, output, n, columns, strides, *numbers)
+        tensors = (x, *padding[1:]), None, None, output, padding
+        forward_kernel(programs, *tensors, n, columns, strides, *numbers, (), None)
         return output
 
     def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
         saved = dense(saved)
         grad_input = torch.empty_like(saved)
-        copies, columns, strides = in_rows(grad_input, [saved, grad_output])
+        copies, columns, strides = in_rows(grad_input, [grad_output, saved])
         if copies:
             grad_output = torch.empty_like(saved).copy_(grad_output)
-        tensors = saved, grad_output, grad_input
-        backward_kernel(programs, *tensors, n, columns, strides, *numbers)
+        tensors = (grad_output, saved, *padding[2:]), None, None, grad_input, padding
+        backward_kernel(programs, *tensors, n, columns, strides, *numbers, (), None)
         return grad_input
 
     return forward, backward

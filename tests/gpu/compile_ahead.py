@@ -91,7 +91,7 @@ INSTRUCTIONS = {
     **{(c, F32): 40 for c in (32_000, 128_256)},
     (21, 512, 512, F32): 52,  # 21 classes need three tiles of 8
 }
-READ_LITTLE = ("count_kernel", "sum_kernel")  # 8 bytes per row
+READ_LITTLE = ("count_kernel",)  # 8 bytes per row
 WRITE_LITTLE = ("row_state_kernel",)
 
 
@@ -134,10 +134,10 @@ def cross_entropy(
     words = kind.split()
     x, indices = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
     n, classes, target = indices.numel(), shape[1], x if "probabilities" in words else indices
-    # A separate kernel counts many class indices, and adds up very many partial sums in two steps.
-    launches = launches_of_sum(*shape) + (n > 1 << 20)
-    if target is not x and (launches > 1 or n > backend.COUNTED_BY_PROGRAMS):
-        launches += 1
+    elements, launches = math.prod(shape), 1
+    many = elements > backend.HOST_BOUND or n > backend.COUNTED_BY_PROGRAMS
+    if target is not x and many:  # a separate kernel counts the class indices
+        launches = 2
     names = {"label_smoothing": "smoothing", "gamma": "focal", "z_loss": "z_loss"}
     coefficients = {name: 0.1 * (word in words) for name, word in names.items()}
     options = CrossEntropyOptions(-100, "mean", **coefficients)
@@ -153,11 +153,6 @@ def cross_entropy(
     weight = empty(dtype, classes) if "weight" in words else None
     run = partial(cross_entropy_once, backend, x, target, weight, options, outputs, grad_output)
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
-
-
-def launches_of_sum(*shape: int) -> int:
-    """Returns the number of kernels of a reduced loss; large ones need a second to add up."""
-    return 1 + (math.prod(shape) > backend.HOST_BOUND)
 
 
 CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256, 262_144)
@@ -185,7 +180,7 @@ def class_cases() -> Iterator[Case]:
     shapes = (4096, 1000), (4096, 32_000), (4096, 50_257), (8, 21, 4096)
     for dtype, shape in product((BF16, F32, F16, F64), shapes):
         x, target = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
-        common, reduced = shape[1] == 32_000 and dtype in (BF16, F32), launches_of_sum(*shape)
+        common = shape[1] == 32_000 and dtype in (BF16, F32)
         of, fields = (dtype, shape), {"targets": tuple(TARGETS) if common else SOME}
         for op in ("softmax", "log_softmax"):
             forward = partial(backend.softmax(op, x, 1)[0], x)
@@ -221,22 +216,21 @@ def class_cases() -> Iterator[Case]:
             options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             kernel = backend.kl_div_with_logits(x, x, None, options, Outputs(True, (True,)))
             run = partial(kernel, (x, x, None, None))
-            yield case("kl_div_with_logits", *of, run, f"beta {beta}", launches=reduced, **fields)
+            yield case("kl_div_with_logits", *of, run, f"beta {beta}", **fields)
         outputs = Outputs(True, (True, False))
         given = x, target, None, VocabOptions(-100, "mean"), outputs
         run = partial(backend.nll_loss(*given), (x, target, *NO_OTHERS))
-        yield case("nll_loss", *of, run, vector=0, launches=1 + reduced, **fields)
+        yield case("nll_loss", *of, run, vector=0, launches=2, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
             options = MarginOptions(p=p)
             given = x, target, None, options, outputs
             run = partial(backend.multi_margin_loss(*given), (x, target, *NO_OTHERS))
-            yield case("multi_margin_loss", *of, run, f"p {p}", launches=reduced, **fields)
+            yield case("multi_margin_loss", *of, run, f"p {p}", **fields)
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
         options = MarginOptions()
         given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
         run = partial(backend.multilabel_margin_loss(*given), (*given[:2], *NO_OTHERS))
-        launches = launches_of_sum(*shape)
-        yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME, launches=launches)
+        yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME)
 
 
 def embedding_cases() -> Iterator[Case]:
@@ -245,7 +239,7 @@ def embedding_cases() -> Iterator[Case]:
         targets = SOME if dtype in (F16, F64) else tuple(TARGETS)
         if shape[1] == 128:  # too short for 16 bytes per thread in a warp of 64
             targets = tuple(target for target in targets if target != "gfx942")
-        fields: Any = {"launches": launches_of_sum(*shape), "targets": targets}
+        fields: Any = {"targets": targets}
         for euclidean, swap in product((True, False), (False, True)):
             options = EmbeddingOptions(1.0, 1e-6, euclidean, swap)
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"

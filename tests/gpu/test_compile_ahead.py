@@ -142,7 +142,6 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     [
         (2048, ["row_kernel"]),
         (16_384, ["count_kernel", "row_kernel"]),
-        (32_768, ["count_kernel", "row_kernel", "sum_kernel"]),
     ],
 )
 def test_launches_of_a_mean(positions: int, kernels: list[str]) -> None:
