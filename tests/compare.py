@@ -1,4 +1,4 @@
-"""Runs operators, and compares results with torch and with the reference."""
+"""Runs operators, and compares results with torch's and with exact ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from reference import Extended, extended
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+Extended = npt.NDArray[np.longdouble]
 Operator = Callable[..., Tensor]
 DEVICE = os.environ.get("PYFUSED_TEST_DEVICE", "cpu")
 HALF = (torch.bfloat16, torch.float16)
@@ -63,6 +64,10 @@ def widen(x: Tensor) -> Tensor:
 
 def exactly(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
+
+
+def extended(x: Tensor) -> Extended:
+    return x.detach().double().cpu().numpy().astype(np.longdouble)
 
 
 def assert_matches_torch(

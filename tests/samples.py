@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import mpmath
 import numpy as np
 import torch
-from compare import DEVICE
-from reference import Extended, extended
+from compare import DEVICE, Extended, extended
 from torch import Tensor
 
 from pyfused import checks

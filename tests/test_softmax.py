@@ -18,10 +18,10 @@ from compare import (
     Errors,
     evaluate,
     evaluate_upstream,
+    extended,
 )
 from conftest import ISAS, KernelCalls
 from grid import grid
-from reference import extended
 from torch import Tensor
 from torch.nn import functional as F
 
