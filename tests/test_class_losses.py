@@ -189,26 +189,6 @@ def test_errors_have_torchs_type_and_more_detail(case: str, grad: bool) -> None:
     assert input.grad is None
 
 
-GAMMAS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0.0, got -1.0"),
-    ({"gamma": "2"}, TypeError, "gamma: expected a float, got str '2'"),
-    ({"gamma": None}, TypeError, "gamma: expected a float, got NoneType None"),
-    ({"gamma": 2.0, "label_smoothing": 0.1}, ValueError, "gamma: expected 0.0 with class prob"),
-]
-
-
-@pytest.mark.parametrize(("options", "error", "told"), GAMMAS, ids=str)
-def test_unsupported_uses_of_gamma(
-    options: dict[str, Any], error: type[Exception], told: str
-) -> None:
-    with pytest.raises(error, match=told):
-        fused.cross_entropy(X, Y, **options)
-    if "label_smoothing" not in options and options["gamma"] != "2":
-        return
-    with pytest.raises((TypeError, ValueError), match="gamma: expected"):
-        fused.cross_entropy(X, X.softmax(1), **options)
-
-
 # ---- losses that use the kernel of another loss --------------------------------------------------
 
 

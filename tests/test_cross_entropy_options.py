@@ -205,6 +205,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": "1"}, TypeError, "scale: expected a float, got str '1'"),
     ({"scale": 0.0}, ValueError, "scale: expected a positive number, got 0.0"),
     ({"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0.0, got -1.0"),
+    ({"gamma": "2"}, TypeError, "gamma: expected a float, got str '2'"),
+    ({"gamma": None}, TypeError, "gamma: expected a float, got NoneType None"),
+    ({"gamma": 2.0, "label_smoothing": 0.1}, ValueError, "gamma: expected 0.0 with class prob"),
+    ({"gamma": 2.0, "target": torch.rand(6, 5)}, ValueError, "gamma: expected 0.0 with class prob"),
     ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
     ({"denominator": -1.5}, ValueError, "denominator: expected a positive number, got -1.5"),
     (
@@ -257,5 +261,5 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
     if any(isinstance(x, Tensor) and x.is_cuda and not x.dim() for x in wrong.values()):
         pytest.skip("the number is on the GPU, and reading it would wait")
     with pytest.raises(error, match=told):
-        fused.cross_entropy(input, target, **wrong)
+        fused.cross_entropy(input, **{"target": target} | wrong)
     assert torch.equal(input, before)
