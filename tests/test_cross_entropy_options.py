@@ -254,6 +254,15 @@ def test_only_ignored_targets() -> None:
         assert not gradient.any()
 
 
+@pytest.mark.thresholds
+def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -> None:
+    x, target = torch.randn(8, 4), torch.arange(8)
+    for classes in (10, 4000):
+        assert not kernel_calls
+        fused.linear_cross_entropy(x, torch.randn(classes, 4), target)
+    assert kernel_calls
+
+
 @pytest.mark.parametrize(("wrong", "error", "told"), WRONG)
 def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
     input, target, _, _ = arguments((6, 5), torch.float32, False)
