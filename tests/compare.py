@@ -182,6 +182,12 @@ class Errors:
             self.ours[result] = float(error[worst])
             self.where[result] = f"{ours[fits][worst]!r} for {exact[fits][worst]!r}"
 
+    def add_outcome(self, got: Outcome, of_torch: Outcome, exact: Outcome) -> None:
+        """Adds a value and its gradients; results of torch may have a wider dtype."""
+        first, second, best = ([o.value, *o.gradients] for o in (got, of_torch, exact))
+        for i, (mine, theirs, wide) in enumerate(zip(first, second, best, strict=True)):
+            self.add("gradient" if i else "value", mine, theirs.to(mine.dtype), wide)
+
     def check(self, roundings: int = 1) -> None:
         """Asserts that our errors are at most torch's largest, plus `roundings` and a library's.
 

@@ -107,8 +107,7 @@ def test_as_accurate_as_torch(
         evaluate(of_torch, x, target, convert=convert, **given) for convert in (widen, exactly)
     )
     errors = Errors()
-    errors.add("value", got.value, theirs.value.to(dtype), exact.value)
-    errors.add("gradient", got.gradients[0], theirs.gradients[0].to(dtype), exact.gradients[0])
+    errors.add_outcome(got, theirs, exact)
     # In float64, torch's results are the reference, and sum in another order.
     errors.check(roundings=1 << 20 if dtype is torch.float64 else 4)
 
@@ -136,7 +135,6 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "one row": ("nll_loss", (X[0], Y[:2]), {}, r"target: .* shape \(\), got shape \(2,\)"),
     "shape": ("nll_loss", (FIELD, INDICES[:, :6]), {}, "target: "),
     "two dimensions": ("nll_loss", (X, Y[:, None]), {}, "target: "),
-    "float": ("nll_loss", (X, Y.float()), {}, "target: .* got torch.float32"),
     "int32": ("nll_loss", (X, Y.int()), {}, "target: .* got torch.int32"),
     "too large": ("nll_loss", (X, Y + 1), {}, r"target: .* got 5 at position \(2,\)"),
     "negative": ("nll_loss", (X, Y - 1), {}, r"target: .* got -1 at position \(1,\)"),
@@ -144,11 +142,9 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "their dtype": ("nll_loss", (X, Y, torch.ones(5).double()), {}, "weight: expected the input's"),
     "reduction": ("nll_loss", (X, Y), {"reduction": "avg"}, "reduction: expected 'none'"),
     "ignore_index": ("nll_loss", (X, Y), {"ignore_index": 1.5}, "ignore_index: expected an int"),
-    "no tensor": ("nll_loss", (X, [1, 2]), {}, "target: expected a Tensor, got list"),
     "p": ("multi_margin_loss", (X, Y), {"p": 3}, "p: expected 1 or 2, got 3"),
     "margin field": ("multi_margin_loss", (FIELD, Y[:2]), {}, r"input: expected shape \(C\) or"),
     "margin batch": ("multi_margin_loss", (X, Y[:3]), {}, r"target: .* shape \(6,\), got"),
-    "margin float": ("multi_margin_loss", (X, Y.float()), {}, "target: .* torch.int64, got"),
     "margin too large": (
         "multi_margin_loss",
         (X, Y + 1),
@@ -166,7 +162,6 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
         r"\[-1, 5\), got 5 at .*\(0, 1\)",
     ),
     "labels below": ("multilabel_margin_loss", (X, L - 1), {}, r"\[-1, 5\), got -2 at .*\(0, 0\)"),
-    "no labels": ("multilabel_margin_loss", (X, [1, 2]), {}, "target: expected a Tensor, got list"),
     "margin's weight": (
         "multi_margin_loss",
         (X, Y),

@@ -177,11 +177,7 @@ def test_as_accurate_as_the_reference(
             got = evaluate(fused.cross_entropy, input, target, **given)
             native = evaluate(reference, input, target, **given)
             exact = evaluate(reference, input, target, convert=exactly, **given)
-            errors.add("loss", got.value, native.value.to(dtype), exact.value)
-            for mine, theirs, best in zip(
-                got.gradients, native.gradients, exact.gradients, strict=True
-            ):
-                errors.add("gradient", mine, theirs, best)
+            errors.add_outcome(got, native, exact)
     errors.check(roundings=32 if dtype is torch.float64 else 2)
     assert kernel_calls["cross_entropy"] > 0
 

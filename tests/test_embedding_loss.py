@@ -53,9 +53,7 @@ def test_values_and_gradients(
         evaluate(of_torch, *tensors, convert=convert, **given) for convert in (widen, exactly)
     )
     errors = Errors()
-    errors.add("value", got.value, theirs.value.to(dtype), exact.value)
-    for each in zip(got.gradients, theirs.gradients, exact.gradients, strict=True):
-        errors.add("gradient", each[0], each[1].to(dtype), each[2])
+    errors.add_outcome(got, theirs, exact)
     errors.check(roundings=1 << 20 if dtype is torch.float64 else 4)
 
 
