@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import cross_entropy
-from compare import FLOATS, HALF, Errors, evaluate, exactly
+from compare import FLOATS, HALF, Errors, evaluate, exactly, operators_of_torch
 from conftest import ISAS, KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -257,6 +257,16 @@ def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -
         assert not kernel_calls
         fused.linear_cross_entropy(x, torch.randn(classes, 4), target)
     assert kernel_calls
+
+
+@pytest.mark.cpu
+def test_a_filter_that_leaves_out_few_columns_copies_none() -> None:
+    x, weight = (torch.randn(n, 8, requires_grad=True) for n in (30, 50))
+    loss = fused.linear_cross_entropy(x, weight, torch.arange(30), filter_eps=1e-6)
+    with operators_of_torch("aten::index_add_", "aten::index") as copies:
+        loss.backward()
+        fused.linear_cross_entropy(x, weight, torch.arange(30), filter_eps=1e-6)
+    assert not copies
 
 
 @pytest.mark.parametrize(("wrong", "error", "told"), WRONG)
