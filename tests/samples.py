@@ -321,6 +321,19 @@ def draw(
     return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
 
 
+def target_indices(shape: tuple[int, ...], ignored: bool = True) -> Tensor:
+    """Draws class indices for logits, of which every third is -100 if some are ignored."""
+    dim = min(len(shape) - 1, 1)
+    target = torch.randint(shape[dim], (*shape[:dim], *shape[dim + 1 :]))
+    if ignored and target.dim():
+        target.view(-1)[1::3] = -100
+    return target
+
+
+def target_probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).softmax(min(len(shape) - 1, 1)).to(dtype)
+
+
 def losses() -> list[Loss]:
     found = []
     for op in OPERATORS.values():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from compare import FLOATS, Errors, evaluate, evaluate_upstream, exactly, extended
 from conftest import ISAS, KernelCalls
 from grid import grid
-from samples import ACTIVATIONS, GATED, LOSSES, SAMPLES, Loss
+from samples import ACTIVATIONS, GATED, LOSSES, SAMPLES, Loss, target_indices, target_probabilities
 from torch import Tensor
 
 from pyfused import functional
@@ -49,9 +49,8 @@ LATE = {
 
 def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, targets: str) -> tuple[Any, ...]:
     logits = (LOGITS | LATE)[kind](shape).to(dtype).requires_grad_()
-    if targets == "probabilities":
-        return logits, torch.randn(shape).softmax(1).to(dtype)
-    return logits, torch.randint(shape[1], (shape[0], *shape[2:]))
+    is_soft = targets == "probabilities"
+    return logits, target_probabilities(shape, dtype) if is_soft else target_indices(shape, False)
 
 
 # (target, weighted, smoothing, reduction), in all pairwise combinations.

@@ -13,6 +13,7 @@ from catalogue import labels
 from compare import FLOATS, Errors, evaluate, exactly, widen
 from conftest import ISAS, KernelCalls
 from grid import grid
+from samples import target_indices
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,19 +26,10 @@ WEIGHTED = [False, True]
 SHAPES = [(7,), (6, 5), (7, 300), (3, 2100), (2, 21, 5, 7), (300, 3), (4, 1), (2, 150, 9)]
 if interpreter.ON:
     SHAPES = [(7,), (6, 5), (3, 300), (2, 90), (2, 21, 5, 3), (40, 3), (4, 1), (1, 150, 9)]
-IGNORED = -100
 
 
 def scores(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     return (2 * torch.randn(shape)).to(dtype).requires_grad_()
-
-
-def classes(shape: tuple[int, ...], ignored: bool = True) -> Tensor:
-    dim = min(1, len(shape) - 1)
-    target = torch.randint(shape[dim], shape[:dim] + shape[dim + 1 :])
-    if ignored and target.dim():
-        target.view(-1)[::3] = IGNORED
-    return target
 
 
 def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -47,7 +39,7 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def targets(name: str, shape: tuple[int, ...]) -> Tensor:
     """Draws a target for a loss, with ignored ones and with repeated labels where it has these."""
     if name != "multilabel_margin_loss":
-        return classes(shape, ignored=name != "multi_margin_loss")
+        return target_indices(shape, ignored=name != "multi_margin_loss")
     target, size = labels(shape), shape[-1]
     rows = target.view(-1, size)
     rows[-1] = torch.arange(size).roll(3)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from compare import DEVICE, FLOATS, assert_matches_torch, evaluate, exactly
 from conftest import ISAS, KernelCalls
 from grid import grid
+from samples import target_indices, target_probabilities
 
 from pyfused.functional import cross_entropy
 
@@ -22,13 +23,10 @@ SHAPES = [(5,), (6, 5), (3, 5, 4), (2, 5, 3, 4), (2, 3, 2, 1, 5)]
 
 def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """Draws logits that require grad, and a target of the given kind."""
-    class_dim = min(len(shape) - 1, 1)
     logits = torch.randn(shape, dtype=dtype) * 4
     if kind == "probabilities":
-        target = torch.randn(shape, dtype=dtype).softmax(class_dim)
-    else:
-        target = torch.randint(shape[class_dim], shape[:class_dim] + shape[class_dim + 1 :])
-    return logits.requires_grad_(), target
+        return logits.requires_grad_(), target_probabilities(shape, dtype)
+    return logits.requires_grad_(), target_indices(shape, ignored=False)
 
 
 @grid(

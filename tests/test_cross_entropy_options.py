@@ -10,6 +10,7 @@ from catalogue import cross_entropy
 from compare import FLOATS, HALF, Errors, evaluate, exactly, operators_of_torch
 from conftest import ISAS, KernelCalls, backend
 from grid import grid
+from samples import target_indices, target_probabilities
 from torch import Tensor
 
 from pyfused import functional as fused
@@ -44,18 +45,14 @@ def reference(input: Tensor, target: Tensor, **options: Any) -> Tensor:
 
 
 def arguments(
-    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool
+    shape: tuple[int, ...], dtype: torch.dtype, is_soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws input, target, weight and token_weight."""
-    dim = 0 if len(shape) == 1 else 1
-    of_target = (*shape[:dim], *shape[dim + 1 :])
     input = (4 * torch.randn(shape)).to(dtype).requires_grad_()
-    weight, token_weight = torch.rand(shape[dim]) + 0.5, torch.rand(of_target)
-    if probabilities:
-        target = torch.randn(shape).softmax(dim).to(dtype).requires_grad_()
-    else:
-        target = torch.randint(0, shape[dim], of_target)
-        target.view(-1)[1::3] = -100
+    target = target_indices(shape)
+    weight, token_weight = torch.rand(shape[min(len(shape) - 1, 1)]) + 0.5, torch.rand(target.shape)
+    if is_soft:
+        target = target_probabilities(shape, dtype).requires_grad_()
     return input, target, weight.to(dtype), token_weight
 
 

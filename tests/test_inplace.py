@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ISAS, KernelCalls
 from grid import grid
+from samples import target_indices, target_probabilities
 from torch import Tensor
 
 import pyfused
@@ -36,16 +37,6 @@ def backward(
     return logits, seen[0], gradient
 
 
-def target_for(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
-    if kind == "probabilities":
-        return torch.randn(shape).softmax(min(1, len(shape) - 1)).to(dtype)
-    classes = shape[min(1, len(shape) - 1)]
-    target = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else ())
-    if target.dim():
-        target.view(-1)[0] = -100
-    return target
-
-
 @pytest.mark.interpreted
 @grid(
     shape=SHAPES,
@@ -64,7 +55,8 @@ def test_the_gradient_overwrites_the_logits(
     isa: str,
 ) -> None:
     leaf = (torch.randn(shape) * 3).to(dtype).requires_grad_()
-    target = target_for(shape, target_kind, dtype)
+    is_index = target_kind == "index"
+    target = target_indices(shape) if is_index else target_probabilities(shape, dtype)
     options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
     _, apart, expected = backward(leaf, target, inplace=False, **options)
     logits, taken, got = backward(leaf, target, inplace=True, **options)
