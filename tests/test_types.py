@@ -30,11 +30,12 @@ def test_programs_have_types(tmp_path: Path) -> None:
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
-    command = ["-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent", *programs]
+    root = PROGRAM.parents[1]
+    command = ["-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, *command, f"--cache-dir={root / '.mypy_cache'}", *programs],
         cwd=tmp_path,
-        env={**os.environ, "MYPYPATH": str(PROGRAM.parents[1])},
+        env={**os.environ, "MYPYPATH": str(root)},
         text=True,
         capture_output=True,
         check=False,
