@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
+import language_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,6 +131,32 @@ def test_saved_tensors_may_come_back_with_gaps(kernel_calls: KernelCalls) -> Non
     found = torch.autograd.grad(log_probability.sum(), (x, weight))
     torch.testing.assert_close(found, expected)
     assert kernel_calls["row_gradients"] == 2
+
+
+@pytest.mark.integrations
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_lora_head_that_is_a_unit_of_fsdp() -> None:
+    """The head computes its logits itself, with its adapters."""
+    peft = pytest.importorskip("peft")
+    from torch.distributed.fsdp import fully_shard
+
+    tokens, losses = torch.arange(24).view(2, 12), []
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        for convert in (lambda model: model, pyfused.convert):
+            config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+            model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
+            convert(model.train())
+            for part in (model.base_model.model.lm_head, model):
+                fully_shard(part)
+            warned = pytest.warns(RuntimeWarning, match="its head has hooks")
+            with warned if convert is pyfused.convert else contextlib.nullcontext():
+                losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*losses)
 
 
 # ---- imports -------------------------------------------------------------------------------------
