@@ -13,8 +13,11 @@ from grid import grid
 from samples import target_indices, target_probabilities
 from torch import Tensor
 
+from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.backends import cpu
+from pyfused.ops.operators import CROSS_ENTROPY
+from pyfused.types import CrossEntropyOptions
 
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 3))
 
@@ -264,6 +267,25 @@ def test_a_filter_that_leaves_out_few_columns_copies_none() -> None:
         loss.backward()
         fused.linear_cross_entropy(x, weight, torch.arange(30), filter_eps=1e-6)
     assert not copies
+
+
+def test_processes_with_a_shard_compare_each_option() -> None:
+    """A process describes its call to the others; no description of other options is equal."""
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"scale": scale} for scale in (2.0, 3.0)),
+        *({"reduction": reduction} for reduction in ("sum", "none")),
+        *({"token_weight": torch.ones(3, dtype=dtype)} for dtype in FLOATS[:2]),
+        *({"softcap": 2.0}, {"temperature": 2.0}, {"label_smoothing": 0.1}, {"z_loss": 0.1}),
+        *({"ignore_index": 1}, {"denominator": 2.0}, {"loss_dtype": torch.float64}),
+    ]
+    shard, target, found = VocabShard(0, 8), torch.zeros(3, dtype=torch.int64), []
+    for options in changes:
+        arguments = torch.zeros(3, 4), target, None, CrossEntropyOptions(**options)
+        first, again = (CROSS_ENTROPY.describe_call(arguments, shard).tolist() for _ in range(2))
+        assert first == again
+        found.append(tuple(first))
+    assert len({*found}) == len(changes)
 
 
 @pytest.mark.parametrize(("wrong", "error", "told"), WRONG)
