@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import language_models
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
+from pyfused.adopt import adapters
 
 pytestmark = pytest.mark.thresholds
 ROWS = 1 << 15  # half of the rows exceed the size limit
@@ -157,6 +160,31 @@ def test_a_lora_head_that_is_a_unit_of_fsdp() -> None:
     finally:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.integrations
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_head_whose_trained_copy_is_disabled() -> None:
+    """PEFT then calls the original head, which defers its logits, too."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
+    pyfused.convert(model.eval(), evaluation=True)
+    copied = model.base_model.model.lm_head.modules_to_save["default"]
+    tokens, losses = torch.arange(24).view(2, 12), []
+    for disabled in (model.disable_adapter(), contextlib.nullcontext()):
+        copied.weight.data.zero_()
+        with torch.no_grad(), disabled:
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+        assert output.logits is None
+        losses.append(output.loss.item())
+    assert losses[1] == pytest.approx(math.log(300))
+    assert losses[0] != pytest.approx(losses[1])
+
+
+def test_a_lora_layer_of_another_version_of_peft() -> None:
+    reason = adapters.reason_to_compute(SimpleNamespace(disable_adapters=False), None)
+    assert reason == "its head is a LoRA layer of another version of PEFT"
 
 
 # ---- imports -------------------------------------------------------------------------------------
