@@ -182,6 +182,7 @@ ROWS, CLASS = torch.linspace(-2, 2, 12).view(4, 3), torch.tensor([0, 1, 2, 0])
 NUMBERS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "NumPy": ("hardtanh", (ROWS, np.float64(-1), np.float32(1)), {}),
     "NumPy and a tensor": ("hardtanh", (ROWS, np.float64(-1), torch.tensor(1.0)), {}),
+    "a tensor": ("hardtanh", (ROWS, -1.0, torch.tensor(1.0)), {}),
     "an option": ("cross_entropy", (ROWS, CLASS), {"label_smoothing": np.float64(0.5)}),
     "torch's options": ("linear_cross_entropy", (ROWS, ROWS[:3], CLASS), {"options": object()}),
 }
