@@ -23,6 +23,7 @@ from conftest import KernelCalls, fused_always
 from torch import Tensor
 
 from pyfused import functional
+from pyfused.dispatch import call as dispatch
 from pyfused.ops.activation import Activation
 
 ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
@@ -194,6 +195,17 @@ def test_other_kinds_of_numbers_do_not_change_the_path(
 ) -> None:
     getattr(functional, name)(*arguments, **options)
     assert kernel_calls.total() > 0
+
+
+def test_alternating_calls_keep_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, new_decision = [], dispatch._new_decision
+    monkeypatch.setattr(
+        dispatch, "_new_decision", lambda *given: made.append(given) or new_decision(*given)
+    )
+    for _ in range(3):
+        for x in (ROWS, ROWS.double()):
+            functional.relu(x)
+    assert len(made) == 2
 
 
 if __name__ == "__main__":
