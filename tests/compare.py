@@ -1,4 +1,4 @@
-"""Runs operators, and compares results with torch and with the reference."""
+"""Runs operators, and compares results with torch's and with exact ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from reference import Extended, extended
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+Extended = npt.NDArray[np.longdouble]
 Operator = Callable[..., Tensor]
 DEVICE = os.environ.get("PYFUSED_TEST_DEVICE", "cpu")
 HALF = (torch.bfloat16, torch.float16)
@@ -63,6 +64,10 @@ def widen(x: Tensor) -> Tensor:
 
 def exactly(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
+
+
+def extended(x: Tensor) -> Extended:
+    return x.detach().double().cpu().numpy().astype(np.longdouble)
 
 
 def assert_matches_torch(
@@ -176,6 +181,12 @@ class Errors:
             worst = int(np.argmax(error))
             self.ours[result] = float(error[worst])
             self.where[result] = f"{ours[fits][worst]!r} for {exact[fits][worst]!r}"
+
+    def add_outcome(self, got: Outcome, of_torch: Outcome, exact: Outcome) -> None:
+        """Adds a value and its gradients; results of torch may have a wider dtype."""
+        first, second, best = ([o.value, *o.gradients] for o in (got, of_torch, exact))
+        for i, (mine, theirs, wide) in enumerate(zip(first, second, best, strict=True)):
+            self.add("gradient" if i else "value", mine, theirs.to(mine.dtype), wide)
 
     def check(self, roundings: int = 1) -> None:
         """Asserts that our errors are at most torch's largest, plus `roundings` and a library's.

@@ -2,7 +2,7 @@
 
 A definition is the closed form in NumPy's long double: the value of each element, and the gradient
 of each operand. The tests of the families draw operands and options from here. Operators that torch
-has need no definition: they are compared with torch in float64.
+has, and gated activations, need no definition: they are compared with torch in float64.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import mpmath
 import numpy as np
 import torch
-from compare import DEVICE
-from reference import Extended, extended
+from compare import DEVICE, Extended, extended
 from torch import Tensor
 
 from pyfused import checks
@@ -53,33 +51,6 @@ class Sample:
     judges_float64: bool = True
 
 
-def binary_cross_entropy_with_logits(
-    input: Extended, target: Extended, pos_weight: Extended | float = 1.0
-) -> tuple[Extended, ...]:
-    softplus = np.log1p(np.exp(-abs(input))) + np.maximum(-input, 0)  # -log(sigmoid(input))
-    factor = 1 + (pos_weight - 1) * target
-    return (
-        (1 - target) * input + factor * softplus,
-        (1 - target) - factor * sigmoid(-input)[0],
-        (pos_weight - 1) * softplus - input,
-    )
-
-
-def poisson_nll_loss(
-    input: Extended, target: Extended, log_input: bool = True, full: bool = False, eps: float = 1e-8
-) -> tuple[Extended, ...]:
-    log = input if log_input else np.log(input + np.longdouble(eps))
-    rate = np.exp(input) if log_input else input
-    value, of_target = rate - target * log, -log
-    if full:
-        more, at_least_1 = target > 1, np.maximum(target, 1)
-        stirling = target * np.log(at_least_1) - target + np.log(2 * PI * at_least_1) / 2
-        value = value + np.where(more, stirling, 0)
-        of_target = of_target + np.where(more, np.log(at_least_1) + 0.5 / at_least_1, 0)
-    of_input = rate - target if log_input else 1 - target / (input + np.longdouble(eps))
-    return value, of_input, of_target
-
-
 def quantile_loss(input: Extended, target: Extended, quantile: float = 0.5) -> tuple[Extended, ...]:
     d, q = target - input, np.longdouble(quantile)
     slope = np.where(d > 0, -q, np.where(d < 0, 1 - q, np.longdouble(0.5) - q))
@@ -106,9 +77,10 @@ def sigmoid_focal_loss(
     gamma: float = 2,
     ignore_index: float | None = None,
 ) -> tuple[Extended, ...]:
-    p, q = sigmoid(inputs)[0], sigmoid(-inputs)[0]
+    of_0, of_1 = np.logaddexp(0, inputs), np.logaddexp(0, -inputs)  # entropies for these targets
+    p, q = np.exp(-of_1), np.exp(-of_0)
     missing = p * (1 - targets) + q * targets
-    entropy = binary_cross_entropy_with_logits(inputs, targets)[0]
+    entropy = of_0 * (1 - targets) + of_1 * targets
     factor = np.longdouble(alpha) * targets + (1 - np.longdouble(alpha)) * (1 - targets)
     factor = factor if alpha >= 0 else np.ones_like(factor)
     factor = np.where(targets == ignore_index, 0, factor) if ignore_index is not None else factor
@@ -117,64 +89,11 @@ def sigmoid_focal_loss(
     return factor * entropy * missing**gamma, factor * slope
 
 
-def sigmoid(input: Extended) -> tuple[Extended, ...]:
-    small = np.exp(-abs(input))
-    value = np.where(input < 0, small, 1) / (1 + small)
-    return value, small / (1 + small) ** 2
-
-
 def softcap(input: Extended, cap: float = 30.0) -> tuple[Extended, ...]:
     value = np.tanh(input / np.longdouble(cap))
     return cap * value, 1 - value**2
 
 
-def silu(input: Extended) -> tuple[Extended, ...]:
-    share, slope = sigmoid(input)
-    return input * share, share + input * slope
-
-
-def normal_below(x: Extended) -> Extended:
-    """Returns the standard normal CDF at x, from 25 digits."""
-
-    def one(x: np.longdouble) -> np.longdouble:
-        if x < -100:
-            return np.longdouble(0)
-        with mpmath.workdps(25):
-            return np.longdouble(mpmath.nstr(mpmath.ncdf(mpmath.mpf(str(x))), 25))
-
-    return np.vectorize(one, otypes=[np.longdouble])(x)
-
-
-def gelu(input: Extended, approximate: str = "none") -> tuple[Extended, ...]:
-    if approximate == "tanh":
-        factor = np.sqrt(2 / PI)
-        value = np.tanh(factor * (input + np.longdouble("0.044715") * input**3))
-        slope = factor * (1 + 3 * np.longdouble("0.044715") * input**2) * (1 - value**2)
-        return input * (1 + value) / 2, (1 + value + input * slope) / 2
-    below = normal_below(input)
-    return input * below, below + input * np.exp(-(input**2) / 2) / np.sqrt(2 * PI)
-
-
-def relu(input: Extended) -> tuple[Extended, ...]:
-    return np.maximum(input, 0), np.heaviside(input, 0).astype(input.dtype)
-
-
-def swiglu(gate: Extended, up: Extended) -> tuple[Extended, ...]:
-    value, slope = silu(gate)
-    return value * up, slope * up, value
-
-
-def geglu(gate: Extended, up: Extended, approximate: str = "none") -> tuple[Extended, ...]:
-    value, slope = gelu(gate, approximate)
-    return value * up, slope * up, value
-
-
-def reglu(gate: Extended, up: Extended) -> tuple[Extended, ...]:
-    value, slope = relu(gate)
-    return value * up, slope * up, value
-
-
-PI = 4 * np.arctan(np.longdouble(1))
 SAMPLES = {
     "smooth_l1_loss": Sample(tried=({}, {"beta": 3.5}, {"beta": 0.0})),
     "huber_loss": Sample(tried=({}, {"delta": 3.5})),
@@ -185,8 +104,7 @@ SAMPLES = {
         special=FINITE_PRODUCTS,
     ),
     "poisson_nll_loss": Sample(
-        poisson_nll_loss,
-        (
+        tried=(
             {},
             {"full": True},
             {"log_input": False},
@@ -212,14 +130,14 @@ SAMPLES = {
     "hinge_embedding_loss": Sample(tried=({}, {"margin": 3.5}), cancels=True),
     "binary_cross_entropy": Sample(cancels=True, special=(1.0, 0.0, 0.5, 0.25, -0.0, 2.0**-20)),
     "margin_ranking_loss": Sample(tried=({}, {"margin": 3.5})),
-    "binary_cross_entropy_with_logits": Sample(binary_cross_entropy_with_logits, cancels=True),
+    "binary_cross_entropy_with_logits": Sample(cancels=True),
     "gaussian_nll_loss": Sample(tried=({}, {"full": True, "eps": 1e-3}), heavy=True),
-    "relu": Sample(relu, rounds=False),
-    "sigmoid": Sample(sigmoid, cancels=True),
+    "relu": Sample(rounds=False),
+    "sigmoid": Sample(cancels=True),
     "tanh": Sample(cancels=True),
     "softcap": Sample(softcap, cancels=True),
-    "silu": Sample(silu, cancels=True),
-    "gelu": Sample(gelu, cancels=True),
+    "silu": Sample(cancels=True),
+    "gelu": Sample(cancels=True),
     "relu6": Sample(rounds=False),
     "hardtanh": Sample(tried=({}, {"min_val": -0.3, "max_val": 2.0}), rounds=False),
     "hardsigmoid": Sample(cancels=True),
@@ -233,9 +151,8 @@ SAMPLES = {
     "tanhshrink": Sample(cancels=True),
     "threshold": Sample(tried=({"threshold": 0.25, "value": -1.5},), rounds=False),
     "glu": Sample(cancels=True),
-    "swiglu": Sample(swiglu, cancels=True),
-    "geglu": Sample(geglu, ({}, {"approximate": "tanh"}), cancels=True),
-    "reglu": Sample(reglu),
+    "swiglu": Sample(cancels=True),
+    "geglu": Sample(tried=({}, {"approximate": "tanh"}), cancels=True),
 }
 
 
@@ -271,9 +188,9 @@ def of_torch(op: Activation | PointwiseLoss, sample: Sample | None) -> Sample:
 
 
 for _op in OPERATORS.values():
-    if isinstance(_op, (Activation, PointwiseLoss)) and hasattr(torch.nn.functional, _op.name):
-        _sample = SAMPLES.get(_op.name)
-        SAMPLES[_op.name] = _sample if _sample and _sample.define else of_torch(_op, _sample)
+    _in_torch = hasattr(torch.nn.functional, _op.name) or isinstance(_op, Gated)
+    if isinstance(_op, (Activation, PointwiseLoss)) and _in_torch:
+        SAMPLES[_op.name] = of_torch(_op, SAMPLES.get(_op.name))
 
 
 # ---- parameters of the tests ---------------------------------------------------------------------
@@ -402,6 +319,19 @@ def draw(
     if math.isinf(low):
         return (4 * scale * torch.randn(shape)).to(dtype)
     return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
+
+
+def target_indices(shape: tuple[int, ...], ignored: bool = True) -> Tensor:
+    """Draws class indices for logits, of which every third is -100 if some are ignored."""
+    dim = min(len(shape) - 1, 1)
+    target = torch.randint(shape[dim], (*shape[:dim], *shape[dim + 1 :]))
+    if ignored and target.dim():
+        target.view(-1)[1::3] = -100
+    return target
+
+
+def target_probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).softmax(min(len(shape) - 1, 1)).to(dtype)
 
 
 def losses() -> list[Loss]:

@@ -13,20 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from compare import FLOATS, Errors, evaluate, evaluate_upstream, exactly
+from compare import FLOATS, Errors, evaluate, evaluate_upstream, exactly, extended
 from conftest import ISAS, KernelCalls
 from grid import grid
-from reference import extended
-from samples import ACTIVATIONS, LOSSES, SAMPLES, Loss
+from samples import ACTIVATIONS, GATED, LOSSES, SAMPLES, Loss, target_indices, target_probabilities
 from torch import Tensor
 
 from pyfused import functional
 from pyfused.dispatch.operator import Operator
 from pyfused.functional import cross_entropy
 from pyfused.ops.activation import Activation
+from pyfused.ops.pointwise_loss import Gated
 
 # Sizes around vector, tile and chunk boundaries, and vocabulary sizes in use.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
@@ -50,9 +49,8 @@ LATE = {
 
 def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, targets: str) -> tuple[Any, ...]:
     logits = (LOGITS | LATE)[kind](shape).to(dtype).requires_grad_()
-    if targets == "probabilities":
-        return logits, torch.randn(shape).softmax(1).to(dtype)
-    return logits, torch.randint(shape[1], (shape[0], *shape[2:]))
+    is_soft = targets == "probabilities"
+    return logits, target_probabilities(shape, dtype) if is_soft else target_indices(shape, False)
 
 
 # (target, weighted, smoothing, reduction), in all pairwise combinations.
@@ -92,9 +90,7 @@ def add_errors(
     if logits.dtype == torch.float64:
         value, *gradients = extended_cross_entropy(logits, target, weight, smoothing, reduction)
     else:
-        exact = evaluate(
-            reference.cross_entropy, logits, target, weight, convert=exactly, **options
-        )
+        exact = evaluate(F.cross_entropy, logits, target, weight, convert=exactly, **options)
         value, gradients = exact.value, exact.gradients
     errors.add("value", got.value, of_torch.value, value)
     names = ["gradient", "gradient to the target"][: len(gradients)]
@@ -114,20 +110,25 @@ def gradient_term(target: Tensor, weight: Tensor | None, reduction: str) -> floa
 def extended_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, reduction: str
 ) -> tuple[Any, Any]:
-    """Computes value and gradient for (N, C) from the closed forms in long double."""
+    """Computes value and gradient for (N, C) from the closed forms in long double.
+
+    With W = sum_c weight_c q_c:  d loss / d logits_c = softmax_c W - weight_c q_c
+    """
     rows, classes = logits.shape
     index = not target.is_floating_point()
     hard = F.one_hot(target, classes) if index else target
     s = np.longdouble(smoothing)
-    q = (1 - s) * extended(hard) + s / classes
     w = extended(torch.ones(classes) if weight is None else weight)
+    weighted = w * ((1 - s) * extended(hard) + s / classes)
     denominator: Any = np.longdouble(1)
     if reduction == "mean":
         denominator = w[target.numpy()].sum() if index else np.longdouble(rows)
-    grad_output = evaluate_upstream((rows,) if reduction == "none" else ())
-    loss, gradient = reference.extended_cross_entropy(
-        extended(logits), q, w, denominator, extended(grad_output)
-    )
+    shifted = extended(logits) - extended(logits).max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    loss = -(weighted * log_p).sum(-1) / denominator
+    gradient = np.exp(log_p) * weighted.sum(-1, keepdims=True) - weighted
+    grad_output = extended(evaluate_upstream((rows,) if reduction == "none" else ()))
+    gradient *= grad_output[..., None] / denominator
     return loss if reduction == "none" else loss.sum(), gradient
 
 
@@ -205,7 +206,7 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
     logits, target = make(kind, (9, classes), torch.float32, "index")
     got = evaluate(cross_entropy, logits, target, reduction="sum").gradients[0].double()
     of_torch = evaluate(F.cross_entropy, logits, target, reduction="sum").gradients[0].double()
-    exact = evaluate(reference.cross_entropy, logits, target, convert=exactly, reduction="sum")
+    exact = evaluate(F.cross_entropy, logits, target, convert=exactly, reduction="sum")
     best = exact.gradients[0]
     judged = (best.abs() > torch.finfo(torch.float32).tiny) & ~F.one_hot(target, classes).bool()
     if not judged.any():
@@ -248,19 +249,21 @@ def test_pointwise_losses(
     errors.check(roundings=2 if SAMPLES[loss.op.name].heavy else 1)
 
 
-@grid(op=ACTIVATIONS, dtype=FLOATS, scale=[0.1, 1.0, 10.0, 1e4], isa=ISAS)
-def test_activations(op: Activation, dtype: torch.dtype, scale: float, isa: str) -> None:
+@grid(op=[*ACTIVATIONS, *GATED], dtype=FLOATS, scale=[0.1, 1.0, 10.0, 1e4], isa=ISAS)
+def test_activations(op: Activation | Gated, dtype: torch.dtype, scale: float, isa: str) -> None:
     skip_unless_judged(dtype, op)
     errors = Errors()
-    for size in SIZES:
-        x = (scale * torch.randn(size)).to(dtype).requires_grad_()
+    for size, options in product(SIZES, SAMPLES[op.name].tried):
+        inputs = [(scale * torch.randn(size)).to(dtype).requires_grad_() for _ in op.operands]
         ours, theirs = (
-            evaluate(f, x, **op.required) for f in (getattr(functional, op.name), op.reference)
+            evaluate(f, *inputs, **options) for f in (getattr(functional, op.name), op.reference)
         )
-        value, derivative = SAMPLES[op.name].define(extended(x))
+        value, *derivatives = SAMPLES[op.name].define(*map(extended, inputs), **options)
         grad_output = extended(evaluate_upstream((size,)).to(dtype))
-        cancels = float(abs(extended(x)).max()) if SAMPLES[op.name].cancels else 0.0
+        cancels = float(abs(extended(inputs[0])).max()) if SAMPLES[op.name].cancels else 0.0
         errors.add("value", ours.value, theirs.value, value, cancels)
-        exact, term = derivative * grad_output, float(abs(grad_output).max())
-        errors.add("gradient", ours.gradients[0], theirs.gradients[0], exact, term)
+        term = float(abs(grad_output).max())
+        results = zip(ours.gradients, theirs.gradients, derivatives, strict=True)
+        for i, (mine, of_torch, derivative) in enumerate(results):
+            errors.add(f"gradient {i}", mine, of_torch, derivative * grad_output, term)
     errors.check()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import interpreter
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from compare import DEVICE, FLOATS, assert_matches_torch, evaluate, exactly
 from conftest import ISAS, KernelCalls
 from grid import grid
+from samples import target_indices, target_probabilities
 
 from pyfused.functional import cross_entropy
 
@@ -24,30 +23,10 @@ SHAPES = [(5,), (6, 5), (3, 5, 4), (2, 5, 3, 4), (2, 3, 2, 1, 5)]
 
 def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """Draws logits that require grad, and a target of the given kind."""
-    class_dim = min(len(shape) - 1, 1)
     logits = torch.randn(shape, dtype=dtype) * 4
     if kind == "probabilities":
-        target = torch.randn(shape, dtype=dtype).softmax(class_dim)
-    else:
-        target = torch.randint(shape[class_dim], shape[:class_dim] + shape[class_dim + 1 :])
-    return logits.requires_grad_(), target
-
-
-def test_the_reference_equals_torch_in_float64(target_kind: str, reduction: str) -> None:
-    for shape, smoothing in product(SHAPES, (0.0, 0.1, 1.0)):
-        logits, target = problem(shape, target_kind, torch.float64)
-        options: dict[str, Any] = {
-            "weight": torch.rand(logits.size(min(logits.dim() - 1, 1)), dtype=torch.float64),
-            "reduction": reduction,
-            "label_smoothing": smoothing,
-        }
-        if target_kind == "index":
-            options["ignore_index"] = 1
-        spec = evaluate(reference.cross_entropy, logits, target, **options)
-        of_torch = evaluate(F.cross_entropy, logits, target, **options)
-        tight = {"rtol": 1e-13, "atol": 1e-14, "equal_nan": True}
-        torch.testing.assert_close(spec.value, of_torch.value, **tight)
-        torch.testing.assert_close(spec.gradients, of_torch.gradients, **tight)
+        return logits.requires_grad_(), target_probabilities(shape, dtype)
+    return logits.requires_grad_(), target_indices(shape, ignored=False)
 
 
 @grid(

@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 from catalogue import cross_entropy
-from compare import FLOATS, HALF, Errors, evaluate, exactly
+from compare import FLOATS, HALF, Errors, evaluate, exactly, operators_of_torch
 from conftest import ISAS, KernelCalls, backend
 from grid import grid
+from samples import target_indices, target_probabilities
 from torch import Tensor
 
+from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.backends import cpu
+from pyfused.ops.operators import CROSS_ENTROPY
+from pyfused.types import CrossEntropyOptions
 
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 3))
 
@@ -44,18 +48,14 @@ def reference(input: Tensor, target: Tensor, **options: Any) -> Tensor:
 
 
 def arguments(
-    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool
+    shape: tuple[int, ...], dtype: torch.dtype, is_soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws input, target, weight and token_weight."""
-    dim = 0 if len(shape) == 1 else 1
-    of_target = (*shape[:dim], *shape[dim + 1 :])
     input = (4 * torch.randn(shape)).to(dtype).requires_grad_()
-    weight, token_weight = torch.rand(shape[dim]) + 0.5, torch.rand(of_target)
-    if probabilities:
-        target = torch.randn(shape).softmax(dim).to(dtype).requires_grad_()
-    else:
-        target = torch.randint(0, shape[dim], of_target)
-        target.view(-1)[1::3] = -100
+    target = target_indices(shape)
+    weight, token_weight = torch.rand(shape[min(len(shape) - 1, 1)]) + 0.5, torch.rand(target.shape)
+    if is_soft:
+        target = target_probabilities(shape, dtype).requires_grad_()
     return input, target, weight.to(dtype), token_weight
 
 
@@ -177,11 +177,7 @@ def test_as_accurate_as_the_reference(
             got = evaluate(fused.cross_entropy, input, target, **given)
             native = evaluate(reference, input, target, **given)
             exact = evaluate(reference, input, target, convert=exactly, **given)
-            errors.add("loss", got.value, native.value.to(dtype), exact.value)
-            for mine, theirs, best in zip(
-                got.gradients, native.gradients, exact.gradients, strict=True
-            ):
-                errors.add("gradient", mine, theirs, best)
+            errors.add_outcome(got, native, exact)
     errors.check(roundings=32 if dtype is torch.float64 else 2)
     assert kernel_calls["cross_entropy"] > 0
 
@@ -205,6 +201,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": "1"}, TypeError, "scale: expected a float, got str '1'"),
     ({"scale": 0.0}, ValueError, "scale: expected a positive number, got 0.0"),
     ({"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0.0, got -1.0"),
+    ({"gamma": "2"}, TypeError, "gamma: expected a float, got str '2'"),
+    ({"gamma": None}, TypeError, "gamma: expected a float, got NoneType None"),
+    ({"gamma": 2.0, "label_smoothing": 0.1}, ValueError, "gamma: expected 0.0 with class prob"),
+    ({"gamma": 2.0, "target": torch.rand(6, 5)}, ValueError, "gamma: expected 0.0 with class prob"),
     ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
     ({"denominator": -1.5}, ValueError, "denominator: expected a positive number, got -1.5"),
     (
@@ -250,6 +250,44 @@ def test_only_ignored_targets() -> None:
         assert not gradient.any()
 
 
+@pytest.mark.thresholds
+def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -> None:
+    x, target = torch.randn(8, 4), torch.arange(8)
+    for classes in (10, 4000):
+        assert not kernel_calls
+        fused.linear_cross_entropy(x, torch.randn(classes, 4), target)
+    assert kernel_calls
+
+
+@pytest.mark.cpu
+def test_a_filter_that_leaves_out_few_columns_copies_none() -> None:
+    x, weight = (torch.randn(n, 8, requires_grad=True) for n in (30, 50))
+    loss = fused.linear_cross_entropy(x, weight, torch.arange(30), filter_eps=1e-6)
+    with operators_of_torch("aten::index_add_", "aten::index") as copies:
+        loss.backward()
+        fused.linear_cross_entropy(x, weight, torch.arange(30), filter_eps=1e-6)
+    assert not copies
+
+
+def test_processes_with_a_shard_compare_each_option() -> None:
+    """A process describes its call to the others; no description of other options is equal."""
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"scale": scale} for scale in (2.0, 3.0)),
+        *({"reduction": reduction} for reduction in ("sum", "none")),
+        *({"token_weight": torch.ones(3, dtype=dtype)} for dtype in FLOATS[:2]),
+        *({"softcap": 2.0}, {"temperature": 2.0}, {"label_smoothing": 0.1}, {"z_loss": 0.1}),
+        *({"ignore_index": 1}, {"denominator": 2.0}, {"loss_dtype": torch.float64}),
+    ]
+    shard, target, found = VocabShard(0, 8), torch.zeros(3, dtype=torch.int64), []
+    for options in changes:
+        arguments = torch.zeros(3, 4), target, None, CrossEntropyOptions(**options)
+        first, again = (CROSS_ENTROPY.describe_call(arguments, shard).tolist() for _ in range(2))
+        assert first == again
+        found.append(tuple(first))
+    assert len({*found}) == len(changes)
+
+
 @pytest.mark.parametrize(("wrong", "error", "told"), WRONG)
 def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
     input, target, _, _ = arguments((6, 5), torch.float32, False)
@@ -257,5 +295,5 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
     if any(isinstance(x, Tensor) and x.is_cuda and not x.dim() for x in wrong.values()):
         pytest.skip("the number is on the GPU, and reading it would wait")
     with pytest.raises(error, match=told):
-        fused.cross_entropy(input, target, **wrong)
+        fused.cross_entropy(input, **{"target": target} | wrong)
     assert torch.equal(input, before)

@@ -7,22 +7,16 @@ each operator.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grid
 import interpreter
 import pytest
-import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from layouts import SAME_VALUES
 from processes import python
-from random_calls import ERRORS, Call, check_call, forward, ours, random_call, run
-from torch import Tensor
+from random_calls import check_call, random_call
 
-from pyfused.adopt.explain import explain
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 
@@ -32,11 +26,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a target size:UserWarning"),
     pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning"),
 ]
-WITHOUT_PRODUCTS = {name: op for name, op in OPERATORS.items() if not op.is_linear}
-every_operator = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
 
 
-@every_operator
+@pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
 def test_call(op: Operator) -> None:
     """The call depends on one seed and the size, because hypothesis often repeats other draws."""
 
@@ -48,85 +40,6 @@ def test_call(op: Operator) -> None:
         check_call(call)
 
     check()
-
-
-@every_operator
-def test_modifying_an_argument_before_backward(op: Operator) -> None:
-    """Backward raises, or computes the gradients of the old values."""
-
-    @settings(max_examples=settings().max_examples // 4)
-    @given(SEEDS, st.sampled_from(SIZES), st.booleans())
-    def check(seed: int, elements: int, after_a_backward: bool) -> None:
-        call = random_call(op, seed, elements, SAME_VALUES)
-        call.given.pop("inplace", None)
-        note(str(call))
-        try:
-            expected = backward(call, after_a_backward)()
-        except ERRORS:
-            return
-        gradients = backward(call, after_a_backward)
-        tensors = [x for x in call.given.values() if isinstance(x, Tensor)]
-        changed = random.Random(seed).choice(tensors)
-        note(f"changed: {changed.dtype} {tuple(changed.shape)}")
-        with torch.no_grad():
-            changed.copy_(1 - changed if changed.is_floating_point() else changed.flip(0))
-        try:
-            found = gradients()
-        except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)  # noqa: PT017
-            return
-        assert_identical(found, expected)
-
-    check()
-
-
-def backward(call: Call, again: bool) -> Callable[[], Sequence[Tensor]]:
-    """Runs the backward pass, or a second one, which may round differently."""
-    _, gradients = forward(call, ours)
-    if again:
-        gradients()
-    return gradients
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("op", WITHOUT_PRODUCTS.values(), ids=WITHOUT_PRODUCTS)
-def test_threads(op: Operator, threads: Callable[[int], None]) -> None:
-    """Results do not depend on the number of threads.
-
-    Excludes torch's operators, and sums of gradients of broadcast operands.
-    """
-
-    @settings(max_examples=settings().max_examples // 8)
-    @given(SEEDS, st.sampled_from([2, 3, 5]))
-    def check(seed: int, number: int) -> None:
-        call = random_call(op, seed, 150_000)  # one thread per 32,768 elements
-        note(str(call))
-        try:
-            threads(1)
-            expected = run(call, ours)
-            threads(number)
-            if not takes_kernel(call):
-                return
-            results, gradients = forward(call, ours)
-            largest = max(x.numel() for x in call.given.values() if isinstance(x, Tensor))
-            for i, (got, one) in enumerate(zip([*results, *gradients()], expected, strict=True)):
-                if i < len(results) or got.numel() == largest:
-                    assert_identical([got], [one])
-        except ERRORS:
-            return
-
-    check()
-
-
-def takes_kernel(call: Call) -> bool:
-    given = {name: value for name, value in call.given.items() if name != "with_metrics"}
-    if given.get("inplace"):
-        given["input"] = given["input"] * 1  # not a leaf
-    return explain(call.op.name, **given).backend != "torch"
-
-
-def assert_identical(got: list[Tensor], expected: list[Tensor]) -> None:
-    torch.testing.assert_close([*got], [*expected], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.cpu

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compare import FLOATS, Errors, evaluate, exactly
+from samples import target_indices
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,11 +38,7 @@ def composed(
 
 def cosines(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Draws cosines and targets; some targets are ignored."""
-    dim = min(len(shape) - 1, 1)
-    input = (torch.rand(shape) * 1.8 - 0.9).to(dtype).requires_grad_()
-    target = torch.randint(0, shape[dim], (*shape[:dim], *shape[dim + 1 :]))
-    target.view(-1)[1::3] = -100
-    return input, target
+    return (torch.rand(shape) * 1.8 - 0.9).to(dtype).requires_grad_(), target_indices(shape)
 
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -63,8 +60,7 @@ def test_composed_with_cross_entropy(shape: tuple[int, ...], kind: str, dtype: t
         native = evaluate(by_hand, input, target, **given)
         exact = evaluate(by_hand, input, target, convert=exactly, **given)
         assert got.value.dtype is dtype
-        errors.add("loss", got.value, native.value, exact.value)
-        errors.add("gradient", got.gradients[0], native.gradients[0], exact.gradients[0])
+        errors.add_outcome(got, native, exact)
     errors.check(roundings=16 if dtype is torch.float64 else 2)
 
 

@@ -200,6 +200,17 @@ def test_legacy_arguments(name: str) -> None:
     assert module.reduction == "sum"
 
 
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_the_warning_of_a_costly_fallback_names_the_users_line(kind: str) -> None:
+    weight, target = torch.randn(2100, 2), torch.zeros(4096, dtype=torch.int64)
+    x = torch.randn(4096, 2).as_subclass(type(f"InputOfThe{kind}", (torch.Tensor,), {}))
+    head, of_module = fused.LinearLogProbs(2, 2100), kind == "module"
+    given = (x, target) if of_module else (x, weight, target)
+    with pytest.warns(RuntimeWarning, match="linear_log_probs: .* need 32 MiB") as seen:
+        (head if of_module else fused_functional.linear_log_probs)(*given)
+    assert seen[0].filename == __file__
+
+
 def test_modules_reject_unknown_keywords() -> None:
     with pytest.raises(TypeError, match=r"CrossEntropyLoss\(\) got an unexpected .* 'z_los'"):
         fused.CrossEntropyLoss(z_los=0.1)  # type: ignore[call-arg]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import io
 import os
 import pickle
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +41,6 @@ def empty_cache() -> Iterator[None]:
     memory.recycle(limit=ROOM)
     memory.release()
     yield
-    gc.collect()
     memory.recycle()
     memory.release()
 
@@ -262,15 +261,41 @@ def test_threads() -> None:
     assert memory.stats().hits > 0
 
 
+# In new processes: 36 MiB in a tensor, and a training loop with a gradient of 64 MiB.
+PREAMBLE = """
+import os, re, torch
+from pathlib import Path
+from processes import left
+from pyfused import memory
+from pyfused.dispatch import call as dispatch
+from pyfused.functional import cross_entropy, relu
+dispatch.is_small = lambda *_: False  # kernels for every size
+torch.set_num_threads(1)
+x = torch.ones(9 << 20)
+
+def logits():
+    x = torch.randn(64, 1 << 18, requires_grad=True)
+    cross_entropy(x[:1], torch.zeros(1, dtype=torch.int64)).backward()
+    x.grad = None
+    return x
+
+def train(x, elements, steps=4):
+    for _ in range(steps):
+        cross_entropy(x, torch.zeros(64, dtype=torch.int64)).backward()
+        x.grad = None
+        torch.empty(elements).fill_(1)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    """Returns what code prints in a new process."""
+    done = python(PREAMBLE + textwrap.dedent(code), **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.strip()
+
+
 def test_a_forked_child_starts_with_no_free_block() -> None:
-    done = python("""
-        import os, torch
-        from pyfused import memory
-        from pyfused.functional import relu
-        from pyfused.dispatch import call as dispatch
-        dispatch.is_small = lambda *_: False  # kernels for every size
-        torch.set_num_threads(1)
-        x = torch.ones(9 << 20)
+    run("""
         kept = relu(x); relu(x)
         assert memory.stats().free == 36 << 20
         child = os.fork()
@@ -284,7 +309,6 @@ def test_a_forked_child_starts_with_no_free_block() -> None:
             assert memory.stats().free == 2 * 36 << 20
             os._exit(17)
     """)
-    assert done.returncode == 0, done.stderr
 
 
 def test_tensors_outlive_the_interpreter() -> None:
@@ -307,57 +331,29 @@ def test_tensors_outlive_the_interpreter() -> None:
 @in_little_memory
 def test_no_memory_left() -> None:
     """Free blocks are released before an allocation fails; then torch raises its error."""
-    done = python("""
-        import resource, torch
-        from pyfused import memory
-        from pyfused.functional import relu
-        from pyfused.dispatch import call as dispatch
-        dispatch.is_small = lambda *_: False  # kernels for every size
-        torch.set_num_threads(1)
+    printed = run("""
         memory.recycle(limit=1 << 40)
-        x, larger = torch.ones(9 << 20), torch.ones(12 << 20)
+        larger = torch.ones(12 << 20)
         relu(x)
         assert memory.stats().free
-        mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + (20 << 20), -1))
-        y = relu(larger)  # fits after the free block is released
-        assert memory.stats().free == 0 and y.sum() == 12 << 20
-        try:
-            relu(larger)
-        except RuntimeError as error:
-            print(error)
-        del y
-        assert memory.stats().free == 0  # nothing is kept under a limit of the address space
+        with left(20 << 20):
+            y = relu(larger)  # fits after the free block is released
+            assert memory.stats().free == 0 and y.sum() == 12 << 20
+            try:
+                relu(larger)
+            except RuntimeError as error:
+                print(error)
+            del y
+            assert memory.stats().free == 0  # nothing is kept under a limit of the address space
     """)
-    assert done.returncode == 0, done.stderr
-    assert "not enough memory" in done.stdout or "can't allocate memory" in done.stdout
+    assert "not enough memory" in printed or "can't allocate memory" in printed
 
 
 @in_little_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_training_needs_no_more_address_space(asked: str) -> None:
     """With a limit that allows one gradient, with and without recycling."""
-    done = python(
-        """
-        import resource, torch
-        from pyfused.functional import cross_entropy
-        torch.set_num_threads(1)
-        x = torch.randn(64, 1 << 18, requires_grad=True)
-        target = torch.zeros(64, dtype=torch.int64)
-        cross_entropy(x[:1], target[:1]).backward()
-        x.grad = None
-        mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + (64 << 20) + (48 << 20), -1))
-        for _ in range(4):
-            x.grad = None
-            cross_entropy(x, target).backward()
-            x.grad = None
-            torch.empty(24 << 20).fill_(1)  # as large as memory without a free block
-        print("ok")
-        """,
-        PYFUSED_RECYCLE=asked,
-    )
-    assert done.stdout.strip() == "ok", done.stderr
+    run("x = logits()\nwith left(112 << 20): train(x, 24 << 20)", PYFUSED_RECYCLE=asked)
 
 
 @pytest.fixture
@@ -382,52 +378,30 @@ def group() -> Iterator[Path]:
 @in_little_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_training_needs_no_more_memory_in_a_control_group(group: Path, asked: str) -> None:
-    done = python(
+    usage = "memory.usage_in_bytes" if "limit" in group.name else "memory.current"
+    printed = run(
         f"""
-        import os, torch
-        from pathlib import Path
-        from pyfused import memory
-        from pyfused.functional import cross_entropy
-        group = Path("{group.parent}")
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-        torch.set_num_threads(1)
-        x = torch.randn(64, 1 << 18, requires_grad=True)
-        target = torch.zeros(64, dtype=torch.int64)
-        cross_entropy(x[:1], target[:1]).backward()
-        x.grad = None
-        usage = "memory.usage_in_bytes" if "limit" in "{group.name}" else "memory.current"
-        used = int((group / usage).read_text())
+        (Path("{group.parent}") / "cgroup.procs").write_text(str(os.getpid()))
+        x = logits()
+        used = int((Path("{group.parent}") / "{usage}").read_text())
         Path("{group}").write_text(str(used + (64 << 20) + (16 << 20)))
-        for _ in range(4):
-            cross_entropy(x, target).backward()
-            x.grad = None
-            torch.empty(16 << 20).fill_(1)  # as large as the gradient, whose block is free
+        train(x, 16 << 20)  # as large as the gradient, whose block is free
         print(memory.stats().hits)
         """,
         PYFUSED_RECYCLE=asked,
     )
-    assert done.stdout.strip() == ("3" if asked == "1" else "0"), done.stderr
+    assert printed == ("3" if asked == "1" else "0")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux has the peak")
 def test_the_peak_grows_by_one_gradient_at_most() -> None:
     """Even if other memory of the same size is needed while the gradient's block is free."""
     code = """
-        import re, torch
-        from pathlib import Path
-        from pyfused.functional import cross_entropy
-        torch.set_num_threads(1)
-        x = torch.randn(64, 1 << 18, requires_grad=True)
-        target = torch.zeros(64, dtype=torch.int64)
-        for _ in range(3):
-            x.grad = None
-            cross_entropy(x, target).backward()
-            x.grad = None
-            torch.empty(16 << 20).fill_(1)
+        train(logits(), 16 << 20, 3)
         status = Path("/proc/self/status").read_text()
         print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) << 10)
     """
-    recycled, new = (int(python(code, PYFUSED_RECYCLE=asked).stdout) for asked in ("1", "0"))
+    recycled, new = (int(run(code, PYFUSED_RECYCLE=asked)) for asked in ("1", "0"))
     assert recycled < new + 64 * MIB + 8 * MIB
 
 
@@ -443,15 +417,14 @@ def test_invalid_limits() -> None:
     assert memory.stats().limit == ROOM
 
 
-@pytest.mark.parametrize(("asked", "limit"), [("0", 0), ("123456789", 123456789)])
-def test_the_environment(asked: str, limit: int) -> None:
-    code = "import pyfused; print(pyfused.memory.stats().limit)"
-    assert int(python(code, PYFUSED_RECYCLE=asked).stdout) == limit
-
-
-def test_invalid_environment_variables() -> None:
-    done = python("import pyfused", PYFUSED_RECYCLE="yes")
-    assert "PYFUSED_RECYCLE: expected 0 or a number of bytes, got 'yes'" in done.stderr
+def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, limit in (("0", 0), ("123456789", 123456789)):
+        monkeypatch.setenv("PYFUSED_RECYCLE", asked)
+        memory._configure()
+        assert memory.stats().limit == limit
+    monkeypatch.setenv("PYFUSED_RECYCLE", "yes")
+    with pytest.raises(ImportError, match="expected 0 or a number of bytes, got 'yes'"):
+        memory._configure()
 
 
 def test_the_default_is_a_fraction_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

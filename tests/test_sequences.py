@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 from catalogue import EXAMPLES, Call, Example, ours, parameters, reference, result_of
-from conftest import fused_always
+from conftest import KernelCalls, fused_always
 from torch import Tensor
 
+from pyfused import functional
+from pyfused.dispatch import call as dispatch
 from pyfused.ops.activation import Activation
 
 ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
@@ -138,8 +140,6 @@ def outcome(
 def overwritten(call: Call, function: Any, given: dict[str, Any]) -> Any:
     if function is reference:
         return call.op.reference_(**given)
-    from pyfused import functional
-
     return getattr(functional, call.op.name)(**given, inplace=True)
 
 
@@ -177,6 +177,35 @@ def test_sequences_of_calls_equal_torchs(seed: int) -> None:
     calls = 60 if interpreter.ON else 400
     with quiet():
         assert run(seed, calls).raised < calls / 4
+
+
+ROWS, CLASS = torch.linspace(-2, 2, 12).view(4, 3), torch.tensor([0, 1, 2, 0])
+NUMBERS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "NumPy": ("hardtanh", (ROWS, np.float64(-1), np.float32(1)), {}),
+    "NumPy and a tensor": ("hardtanh", (ROWS, np.float64(-1), torch.tensor(1.0)), {}),
+    "a tensor": ("hardtanh", (ROWS, -1.0, torch.tensor(1.0)), {}),
+    "an option": ("cross_entropy", (ROWS, CLASS), {"label_smoothing": np.float64(0.5)}),
+    "torch's options": ("linear_cross_entropy", (ROWS, ROWS[:3], CLASS), {"options": object()}),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments", "options"), NUMBERS.values(), ids=NUMBERS)
+def test_other_kinds_of_numbers_do_not_change_the_path(
+    name: str, arguments: tuple[Any, ...], options: dict[str, Any], kernel_calls: KernelCalls
+) -> None:
+    getattr(functional, name)(*arguments, **options)
+    assert kernel_calls.total() > 0
+
+
+def test_alternating_calls_keep_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, new_decision = [], dispatch._new_decision
+    monkeypatch.setattr(
+        dispatch, "_new_decision", lambda *given: made.append(given) or new_decision(*given)
+    )
+    for _ in range(3):
+        for x in (ROWS, ROWS.double()):
+            functional.relu(x)
+    assert len(made) == 2
 
 
 if __name__ == "__main__":

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import language_models
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import operators_of_torch
 from conftest import KernelCalls
+from layouts import every_second
 from processes import python
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
+from pyfused.adopt import adapters
 
 pytestmark = pytest.mark.thresholds
 ROWS = 1 << 15  # half of the rows exceed the size limit
@@ -113,6 +120,87 @@ def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
         assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
         copies.append(sum(shapes[0] == [ROWS, 3] for shapes in casts))
     assert copies[0] == 0 < copies[1]
+
+
+def test_saved_tensors_may_come_back_with_gaps(kernel_calls: KernelCalls) -> None:
+    """Backward overwrites saved logits only if hooks have kept them contiguous."""
+    x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+
+    def step() -> Tensor:
+        return pyfused.functional.linear_log_probs(x, weight, torch.arange(64)).log_probability
+
+    expected = torch.autograd.grad(step().sum(), (x, weight))
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, every_second):
+        log_probability = step()
+    found = torch.autograd.grad(log_probability.sum(), (x, weight))
+    torch.testing.assert_close(found, expected)
+    assert kernel_calls["row_gradients"] == 2
+
+
+@pytest.mark.integrations
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_lora_head_that_is_a_unit_of_fsdp() -> None:
+    """The head computes its logits itself, with its adapters."""
+    peft = pytest.importorskip("peft")
+    from torch.distributed.fsdp import fully_shard
+
+    tokens, losses = torch.arange(24).view(2, 12), []
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        for convert in (lambda model: model, pyfused.convert):
+            config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+            model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
+            convert(model.train())
+            for part in (model.base_model.model.lm_head, model):
+                fully_shard(part)
+            warned = pytest.warns(RuntimeWarning, match="its head has hooks")
+            with warned if convert is pyfused.convert else contextlib.nullcontext():
+                losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.integrations
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_head_whose_trained_copy_is_disabled() -> None:
+    """PEFT then calls the original head, which defers its logits, too."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
+    pyfused.convert(model.eval(), evaluation=True)
+    copied = model.base_model.model.lm_head.modules_to_save["default"]
+    tokens, losses = torch.arange(24).view(2, 12), []
+    for disabled in (model.disable_adapter(), contextlib.nullcontext()):
+        copied.weight.data.zero_()
+        with torch.no_grad(), disabled:
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+        assert output.logits is None
+        losses.append(output.loss.item())
+    assert losses[1] == pytest.approx(math.log(300))
+    assert losses[0] != pytest.approx(losses[1])
+
+
+@pytest.mark.integrations
+def test_a_model_whose_input_has_another_name() -> None:
+    """The trial before a conversion passes the input by the name that the model states."""
+    transformers = pytest.importorskip("transformers")
+
+    class Renamed(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined]
+        main_input_name = "tokens"
+
+        def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Any:
+            return super().forward(input_ids=tokens, labels=labels)
+
+    model = Renamed(language_models.tiny("LlamaForCausalLM").config)
+    assert "." in pyfused.plan_conversion(model).swapped
+
+
+def test_a_lora_layer_of_another_version_of_peft() -> None:
+    reason = adapters.reason_to_compute(SimpleNamespace(disable_adapters=False), None)
+    assert reason == "its head is a LoRA layer of another version of PEFT"
 
 
 # ---- imports -------------------------------------------------------------------------------------

@@ -187,12 +187,16 @@ def draws(row: Row) -> np.ndarray:
     return np.concatenate([evenly, np.copysign(magnitudes, row.low)])
 
 
+def ulps(x: np.ndarray, dtype: type) -> np.ndarray:
+    """Returns the spacing of numbers in a dtype around each x."""
+    return np.ldexp(x.dtype.type(1), np.frexp(x)[1] - np.finfo(dtype).nmant - 1)
+
+
 def largest_error(row: Row, vec: Vec, x: np.ndarray, piece: int | None = None) -> float:
     """Returns the largest error in ULP, less its growth; the reference is practically exact."""
     exact = row.reference(x.astype(np.float64 if row.dtype is np.float32 else np.longdouble))
-    exponents = np.frexp(np.maximum(np.abs(exact), row.least))[1]
-    ulps = np.ldexp(exact.dtype.type(1), exponents - np.finfo(row.dtype).nmant - 1)
-    errors = np.abs(vec(row.name, x, row.dtype, piece) - exact) / ulps
+    units = ulps(np.maximum(np.abs(exact), row.least), row.dtype)
+    errors = np.abs(vec(row.name, x, row.dtype, piece) - exact) / units
     return float(np.max(errors - row.growth * np.abs(x)))
 
 
@@ -206,31 +210,22 @@ def test_error_within_the_range(row: Row, vec: Vec) -> None:
         assert largest_error(row, vec, edges(row), piece) <= row.max_ulp
 
 
-@pytest.mark.parametrize(("dtype", "low"), [(np.float32, -13.0), (np.float64, -37.0)])
-def test_the_normal_distribution(dtype: type, low: float, vec: Vec) -> None:
-    """The rounding error of x * x / 2 before the exponential grows with x."""
-    x = np.concatenate([np.linspace(low, 9, 4001), np.linspace(-2, 2, 1001), [-1e-30]]).astype(
-        dtype
-    )
-    with mpmath.workdps(30):
-        exact = np.array([np.longdouble(mpmath.nstr(mpmath.ncdf(float(v)), 25)) for v in x])
-    got = vec(f"normal_{np.dtype(dtype)}", x, dtype)
-    ulp = np.ldexp(np.longdouble(1), np.frexp(exact)[1] - np.finfo(dtype).nmant - 1)
-    assert np.max(abs(got - exact) / ulp - np.where(x < -1, x.astype(float) ** 2 / 2, 0)) <= 5
-    edges = vec(f"normal_{np.dtype(dtype)}", np.array([-np.inf, np.inf, np.nan], dtype), dtype)
-    assert np.array_equal(edges, [0, 1, np.nan], equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_erf(dtype: type, vec: Vec) -> None:
-    x = np.concatenate([np.linspace(-7, 7, 4001), np.exp2(np.arange(-120.0, 0))]).astype(dtype)
+@pytest.mark.parametrize("name", ["normal", "erf"])
+def test_the_normal_distribution(name: str, dtype: type, vec: Vec) -> None:
+    """The rounding error of x * x / 2 before the exponential grows with x, below -1."""
+    low = {"erf": -7, "normal": -13 if dtype is np.float32 else -37}[name]
+    small = np.exp2(np.arange(-120.0, 0))
+    x = np.concatenate([np.linspace(low, 9, 4001), np.linspace(-2, 2, 1001), -small, small])
+    x, function = x.astype(dtype), {"erf": mpmath.erf, "normal": mpmath.ncdf}[name]
     with mpmath.workdps(30):
-        exact = np.array([np.longdouble(mpmath.nstr(mpmath.erf(float(v)), 25)) for v in x])
-    got = vec(f"erf_{np.dtype(dtype)}", x, dtype)
-    ulp = np.ldexp(np.longdouble(1), np.frexp(exact)[1] - np.finfo(dtype).nmant - 1)
-    assert np.max(abs(got - exact) / ulp) <= 2.5
-    edges = vec(f"erf_{np.dtype(dtype)}", np.array([-np.inf, np.inf, np.nan], dtype), dtype)
-    assert np.array_equal(edges, [-1, 1, np.nan], equal_nan=True)
+        exact = np.array([np.longdouble(mpmath.nstr(function(float(v)), 25)) for v in x])
+    got = vec(f"{name}_{np.dtype(dtype)}", x, dtype)
+    errors = np.abs(got - exact) / ulps(exact, dtype)
+    grown = np.where(x < -1, x.astype(float) ** 2 / 2, 0) if name == "normal" else 0
+    assert np.max(errors - grown) <= {"erf": 2.5, "normal": 5}[name]
+    edges = vec(f"{name}_{np.dtype(dtype)}", np.array([-np.inf, np.inf, np.nan], dtype), dtype)
+    assert np.array_equal(edges, [{"erf": -1, "normal": 0}[name], 1, np.nan], equal_nan=True)
 
 
 @pytest.mark.large
@@ -329,21 +324,14 @@ def roundable(half: str) -> Iterator[np.ndarray]:
 
 
 @of_each_half
-@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
-def test_store_rounds_to_nearest_even(half: str, piece: int | None, vec: Vec) -> None:
+@pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
+def test_rounding_to_nearest(half: str, piece: int | None, vec: Vec) -> None:
+    """Ties are rounded to even by a store, and either way after scaling."""
     middle = midpoints(half)
     for x in roundable(half):
         below, tie = nearest(x, middle)
         expected = below + (tie & (below % 2 == 1))
         assert np.array_equal(vec(f"store_{half}", x, np.uint16, piece), expected)
-
-
-@of_each_half
-@pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
-def test_scaled_rounds_to_nearest(half: str, piece: int | None, vec: Vec) -> None:
-    middle = midpoints(half)
-    for x in roundable(half):
-        below, tie = nearest(x, middle)
         got = vec(f"scaled_{half}", x, np.uint16, piece)
         assert ((got == below) | (tie & (got == below + 1))).all()
 
@@ -364,16 +352,11 @@ def test_rounded_exponentials_are_nearly_correctly_rounded(
 
 @of_each_half
 @pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
-def test_scaled_keeps_nan(half: str, piece: int | None, vec: Vec) -> None:
+def test_nan_stays_nan(half: str, piece: int | None, vec: Vec) -> None:
+    """With any payload: truncating one in the low bits would give infinity."""
     got = vec(f"scaled_{half}", WIDE[half], np.uint16, piece)
     assert np.array_equal(np.isnan(WIDE[half][got]), np.isnan(WIDE[half]))
     assert np.isnan(WIDE[half][vec(f"times_nan_{half}", WIDE[half], np.uint16, piece)]).all()
-
-
-@of_each_half
-@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
-def test_store_keeps_nan(half: str, piece: int | None, vec: Vec) -> None:
-    """With any payload: truncating one in the low bits would give infinity."""
     payloads = [1, 2, 0xFFF, 0x1000, 0xFFFF, 0x1_0000, 0x3F_FFFF, 0x40_0000, 0x7F_FFFF]
     x = floats([sign | INFINITY | payload for sign in (0, SIGN) for payload in payloads])
     assert np.isnan(WIDE[half][vec(f"store_{half}", x, np.uint16, piece)]).all()

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median_low
 from time import perf_counter
 from traceback import walk_tb
 from typing import Any, NamedTuple
@@ -147,7 +146,8 @@ class Report:
             times = [0.0, 0.0]
             for calls in compared:
                 for i, seconds in enumerate(zip(*calls.times, strict=True)):
-                    times[i] += calls.elements * median_low(seconds)
+                    median = sorted(seconds)[(len(seconds) - 1) // 2]
+                    times[i] += calls.elements * median
             # Other sizes are assumed to take the same time per element.
             known = sum(calls.elements for calls in compared)
             scale = sum(calls.elements for calls in kinds) / max(known, 1)

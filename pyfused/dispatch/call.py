@@ -278,7 +278,7 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
         message = f"pyfused: {op.name}: torch's operators need {megabytes} MiB for the logits: "
         if reason.endswith(" requires grad"):
             reason += ". Detach it if it needs no gradient"
-        warnings.warn(message + reason, RuntimeWarning, stacklevel=5)
+        warnings.warn(message + reason, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
 def _check(op: Operator, arguments: Arguments, error: Exception) -> None:

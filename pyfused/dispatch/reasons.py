@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from torch.compiler import is_dynamo_compiling
 
@@ -11,6 +12,7 @@ FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _log = logging.getLogger("pyfused")
 not_logged: set[str] = set()  # reasons that are not logged, because a kernel runs in the end
 _said: set[tuple[str, str]] = set()
+_OURS_AND_TORCHS = (f"{__name__.partition('.')[0]}.", "torch.")
 
 
 def first_time(op: str, reason: str) -> bool:
@@ -26,3 +28,11 @@ def say_once(op: str, reason: str) -> None:
         return
     if first_time(op, reason):
         _log.info("%s: torch: %s", op, reason)
+
+
+def stacklevel() -> int:
+    """Returns the stacklevel of the first frame outside pyfused's and torch's modules."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(_OURS_AND_TORCHS):
+        frame, level = frame.f_back, level + 1
+    return level

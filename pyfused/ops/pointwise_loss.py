@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +35,12 @@ from pyfused.dispatch.plan import (
     loss_passes,
     needs_grad,
 )
+from pyfused.dispatch.reasons import stacklevel
 from pyfused.formulas import trace
 from pyfused.formulas.kernel import Kernel, Method
 from pyfused.formulas.program import Program
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.custom_operators import PACKAGE, custom_operator
+from pyfused.ops.custom_operators import custom_operator
 from pyfused.torch_internals import built_in
 from pyfused.types import TENSORS, Gradients, Outputs, TensorSpec
 
@@ -156,7 +156,7 @@ class TensorLoss(Operator):
             if self.checks_bounds:
                 self._bounds(operands)
             if warning is not None:
-                warnings.warn(warning, stacklevel=_stacklevel())
+                warnings.warn(warning, stacklevel=stacklevel())
             unexpanded = weight  # torch's mean divides by its sum before broadcasting
             if not is_arranged:
                 operands, weight = self.arranged(operands, weight, dtype)
@@ -414,7 +414,7 @@ class PointwiseLoss(TensorLoss):
                 if is_dynamo_compiling():  # Dynamo cannot trace a warning
                     return reference(*arguments)
                 message = _BROADCASTING.format(target.shape, input.shape)
-                warnings.warn(message, stacklevel=_stacklevel())
+                warnings.warn(message, stacklevel=stacklevel())
                 input, target = torch.broadcast_tensors(input, target)
             numbers = [arguments[index] for index in scalars]
             loss: Tensor = built_in_loss(input, target, reduction, *numbers)
@@ -523,11 +523,3 @@ def _broadcasting_warning(arguments: Arguments) -> str | None:
     input, target = arguments[:2]
     same = input.shape == target.shape
     return None if same else _BROADCASTING.format(target.shape, input.shape)
-
-
-def _stacklevel() -> int:
-    """Returns the stacklevel of the first frame outside pyfused's and torch's modules."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith((f"{PACKAGE}.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    return level
