@@ -101,7 +101,8 @@ def test_as_accurate_as_torch(
     errors = Errors()
     errors.add_outcome(got, theirs, exact)
     # In float64, torch's results are the reference, and sum in another order.
-    errors.check(roundings=1 << 20 if dtype is torch.float64 else 4)
+    # torch's own float64 result has up to one rounding per term of its sums.
+    errors.check(roundings=512 if dtype is torch.float64 else 4)
 
 
 @pytest.mark.parametrize("gamma", [2.0, 0.5])

@@ -54,7 +54,8 @@ def test_values_and_gradients(
     )
     errors = Errors()
     errors.add_outcome(got, theirs, exact)
-    errors.check(roundings=1 << 20 if dtype is torch.float64 else 4)
+    # torch's own float64 result has up to one rounding per term of its sums.
+    errors.check(roundings=512 if dtype is torch.float64 else 4)
 
 
 # ---- special values ------------------------------------------------------------------------------
