@@ -25,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyfused import functional as fused
 from pyfused.dispatch import call as dispatch
+from pyfused.dispatch.signature import signature, with_specs
+from pyfused.ops import elementwise
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
@@ -55,6 +57,15 @@ def test_other_kinds_of_tensors_have_other_plans(other: Callable[[Tensor], Tenso
         lambda f: f.mse_loss(other(x), y),
         lambda f: f.mse_loss(x, other(y)),
     )
+
+
+def test_a_signature_has_all_that_a_plan_reads_of_a_tensor() -> None:
+    x = torch.randn(6, 5, requires_grad=True).t()[1:]
+    key = signature(elementwise.RELU, (x,), True)
+    (spec,) = with_specs(elementwise.RELU, (x,), True)
+    *fields, is_leaf_or_view = vars(spec).values()
+    assert key == (elementwise.RELU, True, True, tuple(fields), is_leaf_or_view)
+    assert is_leaf_or_view is True
 
 
 def test_modes_are_in_the_signature() -> None:

@@ -71,7 +71,10 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
 
 
 def with_specs(op: Operator, arguments: Arguments, inplace: bool) -> Arguments:
-    """Returns the arguments with a TensorSpec instead of each tensor, for planning."""
+    """Returns the arguments with a TensorSpec instead of each tensor, for planning.
+
+    A TensorSpec has what `signature` reads of a tensor, so a plan cannot depend on anything else.
+    """
     input, *specs = _with_values(
         arguments, [_spec(value) for value in named(op, arguments).values()]
     )
