@@ -121,7 +121,7 @@ def first_pass(rows, classes, counted, BLOCK: tl.constexpr, SCALE: tl.constexpr 
     A: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     EXACT: tl.constexpr = dtype.primitive_bitwidth > 16
     maximum = tl.full([counted.shape[0]], -float("inf"), A)
-    total = tl.zeros([counted.shape[0], BLOCK], A)  # of each element of a tile, for less shuffles
+    total = tl.zeros([counted.shape[0], BLOCK], A)  # a sum per element takes fewer shuffles
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, counted, BLOCK)
         x = load_tile(rows, c, mask, -float("inf"), SCALE, KEEP)

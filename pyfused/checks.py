@@ -174,7 +174,7 @@ def halves(input: Tensor, along: int) -> None:
 
 # ---- losses over classes -------------------------------------------------------------------------
 
-# The checks named after an operator are of types, shapes, dtypes and options. Class indices are
+# Functions named after an operator check types, shapes, dtypes and options. Class indices are
 # checked by kernels, or by `class_indices`.
 
 

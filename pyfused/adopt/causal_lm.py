@@ -84,7 +84,7 @@ class _Call:
         """Returns the logits of hidden states, deferred if possible, or None to call the head."""
         head, hooked = self.head, has_hooks(self.head)
         reason = _reason(head, None if hooked else hidden)
-        # In training, no_grad is of a checkpoint or of generation.
+        # In training mode, no_grad means a checkpoint or generation.
         if not torch.is_grad_enabled() and (hooked or self.model.training):
             reason = SILENT
         elif reason != SILENT and self.hooks != deferred.hooks():

@@ -257,7 +257,7 @@ def _dense_like(gradient: Tensor, tensor: Tensor) -> Tensor:
 def _schema_type(annotation: str) -> str:
     """Returns the type of an option's field in a schema."""
     if annotation == "float | Tensor | None":
-        return "float?"  # a compiled call has no tensor there
+        return "float?"  # compiled calls with a tensor fall back
     return annotation.replace(" | None", "?").replace("torch.dtype", "ScalarType")
 
 

@@ -228,7 +228,7 @@ def _fields(options: LogProbsOptions) -> int:
 
 
 def _count(options: LogProbsOptions) -> int:
-    """Returns the number of these that a call returns."""
+    """Returns the number of results that a call returns."""
     return 1 if options.alone else len(RESULTS)
 
 
