@@ -83,11 +83,11 @@ class _Call:
     def logits(self, kind: Any, hidden: Tensor) -> Any:
         """Returns the logits of hidden states, deferred if possible, or None to call the head."""
         head, hooked = self.head, has_hooks(self.head)
-        reason = _reason(head, None if hooked else hidden)
         # In training mode, no_grad means a checkpoint or generation.
         if not torch.is_grad_enabled() and (hooked or self.model.training):
-            reason = SILENT
-        elif reason != SILENT and self.hooks != deferred.hooks():
+            return None
+        reason = _reason(head, None if hooked else hidden)
+        if reason != SILENT and self.hooks != deferred.hooks():
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
             return _tell(self.model, self.told, reason)
