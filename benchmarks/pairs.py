@@ -104,7 +104,7 @@ class Worker:
 
 
 def worker_of(library: str, folder: Path = ROOT, **variables: str) -> Worker:
-    """Starts a process that times torch's operators, or those of the pyfused in a folder."""
+    """Starts a process that times the operators of torch, or of the pyfused in a folder."""
     return Worker(__file__, folder, library, PYTHONPATH=str(folder), **variables)
 
 
