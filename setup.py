@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,9 @@ class BuildKernels(build_ext):
                 extension.extra_objects = pool.map(partial(self.compile_source, extension), own)
             objects = list(shared)
             for number, (isa, extension) in enumerate(zip(ISAS, self.extensions, strict=True), 1):
-                print(f"Building the kernels for {isa} ({number} of {len(ISAS)})", flush=True)
+                # print() writes the newline separately, and the pool's threads log commands.
+                sys.stdout.write(f"Building the kernels for {isa} ({number} of {len(ISAS)})\n")
+                sys.stdout.flush()
                 extension.extra_objects = list(extension.extra_objects)
         for extension in self.extensions:
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
