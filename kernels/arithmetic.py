@@ -81,8 +81,11 @@ def tanh(x, EXACT: tl.constexpr = True):
 
 
 @triton.jit
-def log(x):
+def log(x, A: tl.constexpr = tl.float32):
     """Returns log(x) to 1 ULP; near 1, the GPU's instruction has an error of up to 2**-22.
+
+    With A = tl.float64, the result for a float32 x is float64, with an error of up to 2**-24: the
+    rounding of a float32 would be larger than that from x = 2 on.
 
     Decomposes x = (1 + f) 2**k with 2/3 <= 1 + f < 4/3. Returns -inf for 0, NaN for x < 0.
     """
@@ -101,7 +104,7 @@ def log(x):
             (-0.133117437, 0.140062273, -0.120781489, 0.140008256, -0.166895032,
              0.200107709, -0.249995068, 0.333332092, -0.5),
         )  # fmt: skip
-        log = k.to(tl.float32) * 8.26295829e-08 + (f * f * rest + f)  # log(2) / 2**23
+        log = k.to(A) * 8.262958294867817e-08 + (f * f * rest + f).to(A)  # log(2) / 2**23
         log = tl.where((u > 0.0) & (u < float("inf")), log, u - tl.abs(tl.rsqrt(u)))
     return log
 

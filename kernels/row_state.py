@@ -138,7 +138,7 @@ def row_state_kernel(
             smooth += tl.where(mask, class_weight(weight, c, classes, first_class) * x, 0.0)
     total_of_row, weighted_of_row = tl.sum(total, 1), tl.sum(weighted, 1)
     pivot_of_row = finite_or_zero(maximum).to(tl.float64)
-    log_total = log(total_of_row)
+    log_total = log(total_of_row, tl.float64)
     log_p = target_logit - pivot_of_row - log_total
     entropy = log_total - weighted_of_row / total_of_row
     # Rounding could make the log-probability positive; NaN is kept.

@@ -61,8 +61,13 @@ def formula_kernel(x, grad_output, out, FORMULA: tl.constexpr, BLOCK: tl.constex
     tl.store(out + i, value)
 
 
-def of(function: Any, x: Tensor) -> Tensor:
-    out = torch.empty_like(x)
+@triton.jit
+def log_float64(x):
+    return arithmetic.log(x, tl.float64)
+
+
+def of(function: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    out = torch.empty_like(x, dtype=dtype)
     arithmetic_kernel[(x.numel() // BLOCK,)](x, out, FUNCTION=function, BLOCK=BLOCK)
     return out
 
@@ -109,6 +114,12 @@ CASES: dict[str, tuple[Any, Function, Function, float]] = {
 def test_float32(function: Any, of_torch: Function, numbers: Any, most: float) -> None:
     x = numbers()
     assert ulps(of(function, x), of_torch(x.double())) <= most
+
+
+def test_float64_logarithm_of_float32() -> None:
+    x = sizes(1e-38, 1e38)
+    got = of(log_float64, x, torch.float64)
+    assert (got - x.double().log()).abs().max() <= 2**-24
 
 
 @pytest.mark.parametrize("name", ["exp", "log", "log1p", "tanh"])
