@@ -748,7 +748,9 @@ def test_gradients_of_logits_that_others_bypass(how: str, first: Any) -> None:
 
     Late.forward = forward  # type: ignore[method-assign]
     model = pyfused.convert(Late(), head="head")
-    with pytest.raises(RuntimeError, match="Call it before the loss"):
+    # torch 2.14 computes the logits before the function, and raises this error itself.
+    not_used = "|not have been used in the graph" if how == "grad" else ""
+    with pytest.raises(RuntimeError, match=f"Call it before the loss{not_used}"):
         model(X, TARGET)
 
 

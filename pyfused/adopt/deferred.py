@@ -301,10 +301,16 @@ class _Node:
             real = self.apply(self.parent.compute() if self.parent else self.family.inputs[0])
             # torch cannot swap a tensor that has weak references.
             tensor, self.reference = self.reference(), lambda: None
+            with torch_internals.DisableTorchFunctionSubclass():
+                grad_fn = getattr(tensor, "grad_fn", None)
+            grad_fn_of = (lambda: None) if grad_fn is None else weakref.ref(grad_fn)
+            del grad_fn
             self.real = tensor if _becomes(tensor, real) else real
+            del real
             self.version, _ = _state(self.real)
             self.held = isinstance(tensor, _Logits)
-            self.family.bypassed |= self.held
+            # From torch 2.14 on, an autograd.Function only holds the grad_fn of its arguments.
+            self.family.bypassed |= self.held or grad_fn_of() is not None
             self.family.keep(self.real, *[tensor] * self.held)
         return self.real
 
