@@ -209,17 +209,18 @@ void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const Strid
 
 // ---- losses of embeddings -----------------------------------------------------------------------
 
-// sizes: rows, features; inputs: x, y, and z or the target; options: margin, eps, euclidean, swap;
+// sizes: rows, features; inputs: x, y, and z or the target; options: those of EmbeddingLoss;
 // outputs: the losses, their sum, and the gradients.
 template <bool kCosine>
 void run_embedding_loss(int dtype, std::array<int64_t, 2> sizes,
                         const std::array<StridedTuple, 3>& inputs,
-                        const std::tuple<double, double, bool, bool>& options, double denominator,
-                        int64_t grad_output, const std::array<int64_t, 5>& outputs, int threads) {
+                        const std::tuple<double, double, bool, bool, bool>& options,
+                        double denominator, int64_t grad_output,
+                        const std::array<int64_t, 5>& outputs, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const auto [margin, eps, euclidean, swap] = options;
+    const auto [margin, eps, euclidean, swap, inclusive] = options;
     EmbeddingLoss<T> e{sizes[0],
                        sizes[1],
                        {},
@@ -229,6 +230,7 @@ void run_embedding_loss(int dtype, std::array<int64_t, 2> sizes,
                        eps,
                        euclidean,
                        swap,
+                       inclusive,
                        denominator,
                        pointer<const A>(grad_output),
                        pointer<A>(outputs[0]),
@@ -372,7 +374,7 @@ void run_program(const Program& program, int dtype, int64_t n,
                  double denominator, const OperandTuple& grad_output, int64_t each, int64_t reduced,
                  const std::array<int64_t, kOperands>& gradients, int threads,
                  const RowsTuple& rows) {
-  check_gradients(program, gradients);
+  if (n > 0) check_gradients(program, gradients);  // empty tensors have no address
   run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands, {},
                      weight, denominator, grad_output, each, reduced, gradients, threads, rows);
 }

@@ -101,6 +101,11 @@ template <bool kEuclidean, class A> PYFUSED_INLINE A direction(A u) {
   return kEuclidean ? u : u > 0 ? A(1) : u < 0 ? A(-1) : A(0);  // of NaN 0, as in torch
 }
 
+// Returns whether the derivative of max(0, excess) is 1; that of NaN is 0.
+template <class T> bool is_active(const EmbeddingLoss<T>& e, double excess) {
+  return e.inclusive ? excess >= 0 : excess > 0;
+}
+
 template <bool kEuclidean, bool kSwap> struct TripletMargin {
   static constexpr int kInputs = 3;
   template <class T> using Tile = EmbeddingTile<T, kInputs>;
@@ -135,7 +140,7 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
       const double excess = e.margin + u - (v < w || v != v ? v : w);
       tile.loss[r] = excess < 0 ? 0 : excess;
       if (!gradients) continue;
-      const double slope = excess >= 0 ? tile.scale[r] : 0;
+      const double slope = is_active(e, excess) ? tile.scale[r] : 0;
       const double half = kSwap && v == w ? slope / 2 : slope;
       tile.factors[0][r] = factor(u, slope);
       tile.factors[1][r] = factor(v, v > w ? 0 : half);
@@ -192,9 +197,9 @@ struct CosineEmbedding {
       const double above = excess < 0 ? 0 : excess;
       tile.loss[r] = target == 1 ? 1 - cosine : target == -1 ? above : 0;
       if (!gradients) continue;
-      const double slope = target == 1                   ? -tile.scale[r]
-                           : target == -1 && excess >= 0 ? tile.scale[r]
-                                                         : 0;
+      const double slope = target == 1                            ? -tile.scale[r]
+                           : target == -1 && is_active(e, excess) ? tile.scale[r]
+                                                                  : 0;
       tile.factors[0][r] = A(slope / norms);
       tile.factors[1][r] = A(-slope * cosine / xx);
       tile.factors[2][r] = A(-slope * cosine / yy);

@@ -36,6 +36,7 @@ template <class T> struct EmbeddingLoss {
   int64_t target_stride;
   double margin, eps;
   bool euclidean, swap;
+  bool inclusive;  // whether the derivative of max(0, x) at 0 is 1 rather than 0
   double denominator;  // what the sum of the losses and the gradients are divided by
   const A* grad_output;  // of each row; null for ones
   A* losses;  // of each row; null if not computed

@@ -54,6 +54,12 @@ def derivative(u, EUCLIDEAN: tl.constexpr):
 
 
 @triton.jit
+def is_active(excess, INCLUSIVE: tl.constexpr):
+    """Returns where the derivative of max(0, excess) is 1; at 0 it is with INCLUSIVE."""
+    return excess >= 0.0 if INCLUSIVE else excess > 0.0
+
+
+@triton.jit
 def differences(inputs, c, mask, eps):
     """Returns u, v and w of a tile of features."""
     x = load_tile(inputs[0], c, mask, 0.0)
@@ -74,6 +80,7 @@ def triplet_margin_kernel(
     strides,
     margin: tl.float64,
     eps: tl.float64,
+    INCLUSIVE: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     SWAP: tl.constexpr,
     EACH: tl.constexpr,
@@ -104,7 +111,7 @@ def triplet_margin_kernel(
     nearest = tl.where((v_norm < w_norm) | (v_norm != v_norm), v_norm, w_norm)  # NaN if either is
     excess = scalar(margin, A) + u_norm - nearest
     if gradients[0] is not None or gradients[1] is not None or gradients[2] is not None:
-        slope = tl.where(excess >= 0.0, scale, 0.0)
+        slope = tl.where(is_active(excess, INCLUSIVE), scale, 0.0)
         half = tl.where(v_norm == w_norm, 0.5 * slope, slope) if SWAP else slope
         by_u = factor(u_norm, slope, EUCLIDEAN)
         by_v = factor(v_norm, tl.where(v_norm > w_norm, 0.0, half), EUCLIDEAN)
@@ -136,6 +143,7 @@ def cosine_embedding_kernel(
     features,
     strides,
     margin: tl.float64,
+    INCLUSIVE: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -163,7 +171,7 @@ def cosine_embedding_kernel(
     cosine = tl.sum(xy, 1) / norms
     excess = cosine - scalar(margin, A)
     if gradients[0] is not None or gradients[1] is not None:
-        other = tl.where((label == -1.0) & (excess >= 0.0), scale, 0.0)
+        other = tl.where((label == -1.0) & is_active(excess, INCLUSIVE), scale, 0.0)
         slope = tl.where(label == 1.0, -scale, other)
         across = (slope / norms)[:, None]
         by_x = (slope * cosine / of_x)[:, None]

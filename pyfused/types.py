@@ -308,12 +308,14 @@ class EmbeddingOptions(NamedTuple):
 
     Attributes:
         euclidean: Whether the norm of distances has exponent 2 rather than 1.
+        inclusive: Whether the derivative of max(0, x) at 0 is 1 rather than 0.
     """
 
     margin: float
     eps: float = 0.0
     euclidean: bool = True
     swap: bool = False
+    inclusive: bool = True
 
 
 class Outputs(NamedTuple):

@@ -19,6 +19,8 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
+from pyfused.dispatch.call import forget_plans
+from pyfused.formulas import trace
 
 SHAPES = ((5,), (7, 2), (40, 17), (3, 1030), (40, 64))[: 3 if interpreter.ON else 5]
 
@@ -93,6 +95,22 @@ def test_cosines_at_special_values(target: float, margin: float) -> None:
     first, second = (SPECIAL[torch.randint(len(SPECIAL), (500,))].double() for _ in range(2))
     targets = torch.full((500,), target)
     assert_equals_torch("cosine_embedding_loss", [first, second], targets, margin=margin)
+
+
+@pytest.mark.interpreted
+@grid(inclusive=[True, False])
+def test_a_loss_of_exactly_0(inclusive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's derivative of clamp at a bound is 1, and from version 2.14 on 0."""
+    monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: inclusive)
+    forget_plans()
+    x, z = torch.zeros(4, 2), torch.full((4, 2), 2.0)
+    y = torch.ones(4, 2, requires_grad=True)
+    loss = fused.triplet_margin_loss(x, y, z, p=1, margin=2.0, eps=0.0, reduction="sum")
+    assert torch.autograd.grad(loss, y)[0].tolist() == [[float(inclusive)] * 2] * 4
+    a = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    loss = fused.cosine_embedding_loss(a, torch.tensor([[0.0, 1.0]]), torch.tensor([-1.0]))
+    assert torch.autograd.grad(loss, a)[0][0, 1].item() == pytest.approx(float(inclusive))
+    forget_plans()
 
 
 # ---- shapes and dtypes ---------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, Traced, check
 from pyfused.formulas import program as programs
+from pyfused.formulas import trace
 from pyfused.formulas.program import Expressions, UntraceableError, compiled
 from pyfused.ops.elementwise import kernels
 from pyfused.types import Outputs
@@ -167,6 +168,17 @@ def test_kinks_and_nan_equal_torchs() -> None:
     expected = evaluate(kinks.function, *pairs)
     torch.testing.assert_close(got.value, expected.value, equal_nan=True)
     torch.testing.assert_close(got.gradients, expected.gradients, equal_nan=True)
+
+
+def test_clamps_to_numbers_whose_derivative_at_a_bound_is_0() -> None:
+    for name, bounds in {"clamp": (-1.0, 2.0), "clamp_min": (0.5,), "clamp_max": (0.5,)}.items():
+        x = torch.tensor(SPECIAL, dtype=torch.float64, requires_grad=True)
+        replaced = [torch.full_like(x, bound, requires_grad=False) for bound in bounds]
+        got = trace._CLAMPS[name](x, *replaced)
+        torch.testing.assert_close(got, getattr(torch, name)(x, *bounds), equal_nan=True)
+        (gradient,) = torch.autograd.grad(got.sum(), x)
+        inside = x.isnan() | ((got == x) & (x != bounds[0]) & (x != bounds[-1]))
+        assert gradient.tolist() == inside.double().tolist()
 
 
 LOGIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

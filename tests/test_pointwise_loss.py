@@ -23,8 +23,12 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional, nn
+from pyfused.dispatch.call import forget_plans
+from pyfused.formulas import trace
+from pyfused.formulas.program import Program
 from pyfused.functional import gaussian_nll_loss
 from pyfused.ops.operators import OPERATORS
+from pyfused.types import Outputs
 
 INF, NAN = float("inf"), float("nan")
 REDUCTIONS = ["none", "mean", "sum"]
@@ -185,6 +189,20 @@ def test_special_values_equal_torchs(
         given["pos_weight"] /= 2
     options = loss.parameters | {"reduction": reduction}
     assert_matches_torch(loss.ours, loss.reference, **given, **options)
+
+
+@grid(loss=[loss for loss in FIRST if loss.op.clamps])
+def test_losses_whose_clamp_has_another_derivative_in_torch(
+    loss: Loss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The C++ kernels have torch 2.13's derivative at a bound; programs have the installed one."""
+    monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: False)
+    outputs = Outputs(True, (True,) * len(loss.op.variables))
+    numbers = tuple([scalar.default or 0.0 for scalar in loss.op.scalars])
+    assert isinstance(loss.op.kernel(numbers, len(loss.op.variables), outputs)[0], Program)
+    forget_plans()
+    assert_matches_torch(loss.ours, loss.reference, **loss.draw((300,), torch.float64))
+    forget_plans()
 
 
 @grid(

@@ -373,7 +373,9 @@ def embedding_loss(
 ) -> LossKernel:
     triplet, each = name == "triplet_margin_loss", reduction == "none"
     function, count = (triplet_margin_kernel, 3) if triplet else (cosine_embedding_kernel, 2)
-    meta: dict[str, Any] = {"EUCLIDEAN": options.euclidean, "SWAP": options.swap} if triplet else {}
+    meta: dict[str, Any] = {"INCLUSIVE": options.inclusive}
+    if triplet:
+        meta |= {"EUCLIDEAN": options.euclidean, "SWAP": options.swap}
     views, shape = [feature_rows(x) for x in inputs], inputs[0].shape
     copies = any(view is not x for view, x in zip(views, inputs, strict=True))
     n, features = views[0].shape

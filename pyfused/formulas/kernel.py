@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from pyfused.formulas.program import Expressions, Program, compiled
 from pyfused.formulas.trace import Function, expressions_of, isolated
+from pyfused.types import Outputs
 
 
 class Method(NamedTuple):
@@ -38,6 +39,9 @@ class Kernel:
     case: dict[str, Any]
     trace: Callable[[Kernel], list[Method]]
 
+    def __post_init__(self) -> None:
+        self.program = cache(self._program)
+
     @property
     def parameters(self) -> list[str]:
         return [name for name, value in self.case.items() if value is None]
@@ -53,6 +57,12 @@ class Kernel:
             compiled(self.name, e, outputs, [True] * len(outputs), len(self.parameters))
             for _, e, outputs in self.methods
         ]
+
+    def _program(self, outputs: Outputs) -> Program:
+        """Returns the program that computes these outputs of a loss."""
+        ((_, e, results),) = self.methods
+        needed = outputs.loss, *(outputs.gradients or (False,) * (len(results) - 1))
+        return compiled(self.name, e, results, needed, len(self.parameters))
 
     def scalars(self, parameters: Sequence[Any]) -> list[Any]:
         """Returns the operator's scalars, with the parameters filled in."""

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from traceback import extract_tb
 from typing import Any, NamedTuple, TypeVar
 
@@ -107,6 +107,17 @@ def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
     """
     with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *arguments).result()
+
+
+@cache
+def clamp_is_inclusive() -> bool:
+    """Returns whether torch's derivative of clamp is 1 at a bound; from torch 2.14 on it is 0."""
+
+    def slope() -> float:
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        return torch.autograd.grad(x.clamp(min=0), x)[0].item()
+
+    return isolated(slope) == 1
 
 
 def _operands(count: int) -> list[Tensor]:
@@ -287,7 +298,10 @@ class Run(TorchFunctionMode):
         call = [func, torch.is_grad_enabled(), *(kwargs or {})]
         self.structure.append(call)
         try:
+            bounds = [*args[1:], *(kwargs or {}).values()]
             args, kwargs = tree_map(partial(self.read, call), (args, kwargs or {}))
+            if name in _CLAMPS and not clamp_is_inclusive() and Tensor not in map(type, bounds):
+                func = _CLAMPS[name]
             made = func(*args, **kwargs)
         except TypeError as error:  # Python's operators would raise another TypeError instead
             raise RuntimeError(f"{name}: {error}") from error
@@ -328,6 +342,20 @@ class Run(TorchFunctionMode):
             self.literals.append(float(argument))
             return self.inputs.get(len(self.literals) - 1, argument)
         return argument
+
+
+def _clamp_to_numbers(x: Tensor, low: Any = None, high: Any = None, **named: Any) -> Tensor:
+    low, high = named.get("min", low), named.get("max", high)
+    x = x if low is None else torch.where(x <= low, low, x)
+    return x if high is None else torch.where(x >= high, high, x)
+
+
+# Clamps whose derivative at a bound is 0, as torch's from 2.14 on. When tensors replace numbers,
+# torch's own clamps would divide the gradient between the input and the bound.
+_CLAMPS: dict[str, Callable[..., Tensor]] = {
+    **dict.fromkeys(("clamp", "clip", "clamp_min"), _clamp_to_numbers),
+    "clamp_max": lambda x, high=None, **named: _clamp_to_numbers(x, None, high, **named),
+}
 
 
 def slopes_of(

@@ -348,6 +348,7 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     module="HingeEmbeddingLoss",
     operands=(INPUT, SIGNS),
     scalars=(Scalar("margin"),),
+    clamps=True,
     formula=_hinge_embedding_loss,
 )
 
@@ -357,6 +358,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
     scalars=(Scalar("margin"),),
     shapes=checks.alike_in_dimensions,
+    clamps=True,
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
         min=0
     ),
@@ -407,6 +409,7 @@ HINGE_LOSS = PointwiseLoss(
     module="HingeLoss",
     operands=(INPUT, SIGNS),
     scalars=(Scalar("margin", 1.0), Scalar("squared", False, flag=True)),
+    clamps=True,
     formula=_hinge_loss,
 )
 

@@ -14,6 +14,7 @@ from pyfused import checks
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments
+from pyfused.formulas import trace
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs
@@ -110,7 +111,8 @@ class EmbeddingLoss(TensorLoss):
     ) -> LossKernel:
         scalars = dict(zip([scalar.name for scalar in self.scalars], numbers, strict=True))
         euclidean = scalars.pop("p", 2.0) == 2.0
-        options = EmbeddingOptions(**scalars, euclidean=euclidean)
+        inclusive = trace.clamp_is_inclusive()
+        options = EmbeddingOptions(**scalars, euclidean=euclidean, inclusive=inclusive)
         return backend.embedding_loss(
             self.name, tuple(tensors[:-2]), options, reduction, outputs, divisor
         )

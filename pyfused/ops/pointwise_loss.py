@@ -316,10 +316,12 @@ class PointwiseLoss(TensorLoss):
         formula: The loss of an element in torch's operators, given the operands and the scalars.
         gradient: The derivatives by each operand, None for no derivative, given the same arguments.
             None derives them from the formula.
+        clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
     """
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Gradients] | None = None
+    clamps: bool = False
 
     def __post_init__(self) -> None:
         if self.definition is None and not hasattr(F, self.name):
@@ -347,11 +349,14 @@ class PointwiseLoss(TensorLoss):
         self,
         numbers: tuple[Any, ...],
         operands: int,
-        outputs: Outputs,  # noqa: ARG002
+        outputs: Outputs,
     ) -> tuple[Kernel | Program, tuple[Any, ...]]:
         """Returns the kernel for values of the scalars, and its numbers."""
         stem, numbers = self.kernel_of(numbers)
-        return self.kernels[self._kernel_name(stem, operands)], numbers
+        kernel = self.kernels[self._kernel_name(stem, operands)]
+        if self.clamps and not trace.clamp_is_inclusive():  # the C++ kernels are
+            return kernel.program(outputs), numbers
+        return kernel, numbers
 
     def _kernel_name(self, stem: str, operands: int) -> str:
         last = self.variables[operands - 1]
