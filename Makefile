@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python
 	test-aarch64 clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
 setup: $(TOOLS) ## create the development environment in .venv (PYTHON=python3.12 selects another Python)
 
@@ -155,14 +155,14 @@ clean: ## remove build outputs and caches, except .venv
 
 # Missing requirements are reported in one line, before anything is downloaded.
 $(ENVIRONMENT): constraints.txt
-	@command -v $(PYTHON) >/dev/null $(call need,Python 3.10 or later: there is no $(PYTHON))
+	@command -v $(PYTHON) >/dev/null $(call need,Python 3.10 or later: $(PYTHON) not found. Set PYTHON to use another Python)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		$(call need,Python 3.10 or later: $(PYTHON) is $$($(PYTHON) --version 2>&1))
-	@command -v $(firstword $(CXX)) >/dev/null $(call need,a C++17 compiler: there is no $(CXX))
+	@command -v $(firstword $(CXX)) >/dev/null $(call need,a C++17 compiler: $(CXX) not found. Set CXX to use another compiler)
 	@echo '#include <string_view>' | $(COMPILE) \
 		$(call need,a C++17 compiler: $(CXX) is $$($(CXX) --version | head -n 1))
 	@echo '#include <Python.h>' | $(COMPILE) -I$(HEADERS) \
-		$(call need,the headers of Python: there is no Python.h in $(HEADERS))
+		$(call need,the headers of Python: Python.h not found in $(HEADERS))
 	@echo 'Installing torch and the packages of the demo into .venv: a minute or two, once'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install --no-compile --requirement constraints.txt  # modules are compiled when they are imported

@@ -97,13 +97,13 @@ class BuildKernels(build_ext):
         """Exits with a clear message if the compiler or Python's headers are missing."""
         compiler = (getattr(self.compiler, "compiler_so_cxx", None) or ["none"])[0]
         if self.compiler.compiler_type != "msvc" and shutil.which(compiler) is None:
-            missing = f"a C++17 compiler: there is no {compiler}. CXX names another"
+            missing = f"a C++17 compiler: {compiler} not found. Set CXX to use another compiler"
         elif not any(Path(folder, "Python.h").exists() for folder in self.include_dirs):
-            missing = f"the headers of Python: there is no Python.h in {self.include_dirs[-1]}"
+            missing = f"the headers of Python: Python.h not found in {self.include_dirs[-1]}"
         else:
             return
         raise SystemExit(
-            f"pyfused needs {missing}. PYFUSED_NO_EXTENSION=1 installs it without its CPU kernels."
+            f"pyfused needs {missing}. Set PYFUSED_NO_EXTENSION=1 to install it without CPU kernels."
         )
 
     def compile_source(self, extension: Extension, source: str) -> str:

@@ -82,7 +82,10 @@ def main() -> None:
         "-m", action="store_true", dest="module", help="the program is the name of a module"
     )
     command.add_argument("program", help="a script, a folder or archive with __main__.py")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's arguments")
+    rest = command.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="the program's arguments"
+    )
+    rest.required = False  # else a call without a program is told that arguments are required, too
     tuning = commands.add_parser(
         "tune",
         help="measure the sizes from which kernels are faster on this machine",

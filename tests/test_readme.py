@@ -55,6 +55,12 @@ def test_make_has_the_target(command: str) -> None:
     subprocess.run(dry, shell=True, check=True, cwd=ROOT, capture_output=True)
 
 
+def test_help_lists_every_target_with_a_description() -> None:
+    described = re.findall(r"^([\w-]+):.* ## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    run = subprocess.run(["make", "help"], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert [line.split()[1] for line in run.stdout.splitlines()] == described
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_code_names_its_language(page: str) -> None:
     """Sphinx highlights other blocks as Python."""

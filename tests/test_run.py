@@ -158,7 +158,7 @@ def test_errors_of_programs_that_cannot_run(arguments: list[str], folder: Path) 
     [
         (["--version"], 0, f"pyfused {pyfused.__version__}\n"),
         (["run", "--help"], 0, "usage: python -m pyfused run [-h] [--compare] [-m] program ..."),
-        (["run"], 2, "error: the following arguments are required: program"),
+        (["run"], 2, "error: the following arguments are required: program\n"),
         (["run", "--nowhere", "script.py"], 2, "error: unrecognized arguments: --nowhere"),
     ],
 )
