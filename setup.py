@@ -103,7 +103,7 @@ class BuildKernels(build_ext):
         else:
             return
         raise SystemExit(
-            f"pyfused needs {missing}. Set PYFUSED_NO_EXTENSION=1 to install it without CPU kernels."
+            f"pyfused needs {missing}. Set PYFUSED_NO_EXTENSION=1 to install without CPU kernels."
         )
 
     def compile_source(self, extension: Extension, source: str) -> str:

@@ -355,7 +355,7 @@ def linear_layer(
             continue
         casts = autocast or (value is adapter and value.dtype is torch.float32)
         if not casts or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
-            raise _error(f"{prefix}{name}", f"the {prefix}input's {input.dtype}", value.dtype)
+            raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 
 
 def layer_device(
@@ -377,8 +377,10 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Vocab
     if a.dim() != 2:
         raise _error("a", "shape (N, D)", a.shape)
     _floating("a", a)
-    hint = ". Pass linear_cross_entropy(scale * a, b, target) for more candidates"
-    _shape("b", b, a.shape, "the shape of a" + hint * (len(b.shape) == 2 and len(b) > len(a)))
+    if b.shape != a.shape:
+        hint = ". For more candidates, call linear_cross_entropy(scale * a, b, target)"
+        hint *= b.dim() == 2 and len(b) > len(a)
+        raise _error("b", f"the shape of a, {tuple(a.shape)}", f"{tuple(b.shape)}{hint}")
     autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
     alike = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
     if b.device != a.device or not alike:
@@ -576,7 +578,7 @@ def _class_weight(input: Tensor, weight: Tensor | None, alike: bool = True) -> N
     _shape("weight", weight, (classes_of(input),), "one factor for each class")
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     if alike and weight.dtype is not input.dtype and not autocast:
-        raise _error("weight", f"the input's {input.dtype}", weight.dtype)
+        raise _error("weight", f"the input's dtype {input.dtype}", weight.dtype)
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: VocabOptions) -> None:

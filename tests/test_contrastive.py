@@ -189,12 +189,12 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "shape of b": (
         lambda: fused.contrastive_loss(X, X[:3]),
         RuntimeError,
-        r"b: expected shape \(4",
+        r"b: expected the shape of a, \(4, 3\), got \(3, 3\)$",
     ),
     "candidates": (
         lambda: fused.contrastive_loss(X[:3], X),
         RuntimeError,
-        r"Pass linear_cross_entropy\(scale \* a, b, target\)",
+        r"got \(4, 3\)\. For more candidates, call linear_cross_entropy\(scale \* a, b, target\)$",
     ),
     "dtype": (
         lambda: fused.contrastive_loss(X, X.double()),

@@ -540,7 +540,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "linear_kl_div",
         {"linear_weight": torch.ones(C, D).double()},
         RuntimeError,
-        "linear_weight: expected the input's torch.float32, got torch.float64",
+        "linear_weight: expected the input's dtype torch.float32, got torch.float64",
     ),
     (
         "linear_topk_kl_div",

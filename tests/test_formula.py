@@ -1199,6 +1199,10 @@ def _branches(input: Tensor) -> Tensor:
     return -input
 
 
+def _branches_on_a_sum(input: Tensor) -> Tensor:
+    return input if input.sum() > 0 else -input
+
+
 def _reduces(input: Tensor) -> Tensor:
     return input - input.mean()
 
@@ -1231,10 +1235,11 @@ def _casts(input: Tensor) -> Tensor:
     ("function", "words"),
     [
         (_branches, "torch.where instead of 'if'"),
-        (_reduces, "mean"),
+        (_branches_on_a_sum, "torch.where instead of 'if'"),
+        (_reduces, "mean: the kernels do not have prims::sum; use elementwise operations"),
         (_rounds, "cumsum"),
         (_is_random, "rand_like"),
-        (_counts, "shape, which may return another value in another call"),
+        (_counts, "shape may return another value in another call"),
         (_of_math, "torch's functions instead of math's"),
         (_bounds, "nan_to_num: posinf and neginf depend on the dtype"),
         (_casts, "float16"),

@@ -457,7 +457,7 @@ WRONG_ADAPTERS: dict[str, tuple[Any, type[Exception], str]] = {
     "dtype": (
         torch.ones(70, 3).double(),
         RuntimeError,
-        "adapter_weight: expected the input's torch.float32, got torch.float64",
+        "adapter_weight: expected the input's dtype torch.float32, got torch.float64",
     ),
     "device": (
         torch.ones(70, 3, device="meta"),

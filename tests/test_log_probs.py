@@ -554,7 +554,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "linear_log_probs",
         {"linear_weight": torch.ones(70, 6).double()},
         RuntimeError,
-        "linear_weight: expected the input's torch.float32",
+        "linear_weight: expected the input's dtype torch.float32",
     ),
 ]
 

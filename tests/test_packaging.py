@@ -375,7 +375,7 @@ def test_a_build_without_a_compiler_exits_with_a_clear_message(stub_tree: Path) 
     (line,) = result.stderr.splitlines()
     assert line == (
         "pyfused needs a C++17 compiler: no-such-compiler not found. Set CXX to use another "
-        "compiler. Set PYFUSED_NO_EXTENSION=1 to install it without CPU kernels."
+        "compiler. Set PYFUSED_NO_EXTENSION=1 to install without CPU kernels."
     )
     quiet = ("setup.py", "--quiet", "build")
     result = run(*quiet, folder=stub_tree, **environment, PYFUSED_NO_EXTENSION="1")

@@ -56,7 +56,8 @@ def test_make_has_the_target(command: str) -> None:
 
 
 def test_help_lists_every_target_with_a_description() -> None:
-    described = re.findall(r"^([\w-]+):.* ## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    text = (ROOT / "Makefile").read_text("utf-8")
+    described = re.findall(r"^([\w-]+):.* ## ", text, re.MULTILINE)
     run = subprocess.run(["make", "help"], check=True, cwd=ROOT, capture_output=True, text=True)
     assert [line.split()[1] for line in run.stdout.splitlines()] == described
 

@@ -68,8 +68,8 @@ class Recorder(DispatchMode):
             result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
         if result is NotImplemented:
             raise UntraceableError(
-                f"{name}, which the kernels do not have; write it with elementwise operations that "
-                "they have"
+                f"the kernels do not have {name}; use elementwise operations, and for a sum or "
+                "mean of a loss, pass reduction= to its calls"
             )
         return result
 
@@ -310,8 +310,9 @@ class Run(TorchFunctionMode):
             self.track(results)
         elif not sys._getframe(1).f_globals["__name__"].startswith("pyfused."):
             raise UntraceableError(
-                f"{name}, which may return another value in another call; pass it as a parameter, "
-                "or use operations such as torch.zeros_like and Tensor.type_as"
+                f"{name} may return another value in another call; pass the value as a parameter, "
+                "or use torch's functions: torch.where instead of 'if', torch.zeros_like and "
+                "Tensor.type_as instead of shapes and dtypes"
             )
         return made
 
