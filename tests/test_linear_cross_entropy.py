@@ -253,6 +253,19 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.thresholds
+@pytest.mark.parametrize("name", ["memory_budget", "filter_eps"])
+def test_bad_options_that_torch_lacks_in_calls_that_torch_computes(name: str) -> None:
+    given = HeadCase()
+    assert (
+        pyfused.explain("linear_cross_entropy", given.input, given.head, given.target).backend
+        == "torch"
+    )
+    for wrong, error in ((-1, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match=f"{name}: expected"):
+            fused.linear_cross_entropy(given.input, given.head, given.target, **{name: wrong})
+
+
 @pytest.mark.parametrize(("wrong", "error", "told"), WRONG, ids=[next(iter(w[0])) for w in WRONG])
 def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
     given = HeadCase()
