@@ -426,7 +426,7 @@ class HeadCase:
                 "torch": self.reference,
                 "torch, in chunks": self.in_chunks,
                 "pyfused": self.ours,
-                "pyfused, a 16th of the logits": partial(
+                "pyfused, memory_budget of a 16th": partial(
                     self.ours, memory_budget=self.logits // 16
                 ),
                 "pyfused, half ignored": partial(self.ours, self.half),
@@ -435,7 +435,7 @@ class HeadCase:
                 "three products": self.products,
                 "torch": self.log_probs_of_torch,
                 "pyfused": self.log_probs,
-                "pyfused, rows of fixed bits": partial(self.log_probs, deterministic_rows=True),
+                "pyfused, deterministic_rows": partial(self.log_probs, deterministic_rows=True),
             },
             "KL divergence": {
                 "four products": self.products_of_two,

@@ -120,7 +120,7 @@ def head(options: Namespace) -> None:
     settle_allocator()
     cases = CASES[:1] if options.quick else CASES
     rows = [row for case in track(cases, "Measuring", transient=True) for row in measure(case)]
-    columns = ["tokens, features, classes", "loss", "", "time", "of the products"]
+    columns = ["tokens, features, classes", "loss", "", "time", "time / products"]
     table = tabulated([*columns, "times as fast as torch", "peak / logits"], rows, names=3)
     print(table)
     if not options.quick:

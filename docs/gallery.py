@@ -297,13 +297,16 @@ def covered() -> str:
 
 
 def sizes(*operators: str) -> str:
-    """Returns a table of the smallest calls that take a kernel on CPUs."""
-    columns = ["operator", "elements", f"without reduction, up to {FEW} classes, or no gradient"]
+    """Returns a table of the smallest inputs that run a kernel on CPUs."""
+    special = f"unreduced losses, up to {FEW} classes, activations without gradients"
+    columns = ["operator", "elements", special]
     rows = [
         [f"`{name}`", *map(words, limits(op, True))]
         for name, op in OPERATORS.items()
         if name in (operators or OPERATORS)
     ]
+    if all(first == second for _, first, second in rows):
+        columns, rows = columns[:2], [row[:2] for row in rows]
     return report.tabulated(columns, rows, names=1)
 
 

@@ -135,8 +135,8 @@ def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, flo
 def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> Figure:
     figure = Figure(figsize=(15, 7), layout="constrained")
     figure.suptitle(
-        f"A weight goes down a loss in {STEPS} steps, with learning rates that are too small, "
-        "right and too large; dotted: where the loss is least"
+        f"{STEPS} steps of gradient descent, with learning rates that are too small, "
+        "right and too large; dotted: minimum of the loss"
     )
     rows = figure.subplots(2, len(DRAWN[0]), sharex=True, squeeze=False)
     for row, descents in zip(rows, DRAWN, strict=True):

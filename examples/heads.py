@@ -135,8 +135,8 @@ def draw(found: dict[str, dict[str, list[Measured]]]) -> Figure:
         f"forward and backward in float32, {torch.get_num_threads()} threads"
     )
     titles = {
-        "ms": "Milliseconds, median and middle half (ratio: torch / pyfused)",
-        "mib": "MiB at the peak",
+        "ms": "Milliseconds, medians and quartiles (ratio: torch / pyfused)",
+        "mib": "Peak memory, MiB (ratio: torch / pyfused)",
     }
     known = all(taken.mib is not None for ways in found.values() for [taken, *_] in ways.values())
     panels = figure.subplots(1, 1 + known, squeeze=False)[0]
@@ -179,7 +179,7 @@ def main() -> None:
         expected = found[loss]["torch"][0].value
         for name, way in found[loss].items():
             milliseconds, mib = statistics.median(taken.ms for taken in way), way[-1].mib
-            memory = "" if mib is None else f", {mib:5,.0f} MiB at the peak"
+            memory = "" if mib is None else f", peak memory {mib:5,.0f} MiB"
             print(f"  {name:<22} {milliseconds:6.0f} ms{memory}", flush=True)
             if not abs(way[0].value - expected) <= TOLERANCE * abs(expected):
                 sys.exit(f"{loss}: expected torch's value, {expected}, got {way[0].value}")

@@ -2,7 +2,7 @@
 
     python examples/with_lightning.py
 
-Needs the extra `integrations`.
+Needs `pip install '.[integrations]'`.
 """
 
 from __future__ import annotations

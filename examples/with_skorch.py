@@ -2,7 +2,7 @@
 
     python examples/with_skorch.py
 
-Needs the extra `integrations`.
+Needs `pip install '.[integrations]'`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/with_transformers.py
 
 pyfused.patch() replaces the losses inside of the library. pyfused.convert() fuses the head and the
-loss of a language model, without materialising logits. Needs the extra `integrations`.
+loss of a language model, without materialising logits. Needs `pip install '.[integrations]'`.
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def test_sizes_are_listed() -> None:
     assert len(lines) == 2 + len(OPERATORS)
     (relu,) = (line for line in lines if line.startswith("| `relu` |"))
     assert f"| {cpu_limits()['relu'][0]:,} |" in relu
+    assert gallery.sizes("linear_log_probs").splitlines()[0] == "| operator | elements |"
+    assert "activations without gradients" in gallery.sizes("gelu")
 
 
 def test_the_pages_have_all_markers(monkeypatch: pytest.MonkeyPatch) -> None:
