@@ -64,7 +64,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     return view.inner == 1 && (shape.inner >= 16 || evenly_spaced());
   }
 
-  // Calls body(first position in the block, positions) for what lies side by side where the
+  // Calls body(first position in the block, positions) for each contiguous piece of memory, if the
   // positions of one index of the outer dimensions are contiguous.
   template <class Body> void for_pieces(const Body& body) const {
     for (int64_t b = 0, count = 0; b < n; b += count) {
@@ -119,7 +119,8 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
       std::fill(tile[i] + n, tile[i] + kColumns, A(0));
   }
 
-  // Stores what compute(class in the tile, line of results) writes, through the tile or not.
+  // Stores the lines that compute(class in the tile, line of results) writes, through the tile if
+  // they cannot be written directly.
   template <class Compute>
   void write_lines(Tile& tile, const View<T>& view, int64_t c, int64_t k, const Compute& compute) {
     if constexpr (std::is_same_v<T, A>) {

@@ -51,7 +51,7 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
   const double denominator = mean ? ce.denominator.value_or(statistics.denominator) : 1;
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
-  Sum weights;  // that of 50,000 classes takes half as long as a row of them
+  Sum weights;  // for 50,000 classes this takes half as long as a row
   if (ce.weight && ce.label_smoothing > 0) {
     add_terms<A>(weights, ce.classes, [&](int64_t c) { return ce.weight[c]; });
   }

@@ -34,7 +34,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     find_target_logits();
     if (ce.dense()) {
       find_dense_loss(false);
-      // An infinite weight times a max - x of 0 is NaN, but times max - x + log_sum it is not.
+      // If max - x is 0, its product with an infinite weight is NaN. max - x + log_sum avoids this.
       if (std::any_of(loss, loss + n, [](double l) { return std::isnan(l); }))
         find_dense_loss(true);
     } else {

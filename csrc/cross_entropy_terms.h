@@ -1,4 +1,4 @@
-// What cross-entropy computes, and the arguments it computes it from.
+// The equations and the arguments of cross-entropy.
 //
 //   lse     = log sum_c exp(x_c) = max + log sum_c exp(x_c - max)
 //   q_c     = smooth_weight weight_c (prob_weight y_c + smooth_bias) + one_hot [c = target]
@@ -85,8 +85,8 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   }
 };
 
-// The arguments with what is computed once for the batch. Scalars of a position are doubles, so
-// that only vectors are rounded to A.
+// The arguments, and values that are computed once for the batch. Scalars of a position are
+// doubles, so that only vectors are rounded to A.
 template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
   double uniform_sum;  // uniform * sum_c weight_c
   double denominator;

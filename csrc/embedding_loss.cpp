@@ -93,7 +93,7 @@ PYFUSED_INLINE void add_sums(RowSum<A>* sums, int64_t n, const First& first, con
   }
 }
 
-// What a difference of two embeddings adds to their distance, and its derivative.
+// The term of a difference of two features in the distance, and its derivative.
 template <bool kEuclidean, class A> PYFUSED_INLINE A size(A u) {
   return kEuclidean ? u * u : std::abs(u);
 }

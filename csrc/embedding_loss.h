@@ -1,12 +1,12 @@
 // Losses of embeddings: rows of features of several tensors, reduced to a few sums for each row.
 //
-//   triplet   loss = max(0, margin + |u| - |v|),    u = x - y + eps, v = x - z + eps, w = y - z +
-//   eps
-//             with swap |v| is the smaller one of |v| and |w|; |u| is sum_i |u_i|, or with
-//             `euclidean` its square root of squares
+//   triplet   loss = max(0, margin + |u| - |v|)
+//             u = x - y + eps, v = x - z + eps, w = y - z + eps
+//             with swap, min(|v|, |w|) replaces |v|; |u| = sum_i |u_i|, or with `euclidean`
+//             |u| = sqrt(sum_i u_i^2)
 //             dloss/dx = u' - v', dloss/dy = -u', dloss/dz = v',    u'_i = u_i / |u| or sign u_i
-//             where |w| is the smaller one, w' is subtracted from y and added to z, and not v'
-//   cosine    loss = 1 - cos of a target of 1, max(0, cos - margin) of -1, and 0 of others
+//             where swap selects |w|: dloss/dx = u', dloss/dy = -u' - w', dloss/dz = w'
+//   cosine    loss = 1 - cos for target 1, max(0, cos - margin) for -1, and 0 for others
 //             cos = x.y / sqrt(X Y),    X = x.x + 1e-12, Y = y.y + 1e-12
 //             dcos/dx = y / sqrt(X Y) - cos x / X,    dcos/dy = x / sqrt(X Y) - cos y / Y
 //

@@ -17,7 +17,7 @@ namespace pyfused {
 // The largest of x and `highest`; NaN is never the largest.
 template <class T, class A> A largest(const T* x, int64_t n, A highest) {
   int64_t first = 0;
-#ifdef __clang__  // leaves a loop of one maximum scalar: 4 to 20 times slower than one of each lane
+#ifdef __clang__  // does not vectorise a loop over one maximum, which is 4 to 20 times slower
   constexpr int64_t kMany = 2 * kLanes<A>;
   A lanes[kMany];
   std::fill_n(lanes, kMany, highest);
@@ -154,9 +154,9 @@ PYFUSED_INLINE V polynomial(const float (&coefficients)[n], V x, float factor) {
   return p;
 }
 
-// 2^t factor, to the polynomial's error; 0 where 2^t < 2^-126. Where t is a product that was
-// rounded, its rounding is an error of |t| / 3 ULP of a float at most: less than what halves are
-// rounded by.
+// 2^t factor, to the polynomial's error; 0 where 2^t < 2^-126. If t is a rounded product, its
+// rounding adds an error of at most |t| / 3 ULP of a float, which is less than the rounding to half
+// precision.
 template <class T, class V> PYFUSED_INLINE V exp2_floats(V t, float factor = 1) {
   return times_power_of_floor(polynomial(kExp2<T>, fraction(t), factor), t);
 }
@@ -173,8 +173,8 @@ template <class T, class V> PYFUSED_INLINE V exp_floats(V x, float factor = 1) {
 }
 
 // exp(x - pivot) = 2^(x log2(e) - shift) correction: for each x, three instructions fewer than
-// exp(x - pivot) takes, 1.1 to 1.2 times faster. The correction is 2^(what rounding adds to the
-// shift), by the first two terms of its series, which suffice where the pivot is `near` 0.
+// exp(x - pivot) takes, 1.1 to 1.2 times faster. The correction is 2^(rounding error of
+// the shift), by the first two terms of its series, which suffice where the pivot is `near` 0.
 struct Base2Pivot {
   float shift, correction;
   bool near;
@@ -214,8 +214,8 @@ PYFUSED_INLINE float sum_powers(const T* x, const F& power, float* e, const Out*
   return sum_of_lanes(sum);
 }
 
-// A sum weights what base 2 loses of each power by the power, which leaves less than a rounding;
-// but the powers that are kept for results of floats are to be as exact as those.
+// Base 2 loses accuracy in each power. In a sum, these errors are weighted by the powers and stay
+// below a rounding. Powers that are kept for float results use base e, to be as exact as those.
 template <bool Keeps, bool Unbounded, class T, class Out>
 float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_t n) {
   if constexpr (!(Keeps && std::is_same_v<Out, float>)) {

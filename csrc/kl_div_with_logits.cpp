@@ -67,7 +67,7 @@ template <class T, bool kScales> class KlDivRow {
 
   // Returns the loss, and writes the gradient times `scale` where there is one.
   double run(T* grad, double scale, bool streams) {
-    Sum of_teacher, of_student, total;  // the total of p is 1 but for rounding errors
+    Sum of_teacher, of_student, total;  // the total of p differs from 1 by rounding errors
     for_chunks(kl.classes, [&](int64_t, int64_t first, int64_t n) {
       read(first, n);
       if (kl.beta < 1) {

@@ -11,7 +11,7 @@
 
 namespace pyfused {
 
-// How much room a row of n elements takes in whole vectors.
+// The number of elements of a row, rounded up to whole vectors.
 template <class A> int64_t whole_vectors(int64_t n) {
   return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }

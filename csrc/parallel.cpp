@@ -143,7 +143,7 @@ struct alignas(64) Queue {
 // 21, 256, 256), and schedule(dynamic), which spreads neighbouring blocks over threads, 1.2 times.
 constexpr int64_t kSteps = 32;
 
-// How a thread's floating-point instructions round, and what they do with subnormal numbers.
+// The rounding mode of a thread and its handling of subnormal numbers.
 #ifdef __SSE2__
 constexpr unsigned kFlushToZero = 0x8000;
 unsigned float_control() { return _mm_getcsr(); }

@@ -46,8 +46,8 @@ template <class Body> void parallel_for(int64_t blocks, int threads, const Body&
   run_blocks(blocks, threads, run, &body);
 }
 
-// A thread's memory for one Object at a time. What holds buffers is made here and not on the
-// stack, which may be as small as 128 KiB.
+// A thread's memory for one Object at a time. Objects with buffers are created here instead of on
+// the stack, which may be as small as 128 KiB.
 template <class Object> struct Workspace {
   static_assert(alignof(Object) <= kVectorBytes && std::is_trivially_destructible_v<Object>);
   void* memory;

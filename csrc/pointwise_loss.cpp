@@ -84,7 +84,7 @@ template <class A> void multiply(A* values, const A* by, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] *= by[i];
 }
 
-// What a chunk is computed in.
+// The buffers of a chunk.
 template <class Formula, class A> struct PointwiseBuffers {
   using Buffer = A[Formula::kChunk];
   alignas(kVectorBytes) Buffer read[kOperands], written[kOperands], value, weight, grad_output;

@@ -35,9 +35,9 @@ struct LossFormula {
   const char* name;
   LossLoops<float>* in_float;
   LossLoops<double>* in_double;
-  static constexpr bool kSums = true;  // itself, what it evaluates
+  static constexpr bool kSums = true;  // evaluate() adds up the losses
   static constexpr int64_t kChunk = 1024;  // elements at a time, in L1
-  template <class A> struct Registers {};  // what a formula needs beside the chunk's buffers
+  template <class A> struct Registers {};  // memory of a formula besides the chunk's buffers
 
   template <class A>
   void evaluate(const Parameters& parameters, const LossChunk<A>& chunk, Registers<A>&) const {
@@ -48,8 +48,8 @@ struct LossFormula {
 
 std::vector<LossFormula> loss_formulas();
 
-// Element i is at i * step: with step 0, one element is broadcast, and otherwise step is 1. Where a
-// call has columns, it is at row * row_step + column * step of i = row * columns + column.
+// Element i is at i * step: step is 0 to broadcast one element, and otherwise 1. If a call has
+// columns, element i = row * columns + column is at row * row_step + column * step.
 template <class T> struct Operand {
   const T* data;  // null if not given
   int64_t step;

@@ -80,7 +80,7 @@ struct Instruction {
   int opcode;
   unsigned constants;  // bit k: operand k is a constant
   int out;  // a slot
-  std::array<int, 4> in;  // one that does not exist is the first again
+  std::array<int, 4> in;  // unused operands repeat the first
 };
 
 template <class A> using Inputs = std::array<const A*, 4>;

@@ -130,7 +130,7 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
 
   void forward() {
     const bool kept = softmax.classes <= kTileClasses;
-    alignas(kVectorBytes) A last[kColumns];  // what is subtracted, or multiplied by
+    alignas(kVectorBytes) A last[kColumns];  // log(sum) or 1 / sum
     if (softmax.logarithm) {
       Base::template find_normalizer<false>(softmax.input);
       PYFUSED_SIMD()
@@ -199,8 +199,8 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
 // ---- the gradient along a middle dimension ------------------------------------------------------
 
 #ifdef PYFUSED_HAS_REGISTERS
-// Contiguous positions, at most kMost, are read where they are, in registers side by side: 1.2 to 3
-// times faster than through tiles. Prefetching takes longer than what it saves.
+// At most kMost contiguous positions are loaded into registers directly: 1.2 to 3 times faster than
+// through tiles. Prefetching takes longer than it saves.
 template <bool kLogarithm, class T> class SoftmaxStrip {
  public:
   static constexpr int64_t kMost = 4 * kPair;
@@ -390,10 +390,9 @@ template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
 }
 
 #ifdef PYFUSED_HAS_REGISTERS
-// Few classes leave lanes without work, which costs more than to transpose the rows. Large outputs
-// of floats are limited by memory, and groups have no non-temporal stores. The backward pass reads
-// two rows for each of a group twice, which leave L1: by rows it takes 0.8 times as long at 256
-// classes.
+// Few classes leave lanes idle, which costs more than transposing the rows. Large float outputs are
+// limited by memory, and groups have no non-temporal stores. The backward pass of a group reads two
+// tensors twice, which exceed L1: at 256 classes, single rows take 0.8 times as long.
 template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
   const int64_t classes = softmax.classes, few = softmax.backward() ? 15 : kFewClasses;
   const bool limited_by_memory = streams && std::is_same_v<T, float> && classes >= kRowClasses<T>;

@@ -1,4 +1,4 @@
-"""Fills pages with what follows from the declarations: groups of operators, ratios and sizes.
+"""Fills pages with content made from declarations: groups of operators, ratios and sizes.
 
 docs/entries.py has the text about each operator. The pictures show the output of the kernels.
 """

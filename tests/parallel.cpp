@@ -48,7 +48,7 @@ EXPORTED int blocks_run(int64_t blocks, int threads, int huge) {
 EXPORTED int has_runtime() { return !pyfused::runtime_file().empty(); }
 
 #ifdef LLVM_RUNTIME
-// What macOS and Windows have: Clang's calls, and no GOMP_parallel. See kmp.h in LLVM's openmp.
+// macOS and Windows have Clang's calls but no GOMP_parallel. See kmp.h in LLVM's openmp.
 thread_local int32_t member = 0, pushed = 1;
 thread_local bool inside = false;
 

@@ -237,7 +237,7 @@ def test_forward_and_backward_use_the_operator(
 @taken
 @pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
 def test_metrics_of_log_probs(op: str, graphs: Graphs) -> None:
-    """The operator computes them with the other results, and they have no gradient."""
+    """The metrics come from the same operator as the other results, and have no gradient."""
     target = INDICES.where(INDICES > 1, -100)
     tensors = {"logits": torch.randn(N, C)}
     if op == "linear_log_probs":

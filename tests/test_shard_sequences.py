@@ -389,7 +389,7 @@ def test_sequences_of_calls(tmp_path: Any) -> None:
 
 
 def check(found: list[tuple[int, dict[int, tuple[str, str]]]]) -> None:
-    """Checks that all processes of a call raise, one its own error, and the others refer to it."""
+    """Checks that all processes of a call raise the same error, or refer to the error of one."""
     assert len({calls for calls, _ in found}) == 1
     for step in {step for _, errors in found for step in errors}:
         told = [errors[step] for _, errors in found if step in errors]

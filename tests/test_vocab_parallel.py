@@ -488,7 +488,7 @@ def test_derivatives_of_processes_together(case: str, ranks: list[Any]) -> None:
 
 
 def test_metrics_of_processes_together(ranks: list[Any]) -> None:
-    """For any order of the classes, with the same bits in every process."""
+    """Metrics are correct for any order of the shards, and have the same bits in every process."""
     for in_order, dtype in itertools.product((True, False), WIDE):
         with fused_always():
             expected = metrics_of(slice(None), dtype)
@@ -530,7 +530,7 @@ def test_the_definition_of_metrics(ranks: list[Any]) -> None:
 
 
 def test_metrics_are_gathered_once(ranks: list[Any]) -> None:
-    """Two numbers per row, and none without metrics, in addition to the check of each call."""
+    """Metrics gather two numbers per row, in addition to the numbers that check each call."""
     for rank in ranks:
         without, *each = rank["gathered"]
         (few,) = {*without}

@@ -1,5 +1,5 @@
-// csrc/vec.h as test_vec.py sees it: each function over n elements, `piece` of them at a time. All
-// at once they fill vectors; one at a time they take what the loop and its intrinsics leave over.
+// Applies each function of csrc/vec.h to n elements, `piece` of them at a time, for test_vec.py.
+// All at once they fill vectors; one at a time they run the code for the remainder of a vector.
 #include <algorithm>
 
 #include "exponentials.h"

@@ -234,7 +234,7 @@ def _context(device: str) -> tuple[bool, bool, bool, torch.dtype, Any]:
 
 
 def kept(x: Any) -> Any:
-    """Returns a tensor whose changes in place show: a copy of one that has no version."""
+    """Returns a tensor with a version counter, to detect changes in place; may be a copy."""
     if is_dynamo_compiling() or not isinstance(x, Tensor) or not x.is_inference():
         return x
     with torch.inference_mode(False), torch.no_grad():

@@ -163,7 +163,7 @@ def tuned_file() -> Path:
 
 
 def tuned_machines() -> dict[str, Any]:
-    """Returns what was measured on each machine, {} if there is nothing."""
+    """Returns the measurements of each machine, {} if there are none."""
     try:
         found = json.loads(tuned_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -172,7 +172,7 @@ def tuned_machines() -> dict[str, Any]:
 
 
 def tuned(machine: str) -> dict[str, Limits]:
-    """Returns what was measured on a machine: two numbers for each name."""
+    """Returns the measurements of a machine: two numbers for each name."""
     try:
         pairs = tuned_machines().get(machine, {}).items()
         return {name: (int(first), int(second)) for name, (first, second) in pairs}

@@ -138,7 +138,7 @@ def _softmax(tensors: Sequence[Any], pass_: Pass) -> LossResult:
     def directions(block: Block) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
         """Returns a block and its transpose, each with the states, rows and range of classes."""
         rows, columns, logits = block.rows, block.classes, block.logits.to(wide)
-        # That of a single row is contiguous, but must not share its memory.
+        # The transpose of a single row is contiguous, but must not share its memory.
         transposed = logits.t().clone(memory_format=torch.contiguous_format)
         return (
             (logits, states[0], rows, ClassRange(columns.start, n)),

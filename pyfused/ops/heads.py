@@ -48,7 +48,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
 
     def split(self, input: Tensor) -> Sequence[Tensor]:
-        """Splits features, or their gradient, into those of each weight."""
+        """Splits features, or their gradient, into the features of each weight."""
         if len(self.weights) == 1:
             return (input,)
         parts: Sequence[Tensor] = input.split([weight.shape[1] for weight in self.weights], 1)
@@ -175,7 +175,7 @@ class LayerGradients:
     def converted(self) -> Gradients:
         """Returns the gradients in the dtypes of the layer's tensors, after all blocks.
 
-        They are those of the input, the weight, the bias and the adapter's weight.
+        These are the gradients of the input, the weight, the bias and the adapter's weight.
         """
 
         def convert(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
