@@ -277,12 +277,14 @@ def test_compiled(linear: bool, kernel_calls: KernelCalls) -> None:
                 target,
                 linear_bias=bias,
                 z_loss=Z_LOSS,
+                label_smoothing=0.1,
             )
         logits = torch.nn.functional.linear(input, weight, bias)
         return fused.cross_entropy_with_metrics(
             logits,
             target,
             z_loss=Z_LOSS,
+            label_smoothing=0.1,
         )
 
     loss, metrics = torch.compile(both, fullgraph=True, backend="aot_eager")(input)

@@ -200,7 +200,9 @@ def _by_rows(head: Head, rows: int, pass_: Pass) -> Results:
         capped_logits, cap_backward = capped(backend, block.logits, options.softcap, rounds=True)
         logits = capped_logits.view(-1, *classes)
         if options.with_metrics:
-            states.append(metrics_state(backend, logits, targets, options).flatten(1))
+            fields = state_fields(options)
+            state = metrics_state(backend, logits, targets, options, fields)
+            states.append(state.flatten(1))
         loss, (grad_logits, grad_targets) = cross_entropy_once(
             backend, logits, targets, head.weight, options, outputs, grad_output
         )

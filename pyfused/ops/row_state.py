@@ -119,13 +119,17 @@ def logits_gradient(
 
 
 def metrics_state(
-    backend: Backend, logits: Tensor, target: Tensor, options: CrossEntropyOptions
+    backend: Backend,
+    logits: Tensor,
+    target: Tensor,
+    options: CrossEntropyOptions,
+    fields: int = METRICS_FIELDS,
 ) -> Tensor:
     """Returns the state of each row; LOG_P of class probabilities is ``sum_c target_c log p_c``."""
     dim = min(logits.dim() - 1, 1)
     rows, indices = RowOptions(options.ignore_index, options.scale), not target.is_floating_point()
     classes = ClassRange(0, logits.shape[dim])
-    launch = logits_state(backend, logits, rows, classes, METRICS_FIELDS)
+    launch = logits_state(backend, logits, rows, classes, fields)
     state, _ = launch(logits, target if indices else None)
     if indices:
         return state
