@@ -445,7 +445,7 @@ def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
     if not 0 <= options.beta <= 1:
         raise _error("beta", "a number in [0.0, 1.0]", options.beta, ValueError)
     beta: Any = options.beta
-    if getattr(beta, "requires_grad", False) and not 0 < beta < 1:
+    if isinstance(beta, Tensor) and beta.requires_grad and not 0 < beta < 1:
         raise _error("beta", "a number in (0.0, 1.0) to be learned", beta.item(), ValueError)
     vocab_options(options, tokens)
 

@@ -472,6 +472,19 @@ def test_gradients_of_both_operands() -> None:
     assert [g.stride() for g in got.gradients] == [x.stride(), target.stride()]
 
 
+@pytest.mark.parametrize("op", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"])
+def test_a_number_that_changes_between_calls(op: str) -> None:
+    """Dynamo traces the second value as a symbol."""
+    call = EXAMPLES[op].call()
+
+    def step(beta: float) -> Tensor:
+        return call.ours(beta=beta)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for beta in (0.25, 0.5, 0.75):
+        close(compiled(beta), step(beta))
+
+
 @taken
 def test_errors_of_values_in_compiled_calls() -> None:
     compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
