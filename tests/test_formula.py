@@ -399,6 +399,20 @@ def test_dtypes_equal_torchs(dtype: torch.dtype) -> None:
         assert wing(*operands).dtype == wing.function(*operands).mean().dtype
 
 
+def test_the_default_dtype_of_each_call() -> None:
+    @pyfused.activation
+    def halved(input: Tensor) -> Tensor:
+        return input * ((input > 0) / 2)
+
+    x = torch.randn(20)
+    try:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            torch.testing.assert_close(halved(x), halved.function(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_empty() -> None:
     empty = torch.empty(0, 3, requires_grad=True)
     assert wing(empty, empty, reduction="none").shape == (0, 3)

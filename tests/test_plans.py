@@ -64,7 +64,7 @@ def test_a_signature_has_all_that_a_plan_reads_of_a_tensor() -> None:
     key = signature(elementwise.RELU, (x,), True)
     (spec,) = with_specs(elementwise.RELU, (x,), True)
     *fields, is_leaf_or_view = vars(spec).values()
-    assert key == (elementwise.RELU, True, True, tuple(fields), is_leaf_or_view)
+    assert key == (elementwise.RELU, True, True, torch.float32, tuple(fields), is_leaf_or_view)
     assert is_leaf_or_view is True
 
 

@@ -31,12 +31,12 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
     """Returns the key of a call's plan, or None if the call has none.
 
     The key has the operator, the layout of each tensor and whether it requires grad, all other
-    arguments, grad mode and autocast. A call has no key if `no_signature_reason` returns a reason,
-    or if its numbers have to be converted first.
+    arguments, grad mode, autocast and the default dtype. A call has no key if
+    `no_signature_reason` returns a reason, or if its numbers have to be converted first.
     """
     if type(arguments[0]) not in PLAIN or active_mode() is not None:
         return None
-    key: list[Any] = [op, inplace, torch.is_grad_enabled()]
+    key: list[Any] = [op, inplace, torch.is_grad_enabled(), torch.get_default_dtype()]
     if isinstance(arguments[-1], VocabOptions):
         arguments = (*arguments[:-1], *vars(arguments[-1]).values())
     for value in arguments:

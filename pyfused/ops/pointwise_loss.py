@@ -302,7 +302,8 @@ class TensorLoss(Operator):
         values = [(operand.name, arguments[i]) for i, operand in self.indexed_operands]
         tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
-        result = result_dtype(self, kinds, device, to, reduction == "none")
+        modes = to, torch.get_default_dtype()
+        result = result_dtype(self, kinds, device, modes, reduction == "none")
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
 
@@ -505,7 +506,7 @@ def result_dtype(
     op: TensorLoss,
     kinds: tuple[tuple[str, torch.dtype, int], ...],
     device: torch.device,
-    autocast: torch.dtype | None,  # noqa: ARG001 part of the key
+    modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG001 part of the key
     unreduced: bool,
 ) -> torch.dtype:
     """Returns the dtype of torch's result, from a call of torch's operator with one element.
@@ -515,6 +516,7 @@ def result_dtype(
 
     Args:
         kinds: The name, the dtype and the number of dimensions, 0 or 1, of each tensor.
+        modes: The dtype of autocast, None if it is disabled, and the default dtype.
     """
     ones: dict[str, Any] = {operand.name: 1.0 for operand in op.operands if operand.number}
     for name, dtype, dim in kinds:
