@@ -352,6 +352,21 @@ def test_blocks_of_classes_equal_whole_rows(
     torch.testing.assert_close(gradient.t(), best, equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_infinite_weight_of_a_class_only_changes_its_rows(value: float) -> None:
+    x, layer, weight = torch.randn(3, 4), torch.randn(192, 4), torch.ones(192)
+    weight[100] = value
+    target = torch.tensor([5, 100, 150])
+    x.requires_grad_()
+    loss = fused.linear_cross_entropy(
+        x, layer, target, weight=weight, reduction="none", memory_budget=1
+    )
+    expected = F.cross_entropy(x @ layer.t(), target, weight, reduction="none")
+    (gradient,), (best,) = (torch.autograd.grad(each.sum(), x) for each in (loss, expected))
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    torch.testing.assert_close(gradient[[0, 2]], best[[0, 2]])
+
+
 # ---- inputs with more dimensions -----------------------------------------------------------------
 
 

@@ -218,6 +218,8 @@ def _factors(
     if weight is None:
         return smoothing - 1, smoothing, -smoothing / classes
     of_log_p = (smoothing - 1) * _target_weight(target, weight, options)
+    if not smoothing:  # 0 times an infinite weight would be NaN
+        return of_log_p, 0.0, 0.0
     return of_log_p, smoothing / classes * weight.double().sum(), -smoothing / classes
 
 
