@@ -266,6 +266,13 @@ def test_only_ignored_rows(op: str) -> None:
     assert not any(x.any() for x in torch.autograd.grad(sum(x.sum() for x in found), leaves))
 
 
+def test_a_layer_without_features() -> None:
+    x, weight, target = torch.randn(3, 0), torch.randn(5, 0), torch.tensor([4, 0, -100])
+    found = fused.linear_log_probs(x, weight, target)
+    expected = torch.tensor([-math.log(5), -math.log(5), 0])
+    torch.testing.assert_close(found.log_probability, expected)
+
+
 @every_operator
 def test_log_probabilities_are_never_above_0(op: str) -> None:
     """The target has all probability except what is rounded away."""

@@ -198,7 +198,8 @@ def linear_log_probs(
     options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
 ) -> Any:
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
-    rows, positions = input.reshape(-1, input.shape[-1]), linear_weight.shape[1:-1]
+    positions = linear_weight.shape[1:-1]
+    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     logits = head_logits(rows, linear_weight, linear_bias)
     results = log_probs(logits, target.reshape(len(rows), *positions), options)
     if not options.with_metrics:
