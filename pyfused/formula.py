@@ -552,7 +552,8 @@ def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) 
         function: Takes one to four positional tensors, which broadcast, and parameters with
             defaults, which are numbers, bools or strings. Returns the loss of each element,
             computed by torch's elementwise operations. The function is called for tracing, and
-            for calls that no kernel supports.
+            for calls that no kernel supports. Kernels keep the values that global variables and
+            closures had during tracing, so pass numbers that change as parameters.
         strict: Raise an error if the function cannot be compiled, or if the kernel's results
             differ from the function's. If False, the function then runs unfused.
 
