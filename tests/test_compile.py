@@ -359,6 +359,40 @@ def test_autocast(dtype: torch.dtype) -> None:
     close(got, expected)
 
 
+HEADS: dict[str, Callable[..., Tensor]] = {
+    "linear_cross_entropy": lambda x, w, b: fused.linear_cross_entropy(
+        x, w, INDICES, linear_bias=b
+    ),
+    "an adapter": lambda x, w, b: fused.linear_cross_entropy(
+        x, w[:, :4], INDICES, linear_bias=b, adapter_weight=w[:, 4:]
+    ),
+    "linear_kl_div": lambda x, w, b: fused.linear_kl_div(x, w, x + 1, w * 2, linear_bias=b),
+    "linear_topk_kl_div": lambda x, w, b: fused.linear_topk_kl_div(
+        x, w, INDICES[:, None], SOFT[:, :1].log(), linear_bias=b
+    ),
+    "linear_log_probs": lambda x, w, b: (
+        fused.linear_log_probs(x, w, INDICES, linear_bias=b).log_probability
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+def test_heads_with_float32_weights_under_autocast(head: Callable[..., Tensor]) -> None:
+    @torch.autocast("cpu", torch.bfloat16)
+    def step(*tensors: Tensor) -> Tensor:
+        return head(*tensors)
+
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((N, C), (C, C), (C,))]
+    got = evaluate(torch.compile(step, fullgraph=True, backend="aot_eager"), *leaves)
+    expected = evaluate(step, *leaves)
+    assert got.value.dtype == expected.value.dtype
+    torch.testing.assert_close(got.value, expected.value, rtol=0.02, atol=0.02)
+    for ours, eager in zip(got.gradients, expected.gradients, strict=True):
+        assert ours is not None
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, eager, rtol=0.05, atol=0.02 * float(eager.abs().max()))
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
 def test_function_transforms_use_torchs_function(transform: Any, graphs: Graphs) -> None:
     def step(functional: Any, x: Tensor) -> Tensor:

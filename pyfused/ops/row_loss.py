@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, backend_of
-from pyfused.dispatch.autograd import differentiate, without_autocast
+from pyfused.dispatch.autograd import differentiate, in_autocast_dtype, without_autocast
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
 from pyfused.layout import accumulate_dtype
@@ -148,10 +148,15 @@ class RowLoss(Operator):
     def compiled(self, arguments: Arguments) -> Any:
         options = self.checked_options(arguments)
         *tensors, token_weight, denominator = self.to_rows(arguments)
+        device = tensors[0].device.type
+        if self.is_linear:  # weights and biases are cast, too, as custom operators check dtypes
+            for i, operand in enumerate(self.operands):
+                if operand.name.endswith(("_weight", "_bias")) and tensors[i] is not None:
+                    (tensors[i],) = in_autocast_dtype(device, tensors[i])
         options = options.with_tensors(token_weight, denominator)
         in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
         needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
-        with without_autocast(tensors[0].device.type):
+        with without_autocast(device):
             loss, *_, state = custom_operator(self.name)(*tensors, *options.values(), needs)
         return self.finish((loss, state), arguments)
 
