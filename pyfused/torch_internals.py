@@ -180,6 +180,15 @@ def trace_instead(function: Any, traced: Any) -> None:
         function._torchdynamo_inline = traced
 
 
+def run_while_tracing(function: Any) -> Any:
+    """Makes torch.compile run a function once while it traces a call, instead of tracing it.
+
+    Like ``torch.compiler.assume_constant_result``, without importing torch's compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def dynamo_table() -> Any:
     """Returns the cached function with torch.compile's table of torch's functions, or None."""
     rules = sys.modules.get("torch._dynamo.trace_rules")

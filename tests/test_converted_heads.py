@@ -1122,6 +1122,17 @@ def test_a_model_warns_once_of_a_read() -> None:
     model(X)  # a second warning would be an error
 
 
+def test_a_compiled_model_warns_once() -> None:
+    reasons._said.clear()
+    model = pyfused.convert(Model(_keep), head="head")
+    model.head.register_forward_hook(lambda *_: None)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.warns(RuntimeWarning, match="Model computes all of its logits: its head has hooks"):
+        compiled(X, TARGET)
+    torch.compiler.reset()
+    compiled(X, TARGET)  # a second warning would be an error
+
+
 if __name__ == "__main__":
     from pyfused.dispatch import sizes
 

@@ -270,6 +270,9 @@ WRAPPERS = {
     "TP, sharded input": tensor_parallel("fused", {"reads": "sequence"}, input_layouts=Shard(1)),
     "TP, read": tensor_parallel("told", {"reads": "maximum"}),
     "TP, in C++": tensor_parallel("told", {"reads": "function"}),
+    "TP, torch.compile": Wrapper(
+        lambda x: compiled(tensor_parallel("").wrap(x)), "told", "left", same_batch=True
+    ),
     "TP, two calls": tensor_parallel("fused", {"reads": "twice"}),
     "TP, loss_parallel": tensor_parallel(
         "told", {"reads": "DTensor"}, output_layouts=Shard(-1), use_local_output=False

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.adopt import adapters, deferred, subclass
 from pyfused.adopt.deferred import LOSS
+from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks
 
@@ -43,7 +44,6 @@ _MISSING_LABELS = (
     "override compute_loss with pyfused.functional.linear_cross_entropy"
 )
 SILENT = ""  # a reason without a warning
-_COMPILED_UNIT = "its head is a unit of fully_shard in a compiled model"
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
 # ---- a model's forward with another head ---------------------------------------------------------
@@ -194,7 +194,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
         if "forward" in vars(layer):
             return f"the forward of {where} was replaced, for example by accelerate's offloading"
         if is_unit and is_dynamo_compiling():
-            return _COMPILED_UNIT
+            return "its head is a unit of fully_shard in a compiled model"
         if has_hooks(layer, distributed=is_dynamo_compiling() or adapters.is_lora(head)):
             return f"{where} has hooks"
         if has_compiled_call(layer):
@@ -339,11 +339,21 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
 
 
 def _tell(model: Any, told: set[str], reason: str) -> None:
-    # The compiler breaks the graph at a warning, as it does at the hooks of a unit.
-    if reason not in (SILENT, *told) and (not is_dynamo_compiling() or reason == _COMPILED_UNIT):
+    if reason in (SILENT, *told):
+        return
+    message = f"pyfused.convert: {type(model).__name__} computes all of its logits: {reason}"
+    if is_dynamo_compiling():
+        _warn_once(message)
+    else:
         told.add(reason)
-        message = f"pyfused.convert: {type(model).__name__} computes all of its logits: {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+@torch_internals.run_while_tracing  # the compiler breaks the graph at a warning
+def _warn_once(message: str) -> None:
+    """Warns at the first of several compilations."""
+    if first_time("convert", message):
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
 
 
 def _tell_of_missing_labels(model: Any, told: set[str], given: dict[str, Any]) -> None:
