@@ -484,10 +484,10 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "global": (globally, "hooks"),
     "parametrised": (
         lambda h: nn.utils.parametrizations.weight_norm(h),
-        "is a ParametrizedLinear, not a plain torch.nn.Linear",
+        "parametrize.ParametrizedLinear, not a plain torch.nn.Linear",
     ),
     "pruned": (lambda h: nn.utils.prune.l1_unstructured(h, "weight", 0.5), "hooks"),
-    "class": (lambda h: setattr(h, "__class__", Twice), "is a Twice, not a plain"),
+    "class": (lambda h: setattr(h, "__class__", Twice), f"is a {__name__}.Twice, not a plain"),
     "compiled": (lambda h: h.compile(backend="eager"), "compiled separately"),
 }
 

@@ -190,7 +190,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
         kind: Any = type(layer)
         is_unit = kind.__bases__[-1] is _HEAD and torch_internals.fsdp_policy(layer)
         if kind not in (Linear, _HEAD) and not (is_lora or is_unit):
-            return f"{where} is a {kind.__name__}, not a plain torch.nn.Linear"
+            return f"{where} is a {kind.__module__}.{kind.__name__}, not a plain torch.nn.Linear"
         if "forward" in vars(layer):
             return f"the forward of {where} was replaced, for example by accelerate's offloading"
         if is_unit and is_dynamo_compiling():
