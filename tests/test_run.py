@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -669,3 +671,23 @@ def test_warnings_name_the_same_lines(tmp_path: Path) -> None:
     got = counted(path, folder=tmp_path)
     assert expected.stdout.count("script.py', 6") == 3
     assert got.stdout == expected.stdout
+
+
+def test_threads_do_not_compare_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times of all comparisons are subtracted from the time of the program."""
+
+    def slow(*_: Any) -> tuple[float, float]:
+        time.sleep(0.1)
+        return 1e-9, 1e-9
+
+    monkeypatch.setattr(run, "_times", slow)
+    x, target = torch.ones(256, 1024), torch.zeros(256, dtype=torch.int64)
+    calls = [lambda: F.mse_loss(x, x), lambda: F.cross_entropy(x, target)]
+    with pyfused.report() as report:
+        threads = [threading.Thread(target=call) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(report._kernels) == 2
+    assert sum(report._comparing.values()) <= report._seconds

@@ -10,6 +10,7 @@ import math
 import os
 import runpy
 import sys
+import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -79,6 +80,7 @@ class Report:
         self._compiled: Counter[str] = Counter()  # calls of kernels in compiled programs
         self._comparing: defaultdict[str, float] = defaultdict(float)  # seconds, by operator
         self._seconds, self._began = 0.0, perf_counter()
+        self._lock = threading.Lock()  # of the thread that compares
 
     # A mode could not count, because calls fall back to torch while a mode is active.
     def __enter__(self) -> Report:
@@ -126,6 +128,8 @@ class Report:
         calls.largest = max(calls.largest, elements)
         if calls.count < calls.due or self._comparing[op.name] > self._budget:
             return
+        if not self._lock.acquire(blocking=False):  # times that overlap cannot be subtracted
+            return
         calls.due = 2 * calls.count
         start = perf_counter()
         if _can_be_repeated(op, arguments):
@@ -134,6 +138,7 @@ class Report:
             except Exception:  # for example, out of memory
                 calls.due = math.inf
         self._comparing[op.name] += perf_counter() - start
+        self._lock.release()
 
     # ---- the table ----
 
