@@ -760,7 +760,7 @@ def values(
     """Raises for values out of bounds, without reading tensors on GPUs."""
     if isinstance(value, float):
         value = torch.tensor(value)
-    if not _can_be_read(value) or not value.numel():
+    if not _can_be_read(value) or not value.numel() or value.is_complex():
         return
     value = value.detach()
     least, most = (float(bound) for bound in value.aminmax())

@@ -321,6 +321,10 @@ OTHERS: Wrong = {
         lambda f: f.gelu(X, approximate=3),
         ["approximate", "'none' or 'tanh'", "3"],
     ),
+    "binary_cross_entropy_complex_target": (
+        lambda f: f.binary_cross_entropy(P, P.cfloat()),
+        ["target", "floating", "complex64"],
+    ),
     "relu_bool": (lambda f: f.relu(X.bool()), ["input", "floating", "bool"]),
     "relu_complex": (lambda f: f.relu(X.cfloat()), ["input", "floating", "complex64"]),
     "relu_inplace_leaf": (
