@@ -17,15 +17,18 @@ SIZE = 40 * MIB  # bytes of the logits; large compared to other allocations
 SLACK = 5 * MIB
 
 # `measured()` prints the growth of the peak over the resident memory before the call. It makes the
-# call twice, because the first call also makes persistent allocations.
+# call twice, because the first call also makes persistent allocations. From this
+# size on, malloc returns freed memory; glibc would raise the size after the first large block.
 PREAMBLE = """
-import gc, re
+import ctypes, gc, re
 from pathlib import Path
 import torch
 import pyfused
 from pyfused import functional as F
 
 torch.set_num_threads(1)
+M_MMAP_THRESHOLD = -3
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 def resident(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
