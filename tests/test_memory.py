@@ -17,8 +17,7 @@ SIZE = 40 * MIB  # bytes of the logits; large compared to other allocations
 SLACK = 5 * MIB
 
 # `measured()` prints the growth of the peak over the resident memory before the call. It makes the
-# call twice, because the first call also makes persistent allocations. From this
-# size on, malloc returns freed memory; glibc would raise the size after the first large block.
+# call twice, because the first call also makes persistent allocations.
 PREAMBLE = """
 import ctypes, gc, re
 from pathlib import Path
@@ -27,6 +26,7 @@ import pyfused
 from pyfused import functional as F
 
 torch.set_num_threads(1)
+# Freed blocks of this size return to the system. glibc would raise the size after a large block.
 M_MMAP_THRESHOLD = -3
 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
