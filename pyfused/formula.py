@@ -20,7 +20,8 @@ from pyfused.dispatch.explain import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Operand
 from pyfused.dispatch.sizes import is_small
 from pyfused.formulas import trace
-from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError, compiled
+from pyfused.formulas.kernel import program_of
+from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError
 from pyfused.layout import broadcast_numel
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
@@ -67,8 +68,7 @@ class Traced:
         return tuple([run.literals[i] for i in self.inputs])
 
     def _program(self, outputs: Outputs) -> Program:
-        needed = outputs.loss, *(outputs.gradients or (False,) * (len(self.outputs) - 1))
-        return compiled(self.name, self.expressions, self.outputs, needed, len(self.inputs))
+        return program_of(self.name, self.expressions, self.outputs, outputs, len(self.inputs))
 
 
 class FormulaOperator(PointwiseLoss):

@@ -17,6 +17,14 @@ from pyfused.formulas.trace import Function, expressions_of, isolated
 from pyfused.types import Outputs
 
 
+def program_of(
+    name: str, e: Expressions, results: Sequence[int], outputs: Outputs, parameters: int
+) -> Program:
+    """Compiles the outputs that a call of a loss needs, of its value and its gradients."""
+    needed = outputs.loss, *(outputs.gradients or (False,) * (len(results) - 1))
+    return compiled(name, e, results, needed, parameters)
+
+
 class Method(NamedTuple):
     """A traced function of operands; the outputs of a loss are its value and its gradients."""
 
@@ -61,8 +69,7 @@ class Kernel:
     def _program(self, outputs: Outputs) -> Program:
         """Returns the program that computes these outputs of a loss."""
         ((_, e, results),) = self.methods
-        needed = outputs.loss, *(outputs.gradients or (False,) * (len(results) - 1))
-        return compiled(self.name, e, results, needed, len(self.parameters))
+        return program_of(self.name, e, results, outputs, len(self.parameters))
 
     def scalars(self, parameters: Sequence[Any]) -> list[Any]:
         """Returns the operator's scalars, with the parameters filled in."""

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from traceback import extract_tb
 from typing import Any, NamedTuple, TypeVar
 
@@ -109,7 +109,6 @@ def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
         return thread.submit(function, *arguments).result()
 
 
-@cache
 def clamp_is_inclusive() -> bool:
     """Returns whether torch's derivative of clamp is 1 at a bound; from torch 2.14 on it is 0."""
     return bool(torch.__version__ < "2.14")

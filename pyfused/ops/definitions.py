@@ -100,11 +100,11 @@ def linear_cross_entropy(
     options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
 ) -> Any:
     checks.layer_device(input, linear_weight, linear_bias, adapter=adapter_weight)
-    checks.memory_budget(options.memory_budget)  # torch's function does not receive these two
-    checks.bounded("filter_eps", options.filter_eps)
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
     head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
+        checks.memory_budget(options.memory_budget)  # torch's function does not receive these two
+        checks.bounded("filter_eps", options.filter_eps)
         return _linear_cross_entropy(
             input,
             head.linear_weight,
