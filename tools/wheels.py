@@ -46,10 +46,12 @@ class Platform(NamedTuple):
 
 PLATFORMS = {  # the keys are cibuildwheel's names
     "manylinux_x86_64": Platform(
-        f"x86_64-linux-gnu.{GLIBC}", "linux-x86_64", ".cpython-{}-x86_64-linux-gnu.so", 3
+        f"x86_64-linux-gnu.{GLIBC}", "linux-x86_64", ".cpython-{}-x86_64-linux-gnu.so", 3,
+        "-Wl,--gc-sections",
     ),
     "manylinux_aarch64": Platform(
-        f"aarch64-linux-gnu.{GLIBC}", "linux-aarch64", ".cpython-{}-aarch64-linux-gnu.so", 1
+        f"aarch64-linux-gnu.{GLIBC}", "linux-aarch64", ".cpython-{}-aarch64-linux-gnu.so", 1,
+        "-Wl,--gc-sections",
     ),
     "macosx_arm64": Platform(
         f"aarch64-macos.{MACOS}", f"macosx-{MACOS}-arm64", ".cpython-{}-darwin.so", 1,
