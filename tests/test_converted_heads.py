@@ -1074,9 +1074,8 @@ COMPILED: list[tuple[Callable[..., Tensor], bool]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
-@pytest.mark.parametrize(("change", "fused"), COMPILED)
-def test_a_compiled_model(change: Callable[..., Tensor], fused: bool) -> None:
+def compiled_steps(model: Model, fullgraph: bool = True) -> tuple[tuple[Tensor, ...], list[str]]:
+    """Returns the loss and gradients of two compiled steps, and the operators of the forwards."""
     from torch._dynamo.backends.common import aot_autograd
 
     names: list[str] = []
@@ -1085,15 +1084,34 @@ def test_a_compiled_model(change: Callable[..., Tensor], fused: bool) -> None:
         names.extend(str(node.target) for node in program.graph.nodes)
         return program
 
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda program, _: program)
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    compiled(X, TARGET)[1].backward()
+    loss = compiled(X, TARGET)[1].detach()
+    return (loss, *(p.grad for p in model.parameters())), names
+
+
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+@pytest.mark.parametrize(("change", "is_fused"), COMPILED)
+def test_a_compiled_model(change: Callable[..., Tensor], is_fused: bool) -> None:
     expected = results(Model(change))
     model = pyfused.convert(Model(change), head="head")
-    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda program, _: program)
-    compiled = torch.compile(model, backend=backend, fullgraph=change is not broken)
-    compiled(X, TARGET)[1].backward()
-    found = compiled(X, TARGET)[1].detach(), *(p.grad for p in model.parameters())
+    found, names = compiled_steps(model, fullgraph=change is not broken)
     torch.testing.assert_close(found, expected)
-    assert any("linear_cross_entropy" in name for name in names) == fused
-    assert not (fused and any("addmm" in name for name in names)), names
+    assert any("linear_cross_entropy" in name for name in names) == is_fused
+    assert not (is_fused and any("addmm" in name for name in names)), names
+
+
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+def test_a_graph_break_does_not_affect_compiled_models_of_other_classes() -> None:
+    """Dynamo does not retry code that it failed to compile, and code objects may be shared."""
+
+    class Other(Model):
+        pass
+
+    compiled_steps(pyfused.convert(Model(broken), head="head"), fullgraph=False)
+    _, names = compiled_steps(pyfused.convert(Other(_keep), head="head"))
+    assert any("linear_cross_entropy" in name for name in names)
 
 
 # ---- warnings and logs ---------------------------------------------------------------------------

@@ -23,7 +23,9 @@ def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
     def reduce(module: Any, protocol: Any) -> Any:  # the subclass cannot be imported
         return _new, (kind, forward_of, *arguments), *kind.__reduce_ex__(module, protocol)[2:]
 
-    forward = forward_of(kind, *arguments)
+    forward: Any = forward_of(kind, *arguments)
+    # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
+    forward.__code__ = forward.__code__.replace()
     name = "__call__" if forward.__name__ == "__call__" else "forward"
     members = {name: forward, "__reduce_ex__": reduce, "_unfused": kind}
     named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
