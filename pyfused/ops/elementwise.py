@@ -124,7 +124,7 @@ def _smooth_l1_loss(input: Tensor, target: Tensor, beta: Tensor) -> Tensor:
 
 
 def _gradient_of_smooth_l1_loss(input: Tensor, target: Tensor, beta: Tensor) -> Gradients:
-    d = input - target  # of NaN it is NaN, but 0 where beta is 0
+    d = input - target  # at NaN, the gradient is NaN, or 0 if beta is 0
     size = d.abs()
     slope = d.sign() * torch.where((size >= beta) | (beta == 0), 1, size / beta)
     return slope, -slope
