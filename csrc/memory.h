@@ -26,7 +26,7 @@ namespace pyfused {
 template <class T> constexpr int64_t kPrefetchDistance = (1 << 14) / int64_t(sizeof(T));
 
 // From this size on, glibc gets each block from mmap, and Linux zeroes its pages at the first
-// write. A huge page replaces 512 page faults by one.
+// write. A huge page replaces 512 page faults with one.
 constexpr size_t kFreshBytes = size_t(32) << 20;
 
 // Requests huge pages for an output; data may be null.

@@ -437,7 +437,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "threshold": Entry(
             r"\begin{cases} x & x > \theta \\"
             r" v & \text{else} \end{cases}",
-            "For replacing small values by one value.",
+            "Replaces small values with a constant.",
             (
                 Curve("threshold 1, value 0.5", (), {"threshold": 1.0, "value": 0.5}),
                 Curve("threshold -1, value -2", (), {"threshold": -1.0, "value": -2.0}),
