@@ -1,6 +1,6 @@
 """Fused counterparts of ``torch.nn.functional``: same names, arguments, results and errors.
 
-The following applies to all functions; each docstring describes what is specific to its function.
+The following applies to all functions; docstrings describe only what is specific to a function.
 
 Dtypes
     float32, float64, bfloat16 and float16. Half precision is computed in float32 and rounded once.
@@ -9,13 +9,13 @@ Dtypes
 Activations
     The ``input`` of an activation may have any shape, and the result has its shape and dtype.
     ``inplace=True`` writes the result to ``input`` and returns ``input``. It raises a RuntimeError
-    for a leaf that requires grad, and for a tensor whose elements share memory.
+    for a leaf that requires grad, and for a tensor with overlapping elements.
 
 Reductions
-    ``reduction="none"`` returns one loss for each element of the broadcast shape, or one for each
-    row of classes or features; ``"sum"`` adds them up; ``"mean"`` divides the sum by their number,
-    and is NaN if there are none. ``size_average`` and ``reduce`` are torch's deprecated arguments
-    for the same purpose. Log-likelihoods, entropies and divergences are in nats.
+    ``reduction="none"`` returns one loss for each element of the broadcast shape, or for each row
+    of classes or features; ``"sum"`` adds the losses up; ``"mean"`` divides the sum by their
+    number, and is NaN if there are none. ``size_average`` and ``reduce`` are torch's deprecated
+    arguments for the same purpose. Log-likelihoods, entropies and divergences are in nats.
 
 Numeric options
     A numeric option may be a tensor of one element, whose value is read in each call. If the tensor
@@ -29,10 +29,10 @@ Errors
     its row is NaN and the gradient is zero.
 
 Fallback
-    torch's operator computes second derivatives, forward-mode AD, ``torch.func``, tensor
-    subclasses, other devices and dtypes, and sizes at which torch is faster. If torch has no such
-    operator, a definition written with torch's operators is used. :func:`pyfused.explain` reports
-    whether a call falls back, and why.
+    A call falls back to torch's operator for second derivatives, forward-mode AD, ``torch.func``,
+    tensor subclasses, other devices and dtypes, and sizes at which torch is faster. If torch has no
+    such operator, a definition composed of torch's operators is used. :func:`pyfused.explain`
+    reports whether a call falls back, and why.
 
 Other names, such as ``conv2d``, are torch's functions.
 """
@@ -64,7 +64,7 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    # The types of names that __getattr__ finds; other names of torch have the type Any.
+    # Types of names that __getattr__ returns; torch's other names have the type Any.
     from torch.nn.functional import avg_pool2d as avg_pool2d
     from torch.nn.functional import batch_norm as batch_norm
     from torch.nn.functional import conv1d as conv1d
@@ -200,7 +200,7 @@ def cross_entropy(
         label_smoothing: The fraction of the target, 0.0 to 1.0, that is spread over all classes.
         gamma: Multiplies the loss of a row by ``(1 - p) ** gamma``, where ``p`` is the probability
             of the target: focal loss (Lin et al. 2017, arXiv 1708.02002). Requires class indices
-            without smoothing. With ``log_p = log_softmax(input, 1)`` it is::
+            without smoothing. With ``log_p = log_softmax(input, 1)``, the loss is::
 
                 nll_loss(log_p * (-log_p.expm1()) ** gamma, target, weight)
 
@@ -208,35 +208,36 @@ def cross_entropy(
             drifting (Chowdhery et al. 2022, arXiv 2204.02311).
         scale: Multiplies the logits, without copying them. Losses over cosines use about 64
             (:func:`additive_margin`).
-        softcap: Replaces the logits by ``softcap * tanh(input / softcap)`` before scaling, without
-            copying them, as :func:`softcap` does. ``inplace`` has no effect with it.
-        temperature: Divides the logits: the inverse of ``scale``.
-        token_weight: Multiplies the loss of each row; has the shape of class indices. The mean
+        softcap: Replaces the logits with ``softcap * tanh(input / softcap)`` before scaling, like
+            :func:`softcap` but without copying them. ``inplace`` then has no effect.
+        temperature: Divides the logits; the inverse of ``scale``.
+        token_weight: A factor for the loss of each row, of the shape of class indices. The mean
             divides by the sum of ``token_weight * weight[target]``.
-        denominator: Replaces the divisor of ``"mean"``, for example by the number of valid targets
-            in all micro-batches or processes: a positive number, or a tensor of one element, where
-            0 gives NaN. Must be None for other reductions.
+        denominator: Replaces the divisor of ``"mean"``, for example with the number of valid
+            targets in all micro-batches or processes: a positive number, or a tensor of one
+            element, where 0 gives NaN. Must be None for other reductions.
         loss_dtype: The dtype of the loss. With half-precision logits, ``torch.float32`` returns the
-            loss of ``input.float()`` without that copy; bfloat16 rounds a loss of 36 to steps of
-            0.25.
-        inplace: Overwrites ``input`` by its gradient, which saves memory of the size of the logits.
-            Do not use ``input`` afterwards: it holds the gradient, after the forward pass already
-            if the loss is a scalar. Autograd raises if an earlier operation saved ``input``; other
-            uses silently give wrong numbers. Only one backward pass is possible, without
+            loss of ``input.float()`` without making this copy; a bfloat16 loss near 36 would be
+            rounded to a multiple of 0.25.
+        inplace: Overwrites ``input`` with its gradient, which saves as much memory as the logits
+            take. Do not use ``input`` afterwards: it holds the gradient, already after the forward
+            pass if the loss is a scalar. Autograd raises if an earlier operation saved ``input``;
+            other uses silently give wrong numbers. Only one backward pass is possible, without
             ``create_graph``. Nothing is overwritten if no gradient is needed or if torch's operator
             runs.
-        shard: This process' :class:`pyfused.VocabShard`, if a process group shards the classes. All
-            processes pass the same targets and the ``weight`` of all classes. Each gets the loss
-            over all classes and the gradient of its local logits. Requires class indices, without
-            ``gamma``. If the calls do not match, or one process raises, every process raises.
+        shard: The :class:`pyfused.VocabShard` of this process, if a process group shards the
+            classes. All processes pass the same targets and the ``weight`` of all classes. Each
+            gets the loss over all classes and the gradient of its local logits. Requires class
+            indices, without ``gamma``. If the calls do not match, or one process raises, every
+            process raises.
 
     Returns:
         The loss, of the input's dtype, or float32 under autocast, or ``loss_dtype``.
 
     Raises:
         IndexError: A class index is out of range; the message has the index and its position.
-        RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` with an
-            ``input`` that is a leaf or whose elements share memory.
+        RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` is set and
+            ``input`` is a leaf or has overlapping elements.
     """
     options = CrossEntropyOptions(  # by position: keywords take 0.2 us longer
         ignore_index,
@@ -344,17 +345,17 @@ def linear_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor:
-    """Returns :func:`cross_entropy` of a linear layer's output, without all logits in memory.
+    """Returns :func:`cross_entropy` of a linear layer's output, without materialising all logits.
 
-    The result equals torch's function of this name::
+    The result equals that of torch's function of the same name::
 
         cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
 
-    For each block of rows, the matrix product, the cross-entropy and the products for the gradients
-    run while its logits are in cache. With a small ``memory_budget``, or if the CPU has no
-    instructions for the half-precision dtype, logits are computed for blocks of classes, and the
-    backward pass recomputes them. Weight gradients are accumulated in float32, in half precision
-    too. On CPUs, the products skip ignored rows.
+    The logits of each block of rows are computed, reduced to losses and turned into gradients while
+    they are in cache. With a small ``memory_budget``, or if the CPU has no instructions for the
+    half-precision dtype, logits are computed for blocks of classes, and the backward pass
+    recomputes them. Weight gradients are accumulated in float32, even in half precision. On CPUs,
+    the products skip ignored rows.
 
     Args:
         input: The layer's input, of shape (..., D): torch's (D) and (N, D), or a model's (B, T, D).
@@ -368,19 +369,20 @@ def linear_cross_entropy(
             the input's dtype, or float32 if that is half precision. The input then has shape
             (..., D + r), and the adapter adds ``linear(input[..., D:], adapter_weight)`` to the
             logits of ``input[..., :D]``. In LoRA (Hu et al. 2021, arXiv 2106.09685) these features
-            are ``scaling * linear(dropout(x), A)`` and the weight is B. It is not merged with
-            ``linear_weight``, which may be frozen. On CPUs, multiples of 16 are the fastest
-            values of r. Invalid with ``shard``.
+            are ``scaling * linear(dropout(x), A)`` and the weight is B. It is not merged into
+            ``linear_weight``, which may be frozen. On CPUs, r should be a multiple of 16 for the
+            best speed. Invalid with ``shard``.
         weight: A factor for each class, of shape (C).
         reduction: As in :func:`cross_entropy`. With ``"none"``, backward recomputes the logits.
-        ignore_index: As in :func:`cross_entropy`; None stands for -100.
+        ignore_index: As in :func:`cross_entropy`; None means -100.
         label_smoothing: As in :func:`cross_entropy`.
         options: torch's ``LinearCrossEntropyOptions``, used only if the call falls back to torch's
             operator.
-        memory_budget: Bytes for the logits in memory at once and the operands of their product. By
-            default a quarter of the logits or 16 MiB, whichever is more, but at most 512 rows, 2048
-            on GPUs; for bfloat16 on CPUs with AMX, all rows if they take at most 1/32 of the
-            machine's memory. It changes the result only by rounding.
+        memory_budget: Limits the bytes of the logits that exist at once and of the operands of
+            their product, down to blocks of 16 rows and 16 classes. The default is a quarter of the
+            logits or 16 MiB, whichever is more, but at most 512 rows (2048 on GPUs); for bfloat16
+            on CPUs with AMX, it is all rows if they take at most 1/32 of the machine's memory. It
+            affects only rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
         filter_eps: Skips classes in a block's gradient products if the gradients of all their
@@ -388,11 +390,11 @@ def linear_cross_entropy(
             (Wijmans et al. 2024, arXiv 2411.09009, who use 2 ** -12, the precision of bfloat16).
             The error is below ``eps * linear_weight.abs().sum(0)`` for the input's gradient and
             below ``eps * input.abs().sum(0)`` for the weight's gradient. It is small for confident
-            predictions; otherwise many small probabilities add up. 0.0 skips nothing. On GPUs each
-            block synchronises to find the classes. Has no effect with ``shard``.
-        shard: As in :func:`cross_entropy`. Each process passes ``linear_weight`` and
-            ``linear_bias`` of its classes and the same ``input``, whose gradient is summed over the
-            processes.
+            predictions; otherwise many small probabilities add up. 0.0 skips nothing. On GPUs, each
+            block synchronises to find these classes. Has no effect with ``shard``.
+        shard: As in :func:`cross_entropy`. Each process passes the ``linear_weight`` and
+            ``linear_bias`` of its classes, and the same ``input``, whose gradient is summed over
+            the processes.
 
     Returns:
         As in :func:`cross_entropy`.
@@ -481,19 +483,19 @@ def log_probs(
 
     With ``x = logits / temperature``, or ``softcap * tanh(logits / softcap) / temperature``, and
     ``p = exp(x - lse)``, they are ``x[target] - lse``, ``lse - sum_c p_c x_c`` and
-    ``lse = log sum_c exp(x_c)``. All three are differentiable, alone and together, and come from
-    one pass over the logits. On CPUs the bits of a row's results do not depend on the other rows,
-    the number of threads, or whether gradients are needed. torch has no such function.
+    ``lse = log sum_c exp(x_c)``. All three are differentiable, in any combination, and come from
+    one pass over the logits. On CPUs, a row's results do not depend, bit for bit, on the other
+    rows, the number of threads, or whether gradients are needed. torch has no such function.
 
     Args:
-        logits: Of shape (C) or (N, C), or with ``dim`` of any shape.
-        target: Class indices in [0, C) or ``ignore_index``, of the logits' shape without the
-            dimension of the classes, int64 or uint8.
-        dim: The dimension of the classes, required if logits have more than two dimensions: -1 for
-            a language model's (B, T, C), 1 for (N, C, d1, ..., dk) as in torch's cross-entropy.
-        ignore_index: Rows with this target have results and gradient 0.
-        softcap: Replaces the logits by ``softcap * tanh(logits / softcap)``; None for no bound.
-        temperature: Divides the logits after that.
+        logits: Of shape (C) or (N, C), or of any shape with ``dim``.
+        target: Class indices in [0, C) or ``ignore_index``, of the logits' shape without the class
+            dimension, int64 or uint8.
+        dim: The class dimension, required if logits have more than two dimensions: -1 for a
+            language model's (B, T, C), 1 for (N, C, d1, ..., dk) as in torch's cross-entropy.
+        ignore_index: The results and the gradient of rows with this target are 0.
+        softcap: Replaces the logits with ``softcap * tanh(logits / softcap)``; None for no cap.
+        temperature: Divides the (capped) logits.
         return_entropy, return_lse: Whether to return the entropy, and the log-sum-exp.
         return_metrics: Whether the result has the attributes ``is_top1`` and ``mean_logit``, which
             have no gradient.
@@ -534,7 +536,7 @@ def linear_log_probs(
     deterministic_rows: bool = False,
     shard: VocabShard | None = None,
 ) -> LogProbs:
-    """Returns :func:`log_probs` of a linear layer's output without holding all logits.
+    """Returns :func:`log_probs` of a linear layer's output, without materialising all logits.
 
     The forward pass computes blocks of logits, and the backward pass recomputes them. On CPUs,
     ignored rows are skipped.
@@ -545,13 +547,13 @@ def linear_log_probs(
         linear_bias: The layer's bias, of shape (C) or (C, d1, ..., dk).
         ignore_index, softcap, temperature: As in :func:`log_probs`.
         return_entropy, return_lse, return_metrics: As in :func:`log_probs`.
-        memory_budget: Bytes for the logits that exist at once, as in :func:`linear_cross_entropy`.
-            Within it, logits of the first rows may be kept for the backward pass.
-        deterministic_rows: True makes the bits of a row independent of the batch's size and of the
-            row's position, which matrix products do not guarantee. Logits are then products of
-            96 rows, padded with zeros, whatever the budget. The first call with a layer's size
-            tests whether such a product computes all rows alike; if not, rows are multiplied one at
-            a time, which is slower. The bits still depend on the number of threads.
+        memory_budget: As in :func:`linear_cross_entropy`. Within the budget, logits of the first
+            rows may be kept for the backward pass.
+        deterministic_rows: Whether a row's results are bitwise independent of the batch size and of
+            the row's position, which matrix products do not guarantee. If True, logits are computed
+            in products of 96 rows, padded with zeros, for any budget. The first call with a layer
+            size tests whether such a product treats all rows alike; if not, rows are multiplied one
+            at a time, which is slower. The bits still depend on the number of threads.
         shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
@@ -590,15 +592,14 @@ def kl_div_with_logits(
 ) -> Tensor:
     """Returns the divergence of a student's predictions from a teacher's, for distillation.
 
-    With p and q the softmax of the student's and the teacher's logits divided by the temperature,
-    and m = beta q + (1 - beta) p, the loss of a token is
+    Let p and q be the softmax of the student's and the teacher's logits divided by the temperature,
+    and m = beta q + (1 - beta) p. The loss of a token is
 
     - for ``beta=0.0``, forward KL(q || p), the sum of ``q (log q - log p)`` over the classes
       (Hinton et al. 2015, arXiv 1503.02531),
     - for ``beta=1.0``, reverse KL(p || q), the sum of ``p (log p - log q)``,
     - in between, ``beta KL(q || m) + (1 - beta) KL(p || m)``, the generalised Jensen-Shannon
-      divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649). It is 0 at both ends, where it is
-      replaced by KL(q || p) and KL(p || q).
+      divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649), which tends to 0 at both ends.
 
     0 log 0 is 0. The loss is not multiplied by the square of the temperature. torch has no such
     function. With ``x = logits / temperature`` and ``y = teacher_logits / temperature``, forward KL
@@ -609,20 +610,20 @@ def kl_div_with_logits(
         ).sum(-1)
 
     Args:
-        logits: The student's logits, of shape (C) or (N, C), or any shape with ``dim``.
-        teacher_logits: Of the same shape and any floating dtype.
-        dim: The dimension of the classes, as in :func:`log_probs`. The others are tokens.
+        logits: The student's logits, of shape (C) or (N, C), or of any shape with ``dim``.
+        teacher_logits: The teacher's logits, of the same shape and any floating dtype.
+        dim: The class dimension, as in :func:`log_probs`. The other dimensions are tokens.
         beta: 0.0 to 1.0.
-        softcap, teacher_softcap: Replaces the student's or the teacher's logits by
+        softcap, teacher_softcap: Replaces the student's or the teacher's logits with
             ``softcap * tanh(logits / softcap)``; None for no cap.
-        temperature: Divides all logits after that.
+        temperature: Divides the (capped) logits of both.
         reduction: ``"mean"`` divides by the number of tokens, or by the sum of ``token_weight``.
             For logits (N, C) it equals ``"batchmean"`` of :func:`kl_div`.
-        token_weight: A factor of 0.0 or more for the loss of each token, or a mask, of the tokens'
+        token_weight: A nonnegative factor for the loss of each token, or a mask, of the tokens'
             shape. Tokens of weight 0 are not read and have no gradient, whatever their logits are.
         denominator: Replaces the divisor of ``"mean"``, as in :func:`cross_entropy`.
-        teacher_requires_grad: By default the teacher is constant and gets no gradient, even if its
-            tensors require grad. With True it gets one if they do, and torch's operators compute
+        teacher_requires_grad: By default, the teacher is constant and gets no gradient, even if its
+            tensors require grad. If True, it gets one if they do, and torch's operators compute
             the loss.
 
     Returns:
@@ -663,10 +664,10 @@ def linear_kl_div(
     memory_budget: int | None = None,
     teacher_requires_grad: bool = False,
 ) -> Tensor:
-    """Returns :func:`kl_div_with_logits` of two linear layers, without all logits in memory.
+    """Returns :func:`kl_div_with_logits` of two linear layers, without materialising all logits.
 
     The logits of both models are computed for blocks of rows and turned into gradients. Weight
-    gradients are accumulated in float32, in half precision too.
+    gradients are accumulated in float32, even in half precision.
 
     Args:
         input, linear_weight, linear_bias: The student's input and layer, of shapes (..., D), (C, D)
@@ -677,10 +678,10 @@ def linear_kl_div(
             :func:`kl_div_with_logits`.
         token_weight: As in :func:`kl_div_with_logits`, of shape (...). On CPUs, the products skip
             tokens of weight 0.
-        teacher_requires_grad: As in :func:`kl_div_with_logits`. With True, if the teacher's tensors
+        teacher_requires_grad: As in :func:`kl_div_with_logits`. If True, and the teacher's tensors
             require grad, as a head's weight does by default, torch's operators compute all logits.
-        memory_budget: Bytes for the logits of both models in memory at once, at least one row of
-            each. The default is as in :func:`linear_cross_entropy`.
+        memory_budget: Limits the bytes of the logits of both models that exist at once, down to one
+            row of each. The default is as in :func:`linear_cross_entropy`.
 
     Returns:
         As in :func:`kl_div_with_logits`.
@@ -725,16 +726,16 @@ def linear_topk_kl_div(
     """Returns :func:`linear_kl_div` from a teacher's k most probable classes, saved beforehand.
 
     Args:
-        teacher_indices: k different classes for each token, of shape (..., k), int64.
-        teacher_log_probs: Their log-probabilities at the temperature, of shape (..., k) and any
-            floating dtype. The other classes share the remaining probability.
+        teacher_indices: k distinct classes for each token, of shape (..., k), int64.
+        teacher_log_probs: Their log-probabilities, computed with the same temperature, of shape
+            (..., k) and any floating dtype. The other classes have the remaining probability.
         beta: As in :func:`kl_div_with_logits`; 0.0 with ``remainder="ignore"``.
         softcap, temperature: The student's logits are ``softcap * tanh(logits / softcap)``, divided
             by the temperature.
         remainder: ``"bucket"`` treats all other classes as one, with the remaining probability of
-            the student and the teacher; with ``beta=1.0`` the loss is infinite if the teacher's
+            the student and the teacher; with ``beta=1.0``, the loss is infinite if the teacher's
             remaining probability is 0. ``"ignore"`` sums ``q (log q - log p)`` over the k classes
-            only, which may be negative; p is normalised over all classes.
+            only; the sum may be negative. p is normalised over all classes.
         input, linear_weight, linear_bias, reduction, token_weight: As in :func:`linear_kl_div`.
         denominator, memory_budget, teacher_requires_grad: As in :func:`linear_kl_div`.
 
@@ -743,9 +744,9 @@ def linear_topk_kl_div(
 
     Raises:
         IndexError: A class index is out of range.
-        ValueError: A token has a class twice, or its ``teacher_log_probs`` are above 0 or their
-            probabilities add up to more than 1, beyond rounding. On GPUs the loss of a token with
-            invalid indices is NaN instead.
+        ValueError: The classes of a token are not distinct, one of its ``teacher_log_probs`` is
+            above 0, or their probabilities sum to more than 1, beyond rounding. On GPUs, the loss
+            of a token with invalid indices is NaN instead.
     """
     arguments = operators.LINEAR_TOPK_KL_DIV.bind(
         input=input,
@@ -777,7 +778,7 @@ def nll_loss(
 ) -> Tensor:
     """Returns the negative log-likelihood of class indices, ``-weight[target] * input[target]``.
 
-    :func:`cross_entropy` computes this loss of :func:`log_softmax` in one kernel.
+    :func:`cross_entropy` fuses this loss with :func:`log_softmax`.
 
     Args:
         input: Log-probabilities, of shape (C), (N, C) or (N, C, d1, ..., dk).
@@ -834,7 +835,8 @@ def multilabel_margin_loss(
     """Returns the hinge loss of rows with several target classes.
 
     The loss of a row is ``1 / C`` times the sum of ``max(0, 1 - input_t + input_c)`` over its
-    targets t and the classes c that are not targets. The time is proportional to these pairs.
+    targets t and the classes c that are not targets. The time is proportional to the number of
+    these pairs.
 
     Args:
         input: Scores, of shape (C) or (N, C).
@@ -868,12 +870,12 @@ def triplet_margin_loss(
         anchor: Embeddings, of shape (D), (N, D) or (..., D).
         positive: Embeddings of the anchor's class, with the same number of dimensions; they
             broadcast.
-        negative: Embeddings of another class, as ``positive``.
-        margin: By how much the negative should be farther away than the positive; more than 0.
-        p: The exponent of the norm. The kernels compute 1 and 2.
+        negative: Embeddings of another class, shaped like ``positive``.
+        margin: How much farther away the negative should be than the positive; more than 0.
+        p: The exponent of the norm. Kernels support 1 and 2.
         eps: Added to each difference.
-        swap: Replaces the distance of the negative from the anchor by its distance from the
-            positive if that is smaller.
+        swap: Whether to use the distance between negative and positive instead of the distance
+            between negative and anchor, if it is smaller.
     """
     return call(
         operators.TRIPLET_MARGIN_LOSS,
@@ -916,29 +918,29 @@ def contrastive_loss(
     reduction: Reduction = "mean",
     memory_budget: int | None = None,
 ) -> Tensor:
-    """Returns the contrastive loss of N pairs of embeddings, without holding all N x N logits.
+    """Returns the contrastive loss of N pairs of embeddings, without all N x N logits in memory.
 
     Row i of ``b`` is the positive of row i of ``a``; all other rows are negatives. torch has no
-    such function. Without ``bias`` it is the loss of CLIP (InfoNCE in both directions; Radford et
-    al. 2021, arXiv 2103.00020), whose ``scale`` is the inverse of a temperature::
+    such function. Without ``bias``, it is the loss of CLIP (InfoNCE in both directions; Radford et
+    al. 2021, arXiv 2103.00020), where ``scale`` is the inverse of a temperature::
 
         logits, target = scale * a @ b.T, torch.arange(N)
         (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
-    With ``bias`` it is the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343)::
+    With ``bias``, it is the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343)::
 
         logits = scale * a @ b.T + bias
         binary_cross_entropy_with_logits(logits, torch.eye(N), reduction="sum") / N
 
-    For one direction, more candidates such as hard negatives, or embeddings that are gathered from
-    several processes, call ``linear_cross_entropy(scale * a, b, target)``, where ``target`` is the
-    index in ``b`` of each row's positive.
+    For a single direction, additional candidates such as hard negatives, or embeddings gathered
+    from several processes, call ``linear_cross_entropy(scale * a, b, target)``, where ``target`` is
+    the index in ``b`` of each row's positive.
 
     Args:
         a, b: Embeddings, both of shape (N, D), usually normalised.
-        scale, bias: A number, or a tensor of one element, which may be learned.
+        scale, bias: A number, or a tensor of one element, which may require grad.
         reduction: ``"none"`` returns one loss for each row of ``a``; ``"mean"`` divides by N.
-        memory_budget: Bytes for the logits in memory at once, None for the default.
+        memory_budget: Limits the bytes of the logits that exist at once; None for the default.
 
     Returns:
         The loss: a scalar, or of shape (N) for ``"none"``; float64 for float64 embeddings,
@@ -1003,7 +1005,7 @@ def smooth_l1_loss(
 
     Args:
         input, target: As in :func:`mse_loss`.
-        beta: The error below which it is squared; 0.0 for :func:`l1_loss`.
+        beta: The error below which the loss is quadratic; 0.0 gives :func:`l1_loss`.
 
     Raises:
         RuntimeError: ``beta`` is negative.
@@ -1026,7 +1028,7 @@ def huber_loss(
     Args:
         input, target: As in :func:`mse_loss`.
         reduction: ``"mean"`` divides by the number of elements, also with ``weight``.
-        delta: The error below which it is squared; more than 0.
+        delta: The error below which the loss is quadratic; more than 0.
         weight: A factor for each element, of the input's shape.
     """
     return call(elementwise.HUBER_LOSS, (input, target, reduction, delta, weight))
@@ -1129,15 +1131,15 @@ def poisson_nll_loss(
 ) -> Tensor:
     """Returns the negative log-likelihood of counts under Poisson distributions.
 
-    The loss of an element is ``exp(input) - target * input``, or without ``log_input``
+    The loss of an element is ``exp(input) - target * input``, or, if ``log_input`` is False,
     ``input - target * log(input + eps)``.
 
     Args:
-        input: Logarithms of the rates, or the rates, of any shape.
+        input: Logarithms of the rates, or the rates themselves, of any shape.
         target: Counts, of a shape that broadcasts with the input's.
         log_input: Whether ``input`` holds logarithms.
         full: Adds Stirling's approximation of ``log(target!)`` where the target is more than 1.
-        eps: Added to a rate before its logarithm is taken.
+        eps: Added to the rates before taking the logarithm.
     """
     return call(
         elementwise.POISSON_NLL_LOSS,
@@ -1161,8 +1163,8 @@ def gaussian_nll_loss(
     Args:
         input: Expectations, of any shape.
         target: Samples, of a shape that broadcasts with the input's.
-        var: Variances, of the input's shape, or without its last dimension, or with one dimension
-            of size 1; or a float for all elements.
+        var: Variances, of the input's shape, of this shape without the last dimension, or with one
+            dimension of size 1; or one float for all elements.
         full: Adds the constant ``log(2 * pi) / 2``.
         eps: The smallest variance, for stability.
 
@@ -1182,7 +1184,7 @@ def soft_margin_loss(
 ) -> Tensor:
     """Returns the logistic loss for the classes -1 and 1, ``log(1 + exp(-target * input))``.
 
-    It is finite where the exponential in torch's operator overflows.
+    Unlike torch's operator, it stays finite where the exponential overflows.
 
     Args:
         input: Scores, of any shape.
@@ -1208,7 +1210,7 @@ def hinge_embedding_loss(
         input: Distances, of any shape.
         target: 1 for similar and -1 for dissimilar pairs, of a shape that broadcasts with the
             input's.
-        margin: The distance from which dissimilar pairs have no loss.
+        margin: The distance beyond which dissimilar pairs have no loss.
     """
     return call(
         elementwise.HINGE_EMBEDDING_LOSS, (input, target, margin, size_average, reduce, reduction)
@@ -1224,7 +1226,7 @@ def margin_ranking_loss(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Returns the loss of pairs of scores, where the target tells which score should be higher.
+    """Returns the ranking loss of pairs of scores; the target says which should be higher.
 
     The loss of an element is ``max(0, -target * (input1 - input2) + margin)``.
 
@@ -1232,7 +1234,7 @@ def margin_ranking_loss(
         input1, input2: Scores, of shapes that broadcast, with the same number of dimensions.
         target: 1 where ``input1`` should be higher, -1 where ``input2`` should, of a shape that
             broadcasts with theirs.
-        margin: By how much it should be higher.
+        margin: How much higher it should be.
     """
     return call(
         elementwise.MARGIN_RANKING_LOSS,
@@ -1245,8 +1247,8 @@ def quantile_loss(
 ) -> Tensor:
     """Returns the pinball loss, which weights errors above and below the target differently.
 
-    Its mean is smallest at the given quantile of the targets (Koenker and Bassett 1978). Where
-    input and target are equal, the gradient is the mean of both sides, as for
+    Its mean is minimised by the given quantile of the targets (Koenker and Bassett 1978). Where
+    input and target are equal, the gradient is the mean of the gradients on both sides, as for
     :func:`torch.maximum`. torch has no such loss; it is equivalent to::
 
         d = target - input
@@ -1263,7 +1265,7 @@ def quantile_loss(
 def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Returns the logarithm of the hyperbolic cosine of the error.
 
-    It is about half of the squared error where the error is small, about the absolute error minus
+    It is close to half the squared error where the error is small, to the absolute error minus
     log(2) where it is large, and smooth in between. torch has no such loss; it is equivalent to::
 
         d = (input - target).abs()
@@ -1291,7 +1293,7 @@ def hinge_loss(
     Args:
         input: Scores, of any shape.
         target: The classes, -1 or 1, of a shape that broadcasts with the input's.
-        margin: Correct scores at least this far from zero have no loss.
+        margin: Scores with the correct sign that are at least this far from 0 have no loss.
         squared: Whether to square the loss.
     """
     return call(elementwise.HINGE_LOSS, (input, target, margin, squared, reduction))
@@ -1307,7 +1309,7 @@ def sigmoid_focal_loss(
     weight: Tensor | None = None,
     ignore_index: float | None = None,
 ) -> Tensor:
-    """Returns binary cross-entropy in which well-classified elements count less.
+    """Returns the focal loss: binary cross-entropy that gives well-classified elements less weight.
 
     With ``p = sigmoid(inputs)`` and ``u = p * (1 - targets) + (1 - p) * targets``, the loss of an
     element is its binary cross-entropy times ``u ** gamma``, and times ``alpha`` for the positive
@@ -1318,7 +1320,7 @@ def sigmoid_focal_loss(
         inputs: Logits, of any shape.
         targets: Probabilities of the positive class, usually 0.0 or 1.0, of the inputs' shape and
             dtype.
-        alpha: The weight of the positive class, 0.0 to 1.0; negative for no weights.
+        alpha: The weight of the positive class, 0.0 to 1.0; a negative number disables weighting.
         gamma: 0.0 or more; 0.0 gives binary cross-entropy.
         reduction: ``"mean"`` divides by the number of elements that are not ignored.
         weight: A factor for each element, of a shape that broadcasts to the inputs'.
@@ -1337,7 +1339,7 @@ def rmse_loss(
     weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Returns the square root of the mean squared error, in the unit of the target.
+    """Returns the square root of the mean squared error, which has the unit of the target.
 
     torch has no such loss; it is equivalent to::
 
@@ -1346,7 +1348,7 @@ def rmse_loss(
     Args:
         input, target, weight: As in :func:`mse_loss`.
         reduction: The reduction of the squares, as in :func:`mse_loss`.
-        eps: Added before the root, whose gradient is NaN if the loss is 0 and ``eps`` is 0.
+        eps: Added before taking the root, whose gradient is NaN if the loss and ``eps`` are 0.
     """
     return call(elementwise.RMSE_LOSS, (input, target, reduction, weight, eps))
 
@@ -1394,7 +1396,7 @@ def tanh(input: Tensor) -> Tensor:
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     """Returns ``cap * tanh(input / cap)``, which is between ``-cap`` and ``cap``.
 
-    Small values hardly change. Language models cap their logits this way (Gemma 2, arXiv
+    Small values hardly change. Some language models cap their logits in this way (Gemma 2, arXiv
     2408.00118). torch has no such function.
 
     Args:
@@ -1409,7 +1411,7 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * sigmoid(input)``, also known as swish.
 
-    With ``inplace=True`` and a gradient, torch's operator computes the call, and copies the input.
+    If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
     return call(elementwise.SILU, (input,), inplace)
 
@@ -1417,10 +1419,10 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
     """Returns ``input`` times the standard normal distribution function at ``input``.
 
-    At infinity the result is this product: inf for inf and NaN for -inf, with gradient NaN at both.
-    oneDNN, which torch uses on x86 for float32 and bfloat16 without approximation, also returns NaN
-    for inf, and inf from half of the largest number on; it computes small calls and calls without a
-    gradient.
+    At infinity, the result is this product: inf for inf and NaN for -inf; both gradients are NaN.
+    Small calls and calls without a gradient run torch's operator. On x86, it uses oneDNN for
+    float32 and bfloat16 without approximation, which returns NaN for inf too, and inf for numbers
+    above half of the largest one.
 
     Args:
         approximate: ``"none"``, or ``"tanh"`` for
@@ -1442,7 +1444,7 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
     """Returns ``input`` where it is above a threshold or NaN, elsewhere ``value``.
 
     Args:
-        threshold: The largest number that is replaced.
+        threshold: The largest value that is replaced.
         value: The replacement.
     """
     return call(elementwise.THRESHOLD, (input, threshold, value), inplace)
@@ -1543,7 +1545,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
 
     Args:
         beta: The sharpness of the bend at 0.
-        threshold: Where ``beta * input`` is above it, the result is ``input``.
+        threshold: The result is ``input`` where ``beta * input`` is above this value.
     """
     return call(elementwise.SOFTPLUS, (input, beta, threshold))
 
@@ -1567,8 +1569,8 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     """Returns the first half of ``input`` times the :func:`sigmoid` of the second half.
 
     Args:
-        input: Any shape with an even size along ``dim``.
-        dim: The dimension that is halved.
+        input: A tensor of any shape whose size along ``dim`` is even.
+        dim: The dimension along which ``input`` is split.
 
     Returns:
         A tensor with half the size along ``dim``.
@@ -1595,7 +1597,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor:
-    """Returns ``gelu(gate, approximate) * up``: :func:`swiglu` with another activation.
+    """Returns ``gelu(gate, approximate) * up``, a variant of :func:`swiglu`.
 
     Args:
         gate, up: As in :func:`swiglu`.
@@ -1606,7 +1608,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor
 
 
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Returns ``relu(gate) * up``: :func:`swiglu` with another activation.
+    """Returns ``relu(gate) * up``, a variant of :func:`swiglu`.
 
     Args:
         gate, up: As in :func:`swiglu`.
@@ -1626,7 +1628,7 @@ def softmax(
         input: Logits, of any shape.
         dim: The dimension along which the results add up to 1. Omitting it is deprecated.
         _stacklevel: The stack level of torch's deprecation warning.
-        dtype: Converts the input to this dtype first.
+        dtype: The dtype to which the input is converted first.
 
     Returns:
         A contiguous tensor of the input's shape; NaN along ``dim`` if all values are -inf or any
