@@ -11,10 +11,10 @@
 
 namespace pyfused {
 
-using Parameters = std::array<double, 3>;  // a formula's numbers
+using Parameters = std::array<double, 3>;  // the numeric parameters of a formula
 
-// A formula's loops over n elements. The output may be the input itself. float16 is widened first,
-// by instructions that compilers do not put into these loops.
+// Applies a formula to n elements. The output may be the input itself. float16 is widened
+// beforehand, by instructions that compilers do not use in these loops.
 template <class T> using Loaded = std::conditional_t<std::is_same_v<T, float16>, float, T>;
 
 template <class T>
@@ -37,7 +37,7 @@ struct ActivationFormula {
 
 std::vector<ActivationFormula> activation_formulas();
 
-// The checksum of formulas.inc, by which tests detect modules compiled from another one.
+// The checksum of formulas.inc, from which tests detect modules compiled from another version.
 uint32_t formulas_checksum();
 
 template <class T>

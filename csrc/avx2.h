@@ -26,7 +26,7 @@ using Quad = Registers<4>;
 PYFUSED_INLINE __m256 maximum(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
 PYFUSED_INLINE __m256 maximum(float x, __m256 y) { return maximum(_mm256_set1_ps(x), y); }
 PYFUSED_INLINE __m256 minimum(float x, __m256 y) {
-  // Integers of the same order if x > 0: more execution units are free for them.
+  // If x > 0, the bits have the same order as integers, which more execution units can compare.
   const __m256i bits =
       _mm256_min_epi32(_mm256_castps_si256(_mm256_set1_ps(x)), _mm256_castps_si256(y));
   return _mm256_castsi256_ps(bits);
@@ -41,7 +41,7 @@ PYFUSED_INLINE __m256 times_power_of_2(__m256 p, __m256 n, __m256 x, float least
   const __m256 value = p * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
   return _mm256_and_ps(value, _mm256_cmp_ps(x, _mm256_set1_ps(least), _CMP_NLT_UQ));
 }
-// t - floor(t); NaN of an infinity.
+// t - floor(t); NaN for an infinity.
 PYFUSED_INLINE __m256 fraction(__m256 t) { return t - _mm256_floor_ps(t); }
 // p 2^floor(t), 1 <= p <= 2, t < 128; 0 below 2^-126.
 constexpr bool kPowersOverflow = false;
@@ -105,8 +105,8 @@ template <class Half> PYFUSED_INLINE Pair load_pair(const Half* x) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), Half{});
 }
 
-// The first n elements, 0 < n <= 16, in pairs, because AVX2 has no mask of 16 bits; if n is odd,
-// the last one separately. The lanes after them are undefined.
+// Loads the first n elements, 0 < n <= 16, in pairs, because AVX2 has no masks for 16-bit elements;
+// if n is odd, it loads the last one separately. The other lanes are undefined.
 template <class Half> PYFUSED_INLINE __m256i load_halves(const Half* x, int64_t n) {
   const __m256i pairs = _mm256_maskload_epi32(reinterpret_cast<const int*>(x), first_lanes(n / 2));
   return _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(x[n - 1].bits)), pairs,
@@ -180,13 +180,13 @@ struct RowMask {
 
 PYFUSED_INLINE RowMask first_of_row(int64_t n) { return {first_lanes(n), n}; }
 
-// The lanes of a mask of x, and `fill` in the others.
+// The lanes of x in the mask, and `fill` in the others.
 PYFUSED_INLINE __m256 within(RowMask mask, __m256 x, float fill = 0) {
   return _mm256_blendv_ps(_mm256_set1_ps(fill), x, _mm256_castsi256_ps(mask.lanes));
 }
 PYFUSED_INLINE __m256 within(EveryLane, __m256 x, float = 0) { return x; }
 
-// 0 in the lanes after the mask.
+// Loads the lanes in the mask, and 0 in the others.
 PYFUSED_INLINE __m256 load_row(const float* x, RowMask mask) {
   return _mm256_maskload_ps(x, mask.lanes);
 }

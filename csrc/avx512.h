@@ -27,7 +27,7 @@ using Quad = Registers<4>;
 PYFUSED_INLINE __m512 maximum(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
 PYFUSED_INLINE __m512 maximum(float x, __m512 y) { return maximum(_mm512_set1_ps(x), y); }
 PYFUSED_INLINE __m512 minimum(float x, __m512 y) {
-  // Integers of the same order if x > 0: more execution units are free for them.
+  // If x > 0, the bits have the same order as integers, which more execution units can compare.
   const __m512i bits =
       _mm512_min_epi32(_mm512_castps_si512(_mm512_set1_ps(x)), _mm512_castps_si512(y));
   return _mm512_castsi512_ps(bits);
@@ -40,10 +40,10 @@ PYFUSED_INLINE __m512 times_power_of_2(__m512 p, __m512 n, __m512 x, float least
   const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(kept, p, n);
 }
-// t - floor(t); 0 of an infinity.
+// t - floor(t); 0 for an infinity.
 PYFUSED_INLINE __m512 fraction(__m512 t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF); }
-// p 2^floor(t), 1 <= p <= 2; infinity from 2^128 on, and 0 below 2^-126 while subnormal results
-// are.
+// p 2^floor(t), 1 <= p <= 2; infinity from 2^128 on, and 0 below 2^-126 if subnormal results are
+// flushed to 0.
 constexpr bool kPowersOverflow = true;
 PYFUSED_INLINE __m512 times_power_of_floor(__m512 p, __m512 t) { return _mm512_scalef_ps(p, t); }
 
@@ -138,13 +138,13 @@ struct EveryLane {};  // instead of a mask
 
 PYFUSED_INLINE RowMask first_of_row(int64_t n) { return RowMask((1u << n) - 1); }
 
-// The lanes of a mask of x, and `fill` in the others.
+// The lanes of x in the mask, and `fill` in the others.
 PYFUSED_INLINE __m512 within(RowMask mask, __m512 x, float fill = 0) {
   return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, x);
 }
 PYFUSED_INLINE __m512 within(EveryLane, __m512 x, float = 0) { return x; }
 
-// 0 in the lanes after the mask.
+// Loads the lanes in the mask, and 0 in the others.
 PYFUSED_INLINE __m512 load_row(const float* x, RowMask mask) {
   return _mm512_maskz_loadu_ps(mask, x);
 }

@@ -39,7 +39,7 @@ template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(add
 
 using StridedTuple = std::array<int64_t, 2>;  // address and stride
 
-// Returns a function of the other arguments, whose types pybind11 reads.
+// Binds the first argument; the types of the others remain visible to pybind11.
 template <class First, class... Arguments>
 auto bind_first(void (*function)(const First&, Arguments...), const First& first) {
   return [=](Arguments... arguments) { function(first, arguments...); };
@@ -438,7 +438,7 @@ std::array<uint64_t, 4> recycler_stats() {
 // Python calls this in the module of the oldest instruction set before it loads another module.
 bool runs_here([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  // Not __builtin_cpu_supports, whose table of features not every toolchain links.
+  // Not all toolchains link the table of features that __builtin_cpu_supports reads.
   const auto all = [](unsigned bits, unsigned features) { return (bits & features) == features; };
   unsigned eax, ebx, ecx, edx, enabled = 0, extended = 0;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;

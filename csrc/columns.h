@@ -15,8 +15,8 @@
 namespace pyfused {
 
 // A tile of classes x positions stays in L1. With up to this many classes, a tile has more
-// positions, so that contiguous pieces of memory are longer: 1.1 to 1.5 times faster from 21
-// classes to 32.
+// positions, so that contiguous pieces of memory are longer: 1.1 to 1.5 times faster for 21 to 32
+// classes.
 constexpr int64_t kFewClasses = 32;
 
 template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
@@ -36,16 +36,17 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   const Positions& shape;
   const int64_t first, n;
   const bool streams;  // outputs larger than the cache use non-temporal stores
-  const A scale;       // of the elements that for_tiles reads
+  const A scale;       // of the elements that for_tiles loads
   alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
   alignas(kVectorBytes) Lanes log_sum;
   alignas(kVectorBytes) A max[kColumns];
-  Lines<A> x;                    // what for_tiles reads
+  Lines<A> x;                    // the tile that for_tiles has loaded
   alignas(kVectorBytes) Tile e;  // exp(x - max)
 
-  // Whether one stride separates all positions of the block.
+  // Whether the positions of the block have a common stride.
   bool evenly_spaced() const { return shape.outer == 1 || first % shape.inner + n <= shape.inner; }
-  // Whether a line of the block is one of the tensor.
+  // Whether the tensor's memory can be used as a tile: each class has kColumns contiguous
+  // positions.
   template <class U> bool whole_lines(const View<U>& view) const {
     return view.inner == 1 && n == kColumns && evenly_spaced();
   }
@@ -53,13 +54,13 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     return kTransposes<T> && view.classes == 1 && evenly_spaced();
   }
 
-  // Where a tile is transposed element by element: the tile itself, or one of elements T.
+  // The buffer for transposing a tile element by element: the tile itself, or one of type T.
   Line* transpose_buffer(Tile& tile) {
     if constexpr (std::is_same_v<T, A>) return tile;
     return narrow_tile;
   }
 
-  // Whether the block is one contiguous piece for a class, or few that are long.
+  // Whether the block has one contiguous piece of memory per class, or a few long ones.
   template <class U> bool has_pieces(const View<U>& view) const {
     return view.inner == 1 && (shape.inner >= 16 || evenly_spaced());
   }
@@ -74,7 +75,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     }
   }
 
-  // Returns k classes of the block, in the tensor itself if they are as a tile has them.
+  // Returns k classes of the block: in the tensor itself if possible, else loaded to the tile.
   Lines<A> lines(const View<const T>& view, int64_t c, int64_t k, Tile& tile) {
     if constexpr (std::is_same_v<T, A>) {
       if (whole_lines(view)) {
@@ -87,7 +88,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     return {tile[0], kColumns};
   }
 
-  // The hardware prefetcher does not follow as many streams as classes: 1.1 to 1.3 times faster.
+  // The hardware prefetcher cannot follow a stream for each class: 1.1 to 1.3 times faster.
   static void prefetch_after(const T* piece, int64_t count) {
     for (int64_t b = 0; b < count; b += kLanes<T>) PYFUSED_PREFETCH(piece + count + b);
   }
@@ -174,8 +175,8 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     }
   }
 
-  // A sum in A has at most 8 classes, and these sums are added up in double, so rounding errors do
-  // not grow with the number of classes.
+  // Groups of at most 8 classes are summed in A, and the groups in double, so that rounding errors
+  // do not grow with the number of classes.
   template <class Body> static void for_groups(int64_t k, const Body& body) {
     for (int64_t i = 0; i < k; i += 8) body(i, std::min(i + 8, k));
   }

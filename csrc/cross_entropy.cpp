@@ -14,7 +14,7 @@
 
 namespace pyfused {
 
-// The sum of the losses, in blocks of so many positions.
+// Returns the sum of the losses, computed in blocks of `positions`.
 template <class Block, class T>
 double sum_of_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
   const int64_t blocks = (batch.positions() + positions - 1) / positions;
@@ -25,7 +25,7 @@ double sum_of_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
   return total<T>(partial.data(), blocks);
 }
 
-// The same in the layout that is the fastest.
+// Returns the sum of the losses, computed in the fastest layout.
 template <class T> double sum_of_losses(const CrossEntropyBatch<T>& batch, bool rows) {
   using Wide = CrossEntropyColumns<T, 128, kFewClasses>;
   using Tall = CrossEntropyColumns<T, 32, 128>;

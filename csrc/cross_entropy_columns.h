@@ -179,7 +179,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   }
 
   void write_gradient() {
-    // Called in the loop, smooth_weight() would keep the loop scalar.
+    // A call of smooth_weight() within the loop would prevent its vectorisation.
     const double common_weight = ce.smooth_weight();
     alignas(kVectorBytes) A factor[kColumns], smooth_weight[kColumns], at_target[kColumns];
     for (int64_t b = 0; ce.z_loss > 0 && b < kColumns; ++b) {

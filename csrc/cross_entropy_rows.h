@@ -200,8 +200,8 @@ template <class T, bool kScales> class Row {
   }
 };
 
-// A block of rows. The logarithms are computed in one vectorised loop: each alone would stall the
-// CPU. This saves a third of the time of rows of 200 classes and a tenth of that of rows of 1,000.
+// A block of rows, whose logarithms are computed in one vectorised loop; one at a time, they would
+// stall the CPU. This saves a third of the time for rows of 200 classes, a tenth for 1,000 classes.
 template <class T, bool kScales> class RowBlock {
   using A = Accumulate<T>;
   using OneRow = Row<T, kScales>;

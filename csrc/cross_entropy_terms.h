@@ -17,13 +17,13 @@
 //
 // With a scale, x is scale times the logits, whose gradient is scale dloss/dx.
 //
-// With z_loss the loss has z_loss lse^2 more, and dloss/dx_c has 2 z_loss lse p_c more.
+// z_loss adds z_loss lse^2 to the loss, and 2 z_loss lse p_c to dloss/dx_c.
 //
-// Focal loss, of class indices without smoothing: with nll = lse - x_t and p = exp(-nll), the loss
+// Focal loss (class indices without smoothing): with nll = lse - x_t and p = exp(-nll), the loss
 // is weight_t (1 - p)^gamma nll, and the gradients are those above times
 //   (1 - p)^gamma + gamma (1 - p)^(gamma - 1) p nll
 //
-// smooth_weight multiplies sums in double: rounded to a float it would bias every term alike.
+// smooth_weight multiplies sums in double; rounded to a float, it would bias all terms alike.
 //
 // torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
 //
@@ -42,7 +42,7 @@ namespace pyfused {
 
 enum class Reduction { none = 0, mean = 1, sum = 2 };
 
-// Python makes the options once for all calls of a signature. Only the last two differ between
+// Python creates the options once for each signature. Only the last two fields differ between
 // calls.
 struct CrossEntropyOptions {
   int64_t ignore_index = -100;
@@ -90,8 +90,8 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
 template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
   double uniform_sum;  // uniform * sum_c weight_c
   double denominator;
-  // The scale of the gradients, where positions share it: a division costs as much as an
-  // exponential.
+  // The scale of the gradients, computed once if all positions share it: a division costs as much
+  // as an exponential.
   double common_scale;
   bool streams;  // gradients larger than the cache use non-temporal stores
 

@@ -98,10 +98,10 @@ template <bool kEuclidean, class A> PYFUSED_INLINE A size(A u) {
   return kEuclidean ? u * u : std::abs(u);
 }
 template <bool kEuclidean, class A> PYFUSED_INLINE A direction(A u) {
-  return kEuclidean ? u : u > 0 ? A(1) : u < 0 ? A(-1) : A(0);  // of NaN 0, as in torch
+  return kEuclidean ? u : u > 0 ? A(1) : u < 0 ? A(-1) : A(0);  // 0 for NaN, as in torch
 }
 
-// Returns whether the derivative of max(0, excess) is 1; that of NaN is 0.
+// Returns whether the derivative of max(0, excess) is 1; at NaN, it is 0.
 template <class T> bool is_active(const EmbeddingLoss<T>& e, double excess) {
   return e.inclusive ? excess >= 0 : excess > 0;
 }

@@ -82,7 +82,7 @@ PYFUSED_INLINE void exponentials(const A* x, const A* pivot, A* e, int64_t n) {
   for (int64_t i = 0; i < n; ++i) e[i] = exp_shifted(x[i] - pivot[i]);
 }
 
-// Rows of columns, in a tile or in the tensor itself.
+// Equally spaced rows, in a tile or in the tensor itself.
 template <class A> struct Lines {
   const A* data;
   int64_t stride;

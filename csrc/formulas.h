@@ -1,4 +1,4 @@
-// The formulas of pointwise losses and activations, which `make formulas` prints from
+// The formulas of pointwise losses and activations, which `make formulas` generates from
 // pyfused/ops/elementwise.py. Each is the loss of an element with its gradients, or an activation
 //
 //   forward   y = f(x)

@@ -9,7 +9,7 @@
 
 namespace pyfused {
 
-// One of the two distributions of a row, of its logits times a scale. kScales: that is not 1.
+// The softmax of a row of logits times a scale. kScales: the scale is not 1.
 template <class T, bool kScales> class LogSoftmax {
   using A = Accumulate<T>;
 

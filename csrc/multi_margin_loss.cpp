@@ -49,7 +49,7 @@ template <class T> double multi_margin_row(const MultiMargin<T>& mm, int64_t row
   return row_weight * (losses.value() - (squared ? target_z * target_z : target_z));
 }
 
-// The same of a row with several targets. `x` and `slopes` have room for a row in whole vectors.
+// The same for a row with several targets. `x` and `slopes` have room for a row in whole vectors.
 template <class T>
 double multilabel_margin_row(const MultiMargin<T>& mm, int64_t row, double scale, Accumulate<T>* x,
                              Accumulate<T>* slopes) {
@@ -99,7 +99,7 @@ template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
   parallel_for(blocks, mm.threads, [&](int64_t block) {
     Sum sum;
     const int64_t begin = block * size, end = std::min(mm.rows, begin + size);
-    const int64_t allowed = mm.multilabel ? -1 : 0;  // beside the classes, of which 0 is one
+    const int64_t allowed = mm.multilabel ? -1 : 0;  // besides the classes; 0 is one of them
     wrong[block] = invalid_class_index(mm.target + begin * targets, (end - begin) * targets,
                                        mm.classes, allowed);
     if (wrong[block] >= 0) return;

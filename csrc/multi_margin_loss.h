@@ -4,8 +4,8 @@
 //   loss = weight_t / C sum_{c != t} z_c^p,    p = 1 or 2
 //   dloss/dx_c = weight_t / C p z_c^(p - 1) [z_c > 0],    dloss/dx_t = -(the sum of these)
 //
-// With several targets a row, of which the first -1 is the end, each class that is none of them is
-// compared with each target:
+// With several targets per row, terminated by -1, every class that is not a target is compared with
+// every target:
 //
 //   z_tc = max(0, 1 - x_t + x_c)
 //   loss = 1 / C sum_t sum_{c not in targets} z_tc
@@ -29,12 +29,12 @@ template <class T> struct MultiMargin {
   const int64_t* target;
   bool multilabel;  // a row has several targets, p = 1, margin = 1, and no weight
   const A* weight;  // one for each class; null for ones
-  bool squared;     // p = 2
+  bool squared;  // p = 2
   double margin;
   Reduction reduction;
   const A* grad_output;  // for each row with Reduction::none, else one; null for ones
-  A* loss;               // for each row with Reduction::none, else one; null if not computed
-  T* grad_input;         // null if not computed
+  A* loss;  // for each row with Reduction::none, else one; null if not computed
+  T* grad_input;  // null if not computed
   int threads;
 };
 

@@ -11,7 +11,7 @@
 
 namespace pyfused {
 
-// Writes zeros, with non-temporal stores where they are larger than the cache.
+// Writes zeros, with non-temporal stores if they exceed the cache.
 template <class T> void clear(T* data, int64_t n, int threads) {
   constexpr int64_t kBlock = 1 << 16;
   const size_t bytes = size_t(n) * sizeof(T);

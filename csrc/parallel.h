@@ -1,8 +1,8 @@
-// Threads, and sums that do not depend on their number.
+// Threads, and sums that do not depend on the number of threads.
 //
 // A kernel divides its work into blocks whose bounds do not depend on the number of threads, keeps
-// a partial result for each block, and adds these up in order, so that results are bitwise the same
-// for any number of threads.
+// a partial result for each block, and adds these up in order, so that results are bitwise
+// identical for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -22,17 +22,17 @@ namespace pyfused {
 // Runs the blocks from `first` to `end`, with the memory of the thread that runs them.
 using Blocks = void (*)(const void* data, int64_t first, int64_t end, void* memory);
 
-// Calls body(data, first, end, memory) for all blocks, in pieces, on at most `threads` of torch's
-// threads. The build links no OpenMP: the runtime that torch has loaded is found when the module is
-// loaded. Without a runtime, and within a parallel region, the calling thread runs all blocks.
+// Calls body(data, first, end, memory) for ranges of blocks, on at most `threads` of torch's
+// threads. No OpenMP runtime is linked; loading the module looks up the one that torch has loaded.
+// Without a runtime, or within a parallel region, the calling thread runs all blocks.
 //
-// Each thread has `bytes` of memory, aligned to vectors, which are allocated before the threads
-// start: std::bad_alloc reaches the caller, and nothing has been written yet. A body must not
-// allocate, because an exception that leaves a parallel region ends the process.
+// Each thread gets `bytes` of memory, aligned to vectors. It is allocated before the threads start,
+// so that std::bad_alloc reaches the caller before anything is written. A body must not allocate,
+// because an exception that leaves a parallel region ends the process.
 void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes = 0);
 
-// At most one thread for this many elements, as in torch. Waking a thread takes as long as a few
-// thousand elements or, if other processes are busy, as long as millions.
+// The fewest elements for another thread, as in torch. Waking a thread takes as long as processing
+// a few thousand elements, or millions if other processes are busy.
 constexpr int64_t kThreadElements = 32768;
 inline int threads_for(int64_t elements, int threads) {
   return int(std::clamp<int64_t>(elements / kThreadElements, 1, threads));
@@ -109,7 +109,7 @@ class Sum {
 template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n,
                                                              const Term& term) {
   constexpr bool kCompensated = std::is_same_v<A, double>;
-#ifdef __SANITIZE_ADDRESS__  // its loops stay scalar: a group has no lanes
+#ifdef __SANITIZE_ADDRESS__  // loops stay scalar, so groups have no lanes
   constexpr int64_t kTermLanes = 1;
 #else
   constexpr int64_t kTermLanes = kLanes<A>;

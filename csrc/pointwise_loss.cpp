@@ -180,7 +180,7 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
         grad_input[i] = f.grad_input(a, b, c, scale);
         return value;
       };
-  // If the formula has a gradient of the target, instead of the base's, both gradients share terms.
+  // If the formula overrides the target's gradient, both gradients share terms.
   if constexpr (!std::is_same_v<decltype(&Of<A>::grad_target),
                                 decltype(&Formula<A>::grad_target)>) {
     if (!chunk.sum && grad_input && grad_target) {
@@ -195,8 +195,8 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
       return;
     }
   }
-  // With gradients, the loss is computed even if it is not wanted, so that a second backward gives
-  // the same bits.
+  // If gradients are computed, so is the loss, even if it is not needed: a second backward pass
+  // then gives bitwise identical gradients.
   if (chunk.sum) {
     grad_input ? add_terms<A>(*chunk.sum, n, value_and_grad_at)
                : add_terms<A>(*chunk.sum, n, value_at);

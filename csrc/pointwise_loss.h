@@ -15,7 +15,7 @@
 
 namespace pyfused {
 
-using Parameters = std::array<double, 3>;  // a formula's numbers
+using Parameters = std::array<double, 3>;  // the numeric parameters of a formula
 
 constexpr int kOperands = 4;  // at most
 

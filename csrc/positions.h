@@ -1,6 +1,6 @@
 // A tensor of shape (N, C, d1, ..., dk) as positions x classes: a position is an index (n, i1, ...,
-// ik) and has C elements. A softmax sees a tensor of any shape in this way, with its dimension as
-// the classes.
+// ik) and has C elements. Softmax views a tensor of any shape in this way, with `dim` as the
+// classes.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Positions {
 
   int64_t positions() const { return outer * inner; }
   template <class U> U* at(const View<U>& view, int64_t position) const {
-    const int64_t o = outer == 1 ? 0 : position / inner;  // a division costs as much as a vector
+    const int64_t o = outer == 1 ? 0 : position / inner;  // a division takes as long as a vector
     return view.data + o * view.outer + (position - o * inner) * view.inner;
   }
 };

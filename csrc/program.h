@@ -4,13 +4,11 @@
 // Chunks of 512, 256 and 128 elements took 1.03 to 1.07, 1.04 to 1.15 and 1.10 to 1.32 times as
 // long, in the median of ten formulas, because instructions are looked up and called more often.
 //
-// pyfused/formulas/program.py makes programs. A slot is the number of
-//
-//   an operand (0 to 3), the value (4), a gradient (5 to 8), a register (9 to 72), or a constant:
-//
-// the scale of the gradients, the formula's parameters, literals, and what the prologue computes
-// from these, once for a call and in double.
-// pointwise_loss.cpp reads and rounds, and applies weights, grad_output and sums.
+// pyfused/formulas/program.py generates programs. A slot is the number of an operand (0 to 3), the
+// value (4), a gradient (5 to 8), a register (9 to 72), or a constant. Constants are the scale of
+// the gradients, the formula's parameters, literals, and values that the prologue computes from
+// these in double, once for each call. pointwise_loss.cpp loads and rounds, and applies weights,
+// grad_output and sums.
 #pragma once
 
 #include <algorithm>
@@ -102,7 +100,7 @@ PYFUSED_INSTRUCTIONS(PYFUSED_INSTRUCTION)
 #undef PYFUSED_INSTRUCTION
 }  // namespace instructions
 
-// Whether quotients are as good as exact; not of NaN.
+// Whether quotients of such numbers are accurate; false for NaN.
 template <class A> PYFUSED_INLINE int is_moderate(A x) { return (x > 0x1p-60f) & (x < 0x1p60f); }
 
 // The output may be one of the inputs.
@@ -137,7 +135,7 @@ PYFUSED_FLATTEN void instruction_loop(A* out, const Inputs<A>& in, int64_t n) {
   }
 }
 
-// An operand that does not exist is read like a constant: one element of it.
+// Operands that do not exist are treated as constants, of which one element is read.
 template <class F, class A, unsigned... constants>
 constexpr InstructionRow<A> instruction_row(std::integer_sequence<unsigned, constants...>) {
   constexpr unsigned none = 15u & ~((1u << F::operands) - 1);

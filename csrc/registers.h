@@ -39,14 +39,14 @@ template <int N> PYFUSED_INLINE Registers<N> operator*(Registers<N> x, float y) 
   return {x.low * y, x.high * y};
 }
 
-// y where either is NaN.
+// Returns y if x or y is NaN.
 template <int N> PYFUSED_INLINE Registers<N> maximum(Registers<N> x, Registers<N> y) {
   return {maximum(x.low, y.low), maximum(x.high, y.high)};
 }
 template <int N> PYFUSED_INLINE Registers<N> maximum(float x, Registers<N> y) {
   return {maximum(x, y.low), maximum(x, y.high)};
 }
-// x or y where y is NaN. x > 0.
+// x > 0. If y is NaN, returns x or y.
 template <int N> PYFUSED_INLINE Registers<N> minimum(float x, Registers<N> y) {
   return {minimum(x, y.low), minimum(x, y.high)};
 }

@@ -139,7 +139,7 @@ template <class T> class LogitRow {
     });
     const double log_sum = std::log(sum), log_p = (target_logit - double(pivot)) - log_sum;
     const double entropy = log_sum - weighted / sum;
-    // Rounding would take the logarithm of a probability above 0; a NaN stays.
+    // Rounding could make the log-probability positive; NaN is kept.
     value(kLogP) = log_p > 0 ? 0 : log_p;
     value(kEntropy) = entropy < 0 ? 0 : entropy;
     value(kLse) = double(pivot) + log_sum;

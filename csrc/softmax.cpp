@@ -199,8 +199,8 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
 // ---- the gradient along a middle dimension ------------------------------------------------------
 
 #ifdef PYFUSED_HAS_REGISTERS
-// At most kMost contiguous positions are loaded into registers directly: 1.2 to 3 times faster than
-// through tiles. Prefetching takes longer than it saves.
+// At most kMost contiguous positions, which are loaded directly into registers: 1.2 to 3 times
+// faster than through tiles. Prefetching would cost more time than it saves.
 template <bool kLogarithm, class T> class SoftmaxStrip {
  public:
   static constexpr int64_t kMost = 4 * kPair;
@@ -221,7 +221,7 @@ template <bool kLogarithm, class T> class SoftmaxStrip {
   const T *const y, *const dy;
   T* const dx;
 
-  // `last` elements of the last pair are positions.
+  // Only the first `last` elements of the last pair are positions.
   template <int kPairs> PYFUSED_INLINE void backward_of(int64_t last) const {
     const auto load = [=](const T* from, int p) {
       return p < kPairs - 1 ? load_pair(from + p * kPair) : load_pair(from + p * kPair, last);
@@ -416,8 +416,8 @@ template <class T> void softmax_groups(const Softmax<T>& softmax) {
 
 template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, bool streams) {
   constexpr int64_t size = Block::kPositions;
-  // Blocks of 16 bits end where the contiguous positions do, unless that leaves too many
-  // incomplete.
+  // For 16-bit types, no block crosses the end of the contiguous positions, unless this leaves too
+  // many blocks incomplete.
   const int64_t whole = (softmax.inner + size - 1) / size;
   const bool apart = sizeof(T) == 2 && whole * size * 3 <= softmax.inner * 4;
   const int64_t length = apart ? softmax.inner : softmax.positions();
@@ -430,8 +430,8 @@ template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, 
       });
 }
 
-// Whether the stride of classes is a multiple of a page: then narrow columns would use few of the
-// cache sets, and classes would evict each other.
+// Whether the stride of classes is a multiple of a page: then narrow columns would map to a
+// few cache sets, and classes would evict each other.
 template <class T> bool far_apart(const Softmax<T>& softmax) {
   return softmax.input.inner == 1 && softmax.inner >= 128 &&
          softmax.input.classes * int64_t(sizeof(T)) % 4096 == 0;

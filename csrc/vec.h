@@ -63,8 +63,8 @@
 #endif
 
 // Tells the compiler that the loop's iterations are independent and its float reductions may be
-// reordered. -fopenmp-simd switches these pragmas on, which need nothing of OpenMP at run time.
-// Without them the loop is correct as it stands.
+// reordered. -fopenmp-simd enables these pragmas, which need no OpenMP runtime. The loops are
+// correct without them.
 #define PYFUSED_PRAGMA(text) _Pragma(#text)
 #ifdef __GNUC__
 #define PYFUSED_SIMD(...) PYFUSED_PRAGMA(omp simd __VA_ARGS__)

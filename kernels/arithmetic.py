@@ -3,7 +3,7 @@
 Errors are in units in the last place (ULP) of float32; float64 uses Triton's functions. EXACT is
 False if the result is rounded to half precision, for which a less accurate result suffices.
 
-torch: the functions of the same names, in float64 (tests/test_arithmetic.py compares the two)
+torch: the functions of the same names (tests/test_arithmetic.py compares with them in float64)
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def tanh(x, EXACT: tl.constexpr = True):
 def log(x, A: tl.constexpr = tl.float32):
     """Returns log(x) to 1 ULP; near 1, the GPU's instruction has an error of up to 2**-22.
 
-    With A = tl.float64, the result for a float32 x is float64, with an error of up to 2**-24: the
-    rounding of a float32 would be larger than that from x = 2 on.
+    With A = tl.float64, the result for a float32 x is float64, with an error of up to 2**-24; from
+    x = 2 on, rounding to float32 would have a larger error.
 
     Decomposes x = (1 + f) 2**k with 2/3 <= 1 + f < 4/3. Returns -inf for 0, NaN for x < 0.
     """

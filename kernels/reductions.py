@@ -1,11 +1,11 @@
 """Targets and weights of rows; deterministic sums in float64; multiplication in place.
 
-    count    out = sum_i [t_i counts] weight[t_i] token_weight_i            reads 8 bytes a target
+    count    out = sum_i [t_i counts] weight[t_i] token_weight_i          reads 8 bytes per target
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
 Each program stores one partial sum. The last program to arrive adds them up in the order of program
-ids, so results are bitwise reproducible. In large calls, torch adds them up instead, because of
-contention on the arrival counter.
+ids, so results are bitwise reproducible. In large calls, torch adds them up instead, because the
+arrival counter would be contended.
 
 torch: weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
