@@ -131,7 +131,7 @@ sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the k
 	@$(SANITIZED) -c '$(AFTER_FREE)' 2>&1 | grep -q use-after-poison \
 		|| { echo 'The sanitizer missed a use after free: free blocks are not poisoned'; exit 1; }
 	$(SANITIZED) -m pytest -n 2 --dist loadfile $(CHECKED:%=$(CURDIR)/tests/test_%.py) \
-		--deselect tests/test_softmax.py::test_as_accurate_as_torchs $(PYTEST_ARGS)
+		--deselect tests/test_softmax.py::test_as_accurate_as_torch $(PYTEST_ARGS)
 	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp-simd -fsanitize=thread -I$(CURDIR)/csrc \
 		-c $(CURDIR)/tests/threads.cpp $(filter-out %/bindings.cpp,$(wildcard $(CURDIR)/csrc/*.cpp))
 	$(CXX) -fsanitize=thread -rdynamic $(SANITIZE)/*.o -ldl -lpthread -o $(SANITIZE)/threads

@@ -1,4 +1,4 @@
-"""Defines the benchmark cases and their arguments, checks results, and times calls interleaved."""
+"""Defines the benchmark cases and their arguments, checks results, and times interleaved calls."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def copy_step(case: Case, mode: str, device: str = "cpu") -> Step:
 
 
 def assert_correct(case: Case, given: Arguments, ours: Any = fused, theirs: Any = TORCH) -> None:
-    """Checks that value and gradient equal torch's, or are as accurate as torch's, or nearly."""
+    """Checks that value and gradient equal torch's, or are about as accurate as torch's."""
     wide = given.to(F64 if given.input.numel() <= 8 * M else F32)
     exact = evaluate(getattr(theirs, case.op), wide)
     both = (evaluate(operator(operators, case), given) for operators in (ours, theirs))
@@ -381,7 +381,7 @@ class HeadCase:
         return logits @ w, logits.t() @ x
 
     def products_of_two(self) -> tuple[Tensor, ...]:
-        """Computes the products with the teacher's logits in addition."""
+        """Computes these products, and the teacher's logits."""
         input, weight = self.teacher
         input @ weight.t()
         return self.products()
@@ -485,7 +485,7 @@ def plan(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> tuple[int
 
 
 def interleaved(timers: Sequence[Timer], rounds: int, calls: int) -> Times:
-    """Times all timers in each round, in alternating order; returns milliseconds per call."""
+    """Calls all timers in each round, in alternating order; returns milliseconds per call."""
     times: Times = [[] for _ in timers]
     order = range(len(timers))
     for turn in range(rounds):
@@ -503,7 +503,7 @@ def timers_of(steps: Sequence[Step]) -> list[Timer]:
 
 
 def remeasured(timers: Sequence[Timer], seconds: float, margin: float, fewest: int = 19) -> Times:
-    """Times two timers; measures again, for longer, while the second one seems slower."""
+    """Measures two timers; repeats this, for longer, while the second one appears slower."""
     for factor in LONGER:
         times = measure(timers, factor * seconds, fewest)
         if ratios(*times)[2] >= margin:

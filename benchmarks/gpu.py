@@ -1,8 +1,9 @@
-"""Compares the Triton kernels with torch, torch.compile and Liger on a GPU; times launch choices.
+"""Compares the Triton kernels with torch, torch.compile and Liger on a GPU, and times alternative
+block sizes and numbers of warps ("launch choices").
 
-Calls are interleaved, and timed by CUDA events after L2 has been overwritten. For comparison, a
-copy moves the minimum number of bytes of each call: the copy's time divided by pyfused's is the
-fraction of the copy's bandwidth that pyfused reaches.
+Calls are interleaved, and timed with CUDA events; the L2 cache is overwritten before each call. For
+comparison, a copy moves as many bytes as the call has to read and write at least. Its time divided
+by pyfused's is the fraction of the copy's bandwidth that pyfused reaches.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ LAUNCH_CASES = (
     Case("nll_loss", (65_536, 4096)),
     *(Case(op, (1 << 20, 256)) for op in EMBEDDINGS),
 )
-# Neighbours have half or twice the rows, the block or the threads of a choice.
+# Neighbours of a choice have half or twice its rows, its block size or its threads.
 NEIGHBOURS = {
     f"{name} {word}": (name, factor)
     for name, (word, factor) in product(("rows", "block", "threads"), (("/ 2", 0.5), ("x 2", 2.0)))

@@ -1,5 +1,5 @@
-"""Tries and times typical use on a GPU: one kernel of each family, calls of all sizes, host time, a
-language model's head, and a training step.
+"""Times typical uses on a GPU: one kernel of each family, calls of all sizes, host time, a language
+model's head, and a training step.
 
 Each command writes its table after every row, so that a failure loses no results.
 """
@@ -49,7 +49,7 @@ FAMILIES = (
     Case("log_softmax", (256, 1000)),
     Case("gelu", (700, 600)),
 )
-SMOKE_CALLS = 3  # Triton launches the first, and the prepared launch the others
+SMOKE_CALLS = 3  # Triton launches the first call, and a prepared launch the others
 
 
 def smoke_row(case: Case, device: str) -> list[str]:
@@ -149,7 +149,7 @@ def gpu_sizes(options: Namespace) -> None:
 
 # ---- host time -----------------------------------------------------------------------------------
 
-HOST_CALLS = 50  # whose launches fit into the GPU's queue
+HOST_CALLS = 50  # their launches fit into the GPU's queue
 
 
 def host_row(op: str, device: str, rounds: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""Times variants of the Triton kernels against the shipped kernels, to find which to adopt.
+"""Compares experimental variants of the Triton kernels with the current ones, to find faster ones.
 
-A variant's results are compared with torch in float32 before it is timed. Only GPU time is
-measured: the GPU sleeps until the host has launched the call.
+The results of a variant are compared with torch in float32 before it is timed. Only GPU time is
+measured: a sleep kernel runs until the host has launched all kernels of the call.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def launched(
 
 
 def shipped(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> Variant:
-    """Returns the shipped kernels, optionally with another launch choice."""
+    """Returns the current kernels, optionally with other block sizes and warps."""
     from pyfused.backends import triton as backend
 
     options = CrossEntropyOptions(-100, "mean", denominator=float(len(x)))
@@ -207,7 +207,7 @@ def shipped(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> V
 
 
 def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, Variant]:
-    """Returns the shipped kernels, and the variants for this number of classes."""
+    """Returns the current kernels, and the variants for this number of classes."""
     classes = x.shape[1]
     sms = 3 if trial else torch.cuda.get_device_properties(x.device).multi_processor_count
     variants: dict[str, Variant] = {"shipped": shipped(x, target)}

@@ -30,7 +30,7 @@ import pyfused.memory
 
 # (tokens, features, classes)
 CASES = ((1024, 512, 32_000), (2048, 256, 128_256))
-CLASSES = (32_000, 64_000, 128_000)  # of 1024 tokens, 256 features
+CLASSES = (32_000, 64_000, 128_000)  # with 1024 tokens of 256 features
 ROUNDS = 5
 
 

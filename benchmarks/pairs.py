@@ -86,7 +86,7 @@ HANDOVER_SECONDS = 3e-3
 
 
 class Worker:
-    """A Python process that answers questions, both lines of JSON, until its input is closed."""
+    """A Python process that answers requests, one line of JSON each, until its input is closed."""
 
     def __init__(self, *command: str | Path, **variables: str) -> None:
         self.process = subprocess.Popen(
@@ -109,7 +109,7 @@ def worker_of(library: str, folder: Path = ROOT, **variables: str) -> Worker:
 
 
 def work(folder: Path, library: str) -> None:
-    """Answers the name of a case, a mode and a number of calls with their time in seconds."""
+    """Reads a case's name, a mode and a number of calls per line; prints their time in seconds."""
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     cases.settle_allocator()
     operators = pyfused.functional if library == "pyfused" else TORCH
@@ -271,7 +271,7 @@ def overhead(options: Namespace) -> None:
         more = [[b - a for a, b in zip(first, each, strict=True)] for each in others]
         ns = [f"{1e6 * median(each):,.0f}" for each in (first, *more)]
         rows.append([op, *ns, *[""] * (3 - len(ns))])
-    names = ["one thread", "torch, ns", "pyfused, ns more", "patched, ns more"]
+    names = ["one thread", "torch, ns", "pyfused, extra ns", "patched, extra ns"]
     print(tabulated(names, rows, names=1))
     parts_of_calls(options)
 
@@ -324,12 +324,12 @@ def parts_of_calls(options: Namespace) -> None:
                 *[of_backend - of_kernel, of_kernel, theirs, both],
             ]
             rows.append([f"{case.op} {case.reduction}", *[f"{each:.1f}" for each in us]])
-    names = ["one thread, us", "torch", "pyfused", "choice and checks", "tensors", "kernel"]
+    names = ["one thread, us", "torch", "pyfused", "dispatch and checks", "tensors", "kernel"]
     print(tabulated([*names, "torch, with backward", "pyfused"], rows, names=1))
 
 
 def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
-    """Makes a call; returns a function that repeats one of its inner calls."""
+    """Makes a call, and returns a function that repeats one call made within it."""
     function = getattr(owner, name)
     with mock.patch.object(owner, name, wraps=function) as seen:
         result = call()

@@ -76,7 +76,7 @@ class Step:
     command: Sequence[str | Path]
     seconds: float  # the time limit
     needed: bool = False  # whether a failure ends the run
-    packages: Sequence[str] = ()  # without which the step cannot run
+    packages: Sequence[str] = ()  # required by the step
 
 
 def without_gpu() -> str | None:

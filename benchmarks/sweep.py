@@ -23,8 +23,8 @@ from pyfused.dispatch.sizes import FEW, NEVER, limits
 from pyfused.ops.operators import OPERATORS
 
 Shape = tuple[int, ...]
-FAR = 1 << 22  # results of larger calls are not checked, because it takes seconds
-ALLOWED = 0.6e-3  # milliseconds of additional overhead that are allowed if a call runs ATen
+LARGEST_CHECKED = 1 << 22  # checking the results of larger calls takes seconds
+ALLOWED = 0.6e-3  # milliseconds by which a call that runs torch's operator may be slower
 OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss", "multilabel_margin_loss")
 VECTORS = torch.backends.cpu.get_cpu_capability()
 CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
@@ -33,13 +33,13 @@ CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
 @lru_cache(maxsize=1)
 def drawn_and_checked(case: Case) -> cases.Arguments:
     arguments = cases.draw(case)
-    if case.elements <= FAR:
+    if case.elements <= LARGEST_CHECKED:
         cases.assert_correct(case, arguments)
     return arguments
 
 
 def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
-    """Returns timers of torch's operator and of pyfused's."""
+    """Returns a timer of torch's operator, and one of pyfused's."""
     arguments, operators = drawn_and_checked(case), (cases.TORCH, pyfused.functional)
     if how == PATCHED:
         with pyfused.patch():
@@ -53,7 +53,7 @@ def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
 
 
 def taken_by(case: Case, mode: str, how: str) -> str:
-    """Returns whether an eager call runs torch's operator or a kernel."""
+    """Returns what an eager call runs: "torch" or "a kernel"."""
     if how == COMPILED:
         return COMPILED
     arguments = drawn_and_checked(case)
@@ -119,7 +119,7 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
 
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Yields the smallest calls that run kernels, which gain the least."""
+    """Yields the smallest calls that run kernels, because they benefit least."""
     for second, elements in enumerate(limits(OPERATORS[op], True, dtype)):
         if elements == 0 or elements >= NEVER:
             continue

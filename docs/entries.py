@@ -285,8 +285,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_cross_entropy": Entry(
             r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
-            "For many classes, such as the tokens of a language model, without holding all logits"
-            " in memory.",
+            "For many classes, such as the tokens of a language model, without materialising all"
+            " logits.",
             (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
             low=-6.0,
             high=6.0,
@@ -419,7 +419,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "hardswish": Entry(
             r"x \, \frac{\min(\max(x + 3, 0), 6)}{6}",
-            "A piecewise version of silu, as in MobileNetV3.",
+            "A piecewise approximation of silu, as in MobileNetV3.",
             low=-6.0,
             high=6.0,
         ),
@@ -431,7 +431,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "softshrink": Entry(
             r"\mathrm{sign}(x) \, \max(|x| - \lambda, 0)",
-            "For sparse codes, and for steps of solvers with an absolute penalty.",
+            "For sparse codes, and as the proximal operator of an L1 penalty.",
             (Curve(""), Curve("lambd 1", options={"lambd": 1.0})),
         ),
         "threshold": Entry(

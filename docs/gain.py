@@ -1,6 +1,7 @@
-"""Measures the gain by size for docs/is-it-for-you.md: `python docs/gain.py`.
+"""Measures the speed-up by size for docs/is-it-for-you.md: `python docs/gain.py`.
 
-Calls of torch and pyfused, forward and backward, are interleaved. The table of sizes applies.
+Calls of torch and pyfused, forward and backward, are interleaved. Calls below the size limits of
+kernels run torch's operators.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
         options["reduction"] = "mean" if x.numel() == 1 else "none"
     path = pyfused.explain(name, input, *rest, **options)
     if path.backend == "torch":
-        raise RuntimeError(f"the gallery is to show the kernels' output, not torch's: {path}")
+        raise RuntimeError(f"the gallery must show the output of kernels, not torch's: {path}")
     value = getattr(pyfused.functional, name)(input, *rest, **options)
     value = value[0] if isinstance(value, tuple) else value
     drawn = value[:, 0] if value.dim() > x.dim() else value  # an activation over classes
@@ -93,7 +93,7 @@ def picture(name: str, entry: Entry) -> str:
     return svg(figure, f"Value and gradient of {name}")
 
 
-# Formulas with a target other than 0, or a limited input: the target, the lowest and the highest x.
+# Formulas with a target other than 0 or a bounded input: the target, the lowest and highest x.
 _DRAWN: dict[str, tuple[Any, float, float]] = {
     "tweedie": (1.0, -3.0, 3.0),
     "asymmetric": (1.0, -6.0, 6.0),
@@ -120,7 +120,7 @@ def formulas() -> str:
 
 
 def ratios(rows: dict[str, Row]) -> str:
-    """Draws how many times as fast as torch each operator is, the highest first, as SVG."""
+    """Draws the speed-up of each operator over torch, in descending order, as SVG."""
     names = sorted(rows, key=lambda name: rows[name].peers["torch"].ratio[1])
     figure = Figure(figsize=(5.2, 1.2 + 0.15 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -146,7 +146,7 @@ def ratios(rows: dict[str, Row]) -> str:
 
 
 def gain() -> str:
-    """Draws how many times as fast as torch a call is, by its size, as SVG."""
+    """Draws the speed-up of a call over torch, by its size, as SVG."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     rows = newest_gain()["gain"]

@@ -62,8 +62,8 @@ def measured(name: str) -> str:
     if not tables:
         if name in LINEAR + OF_LOGITS:
             return (
-                "[Language models](../language-models.md) has times and peak memory of heads beside"
-                " torch's and the matrix products alone."
+                "[Language models](../language-models.md) compares time and peak memory of heads"
+                " with torch's and with bare matrix products."
             )
         return (
             "This operator is newer than the latest report."
@@ -94,14 +94,14 @@ def page(name: str) -> str:
             output(example(name)),
             "## Reference\n\n```{eval-rst}\n" + "\n\n".join(documented) + "\n```\n",
             f"{SHARED}\n",
-            f"## Measured\n\n{measured(name)}\n",
+            f"## Measurements\n\n{measured(name)}\n",
             f"The smallest inputs that run a kernel on CPUs, in float32 elements:\n\n{sizes}\n",
         )
     )
 
 
 def write(app: Any) -> None:
-    """Writes the pages before Sphinx looks for pages, and removes those that are gone."""
+    """Writes the pages before Sphinx looks for pages, and deletes those of removed operators."""
     groups = {gallery.slug(group): gallery.group_page(group) for group in gallery.shown()}
     for name, texts in (("operators", {op: page(op) for op in OPERATORS}), ("groups", groups)):
         folder = Path(app.srcdir, name)

@@ -1,4 +1,4 @@
-"""Calls of every declared operator, made from its declaration.
+"""Calls of every declared operator, derived from its declaration.
 
 `examples` returns the calls of the contract tests; `random_calls.py` draws others from the same
 operands and options. A new operator is included automatically. If its declaration does not suffice,
@@ -40,7 +40,10 @@ from pyfused.ops.softmax import Softmax
 from pyfused.types import CrossEntropyOptions
 
 OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
-WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)  # with more options and results than torch's
+WITH_OPTIONS = (
+    CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
+)  # they have more options and results than torch's functions
 SHAPE = (6, 5)
 RANK = 2  # of adapters, which take the last features of the input
 
@@ -113,7 +116,7 @@ class Call:
         return result_of(ours(self, **self.given | changed))
 
     def reference(self, **changed: Any) -> Tensor:
-        """Calls torch or the operator's definition, likewise."""
+        """Calls torch's function, or the operator's definition, in the same way."""
         return result_of(reference(self, **self.given | changed))
 
     @property

@@ -152,10 +152,11 @@ class Errors:
 
         `term` is the largest term of the sum that gives the result, if terms may cancel.
 
-        If the result is a matrix product, `products` is the number of products that a library adds
-        up to an element. It rounds each partial sum, in its own order, by up to half a rounding:
-        the error of n partial sums is typically sqrt(n / 12) roundings, and seven times as many are
-        allowed. Half precision is accumulated in a wider dtype.
+        If the result is a matrix product, `products` is the number of products in the sum of each
+        element. A library adds them up in an unspecified order, with an error of up to half a
+        rounding in each partial sum. The error of n partial sums is typically sqrt(n / 12)
+        roundings, and seven times as much is allowed. Half precision is accumulated in a wider
+        dtype.
 
         Where the exact value overflows the dtype, both results must be equal.
         """

@@ -25,7 +25,7 @@ if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
 # Warnings from threads of Inductor's workers would fail unrelated tests.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# The keys of cached programs do not depend on tables and kernels that tests replace.
+# The compiler's cache keys do not include the tables and kernels that tests replace.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the backend under test

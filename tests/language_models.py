@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("rotary_dim", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "encoder_layers"), 1),
     "num_experts_per_tok": 2,
-    "attention_type": "original_full",  # of BigBird; short sequences change the other one
+    "attention_type": "original_full",  # BigBird changes the other type for short sequences
     "mamba_d_head": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -1,8 +1,8 @@
-"""Runs tests as on other processors: `make test-machines` (PYTEST_ARGS selects tests).
+"""Runs tests with the code paths of other processors: `make test-machines`.
 
 Libraries choose code paths by processor, and environment variables override the choice. Each row of
 MACHINES has variables, and the files whose results depend on them. File names among the arguments,
-such as log_probs, select files.
+such as log_probs, select files. PYTEST_ARGS passes arguments.
 """
 
 from __future__ import annotations

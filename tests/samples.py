@@ -1,4 +1,4 @@
-"""Definitions of operators, and values to test, beyond their declarations.
+"""Reference definitions of operators, and values to test, in addition to their declarations.
 
 A definition is the closed form in NumPy's long double: the value of each element, and the gradient
 of each operand. The tests of the families draw operands and options from here. Operators that torch

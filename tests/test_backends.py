@@ -50,7 +50,7 @@ def test_cpu_tensors_do_not_import_triton() -> None:
 
 
 @pytest.mark.cpu
-def test_triton_takes_cpu_tensors_only_when_interpreted() -> None:
+def test_triton_supports_cpu_tensors_only_in_the_interpreter() -> None:
     forced = {"PYFUSED_BACKEND": "triton"}
     refused = run(CALL, **forced)
     assert "PYFUSED_BACKEND: triton cannot run on cpu: CPU tensors need TRITON_INTERPRET=1" in (
@@ -154,7 +154,7 @@ def test_an_invalid_class_index_is_named_without_kernels(
         function(*tensors, torch.tensor([0, 9, 1]))
 
 
-def test_an_unknown_backend_is_an_error_that_names_the_known() -> None:
+def test_an_unknown_backend_raises_an_error_that_lists_the_backends() -> None:
     refused = run(CALL, PYFUSED_BACKEND="cuda")
     assert "PYFUSED_BACKEND: expected cpu, triton or torch, got 'cuda'" in refused.stderr
 

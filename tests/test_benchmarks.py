@@ -151,7 +151,7 @@ def test_a_command_has_its_function(words: str) -> None:
     assert callable(function)
 
 
-def test_a_report_has_bandwidth_and_its_fraction_of_a_copys() -> None:
+def test_a_report_has_bandwidth_relative_to_a_copy() -> None:
     case = Case("mse_loss", (1 << 20,))  # reads two tensors, writes a gradient: 12 MiB
     peers = {
         name: report.peer([ms] * 3, [2.0] * 3) for name, ms in (("torch", 10.0), ("copy", 1.0))

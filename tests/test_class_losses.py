@@ -37,7 +37,7 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def targets(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Draws a target for a loss, with ignored ones and with repeated labels where it has these."""
+    """Draws targets for a loss, some of them ignored or repeated if the loss supports this."""
     if name != "multilabel_margin_loss":
         return target_indices(shape, ignored=name != "multi_margin_loss")
     target, size = labels(shape), shape[-1]
@@ -180,7 +180,7 @@ def test_errors_have_torchs_type_and_more_detail(case: str, grad: bool) -> None:
 # ---- losses that use the kernel of another loss --------------------------------------------------
 
 
-def test_multilabel_soft_margin_loss_warns_once_of_deprecated_arguments() -> None:
+def test_multilabel_soft_margin_loss_warns_once_about_deprecated_arguments() -> None:
     x, y = torch.randn(3, 5), torch.rand(3, 5)
     with pytest.warns(UserWarning, match="size_average and reduce args") as warned:
         got = fused.multilabel_soft_margin_loss(x, y, size_average=False)

@@ -443,7 +443,7 @@ WARNED: dict[str, Step] = {
 
 @pytest.mark.filterwarnings("ignore:(reduction|size_average):UserWarning")
 @pytest.mark.parametrize("step", WARNED.values(), ids=WARNED.keys())
-def test_warnings_equal_torchs(step: Step, graphs: Graphs) -> None:
+def test_warnings_equal_those_of_torch(step: Step, graphs: Graphs) -> None:
     assert_equals_eager(step, torch.randn(N, C), graphs.backend)
     assert not graphs.operators
 

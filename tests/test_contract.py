@@ -220,7 +220,7 @@ def test_results_do_not_alias(example: Example) -> None:
 
 
 @every_example
-def test_a_replayed_plan_gives_the_same_bits(example: Example) -> None:
+def test_a_replayed_plan_is_bitwise_reproducible(example: Example) -> None:
     one, other = example.call(), example.call()
     with torch.no_grad():
         for x in other.leaves.values():
@@ -233,13 +233,13 @@ def test_a_replayed_plan_gives_the_same_bits(example: Example) -> None:
 
 @pytest.mark.cpu
 @grid(example=OF_FAMILIES.values(), shape=[(203, 700), (7003, 10)], dtype=FLOATS)
-def test_the_same_bits_for_every_number_of_threads(
+def test_bitwise_identical_for_every_number_of_threads(
     example: Example,
     shape: tuple[int, int],
     dtype: torch.dtype,
     threads: Callable[[int], None],
 ) -> None:
-    """Excludes matrix products of libraries."""
+    """Excludes matrix products, which libraries compute."""
     call, found = example.call(dtype, shape), []
     for name in ("memory_budget", "deterministic_rows"):  # would take thousands of small products
         call.given.pop(name, None)

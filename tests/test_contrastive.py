@@ -166,7 +166,7 @@ def test_matrix_products() -> None:
 
 @pytest.mark.cpu
 def test_one_direction_with_hard_negatives() -> None:
-    """The docstring's call: learned scale, more candidates, and positives from an offset on."""
+    """The docstring's call, with a learned scale, more candidates, and positives at an offset."""
     a, b = torch.randn(4, D, requires_grad=True), torch.randn(20, D, requires_grad=True)
     scale, target = torch.tensor(2.0, requires_grad=True), 8 + torch.arange(4)
     got = evaluate(lambda a, b, s: fused.linear_cross_entropy(s * a, b, target), a, b, scale)

@@ -133,9 +133,8 @@ def test_conversions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
         pyfused.convert(model)
         pyfused.convert(nn.Linear(2, 2))
-    counted = (
-        "replaced 4 modules (2 ReLU, 1 CrossEntropyLoss, 1 MSELoss); left 1"  # one has 2 names
-    )
+    # One of the modules has two names.
+    counted = "replaced 4 modules (2 ReLU, 1 CrossEntropyLoss, 1 MSELoss); left 1"
     assert [record.getMessage() for record in caplog.records] == [
         f"pyfused.convert: {counted}: see pyfused.plan_conversion(model)",
         f"pyfused.convert: {pyfused.plan_conversion(nn.Linear(2, 2))}",
@@ -226,7 +225,7 @@ def test_loading_a_pickled_model_without_pyfused_names_it(tmp_path: Path) -> Non
     [torch.randn, None, "model", nn.ReLU, torch.ones(2)],
     ids=["function", "None", "str", "class", "tensor"],
 )
-def test_an_argument_that_is_no_module(wrong: Any) -> None:
+def test_an_argument_that_is_not_a_module(wrong: Any) -> None:
     for function in (pyfused.convert, pyfused.plan_conversion, pyfused.revert):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
             function(wrong)

@@ -1134,7 +1134,7 @@ def test_logs_contain_no_internal_names(
     assert not any("Logits" in record.getMessage() for record in caplog.records)
 
 
-def test_a_model_warns_once_of_a_read() -> None:
+def test_a_model_warns_once_about_a_read() -> None:
     model = pyfused.convert(Model(lambda _, x: x[:, :, :20]), head="head")
     with pytest.warns(RuntimeWarning, match="Model computes all of its logits: .* by indexing"):
         model(X)

@@ -138,7 +138,7 @@ SPECIAL_ROWS = {
 
 @pytest.mark.interpreted
 @grid(row=SPECIAL_ROWS, dtype=FLOATS, reduction=REDUCTIONS)
-def test_special_values_equal_torchs(row: str, dtype: torch.dtype, reduction: str) -> None:
+def test_special_values_match_torch(row: str, dtype: torch.dtype, reduction: str) -> None:
     for padding in (0, 3, 12, 60):  # less than, about and more than a vector
         logits = torch.zeros(5, padding + 5)
         logits[:, padding:] = torch.tensor(SPECIAL_ROWS[row])

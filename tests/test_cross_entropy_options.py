@@ -260,7 +260,7 @@ def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -
 
 
 @pytest.mark.cpu
-def test_a_filter_that_leaves_out_few_columns_copies_none() -> None:
+def test_a_filter_that_skips_few_columns_copies_nothing() -> None:
     x, weight = (torch.randn(n, 8, requires_grad=True) for n in (30, 50))
     loss = fused.linear_cross_entropy(x, weight, torch.arange(30), filter_eps=1e-6)
     with operators_of_torch("aten::index_add_", "aten::index") as copies:

@@ -120,7 +120,7 @@ def assert_same_bits(way: Any, call: Call) -> None:
 
 @every_operator
 @every_way
-def test_the_bits_are_the_same_while_torch_is_patched(example: Example, way: Any) -> None:
+def test_results_are_bitwise_identical_while_torch_is_patched(example: Example, way: Any) -> None:
     assert_same_bits(way, example.call())
 
 

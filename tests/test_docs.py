@@ -103,7 +103,7 @@ def test_the_formulas_are_drawn_by_kernels(kernel_calls: KernelCalls) -> None:
     assert kernel_calls == {f"formulas.{name}": 2 for name in gallery.FORMULAS}
 
 
-def test_the_plot_of_speed_up_over_size_has_all_operators() -> None:
+def test_the_plot_of_speed_up_by_size_has_all_operators() -> None:
     drawn = gallery.gain()
     assert all(re.search(rf">{op}\b", drawn) for op in gain.OPERATORS)
     found = gallery.newest_gain()
@@ -111,7 +111,7 @@ def test_the_plot_of_speed_up_over_size_has_all_operators() -> None:
     assert found["machine_info"]["cpu"] in gallery.FILLED["<!-- gain machine -->"]()
 
 
-def test_the_machine_of_each_ratio_is_named() -> None:
+def test_each_ratio_names_its_machine() -> None:
     assert gallery.machines().count("torch 2") == gallery.machines().count(";") + 1
 
 

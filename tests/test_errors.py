@@ -427,7 +427,7 @@ NO_TENSORS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
 @pytest.mark.parametrize(("wrong", "got"), NO_TENSORS.values(), ids=NO_TENSORS.keys())
-def test_arguments_that_are_no_tensors(op: Operator, wrong: Any, got: str) -> None:
+def test_arguments_that_are_not_tensors(op: Operator, wrong: Any, got: str) -> None:
     """A TypeError; torch may raise others by accident, such as AttributeError for a list."""
     for operand in op.operands:
         if operand.optional and wrong is None:

@@ -161,7 +161,7 @@ def kinks(input: Tensor, target: Tensor, *, low: float = -1.0, high: float = 2.0
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, math.inf, -math.inf, math.nan]
 
 
-def test_kinks_and_nan_equal_torchs() -> None:
+def test_kinks_and_nan_match_torch() -> None:
     values = torch.tensor(SPECIAL, dtype=torch.float64)
     pairs = [x.flatten().requires_grad_() for x in torch.meshgrid(values, values, indexing="ij")]
     got = evaluate(called(kinks, reduction="none"), *pairs)
@@ -170,7 +170,7 @@ def test_kinks_and_nan_equal_torchs() -> None:
     torch.testing.assert_close(got.gradients, expected.gradients, equal_nan=True)
 
 
-def test_clamps_to_numbers_whose_derivative_at_a_bound_is_0() -> None:
+def test_the_derivative_of_a_clamp_at_a_bound_is_0() -> None:
     for name, bounds in {"clamp": (-1.0, 2.0), "clamp_min": (0.5,), "clamp_max": (0.5,)}.items():
         x = torch.tensor(SPECIAL, dtype=torch.float64, requires_grad=True)
         replaced = [torch.full_like(x, bound, requires_grad=False) for bound in bounds]
@@ -269,7 +269,7 @@ def test_operations() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nan_to_num_equals_torchs(dtype: torch.dtype, kernel_calls: KernelCalls) -> None:
+def test_nan_to_num_matches_torch(dtype: torch.dtype, kernel_calls: KernelCalls) -> None:
     @pyfused.activation
     def mine(input: Tensor) -> Tensor:
         return torch.nan_to_num(input, posinf=5.0, neginf=-7.0) + input.nan_to_num(1.5, 5.0, 6.0)
@@ -282,7 +282,7 @@ def test_nan_to_num_equals_torchs(dtype: torch.dtype, kernel_calls: KernelCalls)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_powers_equal_torchs(dtype: torch.dtype) -> None:
+def test_powers_match_torch(dtype: torch.dtype) -> None:
     @pyfused.activation
     def power(a: Tensor, b: Tensor, *, exponent: float = 1.7, base: float = 2.5) -> Tensor:
         return torch.pow(a, b) + a**exponent + base**b
@@ -385,7 +385,7 @@ def test_every_subset_of_gradients(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_dtypes_equal_torchs(dtype: torch.dtype) -> None:
+def test_dtypes_match_torch(dtype: torch.dtype) -> None:
     operands = [x.to(dtype) for x in operands_of("wing", 20)]
     assert wing(*operands).dtype == wing.function(*operands).mean().dtype
     assert wing(operands[0], operands[1].double()).dtype == torch.float64

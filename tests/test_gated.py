@@ -21,7 +21,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 @grid(op=GATED)
-def test_special_values_equal_torchs(op: Gated) -> None:
+def test_special_values_match_torch(op: Gated) -> None:
     special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -2.0, 200.0, -200.0]).double()
     gate, up = special.repeat(9), special.repeat_interleave(9)
     leaves = [gate.requires_grad_(), up.requires_grad_()]

@@ -142,7 +142,7 @@ def test_the_tests_for_a_gpu_are_skipped_without_one() -> None:
 
 @pytest.fixture
 def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs the benchmarks on the CPU; their results have the same form as on a GPU."""
+    """Runs the benchmarks on the CPU; their results have the same format as on a GPU."""
     monkeypatch.setattr(gpu, "ROUNDS", 3)
     monkeypatch.setattr(gpu, "CALLS", 2)
     monkeypatch.setattr(gpu, "SMALL", 1000)

@@ -65,7 +65,7 @@ json.dump({"opened": opened, "executed": executed, "changed": changed}, sys.stdo
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Creates a home with measured sizes of another day, for ``mse_loss`` alone."""
+    """Creates a home directory with sizes that were measured earlier, for ``mse_loss`` alone."""
     file = tmp_path / ".cache/pyfused/sizes.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({sizes.MACHINE: {"mse_loss": [1, 1]}}))

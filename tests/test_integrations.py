@@ -838,7 +838,7 @@ UNPROVEN: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None, str]] = 
 
 @as_users_run_it
 @pytest.mark.parametrize("name", UNPROVEN)
-def test_other_adapters_compute_logits_and_say_so(name: str) -> None:
+def test_other_adapters_compute_logits_with_a_warning(name: str) -> None:
     pytest.importorskip("peft")
     options, change, reason = UNPROVEN[name]
     model = with_adapters(pyfused.convert(language_model("Llama")), **options)

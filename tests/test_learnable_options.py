@@ -134,7 +134,7 @@ def test_compiled_gradients_of_options(name: str, option: str, value: float) -> 
 
 
 @pytest.mark.cpu
-def test_options_beside_a_shard_raise() -> None:
+def test_learnable_options_with_a_shard_raise() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for name in ("cross_entropy", "linear_cross_entropy", "log_probs", "linear_log_probs"):

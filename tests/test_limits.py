@@ -1,4 +1,4 @@
-"""Lack of memory and small stacks of threads do not crash the process.
+"""Running out of memory and small thread stacks do not crash the process.
 
 Each test runs in a new process, which a limit or a crash would end.
 """
@@ -161,7 +161,7 @@ def test_no_memory_for_the_buffers_of_threads() -> None:
     assert (done.stdout, done.returncode) == ("MemoryError\n" * 2, 0), done.stderr
 
 
-def test_without_memory_every_kernel_returns_or_raises() -> None:
+def test_every_kernel_returns_or_raises_if_memory_runs_out() -> None:
     done = python("""
         import torch
         from conftest import fused_always

@@ -274,8 +274,8 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
         fused.linear_cross_entropy(**arguments)
 
 
-def test_as_many_rows_as_classes_with_further_dimensions() -> None:
-    """The targets have the shape of linear_weight without features, which is no swap."""
+def test_as_many_rows_as_classes_with_more_dimensions() -> None:
+    """Targets shaped like linear_weight without features are not mistaken for swapped arguments."""
     input, weight, target = torch.randn(3, 5), torch.randn(3, 2, 5), torch.randint(3, (3, 2))
     logits = (input @ weight.flatten(0, 1).T).unflatten(1, (3, 2))
     loss = fused.linear_cross_entropy(input, weight, target)
@@ -408,7 +408,7 @@ def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("budget", [None, 3000])
 def test_an_adapter_equals_linear_layers(budget: int | None, frozen: bool) -> None:
-    """LoRA, as torch computes it from materialised logits."""
+    """Compares with LoRA in torch, from materialised logits."""
     rows, features, classes, rank = 90, 7, 120, 4
     x, w, a, b = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)

@@ -429,7 +429,7 @@ def test_a_row_does_not_depend_on_other_rows(
     fixed=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_chunks_give_the_same_bits(
+def test_chunks_are_bitwise_identical(
     classes: int, rows: int, budget: int | None, fixed: bool, seed: int
 ) -> None:
     """Matrix products with one feature of 1 are exact."""
@@ -479,7 +479,7 @@ def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(("group", "alike"), [(6, True), (7, False)])
-def test_rows_whose_products_are_summed_in_another_order(
+def test_rows_whose_products_are_summed_in_a_different_order(
     group: int, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MKL sums groups of rows in one order, and the remaining rows in another."""

@@ -1,4 +1,4 @@
-"""`python -m pyfused`, the report for bug reports."""
+"""`python -m pyfused`, which prints the information for a bug report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_report_has_all_entries() -> None:
         ("libgomp.so.1", "libgomp.so.1, not shared with torch"),
     ],
 )
-def test_the_report_states_if_threads_are_not_torchs(
+def test_the_report_states_if_threads_are_not_shared_with_torch(
     file: str, reported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu.native, "runtime_file", file)

@@ -169,7 +169,7 @@ def test_repr_of_a_head_with_its_loss() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if hasattr(nn.functional, name)])
-def test_functional_signatures_equal_torchs(name: str) -> None:
+def test_functional_signatures_match_torch(name: str) -> None:
     of_torch = getattr(nn.functional, name)
     built_in = {  # built-ins without a signature
         "gelu": lambda input, *, approximate="none": None,
@@ -201,7 +201,7 @@ def test_legacy_arguments(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["function", "module"])
-def test_the_warning_of_a_costly_fallback_names_the_users_line(kind: str) -> None:
+def test_the_warning_about_a_costly_fallback_names_the_users_line(kind: str) -> None:
     weight, target = torch.randn(2100, 2), torch.zeros(4096, dtype=torch.int64)
     x = torch.randn(4096, 2).as_subclass(type(f"InputOfThe{kind}", (torch.Tensor,), {}))
     head, of_module = fused.LinearLogProbs(2, 2100), kind == "module"

@@ -20,7 +20,7 @@ both = pytest.mark.parametrize(("ours", "theirs"), BOTH)
 
 
 @both
-def test_other_names_are_torchs(ours: ModuleType, theirs: ModuleType) -> None:
+def test_other_names_come_from_torch(ours: ModuleType, theirs: ModuleType) -> None:
     names = {name for name in dir(theirs) if not name.startswith("_")}
     for name in names - {*ours.__all__, "functional"}:
         assert getattr(ours, name) is getattr(theirs, name), name
@@ -29,7 +29,7 @@ def test_other_names_are_torchs(ours: ModuleType, theirs: ModuleType) -> None:
     assert dir(ours) == sorted(names | {*ours.__all__})
 
 
-def test_nn_functional_is_pyfuseds() -> None:
+def test_nn_functional_is_pyfused_functional() -> None:
     assert pyfused.nn.functional is pyfused.functional
 
 
@@ -49,7 +49,7 @@ def test_an_unknown_name(ours: ModuleType, theirs: ModuleType, name: str) -> Non
         getattr(ours, name)
 
 
-def test_a_star_import_has_pyfuseds_names() -> None:
+def test_a_star_import_has_the_names_of_pyfused() -> None:
     names: dict[str, object] = {}
     exec("from pyfused.functional import *", names)
     assert names.keys() - {"__builtins__"} == {*pyfused.functional.__all__}

@@ -234,7 +234,7 @@ def test_the_installed_wheel_runs_each_isa(site: Path, isa: str) -> None:
     assert Path(file).is_relative_to(site)
 
 
-def test_an_unknown_isa_is_an_error_that_names_the_known(site: Path) -> None:
+def test_an_unknown_isa_raises_an_error_that_lists_the_isas(site: Path) -> None:
     result = run_installed("-c", RELU, site=site, PYFUSED_CPU_CAPABILITY="x86-64-v9")
     assert "ImportError: PYFUSED_CPU_CAPABILITY: expected one of " in result.stderr
     assert ", ".join(cpu.supported) in result.stderr
@@ -242,7 +242,7 @@ def test_an_unknown_isa_is_an_error_that_names_the_known(site: Path) -> None:
 
 
 @pytest.mark.skipif(len(cpu.ISAS) == 1, reason="one instruction set serves all CPUs of this kind")
-def test_an_unsupported_isa_is_an_error_and_is_not_loaded(site: Path) -> None:
+def test_an_unsupported_isa_raises_and_is_not_loaded(site: Path) -> None:
     least, most = MODULES[0], MODULES[-1]
     older_cpu = f"""
 import sys, types

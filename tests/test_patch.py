@@ -85,7 +85,7 @@ def put_back() -> Iterator[None]:
 # ---- patched functions ---------------------------------------------------------------------------
 
 
-def test_functions_methods_and_torchs_own_modules(kernel_calls: KernelCalls) -> None:
+def test_patched_functions_methods_and_modules_of_torch(kernel_calls: KernelCalls) -> None:
     def results() -> list[Tensor]:
         x = X.clone().requires_grad_()
         values = [
@@ -185,7 +185,7 @@ def test_errors_that_torch_does_not_raise_become_warnings(
 
 @as_users_run_it
 @pytest.mark.parametrize("call", [F.softmax, F.log_softmax, nn.Softmax(), nn.LogSoftmax()])
-def test_the_warning_of_a_missing_dim_names_torchs_line(call: Any) -> None:
+def test_the_warning_about_a_missing_dim_names_the_same_line_as_in_torch(call: Any) -> None:
     lines = []
     for context in (contextlib.nullcontext(), pyfused.patch()):
         with context, warnings.catch_warnings(record=True) as seen:
@@ -586,7 +586,7 @@ def test_names_imported_before_are_patched(kernel_calls: KernelCalls) -> None:
 # ---- identity of torch's functions ---------------------------------------------------------------
 
 
-def test_patched_functions_look_like_torchs() -> None:
+def test_patched_functions_look_like_the_originals() -> None:
     def seen() -> list[Any]:
         functions = [getattr(F, name) for name in NAMES]
         return [
@@ -716,7 +716,7 @@ def test_a_patch_that_fails_is_undone(fails: int, monkeypatch: pytest.MonkeyPatc
 # ---- lifetime of a patch -------------------------------------------------------------------------
 
 
-def test_a_call_lasts_until_unpatch() -> None:
+def test_patch_lasts_until_unpatch() -> None:
     pyfused.patch()
     assert patched()
     pyfused.patch()
@@ -794,7 +794,7 @@ def test_several_threads() -> None:
 
 
 @as_users_run_it
-def test_threads_that_train_at_once(kernel_calls: KernelCalls) -> None:
+def test_threads_that_train_concurrently(kernel_calls: KernelCalls) -> None:
     def train(seed: int) -> list[float]:
         generator = torch.Generator().manual_seed(seed)
         model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5))

@@ -33,7 +33,7 @@ OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 
 
 def assert_each_is_correct(*steps: Callable[[Any], Tensor]) -> None:
-    """Makes the calls in turn, so that each could wrongly reuse the plan of another."""
+    """Alternates between the calls, so that each could wrongly reuse the plan of another."""
     for step in steps * 3:
         got, expected = step(fused), step(TORCH)
         torch.testing.assert_close(got, expected)
@@ -59,7 +59,7 @@ def test_other_kinds_of_tensors_have_other_plans(other: Callable[[Tensor], Tenso
     )
 
 
-def test_a_signature_has_all_that_a_plan_reads_of_a_tensor() -> None:
+def test_a_signature_has_everything_that_a_plan_reads_from_a_tensor() -> None:
     x = torch.randn(6, 5, requires_grad=True).t()[1:]
     key = signature(elementwise.RELU, (x,), True)
     (spec,) = with_specs(elementwise.RELU, (x,), True)

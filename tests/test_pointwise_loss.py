@@ -54,7 +54,7 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> Non
 
 @pytest.mark.thresholds
 @grid(loss=[loss for loss in BROADCASTING if loss.op.warns])
-def test_a_warning_of_a_small_call_names_its_line(loss: Loss) -> None:
+def test_a_warning_in_a_small_call_names_its_line(loss: Loss) -> None:
     given = loss.draw([(3, 5), (5,)])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", UserWarning)
@@ -174,7 +174,7 @@ def test_a_scalar_target_promotes_as_in_torch(
 
 @pytest.mark.interpreted
 @grid(loss=LOSSES, dtype=FLOATS, size=[6, 6 * 7, 6 * 50], reduction=REDUCTIONS)
-def test_special_values_equal_torchs(
+def test_special_values_match_torch(
     loss: Loss, dtype: torch.dtype, size: int, reduction: str
 ) -> None:
     special = torch.tensor(SAMPLES[loss.op.name].special).to(dtype)
@@ -192,7 +192,7 @@ def test_special_values_equal_torchs(
 
 
 @grid(loss=[loss for loss in FIRST if loss.op.clamps])
-def test_losses_whose_clamp_has_another_derivative_in_torch(
+def test_losses_whose_clamp_has_a_different_derivative_in_torch(
     loss: Loss, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The C++ kernels have torch 2.13's derivative at a bound; programs have the installed one."""

@@ -621,7 +621,7 @@ def test_the_summary_of_lost_time() -> None:
     )
 
 
-def test_kernel_times_are_at_most_the_programs() -> None:
+def test_kernel_times_do_not_exceed_the_time_of_the_program() -> None:
     """Estimates include backward passes that the program may not run."""
     _, *rows, (last,), (verdict,) = summary(0.211, KERNELS)
     assert [row[3:] for row in rows] == [["0.200 s", "0.900 s"], ["0.011 s", "0.011 s"]]
@@ -673,7 +673,7 @@ def test_warnings_name_the_same_lines(tmp_path: Path) -> None:
     assert got.stdout == expected.stdout
 
 
-def test_threads_do_not_compare_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_compare_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
     """The times of all comparisons are subtracted from the time of the program."""
 
     def slow(*_: Any) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Random sequences of calls with few layouts, in which everything else varies, compared with torch.
+"""Random sequences of calls that share a few layouts, but nothing else, compared with torch.
 
-Plans are cached across calls, so a plan that wrongly keeps something of an earlier call gives wrong
+Plans are cached across calls, so a plan that wrongly keeps state of an earlier call gives wrong
 results. ``python tests/test_sequences.py 100000`` runs as many calls.
 """
 
@@ -173,7 +173,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("seed", range(1 if interpreter.ON else 3))
-def test_sequences_of_calls_equal_torchs(seed: int) -> None:
+def test_sequences_of_calls_match_torch(seed: int) -> None:
     calls = 60 if interpreter.ON else 400
     with quiet():
         assert run(seed, calls).raised < calls / 4

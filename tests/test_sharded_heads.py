@@ -497,7 +497,7 @@ def test_tensor_parallel_heads_do_not_exchange_logits(ranks: list[dict[Any, Comp
         assert max(size for _, size in found.collectives) == BATCH * LENGTH * FEATURES
 
 
-def test_processes_may_differ(ranks: list[dict[Any, Compared]]) -> None:
+def test_a_first_loss_that_differs_in_one_process(ranks: list[dict[Any, Compared]]) -> None:
     """The first loss differs from torch's in one of them, which restores the forward."""
     results = [rank[DIFFERS] for rank in ranks]
     assert [found.outcome for found in results] == ["fused", "told"]

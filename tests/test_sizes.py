@@ -179,7 +179,7 @@ def stub_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_COPIED", 1 << 20)
 
 
-def test_the_two_numbers_of_a_gpu_are_measured_and_kept(
+def test_host_time_and_bandwidth_of_a_gpu_are_measured_and_stored(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.undo()

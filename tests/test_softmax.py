@@ -65,7 +65,7 @@ def both(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Tensor], .
 
 
 def assert_alike(ours: Callable[..., Tensor], of_torch: Callable[..., Tensor], x: Tensor) -> None:
-    """In half precision, the rounding of an output affects the gradient, and sums of it."""
+    """Compares values and gradients; in half precision, the rounded output affects the gradient."""
     got, expected = evaluate(ours, x), evaluate(of_torch, x)
     eps = torch.finfo(expected.value.dtype).eps
     half = expected.value.dtype in HALF
@@ -77,7 +77,7 @@ def assert_alike(ours: Callable[..., Tensor], of_torch: Callable[..., Tensor], x
 
 @pytest.mark.interpreted
 @grid(name=NAMES, case=SHAPES, dtype=FLOATS, isa=ISAS)
-def test_as_accurate_as_torchs(
+def test_as_accurate_as_torch(
     name: str,
     case: tuple[tuple[int, ...], int],
     dtype: torch.dtype,

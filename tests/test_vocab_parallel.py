@@ -517,7 +517,7 @@ def test_metrics_of_log_probs_of_processes_together(ranks: list[Any]) -> None:
         torch.testing.assert_close(torch.cat(gradients, 1), expected[-1], equal_nan=True)
 
 
-def test_the_definition_of_metrics(ranks: list[Any]) -> None:
+def test_definition_of_metrics(ranks: list[Any]) -> None:
     for in_order, dims in itertools.product((True, False), ((), (2,))):
         logits, target = special_logits(torch.float64, dims)
         _, expected = catalogue.cross_entropy(
@@ -539,7 +539,7 @@ def test_metrics_are_gathered_once(ranks: list[Any]) -> None:
 
 
 def tolerance_of(expected: Tensor) -> dict[str, float]:
-    """Sums with both signs are rounded like their terms, and second derivatives are large."""
+    """The error of a sum is relative to its largest term; second derivatives are large."""
     if not expected.is_floating_point():
         return {}
     rounding = 1e-5 if expected.dtype is torch.float32 else 1e-11

@@ -68,7 +68,7 @@ def judged(
 
 
 @pytest.mark.parametrize("target", ahead.SOME)
-def test_what_is_wrong_is_found(target: str) -> None:
+def test_bad_kernels_are_detected(target: str) -> None:
     assert judged(target) == []
     assert judged(target, step=3) == ["narrow loads"]
     assert judged(target, spread=3) == ["narrow stores"]
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_found(target: str) -> None:
     assert judged(target, block=elements, warps=1) == ["spills"]
 
 
-def test_too_many_launches_and_what_fails_to_compile_are_found() -> None:
+def test_too_many_launches_and_compilation_errors_are_detected() -> None:
     softmax = next(case for case in ahead.all_cases() if case.name == "softmax float32 4096x1000")
     assert [f.wrong for f in ahead.compile_cases("sm_90", [softmax])] == [""]
     unwanted = replace(softmax, launches=0)

@@ -214,7 +214,7 @@ COMPILED: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # Inductor's advice
-def test_a_compiled_call_is_the_eager_one(
+def test_a_compiled_call_equals_the_eager_call(
     call: Callable[[Any, Tensor, Tensor], Tensor],
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,

@@ -98,7 +98,7 @@ CASES = (
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_arguments_equal_tritons(name: str, recorder: Driver) -> None:
+def test_arguments_equal_those_of_triton(name: str, recorder: Driver) -> None:
     case = next(case for case in ahead.all_cases() if case.name == name)
     by_triton = lambda run, programs, *arguments: run.by_triton(programs, arguments)  # noqa: E731
     with patch.object(launch.Launch, "__call__", by_triton):
