@@ -48,11 +48,11 @@ test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" selects some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected
 
-test-machines: $(BUILD) $(TOOLS) ## run tests with the code that libraries use on other processors (15 minutes)
+test-machines: $(BUILD) $(TOOLS) ## run tests with the code paths that libraries use on other processors (15 minutes)
 	$(BIN)/python tests/machines.py $(PYTEST_ARGS)
 
 test-full: override PYTEST_ARGS += --full
-test-full: test ## test with every combination of parameters, and with slow tests
+test-full: test ## run all tests, with every combination of parameters
 
 INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
 
@@ -86,7 +86,7 @@ bench-compare: $(BUILD) $(TOOLS) ## compare kernels with another revision: make 
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
 
-bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list calls that are slower than torch's (20 minutes)
+bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than in torch (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
 docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its links, code and spelling

@@ -76,7 +76,7 @@ def busy(options: Namespace) -> None:
         tails = [f"{theirs:,.4g}", f"{ours:,.4g}", f"{theirs / ours:.2f}"]
         rows.append([case.name, *cells(times), *tails])
     names = ["torch, ms", "pyfused, ms", "ratio", "torch, 90th", "pyfused, 90th", "ratio, 90th"]
-    print(tabulated(["forward+backward, beside other work", *names], rows, names=1))
+    print(tabulated(["forward+backward, under load", *names], rows, names=1))
 
 
 # ---- workers -------------------------------------------------------------------------------------
@@ -341,9 +341,9 @@ def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
 
 
 def formulas(options: Namespace) -> None:
-    """Times the formulas of `examples/formulas.py` against eager and compiled torch.
+    """Compares the formulas of `examples/formulas.py` with eager and compiled torch.
 
-    Some are also compared with kernels written by hand. Small tensors, which fit into cache, run on
+    Some are also compared with hand-written kernels. Small tensors, which fit into cache, run on
     one thread; large tensors run on all.
     """
     sys.path.append(str(ROOT / "examples"))

@@ -261,26 +261,28 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("busy", "pairs.busy", "time the headline cases under load", named)
     add("--seconds", type=float, default=10, help="time per case")
-    add = command("compare", "pairs.compare", "time a revision and the working tree", named)
+    words = "compare the kernels of a revision and of the working tree"
+    add = command("compare", "pairs.compare", words, named)
     add("base", help="a git revision")
     add("--seconds", type=float, default=0.7, help="time per case and mode")
     add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
     add("--busy", action="store_true", help="time under load")
-    add = command("allocators", "pairs.allocators", "time large cases by allocator", named)
+    words = "time large cases with each allocator setting"
+    add = command("allocators", "pairs.allocators", words, named)
     add("--seconds", type=float, default=12, help="time per case")
     add("--json", type=Path, help="also write the results to this file, for the report")
     words = "time programs under torch.compile, with torch's operators and with pyfused's"
     add = command("compiled", "pairs.compiled", words, named)
     add("--seconds", type=float, default=3, help="time per case and mode")
-    words = "measure the overhead of a call of 80 elements, compared to torch"
+    words = "measure the overhead of calls on 80 elements, compared with torch"
     add = command("overhead", "pairs.overhead", words, named)
     add("--rounds", type=int, default=101, help="rounds of 200 calls")
 
-    words = "time users' formulas against torch, compiled torch and kernels written by hand"
+    words = "compare users' formulas with eager and compiled torch, and with hand-written kernels"
     add = command("formulas", "pairs.formulas", words, named)
     add("--seconds", type=float, default=2, help="time per formula and size")
 
-    words = "time calls of random shapes; exit with 1 if one is slower than torch's"
+    words = "time calls of random shapes; exit with 1 if any is slower than in torch"
     add = command("sweep", "sweep.sweep", words, declared)
     add("--threads", nargs="+", type=int, default=[1, 2], help="the numbers of threads")
     add("--seconds", type=float, default=0.08, help="time per call")
@@ -288,14 +290,19 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", type=int, default=6, help="shapes per operator and dtype")
     add("--minutes", type=float, default=20, help="the time limit")
     add("--seed", type=int, help="the seed of another run, to repeat its shapes")
-    add("--how", choices=("called", "patched", "compiled"), default="called", help="use of pyfused")
+    add(
+        "--how",
+        choices=("called", "patched", "compiled"),
+        default="called",
+        help="how calls are made",
+    )
 
-    words = "time a language model's head and loss, and write docs/language-models.md"
+    words = "time a language model's head and loss, and update docs/language-models.md"
     add = command("head", "head.head", words)
-    add("--quick", action="store_true", help="time the first case only, and write no page")
+    add("--quick", action="store_true", help="time only the first case, and do not update the page")
     words = "time training steps of the examples' GPT in float32 and under bfloat16 autocast"
     add = command("steps", "steps.steps", words)
-    add("--rounds", type=int, default=9, help="rounds of one step")
+    add("--rounds", type=int, default=9, help="number of rounds, of one step each")
     add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
     words = "measure speed-up and error of linear_cross_entropy's filter_eps on a trained model"
     add = command("filter-eps", "head.filter_eps", words)
@@ -303,11 +310,11 @@ def parser() -> argparse.ArgumentParser:
 
     for name, module, words in (
         ("gpu", "gpu", "time the cases on a GPU"),
-        ("gpu-launch", "gpu", "time launch choices"),
-        ("gpu-variants", "gpu_variants", "time variants of kernels against the shipped ones"),
-        ("gpu-smoke", "gpu_use", "run one kernel of each family, and compare with torch"),
+        ("gpu-launch", "gpu", "time the chosen block sizes and warps, and their neighbours"),
+        ("gpu-variants", "gpu_variants", "compare experimental variants with the current kernels"),
+        ("gpu-smoke", "gpu_use", "run one kernel of each family, and compare it with torch"),
         ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),
-        ("gpu-host", "gpu_use", "time the host in calls on a GPU"),
+        ("gpu-host", "gpu_use", "measure the host time of calls on a GPU"),
         ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
         ("gpu-training", "gpu_use", "time a training step of GPT-2 on a GPU"),
     ):

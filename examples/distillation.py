@@ -141,14 +141,14 @@ def main() -> None:
     )
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS)
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--tokens", type=Path, help="keep the tokenised text in this file")
+    parser.add_argument("--tokens", type=Path, help="cache the tokenised text in this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = gpt.load(arguments.tokens or Path(folder, "tokens.pt"))
         losses = run(text, arguments.teacher_steps, arguments.steps)
     require_equal(*losses.values(), TOLERANCE)
     if not losses["pyfused"][-1] < losses["pyfused"][0]:
-        sys.exit("the student has not come closer to the teacher")
+        sys.exit("the student's divergence from the teacher has not decreased")
 
 
 if __name__ == "__main__":

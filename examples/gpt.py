@@ -242,7 +242,7 @@ def main() -> None:
     )
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: all, in turn")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--tokens", type=Path, help="keep the tokenised text in this file")
+    parser.add_argument("--tokens", type=Path, help="cache the tokenised text in this file")
     parser.add_argument(
         "--worker", action="store_true", help="take a step for each line read, print it as JSON"
     )

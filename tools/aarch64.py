@@ -14,7 +14,7 @@ FOLDER = BUILD / "aarch64"
 SYSTEM, SITE = FOLDER / "system", FOLDER / "site"
 DEBIAN, VERSION = "bookworm", "3.11"
 PYTHON = SYSTEM / "usr/bin/python-in-qemu"
-# Runs Python under qemu. argv[0] is the wrapper, so sys.executable is, too, and tests can start it.
+# Runs Python under qemu. argv[0], and thus sys.executable, is this wrapper, so tests can start it.
 WRAPPER = f"""#!/bin/sh
 exec qemu-aarch64 -cpu neoverse-n1 -L {SYSTEM} -0 "$0" {SYSTEM}/usr/bin/python{VERSION} "$@"
 """
@@ -27,7 +27,7 @@ CHOSEN = (
     " and (not bitwise or (rows and mean and float32))"
     " and not data_loader and not instruction_set and not before_use"
 )
-# Files that torch reads at import. qemu would show it the host's files, on which torch crashes.
+# Files that torch reads at import. With the host's files, which qemu passes through, torch crashes.
 HARDWARE = {
     "proc/cpuinfo": "".join(
         f"processor: {i}\nFeatures: fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp\n"

@@ -77,9 +77,9 @@ def build(folder: Path, package: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write it; what was there is deleted")
+    parser.add_argument("folder", type=Path, help="the output folder; an earlier output is deleted")
     folder = parser.parse_args().folder
     if folder.exists() and not (folder / "build.toml").exists():
-        sys.exit(f"folder: expected a new one or one that this has written, got {folder}")
+        sys.exit(f"folder: expected a new folder or an earlier output, got {folder}")
     write(folder)
     print(f"written to {folder}")
