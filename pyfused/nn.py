@@ -1,7 +1,7 @@
 """Fused counterparts of ``torch.nn``'s modules: subclasses that override ``forward``.
 
 A class without a docstring takes the arguments of torch's class of the same name and calls the
-function of :mod:`pyfused.functional`. Other names, such as ``Linear``, are torch's.
+function of :mod:`pyfused.functional`. Other names, such as ``Linear``, come from torch.
 """
 
 # mypy: disable-error-code="arg-type"
