@@ -199,7 +199,7 @@ template <class Half> PYFUSED_INLINE __m256 load_row(const Half* x, EveryLane) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)), Half{});
 }
 
-PYFUSED_INLINE __m128i nearest(__m256 x, bfloat16) {  // as narrow() in vec.h
+PYFUSED_INLINE __m128i nearest(__m256 x, bfloat16) {  // rounds like narrow() in vec.h
   const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
   const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));

@@ -164,7 +164,8 @@ template <class Half> PYFUSED_INLINE __m512 load_row(const Half* x, EveryLane) {
 PYFUSED_INLINE void store_row(__m512 x, float* to, RowMask mask) {
   _mm512_mask_storeu_ps(to, mask, x);
 }
-PYFUSED_INLINE void store_row(__m512 x, bfloat16* to, RowMask mask) {  // as narrow() in vec.h
+// Rounds like narrow() in vec.h.
+PYFUSED_INLINE void store_row(__m512 x, bfloat16* to, RowMask mask) {
   const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
   const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));

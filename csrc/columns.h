@@ -36,8 +36,8 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   const Positions& shape;
   const int64_t first, n;
   const bool streams;  // outputs larger than the cache use non-temporal stores
-  const A scale;       // of the elements that for_tiles loads
-  alignas(kVectorBytes) Lanes sum;  // of exp(x - max)
+  const A scale;       // multiplies the elements that for_tiles loads
+  alignas(kVectorBytes) Lanes sum;  // the sum of exp(x - max)
   alignas(kVectorBytes) Lanes log_sum;
   alignas(kVectorBytes) A max[kColumns];
   Lines<A> x;                    // the tile that for_tiles has loaded

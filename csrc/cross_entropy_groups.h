@@ -42,7 +42,7 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
   const CrossEntropyBatch<T>& ce;
   double one_hot[kSquare], scale[kSquare], loss[kSquare];
   float target_logit[kSquare];
-  float factor[kSquare];     // of exp(x - max) in the gradient
+  float factor[kSquare];     // multiplies exp(x - max) in the gradient
   float at_target[kSquare];  // the gradient at the target
 
   void read_targets(const T* x, int64_t stride) {

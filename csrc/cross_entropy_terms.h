@@ -52,7 +52,7 @@ struct CrossEntropyOptions {
   double z_loss = 0;
   double scale = 1;
   int64_t token_weight = 0;           // address of one A for each position; 0 for ones
-  std::optional<double> denominator;  // of the mean; the summed weight of valid targets if absent
+  std::optional<double> denominator;  // by default, the summed weight of valid targets
 };
 
 template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {

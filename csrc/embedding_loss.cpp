@@ -29,11 +29,11 @@ constexpr int64_t kTile = kChunk, kTileRows = 128;
 template <class T, int kInputs> struct EmbeddingTile {
   using A = Accumulate<T>;
 
-  int64_t rows = 0, features = 0;         // of the tile
+  int64_t rows = 0, features = 0;         // the size of the tile
   std::array<const A*, kInputs> x{};      // the inputs
   std::array<int64_t, kInputs> stride{};  // between the rows of an input
   RowSum<A> sums[kTileRows][3];
-  double scale[kTileRows];  // of the gradients
+  double scale[kTileRows];  // multiplies the gradients
   double target[kTileRows];
   double loss[kTileRows];
   A factors[3][kTileRows];

@@ -38,8 +38,8 @@ template <class T> struct EmbeddingLoss {
   bool euclidean, swap;
   bool inclusive;  // whether the derivative of max(0, x) at 0 is 1 rather than 0
   double denominator;  // what the sum of the losses and the gradients are divided by
-  const A* grad_output;  // of each row; null for ones
-  A* losses;  // of each row; null if not computed
+  const A* grad_output;  // one for each row; null for ones
+  A* losses;  // one for each row; null if not computed
   A* sum;  // their sum; null if not computed
   std::array<T*, 3> gradients;  // (N, D), dense; null if not computed
   int threads;

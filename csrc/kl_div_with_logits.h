@@ -34,7 +34,7 @@ template <class T> struct KlDiv {
   bool each;  // a loss for each row; otherwise one, their sum
   const A* grad_output;  // for each row if there is a loss for each, else one; null for ones
   A* loss;  // null if not computed
-  T* grad;  // of the student; may be its logits; null if not computed
+  T* grad;  // the student's; may be its logits; null if not computed
   int64_t grad_stride;
   int threads;
 };

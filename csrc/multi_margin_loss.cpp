@@ -90,7 +90,7 @@ double multilabel_margin_row(const MultiMargin<T>& mm, int64_t row, double scale
 
 template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
   using A = Accumulate<T>;
-  const int64_t targets = mm.multilabel ? mm.classes : 1;  // of a row
+  const int64_t targets = mm.multilabel ? mm.classes : 1;  // per row
   const bool each = mm.reduction == Reduction::none;
   const double denominator = mm.reduction == Reduction::mean ? double(mm.rows) : 1;
   const int64_t size = rows_of_block(mm.classes), blocks = (mm.rows + size - 1) / size;

@@ -159,8 +159,8 @@ struct Work {
   int64_t step;
   Blocks body;
   const void* data;
-  char* memory;  // of the first thread; the other threads' follows
-  size_t bytes;  // of each thread
+  char* memory;  // all threads' memory, the first thread's first
+  size_t bytes;  // per thread
   unsigned control = float_control();
 };
 

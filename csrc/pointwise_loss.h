@@ -23,9 +23,9 @@ constexpr int kOperands = 4;  // at most
 template <class A> struct LossChunk {
   int64_t n;
   std::array<const A*, kOperands> operands;
-  A scale;    // of the gradients
-  Sum* sum;   // the losses are added to it; null to write them
-  A* value;   // to here
+  A scale;    // multiplies the gradients
+  Sum* sum;   // accumulates the losses; if null, they are written to `value`
+  A* value;
   std::array<A*, kOperands> gradients;
 };
 
@@ -62,14 +62,14 @@ template <class T> struct PointwiseLoss {
   std::array<Operand<T>, kOperands> operands;
   Parameters parameters;
   Operand<T> weight;
-  double denominator;           // of the mean; 1 for the others
+  double denominator;           // of a mean; 1 for other reductions
   Operand<T> grad_output;
   T* each;                      // n losses, or null
   A* reduced;                   // their sum / denominator, or null
   std::array<T*, kOperands> gradients;  // null if not computed
   int threads;
-  int64_t columns = 0;            // of operands and gradients in rows; 0 for one row
-  int64_t gradient_row_step = 0;  // of gradients in rows
+  int64_t columns = 0;  // the number of columns of operands and gradients; 0 for one row
+  int64_t gradient_row_step = 0;  // from one row of the gradients to the next
 };
 
 // Formula: LossFormula, or ProgramFormula of program.h.

@@ -41,9 +41,9 @@ template <class T> class RowGroup {
         last(first_of_row(classes - (width - kSquare))) {}
 
   const int64_t classes, width, first, n;
-  const RowMask last;  // of a row's last register
+  const RowMask last;  // the mask of a row's last register
   alignas(kVectorBytes) float max[kSquare];
-  alignas(kVectorBytes) float sum[kSquare];       // of exp(x - max)
+  alignas(kVectorBytes) float sum[kSquare];       // the sum of exp(x - max)
   alignas(kVectorBytes) float e[kGroupElements];  // exp(x - max)
 
   // The group's first row in memory, and the distance of its rows.

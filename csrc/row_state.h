@@ -58,7 +58,7 @@ template <class D> struct RowFields {
 struct ResultGradients {
   const void* data;
   int64_t stride, row_stride;
-  int count, bytes;  // of results, and of each number
+  int count, bytes;  // the number of results; the bytes of each number
   double at(int field, int64_t row) const {
     if (field >= count) return 0;
     const int64_t i = field * stride + row * row_stride;
@@ -79,7 +79,7 @@ template <class T> struct LogitRows {
 };
 
 template <class T> struct RowGradients {
-  RowFields<const double> state;  // of all classes
+  RowFields<const double> state;  // over all classes
   ResultGradients grad_results;
   T* grad;  // may be the logits
   int64_t stride;

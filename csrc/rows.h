@@ -59,7 +59,7 @@ template <class T> class Normalizer {
 
  public:
   A pivot = kLowest;  // at most 7 below the largest element
-  double sum = 0;     // of exp(x - pivot)
+  double sum = 0;     // the sum of exp(x - pivot)
   A pivots[kKept<T> / kChunk + 1];         // the pivot that each chunk was summed against
   alignas(kVectorBytes) A kept[kKept<T>];  // exp(x - pivots), where the row keeps it
 

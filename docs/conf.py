@@ -39,7 +39,7 @@ highlight_language = "none"  # blocks without a language are plain text
 python_maximum_signature_line_length = 88  # longer signatures have a line for each parameter
 nitpicky = True  # a reference without a target is an error
 nitpick_ignore = [
-    ("py:class", "Tensor"),  # of fields of a NamedTuple
+    ("py:class", "Tensor"),  # the type of fields of a NamedTuple
     ("py:class", "collections.abc.Callable"),
     ("py:class", "typing.Unpack"),
     ("py:class", "pyfused.adopt.convert.Model"),  # type variables

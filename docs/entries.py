@@ -670,18 +670,18 @@ loss.backward()
     "log_probs": """
 logits = torch.randn(64, 1000, requires_grad=True)
 tokens = torch.randint(1000, (64,))  # sampled by an older policy
-old_log_p, advantage = torch.full((64,), -7.0), torch.randn(64)  # of that policy
-found = F.log_probs(logits, tokens, return_entropy=True)
-ratio = (found.log_probability - old_log_p).exp()
-loss = -(ratio * advantage).mean() - 0.01 * found.entropy.mean()
+old_log_p, advantage = torch.full((64,), -7.0), torch.randn(64)  # computed with that policy
+result = F.log_probs(logits, tokens, return_entropy=True)
+ratio = (result.log_probability - old_log_p).exp()
+loss = -(ratio * advantage).mean() - 0.01 * result.entropy.mean()
 loss.backward()
 """,
     "linear_log_probs": """
 hidden = torch.randn(64, 32, requires_grad=True)  # the output of a model's last layer
 head = torch.nn.Linear(32, 1000, bias=False)
 tokens = torch.randint(1000, (64,))
-found = F.linear_log_probs(hidden, head.weight, tokens, return_lse=True)
-loss = -found.log_probability.mean() + 1e-4 * found.log_sum_exp.square().mean()
+result = F.linear_log_probs(hidden, head.weight, tokens, return_lse=True)
+loss = -result.log_probability.mean() + 1e-4 * result.log_sum_exp.square().mean()
 loss.backward()
 """,
     "nll_loss": """

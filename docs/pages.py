@@ -135,7 +135,7 @@ def arguments(
             table.append(f"   * - {', '.join(f'``{name}``' for name in names)}")
             table.append(f"     - {_default(parameters, names)}")
             table.append(f"     - {match[2]}")
-        else:  # of the row before, 8 deep in the docstring
+        else:  # continues the previous row; the docstring indents it by 8
             table.append(line and f"       {line[8:]}")
     lines[start:end] = [*table, ""]
 

@@ -45,7 +45,7 @@ WITH_OPTIONS = (
     LINEAR_CROSS_ENTROPY,
 )  # they have more options and results than torch's functions
 SHAPE = (6, 5)
-RANK = 2  # of adapters, which take the last features of the input
+RANK = 2  # the rank of adapters, which use the last features of the input
 
 # Values of each option; the examples use the middle one.
 OPTIONS: dict[str, list[Any]] = {

@@ -494,7 +494,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler, from 2.14 on
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised by torch's compiler from 2.14 on
 def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
     if (name, when) == ("compiled", "before"):
         pytest.skip("convert refuses a model with a compiled part")
@@ -798,7 +798,7 @@ def test_recorded_operators(name: str, losses: list[Tensor]) -> None:
         loss = model(X)
         found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
-    assert losses  # without a warning of a read
+    assert losses  # and no warning about a read
 
 
 INDICES = 0, -1, slice(None), slice(1, None), slice(None, None, 2), ..., None, slice(0, X[0, 1])
@@ -811,7 +811,7 @@ def test_indices_of_whole_rows(dimensions: int) -> None:
     for count in range(dimensions + 2):
         for index in itertools.product(INDICES, repeat=count):
             if deferred._keeps_rows(index, dimensions):
-                with contextlib.suppress(IndexError):  # of torch
+                with contextlib.suppress(IndexError):  # raised by torch
                     found += 1
                     torch.testing.assert_close(F.linear(hidden[index], weight), logits[index])
     assert found > 5

@@ -25,7 +25,7 @@ from pyfused.backends import cpu
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
 # Combinations of log-probability, entropy and log-sum-exp that have a gradient.
-CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]  # of results
+CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]
 CHOICES = CHOICES[::3] if interpreter.ON else CHOICES  # (0), (0, 1), (0, 1, 2)
 SHAPES: dict[str, tuple[int, ...]] = {"rows": (12, 70), "one": (70,), "kdim": (5, 9, 3, 2)}
 if backend is cpu:
