@@ -32,13 +32,13 @@ IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.skipif("THP_MEM_ALLOC_ENABLE" in os.environ, reason="measured by default")
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux has the peak")
+@pytest.mark.skipif("THP_MEM_ALLOC_ENABLE" in os.environ, reason="measured without huge pages")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_memory(pytestconfig: pytest.Config, case: Case, implementation: str) -> None:
     if "inplace" in implementation and case.op != "cross_entropy":
-        pytest.skip("its own to cross_entropy")
+        pytest.skip("only cross_entropy has this option")
     command = [sys.executable, __file__, implementation, str(CASES.index(case))]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = {

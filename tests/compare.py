@@ -48,12 +48,12 @@ def evaluate(
     value = operator(*args, **kwargs)
     if not leaves:
         return Outcome(value, [])
-    grad_output = evaluate_upstream(value.shape).to(value)
+    grad_output = random_grad_output(value.shape).to(value)
     gradients = torch.autograd.grad(value, leaves, grad_output)
     return Outcome(value.detach(), list(gradients))
 
 
-def evaluate_upstream(shape: tuple[int, ...]) -> Tensor:
+def random_grad_output(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5), device="cpu")
 
 

@@ -87,9 +87,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cpu") and backend is not cpu:
-        pytest.skip("cpu: holds for the C++ kernels alone")
+        pytest.skip("cpu: applies only to the C++ kernels")
     if item.get_closest_marker("thresholds") and sizes.FORCED:
-        pytest.skip("thresholds: no size is torch's where a backend is forced")
+        pytest.skip("thresholds: a forced backend runs kernels at every size")
     if item.get_closest_marker("large") and not grid.FULL:
         pytest.skip("large: run with --full")
 

@@ -38,7 +38,7 @@ class Sample:
         heavy: Whether one element, and its rounding error, may dominate all others.
         large: The factor for large values for which torch's exponential stays finite.
         special: Special values, of which all pairs are tried.
-        judges_float64: Whether the definition is more accurate than float64.
+        beyond_float64: Whether the definition is more accurate than float64.
     """
 
     define: Callable[..., tuple[Extended, ...]] = None  # type: ignore[assignment]
@@ -48,7 +48,7 @@ class Sample:
     heavy: bool = False
     large: float = 1e4
     special: tuple[float, ...] = (1.0, NAN, INF, -INF, -0.0, 3e38)
-    judges_float64: bool = True
+    beyond_float64: bool = True
 
 
 def quantile_loss(input: Extended, target: Extended, quantile: float = 0.5) -> tuple[Extended, ...]:
@@ -184,7 +184,7 @@ def of_torch(op: Activation | PointwiseLoss, sample: Sample | None) -> Sample:
     loss = "reduction" in op.arguments
     other = {s.name: values_to_try(op, s.name)[-1] for s in op.scalars}
     sample = sample or Sample(tried=({}, other) if loss and other else ({},))
-    return replace(sample, define=define, judges_float64=False)
+    return replace(sample, define=define, beyond_float64=False)
 
 
 for _op in OPERATORS.values():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import FLOATS, Errors, evaluate, evaluate_upstream, exactly, extended
+from compare import FLOATS, Errors, evaluate, exactly, extended, random_grad_output
 from conftest import ISAS, KernelCalls
 from grid import grid
 from samples import ACTIVATIONS, GATED, LOSSES, SAMPLES, Loss, target_indices, target_probabilities
@@ -101,7 +101,7 @@ def add_errors(
 def gradient_term(target: Tensor, weight: Tensor | None, reduction: str) -> float:
     """Returns the largest term that the softmax is subtracted from: weight times target, scaled."""
     rows = target.numel() if not target.is_floating_point() else target[:, 0].numel()
-    grad_output = evaluate_upstream((rows,) if reduction == "none" else ()).abs().max().item()
+    grad_output = random_grad_output((rows,) if reduction == "none" else ()).abs().max().item()
     term = target.max().item() if target.is_floating_point() else 1.0
     term *= weight.max().item() if weight is not None else 1.0
     return term * grad_output / (rows if reduction == "mean" else 1)
@@ -127,14 +127,14 @@ def extended_cross_entropy(
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     loss = -(weighted * log_p).sum(-1) / denominator
     gradient = np.exp(log_p) * weighted.sum(-1, keepdims=True) - weighted
-    grad_output = extended(evaluate_upstream((rows,) if reduction == "none" else ()))
+    grad_output = extended(random_grad_output((rows,) if reduction == "none" else ()))
     gradient *= grad_output[..., None] / denominator
     return loss if reduction == "none" else loss.sum(), gradient
 
 
-def skip_unless_judged(dtype: torch.dtype, op: Operator | None = None) -> None:
-    if dtype == torch.float64 and op is not None and not SAMPLES[op.name].judges_float64:
-        pytest.skip("what it is held to is torch's own")
+def skip_without_reference(dtype: torch.dtype, op: Operator | None = None) -> None:
+    if dtype == torch.float64 and op is not None and not SAMPLES[op.name].beyond_float64:
+        pytest.skip("the reference is not more accurate than float64")
     if dtype == torch.float64 and np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps:
         pytest.skip("this platform's long double is no wider than float64")
 
@@ -143,7 +143,7 @@ def skip_unless_judged(dtype: torch.dtype, op: Operator | None = None) -> None:
 def test_cross_entropy_few_classes(
     classes: int, kind: str, dtype: torch.dtype, isa: str, kernel_calls: KernelCalls
 ) -> None:
-    skip_unless_judged(dtype)
+    skip_without_reference(dtype)
     check_options(kind, [(65, classes)], dtype, OPTIONS)
     assert kernel_calls["cross_entropy"] >= len(OPTIONS) or classes == 1  # torch is exact
 
@@ -152,7 +152,7 @@ def test_cross_entropy_few_classes(
 def test_cross_entropy_many_classes(
     classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
-    skip_unless_judged(dtype)
+    skip_without_reference(dtype)
     check_options(kind, [(5, classes)], dtype, OPTIONS)
     assert kernel_calls["cross_entropy"] >= len(OPTIONS)
 
@@ -161,7 +161,7 @@ def test_cross_entropy_many_classes(
 def test_cross_entropy_vocabularies(
     classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
-    skip_unless_judged(dtype)
+    skip_without_reference(dtype)
     options = [
         ("index", False, 0.0, "none"),
         ("index", False, 0.1, "mean"),
@@ -192,7 +192,7 @@ def test_cross_entropy_with_classes_not_last(
 @grid(dtype=FLOATS, kind=LOGITS)
 def test_gradient_to_probabilities(dtype: torch.dtype, kind: str) -> None:
     if dtype == torch.float64:
-        pytest.skip("float64 against float64 says nothing; finite differences do")
+        pytest.skip("needs a more accurate reference; finite differences check float64")
     errors = Errors()
     for classes, reduction in product((1, 3, 17, 33, 129, 1025), ("none", "mean", "sum")):
         logits, target = make(kind, (9, classes), dtype, "probabilities")
@@ -225,9 +225,9 @@ SIZES = (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097)
 def test_pointwise_losses(
     loss: Loss, dtype: torch.dtype, large: bool, weighted: bool, isa: str
 ) -> None:
-    skip_unless_judged(dtype, loss.op)
+    skip_without_reference(dtype, loss.op)
     if large and dtype == torch.float16:
-        pytest.skip("squares of more overflow, in torch sooner than they have to")
+        pytest.skip("the squares overflow, in torch earlier than necessary")
     scale = SAMPLES[loss.op.name].large if large else 1.0
     errors = Errors()
     many = (100_001,) if loss is LOSSES[0] else ()  # the sums of all losses are alike
@@ -238,7 +238,7 @@ def test_pointwise_losses(
         options = loss.parameters | {"reduction": reduction}
         got = evaluate(loss.ours, **given, **options)
         of_torch = evaluate(loss.reference, **given, **options)
-        grad_output = evaluate_upstream(got.value.shape).to(dtype)
+        grad_output = random_grad_output(got.value.shape).to(dtype)
         exact = loss.exact(given, reduction, grad_output)
         errors.add("value", got.value, of_torch.value, exact.value, exact.terms)
         for name, ours, theirs in zip(
@@ -251,7 +251,7 @@ def test_pointwise_losses(
 
 @grid(op=[*ACTIVATIONS, *GATED], dtype=FLOATS, scale=[0.1, 1.0, 10.0, 1e4], isa=ISAS)
 def test_activations(op: Activation | Gated, dtype: torch.dtype, scale: float, isa: str) -> None:
-    skip_unless_judged(dtype, op)
+    skip_without_reference(dtype, op)
     errors = Errors()
     for size, options in product(SIZES, SAMPLES[op.name].tried):
         inputs = [(scale * torch.randn(size)).to(dtype).requires_grad_() for _ in op.operands]
@@ -259,7 +259,7 @@ def test_activations(op: Activation | Gated, dtype: torch.dtype, scale: float, i
             evaluate(f, *inputs, **options) for f in (getattr(functional, op.name), op.reference)
         )
         value, *derivatives = SAMPLES[op.name].define(*map(extended, inputs), **options)
-        grad_output = extended(evaluate_upstream((size,)).to(dtype))
+        grad_output = extended(random_grad_output((size,)).to(dtype))
         cancels = float(abs(extended(inputs[0])).max()) if SAMPLES[op.name].cancels else 0.0
         errors.add("value", ours.value, theirs.value, value, cancels)
         term = float(abs(grad_output).max())

@@ -30,7 +30,7 @@ def ours(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
     if not inplace:
         return partial(getattr(fused, op.name), **op.required)
     if not overwrites(op):
-        pytest.skip("torch does not overwrite")
+        pytest.skip("torch has no in-place variant")
     if op.name in IN_TORCH:
         return patched(op)
     return partial(getattr(fused, op.name), **op.required, inplace=True)
@@ -99,15 +99,15 @@ def test_nan_infinities_and_signed_zeros(
 def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -> None:
     """Compares gradients at kinks, and with NaN and infinite grad_output."""
     points = torch.tensor([NAN, -1.0, 1.0, *extremes(dtype)], dtype=dtype)
-    upstreams = torch.tensor([2.0, NAN, INF, -0.0]).to(dtype)
+    grad_outputs = torch.tensor([2.0, NAN, INF, -0.0]).to(dtype)
     x = points.repeat_interleave(4).requires_grad_()
-    grad_output = upstreams.repeat(len(points))
+    grad_output = grad_outputs.repeat(len(points))
     (got,) = torch.autograd.grad(ours(op)(x), x, grad_output)
     wide = widest(op, x)
     (expected,) = torch.autograd.grad(of_torch(op)(wide), wide, grad_output.to(wide.dtype))
     expected = expected.to(dtype)
     if op.name == "hardsigmoid":
-        pytest.skip("torch's slope is 1 / 6 as float32 has it") if dtype is torch.float64 else None
+        pytest.skip("torch's slope is 1 / 6 rounded to float32") if dtype is torch.float64 else None
     roundings = 0 if not SAMPLES[op.name].rounds else 8 if SAMPLES[op.name].cancels else 4
     tolerance = {"rtol": roundings * torch.finfo(dtype).eps, "atol": 0}
     close(got, expected, **tolerance, equal_nan=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyfused.backends import cpu
 
 if backend is cpu:
-    pytest.skip("of Triton kernels", allow_module_level=True)
+    pytest.skip("tests the Triton kernels", allow_module_level=True)
 
 import interpreter
 import triton

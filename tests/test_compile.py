@@ -34,8 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.usefixtures("compiled_always"),
 ]
-taken = pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
+needs_torch_2_12 = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
 )
 
 N, C = 12, 7
@@ -101,7 +101,7 @@ def step_of(op: str) -> Step:
     return lambda functional, x: (ours if functional is fused else theirs)(x)
 
 
-@taken
+@needs_torch_2_12
 @pytest.mark.parametrize(
     ("op", "dynamic"), [*((op, False) for op in CUSTOM), *((op, True) for op in FAMILIES)]
 )
@@ -158,7 +158,7 @@ CHECKED = (
 )
 
 
-@taken
+@needs_torch_2_12
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised by opcheck
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(name: str) -> None:
@@ -176,7 +176,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@taken
+@needs_torch_2_12
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("op", ["cross_entropy", "huber_loss"])
@@ -185,7 +185,7 @@ def test_opcheck_of_strides_and_half_precision(op: str, layout: Callable[[Tensor
     assert_registered(getattr(fused, op), given[0].requires_grad_(), given[1])
 
 
-@taken
+@needs_torch_2_12
 @pytest.mark.slow
 def test_the_first_compiled_call_of_a_process() -> None:
     """Custom operators are registered while the compiler traces the call."""
@@ -216,7 +216,7 @@ CALLS: dict[str, Step] = {
 }
 
 
-@taken
+@needs_torch_2_12
 @pytest.mark.parametrize(
     ("name", "dynamic"), [*((name, False) for name in CALLS), ("mean", True), ("kdim", True)]
 )
@@ -234,7 +234,7 @@ def test_forward_and_backward_use_the_operator(
     assert kernel_calls["cross_entropy"] == 4
 
 
-@taken
+@needs_torch_2_12
 @pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
 def test_metrics_of_log_probs(op: str, graphs: Graphs) -> None:
     """The metrics come from the same operator as the other results, and have no gradient."""
@@ -519,7 +519,7 @@ def test_a_number_that_changes_between_calls(op: str) -> None:
         close(compiled(beta), step(beta))
 
 
-@taken
+@needs_torch_2_12
 def test_errors_of_values_in_compiled_calls() -> None:
     compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
     with pytest.raises(IndexError, match=r"got 9 at position \(0,\)"):
@@ -613,7 +613,7 @@ def operators_of_patched_step() -> set[str]:
     return {*graphs.operators}
 
 
-@taken
+@needs_torch_2_12
 def test_patched_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.COMPILED, "mse_loss", (sizes.NEVER, sizes.NEVER))
     with pyfused.patch():
@@ -621,7 +621,7 @@ def test_patched_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not operators_of_patched_step()
 
 
-@taken
+@needs_torch_2_12
 @pytest.mark.slow
 def test_code_patched_before_the_compiler_is_imported() -> None:
     """torch.compile builds its table of torch's functions at its first use."""

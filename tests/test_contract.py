@@ -69,7 +69,7 @@ def test_values_and_gradients(
 ) -> None:
     """Kernels return torch's dtypes, and are as accurate as torch."""
     if example.op.name == "hardsigmoid" and dtype is torch.float64:
-        pytest.skip("torch's slope is 1 / 6 as float32 has it")
+        pytest.skip("torch's slope is 1 / 6 rounded to float32")
     call = example.call(dtype)
     check_call(call)
     assert kernel_calls.total() or "inplace" in call.given  # torch may be faster in place
@@ -100,7 +100,7 @@ def test_calls_below_the_size_limit(example: Example) -> None:
 def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
     """Values and gradients of empty inputs equal torch's."""
     if isinstance(example.op, MultiMarginLoss):
-        pytest.skip("torch's mean over nothing is what was in memory")
+        pytest.skip("torch returns uninitialised memory for an empty mean")
     call = example.call(shape=shape)
     try:
         expected = natively(call)
@@ -133,7 +133,7 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
+    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
 )
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

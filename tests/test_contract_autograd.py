@@ -28,7 +28,7 @@ from catalogue import (
     every_operator,
     parameters,
 )
-from compare import evaluate_upstream
+from compare import random_grad_output
 from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -57,7 +57,7 @@ def gradients(
 
 def above(value: Tensor, grad_output: Tensor | None = None) -> Tensor:
     if grad_output is None:
-        return evaluate_upstream(value.shape).to(value)
+        return random_grad_output(value.shape).to(value)
     return grad_output.to(value.dtype).expand(value.shape)
 
 
@@ -240,7 +240,7 @@ def test_modifying_a_result_before_backward(example: Example) -> None:
 def one_process() -> Iterator[None]:
     """Creates a process group of this process alone."""
     if not dist.is_available():
-        pytest.skip("torch without distributed")
+        pytest.skip("torch was built without distributed")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -377,7 +377,7 @@ def test_anomaly_mode(example: Example) -> None:
             gradients(call, ours, torch.tensor(float("nan")))
 
 
-@pytest.mark.skipif(interpreter.ON, reason="the interpreter knows one thread")
+@pytest.mark.skipif(interpreter.ON, reason="the interpreter supports only one thread")
 @every_operator
 def test_concurrent_python_threads(example: Example) -> None:
     call = example.call()
@@ -400,7 +400,7 @@ def test_gradients_by_finite_differences(example: Example, kernel_calls: KernelC
     """Checks first derivatives of the kernels, and second derivatives of the definition."""
     call = example.call(torch.float64)
     if call.op.name == "gaussian_nll_loss" and "eps" in call.given:
-        pytest.skip("the gradient passes where eps is in the variance's place, as torch's does")
+        pytest.skip("the variance gets a gradient even where eps replaces it, as in torch")
     if isinstance(call.op, Activation):  # away from kinks
         call.first.add_(0.1 * call.first.sign())
 
@@ -524,7 +524,7 @@ def test_batched_gradients(example: Example) -> None:
     call, found = example.call(), []
     for function in (ours, of_torch):
         value = function(call)
-        batch = evaluate_upstream((4, *value.shape)).to(value)
+        batch = random_grad_output((4, *value.shape)).to(value)
         leaves = [*call.leaves.values()]
         found.append(torch.autograd.grad(value, leaves, batch, is_grads_batched=True))
     close(*found)

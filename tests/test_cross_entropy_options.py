@@ -293,7 +293,7 @@ def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> 
     input, target, _, _ = arguments((6, 5), torch.float32, False)
     before = input.detach().clone()
     if any(isinstance(x, Tensor) and x.is_cuda and not x.dim() for x in wrong.values()):
-        pytest.skip("the number is on the GPU, and reading it would wait")
+        pytest.skip("reading the number from the GPU would synchronise")
     with pytest.raises(error, match=told):
         fused.cross_entropy(input, **{"target": target} | wrong)
     assert torch.equal(input, before)

@@ -141,7 +141,7 @@ def test_sizes_above_the_limits(example: Example) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch 2.13's compiler
 def test_compiled_while_torch_is_patched(example: Example) -> None:
     if example.id == "kl_div":
-        pytest.skip("torch's warning, which the compiler cannot trace")
+        pytest.skip("the compiler cannot trace torch's warning")
     with pyfused.patch():
         ours, of_torch, x = steps(example)
         got = evaluate(torch.compile(ours, fullgraph=True, backend="aot_eager"), x.requires_grad_())

@@ -16,7 +16,7 @@ import pyfused
 
 pytestmark = [
     pytest.mark.thresholds,
-    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
     pytest.mark.skipif(
         torch.__version__ < "2.12", reason="torch 2.11's DTensor lacks one of the redistributions"
     ),

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, Errors, evaluate, evaluate_upstream, exactly
+from compare import DEVICE, FLOATS, Errors, evaluate, exactly, random_grad_output
 from conftest import KernelCalls
 from grid import grid
 from hypothesis import given, settings
@@ -125,7 +125,7 @@ def test_gradcheck(name: str) -> None:
 def test_reductions(name: str, reduction: str, weighted: bool, kernel_calls: KernelCalls) -> None:
     formula = FORMULAS[name]
     if not formula.op.loss:
-        pytest.skip("an activation has none")
+        pytest.skip("activations have no reduction")
     operands = [x.double().view(4, -1).requires_grad_() for x in operands_of(name)]
     weight = torch.rand(4, 1, dtype=torch.float64) if weighted else None
     got = evaluate(called(formula, reduction=reduction, weight=weight), *operands)
@@ -738,7 +738,7 @@ def test_modes_and_hooks_of_the_caller_do_not_see_tracing(name: str) -> None:
     expected = [(p.prologue, p.body, p.constants) for p in kernels()[name].programs]
 
     def fail(_: Any) -> None:
-        raise AssertionError("a tensor of a trace is seen")
+        raise AssertionError("the mode or hook sees a tensor of the trace")
 
     recording, hooks = Recording(), torch.autograd.graph.saved_tensors_hooks(fail, fail)
     with hooks, recording, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -866,7 +866,7 @@ def test_a_user_gradient(scale: float, reduction: str, kernel_calls: KernelCalls
     operands = [x.double().requires_grad_() for x in operands_of("wing", 200)]
     got = evaluate(called(log_cosh, scale=scale, reduction=reduction), *operands)
     slope = scale * (scale * (operands[0] - operands[1]).detach()).tanh()
-    grad_output = evaluate_upstream(got.value.shape).double()
+    grad_output = random_grad_output(got.value.shape).double()
     torch.testing.assert_close(got.gradients, [slope * grad_output, -slope * grad_output])
     assert kernel_calls[log_cosh.op.name] == 1 + (reduction == "none")
 

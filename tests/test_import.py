@@ -135,7 +135,7 @@ json.dump([before, registered() > 0, missing], sys.stdout)
 
 
 @pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
+    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_operators_are_registered_when_first_compiled(home: Path) -> None:

@@ -23,7 +23,7 @@ from pyfused.backends import cpu
 
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.skipif(sys.platform != "linux", reason="the limits are those of Linux"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's resource limits"),
 ]
 
 STACK = 128 << 10

@@ -9,7 +9,7 @@ import pytest
 from processes import python
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )
 
 MIB = 1 << 20

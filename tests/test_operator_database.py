@@ -63,7 +63,7 @@ def test_errors(op: Operator) -> None:
 
 
 @pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="to torch 2.11 a compiled call is an exported one"
+    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
 )
 @every_operator
 def test_compiled(op: Operator) -> None:

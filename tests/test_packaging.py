@@ -58,7 +58,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if os.environ.get("PYFUSED_TEST_DIST"):
         return Path(os.environ["PYFUSED_TEST_DIST"])
     if not grid.FULL:
-        pytest.skip("a build takes minutes: name one in PYFUSED_TEST_DIST, or run with --full")
+        pytest.skip("building takes minutes: set PYFUSED_TEST_DIST to a build, or run with --full")
     folder = tmp_path_factory.mktemp("packaging")
     tree, dist = folder / "tree", folder / "dist"
     (folder / "torch.py").write_text("raise ImportError('the build may not need torch')")
@@ -241,7 +241,7 @@ def test_an_unknown_isa_raises_an_error_that_lists_the_isas(site: Path) -> None:
     assert "'x86-64-v9'" in result.stderr
 
 
-@pytest.mark.skipif(len(cpu.ISAS) == 1, reason="one instruction set serves all CPUs of this kind")
+@pytest.mark.skipif(len(cpu.ISAS) == 1, reason="this architecture has only one instruction set")
 def test_an_unsupported_isa_raises_and_is_not_loaded(site: Path) -> None:
     least, most = MODULES[0], MODULES[-1]
     older_cpu = f"""
@@ -358,7 +358,7 @@ def stub_tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-of_gcc_and_clang = pytest.mark.skipif(sys.platform == "win32", reason="not with MSVC")
+needs_gcc_or_clang = pytest.mark.skipif(sys.platform == "win32", reason="needs GCC or Clang")
 
 
 def build(tree: Path, **environment: str) -> str:
@@ -390,14 +390,14 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-@of_gcc_and_clang
+@needs_gcc_or_clang
 def test_a_build_without_pythons_headers_exits_with_a_clear_message(stub_tree: Path) -> None:
     result = run("-c", NO_HEADERS, folder=stub_tree)
     assert result.stderr.startswith("pyfused needs the headers of Python: Python.h not found in ")
     assert len(result.stderr.splitlines()) == 1
 
 
-@of_gcc_and_clang
+@needs_gcc_or_clang
 def test_a_build_only_compiles_changed_sources(stub_tree: Path) -> None:
     def compiled_after(changed: str | None) -> Counter[str]:
         if changed:
@@ -432,14 +432,14 @@ def test_the_files_that_other_machines_run_exist() -> None:
     assert all((ROOT / f"tests/test_{name}.py").exists() for name in files)
 
 
-@of_gcc_and_clang
+@needs_gcc_or_clang
 def test_other_flags_recompile_everything(stub_tree: Path) -> None:
     assert "-c csrc/other.cpp" in build(stub_tree)
     assert "-c csrc/other.cpp" in build(stub_tree, CXXFLAGS="-g")
     assert "-c csrc/other.cpp" not in build(stub_tree, CXXFLAGS="-g")
 
 
-@of_gcc_and_clang
+@needs_gcc_or_clang
 def test_the_flags_are_portable_and_preserve_nan_and_infinity(stub_tree: Path) -> None:
     commands = build(stub_tree)
     assert "-ffp-contract=fast" in commands
@@ -447,7 +447,7 @@ def test_the_flags_are_portable_and_preserve_nan_and_infinity(stub_tree: Path) -
         assert flag not in commands
 
 
-@of_gcc_and_clang
+@needs_gcc_or_clang
 def test_a_cross_build_has_the_platforms_modules_and_libraries(stub_tree: Path) -> None:
     commands = build(stub_tree, _PYTHON_HOST_PLATFORM="macosx-14.0-arm64")
     assert "_cpu_generic" in commands

@@ -671,7 +671,7 @@ def test_a_compiled_activation_is_named_by_torchs_function(name: str) -> None:
         return [*graphs, *[node.meta.get("source_fn_stack") for node in exported.graph.nodes]]
 
     if name == "threshold":
-        pytest.skip("torch's is F._threshold, which its compiler does not know by name")
+        pytest.skip("torch calls F._threshold, which the compiler does not name")
 
     expected = sources()
     with pyfused.patch():

@@ -39,10 +39,10 @@ def compute(seed: int = 0) -> list[Any]:
             mse_loss(x, other) * 2.0,
             relu(x),
         ]
-    upstreams = [torch.ones(()).expand(value.shape) for value in values]
+    grad_outputs = [torch.ones(()).expand(value.shape) for value in values]
     gradients = [
         torch.autograd.grad(value, x, grad_output)[0]
-        for value, grad_output in zip(values, upstreams, strict=True)
+        for value, grad_output in zip(values, grad_outputs, strict=True)
     ]
     return [tensor.view(-1)[::50_001].tolist() for tensor in (*values, *gradients)]
 

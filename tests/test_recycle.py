@@ -26,13 +26,13 @@ from pyfused.functional import cross_entropy, mse_loss, relu
 
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.skipif(not cpu.RECYCLES, reason="recycled on Linux alone"),
+    pytest.mark.skipif(not cpu.RECYCLES, reason="memory is recycled only on Linux"),
 ]
 MIB = 1 << 20
 ELEMENTS = 9 * MIB  # as float32, more than RECYCLED_BYTES
 ROOM = 1 << 30
-in_little_memory = pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer takes more"
+limits_memory = pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs more memory"
 )
 
 
@@ -328,7 +328,7 @@ def test_tensors_outlive_the_interpreter() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@in_little_memory
+@limits_memory
 def test_no_memory_left() -> None:
     """Free blocks are released before an allocation fails; then torch raises its error."""
     printed = run("""
@@ -349,7 +349,7 @@ def test_no_memory_left() -> None:
     assert "not enough memory" in printed or "can't allocate memory" in printed
 
 
-@in_little_memory
+@limits_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_training_needs_no_more_address_space(asked: str) -> None:
     """With a limit that allows one gradient, with and without recycling."""
@@ -372,10 +372,10 @@ def group() -> Iterator[Path]:
             folder.rmdir()
             return
         folder.rmdir()
-    pytest.skip("no control group of memory can be made here")
+    pytest.skip("cannot create a memory control group")
 
 
-@in_little_memory
+@limits_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_training_needs_no_more_memory_in_a_control_group(group: Path, asked: str) -> None:
     usage = "memory.usage_in_bytes" if "limit" in group.name else "memory.current"
@@ -393,7 +393,7 @@ def test_training_needs_no_more_memory_in_a_control_group(group: Path, asked: st
     assert printed == ("3" if asked == "1" else "0")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux has the peak")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_peak_grows_by_one_gradient_at_most() -> None:
     """Even if other memory of the same size is needed while the gradient's block is free."""
     code = """

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyfused import VocabShard, functional
 
 pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
     pytest.mark.cpu,
 ]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyfused.backends import cpu
 
 if backend is cpu:
-    pytest.skip("of Triton kernels", allow_module_level=True)
+    pytest.skip("tests the Triton kernels", allow_module_level=True)
 
 from pyfused import functional as fused
 from pyfused.backends import triton

@@ -203,7 +203,7 @@ def largest_error(row: Row, vec: Vec, x: np.ndarray, piece: int | None = None) -
 @pytest.mark.parametrize("row", FLOAT32 + FLOAT64, ids=str)
 def test_error_within_the_range(row: Row, vec: Vec) -> None:
     if row in FLOAT64 and np.finfo(np.longdouble).nmant <= 52:
-        pytest.skip("no reference: long double is double here")
+        pytest.skip("no reference: long double has the precision of double")
     chunks = every_float32(row, STRIDE) if row in FLOAT32 else [draws(row)]
     assert max(largest_error(row, vec, x) for x in chunks) <= row.max_ulp
     for piece in (None, 1):
@@ -375,7 +375,7 @@ def test_no_loop_of_a_loss_calls_a_function(
     compiler = [os.environ.get("CXX", "g++"), *f"{made['COMMON']['unix']} {isa['unix']}".split()]
     said = subprocess.run([compiler[0], "--version"], capture_output=True, text=True, check=False)
     if "Free Software Foundation" not in said.stdout:
-        pytest.skip("reports of GCC")
+        pytest.skip("only GCC writes this report")
     report, out = tmp_path / "report", tmp_path / "out.o"
     more = [f"-fopt-info-vec-missed={report}", "-o", out]
     subprocess.run([*compiler, *more, "-c", ROOT / "csrc/pointwise_loss.cpp"], check=True)

@@ -19,7 +19,7 @@ from pyfused import VocabShard, explain, functional, nn
 from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs, log_probs
 
 pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
     pytest.mark.cpu,
 ]
 

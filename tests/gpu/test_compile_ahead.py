@@ -55,7 +55,7 @@ def copy_kernel(x, out, n, step: tl.constexpr, block: tl.constexpr, spread: tl.c
     tl.store(out + lanes * spread, total)
 
 
-def judged(
+def problems_of(
     target: str, step: int = 1, block: int = 2048, spread: int = 1, warps: int = 4
 ) -> list[str]:
     x, options = empty(F32, 1 << 20), {"num_warps": warps, "enable_fp_fusion": True}
@@ -69,11 +69,11 @@ def judged(
 
 @pytest.mark.parametrize("target", ahead.SOME)
 def test_bad_kernels_are_detected(target: str) -> None:
-    assert judged(target) == []
-    assert judged(target, step=3) == ["narrow loads"]
-    assert judged(target, spread=3) == ["narrow stores"]
+    assert problems_of(target) == []
+    assert problems_of(target, step=3) == ["narrow loads"]
+    assert problems_of(target, spread=3) == ["narrow stores"]
     elements = 1 << (13 if target == "sm_90" else 15)  # for one warp
-    assert judged(target, block=elements, warps=1) == ["spills"]
+    assert problems_of(target, block=elements, warps=1) == ["spills"]
 
 
 def test_too_many_launches_and_compilation_errors_are_detected() -> None:

@@ -161,7 +161,7 @@ def test_a_formula_takes_new_parameters_in_a_captured_graph_and_on_another_strea
 
 
 @every_call
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one(call: Call) -> None:
     assert torch.cuda.current_device() == 0
     got = results(fused, call, *inputs(device="cuda:1"))
