@@ -1,4 +1,4 @@
-// csrc/parallel.cpp as test_parallel.py sees it: which threads run the blocks.
+// Functions for test_parallel.py that report which threads run the blocks of csrc/parallel.cpp.
 #include "parallel.h"
 
 #include <atomic>
@@ -16,7 +16,7 @@ EXPORTED int threads_used(int64_t blocks, int threads) {
   std::mutex mutex;
   std::set<std::thread::id> seen;
   pyfused::parallel_for(blocks, threads, [&](int64_t) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that each gets some
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that each thread gets blocks
     const std::lock_guard<std::mutex> hold(mutex);
     seen.insert(std::this_thread::get_id());
   });
@@ -39,7 +39,7 @@ template <size_t bytes> int count_blocks(int64_t blocks, int threads) {
   return count;
 }
 
-// How many blocks run; -1 if there was no memory for the threads, which needs 2^59 bytes each.
+// Returns how many blocks ran, or -1 because 2^59 bytes for each thread could not be allocated.
 EXPORTED int blocks_run(int64_t blocks, int threads, int huge) {
   return huge ? count_blocks<size_t(1) << 59>(blocks, threads)
               : count_blocks<1000>(blocks, threads);

@@ -1,8 +1,8 @@
-// Races: the kernels on several threads, and called by several threads at once, for
-// ThreadSanitizer, with the bits of one thread as the result to expect.
+// Runs kernels on several threads, and from several threads at once, under ThreadSanitizer. Results
+// must be bitwise identical to those of one thread.
 //
-// ThreadSanitizer does not see the barriers within libgomp and would call every parallel loop a
-// race. So this program has none: parallel.cpp finds the functions below instead.
+// ThreadSanitizer does not see the barriers in libgomp, and would report every parallel loop as a
+// race. This program therefore does not use it: parallel.cpp finds the functions below instead.
 #include <cstdio>
 #include <string>
 #include <thread>
@@ -216,7 +216,7 @@ template <class T> void run_softmax(std::string& bytes, const Shape& shape, int 
 
 template <class T> void run_pointwise(std::string& bytes, int threads) {
   using A = Accumulate<T>;
-  constexpr int64_t n = 70003;  // no multiple of a block
+  constexpr int64_t n = 70003;  // not a multiple of the block size
   const std::vector<T> x = numbers<T>(n, 5), t = numbers<T>(n, 6), weight = numbers<T>(n, 7);
   for (const LossFormula& formula : loss_formulas()) {
     for (const bool each : {false, true}) {

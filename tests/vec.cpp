@@ -1,5 +1,5 @@
 // Applies each function of csrc/vec.h to n elements, `piece` of them at a time, for test_vec.py.
-// All at once they fill vectors; one at a time they run the code for the remainder of a vector.
+// All at once, they fill vectors; one at a time, they run the code for the rest of a vector.
 #include <algorithm>
 
 #include "exponentials.h"
@@ -21,7 +21,7 @@ using namespace pyfused;
     for (int64_t i = 0; i < n; ++i) y[i] = function(x[i]);                                   \
   })
 
-// exponentials() takes as many elements as fill two vectors only.
+// exponentials() requires as many elements as fill two vectors.
 void exponentials_of(const float* x, float* y, int64_t n) {
   constexpr int64_t kWhole = 2 * kLanes<float>;
   const float pivot[kWhole] = {};

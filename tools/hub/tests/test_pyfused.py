@@ -26,7 +26,7 @@ def test_cross_entropy(dtype: torch.dtype) -> None:
     target = torch.randint(300, (16,), device=DEVICE)
     ours = results(pyfused.functional.cross_entropy(logits, target), logits)
     theirs = F.cross_entropy(logits.float(), target).to(dtype)
-    # Where torch's operator takes the call, it rounds log-probabilities below 16 by up to 2**-5.
+    # torch's operator, if it runs, rounds log-probabilities of less than 16 by up to 2**-5.
     rtol = 2**-4 if dtype is torch.bfloat16 else 1e-5
     torch.testing.assert_close(ours, results(theirs, logits), rtol=rtol, atol=1e-5)
 

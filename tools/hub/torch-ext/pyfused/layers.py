@@ -1,6 +1,6 @@
-"""Layers whose ``forward`` may replace that of another module, whose attributes it then reads.
+"""Layers whose ``forward`` can replace another module's, and then reads that module's attributes.
 
-The kernel hub's layers have no constructor and no attributes of their own.
+The kernel hub requires layers without a constructor and without attributes.
 """
 
 from __future__ import annotations
