@@ -33,6 +33,7 @@ import pyfused
 import pyfused.nn
 from pyfused import functional as fused
 from pyfused.adopt import causal_lm
+from pyfused.dispatch import reasons
 
 pytestmark = [
     pytest.mark.integrations,
@@ -598,6 +599,16 @@ def test_evaluation_and_metrics_with_trainer() -> None:
     train.train()
     steps = [entry for entry in train.state.log_history if "loss" in entry]
     assert [0 <= entry["accuracy"] <= 1 for entry in steps] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BartForConditionalGeneration"])
+def test_a_compiled_model_that_creates_its_loss_module_warns(name: str) -> None:
+    reasons._said.clear()
+    model = pyfused.convert(language_models.tiny(name))
+    assert language_models.step(model)[2] is False
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(RuntimeWarning, match="all of its logits: its forward creates its loss"):
+        language_models.step(compiled)
 
 
 @as_users_run_it

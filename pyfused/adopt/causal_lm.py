@@ -43,6 +43,10 @@ _MISSING_LABELS = (
     "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
     "override compute_loss with pyfused.functional.linear_cross_entropy"
 )
+# The compiler replaces such a module by a call that no tensor subclass intercepts.
+_LOSS_MADE_IN_FORWARD = (
+    "its forward creates its loss module, such as torch.nn.CrossEntropyLoss(), and is compiled"
+)
 SILENT = ""  # a reason without a warning
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
@@ -333,6 +337,8 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
             _tell(model, told, f"its logits are read by {', '.join(reads)}")
+        elif head is None and is_dynamo_compiling() and set(uses) == {OUTPUT}:
+            _tell(model, told, _LOSS_MADE_IN_FORWARD)
         return output
 
     return forward
