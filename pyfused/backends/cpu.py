@@ -107,12 +107,12 @@ else:
     MISSING = "pyfused was installed without its CPU kernels"
     supported, capability = (), "none"
     native = SimpleNamespace(compiler="none", runtime_file="")
-    if any((folder.parent / "csrc").is_dir() for folder in _FOLDERS):
-        logging.getLogger("pyfused").warning(
-            "pyfused is imported from its source folder, whose CPU kernels are not built: calls "
-            "on CPUs run torch's operators. Run 'pip install .' or 'make build' in %s.",
-            _FOLDERS[0].parent,
+    if (_FOLDERS[0].parent / "csrc").is_dir():
+        MISSING = (
+            "pyfused is imported from its source folder, whose CPU kernels are not built; run "
+            f"'pip install .' or 'make build' in {_FOLDERS[0].parent}"
         )
+        logging.getLogger("pyfused").warning("calls on CPUs run torch's operators: %s", MISSING)
 RECYCLES = hasattr(native, "recycled")  # Linux only
 
 if not (native.runtime_file or MISSING):
