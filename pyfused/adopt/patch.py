@@ -109,7 +109,7 @@ class StandIn(functools.partial[Any]):
     """Replaces a built-in of torch, and is equal to it.
 
     Dictionaries of functions, such as those in ``__torch_function__``, therefore find both. Like a
-    built-in, it does not become a method as an attribute of a class.
+    built-in, it binds an instance only if it replaces a method.
     """
 
     __wrapped__: Any
@@ -124,17 +124,12 @@ class StandIn(functools.partial[Any]):
         return hash(self.__wrapped__)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self  # from Python 3.14, a partial binds the instance
+        if instance is None or not isinstance(self.__wrapped__, MethodDescriptorType):
+            return self
+        return MethodType(self, instance)
 
     def __reduce__(self) -> str:  # pickles by name, like a function
         return self.__qualname__
-
-
-class MethodStandIn(StandIn):
-    """A stand-in for a built-in method, which binds the tensor that it is called on."""
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else MethodType(self, instance)
 
 
 class _BuiltIn:
@@ -183,7 +178,7 @@ class _BuiltIn:
             unbound = functools.partial(torch_function, *args, **kwargs)
             return _call(op, arguments, inplace, unbound)
 
-        stand_in = (MethodStandIn if method else StandIn)(call)
+        stand_in = StandIn(call)
         globals()[self.path.replace(".", "_")] = stand_in
         return functools.update_wrapper(stand_in, torch_function)
 
@@ -310,22 +305,18 @@ def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType
     )
 
 
-def _built_ins(op: Operator) -> Iterator[_BuiltIn]:
-    """Yields the built-in functions of an operator that users call."""
-    for owner in (F, torch, Tensor):
-        for inplace in (False, True):
-            if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):
-                yield _BuiltIn(owner, op, inplace)
+def _sites() -> Iterator[_Function | _BuiltIn]:
+    """Yields torch's functions for each operator: a Python function, and built-ins."""
+    for op in OPERATORS.values():
+        if not isinstance(getattr(F, op.name, None), (*C_FUNCTIONS, NoneType)):
+            yield _Function(op)
+        for owner in (F, torch, Tensor) if op.built_in else ():
+            for inplace in (False, True):
+                if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):
+                    yield _BuiltIn(owner, op, inplace)
 
 
-_SITES: tuple[_Function | _BuiltIn, ...] = (
-    *(
-        _Function(op)
-        for op in OPERATORS.values()
-        if not isinstance(getattr(F, op.name, None), (*C_FUNCTIONS, NoneType))
-    ),
-    *(site for op in OPERATORS.values() if op.built_in for site in _built_ins(op)),
-)
+_SITES = (*_sites(),)
 
 
 # ---- patch and unpatch ---------------------------------------------------------------------------
@@ -418,13 +409,9 @@ def unpatch() -> None:
         if not _calls:
             inside = "; 'with patch()' ends with its block" if _blocks else ""
             raise RuntimeError(f"unpatch() called without patch(){inside}")
-        before = set(_calls)
+        if not _blocks:
+            _remove()
         _calls.clear()
-        try:
-            _remove_unless_wanted()
-        except RuntimeError:
-            _calls.update(before)
-            raise
 
 
 def _expect(asked: str, whose: str, function: Callable[[Any], Any]) -> None:
@@ -460,9 +447,12 @@ def _install() -> None:
 
 
 def _remove_unless_wanted() -> None:
+    if _installed and not (_calls or _blocks):
+        _remove()
+
+
+def _remove() -> None:
     global _installed
-    if _calls or _blocks or not _installed:
-        return
     _expect("unpatch", "pyfused's", lambda site: site.ours)
     for site in _SITES:
         site.put(site.unpatched)
