@@ -148,7 +148,6 @@ class _BuiltIn:
         by_name = [name for name in defaults if not name.startswith("_")]
         by_place = (*op.built_in, *by_name[needed - 1 :]) if needed > 1 else op.built_in
         required, known = {*op.built_in}, {*op.built_in, *by_name}
-        shown = _shown(torch_function) if method else torch_function
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if (
@@ -171,7 +170,7 @@ class _BuiltIn:
                 if any(isinstance(value, Proxy) for value in arguments):
                     # Graph passes compare functions with torch's attributes by identity.
                     return handle_torch_function(stand_in, arguments, *args, **kwargs)
-                return shown(*args, **kwargs)
+                return torch_function(*args, **kwargs)
             is_eager = not is_dynamo_compiling()
             if is_eager and (torch_alone.depth or dispatch.is_small(op, arguments)):
                 return torch_function(*args, **kwargs)
@@ -253,34 +252,6 @@ def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
         return arguments
     input, dim, stacklevel, dtype = arguments
     return input, dim, stacklevel + 1, dtype
-
-
-def _shown(method: Any) -> Callable[..., Any]:
-    """Returns a function that passes torch's method to subclasses and modes.
-
-    torch's method looks up its name in Tensor, and would pass the patched one.
-    """
-    name = f"torch.Tensor.{method.__name__}"
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Tensor):
-            return method(self, *args, **kwargs)  # raises
-        given = [x for x in (self, *args, *kwargs.values()) if has_torch_function((x,))]
-        given = given or [self]  # a mode sees it
-        try:
-            return handle_torch_function(method, given, self, *args, **kwargs)
-        except AttributeError as error:  # raised while torch formats its message
-            if error.obj is not method:
-                raise
-        raise TypeError(
-            f"Multiple dispatch failed for '{name}'; all __torch_function__ handlers returned "
-            "NotImplemented:\n\n"
-            + "".join(f"  - tensor subclass {type(x)}\n" for x in given)
-            + "\n"
-            "For more information, try re-running with TORCH_LOGS=not_implemented"
-        )
-
-    return call
 
 
 def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType) -> CodeType:
