@@ -1136,8 +1136,10 @@ def test_logs_contain_no_internal_names(
 
 def test_a_model_warns_once_about_a_read() -> None:
     model = pyfused.convert(Model(lambda _, x: x[:, :, :20]), head="head")
-    with pytest.warns(RuntimeWarning, match="Model computes all of its logits: .* by indexing"):
+    read = "Model computes all of its logits: .* by indexing"
+    with pytest.warns(RuntimeWarning, match=read) as warned:
         model(X)
+    assert warned[0].filename == __file__
     model(X)  # a second warning would be an error
 
 

@@ -352,7 +352,7 @@ def _tell(model: Any, told: set[str], reason: str) -> None:
         _warn_once(message)
     else:
         told.add(reason)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
 
 
 @torch_internals.run_while_tracing  # the compiler breaks the graph at a warning
