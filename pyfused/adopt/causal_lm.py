@@ -57,13 +57,13 @@ class _Call:
     """One call of a model whose head defers its logits.
 
     Attributes:
-        told: The warnings issued for the model, and COMPARED after its first loss.
+        warned: The warnings issued for the model, and COMPARED after its first loss.
         with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
         differs: How the first loss differs from torch's, None if it does not.
     """
 
-    def __init__(self, model: Any, head: Any, told: set[str], with_metrics: bool = False) -> None:
-        self.model, self.head, self.told = model, head, told
+    def __init__(self, model: Any, head: Any, warned: set[str], with_metrics: bool = False) -> None:
+        self.model, self.head, self.warned = model, head, warned
         self.with_metrics = with_metrics
         self.families: list[deferred.Family] = []
         self.differs: str | None = None
@@ -94,7 +94,7 @@ class _Call:
         if reason != SILENT and self.hooks != deferred.hooks():
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
-            return _tell(self.model, self.told, reason)
+            return _warn(self.model, self.warned, reason)
         if hooked:
             return self.sharded_logits(kind, hidden)
         rows, adapter_weight = adapters.with_features(head, hidden)
@@ -119,10 +119,10 @@ class _Call:
             and any(placement.is_shard(0) for placement in weight.placements)
         ):
             family = deferred.ColwiseFamily(self, finish, hidden, weight, bias)
-            if COMPARED in self.told or family.is_full():
+            if COMPARED in self.warned or family.is_full():
                 reason = None if _is_usable(head, family.inputs[0]) else SILENT
         if reason is not None:
-            _tell(self.model, self.told, reason)
+            _warn(self.model, self.warned, reason)
             return finish(kind.forward(head, *args))
         self.families.append(family)
         logits, dtype = family.logits(), policy and policy.output_dtype
@@ -130,16 +130,16 @@ class _Call:
 
     def accepts(self, node: Any, target: Tensor, options: dict[str, Any]) -> bool:
         """Returns whether a loss agrees with torch's; only the first one is compared."""
-        if COMPARED not in self.told and self.differs is None:
+        if COMPARED not in self.warned and self.differs is None:
             differs = _loss_differs(node, target, options)
             if differs == "" and adapters.is_lora(self.head):
                 rows = node.rows[:TOKENS, : self.head.weight.shape[1]]
-                with torch.inference_mode(False), torch.enable_grad(), deferred.saved_here():
+                with torch.inference_mode(False), torch.enable_grad(), deferred.without_hooks():
                     if adapters.differs(self.head, rows, node.family.linear):
                         differs = "LoRA layer adds something other than scaling * B A x"
             self.differs = differs or None
             if differs == "":
-                self.told.add(COMPARED)
+                self.warned.add(COMPARED)
         return self.differs is None
 
 
@@ -222,7 +222,7 @@ def _finished(output: Any) -> Any:
     """Returns a model's output, with None for logits that only their loss has read."""
     if deferred.is_deferred(output):
         family = output._node.family
-        if not family.computed and set(family.uses) == {LOSS}:
+        if set(family.uses) == {LOSS}:
             return None
         family.compute(OUTPUT)
         result = deferred.computed(output)
@@ -243,9 +243,9 @@ def _finished(output: Any) -> Any:
 # ---- supported models ----------------------------------------------------------------------------
 
 
-def _head_of(model: Any, vouched: str | None) -> Any:
+def _head_of(model: Any, head_name: str | None) -> Any:
     """Returns the head that the user has named, or else the head of a model of transformers."""
-    head = model.get_submodule(vouched) if vouched else model.get_output_embeddings()
+    head = model.get_submodule(head_name) if head_name else model.get_output_embeddings()
     return adapters.called_head(head)
 
 
@@ -257,31 +257,31 @@ def has_head(module: Any) -> bool:
     return module.get_output_embeddings() is not None
 
 
-def reason_to_leave(model: Any, vouched: str | None = None) -> str | None:
+def reason_to_leave(model: Any, head_name: str | None = None) -> str | None:
     """Returns why a model with a head keeps its ``forward``, None if it can be converted.
 
     Args:
-        vouched: The name of the head if the user passed one; None for a model of transformers.
+        head_name: The name of the head if the user passed one; None for a model of transformers.
 
     Raises:
         ValueError: There is no such head.
     """
     if subclass.is_fused(model):
         return "is already converted"
-    if vouched is not None:
+    if head_name is not None:
         heads = [name for name, module in model.named_modules() if _is_head(module)]
-        if vouched not in heads:
+        if head_name not in heads:
             known = f"one of {heads[-5:]}" if heads else "but it has none"
             raise ValueError(
-                f"head: expected the name of a torch.nn.Linear, {known}, got {vouched!r}"
+                f"head: expected the name of a torch.nn.Linear, {known}, got {head_name!r}"
             )
     if "forward" in vars(model):
         return "its forward was replaced"
-    head = _head_of(model, vouched)
+    head = _head_of(model, head_name)
     if not _is_head(head):
         return "its head is not a plain torch.nn.Linear"
     reason = _reason(head) or ("its head has hooks" if has_hooks(head) else None)
-    if vouched is not None or reason is not None:
+    if head_name is not None or reason is not None:
         return reason
     if head.weight.numel() == 0:
         return "the weight of its head has no elements"
@@ -311,47 +311,47 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        told = vars(model).get(subclass.MARK)
-        if told is not None and metrics:
+        warned = vars(model).get(subclass.MARK)
+        if warned is not None and metrics:
             model.pyfused_metrics = None
-        if told is None or not (model.training or evaluation):
+        if warned is None or not (model.training or evaluation):
             return kind.forward(model, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         if head is None and not _wants_loss_alone(model, given):
             if given.get("labels") is None:
-                _tell_of_missing_labels(model, told, given)
+                _warn_of_missing_labels(model, warned, given)
             return kind.forward(model, *args, **kwargs)
         layer = _head_of(model, head)
         reason = _reason(layer)
         if reason is not None:
-            _tell(model, told, reason)
+            _warn(model, warned, reason)
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
             _fuse_head(layer)  # the head may have been replaced after the conversion
-        call = _Call(model, layer, told, metrics)
+        call = _Call(model, layer, warned, metrics)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
-            _tell(model, told, f"its {call.differs}. From now on, its original forward runs")
+            _warn(model, warned, f"its {call.differs}. From now on, its original forward runs")
             subclass.unfuse(model)  # without its calls, the head computes logits
             return output
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
-            _tell(model, told, f"its logits are read by {', '.join(reads)}")
+            _warn(model, warned, f"its logits are read by {', '.join(reads)}")
         elif head is None and is_dynamo_compiling() and set(uses) == {OUTPUT}:
-            _tell(model, told, _LOSS_MADE_IN_FORWARD)
+            _warn(model, warned, _LOSS_MADE_IN_FORWARD)
         return output
 
     return forward
 
 
-def _tell(model: Any, told: set[str], reason: str) -> None:
-    if reason in (SILENT, *told):
+def _warn(model: Any, warned: set[str], reason: str) -> None:
+    if reason in (SILENT, *warned):
         return
     message = f"pyfused.convert: {type(model).__name__} computes all of its logits: {reason}"
     if is_dynamo_compiling():
         _warn_once(message)
     else:
-        told.add(reason)
+        warned.add(reason)
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
 
 
@@ -362,13 +362,13 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
 
 
-def _tell_of_missing_labels(model: Any, told: set[str], given: dict[str, Any]) -> None:
+def _warn_of_missing_labels(model: Any, warned: set[str], given: dict[str, Any]) -> None:
     """Warns of a training step whose loss the user computes from all logits."""
     values = map(given.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
     alone = getattr(_thread, "call", None) is None  # not called by another model
     asks = any(torch.is_tensor(value) or value for value in values)
     if alone and not asks and model.training and torch.is_grad_enabled():
-        _tell(model, told, _MISSING_LABELS)
+        _warn(model, warned, _MISSING_LABELS)
 
 
 def _wants_loss_alone(model: Any, given: dict[str, Any]) -> bool:
@@ -393,10 +393,10 @@ def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | N
     if options["reduction"] == "mean":
         kept, weight = target[target != options["ignore_index"]], options["weight"]
         valid = len(kept) if weight is None else weight[kept.long()].sum()
-    with torch.inference_mode(False), torch.enable_grad(), deferred.saved_here():
+    with torch.inference_mode(False), torch.enable_grad(), deferred.without_hooks():
         # autograd saves no tensors of inference mode, but copies of them.
         rows, target = node.rows.detach().clone().requires_grad_(), target.clone()
-        options = {name: deferred.kept(value) for name, value in options.items()}
+        options = {name: deferred.versioned(value) for name, value in options.items()}
         loss = node.loss(rows, target, options)
         (gradient,) = torch.autograd.grad(loss, rows, torch.ones_like(loss) * valid)
         for chunk, targets in zip(rows.split(size), target.split(size), strict=True):

@@ -136,9 +136,12 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     """
     swapped, left, rows = [], [], []
     for name, module in _modules(model):
-        vouched, kind = head if name == "." else None, type(module).__qualname__
-        if vouched is not None or causal_lm.has_head(module):
-            reason, replacement = causal_lm.reason_to_leave(module, vouched), "linear_cross_entropy"
+        head_name, kind = head if name == "." else None, type(module).__qualname__
+        if head_name is not None or causal_lm.has_head(module):
+            reason, replacement = (
+                causal_lm.reason_to_leave(module, head_name),
+                "linear_cross_entropy",
+            )
         else:
             reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
             if type(module) not in FUSED:

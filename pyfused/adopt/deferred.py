@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,13 +71,13 @@ class Family:
     """
 
     def __init__(self, call: Any, *inputs: Any, finish: Any = None) -> None:
-        self.call, self.inputs, self.finish = call, tuple(map(kept, inputs)), finish
+        self.call, self.inputs, self.finish = call, tuple(map(versioned, inputs)), finish
         self.results: list[Any] | None = None if finish is None else []
         self.uses: list[str] = []
         self.computed = self.bypassed = False
         self.nodes: list[_Node] = []
         self.traced = is_dynamo_compiling()
-        self.context = _context(inputs[0].device.type)
+        self.modes = _modes(inputs[0].device.type)
         self.watched: list[tuple[Tensor, Any]] = []
         self.watch(*inputs)
 
@@ -96,8 +96,7 @@ class Family:
         hidden, weight, *_, adapter_weight = self.inputs
         if self.traced:
             return _Node(self, hidden, self.linear(hidden, adapter_weight)).tensor()
-        autocast, dtype = self.context[2:4]
-        shape, dtype = (*hidden.shape[:-1], len(weight)), dtype if autocast else hidden.dtype
+        shape, dtype = (*hidden.shape[:-1], len(weight)), self.modes.autocast or hidden.dtype
         return _Node(self, hidden, torch.empty(shape, dtype=dtype, device="meta")).tensor()
 
     def linear(self, rows: Tensor, adapter_weight: Tensor | None) -> Tensor:
@@ -122,7 +121,7 @@ class Family:
         )
         return loss
 
-    def keep(self, *results: Any) -> None:
+    def collect(self, *results: Any) -> None:
         if self.results is not None:
             self.results += results
 
@@ -137,7 +136,7 @@ class Family:
 
     def is_lazy(self) -> bool:
         """Returns whether operators can be recorded: the modes have not changed since the call."""
-        return not self.computed and self.context == _context(self.inputs[0].device.type)
+        return not self.computed and self.modes == _modes(self.inputs[0].device.type)
 
     def compute(self, reader: str) -> None:
         """Computes the logits and the recorded operators once, because an operator reads them."""
@@ -169,10 +168,10 @@ class Family:
                 "read, got one changed in place. Read the logits before the change, or call "
                 "pyfused.revert(model)"
             )
-        inference, gradients, autocast, dtype, _ = self.context
-        cast = torch.autocast(self.inputs[0].device.type, dtype if autocast else None, autocast)
+        inference, gradients, dtype, _ = self.modes
+        cast = torch.autocast(self.inputs[0].device.type, dtype, dtype is not None)
         # A checkpoint that recomputes would find these tensors saved at another point.
-        saved = nullcontext() if hooks() is None else saved_here()
+        saved = nullcontext() if hooks() is None else without_hooks()
         mode = torch.inference_mode(inference)  # must precede grad mode, which it sets
         with mode, torch.set_grad_enabled(gradients), cast, saved:
             yield
@@ -211,7 +210,7 @@ def hooks() -> Any:
     return None if is_dynamo_compiling() else torch_internals.saved_tensors_hooks(True)
 
 
-def saved_here() -> saved_tensors_hooks:
+def without_hooks() -> saved_tensors_hooks:
     """Hides tensors that are saved for backward from the active hooks."""
 
     def unpack(saved: tuple[Tensor, int]) -> Tensor:
@@ -226,14 +225,22 @@ def saved_here() -> saved_tensors_hooks:
     return saved_tensors_hooks(lambda tensor: (tensor.detach(), version_of(tensor)), unpack)
 
 
-def _context(device: str) -> tuple[bool, bool, bool, torch.dtype, Any]:
-    """Returns the modes that torch's results depend on."""
+class _Modes(NamedTuple):
+    """The modes that torch's results depend on; ``autocast`` is its dtype, None if disabled."""
+
+    inference: bool
+    gradients: bool
+    autocast: torch.dtype | None
+    hooks: Any
+
+
+def _modes(device: str) -> _Modes:
     inference = not is_dynamo_compiling() and torch.is_inference_mode_enabled()
-    modes = inference, torch.is_grad_enabled()
-    return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), hooks()
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return _Modes(inference, torch.is_grad_enabled(), dtype, hooks())
 
 
-def kept(x: Any) -> Any:
+def versioned(x: Any) -> Any:
     """Returns a tensor with a version counter, to detect changes in place; may be a copy."""
     if is_dynamo_compiling() or not isinstance(x, Tensor) or not x.is_inference():
         return x
@@ -311,7 +318,7 @@ class _Node:
             self.held = isinstance(tensor, _Logits)
             # From torch 2.14 on, an autograd.Function only holds the grad_fn of its arguments.
             self.family.bypassed |= self.held or grad_fn_of() is not None
-            self.family.keep(self.real, *[tensor] * self.held)
+            self.family.collect(self.real, *[tensor] * self.held)
         return self.real
 
     def apply(self, input: Tensor) -> Tensor:
@@ -350,7 +357,7 @@ class _Node:
         """Returns whether a tensor has a number for each class, in the head's dtype."""
         if not isinstance(tensor, Tensor) or not (self.family.traced or type(tensor) in PLAIN):
             return False
-        classes, autocast = len(self.family.inputs[1]), self.family.context[2]
+        classes, autocast = len(self.family.inputs[1]), self.family.modes.autocast
         dtypes = {torch.float32} if autocast else {self.rows.dtype, self.example.dtype}
         shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
         fits = dtypes == {tensor.dtype} and tensor.device == self.rows.device
@@ -392,7 +399,7 @@ class _Node:
         self.family.bypassed = True
         loss = self.loss(self.rows, target, options)
         loss = loss.view(shape) if self.channels and reduction == "none" else loss
-        self.family.keep(loss)
+        self.family.collect(loss)
         return loss
 
     def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
@@ -427,7 +434,7 @@ def _index(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     rows = node.rows[parts]
     if not rows.is_contiguous():
         return None
-    node.family.watch(*(parts := tuple(map(kept, parts))))
+    node.family.watch(*(parts := tuple(map(versioned, parts))))
     example = node.example.new_empty(*rows.shape[:-1], node.example.shape[-1])
     return replace(node, rows=rows, example=example, operation=(function, (parts,), kwargs))
 
@@ -465,7 +472,7 @@ def _log_softmax(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | 
     """Records a log_softmax over the classes whose result has the dtype of its input."""
     dim, *others = args or (kwargs.get("dim"),)
     is_last = type(dim) is int and dim in (-1, node.example.dim() - 1)
-    keeps_dtype = not node.family.context[2] or node.example.dtype is torch.float32
+    keeps_dtype = node.family.modes.autocast is None or node.example.dtype is torch.float32
     if others or not is_last or not keeps_dtype or kwargs.get("dtype") is not None:
         return None
     return replace(node, log=True, operation=(function, (), {"dim": -1}))  # for any rows
@@ -473,15 +480,15 @@ def _log_softmax(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | 
 
 def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     """Records the sum with a tensor that equals a bias of the head."""
-    (bias,), (_, _, autocast, dtype, _) = args, node.family.context
+    (bias,), autocast = args, node.family.modes.autocast
     sharded = isinstance(node.family, ColwiseFamily)
     if kwargs or sharded or node.scale != 1 or node.cap is not None:
         return None
     if not node.is_constant(bias) or bias.dim() > node.example.dim():
         return None
-    if autocast and (node.family.traced or not _is_exact(bias, dtype)):
+    if autocast and (node.family.traced or not _is_exact(bias, autocast)):
         return None  # autocast casts the head's bias
-    bias = kept(bias)
+    bias = versioned(bias)
     node.family.watch(bias)
     bias = bias.reshape(-1)  # for any rows
     example = function(node.example, bias.to(node.example.device))
@@ -662,7 +669,7 @@ def _compute(tensor: Any, function: Any) -> Any:
         RuntimeError: The operator's result would lack a gradient.
     """
     family = tensor._node.family
-    maker = tensor._node if family.context[1] else None  # there is no grad_fn in no_grad
+    maker = tensor._node if family.modes.gradients else None  # there is no grad_fn in no_grad
     if not family.traced and getattr(tensor.grad_fn, "node", tensor.grad_fn) is not maker:
         raise RuntimeError(
             "pyfused.convert: expected no autograd.Function that changes logits in place or "
