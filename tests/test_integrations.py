@@ -771,6 +771,31 @@ def test_lora_heads(name: str, when: str, kernel_calls: KernelCalls) -> None:
 
 
 @as_users_run_it
+def test_adalora_below_a_converted_head() -> None:
+    """With large learning rates, a change of 1 ulp grows as much without pyfused."""
+    peft = pytest.importorskip("peft")
+    before, merged = language_model("Llama").state_dict(), []
+    for convert in (lambda model: model, pyfused.convert):
+        torch.manual_seed(2)
+        sizes = {"init_r": 8, "target_r": 4, "tinit": 2, "tfinal": 2, "total_step": 8}
+        config = peft.AdaLoraConfig(target_modules=["q_proj", "v_proj"], **sizes)
+        model = convert(peft.get_peft_model(language_model("Llama"), config)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for number in range(8):
+            output = model(**batch())
+            output.loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(number)
+            optimizer.zero_grad()
+        assert (output.logits is None) == (convert is pyfused.convert)
+        pyfused.revert(model)
+        merged.append(model.merge_and_unload().state_dict())
+    torch.testing.assert_close(merged[1], merged[0], rtol=0, atol=1e-4)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    assert (merged[0][name] - before[name]).abs().max() > 1e-2
+
+
+@as_users_run_it
 @pytest.mark.parametrize("name", ["dropout", "two adapters", "frozen below"])
 def test_lora_heads_in_float64(name: str, kernel_calls: KernelCalls) -> None:
     """A model whose forward is not transformers', which casts logits to float32."""
