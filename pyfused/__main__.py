@@ -68,11 +68,8 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
     commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser(
-        "run",
-        help="run a program under pyfused.patch(), and report how much time it saved",
-        description="Run a program under pyfused.patch(), and report how much time it saved.",
-    )
+    text = "run a program under pyfused.patch(), and report how much time it saved"
+    command = commands.add_parser("run", help=text, description=f"{text.capitalize()}.")
     command.add_argument(
         "--compare",
         action="store_true",
