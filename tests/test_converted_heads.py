@@ -755,6 +755,21 @@ def test_gradients_of_logits_that_others_bypass(how: str, first: Any) -> None:
         model(X, TARGET)
 
 
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_logits_that_gradients_bypass_can_be_pickled() -> None:
+    class Reads(Model):
+        def forward(self, x: Tensor, target: Tensor) -> Any:
+            logits = self.head(self.embedded(x)).flatten(0, 1)
+            loss = F.cross_entropy(logits, target)
+            return logits.argmax(), logits, loss
+
+    _, logits, _ = pyfused.convert(Reads(), head="head")(X, TARGET)
+    loaded = pickle.loads(pickle.dumps(logits))
+    torch.testing.assert_close(loaded, logits)
+    with pytest.raises(RuntimeError, match="Call it before the loss"):
+        loaded.register_hook(lambda grad: grad)
+
+
 # ---- recorded operators --------------------------------------------------------------------------
 
 
