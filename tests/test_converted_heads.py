@@ -755,6 +755,37 @@ def test_gradients_of_logits_that_others_bypass(how: str, first: Any) -> None:
         model(X, TARGET)
 
 
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # noqa: ARG004
+        return 2 * grad_output
+
+
+def changed_after(_: Any, logits: Tensor) -> Tensor:
+    doubled = Doubled.apply(logits)
+    return doubled + logits.mul_(3)
+
+
+REFUSED: dict[str, Callable[..., Tensor]] = {
+    "expected no autograd.Function that changes": lambda _, logits: Dirty.apply(logits),
+    "passed to an autograd.Function to stay the same": changed_after,
+}
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("message", REFUSED)
+def test_autograd_functions_that_are_refused(message: str) -> None:
+    model = pyfused.convert(Model(REFUSED[message]), head="head")
+    with pytest.raises((RuntimeError, SystemError)) as raised:  # one is raised inside of C++
+        model(X, TARGET)[1].backward()
+    assert message in f"{raised.value} {raised.value.__cause__}"
+
+
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
 def test_logits_that_gradients_bypass_can_be_pickled() -> None:
     class Reads(Model):
