@@ -1,7 +1,7 @@
 """Fused losses, activations and language-model heads for PyTorch, forward and backward.
 
 ``pyfused.functional`` mirrors ``torch.nn.functional`` and ``pyfused.nn`` mirrors ``torch.nn``: the
-same names, arguments, results and errors. :func:`convert` replaces the modules of a model by
+same names, arguments, results and errors. :func:`convert` replaces the modules of a model with
 pyfused's, :func:`patch` replaces torch's functions, and :func:`explain` reports which
 implementation a call runs, and why.
 """

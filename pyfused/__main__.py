@@ -89,7 +89,14 @@ def main() -> None:
         description="Measure the sizes from which kernels are faster than torch, and save them for "
         "later processes. This takes up to two minutes.",
     )
-    tuning.add_argument("--op", nargs="+", default=[], choices=OPERATORS, metavar="OPERATOR")
+    tuning.add_argument(
+        "--op",
+        nargs="+",
+        default=[],
+        choices=OPERATORS,
+        metavar="OPERATOR",
+        help="the operators to measure (default: all)",
+    )
     options = parser.parse_args()
     if options.command == "tune":
         tune(options.op)

@@ -92,7 +92,7 @@ class VocabOptions:
         reduction: The reduction over rows (tokens): "none", "mean" or "sum".
         token_weight: The factor of each row's loss, None for ones.
         denominator: The divisor of a mean, None for the total weight of the valid targets.
-        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no cap.
+        softcap: Replaces the logits with softcap * tanh(logits / softcap); None for no cap.
         temperature: The divisor of the logits, after the softcap.
         memory_budget: Bytes for the logits in memory at once, None for the default.
     """
@@ -228,7 +228,7 @@ class RowOptions(NamedTuple):
     Attributes:
         ignore_index: The target of rows whose state and gradient are 0.
         scale: The factor of the logits, after the softcap.
-        softcap: Replaces the logits by softcap * tanh(logits / softcap); None for no cap.
+        softcap: Replaces the logits with softcap * tanh(logits / softcap); None for no cap.
     """
 
     ignore_index: int = -100

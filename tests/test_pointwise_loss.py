@@ -242,6 +242,19 @@ def test_kl_div_batchmean_with_deprecated_arguments(
     close(functional.kl_div(*given), F.kl_div(*given))
 
 
+@pytest.mark.parametrize("elements", [2, 1 << 18])
+@pytest.mark.thresholds
+def test_the_gradient_of_smooth_l1_loss_at_nan_without_beta(elements: int) -> None:
+    """torch computes it as l1_loss, whose gradient at NaN is 0."""
+    x, gradients = torch.randn(elements).index_fill_(0, torch.tensor(1), NAN), []
+    for f in (functional, F):
+        leaf = x.clone().requires_grad_()
+        f.smooth_l1_loss(leaf, torch.zeros(elements), beta=0.0, reduction="sum").backward()
+        gradients.append(leaf.grad)
+    close(*gradients, rtol=0, atol=0)
+    assert gradients[0][1] == 0
+
+
 @pytest.mark.parametrize("elements", [1, 1 << 16])
 @pytest.mark.thresholds
 def test_a_weight_does_not_promote_a_focal_loss(elements: int) -> None:

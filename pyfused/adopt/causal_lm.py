@@ -1,4 +1,4 @@
-"""Replaces the head and the loss of language models by ``linear_cross_entropy``.
+"""Replaces the head and the loss of language models with ``linear_cross_entropy``.
 
 The classes of a model and its head are replaced by subclasses of the same names. In training, and
 in evaluation if the user asks for it, the model's original ``forward`` runs, but its head returns
@@ -43,7 +43,7 @@ _MISSING_LABELS = (
     "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
     "override compute_loss with pyfused.functional.linear_cross_entropy"
 )
-# The compiler replaces such a module by a call that no tensor subclass intercepts.
+# The compiler replaces such a module with a call that no tensor subclass intercepts.
 _LOSS_MADE_IN_FORWARD = (
     "its forward creates its loss module, such as torch.nn.CrossEntropyLoss(), and is compiled"
 )

@@ -1,4 +1,4 @@
-"""Replaces the modules of a model by pyfused's, and reverts the replacement."""
+"""Replaces the modules of a model with pyfused's, and reverts the replacement."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Conversion(NamedTuple):
 def convert(
     model: Model, *, head: str | None = None, evaluation: bool = False, metrics: bool = False
 ) -> Model:
-    """Replaces supported torch modules by pyfused's, in place.
+    """Replaces supported torch modules with pyfused's, in place.
 
     Modules stay the same objects and only change their class: hooks, buffers, device, training
     flag, names and references are kept. Subclasses are not replaced.

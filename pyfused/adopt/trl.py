@@ -1,6 +1,6 @@
 """Makes the trainers of TRL compute log-probabilities with pyfused.
 
-The trainers for SFT, DPO, GRPO, KTO and RLOO hold no logits. They pass hidden states to
+The trainers for SFT, DPO, GRPO, KTO and RLOO do not compute all logits. They pass hidden states to
 ``trl.trainer.utils._ChunkedLogProbFunction.apply``, which `patch_trl` replaces.
 """
 
@@ -36,8 +36,8 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
     """Makes TRL's trainers compute log-probabilities with pyfused: SFT, DPO, GRPO, KTO, RLOO.
 
     TRL computes the log-probabilities, entropies and statistics of tokens from hidden states by
-    ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch_trl`` replaces it by a function with the
-    same arguments and results that calls :func:`~pyfused.functional.linear_log_probs`.
+    ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch_trl`` replaces it with a function
+    of the same arguments and results, which calls :func:`~pyfused.functional.linear_log_probs`.
 
     TRL's own function still computes the calls that pyfused cannot: with a weight that ZeRO-3
     partitions, on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names
@@ -69,7 +69,7 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
 
 
 def unpatch_trl() -> None:
-    """Gives TRL its own function again.
+    """Restores TRL's function.
 
     Raises:
         RuntimeError: TRL is not patched.

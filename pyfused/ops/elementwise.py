@@ -634,10 +634,10 @@ THRESHOLD = Activation(
     ),
 )
 
-_BUILT_IN_PRELU = torch.prelu  # whatever pyfused.patch replaces it by
+_BUILT_IN_PRELU = torch.prelu  # pyfused.patch replaces the attribute of torch
 
 
-def _beside_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_and_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the input and a slope for each of its rows, as kernels read rows and columns."""
     if weight.numel() == 1:
         return input, weight.reshape(())
@@ -653,7 +653,7 @@ PRELU = Gated(
     built_in=("input", "weight"),
     operands=(INPUT, Operand("weight")),
     shapes=checks.slopes,
-    arrange=_beside_channels,
+    arrange=_rows_and_channels,
     fallback_reason=_differ_in_dtype,
     formula=lambda input, weight: torch.where(input > 0, input, weight * input),
     definition=lambda input, weight: _BUILT_IN_PRELU(input, weight),
