@@ -237,6 +237,16 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
         values("token_weight", weight, 0.0, math.inf, ValueError)
 
 
+def option_tensors(options: VocabOptions) -> tuple[Tensor | None, Tensor | None]:
+    """Returns token_weight, and denominator if it is a tensor, after a check of their values."""
+    token_weight, denominator = options.plan_tensors()
+    if isinstance(token_weight, Tensor):
+        values("token_weight", token_weight, 0.0, math.inf, ValueError)
+    if isinstance(denominator, Tensor):
+        bounded("denominator", denominator)
+    return token_weight, denominator
+
+
 def normalized(options: Options) -> Options:
     """Converts checked options for the kernels.
 
@@ -736,14 +746,6 @@ def overwritable(input: Tensor) -> None:
 
 
 # ---- pointwise losses ----------------------------------------------------------------------------
-
-
-def values_of_options(token_weight: Tensor | None, denominator: Any) -> None:
-    """Checks the values of tensors among the options; their layouts have been checked."""
-    if token_weight is not None:
-        values("token_weight", token_weight, 0.0, math.inf, ValueError)
-    if isinstance(denominator, Tensor):
-        bounded("denominator", denominator)
 
 
 def _can_be_read(value: Any) -> bool:

@@ -209,10 +209,6 @@ class DivergenceOptions(VocabOptions):
     teacher_softcap: float | None = None
     remainder: str = "bucket"
 
-    def __post_init__(self) -> None:
-        if isinstance(self.token_weight, Tensor) and not self.token_weight.is_floating_point():
-            self.token_weight = self.token_weight.to(torch.float32)  # it is a mask
-
 
 @dataclass(eq=False)
 class MarginOptions(VocabOptions):

@@ -29,16 +29,17 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if is_half and torch.is_autocast_enabled(device.type) else dtype
 
 
-def in_autocast_dtype(device: str, *inputs: Tensor) -> list[Tensor]:
-    """Casts the inputs of linear layers as autocast does, which leaves float64 unchanged.
+def in_autocast_dtype(tensor: Any) -> Any:
+    """Casts the input or a parameter of a linear layer as autocast does; None stays None.
 
-    Loops over blocks cast weights and biases block by block, and accumulate their gradients without
-    rounding.
+    Autocast leaves float64 unchanged. Loops over blocks cast weights and biases block by block, and
+    accumulate their gradients without rounding.
     """
-    if not torch.is_autocast_enabled(device):
-        return [*inputs]
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x.dtype is torch.float64 else x.to(dtype) for x in inputs]
+    if tensor is None or tensor.dtype is torch.float64:
+        return tensor
+    device = tensor.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return tensor.to(torch.get_autocast_dtype(device)) if enabled else tensor
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from torch.overrides import has_torch_function
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, sizes
-from pyfused.dispatch.operator import Arguments, Operand, Operator
+from pyfused.dispatch.operator import TOKEN_WEIGHT, Arguments, Operand, Operator
 from pyfused.dispatch.originals import TorchAlone, torch_alone
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import (
@@ -37,7 +37,7 @@ from pyfused.torch_internals import (
     functorch_is_active,
     left_in_checkpoint,
 )
-from pyfused.types import TENSORS, TensorSpec
+from pyfused.types import TENSORS, TensorSpec, VocabOptions
 
 is_small = sizes.is_small
 # The compiler traces these operators, down to the custom operators that they call.
@@ -174,7 +174,22 @@ def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | 
             return reason
     if op.fallback_reason is not None and (reason := op.fallback_reason(*arguments)):
         return reason
+    options = arguments[-1]
+    if isinstance(options, VocabOptions) and (reason := _reason_in_options(options, input)):
+        return reason
     return op.inplace_fallback_reason(input) if inplace else None
+
+
+def _reason_in_options(options: VocabOptions, input: Any) -> str | None:
+    """Returns why the kernels do not support the tensors among the options, or None."""
+    if isinstance(options.denominator, TENSORS):
+        if is_compiled(input):
+            return "torch.compile: denominator is a tensor"
+        if options.denominator.requires_grad:
+            return "denominator requires grad"
+    if options.token_weight is None:
+        return None
+    return unsupported(TOKEN_WEIGHT, options.token_weight, input)
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -45,11 +44,6 @@ class ClassLoss(Operator):
     check_arguments: Callable[..., None]
     kernel: Callable[[Backend], Callable[..., LossKernel]]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        indices = [index for index, _ in self.indexed_operands]
-        self._operands: Callable[[Arguments], tuple[Any, ...]] = itemgetter(*indices)
-
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
         return checks.classes_of(arguments[0]) <= few
 
@@ -59,15 +53,14 @@ class ClassLoss(Operator):
 
     def tensors(self, arguments: Arguments) -> Tensors:
         """Returns the input, the target, and weight, token_weight and denominator or None."""
-        return (*self._operands(arguments), None, None, None)[:5]
+        return *arguments[:3], None, None
 
     def checked(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the input, the target, the weight or None, and the options.
 
         Raises for invalid types, shapes, dtypes and options. Kernels check class indices.
         """
-        operands = [arguments[index] for index, _ in self.indexed_operands]  # Dynamo traces this
-        operands, options = [*operands, None][:3], self.options_of(arguments)
+        operands, options = self.tensors(arguments)[:3], self.options_of(arguments)
         checks.reduction(options.reduction)
         self.check_arguments(*operands, options)
         return *operands, options
@@ -183,6 +176,9 @@ class MultiMarginLoss(ClassLoss):
         """Returns whether rows are shorter than a vector of any width."""
         return super().takes_second_limit(arguments, 15)
 
+    def tensors(self, arguments: Arguments) -> Tensors:
+        return *arguments[:2], arguments[4], None, None
+
     def options_of(self, arguments: Arguments) -> VocabOptions:
         _, _, p, margin, *_ = arguments
         return MarginOptions(reduction=self.reduction(arguments), p=p, margin=margin)
@@ -210,6 +206,9 @@ class MultiMarginLoss(ClassLoss):
 @dataclass(eq=False, kw_only=True, repr=False)
 class MultilabelMarginLoss(MultiMarginLoss):
     """The margin loss of rows with several labels, which end at the first -1."""
+
+    def tensors(self, arguments: Arguments) -> Tensors:
+        return *arguments[:2], None, None, None
 
     def options_of(self, arguments: Arguments) -> VocabOptions:
         return MarginOptions(reduction=self.reduction(arguments))

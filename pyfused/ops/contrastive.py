@@ -101,15 +101,14 @@ class Contrastive(RowLoss):
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         a, b, bias, scale, _ = arguments
-        (a,) = in_autocast_dtype(a.device.type, a)
+        a = in_autocast_dtype(a)
         x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
         if bias is not None:
             dtype = accumulate_dtype(x.dtype)
             bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
         return x, b, bias, None, None, None
 
-    def finish(self, results: Any, _: Arguments) -> Tensor:
-        loss: Tensor = results[0]
+    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Tensor:  # noqa: ARG002
         return loss
 
     def valid_rows(self, _: Backend, tensors: Sequence[Any], __: Any) -> tuple[None, float]:

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of, cpu
-from pyfused.dispatch.call import decide, is_compiled, unsupported
+from pyfused.dispatch.call import decide, is_compiled
 from pyfused.dispatch.operator import (
     REDUCTIONS,
-    TOKEN_WEIGHT,
     Arguments,
     parameters_of,
     reduction_of,
@@ -34,7 +33,7 @@ from pyfused.torch_internals import (
     is_functorch_wrapped,
     left_in_checkpoint,
 )
-from pyfused.types import TENSORS, CrossEntropyOptions, VocabOptions, VocabShard
+from pyfused.types import CrossEntropyOptions, VocabShard
 
 _TORCH_PARAMETERS = tuple(parameters_of(F.cross_entropy))
 
@@ -119,11 +118,10 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return replace(plan, forward=forward, finish=finish)
 
     def tensors(self, arguments: Arguments) -> Tensors:
-        *tensors, options = arguments
-        token_weight, denominator = options.token_weight, options.denominator
-        if not (token_weight is None and denominator is None):
-            checks.values_of_options(token_weight, denominator)
-        return *tensors, token_weight, denominator if isinstance(denominator, Tensor) else None
+        *operands, options = arguments
+        if options.token_weight is None and options.denominator is None:  # the common case
+            return *operands, None, None
+        return *operands, *checks.option_tensors(options)
 
     def compute_shard(self, arguments: Arguments, shard: VocabShard | None) -> Any:
         input, target, weight, options = arguments
@@ -205,16 +203,4 @@ def cross_entropy_fallback_reason(
             return "torch.compile: Inductor fuses the softcap"
         if options.gamma or target.is_floating_point():
             return "softcap with gamma or class probabilities"
-    return options_fallback_reason(input, options)
-
-
-def options_fallback_reason(input: Tensor, options: VocabOptions) -> str | None:
-    compiled = is_compiled(input)
-    if isinstance(options.denominator, TENSORS):
-        if compiled:
-            return "torch.compile: denominator is a tensor"
-        if options.denominator.requires_grad:
-            return "denominator requires grad"
-    if options.token_weight is None:
-        return None
-    return unsupported(TOKEN_WEIGHT, options.token_weight, input)
+    return None

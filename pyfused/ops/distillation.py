@@ -30,7 +30,6 @@ from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
-from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.heads import (
     Block,
     Layer,
@@ -211,6 +210,9 @@ class Divergence(RowLoss):
         for i in range(self.student, 0 if teacher_requires_grad else len(tensors)):
             if isinstance(tensors[i], Tensor) and tensors[i].requires_grad:
                 tensors[i] = tensors[i].detach()
+        weight = kwargs.get("token_weight")
+        if isinstance(weight, Tensor) and not weight.is_floating_point():  # a mask
+            kwargs["token_weight"] = weight.to(torch.float32)
         return *tensors, DivergenceOptions(**kwargs)
 
     def check(self, arguments: Arguments) -> None:
@@ -231,21 +233,17 @@ class Divergence(RowLoss):
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         *tensors, options = arguments
-        token_weight, denominator = options.token_weight, options.denominator
-        if token_weight is not None or denominator is not None:
-            token_weight, denominator = options.plan_tensors()
-            checks.values_of_options(token_weight, denominator)
-            denominator = None if denominator is None else denominator.reshape(())  # from (1)
-        device = tensors[0].device.type
+        token_weight, denominator = checks.option_tensors(options)
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
-                (tensors[i],) = in_autocast_dtype(device, tensors[i])
+                tensors[i] = in_autocast_dtype(tensors[i])
             if i in self.row_operands:
                 tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
-        return *tensors, None if token_weight is None else token_weight.flatten(), denominator
+        token_weight = None if token_weight is None else token_weight.flatten()
+        denominator = None if denominator is None else denominator.reshape(())  # from (1)
+        return *tensors, token_weight, denominator
 
-    def finish(self, results: Any, arguments: Arguments) -> Tensor:
-        loss: Tensor = results[0]
+    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Tensor:  # noqa: ARG002
         return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
     def valid_rows(
@@ -268,16 +266,7 @@ class LogitsDivergence(Divergence):
         prepare = partial(self.kernels, plan.backend, options)
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
-
-        def finish(loss: Tensor, arguments: Arguments) -> Tensor:
-            return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
-
-        return replace(plan, forward=forward, backward=backward, finish=finish)
-
-
-def fallback_reason(input: Tensor, *arguments: Any) -> str | None:
-    """Returns why torch's operators have to compute these arguments, None if a kernel can."""
-    return options_fallback_reason(input, arguments[-1])
+        return replace(plan, forward=forward, backward=backward, finish=self.finish)
 
 
 # ---- kernels -------------------------------------------------------------------------------------

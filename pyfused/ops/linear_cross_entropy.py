@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of, cross_entropy_once
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
+from pyfused.dispatch.call import is_compiled
 from pyfused.dispatch.operator import Arguments, parameters_of
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
-from pyfused.ops.cross_entropy import options_fallback_reason
 from pyfused.ops.heads import (
     Block,
     Layer,
@@ -69,17 +69,20 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return normalized
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
-        head, options = _rows(arguments)
-        checks.values_of_options(options.token_weight, options.denominator)
+        head, options = _head(arguments)
         if not head.target.is_floating_point():
-            head = head._replace(target=head.target.to(torch.int64))
-        return *head, *options.plan_tensors()
+            target, classes = head.target.to(torch.int64), len(head.linear_weight)
+            head = head._replace(target=target)
+            if not is_compiled(head.input):
+                backend_of(target).check_class_indices(target, classes, options.ignore_index)
+        head, options = _rows(head, options)
+        return *head, *checks.option_tensors(options)
 
-    def finish(self, results: Any, arguments: Arguments) -> Any:
-        (loss, state), (head, options) = results, _head(arguments)
+    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Any:
+        head, options = _head(arguments)
         leading, loss_dtype = head.input.shape[:-1], loss.dtype
         loss = with_leading_dims(loss, leading).to(_result_dtype(head, options))
-        if not options.with_metrics:
+        if not options.with_metrics or state is None:
             return loss
         target = head.as_rows(options)[0].target
         target = target if target.is_floating_point() else target.to(torch.int64)
@@ -89,8 +92,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         head, options = _head(arguments)
         options = replace(options, loss_dtype=_result_dtype(head, options))
-        (input,) = in_autocast_dtype(head.input.device.type, head.input)
-        tensors = input, *head[1:3], head.target
+        tensors = in_autocast_dtype(head.input), *head[1:3], head.target
         return shards.cross_entropy(tensors, head.weight, options, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
@@ -102,7 +104,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
 
     def strategy_of(self, arguments: Arguments) -> str:
-        head, options = _rows(arguments)
+        head, options = _rows(*_head(arguments))
         rows = rows_at_once(head, options, backend_of(head.input))
         if not rows:
             return "logits of some classes at a time"
@@ -114,12 +116,6 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def state_fields(self, options: CrossEntropyOptions) -> int:
         return state_fields(options)
-
-    def check_indices(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> None:
-        _, linear_weight, _, _, target, _ = tensors
-        if not target.is_floating_point():
-            classes, backend = len(linear_weight), backend_of(target)
-            backend.check_class_indices(target.to(torch.int64), classes, options.ignore_index)
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
         head = Head(*tensors)
@@ -153,14 +149,11 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
 
 def linear_cross_entropy_fallback_reason(
-    input: Tensor,
-    linear_weight: Tensor,
-    *arguments: Any,
+    input: Tensor, linear_weight: Tensor, *_: Any
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
-    if not input.dim() or linear_weight.dim() < 2:
-        return "input or linear_weight has too few dimensions"
-    return options_fallback_reason(input, arguments[-1])
+    few = not input.dim() or linear_weight.dim() < 2
+    return "input or linear_weight has too few dimensions" if few else None
 
 
 def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
@@ -168,11 +161,9 @@ def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
     return Head(*tensors), options
 
 
-def _rows(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
+def _rows(head: Head, options: CrossEntropyOptions) -> tuple[Head, CrossEntropyOptions]:
     """Returns the head and its options for rows (N, D), cast as autocast does."""
-    head, options = _head(arguments)
-    (input,) = in_autocast_dtype(head.input.device.type, head.input)
-    return head._replace(input=input).as_rows(options)
+    return head._replace(input=in_autocast_dtype(head.input)).as_rows(options)
 
 
 def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:

@@ -180,10 +180,9 @@ class LogProbsOperator(ShardedOperator):
 
     def compiled(self, arguments: Arguments) -> Any:
         *tensors, target, options = arguments
-        device = target.device.type
         if self.is_linear:  # all tensors are cast, as custom operators check dtypes
-            tensors = [x if x is None else in_autocast_dtype(device, x)[0] for x in tensors]
-        with without_autocast(device):
+            tensors = [in_autocast_dtype(x) for x in tensors]
+        with without_autocast(target.device.type):
             self.check((*tensors, target, options))
             operator = custom_operator(self.name)
             state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
@@ -206,7 +205,7 @@ class LogProbsOperator(ShardedOperator):
         """Casts the input of a layer, but not logits, as autocast does."""
         if not self.is_linear:
             return tensors
-        return [*in_autocast_dtype(tensors[0].device.type, tensors[0]), *tensors[1:]]
+        return [in_autocast_dtype(tensors[0]), *tensors[1:]]
 
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""

@@ -157,7 +157,6 @@ KL_DIV_WITH_LOGITS = LogitsDivergence(
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
     kernels=distillation.divergence_kernel,
-    fallback_reason=distillation.fallback_reason,
     definition=distillation.kl_div_with_logits,
 )
 
@@ -173,7 +172,6 @@ LINEAR_KL_DIV = Divergence(
     ),
     student=3,
     kernels=distillation.linear_kernels,
-    fallback_reason=distillation.fallback_reason,
     definition=distillation.linear_kl_div,
 )
 
@@ -188,7 +186,6 @@ LINEAR_TOPK_KL_DIV = Divergence(
     ),
     student=3,
     kernels=distillation.topk_kernels,
-    fallback_reason=distillation.fallback_reason,
     definition=distillation.linear_topk_kl_div,
 )
 

@@ -54,11 +54,14 @@ class RowLoss(Operator):
 
     @abstractmethod
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
-        """Returns the operands as rows, and token_weight and denominator if they are tensors."""
+        """Returns the operands as rows, and token_weight and denominator if they are tensors.
+
+        Raises for class indices out of range, unless reading them synchronises.
+        """
 
     @abstractmethod
-    def finish(self, results: Any, arguments: Arguments) -> Any:
-        """Returns the result of a call, given the loss and the state."""
+    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Any:
+        """Returns the result of a call, given the loss and the state of each row, if any."""
 
     @abstractmethod
     def valid_rows(
@@ -81,9 +84,6 @@ class RowLoss(Operator):
     def state_fields(self, options: Any) -> int:  # noqa: ARG002
         """Returns the number of fields of the state, 0 without a state."""
         return 0
-
-    def check_indices(self, tensors: Sequence[Any], options: Any) -> None:
-        """Raises for class indices out of range, unless reading them synchronises."""
 
     def definition_loss(self, tensors: Sequence[Any], options: Any) -> Tensor:
         """Returns the loss, computed by torch's operators."""
@@ -110,10 +110,6 @@ class RowLoss(Operator):
         needs = self.gradients_needed(arguments)
         backend, device = backend_of(arguments[0]), arguments[0].device.type
 
-        def arrange(arguments: Arguments) -> Sequence[Any]:
-            self.check_indices(arguments[:count], numbers)
-            return self.to_rows(arguments)
-
         def forward(tensors: Sequence[Any]) -> Forward:
             options = numbers.with_tensors(*tensors[count:])
             dtype = tensors[0].dtype
@@ -138,27 +134,25 @@ class RowLoss(Operator):
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=arrange,
+            arrange=self.to_rows,
             forward=forward,
             backward=backward,
             define=define,
-            finish=self.finish,
+            finish=lambda results, arguments: self.finish(results[0], arguments, results[1]),
         )
 
     def compiled(self, arguments: Arguments) -> Any:
         options = self.checked_options(arguments)
         *tensors, token_weight, denominator = self.to_rows(arguments)
-        device = tensors[0].device.type
-        if self.is_linear:  # weights and biases are cast, too, as custom operators check dtypes
-            for i, operand in enumerate(self.operands):
-                if operand.name.endswith(("_weight", "_bias")) and tensors[i] is not None:
-                    (tensors[i],) = in_autocast_dtype(device, tensors[i])
+        for i, operand in enumerate(self.operands):  # custom operators check dtypes
+            if operand.name.endswith(("_weight", "_bias")):
+                tensors[i] = in_autocast_dtype(tensors[i])
         options = options.with_tensors(token_weight, denominator)
         in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
         needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
-        with without_autocast(device):
+        with without_autocast(tensors[0].device.type):
             loss, *_, state = custom_operator(self.name)(*tensors, *options.values(), needs)
-        return self.finish((loss, state), arguments)
+        return self.finish(loss, arguments, state)
 
     def fake(self, arguments: Arguments) -> Tensor:
         """Returns an empty tensor like the loss that the custom operator returns."""
