@@ -795,7 +795,7 @@ def alike_in_dimensions(**operands: Tensor) -> None:
         if operand.dim() != input.dim():
             expected = f"as many dimensions as {first} of shape {tuple(input.shape)}"
             raise _error(name, expected, f"shape {tuple(operand.shape)}")
-        _broadcasts(name, input.shape, operand.shape, owner=first)
+        broadcasting(**{first: input, name: operand})
 
 
 def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> None:

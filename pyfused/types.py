@@ -367,7 +367,3 @@ class Head(NamedTuple):
         if token_weight is not None:
             options = replace(options, token_weight=token_weight.reshape(rows, *positions))
         return head, options
-
-    def takes_blocks(self) -> bool:
-        """Returns whether the logits can be computed by blocks of classes."""
-        return self.linear_weight.dim() == 2 and not self.target.is_floating_point()

@@ -128,9 +128,9 @@ def _new_decision(op: Operator, specs: Arguments, inplace: bool) -> Decision:
 def _decide_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     if is_traced(arguments[0]):
         return decide_compiled(op, arguments, inplace)
-    if reason := no_signature_reason(op, arguments):
+    if reason := no_signature_reason(op, with_python_numbers(op, arguments)):
         return Decision(reason, None)
-    if op.local_shard_of(arguments) is not None:
+    if type(arguments[0]) not in PLAIN:
         return Decision(None, op.run_on_dtensors)  # type: ignore[attr-defined]
     return Decision(None, lambda given: call(op, with_python_numbers(op, given), inplace))
 

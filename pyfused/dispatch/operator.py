@@ -265,9 +265,20 @@ class Operator(ABC):
         """Returns the result of a call that is being compiled."""
         raise NotImplementedError
 
+    def fake(self, arguments: Arguments) -> Tensor:
+        """Returns an empty tensor like the result of the custom operator, by default a scalar."""
+        empty: Tensor = arguments[0].new_empty(())
+        return empty
+
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments, including values, after torch's operator has raised."""
+
+    def check_tensors(self, arguments: Arguments) -> None:
+        for index, operand in self.indexed_operands:
+            if arguments[index] is not None or not operand.optional:
+                number = float if operand.number else None
+                checks.tensor(operand.name, arguments[index], number)
 
     def check_scalars(self, arguments: Arguments) -> None:
         for index, scalar in self.indexed_scalars:

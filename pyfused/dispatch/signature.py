@@ -112,17 +112,16 @@ def _with_values(arguments: Arguments, values: list[Any]) -> Arguments:
 def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
     """Returns why a call without a signature falls back to torch's operator.
 
-    None means that a kernel may run: for the local shards of DTensors, or after numbers have been
-    converted.
+    None means that a kernel may run: for the local shards of DTensors, or for these arguments, in
+    which numbers have been converted.
     """
-    input = arguments[0]
-    sharded = type(input) not in PLAIN and op.local_shard_of(arguments) is not None
-    if type(input) not in PLAIN and not sharded:
-        return f"input is a {type(input).__name__}"
+    kind = type(arguments[0])
+    if kind not in PLAIN and op.local_shard_of(arguments) is None:
+        return f"input is a {kind.__name__}"
     reason = active_mode()
-    if reason or sharded:
+    if reason or kind not in PLAIN:
         return reason
-    for name, value in named(op, with_python_numbers(op, arguments)).items():
+    for name, value in named(op, arguments).items():
         if isinstance(value, Tensor):
             is_number = name not in op.tensor_names
             reason = layout_reason(name, value) or (f"{name} is a tensor" if is_number else None)

@@ -74,7 +74,7 @@ def rows_at_once(head: Head, options: CrossEntropyOptions, backend: Backend) -> 
     n, dtype = len(head.input), product_dtype(head, backend)
     row = head.columns * dtype.itemsize * (1 if options.softcap is None else 3)
     rows = rows_in_budget(n, row, options.memory_budget, dtype, backend)
-    if not head.takes_blocks():
+    if head.linear_weight.dim() > 2 or head.target.is_floating_point():
         return max(1, min(n, rows))
     min_rows = MIN_ROWS_AMX if has_slow_sums(dtype, backend) else MIN_ROWS
     return 0 if dtype is not head.input.dtype or rows < min(n, min_rows) else min(n, rows)

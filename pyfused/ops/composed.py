@@ -48,7 +48,6 @@ class Composed(Operator):
 
     def check(self, arguments: Arguments) -> None:
         self.check_scalars(arguments)
-        for operand, value in zip(self.operands[:2], arguments, strict=False):
-            checks.tensor(operand.name, value)
+        self.check_tensors(arguments)
         checks.broadcasting(input=arguments[0], target=arguments[1])
         self.of.check(self.given(*arguments))

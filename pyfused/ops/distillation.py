@@ -216,9 +216,7 @@ class Divergence(RowLoss):
         return *tensors, DivergenceOptions(**kwargs)
 
     def check(self, arguments: Arguments) -> None:
-        for operand, value in zip(self.operands, arguments, strict=False):
-            if value is not None or not operand.optional:
-                checks.tensor(operand.name, value)
+        self.check_tensors(arguments)
         self.checked_options(arguments)
         if self.operands[-2].indices:
             indices = arguments[-3]

@@ -234,11 +234,6 @@ class TensorLoss(Operator):
     def compiled(self, arguments: Arguments) -> Any:
         return custom_operator(self.name)(*arguments)
 
-    def fake(self, arguments: Arguments) -> Tensor:
-        """Returns an empty tensor like the result of the custom operator, which is reduced."""
-        empty: Tensor = arguments[0].new_empty(())
-        return empty
-
     def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the hashable values of the scalars."""
         return tuple([_number(arguments[index], s) for index, s in self.indexed_scalars])
@@ -252,10 +247,7 @@ class TensorLoss(Operator):
         return self.reference(**given)
 
     def check(self, arguments: Arguments) -> None:
-        for index, operand in self.indexed_operands:
-            if arguments[index] is not None or not operand.optional:
-                number = float if operand.number else None
-                checks.tensor(operand.name, arguments[index], number)
+        self.check_tensors(arguments)
         operands, *_ = self.checked(arguments)
         self._bounds(operands)
 
@@ -292,15 +284,14 @@ class TensorLoss(Operator):
         self, arguments: Arguments, input: Tensor, reduction: str
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
-        dtype, device, is_equal = input.dtype, input.device, True
-        for index, _ in self.indexed_operands:
-            is_equal = is_equal and getattr(arguments[index], "dtype", dtype) is dtype
+        dtype, device = input.dtype, input.device
+        values = [(operand.name, arguments[i]) for i, operand in self.indexed_operands]
+        tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
+        is_equal = all(tensor.dtype is dtype for _, tensor in tensors)
         autocast = torch.is_autocast_enabled(device.type)
         if is_equal and not autocast and not self.asks_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
-        values = [(operand.name, arguments[i]) for i, operand in self.indexed_operands]
-        tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
         modes = to, torch.get_default_dtype()
         result = result_dtype(self, kinds, device, modes, reduction == "none")

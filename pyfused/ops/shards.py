@@ -394,14 +394,11 @@ class ShardedOperator(Operator):
         if getattr(options, "gamma", 0):
             raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
         self.check_shapes((*kwargs.values(),), max(1, shape[dim]) if total is None else total)
-        name, reason = self.unsupported_tensor(kwargs | options.tensors())
-        if reason is not None:
-            raise RuntimeError(
-                f"{name}: expected a tensor that the kernels support with a shard, but {reason}"
-            )
+        if message := self.unsupported_tensor(kwargs | options.tensors()):
+            raise RuntimeError(message)
 
-    def unsupported_tensor(self, kwargs: Mapping[str, Any]) -> tuple[str, str | None]:
-        """Returns the name of a tensor that kernels do not take and why; None if there is none.
+    def unsupported_tensor(self, kwargs: Mapping[str, Any]) -> str | None:
+        """Returns the error message for a tensor that kernels do not take, None if there is none.
 
         Args:
             kwargs: The arguments by name, the input first, including tensors in options.
@@ -413,8 +410,9 @@ class ShardedOperator(Operator):
                 operand = operands.get(name) or Operand(name, differentiated=False)
                 reason = unsupported(operand, tensor, input)
                 if reason is not None and reason is not SMALL:
-                    return name, reason
-        return "", None
+                    expected = "a tensor that the kernels support with a shard"
+                    return f"{name}: expected {expected}, but {reason}"
+        return None
 
     def compute_checked(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of valid arguments, after a check of the class indices on CPUs."""
@@ -472,7 +470,7 @@ class ShardedOperator(Operator):
                 tensors[name] = _ToLocal.apply(tensor)
             elif name in names and tensor is not None:
                 return None
-        if self.unsupported_tensor(tensors)[1] is not None:
+        if self.unsupported_tensor(tensors):
             return None
         kwargs = {name: tensors[name] for name in kwargs}
         kwargs["options"] = replace(options, **{name: tensors[name] for name in options.tensors()})
