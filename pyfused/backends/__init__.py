@@ -16,6 +16,7 @@ from pyfused.backends import cpu
 from pyfused.backends.protocol import Backend as Backend
 from pyfused.backends.protocol import LossResult
 from pyfused.backends.versions import unsupported_triton
+from pyfused.torch_internals import run_while_tracing
 from pyfused.types import CrossEntropyOptions, Outputs, TensorSpec
 
 DTYPES = tuple(cpu.DTYPES)  # the dtypes that the kernels of all devices support
@@ -73,20 +74,16 @@ def unsupported_device(
         return None
     if FORCED == "cpu":
         raise RuntimeError(f"PYFUSED_BACKEND: cpu cannot run on {tensor.device}")
-    missing = without_triton(tensor.device)
+    missing: str | None = without_triton(tensor.device)
     if missing and FORCED == "triton":
         raise RuntimeError(f"PYFUSED_BACKEND: triton cannot run on {tensor.device}: {missing}")
     return missing
 
 
+@run_while_tracing  # Dynamo cannot trace the lookup of Triton's version
 def without_triton(device: torch.device) -> str | None:
     """Returns why the Triton kernels cannot run on a device, None if they can."""
     return _without_triton(device)
-
-
-# Does the same as torch.compiler.assume_constant_result, without importing the compiler. Dynamo
-# cannot trace the lookup of Triton's version.
-without_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -52,7 +52,7 @@ class Recorder(DispatchMode):
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = op._schema.name.removeprefix("aten::")
+        name = op.name().removeprefix("aten::").partition(".")[0]  # without the overload's name
         name = name if name in ATEN else name.removesuffix("_")  # in-place operators
         if name in ATEN:
             result = op(*args, **kwargs)

@@ -31,7 +31,7 @@ from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import TILE, rows_in_budget, tile_size
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
-from pyfused.ops.heads import Block, Layer, Pass, blocks, loss_over_rows, over_blocks
+from pyfused.ops.heads import Block, Layer, LossArgs, blocks, loss_over_rows, over_blocks
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.types import (
@@ -118,14 +118,14 @@ class Contrastive(RowLoss):
         (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
         return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
 
-    def compute_rows(self, tensors: Sequence[Any], pass_: Pass) -> Results:
+    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
         compute = _softmax if tensors[2] is None else _sigmoid
-        return *compute(tensors, pass_), None
+        return *compute(tensors, args), None
 
 
-def _softmax(tensors: Sequence[Any], pass_: Pass) -> LossResult:
+def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     """Computes the loss of rows and columns, and its gradients, in square blocks of logits."""
-    (x, b, *_), (backend, options, outputs, grad_output, _) = tensors, pass_
+    (x, b, *_), (backend, options, outputs, grad_output, _) = tensors, args
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer synchronisations of threads, which take long on a busy machine.
     tile = TILE * 3 // 2
@@ -167,16 +167,16 @@ def _softmax(tensors: Sequence[Any], pass_: Pass) -> LossResult:
     return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)[:3]
 
 
-def _sigmoid(tensors: Sequence[Any], pass_: Pass) -> LossResult:
+def _sigmoid(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
-    (x, b, bias, _), (backend, options, outputs, *_) = tensors, pass_
+    (x, b, bias, _), (backend, options, outputs, *_) = tensors, args
     n, dtype, wide = len(x), x.dtype, bias.dtype
     row = n * (dtype.itemsize + 2 * wide.itemsize)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
 
-    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
+    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z), None, None
@@ -186,15 +186,15 @@ def _sigmoid(tensors: Sequence[Any], pass_: Pass) -> LossResult:
         loss, (gradient, _) = launch(operands)
         loss = loss.sum(1) if loss is not None and loss.dim() else loss
         if gradient is not None:
-            assert pass_.grad_output is not None
-            gradient.mul_(pass_.grad_output.to(wide).unsqueeze(-1))
+            assert args.grad_output is not None
+            gradient.mul_(args.grad_output.to(wide).unsqueeze(-1))
             gradient.diagonal(block.rows.start).neg_()
             grad_bias.add_(gradient.sum(dtype=torch.float64))
             gradient = gradient.to(dtype)
         return loss, gradient
 
     layer = Layer(x, (b,), None, dtype)
-    loss, gradients = loss_over_rows(layer, rows, pass_, step)
+    loss, gradients = loss_over_rows(layer, rows, args, step)
     if not gradients:
         return loss, ()
     return loss, (*gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None)

@@ -33,8 +33,8 @@ from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.heads import (
     Block,
     Layer,
+    LossArgs,
     LossStep,
-    Pass,
     capped,
     linear,
     loss_over_rows,
@@ -251,8 +251,8 @@ class Divergence(RowLoss):
         total = n if weight is None else weight.sum(dtype=torch.float64)
         return (None if weight is None else valid_rows(weight, 0, backend)), total
 
-    def compute_rows(self, tensors: Sequence[Any], pass_: Pass) -> Results:
-        return *self.kernels(tensors, pass_), None
+    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
+        return *self.kernels(tensors, args), None
 
 
 class LogitsDivergence(Divergence):
@@ -302,15 +302,15 @@ def divergence_kernel(
     return launch
 
 
-def linear_kernels(tensors: Sequence[Any], pass_: Pass) -> LossResult:
+def linear_kernels(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     """Computes the divergence of a student's head from a teacher's, and the student's gradients."""
     *_, input, weight, bias = tensors
-    backend = pass_.backend
+    backend = args.backend
     dtype = backend.product_dtype(input.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
-        _, options, outputs, grad_output, _ = pass_
+    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
+        _, options, outputs, grad_output, _ = args
         teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
         linear(input[block.rows].to(dtype), weight, bias, teacher_logits)
         tensors = block.logits, teacher_logits, options.token_weight, None
@@ -318,29 +318,29 @@ def linear_kernels(tensors: Sequence[Any], pass_: Pass) -> LossResult:
         loss, (gradient,) = kernel(tensors, grad_output)
         return loss, gradient
 
-    teacher_bytes = dtype.itemsize * (1 if pass_.options.teacher_softcap is None else 3)
-    return _by_rows(tensors, pass_, step, teacher_bytes)
+    teacher_bytes = dtype.itemsize * (1 if args.options.teacher_softcap is None else 3)
+    return _by_rows(tensors, args, step, teacher_bytes)
 
 
-def topk_kernels(tensors: Sequence[Any], pass_: Pass) -> LossResult:
+def topk_kernels(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     """Computes the divergence of a student's head from a teacher's top k, and the gradients."""
     _, weight, _, indices, log_probs = tensors
     invalid = checks.topk_indices(indices, len(weight))[:, None]
-    checks.topk_log_probs(_masked(log_probs, pass_.options, -torch.inf))
-    if pass_.backend.ASYNCHRONOUS:  # an error would synchronise, so the loss of the row is NaN
+    checks.topk_log_probs(_masked(log_probs, args.options, -torch.inf))
+    if args.backend.ASYNCHRONOUS:  # an error would synchronise, so the loss of the row is NaN
         log_probs = log_probs.masked_fill(invalid, torch.nan)
         indices = indices.masked_fill(invalid, 0)
 
-    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
-        logits, cap_backward = capped(pass_.backend, block.logits, pass_.options.softcap)
-        loss, gradient = _topk(logits, indices[block.rows], log_probs[block.rows], pass_)
+    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
+        logits, cap_backward = capped(args.backend, block.logits, args.options.softcap)
+        loss, gradient = _topk(logits, indices[block.rows], log_probs[block.rows], args)
         return loss, None if gradient is None else cap_backward(gradient)
 
-    return _by_rows(tensors, pass_, step)
+    return _by_rows(tensors, args, step)
 
 
 def _by_rows(
-    tensors: Sequence[Any], pass_: Pass, step: LossStep, teacher_bytes: int = 0
+    tensors: Sequence[Any], args: LossArgs, step: LossStep, teacher_bytes: int = 0
 ) -> LossResult:
     """Computes the divergence and the gradients by blocks of rows.
 
@@ -348,25 +348,25 @@ def _by_rows(
         step: As in `loss_over_rows`, for a block of the student's logits.
         teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
     """
-    (input, weight, bias, *_), (backend, options, *_) = tensors, pass_
+    (input, weight, bias, *_), (backend, options, *_) = tensors, args
     n, dtype = len(input), backend.product_dtype(input.dtype)
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     row = len(weight) * (dtype.itemsize + cap_bytes + teacher_bytes)
     rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
     layer = Layer(_masked(input, options), (weight,), bias, dtype)
-    loss, gradients = loss_over_rows(layer, rows, pass_, step)
+    loss, gradients = loss_over_rows(layer, rows, args, step)
     return loss, gradients[:3]
 
 
 def _topk(
-    logits: Tensor, indices: Tensor, log_q: Tensor, pass_: Pass
+    logits: Tensor, indices: Tensor, log_q: Tensor, args: LossArgs
 ) -> tuple[Tensor | None, Tensor | None]:
     """Computes the divergence of k + 1 classes, the last of which is the sum of all others.
 
     With the gradient g of the k + 1 log-probabilities, and its sum s, the gradient of the logit x_c
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
-    backend, options, outputs, grad_output, _ = pass_
+    backend, options, outputs, grad_output, _ = args
     n, classes = logits.shape
     rows, class_range = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:

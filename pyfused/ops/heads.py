@@ -221,8 +221,8 @@ def over_blocks(
     return sums.converted()
 
 
-class Pass(NamedTuple):
-    """A forward or backward pass of a loss over rows.
+class LossArgs(NamedTuple):
+    """The arguments of a forward or backward pass of a loss over rows, besides its tensors.
 
     Attributes:
         options: The options, with the reduction "sum" or "none".
@@ -239,13 +239,13 @@ class Pass(NamedTuple):
     state: Tensor | None = None
 
 
-# Computes the loss and the gradient of a block's logits, which it may overwrite, given the pass of
-# the block's rows.
-LossStep = Callable[[Block, Pass], tuple[Tensor | None, Tensor | None]]
+# Computes the loss and the gradient of a block's logits, which it may overwrite, given the
+# arguments for the block's rows.
+LossStep = Callable[[Block, LossArgs], tuple[Tensor | None, Tensor | None]]
 
 
 def loss_over_rows(
-    layer: Layer, rows: int, pass_: Pass, step: LossStep, filter_below: Tensor | None = None
+    layer: Layer, rows: int, args: LossArgs, step: LossStep, filter_below: Tensor | None = None
 ) -> LossResult:
     """Returns the loss and the layer's gradients, by blocks of rows with all classes.
 
@@ -254,24 +254,23 @@ def loss_over_rows(
 
     Args:
         rows: The number of rows of a block.
-        pass_: Its first gradients are those of the layer. A step computes one gradient for these,
+        args: The first gradients are those of the layer. A step computes one gradient for these,
             and the others.
         filter_below: As in `over_blocks`.
     """
-    backend, options, outputs, grad_output, _ = pass_
+    backend, options, outputs, grad_output, _ = args
     weight, unreduced, losses = options.token_weight, options.reduction == "none", list[Tensor]()
     needs = outputs.gradients
     block_needs = (any(needs[:4]), *needs[4:]) if needs else ()
-    pass_ = pass_._replace(outputs=Outputs(outputs.loss, block_needs, inplace=True))
+    block_outputs = Outputs(outputs.loss, block_needs, inplace=True)
 
     def block_step(block: Block) -> Tensor | None:
-        block_pass = pass_
+        block_options, grad = options, grad_output
         if weight is not None:
-            options_of_rows = replace(options, token_weight=weight[block.rows])
-            block_pass = block_pass._replace(options=options_of_rows)
-        if unreduced and grad_output is not None:
-            block_pass = block_pass._replace(grad_output=grad_output[block.rows])
-        loss, grad_logits = step(block, block_pass)
+            block_options = replace(options, token_weight=weight[block.rows])
+        if unreduced and grad is not None:
+            grad = grad[block.rows]
+        loss, grad_logits = step(block, LossArgs(backend, block_options, block_outputs, grad))
         if loss is not None:
             losses.append(loss)
         return grad_logits

@@ -25,7 +25,7 @@ from pyfused.ops.heads import (
     Block,
     Layer,
     LayerStates,
-    Pass,
+    LossArgs,
     StateOptions,
     capped,
     loss_over_rows,
@@ -131,10 +131,10 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         token_weight = options.token_weight
         return None, target[:, 0].numel() if token_weight is None else token_weight.double().sum()
 
-    def compute_rows(self, tensors: Sequence[Any], pass_: Pass) -> Results:
+    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
         head = Head(*tensors)
-        rows = rows_at_once(head, pass_.options, pass_.backend)
-        return _by_rows(head, rows, pass_) if rows else _by_classes(head, pass_)
+        rows = rows_at_once(head, args.options, args.backend)
+        return _by_rows(head, rows, args) if rows else _by_classes(head, args)
 
     def definition_loss(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> Tensor:
         dtype = self.loss_dtype(tensors)
@@ -176,16 +176,16 @@ def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:
 # ---- loss and gradients --------------------------------------------------------------------------
 
 
-def _by_rows(head: Head, rows: int, pass_: Pass) -> Results:
+def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
     """Computes the results by blocks of rows with all classes."""
-    backend, options, outputs, grad_output, _ = pass_
+    backend, options, outputs, grad_output, _ = args
     target, classes = head.target, head.linear_weight.shape[:-1]
     dtype, states = product_dtype(head, backend), list[Tensor]()
     needs_target = outputs.gradients[4:] == (True,)
     grad_target = torch.empty_like(target) if needs_target else None
 
-    def step(block: Block, pass_: Pass) -> tuple[Tensor | None, Tensor | None]:
-        _, options, outputs, grad_output, _ = pass_
+    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
+        _, options, outputs, grad_output, _ = args
         targets = target[block.rows]
         targets = targets.to(dtype) if targets.is_floating_point() else targets
         capped_logits, cap_backward = capped(backend, block.logits, options.softcap, rounds=True)
@@ -210,7 +210,7 @@ def _by_rows(head: Head, rows: int, pass_: Pass) -> Results:
     weight, bias, adapter_weight = head[1:4]
     weights = [x.flatten(0, -2) for x in (weight, adapter_weight) if x is not None]
     layer = Layer(head.input, weights, None if bias is None else bias.flatten(), dtype)
-    loss, gradients = loss_over_rows(layer, rows, pass_, step, filter_below)
+    loss, gradients = loss_over_rows(layer, rows, args, step, filter_below)
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
     if not gradients:
         return loss, (), state
@@ -219,12 +219,12 @@ def _by_rows(head: Head, rows: int, pass_: Pass) -> Results:
     return loss, (*grad_layer, grad_target), state
 
 
-def _by_classes(head: Head, pass_: Pass) -> Results:
+def _by_classes(head: Head, args: LossArgs) -> Results:
     """Computes the results by blocks of classes.
 
     The gradients need the state over all classes, so the backward pass computes them.
     """
-    backend, options, outputs, grad_output, state = pass_
+    backend, options, outputs, grad_output, state = args
     target, classes, dtype = head.target, len(head.linear_weight), product_dtype(head, backend)
     weight = kernel_weight(head.weight, dtype)
     tile = tile_size(head.input.shape[1], dtype, options.memory_budget)

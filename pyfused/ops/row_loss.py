@@ -16,7 +16,7 @@ from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
-from pyfused.ops.heads import Pass, spread_rows, take_rows
+from pyfused.ops.heads import LossArgs, spread_rows, take_rows
 from pyfused.ops.row_state import loss_denominator
 from pyfused.types import Gradients, Outputs, VocabOptions
 
@@ -70,7 +70,7 @@ class RowLoss(Operator):
         """Returns the indices of the valid rows, None for all, and a mean's default denominator."""
 
     @abstractmethod
-    def compute_rows(self, tensors: Sequence[Any], pass_: Pass) -> Results:
+    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
         """Returns the results of valid rows; the loss is their sum, or has one element per row."""
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
@@ -200,8 +200,8 @@ class RowLoss(Operator):
         )
         indexed = enumerate(tensors)
         valid = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
-        pass_ = Pass(backend, options, outputs, grad_output, take_rows(state, rows, 1))
-        loss, gradients, state = self.compute_rows(valid, pass_)
+        args = LossArgs(backend, options, outputs, grad_output, take_rows(state, rows, 1))
+        loss, gradients, state = self.compute_rows(valid, args)
         if loss is not None:
             loss = spread_rows(loss, rows, total) if unreduced else loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
