@@ -196,24 +196,5 @@ LOG_SOFTMAX = Softmax(
     name="log_softmax", module="LogSoftmax", fallback_reason=softmax_fallback_reason
 )
 
-OPERATORS: dict[str, Operator] = {
-    op.name: op
-    for op in (
-        CROSS_ENTROPY,
-        LINEAR_CROSS_ENTROPY,
-        LOG_PROBS,
-        LINEAR_LOG_PROBS,
-        NLL_LOSS,
-        MULTI_MARGIN_LOSS,
-        MULTILABEL_MARGIN_LOSS,
-        TRIPLET_MARGIN_LOSS,
-        COSINE_EMBEDDING_LOSS,
-        CONTRASTIVE_LOSS,
-        KL_DIV_WITH_LOGITS,
-        LINEAR_KL_DIV,
-        LINEAR_TOPK_KL_DIV,
-        SOFTMAX,
-        LOG_SOFTMAX,
-        *elementwise.OPERATORS,
-    )
-}
+_declared = [value for value in globals().values() if isinstance(value, Operator)]
+OPERATORS: dict[str, Operator] = {op.name: op for op in (*_declared, *elementwise.OPERATORS)}
