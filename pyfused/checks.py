@@ -358,9 +358,9 @@ def linear_layer(
     if bias is not None:
         _shape(f"{prefix}linear_bias", bias, shape)
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-    layer_device(input, weight, bias, prefix, adapter)
-    parameters = ("linear_weight", weight), ("linear_bias", bias), ("adapter_weight", adapter)
-    for name, value in parameters:
+    parameters = {"linear_weight": weight, "linear_bias": bias, "adapter_weight": adapter}
+    layer_device(input, parameters, prefix)
+    for name, value in parameters.items():
         if value is None or value.dtype is input.dtype:
             continue
         casts = autocast or (value is adapter and value.dtype is torch.float32)
@@ -368,12 +368,9 @@ def linear_layer(
             raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 
 
-def layer_device(
-    input: Tensor, weight: Any, bias: Any, prefix: str = "", adapter: Any = None
-) -> None:
-    """Raises for parameters on another device, as torch reads invalid memory for a meta weight."""
-    parameters = ("linear_weight", weight), ("linear_bias", bias), ("adapter_weight", adapter)
-    for name, value in parameters:
+def layer_device(input: Tensor, tensors: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises for tensors on another device, as torch reads invalid memory for a meta weight."""
+    for name, value in tensors.items():
         if isinstance(value, TENSORS) and value.device != input.device:
             expected = f"the {prefix}input's device {input.device}"
             raise _error(f"{prefix}{name}", expected, value.device)

@@ -181,7 +181,7 @@ def _sigmoid(tensors: Sequence[Any], args: LossArgs) -> LossResult:
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z), None, None
         launch = SOFT_MARGIN_LOSS.prepared(
-            *(backend, operands, (), options.reduction, kernel_outputs, 1.0, None)
+            backend, operands, (), options.reduction, kernel_outputs, 1.0, None
         )
         loss, (gradient, _) = launch(operands)
         loss = loss.sum(1) if loss is not None and loss.dim() else loss

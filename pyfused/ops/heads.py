@@ -423,7 +423,11 @@ class LayerStates:
             return block.logits
 
         grad_input, grad_weight, grad_bias, grad_adapter = over_blocks(
-            *(self.backend, self.layer, self.size, needs, step),
+            self.backend,
+            self.layer,
+            self.size,
+            needs,
+            step,
             filter_below=take_rows(filter_below, valid),
             memory=logits,
             fixed_sizes=self.options.fixed_sizes,
@@ -480,16 +484,14 @@ def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: 
     multiples of 16, which aligns all rows.
     """
     features, padding = x.shape[1], -x.shape[1] % 16
+    settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
     for first in range(0, len(weight), FIXED_COLUMNS):
         columns = slice(first, first + FIXED_COLUMNS)
         w = F.pad(weight[columns], (0, padding)) if padding else weight[columns]
         if not w.is_contiguous() or w.data_ptr() % ALIGNMENT:
             w = w.clone(memory_format=torch.contiguous_format)
         b = None if bias is None else bias[columns]
-        rows = _rows_of_product(
-            *(x.device, x.dtype, *w.shape, b is not None),
-            *(torch.get_num_threads(), torch.get_float32_matmul_precision()),
-        )
+        rows = _rows_of_product(x.device, x.dtype, *w.shape, b is not None, *settings)
         block, product = x.new_zeros(rows, w.shape[1]), x.new_empty(rows, len(w))
         for row in range(0, len(x), rows):
             part = x[row : row + rows]

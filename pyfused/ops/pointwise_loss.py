@@ -440,7 +440,6 @@ class Halves(Gated):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.variables = Operand("first"), Operand("second")
-        self._values = lambda arguments: arguments[0].chunk(2, arguments[1])
 
     def check(self, arguments: Arguments) -> None:
         checks.halves(*arguments)

@@ -155,7 +155,7 @@ def state_plan(
                 launches[None] = launch
             state, output = launch(*layer, target, weight)
         else:
-            head = Head(*(*layer, None, target, weight))
+            head = Head._make((*layer, None, target, weight))
             with without_autocast(target.device.type):
                 state, logits = LayerStates(backend, head, options).state(needs_any)
         if shard is not None:
@@ -187,7 +187,7 @@ def state_plan(
         else:
             grad_results = _grad_results(grad_output, state)
             *layer, target = tensors
-            states = LayerStates(backend, Head(*(*layer, None, target, weight)), options)
+            states = LayerStates(backend, Head._make((*layer, None, target, weight)), options)
             gradients = states.gradients(needs, state, grad_results, logits)
         if shard is not None and not is_logits and gradients[0] is not None:
             dist.all_reduce(gradients[0], group=shard.group)
@@ -320,7 +320,7 @@ class ShardedOperator(Operator):
 
     @property
     def sharded(self) -> tuple[tuple[str, ...], int]:
-        """The names of the tensors whose classes are sharded, and the dimension of the classes."""
+        """Returns the names of the tensors with sharded classes, and the classes' dimension."""
         linear = ("linear_weight", "linear_bias"), 0
         return linear if self.is_linear else (self.arguments[:1], 1)
 
