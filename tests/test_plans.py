@@ -85,6 +85,12 @@ def test_modes_are_in_the_signature() -> None:
     assert_each_is_correct(*[functools.partial(step, mode=mode) for mode in modes])
 
 
+def test_meta_tensors_under_autocast() -> None:
+    x = torch.empty(6, 5, device="meta")
+    with torch.autocast("cpu"):
+        assert fused.kl_div_with_logits(x, x).is_meta
+
+
 OPTIONS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({"label_smoothing": 0.0}, {"label_smoothing": 0.1}, {"label_smoothing": 1}),
     ({"reduction": "mean"}, {"reduction": "sum"}, {"reduction": "none"}),

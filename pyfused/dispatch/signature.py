@@ -64,7 +64,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
     if inplace:
         input = arguments[0]
         key.append(input.is_leaf or is_view(input))
-    if any_autocast():
+    if any_autocast() and not arguments[0].is_meta:  # torch raises for the device "meta"
         device = arguments[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return tuple(key)
