@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
+from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments
@@ -88,13 +88,6 @@ class Contrastive(RowLoss):
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         return arguments[2] is not None
 
-    def check(self, arguments: Arguments) -> None:
-        self.check_arguments(*arguments)
-
-    def checked_options(self, arguments: Arguments) -> Any:
-        self.check(arguments)
-        return arguments[-1]
-
     def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
         needs_a, needs_b, needs_bias, needs_scale = needs_grad(arguments[:4])
         return needs_a or needs_scale, needs_b, needs_bias
@@ -107,12 +100,6 @@ class Contrastive(RowLoss):
             dtype = accumulate_dtype(x.dtype)
             bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
         return x, b, bias, None, None, None
-
-    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        return loss
-
-    def valid_rows(self, _: Backend, tensors: Sequence[Any], __: Any) -> tuple[None, float]:
-        return None, len(tensors[0])
 
     def definition_loss(self, tensors: Sequence[Any], options: VocabOptions) -> Tensor:
         (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)

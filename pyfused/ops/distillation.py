@@ -217,15 +217,14 @@ class Divergence(RowLoss):
 
     def check(self, arguments: Arguments) -> None:
         self.check_tensors(arguments)
-        self.checked_options(arguments)
+        super().check(arguments)
         if self.operands[-2].indices:
             indices = arguments[-3]
             checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
             checks.topk_log_probs(_masked(arguments[-2], arguments[-1], -torch.inf))
 
     def checked_options(self, arguments: Arguments) -> DivergenceOptions:
-        self.check_arguments(*arguments)
-        options: DivergenceOptions = arguments[-1]
+        options: DivergenceOptions = super().checked_options(arguments)
         beta, temperature = float(options.beta), float(options.temperature)
         return replace(options, beta=beta, temperature=temperature)
 
@@ -240,9 +239,6 @@ class Divergence(RowLoss):
         token_weight = None if token_weight is None else token_weight.flatten()
         denominator = None if denominator is None else denominator.reshape(())  # from (1)
         return *tensors, token_weight, denominator
-
-    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
     def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: DivergenceOptions

@@ -48,9 +48,13 @@ class RowLoss(Operator):
         weights = "linear_weight", "linear_bias", "adapter_weight", "weight"
         self.row_operands = [i for i, name in enumerate(names) if name not in weights]
 
-    @abstractmethod
-    def checked_options(self, arguments: Arguments) -> VocabOptions:
+    def check(self, arguments: Arguments) -> None:
+        self.checked_options(arguments)
+
+    def checked_options(self, arguments: Arguments) -> Any:
         """Raises for invalid types, shapes and options; returns the options for the kernels."""
+        self.check_arguments(*arguments)
+        return arguments[-1]
 
     @abstractmethod
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
@@ -59,15 +63,18 @@ class RowLoss(Operator):
         Raises for class indices out of range, unless reading them synchronises.
         """
 
-    @abstractmethod
-    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Any:
+    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Any:  # noqa: ARG002
         """Returns the result of a call, given the loss and the state of each row, if any."""
+        return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
-    @abstractmethod
     def valid_rows(
-        self, backend: Backend, tensors: Sequence[Any], options: Any
+        self,
+        backend: Backend,  # noqa: ARG002
+        tensors: Sequence[Any],
+        options: Any,  # noqa: ARG002
     ) -> tuple[Tensor | None, float | Tensor]:
         """Returns the indices of the valid rows, None for all, and a mean's default denominator."""
+        return None, len(tensors[0])
 
     @abstractmethod
     def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
