@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -163,17 +163,16 @@ class CrossEntropyOptions(VocabOptions):
 
         It does not support numbers in tensors, which may require grad.
         """
-        defaults = (self.gamma, 0), (self.z_loss, 0), (self.scale, 1), (self.temperature, 1)
-        for value, default in defaults:
-            if isinstance(value, TENSORS) or value != default:
+        for name, default in _ADDED.items():
+            value = getattr(self, name)
+            if value is not default and (isinstance(value, TENSORS) or value != default):
                 return False
-        return (
-            self.softcap is None
-            and self.token_weight is None
-            and self.denominator is None
-            and self.loss_dtype is None
-            and not self.with_metrics
-        )
+        return True
+
+
+# The options of torch's functions, and those that they may ignore; and the defaults of the others.
+_OF_TORCH = ("ignore_index", "reduction", "label_smoothing", "memory_budget", "filter_eps")
+_ADDED = {x.name: x.default for x in fields(CrossEntropyOptions) if x.name not in _OF_TORCH}
 
 
 @dataclass(eq=False)

@@ -128,23 +128,18 @@ class LogProbsOperator(ShardedOperator):
     def plan(
         self,
         arguments: Arguments,
-        inplace: bool,  # noqa: ARG002
+        inplace: bool = False,  # noqa: ARG002
+        shard: VocabShard | None = None,
         results: int | None = None,
     ) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
         Args:
+            shard: The classes of this process, for arguments that have been checked.
             results: As in `state_plan`; None for the results that the options select.
         """
-        self.check_arguments(*arguments)
-        return self._plan(arguments, None, results)
-
-    def _plan(
-        self,
-        arguments: Arguments,
-        shard: VocabShard | None,
-        results: int | None = None,
-    ) -> Plan:
+        if shard is None:
+            self.check_arguments(*arguments)
         *tensors, _, options = arguments
         classes, ignore_index = class_range(tensors, shard), options.ignore_index
         check = backend_of(tensors[0]).check_class_indices
@@ -199,7 +194,7 @@ class LogProbsOperator(ShardedOperator):
         return empty
 
     def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
-        return self._plan(arguments, shard)(arguments)
+        return self.plan(arguments, shard=shard)(arguments)
 
     def cast(self, tensors: list[Any]) -> list[Any]:
         """Casts the input of a layer, but not logits, as autocast does."""
