@@ -62,7 +62,7 @@ def row_sizes(input: Tensor) -> tuple[int, int, int]:
 def feature_rows(tensor: Tensor) -> Tensor:
     """Returns (..., D) as a matrix with contiguous features, copied if necessary."""
     if tensor.dim() != 2:
-        tensor = tensor.reshape(-1, tensor.shape[-1])
+        tensor = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 

@@ -202,11 +202,9 @@ def linear_log_probs(
     rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     logits = head_logits(rows, linear_weight, linear_bias)
     results = log_probs(logits, target.reshape(len(rows), *positions), options)
-    if not options.with_metrics:
-        return results.reshape(*results.shape[: not options.alone], *target.shape)
-    results, *metrics = results
+    results, *metrics = results if options.with_metrics else (results,)
     results = results.reshape(*results.shape[: not options.alone], *target.shape)
-    return results, *[x.reshape(target.shape) for x in metrics]
+    return (results, *[x.reshape(target.shape) for x in metrics]) if metrics else results
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:

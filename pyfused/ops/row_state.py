@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, cross_entropy_once
-from pyfused.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype, feature_rows
 from pyfused.types import (
     INDEX,
     LOG_P,
@@ -50,11 +50,7 @@ def empty_state(fields: int, target: Tensor) -> Tensor:
 
 def as_rows(logits: Tensor) -> Tensor:
     """Returns logits (C), (N, C) or (N, C, d1, ..., dk) as rows of contiguous classes."""
-    if logits.dim() == 2 and logits.stride(1) == 1:
-        return logits
-    rows = logits.movedim(min(logits.dim() - 1, 1), -1)
-    rows = rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return feature_rows(logits if logits.dim() < 3 else logits.movedim(1, -1))
 
 
 def logits_state(
