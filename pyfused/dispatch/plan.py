@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
+from pyfused.dispatch.operator import Arguments
 from pyfused.layout import layouts
 from pyfused.types import Gradients, Outputs
 
-Arguments = tuple[Any, ...]  # the positional arguments of a call
 Tensors = Sequence[Any]  # each is a Tensor or None
 # The result of a forward pass: the output, the tensors to save, and the gradients, () if backward
 # computes them.

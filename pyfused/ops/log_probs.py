@@ -141,6 +141,8 @@ class LogProbsOperator(ShardedOperator):
         if shard is None:
             self.check_arguments(*arguments)
         *tensors, _, options = arguments
+        if self.is_linear:
+            tensors[0] = in_autocast_dtype(tensors[0])
         classes, ignore_index = class_range(tensors, shard), options.ignore_index
         check = backend_of(tensors[0]).check_class_indices
         results = _count(options) if results is None else results
@@ -148,7 +150,7 @@ class LogProbsOperator(ShardedOperator):
         def arrange(arguments: Arguments) -> tuple[Any, ...]:
             *tensors, target, _ = arguments
             if self.is_linear:
-                tensors = self.cast(tensors)
+                tensors[0] = in_autocast_dtype(tensors[0])
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
             check(target, classes.total, ignore_index)
             return *tensors, target, None
@@ -165,7 +167,7 @@ class LogProbsOperator(ShardedOperator):
         )
         return state_plan(
             self.name,
-            self.cast(tensors),
+            tensors,
             state_options,
             shard,
             results=results,
@@ -195,12 +197,6 @@ class LogProbsOperator(ShardedOperator):
 
     def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         return self.plan(arguments, shard=shard)(arguments)
-
-    def cast(self, tensors: list[Any]) -> list[Any]:
-        """Casts the input of a layer, but not logits, as autocast does."""
-        if not self.is_linear:
-            return tensors
-        return [in_autocast_dtype(tensors[0]), *tensors[1:]]
 
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""
