@@ -270,9 +270,9 @@ class Operator(ABC):
         empty: Tensor = arguments[0].new_empty(())
         return empty
 
-    @abstractmethod
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments, including values, after torch's operator has raised."""
+        self.check_tensors(arguments)
 
     def check_tensors(self, arguments: Arguments) -> None:
         for index, operand in self.indexed_operands:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import Arguments, Operator
@@ -112,9 +111,6 @@ class Activation(Operator):
             Method(["x"], *kernel.expressions(forward, 1)),
             Method(["grad_output", saved], *kernel.expressions(backward, 2)),
         ]
-
-    def check(self, arguments: Arguments) -> None:
-        checks.tensor("input", arguments[0])
 
     def inplace_fallback_reason(self, input: Any) -> str | None:
         """Returns the reason unless the gradient is computed from the output.

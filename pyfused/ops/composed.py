@@ -48,6 +48,6 @@ class Composed(Operator):
 
     def check(self, arguments: Arguments) -> None:
         self.check_scalars(arguments)
-        self.check_tensors(arguments)
+        super().check(arguments)
         checks.broadcasting(input=arguments[0], target=arguments[1])
         self.of.check(self.given(*arguments))

@@ -247,7 +247,7 @@ class TensorLoss(Operator):
         return self.reference(**given)
 
     def check(self, arguments: Arguments) -> None:
-        self.check_tensors(arguments)
+        super().check(arguments)
         operands, *_ = self.checked(arguments)
         self._bounds(operands)
 

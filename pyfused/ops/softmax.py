@@ -66,7 +66,7 @@ class Softmax(Operator):
         )
 
     def check(self, arguments: Arguments) -> None:
-        checks.tensor("input", arguments[0])
+        super().check(arguments)
         checks.dim(arguments[1], arguments[0])
 
 
