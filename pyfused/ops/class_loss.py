@@ -94,7 +94,7 @@ class ClassLoss(Operator):
             def definition(input: Tensor, target: Tensor) -> Tensor:
                 wide_target = target.to(dtype) if target.is_floating_point() else target
                 wide_weight = None if weight is None else weight.to(dtype)
-                return self.define(input.to(dtype), wide_target, wide_weight, options)
+                return self.definition_loss(input.to(dtype), wide_target, wide_weight, options)
 
             return differentiate(definition, (input, target), needs, grad_output)
 
@@ -130,7 +130,9 @@ class ClassLoss(Operator):
         target = target.to(torch.int64)
         return input, target.reshape(()) if input.dim() == 1 else target, weight
 
-    def define(self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Tensor:
+    def definition_loss(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
+    ) -> Tensor:
         """Returns the loss, computed by torch's operators."""
         given = {name: getattr(options, name) for name in self.arguments if hasattr(options, name)}
         if weight is not None:

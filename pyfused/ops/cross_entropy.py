@@ -85,7 +85,9 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         *operands, options = super().checked(arguments)
         return *operands, replace(checks.normalized(options), with_metrics=False)
 
-    def define(self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Tensor:
+    def definition_loss(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
+    ) -> Tensor:
         if options.is_plain():  # the definition of other options masks ignored rows itself
             input = definitions.without_ignored(input, target, options.ignore_index)
         return self.reference(input, target, weight, options)

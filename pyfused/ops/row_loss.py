@@ -97,16 +97,6 @@ class RowLoss(Operator):
         loss: Tensor = self.reference(*tensors, options)
         return loss
 
-    def define(
-        self, tensors: Sequence[Any], options: Any, needs: Sequence[bool], grad_output: Tensor
-    ) -> Gradients:
-        """Returns the gradients from torch's definition, which are differentiable."""
-
-        def definition(*differentiated: Any) -> Tensor:
-            return self.definition_loss((*differentiated, *tensors[self.student :]), options)
-
-        return differentiate(definition, tensors[: self.student], needs, grad_output)
-
     def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
         """Returns whether each of the student's tensors needs a gradient."""
         return needs_grad(arguments[: self.student])
@@ -135,7 +125,12 @@ class RowLoss(Operator):
 
         def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
             options = numbers.with_tensors(*saved[count : count + 2])
-            return self.define(saved[:count], options, needs, grad_output)
+            student, others = saved[: self.student], saved[self.student : count]
+
+            def definition(*student: Any) -> Tensor:
+                return self.definition_loss((*student, *others), options)
+
+            return differentiate(definition, student, needs, grad_output)
 
         return Plan(
             name=self.name,
