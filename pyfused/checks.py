@@ -359,7 +359,7 @@ def linear_layer(
         _shape(f"{prefix}linear_bias", bias, shape)
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     parameters = {"linear_weight": weight, "linear_bias": bias, "adapter_weight": adapter}
-    layer_device(input, parameters, prefix)
+    layer_device(input, prefix, **parameters)
     for name, value in parameters.items():
         if value is None or value.dtype is input.dtype:
             continue
@@ -368,9 +368,9 @@ def linear_layer(
             raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 
 
-def layer_device(input: Tensor, tensors: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises for tensors on another device, as torch reads invalid memory for a meta weight."""
-    for name, value in tensors.items():
+def layer_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
+    """Raises for parameters on another device, as torch reads invalid memory for a meta weight."""
+    for name, value in parameters.items():
         if isinstance(value, TENSORS) and value.device != input.device:
             expected = f"the {prefix}input's device {input.device}"
             raise _error(f"{prefix}{name}", expected, value.device)

@@ -165,7 +165,9 @@ class CrossEntropyOptions(VocabOptions):
         """
         for name, default in _ADDED.items():
             value = getattr(self, name)
-            if value is not default and (isinstance(value, TENSORS) or value != default):
+            if value is default or (type(value) is float and value == default):
+                continue  # the common case
+            if isinstance(value, TENSORS) or value != default:
                 return False
         return True
 

@@ -99,8 +99,10 @@ def linear_cross_entropy(
     torch_options: Any = None,
     options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
 ) -> Any:
+    checks.layer_device(
+        input, linear_weight=linear_weight, linear_bias=linear_bias, adapter_weight=adapter_weight
+    )
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
-    checks.layer_device(input, head._asdict())
     head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         checks.memory_budget(options.memory_budget)  # torch's function does not receive these two
