@@ -1,4 +1,4 @@
-"""Elementary functions that the kernels share, and strided loads.
+"""Elementary functions that the kernels share.
 
 Errors are in units in the last place (ULP) of float32; float64 uses Triton's functions. EXACT is
 False if the result is rounded to half precision, for which a less accurate result suffices.
@@ -158,21 +158,3 @@ def normal_cdf(x, EXACT: tl.constexpr):
 def widened(x):
     """Converts half precision to float32."""
     return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
-
-
-@triton.jit
-def read(tensor, k: tl.constexpr, i, n, columns, strides):
-    """Loads elements i of operand k as float32 or float64; 0 for i >= n; None if tensor is None.
-
-    The operand is dense if columns is None. Otherwise it is rows x columns; `strides` has a pair
-    of strides for each operand, which are 0 in broadcast dimensions.
-    """
-    value = None
-    if tensor is not None:
-        mask = i < n
-        if columns is not None:
-            i = i.to(n.dtype)  # 64-bit division only from 2**31 elements on
-            row, column = (i // columns).to(tl.int64), (i % columns).to(tl.int64)
-            i = row * strides[2 * k] + column * strides[2 * k + 1]
-        value = widened(tl.load(tensor + i, mask=mask, other=0.0))
-    return value

@@ -29,7 +29,6 @@ from .reductions import class_weight, gradient_scale, read_rows, store_loss
 from .rows import (
     DROP,
     class_block,
-    contiguous_block,
     contiguous_rows,
     finite_or_zero,
     first_pass,
@@ -103,7 +102,7 @@ def row_kernel(
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes the loss of class indices for n rows of at most BLOCK contiguous classes.
 
@@ -112,11 +111,11 @@ def row_kernel(
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     grad = gradients[0]
-    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
     label, valid, invalid, target_weight, scale = read_rows(
         target, weight, token_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
     )
-    x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
+    x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
     c = tl.arange(0, BLOCK)
     mask = (c < classes)[None, :]
     x = load_tile(x_rows, c, mask & valid[:, None], -float("inf"), SCALE)
@@ -146,7 +145,7 @@ def row_kernel(
         is_target = c[None, :] == label.to(tl.int32)[:, None]
         gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
         tl.debug_barrier()  # inplace: threads read the target logit before it is overwritten
-        to = contiguous_rows(grad, rows, strides[1], CLASS_UNIT)
+        to = contiguous_rows(grad, rows, strides[1], UNITS)
         store_tile(to, c, mask & in_bounds[:, None], gradient)
     # last, because the sum of parts would keep the tile in registers
     store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
@@ -186,8 +185,7 @@ def two_pass_kernel(
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    INNER_UNIT: tl.constexpr = 1,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes the loss of class indices or class probabilities, for any strides.
 
@@ -201,15 +199,13 @@ def two_pass_kernel(
     INDICES: tl.constexpr = target.dtype.element_ty == tl.int64
     smoothing, z_loss = scalar(smoothing, A), scalar(z_loss, A)
     grad, grad_target = gradients
-    outer, lanes, in_bounds, inner, classes = row_block(
-        inner, classes, ROWS, INNER_UNIT, CLASS_UNIT
-    )
+    outer, lanes, in_bounds, inner, classes = row_block(inner, classes, ROWS, UNITS)
     rows = outer * inner + lanes
-    x_rows = strided_rows(logits, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
+    x_rows = strided_rows(logits, outer, lanes, strides, 0, UNITS)
     indices, y_rows = target, None
     if not INDICES:
         indices = None
-        y_rows = strided_rows(target, outer, lanes, strides, 6, INNER_UNIT, CLASS_UNIT)
+        y_rows = strided_rows(target, outer, lanes, strides, 6, UNITS)
     label, valid, invalid, target_weight, scale = read_rows(
         indices, weight, token_weight, denominator, rows, in_bounds, inner, classes, ignore_index, A
     )
@@ -255,11 +251,11 @@ def two_pass_kernel(
                 gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
                 gradient = tl.where(valid[:, None], gradient, 0.0)
             if grad is not None:
-                to = strided_rows(grad, outer, lanes, strides, 3, INNER_UNIT, CLASS_UNIT)
+                to = strided_rows(grad, outer, lanes, strides, 3, UNITS)
                 store_tile(to, c, mask, gradient, DROP)
             if grad_target is not None:
                 share = (1.0 - smoothing) * class_weight(weight, c, classes, 0)
-                to = strided_rows(grad_target, outer, lanes, strides, 9, INNER_UNIT, CLASS_UNIT)
+                to = strided_rows(grad_target, outer, lanes, strides, 9, UNITS)
                 store_tile(to, c, mask, away * share * target_scale[:, None])
         value += tl.sum(distance, 1)
     store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)

@@ -21,8 +21,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import read
+from .arithmetic import widened
 from .reductions import add_up
+
+
+@triton.jit
+def read(tensor, k: tl.constexpr, i, n, columns, strides):
+    """Loads elements i of operand k as float32 or float64; 0 for i >= n; None if tensor is None.
+
+    The operand is dense if columns is None. Otherwise it is rows x columns; `strides` has a pair
+    of strides for each operand, which are 0 in broadcast dimensions.
+    """
+    value = None
+    if tensor is not None:
+        mask = i < n
+        if columns is not None:
+            i = i.to(n.dtype)  # 64-bit division only from 2**31 elements on
+            row, column = (i // columns).to(tl.int64), (i % columns).to(tl.int64)
+            i = row * strides[2 * k] + column * strides[2 * k + 1]
+        value = widened(tl.load(tensor + i, mask=mask, other=0.0))
+    return value
 
 
 @triton.jit(do_not_specialize=["denominator"])

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .program import root, sign
 from .reductions import row_scale, store_loss
-from .rows import class_block, contiguous_block, contiguous_rows, load_tile, scalar, store_rows
+from .rows import class_block, contiguous_rows, load_tile, row_block, scalar, store_rows
 
 EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 rounded to float32, as in torch
 
@@ -86,14 +86,14 @@ def triplet_margin_kernel(
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
-    rows, in_bounds, features = contiguous_block(n, features, ROWS, CLASS_UNIT)
+    _, rows, in_bounds, _, features = row_block(n, features, ROWS, UNITS)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
-    x_rows = contiguous_rows(inputs[0], rows, strides[0], CLASS_UNIT)
-    y_rows = contiguous_rows(inputs[1], rows, strides[1], CLASS_UNIT)
-    z_rows = contiguous_rows(inputs[2], rows, strides[2], CLASS_UNIT)
+    x_rows = contiguous_rows(inputs[0], rows, strides[0], UNITS)
+    y_rows = contiguous_rows(inputs[1], rows, strides[1], UNITS)
+    z_rows = contiguous_rows(inputs[2], rows, strides[2], UNITS)
     xyz = x_rows, y_rows, z_rows
     eps = scalar(eps, A)
     uu = tl.zeros([ROWS, BLOCK], A)
@@ -121,13 +121,13 @@ def triplet_margin_kernel(
             u, v, w = differences(xyz, c, mask, eps)
             of_u = by_u * derivative(u, EUCLIDEAN)
             of_v = by_v * derivative(v, EUCLIDEAN)
-            store_rows(gradients[0], rows, features, c, mask, of_u - of_v, CLASS_UNIT)
+            store_rows(gradients[0], rows, features, c, mask, of_u - of_v, UNITS)
             if SWAP:
                 of_w = by_w * derivative(w, EUCLIDEAN)
                 of_u += of_w
                 of_v += of_w
-            store_rows(gradients[1], rows, features, c, mask, -of_u, CLASS_UNIT)
-            store_rows(gradients[2], rows, features, c, mask, of_v, CLASS_UNIT)
+            store_rows(gradients[1], rows, features, c, mask, -of_u, UNITS)
+            store_rows(gradients[2], rows, features, c, mask, of_v, UNITS)
     value = tl.where(excess < 0.0, 0.0, excess)
     store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, EACH)
 
@@ -147,13 +147,13 @@ def cosine_embedding_kernel(
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
-    rows, in_bounds, features = contiguous_block(n, features, ROWS, CLASS_UNIT)
+    _, rows, in_bounds, _, features = row_block(n, features, ROWS, UNITS)
     scale = row_scale(grad_output, denominator, rows, in_bounds, A)
-    x_rows = contiguous_rows(inputs[0], rows, strides[0], CLASS_UNIT)
-    y_rows = contiguous_rows(inputs[1], rows, strides[1], CLASS_UNIT)
+    x_rows = contiguous_rows(inputs[0], rows, strides[0], UNITS)
+    y_rows = contiguous_rows(inputs[1], rows, strides[1], UNITS)
     label = tl.load(inputs[2] + rows.to(tl.int64) * strides[2], mask=in_bounds, other=0.0)
     xy = tl.zeros([ROWS, BLOCK], A)
     xx = tl.zeros([ROWS, BLOCK], A)
@@ -180,8 +180,8 @@ def cosine_embedding_kernel(
             c, mask = class_block(start, features, in_bounds, BLOCK)
             x = load_tile(x_rows, c, mask, 0.0)
             y = load_tile(y_rows, c, mask, 0.0)
-            store_rows(gradients[0], rows, features, c, mask, across * y - by_x * x, CLASS_UNIT)
-            store_rows(gradients[1], rows, features, c, mask, across * x - by_y * y, CLASS_UNIT)
+            store_rows(gradients[0], rows, features, c, mask, across * y - by_x * x, UNITS)
+            store_rows(gradients[1], rows, features, c, mask, across * x - by_y * y, UNITS)
     above = tl.where((label != -1.0) | (excess < 0.0), 0.0, excess)
     value = tl.where(label == 1.0, 1.0 - cosine, above)
     store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, EACH)

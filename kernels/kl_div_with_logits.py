@@ -26,10 +26,10 @@ from .arithmetic import exp_nonpositive, log
 from .reductions import gradient_scale, row_scale, store_loss
 from .rows import (
     class_block,
-    contiguous_block,
     contiguous_rows,
     first_pass,
     load_tile,
+    row_block,
     scalar,
     store_rows,
 )
@@ -38,18 +38,24 @@ FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def log_softmax(rows, c, mask, state, EXACT: tl.constexpr, SCALE: tl.constexpr):
+def log_softmax(logits, c, mask, EXACT: tl.constexpr, SCALE: tl.constexpr):
     """Returns probabilities and their logarithms; 0 and -inf outside of the mask.
 
-    state: the results of `first_pass`.
+    logits: the rows, and the results of `first_pass`.
     """
-    x = load_tile(rows, c, mask, -float("inf"), SCALE) - state[0][:, None]
-    return exp_nonpositive(x, EXACT) * (1.0 / state[1])[:, None], x - log(state[1])[:, None]
+    rows, state = logits
+    maximum, total = state
+    x = load_tile(rows, c, mask, -float("inf"), SCALE) - maximum[:, None]
+    return exp_nonpositive(x, EXACT) * (1.0 / total)[:, None], x - log(total)[:, None]
 
 
 @triton.jit
-def ratios(log_p, log_q, beta, KIND: tl.constexpr, EXACT: tl.constexpr):
-    """Returns s and r: the log-ratios of q and p to each other, or to their mixture m."""
+def terms(
+    student, teacher, c, mask, beta, KIND: tl.constexpr, EXACT: tl.constexpr, SCALE: tl.constexpr
+):
+    """Returns p, q, s and r of a tile; 0 for probabilities outside of the mask."""
+    p, log_p = log_softmax(student, c, mask, EXACT, SCALE)
+    q, log_q = log_softmax(teacher, c, mask, EXACT, SCALE)
     s, r = log_q - log_p, log_p - log_q
     if KIND == MIXTURE:
         low = scalar(-1e30, log_p.dtype)  # -inf - -inf would be NaN
@@ -60,7 +66,7 @@ def ratios(log_p, log_q, beta, KIND: tl.constexpr, EXACT: tl.constexpr):
         of_m = tl.where(more, 1.0 - share + share * ratio, share + (1.0 - share) * ratio)
         s = tl.where(more, -difference, 0.0) - log(of_m)
         r = tl.where(more, 0.0, difference) - log(of_m)
-    return s, r
+    return p, q, s, r
 
 
 @triton.jit(do_not_specialize=["denominator"])
@@ -81,7 +87,7 @@ def kl_div_kernel(
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes the divergence of n rows and its gradient; grad may alias student.
 
@@ -89,28 +95,26 @@ def kl_div_kernel(
     """
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = student.dtype.element_ty.primitive_bitwidth > 16
-    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
     scale = row_scale(token_weight, denominator, rows, in_bounds, A)
     counted = in_bounds & (row_scale(token_weight, None, rows, in_bounds, A) != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
-    x_rows = contiguous_rows(student, rows, strides[0], CLASS_UNIT)
-    y_rows = contiguous_rows(teacher, rows, strides[1], CLASS_UNIT)
-    of_x = first_pass(x_rows, classes, read, BLOCK, SCALE)
-    of_y = first_pass(y_rows, classes, read, BLOCK, SCALE)
+    x_rows = contiguous_rows(student, rows, strides[0], UNITS)
+    y_rows = contiguous_rows(teacher, rows, strides[1], UNITS)
+    of_x = x_rows, first_pass(x_rows, classes, read, BLOCK, SCALE)
+    of_y = y_rows, first_pass(y_rows, classes, read, BLOCK, SCALE)
     grad_scale = gradient_scale(scale * SCALE, grad_output, rows, in_bounds, EACH)
     of_teacher = tl.zeros([ROWS, BLOCK], A)
     of_student = tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
-        p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, EXACT, SCALE)
-        q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, EXACT, SCALE)
-        s, r = ratios(log_p, log_q, beta, KIND, EXACT)
+        p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, SCALE)
         of_teacher += tl.where(q == 0.0, 0.0, q * s)
         of_student += tl.where(p == 0.0, 0.0, p * r)
         if KIND == FORWARD:
             gradient = tl.where(counted[:, None], (p - q) * grad_scale[:, None], 0.0)
-            store_rows(grad, rows, strides[2], c, mask, gradient, CLASS_UNIT)
+            store_rows(grad, rows, strides[2], c, mask, gradient, UNITS)
     value = tl.sum(of_teacher, 1)
     if KIND != FORWARD:
         mean = tl.sum(of_student, 1)
@@ -119,10 +123,8 @@ def kl_div_kernel(
         if grad is not None:
             for start in range(0, classes, BLOCK):
                 c, mask = class_block(start, classes, in_bounds, BLOCK)
-                p, log_p = log_softmax(x_rows, c, mask & read[:, None], of_x, EXACT, SCALE)
-                q, log_q = log_softmax(y_rows, c, mask & read[:, None], of_y, EXACT, SCALE)
-                s, r = ratios(log_p, log_q, beta, KIND, EXACT)
+                p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, SCALE)
                 gradient = p * (r - mean[:, None]) * (share * grad_scale)[:, None]
                 gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
-                store_rows(grad, rows, strides[2], c, mask, gradient, CLASS_UNIT)
+                store_rows(grad, rows, strides[2], c, mask, gradient, UNITS)
     store_loss(loss, value, scale, rows, in_bounds, counted, None, EACH)

@@ -32,10 +32,7 @@ class Choice(NamedTuple):
     block: int
     threads: int
     whole_row: bool = True  # the tile holds all classes, so they are read once
-
-    def options(self) -> dict[str, Any]:
-        """Returns Triton's launch options."""
-        return {"num_warps": max(1, self.threads // warp_size()), "enable_fp_fusion": True}
+    units: tuple[int, int] = (1, 1)  # the alignment of inner indices and of classes; see `rows.py`
 
 
 def choose(
@@ -104,13 +101,12 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, choice: Choice, **constants: Any) -> None:
-        tile = {"ROWS": choice.rows, "BLOCK": choice.block}
-        constants |= {name: size for name, size in tile.items() if name in kernel.arg_names}
+        tile = {name.upper(): value for name, value in choice._asdict().items()}
+        constants |= {name: tile[name] for name in tile if name in kernel.arg_names}
         self.kernel, self.choice, self.constants = kernel, choice, constants
         self.compiles = isinstance(kernel, JITFunction) and specialize is not None
         if self.compiles:
-            last = [parameter for parameter in kernel.params if parameter.is_constexpr]
-            self.last = [constants.get(each.name, each.default) for each in last]
+            self.last = [constants[each.name] for each in kernel.params if each.is_constexpr]
         self.compiled: dict[Any, Any] = {}  # holds a reference, or Triton would unload the kernel
 
     def __call__(self, programs: int, *arguments: Any) -> None:
@@ -144,7 +140,9 @@ class Launch:
         compiled.run(*grid_and_stream, *found, None, None, None, *arguments, *self.last)
 
     def by_triton(self, programs: int, arguments: tuple[Any, ...]) -> Any:
-        return self.kernel[(programs,)](*arguments, **self.constants, **self.choice.options())
+        warps = max(1, self.choice.threads // warp_size())
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        return self.kernel[(programs,)](*arguments, **self.constants, **options)
 
 
 # Returns a cached Launch, for calls without a plan.

@@ -26,11 +26,11 @@ import triton.language as tl
 from .reductions import gradient_scale, read_target, row_scale, store_loss
 from .rows import (
     class_block,
-    contiguous_block,
     contiguous_rows,
     load_scaled,
     load_tile,
     pointers,
+    row_block,
     scalar,
     store_rows,
 )
@@ -52,14 +52,14 @@ def multi_margin_kernel(
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
     invalid = in_bounds & (valid == 0)  # there is no ignore_index
     scale = row_scale(None, denominator, rows, in_bounds, A)
-    x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
+    x_rows = contiguous_rows(x, rows, classes, UNITS)
     slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0)
     share = target_weight.to(A) / classes
     factor = share * gradient_scale(scale, grad_output, rows, valid, EACH)
@@ -73,11 +73,11 @@ def multi_margin_kernel(
         slope = z if SQUARED else tl.where(z > 0.0, 1.0, 0.0).to(A)
         losses += z * z if SQUARED else z
         slopes += slope
-        store_rows(grad, rows, classes, c, mask, slope * factor[:, None], CLASS_UNIT)
+        store_rows(grad, rows, classes, c, mask, slope * factor[:, None], UNITS)
     if grad is not None:
         # The row's gradient is stored, with 0 at the target; overwrite that.
         tl.debug_barrier()
-        to = contiguous_rows(grad, rows, classes, CLASS_UNIT)
+        to = contiguous_rows(grad, rows, classes, UNITS)
         tl.store(to[0] + label, -tl.sum(slopes, 1) * factor, mask=valid)
     value = share * tl.sum(losses, 1)
     store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
@@ -96,16 +96,16 @@ def multilabel_margin_kernel(
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes the loss of several targets per row.
 
     Rows are kept in registers, because the gradient of a target is a sum over all classes.
     """
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
-    x_rows = contiguous_rows(x, rows, classes, CLASS_UNIT)
-    targets = contiguous_rows(target, rows, classes, CLASS_UNIT)
+    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
+    x_rows = contiguous_rows(x, rows, classes, UNITS)
+    targets = contiguous_rows(target, rows, classes, UNITS)
     c, mask = class_block(0, classes, in_bounds, BLOCK)
     label = tl.load(pointers(targets, c), mask=mask, other=-1)
     wrong = (label < -1) | (label >= classes)
@@ -129,6 +129,6 @@ def multilabel_margin_kernel(
         slopes += slope - tl.where(c[None, :] == t[:, None], tl.sum(slope, 1)[:, None], 0.0)
     scale = row_scale(None, denominator, rows, in_bounds, A)
     factor = gradient_scale(scale, grad_output, rows, in_bounds, EACH) / classes
-    store_rows(grad, rows, classes, c, mask, slopes * factor[:, None], CLASS_UNIT)
+    store_rows(grad, rows, classes, c, mask, slopes * factor[:, None], UNITS)
     value = tl.sum(losses, 1) / classes
     store_loss(loss, value, scale, rows, in_bounds, in_bounds & (invalid == 0), invalid, EACH)

@@ -27,11 +27,11 @@ from .reductions import class_weight, read_target
 from .rows import (
     DROP,
     class_block,
-    contiguous_block,
     contiguous_rows,
     finite_or_zero,
     load_scaled,
     pointers,
+    row_block,
     scalar,
     store_rows,
 )
@@ -87,7 +87,7 @@ def row_state_kernel(
     CONTINUES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes the state of n rows.
 
@@ -96,11 +96,11 @@ def row_state_kernel(
     CONTINUES: whether to continue from state, which holds the state of the preceding classes.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
     label, valid, invalid, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
     label -= first_class
     has_target = valid & (label >= 0) & (label < classes)
-    x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
+    x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
     at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
     total = tl.zeros([ROWS, BLOCK], A)  # per element of the tile, reduced after the loop
@@ -192,7 +192,7 @@ def row_gradients_kernel(
     RESULTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes the gradient of n rows of logits.
 
@@ -202,11 +202,11 @@ def row_gradients_kernel(
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
-    rows, in_bounds, classes = contiguous_block(n, classes, ROWS, CLASS_UNIT)
+    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
     label, valid, _, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
     label -= first_class
     has_target = valid & (label >= 0) & (label < classes)
-    x_rows = contiguous_rows(logits, rows, strides[0], CLASS_UNIT)
+    x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
     at, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
     g_log_p = load_field(gradient_at, strides[3], 0, valid).to(A)
     g_entropy, g_lse = tl.zeros_like(g_log_p), tl.zeros_like(g_log_p)
@@ -232,4 +232,4 @@ def row_gradients_kernel(
         if RESULTS > 3:
             gradient += g_smooth * class_weight(weight, c, classes, first_class)
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
-        store_rows(grad, rows, strides[1], c, mask, gradient, CLASS_UNIT, DROP)
+        store_rows(grad, rows, strides[1], c, mask, gradient, UNITS, DROP)

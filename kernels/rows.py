@@ -3,9 +3,9 @@
 A tensor is (outer, classes, inner) with any strides: (N, C) has one outer index and N inner
 indices; (N, C, d1, ..., dk) has N outer and d1 * ... * dk inner indices. A row has one outer and
 one inner index. A program computes rows of one outer index, in tiles of `ROWS` x `BLOCK`. Either
-classes or inner indices are contiguous in memory. CLASS_UNIT or INNER_UNIT tells Triton how they
-are aligned, so that threads load up to 16 bytes: a power of 2, at most 16, that divides their
-number and all other strides. The unit of the other dimension is 1.
+classes or inner indices are contiguous in memory. UNITS, of inner indices and of classes, tells
+Triton how they are aligned, so that threads load up to 16 bytes: a power of 2, at most 16, that
+divides the number of contiguous indices and all other strides. The other unit is 1.
 """
 
 from __future__ import annotations
@@ -33,38 +33,29 @@ def multiple(n, UNIT: tl.constexpr):
 
 
 @triton.jit
-def row_block(inner, classes, ROWS, INNER_UNIT, CLASS_UNIT):
+def row_block(inner, classes, ROWS, UNITS: tl.constexpr):
     """Returns a program's outer index and inner indices, a bounds mask, and the aligned sizes."""
-    inner, classes = multiple(inner, INNER_UNIT), multiple(classes, CLASS_UNIT)
+    inner, classes = multiple(inner, UNITS[0]), multiple(classes, UNITS[1])
     blocks = tl.cdiv(inner, ROWS)
     lanes = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     return (tl.program_id(0) // blocks).to(tl.int64), lanes, lanes < inner, inner, classes
 
 
 @triton.jit
-def contiguous_block(n, classes, ROWS, CLASS_UNIT):
-    """Returns the results of `row_block` for contiguous classes, without outer indices."""
-    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, 1, CLASS_UNIT)
-    return rows, in_bounds, classes
-
-
-@triton.jit
-def strided_rows(
-    x, outer, lanes, strides, k: tl.constexpr, INNER_UNIT: tl.constexpr, CLASS_UNIT: tl.constexpr
-):
+def strided_rows(x, outer, lanes, strides, k: tl.constexpr, UNITS: tl.constexpr):
     """Returns pointers to the first class of each row, and the class stride.
 
     `strides[k : k + 3]` are the tensor's outer, inner and class strides.
     """
-    starts = x + outer * multiple(strides[k], INNER_UNIT * CLASS_UNIT)
-    starts += lanes.to(tl.int64) * multiple(strides[k + 1], CLASS_UNIT)
-    return starts, multiple(strides[k + 2], INNER_UNIT)
+    starts = x + outer * multiple(strides[k], UNITS[0] * UNITS[1])
+    starts += lanes.to(tl.int64) * multiple(strides[k + 1], UNITS[1])
+    return starts, multiple(strides[k + 2], UNITS[0])
 
 
 @triton.jit
-def contiguous_rows(x, rows, stride, CLASS_UNIT: tl.constexpr):
+def contiguous_rows(x, rows, stride, UNITS: tl.constexpr):
     """Returns the results of `strided_rows` for contiguous classes and one row stride."""
-    return x + rows.to(tl.int64) * multiple(stride, CLASS_UNIT), 1
+    return x + rows.to(tl.int64) * multiple(stride, UNITS[1]), 1
 
 
 @triton.jit
@@ -100,12 +91,10 @@ def store_tile(rows, c, mask, value, EVICT: tl.constexpr = DEFAULT):
 
 
 @triton.jit
-def store_rows(
-    x, rows, stride, c, mask, value, CLASS_UNIT: tl.constexpr, EVICT: tl.constexpr = DEFAULT
-):
+def store_rows(x, rows, stride, c, mask, value, UNITS: tl.constexpr, EVICT: tl.constexpr = DEFAULT):
     """Stores classes c of rows with contiguous classes; does nothing if x is None."""
     if x is not None:
-        store_tile(contiguous_rows(x, rows, stride, CLASS_UNIT), c, mask, value, EVICT)
+        store_tile(contiguous_rows(x, rows, stride, UNITS), c, mask, value, EVICT)
 
 
 @triton.jit

@@ -39,16 +39,13 @@ def softmax_kernel(
     WHOLE_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    INNER_UNIT: tl.constexpr = 1,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes y = softmax(x), or log_softmax(x); strides are outer, inner and class strides."""
     EXACT: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
-    outer, lanes, in_bounds, inner, classes = row_block(
-        inner, classes, ROWS, INNER_UNIT, CLASS_UNIT
-    )
-    x_rows = strided_rows(x, outer, lanes, x_strides, 0, INNER_UNIT, CLASS_UNIT)
-    y_rows = strided_rows(y, outer, lanes, y_strides, 0, INNER_UNIT, CLASS_UNIT)
+    outer, lanes, in_bounds, inner, classes = row_block(inner, classes, ROWS, UNITS)
+    x_rows = strided_rows(x, outer, lanes, x_strides, 0, UNITS)
+    y_rows = strided_rows(y, outer, lanes, y_strides, 0, UNITS)
     if WHOLE_ROW:
         c, mask = class_block(0, classes, in_bounds, BLOCK)
         row = load_tile(x_rows, c, mask, -float("inf"))
@@ -82,18 +79,15 @@ def softmax_backward_kernel(
     WHOLE_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    INNER_UNIT: tl.constexpr = 1,
-    CLASS_UNIT: tl.constexpr = 1,
+    UNITS: tl.constexpr,
 ):
     """Computes dx from dy and y, which share their outer, inner and class strides."""
     A: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = y.dtype.element_ty.primitive_bitwidth > 16
-    outer, lanes, in_bounds, inner, classes = row_block(
-        inner, classes, ROWS, INNER_UNIT, CLASS_UNIT
-    )
-    dy_rows = strided_rows(dy, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
-    y_rows = strided_rows(y, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
-    dx_rows = strided_rows(dx, outer, lanes, strides, 0, INNER_UNIT, CLASS_UNIT)
+    outer, lanes, in_bounds, inner, classes = row_block(inner, classes, ROWS, UNITS)
+    dy_rows = strided_rows(dy, outer, lanes, strides, 0, UNITS)
+    y_rows = strided_rows(y, outer, lanes, strides, 0, UNITS)
+    dx_rows = strided_rows(dx, outer, lanes, strides, 0, UNITS)
     if WHOLE_ROW:
         c, mask = class_block(0, classes, in_bounds, BLOCK)
         dy_row = load_tile(dy_rows, c, mask, 0.0)

@@ -231,15 +231,15 @@ def cross_entropy(
     weighted = not indices or (smoothing > 0 and weight is not None)  # q is dense
     tensors, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
-    choice, programs, units = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
+    choice, programs = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
     each = reduction == "none"
-    meta: Any = {"SCALE": options.scale, "EACH": each, "GAMMA": options.gamma, **units}
     contiguous = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
     function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
     if choice.whole_row and contiguous and not weighted:
         function, kernel_strides = row_kernel, [strides[1], grad_strides[1]]
     elif not indices:
         kernel_strides += [*target_strides, *grad_target_strides]
+    meta = {"GAMMA": options.gamma, "SCALE": options.scale, "EACH": each}
     kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
     new_loss = _loss_allocator(input, reduction, outputs)
     run = _with_loss(kernel, programs, elements, new_loss, each)
@@ -278,17 +278,15 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
 
 
 @lru_cache(maxsize=4096)
-def _tiling(
-    sizes: Sizes, itemsize: int, *strides: Strides, **options: Any
-) -> tuple[Choice, int, dict[str, int]]:
-    """Returns the tile of a kernel of `rows.py`, its number of programs, and its unit strides."""
+def _tiling(sizes: Sizes, itemsize: int, *strides: Strides, **options: Any) -> tuple[Choice, int]:
+    """Returns the tile of a kernel of `rows.py`, and its number of programs."""
     outer, inner, classes = sizes
     dim = 2 if strides[0][2] == 1 else 1  # the contiguous dimension
     choice = choose(itemsize, classes, inner, inner_contiguous=dim == 1, **options)
     others = [s for each in strides for i, s in enumerate(each) if i != dim or s != 1]
     unit = math.gcd(16, sizes[dim], *others)
-    units = {"CLASS_UNIT" if dim == 2 else "INNER_UNIT": unit}
-    return choice, outer * -(-inner // choice.rows), units
+    choice = choice._replace(units=(1, unit) if dim == 2 else (unit, 1))
+    return choice, outer * -(-inner // choice.rows)
 
 
 def nll_loss(
@@ -335,15 +333,15 @@ def multi_margin_loss(
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
     sizes, strides, tensors = (1, n, classes), (0, classes, 1), 4 if multilabel else 2
-    choice, programs, units = _tiling(sizes, input.element_size(), strides, tensors=tensors)
+    choice, programs = _tiling(sizes, input.element_size(), strides, tensors=tensors)
     each, divisor = reduction == "none", n if reduction == "mean" else None
     numbers: tuple[float, ...] = n, classes
     if multilabel:
         if not choice.whole_row:
-            choice = Choice(1, power_of_2(classes), 512)
-        kernel = prepared(multilabel_margin_kernel, choice, EACH=each, **units)
+            choice = choice._replace(rows=1, block=power_of_2(classes), threads=512)
+        kernel = prepared(multilabel_margin_kernel, choice, EACH=each)
     else:
-        kernel = prepared(multi_margin_kernel, choice, EACH=each, SQUARED=options.p == 2, **units)
+        kernel = prepared(multi_margin_kernel, choice, EACH=each, SQUARED=options.p == 2)
         numbers = *numbers, float(options.margin)
     new_loss = _loss_allocator(input, reduction, outputs)
     run = _with_loss(kernel, programs, input.numel(), new_loss, each)
@@ -382,8 +380,8 @@ def embedding_loss(
     strides = tuple([view.stride(0) for view in views])
     rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
     itemsize, accumulate = inputs[0].element_size(), accumulate_dtype(inputs[0].dtype)
-    choice, programs, units = _tiling((1, n, features), itemsize, *rows, tensors=2)
-    kernel = prepared(function, choice, EACH=each, **meta, **units)
+    choice, programs = _tiling((1, n, features), itemsize, *rows, tensors=2)
+    kernel = prepared(function, choice, EACH=each, **meta)
     loss_shape, device = shape[:-1] if each else (), inputs[0].device
     new_loss = partial(torch.empty, loss_shape, dtype=accumulate, device=device)
     run = _with_loss(kernel, programs, n * features, new_loss if outputs.loss else None, each)
@@ -458,8 +456,8 @@ def _logit_rows(
     """Returns the prepared kernel, its number of programs, and the arguments that both share."""
     sizes: Any = (1, *logits.shape)
     strides: Any = (0, *logits.stride())
-    choice, programs, units = _tiling(sizes, logits.element_size(), strides, tensors=2)
-    meta |= {"CAP": options.softcap or 0.0, "SCALE": options.scale, **units}
+    choice, programs = _tiling(sizes, logits.element_size(), strides, tensors=2)
+    meta |= {"CAP": options.softcap or 0.0, "SCALE": options.scale}
     numbers = *classes, options.ignore_index
     return prepared(kernel, choice, **meta), programs, numbers
 
@@ -481,9 +479,9 @@ def kl_div_with_logits(
     grad_stride = 0 if not needs_grad else stride if outputs.inplace else classes
     strides = stride, teacher_rows.stride(0), grad_stride
     rows = [(0, stride, 1) for stride in strides]
-    choice, programs, units = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
+    choice, programs = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(beta, MIXTURE)
-    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each, **units}
+    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
     new_loss = _loss_allocator(input, reduction, outputs)
     run = _with_loss(prepared(kl_div_kernel, choice, **meta), programs, n * classes, new_loss, each)
     divisor = _divisor(options, input, n, classes, n * classes)
@@ -509,9 +507,8 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 
     def prepare(kernel: Any, *strides: Strides) -> tuple[Launch, int]:
         most = {"most_threads": SOFTMAX_THREADS}
-        choice, programs, units = _tiling(sizes, input.element_size(), *strides, **most)
-        flags = {"LOGARITHM": formula == "log_softmax", "WHOLE_ROW": choice.whole_row}
-        return Launch(kernel, choice, **flags, **units), programs
+        choice, programs = _tiling(sizes, input.element_size(), *strides, **most)
+        return Launch(kernel, choice, LOGARITHM=formula == "log_softmax"), programs
 
     forward_kernel, forward_programs = prepare(softmax_kernel, strides, output_strides)
     backward_kernel, backward_programs = prepare(softmax_backward_kernel, output_strides)
