@@ -170,3 +170,9 @@ print(cpu.native.runtime_file == "", before == threads(), bool(total.isfinite())
     assert done.stdout == "True True True\n", done.stderr
     assert done.stderr.count("\n") == 1
     assert "the kernels run on one thread" in done.stderr
+
+
+@pytest.mark.skipif("g++" not in COMPILERS, reason="needs g++")
+def test_the_program_for_the_thread_sanitizer_compiles() -> None:
+    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/csrc", ROOT / "tests/threads.cpp"]
+    subprocess.run(command, check=True)

@@ -178,6 +178,7 @@ template <class T> void run_embeddings(std::string& bytes, const Shape& shape, i
                        1e-6,
                        each,
                        each,
+                       each,
                        1.0,
                        grad_output.data(),
                        each ? losses.data() : nullptr,
