@@ -13,12 +13,10 @@ constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
 
 // Calls loop(first element, out, elements) for each chunk of the output, in the accumulation type.
 template <class T, class Loop> void map(T* output, int64_t n, int threads, const Loop& loop) {
-  const int64_t blocks = (n + kActivationBlock - 1) / kActivationBlock;
   const size_t bytes = size_t(n) * sizeof(T);
   const bool streams = bytes >= kStreamBytes && has_pages(output, bytes);
-  parallel_for(blocks, threads, [=](int64_t block) {
-    const int64_t end = std::min(n, (block + 1) * kActivationBlock);
-    for (int64_t first = block * kActivationBlock; first < end; first += kActivationChunk) {
+  for_blocks<NoBuffers>(n, kActivationBlock, threads, [=](int64_t first, int64_t end, auto) {
+    for (; first < end; first += kActivationChunk) {
       const int64_t count = std::min(kActivationChunk, end - first);
       alignas(kVectorBytes) Accumulate<T> buffer[kActivationChunk];
       Accumulate<T>* const out = streams ? buffer : staged(output + first, buffer);

@@ -75,44 +75,24 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const int64_t elements = sizes[0] * sizes[1] * sizes[2];
+    const int64_t positions = sizes[0] * sizes[1], elements = positions * sizes[2];
     const size_t bytes = size_t(elements) * sizeof(T);
     for (const ViewTuple& gradient : gradients) {
       prefer_huge_pages(pointer<void>(gradient[0]), bytes);
     }
-    return cross_entropy(CrossEntropy<T>{{sizes[0], sizes[1], sizes[2]},
-                                         options,
-                                         view<const T>(logits),
-                                         pointer<const int64_t>(target),
-                                         view<const T>(probabilities),
-                                         pointer<const A>(weight),
-                                         pointer<const A>(grad_output),
-                                         pointer<A>(loss),
-                                         view<T>(gradients[0]),
-                                         view<T>(gradients[1]),
-                                         threads_for(elements, threads)});
-  });
-}
-
-int64_t run_nll_loss(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input,
-                     int64_t target, int64_t weight, int64_t ignore_index, int reduction,
-                     int64_t grad_output, int64_t loss, const ViewTuple& grad_input, int threads) {
-  return with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using A = Accumulate<T>;
-    const int64_t written = grad_input[0] ? sizes[0] * sizes[1] * sizes[2] : 0;
-    prefer_huge_pages(pointer<void>(grad_input[0]), size_t(written) * sizeof(T));
-    return nll_loss(CrossEntropy<T>{{sizes[0], sizes[1], sizes[2]},
-                                    {ignore_index, Reduction(reduction)},
-                                    view<const T>(input),
-                                    pointer<const int64_t>(target),
-                                    {},
-                                    pointer<const A>(weight),
-                                    pointer<const A>(grad_output),
-                                    pointer<A>(loss),
-                                    view<T>(grad_input),
-                                    {},
-                                    threads_for(sizes[0] * sizes[1] + written, threads)});
+    const bool reads_few = options.normalized && !gradients[0][0];
+    const CrossEntropy<T> ce{{sizes[0], sizes[1], sizes[2]},
+                             options,
+                             view<const T>(logits),
+                             pointer<const int64_t>(target),
+                             view<const T>(probabilities),
+                             pointer<const A>(weight),
+                             pointer<const A>(grad_output),
+                             pointer<A>(loss),
+                             view<T>(gradients[0]),
+                             view<T>(gradients[1]),
+                             threads_for(reads_few ? positions : elements, threads)};
+    return options.normalized ? nll_loss(ce) : cross_entropy(ce);
   });
 }
 
@@ -192,18 +172,19 @@ void run_row_gradients(int dtype, const std::array<int64_t, 4>& sizes, int64_t l
 
 void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const StridedTuple& student,
                             const StridedTuple& teacher, double beta, double scale,
-                            int64_t token_weight, bool each, int64_t grad_output, int64_t loss,
-                            const StridedTuple& grad, int threads) {
+                            int64_t token_weight, int reduction, std::optional<double> denominator,
+                            int64_t grad_output, int64_t loss, const StridedTuple& grad,
+                            int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
     const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
     if (grad[0] != student[0]) prefer_huge_pages(pointer<void>(grad[0]), bytes);
-    kl_div_with_logits(KlDiv<T>{sizes[0], sizes[1], pointer<const T>(student[0]), student[1],
-                                pointer<const T>(teacher[0]), teacher[1], beta, scale,
-                                pointer<const A>(token_weight), each, pointer<const A>(grad_output),
-                                pointer<A>(loss), pointer<T>(grad[0]), grad[1],
-                                threads_for(sizes[0] * sizes[1], threads)});
+    kl_div_with_logits(KlDiv<T>{
+        sizes[0], sizes[1], pointer<const T>(student[0]), student[1], pointer<const T>(teacher[0]),
+        teacher[1], beta, scale, pointer<const A>(token_weight), Reduction(reduction), denominator,
+        pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad[0]), grad[1],
+        threads_for(sizes[0] * sizes[1], threads)});
   });
 }
 
@@ -221,16 +202,12 @@ void run_embedding_loss(int dtype, std::array<int64_t, 2> sizes,
     using T = decltype(element);
     using A = Accumulate<T>;
     const auto [margin, eps, euclidean, swap, inclusive] = options;
-    EmbeddingLoss<T> e{sizes[0],
+    EmbeddingLoss<T> e{{margin, eps, euclidean, swap, inclusive},
+                       sizes[0],
                        sizes[1],
                        {},
                        pointer<const A>(inputs[2][0]),
                        inputs[2][1],
-                       margin,
-                       eps,
-                       euclidean,
-                       swap,
-                       inclusive,
                        denominator,
                        pointer<const A>(grad_output),
                        pointer<A>(outputs[0]),
@@ -484,14 +461,13 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
 
   py::class_<CrossEntropyOptions>(m, "CrossEntropyOptions", py::module_local())
       .def(py::init([](int64_t ignore_index, int reduction, double label_smoothing, double gamma,
-                       double z_loss, double scale) {
+                       double z_loss, double scale, bool normalized) {
         return CrossEntropyOptions{
-            ignore_index, Reduction(reduction), label_smoothing, gamma, z_loss, scale};
+            ignore_index, Reduction(reduction), label_smoothing, gamma, z_loss, scale, normalized};
       }));
   m.def("cross_entropy", &run_cross_entropy, unlocked);
   m.def("invalid_class_index", &run_invalid_class_index, unlocked);
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
-  m.def("nll_loss", &run_nll_loss, unlocked);
   m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
   m.def("triplet_margin_loss", &run_embedding_loss<false>, unlocked);
   m.def("cosine_embedding_loss", &run_embedding_loss<true>, unlocked);

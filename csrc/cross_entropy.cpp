@@ -3,7 +3,6 @@
 #include "cross_entropy.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "cross_entropy_columns.h"
 #include "cross_entropy_groups.h"
@@ -16,13 +15,11 @@ namespace pyfused {
 
 // Returns the sum of the losses, computed in blocks of `positions`.
 template <class Block, class T>
-double sum_of_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
-  const int64_t blocks = (batch.positions() + positions - 1) / positions;
-  std::vector<double> partial(blocks);
-  parallel_for_with<Block>(blocks, batch.threads, [&](int64_t block, auto workspace) {
-    partial[block] = workspace.make(batch, block * positions).run();
-  });
-  return total<T>(partial.data(), blocks);
+double sum_in_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
+  const auto run = [&](int64_t first, int64_t, auto workspace) {
+    return workspace.make(batch, first).run();
+  };
+  return sum_of_blocks<T, Block>(batch.positions(), positions, batch.threads, run);
 }
 
 // Returns the sum of the losses, computed in the fastest layout.
@@ -32,15 +29,15 @@ template <class T> double sum_of_losses(const CrossEntropyBatch<T>& batch, bool 
 #ifdef PYFUSED_HAS_REGISTERS
   if constexpr (kTransposes<T>) {
     using Group = CrossEntropyGroup<T>;
-    if (takes_groups(batch)) return sum_of_blocks<Group>(batch, Group::rows(batch.classes));
+    if (takes_groups(batch)) return sum_in_blocks<Group>(batch, Group::rows(batch.classes));
   }
 #endif
   if (rows && batch.scale == 1) {
-    return sum_of_blocks<RowBlock<T, false>>(batch, rows_of_block(batch.classes));
+    return sum_in_blocks<RowBlock<T, false>>(batch, rows_of_block(batch.classes));
   }
-  if (rows) return sum_of_blocks<RowBlock<T, true>>(batch, rows_of_block(batch.classes));
-  if (batch.classes <= kFewClasses) return sum_of_blocks<Wide>(batch, Wide::kPositions);
-  return sum_of_blocks<Tall>(batch, Tall::kPositions);
+  if (rows) return sum_in_blocks<RowBlock<T, true>>(batch, rows_of_block(batch.classes));
+  if (batch.classes <= kFewClasses) return sum_in_blocks<Wide>(batch, Wide::kPositions);
+  return sum_in_blocks<Tall>(batch, Tall::kPositions);
 }
 
 template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {

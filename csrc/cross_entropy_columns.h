@@ -43,15 +43,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
     if (ce.z_loss > 0) add_z_loss();
-    for (int64_t b = 0; ce.token_weights && b < n; ++b)
-      loss[b] *= double(ce.token_weights[first + b]);
-    for (int64_t b = 0; any_ignored && b < n; ++b) {
-      if (ce.ignored(first + b)) loss[b] = 0;
-    }
-    for (int64_t b = 0; ce.loss && ce.reduction == Reduction::none && b < n; ++b) {
-      ce.loss[first + b] = A(loss[b]);
-    }
-    return total<T>(loss, n);
+    return ce.finish(first, n, loss);
   }
 
  private:

@@ -27,15 +27,9 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
                         : Base::template find_normalizer<false>(logits);
     read_targets(logits.row, logits.stride);
     find_loss();
-    for (int64_t r = 0; ce.token_weights && r < n; ++r) {
-      if (!ce.ignored(first + r)) loss[r] *= double(ce.token_weights[first + r]);
-    }
-    for (int64_t r = 0; ce.loss && ce.reduction == Reduction::none && r < n; ++r) {
-      ce.loss[first + r] = float(loss[r]);
-    }
     T* grad = ce.grad_logits.data ? ce.at(ce.grad_logits, first) : nullptr;
     for (int64_t r = 0; grad && r < n; ++r, grad += ce.grad_logits.inner) write_gradient(r, grad);
-    return total<T>(loss, n);
+    return ce.finish(first, n, loss);
   }
 
  private:
@@ -87,7 +81,6 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
       factor[r] = float(by);
       at_target[r] = float(p * by - target_q[r] * scale[r]);
     }
-    for (int64_t r = 0; r < n; ++r) loss[r] = ce.ignored(first + r) ? 0 : loss[r];
   }
 
   void write_gradient(int64_t r, T* grad) {

@@ -230,13 +230,7 @@ template <class T, bool kScales> class RowBlock {
       pivot[i] += log_sum;
     }
     for (int64_t i = 0; ce.z_loss > 0 && i < n; ++i) loss[i] += ce.z_loss * pivot[i] * pivot[i];
-    for (int64_t i = 0; ce.token_weights && i < n; ++i) {
-      if (!ce.ignored(first + i)) loss[i] *= double(ce.token_weights[first + i]);
-    }
-    if (ce.loss && ce.reduction == Reduction::none) {
-      for (int64_t i = 0; i < n; ++i) ce.loss[first + i] = A(loss[i]);
-    }
-    return total<T>(loss, n);
+    return ce.finish(first, n, loss);
   }
 
  private:

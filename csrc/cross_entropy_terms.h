@@ -35,6 +35,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "parallel.h"
 #include "positions.h"
 #include "vec.h"
 
@@ -51,6 +52,7 @@ struct CrossEntropyOptions {
   double gamma = 0;
   double z_loss = 0;
   double scale = 1;
+  bool normalized = false;            // the logits are log-probabilities: nll_loss
   int64_t token_weight = 0;           // address of one A for each position; 0 for ones
   std::optional<double> denominator;  // by default, the summed weight of valid targets
 };
@@ -107,6 +109,20 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
     const bool each = this->grad_output && this->reduction == Reduction::none;
     const double scale = each ? double(this->grad_output[position]) / denominator : common_scale;
     return this->token_weights ? scale * double(this->token_weights[position]) : scale;
+  }
+
+  // Multiplies n losses by the token weights, and writes them with Reduction::none. Returns their
+  // sum. Losses of ignored positions are 0.
+  PYFUSED_NOINLINE double finish(int64_t first, int64_t n, double* loss) const {
+    for (int64_t i = 0; this->token_weights && i < n; ++i) {
+      loss[i] *= double(this->token_weights[first + i]);
+    }
+    for (int64_t i = 0; this->target && i < n; ++i)
+      loss[i] = this->ignored(first + i) ? 0 : loss[i];
+    for (int64_t i = 0; this->loss && this->reduction == Reduction::none && i < n; ++i) {
+      this->loss[first + i] = Accumulate<T>(loss[i]);
+    }
+    return total<T>(loss, n);
   }
 };
 

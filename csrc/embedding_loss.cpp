@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
+#include <type_traits>
 
 #include "memory.h"
 #include "parallel.h"
@@ -10,29 +10,16 @@
 
 namespace pyfused {
 
-// A double is exact enough for a sum of narrower types.
-class WideSum {
- public:
-  void add(double x) { sum += x; }
-  double value() const { return sum; }
-
- private:
-  double sum = 0;
-};
-template <class A> using RowSum = std::conditional_t<std::is_same_v<A, double>, Sum, WideSum>;
-
 // A tile holds as many short rows as fit, which vectorises the work for each row: 1.5 to 3 times
 // faster for 2 to 64 features. A long row is processed in chunks.
 constexpr int64_t kTile = kChunk, kTileRows = 128;
 
 // A tile of the first kInputs inputs, the sums and losses of its rows, and its gradients.
-template <class T, int kInputs> struct EmbeddingTile {
-  using A = Accumulate<T>;
-
+template <class A, int kInputs> struct EmbeddingTile {
   int64_t rows = 0, features = 0;         // the size of the tile
   std::array<const A*, kInputs> x{};      // the inputs
   std::array<int64_t, kInputs> stride{};  // between the rows of an input
-  RowSum<A> sums[kTileRows][3];
+  SumOf<A> sums[kTileRows][3];
   double scale[kTileRows];  // multiplies the gradients
   double target[kTileRows];
   double loss[kTileRows];
@@ -41,6 +28,7 @@ template <class T, int kInputs> struct EmbeddingTile {
 
   const A* row(int i, int64_t r) const { return x[i] + r * stride[i]; }
 
+  template <class T>
   void load(const EmbeddingLoss<T>& e, int64_t row, int64_t first, int64_t n) {
     features = n;
     for (int i = 0; i < kInputs; ++i) {
@@ -64,7 +52,7 @@ template <class T, int kInputs> struct EmbeddingTile {
 // Adds two or three sums at once of terms of n features. As in add_terms, groups of a few are
 // summed in A.
 template <bool kThird, class A, class First, class Second, class Third>
-PYFUSED_INLINE void add_sums(RowSum<A>* sums, int64_t n, const First& first, const Second& second,
+PYFUSED_INLINE void add_sums(SumOf<A>* sums, int64_t n, const First& first, const Second& second,
                              const Third& third) {
   constexpr int64_t kGroup = (std::is_same_v<A, double> ? 4 : 8) * kLanes<A>;
   const int64_t whole = n / kLanes<A> * kLanes<A>;
@@ -102,16 +90,14 @@ template <bool kEuclidean, class A> PYFUSED_INLINE A direction(A u) {
 }
 
 // Returns whether the derivative of max(0, excess) is 1; at NaN, it is 0.
-template <class T> bool is_active(const EmbeddingLoss<T>& e, double excess) {
+inline bool is_active(const EmbeddingOptions& e, double excess) {
   return e.inclusive ? excess >= 0 : excess > 0;
 }
 
 template <bool kEuclidean, bool kSwap> struct TripletMargin {
   static constexpr int kInputs = 3;
-  template <class T> using Tile = EmbeddingTile<T, kInputs>;
-
-  template <class T> static void add(const EmbeddingLoss<T>& e, Tile<T>& tile) {
-    using A = Accumulate<T>;
+  template <class A>
+  static void add(const EmbeddingOptions& e, EmbeddingTile<A, kInputs>& tile) {
     const A eps = A(e.eps);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t n = tile.features;
@@ -125,8 +111,8 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
 
   // Computes the losses, and with `gradients` the factors of the gradients. Returns whether any
   // gradient is not 0.
-  template <class T> static bool finish(const EmbeddingLoss<T>& e, Tile<T>& tile, bool gradients) {
-    using A = Accumulate<T>;
+  template <class A>
+  static bool finish(const EmbeddingOptions& e, EmbeddingTile<A, kInputs>& tile, bool gradients) {
     const auto distance = [&](int i, int64_t r) {
       const double sum = tile.sums[r][i].value();
       return kEuclidean ? std::sqrt(sum) : sum;
@@ -150,8 +136,8 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
     return gradients && !zeros;
   }
 
-  template <class T> static void differentiate(const EmbeddingLoss<T>& e, Tile<T>& tile) {
-    using A = Accumulate<T>;
+  template <class A>
+  static void differentiate(const EmbeddingOptions& e, EmbeddingTile<A, kInputs>& tile) {
     const A eps = A(e.eps);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t n = tile.features;
@@ -174,10 +160,8 @@ template <bool kEuclidean, bool kSwap> struct TripletMargin {
 
 struct CosineEmbedding {
   static constexpr int kInputs = 2;
-  template <class T> using Tile = EmbeddingTile<T, kInputs>;
-
-  template <class T> static void add(const EmbeddingLoss<T>&, Tile<T>& tile) {
-    using A = Accumulate<T>;
+  template <class A>
+  static void add(const EmbeddingOptions&, EmbeddingTile<A, kInputs>& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const A *const x = tile.row(0, r), *const y = tile.row(1, r);
       add_sums<true, A>(
@@ -186,8 +170,8 @@ struct CosineEmbedding {
     }
   }
 
-  template <class T> static bool finish(const EmbeddingLoss<T>& e, Tile<T>& tile, bool gradients) {
-    using A = Accumulate<T>;
+  template <class A>
+  static bool finish(const EmbeddingOptions& e, EmbeddingTile<A, kInputs>& tile, bool gradients) {
     constexpr double kEps = 1e-12F;  // torch's is a float, too
     bool zeros = true;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -208,8 +192,8 @@ struct CosineEmbedding {
     return gradients && !zeros;
   }
 
-  template <class T> static void differentiate(const EmbeddingLoss<T>&, Tile<T>& tile) {
-    using A = Accumulate<T>;
+  template <class A>
+  static void differentiate(const EmbeddingOptions&, EmbeddingTile<A, kInputs>& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t n = tile.features;
       const A *const x = tile.row(0, r), *const y = tile.row(1, r);
@@ -224,33 +208,41 @@ struct CosineEmbedding {
   }
 };
 
-template <class Loss, class T> void run(const EmbeddingLoss<T>& e) {
+// The functions of a loss, which compute with tiles, whatever the type of the elements in memory.
+template <class A, int kInputs> struct TileFunctions {
+  using Tile = EmbeddingTile<A, kInputs>;
+  void (*add)(const EmbeddingOptions&, Tile&);
+  bool (*finish)(const EmbeddingOptions&, Tile&, bool gradients);
+  void (*differentiate)(const EmbeddingOptions&, Tile&);
+};
+template <class Loss, class A> constexpr TileFunctions<A, Loss::kInputs> kFunctions = {
+    &Loss::template add<A>, &Loss::template finish<A>, &Loss::template differentiate<A>};
+
+template <int kInputs, class T>
+void run(const EmbeddingLoss<T>& e, const TileFunctions<Accumulate<T>, kInputs>& loss) {
   using A = Accumulate<T>;
-  using Tile = typename Loss::template Tile<T>;
+  using Tile = EmbeddingTile<A, kInputs>;
   const size_t bytes = size_t(e.rows * e.features) * sizeof(T);
   T* const one = *std::max_element(e.gradients.begin(), e.gradients.end());
   const bool streams = one && bytes >= kStreamBytes && has_pages(one, bytes);
   const int64_t most = std::clamp<int64_t>(kTile / e.features, 1, kTileRows);
-  const int64_t size = rows_of_block(e.features), blocks = (e.rows + size - 1) / size;
-  std::vector<double> partial(blocks);
-  parallel_for_with<Tile>(blocks, e.threads, [&](int64_t block, auto workspace) {
-    RowSum<A> sum;
-    const int64_t end = std::min(e.rows, (block + 1) * size);
-    for (int64_t first = block * size; first < end; first += most) {
+  const auto run = [&](int64_t first, int64_t end, auto workspace) {
+    SumOf<A> sum;
+    for (; first < end; first += most) {
       Tile& tile = workspace.make();
       tile.rows = std::min(most, end - first);
       for (int64_t r = 0; one && r < tile.rows; ++r) {
         tile.scale[r] = (e.grad_output ? double(e.grad_output[first + r]) : 1) / e.denominator;
       }
-      if (Loss::kInputs < 3) {
+      if (kInputs < 3) {
         const A* const target = e.target + first * e.target_stride;
         for (int64_t r = 0; r < tile.rows; ++r) tile.target[r] = target[r * e.target_stride];
       }
       for_chunks(e.features, [&](int64_t, int64_t feature, int64_t n) {
         tile.load(e, first, feature, n);
-        Loss::add(e, tile);
+        loss.add(e, tile);
       });
-      const bool differentiates = Loss::finish(e, tile, one != nullptr);
+      const bool differentiates = loss.finish(e, tile, one != nullptr);
       for (int64_t r = 0; r < tile.rows; ++r) {
         if (e.losses) e.losses[first + r] = A(tile.loss[r]);
         sum.add(tile.loss[r]);
@@ -258,8 +250,8 @@ template <class Loss, class T> void run(const EmbeddingLoss<T>& e) {
       for (int64_t feature = 0; feature < (one ? e.features : 0); feature += kTile) {
         const int64_t n = std::min(kTile, e.features - feature);
         if (differentiates && e.features > kTile) tile.load(e, first, feature, n);
-        if (differentiates) Loss::differentiate(e, tile);
-        for (int i = 0; i < Loss::kInputs; ++i) {
+        if (differentiates) loss.differentiate(e, tile);
+        for (int i = 0; i < kInputs; ++i) {
           if (!e.gradients[i]) continue;
           T* const to = e.gradients[i] + first * e.features + feature;
           if (differentiates) write(tile.gradients[i], to, tile.rows * n, streams);
@@ -267,18 +259,26 @@ template <class Loss, class T> void run(const EmbeddingLoss<T>& e) {
         }
       }
     }
-    partial[block] = sum.value();
-  });
-  if (e.sum) *e.sum = A(total<T>(partial.data(), blocks) / e.denominator);
+    return sum.value();
+  };
+  const int64_t size = rows_of_block(e.features);
+  const double sum = sum_of_blocks<T, Tile>(e.rows, size, e.threads, run);
+  if (e.sum) *e.sum = A(sum / e.denominator);
 }
 
 template <class T> void triplet_margin_loss(const EmbeddingLoss<T>& e) {
-  if (e.euclidean) e.swap ? run<TripletMargin<true, true>>(e) : run<TripletMargin<true, false>>(e);
-  else e.swap ? run<TripletMargin<false, true>>(e) : run<TripletMargin<false, false>>(e);
+  using A = Accumulate<T>;
+  if (e.euclidean) {
+    run(e, e.swap ? kFunctions<TripletMargin<true, true>, A>
+                  : kFunctions<TripletMargin<true, false>, A>);
+  } else {
+    run(e, e.swap ? kFunctions<TripletMargin<false, true>, A>
+                  : kFunctions<TripletMargin<false, false>, A>);
+  }
 }
 
 template <class T> void cosine_embedding_loss(const EmbeddingLoss<T>& e) {
-  run<CosineEmbedding>(e);
+  run(e, kFunctions<CosineEmbedding, Accumulate<T>>);
 }
 
 template void triplet_margin_loss(const EmbeddingLoss<float>&);

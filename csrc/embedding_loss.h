@@ -23,7 +23,13 @@
 
 namespace pyfused {
 
-template <class T> struct EmbeddingLoss {
+struct EmbeddingOptions {
+  double margin, eps;
+  bool euclidean, swap;
+  bool inclusive;  // whether the derivative of max(0, x) at 0 is 1 rather than 0
+};
+
+template <class T> struct EmbeddingLoss : EmbeddingOptions {
   using A = Accumulate<T>;
   struct Rows {
     const T* data;
@@ -34,9 +40,6 @@ template <class T> struct EmbeddingLoss {
   std::array<Rows, 3> inputs;  // x, y and z
   const A* target;
   int64_t target_stride;
-  double margin, eps;
-  bool euclidean, swap;
-  bool inclusive;  // whether the derivative of max(0, x) at 0 is 1 rather than 0
   double denominator;  // what the sum of the losses and the gradients are divided by
   const A* grad_output;  // one for each row; null for ones
   A* losses;  // one for each row; null if not computed

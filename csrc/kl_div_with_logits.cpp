@@ -1,7 +1,6 @@
 #include "kl_div_with_logits.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "memory.h"
 #include "parallel.h"
@@ -9,26 +8,27 @@
 
 namespace pyfused {
 
-// The softmax of a row of logits times a scale. kScales: the scale is not 1.
-template <class T, bool kScales> class LogSoftmax {
+// The softmax of a row of logits times a scale.
+template <class T> class LogSoftmax {
   using A = Accumulate<T>;
 
  public:
   // A buffer has kChunk elements.
   LogSoftmax(const T* logits, A scale, int64_t classes, A* buffer) : logits(logits), scale(scale) {
     const A first_max = scale * Normalizer<T>::first_max(logits, classes);
-    normalizer.template read<false>(
-        [&](int64_t first, int64_t n) { return chunk(first, n, buffer); }, static_cast<T*>(nullptr),
-        classes, first_max, [](int64_t, double) {}, [](int64_t, int64_t) {});
+    const auto sum = [&](const auto& at) {
+      normalizer.template read<false>(
+          at, static_cast<T*>(nullptr), classes, first_max, [](int64_t, double) {},
+          [](int64_t, int64_t) {});
+    };
+    scale == 1 ? sum([&](int64_t first, int64_t) { return logits + first; })
+               : sum([&](int64_t first, int64_t n) { return scaled(first, n, buffer); });
     log_sum = A(std::log(normalizer.sum));
   }
 
   void read(int64_t first, int64_t n, A* probability, A* logarithm) const {
-    const auto* const x = chunk(first, n, logarithm);
-    const A high = normalizer.pivot, low = log_sum;
-    scaled_exponentials(x, high, A(1 / normalizer.sum), probability, probability, n, false);
-    PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) logarithm[i] = (widen(x[i]) - high) - low;
+    scale == 1 ? read(logits + first, n, probability, logarithm)
+               : read(scaled(first, n, logarithm), n, probability, logarithm);
   }
 
  private:
@@ -37,8 +37,15 @@ template <class T, bool kScales> class LogSoftmax {
   Normalizer<T> normalizer;
   A log_sum;
 
-  const auto* chunk(int64_t first, int64_t n, A* buffer) const {
-    return scaled_chunk<kScales>(logits + first, scale, buffer, n);
+  const A* scaled(int64_t first, int64_t n, A* buffer) const {
+    return scaled_chunk<true>(logits + first, scale, buffer, n);
+  }
+
+  template <class U> void read(const U* x, int64_t n, A* probability, A* logarithm) const {
+    const A high = normalizer.pivot, low = log_sum;
+    scaled_exponentials(x, high, A(1 / normalizer.sum), probability, probability, n, false);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) logarithm[i] = (widen(x[i]) - high) - low;
   }
 };
 
@@ -57,7 +64,7 @@ template <class A> PYFUSED_NOINLINE void divide_by_mixture(A beta, A* log_p, A* 
   }
 }
 
-template <class T, bool kScales> class KlDivRow {
+template <class T> class KlDivRow {
   using A = Accumulate<T>;
 
  public:
@@ -95,7 +102,7 @@ template <class T, bool kScales> class KlDivRow {
 
  private:
   const KlDiv<T>& kl;
-  const LogSoftmax<T, kScales> student, teacher;
+  const LogSoftmax<T> student, teacher;
   alignas(kVectorBytes) A p[kChunk];
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A log_p[kChunk];  // less log q, or log m
@@ -119,38 +126,43 @@ template <class T, bool kScales> class KlDivRow {
   }
 };
 
-template <class T, bool kScales> void kl_div_rows(const KlDiv<T>& kl) {
-  using A = Accumulate<T>;
-  const size_t bytes = size_t(kl.rows * kl.classes) * sizeof(T);
-  const bool streams =
-      kl.grad && bytes >= kStreamBytes && kl.grad != kl.student && has_pages(kl.grad, bytes);
-  const int64_t size = rows_of_block(kl.classes), blocks = (kl.rows + size - 1) / size;
-  std::vector<double> partial(blocks);
-  parallel_for_with<KlDivRow<T, kScales>>(blocks, kl.threads, [&](int64_t block, auto workspace) {
-    Sum sum;
-    const int64_t end = std::min(kl.rows, (block + 1) * size);
-    for (int64_t row = block * size; row < end; ++row) {
-      T* const grad = kl.grad ? kl.grad + row * kl.grad_stride : nullptr;
-      const double weight = kl.token_weight ? double(kl.token_weight[row]) : 1;
-      const double grad_output = kl.grad_output ? double(kl.grad_output[kl.each ? row : 0]) : 1;
-      double loss = 0;
-      if (weight == 0) {
-        if (grad) std::fill_n(grad, kl.classes, T{});
-      } else {
-        const double scale = weight * grad_output * kl.scale;
-        loss = weight * workspace.make(kl, row).run(grad, scale, streams);
-      }
-      if (kl.loss && kl.each) kl.loss[row] = A(loss);
-      sum.add(loss);
-    }
-    partial[block] = sum.value();
-  });
-  if (kl.loss && !kl.each) *kl.loss = A(total<T>(partial.data(), blocks));
+template <class T> double mean_denominator(const KlDiv<T>& kl) {
+  if (kl.denominator) return *kl.denominator;
+  if (!kl.token_weight) return double(kl.rows);
+  Sum weights;
+  for (int64_t row = 0; row < kl.rows; ++row) weights.add(kl.token_weight[row]);
+  return weights.value();
 }
 
 template <class T> void kl_div_with_logits(const KlDiv<T>& kl) {
   const FlushSubnormals flush;
-  kl.scale == 1 ? kl_div_rows<T, false>(kl) : kl_div_rows<T, true>(kl);
+  using A = Accumulate<T>;
+  const size_t bytes = size_t(kl.rows * kl.classes) * sizeof(T);
+  const bool streams =
+      kl.grad && bytes >= kStreamBytes && kl.grad != kl.student && has_pages(kl.grad, bytes);
+  const bool each = kl.reduction == Reduction::none;
+  const double denominator = kl.reduction == Reduction::mean ? mean_denominator(kl) : 1;
+  const auto run = [&](int64_t first, int64_t end, auto workspace) {
+    Sum sum;
+    for (int64_t row = first; row < end; ++row) {
+      T* const grad = kl.grad ? kl.grad + row * kl.grad_stride : nullptr;
+      const double weight = kl.token_weight ? double(kl.token_weight[row]) : 1;
+      const double grad_output = kl.grad_output ? double(kl.grad_output[each ? row : 0]) : 1;
+      double loss = 0;
+      if (weight == 0) {
+        if (grad) std::fill_n(grad, kl.classes, T{});
+      } else {
+        const double scale = weight * grad_output / denominator * kl.scale;
+        loss = weight * workspace.make(kl, row).run(grad, scale, streams);
+      }
+      if (kl.loss && each) kl.loss[row] = A(loss);
+      sum.add(loss);
+    }
+    return sum.value();
+  };
+  const int64_t size = rows_of_block(kl.classes);
+  const double loss = sum_of_blocks<T, KlDivRow<T>>(kl.rows, size, kl.threads, run);
+  if (kl.loss && !each) *kl.loss = A(loss / denominator);
 }
 
 template void kl_div_with_logits(const KlDiv<float>&);

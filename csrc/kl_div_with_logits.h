@@ -18,7 +18,9 @@
 // memory and the gradient is written once; later reads hit the cache.
 #pragma once
 
-#include "vec.h"
+#include <optional>
+
+#include "cross_entropy_terms.h"
 
 namespace pyfused {
 
@@ -31,9 +33,10 @@ template <class T> struct KlDiv {
   int64_t teacher_stride;
   double beta, scale;
   const A* token_weight;  // factors of the losses; null for ones
-  bool each;  // a loss for each row; otherwise one, their sum
-  const A* grad_output;  // for each row if there is a loss for each, else one; null for ones
-  A* loss;  // null if not computed
+  Reduction reduction;
+  std::optional<double> denominator;  // of the mean; the sum of the token weights if absent
+  const A* grad_output;  // for each row with Reduction::none, else one; null for ones
+  A* loss;  // for each row with Reduction::none, else one; null if not computed
   T* grad;  // the student's; may be its logits; null if not computed
   int64_t grad_stride;
   int threads;

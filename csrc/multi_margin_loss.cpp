@@ -93,16 +93,14 @@ template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
   const int64_t targets = mm.multilabel ? mm.classes : 1;  // per row
   const bool each = mm.reduction == Reduction::none;
   const double denominator = mm.reduction == Reduction::mean ? double(mm.rows) : 1;
-  const int64_t size = rows_of_block(mm.classes), blocks = (mm.rows + size - 1) / size;
-  std::vector<double> partial(blocks);
-  std::vector<int64_t> wrong(blocks);
-  parallel_for(blocks, mm.threads, [&](int64_t block) {
+  const int64_t size = rows_of_block(mm.classes);
+  std::vector<int64_t> wrong((mm.rows + size - 1) / size);
+  const auto run = [&](int64_t begin, int64_t end, auto) {
     Sum sum;
-    const int64_t begin = block * size, end = std::min(mm.rows, begin + size);
     const int64_t allowed = mm.multilabel ? -1 : 0;  // besides the classes; 0 is one of them
-    wrong[block] = invalid_class_index(mm.target + begin * targets, (end - begin) * targets,
-                                       mm.classes, allowed);
-    if (wrong[block] >= 0) return;
+    wrong[begin / size] = invalid_class_index(mm.target + begin * targets, (end - begin) * targets,
+                                              mm.classes, allowed);
+    if (wrong[begin / size] >= 0) return 0.0;
     const int64_t room = mm.multilabel ? whole_vectors<A>(mm.classes) : 0;
     std::vector<A> buffer(2 * room);
     for (int64_t row = begin; row < end; ++row) {
@@ -114,12 +112,13 @@ template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
       if (mm.loss && each) mm.loss[row] = A(loss);
       sum.add(loss);
     }
-    partial[block] = sum.value();
-  });
-  for (int64_t block = 0; block < blocks; ++block) {
-    if (wrong[block] >= 0) return block * size * targets + wrong[block];
+    return sum.value();
+  };
+  const double loss = sum_of_blocks<T, NoBuffers>(mm.rows, size, mm.threads, run);
+  for (size_t block = 0; block < wrong.size(); ++block) {
+    if (wrong[block] >= 0) return int64_t(block) * size * targets + wrong[block];
   }
-  if (mm.loss && !each) *mm.loss = A(total<T>(partial.data(), blocks) / denominator);
+  if (mm.loss && !each) *mm.loss = A(loss / denominator);
   return -1;
 }
 

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
-#include <vector>
 
 #include "memory.h"
 #include "parallel.h"
@@ -13,11 +11,9 @@ namespace pyfused {
 
 // Writes zeros, with non-temporal stores if they exceed the cache.
 template <class T> void clear(T* data, int64_t n, int threads) {
-  constexpr int64_t kBlock = 1 << 16;
   const size_t bytes = size_t(n) * sizeof(T);
   [[maybe_unused]] const bool streams = bytes >= kStreamBytes && has_pages(data, bytes);
-  parallel_for((n + kBlock - 1) / kBlock, threads, [=](int64_t block) {
-    const int64_t first = block * kBlock, end = std::min(n, first + kBlock);
+  for_blocks<NoBuffers>(n, 1 << 16, threads, [=](int64_t first, int64_t end, auto) {
 #ifdef __SSE2__
     alignas(kVectorBytes) static constexpr T zeros[kWriteElements] = {};
     for (int64_t i = first; streams && i < end; i += kWriteElements) {
@@ -29,13 +25,6 @@ template <class T> void clear(T* data, int64_t n, int threads) {
   });
 }
 
-// A sum of floats in double, which needs no compensation within a block.
-struct BlockSum {
-  double sum = 0;
-  void add(double x) { sum += x; }
-  double value() const { return sum; }
-};
-
 template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
   using A = Accumulate<T>;
   const TargetStatistics statistics = target_statistics(nll);
@@ -45,13 +34,9 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
   if (nll.grad_logits.data) {
     clear(nll.grad_logits.data, nll.positions() * nll.classes, nll.threads);
   }
-  constexpr int64_t kBlock = 1024;
-  const int64_t blocks = (nll.positions() + kBlock - 1) / kBlock;
-  std::vector<double> partial(blocks);
-  parallel_for(blocks, nll.threads, [&](int64_t block) {
-    std::conditional_t<std::is_same_v<A, double>, Sum, BlockSum> sum;
-    const int64_t end = std::min(nll.positions(), (block + 1) * kBlock);
-    for (int64_t position = block * kBlock; position < end; ++position) {
+  const auto run = [&](int64_t first, int64_t end, auto) {
+    SumOf<A> sum;
+    for (int64_t position = first; position < end; ++position) {
       const bool ignored = nll.ignored(position);
       const int64_t label = ignored ? 0 : nll.target[position];
       const double weight = ignored ? 0 : nll.weight ? double(nll.weight[label]) : 1;
@@ -66,9 +51,10 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
         *gradient = narrow<T>(A(-weight * batch.row_scale(position)));
       }
     }
-    partial[block] = sum.value();
-  });
-  if (nll.loss && !each) *nll.loss = A(total<T>(partial.data(), blocks) / batch.denominator);
+    return sum.value();
+  };
+  const double loss = sum_of_blocks<T, NoBuffers>(nll.positions(), 1024, nll.threads, run);
+  if (nll.loss && !each) *nll.loss = A(loss / batch.denominator);
   return -1;
 }
 

@@ -12,6 +12,7 @@
 #include <new>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "vec.h"
 
@@ -29,21 +30,13 @@ using Blocks = void (*)(const void* data, int64_t first, int64_t end, void* memo
 // Each thread gets `bytes` of memory, aligned to vectors. It is allocated before the threads start,
 // so that std::bad_alloc reaches the caller before anything is written. A body must not allocate,
 // because an exception that leaves a parallel region ends the process.
-void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes = 0);
+void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes);
 
 // The fewest elements for another thread, as in torch. Waking a thread takes as long as processing
 // a few thousand elements, or millions if other processes are busy.
 constexpr int64_t kThreadElements = 32768;
 inline int threads_for(int64_t elements, int threads) {
   return int(std::clamp<int64_t>(elements / kThreadElements, 1, threads));
-}
-
-// Calls body(block) for each block.
-template <class Body> void parallel_for(int64_t blocks, int threads, const Body& body) {
-  const auto run = [](const void* body, int64_t first, int64_t end, void*) {
-    for (int64_t block = first; block < end; ++block) (*static_cast<const Body*>(body))(block);
-  };
-  run_blocks(blocks, threads, run, &body);
 }
 
 // A thread's memory for one Object at a time. Objects with buffers are created here instead of on
@@ -58,9 +51,11 @@ template <class Object> struct Workspace {
   }
 };
 
+struct NoBuffers {};  // the Object of a body that needs no memory
+
 // Calls body(block, workspace) for each block.
 template <class Object, class Body>
-void parallel_for_with(int64_t blocks, int threads, const Body& body) {
+void parallel_for(int64_t blocks, int threads, const Body& body) {
   const auto run = [](const void* body, int64_t first, int64_t end, void* memory) {
     const Workspace<Object> workspace{memory};
     for (int64_t block = first; block < end; ++block) {
@@ -68,6 +63,14 @@ void parallel_for_with(int64_t blocks, int threads, const Body& body) {
     }
   };
   run_blocks(blocks, threads, run, &body, sizeof(Object));
+}
+
+// Calls body(first, end, workspace) for each block of `size` of n elements.
+template <class Object, class Body>
+void for_blocks(int64_t n, int64_t size, int threads, const Body& body) {
+  parallel_for<Object>((n + size - 1) / size, threads, [&](int64_t block, auto workspace) {
+    body(block * size, std::min(n, (block + 1) * size), workspace);
+  });
 }
 
 std::string runtime_file();  // the file of the OpenMP runtime; empty if none is loaded
@@ -128,6 +131,14 @@ template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n
   sum.add(rest);
 }
 
+// A sum of a few results of the accumulation type A: a double is exact enough for floats.
+struct PlainSum {
+  double sum = 0;
+  void add(double x) { sum += x; }
+  double value() const { return sum; }
+};
+template <class A> using SumOf = std::conditional_t<std::is_same_v<A, double>, Sum, PlainSum>;
+
 // The sum of partial results of elements of type T. It is compensated for double; for narrower
 // types a double is exact enough.
 template <class T> double total(const double* parts, int64_t n) {
@@ -141,6 +152,16 @@ template <class T> double total(const double* parts, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum += parts[i];
     return sum;
   }
+}
+
+// The sum of body(first, end, workspace) over the blocks, in their order.
+template <class T, class Object, class Body>
+double sum_of_blocks(int64_t n, int64_t size, int threads, const Body& body) {
+  std::vector<double> partial((n + size - 1) / size);
+  for_blocks<Object>(n, size, threads, [&](int64_t first, int64_t end, auto workspace) {
+    partial[first / size] = body(first, end, workspace);
+  });
+  return total<T>(partial.data(), int64_t(partial.size()));
 }
 
 }  // namespace pyfused

@@ -137,21 +137,20 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
 
 template <class Formula, class T>
 void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
-  const int64_t blocks = (p.n + kLossBlock - 1) / kLossBlock;
+  using A = Accumulate<T>;
+  using Buffers = PointwiseBuffers<Formula, A>;
   const bool streams = size_t(p.n) * sizeof(T) >= kStreamBytes;
-  std::vector<double> partial(blocks);
-  using Buffers = PointwiseBuffers<Formula, Accumulate<T>>;
-  parallel_for_with<Buffers>(blocks, p.threads, [&](int64_t block, auto workspace) {
+  const auto run = [&](int64_t first, int64_t end, auto workspace) {
     Buffers& buffers = workspace.make();
-    const int64_t end = std::min(p.n, (block + 1) * kLossBlock);
     Sum sum;
-    for (int64_t first = block * kLossBlock; first < end; first += Formula::kChunk) {
+    for (; first < end; first += Formula::kChunk) {
       pointwise_chunk(formula, p, buffers, sum, first, std::min(Formula::kChunk, end - first),
                       streams);
     }
-    partial[block] = sum.value();
-  });
-  if (p.reduced) *p.reduced = Accumulate<T>(total<T>(partial.data(), blocks) / p.denominator);
+    return sum.value();
+  };
+  const double loss = sum_of_blocks<T, Buffers>(p.n, kLossBlock, p.threads, run);
+  if (p.reduced) *p.reduced = A(loss / p.denominator);
 }
 
 PYFUSED_INLINE_ALL

@@ -283,12 +283,10 @@ template <class T> class LogitRow {
 
 template <class T, class Body> void for_rows(const LogitRows<T>& rows, const Body& body) {
   const FlushSubnormals flush;
-  const int64_t size = rows_of_block(rows.classes);
-  const int64_t blocks = (rows.rows + size - 1) / size;
-  parallel_for_with<LogitRow<T>>(blocks, rows.threads, [&](int64_t block, auto workspace) {
-    const int64_t end = std::min(rows.rows, (block + 1) * size);
-    for (int64_t row = block * size; row < end; ++row) body(workspace.make(rows, row));
-  });
+  const auto run = [&](int64_t first, int64_t end, auto workspace) {
+    for (int64_t row = first; row < end; ++row) body(workspace.make(rows, row));
+  };
+  for_blocks<LogitRow<T>>(rows.rows, rows_of_block(rows.classes), rows.threads, run);
 }
 
 template <class T>

@@ -268,7 +268,7 @@ template <class T> bool takes_strips(const Softmax<T>& softmax, bool streams) {
 template <bool kLogarithm, class T> void softmax_strips(const Softmax<T>& softmax) {
   using Strip = SoftmaxStrip<kLogarithm, T>;
   const int64_t strips = (softmax.inner + Strip::kMost - 1) / Strip::kMost;
-  parallel_for(softmax.outer * strips, softmax.threads, [&](int64_t block) {
+  parallel_for<NoBuffers>(softmax.outer * strips, softmax.threads, [&](int64_t block, auto) {
     const int64_t begin = block % strips * Strip::kMost;
     const Strip strip(softmax, block / strips * softmax.inner + begin);
     strip.backward(std::min(Strip::kMost, softmax.inner - begin));
@@ -333,6 +333,7 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
         input, output);
   }
 
+  // kOne: a row is one register, which is 1.15 to 1.2 times faster at 16 classes.
   template <bool kOne> void backward() {
     const bool logarithm = softmax.logarithm;
     row_of_tile(sum) = sums(
@@ -364,30 +365,24 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
 // ---- the batch ----------------------------------------------------------------------------------
 
 template <class T> void softmax_rows(const Softmax<T>& softmax, bool streams) {
-  const int64_t size = rows_of_block(softmax.classes);
-  const int64_t blocks = (softmax.positions() + size - 1) / size;
-  const auto for_positions = [&](int64_t block, const auto& body) {
-    const int64_t end = std::min(softmax.positions(), (block + 1) * size);
-    for (int64_t position = block * size; position < end; ++position) body(position);
-  };
+  const auto run = [&](int64_t first, int64_t end, auto workspace) {
+    for (int64_t position = first; position < end; ++position) {
+      if (!softmax.backward()) {
+        workspace.make(softmax, position, streams).forward();
+        continue;
+      }
 #ifdef PYFUSED_HAS_REGISTERS
-  if constexpr (std::is_same_v<Accumulate<T>, float>) {
-    if (softmax.backward()) {
-      return parallel_for(blocks, softmax.threads, [&](int64_t block) {
-        for_positions(block, [&](int64_t position) {
-          softmax.logarithm ? write_row_gradient<true>(softmax, position, streams)
-                            : write_row_gradient<false>(softmax, position, streams);
-        });
-      });
-    }
-  }
+      if constexpr (std::is_same_v<Accumulate<T>, float>) {
+        softmax.logarithm ? write_row_gradient<true>(softmax, position, streams)
+                          : write_row_gradient<false>(softmax, position, streams);
+        continue;
+      }
 #endif
-  parallel_for_with<SoftmaxRow<T>>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
-    for_positions(block, [&](int64_t position) {
-      SoftmaxRow<T>& row = workspace.make(softmax, position, streams);
-      softmax.backward() ? row.backward() : row.forward();
-    });
-  });
+      workspace.make(softmax, position, streams).backward();
+    }
+  };
+  const int64_t size = rows_of_block(softmax.classes);
+  for_blocks<SoftmaxRow<T>>(softmax.positions(), size, softmax.threads, run);
 }
 
 #ifdef PYFUSED_HAS_REGISTERS
@@ -405,13 +400,12 @@ template <class T> bool takes_groups(const Softmax<T>& softmax, bool streams) {
 template <class T> void softmax_groups(const Softmax<T>& softmax) {
   const int64_t rows = SoftmaxGroup<T>::rows(softmax.classes);
   const int64_t size = (rows_of_block(softmax.classes) + rows - 1) / rows * rows;
-  const int64_t blocks = (softmax.positions() + size - 1) / size;
-  parallel_for_with<SoftmaxGroup<T>>(blocks, softmax.threads, [&](int64_t block, auto workspace) {
-    const int64_t end = std::min(softmax.positions(), (block + 1) * size);
-    for (int64_t first = block * size; first < end; first += rows) {
+  const auto run = [&](int64_t first, int64_t end, auto workspace) {
+    for (; first < end; first += rows) {
       workspace.make(softmax, first, std::min(rows, end - first)).run();
     }
-  });
+  };
+  for_blocks<SoftmaxGroup<T>>(softmax.positions(), size, softmax.threads, run);
 }
 #endif
 
@@ -423,7 +417,7 @@ template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, 
   const bool apart = sizeof(T) == 2 && whole * size * 3 <= softmax.inner * 4;
   const int64_t length = apart ? softmax.inner : softmax.positions();
   const int64_t blocks = (length + size - 1) / size;
-  parallel_for_with<Block>(
+  parallel_for<Block>(
       softmax.positions() / length * blocks, softmax.threads, [&](int64_t block, auto workspace) {
         const int64_t begin = block % blocks * size, first = block / blocks * length + begin;
         Block& columns = workspace.make(softmax, first, std::min(size, length - begin), streams);

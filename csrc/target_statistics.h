@@ -34,31 +34,30 @@ template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce)
     return {ce.token_weights ? weights.value() : double(ce.positions()), -1};
   }
   constexpr int64_t kBlock = 8192;
-  const int64_t blocks = (ce.positions() + kBlock - 1) / kBlock;
-  std::vector<TargetStatistics> parts(blocks, TargetStatistics{0, -1});
-  parallel_for(blocks, ce.threads, [&](int64_t block) {
-    const int64_t end = std::min(ce.positions(), (block + 1) * kBlock);
+  std::vector<TargetStatistics> parts((ce.positions() + kBlock - 1) / kBlock, {0, -1});
+  const auto run = [&](int64_t first, int64_t end, auto) {
     int64_t not_ignored = 0, invalid = 0;
-    for (int64_t i = block * kBlock; i < end; ++i) {
+    for (int64_t i = first; i < end; ++i) {
       const int64_t counted = ce.target[i] != ce.ignore_index;
       not_ignored += counted;
       invalid += counted & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.classes));
     }
-    TargetStatistics& part = parts[block];
+    TargetStatistics& part = parts[first / kBlock];
     part.denominator = double(not_ignored);
-    for (int64_t i = block * kBlock; invalid && part.out_of_range < 0; ++i) {
+    for (int64_t i = first; invalid && part.out_of_range < 0; ++i) {
       const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.classes;
       if (!ce.ignored(i) && outside) part.out_of_range = i;
     }
     if (invalid || !(ce.weight || ce.token_weights)) return;
     Sum weights;
-    for (int64_t i = block * kBlock; i < end; ++i) {
+    for (int64_t i = first; i < end; ++i) {
       if (ce.ignored(i)) continue;
       const double weight = ce.weight ? double(ce.weight[ce.target[i]]) : 1;
       weights.add(ce.token_weights ? weight * double(ce.token_weights[i]) : weight);
     }
     part.denominator = weights.value();
-  });
+  };
+  for_blocks<NoBuffers>(ce.positions(), kBlock, ce.threads, run);
   Sum denominator;
   int64_t out_of_range = -1;
   for (const TargetStatistics& part : parts) {

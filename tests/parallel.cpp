@@ -15,7 +15,7 @@
 EXPORTED int threads_used(int64_t blocks, int threads) {
   std::mutex mutex;
   std::set<std::thread::id> seen;
-  pyfused::parallel_for(blocks, threads, [&](int64_t) {
+  pyfused::parallel_for<pyfused::NoBuffers>(blocks, threads, [&](int64_t, auto) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that each thread gets blocks
     const std::lock_guard<std::mutex> hold(mutex);
     seen.insert(std::this_thread::get_id());
@@ -29,7 +29,7 @@ template <size_t bytes> int count_blocks(int64_t blocks, int threads) {
   };
   std::atomic<int> count{0};
   try {
-    pyfused::parallel_for_with<Buffers>(blocks, threads, [&](int64_t, auto workspace) {
+    pyfused::parallel_for<Buffers>(blocks, threads, [&](int64_t, auto workspace) {
       workspace.make().data[bytes - 1] = 1;
       ++count;
     });

@@ -169,16 +169,12 @@ template <class T> void run_embeddings(std::string& bytes, const Shape& shape, i
   for (const bool each : {false, true}) {
     std::vector<A> losses(each ? rows : 1);
     std::vector<T> grad_x(n), grad_y(n), grad_z(n);
-    EmbeddingLoss<T> e{rows,
+    EmbeddingLoss<T> e{{0.5, 1e-6, each, each, each},
+                       rows,
                        features,
                        {{{x.data(), features}, {y.data(), features}, {z.data(), features}}},
                        target.data(),
                        1,
-                       0.5,
-                       1e-6,
-                       each,
-                       each,
-                       each,
                        1.0,
                        grad_output.data(),
                        each ? losses.data() : nullptr,

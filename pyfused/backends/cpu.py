@@ -249,10 +249,13 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: CrossEntropyOptions,
+    options: VocabOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
+    normalized: bool = False,
 ) -> LossKernel:
+    if not isinstance(options, CrossEntropyOptions):
+        options = CrossEntropyOptions(options.ignore_index, options.reduction)
     accumulate, sizes = accumulate_dtype(input.dtype), row_sizes(input)
     kernel = partial(native.cross_entropy, DTYPES[input.dtype], sizes)
     indices = target.dtype is torch.int64
@@ -268,7 +271,7 @@ def cross_entropy(
     new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
     numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
-    native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers)
+    native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers, normalized)
     fixed_denominator = None if isinstance(options.denominator, Tensor) else options.denominator
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
@@ -312,45 +315,7 @@ def cross_entropy(
     return launch
 
 
-def nll_loss(
-    input: Tensor,
-    target: Tensor,  # noqa: ARG001
-    weight: Tensor | None,
-    options: VocabOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> LossKernel:
-    accumulate, sizes = accumulate_dtype(input.dtype), row_sizes(input)
-    kernel = partial(native.nll_loss, DTYPES[input.dtype], sizes)
-    copies, strides, grad_layout, grad_strides = class_layout(input)
-    new_grad, needs_grad = _allocator(grad_layout), any(outputs.gradients)
-    converts = converts_in(accumulate, weight, grad_output)
-    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
-    reduction, ignore_index = _REDUCTIONS[options.reduction], options.ignore_index
-
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
-        input, target, weight, *_ = tensors
-        input, indices = input.contiguous() if copies else input, target.contiguous()
-        if converts:
-            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        loss = new_loss() if outputs.loss else None
-        grad = new_grad() if needs_grad else None
-        out_of_range = kernel(
-            (input.data_ptr(), *strides),
-            indices.data_ptr(),
-            _address(weight),
-            ignore_index,
-            reduction,
-            _address(grad_output),
-            _address(loss),
-            _NO_VIEW if grad is None else (grad.data_ptr(), *grad_strides),
-            torch.get_num_threads(),
-        )
-        if out_of_range >= 0:
-            raise checks.target_out_of_range(sizes[2], target, ignore_index, out_of_range)
-        return loss, (grad, None)
-
-    return launch
+nll_loss = partial(cross_entropy, normalized=True)
 
 
 def multi_margin_loss(
@@ -407,22 +372,17 @@ def kl_div_with_logits(
     outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> LossKernel:
-    each, accumulate = options.reduction == "none", accumulate_dtype(input.dtype)
+    accumulate, reduction = accumulate_dtype(input.dtype), _REDUCTIONS[options.reduction]
     dtype, needs_grad = DTYPES[input.dtype], any(outputs.gradients)
-    new_loss = _loss_allocator(input.shape[:1] if each else (), accumulate)
+    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
+    fixed_denominator = None if isinstance(options.denominator, Tensor) else options.denominator
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, teacher, token_weight, denominator, *_ = tensors
         input, teacher = feature_rows(input), feature_rows(teacher)
+        if denominator is None:
+            denominator = fixed_denominator
         grad = None
-        if options.reduction == "mean":
-            denominator = options.denominator if denominator is None else denominator
-            if denominator is None:
-                denominator = (
-                    len(input) if token_weight is None else token_weight.sum(dtype=torch.float64)
-                )
-            scale = input.new_ones((), dtype=torch.float64) if grad_output is None else grad_output
-            grad_output = scale / denominator
         if needs_grad:
             grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
         weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
@@ -435,14 +395,13 @@ def kl_div_with_logits(
             options.beta,
             1 / options.temperature,
             _address(weight),
-            each,
+            reduction,
+            None if denominator is None else float(denominator),
             _address(grad_output),
             _address(loss),
             _rows(grad),
             torch.get_num_threads(),
         )
-        if loss is not None and options.reduction == "mean":
-            loss = (loss / denominator).to(accumulate)
         return loss, (grad,)
 
     return launch
