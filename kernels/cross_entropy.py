@@ -6,6 +6,7 @@
     loss       = sum_c q_c (lse - x_c) + z_loss lse^2
     dloss/dx_c = p_c (sum_k q_k + 2 z_loss lse) - q_c,                      p_c = exp(x_c - lse)
     dloss/dy_c = (1 - smoothing) w_c (lse - x_c)
+    nll_loss   = -w_t x_t, with gradient -w_t [c = t]                       log-probabilities x
 
 w are the class weights. x is SCALE times the logits, so their gradient is SCALE dloss/dx. With
 gamma (class index, no smoothing), the loss is w_t (1 - p_t)^gamma nll with nll = lse - x_t, and
@@ -14,9 +15,11 @@ The loss and the gradient of a row are multiplied by `token_weight` and divided 
 
 Shapes: see `rows.py`; row outer_index * inner + inner_index has one target.
 Bytes: `row_kernel` reads logits once and writes the gradient once. `two_pass_kernel` reads logits
-twice and probabilities three times, mostly from cache after the first time.
+twice and probabilities three times, mostly from cache after the first time. `nll_kernel` reads and
+writes one element per row.
 
 torch: F.cross_entropy(x, t, w, ignore_index=..., label_smoothing=..., reduction=...)
+       F.nll_loss(x, t, w, ignore_index=..., reduction=...)
 """
 
 from __future__ import annotations
@@ -39,8 +42,6 @@ from .rows import (
     store_tile,
     strided_rows,
 )
-
-# ---- shared functions ----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -202,10 +203,8 @@ def two_pass_kernel(
     outer, lanes, in_bounds, inner, classes = row_block(inner, classes, ROWS, UNITS)
     rows = outer * inner + lanes
     x_rows = strided_rows(logits, outer, lanes, strides, 0, UNITS)
-    indices, y_rows = target, None
-    if not INDICES:
-        indices = None
-        y_rows = strided_rows(target, outer, lanes, strides, 6, UNITS)
+    indices = target if INDICES else None
+    y_rows = None if INDICES else strided_rows(target, outer, lanes, strides, 6, UNITS)
     label, valid, invalid, target_weight, scale = read_rows(
         indices, weight, token_weight, denominator, rows, in_bounds, inner, classes, ignore_index, A
     )
@@ -259,3 +258,42 @@ def two_pass_kernel(
                 store_tile(to, c, mask, away * share * target_scale[:, None])
         value += tl.sum(distance, 1)
     store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "ignore_index"])
+def nll_kernel(
+    x,
+    target,
+    weight,
+    denominator,
+    grad_output,
+    loss,
+    grad,
+    n,
+    inner,
+    classes,
+    x_strides,
+    grad_strides,
+    ignore_index,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Computes nll_loss of n = outer * inner rows, for any strides; grad is filled with zeros."""
+    A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_bounds = rows < n
+    label, valid, invalid, target_weight, scale = read_rows(
+        target, weight, None, denominator, rows, in_bounds, n, classes, ignore_index, A
+    )
+    outer, lanes = rows // inner, rows % inner
+    if loss is not None:
+        offsets = outer * x_strides[0] + lanes * x_strides[1] + label * x_strides[2]
+        value = -target_weight * tl.load(x + offsets, mask=valid, other=0.0).to(A)
+        store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+    if grad is not None:
+        offsets = outer * grad_strides[0] + lanes * grad_strides[1] + label * grad_strides[2]
+        grad_scale = gradient_scale(scale, grad_output, rows, valid, EACH)
+        tl.store(grad + offsets, -target_weight * grad_scale, mask=valid)

@@ -11,7 +11,8 @@
 
 Shapes: (n, D) with contiguous features. Bytes: each input is read once, and a second time for
 gradients, mostly from cache; each gradient is written once. The kernels take tuples of the inputs,
-of their row strides and of the gradients, which may be None.
+of their row strides and of the gradients, which may be None. INCLUSIVE: whether the derivative of
+max(0, excess) at 0 is 1.
 
 torch: F.triplet_margin_loss(x, y, z, margin=..., p=..., eps=..., swap=...)
        F.cosine_embedding_loss(x, y, target, margin=...)
@@ -54,17 +55,11 @@ def derivative(u, EUCLIDEAN: tl.constexpr):
 
 
 @triton.jit
-def is_active(excess, INCLUSIVE: tl.constexpr):
-    """Returns where the derivative of max(0, excess) is 1; at 0 it is with INCLUSIVE."""
-    return excess >= 0.0 if INCLUSIVE else excess > 0.0
-
-
-@triton.jit
-def differences(inputs, c, mask, eps):
+def differences(x_rows, y_rows, z_rows, c, mask, eps):
     """Returns u, v and w of a tile of features."""
-    x = load_tile(inputs[0], c, mask, 0.0)
-    y = load_tile(inputs[1], c, mask, 0.0)
-    z = load_tile(inputs[2], c, mask, 0.0)
+    x = load_tile(x_rows, c, mask, 0.0)
+    y = load_tile(y_rows, c, mask, 0.0)
+    z = load_tile(z_rows, c, mask, 0.0)
     return x - y + eps, x - z + eps, y - z + eps
 
 
@@ -94,14 +89,13 @@ def triplet_margin_kernel(
     x_rows = contiguous_rows(inputs[0], rows, strides[0], UNITS)
     y_rows = contiguous_rows(inputs[1], rows, strides[1], UNITS)
     z_rows = contiguous_rows(inputs[2], rows, strides[2], UNITS)
-    xyz = x_rows, y_rows, z_rows
     eps = scalar(eps, A)
     uu = tl.zeros([ROWS, BLOCK], A)
     vv = tl.zeros([ROWS, BLOCK], A)
     ww = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, features, BLOCK):
         c, mask = class_block(start, features, in_bounds, BLOCK)
-        u, v, w = differences(xyz, c, mask, eps)
+        u, v, w = differences(x_rows, y_rows, z_rows, c, mask, eps)
         uu += size(u, mask, EUCLIDEAN)
         vv += size(v, mask, EUCLIDEAN)
         ww += size(w, mask, EUCLIDEAN)
@@ -111,14 +105,15 @@ def triplet_margin_kernel(
     nearest = tl.where((v_norm < w_norm) | (v_norm != v_norm), v_norm, w_norm)  # NaN if either is
     excess = scalar(margin, A) + u_norm - nearest
     if gradients[0] is not None or gradients[1] is not None or gradients[2] is not None:
-        slope = tl.where(is_active(excess, INCLUSIVE), scale, 0.0)
+        active = excess >= 0.0 if INCLUSIVE else excess > 0.0
+        slope = tl.where(active, scale, 0.0)
         half = tl.where(v_norm == w_norm, 0.5 * slope, slope) if SWAP else slope
         by_u = factor(u_norm, slope, EUCLIDEAN)
         by_v = factor(v_norm, tl.where(v_norm > w_norm, 0.0, half), EUCLIDEAN)
         by_w = factor(w_norm, tl.where(v_norm < w_norm, 0.0, half), EUCLIDEAN)
         for start in range(0, features, BLOCK):
             c, mask = class_block(start, features, in_bounds, BLOCK)
-            u, v, w = differences(xyz, c, mask, eps)
+            u, v, w = differences(x_rows, y_rows, z_rows, c, mask, eps)
             of_u = by_u * derivative(u, EUCLIDEAN)
             of_v = by_v * derivative(v, EUCLIDEAN)
             store_rows(gradients[0], rows, features, c, mask, of_u - of_v, UNITS)
@@ -171,7 +166,8 @@ def cosine_embedding_kernel(
     cosine = tl.sum(xy, 1) / norms
     excess = cosine - scalar(margin, A)
     if gradients[0] is not None or gradients[1] is not None:
-        other = tl.where((label == -1.0) & is_active(excess, INCLUSIVE), scale, 0.0)
+        active = excess >= 0.0 if INCLUSIVE else excess > 0.0
+        other = tl.where((label == -1.0) & active, scale, 0.0)
         slope = tl.where(label == 1.0, -scale, other)
         across = (slope / norms)[:, None]
         by_x = (slope * cosine / of_x)[:, None]

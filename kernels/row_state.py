@@ -51,12 +51,6 @@ def load_logits(at, mask, A: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexp
 
 
 @triton.jit
-def load_field(at, step, k: tl.constexpr, mask, other=0.0):
-    """Loads field k of the state; `at` points to the first field of each row."""
-    return tl.load(at + k * step, mask=mask, other=other)
-
-
-@triton.jit
 def first_of(best, index, classes):
     """Returns the largest logit of each row, NaN if there is one, and its first class."""
     is_nan = best != best
@@ -112,10 +106,10 @@ def row_state_kernel(
     target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
     if CONTINUES:
         first = (tl.arange(0, BLOCK) == 0)[None, :]
-        maximum = load_field(at, step, 3, in_bounds).to(A)
-        total = tl.where(first, load_field(at, step, 4, in_bounds).to(A)[:, None], total)
-        weighted = tl.where(first, load_field(at, step, 5, in_bounds).to(A)[:, None], weighted)
-        old_logit = load_field(at, step, 6, in_bounds)
+        maximum = tl.load(at + 3 * step, mask=in_bounds).to(A)
+        total = tl.where(first, tl.load(at + 4 * step, mask=in_bounds).to(A)[:, None], total)
+        weighted = tl.where(first, tl.load(at + 5 * step, mask=in_bounds).to(A)[:, None], weighted)
+        old_logit = tl.load(at + 6 * step, mask=in_bounds)
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
@@ -160,16 +154,16 @@ def row_state_kernel(
         largest = largest.to(tl.float64)
         prediction = (first_class + first_class_of_row).to(tl.float64)
         if CONTINUES:
-            old = load_field(at, step, 7, in_bounds)
+            old = tl.load(at + 7 * step, mask=in_bounds)
             stays = (old >= largest) | (old != old)
             largest = tl.where(stays, old, largest)
-            prediction = tl.where(stays, load_field(at, step, 8, in_bounds), prediction)
+            prediction = tl.where(stays, tl.load(at + 8 * step, mask=in_bounds), prediction)
         tl.store(at + 7 * step, largest, mask=in_bounds)
         tl.store(at + 8 * step, prediction, mask=in_bounds)
     if FIELDS > 9:
         smooth_of_row = tl.sum(smooth, 1).to(tl.float64)
         if CONTINUES:
-            smooth_of_row += load_field(at, step, 9, in_bounds)
+            smooth_of_row += tl.load(at + 9 * step, mask=in_bounds)
         tl.store(at + 9 * step, tl.where(counted, smooth_of_row, 0.0), mask=in_bounds)
 
 
@@ -208,19 +202,19 @@ def row_gradients_kernel(
     has_target = valid & (label >= 0) & (label < classes)
     x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
     at, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
-    g_log_p = load_field(gradient_at, strides[3], 0, valid).to(A)
+    g_log_p = tl.load(gradient_at, mask=valid).to(A)
     g_entropy, g_lse = tl.zeros_like(g_log_p), tl.zeros_like(g_log_p)
     if RESULTS > 1:
-        g_entropy = load_field(gradient_at, strides[3], 1, valid).to(A)
-        g_lse = load_field(gradient_at, strides[3], 2, valid).to(A)
-    pivot = load_field(at, strides[2], 3, valid).to(A)
-    total = load_field(at, strides[2], 4, valid, 1.0).to(A)
-    weighted = load_field(at, strides[2], 5, valid).to(A)
+        g_entropy = tl.load(gradient_at + strides[3], mask=valid).to(A)
+        g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid).to(A)
+    pivot = tl.load(at + 3 * strides[2], mask=valid).to(A)
+    total = tl.load(at + 4 * strides[2], mask=valid, other=1.0).to(A)
+    weighted = tl.load(at + 5 * strides[2], mask=valid).to(A)
     # p_c = exp(x_c - pivot) / total, and log p_c + entropy = (x_c - pivot) - weighted / total
     a = ((g_lse - g_log_p + g_entropy * (weighted / total)) / total)[:, None]
     b = (-g_entropy / total)[:, None]
     if RESULTS > 3:
-        g_smooth = load_field(gradient_at, strides[3], 3, valid).to(A)[:, None]
+        g_smooth = tl.load(gradient_at + 3 * strides[3], mask=valid).to(A)[:, None]
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
         x, slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)

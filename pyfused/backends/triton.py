@@ -17,13 +17,12 @@ from torch import Tensor
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import triton_version
 from pyfused.formulas.program import OPERANDS, Program
-from pyfused.kernels.cross_entropy import row_kernel, two_pass_kernel
+from pyfused.kernels.cross_entropy import nll_kernel, row_kernel, two_pass_kernel
 from pyfused.kernels.elementwise import elementwise_kernel
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
 from pyfused.kernels.launch import Choice, Launch, choose, power_of_2, prepared
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel, multilabel_margin_kernel
-from pyfused.kernels.nll_loss import nll_kernel
 from pyfused.kernels.program import NUMBERS, formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel
 from pyfused.kernels.row_state import row_gradients_kernel, row_state_kernel
