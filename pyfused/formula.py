@@ -351,10 +351,6 @@ class Formula:
                 return self.function(*operands, **named).mean()
             reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
             return reduced(self.function(*operands, **named), reduction, weight)
-        return self.dispatched(*operands, **named)
-
-    def dispatched(self, *operands: Tensor, **named: Any) -> Tensor:
-        """Dispatches a call of any size."""
         return dispatch.call(self.op, self.arguments(operands, named))
 
     def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:

@@ -315,7 +315,7 @@ def cross_entropy(
     return launch
 
 
-nll_loss = partial(cross_entropy, normalized=True)
+nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabilities
 
 
 def multi_margin_loss(
