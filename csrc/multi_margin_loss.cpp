@@ -95,26 +95,25 @@ template <class T> int64_t multi_margin_loss(const MultiMargin<T>& mm) {
   const double denominator = mm.reduction == Reduction::mean ? double(mm.rows) : 1;
   const int64_t size = rows_of_block(mm.classes);
   std::vector<int64_t> wrong((mm.rows + size - 1) / size);
-  const auto run = [&](int64_t begin, int64_t end, auto) {
+  const int64_t room = mm.multilabel ? whole_vectors<A>(mm.classes) : 0;
+  const auto run = [&](int64_t begin, int64_t end, auto workspace) {
     Sum sum;
     const int64_t allowed = mm.multilabel ? -1 : 0;  // besides the classes; 0 is one of them
     wrong[begin / size] = invalid_class_index(mm.target + begin * targets, (end - begin) * targets,
                                               mm.classes, allowed);
     if (wrong[begin / size] >= 0) return 0.0;
-    const int64_t room = mm.multilabel ? whole_vectors<A>(mm.classes) : 0;
-    std::vector<A> buffer(2 * room);
+    A* const x = static_cast<A*>(workspace.memory);
     for (int64_t row = begin; row < end; ++row) {
       const double grad_output = mm.grad_output ? double(mm.grad_output[each ? row : 0]) : 1;
       const double scale = grad_output / denominator;
-      const double loss =
-          mm.multilabel ? multilabel_margin_row(mm, row, scale, buffer.data(), buffer.data() + room)
-                        : multi_margin_row(mm, row, scale);
+      const double loss = mm.multilabel ? multilabel_margin_row(mm, row, scale, x, x + room)
+                                        : multi_margin_row(mm, row, scale);
       if (mm.loss && each) mm.loss[row] = A(loss);
       sum.add(loss);
     }
     return sum.value();
   };
-  const double loss = sum_of_blocks<T, NoBuffers>(mm.rows, size, mm.threads, run);
+  const double loss = sum_of_blocks<T, A>(mm.rows, size, mm.threads, run, 2 * room * sizeof(A));
   for (size_t block = 0; block < wrong.size(); ++block) {
     if (wrong[block] >= 0) return int64_t(block) * size * targets + wrong[block];
   }

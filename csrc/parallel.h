@@ -53,24 +53,26 @@ template <class Object> struct Workspace {
 
 struct NoBuffers {};  // the Object of a body that needs no memory
 
-// Calls body(block, workspace) for each block.
+// Calls body(block, workspace) for each block. A workspace has room for an Object, or for `bytes`.
 template <class Object, class Body>
-void parallel_for(int64_t blocks, int threads, const Body& body) {
+void parallel_for(int64_t blocks, int threads, const Body& body, size_t bytes = sizeof(Object)) {
   const auto run = [](const void* body, int64_t first, int64_t end, void* memory) {
     const Workspace<Object> workspace{memory};
     for (int64_t block = first; block < end; ++block) {
       (*static_cast<const Body*>(body))(block, workspace);
     }
   };
-  run_blocks(blocks, threads, run, &body, sizeof(Object));
+  run_blocks(blocks, threads, run, &body, bytes);
 }
 
 // Calls body(first, end, workspace) for each block of `size` of n elements.
 template <class Object, class Body>
-void for_blocks(int64_t n, int64_t size, int threads, const Body& body) {
-  parallel_for<Object>((n + size - 1) / size, threads, [&](int64_t block, auto workspace) {
+void for_blocks(int64_t n, int64_t size, int threads, const Body& body,
+                size_t bytes = sizeof(Object)) {
+  const auto run = [&](int64_t block, auto workspace) {
     body(block * size, std::min(n, (block + 1) * size), workspace);
-  });
+  };
+  parallel_for<Object>((n + size - 1) / size, threads, run, bytes);
 }
 
 std::string runtime_file();  // the file of the OpenMP runtime; empty if none is loaded
@@ -156,11 +158,13 @@ template <class T> double total(const double* parts, int64_t n) {
 
 // The sum of body(first, end, workspace) over the blocks, in their order.
 template <class T, class Object, class Body>
-double sum_of_blocks(int64_t n, int64_t size, int threads, const Body& body) {
+double sum_of_blocks(int64_t n, int64_t size, int threads, const Body& body,
+                     size_t bytes = sizeof(Object)) {
   std::vector<double> partial((n + size - 1) / size);
-  for_blocks<Object>(n, size, threads, [&](int64_t first, int64_t end, auto workspace) {
+  const auto run = [&](int64_t first, int64_t end, auto workspace) {
     partial[first / size] = body(first, end, workspace);
-  });
+  };
+  for_blocks<Object>(n, size, threads, run, bytes);
   return total<T>(partial.data(), int64_t(partial.size()));
 }
 
