@@ -393,6 +393,7 @@ def test_training_needs_no_more_memory_in_a_control_group(group: Path, asked: st
     assert printed == ("3" if asked == "1" else "0")
 
 
+@limits_memory
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_peak_grows_by_one_gradient_at_most() -> None:
     """Even if other memory of the same size is needed while the gradient's block is free."""
