@@ -216,8 +216,8 @@ template <bool kLogarithm, class T> class SoftmaxStrip {
   }
 
  private:
-  static constexpr int64_t kTerms =
-      32;  // summed in a float; few, so that rounding errors stay small
+  // The terms that are summed in a float: few, so that rounding errors stay small.
+  static constexpr int64_t kTerms = 32;
   const Softmax<T>& softmax;
   const T *const y, *const dy;
   T* const dx;

@@ -173,8 +173,8 @@ def test_layouts(
             check_call(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
         of_rows = isinstance(example.op, (MultiMarginLoss, Contrastive))
         of_rows |= example.op is COSINE_EMBEDDING_LOSS
-        torchs = of_rows and len(shape) == 3
-        assert kernel_calls.total() or torchs or example.op is LOGSIGMOID
+        runs_torch = of_rows and len(shape) == 3
+        assert kernel_calls.total() or runs_torch or example.op is LOGSIGMOID
 
 
 @every_operator

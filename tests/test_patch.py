@@ -452,9 +452,9 @@ def test_tables_of_torchs_functions_made_before_or_after_patching(
             for name, (seen, result) in expected.items():
                 assert got[name][1] == result
                 assert got[name][0] == seen, name
-                for function, torchs in zip(got[name][0], seen, strict=True):
-                    replaced = getattr(Tensor, torchs.__name__, None)
-                    assert function is torchs or function is replaced, name
+                for function, original in zip(got[name][0], seen, strict=True):
+                    replaced = getattr(Tensor, original.__name__, None)
+                    assert function is original or function is replaced, name
         assert {resolve_name(named(name)) for name in expected} == {*expected}
     assert reached().keys() == expected.keys()  # with the table made while patched
 

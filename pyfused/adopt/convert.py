@@ -138,10 +138,8 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     for name, module in _modules(model):
         head_name, kind = head if name == "." else None, type(module).__qualname__
         if head_name is not None or causal_lm.has_head(module):
-            reason, replacement = (
-                causal_lm.reason_to_leave(module, head_name),
-                "linear_cross_entropy",
-            )
+            replacement = "linear_cross_entropy"
+            reason = causal_lm.reason_to_leave(module, head_name)
         else:
             reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
             if type(module) not in FUSED:
