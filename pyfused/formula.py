@@ -107,7 +107,7 @@ class FormulaOperator(PointwiseLoss):
         definition.__signature__ = signature  # type: ignore[attr-defined]
         weight = Operand("weight", differentiated=False, optional=True)
         super().__init__(
-            name=f"{function.__module__}.{function.__qualname__}",
+            name=f"{function.__module__ or '__main__'}.{function.__qualname__}",
             module="",
             operands=(*map(Operand, operands), weight),
             fallback_reason=self._fallback_reason,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args, get_type_hints
@@ -15,7 +16,9 @@ from catalogue import TORCH as F
 from samples import FIRST, Loss
 from torch import Tensor
 
+import pyfused
 from pyfused import functional as fused
+from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import OPERATORS
 
@@ -491,3 +494,34 @@ def test_errors_are_the_same_in_calls_that_fall_back(
 ) -> None:
     raised = error(lambda: call(fused))
     assert not [word for word in words if word not in str(raised)], raised
+
+
+# exec(code, globals) and timeit run code whose globals have no __name__.
+WARNING_OR_FAILING = {
+    "a small call that broadcasts": "F.mse_loss(x[:3, :1], x[:3, 0])",
+    "a large call that broadcasts": "F.l1_loss(x, x[:, :1])",
+    "a mean of divergences": "F.kl_div(x, x)",
+    "a linear layer on a mode": "F.linear_cross_entropy(x, w, t, denominator=w.sum())",
+    "a missing dimension": "F.softmax(x)",
+    "a formula": "pyfused.activation(lambda input: 2 * input)(x)",
+    "an unsupported formula": "pyfused.loss(lambda x, y: x if x.is_leaf else y)(x, x)",
+}
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("code", WARNING_OR_FAILING.values(), ids=WARNING_OR_FAILING.keys())
+def test_code_whose_globals_have_no_name(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"x": torch.rand(1 << 19, 2), "w": GRAD.new_ones(30, 2, requires_grad=True)}
+    tensors["t"] = torch.zeros(1 << 19, dtype=torch.int64)
+    outcomes = []
+    for name in ({"__name__": "user"}, {}):
+        monkeypatch.setattr(reasons, "_said", set())
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            try:
+                exec(code, name | tensors | {"F": fused, "pyfused": pyfused})
+            except Exception as raised:
+                seen.append(raised)  # type: ignore[arg-type]
+        outcomes.append([str(each) for each in seen])
+    assert outcomes[0] == outcomes[1]
+    assert bool(outcomes[0]) == (code != WARNING_OR_FAILING["a formula"])

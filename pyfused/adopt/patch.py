@@ -24,7 +24,7 @@ from pyfused import functional
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch.operator import Arguments, Operator, parameters_of
 from pyfused.dispatch.originals import TorchAlone, original, torch_alone
-from pyfused.dispatch.reasons import first_time
+from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
 from pyfused.torch_internals import dynamo_table, tell_jit, trace_instead
@@ -181,10 +181,6 @@ class _BuiltIn:
         globals()[self.path.replace(".", "_")] = stand_in
         return functools.update_wrapper(stand_in, torch_function)
 
-    @property
-    def traced(self) -> Any:
-        return self.ours
-
     def now(self) -> Any:
         return getattr(self.owner, self.name)
 
@@ -242,7 +238,7 @@ def _call(
             message = (
                 f"pyfused: {op.name}: torch computed the result, because pyfused raised {failure!r}"
             )
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
     return result
 
 
@@ -288,6 +284,7 @@ def _sites() -> Iterator[_Function | _BuiltIn]:
 
 
 _SITES = (*_sites(),)
+_TRACED_FUNCTIONS = [site.traced for site in _SITES if isinstance(site, _Function)]
 
 
 # ---- patch and unpatch ---------------------------------------------------------------------------
@@ -429,7 +426,8 @@ def _remove() -> None:
         site.put(site.unpatched)
     _installed = False
     table = dynamo_table()
-    if table and not table().keys().isdisjoint(site.traced for site in _SITES):
+    # A stand-in is equal to torch's built-in, so it may stay in the table.
+    if table and not table().keys().isdisjoint(_TRACED_FUNCTIONS):
         table.cache_clear()  # it was filled with pyfused's functions
 
 

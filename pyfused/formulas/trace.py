@@ -302,7 +302,7 @@ class Run(TorchFunctionMode):
         results = made if isinstance(made, (tuple, list)) else () if made is None else (made,)
         if all(isinstance(result, Tensor) for result in results):
             self.track(results)
-        elif not sys._getframe(1).f_globals["__name__"].startswith("pyfused."):
+        elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("pyfused."):
             raise UntraceableError(
                 f"{name} may return another value in another call; pass the value as a parameter, "
                 "or use torch's functions: torch.where instead of 'if', torch.zeros_like and "
