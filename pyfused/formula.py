@@ -23,6 +23,7 @@ from pyfused.formulas import trace
 from pyfused.formulas.kernel import program_of
 from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError
 from pyfused.layout import broadcast_numel
+from pyfused.nn import options_of, set_options, shown
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
 from pyfused.types import Outputs
@@ -370,7 +371,8 @@ class Formula:
     def module(self, **named: Any) -> FormulaModule:
         """Returns a module that calls the formula with these parameters.
 
-        A loss also takes ``reduction``, but not ``weight``.
+        Tensors among them become parameters or buffers of the module. A loss also takes
+        ``reduction``, but not ``weight``.
 
         Raises:
             TypeError: The formula has no such parameter.
@@ -407,7 +409,7 @@ class Formula:
 
 
 class FormulaModule(torch.nn.Module):
-    """A module that calls a formula with fixed keyword arguments; see :meth:`Formula.module`."""
+    """A module that calls a formula with its keyword options; see :meth:`Formula.module`."""
 
     def __init__(self, formula: Formula, named: dict[str, Any]) -> None:
         super().__init__()
@@ -417,14 +419,14 @@ class FormulaModule(torch.nn.Module):
                 f"{formula.__name__}: expected keywords from {sorted(allowed)}, "
                 f"got {sorted(unknown)}"
             )
-        self.formula, self.named = formula, named
+        self.formula = formula
+        set_options(self, named)
 
     def forward(self, *operands: Tensor) -> Tensor:
-        return self.formula(*operands, **self.named)
+        return self.formula(*operands, **options_of(self))
 
     def extra_repr(self) -> str:
-        keywords = [f"{name}={value!r}" for name, value in self.named.items()]
-        return ", ".join([self.formula.__name__, *keywords])
+        return f"{self.formula.__name__}, {shown(options_of(self))}".removesuffix(", ")
 
 
 # ---- comparison of kernels with the function -----------------------------------------------------

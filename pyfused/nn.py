@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.modules.loss import _Loss, _WeightedLoss
 
 import pyfused.functional as F
@@ -87,18 +88,40 @@ def __dir__() -> list[str]:
 functional = F  # like torch.nn.functional
 
 
-def _changed(module: torch.nn.Module, **defaults: Any) -> str:
-    """Returns the ``repr`` of options that torch's module lacks, without default values."""
-    options = {name: getattr(module, name) for name in defaults}
-    for name, value in getattr(module, "fused_options", {}).items():
-        options[name], defaults[name] = value, getattr(CrossEntropyOptions, name, None)
-    shown = []
+def set_options(module: Any, options: Mapping[str, Any]) -> None:
+    """Sets a module's keyword options; tensors among them become its parameters or buffers."""
+    tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
+    for name, x in tensors.items():
+        is_parameter = isinstance(x, Parameter)
+        (module.register_parameter if is_parameter else module.register_buffer)(name, x)
+    module.fused_options = {name: x for name, x in options.items() if name not in tensors}
+    module.tensor_options = tuple(tensors)
+
+
+def options_of(module: Any) -> dict[str, Any]:
+    """Returns a module's keyword options, with its current parameters and buffers."""
+    tensors = {name: getattr(module, name) for name in module.tensor_options}
+    return {**module.fused_options, **tensors}
+
+
+def shown(options: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> str:
+    """Returns the ``repr`` of options, without default values."""
+    texts = []
     for name, value in options.items():
         if isinstance(value, Tensor):
-            shown.append(f"{name}=<Tensor of shape {tuple(value.shape)}>")
-        elif value != defaults[name]:
-            shown.append(f"{name}={value!r}")
-    return ", ".join(shown)
+            texts.append(f"{name}=<Tensor of shape {tuple(value.shape)}>")
+        elif name not in defaults or value != defaults[name]:
+            texts.append(f"{name}={value!r}")
+    return ", ".join(texts)
+
+
+def _changed(module: torch.nn.Module, **defaults: Any) -> str:
+    """Returns the ``repr`` of options that torch's module lacks, without default values."""
+    options = {name: getattr(module, name, default) for name, default in defaults.items()}
+    if hasattr(module, "fused_options"):
+        options |= options_of(module)
+    of_loss = {name: getattr(CrossEntropyOptions, name, None) for name in options}
+    return shown(options, of_loss | defaults)
 
 
 # ---- losses over classes, and heads --------------------------------------------------------------
@@ -112,8 +135,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """
 
     # Class attributes, because `convert` only changes the class of a torch.nn.CrossEntropyLoss.
-    gamma, inplace = 0.0, False
-    fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
+    inplace = False
+    fused_options: Mapping[str, Any] = {}
+    tensor_options: tuple[str, ...] = ()
+    gamma: float  # without a class attribute, which a Parameter could not replace
 
     def __init__(
         self,
@@ -130,7 +155,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.gamma, self.inplace = gamma, inplace
-        self.fused_options = checks.keywords("CrossEntropyLoss", options)
+        set_options(self, checks.keywords("CrossEntropyLoss", options))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -140,9 +165,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            gamma=self.gamma,
+            gamma=getattr(self, "gamma", 0.0),
             inplace=self.inplace,
-            **self.fused_options,
+            **options_of(self),
         )
 
     def extra_repr(self) -> str:
@@ -165,7 +190,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
 
     memory_budget: int | None = None
     filter_eps = 0.0
-    fused_options: ModuleOptions = {}  # noqa: RUF012 never changed
+    fused_options: Mapping[str, Any] = {}
+    tensor_options: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -198,7 +224,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
         self.memory_budget, self.filter_eps = memory_budget, filter_eps
-        self.fused_options = checks.keywords("LinearCrossEntropyLoss", fused_options)
+        set_options(self, checks.keywords("LinearCrossEntropyLoss", fused_options))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         shape = self.num_classes, *self.out_features
@@ -215,7 +241,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             options=self.options,
             memory_budget=self.memory_budget,
             filter_eps=self.filter_eps,
-            **self.fused_options,
+            **options_of(self),
         )
 
     def extra_repr(self) -> str:
@@ -225,6 +251,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
 
 class LogProbs(torch.nn.Module):
     """:func:`pyfused.functional.log_probs` as a module, with its keyword arguments."""
+
+    fused_options: dict[str, Any]
 
     def __init__(
         self,
@@ -239,7 +267,7 @@ class LogProbs(torch.nn.Module):
         shard: VocabShard | None = None,
     ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {
+        options = {
             "dim": dim,
             "ignore_index": ignore_index,
             "softcap": softcap,
@@ -249,12 +277,13 @@ class LogProbs(torch.nn.Module):
             "return_metrics": return_metrics,
             "shard": shard,
         }
+        set_options(self, options)
 
     def forward(self, logits: Tensor, target: Tensor) -> Any:
-        return F.log_probs(logits, target, **self.options)
+        return F.log_probs(logits, target, **options_of(self))
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return shown(options_of(self))
 
 
 class LinearLogProbs(LogProbs):
@@ -273,14 +302,14 @@ class LinearLogProbs(LogProbs):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.options.pop("dim")
+        self.fused_options.pop("dim")
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
-        self.options["memory_budget"] = memory_budget
-        self.options["deterministic_rows"] = deterministic_rows
+        self.fused_options["memory_budget"] = memory_budget
+        self.fused_options["deterministic_rows"] = deterministic_rows
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
         weight, bias = self.linear.weight, self.linear.bias
-        return F.linear_log_probs(input, weight, target, linear_bias=bias, **self.options)
+        return F.linear_log_probs(input, weight, target, linear_bias=bias, **options_of(self))
 
 
 class KLDivWithLogitsLoss(_Loss):
@@ -289,7 +318,7 @@ class KLDivWithLogitsLoss(_Loss):
     Takes the function's keyword arguments except ``token_weight``, which is passed to the call.
     """
 
-    _function: ClassVar[Callable[..., Tensor]] = staticmethod(F.kl_div_with_logits)
+    _function: ClassVar[str] = "kl_div_with_logits"
 
     def __init__(
         self,
@@ -300,27 +329,29 @@ class KLDivWithLogitsLoss(_Loss):
     ) -> None:
         super().__init__(reduction=reduction)
         for name in options:
-            if name not in inspect.signature(self._function).parameters:
+            if name not in inspect.signature(getattr(F, self._function)).parameters:
                 raise TypeError(f"{type(self).__name__}() got an unexpected argument {name!r}")
-        self.options: dict[str, Any] = {"beta": beta, "temperature": temperature, **options}
+        set_options(self, {"beta": beta, "temperature": temperature, **options})
 
     def forward(self, *tensors: Tensor, **by_name: Tensor | None) -> Tensor:
-        return self._function(*tensors, **by_name, reduction=self.reduction, **self.options)
+        options, function = options_of(self), getattr(F, self._function)
+        result: Tensor = function(*tensors, **by_name, reduction=self.reduction, **options)
+        return result
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return shown(options_of(self))
 
 
 class LinearKLDivLoss(KLDivWithLogitsLoss):
     """:func:`pyfused.functional.linear_kl_div` as a module, called with the same tensors."""
 
-    _function = staticmethod(F.linear_kl_div)
+    _function = "linear_kl_div"
 
 
 class LinearTopKKLDivLoss(KLDivWithLogitsLoss):
     """:func:`pyfused.functional.linear_topk_kl_div` as a module, called with the same tensors."""
 
-    _function = staticmethod(F.linear_topk_kl_div)
+    _function = "linear_topk_kl_div"
 
 
 class AdditiveMargin(torch.nn.Module):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from samples import ACTIVATIONS, LOSSES
-from torch import nn
+from torch import Tensor, nn
 
+import pyfused
 from pyfused import functional as fused_functional
 from pyfused import nn as fused
 from pyfused.ops.operators import OPERATORS
@@ -181,6 +183,60 @@ def test_functional_signatures_match_torch(name: str) -> None:
     }
     of_torch = built_in.get(name, of_torch)
     assert_same_signature(getattr(fused_functional, name), of_torch)
+
+
+@pyfused.activation
+def swish(input: Tensor, *, beta: float = 1.0) -> Tensor:
+    return input * torch.sigmoid(beta * input)
+
+
+@pyfused.loss
+def cauchy(input: Tensor, target: Tensor, *, c: float = 1.0) -> Tensor:
+    return torch.log1p(((input - target) / c) ** 2)
+
+
+X = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5)
+TARGET, HEAD = torch.arange(6) % 5, {"in_features": 5, "num_classes": 5}
+OF_LOSS = ("temperature", "scale", "softcap", "z_loss", "denominator")
+LEARNABLE: list[tuple[Callable[..., nn.Module], tuple[Tensor, ...], tuple[str, ...]]] = [
+    (fused.CrossEntropyLoss, (X, TARGET), ("gamma", *OF_LOSS)),
+    (partial(fused.LinearCrossEntropyLoss, **HEAD), (X, TARGET), OF_LOSS),
+    (fused.LogProbs, (X, TARGET), ("temperature", "softcap")),
+    (partial(fused.LinearLogProbs, **HEAD), (X, TARGET), ("temperature", "softcap")),
+    (fused.KLDivWithLogitsLoss, (X, X.flip(0)), ("beta", "temperature", "teacher_softcap")),
+    (fused.AdditiveMargin, (X, TARGET), ("margin",)),
+    (fused.Softcap, (X,), ("cap",)),
+    (swish.module, (X,), ("beta",)),
+    (cauchy.module, (X, X.flip(0)), ("c",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "tensors", "option"),
+    [(make, tensors, option) for make, tensors, options in LEARNABLE for option in options],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parameters_among_the_options_belong_to_the_module(
+    make: Callable[..., nn.Module], tensors: tuple[Tensor, ...], option: str
+) -> None:
+    parameter = nn.Parameter(torch.tensor(0.75))
+    module = make(**{option: parameter}).double()
+    assert dict(module.named_parameters())[option] is parameter
+    assert f"{option}=" in repr(module)
+    result = module(*tensors)
+    (result[0] if isinstance(result, tuple) else result).sum().backward()
+    assert parameter.grad is not None
+
+
+def test_token_weight_moves_with_the_module() -> None:
+    weight = torch.linspace(0, 1, 6)
+    for module in (
+        fused.CrossEntropyLoss(token_weight=weight),
+        fused.LinearCrossEntropyLoss(**HEAD, token_weight=weight),
+    ):
+        moved = module.double().state_dict()["token_weight"]
+        torch.testing.assert_close(moved, weight.double())
+        assert module.to("meta").token_weight.is_meta
 
 
 def test_weight_moves_with_the_module() -> None:

@@ -43,7 +43,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
             prevents it.
     """
     if isinstance(op, FormulaModule):
-        return explain(op.formula, *args, **op.named, **kwargs)
+        return explain(op.formula, *args, **nn.options_of(op), **kwargs)
     if isinstance(op, Formula):
         return path_of(op.op, op.arguments(args, kwargs))
     if isinstance(op, Module):
