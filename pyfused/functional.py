@@ -497,8 +497,7 @@ def log_probs(
         softcap: Replaces the logits with ``softcap * tanh(logits / softcap)``; None for no cap.
         temperature: Divides the (capped) logits.
         return_entropy, return_lse: Whether to return the entropy, and the log-sum-exp.
-        return_metrics: Whether the result has the attributes ``is_top1`` and ``mean_logit``, which
-            have no gradient.
+        return_metrics: Whether to return ``is_top1`` and ``mean_logit``, which have no gradient.
         shard: The classes of this process, as in :func:`cross_entropy`.
 
     Returns:

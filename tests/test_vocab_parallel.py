@@ -313,8 +313,6 @@ def run_on_dtensors(sent: list[int]) -> list[Any]:
 def flat(found: Any) -> list[Tensor]:
     if isinstance(found, Tensor):
         return [found]
-    if isinstance(found, functional.LogProbs):
-        found = *found, *(found._metrics or ())
     return [tensor for part in found if part is not None for tensor in flat(part)]
 
 

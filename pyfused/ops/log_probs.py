@@ -9,7 +9,7 @@ is_top1 and the mean logit, which follow from other fields and have no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +40,8 @@ class _Values(NamedTuple):
     log_probability: Tensor
     entropy: Tensor | None = None
     log_sum_exp: Tensor | None = None
+    is_top1: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
 class LogProbs(_Values):
@@ -50,15 +52,13 @@ class LogProbs(_Values):
         entropy: ``-sum_c p_c log p_c``.
         log_sum_exp: ``log sum_c exp(logit_c)``.
         is_top1: Whether the target is the first class with the largest logit; False for ignored
-            targets. No item of the tuple, and without a gradient.
-        mean_logit: The mean of the logits of all classes, after softcap and temperature. No item
-            of the tuple, and without a gradient.
+            targets. Without a gradient.
+        mean_logit: The mean of the logits of all classes, after softcap and temperature. Without a
+            gradient.
 
     Raises:
         AttributeError: An attribute is read that the call did not return; the item is None.
     """
-
-    _metrics: Sequence[Tensor] | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -70,11 +70,11 @@ class LogProbs(_Values):
 
     @property
     def is_top1(self) -> Tensor:
-        return self._returned_metrics("is_top1")[0]
+        return self._returned(3, "is_top1: expected a call with return_metrics=True")
 
     @property
     def mean_logit(self) -> Tensor:
-        return self._returned_metrics("mean_logit")[1]
+        return self._returned(4, "mean_logit: expected a call with return_metrics=True")
 
     def _returned(self, index: int, message: str) -> Tensor:
         value: Tensor | None = self[index]
@@ -82,17 +82,12 @@ class LogProbs(_Values):
             raise AttributeError(message)
         return value
 
-    def _returned_metrics(self, name: str) -> Sequence[Tensor]:
-        if self._metrics is None:
-            raise AttributeError(f"{name}: expected a call with return_metrics=True")
-        return self._metrics
-
 
 def named(
     results: Any, options: LogProbsOptions, return_entropy: bool, return_lse: bool
 ) -> LogProbs:
     """Names the results of a call, which is given the options."""
-    values, *metrics = results if options.with_metrics else (results,)
+    values, *metrics = results if options.with_metrics else (results, None, None)
     if options.alone:
         log_p, entropy, lse = values, None, None
     elif is_dtensor(values):
@@ -100,10 +95,8 @@ def named(
         log_p, entropy, lse = values[0], values[1], values[2]
     else:
         log_p, entropy, lse = values.unbind()
-    found = LogProbs(log_p, entropy if return_entropy else None, lse if return_lse else None)
-    if metrics:
-        found._metrics = metrics
-    return found
+    entropy, lse = entropy if return_entropy else None, lse if return_lse else None
+    return LogProbs(log_p, entropy, lse, *metrics)
 
 
 # ---- the operators -------------------------------------------------------------------------------
