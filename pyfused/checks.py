@@ -701,7 +701,8 @@ def target_out_of_range(
     classes: int, target: Tensor, ignore_index: int | None, position: int, least: int = 0
 ) -> IndexError | RuntimeError:
     """Returns the error for the class index at ``position`` in the flattened target."""
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), target.shape))
+    flat = torch.tensor(position, device="cpu")
+    index = tuple(int(i) for i in torch.unravel_index(flat, target.shape))
     or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     return (RuntimeError if ignore_index is None else IndexError)(
         f"target: expected class indices in [{least}, {classes}){or_ignored}, got "
@@ -758,7 +759,7 @@ def values(
 ) -> None:
     """Raises for values out of bounds, without reading tensors on GPUs."""
     if isinstance(value, float):
-        value = torch.tensor(value)
+        value = torch.tensor(value, device="cpu")
     if not _can_be_read(value) or not value.numel() or value.is_complex():
         return
     value = value.detach()

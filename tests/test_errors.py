@@ -481,6 +481,26 @@ def test_an_out_of_range_target_has_no_side_effects(reduction: str) -> None:
         assert torch.equal(tensor, copy)
 
 
+OUTSIDE, NEGATIVE = torch.tensor([0, 1, 2, 5]), torch.tensor([1.0, 1, 1, -1])
+VALUES: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
+    "target": (lambda: fused.cross_entropy(X, OUTSIDE), IndexError),
+    "labels": (lambda: fused.multi_margin_loss(X, OUTSIDE), RuntimeError),
+    "token_weight": (lambda: fused.cross_entropy(X, Y, token_weight=NEGATIVE), ValueError),
+    "var": (lambda: fused.gaussian_nll_loss(X, X, -1.0), ValueError),
+    "probabilities": (lambda: fused.binary_cross_entropy(X.abs() + 2, X.sigmoid()), RuntimeError),
+}
+
+
+@pytest.mark.parametrize(("call", "expected"), VALUES.values(), ids=VALUES)
+def test_a_default_device_does_not_change_errors(
+    call: Callable[[], Any], expected: type[Exception]
+) -> None:
+    raised = error(call)
+    assert isinstance(raised, expected)
+    with torch.device("meta"):
+        assert repr(error(call)) == repr(raised)
+
+
 def test_calls_after_an_error_are_correct() -> None:
     with pytest.raises(IndexError):
         fused.cross_entropy(X, indices(0, 1, 2, 5))
