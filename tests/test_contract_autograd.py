@@ -136,6 +136,8 @@ def test_without_gradients(example: Example, kernel_calls: KernelCalls) -> None:
         value = call.ours(**kept)
         assert value.is_inference()
         close(value.clone(), expected)
+        with torch.enable_grad():  # without effect in inference mode
+            assert not call.ours().requires_grad
 
 
 @every_operator

@@ -240,7 +240,7 @@ class Operator(ABC):
 
     def needs_no_gradient(self, arguments: Arguments) -> bool:
         """Returns whether a call needs no gradient."""
-        return not torch.is_grad_enabled() or not any(
+        return not grad_enabled() or not any(
             operand.differentiated and getattr(arguments[index], "requires_grad", False)
             for index, operand in self.indexed_operands
         )
@@ -300,6 +300,13 @@ class Operator(ABC):
     def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
         """Describes how a CPU kernel traverses the arguments of a call."""
         return "some logits at a time" if self.is_linear else self.strategy
+
+
+def grad_enabled() -> bool:
+    """Returns whether autograd records calls; it does not in inference mode, even in grad mode."""
+    if not torch.is_grad_enabled():
+        return False
+    return is_dynamo_compiling() or not torch.is_inference_mode_enabled()  # Dynamo cannot trace it
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
-from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.operator import Arguments, grad_enabled
 from pyfused.layout import layouts
 from pyfused.types import Gradients, Outputs
 
@@ -61,7 +61,7 @@ class Plan:
 
 def needs_grad(tensors: Tensors) -> tuple[bool, ...]:
     """Returns whether each tensor of a call needs a gradient."""
-    enabled = torch.is_grad_enabled()
+    enabled = grad_enabled()
     return tuple([enabled and getattr(x, "requires_grad", False) for x in tensors])
 
 

@@ -36,7 +36,8 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, .
     """
     if type(arguments[0]) not in PLAIN or active_mode() is not None:
         return None
-    key: list[Any] = [op, inplace, torch.is_grad_enabled(), torch.get_default_dtype()]
+    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    key: list[Any] = [op, inplace, grad, torch.get_default_dtype()]
     if isinstance(arguments[-1], VocabOptions):
         arguments = (*arguments[:-1], *vars(arguments[-1]).values())
     for value in arguments:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.operator import Arguments, Operator, grad_enabled
 from pyfused.dispatch.plan import Forward, Plan, Tensors, needs_grad
 from pyfused.formulas import trace
 from pyfused.formulas.kernel import Kernel, Method
@@ -118,7 +118,7 @@ class Activation(Operator):
         Otherwise a kernel allocates no less memory than torch's operator, which raises the errors
         for tensors that must not be overwritten, and takes any strides.
         """
-        needs_grad = torch.is_grad_enabled() and input.requires_grad
+        needs_grad = grad_enabled() and input.requires_grad
         saves_output = self.saves == "output" and needs_grad and not input.is_leaf_or_view
         if not saves_output or not is_dense(input.empty()):
             return "a kernel would save no memory in place"

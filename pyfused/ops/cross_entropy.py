@@ -17,6 +17,7 @@ from pyfused.dispatch.call import decide, is_compiled
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     Arguments,
+    grad_enabled,
     parameters_of,
     reduction_of,
 )
@@ -163,7 +164,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def prepare_inplace(self, input: Tensor) -> None:
         """Increments the version of logits that their gradient may overwrite."""
         compiling = is_dynamo_compiling()  # a compiled gradient has its own memory
-        if torch.is_grad_enabled() and input.requires_grad and not compiling:
+        if grad_enabled() and input.requires_grad and not compiling:
             checks.overwritable(input)
             increment_version(input)
 

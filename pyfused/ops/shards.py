@@ -22,7 +22,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype, differentiate, without_autocast
 from pyfused.dispatch.call import unsupported
-from pyfused.dispatch.operator import Arguments, Operand, Operator
+from pyfused.dispatch.operator import Arguments, Operand, Operator, grad_enabled
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype
@@ -371,7 +371,7 @@ class ShardedOperator(Operator):
             first=int(first),
             size=kwargs[names[0]].shape[dim],
             total=-1 if total is None else int(total),
-            needs=1 + any(needs) + needs[0] if torch.is_grad_enabled() else 0,
+            needs=1 + any(needs) + needs[0] if grad_enabled() else 0,
             common=zlib.crc32(repr((self.name, autocast, parts)).encode()),
         )
         fields = torch.tensor(call, device=target.device)
