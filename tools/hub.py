@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "tools/hub"
-LEFT_OUT = {"__init__.py", "__main__.py", "adopt/run.py", "adopt/trl.py", "adopt/tune.py"}
+COMMANDS = {"__main__.py", "adopt/report.py", "adopt/run.py", "adopt/tune.py"}
+LEFT_OUT = {"__init__.py", "adopt/trl.py"} | COMMANDS
 BYTECODE = shutil.ignore_patterns("__pycache__")
 
 
