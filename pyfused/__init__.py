@@ -7,6 +7,7 @@ implementation a call runs, and why.
 """
 
 import sys
+import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -16,6 +17,12 @@ if (_folder.parent / "csrc").is_dir() and not any(_folder.glob("_cpu_*")):
     _others = [entry for entry in sys.path if Path(entry).resolve() != _folder.parent.resolve()]
     if (_installed := PathFinder.find_spec("pyfused", _others)) is not None:
         __path__[:] = _installed.submodule_search_locations or ()
+        warnings.warn(
+            f"pyfused: the checkout {_folder.parent} is not built, so the installed package in "
+            f"{', '.join(__path__)} is used. To use the checkout, run 'make build' in it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 __version__ = "0.1.0"
 

@@ -339,6 +339,8 @@ def test_a_checkout_imports_the_installed_package(installed: bool, tmp_path: Pat
     assert ("cpu: C++ kernels" in result.stdout) == installed
     for printed in (result.stdout, result.stderr):
         assert ("run 'pip install .' or 'make build' in" in printed) == (not installed)
+    warning = f"the checkout {tree} is not built, so the installed package in {site}/pyfused is"
+    assert result.stderr.count(warning) == installed
     file = "import pyfused.functional as F; print(F.__file__)"
     file = run("-S", "-c", file, folder=tree, path=path).stdout
     assert Path(file).is_relative_to(site) == installed
