@@ -255,8 +255,8 @@ def test_bitwise_identical_for_every_number_of_threads(
 
 
 @every_example
-def test_a_module_and_its_copies(example: Example) -> None:
-    """A module and its pickled copies compute the same as the function."""
+def test_a_module_and_its_copies(example: Example, kernel_calls: KernelCalls) -> None:
+    """A module and its pickled copies compute the same as the function, and are explained alike."""
     call = example.call()
     op, options, layer = call.op, dict(call.given), dict[str, Any]()
     tensors = [options.pop(o.name) for o in op.operands if not o.optional]
@@ -278,6 +278,8 @@ def test_a_module_and_its_copies(example: Example) -> None:
         setattr(module.linear, name, x if x is None else torch.nn.Parameter(x.detach()))
     if op is PRELU:
         module.weight = torch.nn.Parameter(tensors.pop().detach())
+    assert pyfused.explain(module, *tensors, **by_name) == pyfused.explain(op.name, **call.given)
+    assert not kernel_calls
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)

@@ -49,8 +49,8 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if isinstance(op, Module):
         return _explain_module(op, *args, **kwargs)
     name = op if isinstance(op, str) else getattr(op, "__name__", "")
-    if name not in OPERATORS:
-        close = difflib.get_close_matches(op, OPERATORS, 1) if isinstance(op, str) else []
+    if name not in functional.__all__:
+        close = difflib.get_close_matches(op, functional.__all__, 1) if isinstance(op, str) else []
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"op: expected a function of pyfused.functional, got {op!r}{hint}")
     signature = inspect.signature(getattr(functional, name))
@@ -62,7 +62,12 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         raise TypeError(f"{name}: {error}. Pass the call's arguments: {example}") from None
     bound.apply_defaults()
     values = dict(bound.arguments)
-    inplace, operator = values.pop("inplace", False), OPERATORS[name]
+    if name == "additive_margin":
+        return Explanation(name, "torch", "a composition of torch's operators")
+    operator = OPERATORS[name.removesuffix("_with_metrics")]
+    if name not in OPERATORS:
+        values |= values.pop("options") | {"with_metrics": True}
+    inplace = values.pop("inplace", False)
     shard = values.pop("shard", None)
     arguments = operator.bind(**values)
     if shard is not None:

@@ -41,7 +41,8 @@ class Explanation(NamedTuple):
 
 def path_of(op: Operator, arguments: Arguments, inplace: bool = False) -> Explanation:
     """Returns the path that :func:`pyfused.dispatch.call.call` would choose for a call."""
-    if not is_dynamo_compiling() and is_small(op, arguments):
+    compiling = is_dynamo_compiling()
+    if not compiling and is_small(op, arguments) and not op.runs_small_call(arguments):
         return Explanation(op.name, "torch", why_small(op, arguments))
     reason = fallback_reason(op, arguments, inplace)
     if reason is not None:

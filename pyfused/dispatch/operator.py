@@ -238,6 +238,10 @@ class Operator(ABC):
         """
         return self._reduction is not None and bool(arguments[self._reduction] == "none")
 
+    def runs_small_call(self, arguments: Arguments) -> bool:  # noqa: ARG002
+        """Returns whether a kernel computes a call that is small enough for torch's operator."""
+        return False
+
     def needs_no_gradient(self, arguments: Arguments) -> bool:
         """Returns whether a call needs no gradient."""
         return not grad_enabled() or not any(

@@ -71,6 +71,12 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
         self.builtin = self.builtin_ = builtin
 
+    def runs_small_call(self, arguments: Arguments) -> bool:
+        input, target, _, options = arguments
+        has_gradient = type(target) is Tensor and input.requires_grad and options.is_plain()
+        is_index = has_gradient and target.dtype is torch.int64
+        return is_index and _ignores_rows(input, target, options.ignore_index)
+
     def bind(self, *args: Any, **kwargs: Any) -> Arguments:
         kwargs |= dict(zip(_TORCH_PARAMETERS, args, strict=False))
         legacy = kwargs.pop("size_average", None), kwargs.pop("reduce", None)
