@@ -112,7 +112,8 @@ def test_convert_is_idempotent() -> None:
     plan = pyfused.plan_conversion(model)
     assert plan.swapped == ()
     assert {name for name, *_ in plan.left} == {*SWAPPED, "layers.3"}
-    pyfused.convert(model)
+    assert "Nothing" not in str(plan)
+    pyfused.convert(model)  # a warning would be an error
     assert types(model) == before
     assert pyfused.revert(model) == SWAPPED
 
@@ -132,7 +133,8 @@ def test_conversions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         pyfused.plan_conversion(model)
         assert not caplog.records
         pyfused.convert(model)
-        pyfused.convert(nn.Linear(2, 2))
+        with pytest.warns(RuntimeWarning, match="pyfused.convert: Nothing to convert: found no"):
+            pyfused.convert(nn.Linear(2, 2))
     # One of the modules has two names.
     counted = "replaced 4 modules (2 ReLU, 1 CrossEntropyLoss, 1 MSELoss); left 1"
     assert [record.getMessage() for record in caplog.records] == [
@@ -158,7 +160,33 @@ def test_losses_and_activations_without_a_counterpart() -> None:
     assert [(left.name, left.reason) for left in plan.left] == [
         *(("0", reason), ("1", reason), ("4", "is already a module of pyfused.nn"))
     ]
-    assert str(plan).splitlines()[1].split() == ["0", "RReLU", "left:", *reason.split()]
+    assert str(plan).splitlines()[0].split() == ["0", "RReLU", "left:", *reason.split()]
+
+
+def test_options_without_a_language_model() -> None:
+    with pytest.warns(RuntimeWarning, match="evaluation and metrics have no effect"):
+        pyfused.convert(Net(), metrics=True)
+
+
+def test_linear_layers_that_may_be_heads() -> None:
+    """They have many outputs that no layer takes: the last, or one for each embedded token."""
+    layers = {
+        "tokens": nn.Embedding(9000, 8),
+        "tied": nn.Linear(8, 9000),
+        "wide": nn.Linear(8, 5000),
+        "narrow": nn.Linear(5000, 8),
+        "projection": nn.Linear(8, 6000),
+        "body": nn.Sequential(nn.ReLU(), nn.Linear(8, 32000)),
+    }
+    plan = pyfused.plan_conversion(nn.ModuleDict(layers))
+    assert str(plan).splitlines() == [
+        "tied    Linear(8 -> 9000)   pass head='tied' to fuse it with its loss",
+        "body.0  ReLU                replaced by pyfused.nn.ReLU",
+        "body.1  Linear(8 -> 32000)  pass head='body.1' to fuse it with its loss",
+    ]
+    assert plan.left[1] == ("body.1", "Linear", "pass head='body.1' to fuse it with its loss")
+    layers["body"][1] = nn.Linear(8, 1000)
+    assert "body.1" not in str(pyfused.plan_conversion(nn.ModuleDict(layers)))
 
 
 def test_a_class_of_another_library_with_torchs_name() -> None:
@@ -171,8 +199,9 @@ def test_a_module_whose_forward_was_replaced() -> None:
     model = nn.Sequential(nn.ReLU())
     model[0].forward = torch.sigmoid
     (left,) = pyfused.plan_conversion(model).left
-    pyfused.convert(model)
     assert left.reason == "its forward was replaced"
+    with pytest.warns(RuntimeWarning, match="Nothing to convert.*\n0  ReLU  left: its forward was"):
+        pyfused.convert(model)
     assert torch.equal(model(X), torch.sigmoid(X))
 
 

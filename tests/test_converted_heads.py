@@ -515,7 +515,8 @@ def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
                 return
             (left,) = pyfused.plan_conversion(model, head="head").left
             assert reason in left.reason
-            pyfused.convert(model, head="head")
+            with pytest.warns(RuntimeWarning, match=f"Model computes all of its logits:.*{reason}"):
+                pyfused.convert(model, head="head")
         else:
             pyfused.convert(model, head="head")
             results(model)
@@ -527,6 +528,55 @@ def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
         if name == "global":
             remove[-1].remove()
     torch.testing.assert_close(found, expected)
+
+
+def outside(model: Any, x: Tensor, _: Tensor) -> Any:
+    return (model.head(model.emb(x)),)
+
+
+def by_function(model: Any, x: Tensor, target: Tensor) -> Any:
+    logits = F.linear(model.emb(x), model.head.weight)
+    return logits, F.cross_entropy(logits.view(-1, 40), target)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [(outside, "its forward computes no cross-entropy"), (by_function, "does not call its head")],
+)
+def test_a_head_without_a_fused_loss(forward: Callable[..., Any], reason: str) -> None:
+    class Unfused(Model):
+        pass
+
+    def step(model: nn.Module) -> Tensor:
+        result: Tensor = model(X, TARGET)[-1].sum()
+        return result
+
+    Unfused.forward = forward  # type: ignore[method-assign, assignment]
+    model = pyfused.convert(Unfused(), head="head")
+    with torch.no_grad():
+        step(model)
+    step(model.eval())
+    with pytest.warns(RuntimeWarning, match=f"Unfused computes all of its logits: .*{reason}"):
+        step(model.train()).backward()
+    step(model)  # a second warning would be an error
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_converting_again_changes_the_options() -> None:
+    model: Any = pyfused.convert(Model(), head="head")
+    results(model)
+    kind = type(model)
+    pyfused.convert(model, head="head")
+    pyfused.convert(model)
+    assert type(model) is kind
+    pyfused.convert(model, evaluation=True, metrics=True)
+    assert model.eval()(X, TARGET)[0] is None
+    assert model.pyfused_metrics is not None
+    assert pyfused.plan_conversion(model).left[0] == (".", "Model", "is already converted")
+    pyfused.convert(model, head="head")
+    assert model(X, TARGET)[0] is not None
+    assert set(pyfused.revert(model)) == {".", "head"}
+    assert type(model) is Model
 
 
 def test_unsupported_weights() -> None:
@@ -548,7 +598,6 @@ def test_unsupported_weights() -> None:
             model(X)
 
 
-@pytest.mark.filterwarnings("ignore:pyfused.convert")
 def test_a_checkpoint_around_the_head() -> None:
     """Recomputation calls the head after the model's call has ended."""
 
@@ -563,6 +612,8 @@ def test_a_checkpoint_around_the_head() -> None:
     for kind in ("reentrant", "not reentrant"):
         expected = results(Checkpointed(kind))
         model = pyfused.convert(Checkpointed(kind), head="head")
+        with pytest.warns(RuntimeWarning, match="a checkpoint in its forward calls its head"):
+            results(model)
         torch.testing.assert_close(results(model), expected)
 
 
@@ -632,6 +683,44 @@ def test_copies(name: str, losses: list[Tensor]) -> None:
 
 def _keep(_: Any, logits: Tensor) -> Tensor:
     return logits
+
+
+class Rebuilt(Model):
+    """Copies are built by the constructor, which also registers each subclass."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("registered twice")
+
+    def __reduce__(self) -> Any:
+        return rebuilt, (type(self), self.state_dict())
+
+
+class Created(Model):
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> Any:
+        return (_keep,)
+
+
+def rebuilt(kind: Any, state: Any) -> Model:
+    model: Model = kind(_keep)
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("name", ["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", [Rebuilt, Created])
+def test_copies_of_models_with_their_own_reduction(
+    kind: Any, name: str, losses: list[Tensor]
+) -> None:
+    model = pyfused.convert(kind(_keep), head="head")
+    again = COPIES[name](model)
+    torch.testing.assert_close(results(again), results(kind(_keep)))
+    assert type(again) is type(model)
+    assert losses
+    assert "." in pyfused.revert(again)
+    assert type(again) is kind
 
 
 def test_a_head_that_is_replaced_later(losses: list[Tensor]) -> None:

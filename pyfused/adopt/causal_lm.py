@@ -47,7 +47,12 @@ _MISSING_LABELS = (
 _LOSS_MADE_IN_FORWARD = (
     "its forward creates its loss module, such as torch.nn.CrossEntropyLoss(), and is compiled"
 )
+_NO_LOSS = (
+    "its forward computes no cross-entropy of them. Compute the loss in its forward, or call "
+    "pyfused.functional.linear_cross_entropy with the hidden states and the weight of the head"
+)
 SILENT = ""  # a reason without a warning
+ALREADY = "is already converted"
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast casts
 
 # ---- a model's forward with another head ---------------------------------------------------------
@@ -60,6 +65,7 @@ class _Call:
         warned: The warnings issued for the model, and COMPARED after its first loss.
         with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
         differs: How the first loss differs from torch's, None if it does not.
+        grad_modes: Whether gradients were enabled, for each call of the head.
     """
 
     def __init__(self, model: Any, head: Any, warned: set[str], with_metrics: bool = False) -> None:
@@ -67,6 +73,7 @@ class _Call:
         self.with_metrics = with_metrics
         self.families: list[deferred.Family] = []
         self.differs: str | None = None
+        self.grad_modes: set[bool] = set()
         self.hooks = deferred.hooks()
 
     def run(self, kind: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
@@ -148,9 +155,10 @@ def _head_call(kind: Any) -> Any:
 
     def __call__(head: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         call: Any = getattr(_thread, "call", None)
-        given = (*args, *kwargs.values())
-        usable = call is not None and call.head is head and len(given) == 1
-        logits = call.logits(kind, *given) if usable else None
+        given, logits = (*args, *kwargs.values()), None
+        if call is not None and call.head is head:
+            call.grad_modes.add(torch.is_grad_enabled())
+            logits = call.logits(kind, *given) if len(given) == 1 else None
         return kind.__call__(head, *args, **kwargs) if logits is None else logits
 
     return __call__
@@ -266,8 +274,6 @@ def reason_to_leave(model: Any, head_name: str | None = None) -> str | None:
     Raises:
         ValueError: There is no such head.
     """
-    if subclass.is_fused(model):
-        return "is already converted"
     if head_name is not None:
         heads = [name for name, module in model.named_modules() if _is_head(module)]
         if head_name not in heads:
@@ -275,6 +281,8 @@ def reason_to_leave(model: Any, head_name: str | None = None) -> str | None:
             raise ValueError(
                 f"head: expected the name of a torch.nn.Linear, {known}, got {head_name!r}"
             )
+    if subclass.is_marked(model):
+        return ALREADY
     if "forward" in vars(model):
         return "its forward was replaced"
     head = _head_of(model, head_name)
@@ -289,10 +297,25 @@ def reason_to_leave(model: Any, head_name: str | None = None) -> str | None:
 
 
 def fuse(model: Any, head: str | None, evaluation: bool, metrics: bool) -> None:
-    """Changes the classes of a model and its head to fused subclasses with convert's options."""
+    """Changes the classes of a model and its head to fused subclasses with convert's options.
+
+    Args:
+        head: The name of the head, None for a model of transformers or the head of the last call.
+    """
+    if head is None and subclass.is_marked(model):
+        head = type(model)._arguments[1]
     _fuse_head(_head_of(model, head))
     subclass.fuse(model, _fused_forward, head, evaluation, metrics)
-    setattr(model, subclass.MARK, set())  # the warnings that have been issued
+
+
+def is_converted(model: Any) -> bool:
+    """Returns whether `fuse` has changed a model."""
+    return subclass.is_marked(model) and type(model)._arguments[0] is _fused_forward
+
+
+def shares_head(model: Any) -> bool:
+    """Returns whether the head of a model of transformers is also that of a converted model."""
+    return subclass.is_marked(_head_of(model, None))
 
 
 def _is_head(module: Any) -> bool:
@@ -317,12 +340,10 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         if warned is None or not (model.training or evaluation):
             return kind.forward(model, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        if head is None and not _wants_loss_alone(model, given):
-            if given.get("labels") is None:
-                _warn_of_missing_labels(model, warned, given)
-            return kind.forward(model, *args, **kwargs)
-        layer = _head_of(model, head)
-        reason = _reason(layer)
+        reason = _reason_for_logits(model, given) if head is None else None
+        if reason is None:
+            layer = _head_of(model, head)
+            reason = _reason(layer)
         if reason is not None:
             _warn(model, warned, reason)
             return kind.forward(model, *args, **kwargs)
@@ -337,8 +358,8 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
             _warn(model, warned, f"its logits are read by {', '.join(reads)}")
-        elif head is None and is_dynamo_compiling() and set(uses) == {OUTPUT}:
-            _warn(model, warned, _LOSS_MADE_IN_FORWARD)
+        elif LOSS not in uses and (COMPARED not in warned or is_dynamo_compiling()):
+            _warn(model, warned, _reason_without_loss(call, head, uses))
         return output
 
     return forward
@@ -362,22 +383,34 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
 
 
-def _warn_of_missing_labels(model: Any, warned: set[str], given: dict[str, Any]) -> None:
-    """Warns of a training step whose loss the user computes from all logits."""
-    values = map(given.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
-    alone = getattr(_thread, "call", None) is None  # not called by another model
-    asks = any(torch.is_tensor(value) or value for value in values)
-    if alone and not asks and model.training and torch.is_grad_enabled():
-        _warn(model, warned, _MISSING_LABELS)
+def _reason_without_loss(call: _Call, head: str | None, uses: list[str]) -> str:
+    """Returns why a training step has not computed a fused loss, SILENT for other calls."""
+    if not (call.model.training and torch.is_grad_enabled()):
+        return SILENT
+    if OUTPUT in uses:
+        made_in_forward = head is None and is_dynamo_compiling()
+        return _LOSS_MADE_IN_FORWARD if made_in_forward else _NO_LOSS
+    if call.grad_modes == {False}:
+        return "a checkpoint in its forward calls its head"
+    return SILENT if call.grad_modes else "its forward does not call its head"
 
 
-def _wants_loss_alone(model: Any, given: dict[str, Any]) -> bool:
-    """Returns whether a model's call has labels and no argument that requires the logits."""
-    return (
-        given.get("labels") is not None
-        and "_loss_function" not in vars(model)  # the user has replaced the loss
-        and given.get("return_dict", model.config.return_dict) is not False
-    )
+def _reason_for_logits(model: Any, given: dict[str, Any]) -> str | None:
+    """Returns why a call of a model of transformers needs logits, None if it needs its loss alone.
+
+    Training steps without labels compute their loss from all logits.
+    """
+    if given.get("labels") is None:
+        values = map(given.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
+        alone = getattr(_thread, "call", None) is None  # not called by another model
+        asks = any(torch.is_tensor(value) or value for value in values)
+        trains = model.training and torch.is_grad_enabled()
+        return _MISSING_LABELS if alone and trains and not asks else SILENT
+    if "_loss_function" in vars(model):
+        return "its loss function was replaced"
+    if given.get("return_dict", model.config.return_dict) is False:
+        return "return_dict is False"
+    return None
 
 
 # ---- comparison with torch's loss ----------------------------------------------------------------

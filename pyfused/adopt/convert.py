@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections import Counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ import pyfused.nn as nn
 from pyfused import torch_internals
 from pyfused.adopt import causal_lm, gated_mlp
 from pyfused.adopt.subclass import MARK, unfuse
+from pyfused.dispatch.reasons import stacklevel
 from pyfused.ops.operators import OPERATORS
 
 Model = TypeVar("Model", bound=Module)
@@ -31,6 +33,8 @@ _NOTHING = (
     "and no language model of transformers. For another language model, pass head=, the name of "
     "its linear layer for logits."
 )
+_ALREADY = causal_lm.ALREADY, "is already a module of pyfused.nn"
+_MANY_OUTPUTS = 4096  # a layer with as many may be a head
 
 
 class Left(NamedTuple):
@@ -47,15 +51,19 @@ class Conversion(NamedTuple):
     Attributes:
         swapped: The names of the modules that it replaces.
         left: The modules that it does not replace, with reasons.
-        table: Both, with the class of each module and what replaces it; printed by ``print``.
+        table: Both, with the class of each module and what replaces it. ``print`` prints it.
     """
 
     swapped: tuple[str, ...]
     left: tuple[Left, ...]
     table: str
 
+    def is_empty(self) -> bool:
+        """Returns whether nothing would be replaced, and nothing is already fused."""
+        return not self.swapped and not any(each.reason in _ALREADY for each in self.left)
+
     def __str__(self) -> str:
-        return self.table
+        return "\n".join([_NOTHING] * self.is_empty() + [self.table] * bool(self.table))
 
 
 def convert(
@@ -75,7 +83,14 @@ def convert(
     In MLPs of transformers, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
 
-    :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
+    :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO. A
+    warning says if nothing was replaced, if a language model keeps its head, and why, and if no
+    loss of a converted head is fused in training. Another call changes the options of a model that
+    is already converted.
+
+    Code that looks up the exact class of a module does not recognise a replaced one: call
+    :func:`revert` before it runs. Examples are rules of attribution methods (Captum's DeepLift),
+    counters of operations, and tables of modules in pruning and quantization libraries.
 
     Args:
         model: Any module; its submodules are replaced, and the module itself if it is supported.
@@ -84,7 +99,8 @@ def convert(
             any library whose ``forward`` calls this layer and torch's cross-entropy. In training
             mode, the logits in its output are None if only the loss reads them; if other code reads
             them, they are computed. The first loss is compared with torch's: if they differ, the
-            model's original ``forward`` is restored.
+            model's original ``forward`` is restored. By default, it is the head of a model of
+            transformers, or the head that an earlier call has named.
         evaluation: Whether a language model's calls with labels return no logits in evaluation mode
             either, with gradients, in ``no_grad`` or in inference mode.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
@@ -101,9 +117,13 @@ def convert(
     """
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     kinds: Counter[str] = Counter()
-    for name in plan.swapped:
-        module, kind = modules[name], type(modules[name]).__qualname__
-        if MARK in vars(module):  # a module may have several names
+    for name, module in modules.items():
+        kind, head_name = type(module).__qualname__, head if name == "." else None
+        if causal_lm.is_converted(module):
+            if head_name or evaluation or metrics or causal_lm.has_head(module):
+                causal_lm.fuse(module, head_name, evaluation, metrics)
+            continue
+        if name not in plan.swapped or MARK in vars(module):  # a module may have several names
             continue
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
@@ -111,13 +131,29 @@ def convert(
         elif gated_mlp.is_known(module):
             gated_mlp.fuse(module)
         else:
-            causal_lm.fuse(module, head if name == "." else None, evaluation, metrics)
+            causal_lm.fuse(module, head_name, evaluation, metrics)
             kind = f"head and loss of {kind}"
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     made = f"replaced {kinds.total()} modules ({listed}); left {len(plan.left)}: see "
     _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
+    _warn(plan, modules, head, evaluation or metrics)
     return model
+
+
+def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, options: bool) -> None:
+    """Warns if `convert` had no effect on the model, on a language model, or by its options."""
+    messages = []
+    for name, kind, reason in plan.left:
+        module, named = modules[name], head is not None and name == "."
+        if named or (causal_lm.has_head(module) and not causal_lm.shares_head(module)):
+            messages += [f"{kind} computes all of its logits: {reason}"] * (reason not in _ALREADY)
+    if not messages and plan.is_empty():
+        messages = [str(plan)]
+    elif not messages and options and not any(map(causal_lm.is_converted, modules.values())):
+        messages = ["evaluation and metrics have no effect, because no head was converted"]
+    for message in messages:
+        warnings.warn(f"pyfused.convert: {message}", RuntimeWarning, stacklevel=stacklevel())
 
 
 def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
@@ -134,12 +170,18 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     Raises:
         TypeError, ValueError: As in :func:`convert`.
     """
+    modules = _modules(model)
+    heads = {} if head else _possible_heads(dict(modules))
     swapped, left, rows = [], [], []
-    for name, module in _modules(model):
+    for name, module in modules:
         head_name, kind = head if name == "." else None, type(module).__qualname__
-        if head_name is not None or causal_lm.has_head(module):
+        if head_name is not None or causal_lm.has_head(module) or causal_lm.is_converted(module):
             replacement = "linear_cross_entropy"
             reason = causal_lm.reason_to_leave(module, head_name)
+        elif name in heads:
+            left.append(Left(name, kind, f"pass head={name!r} to fuse it with its loss"))
+            rows.append((name, f"{kind}({heads[name]})", left[-1].reason))
+            continue
         else:
             reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
             if type(module) not in FUSED:
@@ -152,7 +194,34 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             rows.append((name, kind, f"replaced by {replacement}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {what}" for name, kind, what in rows]
-    return Conversion(tuple(swapped), tuple(left), "\n".join([_NOTHING] * (not swapped) + lines))
+    return Conversion(tuple(swapped), tuple(left), "\n".join(lines))
+
+
+def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
+    """Returns the sizes of the linear layers that may compute logits, by name.
+
+    They have many outputs, which no other layer takes, and are the last linear layer or have one
+    output for each row of an embedding. Layers in models whose head is known are left out.
+    """
+    known = [
+        submodule
+        for module in modules.values()
+        if causal_lm.has_head(module) or causal_lm.is_converted(module)
+        for submodule in module.modules()
+    ]
+    linear = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
+    inputs = {layer.in_features for layer in linear.values()}
+    rows = {m.num_embeddings for m in modules.values() if isinstance(m, torch.nn.Embedding)}
+    return {
+        name: f"{layer.in_features} -> {layer.out_features}"
+        for name, layer in linear.items()
+        if type(layer) is torch.nn.Linear
+        and name != "."
+        and layer.out_features >= max(_MANY_OUTPUTS, layer.in_features)
+        and layer.out_features not in inputs
+        and (layer.out_features in rows or name == list(linear)[-1])
+        and all(layer is not submodule for submodule in known)
+    }
 
 
 def revert(model: Module) -> tuple[str, ...]:
@@ -203,7 +272,7 @@ def _wrapper(module: Module) -> str | None:
 def _reason_to_leave(module: Module) -> str | None:
     kind = type(module)
     if kind.__module__ == nn.__name__:
-        return "is already a module of pyfused.nn"
+        return _ALREADY[1]
     if kind in FUSED:
         return "its forward was replaced" if "forward" in vars(module) else None
     for torch_class in FUSED:

@@ -11,6 +11,37 @@ MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models
 ForwardOf = Callable[..., Callable[..., Any]]  # defined at module level, for pickle
 
 
+class _Fused:
+    """The first base of the subclasses, which cannot be imported, and define their own pickle."""
+
+    _unfused: Any  # the original class
+    _arguments: tuple[Any, ...]  # of `subclass`, after the original class
+
+    def __init_subclass__(cls) -> None:
+        """Does not call the method of the original class, which may register its subclasses."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Reduces the module as its original class does, and appends the change of its class."""
+        kind: Any = type(self)
+        self.__class__ = kind._unfused  # otherwise the result refers to the subclass
+        try:
+            reduced = self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = kind
+        if isinstance(reduced, str):  # the name of a global variable
+            return reduced
+        function, args, *state = reduced
+        return _restored, (function, args, kind._unfused, kind._arguments), *state
+
+
+def _restored(function: Any, args: Any, kind: Any, arguments: Any) -> Any:
+    """Returns a module whose class is the subclass again, for pickle and copy."""
+    module = function(*args)
+    if type(module) is kind:
+        fuse(module, *arguments)
+    return module
+
+
 @cache
 def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
     """Returns a subclass of the same name, whose forward is ``forward_of(kind, *arguments)``.
@@ -19,37 +50,41 @@ def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
 
     Copies, replicas and loaded modules keep the subclass.
     """
-
-    def reduce(module: Any, protocol: Any) -> Any:  # the subclass cannot be imported
-        return _new, (kind, forward_of, *arguments), *kind.__reduce_ex__(module, protocol)[2:]
-
     forward: Any = forward_of(kind, *arguments)
     # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
     forward.__code__ = forward.__code__.replace()
     name = "__call__" if forward.__name__ == "__call__" else "forward"
-    members = {name: forward, "__reduce_ex__": reduce, "_unfused": kind}
+    members = {name: forward, "_unfused": kind, "_arguments": (forward_of, *arguments)}
     named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(members | named))
-
-
-def _new(kind: Any, *given: Any) -> Any:
-    """Returns a module without attributes, for pickle and copy."""
-    return kind.__new__(subclass(kind, *given))
+    return new_class(kind.__name__, (_Fused, kind), {}, lambda body: body.update(members | named))
 
 
 def fuse(module: Any, forward_of: ForwardOf, *arguments: Any) -> None:
-    """Changes the class of a module to its fused subclass, and marks the module."""
-    kind: Any = type(module)
-    module.__class__ = subclass(kind, forward_of, *arguments)
-    setattr(module, MARK, True)
+    """Changes the class of a module to its fused subclass, and marks the module.
+
+    The mark of a language model is the set of its warnings; other arguments clear it.
+    """
+    fused = subclass(_original(module), forward_of, *arguments)
+    if type(module) is not fused or MARK not in vars(module):
+        object.__setattr__(module, "__class__", fused)  # a module that is being copied is empty
+        vars(module)[MARK] = set()
 
 
 def is_fused(module: Any) -> bool:
-    return hasattr(type(module), "_unfused")
+    return isinstance(module, _Fused)
+
+
+def is_marked(module: Any) -> bool:
+    """Returns whether a module is converted: a copy made by a user's own code has no mark."""
+    return is_fused(module) and MARK in vars(module)
 
 
 def unfuse(module: Any) -> None:
     """Restores the class of a module, unless a wrapper has made another subclass of it."""
     delattr(module, MARK)
     vars(module).pop("pyfused_metrics", None)
-    module.__class__ = vars(type(module)).get("_unfused", type(module))
+    module.__class__ = _original(module)
+
+
+def _original(module: Any) -> Any:
+    return vars(type(module)).get("_unfused", type(module))
