@@ -205,6 +205,12 @@ def test_a_module_whose_forward_was_replaced() -> None:
     assert torch.equal(model(X), torch.sigmoid(X))
 
 
+def test_a_class_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.ReLU, "forward", lambda _, x: x)
+    (left,) = pyfused.plan_conversion(nn.Sequential(nn.ReLU())).left
+    assert left.reason == "its forward was replaced"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module() -> None:
     model = nn.Sequential(torch.jit.script(nn.ReLU()), nn.ReLU())

@@ -289,6 +289,8 @@ def reason_to_leave(model: Any, head_name: str | None = None) -> str | None:
     if not _is_head(head):
         return "its head is not a plain torch.nn.Linear"
     reason = _reason(head) or ("its head has hooks" if has_hooks(head) else None)
+    if reason is None and not subclass.has_original_forward(head):
+        reason = "the forward of its head was replaced"
     if head_name is not None or reason is not None:
         return reason
     if head.weight.numel() == 0:

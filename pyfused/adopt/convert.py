@@ -14,7 +14,7 @@ from torch.nn import Module
 import pyfused.nn as nn
 from pyfused import torch_internals
 from pyfused.adopt import causal_lm, gated_mlp
-from pyfused.adopt.subclass import MARK, unfuse
+from pyfused.adopt.subclass import MARK, has_original_forward, unfuse
 from pyfused.dispatch.reasons import stacklevel
 from pyfused.ops.operators import OPERATORS
 
@@ -274,12 +274,13 @@ def _reason_to_leave(module: Module) -> str | None:
     if kind.__module__ == nn.__name__:
         return _ALREADY[1]
     if kind in FUSED:
-        return "its forward was replaced" if "forward" in vars(module) else None
+        return None if has_original_forward(module) else "its forward was replaced"
+    is_script = isinstance(module, torch.jit.ScriptModule)
     for torch_class in FUSED:
         name = torch_class.__name__
         if isinstance(module, torch_class):
             return f"is a subclass of torch.nn.{name}"
-        if getattr(module, "original_name", None) == name:
+        if is_script and module.original_name == name:
             return "is compiled by torch.jit"
         if kind.__name__ == name:
             return f"is a class of {kind.__module__}, not torch.nn.{name}"

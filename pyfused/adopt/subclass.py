@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import new_class
@@ -84,6 +85,16 @@ def unfuse(module: Any) -> None:
     delattr(module, MARK)
     vars(module).pop("pyfused_metrics", None)
     module.__class__ = _original(module)
+
+
+def has_original_forward(module: Any) -> bool:
+    """Returns whether a module's ``forward`` is the one that its class was defined with."""
+    forward, defined_in = type(module).forward, sys.modules.get(type(module).__module__)
+    return (
+        "forward" not in vars(module)
+        and defined_in is not None
+        and getattr(forward, "__globals__", None) is vars(defined_in)
+    )
 
 
 def _original(module: Any) -> Any:
