@@ -219,7 +219,7 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
     """
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     reduction(options.reduction)
-    for name, value in vars(options).items():
+    for name, value in options.by_name().items():
         if type(value) is float and value > 0:  # the common case
             continue
         if name in _POSITIVE + _NONNEGATIVE and not (value is None and name in _OPTIONAL):
@@ -254,7 +254,7 @@ def normalized(options: Options) -> Options:
     becomes 0.
     """
     changed: dict[str, Any] = {}
-    for name, value in vars(options).items():
+    for name, value in options.by_name().items():
         is_number = name in _POSITIVE + _NONNEGATIVE and isinstance(value, Real)
         if is_number and type(value) is not float:
             changed[name] = float(value)

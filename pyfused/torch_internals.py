@@ -99,6 +99,14 @@ def compiler_traces() -> bool:
     return is_dynamo_compiling() or (not MISSING and _TracingContext.try_get() is not None)
 
 
+def is_exporting() -> bool:
+    """Returns whether a program is being exported.
+
+    torch 2.11 traces its own ``is_exporting`` as True in every compiled program, but not the flag.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", None) or False
+
+
 # ---- autograd ------------------------------------------------------------------------------------
 
 # Whether this backward pass retains the graph. If not, saved tensors may be overwritten.

@@ -470,7 +470,9 @@ class Torchs:
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
         own = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}
-        return own.get(name) or getattr(F, name, None) or OPERATORS[name].reference
+        if name in own:
+            return own[name]
+        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].reference
 
 
 TORCH = Torchs()

@@ -340,9 +340,6 @@ def test_instructions_on_constants_read_one_element(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch 2.13's compiler
-@pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_head(
     dtype: torch.dtype, kernel_calls: KernelCalls, monkeypatch: pytest.MonkeyPatch

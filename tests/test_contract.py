@@ -132,9 +132,6 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
             assert errors[0] <= 2 * errors[1] + 16 * eps * largest(best)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
-)
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("op", sizes.LINEAR)

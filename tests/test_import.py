@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from processes import python
 
 from pyfused.dispatch import sizes
@@ -134,9 +133,6 @@ json.dump([before, registered() > 0, missing], sys.stdout)
 """
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
-)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_operators_are_registered_when_first_compiled(home: Path) -> None:
     assert observed(OPERATORS, home) == [0, True, []]

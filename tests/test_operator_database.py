@@ -62,9 +62,6 @@ def test_errors(op: Operator) -> None:
             check(call_of(op, found.sample_input))
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="torch 2.11 treats compiled calls as exported ones"
-)
 @every_operator
 def test_compiled(op: Operator) -> None:
     for call in calls(op, len(samples(op)) if grid.FULL else 1):

@@ -162,7 +162,7 @@ class _BuiltIn:
             else:
                 given = dict(zip(by_place, args, strict=False)) | kwargs
                 once = len(given) == len(args) + len(kwargs) and len(args) >= method
-                if not once or not required <= given.keys() <= known:
+                if not (once and required.issubset(given) and known.issuperset(given)):
                     return torch_function(*args, **kwargs)  # raises, or supports these arguments
                 given = defaults | given
                 arguments = tuple([given[name] for name in op.arguments])

@@ -35,6 +35,7 @@ from pyfused.torch_internals import (
     _checkpoints,
     compiler_traces,
     functorch_is_active,
+    is_exporting,
     left_in_checkpoint,
 )
 from pyfused.types import TENSORS, TensorSpec, VocabOptions
@@ -230,11 +231,11 @@ def is_compiled(tensor: Tensor) -> bool:
 
 def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
     """Returns why a compiled call stays torch's function, None if it becomes a custom operator."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "torch.export: exported programs contain only torch's operators"
     input = arguments[0]
     limits = sizes.COMPILED.get(op.name)
-    limit = sizes.NEVER if limits is None else limits[takes_triton(input)]
+    limit = sizes.NEVER if limits is None else limits[int(takes_triton(input))]
     if limit == sizes.NEVER:
         return FUSED
     # Imported late because it is slow to import; the compiler has imported it already.

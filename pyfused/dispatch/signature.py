@@ -94,7 +94,7 @@ def named(op: Operator, arguments: Arguments) -> dict[str, Any]:
     """Returns the arguments by name, including the fields of options, which come last."""
     by_name = dict(zip(op.arguments, arguments, strict=True))
     if isinstance(arguments[-1], VocabOptions):
-        by_name |= vars(by_name.pop(op.arguments[-1]))
+        by_name |= by_name.pop(op.arguments[-1]).by_name()
     return by_name
 
 

@@ -229,8 +229,8 @@ class Divergence(RowLoss):
         return replace(options, beta=beta, temperature=temperature)
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
-        *tensors, options = arguments
-        token_weight, denominator = checks.option_tensors(options)
+        tensors = list(arguments[:-1])
+        token_weight, denominator = checks.option_tensors(arguments[-1])
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
                 tensors[i] = in_autocast_dtype(tensors[i])

@@ -414,7 +414,8 @@ class PointwiseLoss(TensorLoss):
                 warnings.warn(message, stacklevel=stacklevel())
                 input, target = torch.broadcast_tensors(input, target)
             numbers = [arguments[index] for index in scalars]
-            if 0.0 in numbers:  # smooth_l1_loss calls l1_loss if beta is 0
+            # smooth_l1_loss calls l1_loss if beta is 0; a compiler cannot compare a tensor.
+            if numbers and (isinstance(numbers[0], Tensor) or numbers[0] == 0.0):
                 return reference(input, target, *arguments[2:])
             loss: Tensor = built_in_loss(input, target, reduction, *numbers)
             return loss

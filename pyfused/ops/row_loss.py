@@ -146,9 +146,10 @@ class RowLoss(Operator):
     def compiled(self, arguments: Arguments) -> Any:
         options = self.checked_options(arguments)
         *tensors, token_weight, denominator = self.to_rows(arguments)
-        for i, operand in enumerate(self.operands):  # custom operators check dtypes
-            if operand.name.endswith(("_weight", "_bias")):
-                tensors[i] = in_autocast_dtype(tensors[i])
+        tensors = [  # custom operators check dtypes
+            in_autocast_dtype(x) if operand.name.endswith(("_weight", "_bias")) else x
+            for operand, x in zip(self.operands, tensors, strict=True)
+        ]
         options = options.with_tensors(token_weight, denominator)
         in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
         needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
