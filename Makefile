@@ -12,8 +12,8 @@ export CXX  # build with the compiler that was checked
 unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-full test-machines test-integrations gpu-compile gpu-check bench \
-	bench-quick bench-busy bench-compare bench-sweep formulas docs hub lint sanitize wheels test-wheel \
+.PHONY: help setup build demo demo-quick test test-full test-torch test-machines test-integrations gpu-compile gpu-check \
+	bench bench-quick bench-busy bench-compare bench-sweep formulas docs hub lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -47,6 +47,17 @@ test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" selects some)
 	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/test_completeness.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected
+
+# Another version of torch is installed with its Triton into a folder that comes first on PYTHONPATH.
+test-torch: $(BUILD) $(TOOLS) .venv/torch-$(TORCH) ## run the tests with another version of torch (TORCH=2.11.0)
+	PYTHONPATH=.venv/torch-$(TORCH) $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+.venv/torch-: # TORCH is not set
+	@echo 'test-torch needs a version: make test-torch TORCH=2.11.0'; exit 1
+
+.venv/torch-%: | $(ENVIRONMENT)
+	@echo 'Installing torch $* into $@: minutes and up to 5 GB, once'
+	@$(PIP) install --no-compile --target $@ torch==$*
 
 test-machines: $(BUILD) $(TOOLS) ## run tests with the code paths that libraries use on other processors (15 minutes)
 	$(BIN)/python tests/machines.py $(PYTEST_ARGS)
