@@ -40,47 +40,75 @@ TINY, SMALL, MEDIUM, LARGE, HUGE, PAGES = (1 << n for n in (10, 14, 17, 19, 22, 
 Limits = tuple[int, int]
 
 
-def _table(rows: dict[Limits, str]) -> dict[str, Limits]:
-    return {name: limits for limits, names in rows.items() for name in names.split()}
-
-
 # The second limit applies to unreduced losses, which write one more output; to activations without
 # a gradient; and to losses over few classes, because torch does not vectorise rows that are shorter
 # than a vector. The row of a family applies to operators without their own row. VECTOR is in bytes.
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
-ON_CPU = _table(
-    {
-        (ALWAYS, ALWAYS): "gaussian_nll_loss hinge_embedding_loss log_cosh_loss sigmoid_focal_loss "
-        "log_probs kl_div_with_logits multilabel_soft_margin_loss quantile_loss "
-        "cosine_embedding_loss softcap softsign",
-        (ALWAYS, SMALL): "triplet_margin_loss hinge_loss",
-        (TINY, TINY): "LongFormula",  # 3 to 4 times as fast as torch from this size on
-        (SMALL, SMALL): f"Activation Formula {' '.join(LINEAR)}",  # elements of heads are logits
-        (SMALL, MEDIUM): "binary_cross_entropy binary_cross_entropy_with_logits kl_div "
-        "margin_ranking_loss multilabel_margin_loss poisson_nll_loss soft_margin_loss",
-        (SMALL, PAGES): "gelu",
-        (MEDIUM, SMALL): "cross_entropy log_softmax",
-        (MEDIUM, MEDIUM): "ClassLoss logsigmoid",
-        (MEDIUM, PAGES): "PointwiseLoss",
-        (MEDIUM, NEVER): "multi_margin_loss",
-        (LARGE, SMALL): "softmax",
-        (LARGE, MEDIUM): "silu Gated",
-        (LARGE, PAGES): "Composed",
-        (HUGE, MEDIUM): "sigmoid",
-        (PAGES, PAGES): "relu leaky_relu relu6 hardtanh threshold hardsigmoid hardswish "
-        "hardshrink softshrink prelu glu",
-        (PAGES, LARGE): "Contrastive",  # logits; the second limit is for the sigmoid form
-        (PAGES, NEVER): "nll_loss",
-    }
-)
+ON_CPU: dict[str, Limits] = {
+    "cosine_embedding_loss": (ALWAYS, ALWAYS),
+    "gaussian_nll_loss": (ALWAYS, ALWAYS),
+    "hinge_embedding_loss": (ALWAYS, ALWAYS),
+    "kl_div_with_logits": (ALWAYS, ALWAYS),
+    "log_cosh_loss": (ALWAYS, ALWAYS),
+    "log_probs": (ALWAYS, ALWAYS),
+    "multilabel_soft_margin_loss": (ALWAYS, ALWAYS),
+    "quantile_loss": (ALWAYS, ALWAYS),
+    "sigmoid_focal_loss": (ALWAYS, ALWAYS),
+    "softcap": (ALWAYS, ALWAYS),
+    "softsign": (ALWAYS, ALWAYS),
+    "hinge_loss": (ALWAYS, SMALL),
+    "triplet_margin_loss": (ALWAYS, SMALL),
+    "LongFormula": (TINY, TINY),  # 3 to 4 times as fast as torch from this size on
+    "Activation": (SMALL, SMALL),
+    "Formula": (SMALL, SMALL),
+    "linear_cross_entropy": (SMALL, SMALL),  # the elements of heads are logits
+    "linear_kl_div": (SMALL, SMALL),
+    "linear_log_probs": (SMALL, SMALL),
+    "linear_topk_kl_div": (SMALL, SMALL),
+    "binary_cross_entropy": (SMALL, MEDIUM),
+    "binary_cross_entropy_with_logits": (SMALL, MEDIUM),
+    "kl_div": (SMALL, MEDIUM),
+    "margin_ranking_loss": (SMALL, MEDIUM),
+    "multilabel_margin_loss": (SMALL, MEDIUM),
+    "poisson_nll_loss": (SMALL, MEDIUM),
+    "soft_margin_loss": (SMALL, MEDIUM),
+    "gelu": (SMALL, PAGES),
+    "cross_entropy": (MEDIUM, SMALL),
+    "log_softmax": (MEDIUM, SMALL),
+    "ClassLoss": (MEDIUM, MEDIUM),
+    "logsigmoid": (MEDIUM, MEDIUM),
+    "PointwiseLoss": (MEDIUM, PAGES),
+    "multi_margin_loss": (MEDIUM, NEVER),
+    "softmax": (LARGE, SMALL),
+    "Gated": (LARGE, MEDIUM),
+    "silu": (LARGE, MEDIUM),
+    "Composed": (LARGE, PAGES),
+    "sigmoid": (HUGE, MEDIUM),
+    "glu": (PAGES, PAGES),
+    "hardshrink": (PAGES, PAGES),
+    "hardsigmoid": (PAGES, PAGES),
+    "hardswish": (PAGES, PAGES),
+    "hardtanh": (PAGES, PAGES),
+    "leaky_relu": (PAGES, PAGES),
+    "prelu": (PAGES, PAGES),
+    "relu": (PAGES, PAGES),
+    "relu6": (PAGES, PAGES),
+    "softshrink": (PAGES, PAGES),
+    "threshold": (PAGES, PAGES),
+    "Contrastive": (PAGES, LARGE),  # logits; the second limit is for the sigmoid form
+    "nll_loss": (PAGES, NEVER),
+}
 # In half precision torch processes the same number of bytes per second, so limits double. The
 # kernels convert float16 in a separate step. Over classes torch is slower. torch's gelu calls
 # oneDNN.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
-ON_CPU_OF_HALVES = _table(
-    {(MEDIUM, SMALL): "cross_entropy log_softmax softmax", (SMALL, NEVER): "gelu"}
-)
+ON_CPU_OF_HALVES: dict[str, Limits] = {
+    "cross_entropy": (MEDIUM, SMALL),
+    "log_softmax": (MEDIUM, SMALL),
+    "softmax": (MEDIUM, SMALL),
+    "gelu": (SMALL, NEVER),
+}
 
 
 class Gpu(NamedTuple):
@@ -104,18 +132,32 @@ PASSES_OF = {
     "log_softmax": 5,
 }
 FEW_ON_GPU, PASSES_OF_FEW = 64, 50
-# Operators whose limits on GPUs do not depend on these numbers. First row: torch launches so many
-# kernels, or synchronises, that its calls take longer on the host. Second row: torch launches 13 to
-# 23 kernels, which takes about as long. Third row: torch's activations reach the memory bandwidth.
-ON_GPU = _table(
-    {
-        (ALWAYS, ALWAYS): "gaussian_nll_loss sigmoid_focal_loss triplet_margin_loss "
-        f"cosine_embedding_loss {' '.join((*OF_LOGITS[1:], *LINEAR))}",
-        (SMALL, SMALL): "hinge_embedding_loss margin_ranking_loss log_cosh_loss quantile_loss "
-        "multilabel_soft_margin_loss Formula LongFormula",
-        (NEVER, NEVER): "Activation prelu glu",
-    }
-)
+# Operators whose limits on GPUs do not depend on these numbers.
+ON_GPU: dict[str, Limits] = {
+    # torch launches so many kernels, or synchronises, that its calls take longer on the host.
+    "cosine_embedding_loss": (ALWAYS, ALWAYS),
+    "gaussian_nll_loss": (ALWAYS, ALWAYS),
+    "kl_div_with_logits": (ALWAYS, ALWAYS),
+    "linear_cross_entropy": (ALWAYS, ALWAYS),
+    "linear_kl_div": (ALWAYS, ALWAYS),
+    "linear_log_probs": (ALWAYS, ALWAYS),
+    "linear_topk_kl_div": (ALWAYS, ALWAYS),
+    "log_probs": (ALWAYS, ALWAYS),
+    "sigmoid_focal_loss": (ALWAYS, ALWAYS),
+    "triplet_margin_loss": (ALWAYS, ALWAYS),
+    # torch launches 13 to 23 kernels, which takes about as long.
+    "Formula": (SMALL, SMALL),
+    "LongFormula": (SMALL, SMALL),
+    "hinge_embedding_loss": (SMALL, SMALL),
+    "log_cosh_loss": (SMALL, SMALL),
+    "margin_ranking_loss": (SMALL, SMALL),
+    "multilabel_soft_margin_loss": (SMALL, SMALL),
+    "quantile_loss": (SMALL, SMALL),
+    # torch's kernels reach the memory bandwidth.
+    "Activation": (NEVER, NEVER),
+    "glu": (NEVER, NEVER),
+    "prelu": (NEVER, NEVER),
+}
 
 # In compiled programs, on CPUs and on GPUs: the sizes from which a call becomes a custom operator,
 # which Inductor cannot fuse with its neighbours. Operators without a row stay torch's functions.
@@ -124,18 +166,32 @@ ON_GPU = _table(
 # pass. No compiled call has been measured on a GPU: from 2^24 logits on, launching should take no
 # longer than the kernels, which are 1.1 to 2.5 times as fast as Inductor's code
 # (benchmarks/results/nvidia-h100-80gb-hbm3/table.md).
-COMPILED = _table(
-    {
-        # torch's graph of multilabel_margin_loss counts labels past the end
-        (ALWAYS, ALWAYS): f"multilabel_margin_loss {' '.join(LINEAR)}",
-        (2 * MEDIUM, PAGES): " ".join(OF_LOGITS),
-        (PAGES, NEVER): "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
-        "binary_cross_entropy_with_logits kl_div poisson_nll_loss gaussian_nll_loss "
-        "soft_margin_loss hinge_embedding_loss hinge_loss margin_ranking_loss quantile_loss "
-        "log_cosh_loss sigmoid_focal_loss triplet_margin_loss cosine_embedding_loss nll_loss "
-        f"multi_margin_loss {' '.join(COMPOSED)}",  # parts of the last are dispatched separately
-    }
-)
+COMPILED: dict[str, Limits] = {
+    **dict.fromkeys(LINEAR, (ALWAYS, ALWAYS)),
+    "multilabel_margin_loss": (ALWAYS, ALWAYS),  # torch's graph counts labels past the end
+    **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),
+    "binary_cross_entropy": (PAGES, NEVER),
+    "binary_cross_entropy_with_logits": (PAGES, NEVER),
+    "cosine_embedding_loss": (PAGES, NEVER),
+    "gaussian_nll_loss": (PAGES, NEVER),
+    "hinge_embedding_loss": (PAGES, NEVER),
+    "hinge_loss": (PAGES, NEVER),
+    "huber_loss": (PAGES, NEVER),
+    "kl_div": (PAGES, NEVER),
+    "l1_loss": (PAGES, NEVER),
+    "log_cosh_loss": (PAGES, NEVER),
+    "margin_ranking_loss": (PAGES, NEVER),
+    "mse_loss": (PAGES, NEVER),
+    "multi_margin_loss": (PAGES, NEVER),
+    "nll_loss": (PAGES, NEVER),
+    "poisson_nll_loss": (PAGES, NEVER),
+    "quantile_loss": (PAGES, NEVER),
+    "sigmoid_focal_loss": (PAGES, NEVER),
+    "smooth_l1_loss": (PAGES, NEVER),
+    "soft_margin_loss": (PAGES, NEVER),
+    "triplet_margin_loss": (PAGES, NEVER),
+    **dict.fromkeys(COMPOSED, (PAGES, NEVER)),  # their parts are dispatched separately
+}
 
 MACHINE = f"{cpu.capability}, torch {torch.__version__}"
 
