@@ -241,8 +241,8 @@ def two_pass_kernel(
             of_weights = 0.0
             if DENSE:
                 q = weights_of_classes(y_rows, weight, c, mask, classes, smoothing)
-                away = log_total[:, None] - x
-                distance += tl.where(mask, q * away, 0.0)
+                neg_log_p = log_total[:, None] - x
+                distance += tl.where(mask, q * neg_log_p, 0.0)
                 of_weights = q * grad_scale[:, None]
             gradient = exp_nonpositive(x, EXACT) * factor[:, None] - of_weights
             if INDICES:
@@ -255,7 +255,7 @@ def two_pass_kernel(
             if grad_target is not None:
                 share = (1.0 - smoothing) * class_weight(weight, c, classes, 0)
                 to = strided_rows(grad_target, outer, lanes, strides, 9, UNITS)
-                store_tile(to, c, mask, away * share * target_scale[:, None])
+                store_tile(to, c, mask, neg_log_p * share * target_scale[:, None])
         value += tl.sum(distance, 1)
     store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
 

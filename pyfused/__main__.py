@@ -82,7 +82,7 @@ def main() -> None:
     rest = command.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="the program's arguments"
     )
-    rest.required = False  # else a call without a program is told that arguments are required, too
+    rest.required = False  # else the error for a missing program would name the arguments
     tuning = commands.add_parser(
         "tune",
         help="measure the sizes from which kernels are faster on this machine",

@@ -281,7 +281,7 @@ def linear_cross_entropy(
         raise _error("input", "shape (..., D)", "()")
     _floating("input", input)
     if classes is not None and adapter_weight is not None:
-        raise _error("adapter_weight", "None beside a shard", "a Tensor", ValueError)
+        raise _error("adapter_weight", "None with shard=", "a Tensor", ValueError)
     linear_layer(input, linear_weight, linear_bias, adapter=adapter_weight)
     features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
@@ -347,8 +347,9 @@ def linear_layer(
     if adapter is not None:
         features -= adapter.shape[-1:].numel()
         if adapter.shape[:-1] != shape:
-            beside = f"linear_weight of shape {tuple(weight.shape)}"
-            raise _error("adapter_weight", f"shape {(*shape, 'r')} beside {beside}", adapter.shape)
+            of_weight = f"linear_weight of shape {tuple(weight.shape)}"
+            expected = f"shape ({', '.join(map(str, shape))}, r) for {of_weight}"
+            raise _error("adapter_weight", expected, adapter.shape)
     if weight.dim() < 2 or weight.shape[-1] != features:
         swapped = weight.dim() == 2 and weight.shape[0] == features
         hint = f". Is it transposed, or are the {prefix}input logits?" * swapped
@@ -391,7 +392,8 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Vocab
     autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
     alike = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
     if b.device != a.device or not alike:
-        raise _error("b", f"{a.dtype} on {a.device}, as a", f"{b.dtype} on {b.device}")
+        expected = f"the dtype and device of a, {a.dtype} on {a.device}"
+        raise _error("b", expected, f"{b.dtype} on {b.device}")
     reduction(options.reduction)
     memory_budget(options.memory_budget)
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from pyfused import checks
 from pyfused.backends import cpu
 from pyfused.dispatch import call as dispatch
-from pyfused.dispatch.explain import Explanation, path_of
+from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Operand
 from pyfused.dispatch.sizes import is_small
 from pyfused.formulas import trace
@@ -76,7 +76,7 @@ class FormulaOperator(PointwiseLoss):
     """The operator of a user's formula; an activation is a loss without reduction."""
 
     asks_dtype = True  # float32 masks promote half precision
-    strategy = "a program of its formula, element by element"
+    strategy = "a program, element by element"
 
     def __init__(
         self,
@@ -179,8 +179,8 @@ class FormulaOperator(PointwiseLoss):
                     return traced.difference or (traced, values)
             if len(self.traces) >= _MOST_TRACES:
                 return UntraceableError(
-                    f"its parameters caused {_MOST_TRACES} traces: an operation that takes no "
-                    "tensor uses one of them, so each new value is traced again"
+                    f"its parameters caused {_MOST_TRACES} traces: an operation without a tensor "
+                    "uses a parameter, so each new value is traced again"
                 )
             inputs = {i: run.literals[i] for i in self.user.dependent(parameters, run)}
             try:

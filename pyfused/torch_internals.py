@@ -173,7 +173,7 @@ def built_in(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
 legacy_reduction: Callable[..., str] = _required("torch.nn._reduction.legacy_get_string")
 
 
-def tell_jit(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
+def register_with_jit(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
     """Registers a function with torch.jit.script as another name of a built-in."""
     table = getattr(torch.jit, "_builtins", None)
     if table is not None:

@@ -257,7 +257,7 @@ every_tensor_option = pytest.mark.parametrize(
 def test_a_shard_of_a_layer_with_an_adapter() -> None:
     """The error names the argument, rather than an adapter being ignored."""
     tensors = torch.randn(6, 5), torch.randn(7, 3), torch.arange(6)
-    with pytest.raises(ValueError, match="adapter_weight: expected None beside a shard"):
+    with pytest.raises(ValueError, match="adapter_weight: expected None with shard="):
         fused.linear_cross_entropy(*tensors, adapter_weight=torch.randn(7, 2), shard=VocabShard(0))
 
 

@@ -1262,7 +1262,7 @@ def test_logs_contain_no_internal_names(
             loss = pyfused.functional.cross_entropy(logits, target)
             return None, loss + pyfused.nn.ReLU()(logits).sum()
 
-    reasons._said.clear()
+    reasons._reported.clear()
     with caplog.at_level(logging.INFO, "pyfused"):
         results(pyfused.convert(Own(), head="head"))
     assert losses
@@ -1279,7 +1279,7 @@ def test_a_model_warns_once_about_a_read() -> None:
 
 
 def test_a_compiled_model_warns_once() -> None:
-    reasons._said.clear()
+    reasons._reported.clear()
     model = pyfused.convert(Model(_keep), head="head")
     model.head.register_forward_hook(lambda *_: None)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

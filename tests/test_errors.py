@@ -535,7 +535,7 @@ def test_code_whose_globals_have_no_name(code: str, monkeypatch: pytest.MonkeyPa
     tensors["t"] = torch.zeros(1 << 19, dtype=torch.int64)
     outcomes = []
     for name in ({"__name__": "user"}, {}):
-        monkeypatch.setattr(reasons, "_said", set())
+        monkeypatch.setattr(reasons, "_reported", set())
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             try:

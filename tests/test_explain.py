@@ -125,7 +125,7 @@ def test_active_modes() -> None:
 
 
 def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("pyfused.dispatch.explain")
+    module = importlib.import_module("pyfused.dispatch.explanation")
     other = SimpleNamespace(
         describe=lambda *_: ("triton", "kernels on cpu, Triton 3.7.1", None, None)
     )
@@ -294,7 +294,7 @@ def test_a_call_without_arguments() -> None:
 
 @pytest.fixture
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reasons, "_said", set())
+    monkeypatch.setattr(reasons, "_reported", set())
 
 
 def fall_back() -> None:

@@ -1250,10 +1250,10 @@ def _casts(input: Tensor) -> Tensor:
     [
         (_branches, "torch.where instead of 'if'"),
         (_branches_on_a_sum, "torch.where instead of 'if'"),
-        (_reduces, "mean: the kernels do not have prims::sum; use elementwise operations"),
+        (_reduces, "mean: no kernel supports prims::sum; use elementwise operations"),
         (_rounds, "cumsum"),
         (_is_random, "rand_like"),
-        (_counts, "shape may return another value in another call"),
+        (_counts, "the result of shape may differ between calls"),
         (_of_math, "torch's functions instead of math's"),
         (_bounds, "nan_to_num: posinf and neginf depend on the dtype"),
         (_casts, "float16"),
@@ -1300,10 +1300,12 @@ def test_wrong_definitions() -> None:
 def test_a_captured_tensor(tensor: Tensor) -> None:
     """Its values may change before later calls."""
     with pytest.raises(
-        UntraceableError, match="mul: a tensor that is no operand; pass it as an operand"
+        UntraceableError, match="mul: a tensor that is not an operand; pass it as an operand"
     ):
         pyfused.activation(lambda input: input * tensor)
-    with pytest.raises(UntraceableError, match=r"a tensor that is no operand|elementwise formula"):
+    with pytest.raises(
+        UntraceableError, match=r"a tensor that is not an operand|elementwise formula"
+    ):
         pyfused.activation(lambda input: tensor)
 
 

@@ -603,7 +603,7 @@ def test_evaluation_and_metrics_with_trainer() -> None:
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BartForConditionalGeneration"])
 def test_a_compiled_model_that_creates_its_loss_module_warns(name: str) -> None:
-    reasons._said.clear()
+    reasons._reported.clear()
     model = pyfused.convert(language_models.tiny(name))
     assert language_models.step(model)[2] is False
     compiled = torch.compile(model, backend="eager")

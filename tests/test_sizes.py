@@ -234,12 +234,12 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     try:
         x = torch.empty(100, 65, device="meta")  # neither CPU nor GPU, but dispatched like a GPU's
         target = torch.empty(100, dtype=torch.int64, device="meta")
-        by_numbers = "as a call takes 20 us on the host and the GPU moves 100 GB/s"
+        by_numbers = "(20 us for a call on the host, 100 GB/s on the GPU)"
         for logits, limit in ((x, 65_536), (x[:, :64], 16_384)):
             reason = pyfused.explain("cross_entropy", logits, target).reason
-            assert reason == f"{SMALL}: kernels run from {limit:,} elements on, {by_numbers}"
+            assert reason == f"{SMALL}: kernels run from {limit:,} elements {by_numbers}"
         reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
-        assert reason == f"{SMALL}: kernels run from 16,384 elements on"
+        assert reason == f"{SMALL}: kernels run from 16,384 elements"
         assert pyfused.explain("relu", x).reason == SMALL
     finally:
         sizes.limits.cache_clear()

@@ -38,7 +38,7 @@ CHOICES = [c for n in range(5) for c in itertools.combinations(OUTPUTS, n)]
 
 @pytest.fixture
 def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.setattr(reasons, "_said", set())
+    monkeypatch.setattr(reasons, "_reported", set())
     module = pytest.importorskip("trl.trainer.utils")
     original = getattr(module, NAME)
     yield module

@@ -549,7 +549,7 @@ def test_every_operator_supports_dtensors(ranks: list[Any]) -> None:
     for rank in ranks:
         assert len(rank["dtensors"]) == 40
         for backend, strategy, as_leaves, kinds, pairs in rank["dtensors"]:
-            assert (backend, strategy) == ("cpu", "some classes per process")
+            assert (backend, strategy) == ("cpu", "each process computes its classes")
             assert as_leaves
             assert kinds == {True}
             for got, expected in pairs:
@@ -602,7 +602,7 @@ def test_modules_with_a_shard(ranks: list[Any]) -> None:
     for rank in ranks:
         *modules, said = rank["modules"]
         assert all(far < 1e-5 and shown for far, shown in modules)
-        assert said == "some classes per process"
+        assert said == "each process computes its classes"
 
 
 @pytest.mark.parametrize("index", range(len(EMPTY_SIZES)))
@@ -642,7 +642,7 @@ def test_dtensors_take_the_same_path(ranks: list[Any]) -> None:
     for rank in ranks:
         *shared, other = rank["dtensor"]
         for backend, strategy, numbers, far in shared:
-            assert (backend, strategy, numbers) == ("cpu", "some classes per process", 4)
+            assert (backend, strategy, numbers) == ("cpu", "each process computes its classes", 4)
             assert far < 1e-5
         assert other == "input is a DTensor"
 

@@ -18,7 +18,7 @@ import pyfused.nn as nn
 from pyfused import checks
 from pyfused.adopt.convert import FUSED
 from pyfused.dispatch.call import fallback_reason
-from pyfused.dispatch.explain import BY_SHARDS, Explanation, by_kernel, path_of
+from pyfused.dispatch.explanation import BY_SHARDS, Explanation, by_kernel, path_of
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.operators import OPERATORS
 
@@ -73,14 +73,14 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if shard is not None:
         return by_kernel(name, arguments[0], BY_SHARDS)
     checks.tensor(operator.operands[0].name, arguments[0])
-    said = path_of(operator, arguments, inplace)
+    explanation = path_of(operator, arguments, inplace)
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     if all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors):
         # torch checks the calls that kernels do not support, except for dtypes of indices.
         reason = fallback_reason(operator, arguments, inplace)
         if reason is None or " has dtype " in reason:
             operator.check(arguments)
-    return said
+    return explanation
 
 
 def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -94,5 +94,5 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
     explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
     names = vars(nn) | {"F": explaining}
     explained = FunctionType(forward.__code__, names, argdefs=forward.__defaults__)
-    said: Explanation = explained(module, *args, **kwargs)
-    return said
+    explanation: Explanation = explained(module, *args, **kwargs)
+    return explanation

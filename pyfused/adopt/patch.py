@@ -27,7 +27,7 @@ from pyfused.dispatch.originals import TorchAlone, original, torch_alone
 from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
-from pyfused.torch_internals import dynamo_table, tell_jit, trace_instead
+from pyfused.torch_internals import dynamo_table, register_with_jit, trace_instead
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -87,12 +87,12 @@ class _Function:
         inplace = ", inplace" * ("inplace" in names)
         return code_calling(call, f"callee(({', '.join(given)},){inplace})", self.unpatched)
 
-    def now(self) -> Any:
+    def current(self) -> Any:
         return getattr(F, self.name)
 
     def has(self, code: Any) -> bool:
-        standing = self.now() is self.function and code is not None
-        return standing and self.function.__code__ is code
+        is_installed = self.current() is self.function and code is not None
+        return is_installed and self.function.__code__ is code
 
     def put(self, code: Any) -> None:
         # The compiler puts torch's functions into graphs by name, not by code. Functions
@@ -181,20 +181,20 @@ class _BuiltIn:
         globals()[self.path.replace(".", "_")] = stand_in
         return functools.update_wrapper(stand_in, torch_function)
 
-    def now(self) -> Any:
+    def current(self) -> Any:
         return getattr(self.owner, self.name)
 
     def has(self, function: Any) -> bool:
         inherited = self.owner is not Tensor or self.name not in vars(Tensor)
-        return self.now() is function and (inherited or function is self.ours)
+        return self.current() is function and (inherited or function is self.ours)
 
     def put(self, function: Any) -> None:
         # Pickles refer to torch while the function is installed there.
-        here = function is self.ours
+        is_ours = function is self.ours
         owner = "torch" if self.owner is Tensor else self.owner.__name__
-        self.ours.__module__ = owner if here else __name__
+        self.ours.__module__ = owner if is_ours else __name__
         self.ours.__qualname__ = (
-            self.path.removeprefix(f"{owner}.") if here else self.path.replace(".", "_")
+            self.path.removeprefix(f"{owner}.") if is_ours else self.path.replace(".", "_")
         )
         if self.owner is Tensor and function is self.unpatched:
             delattr(self.owner, self.name)  # the base class has it
@@ -357,13 +357,13 @@ def patch(function: Any = None) -> Any:
     """
     if function is not None:
         return Patch()(function)
-    asked = Patch()
+    new = Patch()
     with _lock:
         if _calls:
             _log.info("patch: already active")
         _install()
-        _calls.add(asked)
-    return asked
+        _calls.add(new)
+    return new
 
 
 def unpatch() -> None:
@@ -382,13 +382,13 @@ def unpatch() -> None:
         _calls.clear()
 
 
-def _expect(asked: str, whose: str, function: Callable[[Any], Any]) -> None:
-    """Raises if other code has replaced one of the functions."""
+def _expect(caller: str, package: str, function: Callable[[Any], Any]) -> None:
+    """Raises if other code has replaced one of the package's functions."""
     for site in _SITES:
         if not site.has(function(site)):
             raise RuntimeError(
-                f"{asked}: expected {whose} function at {site.path}, got "
-                f"{_describe(site.now())}. Undo that patch first"
+                f"{caller}: expected {package}'s function at {site.path}, got "
+                f"{_describe(site.current())}. Undo the other patch first"
             )
 
 
@@ -396,7 +396,7 @@ def _install() -> None:
     global _installed
     if _installed:
         return
-    _expect("patch", "torch's own", lambda site: site.unpatched)
+    _expect("patch", "torch", lambda site: site.unpatched)
     TorchAlone.needed = True
     table = dynamo_table()
     if table:
@@ -404,7 +404,7 @@ def _install() -> None:
     try:
         for site in _SITES:
             if isinstance(site, _BuiltIn):
-                tell_jit(site.unpatched, site.ours)
+                register_with_jit(site.unpatched, site.ours)
             site.put(site.ours)
     except BaseException:
         for site in _SITES:
@@ -421,7 +421,7 @@ def _remove_unless_wanted() -> None:
 
 def _remove() -> None:
     global _installed
-    _expect("unpatch", "pyfused's", lambda site: site.ours)
+    _expect("unpatch", "pyfused", lambda site: site.ours)
     for site in _SITES:
         site.put(site.unpatched)
     _installed = False

@@ -41,8 +41,8 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
 
     TRL's own function still computes the calls that pyfused cannot: with a weight that ZeRO-3
     partitions, on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names
-    each reason once. If a version of TRL has other arguments, nothing is replaced, and a warning
-    says so.
+    each reason once. If TRL's function has other parameters, in another version of TRL, nothing is
+    replaced, and a warning says so.
 
     Args:
         deterministic_rows: Whether the bits of a token's results are independent of its batch, as
@@ -64,7 +64,7 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
         setattr(utils, _NAME, _LogProbFunction(function, deterministic_rows))
     else:
         message = f"pyfused.patch_trl: TRL is left unchanged, because {_MODULE}.{_NAME} "
-        message += "has other arguments than in TRL 1.16"
+        message += "has different parameters from those in TRL 1.16"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

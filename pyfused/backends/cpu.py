@@ -85,15 +85,15 @@ def load(isa: str) -> ModuleType:
 
 
 def _choose() -> str:
-    asked = os.environ.get("PYFUSED_CPU_CAPABILITY")
-    if not asked:
+    requested = os.environ.get("PYFUSED_CPU_CAPABILITY")
+    if not requested:
         return supported[-1]
-    if asked not in supported:
+    if requested not in supported:
         raise ImportError(
             f"PYFUSED_CPU_CAPABILITY: expected one of {', '.join(supported)}, which this CPU "
-            f"supports, got {asked!r}"
+            f"supports, got {requested!r}"
         )
-    return asked
+    return requested
 
 
 _FOLDERS = [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]

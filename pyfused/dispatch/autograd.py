@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyfused.dispatch.originals import torch_alone
-from pyfused.dispatch.reasons import say_once
+from pyfused.dispatch.reasons import log_once
 from pyfused.layout import is_dense
 from pyfused.torch_internals import (
     functorch_is_active,
@@ -63,7 +63,7 @@ def second_order(op: str, grad_output: Tensor) -> bool:
         or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
     )
     if reason:
-        say_once(f"backward of {op}", reason)
+        log_once(f"backward of {op}", reason)
     return bool(reason)
 
 
@@ -90,9 +90,9 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
-        plan, first = ctx.plan, ctx.first_gradient
+        plan, first_gradient = ctx.plan, ctx.first_gradient
         differentiable = second_order(plan.name, grad_output)
-        overwrites = plan.inplace == "gradient" and (differentiable or first is None)
+        overwrites = plan.inplace == "gradient" and (differentiable or first_gradient is None)
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
                 "inplace: expected False for create_graph=True or a second backward pass, got "
@@ -105,13 +105,13 @@ class Fused(torch.autograd.Function):
             ctx.input_is_overwritten = True
         if differentiable:
             with torch_alone:
-                gradients = plan.define(saved[:first], grad_output)
+                gradients = plan.define(saved[:first_gradient], grad_output)
             if torch.is_grad_enabled():
                 gradients = in_graph(gradients, saved)
-        elif first is None:
+        elif first_gradient is None:
             gradients = plan.backward(saved, grad_output)
         else:
-            copies, gradients = graph_is_retained(), list(saved[first:])
+            copies, gradients = graph_is_retained(), list(saved[first_gradient:])
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
                     if copies or not (gradient.is_contiguous() or is_dense(gradient)):

@@ -283,7 +283,7 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
 
     It warns from 32 MiB on; the kernels would need a quarter of that, or 16 MiB.
     """
-    reasons.say_once(op.name, reason)
+    reasons.log_once(op.name, reason)
     if not op.is_linear or is_dynamo_compiling():
         return
     input, weight = arguments[:2]

@@ -280,11 +280,11 @@ def why_small(op: Operator, arguments: Arguments) -> str:
     if input.is_cpu or first == NEVER or not input.numel():
         return SMALL_REASON
     limit = second if op.takes_second_limit(arguments, FEW_ON_GPU) else first
-    reason = f"{SMALL_REASON}: kernels run from {limit:,} elements on"
+    reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
     if _row(ON_GPU, op):
         return reason
     host_us, gb_per_s = gpu()
-    return f"{reason}, as a call takes {host_us} us on the host and the GPU moves {gb_per_s} GB/s"
+    return f"{reason} ({host_us} us for a call on the host, {gb_per_s} GB/s on the GPU)"
 
 
 def is_small(op: Operator, arguments: Arguments, elements: int | None = None) -> bool:

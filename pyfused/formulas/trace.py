@@ -46,7 +46,7 @@ class Recorder(DispatchMode):
             if (tracked := self.expressions.get(argument.data_ptr())) is not None:
                 return tracked[1]
             if argument.dim():
-                raise UntraceableError("a tensor that is no operand; pass it as an operand")
+                raise UntraceableError("a tensor that is not an operand; pass it as an operand")
             argument = argument.item()
         return self.e.literal(argument) if type(argument) in (bool, int, float) else argument
 
@@ -68,8 +68,8 @@ class Recorder(DispatchMode):
             result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
         if result is NotImplemented:
             raise UntraceableError(
-                f"the kernels do not have {name}; use elementwise operations, and for a sum or "
-                "mean of a loss, pass reduction= to its calls"
+                f"no kernel supports {name}; use elementwise operations, and for a sum or mean "
+                "of a loss, pass reduction= to its calls"
             )
         return result
 
@@ -304,9 +304,9 @@ class Run(TorchFunctionMode):
             self.track(results)
         elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("pyfused."):
             raise UntraceableError(
-                f"{name} may return another value in another call; pass the value as a parameter, "
-                "or use torch's functions: torch.where instead of 'if', torch.zeros_like and "
-                "Tensor.type_as instead of shapes and dtypes"
+                f"the result of {name.strip('_')} may differ between calls; pass it as a "
+                "parameter, or use torch's functions: torch.where instead of 'if', "
+                "torch.zeros_like and Tensor.type_as instead of shapes and dtypes"
             )
         return made
 
@@ -318,7 +318,7 @@ class Run(TorchFunctionMode):
         """
         if isinstance(argument, Tensor):
             if argument.data_ptr() not in self.sources:
-                raise UntraceableError("a tensor that is no operand; pass it as an operand")
+                raise UntraceableError("a tensor that is not an operand; pass it as an operand")
             if isinstance(argument.grad_fn, BackwardCFunction):  # may use a parameter untraced
                 raise UntraceableError(
                     "an autograd.Function; define its gradient with @formula.gradient instead"

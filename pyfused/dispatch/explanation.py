@@ -12,7 +12,7 @@ from pyfused.dispatch.call import fallback_reason, is_small
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.sizes import why_small
 
-BY_SHARDS = "some classes per process"
+BY_SHARDS = "each process computes its classes"
 
 
 class Explanation(NamedTuple):
