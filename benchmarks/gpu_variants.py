@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
-from pyfused.formulas.program import Program
+from pyfused.formula_compiler.program import Program
 from pyfused.kernels import launch, program
 from pyfused.kernels.arithmetic import polynomial
 from pyfused.kernels.rows import DROP, KEEP, finite_or_zero, multiple

@@ -4,7 +4,7 @@
 // Chunks of 512, 256 and 128 elements took 1.03 to 1.07, 1.04 to 1.15 and 1.10 to 1.32 times as
 // long, in the median of ten formulas, because instructions are looked up and called more often.
 //
-// pyfused/formulas/program.py generates programs. A slot is the number of an operand (0 to 3), the
+// formula_compiler/program.py generates programs. A slot is the number of an operand (0 to 3), the
 // value (4), a gradient (5 to 8), a register (9 to 72), or a constant. Constants are the scale of
 // the gradients, the formula's parameters, literals, and values that the prologue computes from
 // these in double, once for each call. pointwise_loss.cpp loads and rounds, and applies weights,

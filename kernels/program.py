@@ -28,7 +28,7 @@ from .arithmetic import (  # noqa: F401 programs call them
 )
 
 if TYPE_CHECKING:
-    from pyfused.formulas.program import Line, Program
+    from pyfused.formula_compiler.program import Line, Program
 
 OPERANDS = ("x0", "x1", "x2", "x3")
 NUMBERS = 3  # parameters that are passed as separate kernel arguments

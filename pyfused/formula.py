@@ -19,9 +19,9 @@ from pyfused.dispatch import call as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Operand
 from pyfused.dispatch.sizes import is_small
-from pyfused.formulas import trace
-from pyfused.formulas.kernel import program_of
-from pyfused.formulas.program import OPERANDS, Expressions, Program, UntraceableError
+from pyfused.formula_compiler import trace
+from pyfused.formula_compiler.kernel import program_of
+from pyfused.formula_compiler.program import OPERANDS, Expressions, Program, UntraceableError
 from pyfused.layout import broadcast_numel
 from pyfused.nn import options_of, set_options, shown
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced

@@ -20,7 +20,7 @@ from pyfused import functional as fused
 from pyfused.backends import cpu, versions
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import sizes
-from pyfused.formulas import program
+from pyfused.formula_compiler import program
 from pyfused.functional import cross_entropy
 from pyfused.ops.elementwise import RELU
 from pyfused.types import CrossEntropyOptions, Outputs

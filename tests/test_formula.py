@@ -31,9 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, Traced, check
-from pyfused.formulas import program as programs
-from pyfused.formulas import trace
-from pyfused.formulas.program import Expressions, UntraceableError, compiled
+from pyfused.formula_compiler import program as programs
+from pyfused.formula_compiler import trace
+from pyfused.formula_compiler.program import Expressions, UntraceableError, compiled
 from pyfused.ops.elementwise import kernels
 from pyfused.types import Outputs
 

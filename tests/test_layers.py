@@ -11,7 +11,7 @@ import pyfused
 LAYERS = (  # each may import from itself and from earlier ones
     ("types", "layout", "torch_internals"),
     ("checks",),
-    ("formulas",),
+    ("formula_compiler",),
     ("kernels",),
     ("backends",),
     ("dispatch",),

@@ -24,8 +24,8 @@ from torch import Tensor
 import pyfused
 from pyfused import functional, nn
 from pyfused.dispatch.call import forget_plans
-from pyfused.formulas import trace
-from pyfused.formulas.program import Program
+from pyfused.formula_compiler import trace
+from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import Outputs

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from pyfused.formulas.kernel import Kernel, Method
-from pyfused.formulas.program import Expressions
+from pyfused.formula_compiler.kernel import Kernel, Method
+from pyfused.formula_compiler.program import Expressions
 from pyfused.ops import elementwise
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS

@@ -25,7 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
 from pyfused.backends.protocol import LossKernel, LossResult
-from pyfused.formulas.program import Program
+from pyfused.formula_compiler.program import Program
 from pyfused.layout import (
     accumulate_dtype,
     along,
@@ -56,7 +56,7 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    from pyfused.formulas.kernel import Kernel
+    from pyfused.formula_compiler.kernel import Kernel
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if _X86 else ("generic",)

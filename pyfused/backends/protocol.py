@@ -27,8 +27,8 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    from pyfused.formulas.kernel import Kernel
-    from pyfused.formulas.program import Program
+    from pyfused.formula_compiler.kernel import Kernel
+    from pyfused.formula_compiler.program import Program
 
 LossResult = tuple[Tensor | None, Gradients]
 # Takes the tensors of a call and grad_output; grad_output=None, the default, means ones.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import triton_version
-from pyfused.formulas.program import OPERANDS, Program
+from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.kernels.cross_entropy import nll_kernel, row_kernel, two_pass_kernel
 from pyfused.kernels.elementwise import elementwise_kernel
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
@@ -57,7 +57,7 @@ from pyfused.types import (
 )
 
 if TYPE_CHECKING:
-    from pyfused.formulas.kernel import Kernel
+    from pyfused.formula_compiler.kernel import Kernel
 
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes

@@ -15,8 +15,8 @@ from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import Arguments, Operator, grad_enabled
 from pyfused.dispatch.plan import Forward, Plan, Tensors, needs_grad
-from pyfused.formulas import trace
-from pyfused.formulas.kernel import Kernel, Method
+from pyfused.formula_compiler import trace
+from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.layout import is_dense
 from pyfused.torch_internals import built_in
 from pyfused.types import Kernels

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.dispatch.operator import Arguments, Operand, Operator, Scalar
-from pyfused.formulas.kernel import Kernel
+from pyfused.formula_compiler.kernel import Kernel
 from pyfused.layout import common_dtype
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation

@@ -14,7 +14,7 @@ from pyfused import checks
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments
-from pyfused.formulas import trace
+from pyfused.formula_compiler import trace
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs

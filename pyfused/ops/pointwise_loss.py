@@ -36,9 +36,9 @@ from pyfused.dispatch.plan import (
     needs_grad,
 )
 from pyfused.dispatch.reasons import stacklevel
-from pyfused.formulas import trace
-from pyfused.formulas.kernel import Kernel, Method
-from pyfused.formulas.program import Program
+from pyfused.formula_compiler import trace
+from pyfused.formula_compiler.kernel import Kernel, Method
+from pyfused.formula_compiler.program import Program
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.torch_internals import built_in

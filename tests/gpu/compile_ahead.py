@@ -47,7 +47,7 @@ from triton.runtime.jit import JITFunction
 
 from pyfused.backends import cross_entropy_once
 from pyfused.backends import triton as backend
-from pyfused.formulas.kernel import Kernel
+from pyfused.formula_compiler.kernel import Kernel
 from pyfused.kernels import launch
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.activation import Activation

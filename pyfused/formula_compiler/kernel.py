@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-from pyfused.formulas.program import Expressions, Program, compiled
-from pyfused.formulas.trace import Function, expressions_of, isolated
+from pyfused.formula_compiler.program import Expressions, Program, compiled
+from pyfused.formula_compiler.trace import Function, expressions_of, isolated
 from pyfused.types import Outputs
 
 

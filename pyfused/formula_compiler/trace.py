@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
-from pyfused.formulas.program import EXPONENTS, Expressions, UntraceableError, is_moderate
+from pyfused.formula_compiler.program import EXPONENTS, Expressions, UntraceableError, is_moderate
 from pyfused.torch_internals import DispatchMode, decomposition_table, tree_map
 
 # ---- recording of ATen operators -----------------------------------------------------------------
