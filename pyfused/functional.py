@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pyfused import checks
 from pyfused.dispatch.call import call
@@ -82,7 +83,6 @@ if TYPE_CHECKING:
     from torch.nn.functional import pad as pad
     from torch.nn.functional import rms_norm as rms_norm
     from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention
-    from typing_extensions import Unpack
 
 __all__ = [
     "additive_margin",

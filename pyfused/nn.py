@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.modules.loss import _Loss, _WeightedLoss
+from typing_extensions import Unpack
 
 import pyfused.functional as F
-from pyfused import checks
+from pyfused import checks, submodules
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     Approximate,
@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     from torch.nn.modules.upsampling import *
     from torch.nn.parallel import DataParallel as DataParallel
     from torch.nn.parameter import *
-    from typing_extensions import Unpack
 
 _NAMES = ["AdditiveMargin", *(op.module for op in OPERATORS.values())]
 if not TYPE_CHECKING:  # without __all__, type checkers export the classes of this file
@@ -75,6 +74,8 @@ if not TYPE_CHECKING:  # without __all__, type checkers export the classes of th
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__path__":  # a submodule is being imported
+        return submodules.path()
     if name.startswith("_") or not hasattr(torch.nn, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(torch.nn, name)
@@ -92,7 +93,7 @@ def set_options(module: Any, options: Mapping[str, Any]) -> None:
     """Sets a module's keyword options; tensors among them become its parameters or buffers."""
     tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
     for name, x in tensors.items():
-        is_parameter = isinstance(x, Parameter)
+        is_parameter = isinstance(x, torch.nn.Parameter)
         (module.register_parameter if is_parameter else module.register_buffer)(name, x)
     module.fused_options = {name: x for name, x in options.items() if name not in tensors}
     module.tensor_options = tuple(tensors)
@@ -124,10 +125,32 @@ def _changed(module: torch.nn.Module, **defaults: Any) -> str:
     return shown(options, of_loss | defaults)
 
 
+class _Module(torch.nn.Module):
+    """The last base of all modules.
+
+    torch.fx keeps a module as a node, together with its hooks, if ``module.__module__`` begins with
+    torch.nn, and traces all others.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self).__module__ == __name__:
+            keep_in_graphs(self)
+
+    def __repr__(self) -> str:
+        package = "pyfused." if type(self).__module__ == __name__ else ""
+        return package + super().__repr__()
+
+
+def keep_in_graphs(module: torch.nn.Module) -> None:
+    """Makes torch.fx treat a module as it treats those of torch.nn."""
+    module.__module__ = torch.nn.__name__
+
+
 # ---- losses over classes, and heads --------------------------------------------------------------
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
     Takes torch's arguments and the function's keyword arguments, including ``gamma`` (focal loss)
@@ -180,7 +203,7 @@ else:  # torch has this module since 2.13
     _LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
 
 
-class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
     """``torch.nn.LinearCrossEntropyLoss`` over :func:`pyfused.functional.linear_cross_entropy`.
 
     Takes torch's arguments and the function's keyword arguments, including ``memory_budget`` and
@@ -249,7 +272,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         return ", ".join(filter(None, (super().extra_repr(), changed)))
 
 
-class LogProbs(torch.nn.Module):
+class LogProbs(_Module):
     """:func:`pyfused.functional.log_probs` as a module, with its keyword arguments."""
 
     fused_options: dict[str, Any]
@@ -312,7 +335,7 @@ class LinearLogProbs(LogProbs):
         return F.linear_log_probs(input, weight, target, linear_bias=bias, **options_of(self))
 
 
-class KLDivWithLogitsLoss(_Loss):
+class KLDivWithLogitsLoss(_Loss, _Module):
     """:func:`pyfused.functional.kl_div_with_logits` as a module, called with the same tensors.
 
     Takes the function's keyword arguments except ``token_weight``, which is passed to the call.
@@ -354,7 +377,7 @@ class LinearTopKKLDivLoss(KLDivWithLogitsLoss):
     _function = "linear_topk_kl_div"
 
 
-class AdditiveMargin(torch.nn.Module):
+class AdditiveMargin(_Module):
     """:func:`pyfused.functional.additive_margin` as a module."""
 
     def __init__(self, margin: float = 0.35, kind: MarginKind = "cosface") -> None:
@@ -371,44 +394,44 @@ class AdditiveMargin(torch.nn.Module):
 # ---- losses --------------------------------------------------------------------------------------
 
 
-class NLLLoss(torch.nn.NLLLoss):
+class NLLLoss(torch.nn.NLLLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.nll_loss(
             input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction
         )
 
 
-class MultiMarginLoss(torch.nn.MultiMarginLoss):
+class MultiMarginLoss(torch.nn.MultiMarginLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multi_margin_loss(
             input, target, self.p, self.margin, self.weight, reduction=self.reduction
         )
 
 
-class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss):
+class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multilabel_margin_loss(input, target, reduction=self.reduction)
 
 
-class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss):
+class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multilabel_soft_margin_loss(input, target, self.weight, reduction=self.reduction)
 
 
-class TripletMarginLoss(torch.nn.TripletMarginLoss):
+class TripletMarginLoss(torch.nn.TripletMarginLoss, _Module):
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         options = self.margin, self.p, self.eps, self.swap
         return F.triplet_margin_loss(anchor, positive, negative, *options, reduction=self.reduction)
 
 
-class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
+class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss, _Module):
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
         return F.cosine_embedding_loss(
             input1, input2, target, self.margin, reduction=self.reduction
         )
 
 
-class ContrastiveLoss(_Loss):
+class ContrastiveLoss(_Loss, _Module):
     """:func:`pyfused.functional.contrastive_loss` as a module."""
 
     def __init__(self, *, reduction: Reduction = "mean", memory_budget: int | None = None) -> None:
@@ -422,71 +445,71 @@ class ContrastiveLoss(_Loss):
         return F.contrastive_loss(a, b, scale, bias, **options)
 
 
-class MarginRankingLoss(torch.nn.MarginRankingLoss):
+class MarginRankingLoss(torch.nn.MarginRankingLoss, _Module):
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
         return F.margin_ranking_loss(input1, input2, target, self.margin, reduction=self.reduction)
 
 
-class MSELoss(torch.nn.MSELoss):
+class MSELoss(torch.nn.MSELoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
-class L1Loss(torch.nn.L1Loss):
+class L1Loss(torch.nn.L1Loss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
-class SmoothL1Loss(torch.nn.SmoothL1Loss):
+class SmoothL1Loss(torch.nn.SmoothL1Loss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
-class HuberLoss(torch.nn.HuberLoss):
+class HuberLoss(torch.nn.HuberLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.huber_loss(input, target, self.reduction, self.delta)
 
 
-class BCELoss(torch.nn.BCELoss):
+class BCELoss(torch.nn.BCELoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
-class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(
             input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
         )
 
 
-class KLDivLoss(torch.nn.KLDivLoss):
+class KLDivLoss(torch.nn.KLDivLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
+class PoissonNLLLoss(torch.nn.PoissonNLLLoss, _Module):
     def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
         return F.poisson_nll_loss(
             log_input, target, self.log_input, self.full, eps=self.eps, reduction=self.reduction
         )
 
 
-class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
+class GaussianNLLLoss(torch.nn.GaussianNLLLoss, _Module):
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         return F.gaussian_nll_loss(input, target, var, self.full, self.eps, self.reduction)
 
 
-class SoftMarginLoss(torch.nn.SoftMarginLoss):
+class SoftMarginLoss(torch.nn.SoftMarginLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.soft_margin_loss(input, target, reduction=self.reduction)
 
 
-class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss):
+class HingeEmbeddingLoss(torch.nn.HingeEmbeddingLoss, _Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.hinge_embedding_loss(input, target, self.margin, reduction=self.reduction)
 
 
-class QuantileLoss(_Loss):
+class QuantileLoss(_Loss, _Module):
     """:func:`pyfused.functional.quantile_loss` as a module."""
 
     def __init__(self, quantile: float = 0.5, reduction: Reduction = "mean") -> None:
@@ -500,7 +523,7 @@ class QuantileLoss(_Loss):
         return _changed(self, quantile=0.5)
 
 
-class LogCoshLoss(_Loss):
+class LogCoshLoss(_Loss, _Module):
     """:func:`pyfused.functional.log_cosh_loss` as a module."""
 
     def __init__(self, reduction: Reduction = "mean") -> None:
@@ -510,7 +533,7 @@ class LogCoshLoss(_Loss):
         return F.log_cosh_loss(input, target, self.reduction)
 
 
-class HingeLoss(_Loss):
+class HingeLoss(_Loss, _Module):
     """:func:`pyfused.functional.hinge_loss` as a module."""
 
     def __init__(
@@ -526,7 +549,7 @@ class HingeLoss(_Loss):
         return _changed(self, margin=1.0, squared=False)
 
 
-class SigmoidFocalLoss(_WeightedLoss):
+class SigmoidFocalLoss(_WeightedLoss, _Module):
     """:func:`pyfused.functional.sigmoid_focal_loss` as a module, with ``"mean"`` by default."""
 
     def __init__(
@@ -556,7 +579,7 @@ class SigmoidFocalLoss(_WeightedLoss):
         return _changed(self, alpha=0.25, gamma=2, ignore_index=None)
 
 
-class RMSELoss(_WeightedLoss):
+class RMSELoss(_WeightedLoss, _Module):
     """:func:`pyfused.functional.rmse_loss` as a module."""
 
     def __init__(
@@ -575,132 +598,132 @@ class RMSELoss(_WeightedLoss):
 # ---- activations ---------------------------------------------------------------------------------
 
 
-class ReLU(torch.nn.ReLU):
+class ReLU(torch.nn.ReLU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, self.inplace)
 
 
-class LeakyReLU(torch.nn.LeakyReLU):
+class LeakyReLU(torch.nn.LeakyReLU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.leaky_relu(input, self.negative_slope, self.inplace)
 
 
-class Sigmoid(torch.nn.Sigmoid):
+class Sigmoid(torch.nn.Sigmoid, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.sigmoid(input)
 
 
-class Tanh(torch.nn.Tanh):
+class Tanh(torch.nn.Tanh, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.tanh(input)
 
 
-class SiLU(torch.nn.SiLU):
+class SiLU(torch.nn.SiLU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(input, self.inplace)
 
 
-class GELU(torch.nn.GELU):
+class GELU(torch.nn.GELU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.gelu(input, approximate=self.approximate)
 
 
-class Threshold(torch.nn.Threshold):
+class Threshold(torch.nn.Threshold, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.threshold(input, self.threshold, self.value, self.inplace)
 
 
-class PReLU(torch.nn.PReLU):
+class PReLU(torch.nn.PReLU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.prelu(input, self.weight)
 
 
-class ReLU6(torch.nn.ReLU6):
+class ReLU6(torch.nn.ReLU6, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.relu6(input, self.inplace)
 
 
-class Hardtanh(torch.nn.Hardtanh):
+class Hardtanh(torch.nn.Hardtanh, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
-class Hardsigmoid(torch.nn.Hardsigmoid):
+class Hardsigmoid(torch.nn.Hardsigmoid, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.hardsigmoid(input, self.inplace)
 
 
-class Hardswish(torch.nn.Hardswish):
+class Hardswish(torch.nn.Hardswish, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.hardswish(input, self.inplace)
 
 
-class Hardshrink(torch.nn.Hardshrink):
+class Hardshrink(torch.nn.Hardshrink, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.hardshrink(input, self.lambd)
 
 
-class Softshrink(torch.nn.Softshrink):
+class Softshrink(torch.nn.Softshrink, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.softshrink(input, self.lambd)
 
 
-class ELU(torch.nn.ELU):
+class ELU(torch.nn.ELU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.elu(input, self.alpha, self.inplace)
 
 
-class SELU(torch.nn.SELU):
+class SELU(torch.nn.SELU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.selu(input, self.inplace)
 
 
-class CELU(torch.nn.CELU):
+class CELU(torch.nn.CELU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.celu(input, self.alpha, self.inplace)
 
 
-class Mish(torch.nn.Mish):
+class Mish(torch.nn.Mish, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.mish(input, self.inplace)
 
 
-class Softplus(torch.nn.Softplus):
+class Softplus(torch.nn.Softplus, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.softplus(input, self.beta, self.threshold)
 
 
-class LogSigmoid(torch.nn.LogSigmoid):
+class LogSigmoid(torch.nn.LogSigmoid, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.logsigmoid(input)
 
 
-class Softsign(torch.nn.Softsign):
+class Softsign(torch.nn.Softsign, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.softsign(input)
 
 
-class Tanhshrink(torch.nn.Tanhshrink):
+class Tanhshrink(torch.nn.Tanhshrink, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.tanhshrink(input)
 
 
-class GLU(torch.nn.GLU):
+class GLU(torch.nn.GLU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.glu(input, self.dim)
 
 
-class Softmax(torch.nn.Softmax):
+class Softmax(torch.nn.Softmax, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
-class LogSoftmax(torch.nn.LogSoftmax):
+class LogSoftmax(torch.nn.LogSoftmax, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.log_softmax(input, self.dim, _stacklevel=5)
 
 
-class Softcap(torch.nn.Module):
+class Softcap(_Module):
     """:func:`pyfused.functional.softcap` as a module."""
 
     def __init__(self, cap: float = 30.0) -> None:
@@ -714,14 +737,14 @@ class Softcap(torch.nn.Module):
         return _changed(self, cap=30.0)
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(_Module):
     """:func:`pyfused.functional.swiglu` as a module."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.swiglu(gate, up)
 
 
-class GEGLU(torch.nn.Module):
+class GEGLU(_Module):
     """:func:`pyfused.functional.geglu` as a module."""
 
     def __init__(self, approximate: Approximate = "none") -> None:
@@ -735,17 +758,8 @@ class GEGLU(torch.nn.Module):
         return _changed(self, approximate="none")
 
 
-class ReGLU(torch.nn.Module):
+class ReGLU(_Module):
     """:func:`pyfused.functional.reglu` as a module."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.reglu(gate, up)
-
-
-def _repr(module: torch.nn.Module) -> str:
-    package = "pyfused." if type(module).__module__ == __name__ else ""
-    return package + torch.nn.Module.__repr__(module)
-
-
-for _name in _NAMES:
-    globals()[_name].__repr__ = _repr

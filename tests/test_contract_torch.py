@@ -7,6 +7,8 @@ The tests make the calls that `catalogue.py` has for every declared operator.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -323,10 +325,29 @@ def test_symbolic_trace_keeps_a_call() -> None:
     close(graph(x), F.mse_loss(F.relu(x), OTHER))
 
 
-def test_symbolic_trace_of_modules() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(5, 5), pyfused.nn.ReLU())
-    x = torch.randn(6, 5)
-    close(torch.fx.symbolic_trace(model)(x), model(x))
+class Mine(pyfused.nn.ReLU):
+    pass
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_symbolic_trace_of_modules(converted: bool) -> None:
+    """Modules are nodes of the graph, like torch's, so their hooks and kernels still run."""
+    seen: list[Tensor] = []
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), Mine())
+    if converted:
+        pyfused.convert(model.append(torch.nn.GELU()).append(torch.nn.LogSoftmax(-1)))
+    else:
+        model.append(pyfused.nn.GELU()).append(pyfused.nn.LogSoftmax(-1))
+    model[2].register_forward_hook(lambda *args: seen.append(args[-1]))
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model[:2]))).extend(model[2:])
+    traced, x = torch.fx.symbolic_trace(model), torch.randn(6, 5)
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert targets == ["0", "2", "3"]  # a subclass is traced, like one of torch.nn's
+    assert not seen
+    close(traced(x), model(x))
+    assert len(seen) == 2
+    pyfused.revert(model)
+    assert "__module__" not in vars(model[2]) or not converted
 
 
 @every_operator

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyfused
 
 LAYERS = (  # each may import from itself and from earlier ones
-    ("types", "layout", "torch_internals"),
+    ("types", "layout", "torch_internals", "submodules"),
     ("checks",),
     ("formula_compiler",),
     ("kernels",),

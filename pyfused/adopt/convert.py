@@ -127,6 +127,7 @@ def convert(
             continue
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
+            nn.keep_in_graphs(module)
             setattr(module, MARK, True)
         elif gated_mlp.is_known(module):
             gated_mlp.fuse(module)
@@ -240,6 +241,7 @@ def revert(model: Module) -> tuple[str, ...]:
     for _, module in converted:
         if MARK in vars(module):  # a module may have several names
             unfuse(module)
+            vars(module).pop("__module__", None)
             module.__class__ = _TORCH_CLASSES.get(type(module), type(module))
     return tuple(name for name, _ in converted)
 
