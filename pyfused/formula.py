@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from pyfused import checks
+from pyfused import checks, nn
 from pyfused.backends import cpu
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
@@ -23,7 +23,6 @@ from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import program_of
 from pyfused.formula_compiler.program import OPERANDS, Expressions, Program, UntraceableError
 from pyfused.layout import broadcast_numel
-from pyfused.nn import options_of, set_options, shown
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
 from pyfused.types import Outputs
@@ -420,13 +419,13 @@ class FormulaModule(torch.nn.Module):
                 f"got {sorted(unknown)}"
             )
         self.formula = formula
-        set_options(self, named)
+        nn.set_options(self, named)
 
     def forward(self, *operands: Tensor) -> Tensor:
-        return self.formula(*operands, **options_of(self))
+        return self.formula(*operands, **nn.options_of(self))
 
     def extra_repr(self) -> str:
-        return f"{self.formula.__name__}, {shown(options_of(self))}".removesuffix(", ")
+        return f"{self.formula.__name__}, {nn.shown(nn.options_of(self))}".removesuffix(", ")
 
 
 # ---- comparison of kernels with the function -----------------------------------------------------
