@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from traceback import walk_tb
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 def _error(name: str, expected: str, got: Any, error: type[Exception] = RuntimeError) -> Exception:
     got = tuple(got) if isinstance(got, torch.Size) else got
     return error(f"{name}: expected {expected}, got {got}")
+
+
+def raised(error: Exception) -> bool:
+    """Returns whether this module raised an error, so its traceback tells users nothing."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return frame.f_globals is globals()
 
 
 def tensor(name: str, value: Any, also: type | None = None) -> None:
@@ -196,7 +203,7 @@ def cross_entropy(
             raise _error("ignore_index", expected, options.ignore_index)
     else:
         _class_index_target(input, target)
-    _class_weight(input, weight, alike=not probabilities)
+    _class_weight(input, weight, same_dtype=not probabilities)
     if options.gamma and (probabilities or options.label_smoothing > 0.0):
         expected = "0.0 with class probabilities or label smoothing"
         raise _error("gamma", expected, float(options.gamma), ValueError)
@@ -390,8 +397,8 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Vocab
         hint *= b.dim() == 2 and len(b) > len(a)
         raise _error("b", f"the shape of a, {tuple(a.shape)}", f"{tuple(b.shape)}{hint}")
     autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
-    alike = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
-    if b.device != a.device or not alike:
+    same_dtype = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
+    if b.device != a.device or not same_dtype:
         expected = f"the dtype and device of a, {a.dtype} on {a.device}"
         raise _error("b", expected, f"{b.dtype} on {b.device}")
     reduction(options.reduction)
@@ -581,12 +588,12 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
     _class_index_target(input, target, probabilities=False)
 
 
-def _class_weight(input: Tensor, weight: Tensor | None, alike: bool = True) -> None:
+def _class_weight(input: Tensor, weight: Tensor | None, same_dtype: bool = True) -> None:
     if weight is None:
         return
     _shape("weight", weight, (classes_of(input),), "one factor for each class")
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-    if alike and weight.dtype is not input.dtype and not autocast:
+    if same_dtype and weight.dtype is not input.dtype and not autocast:
         raise _error("weight", f"the input's dtype {input.dtype}", weight.dtype)
 
 
@@ -699,14 +706,14 @@ def classes_of(input: Tensor) -> int:
     return input.shape[0 if input.dim() == 1 else 1]
 
 
-def target_out_of_range(
+def raise_out_of_range(
     classes: int, target: Tensor, ignore_index: int | None, position: int, least: int = 0
-) -> IndexError | RuntimeError:
-    """Returns the error for the class index at ``position`` in the flattened target."""
+) -> NoReturn:
+    """Raises for the class index at ``position`` in the flattened target."""
     flat = torch.tensor(position, device="cpu")
     index = tuple(int(i) for i in torch.unravel_index(flat, target.shape))
     or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
-    return (RuntimeError if ignore_index is None else IndexError)(
+    raise (RuntimeError if ignore_index is None else IndexError)(
         f"target: expected class indices in [{least}, {classes}){or_ignored}, got "
         f"{target[index].item()} at position {index}"
     )
@@ -727,7 +734,7 @@ def class_indices(classes: int, target: Tensor, ignore_index: int | None, least:
         invalid &= index != ignore_index
     if invalid.any():
         first = int(invalid.flatten().nonzero()[0])
-        raise target_out_of_range(classes, target, ignore_index, first, least)
+        raise_out_of_range(classes, target, ignore_index, first, least)
 
 
 def overwritable(input: Tensor) -> None:

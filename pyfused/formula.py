@@ -337,7 +337,7 @@ class Formula:
         except (UntraceableError, RuntimeError) as error:
             if self.strict:
                 message = f"{self.__name__}: {error}. Pass strict=False to run it unfused"
-                raise type(error)(message) from error
+                raise type(error)(message) from None
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         if is_dynamo_compiling() or (

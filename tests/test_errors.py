@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -387,8 +388,10 @@ def parametrize(wrong: Wrong) -> pytest.MarkDecorator:
 
 
 def error(call: Callable[[], Any]) -> Exception:
+    """Returns the error of a call, which has one traceback, without that of torch's error."""
     with pytest.raises(Exception) as raised:  # noqa: PT011 the caller looks at the type
         call()
+    assert "".join(traceback.format_exception(raised.value)).count("Traceback (most") == 1
     return raised.value
 
 

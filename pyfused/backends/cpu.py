@@ -234,7 +234,7 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
     target = target.contiguous()
     position = native.invalid_class_index(target.data_ptr(), target.numel(), classes, ignore_index)
     if position >= 0:
-        raise checks.target_out_of_range(classes, target, ignore_index, position)
+        checks.raise_out_of_range(classes, target, ignore_index, position)
 
 
 def all_in_range(target: Tensor, classes: int) -> bool:
@@ -309,7 +309,7 @@ def cross_entropy(
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
-            raise checks.target_out_of_range(sizes[2], target, ignore_index, out_of_range)
+            checks.raise_out_of_range(sizes[2], target, ignore_index, out_of_range)
         return loss, (grad, grad_target)
 
     return launch
@@ -355,7 +355,7 @@ def multi_margin_loss(
         )
         if out_of_range >= 0:
             least = -1 if multilabel else 0
-            raise checks.target_out_of_range(shape[1], target, None, out_of_range, least)
+            checks.raise_out_of_range(shape[1], target, None, out_of_range, least)
         return loss, (grad, None)
 
     return launch

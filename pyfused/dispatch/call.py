@@ -78,8 +78,10 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         with torch_alone:
             return function(*arguments)
     except _ERRORS as error:
-        _check(op, arguments, error)
-        raise
+        invalid = None if is_dynamo_compiling() else _invalid_arguments(op, arguments, error)
+        if invalid is None:
+            raise
+        raise invalid.with_traceback(None) from None
 
 
 # ---- decisions -----------------------------------------------------------------------------------
@@ -297,12 +299,16 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
         warnings.warn(message + reason, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
-def _check(op: Operator, arguments: Arguments, error: Exception) -> None:
-    """Raises pyfused's error, if any, for arguments for which torch's operator has raised."""
+def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> Exception | None:
+    """Returns pyfused's error for arguments for which torch's operator has raised one, if any."""
     tensors = {operand.name: arguments[index] for index, operand in op.indexed_operands}
     tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
-    if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
-        checks.devices(tensors, error)
-        op.check(arguments)
-    indices = [operand.name for operand in op.operands if operand.indices]
-    checks.floating(tensors, indices, error)
+    try:
+        if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
+            checks.devices(tensors, error)
+            op.check(arguments)
+        indices = [operand.name for operand in op.operands if operand.indices]
+        checks.floating(tensors, indices, error)
+    except Exception as invalid:
+        return invalid
+    return error if checks.raised(error) else None
