@@ -134,6 +134,7 @@ def is_observed() -> bool:
 # If a mode makes a call fall back to torch in the forward pass of a checkpoint, the recomputation,
 # which runs without the mode, falls back, too, because it must save the same tensors.
 _checkpoints: set[weakref.ref[Any]] = set()
+_CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 
 
 def left_in_checkpoint() -> bool:
@@ -155,7 +156,7 @@ def _checkpoint() -> Any:
     for cell in getattr(pack, "__closure__", None) or ():
         record = cell.cell_contents
         record = record() if isinstance(record, weakref.ref) else record
-        if type(record).__name__ == "_CheckpointFrame":
+        if type(record) is _CheckpointFrame:
             return record
     return None
 

@@ -216,10 +216,14 @@ def test_threads(threads: Callable[[int], None]) -> None:
     assert pyfused.explain("relu", X).threads == 2
 
 
+def relu(input: Tensor) -> Tensor:
+    return 2 * input
+
+
 @pytest.mark.parametrize(
     "op",
-    ["no", len, F.ctc_loss, 3, torch.nn.Linear(2, 2)],
-    ids=["name", "builtin", "function", "number", "module"],
+    ["no", len, F.ctc_loss, relu, 3, torch.nn.Linear(2, 2)],
+    ids=["name", "builtin", "function", "user's function", "number", "module"],
 )
 def test_an_unknown_operator(op: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"got {op!r}") + "$") as raised:

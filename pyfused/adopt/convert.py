@@ -88,9 +88,10 @@ def convert(
     loss of a converted head is fused in training. Another call changes the options of a model that
     is already converted.
 
-    Code that looks up the exact class of a module does not recognise a replaced one: call
-    :func:`revert` before it runs. Examples are rules of attribution methods (Captum's DeepLift),
-    counters of operations, and tables of modules in pruning and quantization libraries.
+    ``type(module)`` changes. Libraries that look up the exact class of a module do not recognise a
+    replaced one, often without an error: ``torch.ao.quantization`` in eager mode, Captum's
+    ``DeepLift``, BackPACK, counters of operations such as THOP, and pruning libraries. Call
+    :func:`revert` before you use them.
 
     Args:
         model: Any module; its submodules are replaced, and the module itself if it is supported.

@@ -22,6 +22,8 @@ from pyfused.dispatch.explanation import BY_SHARDS, Explanation, by_kernel, path
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.operators import OPERATORS
 
+_LIBRARIES = ("None", "torch", "torchvision", __name__.partition(".")[0])
+
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
     """Returns which backend a call is dispatched to, and why, without making the call.
@@ -48,8 +50,10 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         return path_of(op.op, op.arguments(args, kwargs))
     if isinstance(op, Module):
         return _explain_module(op, *args, **kwargs)
+    library = str(getattr(op, "__module__", None)).partition(".")[0]
+    is_known = isinstance(op, str) or library in _LIBRARIES  # built-ins have no module
     name = op if isinstance(op, str) else getattr(op, "__name__", "")
-    if name not in functional.__all__:
+    if not is_known or name not in functional.__all__:
         close = difflib.get_close_matches(op, functional.__all__, 1) if isinstance(op, str) else []
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"op: expected a function of pyfused.functional, got {op!r}{hint}")
