@@ -64,8 +64,9 @@ def terms(
         share = scalar(beta, log_p.dtype)
         more = difference >= 0.0
         of_m = tl.where(more, 1.0 - share + share * ratio, share + (1.0 - share) * ratio)
-        s = tl.where(more, -difference, 0.0) - log(of_m)
-        r = tl.where(more, 0.0, difference) - log(of_m)
+        log_of_m = log(of_m, EXACT=EXACT)
+        s = tl.where(more, -difference, 0.0) - log_of_m
+        r = tl.where(more, 0.0, difference) - log_of_m
     return p, q, s, r
 
 

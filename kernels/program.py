@@ -65,15 +65,15 @@ def root(x):
 
 
 @triton.jit
-def expm1(x):
+def expm1(x, EXACT: tl.constexpr):
     """Returns exp(x) - 1 to 4 ULP; near 0, from tanh(x / 2) = expm1(x) / (expm1(x) + 2)."""
-    t = tanh(0.5 * x)
-    return tl.where(tl.abs(x) < 0.5, 2.0 * t / (1.0 - t), exp(x) - 1.0)
+    t = tanh(0.5 * x, EXACT)
+    return tl.where(tl.abs(x) < 0.5, 2.0 * t / (1.0 - t), exp(x, EXACT) - 1.0)
 
 
 @triton.jit
-def softplus(x):
-    return tl.where(x > 0.0, x, 0.0) + softplus_nonpositive(-tl.abs(x))
+def softplus(x, EXACT: tl.constexpr):
+    return tl.where(x > 0.0, x, 0.0) + softplus_nonpositive(-tl.abs(x), EXACT)
 
 
 @triton.jit
@@ -103,10 +103,10 @@ INSTRUCTIONS = {
     "reciprocal": "1.0 / {}",
     "sqrt": "root({})",
     "rsqrt": "1.0 / root({})",
-    "exp": "exp({})",
-    "expm1": "expm1({})",
-    "log": "log({})",
-    "log1p": "log1p({})",
+    "exp": "exp({}, EXACT)",
+    "expm1": "expm1({}, EXACT)",
+    "log": "log({}, EXACT=EXACT)",
+    "log1p": "log1p({}, EXACT)",
     "sin": "tl.sin({})",
     "cos": "tl.cos({})",
     "tanh": "tanh({}, EXACT)",
@@ -115,7 +115,7 @@ INSTRUCTIONS = {
     "density": "0.3989422804014327 * exp_nonpositive(-0.5 * {0} * {0}, EXACT)",
     "decay": "exp_nonpositive(-tl.abs({}), EXACT)",
     "sigmoid_from": "tl.where({1} < 0.0, {0}, 1.0) * reciprocal(1.0 + {0}, EXACT)",
-    "softplus_from": "softplus({1})",
+    "softplus_from": "softplus({1}, EXACT)",
     "add": "{} + {}",
     "sub": "{} - {}",
     "mul": "{} * {}",

@@ -3,9 +3,9 @@
     count    out = sum_i [t_i counts] weight[t_i] token_weight_i          reads 8 bytes per target
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
-Each program stores one partial sum. The last program to arrive adds them up in the order of program
-ids, so results are bitwise reproducible. In large calls, torch adds them up instead, because the
-arrival counter would be contended.
+Each program stores one partial sum. The last program of each group to arrive adds up the sums of
+its group, and the last group adds up those of all groups. The order is fixed, so results are
+bitwise reproducible. Up to GROUP groups, each of these sums is one load.
 
 torch: weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
@@ -15,28 +15,56 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+GROUP = tl.constexpr(256)  # programs that share an arrival counter
+
+
+@triton.jit
+def arrives_last(counter, arrivals):
+    """Returns whether a program is the last to arrive at a counter, which then becomes 0 again."""
+    tl.debug_barrier()
+    # Releases the partial sum of this program, and acquires those of earlier arrivals.
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == arrivals - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def store_sum(out, parts, n):
+    total = tl.zeros([GROUP], tl.float64)
+    for start in range(0, n, GROUP):
+        i = start + tl.arange(0, GROUP)
+        # bypasses L1, which may hold stale values
+        total += tl.load(parts + i, mask=i < n, other=0.0, cache_modifier=".cg")
+    A: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    tl.store(out, tl.sum(total).to(A))
+
 
 @triton.jit
 def add_up(part, reduced):
-    """Stores a program's partial sum. The last program to arrive adds up all partial sums.
+    """Adds up the partial sums of all programs.
 
-    reduced: the partial sums, and the sum. If there is a sum, an arrival counter follows the
-        partial sums, which is 0 at launch. Else the partial sums are not added up.
+    reduced: the sum, of any dtype; if there are several programs, also the partial sums of programs
+        and of groups, and the counters, which are 0: one of all groups and one for each group. If
+        the sum is None, the partial sums are only stored.
     """
-    parts = reduced[0]
-    tl.store(parts + tl.program_id(0), part)
-    if len(reduced) > 1:
-        programs = tl.num_programs(0)
-        counter = (parts + programs).to(tl.pointer_type(tl.int32), bitcast=True)
-        tl.debug_barrier()
-        # Releases this partial sum, and acquires the partial sums of earlier arrivals.
-        if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
-            total = tl.zeros([256], tl.float64)
-            for start in range(0, programs, 256):
-                i = start + tl.arange(0, 256)
-                # bypasses L1, which may hold stale values
-                total += tl.load(parts + i, mask=i < programs, other=0.0, cache_modifier=".cg")
-            tl.store(reduced[1], tl.sum(total))
+    out = reduced[0]
+    if len(reduced) == 1:
+        tl.store(out, part.to(tl.float32) if out.dtype.element_ty == tl.bfloat16 else part)
+    else:
+        parts, programs = reduced[1], tl.num_programs(0)
+        tl.store(parts + tl.program_id(0), part)
+        if out is not None:
+            groups, group = tl.cdiv(programs, GROUP), tl.program_id(0) // GROUP
+            first = group * GROUP
+            members = tl.minimum(programs - first, GROUP)
+            if arrives_last(reduced[2] + 1 + group, members):
+                if groups == 1:
+                    store_sum(out, parts + first, members)
+                else:
+                    store_sum(parts + programs + group, parts + first, members)
+                    if arrives_last(reduced[2], groups):
+                        store_sum(out, parts + programs, groups)
 
 
 @triton.jit

@@ -326,11 +326,14 @@ class Outputs(NamedTuple):
         loss: Whether the loss is computed.
         gradients: Whether the gradient of each operand is computed; () for none.
         inplace: Whether the gradient of the input overwrites the input.
+        loss_dtype: The dtype of the loss. A backend may return the dtype of None instead, the
+            accumulation dtype.
     """
 
     loss: bool = True
     gradients: tuple[bool, ...] = ()
     inplace: bool = False
+    loss_dtype: torch.dtype | None = None
 
 
 class Head(NamedTuple):

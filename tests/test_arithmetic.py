@@ -116,6 +116,24 @@ def test_float32(function: Any, of_torch: Function, numbers: Any, most: float) -
     assert ulps(of(function, x), of_torch(x.double())) <= most
 
 
+@triton.jit
+def inexact_kernel(x, out, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, FUNCTION(tl.load(x + i), EXACT=False))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if not name.startswith(("reciprocal", "tanh"))]
+)
+def test_functions_for_half_precision(name: str) -> None:
+    function, of_torch, numbers, _ = CASES[name]
+    x = numbers()
+    out = torch.empty_like(x)
+    inexact_kernel[(x.numel() // BLOCK,)](x, out, FUNCTION=function, BLOCK=BLOCK)
+    exact = of_torch(x.double())
+    torch.testing.assert_close(out.double(), exact, rtol=2e-5, atol=2.0**-126)
+
+
 def test_float64_logarithm_of_float32() -> None:
     x = sizes(1e-38, 1e38)
     got = of(log_float64, x, torch.float64)

@@ -67,29 +67,33 @@ def test_grid_stride_loops() -> None:
 
 
 def test_the_last_program_to_arrive_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If there are many programs, torch adds up their sums."""
-    sums: list[int] = []
+    """Counters are 0 again afterwards. torch adds up the partial sums of many programs."""
+    counters, sums = torch.zeros(99, dtype=torch.int32), list[int]()
     add_up = Tensor.sum
+    monkeypatch.setattr(triton, "_counters", lambda _: counters)
+    monkeypatch.setattr(triton, "MOST_PROGRAMS", 1000)
+    monkeypatch.setattr(triton, "MOST_ARRIVALS", 600)
     monkeypatch.setattr(Tensor, "sum", lambda parts: sums.append(parts.numel()) or add_up(parts))
-    for n in (700, 33, 320, 32, 640):  # 22 programs exceed the limit of arrivals
-        x, target = torch.randn(2, n, dtype=torch.float64)
+    for programs in (22, 2, 256, 1, 257, 10, 600, 601):  # of 32 elements, in groups of 256 programs
+        x, target = torch.randn(2, 32 * programs - 5, dtype=torch.float64)
         got = fused.mse_loss(x, target)
         assert got.item() == pytest.approx((x - target).square().mean().item(), rel=1e-14)
-    assert sums == [22]
+        assert not counters.any()
+    assert sums == [601]
 
 
 def test_the_sum_of_no_elements_is_zero() -> None:
     out = torch.full((), math.nan)
-    triton._with_loss(Mock(), 0, 0, lambda: out)((), ())
+    triton._with_loss(Mock(), 0, lambda: out)((), ())
     assert out.item() == 0
 
 
-def test_each_call_has_its_own_counter() -> None:
+@pytest.mark.parametrize("default", [True, False])
+def test_only_the_default_stream_shares_counters(
+    default: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shared counters would belong to the memory pool of a CUDA graph, or to several graphs."""
-    kernel = Mock()
-    run = triton._with_loss(kernel, 4, 100, lambda: torch.empty(()))
-    run((), ())
-    run((), ())
-    (_, (first, _)), (_, (second, _)) = [call.args for call in kernel.call_args_list]
-    assert first.data_ptr() != second.data_ptr()
-    assert second.view(torch.int32)[-2:].tolist() == [0, 0]
+    monkeypatch.setattr(triton, "on_default_stream", lambda _: default)
+    first, second = (triton._counters(torch.device("cpu")) for _ in range(2))
+    assert (first.data_ptr() == second.data_ptr()) is default
+    assert not first.any()

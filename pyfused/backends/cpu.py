@@ -693,5 +693,8 @@ def activation(
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
+    dtype = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+    if factor.dtype is not dtype:
+        factor = factor.to(dtype)
     pointers = tensor.data_ptr(), factor.data_ptr()
     native.scale(DTYPES[tensor.dtype], tensor.numel(), *pointers, torch.get_num_threads())

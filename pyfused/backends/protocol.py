@@ -283,4 +283,4 @@ class Backend(Protocol):
         """
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
-        """Multiplies a dense tensor in place by a scalar tensor of the accumulation dtype."""
+        """Multiplies a dense tensor in place by a scalar tensor."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +17,19 @@ from torch import Tensor
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import triton_version
 from pyfused.formula_compiler.program import OPERANDS, Program
+from pyfused.kernels import reductions
 from pyfused.kernels.cross_entropy import nll_kernel, row_kernel, two_pass_kernel
 from pyfused.kernels.elementwise import elementwise_kernel
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
-from pyfused.kernels.launch import Choice, Launch, choose, power_of_2, prepared
+from pyfused.kernels.launch import (
+    Choice,
+    Launch,
+    choose,
+    on_default_stream,
+    power_of_2,
+    prepared,
+)
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel, multilabel_margin_kernel
 from pyfused.kernels.program import NUMBERS, formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel
@@ -62,14 +70,13 @@ if TYPE_CHECKING:
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
-# Calls of at most this many elements are bound by launch overhead, so they use fewer kernels: each
-# program counts the valid targets itself if there are few, and the last program to arrive adds up
-# the partial sums. In larger calls this would lengthen the kernel.
-HOST_BOUND = 1 << 24
-COUNTED_BY_PROGRAMS = 2048  # up to this many class indices, each program counts the valid targets
-MOST_ARRIVALS = 1 << 14  # up to this many programs, the last one adds up the partial sums
+# In calls of at most this many elements, which are bound by launch overhead, each program counts
+# the valid targets itself if there are at most COUNTED_BY_PROGRAMS, instead of another kernel.
+HOST_BOUND, COUNTED_BY_PROGRAMS = 1 << 24, 2048
+MOST_ARRIVALS = 1 << 14  # of more programs, torch adds up the partial sums
 # Programs of a grid-stride loop with a sum: several waves on any GPU, but few partial sums.
 MOST_PROGRAMS = 4096
+GROUP = reductions.GROUP.value
 SCALE_PROGRAMS = 512  # few, because in most calls the factor is 1 and programs exit at once
 # Threads that keep a whole row in registers: 0.76 times the time of two passes at 32,000 classes.
 SOFTMAX_THREADS = 1024
@@ -106,18 +113,11 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 
 def _with_loss(
-    kernel: Launch,
-    programs: int,
-    elements: int,
-    new_loss: Callable[[], Tensor] | None,
-    each: bool = False,
+    kernel: Launch, programs: int, new_loss: Callable[[], Tensor] | None, each: bool = False
 ) -> Callable[[tuple[Any, ...], tuple[Any, ...]], Tensor | None]:
     """Prepares a kernel that stores the loss of each row, or adds up the losses of elements.
 
-    One program stores the sum. The last of at most MOST_ARRIVALS programs adds up their partial
-    sums; torch adds up those of more programs. Partial sums and the arrival counter are
-    allocated in each call, as in ATen's reductions: cached ones could belong to the memory pool of
-    a CUDA graph, or be shared by concurrent graphs.
+    The last of at most MOST_ARRIVALS programs adds up the partial sums; otherwise torch does.
 
     Args:
         new_loss: Allocates the loss; None if it is not needed.
@@ -125,7 +125,7 @@ def _with_loss(
     Returns:
         A function of the kernel's arguments before and after the loss. It returns the loss.
     """
-    most = MOST_ARRIVALS if elements <= HOST_BOUND else 1
+    groups = -(-programs // GROUP)
 
     def launch(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Tensor | None:
         if new_loss is None:
@@ -136,16 +136,33 @@ def _with_loss(
             kernel(programs, *inputs, loss, *outputs)
         elif programs == 1:
             kernel(programs, *inputs, (loss,), *outputs)
-        elif 0 < programs <= most:
-            parts = loss.new_zeros(programs + 1, dtype=torch.float64)
-            kernel(programs, *inputs, (parts, loss), *outputs)
+        elif 0 < programs <= MOST_ARRIVALS:
+            parts = loss.new_empty(programs + groups, dtype=torch.float64)
+            kernel(programs, *inputs, (loss, parts, _counters(loss.device)), *outputs)
         else:
             parts = loss.new_empty(programs, dtype=torch.float64)
-            kernel(programs, *inputs, (parts,), *outputs)
+            kernel(programs, *inputs, (None, parts), *outputs)
             loss.copy_(parts.sum())
         return loss
 
     return launch
+
+
+def _counters(device: torch.device) -> Tensor:
+    """Returns the counters of `add_up`, which are 0 before and after each kernel.
+
+    Kernels on a device's default stream run one after another, so they share counters. Others get
+    new ones: CUDA graphs are captured on other streams, may run concurrently, and own their memory.
+    """
+    counters = _shared_counters if on_default_stream(device) else _new_counters
+    return counters(device)
+
+
+def _new_counters(device: torch.device) -> Tensor:
+    return torch.zeros(1 + -(-MOST_ARRIVALS // GROUP), dtype=torch.int32, device=device)
+
+
+_shared_counters = cache(_new_counters)
 
 
 def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
@@ -156,7 +173,8 @@ def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
 
 def _loss_allocator(input: Tensor, reduction: str, outputs: Outputs) -> Any:
     """Returns the function that allocates the loss of (N, C, d1, ..., dk), None if not needed."""
-    shape, dtype = loss_shape(input, reduction), accumulate_dtype(input.dtype)
+    shape, dtype = loss_shape(input, reduction), outputs.loss_dtype
+    dtype = accumulate_dtype(input.dtype) if dtype is None else dtype
     new_loss = partial(torch.empty, shape, dtype=dtype, device=input.device)
     return new_loss if outputs.loss else None
 
@@ -176,7 +194,7 @@ def _divisor(
     number = None if isinstance(options.denominator, Tensor) else options.denominator
     few = n <= COUNTED_BY_PROGRAMS and elements <= HOST_BOUND
     new_count = partial(torch.empty, (), dtype=torch.float64, device=target.device)
-    count = _with_loss(COUNT, min(-(-n // (2 * COUNT.choice.block)), 256), n, new_count)
+    count = _with_loss(COUNT, min(-(-n // (2 * COUNT.choice.block)), 256), new_count)
     numbers = n, options.ignore_index, classes
 
     def divisor(
@@ -241,7 +259,7 @@ def cross_entropy(
     meta = {"GAMMA": options.gamma, "SCALE": options.scale, "EACH": each}
     kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
     new_loss = _loss_allocator(input, reduction, outputs)
-    run = _with_loss(kernel, programs, elements, new_loss, each)
+    run = _with_loss(kernel, programs, new_loss, each)
     numbers = tuple(kernel_strides), options.ignore_index, smoothing, options.z_loss
     divisor = _divisor(options, target, n, classes, elements)
     converts = converts_in(accumulate, weight, options.token_weight, grad_output)
@@ -304,7 +322,7 @@ def nll_loss(
     choice, each = choose(input.element_size()), options.reduction == "none"
     kernel = prepared(nll_kernel, choice, EACH=each)
     new_loss = _loss_allocator(input, options.reduction, outputs)
-    run = _with_loss(kernel, -(-n // choice.block), input.numel(), new_loss, each)
+    run = _with_loss(kernel, -(-n // choice.block), new_loss, each)
     numbers = n, inner, classes, strides, grad_strides, options.ignore_index
     divisor = _divisor(options, target, n, classes, n)
 
@@ -343,7 +361,7 @@ def multi_margin_loss(
         kernel = prepared(multi_margin_kernel, choice, EACH=each, SQUARED=options.p == 2)
         numbers = *numbers, float(options.margin)
     new_loss = _loss_allocator(input, reduction, outputs)
-    run = _with_loss(kernel, programs, input.numel(), new_loss, each)
+    run = _with_loss(kernel, programs, new_loss, each)
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
@@ -382,8 +400,9 @@ def embedding_loss(
     choice, programs = _tiling((1, n, features), itemsize, *rows, tensors=2)
     kernel = prepared(function, choice, EACH=each, **meta)
     loss_shape, device = shape[:-1] if each else (), inputs[0].device
-    new_loss = partial(torch.empty, loss_shape, dtype=accumulate, device=device)
-    run = _with_loss(kernel, programs, n * features, new_loss if outputs.loss else None, each)
+    loss_dtype = outputs.loss_dtype or accumulate
+    new_loss = partial(torch.empty, loss_shape, dtype=loss_dtype, device=device)
+    run = _with_loss(kernel, programs, new_loss if outputs.loss else None, each)
     numbers = n, features, strides, *(options.margin, options.eps)[: count - 1]
     needs_grad = outputs.gradients or (False,) * len(inputs)
     tensor_count, divisor = len(inputs), None if denominator == 1 else int(denominator)
@@ -482,7 +501,7 @@ def kl_div_with_logits(
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(beta, MIXTURE)
     meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
     new_loss = _loss_allocator(input, reduction, outputs)
-    run = _with_loss(prepared(kl_div_kernel, choice, **meta), programs, n * classes, new_loss, each)
+    run = _with_loss(prepared(kl_div_kernel, choice, **meta), programs, new_loss, each)
     divisor = _divisor(options, input, n, classes, n * classes)
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
@@ -552,11 +571,12 @@ def pointwise_loss(
     numbers, others = (*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
     program = formula if isinstance(formula, Program) else formula.programs[0]
     function = program.kernel("triton", formula_of)
-    kernel = Launch(elementwise_kernel, choice, FORMULA=function, EACH=each, EXACT=True)
-    device, accumulate = order.device, accumulate_dtype(order.dtype)
-    new_sum = partial(torch.empty, (), dtype=accumulate, device=device)
+    exact = order.element_size() > 2
+    kernel = Launch(elementwise_kernel, choice, FORMULA=function, EACH=each, EXACT=exact)
+    device, loss_dtype = order.device, outputs.loss_dtype or accumulate_dtype(order.dtype)
+    new_sum = partial(torch.empty, (), dtype=loss_dtype, device=device)
     new_loss = _allocator(order, device) if each else new_sum
-    run = _with_loss(kernel, programs, n, new_loss if outputs.loss else None, each)
+    run = _with_loss(kernel, programs, new_loss if outputs.loss else None, each)
     fixed_divisor = None if divisor == 1 else int(divisor)  # Triton passes floats as float32
 
     def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:

@@ -116,9 +116,7 @@ class Fused(torch.autograd.Function):
                 if gradient is not None:
                     if copies or not (gradient.is_contiguous() or is_dense(gradient)):
                         gradients[i] = gradient = gradient.clone()
-                    dtype = torch.float64 if gradient.dtype is torch.float64 else torch.float32
-                    factor = grad_output if grad_output.dtype is dtype else grad_output.to(dtype)
-                    plan.backend.scale_(gradient, factor)
+                    plan.backend.scale_(gradient, grad_output)
         constants = len(ctx.needs_input_grad) - 1 - len(gradients)
         return None, *gradients, *(None,) * constants
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
 from pyfused.dispatch.operator import Arguments, grad_enabled
-from pyfused.layout import layouts
+from pyfused.layout import accumulate_dtype, layouts
 from pyfused.types import Gradients, Outputs
 
 Tensors = Sequence[Any]  # each is a Tensor or None
@@ -79,6 +79,7 @@ def loss_passes(
     needs: tuple[bool, ...],
     in_forward: bool,
     inplace: bool = False,
+    loss_dtype: torch.dtype | None = None,
 ) -> tuple[Callable[[Tensors], Forward], Callable[[Tensors, Tensor], Gradients]]:
     """Returns the forward and the backward pass of a loss.
 
@@ -89,6 +90,7 @@ def loss_passes(
         prepare: Prepares the kernel for the layouts of tensors, the outputs and grad_output.
         in_forward: Whether the forward pass computes the gradients.
         inplace: Whether the gradient of the input overwrites the input.
+        loss_dtype: The dtype of the loss, None for that of the kernels.
     """
     launches: dict[Any, LossKernel] = {}
     in_forward = in_forward and True in needs
@@ -96,12 +98,16 @@ def loss_passes(
     def forward(tensors: Tensors) -> Forward:
         launch = launches.get(None)
         if launch is None:
-            outputs = Outputs(True, needs if in_forward else (), inplace)
+            outputs = Outputs(True, needs if in_forward else (), inplace, loss_dtype)
             launch = launches[None] = prepare(tensors, outputs, None)
         loss, gradients = launch(tensors)
+        if loss_dtype is not None and loss is not None and loss.dtype is not loss_dtype:
+            loss = loss.to(loss_dtype)
         return loss, tensors, gradients if in_forward else ()
 
     def backward(tensors: Tensors, grad_output: Tensor) -> Gradients:
+        if loss_dtype is not None:
+            grad_output = grad_output.to(accumulate_dtype(tensors[0].dtype))
         key = layouts(*tensors, grad_output)
         launch = launches.get(key)
         if launch is None:

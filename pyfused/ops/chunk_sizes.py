@@ -11,12 +11,19 @@ a few percent of the time of the products, from 256 rows on. With AMX the sums o
 twice as long as all products (700 GFLOP/s beside 2.7 GB/s, as such sums leave the cache). There it
 is fastest to compute all rows at once, and a fourth product is cheaper than sums over fewer than
 1500 rows.
+
+On a GPU, blocks are so large that launches take less time than the kernels, and the sums a few
+percent of the time of the products: in half precision, the three products of r rows take 6 r
+operations per element of the weight, and its sum in float32 moves 8 bytes, which takes an H100,
+with 7e14 operations and 3e12 bytes per second, 300 / r of the time. All rows are computed at once
+if this takes no more memory than blocks and sums.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -26,9 +33,13 @@ from pyfused.types import CrossEntropyOptions, Head
 # For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
 # 1.3 times with 128, and 1.1 times with 256.
 MAX_ROWS = 512
-MAX_ROWS_GPU = 2048  # not measured: larger products, and fewer launches
+MAX_ROWS_GPU = {2: 8192, 4: 2048, 8: 2048}  # by bytes per element
+SQUARE_GPU = 8192  # rows and classes of a square block
+LOGITS_GPU = SQUARE_GPU**2  # logits of a chunk of few classes
 MIN_ROWS = 96  # with fewer, the fourth product of the loop over blocks is cheaper
 MIN_ROWS_AMX = 1536  # for bfloat16
+MIN_ROWS_GPU = 1024  # for half precision
+MEMORY_FRACTION_GPU = 16  # at most 1/16 of the GPU's memory for a block
 MEMORY_FRACTION = 32  # with AMX, all rows at once up to 1/32 of the machine's memory
 MIN_BUDGET = 16 << 20  # bytes
 TILE = 1024  # rows and classes of a block
@@ -57,42 +68,87 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@functools.cache
+def device_memory() -> int:
+    """Returns the size of the memory of the current GPU in bytes, without one the machine's."""
+    if not torch.cuda.is_available():
+        return physical_memory()
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
 def rows_in_budget(
-    n: int, row: int, memory_budget: int | None, dtype: torch.dtype, backend: Backend
+    n: int,
+    shape: tuple[int, int],
+    memory_budget: int | None,
+    dtype: torch.dtype,
+    backend: Backend,
+    bytes_per_logit: int | None = None,
 ) -> int:
-    """Returns the number of rows of ``row`` bytes that fit, which may exceed n or be 0."""
+    """Returns the number of rows with all classes of a block, which may exceed n or be 0.
+
+    Args:
+        shape: The shape of the weight, whose gradient is a sum over blocks.
+        bytes_per_logit: The memory of a block, for each logit; None for one element.
+    """
+    (classes, features), itemsize = shape, dtype.itemsize
+    row = classes * (bytes_per_logit or itemsize)
     if memory_budget is not None:
         return memory_budget // row
+    if backend.ASYNCHRONOUS:
+        most = max(LOGITS_GPU // classes, MAX_ROWS_GPU[itemsize] * classes * itemsize // row)
+        most = max(1, min(most, device_memory() // MEMORY_FRACTION_GPU // row))
+        blocks = -(-n // most)
+        rows = -(-n // (blocks * TILE)) * TILE if blocks > 1 else n
+        sums = 4 * classes * features if itemsize == 2 else 0  # for several blocks
+        return rows if rows * row + sums < n * row else n
     if has_slow_sums(dtype, backend) and n * row <= physical_memory() // MEMORY_FRACTION:
         return n
-    most = MAX_ROWS_GPU if backend.ASYNCHRONOUS else MAX_ROWS
-    return min(max(n * row // 4, MIN_BUDGET) // row, most)
+    return min(max(n * row // 4, MIN_BUDGET) // row, MAX_ROWS)
 
 
 def rows_at_once(head: Head, options: CrossEntropyOptions, backend: Backend) -> int:
     """Returns the number of rows with all classes per block, 0 if blocks of classes are better."""
     n, dtype = len(head.input), product_dtype(head, backend)
-    row = head.columns * dtype.itemsize * (1 if options.softcap is None else 3)
-    rows = rows_in_budget(n, row, options.memory_budget, dtype, backend)
+    shape = head.columns, head.input.shape[1]
+    bytes_per_logit = dtype.itemsize * (1 if options.softcap is None else 3)
+    rows = rows_in_budget(n, shape, options.memory_budget, dtype, backend, bytes_per_logit)
     if head.linear_weight.dim() > 2 or head.target.is_floating_point():
         return max(1, min(n, rows))
     min_rows = MIN_ROWS_AMX if has_slow_sums(dtype, backend) else MIN_ROWS
+    if backend.ASYNCHRONOUS and dtype.itemsize == 2:
+        min_rows = MIN_ROWS_GPU
     return 0 if dtype is not head.input.dtype or rows < min(n, min_rows) else min(n, rows)
 
 
-def tile_size(features: int, dtype: torch.dtype, memory_budget: int | None) -> int:
-    """Returns the number of rows and of classes of a square block that fits the budget."""
-    tile = TILE
+def tile_size(
+    shape: Sequence[int], dtype: torch.dtype, memory_budget: int | None, backend: Backend
+) -> tuple[int, int]:
+    """Returns the number of rows and of classes of a block that fits the budget.
+
+    Args:
+        shape: The shape (N, D) of the input.
+    """
+    (n, features), tile = shape, TILE
+    if backend.ASYNCHRONOUS and memory_budget is not None:  # few sums over rows are added up
+        logits = memory_budget // dtype.itemsize
+        rows = max(1, min(n, logits // tile))
+        return rows, max(1, logits // rows)
     if memory_budget is not None:
         while tile > 16 and dtype.itemsize * tile * (tile + 3 * features) > memory_budget:
             tile //= 2
-    return tile
+    return tile, tile
 
 
 MIN_TILE_ROWS = 16  # with fewer, all classes of a row take as little memory
-# The rows of a product whose size does not depend on the batch. Libraries compute groups of 4, 6, 8
-# or 16 rows, and may sum over features in another order for the remaining rows.
-FIXED_ROWS = 96
+
+
+def fixed_rows(device: torch.device) -> int:
+    """Returns the rows of a product whose size does not depend on the batch.
+
+    CPU libraries compute groups of 4, 6, 8 or 16 rows, and may sum over features in another order
+    for the remaining rows. On GPUs, more rows need fewer launches.
+    """
+    return 96 if device.type == "cpu" else 1024
 
 
 def state_block_size(
@@ -106,12 +162,16 @@ def state_block_size(
     n = len(head.input)
     rows = rows_at_once(head, CrossEntropyOptions(memory_budget=memory_budget), backend)
     if fixed_sizes:
-        return max(1, rows // FIXED_ROWS) * FIXED_ROWS, head.columns
+        fixed = fixed_rows(head.input.device)
+        return max(1, rows // fixed) * fixed, head.columns
     if rows:
         return rows, head.columns
     if memory_budget is None:
         return TILE, TILE
-    itemsize = product_dtype(head, backend).itemsize
+    dtype = product_dtype(head, backend)
+    if backend.ASYNCHRONOUS:
+        return tile_size(head.input.shape, dtype, memory_budget, backend)
+    itemsize = dtype.itemsize
     rows = memory_budget // (itemsize * TILE) - 3 * head.input.shape[1]
     if rows < MIN_TILE_ROWS:
         return max(1, min(n, memory_budget // (itemsize * head.columns))), head.columns

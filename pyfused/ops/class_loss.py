@@ -89,17 +89,19 @@ class ClassLoss(Operator):
 
         def define(tensors: Tensors, grad_output: Tensor) -> Gradients:
             input, target, weight, *of_options = tensors
-            options, dtype = numbers.with_tensors(*of_options), grad_output.dtype
+            options = numbers.with_tensors(*of_options)
+            dtype = kernel_dtype if grad_output.dtype is result_dtype else grad_output.dtype
 
             def definition(input: Tensor, target: Tensor) -> Tensor:
                 wide_target = target.to(dtype) if target.is_floating_point() else target
                 wide_weight = None if weight is None else weight.to(dtype)
                 return self.definition_loss(input.to(dtype), wide_target, wide_weight, options)
 
-            return differentiate(definition, (input, target), needs, grad_output)
+            return differentiate(definition, (input, target), needs, grad_output.to(dtype))
 
-        forward, backward = loss_passes(prepare, needs, in_forward, inplace)
         kernel_dtype = accumulate_dtype(dtype)
+        loss_dtype = None if kernel_dtype is result_dtype else result_dtype
+        forward, backward = loss_passes(prepare, needs, in_forward, inplace, loss_dtype)
         return Plan(
             name=self.name,
             backend=backend,
@@ -108,7 +110,6 @@ class ClassLoss(Operator):
             forward=forward,
             backward=backward,
             define=define,
-            finish=None if kernel_dtype is result_dtype else lambda loss, _: loss.to(result_dtype),
             inplace="gradient" if inplace else "",
         )
 
@@ -185,14 +186,10 @@ class MultiMarginLoss(ClassLoss):
         return input.reshape(-1, input.shape[-1]), target.to(torch.int64).reshape(-1), weight
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
-        plan = super().plan(arguments, inplace)
-        cast = plan.finish
-
         def finish(loss: Tensor, arguments: Arguments) -> Tensor:
-            loss = loss if cast is None else cast(loss, arguments)
             return loss.reshape(self.loss_shape(arguments)) if loss.dim() else loss
 
-        return replace(plan, finish=finish)
+        return replace(super().plan(arguments, inplace), finish=finish)
 
     def loss_shape(self, arguments: Arguments) -> torch.Size:
         """Returns the shape of the unreduced loss."""

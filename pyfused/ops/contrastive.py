@@ -29,7 +29,7 @@ from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments
 from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import TILE, rows_in_budget, tile_size
+from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
 from pyfused.ops.heads import Block, Layer, LossArgs, blocks, loss_over_rows, over_blocks
 from pyfused.ops.pointwise_loss import reduced
@@ -105,52 +105,66 @@ class Contrastive(RowLoss):
         (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
         return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
 
+    def kernels_divide(self, *_: Any) -> bool:
+        return True
+
     def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
         compute = _softmax if tensors[2] is None else _sigmoid
         return *compute(tensors, args), None
 
 
 def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
-    """Computes the loss of rows and columns, and its gradients, in square blocks of logits."""
+    """Computes the loss of rows and columns, and its gradients, in square blocks of logits.
+
+    A block and its transpose are converted to the accumulation dtype where their gradients are
+    added, before these are rounded.
+    """
     (x, b, *_), (backend, options, outputs, grad_output, _) = tensors, args
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
-    # Larger blocks need fewer synchronisations of threads, which take long on a busy machine.
-    tile = TILE * 3 // 2
+    # Larger blocks need fewer synchronisations of threads, which take long on a busy machine, and
+    # fewer launches on a GPU.
+    size = (SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2,) * 2
     if options.memory_budget is not None:  # the other half is for the transposed block
-        tile = tile_size(x.shape[1], x.dtype, options.memory_budget // 2)
-    loop = backend, Layer(x, (b,), None, x.dtype), (tile, tile)
+        size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
+    loop = backend, Layer(x, (b,), None, x.dtype), size
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
-    def directions(block: Block) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
+    def directions(
+        block: Block, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
         """Returns a block and its transpose, each with the states, rows and range of classes."""
-        rows, columns, logits = block.rows, block.classes, block.logits.to(wide)
+        rows, columns, transposed = block.rows, block.classes, block.logits.t()
         # The transpose of a single row is contiguous, but must not share its memory.
-        transposed = logits.t().clone(memory_format=torch.contiguous_format)
+        empty = transposed.new_empty(transposed.shape, dtype=dtype)
         return (
-            (logits, states[0], rows, ClassRange(columns.start, n)),
-            (transposed, states[1], columns, ClassRange(rows.start, n)),
+            (block.logits.to(dtype), states[0], rows, ClassRange(columns.start, n)),
+            (empty.copy_(transposed), states[1], columns, ClassRange(rows.start, n)),
         )
 
     for block in blocks(*loop):
-        for logits, state, rows, classes in directions(block):
+        for logits, state, rows, classes in directions(block, x.dtype):
             continues = classes.first > 0
             launch = backend.row_state(logits, RowOptions(), classes, STATE_FIELDS, 0, continues)
             launch(logits, target[rows], None, state[:, rows])
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction)
-    if grad_output is None:
+    if not outputs.gradients:
         return loss, ()
-    grad_log_p = (grad_output.double() / -2).expand(n)
+    factor = -0.5 / n if options.reduction == "mean" else -0.5
+    if grad_output is None:
+        grad_log_p = states.new_full((), factor).expand(n)
+    else:
+        grad_log_p = (grad_output.double() * factor).expand(n)
 
     def step(block: Block) -> Tensor:
         of_rows, of_columns = (
             backend.row_gradients(logits, RowOptions(), classes, 1)(
                 logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
             )
-            for logits, state, rows, classes in directions(block)
+            for logits, state, rows, classes in directions(block, wide)
         )
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
-    memory = block.logits.view(-1) if n <= tile else None  # the only block is still there
+    memory = block.logits.view(-1) if n <= min(size) else None  # the only block is still there
     return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)[:3]
 
 
@@ -158,23 +172,25 @@ def _sigmoid(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
     (x, b, bias, _), (backend, options, outputs, *_) = tensors, args
     n, dtype, wide = len(x), x.dtype, bias.dtype
-    row = n * (dtype.itemsize + 2 * wide.itemsize)
-    rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
+    bytes_per_logit = dtype.itemsize + 2 * wide.itemsize
+    given = n, b.shape, options.memory_budget, dtype, backend, bytes_per_logit
+    rows = max(1, min(n, rows_in_budget(*given)))
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
+    divisor = float(n) if options.reduction == "mean" else 1.0
 
     def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z), None, None
         launch = SOFT_MARGIN_LOSS.prepared(
-            backend, operands, (), options.reduction, kernel_outputs, 1.0, None
+            backend, operands, (), options.reduction, kernel_outputs, divisor, None
         )
         loss, (gradient, _) = launch(operands)
         loss = loss.sum(1) if loss is not None and loss.dim() else loss
         if gradient is not None:
-            assert args.grad_output is not None
-            gradient.mul_(args.grad_output.to(wide).unsqueeze(-1))
+            if args.grad_output is not None:
+                gradient.mul_(args.grad_output.to(wide).unsqueeze(-1))
             gradient.diagonal(block.rows.start).neg_()
             grad_bias.add_(gradient.sum(dtype=torch.float64))
             gradient = gradient.to(dtype)

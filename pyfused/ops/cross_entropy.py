@@ -121,7 +121,6 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             (loss, state), target = results, arguments[1]
             if not target.is_floating_point():  # probabilities need no copy of the logits here
                 _, target, _ = self.arranged(arguments[:3])
-            loss = loss if plan.finish is None else plan.finish(loss, arguments)
             return loss, metrics.of_state(state, target, options.ignore_index, dtype)
 
         return replace(plan, forward=forward, finish=finish)
@@ -147,13 +146,16 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)
         operator, tensors = custom_operator(self.name), self.arranged(operands)
-        loss: Tensor = operator(*tensors, *options.values())
         dtype = self.result_dtype(operands[0], options, tensors[0].dtype)
+        # The operator runs without autocast, on which the dtype of the result may depend.
+        options = replace(options, loss_dtype=accumulate_dtype(tensors[0].dtype))
+        loss: Tensor = operator(*tensors, *options.values())
         return loss if loss.dtype is dtype else loss.to(dtype)
 
     def fake(self, arguments: Arguments) -> Tensor:
         input, *_, options = arguments
-        shape, dtype = loss_shape(input, options.reduction), accumulate_dtype(input.dtype)
+        shape = loss_shape(input, options.reduction)
+        dtype = self.result_dtype(input, options, input.dtype)
         empty: Tensor = input.new_empty(shape, dtype=dtype)
         return empty
 

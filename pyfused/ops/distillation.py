@@ -241,13 +241,26 @@ class Divergence(RowLoss):
         return *tensors, token_weight, denominator
 
     def valid_rows(
-        self, backend: Backend, tensors: Sequence[Any], options: DivergenceOptions
-    ) -> tuple[Tensor | None, float | Tensor]:
-        weight, n = options.token_weight, len(tensors[0])
-        total = n if weight is None else weight.sum(dtype=torch.float64)
-        return (None if weight is None else valid_rows(weight, 0, backend)), total
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],  # noqa: ARG002
+        options: DivergenceOptions,
+    ) -> Tensor | None:
+        weight = options.token_weight
+        return None if weight is None else valid_rows(weight, 0, backend)
+
+    def total_weight(self, tensors: Sequence[Any], options: DivergenceOptions) -> float | Tensor:
+        weight = options.token_weight
+        return len(tensors[0]) if weight is None else weight.sum(dtype=torch.float64)
+
+    def kernels_divide(self, *_: Any) -> bool:
+        return self.kernels is linear_kernels
 
     def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
+        options = args.options
+        if options.reduction == "mean":
+            denominator = loss_denominator(options, self.total_weight(tensors, options))
+            args = args._replace(options=replace(options, denominator=denominator))
         return *self.kernels(tensors, args), None
 
 
@@ -309,7 +322,7 @@ def linear_kernels(tensors: Sequence[Any], args: LossArgs) -> LossResult:
         _, options, outputs, grad_output, _ = args
         teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
         linear(input[block.rows].to(dtype), weight, bias, teacher_logits)
-        tensors = block.logits, teacher_logits, options.token_weight, None
+        tensors = block.logits, teacher_logits, *options.plan_tensors()
         kernel = divergence_kernel(backend, options, tensors, outputs, grad_output)
         loss, (gradient,) = kernel(tensors, grad_output)
         return loss, gradient
@@ -347,8 +360,9 @@ def _by_rows(
     (input, weight, bias, *_), (backend, options, *_) = tensors, args
     n, dtype = len(input), backend.product_dtype(input.dtype)
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
-    row = len(weight) * (dtype.itemsize + cap_bytes + teacher_bytes)
-    rows = max(1, min(n, rows_in_budget(n, row, options.memory_budget, dtype, backend)))
+    bytes_per_logit = dtype.itemsize + cap_bytes + teacher_bytes
+    given = n, weight.shape, options.memory_budget, dtype, backend, bytes_per_logit
+    rows = max(1, min(n, rows_in_budget(*given)))
     layer = Layer(_masked(input, options), (weight,), bias, dtype)
     loss, gradients = loss_over_rows(layer, rows, args, step)
     return loss, gradients[:3]

@@ -13,6 +13,7 @@ chooses the numbers of rows and classes of a block.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from pyfused.backends import Backend
 from pyfused.backends.protocol import LossResult
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import FIXED_ROWS, product_dtype, state_block_size
+from pyfused.ops.chunk_sizes import fixed_rows, product_dtype, state_block_size
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, Outputs, RowOptions
 
@@ -210,7 +211,8 @@ def over_blocks(
             scalar, or one threshold for each row; None to include all columns.
     """
     sums = LayerGradients(backend, layer, size, needs)
-    for block in blocks(backend, layer, size, **options):
+
+    def add(block: Block) -> None:
         grad_logits = step(block)
         if grad_logits is not None:
             columns = None
@@ -218,17 +220,20 @@ def over_blocks(
                 threshold = filter_below[block.rows] if filter_below.dim() else filter_below
                 columns = large_columns(grad_logits, threshold)
             sums.add(block, grad_logits, columns)
-    return sums.converted()
+
+    deque(map(add, blocks(backend, layer, size, **options)), maxlen=0)
+    return sums.converted()  # after the memory of the logits has been freed
 
 
 class LossArgs(NamedTuple):
     """The arguments of a forward or backward pass of a loss over rows, besides its tensors.
 
     Attributes:
-        options: The options, with the reduction "sum" or "none".
+        options: The options, with the reduction "sum" or "none"; or "mean", as in the arguments of
+            the backend, if the operator's kernels divide.
         outputs: The results to compute.
         grad_output: The gradient of the loss: a scalar, or one element per row if the reduction is
-            "none". None if the forward pass needs none.
+            "none". None for ones, or if the forward pass needs none.
         state: The state that the forward pass has returned, None if it has returned none.
     """
 
@@ -280,6 +285,8 @@ def loss_over_rows(
     gradients = gradients if needs else ()
     if not losses:
         return None, gradients
+    if len(losses) == 1:
+        return losses[0], gradients
     loss = torch.cat(losses) if unreduced else torch.stack(losses).sum(dtype=torch.float64)
     return loss, gradients
 
@@ -472,7 +479,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-FIXED_COLUMNS = 2048  # of a product whose size does not depend on the batch
+# The columns of a product whose size does not depend on the batch; on GPUs all, for few launches.
+FIXED_COLUMNS = 2048
 ALIGNMENT = 64  # bytes
 
 
@@ -485,8 +493,9 @@ def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: 
     """
     features, padding = x.shape[1], -x.shape[1] % 16
     settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    for first in range(0, len(weight), FIXED_COLUMNS):
-        columns = slice(first, first + FIXED_COLUMNS)
+    width = FIXED_COLUMNS if x.is_cpu else len(weight)
+    for first in range(0, len(weight), width):
+        columns = slice(first, first + width)
         w = F.pad(weight[columns], (0, padding)) if padding else weight[columns]
         if not w.is_contiguous() or w.data_ptr() % ALIGNMENT:
             w = w.clone(memory_format=torch.contiguous_format)
@@ -509,7 +518,7 @@ def _rows_of_product(
     bias: bool,
     *_settings: Any,
 ) -> int:
-    """Returns FIXED_ROWS if a product of so many rows computes equal rows equally, and otherwise 1.
+    """Returns the rows of a product that computes equal rows equally: `fixed_rows`, else 1.
 
     No library guarantees this, so it is tested with copies of one row at the first use. Products of
     single rows are always equal, but slower.
@@ -521,12 +530,13 @@ def _rows_of_product(
         torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype
     )
     weight, bias_values = random(classes, features), random(classes) if bias else None
-    product = weight.new_empty(FIXED_ROWS, classes)
+    rows = fixed_rows(device)
+    product = weight.new_empty(rows, classes)
     for _ in range(8):  # sums over few features may be equal in another order by chance
-        linear(random(1, features).repeat(FIXED_ROWS, 1), weight, bias_values, product)
+        linear(random(1, features).repeat(rows, 1), weight, bias_values, product)
         if not torch.equal(product, product[:1].expand_as(product)):
             return 1
-    return FIXED_ROWS
+    return rows
 
 
 MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copying

@@ -35,6 +35,7 @@ from pyfused.ops.metrics import Metrics, of_state
 from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.ops.row_state import (
     kernel_weight,
+    loss_denominator,
     metrics_state,
     state_fields,
     state_loss,
@@ -123,18 +124,33 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
-    ) -> tuple[Tensor | None, float | Tensor]:
+    ) -> Tensor | None:
+        target = tensors[-2]
+        indices = not target.is_floating_point()
+        return valid_rows(target, options.ignore_index, backend) if indices else None
+
+    def total_weight(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> float | Tensor:
         *_, target, weight = tensors
         if not target.is_floating_point():
-            rows = valid_rows(target, options.ignore_index, backend)
-            return rows, total_weight(target, weight, options)
+            return total_weight(target, weight, options)
         token_weight = options.token_weight
-        return None, target[:, 0].numel() if token_weight is None else token_weight.double().sum()
+        return target[:, 0].numel() if token_weight is None else token_weight.double().sum()
+
+    def kernels_divide(
+        self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
+    ) -> bool:
+        return rows_at_once(Head(*tensors), options, backend) > 0
 
     def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
-        head = Head(*tensors)
-        rows = rows_at_once(head, args.options, args.backend)
-        return _by_rows(head, rows, args) if rows else _by_classes(head, args)
+        head, options = Head(*tensors), args.options
+        if options.reduction != "mean" and not rows_at_once(head, options, args.backend):
+            return _by_classes(head, args)
+        rows = max(1, rows_at_once(head, options, args.backend))
+        if options.reduction == "mean" and (rows < len(head.input) or options.filter_eps):
+            # Otherwise the kernel counts the targets of the only block.
+            denominator = loss_denominator(options, self.total_weight(tensors, options))
+            args = args._replace(options=replace(options, denominator=denominator))
+        return _by_rows(head, rows, args)
 
     def definition_loss(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> Tensor:
         dtype = self.loss_dtype(tensors)
@@ -206,7 +222,8 @@ def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
     filter_below = None
     if options.filter_eps:
         scale = head.input.new_ones(()) if grad_output is None else grad_output.abs()
-        filter_below = options.filter_eps * scale
+        divisor = options.denominator if options.reduction == "mean" else 1.0
+        filter_below = options.filter_eps * scale / divisor
     weight, bias, adapter_weight = head[1:4]
     weights = [x.flatten(0, -2) for x in (weight, adapter_weight) if x is not None]
     layer = Layer(head.input, weights, None if bias is None else bias.flatten(), dtype)
@@ -227,10 +244,8 @@ def _by_classes(head: Head, args: LossArgs) -> Results:
     backend, options, outputs, grad_output, state = args
     target, classes, dtype = head.target, len(head.linear_weight), product_dtype(head, backend)
     weight = kernel_weight(head.weight, dtype)
-    tile = tile_size(head.input.shape[1], dtype, options.memory_budget)
-    state_options = StateOptions(
-        options.rows, ClassRange(0, classes), state_fields(options), (tile, tile)
-    )
+    size = tile_size(head.input.shape, dtype, options.memory_budget, backend)
+    state_options = StateOptions(options.rows, ClassRange(0, classes), state_fields(options), size)
     states = LayerStates(backend, head._replace(weight=weight), state_options)
     if state is None:
         state, _ = states.state()

@@ -184,9 +184,12 @@ class TensorLoss(Operator):
                 self._bounds(self._values(arguments))
             return loss if loss.dtype is result else loss.to(result)
 
-        in_forward = gradients_in_forward(reduction, dtype)
-        forward, expanded_backward = loss_passes(prepare, needs, in_forward)
-        is_result_dtype = dtype is accumulate_dtype(dtype) and dtype is result
+        in_forward, each = gradients_in_forward(reduction, dtype), reduction == "none"
+        casts = accumulate_dtype(dtype) is not result
+        loss_dtype = result if casts and not each else None
+        passes = loss_passes(prepare, needs, in_forward, loss_dtype=loss_dtype)
+        forward, expanded_backward = passes
+        is_result_dtype = not each or dtype is result is accumulate_dtype(dtype)
         return Plan(
             name=self.name,
             backend=backend,

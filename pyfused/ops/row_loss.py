@@ -67,18 +67,24 @@ class RowLoss(Operator):
         """Returns the result of a call, given the loss and the state of each row, if any."""
         return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
-    def valid_rows(
-        self,
-        backend: Backend,  # noqa: ARG002
-        tensors: Sequence[Any],
-        options: Any,  # noqa: ARG002
-    ) -> tuple[Tensor | None, float | Tensor]:
-        """Returns the indices of the valid rows, None for all, and a mean's default denominator."""
-        return None, len(tensors[0])
+    def valid_rows(self, backend: Backend, tensors: Sequence[Any], options: Any) -> Tensor | None:  # noqa: ARG002
+        """Returns the indices of the valid rows, None for all."""
+        return None
+
+    def total_weight(self, tensors: Sequence[Any], options: Any) -> float | Tensor:  # noqa: ARG002
+        """Returns the default denominator of a mean."""
+        return len(tensors[0])
+
+    def kernels_divide(self, backend: Backend, tensors: Sequence[Any], options: Any) -> bool:  # noqa: ARG002
+        """Returns whether `compute_rows` takes a mean, and divides its loss and gradients."""
+        return False
 
     @abstractmethod
     def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
-        """Returns the results of valid rows; the loss is their sum, or has one element per row."""
+        """Returns the results of valid rows.
+
+        The loss has one element per row, or is their sum, or their mean if `kernels_divide`.
+        """
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
         """Returns the dtype in which the loss is computed."""
@@ -187,26 +193,28 @@ class RowLoss(Operator):
             state: The state that the forward pass has returned, if gradients are computed from it.
         """
         unreduced, total = options.reduction == "none", len(tensors[0])
-        rows, total_weight = self.valid_rows(backend, tensors, options)
-        denominator = loss_denominator(options, total_weight)
+        rows = self.valid_rows(backend, tensors, options)
+        denominator: float | Tensor | None = None
         if unreduced:
             grad_output = take_rows(grad_output, rows)
-        elif outputs.gradients:
-            if grad_output is None:
-                grad_output = tensors[0].new_ones((), dtype=torch.float64)
-            grad_output = grad_output / denominator
-        options = replace(
-            options,
-            reduction="none" if unreduced else "sum",
-            denominator=None,
-            token_weight=take_rows(options.token_weight, rows),
-        )
+        elif not self.kernels_divide(backend, tensors, options):
+            if options.reduction == "mean":
+                denominator = loss_denominator(options, self.total_weight(tensors, options))
+            options = replace(options, reduction="sum", denominator=None)
+            if outputs.gradients:
+                if grad_output is None:
+                    grad_output = tensors[0].new_ones((), dtype=torch.float64)
+                grad_output = grad_output if denominator is None else grad_output / denominator
+        options = replace(options, token_weight=take_rows(options.token_weight, rows))
         indexed = enumerate(tensors)
         valid = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
         args = LossArgs(backend, options, outputs, grad_output, take_rows(state, rows, 1))
         loss, gradients, state = self.compute_rows(valid, args)
         if loss is not None:
-            loss = spread_rows(loss, rows, total) if unreduced else loss / denominator
+            if unreduced:
+                loss = spread_rows(loss, rows, total)
+            elif denominator is not None:
+                loss = loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
         if gradients:
             gradients = spread_rows(gradients[0], rows, total), *gradients[1:]
