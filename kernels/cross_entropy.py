@@ -28,7 +28,15 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log, tanh
-from .reductions import class_weight, gradient_scale, read_rows, store_loss
+from .reductions import (
+    add_up,
+    class_weight,
+    gradient_scale,
+    loss_of_rows,
+    mean_divisor,
+    read_rows,
+    store_loss,
+)
 from .rows import (
     DROP,
     class_block,
@@ -37,6 +45,7 @@ from .rows import (
     first_pass,
     load_scaled,
     load_tile,
+    multiple,
     row_block,
     scalar,
     store_tile,
@@ -101,55 +110,82 @@ def row_kernel(
     SCALE: tl.constexpr,
     DENSE: tl.constexpr,
     EACH: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     """Computes the loss of class indices for n rows of at most BLOCK contiguous classes.
 
+    With STAGES > 1 there are fewer programs than tiles of rows: each loads the rows of its next
+    tiles while it computes one.
+
     strides: the row strides of logits and of their gradient, gradients[0].
     DENSE: whether there is label smoothing.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    grad = gradients[0]
-    _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
-    label, valid, invalid, target_weight, scale = read_rows(
-        target, weight, token_weight, denominator, rows, in_bounds, n, classes, ignore_index, A
-    )
-    x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
-    c = tl.arange(0, BLOCK)
-    mask = (c < classes)[None, :]
-    x = load_tile(x_rows, c, mask & valid[:, None], -float("inf"), SCALE)
-    target_logit = load_scaled(x_rows[0] + label, valid, 0.0, SCALE)
-
-    maximum = finite_or_zero(tl.max(x, 1))
-    x -= maximum[:, None]
-    e = exp_nonpositive(x, logits.dtype.element_ty.primitive_bitwidth > 16)
-    total = tl.sum(e, 1)
-    log_total = tl.log(total)
-    value, index_weight, slope = index_terms(
-        target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA
-    )
+    EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
+    grad, classes = gradients[0], multiple(classes, UNITS[1])
+    denominator = mean_divisor(denominator, target, weight, token_weight, n, ignore_index, classes)
     smoothing = scalar(smoothing, A)
     smooth_weight = smoothing / classes
-    if DENSE:
-        distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
-        value += smooth_weight * distance
-        slope += smoothing
-    if grad is not None:
-        grad_scale = gradient_scale(scale, grad_output, rows, valid, EACH)
-        grad_scale = tl.where(valid, grad_scale * SCALE, 0.0)
-        factor = tl.where(valid, slope * grad_scale / total, 0.0)
-        gradient = e * factor[:, None]
+    c = tl.arange(0, BLOCK)
+    mask = (c < classes)[None, :]
+    losses = tl.zeros([ROWS], A)
+    stored = tl.zeros([ROWS], tl.int1)  # rows whose gradient is stored, but for the target's
+    of_target, at_target = losses, tl.zeros([ROWS], tl.int64)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        in_bounds = rows < n
+        label, valid, invalid, target_weight, scale = read_rows(
+            target, weight, token_weight, denominator, rows, in_bounds, classes, ignore_index, A
+        )
+        x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
+        if STAGES > 1:  # loads do not wait for the targets
+            x = load_tile(x_rows, c, mask & in_bounds[:, None], -float("inf"), SCALE)
+            x = tl.where(valid[:, None], x, -float("inf"))
+        else:
+            x = load_tile(x_rows, c, mask & valid[:, None], -float("inf"), SCALE)
+        target_logit = load_scaled(x_rows[0] + label, valid, 0.0, SCALE)
+
+        maximum = finite_or_zero(tl.max(x, 1))
+        x -= maximum[:, None]
+        e = exp_nonpositive(x, EXACT)
+        total = tl.sum(e, 1)
+        log_total = tl.log(total)
+        value, index_weight, slope = index_terms(
+            target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA
+        )
         if DENSE:
-            gradient -= (smooth_weight * grad_scale)[:, None]
-        is_target = c[None, :] == label.to(tl.int32)[:, None]
-        gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
-        tl.debug_barrier()  # inplace: threads read the target logit before it is overwritten
-        to = contiguous_rows(grad, rows, strides[1], UNITS)
-        store_tile(to, c, mask & in_bounds[:, None], gradient)
-    # last, because the sum of parts would keep the tile in registers
-    store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
+            distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
+            value += smooth_weight * distance
+            slope += smoothing
+        if grad is not None:
+            if STAGES > 1:  # after the barriers of the sums
+                tl.store(grad + at_target, of_target, mask=stored)
+            grad_scale = gradient_scale(scale, grad_output, rows, valid, EACH)
+            grad_scale = tl.where(valid, grad_scale * SCALE, 0.0)
+            factor = tl.where(valid, slope * grad_scale / total, 0.0)
+            gradient = e * factor[:, None]
+            of_target = exp_nonpositive(target_logit - maximum, EXACT) * factor
+            of_target -= index_weight * grad_scale
+            if DENSE:
+                gradient -= (smooth_weight * grad_scale)[:, None]
+                of_target -= smooth_weight * grad_scale
+            if STAGES == 1:  # inplace: threads read the target logit before it is overwritten
+                tl.debug_barrier()
+            to = contiguous_rows(grad, rows, strides[1], UNITS)
+            store_tile(to, c, mask & in_bounds[:, None], gradient)
+            at_target, stored = rows.to(tl.int64) * strides[1] + label, valid
+        value = loss_of_rows(value, scale, valid, invalid)
+        if EACH and loss is not None:
+            tl.store(loss + rows, value, mask=in_bounds)
+        losses += tl.where(in_bounds, value, 0.0)
+    if grad is not None:
+        tl.debug_barrier()
+        tl.store(grad + at_target, of_target, mask=stored)
+    if loss is not None and not EACH:
+        add_up(tl.sum(losses), loss)
 
 
 # ---- long rows, other strides, class probabilities -----------------------------------------------
@@ -205,8 +241,10 @@ def two_pass_kernel(
     x_rows = strided_rows(logits, outer, lanes, strides, 0, UNITS)
     indices = target if INDICES else None
     y_rows = None if INDICES else strided_rows(target, outer, lanes, strides, 6, UNITS)
+    n = tl.num_programs(0) // tl.cdiv(inner, ROWS) * inner
+    denominator = mean_divisor(denominator, indices, weight, token_weight, n, ignore_index, classes)
     label, valid, invalid, target_weight, scale = read_rows(
-        indices, weight, token_weight, denominator, rows, in_bounds, inner, classes, ignore_index, A
+        indices, weight, token_weight, denominator, rows, in_bounds, classes, ignore_index, A
     )
     label = label.to(tl.int32)
     if INDICES:
@@ -285,8 +323,9 @@ def nll_kernel(
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_bounds = rows < n
+    denominator = mean_divisor(denominator, target, weight, None, n, ignore_index, classes)
     label, valid, invalid, target_weight, scale = read_rows(
-        target, weight, None, denominator, rows, in_bounds, n, classes, ignore_index, A
+        target, weight, None, denominator, rows, in_bounds, classes, ignore_index, A
     )
     outer, lanes = rows // inner, rows % inner
     if loss is not None:

@@ -68,14 +68,17 @@ def add_up(part, reduced):
 
 
 @triton.jit
-def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
-    """Stores the loss of each row, or this program's partial sum by `add_up`.
+def loss_of_rows(value, scale, valid, invalid):
+    """Returns value * scale; 0 in other rows, NaN in invalid rows if invalid is not None."""
+    otherwise = 0.0 if invalid is None else tl.where(invalid, float("nan"), 0.0)
+    return tl.where(valid, value, otherwise) * scale
 
-    The loss of invalid rows is NaN; there are none if invalid is None.
-    """
+
+@triton.jit
+def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
+    """Stores the loss of each row, or this program's partial sum by `add_up`."""
     if loss is not None:
-        otherwise = 0.0 if invalid is None else tl.where(invalid, float("nan"), 0.0)
-        value = tl.where(valid, value, otherwise) * scale
+        value = loss_of_rows(value, scale, valid, invalid)
         if EACH:
             tl.store(loss + rows, value, mask=in_bounds)
         else:
@@ -144,6 +147,22 @@ def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
 
 
 @triton.jit
+def mean_divisor(denominator, target, weight, token_weight, n, ignore_index, classes):
+    """Returns the denominator, or the total weight of all n targets if it is the target.
+
+    If there are few targets, this takes less time than another kernel launch.
+    """
+    if denominator is not None:
+        if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
+            total = tl.zeros([256], tl.float64)  # a larger block would need more registers
+            for start in range(0, n, 256):
+                i = start + tl.arange(0, 256)
+                total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
+            denominator = tl.sum(total)
+    return denominator
+
+
+@triton.jit
 def read_rows(
     target,
     weight,
@@ -151,27 +170,14 @@ def read_rows(
     denominator,
     rows,
     in_bounds,
-    inner,
     classes,
     ignore_index,
     A: tl.constexpr,
 ):
-    """Returns the results of `read_target` and `row_scale` for rows of class indices.
-
-    The denominator may also be the class indices; each program then adds up their weights itself.
-    If there are few, this takes less time than another kernel launch.
-    """
+    """Returns the results of `read_target` and `row_scale` for rows of class indices."""
     label, valid, invalid, target_weight = read_target(
         target, weight, rows, in_bounds, classes, ignore_index
     )
-    if denominator is not None:
-        if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
-            n = tl.num_programs(0) // tl.cdiv(inner, rows.shape[0]) * inner
-            total = tl.zeros([256], tl.float64)  # a larger block would need more registers
-            for start in range(0, n, 256):
-                i = start + tl.arange(0, 256)
-                total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
-            denominator = tl.sum(total)
     scale = row_scale(token_weight, denominator, rows, valid | invalid, A)
     return label, valid, invalid, target_weight.to(A), scale
 

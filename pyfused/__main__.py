@@ -14,6 +14,7 @@ from pyfused.adopt.run import run
 from pyfused.adopt.tune import main as tune
 from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
+from pyfused.dispatch import sizes
 from pyfused.ops.operators import OPERATORS
 
 
@@ -38,6 +39,16 @@ def triton() -> str:
     return f"{found}; pyfused needs {NEEDED}" + (f", torch requires {pinned}" if pinned else "")
 
 
+def gpu_limits() -> str:
+    """Returns the numbers from which the size limits on the GPU follow, and their origin."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    tuned = "gpu" in sizes.tuned(sizes.gpu_machine())
+    origin = "measured" if tuned else "defaults; python -m pyfused tune measures this machine"
+    host_us, gb_per_s = sizes.gpu()
+    return f"{host_us} us for a call on the host, {gb_per_s} GB/s on the GPU: {origin}"
+
+
 def report() -> dict[str, str]:
     built = [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
     on_cpus = f"torch's operators: {cpu.MISSING}" if cpu.MISSING else "C++ kernels"
@@ -57,6 +68,8 @@ def report() -> dict[str, str]:
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
+        "sizes on CPUs": "measured" if sizes.tuned(sizes.MACHINE) else "defaults",
+        "sizes on GPUs": gpu_limits(),
         "operators": ", ".join(OPERATORS),
         "kernels": f"cpu: {on_cpus}; GPUs: {on_gpus}",
     }

@@ -51,10 +51,12 @@ def use_small_tiles() -> None:
             block = min(all_classes, 4)
             return launch.Choice(min(launch.power_of_2(inner), 16), block, 32, block >= classes)
         if all_classes <= 64:
-            return launch.Choice(64 // all_classes, all_classes, 32)
+            stages = 2 if all_classes > 8 else 1
+            return launch.Choice(64 // all_classes, all_classes, 32, stages=stages)
         return launch.Choice(1, 64, 32, whole_row=False)
 
     launch.choose = backend.choose = choose
+    backend.resources = lambda: (3, 0)
     backend.MOST_PROGRAMS, backend.MOST_ARRIVALS, backend.COUNTED_BY_PROGRAMS = 30, 20, 16
 
 

@@ -20,7 +20,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops.chunk_sizes import rows_in_budget
+from pyfused.ops import chunk_sizes
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -574,12 +574,26 @@ def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
 # ---- block sizes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_blocks_have_more_rows_on_gpus(asynchronous: bool) -> None:
-    given: Any = SimpleNamespace(ASYNCHRONOUS=asynchronous)
-    most, row = 2048 if asynchronous else 512, 100_000
-    for n, budget, rows in ((1 << 14, None, most), (4000, None, min(1000, most)), (9, 250_000, 2)):
-        assert rows_in_budget(n, row, budget, torch.float32, given) == rows
+def test_rows_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu: Any = SimpleNamespace(ASYNCHRONOUS=False)
+    on_gpu: Any = SimpleNamespace(ASYNCHRONOUS=True)
+    monkeypatch.setattr(chunk_sizes, "device_memory", lambda: 80 << 30)
+    half, single, large = torch.bfloat16, torch.float32, (128_256, 4096)
+    for given, n, shape, budget, dtype, rows in (
+        (on_cpu, 1 << 14, (25_000, 8), None, single, 512),
+        (on_cpu, 4000, (25_000, 8), None, single, 512),
+        (on_cpu, 9, (25_000, 8), 250_000, single, 2),
+        (on_gpu, 9, (25_000, 8), 250_000, single, 2),
+        (on_gpu, 8192, (4000, 16), None, single, 8192),  # few classes
+        (on_gpu, 8192, large, None, half, 8192),  # the sums take as much memory as the logits
+        (on_gpu, 16_000, large, None, half, 16_000),
+        (on_gpu, 20_000, large, None, half, 7168),
+        (on_gpu, 16_384, (32_000, 2048), None, half, 8192),
+        (on_gpu, 16_384, (32_000, 2048), None, single, 2048),
+    ):
+        assert chunk_sizes.rows_in_budget(n, shape, budget, dtype, given) == rows
+    monkeypatch.setattr(chunk_sizes, "device_memory", lambda: 16 << 30)
+    assert chunk_sizes.rows_in_budget(20_000, large, None, half, on_gpu) == 4096
 
 
 @pytest.mark.cpu

@@ -29,6 +29,7 @@ from pyfused.kernels.launch import (
     on_default_stream,
     power_of_2,
     prepared,
+    resources,
 )
 from pyfused.kernels.multi_margin_loss import multi_margin_kernel, multilabel_margin_kernel
 from pyfused.kernels.program import NUMBERS, formula_of, parts_of
@@ -254,6 +255,8 @@ def cross_entropy(
     function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
     if choice.whole_row and contiguous and not weighted:
         function, kernel_strides = row_kernel, [strides[1], grad_strides[1]]
+        if choice.stages > 1:
+            programs = min(programs, resources()[0])
     elif not indices:
         kernel_strides += [*target_strides, *grad_target_strides]
     meta = {"GAMMA": options.gamma, "SCALE": options.scale, "EACH": each}
