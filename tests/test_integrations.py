@@ -601,6 +601,52 @@ def test_evaluation_and_metrics_with_trainer() -> None:
     assert [0 <= entry["accuracy"] <= 1 for entry in steps] == [True] * 3
 
 
+@as_users_run_it
+def test_callback_of_trainer(caplog: pytest.LogCaptureFixture) -> None:
+    from pyfused.integrations.transformers import PyfusedCallback
+
+    plain = trainer(language_model("Llama", vocab_size=512))
+    train = trainer(language_model("Llama", vocab_size=512))
+    train.add_callback(PyfusedCallback(train, metrics=True))
+    with caplog.at_level(logging.INFO, "pyfused"):
+        for each in (plain, train):
+            each.train()
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (plain, train)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert train.model.pyfused_metrics is not None
+    logged = train.state.log_history[-1]
+    assert (logged["pyfused/kernel_calls"], logged["step"]) == (4, 3)  # one is the comparison
+    assert any("linear_cross_entropy" in record.getMessage() for record in caplog.records)
+    train.train()  # its report is a new one
+    assert train.state.log_history[-1]["pyfused/kernel_calls"] == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_callback_of_lightning(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    from pyfused.adopt import report
+    from pyfused.integrations.lightning import PyfusedCallback
+
+    logged: list[Any] = []
+    logger: Any = DummyLogger()
+    monkeypatch.setattr(type(logger), "log_metrics", lambda _, *args, **__: logged.append(args[0]))
+    module, expected = example("with_lightning"), example("with_lightning").train(False, STEPS)
+    kind: Any = lightning.Trainer
+    options = {"callbacks": PyfusedCallback(), "logger": logger}
+    monkeypatch.setattr(lightning, "Trainer", lambda **more: kind(**(more | options)))
+    if fails:
+        monkeypatch.setattr(module.Classifier, "training_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.train(False, STEPS)
+    else:
+        assert_equal_and_falling(module.train(False, STEPS), expected)
+        assert logged[-1]["pyfused/kernel_calls"] >= 2 * STEPS
+        assert logged[-1]["pyfused/left_to_torch"] == 0
+    assert report._reports == ()
+
+
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BartForConditionalGeneration"])
 def test_a_compiled_model_that_creates_its_loss_module_warns(name: str) -> None:
     reasons._reported.clear()
@@ -999,8 +1045,9 @@ def test_liger() -> None:
     """Runs Liger's kernels in Triton's interpreter, if it is enabled at start."""
     pytest.importorskip("liger_kernel")
     environment = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "cpu"}
-    done = python("import test_integrations; test_integrations.liger()", **environment)
-    assert done.returncode == 0, done.stderr
+    for function in ("liger", "liger_layers"):
+        done = python(f"import test_integrations; test_integrations.{function}()", **environment)
+        assert done.returncode == 0, done.stderr
 
 
 def liger() -> None:
@@ -1045,3 +1092,28 @@ def liger() -> None:
     gain = torch.minimum(ratio * each, ratio.clamp(0.8, 1.2) * each)
     loss = ((0.04 * (away.exp() - away - 1) - gain) * mask).sum() / mask.sum()
     assert_same(loss, expected, [hidden, weight])
+
+
+def liger_layers() -> None:
+    """Liger's rotary embeddings and norms, and pyfused's MLPs, head and loss, in one model."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from liger_kernel.transformers.rms_norm import LigerRMSNorm
+
+    def step(model: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        tokens = batch()["input_ids"][:2, :10]
+        output = model(input_ids=tokens, labels=tokens)
+        return output, torch.autograd.grad(output.loss, list(model.parameters()))
+
+    expected, gradients = step(language_model("Llama"))
+    others = dict.fromkeys(("swiglu", "cross_entropy", "fused_linear_cross_entropy"), False)
+    apply_liger_kernel_to_llama(rope=True, rms_norm=True, **others)
+    # Triton's interpreter lacks functions of the kernel for norms.
+    LigerRMSNorm.forward = lambda norm, x: torch.nn.functional.rms_norm(
+        x, x.shape[-1:], norm.weight, norm.variance_epsilon
+    )
+    model = pyfused.convert(language_model("Llama"))
+    assert type(model.model.norm) is LigerRMSNorm
+    output, found = step(model)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-5)

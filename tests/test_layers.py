@@ -18,6 +18,7 @@ LAYERS = (  # each may import from itself and from earlier ones
     ("ops",),
     ("functional", "nn", "formula", "memory"),
     ("adopt",),
+    ("integrations",),
     ("__init__",),
     ("__main__",),
 )

@@ -143,13 +143,14 @@ def test_steps_of_the_operator_are_measured(name: str, second: bool) -> None:
 
 
 def test_measured_sizes_are_stored_for_this_machine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sizes.tuned(sizes.MACHINE) == {}
     monkeypatch.setattr(tune, "limit", lambda _op, second: 7 + second)
     tune.main(["mse_loss"])
+    assert capsys.readouterr().err == "[1/1] mse_loss: 7 and 8\n"
     monkeypatch.setattr(tune, "limit", lambda _op, second: 5 + second)
     tune.main(["l1_loss"])
     expected = {"mse_loss": (7, 8), "l1_loss": (5, 6)}

@@ -2,7 +2,7 @@
 
     python tools/hub.py dist/hub      writes the input folder of kernel-builder, and build variants
 
-tools/hub/ is the template. The package is copied to torch-ext/ without its commands, and with
+tools/hub/ is the template. The package is copied to torch-ext/ without its commands and callbacks, and with
 relative imports, because the hub imports each version under another name. build/ has the same
 content as kernel-builder's output: a copy for each backend, with metadata.
 """
@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "tools/hub"
 COMMANDS = {"__main__.py", "adopt/report.py", "adopt/run.py", "adopt/tune.py"}
-LEFT_OUT = {"__init__.py", "adopt/trl.py"} | COMMANDS
+CALLBACKS = {f"integrations/{name}.py" for name in ("__init__", "lightning", "transformers")}
+LEFT_OUT = {"__init__.py", "adopt/trl.py"} | COMMANDS | CALLBACKS
 BYTECODE = shutil.ignore_patterns("__pycache__")
 
 

@@ -132,13 +132,15 @@ def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
         The two limits of each operator in ``pyfused.dispatch.sizes``, in elements.
     """
     found = {}
-    for name in names or [n for n in sizes.ON_CPU if n in OPERATORS and n not in sizes.LINEAR]:
+    candidates = [n for n in sizes.ON_CPU if n in OPERATORS and n not in sizes.LINEAR]
+    names = names or [n for n in candidates if any(sizes.limits(OPERATORS[n], cpu=True))]
+    for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] {name}", end=": ", file=sys.stderr, flush=True)
         op = OPERATORS[name]
-        if names or any(sizes.limits(op, cpu=True)):
-            has_second = len(set(sizes.limits(op, cpu=True))) > 1
-            first = limit(op, second=False)
-            found[name] = first, limit(op, second=True) if has_second else first
-            print(f"{name}: {found[name][0]:,} and {found[name][1]:,}", file=sys.stderr)
+        has_second = len(set(sizes.limits(op, cpu=True))) > 1
+        first = limit(op, second=False)
+        found[name] = first, limit(op, second=True) if has_second else first
+        print(f"{found[name][0]:,} and {found[name][1]:,}", file=sys.stderr)
     return found
 
 

@@ -1,0 +1,23 @@
+"""Callbacks for trainers of other libraries, which convert models and log a report."""
+
+from __future__ import annotations
+
+from pyfused.adopt.report import Report
+
+
+def metrics(report: Report) -> dict[str, float]:
+    """Returns the numbers of a report for a logger of scalars.
+
+    Returns:
+        ``pyfused/kernel_calls``, ``pyfused/left_to_torch`` (also calls), and, if calls were
+        compared, ``pyfused/saved_seconds``.
+    """
+    found = report.to_dict()
+    left = [count for reasons in found["left_to_torch"].values() for count in reasons.values()]
+    compiled = sum(found["compiled"].values())
+    numbers = {
+        "pyfused/kernel_calls": compiled + sum(op["calls"] for op in found["operators"].values()),
+        "pyfused/left_to_torch": sum(left),
+        "pyfused/saved_seconds": found["saved_seconds"],
+    }
+    return {name: number for name, number in numbers.items() if number is not None}
