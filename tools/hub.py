@@ -2,9 +2,9 @@
 
     python tools/hub.py dist/hub      writes the input folder of kernel-builder, and build variants
 
-tools/hub/ is the template. The package is copied to torch-ext/ without its commands and callbacks, and with
-relative imports, because the hub imports each version under another name. build/ has the same
-content as kernel-builder's output: a copy for each backend, with metadata.
+tools/hub/ is the template. The package is copied to torch-ext/ without its commands and callbacks,
+and with relative imports, because the hub imports each version under another name. build/ has the
+same content as kernel-builder's output: a copy for each backend, with metadata.
 """
 
 from __future__ import annotations
