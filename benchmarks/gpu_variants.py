@@ -197,10 +197,11 @@ def shipped(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> V
     options = CrossEntropyOptions(-100, "mean", denominator=float(len(x)))
     outputs = Outputs(True, (True, False))
     with choosing({}, lambda shipped, _: choice or shipped):
-        prepared = backend.cross_entropy(x, target, None, options, outputs)
+        tensors = x, target, None, None, None
+        prepared = backend.cross_entropy(tensors, options, outputs)
 
     def run() -> tuple[Tensor, Tensor]:
-        loss, (grad, _) = prepared((x, target, None, None, None))
+        loss, (grad, _) = prepared(tensors, options.numbers())
         return loss, grad
 
     return run

@@ -67,11 +67,13 @@ template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), 
 
 int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
-                          CrossEntropyOptions options, int64_t token_weight,
-                          std::optional<double> denominator, int64_t grad_output, int64_t loss,
+                          int64_t ignore_index, int reduction, const std::array<double, 4>& numbers,
+                          bool normalized, int64_t token_weight, std::optional<double> denominator,
+                          int64_t grad_output, int64_t loss,
                           const std::array<ViewTuple, 2>& gradients, int threads) {
-  options.token_weight = token_weight;
-  options.denominator = denominator;
+  const CrossEntropyOptions options{ignore_index, Reduction(reduction), numbers[0],
+                                    numbers[1],   numbers[2],           numbers[3],
+                                    normalized,   token_weight,         denominator};
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
@@ -459,12 +461,6 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.attr("compiler") = "MSVC";
 #endif
 
-  py::class_<CrossEntropyOptions>(m, "CrossEntropyOptions", py::module_local())
-      .def(py::init([](int64_t ignore_index, int reduction, double label_smoothing, double gamma,
-                       double z_loss, double scale, bool normalized) {
-        return CrossEntropyOptions{
-            ignore_index, Reduction(reduction), label_smoothing, gamma, z_loss, scale, normalized};
-      }));
   m.def("cross_entropy", &run_cross_entropy, unlocked);
   m.def("invalid_class_index", &run_invalid_class_index, unlocked);
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);

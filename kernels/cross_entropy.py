@@ -8,7 +8,7 @@
     dloss/dy_c = (1 - smoothing) w_c (lse - x_c)
     nll_loss   = -w_t x_t, with gradient -w_t [c = t]                       log-probabilities x
 
-w are the class weights. x is SCALE times the logits, so their gradient is SCALE dloss/dx. With
+w are the class weights. x is scale times the logits, so their gradient is scale dloss/dx. With
 gamma (class index, no smoothing), the loss is w_t (1 - p_t)^gamma nll with nll = lse - x_t, and
 dloss/dx_c is w_t (p_c - [c = t]) times the derivative of (1 - p_t)^gamma nll by nll.
 The loss and the gradient of a row are multiplied by `token_weight` and divided by `denominator`.
@@ -54,25 +54,25 @@ from .rows import (
 
 
 @triton.jit
-def focal(nll, GAMMA: tl.constexpr):
+def focal(nll, gamma):
     """Returns (1 - p)^gamma with p = exp(-nll), and the derivative of (1 - p)^gamma nll by nll."""
     half = tanh(0.5 * tl.where(nll < 0.0, 0.0, nll))
     miss = 2.0 * half / (1.0 + half)  # 1 - p without cancellation
-    power = exp_nonpositive(GAMMA * log(miss))
+    power = exp_nonpositive(gamma * log(miss))
     ratio = tl.where(miss > 0.0, nll / miss, 1.0)
-    return power, power * (1.0 + GAMMA * (1.0 - miss) * ratio)
+    return power, power * (1.0 + gamma * (1.0 - miss) * ratio)
 
 
 @triton.jit
 def index_terms(
-    target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA: tl.constexpr
+    target_logit, maximum, log_total, target_weight, smoothing, z_loss, gamma, FOCAL: tl.constexpr
 ):
     """Returns the loss, q_t of the gradient, and dloss/dlse, all without smoothing."""
     index_weight = scalar(1.0 - smoothing, target_weight.dtype) * target_weight
     nll = maximum - target_logit + log_total
     loss = index_weight * nll
-    if GAMMA > 0.0:
-        power, derivative = focal(nll, GAMMA)
+    if FOCAL:
+        power, derivative = focal(nll, scalar(gamma, nll.dtype))
         loss *= power
         index_weight *= derivative
     squared, slope = squared_lse(maximum + log_total, z_loss)
@@ -106,8 +106,10 @@ def row_kernel(
     ignore_index,
     smoothing: tl.float64,
     z_loss: tl.float64,
-    GAMMA: tl.constexpr,
-    SCALE: tl.constexpr,
+    gamma: tl.float64,
+    logit_scale: tl.float64,
+    FOCAL: tl.constexpr,
+    SCALED: tl.constexpr,
     DENSE: tl.constexpr,
     EACH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -121,13 +123,14 @@ def row_kernel(
     tiles while it computes one.
 
     strides: the row strides of logits and of their gradient, gradients[0].
+    FOCAL, SCALED: whether gamma is not 0, and whether logit_scale is not 1.
     DENSE: whether there is label smoothing.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     grad, classes = gradients[0], multiple(classes, UNITS[1])
     denominator = mean_divisor(denominator, target, weight, token_weight, n, ignore_index, classes)
-    smoothing = scalar(smoothing, A)
+    smoothing, by = scalar(smoothing, A), scalar(logit_scale, A) if SCALED else None
     smooth_weight = smoothing / classes
     c = tl.arange(0, BLOCK)
     mask = (c < classes)[None, :]
@@ -142,11 +145,11 @@ def row_kernel(
         )
         x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
         if STAGES > 1:  # loads do not wait for the targets
-            x = load_tile(x_rows, c, mask & in_bounds[:, None], -float("inf"), SCALE)
+            x = load_tile(x_rows, c, mask & in_bounds[:, None], -float("inf"), by)
             x = tl.where(valid[:, None], x, -float("inf"))
         else:
-            x = load_tile(x_rows, c, mask & valid[:, None], -float("inf"), SCALE)
-        target_logit = load_scaled(x_rows[0] + label, valid, 0.0, SCALE)
+            x = load_tile(x_rows, c, mask & valid[:, None], -float("inf"), by)
+        target_logit = load_scaled(x_rows[0] + label, valid, 0.0, by)
 
         maximum = finite_or_zero(tl.max(x, 1))
         x -= maximum[:, None]
@@ -154,7 +157,7 @@ def row_kernel(
         total = tl.sum(e, 1)
         log_total = tl.log(total)
         value, index_weight, slope = index_terms(
-            target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA
+            target_logit, maximum, log_total, target_weight, smoothing, z_loss, gamma, FOCAL
         )
         if DENSE:
             distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
@@ -164,7 +167,7 @@ def row_kernel(
             if STAGES > 1:  # after the barriers of the sums
                 tl.store(grad + at_target, of_target, mask=stored)
             grad_scale = gradient_scale(scale, grad_output, rows, valid, EACH)
-            grad_scale = tl.where(valid, grad_scale * SCALE, 0.0)
+            grad_scale = tl.where(valid, grad_scale * by if SCALED else grad_scale, 0.0)
             factor = tl.where(valid, slope * grad_scale / total, 0.0)
             gradient = e * factor[:, None]
             of_target = exp_nonpositive(target_logit - maximum, EXACT) * factor
@@ -216,8 +219,10 @@ def two_pass_kernel(
     ignore_index,
     smoothing: tl.float64,
     z_loss: tl.float64,
-    GAMMA: tl.constexpr,
-    SCALE: tl.constexpr,
+    gamma: tl.float64,
+    logit_scale: tl.float64,
+    FOCAL: tl.constexpr,
+    SCALED: tl.constexpr,
     DENSE: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -229,12 +234,14 @@ def two_pass_kernel(
     gradients: of logits and of probabilities, each a tensor or None.
     strides: the outer, inner and class strides of logits and their gradient, and of probabilities
         and their gradient.
+    FOCAL, SCALED: as in `row_kernel`.
     DENSE: whether q_c may be nonzero for every class, because of smoothing or probabilities.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     INDICES: tl.constexpr = target.dtype.element_ty == tl.int64
     smoothing, z_loss = scalar(smoothing, A), scalar(z_loss, A)
+    by = scalar(logit_scale, A) if SCALED else None
     grad, grad_target = gradients
     outer, lanes, in_bounds, inner, classes = row_block(inner, classes, ROWS, UNITS)
     rows = outer * inner + lanes
@@ -249,13 +256,13 @@ def two_pass_kernel(
     label = label.to(tl.int32)
     if INDICES:
         of_target = x_rows[0] + label.to(tl.int64) * x_rows[1]
-        target_logit = load_scaled(of_target, valid, 0.0, SCALE)
+        target_logit = load_scaled(of_target, valid, 0.0, by)
     read = valid if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
-    maximum, total = first_pass(x_rows, classes, read, BLOCK, SCALE)
+    maximum, total = first_pass(x_rows, classes, read, BLOCK, by)
     log_total = tl.log(total)
     if INDICES:
         value, index_weight, slope = index_terms(
-            target_logit, maximum, log_total, target_weight, smoothing, z_loss, GAMMA
+            target_logit, maximum, log_total, target_weight, smoothing, z_loss, gamma, FOCAL
         )
     else:
         value, slope = squared_lse(maximum + log_total, z_loss)
@@ -269,13 +276,13 @@ def two_pass_kernel(
         slope += tl.sum(sums, 1)
     if DENSE or grad is not None:
         target_scale = gradient_scale(scale, grad_output, rows, in_bounds, EACH)
-        grad_scale = target_scale * SCALE
+        grad_scale = target_scale * by if SCALED else target_scale
         factor = slope * grad_scale / total
         distance = tl.zeros([ROWS, BLOCK], A)
         tl.debug_barrier()  # inplace: wait for the loads before overwriting
         for start in range(0, classes, BLOCK):
             c, mask = class_block(start, classes, in_bounds, BLOCK)
-            x = load_tile(x_rows, c, mask & read[:, None], 0.0, SCALE, DROP) - maximum[:, None]
+            x = load_tile(x_rows, c, mask & read[:, None], 0.0, by, DROP) - maximum[:, None]
             of_weights = 0.0
             if DENSE:
                 q = weights_of_classes(y_rows, weight, c, mask, classes, smoothing)

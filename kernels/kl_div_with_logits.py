@@ -1,12 +1,12 @@
 """The divergence between student logits x and teacher logits y, and its gradient.
 
-    p = softmax(SCALE x), q = softmax(SCALE y), m = beta q + (1 - beta) p
+    p = softmax(scale x), q = softmax(scale y), m = beta q + (1 - beta) p
     beta 0     loss = sum_c q_c s_c,                                 s_c = log q_c - log p_c
-               dloss/dx_c = SCALE (p_c - q_c)
+               dloss/dx_c = scale (p_c - q_c)
     beta 1     loss = sum_c p_c r_c,                                 r_c = log p_c - log q_c
-               dloss/dx_c = SCALE p_c (r_c - loss)
+               dloss/dx_c = scale p_c (r_c - loss)
     otherwise  loss = sum_c beta q_c s_c + (1 - beta) p_c r_c,       r_c = log p_c - log m_c
-               dloss/dx_c = (1 - beta) SCALE p_c (r_c - sum_k p_k r_k),   s_c = log q_c - log m_c
+               dloss/dx_c = (1 - beta) scale p_c (r_c - sum_k p_k r_k),   s_c = log q_c - log m_c
 
 0 log 0 is 0. The loss and the gradient of a row are multiplied by its token weight, and divided by
 the denominator of a mean.
@@ -38,24 +38,22 @@ FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def log_softmax(logits, c, mask, EXACT: tl.constexpr, SCALE: tl.constexpr):
+def log_softmax(logits, c, mask, EXACT: tl.constexpr, scale):
     """Returns probabilities and their logarithms; 0 and -inf outside of the mask.
 
     logits: the rows, and the results of `first_pass`.
     """
     rows, state = logits
     maximum, total = state
-    x = load_tile(rows, c, mask, -float("inf"), SCALE) - maximum[:, None]
+    x = load_tile(rows, c, mask, -float("inf"), scale) - maximum[:, None]
     return exp_nonpositive(x, EXACT) * (1.0 / total)[:, None], x - log(total)[:, None]
 
 
 @triton.jit
-def terms(
-    student, teacher, c, mask, beta, KIND: tl.constexpr, EXACT: tl.constexpr, SCALE: tl.constexpr
-):
+def terms(student, teacher, c, mask, beta, KIND: tl.constexpr, EXACT: tl.constexpr, scale):
     """Returns p, q, s and r of a tile; 0 for probabilities outside of the mask."""
-    p, log_p = log_softmax(student, c, mask, EXACT, SCALE)
-    q, log_q = log_softmax(teacher, c, mask, EXACT, SCALE)
+    p, log_p = log_softmax(student, c, mask, EXACT, scale)
+    q, log_q = log_softmax(teacher, c, mask, EXACT, scale)
     s, r = log_q - log_p, log_p - log_q
     if KIND == MIXTURE:
         low = scalar(-1e30, log_p.dtype)  # -inf - -inf would be NaN
@@ -83,8 +81,9 @@ def kl_div_kernel(
     classes,
     strides,
     beta: tl.float64,
+    scale: tl.float64,
     KIND: tl.constexpr,
-    SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,24 +92,27 @@ def kl_div_kernel(
     """Computes the divergence of n rows and its gradient; grad may alias student.
 
     strides: the row strides of student, teacher and grad.
+    SCALED: whether scale is not 1.
     """
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = student.dtype.element_ty.primitive_bitwidth > 16
     _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
-    scale = row_scale(token_weight, denominator, rows, in_bounds, A)
+    factor = scalar(scale, A) if SCALED else None
+    loss_scale = row_scale(token_weight, denominator, rows, in_bounds, A)
     counted = in_bounds & (row_scale(token_weight, None, rows, in_bounds, A) != 0.0)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], UNITS)
     y_rows = contiguous_rows(teacher, rows, strides[1], UNITS)
-    of_x = x_rows, first_pass(x_rows, classes, read, BLOCK, SCALE)
-    of_y = y_rows, first_pass(y_rows, classes, read, BLOCK, SCALE)
-    grad_scale = gradient_scale(scale * SCALE, grad_output, rows, in_bounds, EACH)
+    of_x = x_rows, first_pass(x_rows, classes, read, BLOCK, factor)
+    of_y = y_rows, first_pass(y_rows, classes, read, BLOCK, factor)
+    grad_scale = loss_scale * factor if SCALED else loss_scale
+    grad_scale = gradient_scale(grad_scale, grad_output, rows, in_bounds, EACH)
     of_teacher = tl.zeros([ROWS, BLOCK], A)
     of_student = tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
-        p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, SCALE)
+        p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, factor)
         of_teacher += tl.where(q == 0.0, 0.0, q * s)
         of_student += tl.where(p == 0.0, 0.0, p * r)
         if KIND == FORWARD:
@@ -124,8 +126,8 @@ def kl_div_kernel(
         if grad is not None:
             for start in range(0, classes, BLOCK):
                 c, mask = class_block(start, classes, in_bounds, BLOCK)
-                p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, SCALE)
+                p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, factor)
                 gradient = p * (r - mean[:, None]) * (share * grad_scale)[:, None]
                 gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
                 store_rows(grad, rows, strides[2], c, mask, gradient, UNITS)
-    store_loss(loss, value, scale, rows, in_bounds, counted, None, EACH)
+    store_loss(loss, value, loss_scale, rows, in_bounds, counted, None, EACH)

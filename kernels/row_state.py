@@ -1,6 +1,6 @@
 """The state of each row of logits z with a class index t, and gradients of results of the state.
 
-    x_c      = SCALE z_c, or with a CAP  SCALE CAP tanh(z_c / CAP)
+    x_c      = scale z_c, or with a cap  scale cap tanh(z_c / cap)
     lse      = log sum_c exp(x_c) = pivot + log(sum),       sum = sum_c exp(x_c - pivot)
     log_p    = x_t - lse
     entropy  = log(sum) - weighted / sum,                   weighted = sum_c exp(x_c - pivot)
@@ -38,15 +38,18 @@ from .rows import (
 
 
 @triton.jit
-def load_logits(at, mask, A: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr):
-    """Returns x and dx/dz; x is -inf outside of the mask."""
-    slope = scalar(SCALE, A)
-    if CAP > 0.0:
-        t = tanh(tl.load(at, mask=mask, other=0.0, eviction_policy=DROP).to(A) / scalar(CAP, A))
-        x = tl.where(mask, scalar(CAP * SCALE, A) * t, -float("inf"))
+def load_logits(at, mask, A: tl.constexpr, cap, scale, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """Returns x and dx/dz; x is -inf outside of the mask.
+
+    CAPPED, SCALED: whether there is a cap, and whether scale is not 1.
+    """
+    slope = scalar(scale, A)
+    if CAPPED:
+        t = tanh(tl.load(at, mask=mask, other=0.0, eviction_policy=DROP).to(A) / scalar(cap, A))
+        x = tl.where(mask, scalar(cap * scale, A) * t, -float("inf"))
         slope *= (1.0 - t) * (1.0 + t)
     else:
-        x = load_scaled(at, mask, -float("inf"), SCALE, DROP)
+        x = load_scaled(at, mask, -float("inf"), slope if SCALED else None, DROP)
     return x, slope
 
 
@@ -74,8 +77,10 @@ def row_state_kernel(
     first_class,
     vocabulary,
     ignore_index,
-    CAP: tl.constexpr,
-    SCALE: tl.constexpr,
+    cap: tl.float64,
+    scale: tl.float64,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     FIELDS: tl.constexpr,
     RESULTS: tl.constexpr,
     CONTINUES: tl.constexpr,
@@ -102,7 +107,7 @@ def row_state_kernel(
     smooth = tl.zeros([ROWS, BLOCK], A)
     best = tl.full([ROWS, BLOCK], -float("inf"), A)
     index = tl.zeros([ROWS, BLOCK], tl.int32)
-    target_logit, _ = load_logits(x_rows[0] + label, has_target, A, CAP, SCALE)
+    target_logit, _ = load_logits(x_rows[0] + label, has_target, A, cap, scale, CAPPED, SCALED)
     target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
     if CONTINUES:
         first = (tl.arange(0, BLOCK) == 0)[None, :]
@@ -113,7 +118,7 @@ def row_state_kernel(
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
-        x, _slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
+        x, _slope = load_logits(pointers(x_rows, c), mask, A, cap, scale, CAPPED, SCALED)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
         by = tl.where(maximum == -float("inf"), 0.0, maximum - pivot)
@@ -181,8 +186,10 @@ def row_gradients_kernel(
     first_class,
     vocabulary,
     ignore_index,
-    CAP: tl.constexpr,
-    SCALE: tl.constexpr,
+    cap: tl.float64,
+    scale: tl.float64,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     RESULTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -217,7 +224,7 @@ def row_gradients_kernel(
         g_smooth = tl.load(gradient_at + 3 * strides[3], mask=valid).to(A)[:, None]
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
-        x, slope = load_logits(pointers(x_rows, c), mask, A, CAP, SCALE)
+        x, slope = load_logits(pointers(x_rows, c), mask, A, cap, scale, CAPPED, SCALED)
         y = x - pivot[:, None]
         y = tl.where(y < -1000.0, -1000.0, y)  # 0 * inf would be NaN; keeps NaN of a and b
         gradient = exp_nonpositive(y, EXACT) * (a + b * y)

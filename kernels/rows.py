@@ -72,16 +72,16 @@ def pointers(rows, c):
 
 
 @triton.jit
-def load_scaled(at, mask, other, SCALE: tl.constexpr = 1.0, EVICT: tl.constexpr = DEFAULT):
-    """Loads elements times SCALE, as float32 or float64."""
+def load_scaled(at, mask, other, scale=None, EVICT: tl.constexpr = DEFAULT):
+    """Loads elements times scale, None for 1, as float32 or float64."""
     x = widened(tl.load(at, mask=mask, other=other, eviction_policy=EVICT))
-    return x if SCALE == 1.0 else x * scalar(SCALE, x.dtype)
+    return x if scale is None else x * scale
 
 
 @triton.jit
-def load_tile(rows, c, mask, other, SCALE: tl.constexpr = 1.0, EVICT: tl.constexpr = DEFAULT):
-    """Loads classes c of rows times SCALE, as float32 or float64."""
-    return load_scaled(pointers(rows, c), mask, other, SCALE, EVICT)
+def load_tile(rows, c, mask, other, scale=None, EVICT: tl.constexpr = DEFAULT):
+    """Loads classes c of rows times scale, None for 1, as float32 or float64."""
+    return load_scaled(pointers(rows, c), mask, other, scale, EVICT)
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def finite_or_zero(maximum):
 
 
 @triton.jit
-def first_pass(rows, classes, counted, BLOCK: tl.constexpr, SCALE: tl.constexpr = 1.0):
+def first_pass(rows, classes, counted, BLOCK: tl.constexpr, scale=None):
     """Returns each row's maximum (0 for -inf) and the sum of exp(x - maximum), in one pass."""
     dtype: tl.constexpr = rows[0].dtype.element_ty
     A: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
@@ -113,7 +113,7 @@ def first_pass(rows, classes, counted, BLOCK: tl.constexpr, SCALE: tl.constexpr 
     total = tl.zeros([counted.shape[0], BLOCK], A)  # a sum per element takes fewer shuffles
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, counted, BLOCK)
-        x = load_tile(rows, c, mask, -float("inf"), SCALE, KEEP)
+        x = load_tile(rows, c, mask, -float("inf"), scale, KEEP)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
         total *= exp_nonpositive(maximum - pivot, EXACT)[:, None]

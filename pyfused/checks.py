@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from pyfused.layout import loss_shape
 from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped
 from pyfused.types import (
+    OPTIONS,
     TENSORS,
     CrossEntropyOptions,
     DivergenceOptions,
@@ -24,6 +25,8 @@ from pyfused.types import (
     LogProbsOptions,
     MarginOptions,
     ModuleOptions,
+    Number,
+    Scalar,
     TensorSpec,
     VocabOptions,
 )
@@ -88,11 +91,13 @@ def bounded(
         raise _error(name, "a positive number" if positive else upper, float(value), error)
 
 
-def scalar(name: str, value: Any, low: float, high: float, positive: bool) -> None:
-    """Checks a numeric argument of an elementwise operator."""
+def scalar(scalar: Scalar, value: Any) -> None:
+    """Checks the type and the bounds of a numeric argument."""
+    if isinstance(value, Number) or (value is None and scalar.optional):
+        return  # a Number was checked before the call was planned
     if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
-        raise _error(name, "a float", "a Tensor that requires grad", TypeError)
-    bounded(name, value, low, high, positive, RuntimeError)
+        raise _error(scalar.name, "a float", "a Tensor that requires grad", TypeError)
+    bounded(scalar.name, value, scalar.low, scalar.high, scalar.positive, scalar.error)
 
 
 def devices(tensors: Mapping[str, Tensor], error: Exception) -> None:
@@ -189,14 +194,11 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
     _tensors(input=input, target=target, weight=weight)
-    one_number("label_smoothing", options.label_smoothing)
     vocab_options(options, loss_shape(input, "none"))
     probabilities = target.is_floating_point()
     if input.dim() == 0:
         expected = "logits of shape (C), (N, C) or (N, C, d1, ...)"
         raise _error("input", expected, "()", IndexError if probabilities else RuntimeError)
-    if options.label_smoothing > 1.0:
-        raise _error("label_smoothing", "0.0 to 1.0", options.label_smoothing)
     if probabilities and target.shape == input.shape:
         if options.ignore_index >= 0:
             expected = "a negative number with class probabilities as target"
@@ -204,18 +206,13 @@ def cross_entropy(
     else:
         _class_index_target(input, target)
     _class_weight(input, weight, same_dtype=not probabilities)
-    if options.gamma and (probabilities or options.label_smoothing > 0.0):
+    is_focal, is_smooth = options.gamma != 0, options.label_smoothing != 0
+    if is_focal and (probabilities or is_smooth):
         expected = "0.0 with class probabilities or label smoothing"
-        raise _error("gamma", expected, float(options.gamma), ValueError)
+        raise _error("gamma", expected, "a positive number", ValueError)
     dtype: Any = options.loss_dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise _error("loss_dtype", "a floating dtype or None", dtype, ValueError)
-
-
-# The numeric options of functions over a vocabulary, by their bounds, and those that may be None.
-_POSITIVE = ("denominator", "softcap", "temperature", "scale", "teacher_softcap")
-_NONNEGATIVE = ("gamma", "z_loss", "filter_eps")
-_OPTIONAL = ("denominator", "softcap", "teacher_softcap")
 
 
 def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
@@ -227,15 +224,16 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     reduction(options.reduction)
     for name, value in options.by_name().items():
-        if type(value) is float and value > 0:  # the common case
+        if name not in OPTIONS or isinstance(value, Number):  # checked before the call was planned
             continue
-        if name in _POSITIVE + _NONNEGATIVE and not (value is None and name in _OPTIONAL):
-            # A count in a tensor may be 0, because it is not read on GPUs: the mean is NaN then.
-            count = name == "denominator" and isinstance(value, TENSORS)
-            bounded(name, value, positive=name in _POSITIVE and not count)
+        if name == "denominator" and isinstance(value, TENSORS):
+            bounded(name, value)  # may be 0, because it is not read on GPUs: the mean is NaN then
+        elif not OPTIONS[name].fits(value):
+            option = OPTIONS[name]
+            bounded(name, value, option.low, option.high, option.positive, option.error)
     memory_budget(options.memory_budget)
     if options.denominator is not None and options.reduction != "mean":
-        got = "a tensor" if isinstance(options.denominator, TENSORS) else options.denominator
+        got = "a tensor" if isinstance(options.denominator, TENSORS) else "a number"
         raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
     weight = options.token_weight
     if weight is not None:
@@ -262,8 +260,7 @@ def normalized(options: Options) -> Options:
     """
     changed: dict[str, Any] = {}
     for name, value in options.by_name().items():
-        is_number = name in _POSITIVE + _NONNEGATIVE and isinstance(value, Real)
-        if is_number and type(value) is not float:
+        if name in OPTIONS and isinstance(value, Real) and not isinstance(value, float):
             changed[name] = float(value)
     smoothing = options.label_smoothing
     if type(smoothing) is not float or not smoothing >= 0:  # NaN too
@@ -386,9 +383,9 @@ def layer_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
 
 def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: VocabOptions) -> None:
     _tensors(a=a, b=b)
-    one_number("scale", scale)
-    if bias is not None:
-        one_number("bias", bias)
+    for name, number in (("scale", scale), ("bias", bias)):
+        if not isinstance(number, Number) and not (name == "bias" and number is None):
+            one_number(name, number)
     if a.dim() != 2:
         raise _error("a", "shape (N, D)", a.shape)
     _floating("a", a)
@@ -451,15 +448,12 @@ def linear_topk_kl_div(
     _shape("teacher_log_probs", teacher_log_probs, shape, "with the student's tokens")
     _shape("teacher_indices", teacher_indices, shape, "the shape of teacher_log_probs")
     one_of("remainder", options.remainder, ("bucket", "ignore"))
-    if options.remainder == "ignore" and options.beta:
-        raise _error("beta", "0.0 with remainder 'ignore'", options.beta, ValueError)
+    if options.remainder == "ignore" and options.beta != 0:
+        raise _error("beta", "0.0 with remainder 'ignore'", "a positive number", ValueError)
     _divergence(input.shape[:-1], options)
 
 
 def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
-    one_number("beta", options.beta)
-    if not 0 <= options.beta <= 1:
-        raise _error("beta", "a number in [0.0, 1.0]", options.beta, ValueError)
     beta: Any = options.beta
     if isinstance(beta, Tensor) and beta.requires_grad and not 0 < beta < 1:
         raise _error("beta", "a number in (0.0, 1.0) to be learned", beta.item(), ValueError)
@@ -611,7 +605,8 @@ def multi_margin_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: MarginOptions
 ) -> None:
     _tensors(input=input, target=target, weight=weight)
-    number("margin", options.margin, (float, Real), "a float")
+    if not isinstance(options.margin, Number):
+        number("margin", options.margin, (float, Real), "a float")
     if options.p not in (1, 2):
         raise _error("p", "1 or 2", options.p, ValueError)
     if weight is not None and weight.dim() != 1:
@@ -823,7 +818,7 @@ def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None =
 def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
     """Raises for invalid shapes of target and variance."""
     _broadcasts("target", input.shape, target.shape)
-    if isinstance(var, float) or var.shape in (input.shape, input.shape[:-1]):
+    if not isinstance(var, TENSORS) or var.shape in (input.shape, input.shape[:-1]):
         return
     pairs = zip(input.shape, var.shape, strict=False)
     if var.dim() != input.dim() or [b for a, b in pairs if a != b] != [1]:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial, update_wrapper
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -15,17 +16,25 @@ from torch.nn import Parameter
 
 from pyfused import checks, nn
 from pyfused.backends import cpu
+from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Operand
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import program_of
-from pyfused.formula_compiler.program import OPERANDS, Expressions, Program, UntraceableError
+from pyfused.formula_compiler.program import (
+    EXPONENTS,
+    OPERANDS,
+    Expressions,
+    Program,
+    UntraceableError,
+    is_moderate,
+)
 from pyfused.layout import broadcast_numel
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
-from pyfused.types import Outputs
+from pyfused.types import Outputs, Scalar
 
 _LONG = 16  # a formula is long from this many instructions on, including its gradients
 _MOST_VALUES = 1024  # combinations of parameter values whose programs a formula caches
@@ -43,6 +52,9 @@ class Traced:
         run: The run of the function that was traced.
         inputs: The literals that are inputs of the programs: index to value.
         outputs: The expressions of the value and of the gradients.
+        symbolic: The run of the function with symbols instead of floats, None if the function can
+            depend on their values in other ways than by inputs.
+        constants: The parameters that are not floats, as `constants_of` returns them.
         difference: The error that describes how the kernel's results differ from the function's,
             or None.
     """
@@ -52,6 +64,8 @@ class Traced:
     inputs: dict[int, float]
     expressions: Expressions
     outputs: list[int]
+    symbolic: trace.Run | None = None
+    constants: Any = None
     difference: RuntimeError | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +81,20 @@ class Traced:
             return None
         return tuple([run.literals[i] for i in self.inputs])
 
+    def applies_to(self, parameters: Sequence[Any]) -> bool:
+        """Returns whether the programs are known to be for parameters with the same constants."""
+        if self.symbolic is None or self.difference is not None:
+            return False
+        for i in self.inputs:
+            try:
+                value = self.symbolic.symbols[i].compute(parameters)
+            except ArithmeticError:
+                return False
+            is_special = i in self.symbolic.exponents and value in EXPONENTS
+            if type(value) is not float or is_special or not is_moderate(value):
+                return False
+        return True
+
     def _program(self, outputs: Outputs) -> Program:
         return program_of(self.name, self.expressions, self.outputs, outputs, len(self.inputs))
 
@@ -75,6 +103,7 @@ class FormulaOperator(PointwiseLoss):
     """The operator of a user's formula; an activation is a loss without reduction."""
 
     asks_dtype = True  # float32 masks promote half precision
+    number_types = (Real, str)
     strategy = "a program, element by element"
 
     def __init__(
@@ -110,29 +139,59 @@ class FormulaOperator(PointwiseLoss):
             name=f"{function.__module__ or '__main__'}.{function.__qualname__}",
             module="",
             operands=(*map(Operand, operands), weight),
-            fallback_reason=self._fallback_reason,
+            scalars=tuple(map(Scalar, self.parameters)),
             definition=definition,
             formula=function,
             weight_shape=checks.weight_that_broadcasts,
             denominators={"mean": _mean_of_weights},
         )
-        self._parameters = slice(len(operands), len(operands) + len(self.parameters))
+        self.known = lru_cache(_MOST_VALUES)(self._symbolic_trace)
+        self.cases = self._cases_of_values
         self.all_outputs = Outputs(True, (True,) * len(operands))
 
-    def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
-        return arguments[self._parameters]
+    def to_number(self, value: Any) -> Any:
+        """Converts a tensor or a NumPy number; the types of Python's numbers may matter."""
+        if isinstance(value, Tensor):
+            return value.item()
+        if type(value) in _PARAMETER_TYPES:
+            return value
+        return int(value) if isinstance(value, Integral) else float(value)
+
+    def _cases_of_values(self, numbers: tuple[Any, ...]) -> tuple[Any, ...] | str:
+        """Returns the trace for each parameter, on which plans depend, or why there is none."""
+        traced = self.known(numbers, *map(type, numbers))  # as 1 and True are equal
+        if traced is None:
+            try:
+                traced, _ = self.traced(numbers)
+            except (UntraceableError, RuntimeError) as error:
+                return str(error)
+        return (traced,) * len(numbers)
+
+    def _symbolic_trace(self, numbers: tuple[Any, ...], *_types: type) -> Traced | None:
+        """Returns a trace that is known to apply to numbers, without running the function."""
+        constants = constants_of(numbers)
+        for traced in self.traces:
+            if traced.constants == constants and traced.applies_to(numbers):
+                return traced
+        return None
 
     def kernel(
         self,
-        numbers: tuple[Any, ...],
+        cases: tuple[Any, ...],
         operands: int,  # noqa: ARG002
         outputs: Outputs,
-    ) -> tuple[Program, tuple[float, ...]]:
-        traced, values = self.traced(numbers)
-        return traced.program(outputs), values
+    ) -> tuple[Program, Parameters | None]:
+        traced = cases[0] if cases else self.traced(())[0]
+        program, symbolic = traced.program(outputs), traced.symbolic
+        if not cases:
+            return program, None
+        if symbolic is None:
+            return program, lambda numbers: self.traced(numbers)[1]
+        computed = [symbolic.symbols[i].compute for i in traced.inputs]
+        return program, lambda numbers: [compute(numbers) for compute in computed]
 
-    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
-        return self.function(*operands, **dict(zip(self.parameters, numbers, strict=True)))
+    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
+        return self.function(*operands, **dict(zip(self.parameters, scalars, strict=True)))
 
     @property
     def family(self) -> str:
@@ -181,9 +240,12 @@ class FormulaOperator(PointwiseLoss):
                     f"its parameters caused {_MOST_TRACES} traces: an operation without a tensor "
                     "uses a parameter, so each new value is traced again"
                 )
-            inputs = {i: run.literals[i] for i in self.user.dependent(parameters, run)}
+            symbolic = self.user.symbolic_run(parameters, run)
+            indices = self.user.dependent(parameters, run) if symbolic is None else symbolic.symbols
+            inputs = {i: run.literals[i] for i in indices}
             try:
                 traced = derived(inputs)
+                traced.symbolic, traced.constants = symbolic, constants_of(numbers)
             except UntraceableError:
                 # An operator takes a number but no tensor, so each value needs its own trace.
                 traced = derived({})
@@ -195,15 +257,10 @@ class FormulaOperator(PointwiseLoss):
         self.traces.append(traced)
         return traced.difference or (traced, tuple(traced.inputs.values()))
 
-    def _fallback_reason(self, *arguments: Any) -> str | None:
-        for name, value in zip(self.parameters, self.numbers(arguments), strict=True):
-            if type(value) not in _PARAMETER_TYPES:
-                return f"{name} is a {type(value).__name__}"
-        try:
-            self.traced(self.numbers(arguments))
-        except (UntraceableError, RuntimeError) as error:
-            return str(error)
-        return None
+
+def constants_of(numbers: Sequence[Any]) -> list[Any]:
+    """Returns the parameters that are not floats, with their types, and None instead of floats."""
+    return [None if type(x) is float else (type(x), x) for x in numbers]
 
 
 def _differentiated(
@@ -496,8 +553,8 @@ def check(
     points = _points(len(op.variables), traced.run.literals, dtype)
     tensors, outputs = (tuple(points), None, None), op.all_outputs
     values = tuple(traced.inputs.values())
-    launch = kernels(traced.program(outputs), tensors, values, "none", outputs)
-    value, gradients = launch((*points, None, None))
+    launch = kernels(traced.program(outputs), tensors, None, "none", outputs)
+    value, gradients = launch((*points, None, None), values)
     results = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]
     expected = _run(op, numbers, wide)

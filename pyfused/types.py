@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Self
 
 Gradients = tuple[Tensor | None, ...]  # one for each operand
-Kernels = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # forward, backward
+Kernels = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # forward, backward
 Reduction = Literal["none", "mean", "sum"]
 ReductionOfKlDiv = Literal["none", "mean", "sum", "batchmean"]
 Approximate = Literal["none", "tanh"]
@@ -80,6 +85,88 @@ class TensorSpec:
 TENSORS: Any = (Tensor, TensorSpec)
 
 
+class Number:
+    """Stands for a number of a call in its plan, which cannot depend on the number's value."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("a plan cannot depend on the value of a number")
+
+    def __repr__(self) -> str:
+        return "NUMBER"
+
+
+NUMBER = Number()
+
+
+class Scalar(NamedTuple):
+    """A numeric argument, which may be a tensor of one element.
+
+    Attributes:
+        default: The default of a function that torch lacks. If torch's function has no default, an
+            example value.
+        low, high: The bounds of valid values, inclusive.
+        positive: Whether 0 is excluded.
+        clamped: Whether values below ``low`` count as ``low``.
+        optional: Whether it may be None, which kernels of formulas receive as NaN.
+        flag: Whether it is a bool; each value has its own kernel.
+        words: The valid values if it is a string; each has its own kernel.
+        special: Values with their own, faster kernels.
+        tensor: Whether kernels can read it from a tensor.
+        error: The type of the error for a number out of bounds.
+    """
+
+    name: str
+    default: Any = None
+    low: float = -math.inf
+    high: float = math.inf
+    positive: bool = False
+    clamped: bool = False
+    optional: bool = False
+    flag: bool = False
+    words: tuple[str, ...] = ()
+    special: tuple[float, ...] = ()
+    tensor: bool = False
+    error: type[Exception] = RuntimeError
+
+    @property
+    def is_number(self) -> bool:
+        return not (self.flag or self.words)
+
+    @property
+    def cases(self) -> tuple[Any, ...]:
+        """Returns the values that have their own kernel; NUMBER stands for all others."""
+        if self.flag or self.words:
+            return self.words or (False, True)
+        return (NUMBER, *self.special)
+
+    def fits(self, value: Any) -> bool:
+        """Returns whether a value is a number within the bounds, or None if that is allowed."""
+        if value is None:
+            return self.optional
+        if not isinstance(value, (int, float)) or (self.positive and value <= 0):
+            return False
+        return value <= self.high and (value >= self.low or self.clamped)
+
+
+# The numeric options of functions over a vocabulary.
+_option = partial(Scalar, error=ValueError)
+OPTIONS = {
+    scalar.name: scalar
+    for scalar in (
+        _option("denominator", positive=True, optional=True, tensor=True),
+        _option("softcap", positive=True, optional=True),
+        _option("temperature", positive=True, special=(1.0,)),
+        Scalar("label_smoothing", low=0.0, high=1.0, clamped=True, special=(0.0,)),
+        _option("gamma", low=0.0, special=(0.0,)),
+        _option("z_loss", low=0.0, special=(0.0,)),
+        _option("scale", positive=True, special=(1.0,)),
+        _option("filter_eps", low=0.0, special=(0.0,)),
+        _option("beta", low=0.0, high=1.0, special=(0.0, 1.0)),
+        _option("teacher_softcap", positive=True, optional=True),
+    )
+}
+
+
 @dataclass(eq=False)
 class VocabOptions:
     """The options that all functions over a vocabulary share, built once from a call's keywords.
@@ -122,17 +209,23 @@ class VocabOptions:
         denominator: Any = self.denominator
         return self.token_weight, denominator if isinstance(denominator, TENSORS) else None
 
-    def without_tensors(self) -> Self:
-        """Returns the options with None in place of tensors, which a plan can keep."""
-        nothing: dict[str, Any] = dict.fromkeys(self.tensors())
-        return replace(self, **nothing)
+    def numbers(self) -> tuple[Any, ...]:
+        """Returns the fields that hold numbers, in order; None for a denominator in a tensor."""
+        values = [value for name, value in self.by_name().items() if name in OPTIONS]
+        return tuple([None if isinstance(value, TENSORS) else value for value in values])
 
-    def with_tensors(self, token_weight: Tensor | None, denominator: Tensor | None) -> Self:
-        """Returns the options that a plan has kept, with the tensors of a call."""
-        if token_weight is None and denominator is None:
-            return self
-        given = self.denominator if denominator is None else denominator
-        return replace(self, token_weight=token_weight, denominator=given)
+    def of_call(
+        self, numbers: Sequence[Any], token_weight: Tensor | None, denominator: Tensor | None
+    ) -> Self:
+        """Returns the options that a plan has kept, with the numbers and tensors of a call."""
+        options = copy(self)
+        fields = vars(options)
+        names = [name for name in fields if name in OPTIONS]
+        fields.update(zip(names, numbers[-len(names) :], strict=True))
+        options.token_weight = token_weight
+        if denominator is not None:
+            options.denominator = denominator
+        return options
 
     @property
     def rows(self) -> RowOptions:
@@ -236,6 +329,10 @@ class RowOptions(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def numbers(self) -> tuple[float, float | None]:
+        return self.scale, self.softcap
+
 
 # The fields of a row's state, in float64; csrc/row_state.h defines them. A state has the first
 # STATE_FIELDS or METRICS_FIELDS fields, or all SMOOTHING_FIELDS.
@@ -312,8 +409,6 @@ class EmbeddingOptions(NamedTuple):
         inclusive: Whether the derivative of max(0, x) at 0 is 1 rather than 0.
     """
 
-    margin: float
-    eps: float = 0.0
     euclidean: bool = True
     swap: bool = False
     inclusive: bool = True

@@ -233,7 +233,7 @@ class Loss:
 
     @property
     def kernel(self) -> str:
-        name, _ = self.op.kernel_of([self.values[s.name] for s in self.op.scalars])
+        name = self.op.kernel_of([self.values[s.name] for s in self.op.scalars])
         return "_".join([name, *self.further])
 
     @property

@@ -216,7 +216,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"denominator": 2.5, "reduction": "sum"},
         ValueError,
-        "denominator: expected None with reduction 'sum', got 2.5",
+        "denominator: expected None with reduction 'sum', got a number",
     ),
     ({"scale": torch.ones(2)}, ValueError, r"scale: expected one number, got shape \(2,\)"),
     (

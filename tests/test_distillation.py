@@ -553,7 +553,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "linear_topk_kl_div",
         {"remainder": "ignore", "beta": 0.5},
         ValueError,
-        "beta: expected 0.0 with remainder 'ignore', got 0.5",
+        "beta: expected 0.0 with remainder 'ignore', got a positive number",
     ),
     (
         "linear_topk_kl_div",

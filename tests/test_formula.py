@@ -763,11 +763,13 @@ def test_tracing_does_not_import_the_compiler() -> None:
 
 def test_parameters_are_not_copied_to_tensors() -> None:
     """Kernels take numbers, which need no stream synchronisation."""
-    program, values = wing.op.kernel((3.0, 0.7), 2, Outputs())
+    traced, values = wing.op.traced((3.0, 0.7))
     operands = (torch.ones(40), torch.zeros(40))
     with Recording() as recorded:
         backend, tensors = backend_of(operands[0]), (operands, None, None)
-        backend.pointwise_loss(program, tensors, values, "sum", Outputs())((*operands, None, None))
+        program = traced.program(Outputs())
+        launch = backend.pointwise_loss(program, tensors, None, "sum", Outputs())
+        launch((*operands, None, None), values)
     assert values
     assert "aten::fill_" not in recorded.names
 
@@ -1417,8 +1419,8 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]], mode: st
 
     def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
         program, outputs = traced.program(Outputs(False, wanted)), Outputs(False, wanted)
-        launch = cpu.pointwise_loss(program, (tuple(x), None, None), values, "none", outputs)
-        return launch((*x, None, None))[1]
+        launch = cpu.pointwise_loss(program, (tuple(x), None, None), None, "none", outputs)
+        return launch((*x, None, None), values)[1]
 
     of_all = gradients((True,) * operands)
     for wanted in product([False, True], repeat=operands):  # a subset of the instructions

@@ -203,7 +203,7 @@ from pyfused.backends import cpu, versions
 from pyfused.ops.elementwise import RELU
 input = torch.tensor([-1.0, 2.0])
 relu, _ = cpu.activation(RELU.kernels["relu"], input)
-output = relu(input)
+output = relu(input, ())
 print(cpu.capability, cpu.native.__file__, output.tolist())
 """
 

@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch.signature import signature, with_specs
 from pyfused.ops import elementwise
+from pyfused.types import NUMBER
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
@@ -61,10 +63,11 @@ def test_other_kinds_of_tensors_have_other_plans(other: Callable[[Tensor], Tenso
 
 def test_a_signature_has_everything_that_a_plan_reads_from_a_tensor() -> None:
     x = torch.randn(6, 5, requires_grad=True).t()[1:]
-    key = signature(elementwise.RELU, (x,), True)
-    (spec,) = with_specs(elementwise.RELU, (x,), True)
+    signed = signature(elementwise.RELU, (x,), True)
+    (spec,) = with_specs(elementwise.RELU, (x,), (), True)
     *fields, is_leaf_or_view = vars(spec).values()
-    assert key == (elementwise.RELU, True, True, torch.float32, tuple(fields), is_leaf_or_view)
+    key = elementwise.RELU, True, True, torch.float32, tuple(fields), (), is_leaf_or_view
+    assert signed == (key, ())
     assert is_leaf_or_view is True
 
 
@@ -112,6 +115,71 @@ def test_options_are_in_the_signature(options: tuple[dict[str, Any], ...]) -> No
         return functional.cross_entropy(x, target, **given)
 
     assert_each_is_correct(*[functools.partial(step, given=given) for given in options])
+
+
+NUMBERS: dict[str, Callable[[Tensor, float], Any]] = {
+    **{
+        name: lambda x, value, name=name: fused.cross_entropy(x, CLASSES, **{name: value})
+        for name in ("denominator", "gamma", "label_smoothing", "scale", "temperature", "z_loss")
+    },
+    "log_probs": lambda x, value: fused.log_probs(x, CLASSES, temperature=value)[0].sum(),
+    "divergence": lambda x, value: fused.kl_div_with_logits(x, OTHER, beta=value),
+    "head": lambda x, value: fused.linear_cross_entropy(x, OTHER, CLASSES % 5, z_loss=value),
+    "huber_loss": lambda x, value: fused.huber_loss(x, OTHER, delta=value),
+    "gaussian": lambda x, value: fused.gaussian_nll_loss(x, OTHER, value, eps=value),
+    "focal": lambda x, value: fused.sigmoid_focal_loss(x, OTHER.sigmoid(), gamma=value).sum(),
+    "triplet": lambda x, value: fused.triplet_margin_loss(x, OTHER, OTHER + 1, margin=value),
+    "multi_margin": lambda x, value: fused.multi_margin_loss(x, CLASSES % 5, margin=value),
+    "elu": lambda x, value: fused.elu(x, value).sum(),
+    "rmse_loss": lambda x, value: fused.rmse_loss(x, OTHER, eps=value),
+    "formula": lambda x, value: robust_loss(x, OTHER, c=value, sign=-1),
+}
+
+
+@pyfused.loss
+def robust_loss(input: Tensor, target: Tensor, *, c: float = 1.0, sign: int = 1) -> Tensor:
+    return torch.log1p(((sign * input + target) / (2 * c)) ** 2) ** c
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_changes_is_not_planned_anew(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of a later number equal those of a process that has seen no other number."""
+    call, leaf = NUMBERS[name], torch.randn(6, 5, requires_grad=True)
+    results = []
+    for value in (0.3, 0.7, 0.55):
+        loss = call(leaf, value)
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+        if value == 0.3:
+            monkeypatch.setattr(dispatch, "keep_plan", lambda *_: pytest.fail("another plan"))
+    monkeypatch.undo()
+    for result, value in zip(results, (0.3, 0.7, 0.55), strict=True):
+        dispatch.forget_plans()
+        loss = call(leaf, value)
+        assert loss.equal(result[0])
+        assert torch.autograd.grad(loss, leaf)[0].equal(result[1])
+    assert len({loss.item() for loss, _ in results}) == 3
+
+
+def test_special_numbers_have_other_plans() -> None:
+    x = torch.randn(6, 5, requires_grad=True)
+    special = (1.0, 1, 0.0, 2.0, 1.0 - 2**-20)
+    assert_each_is_correct(
+        *[lambda f, s=s: f.cross_entropy(x, CLASSES, label_smoothing=min(s, 1)) for s in special],
+        *[lambda f, s=s: f.smooth_l1_loss(x, OTHER, beta=s) for s in special],
+        *[lambda f, s=s: f.cross_entropy(x, CLASSES, gamma=s, z_loss=s) for s in special],
+        *[lambda f, s=s: f.cross_entropy(x, CLASSES, softcap=s or None) for s in special],
+    )
+
+
+def test_a_plan_cannot_read_a_number() -> None:
+    with pytest.raises(TypeError, match="a plan cannot depend on the value"):
+        bool(NUMBER)
+    with pytest.raises(TypeError):
+        NUMBER > 0  # noqa: B015
+    with pytest.raises(TypeError):
+        float(NUMBER)  # type: ignore[arg-type]
 
 
 def test_numbers_in_tensors_are_read_in_each_call() -> None:

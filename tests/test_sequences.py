@@ -198,9 +198,9 @@ def test_other_kinds_of_numbers_do_not_change_the_path(
 
 
 def test_alternating_calls_keep_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, new_decision = [], dispatch._new_decision
+    made, keep_plan = [], dispatch.keep_plan
     monkeypatch.setattr(
-        dispatch, "_new_decision", lambda *given: made.append(given) or new_decision(*given)
+        dispatch, "keep_plan", lambda *given: made.append(given) or keep_plan(*given)
     )
     for _ in range(3):
         for x in (ROWS, ROWS.double()):

@@ -214,9 +214,9 @@ def _call(
     reason, failure = None, None
     try:
         decide = dispatch.decide_compiled if is_dynamo_compiling() else dispatch.decide
-        reason, run = decide(op, arguments, inplace)
+        reason, run, numbers = decide(op, arguments, inplace)
         if run is not None:
-            output: Tensor = run(arguments)
+            output: Tensor = run(arguments, numbers)
             return output
     except Exception as error:
         # A checkpoint uses an exception to stop its recomputation.

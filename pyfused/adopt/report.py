@@ -118,8 +118,9 @@ class Report:
             self._first_call = self._elapsed()
 
     def _count(self, op: Operator, arguments: Arguments, decision: dispatch.Decision) -> None:
-        if decision.run is None:
-            self._add(self._fallbacks, (op.name, str(decision.reason)))
+        reason, run, _ = decision
+        if run is None:
+            self._add(self._fallbacks, (op.name, str(reason)))
             return
         self._note_first_call()
         needs_grad = torch.is_grad_enabled() and any(
@@ -371,12 +372,12 @@ def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
             for value in arguments
         )
         elements = op.elements(arguments)
-    kernel = decide(op, arguments, False).run
+    _, kernel, numbers = decide(op, arguments, False)
     assert kernel is not None
     with warnings.catch_warnings(), torch_alone:
         warnings.simplefilter("ignore")
         # The first run includes allocating memory and starting threads.
-        ours = min(_seconds(kernel, arguments) for _ in range(2))
+        ours = min(_seconds(lambda given: kernel(given, numbers), arguments) for _ in range(2))
         theirs = min(_seconds(lambda given: op.builtin(*given), arguments) for _ in range(2))
     return ours / elements, theirs / elements
 

@@ -47,8 +47,9 @@ def cross_entropy_once(
     grad_output: Tensor | None = None,
 ) -> LossResult:
     """Prepares and launches the kernel for a single call."""
-    launch = backend.cross_entropy(input, target, weight, options, outputs, grad_output)
-    return launch((input, target, weight, *options.plan_tensors()), grad_output)
+    tensors = input, target, weight, *options.plan_tensors()
+    launch = backend.cross_entropy(tensors, options, outputs, grad_output)
+    return launch(tensors, options.numbers(), grad_output)
 
 
 def takes_triton(input: Tensor | TensorSpec) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
-from pyfused.backends.protocol import LossKernel, LossResult
+from pyfused.backends.protocol import LossKernel, LossResult, Numbers, Parameters
 from pyfused.formula_compiler.program import Program
 from pyfused.layout import (
     accumulate_dtype,
@@ -45,7 +45,6 @@ from pyfused.layout import (
 from pyfused.torch_internals import has_amx, has_avx512_bf16
 from pyfused.types import (
     ClassRange,
-    CrossEntropyOptions,
     DivergenceOptions,
     EmbeddingOptions,
     Kernels,
@@ -130,6 +129,7 @@ _SCALARS = {
 }
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
+_NO_OPTIONS = (0.0, 0.0, 0.0, 1.0)  # label smoothing, gamma, z_loss and scale
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -246,16 +246,13 @@ def all_in_range(target: Tensor, classes: int) -> bool:
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    tensors: Sequence[Any],
     options: VocabOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
     normalized: bool = False,
 ) -> LossKernel:
-    if not isinstance(options, CrossEntropyOptions):
-        options = CrossEntropyOptions(options.ignore_index, options.reduction)
+    input, target, weight, token_weight, _ = tensors
     accumulate, sizes = accumulate_dtype(input.dtype), row_sizes(input)
     kernel = partial(native.cross_entropy, DTYPES[input.dtype], sizes)
     indices = target.dtype is torch.int64
@@ -266,18 +263,20 @@ def cross_entropy(
     else:
         copies_target, target_strides, grad_layout, grad_target_strides = class_layout(target)
         new_grad_target = _allocator(grad_layout)
-    converts = converts_in(accumulate, weight, options.token_weight, grad_output)
+    converts = converts_in(accumulate, weight, token_weight, grad_output)
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
-    numbers = options.label_smoothing, options.gamma, options.z_loss, options.scale
-    native_options = native.CrossEntropyOptions(ignore_index, reduction, *numbers, normalized)
-    fixed_denominator = None if isinstance(options.denominator, Tensor) else options.denominator
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
-        if denominator is None:
-            denominator = fixed_denominator
+        options = _NO_OPTIONS
+        if numbers:
+            number, _, temperature, smoothing, gamma, z_loss, scale, _ = numbers
+            options = max(0.0, smoothing), gamma, z_loss, scale / temperature
+            denominator = number if denominator is None else denominator
         logits = input.contiguous() if copies else input
         targets = target.contiguous() if copies_target else target
         if converts:
@@ -300,7 +299,10 @@ def cross_entropy(
             address if indices else 0,
             _NO_VIEW if indices else (address, *target_strides),
             0 if weight is None else weight.data_ptr(),
-            native_options,
+            ignore_index,
+            reduction,
+            options,
+            normalized,
             0 if token_weight is None else token_weight.data_ptr(),
             None if denominator is None else float(denominator),
             0 if grad_output is None else grad_output.data_ptr(),
@@ -319,21 +321,22 @@ nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabil
 
 
 def multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    tensors: Sequence[Any],
     options: MarginOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
+    input, target, weight, *_ = tensors
     accumulate, shape = accumulate_dtype(input.dtype), input.shape
     kernel = partial(native.multi_margin_loss, DTYPES[input.dtype], shape)
     multilabel, needs_grad = target.dim() == 2, any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
     new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
-    reduction, squared, margin = _REDUCTIONS[options.reduction], options.p == 2, options.margin
+    reduction, squared = _REDUCTIONS[options.reduction], options.p == 2
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         input, target, weight, *_ = tensors
         input, indices = input.contiguous(), target.contiguous()
         if converts:
@@ -346,7 +349,7 @@ def multi_margin_loss(
             multilabel,
             _address(weight),
             squared,
-            margin,
+            numbers[0] if numbers else 1.0,
             reduction,
             _address(grad_output),
             _address(loss),
@@ -365,23 +368,23 @@ multilabel_margin_loss = multi_margin_loss
 
 
 def kl_div_with_logits(
-    input: Tensor,
-    teacher: Tensor,  # noqa: ARG001
-    token_weight: Tensor | None,  # noqa: ARG001
+    tensors: Sequence[Any],
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> LossKernel:
+    input = tensors[0]
     accumulate, reduction = accumulate_dtype(input.dtype), _REDUCTIONS[options.reduction]
     dtype, needs_grad = DTYPES[input.dtype], any(outputs.gradients)
     new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
-    fixed_denominator = None if isinstance(options.denominator, Tensor) else options.denominator
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         input, teacher, token_weight, denominator, *_ = tensors
+        number, _, temperature, beta, _ = numbers
         input, teacher = feature_rows(input), feature_rows(teacher)
-        if denominator is None:
-            denominator = fixed_denominator
+        denominator = number if denominator is None else denominator
         grad = None
         if needs_grad:
             grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
@@ -392,8 +395,8 @@ def kl_div_with_logits(
             input.shape,
             _rows(input),
             _rows(teacher),
-            options.beta,
-            1 / options.temperature,
+            beta,
+            1 / temperature,
             _address(weight),
             reduction,
             None if denominator is None else float(denominator),
@@ -417,12 +420,15 @@ def embedding_loss(
 ) -> LossKernel:
     first, kernel, each = inputs[0], getattr(native, name), reduction == "none"
     dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
-    sizes, numbers = (first.shape[:-1].numel(), first.shape[-1]), tuple(options)
+    sizes, flags = (first.shape[:-1].numel(), first.shape[-1]), tuple(options)
     new_loss = _loss_allocator(first.shape[:-1] if each else (), accumulate)
     new_grad = _allocator(torch.empty(first.shape, dtype=first.dtype, device="meta"))
     count = len(inputs)
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
+        margin, eps = numbers[0], numbers[-1]  # the cosine loss has no eps
         views = [feature_rows(x) for x in tensors[:count]]
         (grad_output,) = contiguous_in(accumulate, grad_output)
         loss = new_loss() if outputs.loss else None
@@ -433,7 +439,7 @@ def embedding_loss(
             dtype,
             sizes,
             [_rows(x) for x in (*views, None)[:3]],
-            numbers,
+            (margin, eps, *flags),
             denominator,
             _address(grad_output),
             (*losses, *addresses),
@@ -455,10 +461,11 @@ def row_state(
     results: int = 0,
     continues: bool = False,
 ) -> Callable[..., None]:
-    kernel, ignore_index, numbers = _logit_rows(native.row_state, logits, options, classes)
-    n = len(logits)
+    kernel = _logit_rows(native.row_state, logits, classes)
+    n, ignore_index = len(logits), options.ignore_index
 
     def launch(
+        numbers: Numbers,
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -469,7 +476,7 @@ def row_state(
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
-            numbers,
+            (numbers[0], numbers[1] or 0.0),
             0 if weight is None else weight.data_ptr(),
             (state.data_ptr(), state.stride(0), fields),
             (0, 0, 0) if out is None else (out.data_ptr(), n, results),
@@ -483,10 +490,11 @@ def row_state(
 def row_gradients(
     logits: Tensor, options: RowOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
-    kernel, ignore_index, numbers = _logit_rows(native.row_gradients, logits, options, classes)
+    kernel, ignore_index = _logit_rows(native.row_gradients, logits, classes), options.ignore_index
     new_grad = _allocator(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
 
     def launch(
+        numbers: Numbers,
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -500,7 +508,7 @@ def row_gradients(
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
-            numbers,
+            (numbers[0], numbers[1] or 0.0),
             0 if weight is None else weight.data_ptr(),
             (state.data_ptr(), state.stride(0), 0),
             (grad_results.data_ptr(), *strides, results, grad_results.itemsize),
@@ -513,12 +521,10 @@ def row_gradients(
 
 
 def _logit_rows(
-    kernel: Callable[..., Any], logits: Tensor, options: RowOptions, classes: ClassRange
-) -> tuple[Callable[..., Any], int, tuple[float, float]]:
-    """Returns the kernel for these logits, ignore_index and the factors of the logits."""
-    sizes = *logits.shape, classes.first, logits.stride(0)
-    numbers = options.scale, options.softcap or 0.0
-    return partial(kernel, DTYPES[logits.dtype], sizes), options.ignore_index, numbers
+    kernel: Callable[..., Any], logits: Tensor, classes: ClassRange
+) -> Callable[..., Any]:
+    """Returns the kernel for these logits."""
+    return partial(kernel, DTYPES[logits.dtype], (*logits.shape, classes.first, logits.stride(0)))
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
@@ -526,13 +532,13 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype], sizes)
     new = _allocator(layout)
 
-    def forward(input: Tensor) -> Tensor:
+    def forward(input: Tensor, _: Numbers) -> Tensor:
         view, output = along(input, dim)[0] if copies else input, new()
         result = output.data_ptr(), *out_strides
         kernel((view.data_ptr(), *strides), _NO_VIEW, result, torch.get_num_threads())
         return output
 
-    def backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    def backward(grad_output: Tensor, output: Tensor, _: Numbers) -> Tensor:
         grad_output, output, grad_input = grad_output.contiguous(), output.contiguous(), new()
         kernel(
             (output.data_ptr(), *out_strides),
@@ -551,7 +557,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 def pointwise_loss(
     formula: Kernel | Program,
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-    parameters: tuple[float, ...],
+    parameters: Parameters | None,
     reduction: str,
     outputs: Outputs,
     divisor: float = 1.0,
@@ -568,17 +574,20 @@ def pointwise_loss(
         new_whole = _allocator(whole)
     steps, columns, row_step = _steps((*operands, weight, grad_output), order, half)
     if isinstance(formula, Program):
-        kernel = formula.kernel(native, _native_program)
+        kernel, padded = formula.kernel(native, _native_program), False
     else:
-        kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
+        kernel, padded = getattr(native, formula.name), True
     each = outputs.loss and reduction == "none"
     scalar = _SCALARS[accumulate_dtype(order.dtype)]
     new = _allocator(order)
     output_like = (lambda _: new()) if index is None else _allocator_like(order)
     no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         *operands, weight, denominator = tensors
+        values = numbers if parameters is None else parameters(numbers)
         like = operands[index or 0]
         views: list[tuple[int, int, int]] = []
         copies = []  # keeps copies alive until the kernel has read them
@@ -608,7 +617,7 @@ def pointwise_loss(
             dtype,
             n,
             (*views[:count], *no_operands),
-            parameters,
+            (*values, 0.0, 0.0, 0.0)[:3] if padded else values,
             views[count],
             float(divisor if denominator is None else denominator),
             views[count + 1],
@@ -664,29 +673,29 @@ def _native_program(program: Program) -> Callable[..., None]:
     return kernel
 
 
-def activation(
-    formula: Kernel, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
-) -> Kernels:
+def activation(formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels:
     name = formula.name
     kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
     dtype, n, copies = DTYPES[input.dtype], input.numel(), not is_dense(input)
-    output_like, numbers = _allocator_like(input), (*parameters, 0.0, 0.0, 0.0)[:3]
+    output_like = _allocator_like(input)
 
-    def forward(input: Tensor) -> Tensor:
+    def forward(input: Tensor, numbers: Numbers) -> Tensor:
         input = input.contiguous() if copies else input
         output = input if inplace else output_like(input)
         pointers = input.data_ptr(), output.data_ptr()
-        kernel(dtype, n, *pointers, numbers, torch.get_num_threads())
+        parameters = (*numbers, 0.0, 0.0, 0.0)[:3]
+        kernel(dtype, n, *pointers, parameters, torch.get_num_threads())
         return output
 
-    def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
+    def backward(grad_output: Tensor, saved: Tensor, numbers: Numbers) -> Tensor:
         saved = dense(saved)
         step = 1 if any(grad_output.stride()) else 0
         if step and grad_output.stride() != saved.stride():
             grad_output = torch.empty_like(saved, dtype=grad_output.dtype).copy_(grad_output)
         grad_input = output_like(saved)
         pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
-        backward_kernel(dtype, n, *pointers, numbers, torch.get_num_threads())
+        parameters = (*numbers, 0.0, 0.0, 0.0)[:3]
+        backward_kernel(dtype, n, *pointers, parameters, torch.get_num_threads())
         return grad_input
 
     return forward, backward

@@ -2,13 +2,14 @@
 
 Most functions prepare a kernel for the layouts of tensors and return a function that launches it.
 Later calls of the same signature only launch it. Preparation reads no values of tensors and keeps
-no references to them.
+no references to them. Of a number it may use whether it is None, or a special value such as 0; the
+numbers of a call are arguments of a launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from pyfused.formula_compiler.program import Program
 
 LossResult = tuple[Tensor | None, Gradients]
-# Takes the tensors of a call and grad_output; grad_output=None, the default, means ones.
+Numbers = Sequence[Any]  # floats; None for an option that is not used
+Parameters = Callable[[Numbers], Sequence[float]]
+# Takes the tensors and the numbers of a call, and grad_output; None, the default, means ones.
 LossKernel = Callable[..., LossResult]
 
 
@@ -71,9 +74,7 @@ class Backend(Protocol):
 
     def cross_entropy(
         self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
+        tensors: Sequence[Any],
         options: CrossEntropyOptions,
         outputs: Outputs,
         grad_output: Tensor | None = None,
@@ -81,16 +82,15 @@ class Backend(Protocol):
         """Prepares the loss, and the gradients of input and target.
 
         Args:
-            input: Logits of shape (C), (N, C) or (N, C, d1, ..., dk).
-            target: int64 class indices, or probabilities of the input's shape and dtype.
-            weight: (C), or None.
-            options: Options; of its tensors, only the layouts are used.
+            tensors: Logits of shape (C), (N, C) or (N, C, d1, ..., dk); int64 class indices, or
+                probabilities of the logits' shape and dtype; weight (C); token_weight; and the
+                denominator if it is a tensor. The last three may be None.
+            options: The options, whose tensors and numbers are not used.
             grad_output: The gradient of the loss, of the loss's shape; None means ones. Without
                 reduction, a call computes either the loss, or gradients given a grad_output.
 
         Returns:
-            A function that takes a tuple of tensors (input, target, weight, token_weight, and
-            denominator, which is None if it is a number or not given) and grad_output. It returns
+            A function that takes tensors, the numbers of the options, and grad_output. It returns
             the loss, in the accumulation dtype, and the gradients. For a class index out of range,
             it raises an IndexError before it computes anything. On an asynchronous backend, the
             loss of the row is NaN and its gradient 0 instead.
@@ -98,31 +98,31 @@ class Backend(Protocol):
 
     def nll_loss(
         self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
+        tensors: Sequence[Any],
         options: VocabOptions,
         outputs: Outputs,
         grad_output: Tensor | None = None,
     ) -> LossKernel:
-        """Prepares the loss of log-probabilities and class indices, as ``cross_entropy`` does."""
+        """Prepares the loss of log-probabilities and class indices, as ``cross_entropy`` does.
+
+        It uses no numbers.
+        """
 
     def multi_margin_loss(
         self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
+        tensors: Sequence[Any],
         options: MarginOptions,
         outputs: Outputs,
         grad_output: Tensor | None = None,
     ) -> LossKernel:
-        """Prepares the loss of scores (N, C) and class indices (N), as ``cross_entropy`` does."""
+        """Prepares the loss of scores (N, C) and class indices (N), as ``cross_entropy`` does.
+
+        The number is the margin.
+        """
 
     def multilabel_margin_loss(
         self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
+        tensors: Sequence[Any],
         options: MarginOptions,
         outputs: Outputs,
         grad_output: Tensor | None = None,
@@ -134,20 +134,19 @@ class Backend(Protocol):
 
     def kl_div_with_logits(
         self,
-        input: Tensor,
-        teacher: Tensor,
-        token_weight: Tensor | None,
+        tensors: Sequence[Any],
         options: DivergenceOptions,
         outputs: Outputs,
         grad_output: Tensor | None = None,
     ) -> LossKernel:
         """Prepares the divergence of logits (N, C) from the teacher's, and the input's gradient.
 
-        The kernel takes input, teacher, token_weight, and the denominator if it is a tensor. The
-        loss has the accumulation dtype.
+        The kernel takes tensors, and the numbers of the options. The loss has the accumulation
+        dtype.
 
         Args:
-            teacher: Logits of the input's dtype and shape.
+            tensors: Logits; the teacher's, of their dtype and shape; token_weight; and the
+                denominator if it is a tensor. The last two may be None.
         """
 
     def embedding_loss(
@@ -168,9 +167,9 @@ class Backend(Protocol):
             denominator: The divisor of the sum of the losses, and of the gradients.
 
         Returns:
-            A function that takes tensors, inputs first, and the gradient of each row's loss; None
-            means ones. It returns the loss of each row or their sum, in the accumulation dtype,
-            and the gradients of the inputs.
+            A function that takes tensors, inputs first; the numbers, margin first and eps last; and
+            the gradient of each row's loss; None means ones. It returns the loss of each row or
+            their sum, in the accumulation dtype, and the gradients of the inputs.
         """
 
     def row_state(
@@ -194,6 +193,7 @@ class Backend(Protocol):
         Returns:
             A function that takes
 
+            - the factor of the logits, after the softcap, and the softcap or None;
             - logits of this layout;
             - target: contiguous int64 indices into all classes, in range or ``ignore_index``; None
               if no target is in this range of classes;
@@ -215,7 +215,7 @@ class Backend(Protocol):
                 log-probability, entropy, log-sum-exp, and the weighted sum of the logits.
 
         Returns:
-            A function that takes logits, target and weight (see ``row_state``), and
+            A function that takes numbers, logits, target and weight (see ``row_state``), and
 
             - state: the state over all classes;
             - grad_results: the gradients of the results, (N) or (results, N), in the accumulation
@@ -229,7 +229,7 @@ class Backend(Protocol):
         self,
         formula: Kernel | Program,
         tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-        parameters: tuple[float, ...],
+        parameters: Parameters | None,
         reduction: str,
         outputs: Outputs,
         divisor: float = 1.0,
@@ -242,16 +242,17 @@ class Backend(Protocol):
             tensors: The operands, of one shape and dtype, possibly with strides of 0; the weight,
                 of their shape and dtype, or None; and the gradient of the loss, of their shape, or
                 None for ones.
-            parameters: The parameters of the formula; at most three for a declared formula.
+            parameters: Returns the parameters of the formula, at most three for a declared formula,
+                given the numbers of a call; None if these are the parameters.
             divisor: The divisor of the sum of the losses, and of the gradients, if it is a number.
             halves: The dimension along which the gradients of both operands are concatenated, or
                 None.
 
         Returns:
             A function that takes tensors (the operands, the weight, and the divisor if it is a
-            tensor, else None) and the gradient of the loss. It returns the loss of each element in
-            the input's dtype, or the sum in the accumulation dtype, and the gradients of the
-            operands.
+            tensor, else None), the numbers of the call, and the gradient of the loss. It returns
+            the loss of each element in the input's dtype, or the sum in the accumulation dtype, and
+            the gradients of the operands.
         """
 
     def softmax(self, formula: str, input: Tensor, dim: int) -> Kernels:
@@ -260,26 +261,20 @@ class Backend(Protocol):
         Returns:
             Two functions: forward takes the input and returns the output; backward takes
             grad_output and the output, and returns the gradient of the input. Both return
-            contiguous tensors.
+            contiguous tensors. Their last argument, numbers, is not used.
         """
 
-    def activation(
-        self,
-        formula: Kernel,
-        input: Tensor,
-        parameters: tuple[float, ...] = (),
-        inplace: bool = False,
-    ) -> Kernels:
+    def activation(self, formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels:
         """Prepares an activation for inputs of this layout.
 
         Args:
-            parameters: The parameters of the formula, at most three.
             inplace: Whether the output overwrites the input, which must be dense.
 
         Returns:
-            Two functions: forward takes the input and returns the output, in the input's layout;
-            backward takes grad_output and the saved tensor (the output or the input), and returns
-            the gradient of the input.
+            Two functions: forward takes the input and the parameters of the formula, at most three,
+            and returns the output, in the input's layout; backward takes grad_output, the saved
+            tensor (the output or the input) and the parameters, and returns the gradient of the
+            input.
         """
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyfused.backends.protocol import LossKernel, LossResult
+from pyfused.backends.protocol import LossKernel, LossResult, Numbers, Parameters
 from pyfused.backends.versions import triton_version
 from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.kernels import reductions
@@ -189,22 +189,26 @@ def _divisor(
         target: Class indices; in other tensors, each row counts.
 
     Returns:
-        A function of the target, weight, token_weight, and the denominator if it is a tensor.
+        A function of the target, weight, token_weight, and the denominator, as a tensor or as a
+        number; both may be None.
     """
     is_mean, indices = options.reduction == "mean", target.dtype is torch.int64
-    number = None if isinstance(options.denominator, Tensor) else options.denominator
     few = n <= COUNTED_BY_PROGRAMS and elements <= HOST_BOUND
     new_count = partial(torch.empty, (), dtype=torch.float64, device=target.device)
     count = _with_loss(COUNT, min(-(-n // (2 * COUNT.choice.block)), 256), new_count)
     numbers = n, options.ignore_index, classes
 
     def divisor(
-        target: Tensor, weight: Tensor | None, token_weight: Tensor | None, denominator: Any
+        target: Tensor,
+        weight: Tensor | None,
+        token_weight: Tensor | None,
+        denominator: Tensor | None = None,
+        number: float | None = None,
     ) -> Tensor | int | None:
         if not is_mean:
             return None
         if denominator is not None:
-            return denominator.to(torch.float64)  # type: ignore[no-any-return]
+            return denominator.to(torch.float64)
         if number is not None:
             exact = float(number).is_integer()
             return int(number) if exact else target.new_full((), number, dtype=torch.float64)
@@ -223,13 +227,12 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    tensors: Sequence[Any],
     options: CrossEntropyOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
+    input, target, weight, token_weight, _ = tensors
     indices, reduction = target.dtype is torch.int64, options.reduction
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     copies, strides, grad_layout, grad_strides = class_layout(input, outputs.inplace)
@@ -245,11 +248,11 @@ def cross_entropy(
     all_strides = strides, grad_strides, target_strides, grad_target_strides
     outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
     n, accumulate = outer * inner, accumulate_dtype(input.dtype)
-    smoothing, elements = options.label_smoothing, input.numel()
-    weighted = not indices or (smoothing > 0 and weight is not None)  # q is dense
-    tensors, once = (2, False) if weighted else (1, not grad_of_input)
+    smooth, elements = options.label_smoothing != 0, input.numel()
+    weighted = not indices or (smooth and weight is not None)  # q is dense
+    tiles, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
-    choice, programs = _tiling(sizes, itemsize, *all_strides, tensors=tensors, once=once)
+    choice, programs = _tiling(sizes, itemsize, *all_strides, tensors=tiles, once=once)
     each = reduction == "none"
     contiguous = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
     function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
@@ -259,15 +262,18 @@ def cross_entropy(
             programs = min(programs, resources()[0])
     elif not indices:
         kernel_strides += [*target_strides, *grad_target_strides]
-    meta = {"GAMMA": options.gamma, "SCALE": options.scale, "EACH": each}
-    kernel = prepared(function, choice, DENSE=not indices or smoothing > 0, **meta)
+    scaled = options.scale != 1 or options.temperature != 1
+    meta = {"FOCAL": options.gamma != 0, "SCALED": scaled, "EACH": each}
+    kernel = prepared(function, choice, DENSE=not indices or smooth, **meta)
     new_loss = _loss_allocator(input, reduction, outputs)
     run = _with_loss(kernel, programs, new_loss, each)
-    numbers = tuple(kernel_strides), options.ignore_index, smoothing, options.z_loss
+    fixed = inner, classes, tuple(kernel_strides), options.ignore_index
     divisor = _divisor(options, target, n, classes, elements)
-    converts = converts_in(accumulate, weight, options.token_weight, grad_output)
+    converts = converts_in(accumulate, weight, token_weight, grad_output)
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
         logits = input.contiguous() if copies else input
         target = target.contiguous() if copies_target else target
@@ -281,10 +287,12 @@ def cross_entropy(
         if grad_of_target:
             grad_target = new_grad_target()
         weights = weight, token_weight
-        by = divisor(target, *weights, denominator)
+        number, _, temperature, smoothing, gamma, z_loss, scale, _ = numbers
+        by = divisor(target, *weights, denominator, number)
         gradients = grad, grad_target
         inputs = logits, target, *weights, by, grad_output
-        return run(inputs, (gradients, inner, classes, *numbers)), gradients
+        floats = max(0.0, smoothing), z_loss, gamma, scale / temperature
+        return run(inputs, (gradients, *fixed, *floats)), gradients
 
     return launch
 
@@ -310,13 +318,12 @@ def _tiling(sizes: Sizes, itemsize: int, *strides: Strides, **options: Any) -> t
 
 
 def nll_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    tensors: Sequence[Any],
     options: VocabOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
+    input, target, weight, *_ = tensors
     copies, strides, grad_layout, grad_strides = class_layout(input)
     n, (_, inner, classes) = target.numel(), row_sizes(input)
     new_grad = _allocator(grad_layout, input.device)
@@ -326,54 +333,53 @@ def nll_loss(
     kernel = prepared(nll_kernel, choice, EACH=each)
     new_loss = _loss_allocator(input, options.reduction, outputs)
     run = _with_loss(kernel, -(-n // choice.block), new_loss, each)
-    numbers = n, inner, classes, strides, grad_strides, options.ignore_index
+    fixed = n, inner, classes, strides, grad_strides, options.ignore_index
     divisor = _divisor(options, target, n, classes, n)
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(tensors: Sequence[Any], _: Numbers, grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
         input, target = input.contiguous() if copies else input, target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = new_grad().zero_() if needs_grad else None
-        inputs = input, target, weight, divisor(target, weight, None, None), grad_output
-        return run(inputs, (grad, *numbers)), (grad, None)
+        inputs = input, target, weight, divisor(target, weight, None), grad_output
+        return run(inputs, (grad, *fixed)), (grad, None)
 
     return launch
 
 
 def multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    tensors: Sequence[Any],
     options: MarginOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
+    input, target, weight, *_ = tensors
     multilabel, (n, classes), reduction = target.dim() == 2, input.shape, options.reduction
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
-    sizes, strides, tensors = (1, n, classes), (0, classes, 1), 4 if multilabel else 2
-    choice, programs = _tiling(sizes, input.element_size(), strides, tensors=tensors)
+    sizes, strides, tiles = (1, n, classes), (0, classes, 1), 4 if multilabel else 2
+    choice, programs = _tiling(sizes, input.element_size(), strides, tensors=tiles)
     each, divisor = reduction == "none", n if reduction == "mean" else None
-    numbers: tuple[float, ...] = n, classes
     if multilabel:
         if not choice.whole_row:
             choice = choice._replace(rows=1, block=power_of_2(classes), threads=512)
         kernel = prepared(multilabel_margin_kernel, choice, EACH=each)
     else:
         kernel = prepared(multi_margin_kernel, choice, EACH=each, SQUARED=options.p == 2)
-        numbers = *numbers, float(options.margin)
     new_loss = _loss_allocator(input, reduction, outputs)
     run = _with_loss(kernel, programs, new_loss, each)
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         input, target, weight, *_ = tensors
         input, target = input.contiguous(), target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = torch.empty_like(input) if needs_grad else None
         inputs = (input, target) if multilabel else (input, target, weight)
-        return run((*inputs, divisor, grad_output), (grad, *numbers)), (grad, None)
+        return run((*inputs, divisor, grad_output), (grad, n, classes, *numbers)), (grad, None)
 
     return launch
 
@@ -406,18 +412,21 @@ def embedding_loss(
     loss_dtype = outputs.loss_dtype or accumulate
     new_loss = partial(torch.empty, loss_shape, dtype=loss_dtype, device=device)
     run = _with_loss(kernel, programs, new_loss if outputs.loss else None, each)
-    numbers = n, features, strides, *(options.margin, options.eps)[: count - 1]
+    fixed = n, features, strides
     needs_grad = outputs.gradients or (False,) * len(inputs)
     tensor_count, divisor = len(inputs), None if denominator == 1 else int(denominator)
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         inputs = tuple(tensors[:tensor_count])
         first = inputs[0]
         views = tuple([feature_rows(x) for x in inputs]) if copies else inputs
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
         gradients = tuple([first.new_empty(shape) if needed else None for needed in needs_grad])
-        return run((views, grad_output, divisor), (gradients, *numbers)), gradients
+        floats = (numbers[0], numbers[-1]) if triplet else numbers
+        return run((views, grad_output, divisor), (gradients, *fixed, *floats)), gradients
 
     return launch
 
@@ -431,10 +440,11 @@ def row_state(
     continues: bool = False,
 ) -> Callable[..., None]:
     meta = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
-    kernel, programs, numbers = _logit_rows(row_state_kernel, logits, options, classes, meta)
+    kernel, programs, fixed = _logit_rows(row_state_kernel, logits, options, classes, meta)
     shape, stride = logits.shape, logits.stride(0)
 
     def launch(
+        numbers: Numbers,
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -442,7 +452,9 @@ def row_state(
         out: Tensor | None = None,
     ) -> None:
         tensors = logits, target, weight, state, out
-        kernel(programs, *tensors, *shape, (stride, state.stride(0)), *numbers)
+        scale, cap = numbers
+        strides = stride, state.stride(0)
+        kernel(programs, *tensors, *shape, strides, *fixed, cap or 0.0, scale)
 
     return launch
 
@@ -451,10 +463,11 @@ def row_gradients(
     logits: Tensor, options: RowOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
     meta = {"RESULTS": results}
-    kernel, programs, numbers = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
+    kernel, programs, fixed = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
     shape, stride = logits.shape, logits.stride(0)
 
     def launch(
+        numbers: Numbers,
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -465,7 +478,8 @@ def row_gradients(
         out = logits.new_empty(shape) if out is None else out
         strides = stride, out.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:]
         tensors = logits, target, weight, state, grad_results, out
-        kernel(programs, *tensors, *shape, strides, *numbers)
+        scale, cap = numbers
+        kernel(programs, *tensors, *shape, strides, *fixed, cap or 0.0, scale)
         return out
 
     return launch
@@ -478,22 +492,20 @@ def _logit_rows(
     sizes: Any = (1, *logits.shape)
     strides: Any = (0, *logits.stride())
     choice, programs = _tiling(sizes, logits.element_size(), strides, tensors=2)
-    meta |= {"CAP": options.softcap or 0.0, "SCALE": options.scale}
-    numbers = *classes, options.ignore_index
-    return prepared(kernel, choice, **meta), programs, numbers
+    meta |= {"CAPPED": options.softcap is not None, "SCALED": options.scale != 1}
+    return prepared(kernel, choice, **meta), programs, (*classes, options.ignore_index)
 
 
 def kl_div_with_logits(
-    input: Tensor,
-    teacher: Tensor,
-    token_weight: Tensor | None,
+    tensors: Sequence[Any],
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
+    input, teacher, token_weight, *_ = tensors
     student_rows, teacher_rows = feature_rows(input), feature_rows(teacher)
     copies = student_rows is not input or teacher_rows is not teacher
-    (n, classes), reduction, beta = student_rows.shape, options.reduction, float(options.beta)
+    (n, classes), reduction = student_rows.shape, options.reduction
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts, each = converts_in(accumulate, token_weight, grad_output), reduction == "none"
     stride = student_rows.stride(0)
@@ -501,13 +513,15 @@ def kl_div_with_logits(
     strides = stride, teacher_rows.stride(0), grad_stride
     rows = [(0, stride, 1) for stride in strides]
     choice, programs = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
-    kind = {0.0: FORWARD, 1.0: REVERSE}.get(beta, MIXTURE)
-    meta = {"KIND": kind, "SCALE": 1 / options.temperature, "EACH": each}
+    kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
+    meta = {"KIND": kind, "SCALED": options.temperature != 1, "EACH": each}
     new_loss = _loss_allocator(input, reduction, outputs)
     run = _with_loss(prepared(kl_div_kernel, choice, **meta), programs, new_loss, each)
     divisor = _divisor(options, input, n, classes, n * classes)
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         input, teacher, token_weight, denominator, *_ = tensors
         if copies:
             input, teacher = feature_rows(input), feature_rows(teacher)
@@ -516,9 +530,10 @@ def kl_div_with_logits(
         grad = None
         if needs_grad:
             grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
-        by = divisor(input, None, token_weight, denominator)
+        number, _, temperature, beta, _ = numbers
+        by = divisor(input, None, token_weight, denominator, number)
         inputs = input, teacher, token_weight, by, grad_output
-        return run(inputs, (grad, n, classes, strides, beta)), (grad,)
+        return run(inputs, (grad, n, classes, strides, beta, 1 / temperature)), (grad,)
 
     return launch
 
@@ -534,13 +549,13 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     forward_kernel, forward_programs = prepare(softmax_kernel, strides, output_strides)
     backward_kernel, backward_programs = prepare(softmax_backward_kernel, output_strides)
 
-    def forward(input: Tensor) -> Tensor:
+    def forward(input: Tensor, _: Numbers) -> Tensor:
         output = torch.empty_like(input, memory_format=torch.contiguous_format)
         x = along(input, dim)[0] if copies else input
         forward_kernel(forward_programs, x, output, *sizes[1:], strides, output_strides)
         return output
 
-    def backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    def backward(grad_output: Tensor, output: Tensor, _: Numbers) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
         grad_input = torch.empty_like(output)
         tensors = grad_output, output, grad_input
@@ -556,7 +571,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 def pointwise_loss(
     formula: Kernel | Program,
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-    parameters: tuple[float, ...],
+    parameters: Parameters | None,
     reduction: str,
     outputs: Outputs,
     divisor: float = 1.0,
@@ -571,7 +586,6 @@ def pointwise_loss(
     needs_grad = outputs.gradients or (False,) * len(operands)
     padding = (None,) * (OPERANDS - len(operands))
     copied, columns, strides = in_rows(order, [*operands, *padding, weight, grad_output])
-    numbers, others = (*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
     program = formula if isinstance(formula, Program) else formula.programs[0]
     function = program.kernel("triton", formula_of)
     exact = order.element_size() > 2
@@ -582,7 +596,9 @@ def pointwise_loss(
     run = _with_loss(kernel, programs, new_loss if outputs.loss else None, each)
     fixed_divisor = None if divisor == 1 else int(divisor)  # Triton passes floats as float32
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         *operands, weight, denominator = tensors
         like = operands[0].contiguous() if index is None else operands[index]
         gradients = tuple([torch.empty_like(like) if needed else None for needed in needs_grad])
@@ -591,8 +607,10 @@ def pointwise_loss(
             views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
         inputs = tuple(views[:OPERANDS]), *views[OPERANDS:]
         by = fixed_divisor if denominator is None else denominator
+        values = numbers if parameters is None else parameters(numbers)
+        floats = *(*values, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(values[NUMBERS:])
         outs = (*gradients, *padding)
-        loss = run(inputs, (outs, n, columns, strides, *numbers, others, by))
+        loss = run(inputs, (outs, n, columns, strides, *floats, by))
         if halves is not None and outputs.gradients:
             return loss, (_joined(gradients, halves),)
         return loss, gradients
@@ -611,33 +629,32 @@ def _joined(halves: Gradients, dim: int) -> Tensor:
     return whole
 
 
-def activation(
-    formula: Kernel, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False
-) -> Kernels:
+def activation(formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels:
     n, choice, padding = input.numel(), choose(input.element_size()), (None,) * OPERANDS
-    programs, numbers = -(-n // choice.block), (*parameters, 0.0, 0.0, 0.0)[:NUMBERS]
-    constants = {"EACH": True, "EXACT": input.element_size() > 2}
+    programs, constants = -(-n // choice.block), {"EACH": True, "EXACT": input.element_size() > 2}
     forward_kernel, backward_kernel = (
         Launch(elementwise_kernel, choice, FORMULA=p.kernel("triton", formula_of), **constants)
         for p in formula.programs
     )
     copies, columns, strides = in_rows(torch.empty_like(input, device="meta"), [input])
 
-    def forward(input: Tensor) -> Tensor:
+    def forward(input: Tensor, numbers: Numbers) -> Tensor:
         output = input if inplace else torch.empty_like(input)
         x = torch.empty_like(output).copy_(input) if copies else input
         tensors = (x, *padding[1:]), None, None, output, padding
-        forward_kernel(programs, *tensors, n, columns, strides, *numbers, (), None)
+        parameters = (*numbers, 0.0, 0.0, 0.0)[:NUMBERS]
+        forward_kernel(programs, *tensors, n, columns, strides, *parameters, (), None)
         return output
 
-    def backward(grad_output: Tensor, saved: Tensor) -> Tensor:
+    def backward(grad_output: Tensor, saved: Tensor, numbers: Numbers) -> Tensor:
         saved = dense(saved)
         grad_input = torch.empty_like(saved)
         copies, columns, strides = in_rows(grad_input, [grad_output, saved])
         if copies:
             grad_output = torch.empty_like(saved).copy_(grad_output)
         tensors = (grad_output, saved, *padding[2:]), None, None, grad_input, padding
-        backward_kernel(programs, *tensors, n, columns, strides, *numbers, (), None)
+        parameters = (*numbers, 0.0, 0.0, 0.0)[:NUMBERS]
+        backward_kernel(programs, *tensors, n, columns, strides, *parameters, (), None)
         return grad_input
 
     return forward, backward

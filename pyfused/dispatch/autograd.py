@@ -76,9 +76,10 @@ class Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, *tensors: Tensor | None) -> Any:
-        output, saved, gradients = plan.forward(tensors)
-        ctx.plan, ctx.first_gradient = plan, len(saved) if gradients else None
+    def forward(ctx: Any, plan: Any, numbers: Any, *tensors: Tensor | None) -> Any:
+        output, saved, gradients = plan.forward(tensors, numbers)
+        ctx.plan, ctx.numbers = plan, numbers
+        ctx.first_gradient = len(saved) if gradients else None
         ctx.save_for_backward(*saved, *gradients)
         if plan.inplace:
             ctx.input_is_overwritten = bool(gradients)
@@ -105,11 +106,11 @@ class Fused(torch.autograd.Function):
             ctx.input_is_overwritten = True
         if differentiable:
             with torch_alone:
-                gradients = plan.define(saved[:first_gradient], grad_output)
+                gradients = plan.define(saved[:first_gradient], ctx.numbers, grad_output)
             if torch.is_grad_enabled():
                 gradients = in_graph(gradients, saved)
         elif first_gradient is None:
-            gradients = plan.backward(saved, grad_output)
+            gradients = plan.backward(saved, ctx.numbers, grad_output)
         else:
             copies, gradients = graph_is_retained(), list(saved[first_gradient:])
             for i, gradient in enumerate(gradients):
@@ -117,8 +118,8 @@ class Fused(torch.autograd.Function):
                     if copies or not (gradient.is_contiguous() or is_dense(gradient)):
                         gradients[i] = gradient = gradient.clone()
                     plan.backend.scale_(gradient, grad_output)
-        constants = len(ctx.needs_input_grad) - 1 - len(gradients)
-        return None, *gradients, *(None,) * constants
+        constants = len(ctx.needs_input_grad) - 2 - len(gradients)
+        return None, None, *gradients, *(None,) * constants
 
 
 class _InGraph(torch.autograd.Function):

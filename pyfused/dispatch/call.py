@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +19,15 @@ from torch.overrides import has_torch_function
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, sizes
-from pyfused.dispatch.operator import TOKEN_WEIGHT, Arguments, Operand, Operator
+from pyfused.dispatch.operator import TOKEN_WEIGHT, Arguments, Numbers, Operand, Operator
 from pyfused.dispatch.originals import TorchAlone, torch_alone
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import (
     PLAIN,
-    is_readable,
+    flat,
     layout_reason,
     no_signature_reason,
-    numbers_in_tensors,
     signature,
-    with_python_numbers,
     with_specs,
 )
 from pyfused.torch_internals import (
@@ -38,7 +37,7 @@ from pyfused.torch_internals import (
     is_exporting,
     left_in_checkpoint,
 )
-from pyfused.types import TENSORS, TensorSpec, VocabOptions
+from pyfused.types import TENSORS, Number, TensorSpec, VocabOptions
 
 is_small = sizes.is_small
 # The compiler traces these operators, down to the custom operators that they call.
@@ -54,16 +53,19 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         arguments: All arguments of torch's function except ``inplace``.
         inplace: Whether the result overwrites the input; for a loss, the input's gradient does.
     """
+    run: Any = None
+    numbers: Numbers = ()
+    reason: str | None
     if is_dynamo_compiling():
-        reason, run = decide_compiled(op, arguments, inplace)
+        reason, run, numbers = decide_compiled(op, arguments, inplace)
     elif is_small(op, arguments):
-        reason, run = SMALL, None
+        reason = SMALL
     else:
-        reason, run = decide(op, arguments, inplace)
+        reason, run, numbers = decide(op, arguments, inplace)
     if inplace and (reason is None or reason is SMALL):
         op.prepare_inplace(arguments[0])
     if run is not None:
-        output: Tensor = run(arguments)
+        output: Tensor = run(arguments, numbers)
         return output
     function = op.builtin_ if inplace else op.builtin
     is_guarded = TorchAlone.needed and not (reason is SMALL and op.definition is None)
@@ -87,11 +89,9 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
 # ---- decisions -----------------------------------------------------------------------------------
 
 
-class Decision(NamedTuple):
-    """How calls of one signature are executed: by ``run``, or by torch for ``reason``."""
-
-    reason: str | None
-    run: Callable[[Arguments], Any] | None
+# How a call is executed: by a function of its arguments and its numbers, or, if that is None, by
+# torch, for a reason.
+Decision = tuple[str | None, Callable[[Arguments, Numbers], Any] | None, Numbers]
 
 
 MOST_PLANS = 4096
@@ -108,40 +108,32 @@ def keep_plan(key: Any, plan: Any) -> None:
 
 def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
-    key = signature(op, arguments, inplace)
-    if key is None:
+    signed = signature(op, arguments, inplace)
+    if signed is None:
         return _decide_without_signature(op, arguments, inplace)
     if _checkpoints and left_in_checkpoint():
-        return Decision("a torch dispatch or function mode in the checkpoint's forward pass", None)
-    decision: Decision | None = _plans.get(key)
+        return "a torch dispatch or function mode in the checkpoint's forward pass", None, ()
+    key, numbers = signed
+    decision = _plans.get(key)
     if decision is None:
-        decision = _new_decision(op, with_specs(op, arguments, inplace), inplace)
+        specs = with_specs(op, arguments, numbers, inplace)
+        reason = _planned_reason(op, specs, inplace)
+        decision = reason, None if reason else op.plan(specs, inplace)
         keep_plan(key, decision)
-    return decision
-
-
-def _new_decision(op: Operator, specs: Arguments, inplace: bool) -> Decision:
-    tensors = numbers_in_tensors(op, specs)
-    if tensors and all(map(is_readable, tensors.values())):
-        return Decision(None, lambda given: call(op, with_python_numbers(op, given), inplace))
-    reason = _planned_reason(op, specs, inplace)
-    return Decision(reason, None if reason else op.plan(specs, inplace))
+    return *decision, numbers
 
 
 def _decide_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     if is_traced(arguments[0]):
         return decide_compiled(op, arguments, inplace)
-    if reason := no_signature_reason(op, with_python_numbers(op, arguments)):
-        return Decision(reason, None)
-    if type(arguments[0]) not in PLAIN:
-        return Decision(None, op.run_on_dtensors)  # type: ignore[attr-defined]
-    return Decision(None, lambda given: call(op, with_python_numbers(op, given), inplace))
+    reason = no_signature_reason(op, arguments)
+    return reason, None if reason else op.run_on_dtensors, ()  # type: ignore[attr-defined]
 
 
 def decide_compiled(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     """Decides whether a custom operator runs a call in a program that is being compiled."""
     reason = fallback_reason(op, arguments, inplace)
-    return Decision(reason, None if reason else op.compiled)
+    return reason, None if reason else lambda arguments, _: op.compiled(arguments), ()
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------
@@ -158,17 +150,18 @@ def fallback_reason(op: Operator, arguments: Arguments, inplace: bool = False) -
     """
     if is_compiled(arguments[0]):
         return _compiler_reason(op, arguments) or _planned_reason(op, arguments, inplace)
-    arguments = with_python_numbers(op, arguments)
-    if signature(op, arguments, inplace) is None:
+    signed = signature(op, arguments, inplace)
+    if signed is None:
         return no_signature_reason(op, arguments)
-    return _planned_reason(op, with_specs(op, arguments, inplace), inplace)
+    return _planned_reason(op, with_specs(op, arguments, signed[1], inplace), inplace)
 
 
 def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
     """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
     input = arguments[0]
-    for name in numbers_in_tensors(op, arguments):
-        return f"{name} is a tensor"
+    for value, scalar in zip(flat(op, arguments), op.scalar_at, strict=True):
+        if scalar is not None and not scalar.tensor and isinstance(value, Tensor):
+            return f"{scalar.name} is a tensor"
     for index, operand in op.indexed_operands:
         tensor = arguments[index]
         if tensor is None and operand.optional:
@@ -199,7 +192,7 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     """Returns why the kernels for the input's device do not support a tensor, or None."""
     name = operand.name
     if not isinstance(tensor, TENSORS):
-        is_number = operand.number and type(tensor) is float
+        is_number = operand.number and isinstance(tensor, (Number, Real))
         return None if is_number else f"{name} is a {type(tensor).__name__}"
     traced = is_traced(tensor) or (is_dynamo_compiling() and type(tensor) in PLAIN)
     if not (isinstance(tensor, TensorSpec) or traced) and (reason := layout_reason(name, tensor)):

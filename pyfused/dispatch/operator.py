@@ -7,8 +7,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,11 +21,12 @@ from pyfused import checks
 from pyfused.dispatch.originals import original
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
-from pyfused.types import VocabOptions
+from pyfused.types import NUMBER, OPTIONS, Scalar, VocabOptions
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
 Arguments = tuple[Any, ...]  # all arguments of torch's function except `inplace`, by position
+Numbers = tuple[Any, ...]  # for each of `Operator.numbers` a float, or None
 
 
 class Operand(NamedTuple):
@@ -53,45 +55,6 @@ class Operand(NamedTuple):
     enforced: type[Exception] | None = None
 
 
-class Scalar(NamedTuple):
-    """A numeric argument, which may be a tensor of one element.
-
-    Attributes:
-        default: The default of a function that torch lacks. If torch's function has no default, an
-            example value.
-        low, high: The bounds of valid values, inclusive.
-        positive: Whether 0 is excluded.
-        optional: Whether it may be None, which kernels receive as NaN.
-        flag: Whether it is a bool; each value has its own kernel.
-        words: The valid values if it is a string; each has its own kernel.
-        special: A value with its own, faster kernel; None if there is none.
-    """
-
-    name: str
-    default: Any = None
-    low: float = -math.inf
-    high: float = math.inf
-    positive: bool = False
-    optional: bool = False
-    flag: bool = False
-    words: tuple[str, ...] = ()
-    special: float | None = None
-
-    @property
-    def cases(self) -> tuple[Any, ...]:
-        """Returns the values that have their own kernel; None stands for all other numbers."""
-        if self.flag or self.words:
-            return self.words or (False, True)
-        return (None,) if self.special is None else (None, self.special)
-
-    def fits(self, value: Any) -> bool:
-        """Returns whether a value is a number within the bounds, or one of the words."""
-        if self.words:
-            return value in self.words
-        in_bounds = isinstance(value, (int, float)) and self.low <= value <= self.high
-        return in_bounds and not (self.positive and value <= 0)
-
-
 TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
 
 
@@ -106,6 +69,7 @@ class Operator(ABC):
         scalars: The numeric arguments, in the formula's order.
         fallback_reason: Takes the arguments; returns why torch's operator has to compute the call,
             None if a kernel can.
+        number_reason: The same for the numbers, which `fallback_reason` does not receive.
         definition: The definition in torch's operators, if torch has no function of this name.
         built_in: The arguments that torch's built-in functions of this name require; () if users
             do not call these.
@@ -118,8 +82,12 @@ class Operator(ABC):
         defaults: The defaults of the parameters after the input.
         indexed_operands, indexed_scalars: The index of each operand or scalar among the arguments,
             and the operand or scalar.
-        tensor_names: The names of arguments and options that are tensors. A tensor elsewhere holds
-            a number.
+        names: The names of the arguments; with options, those of the operands and of the fields of
+            the options.
+        scalar_at: For each name the scalar if it is a number, or None.
+        numbers: The scalars that are numbers, including those of the options, in this order.
+        cases: Returns what a plan depends on, given the numbers of a call: None, a special value or
+            NUMBER for each. Returns a reason to fall back, or raises an error, for invalid numbers.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         strategy: Describes how CPU kernels traverse an input.
@@ -131,6 +99,7 @@ class Operator(ABC):
     operands: tuple[Operand, ...] = (Operand("input"),)
     scalars: tuple[Scalar, ...] = ()
     fallback_reason: Callable[..., str | None] | None = None
+    number_reason: Callable[..., str | None] | None = None
     definition: Callable[..., Tensor] | None = None
     built_in: tuple[str, ...] = ()
 
@@ -142,11 +111,15 @@ class Operator(ABC):
     defaults: Arguments = field(init=False)
     indexed_scalars: tuple[tuple[int, Scalar], ...] = field(init=False)
     indexed_operands: tuple[tuple[int, Operand], ...] = field(init=False)
-    tensor_names: tuple[str, ...] = field(init=False)
+    names: tuple[str, ...] = field(init=False)
+    scalar_at: tuple[Scalar | None, ...] = field(init=False)
+    numbers: tuple[Scalar, ...] = field(init=False)
+    cases: Callable[[Any], tuple[Any, ...] | str] = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
     strategy: ClassVar[str] = "element by element"
     options: ClassVar[type[VocabOptions] | None] = None
+    number_types: ClassVar[tuple[type, ...]] = (Real,)
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -159,8 +132,22 @@ class Operator(ABC):
         index = self.arguments.index
         self.indexed_operands = tuple((index(operand.name), operand) for operand in self.operands)
         self.indexed_scalars = tuple((index(scalar.name), scalar) for scalar in self.scalars)
-        names_of_operands = [operand.name for operand in self.operands]
-        self.tensor_names = *names_of_operands, "token_weight", "denominator"
+        numbers = {scalar.name: scalar for scalar in self.scalars if scalar.is_number}
+        numbers |= {
+            o.name: Scalar(o.name, optional=o.optional, tensor=True)
+            for o in self.operands
+            if o.number
+        }
+        self.names = self.arguments
+        if self.options is not None:
+            self.names = self.arguments[: len(self.operands)]
+        self.scalar_at = tuple([numbers.get(name) for name in self.names])
+        if self.options is not None:
+            fields = tuple(self.options.__dataclass_fields__)
+            self.names += fields
+            self.scalar_at += tuple([OPTIONS.get(name) for name in fields])
+        self.numbers = tuple([scalar for scalar in self.scalar_at if scalar is not None])
+        self.cases = lru_cache(maxsize=256)(self._cases)
         self.is_linear = "linear_weight" in self.arguments
         self._reduction = index("reduction") if "reduction" in self.arguments else None
 
@@ -199,25 +186,48 @@ class Operator(ABC):
         """Returns the arguments in the order that `call` expects."""
         return args + tuple([kwargs[name] for name in self.arguments[len(args) :]])
 
-    def kernel_of(self, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
-        """Returns the name of the kernel for these values of the scalars, and its numbers."""
-        name, numbers = self.name, list[Any]()
-        for scalar, value in zip(self.scalars, values, strict=True):
-            if scalar.flag:
-                name += f"_{scalar.name}" if value else ""
-            elif scalar.words:
-                name += f"_{value}" if value != scalar.words[0] else ""
-            elif type(value) in (int, float) and value == scalar.special:
-                name += f"_{scalar.name}_{scalar.special:g}"
-            else:
-                numbers.append(value)
-        return name, tuple(numbers)
+    def _cases(self, numbers: Numbers) -> tuple[Any, ...] | str:
+        cases = list[Any]()
+        for scalar, value in zip(self.numbers, numbers, strict=True):
+            low, special, case = scalar.low, scalar.special, None
+            is_valid = scalar.optional or scalar.tensor
+            if value is not None:
+                value = low if scalar.clamped and value < low else value
+                is_valid = low <= value <= scalar.high and (value > 0 or not scalar.positive)
+                case = special[special.index(value)] if value in special else NUMBER
+            if not is_valid and (reason := self.invalid_number(scalar, value)):
+                return reason
+            cases.append(case)
+        if self.number_reason is not None and (reason := self.number_reason(*numbers)):
+            return reason
+        return tuple(cases)
 
-    def cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields the name of each kernel, and the values of the scalars that it is for."""
+    def to_number(self, value: Any) -> Any:
+        """Converts a tensor of one element, or any number, for kernels."""
+        return float(value)
+
+    def invalid_number(self, scalar: Scalar, value: Any) -> str | None:
+        """Raises an error for a number out of bounds, or returns the reason to fall back."""
+        checks.scalar(scalar, value)
+        return None
+
+    def kernel_of(self, cases: Sequence[Any]) -> str:
+        """Returns the name of the kernel for these cases of the scalars."""
+        name = self.name
+        for scalar, case in zip(self.scalars, cases, strict=True):
+            if scalar.flag:
+                name += f"_{scalar.name}" if case else ""
+            elif scalar.words:
+                name += f"_{case}" if case != scalar.words[0] else ""
+            elif case in scalar.special:
+                name += f"_{scalar.name}_{case:g}"
+        return name
+
+    def kernel_cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the name of each kernel, and the cases of the scalars that it is for."""
         names = [scalar.name for scalar in self.scalars]
         for values in product(*(scalar.cases for scalar in self.scalars)):
-            yield self.kernel_of(values)[0], dict(zip(names, values, strict=True))
+            yield self.kernel_of(values), dict(zip(names, values, strict=True))
 
     @property
     def required(self) -> dict[str, Any]:
@@ -258,11 +268,15 @@ class Operator(ABC):
         return broadcast_numel([arguments[0], *[arguments[index] for index in self.broadcast]])
 
     @abstractmethod
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Any]:
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments, Numbers], Any]:
         """Checks types, shapes and options, and returns the plan of a signature.
 
         Args:
-            arguments: The arguments of the call, with a TensorSpec instead of each tensor.
+            arguments: The arguments of the call, with a TensorSpec instead of each tensor, and the
+                case instead of each number.
+
+        Returns:
+            A function of the arguments of a call, and of its numbers as floats.
         """
 
     def compiled(self, arguments: Arguments) -> Any:
@@ -286,9 +300,8 @@ class Operator(ABC):
 
     def check_scalars(self, arguments: Arguments) -> None:
         for index, scalar in self.indexed_scalars:
-            if not (scalar.flag or scalar.words or (scalar.optional and arguments[index] is None)):
-                name, _, low, high, positive, *_ = scalar
-                checks.scalar(name, arguments[index], low, high, positive)
+            if scalar.is_number:
+                self.invalid_number(scalar, arguments[index])
 
     def prepare_inplace(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
         """Prepares an input that a call is to overwrite."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
-from pyfused.dispatch.operator import Arguments, grad_enabled
+from pyfused.dispatch.operator import Arguments, Numbers, grad_enabled
 from pyfused.layout import accumulate_dtype, layouts
 from pyfused.types import Gradients, Outputs
 
@@ -34,9 +34,10 @@ class Plan:
         needs: Whether each of the first tensors needs a gradient.
         arrange: Converts the call's arguments to the tensors that the other functions take.
         forward: Computes the output, the tensors to save, and the gradients of the first tensors,
-            or () to leave them to backward. If the output is a tuple, only its first item is
-            differentiable.
-        backward: Computes the gradients of the first tensors from the saved ones and grad_output.
+            or () to leave them to backward, from the tensors and the numbers of a call. If the
+            output is a tuple, only its first item is differentiable.
+        backward: Computes the gradients of the first tensors from the saved ones, the numbers and
+            grad_output.
         define: Computes the same gradients from torch's definition, which is differentiable.
         finish: Converts the output to the result of the call, given the arguments, too. None
             returns the output itself.
@@ -47,15 +48,18 @@ class Plan:
     backend: Backend
     needs: tuple[bool, ...]
     arrange: Callable[[Arguments], Tensors]
-    forward: Callable[[Tensors], Forward]
-    backward: Callable[[Tensors, Tensor], Gradients]
-    define: Callable[[Tensors, Tensor], Gradients]
+    forward: Callable[[Tensors, Numbers], Forward]
+    backward: Callable[[Tensors, Numbers, Tensor], Gradients]
+    define: Callable[[Tensors, Numbers, Tensor], Gradients]
     finish: Callable[[Any, Arguments], Any] | None = None
     inplace: str = ""
 
-    def __call__(self, arguments: Arguments) -> Any:
+    def __call__(self, arguments: Arguments, numbers: Numbers) -> Any:
         tensors = self.arrange(arguments)
-        output = apply(self, *tensors) if True in self.needs else self.forward(tensors)[0]
+        if True in self.needs:
+            output = apply(self, numbers, *tensors)
+        else:
+            output = self.forward(tensors, numbers)[0]
         return output if self.finish is None else self.finish(output, arguments)
 
 
@@ -80,7 +84,7 @@ def loss_passes(
     in_forward: bool,
     inplace: bool = False,
     loss_dtype: torch.dtype | None = None,
-) -> tuple[Callable[[Tensors], Forward], Callable[[Tensors, Tensor], Gradients]]:
+) -> tuple[Callable[[Tensors, Numbers], Forward], Callable[[Tensors, Numbers, Tensor], Gradients]]:
     """Returns the forward and the backward pass of a loss.
 
     Kernels are prepared at their first use and cached: one for the forward pass, and one for each
@@ -95,17 +99,17 @@ def loss_passes(
     launches: dict[Any, LossKernel] = {}
     in_forward = in_forward and True in needs
 
-    def forward(tensors: Tensors) -> Forward:
+    def forward(tensors: Tensors, numbers: Numbers) -> Forward:
         launch = launches.get(None)
         if launch is None:
             outputs = Outputs(True, needs if in_forward else (), inplace, loss_dtype)
             launch = launches[None] = prepare(tensors, outputs, None)
-        loss, gradients = launch(tensors)
+        loss, gradients = launch(tensors, numbers)
         if loss_dtype is not None and loss is not None and loss.dtype is not loss_dtype:
             loss = loss.to(loss_dtype)
         return loss, tensors, gradients if in_forward else ()
 
-    def backward(tensors: Tensors, grad_output: Tensor) -> Gradients:
+    def backward(tensors: Tensors, numbers: Numbers, grad_output: Tensor) -> Gradients:
         if loss_dtype is not None:
             grad_output = grad_output.to(accumulate_dtype(tensors[0].dtype))
         key = layouts(*tensors, grad_output)
@@ -113,6 +117,6 @@ def loss_passes(
         if launch is None:
             outputs = Outputs(False, needs, inplace)
             launch = launches[key] = prepare(tensors, outputs, grad_output)
-        return launch(tensors, grad_output)[1]
+        return launch(tensors, numbers, grad_output)[1]
 
     return forward, backward

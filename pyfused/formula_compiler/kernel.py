@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pyfused.formula_compiler.program import Expressions, Program, compiled
 from pyfused.formula_compiler.trace import Function, expressions_of, isolated
-from pyfused.types import Outputs
+from pyfused.types import NUMBER, Outputs
 
 
 def program_of(
@@ -39,7 +39,7 @@ class Kernel:
 
     Attributes:
         name: The name of the C++ kernel.
-        case: The value of each scalar of the operator; None if it is a parameter of the kernel.
+        case: The case of each scalar of the operator; NUMBER if it is a parameter of the kernel.
         trace: Traces the formula. A loss has one method; an activation has forward and backward.
     """
 
@@ -52,7 +52,7 @@ class Kernel:
 
     @property
     def parameters(self) -> list[str]:
-        return [name for name, value in self.case.items() if value is None]
+        return [name for name, value in self.case.items() if value is NUMBER]
 
     @cached_property
     def methods(self) -> list[Method]:
@@ -74,7 +74,7 @@ class Kernel:
     def scalars(self, parameters: Sequence[Any]) -> list[Any]:
         """Returns the operator's scalars, with the parameters filled in."""
         remaining = iter(parameters)
-        return [next(remaining) if value is None else value for value in self.case.values()]
+        return [next(remaining) if value is NUMBER else value for value in self.case.values()]
 
     def expressions(self, function: Function, operands: int) -> tuple[Expressions, list[int]]:
         """Traces a function of operands, parameters and the scale; returns its expressions."""

@@ -10,6 +10,7 @@ need no new trace.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +180,56 @@ def gradients_of(
 # ---- a user's function ---------------------------------------------------------------------------
 
 
+class Symbol:
+    """A float parameter of a user's function, or a float computed from parameters.
+
+    A function that can run with symbols computes with all values alike: it passes them to torch, or
+    adds, multiplies, divides or exponentiates them. Anything else raises an error.
+
+    Attributes:
+        value: The value for the parameters of the trace.
+        compute: Returns the value for other parameters, which it takes as a sequence.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, value: float, compute: Callable[[Sequence[Any]], float]) -> None:
+        self.value, self.compute = value, compute
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:  # makes torch accept symbols
+        raise UntraceableError("a parameter outside of the trace")
+
+
+def _refuse(*_: Any) -> Any:
+    raise UntraceableError("the value of a parameter is used")
+
+
+def _arithmetic(op: Callable[..., float], swapped: bool = False) -> Callable[..., Any]:
+    def method(symbol: Symbol, *others: Any) -> Any:
+        if not all(type(other) in (int, float, Symbol) for other in others):
+            return NotImplemented
+        given = (symbol, *others)[:: -1 if swapped else 1]
+
+        def compute(parameters: Sequence[Any]) -> float:
+            return op(*[x.compute(parameters) if isinstance(x, Symbol) else x for x in given])
+
+        return Symbol(op(*[x.value if isinstance(x, Symbol) else x for x in given]), compute)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "neg", "abs"):
+    _op: Any = getattr(operator, _name)
+    setattr(Symbol, f"__{_name}__", _arithmetic(_op))
+    setattr(Symbol, f"__r{_name}__", _arithmetic(_op, swapped=True))
+for _name in (
+    *("bool", "float", "int", "index", "complex", "round", "trunc", "floor", "ceil", "str"),
+    *("format", "repr", "eq", "ne", "lt", "le", "gt", "ge"),
+):
+    setattr(Symbol, f"__{_name}__", _refuse)
+
+
 class UserFunction(NamedTuple):
     """A user's function, its gradient, and its number of operands."""
 
@@ -188,6 +239,22 @@ class UserFunction(NamedTuple):
 
     def run(self, parameters: dict[str, Any]) -> Run:
         return Run(self, _operands(self.operands), parameters, {})
+
+    def symbolic_run(self, parameters: dict[str, Any], run: Run) -> Run | None:
+        """Returns a run with symbols instead of floats, None if it differs from the run.
+
+        Then the function can depend on the values of parameters in other ways than by literals.
+        """
+        symbols = {
+            name: Symbol(value, operator.itemgetter(i)) if type(value) is float else value
+            for i, (name, value) in enumerate(parameters.items())
+        }
+        try:
+            symbolic = self.run(symbols)
+        except UntraceableError:
+            return None
+        is_same = (symbolic.structure, symbolic.literals) == (run.structure, run.literals)
+        return symbolic if is_same else None
 
     def dependent(self, parameters: dict[str, Any], run: Run) -> list[int]:
         """Returns the indices of the literals that depend on parameters.
@@ -243,6 +310,8 @@ class Run(TorchFunctionMode):
     Attributes:
         results: The value, and the derivatives by the operands if the user has written a gradient.
         literals: The numbers passed to torch's functions, which may be inputs of a program.
+        symbols: The literals that are symbols, by index.
+        exponents: The indices of literals that are exponents.
         structure: The calls of torch's functions, with their arguments except the literals.
 
     Raises:
@@ -258,6 +327,7 @@ class Run(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.inputs, self.literals, self.structure = inputs, list[float](), list[list[Any]]()
+        self.symbols, self.exponents = dict[int, Symbol](), set[int]()
         # Keyed by address. Holding the tensors keeps their addresses from being reused.
         self.sources: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self.track(operands)
@@ -324,19 +394,27 @@ class Run(TorchFunctionMode):
                     "an autograd.Function; define its gradient with @formula.gradient instead"
                 )
             call.append(self.sources[argument.data_ptr()][1])
-        elif isinstance(argument, bool) or not isinstance(argument, (int, float)):
+            return argument
+        if isinstance(argument, Symbol):
+            self.symbols[len(self.literals)] = argument
+            argument = argument.value
+        if isinstance(argument, bool) or not isinstance(argument, (int, float)):
             call.append(argument)
-        elif (
+            return argument
+        index, is_exponent = len(self.literals), call[0].__name__.strip("_") in ("pow", "rpow")
+        if (
             not is_moderate(argument)
             or call[0].__name__ in ("tensor", "as_tensor", "asarray")
-            or (call[0].__name__.strip("_") in ("pow", "rpow") and argument in EXPONENTS)
+            or (is_exponent and argument in EXPONENTS)
         ):
+            if self.symbols.get(index) is not None:
+                raise UntraceableError("the value of a parameter is used")
             call.append(repr(float(argument)))
-        else:
-            call.append(float)
-            self.literals.append(float(argument))
-            return self.inputs.get(len(self.literals) - 1, argument)
-        return argument
+            return argument
+        call.append(float)
+        self.literals.append(float(argument))
+        self.exponents |= {index} if is_exponent else set()
+        return self.inputs.get(index, argument)
 
 
 def _clamp_to_numbers(x: Tensor, low: Any = None, high: Any = None, **named: Any) -> Tensor:

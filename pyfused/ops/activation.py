@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Arguments, Operator, grad_enabled
+from pyfused.dispatch.operator import Arguments, Numbers, Operator, grad_enabled
 from pyfused.dispatch.plan import Forward, Plan, Tensors, needs_grad
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.layout import is_dense
 from pyfused.torch_internals import built_in
-from pyfused.types import Kernels
+from pyfused.types import Kernels, Scalar
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -53,14 +53,17 @@ class Activation(Operator):
             self.builtin_ = _built_in(f"{self.name}_", self.reference_)
         if self.reference_ is self.reference:  # it has no parameter `inplace`
             self.reference_ = self.builtin_
-        if self.scalars and self.fallback_reason is None:
-            self.fallback_reason = self._invalid_scalar
+        if any(scalar.words for scalar in self.scalars) and self.fallback_reason is None:
+            self.fallback_reason = self._invalid_word
 
-    def _invalid_scalar(self, *arguments: Any) -> str | None:
+    def _invalid_word(self, *arguments: Any) -> str | None:
         for index, scalar in self.indexed_scalars:
-            if not scalar.fits(arguments[index]):
+            if scalar.words and arguments[index] not in scalar.words:
                 return f"{scalar.name} is {arguments[index]!r}"
         return None
+
+    def invalid_number(self, scalar: Scalar, value: Any) -> str:
+        return f"{scalar.name} is {value!r}"
 
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient is needed. oneDNN, which computes torch's, has no tanh."""
@@ -77,22 +80,23 @@ class Activation(Operator):
         return gradient
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
-        input, *options = arguments
-        name, numbers = self.kernel_of([arguments[index] for index, _ in self.indexed_scalars])
-        kernel = self.kernels[name]
-        backend, parameters = backend_of(input), tuple(map(float, numbers))
-        return activation_plan(
-            self,
-            input,
-            options,
-            lambda x: backend.activation(kernel, x, parameters, inplace),
-            inplace,
-        )
+        input, *cases = arguments
+        kernel = self.kernels[self.kernel_of([arguments[i] for i, _ in self.indexed_scalars])]
+        backend = backend_of(input)
+
+        pairs = list(zip(cases, self.scalar_at[1:], strict=True))
+
+        def options(numbers: Numbers) -> Sequence[Any]:
+            values = iter(numbers)
+            return [case if scalar is None else next(values) for case, scalar in pairs]
+
+        prepare = lambda x: backend.activation(kernel, x, inplace)  # noqa: E731
+        return activation_plan(self, input, options, prepare, inplace)
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
         """Returns the kernels by name, one for each combination of flags and words."""
-        return {name: Kernel(name, case, self._trace_kernel) for name, case in self.cases()}
+        return {name: Kernel(name, case, self._trace_kernel) for name, case in self.kernel_cases()}
 
     def _trace_kernel(self, kernel: Kernel) -> list[Method]:
         """Traces the forward and the backward function of one element."""
@@ -134,7 +138,7 @@ def _built_in(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tens
 def activation_plan(
     op: Any,
     input: Any,
-    options: Sequence[Any],
+    options: Callable[[Numbers], Sequence[Any]],
     prepare: Callable[[Tensor], Kernels],
     inplace: bool = False,
     dtype: torch.dtype | None = None,
@@ -142,18 +146,18 @@ def activation_plan(
     """Returns the plan of an activation or a softmax, which saves the output or the input.
 
     Args:
-        options: The arguments after the input that `gradient_in_torch` takes.
+        options: Returns the arguments after the input that `gradient_in_torch` takes.
         prepare: Prepares the forward and the backward kernel for the layout of an input.
         dtype: The dtype that the input is converted to, None to leave it unchanged.
     """
     kernels: list[Kernels] = []
     saves_output = op.saves == "output"
 
-    def forward(tensors: Tensors) -> Forward:
+    def forward(tensors: Tensors, numbers: Numbers) -> Forward:
         (input,) = tensors
         if not kernels:
             kernels.append(prepare(input))
-        output = kernels[0][0](input)
+        output = kernels[0][0](input, numbers)
         return output, (output if saves_output else input,), ()
 
     return Plan(
@@ -162,7 +166,9 @@ def activation_plan(
         needs=needs_grad((input,)),
         arrange=lambda arguments: arguments[:1] if dtype is None else (arguments[0].to(dtype),),
         forward=forward,
-        backward=lambda saved, grad_output: (kernels[0][1](grad_output, saved[0]),),
-        define=lambda saved, grad_output: (op.gradient_in_torch(grad_output, saved[0], *options),),
+        backward=lambda saved, numbers, grad: (kernels[0][1](grad, saved[0], numbers),),
+        define=lambda saved, numbers, grad: (
+            op.gradient_in_torch(grad, saved[0], *options(numbers)),
+        ),
         inplace="output" if inplace else "",
     )

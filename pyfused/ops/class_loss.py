@@ -19,7 +19,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.operator import Arguments, Numbers, Operator
 from pyfused.dispatch.plan import (
     Plan,
     Tensors,
@@ -51,6 +51,10 @@ class ClassLoss(Operator):
     def options_of(self, arguments: Arguments) -> VocabOptions:
         """Returns the options, given the arguments of torch's function."""
 
+    def options_of_call(self, options: Any, _: Numbers, *_tensors: Tensor | None) -> Any:
+        """Returns the options that a plan has kept, with the numbers and tensors of a call."""
+        return options
+
     def tensors(self, arguments: Arguments) -> Tensors:
         """Returns the input, the target, and weight, token_weight and denominator or None."""
         return *arguments[:3], None, None
@@ -74,7 +78,6 @@ class ClassLoss(Operator):
         converts = any(x is not y for x, y in zip(layouts, arranged, strict=True))
         dtype, needs = arranged[0].dtype, needs_grad((input, target))
         backend, result_dtype = backend_of(input), self.result_dtype(input, options, dtype)
-        numbers = options.without_tensors()
         in_forward = gradients_in_forward(options.reduction, dtype)
         if inplace and not is_dense(layouts[0]):  # backward could not scale the gradient
             in_forward = False
@@ -84,18 +87,17 @@ class ClassLoss(Operator):
             return (*self.arranged(tensors[:3]), *tensors[3:]) if converts else tensors
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> LossKernel:
-            options = numbers.with_tensors(*tensors[3:])
-            return self.kernel(backend)(*tensors[:3], options, outputs, grad_output)
+            return self.kernel(backend)(tensors, options, outputs, grad_output)
 
-        def define(tensors: Tensors, grad_output: Tensor) -> Gradients:
+        def define(tensors: Tensors, numbers: Numbers, grad_output: Tensor) -> Gradients:
             input, target, weight, *of_options = tensors
-            options = numbers.with_tensors(*of_options)
+            call_options = self.options_of_call(options, numbers, *of_options)
             dtype = kernel_dtype if grad_output.dtype is result_dtype else grad_output.dtype
 
             def definition(input: Tensor, target: Tensor) -> Tensor:
                 wide_target = target.to(dtype) if target.is_floating_point() else target
                 wide_weight = None if weight is None else weight.to(dtype)
-                return self.definition_loss(input.to(dtype), wide_target, wide_weight, options)
+                return self.definition_loss(input.to(dtype), wide_target, wide_weight, call_options)
 
             return differentiate(definition, (input, target), needs, grad_output.to(dtype))
 
@@ -180,6 +182,9 @@ class MultiMarginLoss(ClassLoss):
     def options_of(self, arguments: Arguments) -> VocabOptions:
         _, _, p, margin, *_ = arguments
         return MarginOptions(reduction=self.reduction(arguments), p=p, margin=margin)
+
+    def options_of_call(self, options: Any, numbers: Numbers, *_tensors: Tensor | None) -> Any:
+        return replace(options, margin=numbers[0]) if numbers else options
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, weight = tensors

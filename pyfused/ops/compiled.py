@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pyfused.dispatch import call as dispatch
-from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.operator import Arguments, Numbers
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.plan import Plan
-from pyfused.dispatch.signature import signature, with_specs
+from pyfused.dispatch.signature import numbers_of, signature, with_specs
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.layout import is_dense
 from pyfused.ops import custom_operators
@@ -99,18 +99,21 @@ class CompiledOperator:
         # torch's own options, which only linear_cross_entropy has, are None.
         return *values[:count], *[None] * (len(op.arguments) - count - 1), options
 
-    def plan(self, arguments: Arguments, needs: Sequence[bool]) -> Plan:
+    def plan(self, arguments: Arguments, needs: Sequence[bool]) -> tuple[Plan, Numbers]:
         """Returns the plan of the arguments' signature, kept with the plans of eager calls.
+
+        Also returns the numbers among the arguments.
 
         Args:
             needs: Whether each of the first tensors needs a gradient.
         """
-        key = signature(self.op, arguments, False)
+        signed = signature(self.op, arguments, False)
+        key, numbers = signed or (None, numbers_of(self.op, arguments))
         key = None if key is None else (*key, "compiled", *needs)
         plan: Plan | None = dispatch.find_plan(key)
         if plan is None:
             results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
-            specs = list(with_specs(self.op, arguments, False))
+            specs = list(with_specs(self.op, arguments, numbers, False))
             for i, need in enumerate(needs):
                 if specs[i] is not None:
                     specs[i] = replace(specs[i], requires_grad=need)
@@ -118,7 +121,7 @@ class CompiledOperator:
                 plan = self.op.plan(tuple(specs), False, **results)
             if key is not None:
                 dispatch.keep_plan(key, plan)
-        return plan
+        return plan, numbers
 
     def gradients(
         self, values: Sequence[Any], needs: Sequence[bool], grad_output: Tensor, define: bool
@@ -133,7 +136,7 @@ class CompiledOperator:
         if self.state is not None:
             *values, state = values
         arguments = self.arguments(values)
-        plan = self.plan(arguments, needs)
+        plan, numbers = self.plan(arguments, needs)
         saved = plan.arrange(arguments)
         if isinstance(self.op, RowLoss):
             saved = *saved, state
@@ -141,7 +144,7 @@ class CompiledOperator:
             saved = *saved, state, None  # without logits of the forward pass
         if isinstance(self.op, MultiMarginLoss) and grad_output.dim():
             grad_output = grad_output.flatten()
-        return (plan.define if define else plan.backward)(saved, grad_output)
+        return (plan.define if define else plan.backward)(saved, numbers, grad_output)
 
     # ---- kernels, and the layouts of their results -----------------------------------------------
 
@@ -153,15 +156,15 @@ class CompiledOperator:
         if self.in_forward:
             *values, needs = values
         arguments = self.arguments(values)
-        plan = self.plan(arguments, needs)
-        output, saved, gradients = plan.forward(plan.arrange(arguments))
+        plan, numbers = self.plan(arguments, needs)
+        output, saved, gradients = plan.forward(plan.arrange(arguments), numbers)
         if not self.in_forward:
             # The dtype of other results depends on autocast, so that the caller converts them.
             finishes = self.op.options is None and plan.finish is not None
             return plan.finish(output, arguments) if finishes else output  # type: ignore[misc]
         loss, state = output if isinstance(output, tuple) else (output, None)
         if any(needs) and not gradients:
-            gradients = plan.backward(saved, loss.new_ones(()))
+            gradients = plan.backward(saved, numbers, loss.new_ones(()))
         results = [loss, *self.dense_gradients(gradients, values)]
         if self.state is not None:
             results.append(self.op.fake_state(arguments).zero_() if state is None else state)

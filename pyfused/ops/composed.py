@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.dispatch.call import call, decide
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.operator import Arguments, Numbers, Operator
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
 
@@ -31,13 +31,14 @@ class Composed(Operator):
         super().__post_init__()
         self.broadcast = (1,)  # the target
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments], Tensor]:
-        self.check_scalars(arguments)
-
-        def run(arguments: Arguments) -> Tensor:
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments, Numbers], Tensor]:  # noqa: ARG002
+        def run(arguments: Arguments, _numbers: Numbers) -> Tensor:
             base_arguments = self.given(*arguments)
-            kernel = decide(self.of, base_arguments, inplace).run
-            loss = call(self.of, base_arguments) if kernel is None else kernel(base_arguments)
+            _, kernel, numbers = decide(self.of, base_arguments, inplace)
+            if kernel is None:
+                loss = call(self.of, base_arguments)
+            else:
+                loss = kernel(base_arguments, numbers)
             return self.finish(loss, *arguments)
 
         return run

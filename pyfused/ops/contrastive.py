@@ -127,6 +127,7 @@ def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     if options.memory_budget is not None:  # the other half is for the transposed block
         size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
     loop = backend, Layer(x, (b,), None, x.dtype), size
+    plain = RowOptions()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
     def directions(
@@ -144,8 +145,8 @@ def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     for block in blocks(*loop):
         for logits, state, rows, classes in directions(block, x.dtype):
             continues = classes.first > 0
-            launch = backend.row_state(logits, RowOptions(), classes, STATE_FIELDS, 0, continues)
-            launch(logits, target[rows], None, state[:, rows])
+            launch = backend.row_state(logits, plain, classes, STATE_FIELDS, 0, continues)
+            launch(plain.numbers, logits, target[rows], None, state[:, rows])
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction)
     if not outputs.gradients:
         return loss, ()
@@ -157,8 +158,8 @@ def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
 
     def step(block: Block) -> Tensor:
         of_rows, of_columns = (
-            backend.row_gradients(logits, RowOptions(), classes, 1)(
-                logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
+            backend.row_gradients(logits, plain, classes, 1)(
+                plain.numbers, logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
             )
             for logits, state, rows, classes in directions(block, wide)
         )
@@ -186,7 +187,7 @@ def _sigmoid(tensors: Sequence[Any], args: LossArgs) -> LossResult:
         launch = SOFT_MARGIN_LOSS.prepared(
             backend, operands, (), options.reduction, kernel_outputs, divisor, None
         )
-        loss, (gradient, _) = launch(operands)
+        loss, (gradient, _) = launch(operands, ())
         loss = loss.sum(1) if loss is not None and loss.dim() else loss
         if gradient is not None:
             if args.grad_output is not None:

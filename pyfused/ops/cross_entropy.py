@@ -17,6 +17,7 @@ from pyfused.dispatch.call import decide, is_compiled
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     Arguments,
+    Numbers,
     grad_enabled,
     parameters_of,
     reduction_of,
@@ -62,9 +63,10 @@ class CrossEntropy(ClassLoss, ShardedOperator):
                 and input.requires_grad
                 and _ignores_rows(input, target, options.ignore_index)
             ):
-                run = decide(self, (input, target, weight, options), False).run
+                arguments = input, target, weight, options
+                _, run, numbers = decide(self, arguments, False)
                 if run is not None:  # a kernel is faster than masking by torch's operators
-                    return run((input, target, weight, options))
+                    return run(arguments, numbers)
                 input = definitions.without_ignored(input, target, options.ignore_index)
             index, smoothing = options.ignore_index, options.label_smoothing
             return built_in_loss(input, target, weight, reduction, index, smoothing)
@@ -88,9 +90,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         options: CrossEntropyOptions = arguments[-1]
         return options
 
-    def checked(self, arguments: Arguments) -> tuple[Any, ...]:
-        *operands, options = super().checked(arguments)
-        return *operands, replace(checks.normalized(options), with_metrics=False)
+    def options_of_call(self, options: Any, numbers: Numbers, *tensors: Tensor | None) -> Any:
+        return replace(checks.normalized(options.of_call(numbers, *tensors)), with_metrics=False)
 
     def definition_loss(
         self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
@@ -110,11 +111,12 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:
         """Adds the metrics to a plan, which follow from the state of rows, a second output."""
         *_, options = self.checked(arguments)
-        options, dtype = options.without_tensors(), accumulate_dtype(arguments[0].dtype)
+        dtype = accumulate_dtype(arguments[0].dtype)
 
-        def forward(tensors: Tensors) -> Forward:
-            state = metrics_state(plan.backend, tensors[0], tensors[1], options)
-            loss, saved, gradients = plan.forward(tensors)
+        def forward(tensors: Tensors, numbers: Numbers) -> Forward:
+            scaled = self.options_of_call(options, numbers, *tensors[3:])
+            state = metrics_state(plan.backend, tensors[0], tensors[1], scaled)
+            loss, saved, gradients = plan.forward(tensors, numbers)
             return (loss, state), saved, gradients
 
         def finish(results: Any, arguments: Arguments) -> tuple[Tensor, metrics.Metrics]:
@@ -135,7 +137,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         input, target, weight, options = arguments
         return shards.cross_entropy((input, target), weight, options, shard)
 
-    def _softcap_loss(self, arguments: Arguments) -> Any:
+    def _softcap_loss(self, arguments: Arguments, _numbers: Numbers) -> Any:
         """Returns the loss of capped logits, computed from the state of rows."""
         input, target, weight, *_ = self.tensors(arguments)
         options, classes = arguments[-1], checks.classes_of(input)
@@ -145,6 +147,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)
+        options = replace(checks.normalized(options), with_metrics=False)
         operator, tensors = custom_operator(self.name), self.arranged(operands)
         dtype = self.result_dtype(operands[0], options, tensors[0].dtype)
         # The operator runs without autocast, on which the dtype of the result may depend.
@@ -177,7 +180,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             increment_version(input)
 
     def local_shard_of(self, arguments: Arguments) -> Any:
-        return None if arguments[-1].gamma else super().local_shard_of(arguments)
+        return None if arguments[-1].gamma != 0 else super().local_shard_of(arguments)
 
     def strategy_of(self, arguments: Arguments) -> str:
         rows = backend_of(arguments[0]).supports_rows(arguments[0])
@@ -212,6 +215,6 @@ def cross_entropy_fallback_reason(
     if options.softcap is not None:
         if is_compiled(input):
             return "torch.compile: Inductor fuses the softcap"
-        if options.gamma or target.is_floating_point():
+        if options.gamma != 0 or target.is_floating_point():
             return "softcap with gamma or class probabilities"
     return None

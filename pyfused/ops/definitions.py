@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from pyfused.dispatch.originals import original
 from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions
+from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions, Scalar
 
 _cross_entropy = original(F.cross_entropy)
 _linear_cross_entropy = (  # from torch 2.13 on
@@ -221,7 +220,7 @@ def rmse_loss(
     weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    checks.scalar("eps", eps, 0.0, math.inf, False)
+    checks.scalar(Scalar("eps", low=0.0), eps)
     loss = F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     return (loss + eps).sqrt()
 
@@ -235,8 +234,8 @@ def sigmoid_focal_loss(
     weight: Tensor | None = None,
     ignore_index: float | None = None,
 ) -> Tensor:
-    checks.scalar("alpha", alpha, -math.inf, 1.0, False)
-    checks.scalar("gamma", gamma, 0.0, math.inf, False)
+    checks.scalar(Scalar("alpha", high=1.0), alpha)
+    checks.scalar(Scalar("gamma", low=0.0), gamma)
     if weight is not None:
         checks.weight_that_broadcasts(inputs, weight)
     valid = torch.ones_like(targets) if ignore_index is None else targets.ne(ignore_index)

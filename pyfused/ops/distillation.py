@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend
-from pyfused.backends.protocol import LossKernel, LossResult
+from pyfused.backends.protocol import LossKernel, LossResult, Numbers
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Arguments
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
@@ -223,8 +223,7 @@ class Divergence(RowLoss):
             checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
             checks.topk_log_probs(_masked(arguments[-2], arguments[-1], -torch.inf))
 
-    def checked_options(self, arguments: Arguments) -> DivergenceOptions:
-        options: DivergenceOptions = super().checked_options(arguments)
+    def kernel_options(self, options: DivergenceOptions) -> DivergenceOptions:
         beta, temperature = float(options.beta), float(options.temperature)
         return replace(options, beta=beta, temperature=temperature)
 
@@ -269,7 +268,7 @@ class LogitsDivergence(Divergence):
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
         plan = super().plan(arguments, inplace)
-        options = self.checked_options(arguments).without_tensors()
+        options = self.checked_options(arguments)
         prepare = partial(self.kernels, plan.backend, options)
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
@@ -287,24 +286,28 @@ def divergence_kernel(
     grad_output: Tensor | None,
 ) -> LossKernel:
     """Prepares the divergence of logits; if these have softcaps or two dtypes, in each call."""
-    prepare, (logits, teacher_logits, token_weight, *_) = backend.kl_div_with_logits, tensors
+    prepare, (logits, teacher_logits, *_) = backend.kl_div_with_logits, tensors
     dtype = logits.dtype
     if options.softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
-        return prepare(logits, teacher_logits, token_weight, options, outputs, grad_output)
+        return prepare(tensors, options, outputs, grad_output)
 
-    def launch(tensors: Sequence[Any], grad_output: Tensor | None = None) -> LossResult:
+    def launch(
+        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+    ) -> LossResult:
         logits, teacher_logits, token_weight, *others = tensors
-        student, cap_backward = capped(backend, logits, options.softcap)
-        teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
+        _, softcap, _, _, teacher_softcap = numbers
+        student, cap_backward = capped(backend, logits, softcap)
+        teacher, _ = capped(backend, teacher_logits, teacher_softcap)
         common = torch.promote_types(student.dtype, teacher.dtype)
         x, y = student.to(common), teacher.to(common)
         capped_outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
-        kernel = prepare(x, y, token_weight, options, capped_outputs, grad_output)
-        loss, (gradient,) = kernel((x, y, token_weight, *others), grad_output)
+        tensors = x, y, token_weight, *others
+        kernel = prepare(tensors, options, capped_outputs, grad_output)
+        loss, (gradient,) = kernel(tensors, numbers, grad_output)
         loss = None if loss is None else loss.to(accumulate_dtype(dtype))
         if gradient is not None:
             gradient = cap_backward(gradient.to(student.dtype))
-            if options.softcap is not None and token_weight is not None:  # NaN times 0 is NaN
+            if softcap is not None and token_weight is not None:  # NaN times 0 is NaN
                 gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
         return loss, (gradient,)
 
@@ -324,7 +327,7 @@ def linear_kernels(tensors: Sequence[Any], args: LossArgs) -> LossResult:
         linear(input[block.rows].to(dtype), weight, bias, teacher_logits)
         tensors = block.logits, teacher_logits, *options.plan_tensors()
         kernel = divergence_kernel(backend, options, tensors, outputs, grad_output)
-        loss, (gradient,) = kernel(tensors, grad_output)
+        loss, (gradient,) = kernel(tensors, options.numbers(), grad_output)
         return loss, gradient
 
     teacher_bytes = dtype.itemsize * (1 if args.options.teacher_softcap is None else 3)
@@ -383,7 +386,7 @@ def _topk(
         logits -= logits.amax(1, keepdim=True)  # to round the log-sum-exp less
     topk_logits = logits.gather(1, indices).double() * rows.scale
     logits.scatter_(1, indices, -torch.inf)
-    state, _ = logits_state(backend, logits, rows, class_range)(logits, None)
+    state, _ = logits_state(backend, logits, rows, class_range)(rows.numbers, logits, None)
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -407,7 +410,7 @@ def _topk(
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # against divisions by 0
         state[field].masked_fill_(no_rest, value)
     launch = backend.row_gradients(logits, rows, class_range, len(RESULTS))
-    launch(logits, None, None, state, grad_results, logits)
+    launch(rows.numbers, logits, None, None, state, grad_results, logits)
     grad_topk = (gradient[:, :k] - total * p[:, :k]) * rows.scale
     logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits

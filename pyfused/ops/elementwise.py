@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.dispatch.operator import Arguments, Operand, Operator, Scalar
+from pyfused.dispatch.operator import Arguments, Operand, Operator
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.layout import common_dtype
 from pyfused.ops import definitions
@@ -32,7 +32,7 @@ from pyfused.ops.pointwise_loss import (
     weight_or_elements,
 )
 from pyfused.torch_internals import built_in
-from pyfused.types import Gradients
+from pyfused.types import Gradients, Scalar
 
 INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
@@ -90,7 +90,7 @@ def _counted_elements(
     operands: Sequence[Tensor], _weight: Tensor | None, numbers: Sequence[Any]
 ) -> float | Tensor:
     ignored = numbers[-1]
-    if isinstance(ignored, float) and math.isnan(ignored):
+    if ignored is None:
         return elements(operands)
     if operands[1].is_meta:  # for a plan; comparing meta tensors would import sympy
         return operands[1].new_empty((), dtype=torch.float64)
@@ -292,7 +292,7 @@ POISSON_NLL_LOSS = PointwiseLoss(
 def _with_variance_tensor(
     input: Tensor, target: Tensor, var: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(var, float):
+    if not isinstance(var, Tensor):
         var = input.new_full((), var)
     elif var.shape != input.shape and var.shape == input.shape[:-1]:
         var = var.unsqueeze(-1)
@@ -456,7 +456,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     ),
     scalars=(
         Scalar("alpha", high=1.0),
-        Scalar("gamma", low=0.0, special=2.0),
+        Scalar("gamma", low=0.0, special=(2.0,)),
         Scalar("ignore_index", optional=True),
     ),
     shapes=checks.same_shape,
@@ -677,11 +677,7 @@ HARDTANH = Activation(
     checks=True,
     saves="input",  # half precision may round an output off its bound
     scalars=(Scalar("min_val"), Scalar("max_val")),
-    fallback_reason=lambda _, low, high: (
-        None
-        if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low <= high
-        else "min_val is not below max_val"
-    ),
+    number_reason=lambda low, high: None if low <= high else "min_val is not below max_val",
     formula=lambda input, low, high: torch.minimum(torch.maximum(input, low), high),
     gradient=lambda grad_output, input, low, high: torch.where(
         _between(low, input, high), grad_output, 0

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused import checks
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Arguments
@@ -27,7 +26,7 @@ def rows(operands: Sequence[Tensor], *_: Any) -> float:
 def triplet_fallback_reason(
     anchor: Tensor, positive: Tensor, negative: Tensor, _margin: Any, p: Any, *_: Any
 ) -> str | None:
-    if type(p) not in (int, float) or p not in (1, 2):
+    if p not in (1.0, 2.0):
         return "p is neither 1 nor 2"
     return _shape_reason(anchor, positive, negative)
 
@@ -59,15 +58,10 @@ class EmbeddingLoss(TensorLoss):
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast = tuple(range(1, len(self.inputs)))
 
-    def check_scalars(self, arguments: Arguments) -> None:
-        super().check_scalars(arguments)
-        if not self.has_target:
-            checks.bounded("margin", arguments[len(self.inputs)], positive=True)
-
-    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
         if self.has_target:
             operands = *operands[:-1], operands[-1].squeeze(-1)
-        return super().unreduced(operands, numbers)
+        return super().unreduced(operands, scalars)
 
     def _dtypes(
         self,
@@ -103,16 +97,15 @@ class EmbeddingLoss(TensorLoss):
         self,
         backend: Backend,
         tensors: Sequence[Any],
-        numbers: tuple[Any, ...],
+        cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
         divisor: float,
         grad_output: Tensor | None,  # noqa: ARG002
     ) -> LossKernel:
-        scalars = dict(zip([scalar.name for scalar in self.scalars], numbers, strict=True))
-        euclidean = scalars.pop("p", 2.0) == 2.0
-        inclusive = trace.clamp_is_inclusive()
-        options = EmbeddingOptions(**scalars, euclidean=euclidean, inclusive=inclusive)
+        by_name = dict(zip([scalar.name for scalar in self.scalars], cases, strict=True))
+        euclidean, swap = by_name.get("p", 2.0) == 2.0, by_name.get("swap", False)
+        options = EmbeddingOptions(euclidean, swap, trace.clamp_is_inclusive())
         return backend.embedding_loss(
             self.name, tuple(tensors[:-2]), options, reduction, outputs, divisor
         )

@@ -392,7 +392,7 @@ class LayerStates:
             logits, targets, classes = self.per_target(block)
             continues = block.classes.start > 0
             launch = self.backend.row_state(logits, rows, classes, fields, 0, continues)
-            launch(logits, self.labels[targets], self.weight, state[:, targets])
+            launch(rows.numbers, logits, self.labels[targets], self.weight, state[:, targets])
         state = spread_rows(state.view(fields, -1, self.positions), self.valid, self.n, 1)
         has_all_classes = block.logits.shape[1] == len(self.layer.weights[0])
         kept = block.logits.view(-1) if return_logits and has_all_classes else None
@@ -426,7 +426,7 @@ class LayerStates:
             logits, targets, classes = self.per_target(block)
             launch = self.backend.row_gradients(logits, rows, classes, len(grad_results))
             given = state[:, targets], grad_results[:, targets]
-            launch(logits, self.labels[targets], self.weight, *given, logits)
+            launch(rows.numbers, logits, self.labels[targets], self.weight, *given, logits)
             return block.logits
 
         grad_input, grad_weight, grad_bias, grad_adapter = over_blocks(
@@ -465,8 +465,9 @@ def capped(
     if softcap is None:
         return logits, lambda gradient: gradient
     wide = logits if rounds else logits.to(accumulate_dtype(logits.dtype))
-    forward, backward = backend.activation(SOFTCAP.kernels["softcap"], wide, (softcap,))
-    return forward(wide), lambda gradient: backward(gradient, wide).to(logits.dtype)
+    forward, backward = backend.activation(SOFTCAP.kernels["softcap"], wide)
+    cap = (softcap,)
+    return forward(wide, cap), lambda gradient: backward(gradient, wide, cap).to(logits.dtype)
 
 
 # ---- products ------------------------------------------------------------------------------------

@@ -66,8 +66,10 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def checked_options(self, arguments: Arguments) -> CrossEntropyOptions:
         head, options = _head(arguments)
         self.check_arguments(head, options)
-        normalized: CrossEntropyOptions = checks.normalized(options)
-        return normalized
+        return options
+
+    def kernel_options(self, options: CrossEntropyOptions) -> CrossEntropyOptions:
+        return checks.normalized(options)
 
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         head, options = _head(arguments)

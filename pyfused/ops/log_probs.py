@@ -32,6 +32,7 @@ from pyfused.types import (
     SMOOTHING_FIELDS,
     STATE_FIELDS,
     LogProbsOptions,
+    RowOptions,
     VocabShard,
 )
 
@@ -152,7 +153,7 @@ class LogProbsOperator(ShardedOperator):
             return _with_metrics(*outputs, arguments[-2], ignore_index, classes.total)
 
         state_options = StateOptions(
-            options.rows,
+            RowOptions(ignore_index, options.temperature, options.softcap),  # 1 for a scale of 1
             classes,
             _fields(options),
             memory_budget=options.memory_budget,
@@ -189,7 +190,7 @@ class LogProbsOperator(ShardedOperator):
         return empty
 
     def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
-        return self.plan(arguments, shard=shard)(arguments)
+        return self.plan(arguments, shard=shard)(arguments, arguments[-1].numbers())
 
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.dispatch.operator import Operand, Operator, Scalar
+from pyfused.dispatch.operator import Operand, Operator
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
@@ -26,6 +26,7 @@ from pyfused.ops.linear_cross_entropy import (
 )
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.softmax import Softmax, softmax_fallback_reason
+from pyfused.types import Scalar
 
 CLASSES = Operand("target", differentiated=False, indices=True)
 HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
@@ -92,6 +93,7 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
     check_arguments=checks.multi_margin_loss,
     kernel=lambda backend: backend.multi_margin_loss,
     operands=(INPUT, CLASSES, WEIGHT),
+    scalars=(Scalar("margin"),),
     fallback_reason=_row_fallback_reason,
 )
 
@@ -114,7 +116,12 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     name="triplet_margin_loss",
     module="TripletMarginLoss",
     operands=(Operand("anchor"), Operand("positive"), Operand("negative")),
-    scalars=(Scalar("margin"), Scalar("p"), Scalar("eps"), Scalar("swap", flag=True)),
+    scalars=(
+        Scalar("margin", positive=True, error=ValueError),
+        Scalar("p", special=(1.0, 2.0)),
+        Scalar("eps"),
+        Scalar("swap", flag=True),
+    ),
     shapes=checks.alike_in_dimensions,
     denominators={"mean": rows},
     fallback_reason=triplet_fallback_reason,

@@ -19,15 +19,9 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
-from pyfused.backends.protocol import LossKernel
+from pyfused.backends.protocol import LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import (
-    REDUCTIONS,
-    Arguments,
-    Operand,
-    Operator,
-    Scalar,
-)
+from pyfused.dispatch.operator import REDUCTIONS, Arguments, Numbers, Operand, Operator
 from pyfused.dispatch.plan import (
     Forward,
     Plan,
@@ -42,7 +36,7 @@ from pyfused.formula_compiler.program import Program
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.torch_internals import built_in
-from pyfused.types import TENSORS, Gradients, Outputs, TensorSpec
+from pyfused.types import NUMBER, TENSORS, Gradients, Outputs, TensorSpec
 
 # Parameters of torch's Python functions that the built-in ones lack.
 _PYTHON_PARAMETERS = ("size_average", "reduce", "weight")
@@ -51,6 +45,8 @@ _BROADCASTING = (
     "Using a target size ({}) that is different to the input size ({}). This will likely lead to "
     "incorrect results due to broadcasting. Please ensure they have the same size."
 )
+
+_SCALAR = torch.empty((), device="meta")  # the layout of an operand that is a number
 
 Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
 
@@ -133,17 +129,18 @@ class TensorLoss(Operator):
         """
         operands, weight, reduction = self.checked(arguments)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
-        needs, numbers = needs_grad(operands), self.numbers(arguments)
+        needs, cases = needs_grad(operands), self.cases_of(arguments)
         backend = backend_of(operands[0])
         warning = None if self.warning is None else self.warning(arguments)
         *layouts, layout_of_weight = [
-            x.empty() if isinstance(x, TensorSpec) else x for x in (*operands, weight)
+            x.empty() if isinstance(x, TensorSpec) else _SCALAR if x is NUMBER else x
+            for x in (*operands, weight)
         ]
         arranged, _ = self.arranged(layouts, None, dtype)
         is_arranged = weight is None and all(map(is_, layouts, arranged))
         denominator, divisor = self.denominators.get(reduction), 1.0
         if denominator is not None:
-            value = denominator(arranged, layout_of_weight, numbers)
+            value = denominator(arranged, layout_of_weight, cases)
             if not isinstance(value, Tensor):  # it does not depend on the values of tensors
                 denominator, divisor = None, value
 
@@ -161,19 +158,18 @@ class TensorLoss(Operator):
             if not is_arranged:
                 operands, weight = self.arranged(operands, weight, dtype)
             if denominator is not None:
-                tensor = denominator(operands, unexpanded, numbers)
+                tensor = denominator(operands, unexpanded, self.cases_of(arguments))
             return *operands, weight, tensor
 
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
-            return self.prepared(
-                backend, tensors, numbers, reduction, outputs, divisor, grad_output
-            )
+            return self.prepared(backend, tensors, cases, reduction, outputs, divisor, grad_output)
 
-        def define(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+        def define(tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
             *operands, weight, tensor = tensors
+            values = self.with_numbers(cases, numbers)
 
             def definition(*operands: Tensor) -> Tensor:
-                loss = self.unreduced(operands, numbers)
+                loss = self.unreduced(operands, values)
                 loss = (loss / (divisor if tensor is None else tensor)).to(loss.dtype)
                 return loss if weight is None else loss * weight
 
@@ -196,8 +192,8 @@ class TensorLoss(Operator):
             needs=needs,
             arrange=arrange,
             forward=forward,
-            backward=lambda tensors, grad_output: expanded_backward(
-                tensors, self.expanded(grad_output, tensors)
+            backward=lambda tensors, numbers, grad_output: expanded_backward(
+                tensors, numbers, self.expanded(grad_output, tensors)
             ),
             define=define,
             finish=None if is_result_dtype and not self.nan_on_invalid else finish,
@@ -222,7 +218,7 @@ class TensorLoss(Operator):
         self,
         backend: Backend,
         tensors: Sequence[Any],
-        numbers: tuple[Any, ...],
+        cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
         divisor: float,
@@ -237,15 +233,21 @@ class TensorLoss(Operator):
     def compiled(self, arguments: Arguments) -> Any:
         return custom_operator(self.name)(*arguments)
 
-    def numbers(self, arguments: Arguments) -> tuple[Any, ...]:
-        """Returns the hashable values of the scalars."""
-        return tuple([_number(arguments[index], s) for index, s in self.indexed_scalars])
+    def cases_of(self, arguments: Arguments) -> tuple[Any, ...]:
+        """Returns the cases of the scalars, given the arguments for planning."""
+        pairs = [(arguments[index], scalar) for index, scalar in self.indexed_scalars]
+        return tuple([bool(value) if scalar.flag else value for value, scalar in pairs])
 
-    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
+    def with_numbers(self, cases: tuple[Any, ...], numbers: Numbers) -> tuple[Any, ...]:
+        """Returns the values of the scalars in a call."""
+        by_name = {scalar.name: value for scalar, value in zip(self.numbers, numbers, strict=True)}
+        pairs = zip(self.scalars, cases, strict=True)
+        return tuple([by_name.get(scalar.name, case) for scalar, case in pairs])
+
+    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
         given: dict[str, Any] = {"reduction": "none"} if self.reduces else {}
-        for scalar, number in zip(self.scalars, numbers, strict=True):
-            given[scalar.name] = None if scalar.optional and math.isnan(number) else number
+        given |= {s.name: value for s, value in zip(self.scalars, scalars, strict=True)}
         given |= {v.name: x for v, x in zip(self.variables, operands, strict=False)}
         return self.reference(**given)
 
@@ -334,24 +336,29 @@ class PointwiseLoss(TensorLoss):
         """Returns the kernels by name, one for each flag, word and optional last operand."""
         kernels = {}
         required = sum(not variable.optional for variable in self.variables)
-        for stem, case in self.cases():
+        for stem, case in self.kernel_cases():
             for operands in range(required, len(self.variables) + 1):
                 name = self._kernel_name(stem, operands)
                 kernels[name] = Kernel(name, case, partial(self._trace_kernel, operands))
         return kernels
 
     def kernel(
-        self,
-        numbers: tuple[Any, ...],
-        operands: int,
-        outputs: Outputs,
-    ) -> tuple[Kernel | Program, tuple[Any, ...]]:
-        """Returns the kernel for values of the scalars, and its numbers."""
-        stem, numbers = self.kernel_of(numbers)
-        kernel = self.kernels[self._kernel_name(stem, operands)]
+        self, cases: tuple[Any, ...], operands: int, outputs: Outputs
+    ) -> tuple[Kernel | Program, Parameters | None]:
+        """Returns the kernel for cases of the scalars, and the function of its parameters."""
+        kernel = self.kernels[self._kernel_name(self.kernel_of(cases), operands)]
+        parameters = self._parameters(kernel)
         if self.clamps and not trace.clamp_is_inclusive():  # the C++ kernels are
-            return kernel.program(outputs), numbers
-        return kernel, numbers
+            return kernel.program(outputs), parameters
+        return kernel, parameters
+
+    def _parameters(self, kernel: Kernel) -> Parameters | None:
+        """Returns the function of a kernel's parameters, None if these are the call's numbers."""
+        needed = [i for i, x in enumerate(self.numbers) if kernel.case.get(x.name) is NUMBER]
+        if len(needed) == len(self.numbers) and not any(x.optional for x in self.numbers):
+            return None
+        nan = math.nan
+        return lambda numbers: tuple([nan if (x := numbers[i]) is None else x for i in needed])
 
     def _kernel_name(self, stem: str, operands: int) -> str:
         last = self.variables[operands - 1]
@@ -380,16 +387,16 @@ class PointwiseLoss(TensorLoss):
         self,
         backend: Backend,
         tensors: Sequence[Any],
-        numbers: tuple[Any, ...],
+        cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
         divisor: float,
         grad_output: Tensor | None,
     ) -> LossKernel:
         *operands, weight, _ = tensors
-        formula, numbers = self.kernel(numbers, len(operands), outputs)
+        formula, parameters = self.kernel(cases, len(operands), outputs)
         layouts = tuple(operands), weight, grad_output
-        return backend.pointwise_loss(formula, layouts, numbers, reduction, outputs, divisor)
+        return backend.pointwise_loss(formula, layouts, parameters, reduction, outputs, divisor)
 
     def _reduced_formula(self, *arguments: Any) -> Tensor:
         return reduced(self.formula(*arguments[:-1]), arguments[-1])
@@ -434,8 +441,8 @@ class Gated(PointwiseLoss):
     def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
         return self.needs_no_gradient(arguments)
 
-    def unreduced(self, operands: Sequence[Tensor], numbers: tuple[Any, ...]) -> Tensor:
-        return self.formula(*operands, *numbers)
+    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
+        return self.formula(*operands, *scalars)
 
 
 class Halves(Gated):
@@ -455,23 +462,23 @@ class Halves(Gated):
         backend: Backend = backend_of(input)
 
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
-            formula, numbers = self.kernel((), 2, outputs)
+            formula, _ = self.kernel((), 2, outputs)
             layouts = tuple(tensors[:2]), None, grad_output
-            return backend.pointwise_loss(formula, layouts, numbers, "none", outputs, 1.0, dim)
+            return backend.pointwise_loss(formula, layouts, None, "none", outputs, 1.0, dim)
 
         halves_forward, halves_backward = loss_passes(prepare, needs * 2, False)
 
-        def forward(tensors: Sequence[Any]) -> Forward:
-            output, *_ = halves_forward((*tensors[0].chunk(2, dim), None, None))
+        def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
+            output, *_ = halves_forward((*tensors[0].chunk(2, dim), None, None), numbers)
             return output, tensors, ()
 
-        def backward(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+        def backward(tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
             halves = tensors[0].contiguous().chunk(2, dim)
             if any(grad_output.stride()):
                 grad_output = grad_output.contiguous()
-            return halves_backward((*halves, None, None), grad_output)
+            return halves_backward((*halves, None, None), numbers, grad_output)
 
-        def define(tensors: Sequence[Any], grad_output: Tensor) -> Gradients:
+        def define(tensors: Sequence[Any], _: Numbers, grad_output: Tensor) -> Gradients:
             definition = lambda input: self.reference(input, dim)  # noqa: E731
             return differentiate(definition, tensors, (True,), grad_output)
 
@@ -484,17 +491,6 @@ class Halves(Gated):
             backward=backward,
             define=define,
         )
-
-
-def _number(value: Any, scalar: Scalar) -> Any:
-    """Converts the value of a scalar for kernels."""
-    if scalar.words:
-        return value
-    if scalar.flag:
-        return bool(value)
-    if scalar.optional and value is None:
-        return math.nan
-    return float(value)
 
 
 @cache

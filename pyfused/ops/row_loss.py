@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends import Backend, backend_of
 from pyfused.dispatch.autograd import differentiate, in_autocast_dtype, without_autocast
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.operator import Arguments, Numbers, Operator
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
@@ -52,9 +52,13 @@ class RowLoss(Operator):
         self.checked_options(arguments)
 
     def checked_options(self, arguments: Arguments) -> Any:
-        """Raises for invalid types, shapes and options; returns the options for the kernels."""
+        """Raises for invalid types, shapes and options; returns the options."""
         self.check_arguments(*arguments)
         return arguments[-1]
+
+    def kernel_options(self, options: Any) -> Any:
+        """Returns the options of a call as kernels take them."""
+        return options
 
     @abstractmethod
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
@@ -109,12 +113,15 @@ class RowLoss(Operator):
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         """Checks a call, and returns the plan of its signature."""
-        numbers, count = self.checked_options(arguments).without_tensors(), len(self.operands)
+        planned, count = self.checked_options(arguments), len(self.operands)
         needs = self.gradients_needed(arguments)
         backend, device = backend_of(arguments[0]), arguments[0].device.type
 
-        def forward(tensors: Sequence[Any]) -> Forward:
-            options = numbers.with_tensors(*tensors[count:])
+        def options_of(numbers: Numbers, tensors: Sequence[Any]) -> Any:
+            return self.kernel_options(planned.of_call(numbers, *tensors[count : count + 2]))
+
+        def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
+            options = options_of(numbers, tensors)
             dtype = tensors[0].dtype
             in_forward = True in needs and gradients_in_forward(options.reduction, dtype)
             outputs = Outputs(True, needs if in_forward else ())
@@ -122,15 +129,13 @@ class RowLoss(Operator):
                 loss, gradients, state = self.compute(backend, tensors[:count], options, outputs)
             return (loss, state), (*tensors, state), gradients
 
-        def backward(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-            token_weight, denominator, state = saved[count:]
-            options = numbers.with_tensors(token_weight, denominator)
-            outputs = Outputs(False, needs)
-            tensors = saved[:count]
+        def backward(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
+            options, outputs = options_of(numbers, saved), Outputs(False, needs)
+            tensors, state = saved[:count], saved[-1]
             return self.compute(backend, tensors, options, outputs, grad_output, state)[1]
 
-        def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
-            options = numbers.with_tensors(*saved[count : count + 2])
+        def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
+            options = options_of(numbers, saved)
             student, others = saved[: self.student], saved[self.student : count]
 
             def definition(*student: Any) -> Tensor:
@@ -150,13 +155,13 @@ class RowLoss(Operator):
         )
 
     def compiled(self, arguments: Arguments) -> Any:
-        options = self.checked_options(arguments)
-        *tensors, token_weight, denominator = self.to_rows(arguments)
+        options = self.kernel_options(self.checked_options(arguments))
+        *tensors, token_weight, _ = self.to_rows(arguments)
         tensors = [  # custom operators check dtypes
             in_autocast_dtype(x) if operand.name.endswith(("_weight", "_bias")) else x
             for operand, x in zip(self.operands, tensors, strict=True)
         ]
-        options = options.with_tensors(token_weight, denominator)
+        options = replace(options, token_weight=token_weight)  # the denominator is not a tensor
         in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
         needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
         with without_autocast(tensors[0].device.type):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, cross_entropy_once
+from pyfused.backends.protocol import Numbers
 from pyfused.layout import accumulate_dtype, feature_rows
 from pyfused.types import (
     INDEX,
@@ -64,22 +65,22 @@ def logits_state(
     """Prepares the kernel of the state of each row of logits (C), (N, C) or (N, C, d1, ..., dk).
 
     Returns:
-        A function of logits of this layout, the target or None, and the class weights. It returns
-        the state, of shape (fields, *target.shape), and its first ``results`` fields in the
-        accumulation dtype: None for 0, of the target's shape for 1.
+        A function of the numbers of ``options``, logits of this layout, the target or None, and the
+        class weights. It returns the state, of shape (fields, *target.shape), and its first
+        ``results`` fields in the accumulation dtype: None for 0, of the target's shape for 1.
     """
     rows, dtype = as_rows(logits), accumulate_dtype(logits.dtype)
     launch = backend.row_state(rows, options, classes, fields, results)
     views, leading = rows is not logits, (results,) * (results > 1)
 
     def run(
-        logits: Tensor, target: Tensor | None, weight: Tensor | None = None
+        numbers: Numbers, logits: Tensor, target: Tensor | None, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         rows = as_rows(logits) if views else logits
         shape = rows.shape[:1] if target is None else target.shape
         state = rows.new_empty((fields, *shape), dtype=torch.float64)
         out = rows.new_empty((*leading, *shape), dtype=dtype) if results else None
-        launch(rows, None if target is None else target.contiguous(), weight, state, out)
+        launch(numbers, rows, None if target is None else target.contiguous(), weight, state, out)
         return state, out
 
     return run
@@ -91,8 +92,9 @@ def logits_gradient(
     """Prepares the kernel of the gradient of logits, given the gradients of results of the state.
 
     Returns:
-        A function of logits of this layout, the target, the class weights, the state, and the
-        gradients of the results, which have the shape that ``logits_state`` returns.
+        A function of the numbers of ``options``, logits of this layout, the target, the class
+        weights, the state, and the gradients of the results, which have the shape that
+        ``logits_state`` returns.
     """
     rows = as_rows(logits)
     launch: Callable[..., Tensor] = backend.row_gradients(rows, options, classes, results)
@@ -101,14 +103,19 @@ def logits_gradient(
     moved = logits.movedim(dim, -1).shape
 
     def run(
-        logits: Tensor, target: Tensor, weight: Tensor | None, state: Tensor, grad_results: Tensor
+        numbers: Numbers,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        state: Tensor,
+        grad_results: Tensor,
     ) -> Tensor:
         target, state = target.contiguous(), state.contiguous()  # hooks may have changed them
         if not views:
-            return launch(logits, target, weight, state, grad_results)
+            return launch(numbers, logits, target, weight, state, grad_results)
         rows, fields = as_rows(logits), grad_results.shape[: results > 1]
         grad_rows = grad_results.reshape(*fields, -1)
-        out = launch(rows, target, weight, state, grad_rows, rows if copies else None)
+        out = launch(numbers, rows, target, weight, state, grad_rows, rows if copies else None)
         return out.view(moved).movedim(-1, dim)
 
     return run
@@ -126,7 +133,7 @@ def metrics_state(
     rows, indices = RowOptions(options.ignore_index, options.scale), not target.is_floating_point()
     classes = ClassRange(0, logits.shape[dim])
     launch = logits_state(backend, logits, rows, classes, fields)
-    state, _ = launch(logits, target if indices else None)
+    state, _ = launch(rows.numbers, logits, target if indices else None)
     if indices:
         return state
     plain = CrossEntropyOptions(reduction="none", scale=options.scale)

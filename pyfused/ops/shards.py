@@ -22,7 +22,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype, differentiate, without_autocast
 from pyfused.dispatch.call import unsupported
-from pyfused.dispatch.operator import Arguments, Operand, Operator, grad_enabled
+from pyfused.dispatch.operator import Arguments, Numbers, Operand, Operator, grad_enabled
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype
@@ -58,6 +58,7 @@ from pyfused.types import (
     CrossEntropyOptions,
     Gradients,
     Head,
+    RowOptions,
     VocabShard,
 )
 
@@ -120,13 +121,14 @@ def state_plan(
 ) -> Plan:
     """Returns the plan of the state of rows, whose classes may be sharded over processes.
 
-    The plan's tensors are the logits, or the input, weight and bias of a layer; the target; and the
+    Its numbers are a denominator, which is not used, the softcap or None, and the temperature.
+    Its tensors are the logits, or the input, weight and bias of a layer; the target; and the
     class weights. The logits of a layer's first block are saved. Backward overwrites them and
     recomputes the others, or recomputes all of them if the graph is retained.
 
     Args:
         tensors: Logits, or the input, weight and bias of a layer.
-        options: The options of the state over this process' classes.
+        options: The options of the state over this process' classes, whose numbers are not used.
         shard: The classes of this process, None if it has all classes.
         entropy: As in `_merged`.
         results: The number of fields to return, in the accumulation dtype; 0 for the whole state.
@@ -141,7 +143,11 @@ def state_plan(
     rows, classes, fields, *_ = options
     launches: dict[Any, Callable[..., Any]] = {}  # forward's by None, backward's by strides
 
-    def forward(tensors: Sequence[Any]) -> Forward:
+    def options_of(numbers: Numbers) -> StateOptions:
+        _, softcap, temperature = numbers
+        return options._replace(rows=RowOptions(rows.ignore_index, 1 / temperature, softcap))
+
+    def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
         *layer, target, weight = tensors
         output: Any = None
         logits = None
@@ -153,11 +159,12 @@ def state_plan(
                 ready = results if shard is None else 0  # others follow from the merged state
                 launch = logits_state(backend, layer[0], rows, classes, fields, ready)
                 launches[None] = launch
-            state, output = launch(*layer, target, weight)
+            _, softcap, temperature = numbers
+            state, output = launch((1 / temperature, softcap), *layer, target, weight)
         else:
             head = Head._make((*layer, None, target, weight))
             with without_autocast(target.device.type):
-                state, logits = LayerStates(backend, head, options).state(needs_any)
+                state, logits = LayerStates(backend, head, options_of(numbers)).state(needs_any)
         if shard is not None:
             state = _merged(state, shard.group, entropy)
             state = state.where(target != rows.ignore_index, 0)
@@ -167,7 +174,7 @@ def state_plan(
             output = output, state
         return output, (*tensors, state, logits), ()
 
-    def backward(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+    def backward(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
         *tensors, weight, state, logits = saved
         if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
             logits = None  # they would be overwritten
@@ -183,22 +190,25 @@ def state_plan(
                 width = results or len(grad_results)
                 launch = logits_gradient(backend, tensors[0], rows, classes, width)
                 launches[strides] = launch
-            gradients = (launch(*tensors, weight, state, grad_results),)
+            _, softcap, temperature = numbers
+            scaling = 1 / temperature, softcap
+            gradients = (launch(scaling, *tensors, weight, state, grad_results),)
         else:
             grad_results = _grad_results(grad_output, state)
             *layer, target = tensors
-            states = LayerStates(backend, Head._make((*layer, None, target, weight)), options)
+            head = Head._make((*layer, None, target, weight))
+            states = LayerStates(backend, head, options_of(numbers))
             gradients = states.gradients(needs, state, grad_results, logits)
         if shard is not None and not is_logits and gradients[0] is not None:
             dist.all_reduce(gradients[0], group=shard.group)
         return gradients
 
-    def define(saved: Sequence[Any], grad_output: Tensor) -> Gradients:
+    def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
         *layer, target, weight, state = saved[: count + 3]  # `tensors` would stay in memory
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
 
         def definition(*layer: Tensor | None) -> Tensor:
-            fields = _define_results(layer, target, weight, pivot, options, shard)
+            fields = _define_results(layer, target, weight, pivot, options_of(numbers), shard)
             return fields[: len(grad_results)]
 
         return differentiate(definition, layer, needs, grad_results)
@@ -284,7 +294,7 @@ def cross_entropy(
     weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
     entropy = options.with_metrics
     plan = state_plan("cross_entropy", layer, state_options, shard, entropy=entropy)
-    state = plan((*layer, target, weight))
+    state = plan((*layer, target, weight), (None, options.softcap, 1 / options.scale))
     loss = state_loss(state, target, weight, options, classes.total)
     if options.reduction != "none":
         loss = loss.sum() / loss_denominator(options, total_weight(target, weight, options))
@@ -391,7 +401,7 @@ class ShardedOperator(Operator):
         if target.is_floating_point():
             raise RuntimeError(f"target: expected class indices, got {target.dtype}")
         checks.reduction(options.reduction)
-        if getattr(options, "gamma", 0):
+        if getattr(options, "gamma", 0) != 0:
             raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
         self.check_shapes((*kwargs.values(),), max(1, shape[dim]) if total is None else total)
         if message := self.unsupported_tensor(kwargs | options.tensors()):
@@ -428,7 +438,7 @@ class ShardedOperator(Operator):
         shape = *input.shape[:1], classes, *input.shape[2:]
         self.check_arguments(input.new_empty(()).expand(shape), *rest)
 
-    def run_on_dtensors(self, arguments: Arguments) -> Any:
+    def run_on_dtensors(self, arguments: Arguments, _: Numbers) -> Any:
         """Returns the result of DTensors, whose classes are sharded over processes."""
         kwargs, shard, mesh = self.local_shard_of(arguments)
         self.check_local(kwargs, shard.classes)

@@ -60,7 +60,7 @@ class Softmax(Operator):
         return activation_plan(
             self,
             input,
-            (dim,),
+            lambda _: (dim,),
             lambda x: backend.softmax(kernel, x, dim),
             dtype=None if input.dtype is dtype else dtype,
         )

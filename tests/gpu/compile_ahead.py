@@ -184,8 +184,8 @@ def class_cases() -> Iterator[Case]:
         common = shape[1] == 32_000 and dtype in (BF16, F32)
         of, fields = (dtype, shape), {"targets": tuple(TARGETS) if common else SOME}
         for op in ("softmax", "log_softmax"):
-            forward = partial(backend.softmax(op, x, 1)[0], x)
-            backward = partial(backend.softmax(op, x, 1)[1], x, x)
+            forward = partial(backend.softmax(op, x, 1)[0], x, ())
+            backward = partial(backend.softmax(op, x, 1)[1], x, x, ())
             yield case(op, *of, forward, **fields)
             yield case(op, *of, backward, "backward", **fields)
         # A thread may load more bits of the state than of 16-bit logits.
@@ -197,40 +197,40 @@ def class_cases() -> Iterator[Case]:
             results = empty(accumulate_dtype(dtype), 3, shape[0])
             given: Any = x, rows, range_, STATE_FIELDS, 3, cap is not None
             tensors: Any = x, target, None, state, results
-            run = partial(backend.row_state(*given), *tensors)
+            run = partial(backend.row_state(*given), rows.numbers, *tensors)
             yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
             if cap is None:
                 given, tensors = (x, rows, range_, METRICS_FIELDS), (x, target, None)
                 state = empty(F64, METRICS_FIELDS, shape[0])
-                run = partial(backend.row_state(*given), *tensors, state)
+                run = partial(backend.row_state(*given), rows.numbers, *tensors, state)
                 yield case("row_state", *of, run, "metrics")
             state = empty(F64, SMOOTHING_FIELDS, shape[0])
             given, tensors = (x, rows, range_, SMOOTHING_FIELDS, 0, True), (x, target, weight)
-            run = partial(backend.row_state(*given), *tensors, state)
+            run = partial(backend.row_state(*given), rows.numbers, *tensors, state)
             yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
             for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
                 given, tensors = (x, rows, range_, len(grads)), (x, target, factors, state)
-                run = partial(backend.row_gradients(*given), *tensors, grads, x)
+                run = partial(backend.row_gradients(*given), rows.numbers, *tensors, grads, x)
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
             options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
-            kernel = backend.kl_div_with_logits(x, x, None, options, Outputs(True, (True,)))
-            run = partial(kernel, (x, x, None, None))
+            given = (x, x, None, None), options, Outputs(True, (True,))
+            run = partial(backend.kl_div_with_logits(*given), given[0], options.numbers())
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", **fields)
         outputs = Outputs(True, (True, False))
-        given = x, target, None, VocabOptions(-100, "mean"), outputs
-        run = partial(backend.nll_loss(*given), (x, target, *NO_OTHERS))
+        tensors = x, target, *NO_OTHERS
+        kernel = backend.nll_loss(tensors, VocabOptions(-100, "mean"), outputs)
+        run = partial(kernel, tensors, ())
         yield case("nll_loss", *of, run, vector=0, launches=2, **fields)
         for p in (1, 2) if len(shape) == 2 else ():
-            options = MarginOptions(p=p)
-            given = x, target, None, options, outputs
-            run = partial(backend.multi_margin_loss(*given), (x, target, *NO_OTHERS))
+            kernel = backend.multi_margin_loss(tensors, MarginOptions(p=p), outputs)
+            run = partial(kernel, tensors, (1.0,))
             yield case("multi_margin_loss", *of, run, f"p {p}", **fields)
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
-        options = MarginOptions()
-        given = empty(dtype, *shape), empty(torch.int64, *shape), None, options, outputs
-        run = partial(backend.multilabel_margin_loss(*given), (*given[:2], *NO_OTHERS))
+        tensors = empty(dtype, *shape), empty(torch.int64, *shape), *NO_OTHERS
+        kernel = backend.multilabel_margin_loss(tensors, MarginOptions(), outputs)
+        run = partial(kernel, tensors, ())
         yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME)
 
 
@@ -242,15 +242,17 @@ def embedding_cases() -> Iterator[Case]:
             targets = tuple(target for target in targets if target != "gfx942")
         fields: Any = {"targets": targets}
         for euclidean, swap in product((True, False), (False, True)):
-            options = EmbeddingOptions(1.0, 1e-6, euclidean, swap)
+            options = EmbeddingOptions(euclidean, swap)
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
             outputs = Outputs(True, (True,) * 3)
-            run = partial(backend.embedding_loss(*given, outputs, float(len(x))), (x, x, x))
+            kernel = backend.embedding_loss(*given, outputs, float(len(x)))
+            run = partial(kernel, (x, x, x), (1.0, 2.0, 1e-6))
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
             yield case("triplet_margin_loss", dtype, shape, run, kind, **fields)
-        given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(0.5), "mean"
+        given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(), "mean"
         outputs = Outputs(True, (True, True, False))
-        run = partial(backend.embedding_loss(*given, outputs, float(len(x))), (x, x, target))
+        kernel = backend.embedding_loss(*given, outputs, float(len(x)))
+        run = partial(kernel, (x, x, target), (0.5,))
         yield case("cosine_embedding_loss", dtype, shape, run, **fields)
 
 
@@ -269,8 +271,8 @@ def pointwise_loss(
         number = 1.0
     else:
         divisor = None
-    run = backend.pointwise_loss(formula, tensors, numbers, reduction, outputs, number)
-    run((*operands, weight, divisor), grad_output)
+    run = backend.pointwise_loss(formula, tensors, None, reduction, outputs, number)
+    run((*operands, weight, divisor), numbers, grad_output)
 
 
 def pointwise_cases() -> Iterator[Case]:
@@ -292,8 +294,8 @@ def pointwise_cases() -> Iterator[Case]:
             if isinstance(op, Activation):
                 for name, kernel in op.kernels.items():
                     forward, backward = backend.activation(kernel, x)
-                    yield case(name, *of, partial(forward, x), **fields)
-                    yield case(name, *of, partial(backward, x, x), "backward", **fields)
+                    yield case(name, *of, partial(forward, x, ()), **fields)
+                    yield case(name, *of, partial(backward, x, x, ()), "backward", **fields)
             elif isinstance(op, PointwiseLoss):
                 kernels |= op.kernels
                 for name, kernel in op.kernels.items():
@@ -308,8 +310,8 @@ def pointwise_cases() -> Iterator[Case]:
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)
             outputs = Outputs(True, (True,) * count)
-            program, numbers = formula.op.kernel((*formula.op.parameters.values(),), count, outputs)
-            given = program, (x,) * count, numbers, None, "mean", 1.0 * n, outputs
+            traced, numbers = formula.op.traced((*formula.op.parameters.values(),))
+            given = traced.program(outputs), (x,) * count, numbers, None, "mean", 1.0 * n, outputs
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, **fields)
         yield case("scale", *of, partial(backend.scale_, x, total), **fields)

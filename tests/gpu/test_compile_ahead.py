@@ -16,10 +16,17 @@ import compile_ahead as ahead
 import grid
 import triton
 import triton.language as tl
-from compile_ahead import BF16, F32, Case, compiling, empty
+from compile_ahead import BF16, F32, F64, Case, compiling, empty
 
 from pyfused.backends import cross_entropy_once
-from pyfused.types import CrossEntropyOptions, Outputs
+from pyfused.types import (
+    STATE_FIELDS,
+    ClassRange,
+    CrossEntropyOptions,
+    DivergenceOptions,
+    Outputs,
+    RowOptions,
+)
 
 QUICK = (
     "cross_entropy bfloat16 4096x1000",
@@ -166,3 +173,31 @@ def test_variants_load_ahead(classes: int, kernel: str, monkeypatch: pytest.Monk
     assert variant.name == f"{kernel}_kernel"
     assert "cp.async.cg" in variant.kernel.asm["ptx"]
     assert ahead.disassembled(variant.kernel)[2] == 0
+
+
+def test_numbers_do_not_select_kernels() -> None:
+    """A temperature or a weight that changes in each step compiles nothing anew."""
+    x, target = empty(F32, 64, 1000), empty(torch.int64, 64)
+    both, classes = (x, x, None, None), ClassRange(0, 1000)
+    state, results = empty(F64, STATE_FIELDS, 64), empty(F32, 64)
+
+    def run(value: float) -> None:
+        options = CrossEntropyOptions(-100, "sum", scale=value, gamma=value, z_loss=value)
+        cross_entropy_once(ahead.backend, x, target, None, options, Outputs(True, (True, False)))
+        smooth = CrossEntropyOptions(-100, "sum", label_smoothing=value / 8)
+        cross_entropy_once(ahead.backend, x, target, None, smooth, Outputs(True, (True, False)))
+        divergence = DivergenceOptions(reduction="sum", temperature=value, beta=value / 8)
+        kernel = ahead.backend.kl_div_with_logits(both, divergence, Outputs(True, (True,)))
+        kernel(both, divergence.numbers())
+        rows = RowOptions(-100, value, value)
+        launch = ahead.backend.row_state(x, rows, classes, STATE_FIELDS)
+        launch(rows.numbers, x, target, None, state)
+        ahead.backend.row_gradients(x, rows, classes, 1)(
+            rows.numbers, x, target, None, state, results, x
+        )
+
+    with compiling("sm_90") as launched:
+        for value in (0.5, 2.0, 3.0, 7.0):
+            run(value)
+    assert len(launched) == 20
+    assert len({id(each.kernel) for each in launched}) == 5
