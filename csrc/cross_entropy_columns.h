@@ -66,10 +66,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       row_scale[b] = ce.row_scale(first + b);
     std::fill_n(label, kColumns, -1);
     int64_t ignored = 0;
-    for (int64_t b = 0; ce.target && b < n; ++b) {
-      label[b] = ce.target[first + b];
-      ignored += ce.target[first + b] == ce.ignore_index;
-    }
+    for (int64_t b = 0; ce.target && b < n; ++b) label[b] = ce.target[first + b];
+    for (int64_t b = 0; b < n; ++b) ignored += ce.ignored(first + b);
     any_ignored = ignored > 0;
     for (int64_t b = 0; any_ignored && b < n; ++b) label[b] = ce.ignored(first + b) ? -1 : label[b];
     if (!ce.weight) {
@@ -170,6 +168,13 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     }
   }
 
+  void clear_ignored(Tile& tile, int64_t k) const {
+    for (int64_t b = 0; any_ignored && b < n; ++b) {
+      if (!ce.ignored(first + b)) continue;
+      for (int64_t i = 0; i < k; ++i) tile[i][b] = 0;
+    }
+  }
+
   void write_gradient() {
     // A call of smooth_weight() within the loop would prevent its vectorisation.
     const double common_weight = ce.smooth_weight();
@@ -196,10 +201,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= q[i][b] * smooth_weight[b];
       }
       for_targets(c, k, [&](int64_t i, int64_t b) { e[i][b] = at_target[b]; });
-      for (int64_t b = 0; any_ignored && b < n; ++b) {
-        if (!ce.ignored(first + b)) continue;
-        for (int64_t i = 0; i < k; ++i) e[i][b] = 0;
-      }
+      clear_ignored(e, k);
       store_tile(e, ce.grad_logits, c, k);
     });
   }
@@ -218,6 +220,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
           q[i][b] = factor[b] * weight * ((max[b] - x[i][b]) + low[b]);
         }
       }
+      clear_ignored(q, k);
       store_tile(q, ce.grad_probabilities, c, k);
     });
   }

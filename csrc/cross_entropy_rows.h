@@ -41,6 +41,8 @@ template <class T, bool kScales> class Row {
   RowLoss finish() {
     if (ce.ignored(position)) {
       if (ce.grad_logits.data) std::fill_n(ce.at(ce.grad_logits, position), ce.classes, T{});
+      for (int64_t c = 0; ce.grad_probabilities.data && c < ce.classes; ++c)
+        ce.at(ce.grad_probabilities, position)[c * ce.grad_probabilities.classes] = T{};
       return {0, 0, 1, 0};
     }
     RowLoss loss;

@@ -74,7 +74,11 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   double smooth_weight() const { return follows_probabilities() ? 1 - label_smoothing : uniform(); }
   A prob_weight() const { return A(follows_probabilities()); }
   A smooth_bias() const { return follows_probabilities() ? A(uniform() / smooth_weight()) : A(1); }
-  bool ignored(int64_t position) const { return target && target[position] == ignore_index; }
+  // Whether the loss and the gradients of a position are 0, whatever its logits are.
+  bool ignored(int64_t position) const {
+    return (target && target[position] == ignore_index) ||
+           (token_weights && token_weights[position] == 0);
+  }
   double one_hot(int64_t position) const {
     return weight ? (1 - label_smoothing) * double(weight[target[position]]) : 1 - label_smoothing;
   }
@@ -115,7 +119,7 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
     for (int64_t i = 0; this->token_weights && i < n; ++i) {
       loss[i] *= double(this->token_weights[first + i]);
     }
-    for (int64_t i = 0; this->target && i < n; ++i)
+    for (int64_t i = 0; (this->target || this->token_weights) && i < n; ++i)
       loss[i] = this->ignored(first + i) ? 0 : loss[i];
     for (int64_t i = 0; this->loss && this->reduction == Reduction::none && i < n; ++i) {
       this->loss[first + i] = Accumulate<T>(loss[i]);

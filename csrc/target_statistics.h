@@ -46,7 +46,7 @@ template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce)
     part.denominator = double(not_ignored);
     for (int64_t i = first; invalid && part.out_of_range < 0; ++i) {
       const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.classes;
-      if (!ce.ignored(i) && outside) part.out_of_range = i;
+      if (ce.target[i] != ce.ignore_index && outside) part.out_of_range = i;
     }
     if (invalid || !(ce.weight || ce.token_weights)) return;
     Sum weights;

@@ -293,6 +293,7 @@ def two_pass_kernel(
             if INDICES:
                 is_target = c[None, :] == label[:, None]
                 gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
+            if INDICES or token_weight is not None:
                 gradient = tl.where(valid[:, None], gradient, 0.0)
             if grad is not None:
                 to = strided_rows(grad, outer, lanes, strides, 3, UNITS)
@@ -300,7 +301,8 @@ def two_pass_kernel(
             if grad_target is not None:
                 share = (1.0 - smoothing) * class_weight(weight, c, classes, 0)
                 to = strided_rows(grad_target, outer, lanes, strides, 9, UNITS)
-                store_tile(to, c, mask, neg_log_p * share * target_scale[:, None])
+                gradient = neg_log_p * share * target_scale[:, None]
+                store_tile(to, c, mask, tl.where(valid[:, None], gradient, 0.0))
         value += tl.sum(distance, 1)
     store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH)
 

@@ -174,11 +174,13 @@ def read_rows(
     ignore_index,
     A: tl.constexpr,
 ):
-    """Returns the results of `read_target` and `row_scale` for rows of class indices."""
+    """Returns the results of `read_target` and `row_scale`; rows of weight 0 are not valid."""
     label, valid, invalid, target_weight = read_target(
         target, weight, rows, in_bounds, classes, ignore_index
     )
     scale = row_scale(token_weight, denominator, rows, valid | invalid, A)
+    if token_weight is not None:
+        valid = valid & (scale != 0.0)
     return label, valid, invalid, target_weight.to(A), scale
 
 

@@ -119,7 +119,7 @@ def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     A block and its transpose are converted to the accumulation dtype where their gradients are
     added, before these are rounded.
     """
-    (x, b, *_), (backend, options, outputs, grad_output, _) = tensors, args
+    (x, b, *_), (backend, options, outputs, grad_output, *_) = tensors, args
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer synchronisations of threads, which take long on a busy machine, and
     # fewer launches on a GPU.

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
+from pyfused.backends import cpu
 from pyfused.dispatch.autograd import without_autocast
 from pyfused.dispatch.originals import original
+from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
+from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped, left_in_checkpoint
 from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions, Scalar
 
 _cross_entropy = original(F.cross_entropy)
@@ -30,7 +34,8 @@ def cross_entropy(
     options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
 ) -> Any:
     if options.with_metrics:
-        loss = cross_entropy(input, target, weight, replace(options, with_metrics=False))
+        valid = without_ignored(input, target, options.ignore_index)
+        loss = cross_entropy(valid, target, weight, replace(options, with_metrics=False))
         return loss, metrics.of_logits(_scaled(input, options), target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     reduction = options.reduction
@@ -40,7 +45,9 @@ def cross_entropy(
         )
     checks.cross_entropy(input, target, weight, options)
     dim, loss_dtype = 0 if input.dim() == 1 else 1, options.loss_dtype
-    input = without_ignored(input, target, ignore_index)
+    input = without_ignored(input, target, ignore_index, options.token_weight)
+    if target.is_floating_point():
+        target = without_ignored(target, target, ignore_index, options.token_weight)
     input = input if loss_dtype is None else input.to(loss_dtype)
     input = _scaled(input, options)
     weight = weight if weight is None or loss_dtype is None else weight.to(loss_dtype)
@@ -72,13 +79,28 @@ def cross_entropy(
     return loss.sum() / (weights.sum() if denominator is None else denominator)
 
 
-def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Fills ignored rows of logits with 0, so that NaN in them does not reach gradients."""
-    if target.is_floating_point():
+def without_ignored(
+    input: Tensor, target: Tensor, ignore_index: int, token_weight: Tensor | None = None
+) -> Tensor:
+    """Fills logits of rows that do not count with 0, so that NaN in them does not spread."""
+    counts = _counts(target, ignore_index, token_weight)
+    if counts is None:
         return input
-    if target.dim() != input.dim() - 1:
-        target = target.reshape(loss_shape(input, "none"))
-    return input.masked_fill((target == ignore_index).unsqueeze(min(input.dim() - 1, 1)), 0)
+    if counts.dim() != input.dim() - 1:
+        counts = counts.reshape(loss_shape(input, "none"))
+    return input.masked_fill(~counts.unsqueeze(min(input.dim() - 1, 1)), 0)
+
+
+def _counts(target: Tensor, ignore_index: int, token_weight: Tensor | None) -> Tensor | None:
+    """Returns whether each target is neither ignored nor of weight 0; None if all count.
+
+    If the weight requires grad, its gradient is the loss of these rows.
+    """
+    counts = None if target.is_floating_point() else target != ignore_index
+    if token_weight is None or token_weight.requires_grad:
+        return counts
+    weighted = token_weight != 0
+    return weighted if counts is None else counts & weighted.reshape(counts.shape)
 
 
 def _scaled(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
@@ -104,6 +126,9 @@ def linear_cross_entropy(
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
     head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
+        if input.requires_grad or linear_weight.requires_grad:
+            classes, index = len(linear_weight), options.ignore_index
+            input = _without_ignored_states(input, target, index, classes)
         checks.memory_budget(options.memory_budget)  # torch's function does not receive these two
         checks.bounded("filter_eps", options.filter_eps)
         return _linear_cross_entropy(
@@ -121,6 +146,27 @@ def linear_cross_entropy(
     return head_cross_entropy(head, options)
 
 
+def _without_ignored_states(
+    input: Tensor, target: Tensor, ignore_index: int, classes: int
+) -> Tensor:
+    """Fills hidden states of ignored rows with 0, as NaN in them would reach the weight's gradient.
+
+    Eager calls on CPUs skip this if no row is ignored.
+    """
+    if type(input) not in PLAIN or type(target) not in PLAIN or target.is_floating_point():
+        return input
+    if target.shape[: input.dim() - 1] != input.shape[:-1]:
+        return input  # torch raises
+    is_eager = not (is_dynamo_compiling() or is_functorch_wrapped(target))
+    if is_eager and target.is_cpu and target.is_contiguous() and target.dtype is torch.int64:
+        is_eager = not (dispatch_modes() or left_in_checkpoint())
+        if is_eager and not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
+            return input
+    valid = target != ignore_index
+    valid = valid if valid.dim() < max(input.dim(), 2) else valid.flatten(1).any(1)
+    return input.where(valid.unsqueeze(-1), 0)
+
+
 def _with_one_weight(head: Head) -> Head:
     """Returns the same head with one weight of D + r features, which includes the adapter's."""
     if head.adapter_weight is None:
@@ -136,20 +182,20 @@ def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:
     if len(leading) > 1:
         head, options = head.as_rows(options)
     input, target, ignore_index = head.input, head.target, options.ignore_index
-    if not target.is_floating_point():
-        valid = target != ignore_index
-        valid = valid if valid.dim() < max(input.dim(), 2) else valid.flatten(1).any(1)
-        input = input.where(valid.unsqueeze(-1), 0)
-    logits = without_ignored(head_logits(input, *head[1:3]), target, ignore_index)
-    result = cross_entropy(logits, target, head.weight, options)
-    if len(leading) < 2:
-        return result
+    counts = _counts(target, ignore_index, options.token_weight)
+    if counts is not None:
+        counts = counts if counts.dim() < max(input.dim(), 2) else counts.flatten(1).any(1)
+        input = input.where(counts.unsqueeze(-1), 0)
+    logits = head_logits(input, *head[1:3])
+    of_loss = replace(options, with_metrics=False)
+    loss = cross_entropy(logits, target, head.weight, of_loss)
+    loss = with_leading_dims(loss, leading or (1,))
     if not options.with_metrics:
-        return with_leading_dims(result, leading)
-    loss, fields = result
-    return with_leading_dims(loss, leading), metrics.Metrics(
-        *(with_leading_dims(x, leading) for x in fields)
-    )
+        return loss
+    if options.token_weight is not None:  # rows of weight 0 have metrics, too
+        logits = head_logits(head.input.detach(), *head[1:3])
+    fields = metrics.of_logits(_scaled(logits, options), target, ignore_index)
+    return loss, metrics.Metrics(*(with_leading_dims(x, leading or (1,)) for x in fields))
 
 
 def head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -201,8 +247,10 @@ def linear_log_probs(
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
     positions = linear_weight.shape[1:-1]
     rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-    logits = head_logits(rows, linear_weight, linear_bias)
-    results = log_probs(logits, target.reshape(len(rows), *positions), options)
+    row_targets = target.reshape(len(rows), *positions)
+    valid = (row_targets != options.ignore_index).reshape(len(rows), -1).any(1)
+    logits = head_logits(rows.where(valid.unsqueeze(-1), 0), linear_weight, linear_bias)
+    results = log_probs(logits, row_targets, options)
     results, *metrics = results if options.with_metrics else (results,)
     results = results.reshape(*results.shape[: not options.alone], *target.shape)
     return (results, *[x.reshape(target.shape) for x in metrics]) if metrics else results

@@ -38,7 +38,7 @@ from pyfused.ops.heads import (
     capped,
     linear,
     loss_over_rows,
-    valid_rows,
+    rows_that_count,
 )
 from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.ops.row_state import logits_state, loss_denominator
@@ -105,9 +105,14 @@ def linear_topk_kl_div(
 
 
 def _masked(rows: Tensor, options: DivergenceOptions, value: float = 0.0) -> Tensor:
-    """Fills rows of weight 0 with a value, as NaN times 0 would be NaN."""
+    """Fills rows of weight 0 with a value, as NaN times 0 would be NaN.
+
+    If the weight requires grad, its gradient is the loss of these rows.
+    """
     weight = options.token_weight
-    return rows if weight is None else rows.where(weight.unsqueeze(-1) != 0, value)
+    if weight is None or weight.requires_grad:
+        return rows
+    return rows.where(weight.unsqueeze(-1) != 0, value)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -174,7 +179,9 @@ def _with_rest(
 def _reduced(loss: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
     weight, loss = options.token_weight, loss.to(accumulate_dtype(input.dtype))
     if weight is not None:
-        loss = (loss * weight.to(loss.dtype)).where(weight != 0, 0)
+        loss = loss * weight.to(loss.dtype)
+    if weight is not None and not weight.requires_grad:
+        loss = loss.where(weight != 0, 0)
     if options.reduction == "none":
         return loss
     total_weight = loss.numel() if weight is None else weight.to(loss.dtype).sum()
@@ -244,9 +251,9 @@ class Divergence(RowLoss):
         backend: Backend,
         tensors: Sequence[Any],  # noqa: ARG002
         options: DivergenceOptions,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor | None, Tensor | None]:
         weight = options.token_weight
-        return None if weight is None else valid_rows(weight, 0, backend)
+        return (None, None) if weight is None else rows_that_count(weight != 0, backend)
 
     def total_weight(self, tensors: Sequence[Any], options: DivergenceOptions) -> float | Tensor:
         weight = options.token_weight
@@ -322,7 +329,7 @@ def linear_kernels(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
-        _, options, outputs, grad_output, _ = args
+        _, options, outputs, grad_output, *_ = args
         teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
         linear(input[block.rows].to(dtype), weight, bias, teacher_logits)
         tensors = block.logits, teacher_logits, *options.plan_tensors()
@@ -379,7 +386,7 @@ def _topk(
     With the gradient g of the k + 1 log-probabilities, and its sum s, the gradient of the logit x_c
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
-    backend, options, outputs, grad_output, _ = args
+    backend, options, outputs, grad_output, *_ = args
     n, classes = logits.shape
     rows, class_range = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:

@@ -41,12 +41,16 @@ class Layer(NamedTuple):
             The adapter's output is added to the layer's.
         bias: (C), or None.
         dtype: The dtype of the matrix products.
+        counts: (N), whether each row counts. If not, the gradient of its logits is 0, and its
+            features, which may be NaN, are taken as 0 in the gradient of the weight. None if all
+            rows count.
     """
 
     input: Tensor
     weights: Sequence[Tensor]
     bias: Tensor | None
     dtype: torch.dtype
+    counts: Tensor | None = None
 
     def split(self, input: Tensor) -> Sequence[Tensor]:
         """Splits features, or their gradient, into the features of each weight."""
@@ -89,7 +93,7 @@ def blocks(
             allocates it.
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
-    input, all_weights, bias, dtype = layer
+    input, all_weights, bias, dtype, _ = layer
     n, all_classes = len(input), len(all_weights[0])
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
@@ -129,7 +133,7 @@ class LayerGradients:
         self.bias: Tensor | None = None
         self.weights: list[Tensor | None] = [None] * len(layer.weights)
         self.sums = list(self.weights)  # of the products of the current block of classes
-        input, weights, bias, dtype = layer
+        input, weights, bias, dtype, _ = layer
         all_rows, all_classes = len(input) <= size[0], len(weights[0]) <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
@@ -155,6 +159,9 @@ class LayerGradients:
         if self.input is not None:
             for out, weight in zip(self.layer.split(self.input[rows]), weights, strict=True):
                 self.backend.add_product(out, grad_logits, weight, float(classes.start > 0))
+        counts = self.layer.counts
+        if counts is not None and self.weights.count(None) < len(self.weights):
+            inputs = [x.where(counts[rows].unsqueeze(-1), 0) for x in inputs]
         first, last = rows.start == 0, rows.stop == len(self.layer.input)
         for i, (total, x) in enumerate(zip(self.weights, inputs, strict=True)):
             if total is None:
@@ -185,7 +192,7 @@ class LayerGradients:
             empty: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
             return empty.copy_(total)
 
-        input, weights, bias, _ = self.layer
+        input, weights, bias, *_ = self.layer
         totals = map(convert, self.weights, weights)
         weight, adapter_weight = (*totals, None)[:2]
         return convert(self.input, input), weight, convert(self.bias, bias), adapter_weight
@@ -235,6 +242,7 @@ class LossArgs(NamedTuple):
         grad_output: The gradient of the loss: a scalar, or one element per row if the reduction is
             "none". None for ones, or if the forward pass needs none.
         state: The state that the forward pass has returned, None if it has returned none.
+        counts: As in `Layer`.
     """
 
     backend: Backend
@@ -242,6 +250,7 @@ class LossArgs(NamedTuple):
     outputs: Outputs
     grad_output: Tensor | None
     state: Tensor | None = None
+    counts: Tensor | None = None
 
 
 # Computes the loss and the gradient of a block's logits, which it may overwrite, given the
@@ -263,7 +272,7 @@ def loss_over_rows(
             and the others.
         filter_below: As in `over_blocks`.
     """
-    backend, options, outputs, grad_output, _ = args
+    backend, options, outputs, grad_output, *_ = args
     weight, unreduced, losses = options.token_weight, options.reduction == "none", list[Tensor]()
     needs = outputs.gradients
     block_needs = (any(needs[:4]), *needs[4:]) if needs else ()
@@ -294,16 +303,22 @@ def loss_over_rows(
 # ---- valid rows ----------------------------------------------------------------------------------
 
 
-def valid_rows(target: Tensor, ignore_index: int, backend: Backend) -> Tensor | None:
-    """Returns the indices of the rows with a target that is not ignored, None for all rows.
+def rows_that_count(valid: Tensor, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the indices of the rows to compute, None for all, and which of these count.
 
-    It returns None, too, if reading the targets would synchronise, and if all rows are ignored.
+    All rows are computed if reading the mask would synchronise, and if no row counts. The second
+    result is a mask, as in `Layer`.
+
+    Args:
+        valid: Whether each target of a row is valid, of shape (N, ...).
     """
+    counts = valid.flatten(1).any(1) if valid.dim() > 1 else valid
     if backend.ASYNCHRONOUS:
-        return None
-    valid = target != ignore_index
-    rows = (valid.flatten(1).any(1) if valid.dim() > 1 else valid).nonzero().flatten()
-    return rows if 0 < len(rows) < len(target) else None
+        return None, counts
+    rows = counts.nonzero().flatten()
+    if len(rows) == len(counts):
+        return None, None
+    return (rows, None) if len(rows) else (None, counts)
 
 
 def take_rows(values: Any, rows: Tensor | None, dim: int = 0) -> Any:
@@ -361,7 +376,8 @@ class LayerStates:
         self.n, self.positions = self.shape[:-1].numel(), weight.shape[1:-1].numel()
         input = head.input.detach().reshape(self.n, self.shape[-1])
         target = head.target.reshape(self.n, self.positions)
-        self.valid = valid_rows(target, options.rows.ignore_index, backend)
+        ignore_index = options.rows.ignore_index
+        self.valid, counts = rows_that_count(target != ignore_index, backend)
         input, target = take_rows(input, self.valid), take_rows(target, self.valid)
         self.labels = target.flatten().contiguous()
         size = options.memory_budget, options.fixed_sizes, backend
@@ -369,7 +385,7 @@ class LayerStates:
         bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
         weight = weight.movedim(0, -2).reshape(head.columns, -1)  # classes of a position in a row
         weights = (weight,) if head.adapter_weight is None else (weight, head.adapter_weight)
-        self.layer = Layer(input, weights, bias, product_dtype(head, backend))
+        self.layer = Layer(input, weights, bias, product_dtype(head, backend), counts)
 
     def per_target(self, block: Block) -> tuple[Tensor, slice, ClassRange]:
         """Returns a block's logits with a row per target, the targets' slice, and the classes."""

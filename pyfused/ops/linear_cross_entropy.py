@@ -29,11 +29,13 @@ from pyfused.ops.heads import (
     StateOptions,
     capped,
     loss_over_rows,
-    valid_rows,
+    rows_that_count,
+    take_rows,
 )
 from pyfused.ops.metrics import Metrics, of_state
 from pyfused.ops.row_loss import Results, RowLoss
 from pyfused.ops.row_state import (
+    counted_target,
     kernel_weight,
     loss_denominator,
     metrics_state,
@@ -126,10 +128,23 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
-    ) -> Tensor | None:
-        target = tensors[-2]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        target, weight = tensors[-2], options.token_weight
         indices = not target.is_floating_point()
-        return valid_rows(target, options.ignore_index, backend) if indices else None
+        if indices:
+            valid = counted_target(target, options) != options.ignore_index
+        elif weight is None:
+            return None, None
+        else:
+            valid = weight != 0
+        if weight is None or not options.with_metrics:
+            return rows_that_count(valid, backend)
+        # Rows of weight 0 have metrics, too.
+        rows = None
+        if indices:
+            rows, _ = rows_that_count(target != options.ignore_index, backend)
+        counts = valid.flatten(1).any(1) if valid.dim() > 1 else valid
+        return rows, take_rows(counts, rows)
 
     def total_weight(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> float | Tensor:
         *_, target, weight = tensors
@@ -196,14 +211,14 @@ def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:
 
 def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
     """Computes the results by blocks of rows with all classes."""
-    backend, options, outputs, grad_output, _ = args
+    backend, options, outputs, grad_output, _, counts = args
     target, classes = head.target, head.linear_weight.shape[:-1]
     dtype, states = product_dtype(head, backend), list[Tensor]()
     needs_target = outputs.gradients[4:] == (True,)
     grad_target = torch.empty_like(target) if needs_target else None
 
     def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
-        _, options, outputs, grad_output, _ = args
+        _, options, outputs, grad_output, *_ = args
         targets = target[block.rows]
         targets = targets.to(dtype) if targets.is_floating_point() else targets
         capped_logits, cap_backward = capped(backend, block.logits, options.softcap, rounds=True)
@@ -219,7 +234,10 @@ def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
             grad_target[block.rows] = grad_targets
         if grad_logits is None:
             return loss, None
-        return loss, cap_backward(grad_logits.view_as(capped_logits))
+        gradient = cap_backward(grad_logits.view_as(capped_logits))
+        if options.softcap is not None and counts is not None:  # 0 times NaN is NaN
+            gradient.masked_fill_(~counts[block.rows].unsqueeze(-1), 0)
+        return loss, gradient
 
     filter_below = None
     if options.filter_eps:
@@ -228,7 +246,7 @@ def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
         filter_below = options.filter_eps * scale / divisor
     weight, bias, adapter_weight = head[1:4]
     weights = [x.flatten(0, -2) for x in (weight, adapter_weight) if x is not None]
-    layer = Layer(head.input, weights, None if bias is None else bias.flatten(), dtype)
+    layer = Layer(head.input, weights, None if bias is None else bias.flatten(), dtype, counts)
     loss, gradients = loss_over_rows(layer, rows, args, step, filter_below)
     state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
     if not gradients:
@@ -243,12 +261,14 @@ def _by_classes(head: Head, args: LossArgs) -> Results:
 
     The gradients need the state over all classes, so the backward pass computes them.
     """
-    backend, options, outputs, grad_output, state = args
-    target, classes, dtype = head.target, len(head.linear_weight), product_dtype(head, backend)
+    backend, options, outputs, grad_output, state, _ = args
+    target, classes = counted_target(head.target, options), len(head.linear_weight)
+    dtype = product_dtype(head, backend)
     weight = kernel_weight(head.weight, dtype)
     size = tile_size(head.input.shape, dtype, options.memory_budget, backend)
     state_options = StateOptions(options.rows, ClassRange(0, classes), state_fields(options), size)
-    states = LayerStates(backend, head._replace(weight=weight), state_options)
+    rows = head.target if state is None and options.with_metrics else target
+    states = LayerStates(backend, head._replace(weight=weight, target=rows), state_options)
     if state is None:
         state, _ = states.state()
         loss = state_loss(state, target, weight, options, classes)

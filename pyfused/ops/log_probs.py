@@ -147,7 +147,7 @@ class LogProbsOperator(ShardedOperator):
                 tensors[0] = in_autocast_dtype(tensors[0])
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
             check(target, classes.total, ignore_index)
-            return *tensors, target, None
+            return *tensors, target, target, None
 
         def finish(outputs: tuple[Tensor, Tensor], arguments: Arguments) -> Any:
             return _with_metrics(*outputs, arguments[-2], ignore_index, classes.total)

@@ -71,9 +71,14 @@ class RowLoss(Operator):
         """Returns the result of a call, given the loss and the state of each row, if any."""
         return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
 
-    def valid_rows(self, backend: Backend, tensors: Sequence[Any], options: Any) -> Tensor | None:  # noqa: ARG002
-        """Returns the indices of the valid rows, None for all."""
-        return None
+    def valid_rows(
+        self,
+        backend: Backend,  # noqa: ARG002
+        tensors: Sequence[Any],  # noqa: ARG002
+        options: Any,  # noqa: ARG002
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the indices of the rows to compute, and which count, as `rows_that_count`."""
+        return None, None
 
     def total_weight(self, tensors: Sequence[Any], options: Any) -> float | Tensor:  # noqa: ARG002
         """Returns the default denominator of a mean."""
@@ -198,7 +203,7 @@ class RowLoss(Operator):
             state: The state that the forward pass has returned, if gradients are computed from it.
         """
         unreduced, total = options.reduction == "none", len(tensors[0])
-        rows = self.valid_rows(backend, tensors, options)
+        rows, counts = self.valid_rows(backend, tensors, options)
         denominator: float | Tensor | None = None
         if unreduced:
             grad_output = take_rows(grad_output, rows)
@@ -213,7 +218,7 @@ class RowLoss(Operator):
         options = replace(options, token_weight=take_rows(options.token_weight, rows))
         indexed = enumerate(tensors)
         valid = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
-        args = LossArgs(backend, options, outputs, grad_output, take_rows(state, rows, 1))
+        args = LossArgs(backend, options, outputs, grad_output, take_rows(state, rows, 1), counts)
         loss, gradients, state = self.compute_rows(valid, args)
         if loss is not None:
             if unreduced:
@@ -222,5 +227,8 @@ class RowLoss(Operator):
                 loss = loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
         if gradients:
-            gradients = spread_rows(gradients[0], rows, total), *gradients[1:]
+            pairs = enumerate(gradients)
+            gradients = tuple(
+                [spread_rows(x, rows, total) if i in self.row_operands else x for i, x in pairs]
+            )
         return loss, gradients, spread_rows(state, rows, total, 1)

@@ -226,6 +226,12 @@ def _factors(
     return of_log_p, smoothing / classes * weight.double().sum(), -smoothing / classes
 
 
+def counted_target(target: Tensor, options: VocabOptions) -> Tensor:
+    """Returns class indices, with ignore_index for rows of weight 0: these may be NaN, too."""
+    weight = options.token_weight
+    return target if weight is None else target.masked_fill(weight == 0, options.ignore_index)
+
+
 def total_weight(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor:
     """Returns the default denominator of a mean: the total weight of valid targets, in float64."""
     weights = (target != options.ignore_index).double()

@@ -31,6 +31,7 @@ from pyfused.ops.collectives import Call, Copy, Sum, all_need_gradients, gathere
 from pyfused.ops.heads import LayerStates, StateOptions
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import (
+    counted_target,
     empty_state,
     kernel_weight,
     logits_gradient,
@@ -122,9 +123,10 @@ def state_plan(
     """Returns the plan of the state of rows, whose classes may be sharded over processes.
 
     Its numbers are a denominator, which is not used, the softcap or None, and the temperature.
-    Its tensors are the logits, or the input, weight and bias of a layer; the target; and the
-    class weights. The logits of a layer's first block are saved. Backward overwrites them and
-    recomputes the others, or recomputes all of them if the graph is retained.
+    Its tensors are the logits, or the input, weight and bias of a layer; the target; the target
+    with ignore_index for rows without a gradient; and the class weights. The logits of a layer's
+    first block are saved. Backward overwrites them and recomputes the others, or recomputes all of
+    them if the graph is retained.
 
     Args:
         tensors: Logits, or the input, weight and bias of a layer.
@@ -148,7 +150,7 @@ def state_plan(
         return options._replace(rows=RowOptions(rows.ignore_index, 1 / temperature, softcap))
 
     def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
-        *layer, target, weight = tensors
+        *layer, target, _, weight = tensors
         output: Any = None
         logits = None
         if not has_logits:
@@ -175,27 +177,26 @@ def state_plan(
         return output, (*tensors, state, logits), ()
 
     def backward(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
-        *tensors, weight, state, logits = saved
+        *layer, _, target, weight, state, logits = saved
         if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
             logits = None  # they would be overwritten
         gradients: Gradients
         if not has_logits:
-            pairs = zip(tensors, needs, strict=False)
+            pairs = zip(layer, needs, strict=True)
             gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
         elif is_logits:
             grad_results = grad_output if results else _grad_results(grad_output, state)
-            strides = tensors[0].stride()  # saved-tensor hooks may change them
+            strides = layer[0].stride()  # saved-tensor hooks may change them
             launch = launches.get(strides)
             if launch is None:
                 width = results or len(grad_results)
-                launch = logits_gradient(backend, tensors[0], rows, classes, width)
+                launch = logits_gradient(backend, layer[0], rows, classes, width)
                 launches[strides] = launch
             _, softcap, temperature = numbers
             scaling = 1 / temperature, softcap
-            gradients = (launch(scaling, *tensors, weight, state, grad_results),)
+            gradients = (launch(scaling, *layer, target, weight, state, grad_results),)
         else:
             grad_results = _grad_results(grad_output, state)
-            *layer, target = tensors
             head = Head._make((*layer, None, target, weight))
             states = LayerStates(backend, head, options_of(numbers))
             gradients = states.gradients(needs, state, grad_results, logits)
@@ -204,7 +205,8 @@ def state_plan(
         return gradients
 
     def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
-        *layer, target, weight, state = saved[: count + 3]  # `tensors` would stay in memory
+        # `tensors` would stay in memory
+        *layer, _, target, weight, state = saved[: count + 4]
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
 
         def definition(*layer: Tensor | None) -> Tensor:
@@ -235,18 +237,20 @@ def _define_results(
 ) -> Tensor:
     """Computes the differentiable fields of a state by torch's operators, from all local logits.
 
-    The logits of ignored targets are filled with 0, as NaN in them would reach the gradients.
+    Rows of ignored targets are filled with 0, as NaN in them would reach the gradients.
     """
     rows, (first, _) = options.rows, options.classes
     x, *parameters = [None if tensor is None else tensor.double() for tensor in layer]
     assert x is not None
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
+    valid = target != rows.ignore_index
     if parameters:
+        positions = valid.flatten(x.dim() - 1).any(-1) if valid.dim() >= x.dim() else valid
+        x = x.where(positions.unsqueeze(-1), 0)
         x = x if shard is None else Copy.apply(x, shard.group)
         x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
-    x = x if rows.softcap is None else definitions.softcap(x, rows.softcap)
-    valid = target != rows.ignore_index
-    x = (x.movedim(dim, -1) * rows.scale).where(valid.unsqueeze(-1), 0)
+    x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
+    x = rows.scale * (x if rows.softcap is None else definitions.softcap(x, rows.softcap))
     is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
     shifted = x - pivot.unsqueeze(-1)
     exponentials = shifted.exp()
@@ -294,8 +298,10 @@ def cross_entropy(
     weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
     entropy = options.with_metrics
     plan = state_plan("cross_entropy", layer, state_options, shard, entropy=entropy)
-    state = plan((*layer, target, weight), (None, options.softcap, 1 / options.scale))
-    loss = state_loss(state, target, weight, options, classes.total)
+    counted = counted_target(target, options)
+    tensors = *layer, target if options.with_metrics else counted, counted, weight
+    state = plan(tensors, (None, options.softcap, 1 / options.scale))
+    loss = state_loss(state, counted, weight, options, classes.total)
     if options.reduction != "none":
         loss = loss.sum() / loss_denominator(options, total_weight(target, weight, options))
     loss = loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))
