@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,20 @@ def is_exporting() -> bool:
 graph_is_retained: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
+_unpack: Any = getattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack", None)
+
+
+def saved_tensors_from(ctx: Any, first: int) -> Sequence[Any]:
+    """Returns the tensors that were saved for backward, from an index on.
+
+    It does not check whether earlier ones were modified in place, if torch allows to unpack some.
+    """
+    if _unpack is None:
+        saved: Sequence[Any] = ctx.saved_tensors
+        return saved[first:]
+    return [_unpack(x) for x in ctx._raw_saved_tensors[first:]]
+
+
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pyfused.torch_internals import (
     is_batched,
     is_lazy_clone,
     is_zero_tensor,
+    saved_tensors_from,
 )
 from pyfused.types import Gradients
 
@@ -72,7 +74,8 @@ class Fused(torch.autograd.Function):
 
     Gradients computed by the forward pass are saved after the plan's tensors, from index
     ``ctx.first_gradient`` on. Backward scales them by grad_output: in place, or in copies if the
-    graph is retained, because another backward pass may read them, even concurrently.
+    graph is retained, because another backward pass may read them, even concurrently. Then only
+    ``create_graph`` reads the plan's tensors, so that others may modify them before backward.
     """
 
     @staticmethod
@@ -80,6 +83,11 @@ class Fused(torch.autograd.Function):
         output, saved, gradients = plan.forward(tensors, numbers)
         ctx.plan, ctx.numbers = plan, numbers
         ctx.first_gradient = len(saved) if gradients else None
+        for x in saved:
+            if x is not None and x.is_inference() and not x.requires_grad:
+                saved = _normal_tensors(saved, bool(gradients))
+                ctx.plan = replace(plan, define=_inference_error) if gradients else plan
+                break
         ctx.save_for_backward(*saved, *gradients)
         if plan.inplace:
             ctx.input_is_overwritten = bool(gradients)
@@ -99,8 +107,14 @@ class Fused(torch.autograd.Function):
                 "inplace: expected False for create_graph=True or a second backward pass, got "
                 "True, and the gradient has overwritten the logits"
             )
-        saved: Any = ctx.saved_tensors
+        saved: Any
         gradients: Any
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:
+            if differentiable or first is None:
+                raise
+            saved = *[None] * first, *saved_tensors_from(ctx, first)
         if overwrites and not differentiable:
             increment_version(saved[0])
             ctx.input_is_overwritten = True
@@ -120,6 +134,16 @@ class Fused(torch.autograd.Function):
                     plan.backend.scale_(gradient, grad_output)
         constants = len(ctx.needs_input_grad) - 2 - len(gradients)
         return None, None, *gradients, *(None,) * constants
+
+
+def _normal_tensors(saved: Sequence[Any], unread: bool) -> Sequence[Any]:
+    """Replaces inference tensors, which autograd cannot save, by None if unread, else by copies."""
+    pairs = [(x, x is not None and x.is_inference() and not x.requires_grad) for x in saved]
+    return [(None if unread else x.clone()) if is_inference else x for x, is_inference in pairs]
+
+
+def _inference_error(*_: Any) -> Gradients:
+    raise RuntimeError("create_graph: expected operands created outside of inference mode")
 
 
 class _InGraph(torch.autograd.Function):
