@@ -586,8 +586,9 @@ def _class_weight(input: Tensor, weight: Tensor | None, same_dtype: bool = True)
     if weight is None:
         return
     _shape("weight", weight, (classes_of(input),), "one factor for each class")
-    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-    if same_dtype and weight.dtype is not input.dtype and not autocast:
+    casts = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    casts = casts and torch.float64 not in (weight.dtype, input.dtype)  # autocast keeps float64
+    if same_dtype and weight.dtype is not input.dtype and not casts:
         raise _error("weight", f"the input's dtype {input.dtype}", weight.dtype)
 
 

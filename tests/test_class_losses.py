@@ -217,3 +217,16 @@ def test_gamma_with_only_ignored_targets() -> None:
     fused.sigmoid_focal_loss(x, torch.zeros(40), ignore_index=0, reduction="mean").backward()
     assert x.grad is not None
     assert not x.grad.any()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "multi_margin_loss"])
+def test_class_weights_under_autocast(name: str) -> None:
+    """Autocast casts weights in half precision, and leaves float64 unchanged, which is an error."""
+    x, target, weight = scores((6, 5)).bfloat16(), torch.arange(6) % 5, torch.linspace(0.5, 1.5, 5)
+    ours, of_torch = getattr(fused, name), getattr(F, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = of_torch(x, target, weight=weight)
+        torch.testing.assert_close(ours(x, target, weight=weight), expected, rtol=0.02, atol=0.02)
+        for function in (of_torch, ours):
+            with pytest.raises(RuntimeError):
+                function(x, target, weight=weight.double())

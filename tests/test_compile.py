@@ -348,11 +348,12 @@ def test_warnings_cause_no_graph_break(step: Step) -> None:
     close(got.gradients, expected.gradients)
 
 
+@pytest.mark.parametrize("weight", [None, torch.linspace(0.5, 1.5, C)], ids=["", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_autocast(dtype: torch.dtype, weight: Tensor | None) -> None:
     def step(functional: Any, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return functional.cross_entropy(x, INDICES)
+            return functional.cross_entropy(x, INDICES, weight)
 
     compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend="aot_eager")
     x = torch.randn(N, C, dtype=dtype)
@@ -364,6 +365,9 @@ def test_autocast(dtype: torch.dtype) -> None:
 HEADS: dict[str, Callable[..., Tensor]] = {
     "linear_cross_entropy": lambda x, w, b: fused.linear_cross_entropy(
         x, w, INDICES, linear_bias=b
+    ),
+    "class weights": lambda x, w: fused.linear_cross_entropy(
+        x, w, INDICES, weight=torch.linspace(0.5, 1.5, C)
     ),
     "an adapter": lambda x, w, b: fused.linear_cross_entropy(
         x, w[:, :4], INDICES, linear_bias=b, adapter_weight=w[:, 4:]
@@ -385,6 +389,7 @@ def test_heads_with_float32_weights_under_autocast(head: Callable[..., Tensor]) 
         return head(*tensors)
 
     leaves = [torch.randn(*shape, requires_grad=True) for shape in ((N, C), (C, C), (C,))]
+    leaves = leaves[:2] if head is HEADS["class weights"] else leaves
     got = evaluate(torch.compile(step, fullgraph=True, backend="aot_eager"), *leaves)
     expected = evaluate(step, *leaves)
     assert got.value.dtype == expected.value.dtype

@@ -112,9 +112,9 @@ class Fused(torch.autograd.Function):
         try:
             saved = ctx.saved_tensors
         except RuntimeError:
-            if differentiable or first is None:
+            if differentiable or first_gradient is None:
                 raise
-            saved = *[None] * first, *saved_tensors_from(ctx, first)
+            saved = *[None] * first_gradient, *saved_tensors_from(ctx, first_gradient)
         if overwrites and not differentiable:
             increment_version(saved[0])
             ctx.input_is_overwritten = True

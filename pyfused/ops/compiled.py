@@ -117,6 +117,10 @@ class CompiledOperator:
             for i, need in enumerate(needs):
                 if specs[i] is not None:
                     specs[i] = replace(specs[i], requires_grad=need)
+            for i, operand in self.op.indexed_operands:
+                # Class weights may differ in dtype under autocast, which is disabled here.
+                if operand.name == "weight" and specs[i] is not None:
+                    specs[i] = replace(specs[i], dtype=specs[0].dtype)
             with torch.enable_grad():  # the compiler disables it, and says which are needed
                 plan = self.op.plan(tuple(specs), False, **results)
             if key is not None:
