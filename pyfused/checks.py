@@ -194,7 +194,7 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
     _tensors(input=input, target=target, weight=weight)
-    vocab_options(options, loss_shape(input, "none"))
+    vocab_options(options, loss_shape(input, "none"), input)
     probabilities = target.is_floating_point()
     if input.dim() == 0:
         expected = "logits of shape (C), (N, C) or (N, C, d1, ...)"
@@ -215,7 +215,7 @@ def cross_entropy(
         raise _error("loss_dtype", "a floating dtype or None", dtype, ValueError)
 
 
-def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
+def vocab_options(options: VocabOptions, losses: Sequence[int], input: Tensor) -> None:
     """Checks the types and values of the options that all functions over a vocabulary share.
 
     Args:
@@ -235,6 +235,7 @@ def vocab_options(options: VocabOptions, losses: Sequence[int]) -> None:
     if options.denominator is not None and options.reduction != "mean":
         got = "a tensor" if isinstance(options.denominator, TENSORS) else "a number"
         raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
+    same_device(input, denominator=options.denominator)
     weight = options.token_weight
     if weight is not None:
         tensor("token_weight", weight)
@@ -364,7 +365,7 @@ def linear_layer(
         _shape(f"{prefix}linear_bias", bias, shape)
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     parameters = {"linear_weight": weight, "linear_bias": bias, "adapter_weight": adapter}
-    layer_device(input, prefix, **parameters)
+    same_device(input, prefix, **parameters)
     for name, value in parameters.items():
         if value is None or value.dtype is input.dtype:
             continue
@@ -373,8 +374,8 @@ def linear_layer(
             raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 
 
-def layer_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
-    """Raises for parameters on another device, as torch reads invalid memory for a meta weight."""
+def same_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
+    """Raises for tensors on another device, as torch reads invalid memory for a meta weight."""
     for name, value in parameters.items():
         if isinstance(value, TENSORS) and value.device != input.device:
             expected = f"the {prefix}input's device {input.device}"
@@ -406,7 +407,7 @@ def kl_div_with_logits(logits: Tensor, teacher_logits: Tensor, options: Divergen
     _vectors("logits", logits)
     _vectors("teacher_logits", teacher_logits)
     _shape("teacher_logits", teacher_logits, logits.shape, "the shape of logits")
-    _divergence(logits.shape[:-1], options)
+    _divergence(logits.shape[:-1], options, logits)
 
 
 def linear_kl_div(
@@ -426,7 +427,7 @@ def linear_kl_div(
     _shape(
         "teacher_input", teacher_input, (*input.shape[:-1], features), "with the student's tokens"
     )
-    _divergence(input.shape[:-1], options)
+    _divergence(input.shape[:-1], options, input)
 
 
 def linear_topk_kl_div(
@@ -450,14 +451,14 @@ def linear_topk_kl_div(
     one_of("remainder", options.remainder, ("bucket", "ignore"))
     if options.remainder == "ignore" and options.beta != 0:
         raise _error("beta", "0.0 with remainder 'ignore'", "a positive number", ValueError)
-    _divergence(input.shape[:-1], options)
+    _divergence(input.shape[:-1], options, input)
 
 
-def _divergence(tokens: Sequence[int], options: DivergenceOptions) -> None:
+def _divergence(tokens: Sequence[int], options: DivergenceOptions, input: Tensor) -> None:
     beta: Any = options.beta
     if isinstance(beta, Tensor) and beta.requires_grad and not 0 < beta < 1:
         raise _error("beta", "a number in (0.0, 1.0) to be learned", beta.item(), ValueError)
-    vocab_options(options, tokens)
+    vocab_options(options, tokens, input)
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
@@ -531,7 +532,7 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
     if target.is_floating_point():
         raise _error("target", "class indices", target.dtype)
     _class_index_target(logits, target, probabilities=False)
-    vocab_options(options, ())
+    vocab_options(options, (), logits)
 
 
 def linear_log_probs(
@@ -547,7 +548,7 @@ def linear_log_probs(
     )
     head = Head(input, linear_weight, linear_bias, None, target, None)
     linear_cross_entropy(head, head_options, False, classes)
-    vocab_options(options, ())
+    vocab_options(options, (), input)
 
 
 def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> Tensor:

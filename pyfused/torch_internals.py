@@ -44,6 +44,8 @@ is_functorch_wrapped: Callable[[Tensor], bool] = _required(
 is_batched: Callable[[Tensor], bool] = _required("torch._C._functorch.is_legacy_batchedtensor")
 is_zero_tensor: Callable[[Tensor], bool] = _required("torch.Tensor._is_zerotensor")
 is_view: Callable[[Tensor], bool] = _required("torch.Tensor._is_view")
+# Named dimensions, which torch 2.13 has removed.
+has_names: Callable[[Tensor], bool] = getattr(torch.Tensor, "has_names", is_zero_tensor)
 # These two are documented in torch's notes "Extending PyTorch".
 DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubclass")
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")

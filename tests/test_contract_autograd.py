@@ -156,6 +156,7 @@ NOT_COUNTED = [
 ]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("path", ["kernels", "small", "create_graph"])
 @pytest.mark.parametrize(("example", "why"), NOT_COUNTED)
 def test_nan_in_rows_that_do_not_count(

@@ -494,6 +494,17 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
 }
 
 
+def test_a_denominator_on_another_device() -> None:
+    x, target, count = X.to("meta"), Y.to("meta"), torch.tensor(3.0)
+    for call in (
+        lambda: fused.cross_entropy(x, target, denominator=count),
+        lambda: fused.linear_cross_entropy(x, x, target, denominator=count),
+        lambda: fused.kl_div_with_logits(x, x, denominator=count),
+    ):
+        with pytest.raises(RuntimeError, match="denominator: expected the input's device meta"):
+            call()
+
+
 @pytest.mark.parametrize(("call", "expected"), VALUES.values(), ids=VALUES)
 def test_a_default_device_does_not_change_errors(
     call: Callable[[], Any], expected: type[Exception]

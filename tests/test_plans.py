@@ -71,6 +71,12 @@ def test_a_signature_has_everything_that_a_plan_reads_from_a_tensor() -> None:
     assert is_leaf_or_view is True
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "rename"), reason="torch 2.13 has no named dimensions")
+def test_named_dimensions_fall_back() -> None:
+    x = torch.ones(2, 3).rename("N", "C")  # type: ignore[attr-defined]
+    assert fused.relu(x).names == ("N", "C")  # type: ignore[attr-defined]
+
+
 def test_modes_are_in_the_signature() -> None:
     x = torch.randn(6, 5, requires_grad=True)
     modes = (

@@ -80,7 +80,9 @@ class Call(NamedTuple):
 
 
 def flat(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else [x for each in found for x in flat(each)]
+    if found is None or isinstance(found, Tensor):
+        return [] if found is None else [found]
+    return [x for each in found for x in flat(each)]
 
 
 def random_call(rng: random.Random, dtype: torch.dtype, infinite: bool) -> Call:
@@ -250,12 +252,17 @@ class Process:
             return
         mine = ranks.index(self.rank)
         own, options, grad = shards[mine], dict(call.options), True
-        shard = VocabShard(own.start, rng.choice([None, call.classes]), group)
+        shard, leaves = (
+            VocabShard(own.start, rng.choice([None, call.classes]), group),
+            call.leaves(own),
+        )
         if mine == most:
             shard, grad = REFUSED[kind](shard, options)
+            if kind == "no tensor":
+                leaves[[*leaves]["linear" in call.name]] = None  # type: ignore[assignment]
         try:
             with torch.set_grad_enabled(grad):
-                call._replace(options=options).results(call.leaves(own), shard=shard)
+                call._replace(options=options).results(leaves, shard=shard)
         except (RuntimeError, TypeError, ValueError) as error:
             self.errors[self.step] = kind, f"{type(error).__name__}: {error}"
         else:
@@ -344,6 +351,7 @@ REFUSED: dict[str, Callable[[VocabShard, dict[str, Any]], tuple[VocabShard, bool
     "options": changed(softcap=3.14),
     "shape": changed(target=torch.zeros(1, 2, 3, 4, dtype=torch.int64)),
     "type": changed(target=None),
+    "no tensor": lambda shard, _: (shard, True),
     "number": lambda shard, _: (shard._replace(first=0.5), True),  # type: ignore[arg-type]
     "grad mode": lambda shard, _: (shard, False),
 }
@@ -398,10 +406,10 @@ def check(found: list[tuple[int, dict[int, tuple[str, str]]]]) -> None:
         assert len(messages) > 1
         others = [message for message in messages if "got invalid ones in ranks" in message]
         if others:  # a wrong number of classes does not match the weight, either
-            assert kind in ("shape", "type", "number", "total")
+            assert kind in ("shape", "type", "no tensor", "number", "total")
             assert len(others) == len(messages) - 1
         else:
             others = messages
-            assert kind not in ("shape", "type", "number")
+            assert kind not in ("shape", "type", "no tensor", "number")
         assert len({*others}) == 1
         assert others[0].startswith(("ValueError: shard", "ValueError: target", "RuntimeError: sh"))

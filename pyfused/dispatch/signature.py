@@ -14,6 +14,7 @@ from pyfused.dispatch.operator import Arguments, Numbers, Operator
 from pyfused.torch_internals import (
     active_mode,
     any_autocast,
+    has_names,
     is_functorch_wrapped,
     is_lazy_clone,
     is_view,
@@ -55,6 +56,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, N
                 or value.is_neg()
                 or is_zero_tensor(value)
                 or value.is_nested
+                or has_names(value)
                 or is_functorch_wrapped(value)
                 or is_lazy_clone(value)
             ):
@@ -199,6 +201,8 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
         return f"{name} is lazy"
     if tensor.is_nested:
         return f"{name} is nested"
+    if has_names(tensor):
+        return f"{name} has named dimensions"
     if is_functorch_wrapped(tensor):
         return f"{name} has left torch.func"
     if is_lazy_clone(tensor):  # reading its address would copy it

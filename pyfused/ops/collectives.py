@@ -10,6 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def communication_device(group: Any, *values: Any) -> torch.device:
+    """Returns the device of a group's tensors: a GPU for NCCL, else the device of the first tensor.
+
+    A process without a valid tensor has to take part in the exchange, too.
+    """
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda")
+    return next((x.device for x in values if isinstance(x, Tensor)), torch.device("cpu"))
+
+
 def gathered(tensor: Tensor, group: Any) -> Tensor:
     """Gathers the tensors of all processes of a group, stacked in the order of ranks."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]

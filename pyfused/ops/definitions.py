@@ -120,7 +120,7 @@ def linear_cross_entropy(
     torch_options: Any = None,
     options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
 ) -> Any:
-    checks.layer_device(
+    checks.same_device(
         input, linear_weight=linear_weight, linear_bias=linear_bias, adapter_weight=adapter_weight
     )
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)

@@ -27,7 +27,15 @@ from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
-from pyfused.ops.collectives import Call, Copy, Sum, all_need_gradients, gathered, total_classes
+from pyfused.ops.collectives import (
+    Call,
+    Copy,
+    Sum,
+    all_need_gradients,
+    communication_device,
+    gathered,
+    total_classes,
+)
 from pyfused.ops.heads import LayerStates, StateOptions
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import (
@@ -350,11 +358,11 @@ class ShardedOperator(Operator):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
         if dist.get_rank(shard.group) < 0:
             raise ValueError("shard: expected a group that this process is a member of")
-        input = arguments[0]
+        input, target = arguments[0], arguments[self.arguments.index("target")]
         try:
             call = self.describe_call(arguments, shard)
         except Exception:
-            device = getattr(input, "device", None)
+            device = communication_device(shard.group, target, input)
             gathered(torch.tensor(Call(), device=device), shard.group)  # the others raise, too
             raise
         calls = [Call(*fields) for fields in gathered(call, shard.group).tolist()]
