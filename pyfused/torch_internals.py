@@ -74,11 +74,15 @@ _TracingContext: Any = _required("torch._guards.TracingContext")
 _required("torch.autograd.forward_ad._current_level")
 
 
+def is_jit_tracing() -> bool:
+    return not is_dynamo_compiling() and _tracing_state() is not None
+
+
 def active_mode() -> str | None:
     """Returns the active mode that requires torch's operators instead of a kernel, or None."""
     if MISSING:
         return f"this version of torch lacks {MISSING}"
-    if _tracing_state() is not None:
+    if is_jit_tracing():
         return "torch.jit.trace"
     if functorch_is_active():
         return "torch.func"

@@ -268,6 +268,24 @@ def test_a_converted_language_model_is_freed_at_once() -> None:
 
 
 @as_users_run_it
+def test_logits_read_by_their_index_in_an_output() -> None:
+    """Without logits, the next entry has another index, in torch and in tuple(output)."""
+    model = pyfused.convert(language_model("Llama"))
+    for call in (model, torch.compile(model, backend="eager")):
+        output = call(**batch())
+        assert (output.logits, output[0], output[:1]) == (None, output.loss, (output.loss,))
+        for read in (lambda o: o[1], lambda o: o[:2], lambda o: (*o.to_tuple(),)):
+            with pytest.raises(RuntimeError, match="no index of the logits"):
+                read(output)
+        assert output[-1] is output.past_key_values
+        assert list(output) == ["loss", "past_key_values"]
+        again = type(output)(dict(output.items()))  # as accelerate does
+        with pytest.raises(RuntimeError, match="no index of the logits"):
+            again[1]
+    assert pickle.loads(pickle.dumps(output)).loss == output.loss
+
+
+@as_users_run_it
 def test_a_custom_loss_function() -> None:
     model = pyfused.convert(language_model("Llama"))
     model.loss_function = functools.partial(model.loss_function, ignore_index=-100)

@@ -87,15 +87,29 @@ def with_features(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.cat(features, -1), torch.cat(weights, -1)
 
 
-def differs(head: Any, hidden: Tensor, linear: Any) -> bool:
-    """Returns whether ``linear(with_features(x))`` differs from PEFT's forward for these rows.
+def linear(rows: Tensor, weight: Tensor, bias: Any, adapter_weight: Tensor | None) -> Tensor:
+    """Returns the logits of what `with_features` returned."""
+    if adapter_weight is None:
+        return F.linear(rows, weight, bias)
+    hidden, features = rows.tensor_split((weight.shape[-1],), -1)
+    logits = F.linear(hidden, weight, bias)
+    return logits + F.linear(features, adapter_weight.to(rows.dtype)).to(logits.dtype)
+
+
+def differs(head: Any, hidden: Tensor) -> bool:
+    """Returns whether `linear` differs from PEFT's forward for these rows.
 
     Gradients are compared, too, because B is 0 before training.
     """
+
+    def ours(head: Any, x: Tensor) -> Tensor:
+        rows, adapter_weight = with_features(head, x)
+        return linear(rows, head.weight, head.bias, adapter_weight)
+
     x, results = hidden.detach().clone().requires_grad_(), []
     weights = [layer[name].weight for name in _active(head) for layer in (head.lora_A, head.lora_B)]
     leaves = [x, *[weight for weight in weights if weight.requires_grad]]
-    for forward in (type(head)._unfused.forward, lambda *args: linear(*with_features(*args))):
+    for forward in (type(head)._unfused.forward, ours):
         with torch.random.fork_rng([x.device] * x.is_cuda):  # both draw the same dropout
             logits = forward(head, x)
         ramp = torch.linspace(1, 2, logits.numel(), device=x.device).view_as(logits)

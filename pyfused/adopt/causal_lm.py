@@ -12,13 +12,15 @@ the time of one more head and loss, and the memory of those rows.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from dataclasses import fields, is_dataclass
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -31,12 +33,15 @@ from pyfused import torch_internals
 from pyfused.adopt import adapters, deferred, subclass
 from pyfused.adopt.deferred import LOSS
 from pyfused.dispatch.reasons import first_time, stacklevel
+from pyfused.ops.chunk_sizes import physical_memory
 from pyfused.ops.shards import is_dtensor
-from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks
+from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, is_jit_tracing
 
 _thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
-OUTPUT, COMPARED = "the output", "the first loss was compared"
+OUTPUT = "the output"
+ALONE, READ, COMPARED = "only their loss read the logits", "the logits were read", "compared"
 ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at once for the comparison
+PARTS = 16  # torch's logits, their copies and gradients are recorded in an eighth of the memory
 TOKENS = 5  # tokens of the batch that a model is tried with
 _MISSING_LABELS = (
     "it was called in training mode without labels. Pass labels=. Trainer removes them for "
@@ -59,19 +64,30 @@ _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that aut
 
 
 class _Call:
-    """One call of a model whose head defers its logits.
+    """One call of a model whose head records or defers its logits.
 
     Attributes:
-        warned: The warnings issued for the model, and COMPARED after its first loss.
+        facts: The warnings issued for the model, and what its calls have shown: ALONE, READ and
+            COMPARED, each with the modes of the call.
         with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
-        differs: How the first loss differs from torch's, None if it does not.
+        tried: Whether a trial run has shown that only the loss reads the logits.
+        modes: Of this call, None before the head is called.
+        shown: ALONE if only their loss read the logits of the last call in these modes, READ if
+            something else did, None before the first call.
+        agreed: Whether a loss of this call equals torch's.
+        differs: How it differs, None if it does not.
         grad_modes: Whether gradients were enabled, for each call of the head.
     """
 
-    def __init__(self, model: Any, head: Any, warned: set[str], with_metrics: bool = False) -> None:
-        self.model, self.head, self.warned = model, head, warned
-        self.with_metrics = with_metrics
+    def __init__(
+        self, model: Any, head: Any, facts: set[Any], with_metrics: bool = False, tried: bool = True
+    ) -> None:
+        self.model, self.head, self.facts = model, head, facts
+        self.with_metrics, self.tried = with_metrics, tried
         self.families: list[deferred.Family] = []
+        self.modes: Any = None
+        self.shown: str | None = None
+        self.agreed = False
         self.differs: str | None = None
         self.grad_modes: set[bool] = set()
         self.hooks = deferred.hooks()
@@ -83,16 +99,62 @@ class _Call:
             output = _finished(kind.forward(self.model, *args, **kwargs))
             for family in self.families:
                 family.close("code after its forward")
+            if self.modes is not None:
+                self.learn()
             return output, [use for family in self.families for use in family.uses]
         finally:
             _thread.call = before
             for family in self.families:
-                family.nodes.clear()
+                family.release()
                 family.results = None
             self.families.clear()
 
+    def look_up(self, device: str) -> None:
+        """Looks up what earlier calls in the same modes have shown."""
+        if not is_dynamo_compiling() and self.modes is None:
+            self.modes = self.model.training, *deferred.modes_of(device)[:3]
+            self.shown = next((x for x in (ALONE, READ) if (x, self.modes) in self.facts), None)
+
+    def learn(self) -> None:
+        """Notes what this call has shown, unless a checkpoint may run it again."""
+        uses = [set(family.uses) for family in self.families]
+        losses = any(LOSS in each for each in uses)
+        recorded = any(family.recorded for family in self.families)
+        alone = all(each in ({LOSS}, {OUTPUT}, set()) for each in uses)
+        if self.shown is None:
+            for family in self.families:
+                alone = family.agrees(alone)
+        shown = self.shown
+        if not alone and (losses or recorded):
+            shown = READ
+        elif alone and losses and shown != ALONE:
+            shown = ALONE if self.agreed else None
+        tensor_parallel = any(type(x) is deferred.ColwiseFamily for x in self.families)
+        if shown != self.shown and self.hooks is None and not (self.shown and tensor_parallel):
+            self.facts.discard((self.shown, self.modes))
+            self.facts.add((shown, self.modes))
+
+    def is_compared(self) -> bool:
+        """Returns whether a loss of this call has to be compared with torch's."""
+        return self.shown is None and (COMPARED, self.modes) not in self.facts
+
+    def checks(self) -> bool:
+        """Returns whether this call looks for changes of the head's input and parameters."""
+        return self.shown is None and not _captures()
+
+    def records(self, hidden: Tensor) -> bool:
+        """Returns whether torch computes the logits, and their readers are recorded."""
+        if self.shown is not None:
+            return self.shown == READ
+        bytes_of_logits = 4 * hidden.shape[:-1].numel() * len(self.head.weight)
+        memory = physical_memory()
+        if hidden.is_cuda and not _captures():
+            memory, _ = torch.cuda.mem_get_info(hidden.device)
+        fits = bytes_of_logits <= memory // PARTS
+        return not self.tried and self.hooks is None and fits
+
     def logits(self, kind: Any, hidden: Tensor) -> Any:
-        """Returns the logits of hidden states, deferred if possible, or None to call the head."""
+        """Returns the logits of hidden states, or None to call the head."""
         head, hooked = self.head, has_hooks(self.head)
         # In training mode, no_grad means a checkpoint or generation.
         if not torch.is_grad_enabled() and (hooked or self.model.training):
@@ -101,53 +163,84 @@ class _Call:
         if reason != SILENT and self.hooks != deferred.hooks():
             reason = "a checkpoint in its forward calls its head"
         if reason is not None:
-            return _warn(self.model, self.warned, reason)
+            return _warn(self.model, self.facts, reason)
+        self.look_up(hidden.device.type)
+        if self.shown == READ and self.hooks is not None:
+            return None
         if hooked:
             return self.sharded_logits(kind, hidden)
+        if adapters.is_lora(head) and self.is_compared():
+            with torch.inference_mode(False), torch.enable_grad(), deferred.without_hooks():
+                if adapters.differs(head, hidden.flatten(0, -2)[:TOKENS]):
+                    self.differs = "LoRA layer adds something other than scaling * B A x"
+                    return None
         rows, adapter_weight = adapters.with_features(head, hidden)
-        family = deferred.Family(self, rows, head.weight, head.bias, adapter_weight)
+        recorded = self.modes is not None and self.records(hidden)
+        family = deferred.Family(
+            self, rows, head.weight, head.bias, adapter_weight, recorded=recorded
+        )
         self.families.append(family)
         return family.logits()
 
     def sharded_logits(self, kind: Any, hidden: Any) -> Any:
         """Returns the logits of a head whose hooks torch.distributed has defined."""
         head, policy = self.head, torch_internals.fsdp_policy(self.head)
-        for family in self.families if policy else ():
-            family.close("code after another call of its head")
+        for earlier in self.families if policy else ():
+            earlier.close("code after another call of its head")
         (hidden,) = args = torch_internals.run_pre_hooks(head, (hidden,))
         finish = partial(torch_internals.run_forward_hooks, head, args)
         weight, bias = head.weight, head.bias
         reason: str | None = "its head has hooks"
         if policy is not None:
             reason = _reason(head, hidden)
-            family = deferred.Family(self, hidden, weight, bias, None, finish=finish)
+            recorded = self.records(hidden)
+            family: Any = deferred.Family(
+                self, hidden, weight, bias, None, recorded=recorded, finish=finish
+            )
         elif all(is_dtensor(x) for x in (hidden, weight, bias) if x is not None) and (
             all(placement.is_replicate() for placement in hidden.placements)
             and any(placement.is_shard(0) for placement in weight.placements)
         ):
-            family = deferred.ColwiseFamily(self, finish, hidden, weight, bias)
-            if COMPARED in self.warned or family.is_full():
-                reason = None if _is_usable(head, family.inputs[0]) else SILENT
+            # All processes record the first call, and agree on what it has shown.
+            family = deferred.ColwiseFamily(
+                self, finish, hidden, weight, bias, recorded=self.shown is None
+            )
+            reason = None if _is_usable(head, family.inputs[0]) else SILENT
+        if reason is None and self.shown == READ and policy is None:
+            reason = SILENT
         if reason is not None:
-            _warn(self.model, self.warned, reason)
+            _warn(self.model, self.facts, reason)
             return finish(kind.forward(head, *args))
-        self.families.append(family)
         logits, dtype = family.logits(), policy and policy.output_dtype
+        if not deferred.is_deferred(logits):
+            self.facts.add((READ, self.modes))
+            _warn(self.model, self.facts, "its head has hooks")
+            return logits
+        self.families.append(family)
         return logits if dtype in (None, logits.dtype) else logits.to(dtype)
 
-    def accepts(self, node: Any, target: Tensor, options: dict[str, Any]) -> bool:
-        """Returns whether a loss agrees with torch's; only the first one is compared."""
-        if COMPARED not in self.warned and self.differs is None:
-            with torch.inference_mode(False), torch.enable_grad(), deferred.without_hooks():
-                differs = _loss_differs(node, target, options)
-                if differs == "" and adapters.is_lora(self.head):
-                    rows = node.rows[:TOKENS, : self.head.weight.shape[1]]
-                    if adapters.differs(self.head, rows, node.family.linear):
-                        differs = "LoRA layer adds something other than scaling * B A x"
-            self.differs = differs or None
-            if differs == "":
-                self.warned.add(COMPARED)
+    def accepts(self, node: Any, target: Tensor, options: Any, expected: Any) -> bool:
+        """Returns whether a loss equals torch's; only the first one in these modes is compared.
+
+        Args:
+            expected: torch's loss if it has been computed.
+        """
+        if self.shown is None and not self.agreed and self.differs is None:
+            if self.is_compared():
+                with torch.inference_mode(False), torch.enable_grad(), deferred.without_hooks():
+                    differs = _loss_differs(node, target, options, expected)
+                self.differs = differs or None
+                if differs == "":
+                    self.facts.add((COMPARED, self.modes))
+            self.agreed = (COMPARED, self.modes) in self.facts
+        elif expected is not None and self.with_metrics:
+            with torch.no_grad():
+                node.loss(node.rows, target, options)
         return self.differs is None
+
+
+def _captures() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _head_call(kind: Any) -> Any:
@@ -232,20 +325,71 @@ def _finished(output: Any) -> Any:
         family = output._node.family
         if set(family.uses) == {LOSS}:
             return None
-        family.compute(OUTPUT)
+        fused = LOSS in family.uses and isinstance(output, deferred.DeferredLogits)
+        if not family.computed:
+            family.read(OUTPUT)
+        if fused and output.requires_grad:
+            return output  # which refuses a gradient of the logits, as the loss bypasses them
         result = deferred.computed(output)
         return result.view_as(result) if family.traced else result
     if isinstance(output, tuple):
         parts = list(map(_finished, output))
         if all(part is given for part, given in zip(parts, output, strict=True)):
             return output
-        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+        result = tuple.__new__(type(output), parts)
+        vars(result).update(vars(output)) if hasattr(output, "__dict__") else None
+        return result
     if isinstance(output, dict):
         found = {name: _finished(value) for name, value in output.items()}
-        if all(found[name] is value for name, value in output.items()):
+        changed = [name for name, value in output.items() if found[name] is not value]
+        if not changed:
             return output
-        return found if type(output) is dict else type(output)(**found)
+        if is_dataclass(output):  # an output of transformers, which leaves out None
+            removed = tuple(name for name in changed if found[name] is None)
+            return _without(type(output), removed)(**found) if removed else type(output)(**found)
+        result = copy.copy(output)
+        result.update((name, found[name]) for name in changed)
+        return result
     return output
+
+
+class _Entries(tuple[Any, ...]):
+    """The entries of an output of transformers; reading its logits by their index raises."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if any(x is _REMOVED for x in (found if type(index) is slice else (found,))):
+            raise RuntimeError(
+                "pyfused.convert: expected no index of the logits in a converted model's output, "
+                f"got {index}. Read other entries by name, or call pyfused.revert(model)"
+            )
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
+_REMOVED = object()
+
+
+@torch_internals.run_while_tracing
+def _without(kind: Any, removed: tuple[str, ...]) -> Any:
+    return _subclass_without(kind, removed)
+
+
+@cache
+def _subclass_without(kind: Any, removed: tuple[str, ...]) -> Any:
+    """Returns a subclass of an output of transformers whose logits are None, but have an index."""
+
+    def to_tuple(output: Any) -> Any:
+        values = {field.name: getattr(output, field.name) for field in fields(output)}
+        known = {name: _REMOVED if name in removed else value for name, value in values.items()}
+        return _Entries(value for value in known.values() if value is not None)
+
+    def reduce(output: Any) -> Any:  # the subclass cannot be imported
+        return kind(**output).__reduce__()
+
+    return subclass.named(kind, {"to_tuple": to_tuple, "__reduce__": reduce}, kind)
 
 
 # ---- supported models ----------------------------------------------------------------------------
@@ -339,7 +483,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         warned = vars(model).get(subclass.MARK)
         if warned is not None and metrics:
             model.pyfused_metrics = None
-        if warned is None or not (model.training or evaluation):
+        if warned is None or not (model.training or evaluation) or is_jit_tracing():
             return kind.forward(model, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         reason = _reason_for_logits(model, given) if head is None else None
@@ -351,7 +495,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
             return kind.forward(model, *args, **kwargs)
         if not is_dynamo_compiling():
             _fuse_head(layer)  # the head may have been replaced after the conversion
-        call = _Call(model, layer, warned, metrics)
+        call = _Call(model, layer, warned, metrics, tried=head is None)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _warn(model, warned, f"its {call.differs}. From now on, its original forward runs")
@@ -360,7 +504,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
             _warn(model, warned, f"its logits are read by {', '.join(reads)}")
-        elif LOSS not in uses and (COMPARED not in warned or is_dynamo_compiling()):
+        elif LOSS not in uses and (is_dynamo_compiling() or not _was_compared(warned)):
             _warn(model, warned, _reason_without_loss(call, head, uses))
         return output
 
@@ -383,6 +527,10 @@ def _warn_once(message: str) -> None:
     """Warns at the first of several compilations."""
     if first_time("convert", message):
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
+
+
+def _was_compared(facts: set[Any]) -> bool:
+    return any(type(fact) is tuple and fact[0] == COMPARED for fact in facts)
 
 
 def _reason_without_loss(call: _Call, head: str | None, uses: list[str]) -> str:
@@ -418,9 +566,13 @@ def _reason_for_logits(model: Any, given: dict[str, Any]) -> str | None:
 # ---- comparison with torch's loss ----------------------------------------------------------------
 
 
-def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | None:
-    """Returns how a loss or its gradient differs from torch's, "" if equal, None if unknown."""
-    if target.is_cuda and torch.cuda.is_current_stream_capturing():
+def _loss_differs(node: Any, target: Tensor, options: dict[str, Any], loss: Any) -> str | None:
+    """Returns how a loss or its gradient differs from torch's, "" if equal, None if unknown.
+
+    Args:
+        loss: torch's loss, None if it has to be computed, too.
+    """
+    if _captures():
         return None
     size = max(1, ROWS_BYTES // (4 * len(node.family.inputs[1])))
     losses, gradients = [], []
@@ -431,20 +583,20 @@ def _loss_differs(node: Any, target: Tensor, options: dict[str, Any]) -> str | N
     # autograd saves no tensors of inference mode, but copies of them.
     rows, target = node.rows.detach().clone().requires_grad_(), target.clone()
     options = {name: deferred.versioned(value) for name, value in options.items()}
-    loss = node.loss(rows, target, options)
-    (gradient,) = torch.autograd.grad(loss, rows, torch.ones_like(loss) * valid)
+    fused = node.loss(rows, target, options)
+    (gradient,) = torch.autograd.grad(fused, rows, torch.ones_like(fused) * valid)
     for chunk, targets in zip(rows.split(size), target.split(size), strict=True):
         leaf, unreduced = chunk.detach().requires_grad_(), options | {"reduction": "none"}
         losses.append(F.cross_entropy(node.recompute(leaf), targets, **unreduced))
         gradients += torch.autograd.grad(losses[-1].sum(), leaf)
-    expected = torch.cat(losses).detach().float()
-    if options["reduction"] != "none":
-        expected = expected.sum() / valid
+    if loss is None:
+        loss = torch.cat(losses).detach()
+        loss = loss if options["reduction"] == "none" else loss.float().sum() / valid
     expected_gradient = torch.cat(gradients)
-    if not (expected.isfinite().all() and expected_gradient.isfinite().all()):
+    if not (loss.isfinite().all() and expected_gradient.isfinite().all()):
         return None
-    pairs = (loss.detach(), expected), (gradient, expected_gradient)
-    return _difference(pairs, node.family.nodes[0].example.dtype) or ""
+    pairs = (fused.detach(), loss.detach().flatten()), (gradient, expected_gradient)
+    return _difference(pairs, node.family.dtype) or ""
 
 
 def _difference(pairs: Any, dtype: torch.dtype) -> str | None:
@@ -526,7 +678,8 @@ def _trial_reason(model: Any, head: Any) -> str | None:
                 # Both calls draw the same dropout. The second one defers logits.
                 fork = torch.random.fork_rng([weight.device] * weight.is_cuda)
                 with torch.enable_grad(), fork, _with_classes(classes):
-                    call = _Call(model, deferring, {COMPARED})
+                    call = _Call(model, deferring, set())
+                    call.modes, call.shown = (), ALONE
                     output, uses = call.run(type(model), (), inputs)
                     results.append((output.loss, *torch.autograd.grad(output.loss, hidden)))
         except Exception as error:

@@ -99,9 +99,10 @@ def convert(
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
             any library whose ``forward`` calls this layer and torch's cross-entropy. In training
             mode, the logits in its output are None if only the loss reads them; if other code reads
-            them, they are computed. The first loss is compared with torch's: if they differ, the
-            model's original ``forward`` is restored. By default, it is the head of a model of
-            transformers, or the head that an earlier call has named.
+            them, they are computed. torch computes logits and loss of the first call, and the loss
+            is compared with pyfused's: if they differ, the model's original ``forward`` is
+            restored. By default, it is the head of a model of transformers, or the head that an
+            earlier call has named.
         evaluation: Whether a language model's calls with labels return no logits in evaluation mode
             either, with gradients, in ``no_grad`` or in inference mode.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the

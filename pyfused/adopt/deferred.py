@@ -1,18 +1,17 @@
 """Logits that are computed only if an operation other than their cross-entropy reads them.
 
-A head returns a tensor without memory, of a subclass that intercepts all operators by
-``__torch_function__``. A few operators are recorded instead of computed: views that keep rows
-whole, selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
-log_softmax. The cross-entropy of such logits is computed by ``linear_cross_entropy`` from the
-hidden states. Any other operator makes torch compute the logits and all recorded operators, in the
-grad mode and autocast of the head's call. ``torch.utils.swap_tensors`` then replaces the tensors
-without memory by the computed ones, so views are real views and show in-place changes.
+`causal_lm.py` decides which of three tensors a head returns:
 
-torch cannot swap a tensor that C++ holds, such as an argument of an ``autograd.Function``. Such a
-tensor forwards operators to the computed logits, and `_Deferral` computes its gradient.
+- recorded logits: torch's, whose class records during the model's call who reads them;
+- deferred logits, a tensor without memory. Its cross-entropy is computed by
+  ``linear_cross_entropy`` from the hidden states. Any other operator makes torch compute the logits
+  once, in the grad mode and autocast of the head's call. From then on, operators use these. C++
+  code gets values, too, but a gradient that it sends to the tensor without memory is an error;
+- under torch.compile, logits with memory, which the compiler removes if nothing reads them.
 
-Under torch.compile, the logits have memory and the same ``__torch_function__``, and the compiler
-removes them if they are not read.
+All three intercept operators by ``__torch_function__``. A few operators keep the logits known, so
+their results are recorded or deferred, too: views that keep rows whole, selections of rows, a cast
+to float32, a constant bias, a positive factor, a cap by tanh, log_softmax.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
@@ -35,78 +34,100 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfused import torch_internals
+from pyfused.adopt import adapters
 from pyfused.dispatch import reasons
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from pyfused.ops.metrics import Metrics
 from pyfused.torch_internals import version_of
 
 LOSS = "its loss"
+CHANGED = "its loss after a change of its head's input or parameters"
 PLAIN = (Tensor, Parameter)
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.element_size, Tensor.get_device, Tensor.__hash__),
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_cuda", "is_cpu")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_cpu")),
 }
 _INDEX_DTYPES = (torch.bool, torch.int64)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _EXACT: Any = WeakTensorKeyDictionary()  # a bias, and the dtype and version that were compared
-_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+_OF_GRADIENTS = {
+    *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
+    *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn")),
+    torch.autograd.grad,
+}
 
 
 class Family:
     """The logits of one call of a head, and the operators recorded for them.
 
     Attributes:
-        call: The model's call, whose ``accepts`` returns whether a loss may be fused.
+        call: The model's call, which compares a loss with torch's.
         inputs: The hidden states, the head's weight, its bias, and the weight of an adapter, whose
             features follow the hidden states, or None.
-        watched: These and the tensors of recorded operators, none of which may change in place,
-            with their versions and addresses.
+        traced: Whether torch.compile traces the head's call.
+        recorded: Whether torch has computed the logits.
+        watched: The inputs and the tensors of recorded operators, none of which may change in
+            place, with their versions and addresses.
+        checksums: Of the inputs, to detect changes without a version; None to not compute them.
         finish: Receives the losses and computed logits of a unit of FSDP when its call ends.
-        uses: The names of the operators that have read the logits, and LOSS for a fused loss.
-        computed: Whether the logits have been computed.
-        bypassed: Whether gradients bypass the computed logits: a loss is fused, or C++ has read the
-            tensors without memory.
-        nodes: The recorded tensors, until they are computed or the model's call ends.
+        uses: The names of the operators that have read the logits, and LOSS for a loss without
+            logits.
+        computed: Whether operators are no longer recorded, because one has read the logits.
+        tensors: Weak references to the tensors that the user's code has received.
     """
 
-    def __init__(self, call: Any, *inputs: Any, finish: Any = None) -> None:
-        self.call, self.inputs, self.finish = call, tuple(map(versioned, inputs)), finish
+    def __init__(self, call: Any, *inputs: Any, recorded: bool = False, finish: Any = None) -> None:
+        self.call, self.finish, self.recorded = call, finish, recorded
         self.results: list[Any] | None = None if finish is None else []
         self.uses: list[str] = []
-        self.computed = self.bypassed = False
-        self.nodes: list[_Node] = []
-        self.traced = is_dynamo_compiling()
-        self.modes = _modes(inputs[0].device.type)
+        self.tensors: list[Callable[[], Any]] = []
+        self.computed, self.traced = False, is_dynamo_compiling()
+        self.inputs = tuple(map(_snapshot if self.traced else versioned, inputs))
+        self.modes = modes_of(inputs[0].device.type)
+        self.dtype = self.modes.autocast or inputs[0].dtype
         self.watched: list[tuple[Tensor, Any]] = []
         self.watch(*inputs)
+        self.checksums = None if self.traced or not call.checks() else self._checksums()
 
     def watch(self, *tensors: Tensor | None) -> None:
         """Notes the versions of tensors that are read until the logits have been computed."""
         if not self.traced:
-            self.watched += [(x, self.state(x)) for x in tensors if x is not None]
+            self.watched += [(x, self._state(x)) for x in tensors if x is not None]
 
-    def state(self, tensor: Tensor) -> Any:
+    def _state(self, tensor: Tensor) -> Any:
         """Returns what changes if a tensor changes in place; FSDP moves the weight."""
         version, address = _state(tensor)
         return version, self.finish or address
+
+    def _checksums(self) -> list[Tensor]:
+        local = (getattr(x, "to_local", x.detach)().detach() for x in self.inputs if x is not None)
+        return [x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64) for x in local]
+
+    def is_unchanged(self) -> bool:
+        """Returns whether the inputs and the tensors of recorded operators are as before."""
+        if any(self._state(tensor) != state for tensor, state in self.watched):
+            return False
+        return self.checksums is None or all(map(torch.equal, self.checksums, self._checksums()))
 
     def logits(self) -> Any:
         """Returns the output of the head."""
         hidden, weight, *_, adapter_weight = self.inputs
         if self.traced:
             return _Node(self, hidden, self.linear(hidden, adapter_weight)).tensor()
-        shape, dtype = (*hidden.shape[:-1], len(weight)), self.modes.autocast or hidden.dtype
-        return _Node(self, hidden, torch.empty(shape, dtype=dtype, device="meta")).tensor()
+        shape = *hidden.shape[:-1], len(weight)
+        if self.recorded:
+            logits = self.linear(hidden, adapter_weight)
+            if type(logits) is not Tensor or logits.shape != shape:
+                return logits  # sharded
+            return _Node(self, hidden, _on_meta(logits)).tensor(logits)
+        return _Node(self, hidden, torch.empty(shape, dtype=self.dtype, device="meta")).tensor()
 
     def linear(self, rows: Tensor, adapter_weight: Tensor | None) -> Tensor:
         """Returns the logits of rows of hidden states, computed by torch."""
         _, weight, bias, _ = self.inputs
-        if adapter_weight is None:
-            return F.linear(rows, weight, bias)
-        hidden, features = rows.tensor_split((weight.shape[-1],), -1)
-        logits = F.linear(hidden, weight, bias)
-        return logits + F.linear(features, adapter_weight.to(rows.dtype)).to(logits.dtype)
+        return adapters.linear(rows, weight, bias, adapter_weight)
 
     def loss(self, rows: Any, target: Any, shift: Tensor | None, options: dict[str, Any]) -> Any:
         """Returns the cross-entropy of rows of hidden states, with a shift of the head's bias."""
@@ -127,8 +148,11 @@ class Family:
 
     def close(self, reader: str) -> None:
         """Ends the head's call, after which its weight may change."""
-        if any(node.reference() is not None for node in self.nodes):  # a tensor without memory
-            self.compute(reader)
+        # nll_loss saves recorded log-probabilities for its backward pass.
+        if not self.computed and any(
+            not (self.recorded and tensor._node.log) for tensor in self.alive()
+        ):
+            self.read(reader)
         results, self.results = self.results, None
         if results is not None:
             with torch_internals.DisableTorchFunctionSubclass():
@@ -136,23 +160,39 @@ class Family:
 
     def is_lazy(self) -> bool:
         """Returns whether operators can be recorded: the modes have not changed since the call."""
-        return not self.computed and self.modes == _modes(self.inputs[0].device.type)
+        return not self.computed and self.modes == modes_of(self.inputs[0].device.type)
 
-    def compute(self, reader: str) -> None:
-        """Computes the logits and the recorded operators once, because an operator reads them."""
+    def agrees(self, alone: bool) -> bool:
+        """Returns whether only their loss has read the logits, in all processes that share them."""
+        return alone
+
+    def read(self, reader: str) -> None:
+        """Ends the recording, and computes deferred logits, because an operator reads them."""
         self.uses.append(reader)
-        if not self.computed and not self.traced:
+        if self.recorded:
+            self.collect(*self.alive())
+            self.release()
+        elif not self.computed and not self.traced:
+            tensors = self.alive()
             with self.restored():
-                for node in self.nodes:
-                    if node.reference() is not None:
-                        node.compute()
-            for node in self.nodes:
-                if self.bypassed and node.real is not None:
-                    refusing = {"register_hook": _Refusal(node.real), "retain_grad": _refuse}
-                    vars(node.real).update(refusing)
-                node.real = node.real if node.held else None
-            self.nodes.clear()
+                for tensor in tensors:
+                    tensor._node.compute()
+            for tensor in tensors:
+                tensor._node.parent = None
         self.computed = True
+
+    def alive(self) -> list[Any]:
+        """Returns the tensors of the user's code that are still referenced."""
+        tensors = (reference() for reference in self.tensors)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def release(self) -> None:
+        """Makes recorded logits tensors of torch's class again."""
+        if self.recorded:
+            for tensor in self.alive():
+                tensor.__class__ = Tensor
+                del tensor._node
+            self.tensors.clear()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -161,7 +201,7 @@ class Family:
         Raises:
             RuntimeError: The head's input or parameters have been changed in place since the call.
         """
-        if any(self.state(tensor) != state for tensor, state in self.watched):
+        if not self.is_unchanged():
             raise RuntimeError(
                 "pyfused.convert: expected the head's input, weight and bias, and tensors that are "
                 "added to its logits or select their rows, to stay the same until the logits are "
@@ -170,21 +210,23 @@ class Family:
             )
         inference, gradients, dtype, _ = self.modes
         cast = torch.autocast(self.inputs[0].device.type, dtype, dtype is not None)
-        # A checkpoint that recomputes would find these tensors saved at another point.
-        saved = nullcontext() if hooks() is None else without_hooks()
         mode = torch.inference_mode(inference)  # must precede grad mode, which it sets
-        with mode, torch.set_grad_enabled(gradients), cast, saved:
+        with mode, torch.set_grad_enabled(gradients), cast, without_hooks():
             yield
 
 
 class ColwiseFamily(Family):
     """The logits of a head of ``ColwiseParallel``, whose input is a replicated DTensor."""
 
-    def __init__(self, call: Any, gather: Any, hidden: Any, weight: Any, bias: Any) -> None:
-        local, layout = hidden.full_tensor(), (hidden.device_mesh, hidden.placements)
-        super().__init__(call, local if type(local) in PLAIN else local.clone(), weight, bias, None)
+    def __init__(
+        self, call: Any, gather: Any, hidden: Any, weight: Any, bias: Any, recorded: bool
+    ) -> None:
+        self.mesh, layout = hidden.device_mesh, (hidden.device_mesh, hidden.placements)
         self.gather = gather  # runs the hooks after the head's forward
         self.replicate: Any = lambda x: type(hidden).from_local(x, *layout, run_check=False)
+        local = hidden.full_tensor()
+        local = local if type(local) in PLAIN else local.clone()
+        super().__init__(call, local, weight, bias, None, recorded=recorded)
 
     def linear(self, rows: Tensor, adapter_weight: Any) -> Any:  # noqa: ARG002
         return self.gather(F.linear(self.replicate(rows), *self.inputs[1:3]))
@@ -196,13 +238,11 @@ class ColwiseFamily(Family):
             self.call.model.pyfused_metrics = Metrics(*(x.full_tensor() for x in metrics))
         return loss.full_tensor()
 
-    def is_full(self) -> bool:
-        """Returns whether the head returns plain logits of all rows and classes, by a few rows."""
-        hidden, weight, *_ = self.inputs
-        shape = [weight.device_mesh.size()] * (hidden.dim() - 1)  # any dimension can be sharded
-        with torch.no_grad():
-            logits = self.linear(hidden.new_zeros(*shape, hidden.shape[-1]), None)
-        return type(logits) is Tensor and logits.shape == (*shape, len(weight))
+    def agrees(self, alone: bool) -> bool:
+        votes = torch.tensor(int(alone), device=self.inputs[0].device)
+        for group in self.mesh.get_all_groups():
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group)
+        return bool(votes)
 
 
 def hooks() -> Any:
@@ -210,8 +250,10 @@ def hooks() -> Any:
     return None if is_dynamo_compiling() else torch_internals.saved_tensors_hooks(True)
 
 
-def without_hooks() -> saved_tensors_hooks:
-    """Hides tensors that are saved for backward from the active hooks."""
+def without_hooks() -> AbstractContextManager[Any]:
+    """Hides tensors that are saved for backward from the active hooks, such as a checkpoint's."""
+    if hooks() is None:
+        return nullcontext()
 
     def unpack(saved: tuple[Tensor, int]) -> Tensor:
         tensor, version = saved
@@ -234,7 +276,7 @@ class _Modes(NamedTuple):
     hooks: Any
 
 
-def _modes(device: str) -> _Modes:
+def modes_of(device: str) -> _Modes:
     inference = not is_dynamo_compiling() and torch.is_inference_mode_enabled()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return _Modes(inference, torch.is_grad_enabled(), dtype, hooks())
@@ -248,9 +290,18 @@ def versioned(x: Any) -> Any:
         return x.clone()
 
 
+def _snapshot(x: Any) -> Any:
+    """Returns a copy for a compiled program, which Inductor removes if nothing changes ``x``."""
+    return None if x is None else x.clone()
+
+
 def _state(x: Tensor) -> tuple[int, int]:
     """Returns the version of a tensor, 0 for one of inference mode, and its address."""
     return 0 if x.is_inference() else version_of(x), x.data_ptr()
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 @dataclass(eq=False)
@@ -269,10 +320,7 @@ class _Node:
         channels: Whether the classes are dimension 1, as in the cross-entropy of images; ``rows``
             then has two dimensions.
         cast: The dtype that x was cast to, None without a cast.
-        real: The computed tensor.
-        version: The version of ``real`` when it was computed.
-        held: Whether C++ holds the tensor without memory, which then cannot be swapped.
-        reference: A weak reference to the tensor without memory.
+        real: The computed tensor of deferred logits.
     """
 
     family: Family
@@ -287,39 +335,46 @@ class _Node:
     scale: float = 1.0
     cap: float | None = None
     real: Tensor | None = None
-    version: int = 0
-    held: bool = False
-    reference: Callable[[], Any] = lambda: None
 
-    def tensor(self) -> Any:
-        """Returns the tensor that the user's code receives."""
-        if self.family.traced:
-            tensor: Any = self.example.as_subclass(_Logits)
+    def tensor(self, logits: Any = None) -> Any:
+        """Returns the tensor that the user's code receives, which is ``logits`` if recorded."""
+        family, example, tensor = self.family, self.example, logits
+        if family.traced:
+            tensor = example.as_subclass(_Logits)
+            tensor._node = self
+            return tensor
+        if family.recorded:
+            tensor.__class__ = _Logits
         else:
-            tensor = _Deferral.apply(self, *self.family.inputs)  # type: ignore[no-untyped-call]
-            self.reference = weakref.ref(tensor)
-            self.family.nodes.append(self)
+            needs_grad = [x is not None and x.requires_grad for x in family.inputs]
+            tensor = torch_internals.make_wrapper_subclass(
+                DeferredLogits,
+                example.shape,
+                strides=example.stride(),
+                dtype=example.dtype,
+                device=self.rows.device,
+                requires_grad=family.modes.gradients and any(needs_grad),
+            )
+            if tensor.requires_grad:
+                with torch_internals.DisableTorchFunctionSubclass():
+                    tensor.register_hook(_refuse_gradient)
         tensor._node = self
+        family.tensors.append(weakref.ref(tensor))
         return tensor
 
     def compute(self) -> Tensor:
-        """Computes the tensor once, and swaps it with the one without memory if possible."""
+        """Computes the tensor once."""
         if self.real is None:
-            real = self.apply(self.parent.compute() if self.parent else self.family.inputs[0])
-            # torch cannot swap a tensor that has weak references.
-            tensor, self.reference = self.reference(), lambda: None
-            with torch_internals.DisableTorchFunctionSubclass():
-                grad_fn = getattr(tensor, "grad_fn", None)
-            grad_fn_of = (lambda: None) if grad_fn is None else weakref.ref(grad_fn)
-            del grad_fn
-            self.real = tensor if _becomes(tensor, real) else real
-            del real
-            self.version, _ = _state(self.real)
-            self.held = isinstance(tensor, _Logits)
-            # From torch 2.14 on, an autograd.Function only holds the grad_fn of its arguments.
-            self.family.bypassed |= self.held or grad_fn_of() is not None
-            self.family.collect(self.real, *[tensor] * self.held)
+            parent = self.parent.compute() if self.parent else self.family.inputs[0]
+            self.real = self.apply(parent)
+            if self.parent is None:
+                self.family.collect(self.real)
         return self.real
+
+    def value(self) -> Tensor:
+        if self.real is not None:
+            return self.real.detach()
+        return self.apply(self.parent.value() if self.parent else self.family.inputs[0])
 
     def apply(self, input: Tensor) -> Tensor:
         """Returns the result of torch's operator for its parent's value or the hidden states."""
@@ -329,17 +384,17 @@ class _Node:
         result: Tensor = function(input, *args, **kwargs)
         return result
 
-    def recompute(self, rows: Tensor | None = None) -> Tensor:
-        """Returns a new tensor of the same value, or the logits of other rows."""
+    def recompute(self, rows: Tensor) -> Tensor:
+        """Returns the logits of other rows."""
         if self.parent is None:
-            return self.apply(self.family.inputs[0] if rows is None else rows)
+            return self.apply(rows)
         parent, moves = self.parent.recompute(rows), _RULES.get(self.operation[0]) in _MOVES
-        return parent if moves and rows is not None else self.apply(parent)
+        return parent if moves else self.apply(parent)
 
     def record(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it can be recorded, or else None."""
         if function is (F.nll_loss if self.log else F.cross_entropy):
-            return self.cross_entropy(*args, **kwargs)
+            return self.cross_entropy(tensor, function, *args, **kwargs)
         rule = _RULES.get(function)
         if rule is None or self.channels or (self.log and rule not in _MOVES):
             return None
@@ -351,7 +406,10 @@ class _Node:
         if node.example is self.example:
             node.example = function(self.example, *args, **kwargs)
         node.parent = self
-        return tensor if node.example is self.example else node.tensor()
+        if not self.family.recorded:
+            return tensor if node.example is self.example else node.tensor()
+        result = function(tensor, *args, **kwargs)
+        return result if type(result) is not Tensor else node.tensor(result)
 
     def is_constant(self, tensor: Any) -> bool:
         """Returns whether a tensor has a number for each class, in the head's dtype."""
@@ -365,6 +423,8 @@ class _Node:
 
     def cross_entropy(
         self,
+        tensor: Any,
+        function: Any,
         target: Tensor,
         weight: Tensor | None = None,
         size_average: bool | None = None,
@@ -373,34 +433,49 @@ class _Node:
         reduction: Any = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor | None:
-        """Returns the result of torch's function of this name if it can be fused, or else None."""
-        legacy = size_average is not None or reduce is not None
-        plain = self.family.traced or type(target) in PLAIN
+        """Returns the result of torch's function if it can be fused, or else None."""
+        family = self.family
+        legacy = size_average is not None or reduce is not None or type(ignore_index) is not int
+        plain = family.traced or type(target) in PLAIN
         if legacy or not plain or target.dtype is not torch.int64 or self.rows.dim() != 2:
             return None
         if weight is not None and not self.is_constant(weight):
             return None
         shape = target.shape
-        if self.channels:
-            if shape != (self.example.shape[:1] + self.example.shape[2:]):
-                return None
-            target = target.flatten()
-        options = {
+        if self.channels and shape != (self.example.shape[:1] + self.example.shape[2:]):
+            return None
+        targets = target.flatten() if self.channels else target
+        options: dict[str, Any] = {
             "weight": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": label_smoothing,
         }
-        if not self.family.traced:
-            with self.family.restored():
-                if not self.family.call.accepts(self, target, options):
-                    return None
-        self.family.uses.append(LOSS)
-        self.family.bypassed = True
-        loss = self.loss(self.rows, target, options)
+        expected: Any = None
+        if family.recorded:
+            expected = function(tensor, target, **self._of(function, options))
+            family.collect(expected)
+            if not family.is_unchanged():
+                family.read(CHANGED)
+                return expected  # type: ignore[no-any-return]
+        if not family.traced:
+            with family.restored():
+                if not family.call.accepts(self, targets, options, expected):
+                    return expected  # type: ignore[no-any-return]
+        family.uses.append(LOSS)
+        if family.recorded:
+            result: Tensor = expected
+            return result
+        loss = self.loss(self.rows, targets, options)
         loss = loss.view(shape) if self.channels and reduction == "none" else loss
-        self.family.collect(loss)
+        family.collect(loss)
         return loss
+
+    @staticmethod
+    def _of(function: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns the options that torch's function has."""
+        known = options.items()
+        return dict(known if function is F.cross_entropy else list(known)[:-1])
 
     def loss(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         options = options | {"softcap": self.cap, "scale": self.scale, "loss_dtype": self.cast}
@@ -412,6 +487,12 @@ class _Node:
 
 # A rule returns a copy of a node with the attributes that an operator changes, or None if the
 # operator cannot be recorded.
+
+
+def _operand(args: Any, kwargs: Any) -> Any:
+    """Returns the other operand of a binary operator, None if there are more arguments."""
+    values = (*args, *kwargs.values())
+    return values[0] if len(values) == 1 and kwargs.keys() <= {"other"} else None
 
 
 def _view(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
@@ -480,15 +561,15 @@ def _log_softmax(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | 
 
 def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
     """Records the sum with a tensor that equals a bias of the head."""
-    (bias,), autocast = args, node.family.modes.autocast
+    bias, autocast = _operand(args, kwargs), node.family.modes.autocast
     sharded = isinstance(node.family, ColwiseFamily)
-    if kwargs or sharded or node.scale != 1 or node.cap is not None:
+    if sharded or node.scale != 1 or node.cap is not None:
         return None
     if not node.is_constant(bias) or bias.dim() > node.example.dim():
         return None
     if autocast and (node.family.traced or not _is_exact(bias, autocast)):
         return None  # autocast casts the head's bias
-    bias = versioned(bias)
+    bias = _snapshot(bias) if node.family.traced else versioned(bias)
     node.family.watch(bias)
     bias = bias.reshape(-1)  # for any rows
     example = function(node.example, bias.to(node.example.device))
@@ -513,8 +594,8 @@ def _cast(node: _Node, _: Any, args: Any, kwargs: Any) -> _Node | None:
 
 
 def _scale(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
-    (number,) = args
-    if kwargs or type(number) not in (int, float) or not 0 < number < math.inf:
+    number = _operand(args, kwargs)
+    if type(number) not in (int, float) or not 0 < number < math.inf:
         return None
     scale = node.scale / number if function in _QUOTIENTS else node.scale * number
     if not 0 < scale < math.inf:
@@ -544,48 +625,6 @@ _RULES: dict[Any, Callable[..., _Node | None]] = {
 }
 
 
-# ---- computed logits -----------------------------------------------------------------------------
-
-
-def _becomes(tensor: Any, real: Tensor) -> bool:
-    """Swaps two tensors, and returns False if torch cannot because C++ holds one of them."""
-    if tensor is None:
-        return False
-    vars(real).update({name: value for name, value in vars(tensor).items() if name != "_node"})
-    try:
-        torch.utils.swap_tensors(tensor, real)
-    except RuntimeError:
-        if type(tensor) is not DeferredLogits:  # half swapped
-            raise
-        return False
-    return True
-
-
-def _refuse(*_: Any, **__: Any) -> Any:
-    """Raises for a hook or gradient of logits that other gradients bypass."""
-    raise RuntimeError(
-        "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits before "
-        "their loss or an autograd.Function of them, got it after. Call it before the loss, or "
-        "call pyfused.revert(model)"
-    )
-
-
-class _Refusal:
-    """Replaces ``register_hook`` of bypassed logits; FSDP's hooks ignore the gradient."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = weakref.ref(logits)
-
-    def __call__(self, hook: Any) -> Any:
-        if torch_internals.is_distributed(getattr(hook, "func", hook)):  # FSDP1 passes a partial
-            logits: Any = self.logits()
-            return Tensor.register_hook(logits, hook)  # type: ignore[no-untyped-call]
-        return _refuse()
-
-    def __reduce__(self) -> Any:
-        return partial, (_refuse,)
-
-
 # ---- tensor subclasses ---------------------------------------------------------------------------
 
 
@@ -602,11 +641,14 @@ class _Logits(Tensor):
         with torch_internals.DisableTorchFunctionSubclass():
             if function in _METADATA:
                 return function(*args, **kwargs)
-            if isinstance(tensor, _Logits) and tensor._node.family.is_lazy():
-                result = tensor._node.record(tensor, function, args[1:], kwargs)
+            if is_dynamo_compiling() and type(tensor).__module__ == "numpy":
+                args = torch.as_tensor(tensor), *args[1:]  # a NumPy scalar times logits
+            node = getattr(tensor, "_node", None) if isinstance(tensor, _Logits) else None
+            if node is not None and node.family.is_lazy():
+                result = node.record(tensor, function, args[1:], kwargs)
                 if result is not None:
                     return result
-            args, kwargs = _mapped(partial(_compute, function=function), (args, kwargs))
+            args, kwargs = torch_internals.tree_map(partial(_read, function), (args, kwargs))
         return function(*args, **kwargs)
 
 
@@ -617,89 +659,64 @@ class DeferredLogits(_Logits):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Computes an operator that C++ called, from recomputed logits."""
+        """Computes an operator that C++ called, from values without a gradient."""
         if torch_internals.is_mutable(function):
             raise RuntimeError(
                 "pyfused.convert: expected no in-place operator on a converted model's logits in "
-                f"compiled code, got {function}. Call pyfused.revert(model)"
+                f"C++ or compiled code, got {function}. Call pyfused.revert(model)"
             )
-        args, kwargs = _mapped(_values, (args, kwargs or {}))
+        args, kwargs = torch_internals.tree_map(_value, (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
-reasons.not_logged.add(f"input is a {DeferredLogits.__name__}")
+reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (_Logits, DeferredLogits))
 
 
-class _Deferral(torch.autograd.Function):
-    """Creates a tensor without memory, and computes the gradient of the head from its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, node: _Node, hidden: Tensor, *_: Any) -> Tensor:
-        ctx.node, example = node, node.example
-        return torch_internals.make_wrapper_subclass(
-            DeferredLogits,
-            example.shape,
-            strides=example.stride(),
-            dtype=example.dtype,
-            device=hidden.device,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        node, inputs = ctx.node, ctx.node.family.inputs
-        if node.real is not None and version_of(node.real) != node.version:
-            raise RuntimeError(
-                "pyfused.convert: expected logits passed to an autograd.Function to stay the same, "
-                "got logits changed in place. Call pyfused.revert(model)"
-            )
-        needed, create_graph = ctx.needs_input_grad[1:], torch.is_grad_enabled()
-        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-        with node.family.restored():
-            logits = node.recompute()
-            found = torch.autograd.grad(logits, wanted, grad_output, create_graph=create_graph)
-        gradients = iter(found)
-        return None, *(next(gradients) if need else None for need in needed)
+def _refuse_gradient(_: Any) -> Any:
+    """Raises for a gradient of a tensor without memory, which does not reach the hidden states."""
+    raise RuntimeError(
+        "pyfused.convert: expected no autograd.Function of a model's logits in a call whose first "
+        "calls had none, got one. Call pyfused.revert(model)"
+    )
 
 
-def _compute(tensor: Any, function: Any) -> Any:
-    """Returns the computed logits for an operator that reads them.
+def _read(function: Any, tensor: Any) -> Any:
+    """Returns the computed logits for an operator that reads them; returns other values as is.
 
     Raises:
         RuntimeError: The operator's result would lack a gradient.
     """
-    family = tensor._node.family
-    maker = tensor._node if family.modes.gradients else None  # there is no grad_fn in no_grad
-    if not family.traced and getattr(tensor.grad_fn, "node", tensor.grad_fn) is not maker:
+    if not isinstance(tensor, _Logits):
+        return tensor
+    if tensor._node is None:  # torch.compile iterates over logits without __torch_function__
+        return tensor.as_subclass(Tensor)
+    family: Family = tensor._node.family
+    if isinstance(tensor, DeferredLogits) and function in _OF_GRADIENTS and LOSS in family.uses:
         raise RuntimeError(
-            "pyfused.convert: expected no autograd.Function that changes logits in place or "
-            "returns them, got one. Call pyfused.revert(model)"
+            "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
+            "before their loss, got it after. Call it before the loss, or call "
+            "pyfused.revert(model)"
         )
-    family.compute(_name_of(function))
-    if function in _OF_GRADIENTS and family.bypassed:
-        _refuse()
+    family.read(_name_of(function))
     return computed(tensor)
 
 
-def _mapped(change: Callable[[Any], Any], arguments: Any) -> Any:
-    """Returns arguments after applying a function to the deferred logits among them."""
-    return torch_internals.tree_map(lambda x: change(x) if is_deferred(x) else x, arguments)
+def _value(tensor: Any) -> Any:
+    """Returns the values of deferred logits, whose gradient is refused; other values as is."""
+    if not isinstance(tensor, DeferredLogits):
+        return tensor
+    node: _Node = tensor._node
+    node.family.uses.append("C++ code")
+    with node.family.restored(), torch.no_grad():
+        return node.value().to(tensor.dtype)
 
 
 def computed(tensor: Any) -> Any:
-    """Returns the computed logits of a tensor, which is the tensor itself after a swap."""
+    """Returns the computed logits of a tensor."""
     if isinstance(tensor, DeferredLogits):
         return tensor._node.real
     return tensor._node.example if isinstance(tensor, _Logits) else tensor
-
-
-def _values(tensor: Any) -> Tensor:
-    node: _Node = tensor._node
-    node.family.bypassed = True
-    if node.real is not None:
-        return node.real.detach()
-    with node.family.restored(), torch.no_grad():
-        return node.recompute().to(node.example.dtype)
 
 
 def _name_of(function: Any) -> str:
@@ -711,4 +728,4 @@ def _name_of(function: Any) -> str:
 
 
 def is_deferred(value: Any) -> bool:
-    return isinstance(value, _Logits)
+    return isinstance(value, _Logits) and value._node is not None

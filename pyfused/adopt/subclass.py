@@ -56,8 +56,13 @@ def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
     forward.__code__ = forward.__code__.replace()
     name = "__call__" if forward.__name__ == "__call__" else "forward"
     members = {name: forward, "_unfused": kind, "_arguments": (forward_of, *arguments)}
-    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return new_class(kind.__name__, (_Fused, kind), {}, lambda body: body.update(members | named))
+    return named(kind, members, _Fused, kind)
+
+
+def named(kind: Any, members: dict[str, Any], *bases: Any) -> Any:
+    """Returns a class with the name of another one."""
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return new_class(kind.__name__, bases, {}, lambda body: body.update(names | members))
 
 
 def fuse(module: Any, forward_of: ForwardOf, *arguments: Any) -> None:
