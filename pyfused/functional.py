@@ -239,9 +239,10 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` is set and
             ``input`` is a leaf or has overlapping elements.
     """
+    is_legacy = size_average is not None or reduce is not None
     options = CrossEntropyOptions(  # by position: keywords take 0.2 us longer
         ignore_index,
-        reduction_of(size_average, reduce, reduction),
+        reduction_of(size_average, reduce, reduction) if is_legacy else reduction,
         token_weight,
         denominator,
         softcap,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
@@ -260,18 +260,17 @@ class CrossEntropyOptions(VocabOptions):
 
         It does not support numbers in tensors, which may require grad.
         """
-        for name, default in _ADDED.items():
-            value = getattr(self, name)
-            if value is default or (type(value) is float and value == default):
-                continue  # the common case
-            if isinstance(value, TENSORS) or value != default:
-                return False
-        return True
+        numbers = self.temperature, self.scale, self.gamma, self.z_loss
+        return (
+            self.token_weight is self.denominator is self.softcap is None
+            and self.loss_dtype is None
+            and not self.with_metrics
+            and _NUMBERS.issuperset(map(type, numbers))
+            and numbers == (1, 1, 0, 0)
+        )
 
 
-# The options of torch's functions, and those that they may ignore; and the defaults of the others.
-_OF_TORCH = ("ignore_index", "reduction", "label_smoothing", "memory_budget", "filter_eps")
-_ADDED = {x.name: x.default for x in fields(CrossEntropyOptions) if x.name not in _OF_TORCH}
+_NUMBERS = frozenset((float, int))
 
 
 @dataclass(eq=False)

@@ -84,7 +84,7 @@ class ClassLoss(Operator):
 
         def arrange(arguments: Arguments) -> Tensors:
             tensors = self.tensors(arguments)
-            return (*self.arranged(tensors[:3]), *tensors[3:]) if converts else tensors
+            return *self.arranged(tensors[:3]), *tensors[3:]
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> LossKernel:
             return self.kernel(backend)(tensors, options, outputs, grad_output)
@@ -108,7 +108,7 @@ class ClassLoss(Operator):
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=arrange,
+            arrange=arrange if converts else self.tensors,
             forward=forward,
             backward=backward,
             define=define,
