@@ -261,7 +261,7 @@ def normalized(options: Options) -> Options:
     """
     changed: dict[str, Any] = {}
     for name, value in options.by_name().items():
-        if name in OPTIONS and isinstance(value, Real) and not isinstance(value, float):
+        if name in OPTIONS and type(value) is not float and isinstance(value, Real):
             changed[name] = float(value)
     smoothing = options.label_smoothing
     if type(smoothing) is not float or not smoothing >= 0:  # NaN too

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
@@ -210,18 +209,17 @@ class VocabOptions:
         return self.token_weight, denominator if isinstance(denominator, TENSORS) else None
 
     def numbers(self) -> tuple[Any, ...]:
-        """Returns the fields that hold numbers, in order; None for a denominator in a tensor."""
-        values = [value for name, value in self.by_name().items() if name in OPTIONS]
-        return tuple([None if isinstance(value, TENSORS) else value for value in values])
+        """Returns the fields that hold numbers, in order."""
+        return tuple([value for name, value in vars(self).items() if name in OPTIONS])
 
     def of_call(
         self, numbers: Sequence[Any], token_weight: Tensor | None, denominator: Tensor | None
     ) -> Self:
         """Returns the options that a plan has kept, with the numbers and tensors of a call."""
-        options = copy(self)
-        fields = vars(options)
-        names = [name for name in fields if name in OPTIONS]
-        fields.update(zip(names, numbers[-len(names) :], strict=True))
+        options = object.__new__(type(self))  # copy.copy makes three Python calls
+        names = [name for name in vars(self) if name in OPTIONS]
+        vars(options).update(vars(self))
+        vars(options).update(zip(names, numbers[-len(names) :], strict=True))
         options.token_weight = token_weight
         if denominator is not None:
             options.denominator = denominator

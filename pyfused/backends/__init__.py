@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import cpu
 from pyfused.backends.protocol import Backend as Backend
-from pyfused.backends.protocol import LossResult
+from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import unsupported_triton
+from pyfused.layout import layouts
 from pyfused.torch_internals import run_while_tracing
 from pyfused.types import CrossEntropyOptions, Outputs, TensorSpec
 
@@ -37,6 +39,10 @@ def backend_of(input: Tensor | TensorSpec) -> Backend:
     return triton
 
 
+MOST_PREPARED = 4096
+_prepared: dict[Any, LossKernel] = {}
+
+
 def cross_entropy_once(
     backend: Backend,
     input: Tensor,
@@ -46,9 +52,21 @@ def cross_entropy_once(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossResult:
-    """Prepares and launches the kernel for a single call."""
+    """Launches the kernel for a call without a plan, such as a block of a head's logits.
+
+    The kernel is prepared at the first call with these layouts, options and outputs.
+    """
     tensors = input, target, weight, *options.plan_tensors()
-    launch = backend.cross_entropy(tensors, options, outputs, grad_output)
+    key = (
+        *(backend, input.device, layouts(*tensors, grad_output), outputs),
+        *(options.reduction, options.ignore_index, options.label_smoothing != 0),
+        *(options.gamma != 0, options.scale != 1, options.temperature != 1),
+    )
+    launch = _prepared.get(key)
+    if launch is None:
+        if len(_prepared) >= MOST_PREPARED:
+            _prepared.clear()
+        launch = _prepared[key] = backend.cross_entropy(tensors, options, outputs, grad_output)
     return launch(tensors, options.numbers(), grad_output)
 
 

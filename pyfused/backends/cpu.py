@@ -221,7 +221,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
     if out.dtype is a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
         return
-    for first in range(0, len(out), PRODUCT_ROWS):
+    for first in range(0, out.shape[0], PRODUCT_ROWS):
         rows = slice(first, first + PRODUCT_ROWS)
         product = torch.mm(a[rows], b)
         out[rows].add_(product) if beta else out[rows].copy_(product)

@@ -26,12 +26,12 @@ from pyfused.dispatch.signature import (
     PLAIN,
     flat,
     layout_reason,
-    no_signature_reason,
     signature,
     with_specs,
 )
 from pyfused.torch_internals import (
     _checkpoints,
+    active_mode,
     compiler_traces,
     functorch_is_active,
     is_exporting,
@@ -109,8 +109,11 @@ def keep_plan(key: Any, plan: Any) -> None:
 def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
     """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
     signed = signature(op, arguments, inplace)
-    if signed is None:
-        return _decide_without_signature(op, arguments, inplace)
+    if isinstance(signed, str):
+        if is_traced(arguments[0]):
+            return decide_compiled(op, arguments, inplace)
+        reason = _reason_without_plan(op, arguments, signed)
+        return reason, None if reason else op.run_on_dtensors, ()  # type: ignore[attr-defined]
     if _checkpoints and left_in_checkpoint():
         return "a torch dispatch or function mode in the checkpoint's forward pass", None, ()
     key, numbers = signed
@@ -121,13 +124,6 @@ def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
         decision = reason, None if reason else op.plan(specs, inplace)
         keep_plan(key, decision)
     return *decision, numbers
-
-
-def _decide_without_signature(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
-    if is_traced(arguments[0]):
-        return decide_compiled(op, arguments, inplace)
-    reason = no_signature_reason(op, arguments)
-    return reason, None if reason else op.run_on_dtensors, ()  # type: ignore[attr-defined]
 
 
 def decide_compiled(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
@@ -151,9 +147,15 @@ def fallback_reason(op: Operator, arguments: Arguments, inplace: bool = False) -
     if is_compiled(arguments[0]):
         return _compiler_reason(op, arguments) or _planned_reason(op, arguments, inplace)
     signed = signature(op, arguments, inplace)
-    if signed is None:
-        return no_signature_reason(op, arguments)
+    if isinstance(signed, str):
+        return _reason_without_plan(op, arguments, signed)
     return _planned_reason(op, with_specs(op, arguments, signed[1], inplace), inplace)
+
+
+def _reason_without_plan(op: Operator, arguments: Arguments, reason: str) -> str | None:
+    """Returns the reason of `signature`, or None if kernels run for local shards of DTensors."""
+    is_shard = type(arguments[0]) not in PLAIN and op.local_shard_of(arguments) is not None
+    return active_mode() if is_shard else reason
 
 
 def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | None:

@@ -20,31 +20,32 @@ from pyfused.torch_internals import (
     is_view,
     is_zero_tensor,
 )
-from pyfused.types import Scalar, TensorSpec
+from pyfused.types import TensorSpec
 
 PLAIN = (Tensor, Parameter)
 _CONSTANTS = (bool, int, torch.dtype)  # True is equal to 1, so the type is part of the key
 _FLOATS = frozenset((float, type(None)))
 
 
-def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, Numbers] | None:
-    """Returns the key of a call's plan and the call's numbers, or None if the call has no key.
+def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, Numbers] | str:
+    """Returns the key of a call's plan and the call's numbers, or why the call has no plan.
 
     The key has the operator, the layout of each tensor and whether it requires grad, the cases of
-    the numbers, all other arguments, grad mode, autocast and the default dtype. A call has no key
-    if `no_signature_reason` returns a reason.
+    the numbers, all other arguments, grad mode, autocast and the default dtype.
 
     Raises:
         RuntimeError, TypeError, ValueError: A number is invalid.
     """
-    if type(arguments[0]) not in PLAIN or active_mode() is not None:
-        return None
+    if type(arguments[0]) not in PLAIN:
+        return f"input is a {type(arguments[0]).__name__}"
+    if mode := active_mode():
+        return mode
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     key: list[Any] = [op, inplace, grad, torch.get_default_dtype()]
     numbers: list[Any] = []
     if op.options is not None:
         arguments = (*arguments[: len(op.operands)], *vars(arguments[-1]).values())
-    for value, scalar in zip(arguments, op.scalar_at, strict=True):
+    for value, scalar, name in zip(arguments, op.scalar_at, op.names, strict=True):
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             if scalar is not None:
@@ -60,7 +61,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, N
                 or is_functorch_wrapped(value)
                 or is_lazy_clone(value)
             ):
-                return None
+                return str(layout_reason(name, value))
             shape, stride = value.shape, value.stride()
             key.append((value.dtype, shape, stride, value.device, value.requires_grad))
         elif scalar is not None:
@@ -74,13 +75,13 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, N
         elif isinstance(value, Integral):
             key.append((int, int(value)))
         else:
-            return None
-    if not _FLOATS.issuperset(map(type, numbers)) and not as_floats(op, numbers):
-        return None
+            return f"{name} is a {kind.__name__}"
+    if not _FLOATS.issuperset(map(type, numbers)) and (reason := as_floats(op, numbers)):
+        return reason
     values = tuple(numbers)
     cases = op.cases(values)
-    if type(cases) is str:
-        return None
+    if isinstance(cases, str):
+        return cases
     key.append(cases)
     if inplace:
         input = arguments[0]
@@ -111,29 +112,25 @@ def numbers_of(op: Operator, arguments: Arguments) -> Numbers:
     return tuple(numbers)
 
 
-def as_floats(op: Operator, numbers: list[Any]) -> bool:
-    """Converts the numbers of a call to floats; returns whether all could be converted.
+def as_floats(op: Operator, numbers: list[Any]) -> str | None:
+    """Converts the numbers of a call to floats; returns why a number cannot be converted, or None.
 
     A tensor is read if it has one element, unless it requires grad or is on a GPU, where reading
     synchronises.
     """
+    operands = [operand.name for operand in op.operands]
     for i, (scalar, value) in enumerate(zip(op.numbers, numbers, strict=True)):
-        if number_reason(op, scalar, value):
-            return False
-        numbers[i] = None if value is None else op.to_number(value)
-    return True
-
-
-def number_reason(op: Operator, scalar: Scalar, value: Any) -> str | None:
-    """Returns why a value is not a number that kernels can use, None if it is one or None."""
-    if isinstance(value, Tensor):
-        readable = value.is_cpu and not value.requires_grad and value.numel() == 1
-        is_number = readable and layout_reason(scalar.name, value) is None
-        return None if is_number else f"{scalar.name} is a tensor"
-    is_operand = any(operand.name == scalar.name for operand in op.operands)
-    if value is None or isinstance(value, float if is_operand else op.number_types):
-        return None
-    return f"{scalar.name} is a {type(value).__name__}"
+        name = scalar.name
+        if isinstance(value, Tensor):
+            is_readable = value.is_cpu and not value.requires_grad and value.numel() == 1
+            if not is_readable or layout_reason(name, value) is not None:
+                return f"{name} is a tensor"
+        elif value is None:
+            continue
+        elif not isinstance(value, float if name in operands else op.number_types):
+            return f"{name} is a {type(value).__name__}"
+        numbers[i] = op.to_number(value)
+    return None
 
 
 def with_specs(op: Operator, arguments: Arguments, numbers: Numbers, inplace: bool) -> Arguments:
@@ -162,33 +159,6 @@ def with_specs(op: Operator, arguments: Arguments, numbers: Numbers, inplace: bo
         return tuple(values)
     count = len(op.operands)
     return *values[:count], *[None] * (len(arguments) - count - 1), op.options(*values[count:])
-
-
-# ---- calls without a signature -------------------------------------------------------------------
-
-
-def no_signature_reason(op: Operator, arguments: Arguments) -> str | None:
-    """Returns why a call without a signature falls back to torch's operator.
-
-    None means that a kernel may run, for the local shards of DTensors.
-    """
-    kind = type(arguments[0])
-    if kind not in PLAIN and op.local_shard_of(arguments) is None:
-        return f"input is a {kind.__name__}"
-    reason = active_mode()
-    if reason or kind not in PLAIN:
-        return reason
-    for name, value, scalar in zip(op.names, flat(op, arguments), op.scalar_at, strict=True):
-        if scalar is not None and not (scalar.tensor and isinstance(value, Tensor)):
-            reason = number_reason(op, scalar, value)
-        elif isinstance(value, Tensor):
-            reason = layout_reason(name, value)
-        elif not isinstance(value, (str, float, Integral, torch.dtype, type(None))):
-            reason = f"{name} is a {type(value).__name__}"
-        if reason is not None:
-            return reason
-    cases = op.cases(numbers_of(op, arguments))
-    return cases if isinstance(cases, str) else None
 
 
 def layout_reason(name: str, tensor: Tensor) -> str | None:

@@ -108,7 +108,7 @@ def rows_in_budget(
 
 def rows_at_once(head: Head, options: CrossEntropyOptions, backend: Backend) -> int:
     """Returns the number of rows with all classes per block, 0 if blocks of classes are better."""
-    n, dtype = len(head.input), product_dtype(head, backend)
+    n, dtype = head.input.shape[0], product_dtype(head, backend)
     shape = head.columns, head.input.shape[1]
     bytes_per_logit = dtype.itemsize * (1 if options.softcap is None else 3)
     rows = rows_in_budget(n, shape, options.memory_budget, dtype, backend, bytes_per_logit)
@@ -159,7 +159,7 @@ def state_block_size(
     Results do not depend on the boundaries between blocks of classes, as TILE is a multiple of
     kChunk.
     """
-    n = len(head.input)
+    n = head.input.shape[0]
     rows = rows_at_once(head, CrossEntropyOptions(memory_budget=memory_budget), backend)
     if fixed_sizes:
         fixed = fixed_rows(head.input.device)

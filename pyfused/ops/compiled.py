@@ -108,8 +108,10 @@ class CompiledOperator:
             needs: Whether each of the first tensors needs a gradient.
         """
         signed = signature(self.op, arguments, False)
-        key, numbers = signed or (None, numbers_of(self.op, arguments))
-        key = None if key is None else (*key, "compiled", *needs)
+        if isinstance(signed, str):  # a mode is active, for example
+            key, numbers = None, numbers_of(self.op, arguments)
+        else:
+            key, numbers = (*signed[0], "compiled", *needs), signed[1]
         plan: Plan | None = dispatch.find_plan(key)
         if plan is None:
             results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}

@@ -107,7 +107,7 @@ def blocks(
         for start in reversed(starts) if backwards else starts:
             row_slice = slice(start, min(start + rows, n))
             inputs = layer.split(input[row_slice].to(dtype))
-            shape = len(inputs[0]), len(weights[0])
+            shape = inputs[0].shape[0], weights[0].shape[0]
             logits = memory[: shape[0] * shape[1]].view(shape)
             if not is_computed:
                 product(inputs[0], weights[0], b, logits)
@@ -289,7 +289,7 @@ def loss_over_rows(
             losses.append(loss)
         return grad_logits
 
-    loop = backend, layer, (rows, len(layer.weights[0])), needs or (False,) * 4, block_step
+    loop = backend, layer, (rows, layer.weights[0].shape[0]), needs or (False,) * 4, block_step
     gradients = over_blocks(*loop, filter_below=filter_below)
     gradients = gradients if needs else ()
     if not losses:
@@ -372,7 +372,7 @@ class LayerStates:
         self.backend, self.options, self.weight = backend, options, head.weight
         weight, bias = head.linear_weight.detach(), head.linear_bias
         self.shape, self.target_shape = head.input.shape, head.target.shape
-        self.class_shape = *weight.shape[1:-1], len(weight)
+        self.class_shape = *weight.shape[1:-1], weight.shape[0]
         self.n, self.positions = self.shape[:-1].numel(), weight.shape[1:-1].numel()
         input = head.input.detach().reshape(self.n, self.shape[-1])
         target = head.target.reshape(self.n, self.positions)
@@ -410,7 +410,7 @@ class LayerStates:
             launch = self.backend.row_state(logits, rows, classes, fields, 0, continues)
             launch(rows.numbers, logits, self.labels[targets], self.weight, state[:, targets])
         state = spread_rows(state.view(fields, -1, self.positions), self.valid, self.n, 1)
-        has_all_classes = block.logits.shape[1] == len(self.layer.weights[0])
+        has_all_classes = block.logits.shape[1] == self.layer.weights[0].shape[0]
         kept = block.logits.view(-1) if return_logits and has_all_classes else None
         return state.view(fields, *self.target_shape), kept
 
@@ -510,8 +510,8 @@ def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: 
     """
     features, padding = x.shape[1], -x.shape[1] % 16
     settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    width = FIXED_COLUMNS if x.is_cpu else len(weight)
-    for first in range(0, len(weight), width):
+    width = FIXED_COLUMNS if x.is_cpu else weight.shape[0]
+    for first in range(0, weight.shape[0], width):
         columns = slice(first, first + width)
         w = F.pad(weight[columns], (0, padding)) if padding else weight[columns]
         if not w.is_contiguous() or w.data_ptr() % ALIGNMENT:
@@ -519,7 +519,7 @@ def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: 
         b = None if bias is None else bias[columns]
         rows = _rows_of_product(x.device, x.dtype, *w.shape, b is not None, *settings)
         block, product = x.new_zeros(rows, w.shape[1]), x.new_empty(rows, len(w))
-        for row in range(0, len(x), rows):
+        for row in range(0, x.shape[0], rows):
             part = x[row : row + rows]
             block[: len(part), :features] = part
             linear(block, w, b, product)

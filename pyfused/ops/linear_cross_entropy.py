@@ -76,7 +76,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
         head, options = _head(arguments)
         if not head.target.is_floating_point():
-            target, classes = head.target.to(torch.int64), len(head.linear_weight)
+            target, classes = head.target.to(torch.int64), head.linear_weight.shape[0]
             head = head._replace(target=target)
             if not is_compiled(head.input):
                 backend_of(target).check_class_indices(target, classes, options.ignore_index)
@@ -106,14 +106,14 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def check(self, arguments: Arguments) -> None:
         head, options = _head(arguments)
         self.check_arguments(head, options)
-        checks.class_indices(len(head.linear_weight), head.target, options.ignore_index)
+        checks.class_indices(head.linear_weight.shape[0], head.target, options.ignore_index)
 
     def strategy_of(self, arguments: Arguments) -> str:
         head, options = _rows(*_head(arguments))
         rows = rows_at_once(head, options, backend_of(head.input))
         if not rows:
             return "logits of some classes at a time"
-        all_rows = rows >= len(head.input)
+        all_rows = rows >= head.input.shape[0]
         return "all logits at once" if all_rows else f"logits of {rows} rows at a time"
 
     def loss_shape(self, tensors: Sequence[Any]) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         if options.reduction != "mean" and not rows_at_once(head, options, args.backend):
             return _by_classes(head, args)
         rows = max(1, rows_at_once(head, options, args.backend))
-        if options.reduction == "mean" and (rows < len(head.input) or options.filter_eps):
+        if options.reduction == "mean" and (rows < head.input.shape[0] or options.filter_eps):
             # Otherwise the kernel counts the targets of the only block.
             denominator = loss_denominator(options, self.total_weight(tensors, options))
             args = args._replace(options=replace(options, denominator=denominator))
@@ -248,7 +248,7 @@ def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
     weights = [x.flatten(0, -2) for x in (weight, adapter_weight) if x is not None]
     layer = Layer(head.input, weights, None if bias is None else bias.flatten(), dtype, counts)
     loss, gradients = loss_over_rows(layer, rows, args, step, filter_below)
-    state = torch.cat(states, 1).unflatten(1, (len(target), *classes[1:])) if states else None
+    state = torch.cat(states, 1).unflatten(1, (target.shape[0], *classes[1:])) if states else None
     if not gradients:
         return loss, (), state
     pairs = zip(gradients, head[:4], strict=True)
@@ -275,7 +275,7 @@ def _by_classes(head: Head, args: LossArgs) -> Results:
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         return loss, (), state
     assert grad_output is not None
-    grad_output = grad_output.expand(len(target))
+    grad_output = grad_output.expand(target.shape[0])
     grad_results = state_loss_gradients(state, target, weight, options, classes, grad_output)
     filter_below = options.filter_eps * grad_output.abs() if options.filter_eps else None
     needs = outputs.gradients

@@ -82,7 +82,8 @@ class RowLoss(Operator):
 
     def total_weight(self, tensors: Sequence[Any], options: Any) -> float | Tensor:  # noqa: ARG002
         """Returns the default denominator of a mean."""
-        return len(tensors[0])
+        rows: int = tensors[0].shape[0]
+        return rows
 
     def kernels_divide(self, backend: Backend, tensors: Sequence[Any], options: Any) -> bool:  # noqa: ARG002
         """Returns whether `compute_rows` takes a mean, and divides its loss and gradients."""

@@ -45,7 +45,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pyfused.backends import cross_entropy_once
 from pyfused.backends import triton as backend
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.kernels import launch
@@ -128,6 +127,20 @@ def case(
     return Case(name, dtype, math.prod(shape), run, **{"vector": vector, **fields})
 
 
+def run_cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: CrossEntropyOptions,
+    outputs: Outputs,
+    grad_output: Tensor | None = None,
+) -> None:
+    """Prepares and launches the kernel for the current target."""
+    tensors = x, target, weight, *options.plan_tensors()
+    launch = backend.cross_entropy(tensors, options, outputs, grad_output)
+    launch(tensors, options.numbers(), grad_output)
+
+
 def cross_entropy(
     dtype: torch.dtype, shape: tuple[int, ...], kind: str = "", **fields: Any
 ) -> Case:
@@ -152,7 +165,7 @@ def cross_entropy(
         grad_output = empty(dtype, *indices.shape)
     fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
     weight = empty(dtype, classes) if "weight" in words else None
-    run = partial(cross_entropy_once, backend, x, target, weight, options, outputs, grad_output)
+    run = partial(run_cross_entropy, x, target, weight, options, outputs, grad_output)
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
 
 

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from compile_ahead import BF16, F32, F64, Case, compiling, empty
 
-from pyfused.backends import cross_entropy_once
 from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
@@ -138,7 +137,7 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     options = CrossEntropyOptions(-100, "mean")
     target = empty(torch.int64, 2)
     with compiling("sm_90") as launched:
-        cross_entropy_once(ahead.backend, x, target, None, options, Outputs())
+        ahead.run_cross_entropy(x, target, None, options, Outputs())
     text = launched[0].kernel.asm["ttir"]
     offsets = re.findall(r"tt\.addptr (%\w+),.*ptr<f32>.*, (?:tensor<\w+x)?(i\d+)>? loc", text)
     assert {bits for pointer, bits in offsets if "%loss" not in pointer} == {"i64"}
@@ -183,9 +182,9 @@ def test_numbers_do_not_select_kernels() -> None:
 
     def run(value: float) -> None:
         options = CrossEntropyOptions(-100, "sum", scale=value, gamma=value, z_loss=value)
-        cross_entropy_once(ahead.backend, x, target, None, options, Outputs(True, (True, False)))
+        ahead.run_cross_entropy(x, target, None, options, Outputs(True, (True, False)))
         smooth = CrossEntropyOptions(-100, "sum", label_smoothing=value / 8)
-        cross_entropy_once(ahead.backend, x, target, None, smooth, Outputs(True, (True, False)))
+        ahead.run_cross_entropy(x, target, None, smooth, Outputs(True, (True, False)))
         divergence = DivergenceOptions(reduction="sum", temperature=value, beta=value / 8)
         kernel = ahead.backend.kl_div_with_logits(both, divergence, Outputs(True, (True,)))
         kernel(both, divergence.numbers())
