@@ -104,6 +104,7 @@ class FormulaOperator(PointwiseLoss):
 
     asks_dtype = True  # float32 masks promote half precision
     number_types = (Real, str)
+    takes_floats = False
     strategy = "a program, element by element"
 
     def __init__(

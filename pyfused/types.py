@@ -105,12 +105,13 @@ class Scalar(NamedTuple):
             example value.
         low, high: The bounds of valid values, inclusive.
         positive: Whether 0 is excluded.
-        clamped: Whether values below ``low`` count as ``low``.
+        clamped: Whether values below ``low``, and NaN, count as ``low``.
         optional: Whether it may be None, which kernels of formulas receive as NaN.
         flag: Whether it is a bool; each value has its own kernel.
         words: The valid values if it is a string; each has its own kernel.
         special: Values with their own, faster kernels.
         tensor: Whether kernels can read it from a tensor.
+        operand: Whether it replaces a tensor; then it has to be a float.
         error: The type of the error for a number out of bounds.
     """
 
@@ -125,6 +126,7 @@ class Scalar(NamedTuple):
     words: tuple[str, ...] = ()
     special: tuple[float, ...] = ()
     tensor: bool = False
+    operand: bool = False
     error: type[Exception] = RuntimeError
 
     @property
@@ -144,7 +146,7 @@ class Scalar(NamedTuple):
             return self.optional
         if not isinstance(value, (int, float)) or (self.positive and value <= 0):
             return False
-        return value <= self.high and (value >= self.low or self.clamped)
+        return not value > self.high if self.clamped else self.low <= value <= self.high
 
 
 # The numeric options of functions over a vocabulary.

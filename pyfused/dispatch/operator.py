@@ -120,6 +120,7 @@ class Operator(ABC):
     strategy: ClassVar[str] = "element by element"
     options: ClassVar[type[VocabOptions] | None] = None
     number_types: ClassVar[tuple[type, ...]] = (Real,)
+    takes_floats: ClassVar[bool] = True  # rather than integers, too
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))
@@ -192,7 +193,7 @@ class Operator(ABC):
             low, special, case = scalar.low, scalar.special, None
             is_valid = scalar.optional or scalar.tensor
             if value is not None:
-                value = low if scalar.clamped and value < low else value
+                value = low if scalar.clamped and not value > low else value
                 is_valid = low <= value <= scalar.high and (value > 0 or not scalar.positive)
                 case = special[special.index(value)] if value in special else NUMBER
             if not is_valid and (reason := self.invalid_number(scalar, value)):

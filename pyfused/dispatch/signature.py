@@ -65,7 +65,8 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, N
             shape, stride = value.shape, value.stride()
             key.append((value.dtype, shape, stride, value.device, value.requires_grad))
         elif scalar is not None:
-            numbers.append(value)
+            is_int = kind is int and op.takes_floats and not scalar.operand
+            numbers.append(float(value) if is_int else value)
         elif value is None or kind is str:
             key.append(value)
         elif kind in _CONSTANTS:
@@ -118,7 +119,6 @@ def as_floats(op: Operator, numbers: list[Any]) -> str | None:
     A tensor is read if it has one element, unless it requires grad or is on a GPU, where reading
     synchronises.
     """
-    operands = [operand.name for operand in op.operands]
     for i, (scalar, value) in enumerate(zip(op.numbers, numbers, strict=True)):
         name = scalar.name
         if isinstance(value, Tensor):
@@ -127,7 +127,7 @@ def as_floats(op: Operator, numbers: list[Any]) -> str | None:
                 return f"{name} is a tensor"
         elif value is None:
             continue
-        elif not isinstance(value, float if name in operands else op.number_types):
+        elif not isinstance(value, float if scalar.operand else op.number_types):
             return f"{name} is a {type(value).__name__}"
         numbers[i] = op.to_number(value)
     return None
