@@ -40,7 +40,7 @@ def backend_of(input: Tensor | TensorSpec) -> Backend:
 
 
 MOST_PREPARED = 4096
-_prepared: dict[Any, LossKernel] = {}
+prepared_kernels: dict[Any, LossKernel] = {}
 
 
 def cross_entropy_once(
@@ -62,11 +62,13 @@ def cross_entropy_once(
         *(options.reduction, options.ignore_index, options.label_smoothing != 0),
         *(options.gamma != 0, options.scale != 1, options.temperature != 1),
     )
-    launch = _prepared.get(key)
+    launch = prepared_kernels.get(key)
     if launch is None:
-        if len(_prepared) >= MOST_PREPARED:
-            _prepared.clear()
-        launch = _prepared[key] = backend.cross_entropy(tensors, options, outputs, grad_output)
+        if len(prepared_kernels) >= MOST_PREPARED:
+            prepared_kernels.clear()
+        launch = prepared_kernels[key] = backend.cross_entropy(
+            tensors, options, outputs, grad_output
+        )
     return launch(tensors, options.numbers(), grad_output)
 
 

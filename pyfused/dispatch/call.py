@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 from pyfused import checks
-from pyfused.backends import DTYPES, takes_triton, unsupported_device
+from pyfused.backends import DTYPES, prepared_kernels, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, sizes
 from pyfused.dispatch.operator import TOKEN_WEIGHT, Arguments, Numbers, Operand, Operator
 from pyfused.dispatch.originals import TorchAlone, torch_alone
@@ -97,7 +97,11 @@ Decision = tuple[str | None, Callable[[Arguments, Numbers], Any] | None, Numbers
 MOST_PLANS = 4096
 _plans: dict[Any, Any] = {}
 find_plan = _plans.get
-forget_plans = _plans.clear
+
+
+def forget_plans() -> None:
+    _plans.clear()
+    prepared_kernels.clear()
 
 
 def keep_plan(key: Any, plan: Any) -> None:

@@ -135,7 +135,7 @@ class Operator(ABC):
         self.indexed_scalars = tuple((index(scalar.name), scalar) for scalar in self.scalars)
         numbers = {scalar.name: scalar for scalar in self.scalars if scalar.is_number}
         numbers |= {
-            o.name: Scalar(o.name, optional=o.optional, tensor=True)
+            o.name: Scalar(o.name, optional=o.optional, tensor=True, operand=True)
             for o in self.operands
             if o.number
         }
