@@ -237,6 +237,13 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
         checks.raise_out_of_range(classes, target, ignore_index, position)
 
 
+def all_in_range(target: Tensor, classes: int) -> bool:
+    """Returns whether contiguous int64 class indices are all in [0, classes)."""
+    if MISSING:
+        return bool(((target >= 0) & (target < classes)).all())
+    return bool(native.invalid_class_index(target.data_ptr(), target.numel(), classes, 0) < 0)
+
+
 def cross_entropy(
     tensors: Sequence[Any],
     options: VocabOptions,

@@ -199,10 +199,7 @@ def _ignores_rows(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     classes = input.shape[input.dim() > 1]
     if target.numel() * classes != input.numel():
         return False  # torch raises
-    if not (0 <= ignore_index < classes or cpu.MISSING):
-        if cpu.native.invalid_class_index(target.data_ptr(), target.numel(), classes, 0) < 0:
-            return False
-    elif not (target == ignore_index).any():
+    if not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
         return False
     return not (dispatch_modes() or left_in_checkpoint())
 

@@ -94,7 +94,7 @@ def blocks(
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
     input, all_weights, bias, dtype, _ = layer
-    n, all_classes = len(input), len(all_weights[0])
+    n, all_classes = input.shape[0], all_weights[0].shape[0]
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
     if memory is None:
@@ -134,7 +134,7 @@ class LayerGradients:
         self.weights: list[Tensor | None] = [None] * len(layer.weights)
         self.sums = list(self.weights)  # of the products of the current block of classes
         input, weights, bias, dtype, _ = layer
-        all_rows, all_classes = len(input) <= size[0], len(weights[0]) <= size[1]
+        all_rows, all_classes = input.shape[0] <= size[0], weights[0].shape[0] <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
         for i, weight in enumerate(weights):
@@ -162,7 +162,7 @@ class LayerGradients:
         counts = self.layer.counts
         if counts is not None and self.weights.count(None) < len(self.weights):
             inputs = [x.where(counts[rows].unsqueeze(-1), 0) for x in inputs]
-        first, last = rows.start == 0, rows.stop == len(self.layer.input)
+        first, last = rows.start == 0, rows.stop == self.layer.input.shape[0]
         for i, (total, x) in enumerate(zip(self.weights, inputs, strict=True)):
             if total is None:
                 continue

@@ -262,7 +262,7 @@ def _by_classes(head: Head, args: LossArgs) -> Results:
     The gradients need the state over all classes, so the backward pass computes them.
     """
     backend, options, outputs, grad_output, state, _ = args
-    target, classes = counted_target(head.target, options), len(head.linear_weight)
+    target, classes = counted_target(head.target, options), head.linear_weight.shape[0]
     dtype = product_dtype(head, backend)
     weight = kernel_weight(head.weight, dtype)
     size = tile_size(head.input.shape, dtype, options.memory_budget, backend)

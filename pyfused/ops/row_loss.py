@@ -203,7 +203,7 @@ class RowLoss(Operator):
             grad_output: The gradient of the loss, None for ones.
             state: The state that the forward pass has returned, if gradients are computed from it.
         """
-        unreduced, total = options.reduction == "none", len(tensors[0])
+        unreduced, total = options.reduction == "none", tensors[0].shape[0]
         rows, counts = self.valid_rows(backend, tensors, options)
         denominator: float | Tensor | None = None
         if unreduced:
