@@ -82,7 +82,7 @@ def active_mode() -> str | None:
     """Returns the active mode that requires torch's operators instead of a kernel, or None."""
     if MISSING:
         return f"this version of torch lacks {MISSING}"
-    if is_jit_tracing():
+    if _tracing_state() is not None:
         return "torch.jit.trace"
     if functorch_is_active():
         return "torch.func"

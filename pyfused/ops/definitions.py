@@ -248,7 +248,8 @@ def linear_log_probs(
     positions = linear_weight.shape[1:-1]
     rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     row_targets = target.reshape(len(rows), *positions)
-    valid = (row_targets != options.ignore_index).reshape(len(rows), -1).any(1)
+    valid = row_targets != options.ignore_index
+    valid = valid.flatten(1).any(1) if positions else valid
     logits = head_logits(rows.where(valid.unsqueeze(-1), 0), linear_weight, linear_bias)
     results = log_probs(logits, row_targets, options)
     results, *metrics = results if options.with_metrics else (results,)
