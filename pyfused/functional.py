@@ -50,7 +50,7 @@ from pyfused.dispatch.call import call
 from pyfused.dispatch.operator import reduction_of
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
-from pyfused.ops.log_probs import LogProbs, named
+from pyfused.ops.log_probs import LogProbs, LogProbsWithMetrics, named
 from pyfused.ops.metrics import Metrics
 from pyfused.types import (
     Approximate,
@@ -479,7 +479,7 @@ def log_probs(
     return_lse: bool = False,
     return_metrics: bool = False,
     shard: VocabShard | None = None,
-) -> LogProbs:
+) -> LogProbs | LogProbsWithMetrics:
     """Returns each target's log-probability and, on request, its row's entropy and log-sum-exp.
 
     With ``x = logits / temperature``, or ``softcap * tanh(logits / softcap) / temperature``, and
@@ -503,7 +503,8 @@ def log_probs(
 
     Returns:
         A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float64 for
-        float64 logits, otherwise float32.
+        float64 logits, otherwise float32. With ``return_metrics`` it is a
+        :class:`~pyfused.ops.log_probs.LogProbsWithMetrics`, which has two more items.
     """
     options = LogProbsOptions(
         ignore_index,
@@ -535,7 +536,7 @@ def linear_log_probs(
     memory_budget: int | None = None,
     deterministic_rows: bool = False,
     shard: VocabShard | None = None,
-) -> LogProbs:
+) -> LogProbs | LogProbsWithMetrics:
     """Returns :func:`log_probs` of a linear layer's output, without materialising all logits.
 
     The forward pass computes blocks of logits, and the backward pass recomputes them. On CPUs,

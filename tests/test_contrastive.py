@@ -199,7 +199,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "dtype": (
         lambda: fused.contrastive_loss(X, X.double()),
         RuntimeError,
-        "b: expected torch.float32",
+        "b: expected the dtype and device of a, torch.float32",
     ),
     "integers": (
         lambda: fused.contrastive_loss(X.long(), X),

@@ -480,7 +480,7 @@ WRONG_ADAPTERS: dict[str, tuple[Any, type[Exception], str]] = {
     "classes": (
         torch.ones(69, 3),
         RuntimeError,
-        r"adapter_weight: expected shape \(70, 'r'\) beside .*, got \(69, 3\)",
+        r"adapter_weight: expected shape \(70, r\) for .*, got \(69, 3\)",
     ),
     "dtype": (
         torch.ones(70, 3).double(),

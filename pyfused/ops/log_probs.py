@@ -41,25 +41,18 @@ class _Values(NamedTuple):
     log_probability: Tensor
     entropy: Tensor | None = None
     log_sum_exp: Tensor | None = None
-    is_top1: Tensor | None = None
-    mean_logit: Tensor | None = None
 
 
-class LogProbs(_Values):
-    """Results of each target: float32, or float64 for float64 inputs; 0 for ignored targets.
+class _ValuesWithMetrics(NamedTuple):
+    log_probability: Tensor
+    entropy: Tensor | None
+    log_sum_exp: Tensor | None
+    is_top1: Tensor
+    mean_logit: Tensor
 
-    Attributes:
-        log_probability: ``log p_target``, in nats, at most 0.
-        entropy: ``-sum_c p_c log p_c``.
-        log_sum_exp: ``log sum_c exp(logit_c)``.
-        is_top1: Whether the target is the first class with the largest logit; False for ignored
-            targets. Without a gradient.
-        mean_logit: The mean of the logits of all classes, after softcap and temperature. Without a
-            gradient.
 
-    Raises:
-        AttributeError: An attribute is read that the call did not return; the item is None.
-    """
+class _Results:
+    """Raises for results that the call did not return, whose items are None."""
 
     @property
     def entropy(self) -> Tensor:
@@ -69,26 +62,49 @@ class LogProbs(_Values):
     def log_sum_exp(self) -> Tensor:
         return self._returned(2, "log_sum_exp: expected a call with return_lse=True")
 
-    @property
-    def is_top1(self) -> Tensor:
-        return self._returned(3, "is_top1: expected a call with return_metrics=True")
-
-    @property
-    def mean_logit(self) -> Tensor:
-        return self._returned(4, "mean_logit: expected a call with return_metrics=True")
-
-    def _returned(self, index: int, message: str) -> Tensor:
+    def _returned(self: Any, index: int, message: str) -> Tensor:
         value: Tensor | None = self[index]
         if value is None:
             raise AttributeError(message)
         return value
 
 
+class LogProbs(_Results, _Values):
+    """Results of each target: float32, or float64 for float64 inputs; 0 for ignored targets.
+
+    Attributes:
+        log_probability: ``log p_target``, in nats, at most 0.
+        entropy: ``-sum_c p_c log p_c``.
+        log_sum_exp: ``log sum_c exp(logit_c)``.
+
+    Raises:
+        AttributeError: An attribute is read that the call did not return; the item is None.
+    """
+
+    @property
+    def is_top1(self) -> Tensor:
+        raise AttributeError("is_top1: expected a call with return_metrics=True")
+
+    @property
+    def mean_logit(self) -> Tensor:
+        raise AttributeError("mean_logit: expected a call with return_metrics=True")
+
+
+class LogProbsWithMetrics(_Results, _ValuesWithMetrics):
+    """The results of `LogProbs`, followed by two metrics without gradients.
+
+    Attributes:
+        is_top1: Whether the target is the first class with the largest logit; False for ignored
+            targets.
+        mean_logit: The mean of the logits of all classes, after softcap and temperature.
+    """
+
+
 def named(
     results: Any, options: LogProbsOptions, return_entropy: bool, return_lse: bool
-) -> LogProbs:
+) -> LogProbs | LogProbsWithMetrics:
     """Names the results of a call, which is given the options."""
-    values, *metrics = results if options.with_metrics else (results, None, None)
+    values, *metrics = results if options.with_metrics else (results,)
     if options.alone:
         log_p, entropy, lse = values, None, None
     elif is_dtensor(values):
@@ -97,7 +113,9 @@ def named(
     else:
         log_p, entropy, lse = values.unbind()
     entropy, lse = entropy if return_entropy else None, lse if return_lse else None
-    return LogProbs(log_p, entropy, lse, *metrics)
+    if metrics:
+        return LogProbsWithMetrics(log_p, entropy, lse, *metrics)
+    return LogProbs(log_p, entropy, lse)
 
 
 # ---- the operators -------------------------------------------------------------------------------
