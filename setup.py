@@ -128,7 +128,6 @@ class BuildKernels(build_ext):
 
 
 setup(
-    verbose=0,  # setuptools logs each command and copied file; -v shows them
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
