@@ -6,9 +6,8 @@ measured: a sleep kernel runs until the host has launched all kernels of the cal
 
 from __future__ import annotations
 
-import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,14 +24,11 @@ from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
-from pyfused.formula_compiler.program import Program
-from pyfused.kernels import launch, program
-from pyfused.kernels.arithmetic import polynomial
+from pyfused.kernels import launch
 from pyfused.kernels.rows import DROP, KEEP, finite_or_zero, multiple
 from pyfused.types import CrossEntropyOptions, Outputs
 
-LOG2E, LOG_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
 Variant = Callable[[], tuple[Tensor, Tensor]]  # returns the loss and the gradient
 
 
@@ -40,62 +36,59 @@ Variant = Callable[[], tuple[Tensor, Tensor]]  # returns the loss and the gradie
 
 
 @triton.jit
-def hidden(x, HIDE: tl.constexpr):
+def hidden(x):
     """Returns x behind an optimisation barrier, so that no float32 copy is kept in registers."""
-    if HIDE:
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-        )
-    return x
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+    )
 
 
 @triton.jit
-def persistent_kernel(
-    logits,
-    target,
-    parts,
-    grad,
-    n,
-    classes,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PACKED: tl.constexpr,
-    LATE_TARGET: tl.constexpr,
+def half_kept_kernel(
+    logits, target, parts, grad, n, classes, KEPT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A persistent kernel: each program loops over every num_programs-th row, and has at least one.
+    """A persistent kernel that keeps the first KEPT classes of a row in registers, in their dtype.
 
-    STAGES: if 2 or more, cp.async loads the next rows to shared memory while one is computed.
-    PACKED: whether a row is kept in its dtype, and its exponentials are recomputed.
-    LATE_TARGET: whether the target's gradient is stored after the row, instead of comparing each
-        class with the target. The barriers of the next row's sums separate the two stores.
+    Only the other classes are read twice.
     """
     classes = multiple(classes, 16)
-    c = tl.arange(0, BLOCK)
-    mask = c < classes
-    value, last, change = 0.0, grad, 0.0
-    for row in tl.range(tl.program_id(0), n, tl.num_programs(0), num_stages=STAGES):
+    kept = tl.arange(0, KEPT)
+    value = 0.0
+    for row in range(tl.program_id(0), n, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * classes
         label = tl.load(target + row)
-        x = tl.load(logits + start + c, mask=mask, other=-float("inf"))
         target_logit = tl.load(logits + start + label).to(tl.float32)
-        maximum = finite_or_zero(tl.max(x.to(tl.float32), 0))
-        x = hidden(x, PACKED)
-        e = tl.exp2((x.to(tl.float32) - maximum) * LOG2E)
-        total = tl.sum(e, 0)
-        if LATE_TARGET and row >= tl.num_programs(0):
-            tl.store(last, change)
-        nll = maximum - target_logit + tl.log(total)
-        value += nll / n
-        if PACKED:
-            e = tl.exp2((hidden(x, True).to(tl.float32) - maximum) * LOG2E)
-        gradient = e * (1.0 / (total * n))
-        if not LATE_TARGET:
-            gradient -= tl.where(c == label.to(tl.int32), 1.0 / n, 0.0)
-        tl.store(grad + start + c, gradient, mask=mask)
-        last, change = grad + start + label, (tl.exp2(-nll * LOG2E) - 1.0) / n
-    if LATE_TARGET:
+        x = hidden(tl.load(logits + start + kept))
+        maximum = tl.max(x.to(tl.float32), 0)
+        x = hidden(x)
+        total = tl.sum(tl.exp2((x.to(tl.float32) - finite_or_zero(maximum)) * LOG2E), 0)
+        totals = tl.zeros([BLOCK], tl.float32)
+        for first in range(KEPT, classes, BLOCK):
+            c = first + tl.arange(0, BLOCK)
+            y = tl.load(
+                logits + start + c, mask=c < classes, other=-float("inf"), eviction_policy=KEEP
+            ).to(tl.float32)
+            higher = tl.maximum(maximum, tl.max(y, 0))
+            pivot = finite_or_zero(higher)
+            decay = tl.exp2((maximum - pivot) * LOG2E)
+            total *= decay
+            totals = totals * decay + tl.exp2((y - pivot) * LOG2E)
+            maximum = higher
+        maximum, sum_exp = finite_or_zero(maximum), total + tl.sum(totals, 0)
+        value += (maximum - target_logit + tl.log(sum_exp)) / n
+        factor = 1.0 / (sum_exp * n)
         tl.debug_barrier()
-        tl.store(last, change)
+        for first in range(KEPT, classes, BLOCK):
+            c = first + tl.arange(0, BLOCK)
+            y = tl.load(logits + start + c, mask=c < classes, other=0.0, eviction_policy=DROP)
+            gradient = tl.exp2((y.to(tl.float32) - maximum) * LOG2E) * factor
+            tl.store(grad + start + c, gradient, mask=c < classes, eviction_policy=DROP)
+        x = hidden(x)
+        gradient = tl.exp2((x.to(tl.float32) - maximum) * LOG2E) * factor
+        tl.store(grad + start + kept, gradient, eviction_policy=DROP)
+        tl.debug_barrier()
+        of_target = tl.exp2((target_logit - maximum) * LOG2E) * factor - 1.0 / n
+        tl.store(grad + start + label, of_target)
     tl.store(parts + tl.program_id(0), value)
 
 
@@ -135,51 +128,6 @@ def long_row_kernel(
     tl.store(parts + tl.program_id(0), value)
 
 
-@triton.jit
-def unaligned_row_kernel(
-    logits, target, parts, grad, n, classes, BLOCK: tl.constexpr, UNIT: tl.constexpr
-):
-    """Computes one row, which may begin at any element, by one program.
-
-    Blocks of whole vectors of UNIT elements are aligned. The elements before the first and after
-    the last vector are in one more tile.
-    """
-    start = tl.program_id(0).to(tl.int64) * classes
-    end = start + classes
-    first, last = (start + UNIT - 1) // UNIT * UNIT, end // UNIT * UNIT
-    at_target = start + tl.load(target + tl.program_id(0))
-    target_logit = tl.load(logits + at_target).to(tl.float32)
-    i = tl.arange(0, 2 * UNIT)
-    edge = tl.where(i < UNIT, start + i, last + i - UNIT)
-    mask = edge < tl.where(i < UNIT, first, end)
-    at_edges = tl.load(logits + edge, mask=mask, other=-float("inf")).to(tl.float32)
-    maximum = tl.max(at_edges, 0)
-    of_edges = tl.sum(tl.exp2((at_edges - finite_or_zero(maximum)) * LOG2E), 0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in range(first, last, BLOCK):
-        c = tl.multiple_of(k, UNIT) + tl.arange(0, BLOCK)
-        x = tl.load(logits + c, mask=c < last, other=-float("inf"), eviction_policy=KEEP)
-        x = x.to(tl.float32)
-        higher = tl.maximum(maximum, tl.max(x, 0))
-        pivot = finite_or_zero(higher)
-        factor = tl.exp2((maximum - pivot) * LOG2E)
-        of_edges *= factor
-        total = total * factor + tl.exp2((x - pivot) * LOG2E)
-        maximum = higher
-    maximum, sum_exp = finite_or_zero(maximum), tl.sum(total, 0) + of_edges
-    tl.store(parts + tl.program_id(0), (maximum - target_logit + tl.log(sum_exp)) / n)
-    scale = 1.0 / (sum_exp * n)
-    gradient = tl.exp2((at_edges - maximum) * LOG2E) * scale
-    gradient -= tl.where(edge == at_target, 1.0 / n, 0.0)
-    tl.store(grad + edge, gradient, mask=mask)
-    for k in range(first, last, BLOCK):
-        c = tl.multiple_of(k, UNIT) + tl.arange(0, BLOCK)
-        x = tl.load(logits + c, mask=c < last, other=0.0, eviction_policy=DROP).to(tl.float32)
-        of_block = tl.exp2((x - maximum) * LOG2E) * scale
-        of_block -= tl.where(c == at_target, 1.0 / n, 0.0)
-        tl.store(grad + c, of_block, mask=c < last, eviction_policy=DROP)
-
-
 def launched(
     kernel: Any, x: Tensor, target: Tensor, programs: int, **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -214,37 +162,11 @@ def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, 
     variants: dict[str, Variant] = {"shipped": shipped(x, target)}
     if classes <= 32_768:
         block = launch.power_of_2(classes)
-        flags = {"BLOCK": block, "num_warps": min(16, max(1, block // 1024))}
-        for name, programs, chosen in (
-            ("persistent, 1 program an SM", sms, (1, False, False)),
-            ("persistent, loads ahead", sms, (2, False, False)),
-            ("persistent, loads ahead, target late", sms, (2, False, True)),
-            ("persistent, loads 2 ahead, target late", sms, (3, False, True)),
-            ("packed, 1 program an SM, loads ahead, target late", sms, (2, True, True)),
-            ("packed, 2 programs an SM, target late", 2 * sms, (1, True, True)),
-        ):
-            if trial and chosen[1]:
-                continue  # the interpreter does not support inline PTX
-            options = {
-                **flags,
-                **dict(zip(("STAGES", "PACKED", "LATE_TARGET"), chosen, strict=True)),
-            }
-            if programs > sms:
-                options["maxnreg"] = 64
-            variants[name] = partial(launched, persistent_kernel, x, target, programs, **options)
+        for stages, name in ((1, "a program a row"), (2, "1 row ahead"), (3, "2 rows ahead")):
+            choice = launch.Choice(1, block, min(512, max(32, block // 32)), stages=stages)
+            variants[name] = shipped(x, target, choice)
         return variants
     if classes % 16:
-        for threads in (256, 512):
-            options = {"BLOCK": 32 * threads, "UNIT": 16 // x.element_size()}
-            variants[f"aligned vectors, {threads} threads"] = partial(
-                launched,
-                unaligned_row_kernel,
-                x,
-                target,
-                len(x),
-                num_warps=threads // 32,
-                **options,
-            )
         return variants
     for threads, block in ((1024, 16_384), (1024, 32_768)):
         choice = launch.Choice(1, block, threads, whole_row=False)
@@ -254,112 +176,36 @@ def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, 
         variants[f"{programs} programs, {stages} stages"] = partial(
             launched, long_row_kernel, x, target, programs, **options
         )
+    if not trial:  # the interpreter does not support inline PTX
+        # 64 registers of each thread
+        options = {"KEPT": 65_536, "BLOCK": 8192, "num_warps": 16}
+        variants["half of a row in registers"] = partial(
+            launched, half_kept_kernel, x, target, sms, **options
+        )
     return variants
 
 
-# ---- pointwise losses: functions that are accurate enough for half precision ---------------------
+# ---- pointwise losses ----------------------------------------------------------------------------
 
 
-@triton.jit
-def fast_exp(x, EXACT: tl.constexpr = False):
-    """Returns exp(x) with a relative error of 6e-6."""
-    return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def log2(x):
-    """Returns log2(x) by the GPU's instruction; tl.log2 compiles to about 30 instructions."""
-    if INTERPRETED:
-        y = tl.log2(x)
-    else:
-        y = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return y
-
-
-@triton.jit
-def near_1(f):
-    """Returns log(1 + f) to 7e-6 for |f| <= 1/8, where the GPU's instruction is inaccurate."""
-    return f * polynomial(f, (-0.25316338, 0.33649129, -0.49998862, 0.99999381))
-
-
-@triton.jit
-def fast_log(x):
-    """Returns log(x) with a relative error of 7e-6."""
-    f = x - 1.0
-    return tl.where(tl.abs(f) < 0.125, near_1(f), log2(x) * LOG_2)
-
-
-@triton.jit
-def fast_log1p(x):
-    """Returns log(1 + x) with a relative error of 7e-6."""
-    return tl.where(tl.abs(x) < 0.125, near_1(x), log2(1.0 + x) * LOG_2)
-
-
-@triton.jit
-def fast_softplus(x):
-    """Returns log(1 + exp(x)) with a relative error of 2e-5."""
-    y = tl.exp2(-tl.abs(x) * LOG2E)
-    rest = polynomial(
-        y, (-0.0238691248, 0.101222217, -0.210048631, 0.325206659, -0.499361362, 0.999991598)
-    )
-    return tl.where(x > 0.0, x, 0.0) + y * rest
-
-
-@triton.jit
-def fast_reciprocal(x, EXACT: tl.constexpr = False):
-    root = tl.rsqrt(x)
-    return root * root
-
-
-FAST = {
-    "exp": fast_exp,
-    "exp_nonpositive": fast_exp,
-    "log": fast_log,
-    "log1p": fast_log1p,
-    "softplus": fast_softplus,
-    "reciprocal": fast_reciprocal,
-}
-
-
-@contextlib.contextmanager
-def planning(
-    plans: dict[Any, Any], fast: bool = False, vectors: int = 2, threads: int = 128
-) -> Iterator[None]:
-    """Replaces functions or tiles of the kernels in this context; `plans` is its cache of plans."""
-    made: dict[int, Any] = {}
-
-    def kernel(formula: Program, *_: Any) -> Any:
-        if id(formula) not in made:
-            with mock.patch.multiple(program, **FAST):
-                made[id(formula)] = program.formula_of(formula)
-        return made[id(formula)]
+def evaluate(
+    case: Case, arguments: Arguments, plans: dict[Any, Any], vectors: int = 1, threads: int = 256
+) -> Any:
+    """Evaluates a call with other tiles of the kernels; `plans` is its cache of plans."""
 
     def other_tile(choice: launch.Choice, _: int) -> launch.Choice:
-        return choice._replace(block=choice.block * vectors * threads // 256, threads=threads)
+        return choice._replace(block=8 * vectors * threads, threads=threads)
 
-    printing = mock.patch.object(Program, "kernel", kernel) if fast else contextlib.nullcontext()
-    every_size = mock.patch.object(sizes, "FORCED", "every size")
-    with choosing(plans, other_tile), every_size, printing:
-        yield
-
-
-def evaluate(case: Case, arguments: Arguments, plans: dict[Any, Any], **options: Any) -> Any:
-    with planning(plans, **options):
+    with choosing(plans, other_tile), mock.patch.object(sizes, "FORCED", "every size"):
         return cases.evaluate(getattr(fused, case.op), arguments)
 
 
 def pointwise_variants(case: Case, arguments: Arguments) -> dict[str, Variant]:
-    changes: dict[str, dict[str, Any]] = {
+    changes: dict[str, dict[str, int]] = {
         "shipped": {},
-        "4 vectors a thread": {"vectors": 4},
-        "1 vector, 256 threads": {"vectors": 1, "threads": 256},
-        "256 threads": {"threads": 256},
+        "2 vectors, 128 threads": {"vectors": 2, "threads": 128},
+        "2 vectors": {"vectors": 2},
     }
-    if case.op not in SIMPLE:
-        fast = {f"fast functions, {name}": {"fast": True, **c} for name, c in changes.items()}
-        changes |= {name.replace(", shipped", ""): c for name, c in fast.items()}
     return {name: partial(evaluate, case, arguments, {}, **c) for name, c in changes.items()}
 
 

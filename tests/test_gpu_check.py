@@ -366,5 +366,5 @@ def test_launch_choices_in_the_interpreter(tmp_path: Path) -> None:
 
 def test_variants_in_the_interpreter(tmp_path: Path) -> None:
     rows = interpreted("gpu-variants", tmp_path / "variants.md")[4:]
-    assert len(rows) == 5 + 7 + 3 + 9 + 5
+    assert len(rows) == 4 + 7 + 1 + 4 + 4
     assert "Error" not in "".join(rows)

@@ -288,7 +288,9 @@ def sigmoid_focal_loss(
     if weight is not None:
         checks.weight_that_broadcasts(inputs, weight)
     valid = torch.ones_like(targets) if ignore_index is None else targets.ne(ignore_index)
-    inputs, targets = (x.where(valid.bool(), 0) for x in (inputs, targets))  # may be NaN
+    if ignore_index is not None:  # these may be NaN
+        checks.same_shape(input=inputs, target=targets)
+        inputs, targets = (x.where(valid.bool(), 0) for x in (inputs, targets))
     p = inputs.sigmoid()
     error = p * (1 - targets) + (1 - p) * targets
     loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none") * error**gamma

@@ -50,8 +50,8 @@ class Driver:
     def get_current_device(self) -> int:
         return self.device
 
-    def get_current_stream(self, device: int) -> int:
-        return 100 + device
+    def get_current_stream(self, device: int | None) -> int:
+        return 100 + (device or 0)
 
     def map_python_to_cpp_type(self, kind: str) -> str:
         return kind
