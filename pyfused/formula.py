@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial, update_wrapper
+from itertools import product
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -100,7 +102,11 @@ class Traced:
 
 
 class FormulaOperator(PointwiseLoss):
-    """The operator of a user's formula; an activation is a loss without reduction."""
+    """The operator of a user's formula; an activation is a loss without reduction.
+
+    Attributes:
+        dtypes: The dtypes of the operands, float64 for all that are floating-point.
+    """
 
     asks_dtype = True  # float32 masks promote half precision
     number_types = (Real, str)
@@ -112,9 +118,11 @@ class FormulaOperator(PointwiseLoss):
         function: Callable[..., Tensor],
         loss: bool,
         slopes: Callable[..., Any] | None = None,
+        dtypes: tuple[torch.dtype, ...] = (),
     ) -> None:
         operands, self.parameters = _read_signature(function)
-        self.user = trace.UserFunction(function, slopes, len(operands))
+        self.dtypes = dtypes or (torch.float64,) * len(operands)
+        self.user = trace.UserFunction(function, slopes, self.dtypes)
         if slopes is not None:
             function = _differentiated(function, slopes, operands)
         self.function, self.loss, self.long = function, loss, False
@@ -135,11 +143,12 @@ class FormulaOperator(PointwiseLoss):
         parameters = [inspect.Parameter(n, kind, default=v) for n, v in options.items()]
         signature = signature.replace(parameters=[*signature.parameters.values(), *parameters])
         definition.__signature__ = signature  # type: ignore[attr-defined]
-        weight = Operand("weight", differentiated=False, optional=True)
+        weight = Operand("weight", differentiated=False, optional=True, converts=True)
         super().__init__(
             name=f"{function.__module__ or '__main__'}.{function.__qualname__}",
             module="",
-            operands=(*map(Operand, operands), weight),
+            operands=(*[Operand(name, converts=True) for name in operands], weight),
+            fallback_reason=self._reason_of_shapes,
             scalars=tuple(map(Scalar, self.parameters)),
             definition=definition,
             formula=function,
@@ -191,7 +200,25 @@ class FormulaOperator(PointwiseLoss):
         computed = [symbolic.symbols[i].compute for i in traced.inputs]
         return program, lambda numbers: [compute(numbers) for compute in computed]
 
+    def _reason_of_shapes(self, *arguments: Any) -> str | None:
+        shapes = {x.shape for x in arguments[: len(self.variables)]}
+        if len(shapes) > 1 and any(traced.expressions.indexed for traced in self.traces):
+            return "a mask is an index, and the operands differ in shape"
+        return None
+
+    def _dtypes(
+        self, arguments: Arguments, input: Tensor, reduction: str
+    ) -> tuple[torch.dtype, torch.dtype]:
+        dtype, result = super()._dtypes(arguments, input, reduction)
+        if dtype.itemsize == 2 and any(
+            kind.itemsize > 1 and not kind.is_floating_point for kind in self.dtypes
+        ):
+            dtype = torch.float32  # half precision has too few digits for integers
+        return dtype, result
+
     def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
+        pairs = zip(operands, self.dtypes, strict=True)
+        operands = [x if dtype.is_floating_point else x.to(dtype) for x, dtype in pairs]
         return self.function(*operands, **dict(zip(self.parameters, scalars, strict=True)))
 
     @property
@@ -343,6 +370,7 @@ class Formula:
             kernels: for small tensors, double backward, forward mode, ``torch.func``, tensor
             subclasses, ``torch.compile`` and other devices.
         op: The operator that dispatches calls.
+        variants: Operators for other dtypes of the operands.
     """
 
     __name__: str
@@ -353,11 +381,11 @@ class Formula:
             raise TypeError(f"function: expected a function with a name, got {function!r}")
         self.written, self.strict = function, strict
         update_wrapper(self, function)
-        op = FormulaOperator(function, loss)
+        op = self.op = FormulaOperator(function, loss)
         of_loss = op.reference.__signature__  # type: ignore[attr-defined]
         self.__signature__ = of_loss if loss else inspect.signature(function)
         self.keywords = {*op.parameters, *(_CALL_OPTIONS if loss else ())}
-        self._declare(op)
+        self._declare(partial(FormulaOperator, function, loss, None))
 
     def gradient(self, slopes: Function) -> Function:
         """Replaces the derivative that torch's rules give; use it as a decorator.
@@ -379,23 +407,61 @@ class Formula:
         expected, names = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
         if names != expected:
             raise TypeError(f"{slopes.__name__}: expected the parameters {expected}, got {names}")
-        self._declare(FormulaOperator(self.written, self.op.loss, slopes))
+        self._declare(partial(FormulaOperator, self.written, self.op.loss, slopes))
         return slopes
 
-    def _declare(self, op: FormulaOperator) -> None:
+    def _declare(self, make: Callable[..., FormulaOperator]) -> None:
         """Sets the operator, and compiles it for the default parameters.
+
+        If the function cannot take floats, some of the operands are masks.
+
+        Args:
+            make: Returns the operator for the dtypes of the operands.
 
         Raises:
             TypeError, RuntimeError: ``strict`` is True, and no kernel can compute the function.
         """
-        self.op, self.function = op, op.function
-        try:
+
+        def made(dtypes: tuple[torch.dtype, ...]) -> FormulaOperator:
+            op = make(dtypes)
             traced, _ = op.traced(tuple(op.parameters.values()))
             op.long = len(traced.program(op.all_outputs).body) >= _LONG
+            return op
+
+        self.op = make(())
+        self.variants: dict[tuple[torch.dtype, ...], FormulaOperator] = {}
+        self.make, self.function = make, self.op.function
+        floats, *masked, _ = sorted(
+            product((torch.float64, torch.bool), repeat=len(self.op.variables)),
+            key=lambda dtypes: dtypes.count(torch.bool),
+        )
+        try:
+            try:
+                self.op = made(floats)
+            except UntraceableError:
+                for dtypes in masked:
+                    with contextlib.suppress(UntraceableError):
+                        self.op = made(dtypes)
+                        return
+                raise
         except (UntraceableError, RuntimeError) as error:
             if self.strict:
                 message = f"{self.__name__}: {error}. Pass strict=False to run it unfused"
                 raise type(error)(message) from None
+
+    def variant(self, arguments: Arguments) -> FormulaOperator:
+        """Returns the operator for the dtypes of the operands, which may be masks and integers."""
+        operands = arguments[: len(self.op.dtypes)]
+        if not all(isinstance(operand, Tensor) for operand in operands):
+            return self.op
+        dtypes = tuple([torch.float64 if x.is_floating_point() else x.dtype for x in operands])
+        if dtypes == self.op.dtypes:
+            return self.op
+        if dtypes not in self.variants:
+            op: FormulaOperator = self.make(dtypes)
+            op.long = self.op.long
+            self.variants[dtypes] = op
+        return self.variants[dtypes]
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         if is_dynamo_compiling() or (
@@ -409,7 +475,14 @@ class Formula:
                 return self.function(*operands, **named).mean()
             reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
             return reduced(self.function(*operands, **named), reduction, weight)
-        return dispatch.call(self.op, self.arguments(operands, named))
+        arguments, op = self.arguments(operands, named), self.op
+        for operand, dtype in zip(arguments, op.dtypes, strict=False):
+            if isinstance(operand, Tensor) and operand.dtype is not dtype:
+                if operand.is_floating_point() and dtype.is_floating_point:
+                    continue
+                op = self.variant(arguments)
+                break
+        return dispatch.call(op, arguments)
 
     def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
         """Converts the arguments of a call to the operator's positional arguments.
@@ -443,14 +516,16 @@ class Formula:
         instructions, and the bytes read and written per element.
         """
         if operands or named:
-            return path_of(self.op, self.arguments(operands, named))
+            arguments = self.arguments(operands, named)
+            return path_of(self.variant(arguments), arguments)
         names = [variable.name for variable in self.op.variables]
         try:
             traced, values = self.op.traced(tuple(self.op.parameters.values()))
         except (UntraceableError, RuntimeError) as error:
             return f"{self.__name__}: torch: {error}"
-        program = traced.program(self.op.all_outputs)
-        read, written = len(names), len(names) + (not self.op.loss)
+        needed = tuple([dtype.is_floating_point for dtype in self.op.dtypes])
+        program = traced.program(Outputs(True, needed))
+        read, written = len(names), sum(needed) + (not self.op.loss)
         tensors = "1 tensor" if read == 1 else f"{read} tensors"
         return "\n  ".join([
             (f"{self.__name__}: {len(program.body)} instructions for an element and its gradients; "
@@ -489,8 +564,16 @@ class FormulaModule(torch.nn.Module):
 # ---- comparison of kernels with the function -----------------------------------------------------
 
 
-def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
-    """Returns test operands: random, large and small values, literals, ties, infinities and NaN."""
+def _points(
+    dtypes: Sequence[torch.dtype], literals: Sequence[float], dtype: torch.dtype
+) -> list[Tensor]:
+    """Returns test operands: random, large and small values, literals, ties, infinities and NaN.
+
+    Args:
+        dtypes: The dtypes of the operands; bool and integer operands take small integers.
+        dtype: The dtype of the result.
+    """
+    operands = len(dtypes)
     generator, n = torch.Generator().manual_seed(0), 256
     special = [0.0, 0.5, 1.0, 2.0, float("inf"), *map(float, literals)]
     special += [-value for value in special]
@@ -500,7 +583,11 @@ def _points(operands: int, literals: Sequence[float], dtype: torch.dtype) -> lis
     normal *= torch.tensor([1.0, 30.0, 1e-5])[:, None]
     ties = torch.randn(n, generator=generator).expand(operands, n)
     uniform = torch.rand(operands, n, generator=generator)
-    return [*torch.cat([normal.flatten(1), ties, uniform, chosen], 1).to(dtype)]
+    points = torch.cat([normal.flatten(1), ties, uniform, chosen], 1).to(dtype)
+    for x, kind in zip(points, dtypes, strict=True):
+        if not kind.is_floating_point:
+            x.copy_(torch.randint(-2, 6, x.shape, generator=generator).to(kind))
+    return [*points]
 
 
 def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tensor]) -> Tensor:
@@ -530,7 +617,8 @@ class _Roundings(DispatchMode):
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         steps = torch.randn(result.shape, dtype=torch.float64, generator=self.generator)
-        rounded = (result * (1 + self.limits.eps * steps)).to(result.dtype)
+        eps = max(self.limits.eps, torch.finfo(result.dtype).eps)  # integers promote to float32
+        rounded = (result * (1 + eps * steps)).to(result.dtype)
         return rounded.masked_fill_(result.abs() < self.limits.tiny, 0)
 
 
@@ -551,20 +639,24 @@ def check(
     """
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    points = _points(len(op.variables), traced.run.literals, dtype)
+    points = _points(op.dtypes, traced.run.literals, dtype)
     tensors, outputs = (tuple(points), None, None), op.all_outputs
     values = tuple(traced.inputs.values())
     launch = kernels(traced.program(outputs), tensors, None, "none", outputs)
     value, gradients = launch((*points, None, None), values)
     results = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]
+    varied = [kind.is_floating_point for kind in op.dtypes]
     expected = _run(op, numbers, wide)
     digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
     nearby = [expected, _run(op, numbers, points)]
     for _ in range(8):
         steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
         near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
-        near = [torch.where(x.isinf(), x, y) for x, y in zip(wide, near, strict=True)]
+        near = [
+            torch.where(x.isinf(), x, y) if varies else x
+            for x, y, varies in zip(wide, near, varied, strict=True)
+        ]
         with _Roundings(dtype, generator):
             nearby += [
                 _run(op, numbers, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}

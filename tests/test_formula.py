@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, Errors, evaluate, exactly, random_grad_output
+from compare import DEVICE, FLOATS, Errors, evaluate, exactly, random_grad_output, widen
 from conftest import KernelCalls
 from grid import grid
 from hypothesis import given, settings
@@ -242,6 +242,175 @@ def test_products_and_quotients_of_extreme_numbers() -> None:
 
     input = torch.tensor([1e38, -3e38])
     torch.testing.assert_close(tiny(input) * 1e30, tiny.function(input) * 1e30, rtol=1e-5, atol=0)
+
+
+FACTORS = st.sampled_from([0.0, -0.0, 1.0, 2.0**-60, 1e-15, -1e-9, 3e4, 1e15, -1e17, 2.0**60])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("*/+-wsg"), st.integers(0, 3)), min_size=2, max_size=6),
+    st.tuples(*[FACTORS] * 4),
+)
+@settings(max_examples=5 if interpreter.ON else max(100, settings().max_examples))
+def test_parameters_never_overflow_first(
+    steps: list[tuple[str, int]], numbers: tuple[float, ...]
+) -> None:
+    """Where torch's float32 result is accurate, so is the kernel's."""
+
+    @pyfused.activation(strict=False)
+    def mine(
+        x: Tensor, *, a: float = 1.5, b: float = 0.7, c: float = 3.0, d: float = 1.25
+    ) -> Tensor:
+        for op, k in steps:
+            p = (a, b, c, d)[k]
+            if op in "*/":
+                x = x * p if op == "*" else x / p
+            elif op in "+-":
+                x = p + x if op == "+" else p - x
+            elif op == "w":
+                x = torch.where(x > 0, p, -1.0) * x
+            else:
+                x = p * (x * x) if op == "s" else x * torch.sigmoid(x) * p
+        return x
+
+    x = torch.tensor([0.0, 1.0, -1.5, 1e-30, -3e-15, 1e15, 2e30]).requires_grad_()
+    named = dict(zip("abcd", numbers, strict=True))
+    got, of_torch = evaluate(mine, x, **named), evaluate(mine.function, x, **named)
+    exact = evaluate(mine.function, x, convert=exactly, **named)
+    for ours, theirs, right in (
+        (got.value, of_torch.value, exact.value),
+        (got.gradients[0], of_torch.gradients[0], exact.gradients[0]),
+    ):
+        tolerance = 1e-5 * right.abs() + 2.0**-126
+        is_accurate = theirs.isfinite() & ((theirs - right).abs() <= tolerance)
+        assert ((ours - right).abs() <= 3 * tolerance)[is_accurate].all()
+
+
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "where": lambda x, m: torch.where(m, x * x, 0.0),
+    "not": lambda x, m: torch.where(~m, x * x, x),
+    "filled": lambda x, m: (x * x).masked_fill_(~m, 0.0),
+    "and": lambda x, m: torch.where(m & (x > 0), x, 0.5),
+    "logic": lambda x, m: torch.where(torch.logical_xor(m, x > 0), x, 0.5) * m.bool(),
+    "times": lambda x, m: x * m + torch.where(m > 0, x.exp(), 0.0),
+    "ignored": lambda x, m: torch.where(m == 6, 0.0, x * m),
+    "classes": lambda x, m: torch.where(m < 3, x, torch.where(m >= 5, x * x, 3 * x)),
+    "clamped": lambda x, m: x * torch.where(x > 0, m, 1).clamp(0, 3).float(),
+    "signs": lambda x, m: F.softplus(-(2.0 * m - 1) * x),
+    "converted": lambda x, m: x * m.long() + m.double() + m.type_as(x) + torch.zeros_like(m),
+    "divided": lambda x, m: m / 3 * x + m / (x * x + 1) + torch.sigmoid(m),
+    "powers": lambda x, m: (m + 2.0) ** x + torch.maximum(x, m) + torch.minimum(m, x),
+    "compared": lambda x, m: torch.where((m < x) | torch.isnan(m), x, m),
+    "of_masks": lambda x, m: torch.where(m == (x > 0), x, (x > 0).long() * x),
+}
+NEED_MASKS = ("where", "not", "filled", "and")
+KINDS = (torch.bool, torch.uint8, torch.int16, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_and_labels(name: str, dtype: torch.dtype, kernel_calls: KernelCalls) -> None:
+    def mine(x: Tensor, m: Tensor) -> Tensor:
+        return MASKED[name](x, m)
+
+    formula = pyfused.activation(mine)
+    x = torch.randn(40, 4, dtype=dtype).requires_grad_()
+    bound = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {"rtol": bound, "atol": bound}
+    for kind, shape in product(KINDS[:1] if name in NEED_MASKS else KINDS, [(40, 4), (40, 1)]):
+        m = torch.randint(7, shape).to(kind)
+        calls = kernel_calls[formula.op.name]
+        got, expected = evaluate(formula, x, m), evaluate(mine, x, m, convert=widen)
+        assert kernel_calls[formula.op.name] == calls + 2, formula.explain(x, m)
+        assert got.value.dtype == mine(x, m).dtype
+        torch.testing.assert_close(got.value.to(expected.value), expected.value, **tolerance)
+        for ours, theirs in zip(got.gradients, expected.gradients, strict=True):
+            torch.testing.assert_close(ours.to(theirs), theirs, **tolerance)
+
+
+def test_a_masked_loss(kernel_calls: KernelCalls) -> None:
+    """A mask as an operand and as the weight, in graphs of first and second order."""
+
+    @pyfused.loss
+    def mine(input: Tensor, target: Tensor, mask: Tensor, label: Tensor) -> Tensor:
+        return torch.where(mask, (input - target) ** 2, 0.0) * (label != 7)
+
+    assert "3 tensors" not in mine.explain()
+    assert "grad_mask" not in mine.explain()
+    x, y = torch.randn(2, 60, dtype=torch.float64)
+    mask, label = torch.rand(60) > 0.3, torch.randint(5, 9, (60,))
+    x.requires_grad_()
+
+    def weighted(x: Tensor) -> Tensor:
+        return (mine.function(x, y, mask, label) * mask).sum() / mask.sum()
+
+    ours, theirs = mine(x, y, mask, label, weight=mask), weighted(x)
+    torch.testing.assert_close(ours, theirs)
+    first = [torch.autograd.grad(loss, x, create_graph=True)[0] for loss in (ours, theirs)]
+    second = [torch.autograd.grad(gradient.sum(), x)[0] for gradient in first]
+    torch.testing.assert_close(*first)
+    torch.testing.assert_close(*second)
+    assert kernel_calls[mine.op.name]
+
+
+def _assigned(x: Tensor, m: Tensor) -> Tensor:
+    y = 2 * x
+    y[m] = 0.25
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "words"),
+    [
+        (lambda x, m: (2 * m - 1) * x, torch.int64, "mul on integers"),
+        (lambda x, m: -m * x, torch.uint8, "neg on integers"),
+        (lambda x, m: m.to(torch.int8) * x, torch.int64, "a cast to torch.int8"),
+        (lambda x, m: torch.where(m == 2**24, x, -x), torch.int64, "eq on integers above 2**24"),
+        (lambda x, m: torch.where(m == m.clamp(max=1), x, -x), torch.int32, "eq on integers"),
+        (lambda x, m: torch.where(m == -100, x, -x), torch.uint8, "[-100] with torch.uint8"),
+        (lambda x, m: torch.where(m > 1, m, 300) * x, torch.uint8, "[300] with torch.uint8"),
+        (lambda x, m: x * m.logical_not_(), torch.bool, "changes an operand in place"),
+        (_assigned, torch.bool, ""),
+        (_assigned, torch.int64, "out of bounds"),
+    ],
+)
+def test_masks_and_labels_that_torch_computes(
+    function: Callable[[Tensor, Tensor], Tensor], kind: torch.dtype, words: str
+) -> None:
+    formula = pyfused.activation(strict=False)(function)
+    x, m = torch.randn(6), torch.tensor([0, 1, 2, 2**24 + 1, 2**24, 5]).to(kind)
+    assert words in formula.explain(x, m).reason
+    if words != "out of bounds":
+        torch.testing.assert_close(formula(x, m.clone()), function(x, m.clone()))
+    if function is _assigned:  # a row of x for each element of the mask
+        square = torch.randn(6, 6)
+        if kind is torch.bool:
+            assert torch.equal(formula(square, m), function(square, m))
+
+
+SUBNORMAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": torch.exp, "exp2": lambda x: torch.exp2(x * 1.44), "pow": lambda x: 2.7**x,
+    "power": lambda x: (-x) ** (x * 0.2), "sigmoid": torch.sigmoid, "softplus": F.softplus,
+    "log_sigmoid": lambda x: F.logsigmoid(-x), "decay": lambda x: torch.exp(-x.abs()),
+    "share": lambda x: torch.exp(x) / (torch.exp(x) + torch.exp(x - 1)),
+    "log": lambda x: torch.log(torch.exp(x) * 2.0), "tiny": lambda x: torch.expm1(1e-40 * x),
+    "tanh": lambda x: torch.tanh(x * 1e-40), "erf": lambda x: torch.erf(x * 1e-40),
+    "density": lambda x: torch.exp(-0.5 * (x / 7) * (x / 7)) * 0.3989422804014327,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUBNORMAL)
+def test_subnormal_results(name: str, kernel_calls: KernelCalls) -> None:
+    def mine(x: Tensor) -> Tensor:
+        return SUBNORMAL[name](x)
+
+    formula = pyfused.activation(mine)
+    x = torch.linspace(-106, -84, 500)
+    x = x[mine(x).isfinite()]  # all are 0 below -104
+    expected, right = mine(x), mine(x.double())
+    error = (formula(x).double() - right).abs()
+    assert (error <= (expected - right).abs() + 2e-5 * right.abs() + 2 * 2.0**-149).all()
+    assert kernel_calls[formula.op.name]
 
 
 @pyfused.activation
@@ -950,7 +1119,7 @@ def _rewritten(make: Callable[[Expressions, int], int]) -> tuple[Any, ...]:
         (lambda e, u: e.mul(e.sigmoid(e.neg(u)), e.exp(u)), ("sigmoid", "u")),
         (lambda e, u: e.mul(e.div(u, e.exp(u)), e.exp(u)), "u"),
         (lambda e, u: e.mul(e.mul(u, e.mul(e.abs(u), e.sigmoid(e.neg(u)))), e.exp(u)),
-         ("mul", "u", ("mul", ("abs", "u"), ("sigmoid", "u")))),
+         ("mul", ("mul", "u", ("abs", "u")), ("sigmoid", "u"))),
         (lambda e, u: e.mul(e.div(u, e.sigmoid(u)), e.sigmoid(u)), "u"),
         (lambda e, u: e.mul(e.mul(e.div(u, e.sigmoid(u)), e.abs(u)), e.sigmoid(u)),
          ("mul", "u", ("abs", "u"))),
@@ -1383,6 +1552,12 @@ BINARY = {
 }  # fmt: skip
 
 
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float": lambda m: m.float(), "nonzero": lambda m: (m != 0).double(), "third": lambda m: m / 3,
+    "where": lambda m: torch.where(m > 1, 1.5, -0.5), "clamp": lambda m: m.clamp(0, 2) * 0.5,
+}  # fmt: skip
+
+
 @st.composite
 def random_formulas(draw: st.DrawFn) -> tuple[int, list[tuple[str, int, int]]]:
     operands = draw(st.integers(1, 3))
@@ -1393,7 +1568,9 @@ def random_formulas(draw: st.DrawFn) -> tuple[int, list[tuple[str, int, int]]]:
     return operands, steps
 
 
-def compute(steps: list[tuple[str, int, int]], *operands: Tensor) -> Tensor:
+def compute(steps: list[tuple[str, int, int]], *operands: Tensor, mask: str = "") -> Tensor:
+    *first, last = operands
+    operands = (*first, MASKS[mask](last)) if mask else operands
     values = list(operands)
     for op, i, j in steps:
         values.append(UNARY[op](values[i]) if op in UNARY else BINARY[op](values[i], values[j]))
@@ -1401,21 +1578,30 @@ def compute(steps: list[tuple[str, int, int]], *operands: Tensor) -> Tensor:
 
 
 HEADS = {
-    1: lambda steps: lambda a: compute(steps, a),
-    2: lambda steps: lambda a, b: compute(steps, a, b),
-    3: lambda steps: lambda a, b, c: compute(steps, a, b, c),
+    1: lambda steps, mask: lambda a: compute(steps, a, mask=mask),
+    2: lambda steps, mask: lambda a, b: compute(steps, a, b, mask=mask),
+    3: lambda steps, mask: lambda a, b, c: compute(steps, a, b, c, mask=mask),
 }
 
 
-@given(random_formulas(), st.sampled_from([*MODES]))
+@given(
+    random_formulas(), st.sampled_from([*MODES]), st.sampled_from(["", "", *MASKS]),
+    st.sampled_from(KINDS),
+)  # fmt: skip
 @settings(max_examples=20 if interpreter.ON else max(200, settings().max_examples))
-def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]], mode: str) -> None:
-    """Defining a formula compares the CPU's kernel with torch in float64."""
+def test_random_programs(
+    drawn: tuple[int, list[tuple[str, int, int]]], mode: str, mask: str, kind: torch.dtype
+) -> None:
+    """Defining and tracing a formula compares the CPU's kernel with torch in float64."""
     operands, steps = drawn
+    mask = mask if operands > 1 else ""
     with MODES[mode]():
-        formula = pyfused.activation(HEADS[operands](steps))
-    traced, values = formula.op.traced(())
+        formula = pyfused.activation(HEADS[operands](steps, mask))
+    dtypes = (*formula.op.dtypes[:-1], kind) if mask else formula.op.dtypes
+    op = formula.variant(tuple([torch.zeros(1, dtype=dtype) for dtype in dtypes]))
+    traced, values = op.traced(())
     x = tuple(torch.randn(operands, 7, dtype=torch.float64))
+    x = tuple([each.to(dtype).double() for each, dtype in zip(x, dtypes, strict=True)])
 
     def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
         program, outputs = traced.program(Outputs(False, wanted)), Outputs(False, wanted)
@@ -1428,6 +1614,6 @@ def test_random_programs(drawn: tuple[int, list[tuple[str, int, int]]], mode: st
             assert (one is None) != is_wanted
             assert one is None or torch.equal(one.nan_to_num(), other.nan_to_num())
     kernels = backend_of(torch.empty(0)).pointwise_loss
-    check(formula.op, (), traced, kernels, torch.float32)
+    check(op, (), traced, kernels, torch.float32)
     if kernels is not cpu.pointwise_loss:
-        check(formula.op, (), traced, kernels, torch.float64)
+        check(op, (), traced, kernels, torch.float64)

@@ -44,6 +44,7 @@ is_small = sizes.is_small
 FOLLOWED = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED, "multilabel_margin_loss")
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
+_CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
 
 
 def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
@@ -205,7 +206,8 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
         return reason
     if reason := unsupported_device(name, tensor, input):
         return reason
-    if tensor.dtype not in DTYPES and not (operand.indices and tensor.dtype in _INDEX_DTYPES):
+    others = _CONVERTED_DTYPES if operand.converts else _INDEX_DTYPES if operand.indices else ()
+    if tensor.dtype not in (*DTYPES, *others):
         return f"{name} has dtype {tensor.dtype}"
     if not operand.differentiated and tensor.requires_grad:
         return f"{name} requires grad"

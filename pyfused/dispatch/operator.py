@@ -40,6 +40,7 @@ class Operand(NamedTuple):
         labels: Whether it holds several class indices for each row, which end at the first -1.
         sign: Whether its values are -1 and 1.
         number: Whether it may be a float instead of a tensor.
+        converts: Whether it may be a bool or integer tensor, which kernels take as floats.
         enforced: The error that torch raises on CPUs for values out of bounds, None for no error.
     """
 
@@ -52,6 +53,7 @@ class Operand(NamedTuple):
     labels: bool = False
     sign: bool = False
     number: bool = False
+    converts: bool = False
     enforced: type[Exception] | None = None
 
 

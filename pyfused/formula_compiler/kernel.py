@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+import torch
+
 from pyfused.formula_compiler.program import Expressions, Program, compiled
 from pyfused.formula_compiler.trace import Function, expressions_of, isolated
 from pyfused.types import NUMBER, Outputs
@@ -78,5 +80,5 @@ class Kernel:
 
     def expressions(self, function: Function, operands: int) -> tuple[Expressions, list[int]]:
         """Traces a function of operands, parameters and the scale; returns its expressions."""
-        values = [0.5] * len(self.parameters)
-        return isolated(expressions_of, function, operands, values, False)
+        dtypes, values = [torch.float64] * operands, [0.5] * len(self.parameters)
+        return isolated(expressions_of, function, dtypes, values, False)

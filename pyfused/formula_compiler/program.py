@@ -29,6 +29,7 @@ _COMMUTATIVE = ("add", "mul", "eq")
 _COMPARISONS = ("lt", "le", "eq")
 _MAKES_MASK = (*_COMPARISONS, "logical_not")  # the result is 0 or 1
 _KEEPS_MASK = ("mul", "minimum", "maximum", "where")  # the result is 0 or 1 if the arguments are
+_MODERATE = 60  # the largest exponent of moderate literals and parameters
 _FOLDED: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -44,6 +45,8 @@ class UntraceableError(TypeError):
 # ---- rewrites ------------------------------------------------------------------------------------
 # Letters match expressions: s, t and u match scalars (the same for all elements), except very large
 # and very small literals; n matches literals; x matches non-scalars; other letters match anything.
+# A rule may avoid an overflow or an underflow of the formula as written, but never causes one:
+# mul(mul(x, s), t) is rewritten only if mul(s, t) is known to be 0 or normal in float32.
 
 SIMPLER = """
 neg(neg(a)) -> a
@@ -90,7 +93,7 @@ mul(exp(a), div(b, exp(a))) -> b
 mul(sigmoid(a), div(b, sigmoid(a))) -> b
 mul(sigmoid(a), mul(c, div(b, sigmoid(a)))) -> mul(c, b)
 mul(div(b, sigmoid(a)), mul(sigmoid(a), sigmoid(a))) -> mul(b, sigmoid(a))
-mul(exp(a), mul(b, mul(c, sigmoid(neg(a))))) -> mul(b, mul(c, sigmoid(a)))
+mul(exp(a), mul(b, mul(c, sigmoid(neg(a))))) -> mul(mul(b, c), sigmoid(a))
 """
 # The normal distribution: 1 + erf(x) cancels in the lower tail.
 NORMAL = """
@@ -98,6 +101,9 @@ mul(add(erf(div(a, 1.4142135623730951)), 1), 0.5) -> ndtr(a)
 mul(add(erf(mul(a, 0.7071067811865476)), 1), 0.5) -> ndtr(a)
 mul(exp(mul(mul(a, a), -0.5)), 0.3989422804014327) -> density(a)
 """
+
+
+_REASSOCIATED = ("mul", "x", ("mul", "s", "t"))
 
 
 class Rule(NamedTuple):
@@ -133,8 +139,8 @@ def _letters(pattern: Pattern) -> set[str]:
 
 
 def is_moderate(value: float | None) -> bool:
-    """Returns whether products of such literals are normal float32 numbers; True for None."""
-    return not value or 2.0**-60 <= abs(value) <= 2.0**60
+    """Returns whether products of two such literals are normal float32 numbers; True for None."""
+    return not value or 2.0**-_MODERATE <= abs(value) <= 2.0**_MODERATE
 
 
 def _exact_reciprocal(value: float | None) -> float | None:
@@ -155,10 +161,11 @@ class Expressions:
         scalars: Whether each expression has the same value for all elements.
         masks: Whether each expression is always 0 or 1.
         stabilized: Whether a rewrite has made results finite or accurate that were not.
+        indexed: Whether a mask is an index, so that operands do not broadcast.
     """
 
     def __init__(self, stabilize: bool = True) -> None:
-        self.stabilize, self.stabilized = stabilize, False
+        self.stabilize, self.stabilized, self.indexed = stabilize, False, False
         self.nodes: list[Node] = []
         self.scalars: list[bool] = []
         self.masks: list[bool] = []
@@ -187,6 +194,8 @@ class Expressions:
             if rule.table is STABLE and not self.stabilize:
                 continue
             for letters in self._match(rule.before, index, {}):
+                if rule.after == _REASSOCIATED and not self._is_normal(letters["s"], letters["t"]):
+                    continue
                 self.stabilized |= rule.table is not SIMPLER
                 return self._build(rule.after, letters)
         return index
@@ -203,6 +212,25 @@ class Expressions:
         if op == "where" and self.value(arguments[1]) == 0:
             return self.where(*arguments[:2], self.scaled(arguments[2]))
         return self.mul(index, self.input("scale", 0))
+
+    def _is_normal(self, *factors: int) -> bool:
+        """Returns whether a product of scalars is known to be 0 or a normal float32 number."""
+        low = high = 0.0  # bounds of its exponent
+        todo = [*factors]
+        while todo:
+            op, arguments = self.nodes[todo.pop()]
+            if op in ("mul", "neg"):
+                todo += arguments
+            elif op == "parameter":  # `Run` makes others literals
+                low, high = low - _MODERATE, high + _MODERATE
+            elif op == "scale":  # 1 / (the number of elements)
+                low -= 63
+            elif op == "literal":
+                exponent = math.log2(abs(arguments[0]) or 1.0)
+                low, high = low + exponent, high + exponent
+            else:
+                return False
+        return low > -126 and high < 127
 
     def value(self, index: int) -> float | None:
         """Returns the value of a literal, None for other expressions."""

@@ -5,6 +5,11 @@ are recorded as expressions. A user's function receives parameters as Python num
 may compute with them in Python. When a number that depends on a parameter is passed to torch, it
 is replaced by a tensor, which makes it an input of the program. Other values of the parameter then
 need no new trace.
+
+Operands keep their dtypes, so torch's functions take and return masks and integers as in any call;
+floating-point operands are float64. Kernels convert masks and integers to floats, which rounds
+integers from 2**24 on, so integers may only be selected, compared where rounding does not change
+the result, and converted to floating point.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from pyfused.formula_compiler.program import EXPONENTS, Expressions, UntraceableError, is_moderate
-from pyfused.torch_internals import DispatchMode, decomposition_table, tree_map
+from pyfused.torch_internals import DispatchMode, decomposition_table, is_mutable, tree_map
 
 # ---- recording of ATen operators -----------------------------------------------------------------
 
@@ -37,9 +42,18 @@ class Recorder(DispatchMode):
         self.e = Expressions(stabilize)
         # Keyed by address. Holding the tensors keeps their addresses from being reused.
         self.expressions: dict[int, tuple[Tensor, int]] = {}
+        self.operands = set[int]()  # addresses
+        self.integers = set[int]()  # expressions: integer operands and selections of these
 
     def track(self, tensor: Tensor, expression: int) -> None:
         self.expressions[tensor.data_ptr()] = tensor, expression
+
+    def track_operand(self, tensor: Tensor, expression: int) -> None:
+        self.track(tensor, expression)
+        self.operands.add(tensor.data_ptr())
+        self.e.masks[expression] = tensor.dtype is torch.bool
+        if is_integer(tensor):
+            self.integers.add(expression)
 
     def read(self, argument: Any) -> Any:
         """Returns the expression of a tensor or a number; returns other arguments unchanged."""
@@ -49,21 +63,28 @@ class Recorder(DispatchMode):
             if argument.dim():
                 raise UntraceableError("a tensor that is not an operand; pass it as an operand")
             argument = argument.item()
+        if type(argument) is list:
+            return [*map(self.read, argument)]
         return self.e.literal(argument) if type(argument) in (bool, int, float) else argument
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = op.name().removeprefix("aten::").partition(".")[0]  # without the overload's name
+        if is_mutable(op) and args[0].data_ptr() in self.operands:
+            raise UntraceableError(f"{name} changes an operand in place")
         name = name if name in ATEN else name.removesuffix("_")  # in-place operators
         if name in ATEN:
             result = op(*args, **kwargs)
             self.check_dtypes(name, args, result)
+            selects = self.check_integers(name, args, result)
             named = {k: self.read(v) for k, v in kwargs.items() if k not in _NOT_READ}
             made = ATEN[name](self.e, *map(self.read, args), **named)
             pairs = zip(result, made, strict=True) if type(result) is tuple else [(result, made)]
             for tensor, expression in pairs:
                 is_mask = tensor.dtype is torch.bool
                 self.track(tensor, self.e.mask(expression) if is_mask else expression)
+            if selects:
+                self.integers.add(made)
             return result
         with self:
             result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
@@ -75,7 +96,10 @@ class Recorder(DispatchMode):
         return result
 
     def check_dtypes(self, name: str, args: Sequence[Any], result: Any) -> None:
-        """Raises an error for changes of dtype, because all values of a program have one dtype."""
+        """Raises an error for changes of dtype, because all values of a program have one dtype.
+
+        The error is no TypeError, which Python's operators would replace by another.
+        """
         sources = {a.dtype for a in args if isinstance(a, Tensor) and a.dim()}
         dtype = result.dtype if isinstance(result, Tensor) and result.dim() else torch.float64
         problem = ""
@@ -86,10 +110,57 @@ class Recorder(DispatchMode):
             )
         elif name.startswith("bitwise") and sources - {torch.bool}:
             problem = f"{name} on integers"
+        elif name == "index_put" and (
+            [x.dtype for x in args[1]] != [torch.bool] or args[2].dim() or len(args) > 3
+        ):
+            problem = "an index that is no mask, or values that are no number"
         elif name == "add" and dtype is torch.bool:
             problem = "a sum of bool tensors; use torch.logical_or"
         if problem:
-            raise UntraceableError(problem)
+            raise RuntimeError(problem)
+
+    def check_integers(self, name: str, args: Sequence[Any], result: Any) -> bool:
+        """Raises an error if the rounding of integer operands could change the result.
+
+        Returns:
+            Whether the result is a selection of integer operands.
+        """
+        integers = [x for x in args if is_integer(x) and self.read(x) in self.integers]
+        if not integers:
+            return False
+        dtype, problem, limits = result.dtype, "", torch.iinfo(integers[0].dtype)
+        numbers: list[float] = []
+        if name in (*_COMPARISONS, *_SELECTIONS, "full_like") and name not in _COPIES:
+            numbers = [x for x in args if type(x) in (int, float)]
+            numbers += [x.item() for x in args if isinstance(x, Tensor) and not x.dim()]
+        if not all(limits.min <= number <= limits.max for number in numbers):
+            problem = f"{numbers} with {integers[0].dtype}"  # torch would wrap them around
+        elif name in _COMPARISONS:
+            problem = "" if self.is_exact(args, integers) else f"{name} on integers above 2**24"
+        elif name == "_to_copy" and dtype.is_floating_point:
+            problem = f"a cast to {dtype}" if dtype in (torch.float16, torch.bfloat16) else ""
+        elif is_integer(result) and name not in (*_SELECTIONS, *_CONSTANTS):
+            problem = f"{name} on integers"
+        elif name == "_to_copy" and torch.promote_types(dtype, args[0].dtype) is not dtype:
+            problem = "" if dtype is torch.bool else f"a cast to {dtype}"
+        if problem:
+            raise RuntimeError(f"{problem}; call float() on integer operands first")
+        return is_integer(result) and name in _SELECTIONS
+
+    def is_exact(self, compared: Sequence[Any], integers: Sequence[Tensor]) -> bool:
+        """Returns whether a comparison of integer operands has the same result after rounding.
+
+        Rounding preserves the order of integers, and integers below 2**24. If the other side is
+        floating-point, torch rounds the integers, too.
+        """
+        if len(integers) == 2:
+            return all(x.dtype in (torch.uint8, torch.int8, torch.int16) for x in integers)
+        (other,) = [x for x in compared if x is not integers[0]]
+        if isinstance(other, Tensor) and other.dim() and other.is_floating_point():
+            return True
+        index = self.read(other)
+        value = self.e.value(index)
+        return self.e.masks[index] or (value is not None and abs(value) < 2**24)
 
 
 # Takes the operands, the parameters and the scale of the gradients.
@@ -97,6 +168,7 @@ Function = Callable[[list[Tensor], list[Tensor], Tensor], Sequence[Tensor | None
 Result = TypeVar("Result")
 
 _SHAPE = (2, 3)  # shape of the example tensors
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 
 
@@ -115,18 +187,31 @@ def clamp_is_inclusive() -> bool:
     return bool(torch.__version__ < "2.14")
 
 
-def _operands(count: int) -> list[Tensor]:
+def is_integer(argument: Any) -> bool:
+    """Returns whether an argument is an integer tensor with dimensions."""
+    if not isinstance(argument, Tensor) or argument.is_floating_point() or not argument.dim():
+        return False
+    return argument.dtype is not torch.bool
+
+
+def _operands(dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
-    return [values + 0.1 * k for k in range(count)]
+    return [
+        values + 0.1 * k if dtype.is_floating_point else (6 * values).to(dtype)
+        for k, dtype in enumerate(dtypes)
+    ]
 
 
 def expressions_of(
-    function: Function, operands: int, parameters: Sequence[float], stabilize: bool = True
+    function: Function,
+    dtypes: Sequence[torch.dtype],
+    parameters: Sequence[float],
+    stabilize: bool = True,
 ) -> tuple[Expressions, list[int]]:
     """Traces a function.
 
     Args:
-        operands: The number of operands.
+        dtypes: The dtypes of the operands.
 
     Returns:
         The expressions, and the indices of the results in them; None becomes the literal 0.
@@ -137,16 +222,18 @@ def expressions_of(
     recorder = Recorder(stabilize)
     # Parameters have the operands' shape, because torch reads the values of 0-d tensors.
     tensors = {
-        "operand": _operands(operands),
+        "operand": _operands(dtypes),
         "parameter": [torch.full(_SHAPE, x, dtype=torch.float64, device="cpu") for x in parameters],
         "scale": [torch.ones((), dtype=torch.float64, device="cpu")],
     }
     for kind, each in tensors.items():
         for k, tensor in enumerate(each):
-            recorder.track(tensor, recorder.e.input(kind, k))
+            track = recorder.track_operand if kind == "operand" else recorder.track
+            track(tensor, recorder.e.input(kind, k))
     leaves, numbers, (scale,) = tensors.values()
     with recorder:
-        results = function([leaf.requires_grad_() for leaf in leaves], numbers, scale)
+        leaves = [x.requires_grad_(x.is_floating_point()) for x in leaves]
+        results = function(leaves, numbers, scale)
     return recorder.e, [recorder.read(0.0 if each is None else each) for each in results]
 
 
@@ -174,7 +261,9 @@ def gradients_of(
     if not value.requires_grad:
         return [None] * len(leaves)
     weighted = _Weighted.apply(value, grad_output)
-    return [*torch.autograd.grad(weighted, leaves, allow_unused=True)]
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    gradients = iter(torch.autograd.grad(weighted, inputs, allow_unused=True))
+    return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
 # ---- a user's function ---------------------------------------------------------------------------
@@ -231,14 +320,14 @@ for _name in (
 
 
 class UserFunction(NamedTuple):
-    """A user's function, its gradient, and its number of operands."""
+    """A user's function, its gradient, and the dtypes of its operands."""
 
     function: Callable[..., Any]
     gradient: Callable[..., Any] | None
-    operands: int
+    dtypes: tuple[torch.dtype, ...]
 
     def run(self, parameters: dict[str, Any]) -> Run:
-        return Run(self, _operands(self.operands), parameters, {})
+        return Run(self, _operands(self.dtypes), parameters, {})
 
     def symbolic_run(self, parameters: dict[str, Any], run: Run) -> Run | None:
         """Returns a run with symbols instead of floats, None if it differs from the run.
@@ -297,7 +386,7 @@ class UserFunction(NamedTuple):
             except Exception as error:
                 raise UntraceableError(f"the derivative uses {error}") from error
 
-        e, (value, *gradients) = expressions_of(run, self.operands, [*inputs.values()])
+        e, (value, *gradients) = expressions_of(run, self.dtypes, [*inputs.values()])
         return e, [value, *(map(e.scaled, gradients) if self.gradient else gradients)]
 
 
@@ -312,7 +401,8 @@ class Run(TorchFunctionMode):
         literals: The numbers passed to torch's functions, which may be inputs of a program.
         symbols: The literals that are symbols, by index.
         exponents: The indices of literals that are exponents.
-        structure: The calls of torch's functions, with their arguments except the literals.
+        structure: The dtypes of the operands, and the calls of torch's functions, with their
+            arguments except the literals.
 
     Raises:
         UntraceableError: The function depends on values or shapes.
@@ -326,7 +416,7 @@ class Run(TorchFunctionMode):
         inputs: Mapping[int, Tensor],
     ) -> None:
         super().__init__()
-        self.inputs, self.literals, self.structure = inputs, list[float](), list[list[Any]]()
+        self.inputs, self.literals, self.structure = inputs, list[float](), [[*user.dtypes]]
         self.symbols, self.exponents = dict[int, Symbol](), set[int]()
         # Keyed by address. Holding the tensors keeps their addresses from being reused.
         self.sources: dict[int, tuple[Tensor, tuple[int, int]]] = {}
@@ -363,7 +453,9 @@ class Run(TorchFunctionMode):
         self.structure.append(call)
         try:
             bounds = [*args[1:], *(kwargs or {}).values()]
-            args, kwargs = tree_map(partial(self.read, call), (args, kwargs or {}))
+            counts = any(map(is_integer, (*args, *(kwargs or {}).values())))
+            read = partial(self.read, call, is_structural=counts)
+            args, kwargs = tree_map(read, (args, kwargs or {}))
             if name in _CLAMPS and not clamp_is_inclusive() and Tensor not in map(type, bounds):
                 func = _CLAMPS[name]
             made = func(*args, **kwargs)
@@ -380,11 +472,12 @@ class Run(TorchFunctionMode):
             )
         return made
 
-    def read(self, call: list[Any], argument: Any) -> Any:
+    def read(self, call: list[Any], argument: Any, is_structural: bool = False) -> Any:
         """Adds an argument to the structure of a call; returns it, or the tensor that replaces it.
 
         Numbers that rewrites depend on are part of the structure: exponents for which pow is
-        rewritten, and very large and very small numbers. So are numbers that torch.tensor rounds.
+        rewritten, and very large and very small numbers. So are numbers that torch.tensor rounds,
+        and numbers that are compared or computed with integers.
         """
         if isinstance(argument, Tensor):
             if argument.data_ptr() not in self.sources:
@@ -403,7 +496,8 @@ class Run(TorchFunctionMode):
             return argument
         index, is_exponent = len(self.literals), call[0].__name__.strip("_") in ("pow", "rpow")
         if (
-            not is_moderate(argument)
+            is_structural
+            or not is_moderate(argument)
             or call[0].__name__ in ("tensor", "as_tensor", "asarray")
             or (is_exponent and argument in EXPONENTS)
         ):
@@ -495,6 +589,11 @@ def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
     return e.where(e.lt(threshold, scaled), g, e.mul(g, e.sigmoid(scaled)))
 
 
+def _index_put(e: E, a: int, indices: list[int], values: int) -> int:
+    e.indexed = True
+    return e.where(indices[0], values, a)
+
+
 def _operation(op: str) -> Callable[..., int]:
     return lambda e, *arguments: e.make(op, *arguments)
 
@@ -519,12 +618,18 @@ _SAME_NAME = (
 _COPIES = (
     *("alias", "clone", "detach", "expand", "lift_fresh", "scalar_tensor", "view", "_to_copy"),
 )
+_ZEROS = ("zeros", "zeros_like", "new_zeros", "empty_like", "zero")
+_ONES = ("ones", "ones_like", "new_ones")
+_COPIES_OF_SECOND = ("full", "full_like", "fill", "copy")
+_CONSTANTS = (*_ZEROS, *_ONES, "full_like")
+_SELECTIONS = (*_COPIES, "where", "maximum", "minimum", "clamp", "relu")
 ATEN: dict[str, Callable[..., Any]] = {
     **{name: _operation(name) for name in _SAME_NAME},
     **dict.fromkeys(_COPIES, _argument(0)),
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "empty_like", "zero"), _constant(0)),
-    **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
-    **dict.fromkeys(("full", "full_like", "fill", "copy"), _argument(1)),
+    **dict.fromkeys(_ZEROS, _constant(0)),
+    **dict.fromkeys(_ONES, _constant(1)),
+    **dict.fromkeys(_COPIES_OF_SECOND, _argument(1)),
+    "index_put": _index_put,
     "add": _scaled("add"),
     "sub": _scaled("sub"),
     "div": _div,
