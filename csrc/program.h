@@ -52,7 +52,7 @@ constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
   X(erf, 1, erf_of(a))                              \
   X(ndtr, 1, Normal<A>(a).below)                    \
   X(density, 1, Normal<A>(a).density)               \
-  X(decay, 1, exp_shifted(-std::abs(a)))            \
+  X(decay, 1, exp_nonpositive(-std::abs(a)))        \
   X(sigmoid_from, 2, pyfused::sigmoid_from(a, b))   \
   X(softplus_from, 2, pyfused::softplus_from(a, b)) \
   X(add, 2, a + b)                                  \

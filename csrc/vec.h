@@ -6,16 +6,17 @@
 //   exp_shifted     [-87.33, 7] (double: [-708, 7])  1.01 ULP (double: 1); falls to 0 below
 //   log_positive    [1, 2^60]                        1.5 ULP (of 1 below e)
 //   log_of          every positive normal value      1.5 ULP; -inf of 0, NaN below
-//   exp_of          [-86, inf] (double: [-707, inf]) 1.01 ULP (double: 1); falls to 0 below
+//   exp_of          every value                      1.01 ULP (subnormal results: 1.5)
+//   exp_nonpositive [-inf, 0]                        1.01 ULP (subnormal results: 1.5)
 //   log1p_of        [-1, inf]                        3 ULP; NaN below
 //   tanh_of         every value                      3 ULP
 //   expm1_of        every value                      2 ULP
 //   erf_of          every value                      2.5 ULP
 //   sine_of         |x| <= kMostSine                 2.5 ULP (of 2^-12 below)
-//   pow_of (float)  every value                      1.3 ULP; falls to 0 below 2^-126
-//   Normal.below    [-13, inf] (double: [-37, inf])  5 ULP, and x^2 / 2 of them below -1
-//   softplus        [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
-//   sigmoid         [-87, inf] (double: [-708, inf]) 3 ULP; falls to 0 below
+//   pow_of (float)  every value                      1.3 ULP (subnormal results: 1.8)
+//   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1
+//   softplus        every value                      3 ULP
+//   sigmoid         every value                      3 ULP
 //   load            every value of T                 exact
 //   store           every value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
 //
@@ -216,28 +217,20 @@ PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int6
 
 template <class A> struct Power {
   A less_1;  // exp(r) - 1
-  A scale;   // 2^n, or half of it
+  A scale;   // 2^(n - lift)
 };
 
-// `lift` is 1 where 2^n alone would be infinite. Without `clamps`, x is at least kLeast.
-template <int lift = 0, bool clamps = true> PYFUSED_INLINE Power<float> power_of(float x) {
-  constexpr float kRound = 0x1.8p23f + 127 - lift, kLeast = -88.0f + 0.7f * lift;
-  if constexpr (clamps) x = kLeast > x ? kLeast : x;
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
+// exp(r) - 1, |r| <= ln(2) / 2, to be multiplied by 2^n.
+PYFUSED_INLINE float exp_less_1(float x, float n) {
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   const float z = r * r;
   float p = 1.38143183e-3f * r + 8.36885128e-3f;
   p = p * z + (4.16684011e-2f * r + 1.66665195e-1f);
   p = p * r + 4.99999934e-1f;
-  return {p * z + r, bit_cast<float>(bit_cast<uint32_t>(shifted) << 23)};
+  return p * z + r;
 }
 
-template <int lift = 0, bool clamps = true> PYFUSED_INLINE Power<double> power_of(double x) {
-  constexpr double kRound = 0x1.8p52 + 1023 - lift, kLeast = -709.0 + 0.7 * lift;
-  if constexpr (clamps) x = kLeast > x ? kLeast : x;
-  const double shifted = x * 1.4426950408889634 + kRound;
-  const double n = shifted - kRound;
+PYFUSED_INLINE double exp_less_1(double x, double n) {
   const double r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
   const double z = r * r;
   double p = 2.082952690990506e-09 * r + 2.5112669132722643e-08;
@@ -246,7 +239,38 @@ template <int lift = 0, bool clamps = true> PYFUSED_INLINE Power<double> power_o
   p = p * z + (0.0013888888889096167 * r + 0.008333333333316146);
   p = p * z + (0.04166666666666617 * r + 0.16666666666666685);
   p = p * r + 0.5;
-  return {p * z + r, bit_cast<double>(bit_cast<uint64_t>(shifted) << 52)};
+  return p * z + r;
+}
+
+// 2^n for n = shifted - kRound.
+PYFUSED_INLINE float power_of_2(uint32_t bits) { return bit_cast<float>(bits << 23); }
+PYFUSED_INLINE double power_of_2(uint64_t bits) { return bit_cast<double>(bits << 52); }
+
+template <class A> constexpr bool kIsFloat = sizeof(A) == 4;
+template <class A> using Bits = std::conditional_t<kIsFloat<A>, uint32_t, uint64_t>;
+template <class A> constexpr int kBias = kIsFloat<A> ? 127 : 1023;
+template <class A> constexpr A kRounding = kIsFloat<A> ? A(0x1.8p23) : A(0x1.8p52);
+
+// `lift` is 1 where 2^n alone would be infinite, and negative where exp(x) may be subnormal.
+// Without `clamps`, x is at least kLeast.
+template <int lift = 0, bool clamps = true, class A> PYFUSED_INLINE Power<A> power_of(A x) {
+  constexpr A kRound = kRounding<A> + kBias<A> - lift;
+  constexpr A kLeast = (kIsFloat<A> ? A(-88) : A(-709)) + A(0.7) * lift;
+  if constexpr (clamps) x = kLeast > x ? kLeast : x;
+  const A shifted = x * A(1.4426950408889634) + kRound;
+  return {exp_less_1(x, shifted - kRound), power_of_2(bit_cast<Bits<A>>(shifted))};
+}
+
+// The same for every x, with 2^n as a product of two normal numbers; the first is 0 at kLeast.
+template <class A> struct WidePower {
+  A less_1, scale, rest;
+};
+template <class A> PYFUSED_INLINE WidePower<A> wide_power_of(A x) {
+  constexpr A kRound = kRounding<A> + 2 * kBias<A>, kLeast = kIsFloat<A> ? A(-176) : A(-1418);
+  x = kLeast > x ? kLeast : x;
+  const A shifted = x * A(1.4426950408889634) + kRound;
+  const Bits<A> bits = bit_cast<Bits<A>>(shifted), half = bits / 2;
+  return {exp_less_1(x, shifted - kRound), power_of_2(half), power_of_2(bits - half)};
 }
 
 template <class A> PYFUSED_INLINE A exp_shifted(A x) {
@@ -254,10 +278,18 @@ template <class A> PYFUSED_INLINE A exp_shifted(A x) {
   return power.less_1 * power.scale + power.scale;
 }
 
+// exp(x), x <= 0. Subnormal results take ten to twenty times as long on many processors.
+template <class A> constexpr int kSubnormal = sizeof(A) == 4 ? 24 : 54;
+template <class A> constexpr A kUnlift = sizeof(A) == 4 ? A(0x1p-24) : A(0x1p-54);
+template <class A> PYFUSED_INLINE A exp_nonpositive(A x) {
+  const Power<A> power = power_of<-kSubnormal<A>>(x);
+  return (power.less_1 * power.scale + power.scale) * kUnlift<A>;
+}
+
 template <class A> PYFUSED_INLINE A exp_of(A x) {
   constexpr A kTop = sizeof(A) == 4 ? 89 : 710;  // infinite from here on
-  const Power<A> power = power_of<1>(x);
-  const A value = 2 * (power.less_1 * power.scale + power.scale);
+  const WidePower<A> power = wide_power_of(x);
+  const A value = (power.less_1 * power.scale + power.scale) * power.rest;
   // Selected, because the product fused with a subtraction (FMA) would not overflow.
   return x >= kTop ? std::numeric_limits<A>::infinity() : value;
 }
@@ -352,7 +384,7 @@ template <class A> PYFUSED_INLINE A softplus_from(A decay, A x) {  // decay = ex
   return log1p_unit(decay) + (x < 0 ? A(0) : x);
 }
 template <class A> PYFUSED_INLINE A softplus(A x) {
-  return softplus_from(exp_shifted(-std::abs(x)), x);
+  return softplus_from(exp_nonpositive(-std::abs(x)), x);
 }
 
 // tanh(|x|) = (1 - e) / (1 + e), e = exp(-2 |x|).
@@ -366,7 +398,7 @@ template <class A> PYFUSED_INLINE A sigmoid_from(A decay, A x) {  // decay = exp
   return (x < 0 ? decay : A(1)) / (1 + decay);
 }
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
-  return sigmoid_from(exp_shifted(-std::abs(x)), x);
+  return sigmoid_from(exp_nonpositive(-std::abs(x)), x);
 }
 
 // exp(a^2 / 2) P(X <= -a), X of the standard normal distribution, as a minimax rational function.
@@ -411,11 +443,11 @@ template <class A> struct Normal {
   A density, below;
 
   PYFUSED_INLINE explicit Normal(A x) {
-    constexpr A kMost = A(sizeof(A) == 4 ? 13.27 : 37.66);
+    constexpr A kMost = A(sizeof(A) == 4 ? 14.47 : 38.64);
     const A size = std::abs(x), a = size > kMost ? kMost : size;
-    const Power<A> e = power_of<0, false>(a * a * A(-0.5));
-    const A power = e.less_1 * e.scale + e.scale, tail = power * normal_tail(a);
-    density = power * A(0.39894228040143268);
+    const Power<A> e = power_of<-kSubnormal<A>, false>(a * a * A(-0.5));
+    const A power = e.less_1 * e.scale + e.scale, tail = power * normal_tail(a) * kUnlift<A>;
+    density = power * A(0.39894228040143268) * kUnlift<A>;
     below = x < 0 ? tail : 1 - tail;
   }
 };
@@ -472,15 +504,15 @@ PYFUSED_INLINE double log_wide(float x) {
 }
 
 // exp(y log(x)), whose error grows with the exponent: the logarithm is a double, and the
-// exponential is of two floats that add up to it. Falls to 0 below 2^-126.
+// exponential is of two floats that add up to it.
 PYFUSED_INLINE float pow_of(float x, float y) {
   const float size = std::abs(x), half = y / 2;
   double exponent = size == 1 ? 0.0 : y * log_wide(size);
   exponent = exponent < -200 ? -200 : exponent;
   const float high = float(exponent), low = float(exponent - high);
-  const Power<float> power = power_of<1>(high);
+  const WidePower<float> power = wide_power_of(high);
   const float less_1 = power.less_1 + (low + low * power.less_1);
-  const float finite = 2 * (less_1 * power.scale + power.scale);
+  const float finite = (less_1 * power.scale + power.scale) * power.rest;
   const float value = high >= 89 ? std::numeric_limits<float>::infinity() : finite;
   const bool whole = std::trunc(y) == y, odd = whole & (std::trunc(half) != half);
   const bool undefined = (x < 0) & !whole & (size <= std::numeric_limits<float>::max());

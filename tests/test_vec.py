@@ -119,11 +119,11 @@ FLOAT32 = [
     Row("log_of_float32", np.log, 2.0**-126, 2.0**127, 1.5),
     Row("log1p_of_float32", np.log1p, -1.0 + 2.0**-22, -(2.0**-126), 3.0),
     Row("log1p_of_float32", np.log1p, 0.0, 2.0**127, 3.0),
-    Row("exp_of_float32", np.exp, -86.0, -0.0, 1.01),
+    Row("exp_of_float32", np.exp, -200.0, -0.0, 1.5),
     Row("exp_of_float32", np.exp, 0.0, 88.72, 1.01),
-    Row("softplus_float32", softplus, -87.0, -0.0, 3.0),
+    Row("softplus_float32", softplus, -200.0, -0.0, 3.0),
     Row("softplus_float32", softplus, 0.0, 100.0, 3.0),
-    Row("sigmoid_float32", sigmoid, -87.0, -0.0, 3.0),
+    Row("sigmoid_float32", sigmoid, -200.0, -0.0, 3.0),
     Row("tanh_of_float32", np.tanh, 0.0, 100.0, 3.0),
     Row("tanh_of_float32", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float32", sigmoid, 0.0, 100.0, 3.0),
@@ -132,7 +132,7 @@ FLOAT32 = [
     Row("sine_float32", np.sin, 0.0, 8192.0, 2.5, least=2.0**-12),
     Row("cosine_float32", np.cos, -8192.0, -0.0, 2.5, least=2.0**-12),
     Row("power_float32", lambda x: x ** float(np.float32(0.7)), 2.0**-126, 2.0**127, 1.3),
-    Row("steep_power_float32", lambda x: x ** float(np.float32(-12.3)), 1e-3, 1e3, 1.3),
+    Row("steep_power_float32", lambda x: x ** float(np.float32(-12.3)), 1e-3, 1e5, 1.8),
 ]
 FLOAT64 = [
     Row("exp_float64", np.exp, -708.0, -0.0, 1.0),
@@ -141,11 +141,11 @@ FLOAT64 = [
     Row("log_of_float64", np.log, 2.0**-1022, 2.0**1023, 1.5),
     Row("log1p_of_float64", np.log1p, -1.0 + 2.0**-50, -(2.0**-1022), 3.0),
     Row("log1p_of_float64", np.log1p, 0.0, 2.0**1023, 3.0),
-    Row("exp_of_float64", np.exp, -707.0, -0.0, 1.0),
+    Row("exp_of_float64", np.exp, -800.0, -0.0, 1.5),
     Row("exp_of_float64", np.exp, 0.0, 709.78, 1.0),
-    Row("softplus_float64", softplus, -708.0, -0.0, 3.0),
+    Row("softplus_float64", softplus, -800.0, -0.0, 3.0),
     Row("softplus_float64", softplus, 0.0, 800.0, 3.0),
-    Row("sigmoid_float64", sigmoid, -708.0, -0.0, 3.0),
+    Row("sigmoid_float64", sigmoid, -800.0, -0.0, 3.0),
     Row("tanh_of_float64", np.tanh, 0.0, 100.0, 3.0),
     Row("tanh_of_float64", np.tanh, -100.0, -0.0, 3.0),
     Row("sigmoid_float64", sigmoid, 0.0, 800.0, 3.0),
@@ -189,7 +189,8 @@ def draws(row: Row) -> np.ndarray:
 
 def ulps(x: np.ndarray, dtype: type) -> np.ndarray:
     """Returns the spacing of numbers in a dtype around each x."""
-    return np.ldexp(x.dtype.type(1), np.frexp(x)[1] - np.finfo(dtype).nmant - 1)
+    spacing = np.ldexp(x.dtype.type(1), np.frexp(x)[1] - np.finfo(dtype).nmant - 1)
+    return np.maximum(spacing, np.finfo(dtype).smallest_subnormal)
 
 
 def largest_error(row: Row, vec: Vec, x: np.ndarray, piece: int | None = None) -> float:
@@ -214,7 +215,7 @@ def test_error_within_the_range(row: Row, vec: Vec) -> None:
 @pytest.mark.parametrize("name", ["normal", "erf"])
 def test_the_normal_distribution(name: str, dtype: type, vec: Vec) -> None:
     """The rounding error of x * x / 2 before the exponential grows with x, below -1."""
-    low = {"erf": -7, "normal": -13 if dtype is np.float32 else -37}[name]
+    low = {"erf": -7, "normal": -15 if dtype is np.float32 else -39}[name]
     small = np.exp2(np.arange(-120.0, 0))
     x = np.concatenate([np.linspace(low, 9, 4001), np.linspace(-2, 2, 1001), -small, small])
     x, function = x.astype(dtype), {"erf": mpmath.erf, "normal": mpmath.ncdf}[name]

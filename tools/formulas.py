@@ -46,7 +46,7 @@ CPP = {
     "sqrt": "std::sqrt({},)",
     "rsqrt": "1 / std::sqrt({},)",
     "exp": "exp_of({},)",
-    "decay": "exp_shifted(-std::abs({},))",
+    "decay": "exp_nonpositive(-std::abs({},))",
     "expm1": "expm1_of({},)",
     "log": "log_of({},)",
     "log1p": "log1p_of({},)",
