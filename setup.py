@@ -20,8 +20,7 @@ DEBUG = "-g" if "-g" in os.environ.get("CXXFLAGS", "").split() else "-g0"
 
 # Without -ffast-math, so that NaN, infinities and signed zeros match torch.
 COMMON = {
-    "unix": f"-std=c++17 -O2 -ftree-vectorize -fvect-cost-model=dynamic {DEBUG} -MMD "
-    "-fvisibility=hidden "
+    "unix": f"-std=c++17 -O3 {DEBUG} -MMD -fvisibility=hidden "
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd",
     "msvc": "/std:c++17 /O2 /EHsc",
 }

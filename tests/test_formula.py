@@ -368,7 +368,6 @@ def _assigned(x: Tensor, m: Tensor) -> Tensor:
         (lambda x, m: torch.where(m == 2**24, x, -x), torch.int64, "eq on integers above 2**24"),
         (lambda x, m: torch.where(m == m.clamp(max=1), x, -x), torch.int32, "eq on integers"),
         (lambda x, m: torch.where(m == -100, x, -x), torch.uint8, "[-100] with torch.uint8"),
-        (lambda x, m: torch.where(m > 1, m, 300) * x, torch.uint8, "[300] with torch.uint8"),
         (lambda x, m: x * m.logical_not_(), torch.bool, "changes an operand in place"),
         (_assigned, torch.bool, ""),
         (_assigned, torch.int64, "out of bounds"),
