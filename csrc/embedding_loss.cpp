@@ -208,7 +208,7 @@ struct CosineEmbedding {
   }
 };
 
-// The functions of a loss, which compute with tiles, whatever the type of the elements in memory.
+// The functions of a loss. They compute on tiles of A, for elements of any type in memory.
 template <class A, int kInputs> struct TileFunctions {
   using Tile = EmbeddingTile<A, kInputs>;
   void (*add)(const EmbeddingOptions&, Tile&);

@@ -215,7 +215,7 @@ thread_local Memory memory;
 
 #ifndef _WIN32
 // OpenMP's threads do not survive a fork. If the thread that forked had a team, it would wait
-// forever in the child, and no runtime tells whether it had one. A new thread gets a new team, so
+// forever in the child, and no runtime reports whether it had one. A new thread gets a new team, so
 // in the child a new thread starts the parallel regions.
 class Substitute {
  public:

@@ -54,7 +54,7 @@ PYFUSED_NOINLINE void write_gradient(const U* x, A pivot, A a, A b, A* buffer, T
 }
 
 #ifdef PYFUSED_HAS_REGISTERS
-// exp_floats is 0 at -104, so that an infinite x - pivot counts for nothing.
+// exp_floats is 0 at -104, so an infinite x - pivot adds 0.
 template <bool Unbounded, class T> Terms terms_of(const T* x, float pivot, int64_t n) {
   const auto shifted = [&](auto z) {
     return maximum(-104.0f, Unbounded ? minimum(kTop, z - pivot) : z - pivot);

@@ -216,7 +216,7 @@ template <bool kLogarithm, class T> class SoftmaxStrip {
   }
 
  private:
-  // The terms that are summed in a float: few, so that rounding errors stay small.
+  // The number of terms that are summed in a float. Few, because rounding errors add up.
   static constexpr int64_t kTerms = 32;
   const Softmax<T>& softmax;
   const T *const y, *const dy;

@@ -621,7 +621,7 @@ def kl_div_with_logits(
         reduction: ``"mean"`` divides by the number of tokens, or by the sum of ``token_weight``.
             For logits (N, C) it equals ``"batchmean"`` of :func:`kl_div`.
         token_weight: A nonnegative factor for the loss of each token, or a mask, of the tokens'
-            shape. Tokens of weight 0 are not read and have no gradient, whatever their logits are.
+            shape. Tokens of weight 0 are not read and have no gradient; their logits may be NaN.
         denominator: Replaces the divisor of ``"mean"``, as in :func:`cross_entropy`.
         teacher_requires_grad: By default, the teacher is constant and gets no gradient, even if its
             tensors require grad. If True, it gets one if they do, and torch's operators compute
