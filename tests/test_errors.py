@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -388,10 +389,12 @@ def parametrize(wrong: Wrong) -> pytest.MarkDecorator:
 
 
 def error(call: Callable[[], Any]) -> Exception:
-    """Returns the error of a call, which has one traceback, without that of torch's error."""
+    """Returns the error of a call, whose only traceback has at most three frames of pyfused."""
     with pytest.raises(Exception) as raised:  # noqa: PT011 the caller looks at the type
         call()
-    assert "".join(traceback.format_exception(raised.value)).count("Traceback (most") == 1
+    shown = "".join(traceback.format_exception(raised.value))
+    assert shown.count("Traceback (most recent call last)") == 1
+    assert shown.count(f'File "{Path(pyfused.__file__).parent}') <= 3, shown
     return raised.value
 
 

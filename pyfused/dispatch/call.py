@@ -54,20 +54,25 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
         arguments: All arguments of torch's function except ``inplace``.
         inplace: Whether the result overwrites the input; for a loss, the input's gradient does.
     """
-    run: Any = None
-    numbers: Numbers = ()
-    reason: str | None
     if is_dynamo_compiling():
         reason, run, numbers = decide_compiled(op, arguments, inplace)
+        if run is not None:  # never overwrites the input, as compiled gradients have their memory
+            return run(arguments, numbers)  # type: ignore[no-any-return]
     elif is_small(op, arguments):
         reason = SMALL
+        if inplace:
+            op.prepare_inplace(arguments[0])
     else:
-        reason, run, numbers = decide(op, arguments, inplace)
-    if inplace and (reason is None or reason is SMALL):
-        op.prepare_inplace(arguments[0])
-    if run is not None:
-        output: Tensor = run(arguments, numbers)
-        return output
+        try:
+            reason, run, numbers = decide(op, arguments, inplace)
+            if run is not None:
+                if inplace:
+                    op.prepare_inplace(arguments[0])
+                return run(arguments, numbers)  # type: ignore[no-any-return]
+        except _ERRORS as error:
+            if checks.raised(error):
+                raise error.with_traceback(None) from None
+            raise
     function = op.builtin_ if inplace else op.builtin
     is_guarded = TorchAlone.needed and not (reason is SMALL and op.definition is None)
     if reason is not SMALL:

@@ -174,8 +174,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def prepare_inplace(self, input: Tensor) -> None:
         """Increments the version of logits that their gradient may overwrite."""
-        compiling = is_dynamo_compiling()  # a compiled gradient has its own memory
-        if grad_enabled() and input.requires_grad and not compiling:
+        if grad_enabled() and input.requires_grad:
             checks.overwritable(input)
             increment_version(input)
 
