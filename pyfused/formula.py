@@ -108,7 +108,7 @@ class FormulaOperator(PointwiseLoss):
         dtypes: The dtypes of the operands, float64 for all that are floating-point.
     """
 
-    asks_dtype = True  # float32 masks promote half precision
+    infers_dtype = True  # float32 masks promote half precision
     number_types = (Real, str)
     takes_floats = False
     strategy = "a program, element by element"

@@ -157,7 +157,7 @@ _checkpoints: set[weakref.ref[Any]] = set()
 _CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 
 
-def left_in_checkpoint() -> bool:
+def fell_back_in_checkpoint() -> bool:
     """Returns whether calls fell back to torch in the forward pass of the current checkpoint."""
     if not _checkpoints:
         return False

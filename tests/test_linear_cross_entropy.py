@@ -607,13 +607,13 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
         return pyfused.explain("linear_cross_entropy", *tensors, **options).reason
 
     monkeypatch.setattr(cpu, "HAS_AMX", False)
-    assert said(torch.float32) == said(torch.bfloat16) == "logits of 512 rows at a time"
-    assert said(torch.bfloat16, memory_budget=1 << 20) == "logits of 131 rows at a time"
-    assert said(torch.bfloat16, memory_budget=1 << 17) == "logits of some classes at a time"
+    assert said(torch.float32) == said(torch.bfloat16) == "blocks of 512 rows"
+    assert said(torch.bfloat16, memory_budget=1 << 20) == "blocks of 131 rows"
+    assert said(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
     monkeypatch.setattr(cpu, "HAS_AMX", True)
-    assert said(torch.float32) == "logits of 512 rows at a time"
+    assert said(torch.float32) == "blocks of 512 rows"
     assert said(torch.bfloat16) == "all logits at once"
-    assert said(torch.bfloat16, memory_budget=1 << 20) == "logits of some classes at a time"
+    assert said(torch.bfloat16, memory_budget=1 << 20) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert said(torch.float32) == "all logits at once"
 

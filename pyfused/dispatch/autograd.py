@@ -61,7 +61,10 @@ def second_order(op: str, grad_output: Tensor) -> bool:
         or (is_batched(grad_output) and "is_grads_batched")
         or (type(grad_output) is not Tensor and f"gradient is a {type(grad_output).__name__}")
         or (grad_output.layout is not torch.strided and f"gradient is {grad_output.layout}")
-        or ((grad_output.is_neg() or is_zero_tensor(grad_output)) and "gradient is lazy")
+        or (
+            (grad_output.is_neg() or is_zero_tensor(grad_output))
+            and "gradient is lazily negated or zero"
+        )
         or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
     )
     if reason:

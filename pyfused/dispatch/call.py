@@ -33,15 +33,15 @@ from pyfused.torch_internals import (
     _checkpoints,
     active_mode,
     compiler_traces,
+    fell_back_in_checkpoint,
     functorch_is_active,
     is_exporting,
-    left_in_checkpoint,
 )
 from pyfused.types import TENSORS, Number, TensorSpec, VocabOptions
 
 is_small = sizes.is_small
 # The compiler traces these operators, down to the custom operators that they call.
-FOLLOWED = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED, "multilabel_margin_loss")
+TRACED_BY_DYNAMO = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED, "multilabel_margin_loss")
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
@@ -124,7 +124,7 @@ def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
             return decide_compiled(op, arguments, inplace)
         reason = _reason_without_plan(op, arguments, signed)
         return reason, None if reason else op.run_on_dtensors, ()  # type: ignore[attr-defined]
-    if _checkpoints and left_in_checkpoint():
+    if _checkpoints and fell_back_in_checkpoint():
         return "a torch dispatch or function mode in the checkpoint's forward pass", None, ()
     key, numbers = signed
     decision = _plans.get(key)
@@ -254,7 +254,7 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
         return "torch.func"
-    if op.name in FOLLOWED:
+    if op.name in TRACED_BY_DYNAMO:
         return None
     # Other losses have custom operators for common calls only.
     by_name = dict(zip(op.arguments, arguments, strict=True))

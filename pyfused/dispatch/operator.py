@@ -319,7 +319,7 @@ class Operator(ABC):
 
     def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
         """Describes how a CPU kernel traverses the arguments of a call."""
-        return "some logits at a time" if self.is_linear else self.strategy
+        return "blocks of logits" if self.is_linear else self.strategy
 
 
 def grad_enabled() -> bool:

@@ -168,13 +168,13 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
     if tensor.layout is not torch.strided:
         return f"{name} has layout {tensor.layout}"
     if tensor.is_neg() or is_zero_tensor(tensor):
-        return f"{name} is lazy"
+        return f"{name} is lazily negated or zero"
     if tensor.is_nested:
         return f"{name} is nested"
     if has_names(tensor):
         return f"{name} has named dimensions"
     if is_functorch_wrapped(tensor):
-        return f"{name} has left torch.func"
+        return f"{name} is used outside of its torch.func transform"
     if is_lazy_clone(tensor):  # reading its address would copy it
         return f"{name} is a lazy clone"
     return None

@@ -125,7 +125,7 @@ class Activation(Operator):
         needs_grad = grad_enabled() and input.requires_grad
         saves_output = self.saves == "output" and needs_grad and not input.is_leaf_or_view
         if not saves_output or not is_dense(input.empty()):
-            return "a kernel would save no memory in place"
+            return "torch's in-place operator needs no more memory"
         return None
 
 

@@ -8,9 +8,9 @@ and its memory can be arbitrarily small.
 The loop over rows adds the weight's gradient of each chunk to a sum in float32. This moves 20 bytes
 per element, while the product takes two operations per element and row. With AVX-512 the sums take
 a few percent of the time of the products, from 256 rows on. With AMX the sums of 256 rows took
-twice as long as all products (700 GFLOP/s beside 2.7 GB/s, as such sums leave the cache). There it
-is fastest to compute all rows at once, and a fourth product is cheaper than sums over fewer than
-1500 rows.
+twice as long as all products: 700 GFLOP/s for products, and 2.7 GB/s for sums, which exceed the
+cache. There it is fastest to compute all rows at once, and a fourth product is cheaper than sums
+over fewer than 1500 rows.
 
 On a GPU, blocks are so large that launches take less time than the kernels, and the sums a few
 percent of the time of the products: in half precision, the three products of r rows take 6 r

@@ -74,7 +74,7 @@ def total_classes(calls: Sequence[Call]) -> int:
     totals = sorted({call.total for call in calls} - {-1}) or [sum(call.size for call in calls)]
     if len(totals) > 1:
         raise ValueError(
-            f"shard: expected the same total number of classes everywhere, got {totals}"
+            f"shard: expected the same total number of classes in every process, got {totals}"
         )
     total, ranges = totals[0], [(call.first, call.first + call.size) for call in calls]
     shards = sorted((first, end) for first, end in ranges if end > first)

@@ -32,8 +32,8 @@ from pyfused.ops.shards import ShardedOperator
 from pyfused.torch_internals import (
     built_in,
     dispatch_modes,
+    fell_back_in_checkpoint,
     is_functorch_wrapped,
-    left_in_checkpoint,
 )
 from pyfused.types import CrossEntropyOptions, VocabShard
 
@@ -200,7 +200,7 @@ def _ignores_rows(input: Tensor, target: Tensor, ignore_index: int) -> bool:
         return False  # torch raises
     if not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
         return False
-    return not (dispatch_modes() or left_in_checkpoint())
+    return not (dispatch_modes() or fell_back_in_checkpoint())
 
 
 def cross_entropy_fallback_reason(

@@ -562,8 +562,8 @@ MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copyi
 def large_columns(gradient: Tensor, threshold: Tensor) -> Tensor | None:
     """Returns the indices of the columns with an element of at least the threshold, or NaN.
 
-    Of several thresholds the maximum applies. None stands for all columns, if too few would be left
-    out.
+    With several thresholds, the largest is used. Returns None, for all columns, if too few would be
+    left out.
     """
     bound = float(threshold.max())
     low, high = gradient.aminmax(dim=0)

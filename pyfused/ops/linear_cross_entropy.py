@@ -112,9 +112,9 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         head, options = _rows(*_head(arguments))
         rows = rows_at_once(head, options, backend_of(head.input))
         if not rows:
-            return "logits of some classes at a time"
+            return "blocks of classes"
         all_rows = rows >= head.input.shape[0]
-        return "all logits at once" if all_rows else f"logits of {rows} rows at a time"
+        return "all logits at once" if all_rows else f"blocks of {rows} rows"
 
     def loss_shape(self, tensors: Sequence[Any]) -> tuple[int, ...]:
         return tensors[0].shape[0], *tensors[1].shape[1:-1]  # len would specialise a dynamic size

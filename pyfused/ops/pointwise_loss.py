@@ -93,7 +93,7 @@ class TensorLoss(Operator):
         variables: The operands of the formula: all but the weight.
         checks_bounds: Whether each call checks the bounds of values, as torch does.
         reduces: Whether the result is reduced: True for losses, False for activations.
-        asks_dtype: Whether the result may have another dtype than operands of equal dtypes.
+        infers_dtype: Whether the result may have another dtype than operands of equal dtypes.
     """
 
     shapes: Callable[..., None] = checks.broadcasting
@@ -106,7 +106,7 @@ class TensorLoss(Operator):
     variables: tuple[Operand, ...] = field(init=False)
     checks_bounds: bool = field(init=False)
     reduces: ClassVar[bool] = True
-    asks_dtype: ClassVar[bool] = False
+    infers_dtype: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,7 +294,7 @@ class TensorLoss(Operator):
         tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
         is_equal = all(tensor.dtype is dtype for _, tensor in tensors)
         autocast = torch.is_autocast_enabled(device.type)
-        if is_equal and not autocast and not self.asks_dtype:
+        if is_equal and not autocast and not self.infers_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
         kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
