@@ -18,7 +18,7 @@ from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped, left_in_checkpoint
+from pyfused.torch_internals import dispatch_modes, fell_back_in_checkpoint, is_functorch_wrapped
 from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions, Scalar
 
 _cross_entropy = original(F.cross_entropy)
@@ -159,7 +159,7 @@ def _without_ignored_states(
         return input  # torch raises
     is_eager = not (is_dynamo_compiling() or is_functorch_wrapped(target))
     if is_eager and target.is_cpu and target.is_contiguous() and target.dtype is torch.int64:
-        is_eager = not (dispatch_modes() or left_in_checkpoint())
+        is_eager = not (dispatch_modes() or fell_back_in_checkpoint())
         if is_eager and not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
             return input
     valid = target != ignore_index
