@@ -623,7 +623,6 @@ def test_pickles_do_not_reference_pyfused(tmp_path: Path) -> None:
 
 
 @as_users_run_it
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_a_transformers_fast_path() -> None:
     """torch checks whether the activation is F.relu."""
 
