@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-torch test-machines test-integrations gpu-compile gpu-check \
-	bench bench-quick bench-busy bench-compare bench-sweep formulas docs hub lint sanitize wheels test-wheel \
+	bench bench-quick bench-steps bench-busy bench-compare bench-sweep formulas docs hub lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -89,6 +89,9 @@ bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/resu
 
 bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
+
+bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models, and write benchmarks/results/ (10 minutes)
+	$(BIN)/python benchmarks/run.py steps $(BENCH_ARGS)
 
 bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and 90th percentiles (5 minutes)
 	$(BIN)/python benchmarks/run.py busy

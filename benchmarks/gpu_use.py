@@ -10,7 +10,6 @@ import contextlib
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -21,10 +20,9 @@ import torch
 from cases import BF16, Case, HeadCase, M, Step, interleaved, ratios
 from gpu import Clock, Table, peak
 from report import spread
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-import pyfused
 from pyfused import functional as fused
 from pyfused.adopt.tune import tune_gpu
 from pyfused.dispatch import sizes
@@ -269,79 +267,3 @@ def gpu_heads(options: Namespace) -> None:
         for case in [(64, 16, 400)] if options.trial else HEADS:
             row = partial(head_rows, case, loss, clock, table.device, rounds)
             table.add(f"{loss} {case}", row)
-
-
-# ---- a training step -----------------------------------------------------------------------------
-
-
-class GPT2(nn.Module):
-    """A transformer with the sizes of GPT-2, and a tied head."""
-
-    def __init__(self, vocabulary: int, width: int, layers: int, context: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        layer = nn.TransformerEncoderLayer(
-            width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
-        mask = nn.Transformer.generate_square_subsequent_mask(context)
-        self.register_buffer("mask", mask)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight
-        return self.norm(self.layers(x, self.mask, is_causal=True))  # type: ignore[no-any-return]
-
-
-def training_rows(model: GPT2, batch: int, device: str, rounds: int) -> list[list[str]]:
-    vocabulary, context = model.tokens.num_embeddings, model.positions.num_embeddings
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    given = torch.randint(vocabulary, (batch, context + 1), device=device)
-
-    def loss_of(linear: bool) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            features, target = model(given[:, :-1]), given[:, 1:]
-            if linear:
-                return fused.linear_cross_entropy(features, model.tokens.weight, target)
-            logits = F.linear(features, model.tokens.weight)
-            return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-    def train(loss: Callable[[], Tensor], patched: bool) -> float:
-        with pyfused.patch() if patched else contextlib.nullcontext():
-            optimizer.zero_grad()
-            found = loss()
-            found.backward()
-            optimizer.step()
-        return found.item()
-
-    eager = partial(loss_of, False), partial(loss_of, True)
-    plain, of_patched, linear = (torch.compile(each) for each in (eager[0], eager[0], eager[1]))
-    ways: dict[str, Step] = {
-        "torch": partial(train, eager[0], False),
-        "pyfused.patch()": partial(train, eager[0], True),
-        "pyfused's linear_cross_entropy": partial(train, eager[1], True),
-        "torch.compile": partial(train, plain, False),
-        "torch.compile, pyfused.patch()": partial(train, of_patched, True),
-        "torch.compile, linear_cross_entropy": partial(train, linear, True),
-    }
-    losses = [way() for way in ways.values()]
-    assert max(losses) - min(losses) < 0.1, losses  # a step with learning rate 1e-5 changes little
-    peaks = [peak(way) for way in ways.values()]
-    timers = [partial(Clock("cpu").at_once, way) for way in ways.values()]  # .item() synchronises
-    interleaved(timers, 1, WARM_UP)
-    times = interleaved(timers, rounds, 1)
-    return [
-        [name, f"{median(taken):.4g} ms", spread(ratios(times[0], taken)), f"{most / 2**30:.2f}"]
-        for name, taken, most in zip(ways, times, peaks, strict=True)
-    ]
-
-
-def gpu_training(options: Namespace) -> None:
-    words = "GPT-2 small, 8 x 1024 random tokens, bfloat16 autocast, with AdamW's step."
-    columns = ["", "time", "times as fast as torch", "GiB beyond the model"]
-    table = Table(options, words, columns, names=1)
-    torch.manual_seed(0)
-    shape = (300, 64, 1, 16) if options.trial else (50_257, 768, 12, 1024)
-    batch, rounds = (2, 3) if options.trial else (8, 11)
-    model = GPT2(*shape).to(table.device)
-    table.add("step", partial(training_rows, model, batch, table.device, rounds))

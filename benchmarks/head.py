@@ -41,12 +41,12 @@ def peak_growth(call: Callable[[Any], object], argument: Callable[[], Any] = lam
     pyfused.memory.release()  # reused memory would not be counted
     given = argument()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call(given)
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found
     return int(found[1]) << 10

@@ -130,7 +130,7 @@ def steps(out: Path) -> list[Step]:
         measured("host time", "gpu-host", "host.md", 20),
         measured("heads", "gpu-heads", "heads.md", 90),
         measured("variants", "gpu-variants", "variants.md", 45),
-        measured("training", "gpu-training", "training.md", 60),
+        measured("training", "steps", "steps.json", 120),
         Step("shared tests", (*parallel, *shared), 240, False, TEST_PACKAGES),
         measured("benchmarks", "gpu", "gpu.json", 180),
         Step("report", written, 30),
@@ -300,10 +300,15 @@ def parser() -> argparse.ArgumentParser:
     words = "time a language model's head and loss, and update docs/language-models.md"
     add = command("head", "head.head", words)
     add("--quick", action="store_true", help="time only the first case, and do not update the page")
-    words = "time training steps of the examples' GPT in float32 and under bfloat16 autocast"
+    words = "time training steps of several models: torch, compiled, and with pyfused"
     add = command("steps", "steps.steps", words)
-    add("--rounds", type=int, default=9, help="number of rounds, of one step each")
+    add("file", type=Path, nargs="?", help="the output file; by default in benchmarks/results/")
+    add("--rounds", type=int, default=5, help="steps per model and way")
     add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
+    add("--only", default="", help="models whose name contains this; writes no file")
+    add("--ways", nargs="+", help="only these ways; writes no file")
+    add("--seconds", type=float, default=3600, help="start no new model after this time")
+    add("--trial", action="store_true", help="run tiny models, to test the command")
     words = "measure speed-up and error of linear_cross_entropy's filter_eps on a trained model"
     add = command("filter-eps", "head.filter_eps", words)
     add("--steps", type=int, default=600, help="training steps")
@@ -316,7 +321,6 @@ def parser() -> argparse.ArgumentParser:
         ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),
         ("gpu-host", "gpu_use", "measure the host time of calls on a GPU"),
         ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
-        ("gpu-training", "gpu_use", "time a training step of GPT-2 on a GPU"),
     ):
         add = command(name, f"{module}.{name.replace('-', '_')}", words, named)
         add("file", type=Path, help="the output file")

@@ -1,92 +1,372 @@
-"""Times training steps of the examples' GPT: eager torch, with huge pages, compiled, and pyfused.
+"""Times whole training steps: torch, torch.compile, and each way to use pyfused.
 
-Each variant runs in its own process; they take steps in turn. With --cpu, the CPU time on one
-thread is measured, which other load on the machine affects little.
+Each way runs in a process of its own, which takes turns with a process that uses torch alone. With
+--cpu, the CPU time on one thread is measured, which other load on the machine affects little.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from statistics import median
+from typing import Any, NamedTuple
 
 import report
 import torch
 from cases import interleaved, ratios
+from head import status
 from pairs import Worker
-from report import ROOT, spread, tabulated
-from torch import Tensor
+from report import RESULTS, ROOT, spread, tabulated
+from torch import Tensor, nn
 
+import pyfused
 import pyfused.functional
 
-sys.path.append(str(ROOT / "examples"))
-
-import gpt
-
-HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-# The library, whether head and loss are fused, whether the step is compiled, and the environment.
-WAYS = {
-    "torch": (("torch", False, False), {}),
-    "torch, huge pages": (("torch", False, False), HUGE_PAGES),
-    "torch.compile": (("torch", False, True), {}),
-    "pyfused": (("pyfused", False, False), {}),
-    "pyfused, linear_cross_entropy": (("pyfused", True, False), {}),
-    "the same, compiled": (("pyfused", True, True), {}),
-}
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-DTYPES = ("float32", "bfloat16")
-WARM_UP = 3
+WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
+WARM_UP = 2
 
 
-def work(library: str, linear: bool, compiled: bool, dtype: str, cpu: bool) -> None:
-    """Takes a training step for each line read, and prints its time in seconds."""
+# ---- models --------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A model whose ``forward`` returns the cross-entropy of its output layer ``head``."""
+
+    head: nn.Module
+    linear = False  # whether head and loss are one call
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss()
+
+    def features(self, input: Tensor) -> Tensor:
+        """Returns the input of the head; its last dimension has the features."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        features = self.features(input)
+        if self.linear:
+            weight, bias = self.head.weight, self.head.bias
+            return pyfused.functional.linear_cross_entropy(
+                features, weight, target, linear_bias=bias
+            )
+        loss: Tensor = self.loss(self.head(features), target)
+        return loss
+
+
+class Transformer(Model):
+    """A language model, causal like GPT or masked like BERT, where 15 % of the tokens count."""
+
+    def __init__(
+        self, classes: int, width: int, layers: int, masked: bool, batch: int, length: int
+    ) -> None:
+        super().__init__()
+        self.sizes, self.masked = (classes, batch, length), masked
+        self.tokens, self.positions = nn.Embedding(classes, width), nn.Embedding(length, width)
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes, bias=masked)
+        self.head.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        mask = None if masked else nn.Transformer.generate_square_subsequent_mask(length)
+        self.register_buffer("mask", mask)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        classes, batch, length = self.sizes
+        tokens = torch.randint(classes, (batch, length + 1))
+        if not self.masked:
+            return tokens[:, :-1], tokens[:, 1:].flatten()
+        counts = torch.rand(batch, length) < 0.15
+        return tokens[:, 1:], tokens[:, 1:].where(counts, -100).flatten()
+
+    def features(self, input: Tensor) -> Tensor:
+        x = self.tokens(input) + self.positions.weight
+        features: Tensor = self.norm(self.layers(x, self.mask, is_causal=not self.masked))
+        return features.flatten(0, 1)
+
+
+class UNet(Model):
+    """Segments images into 21 classes."""
+
+    def __init__(self, width: int, levels: int, batch: int, size: int) -> None:
+        super().__init__()
+        self.shape = batch, 3, size, size
+        widths = [width << level for level in range(levels)]
+        self.down = nn.ModuleList(map(_convolutions, [3, *widths], widths))
+        self.up = nn.ModuleList(
+            _convolutions(2 * narrow + narrow, narrow) for narrow in reversed(widths[:-1])
+        )
+        self.pool, self.double = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.head = nn.Conv2d(width, 21, 1)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        batch, _, height, width = self.shape
+        return torch.randn(self.shape), torch.randint(21, (batch, height, width))
+
+    def features(self, input: Tensor) -> Tensor:
+        skipped = []
+        for block in self.down:
+            input = block(self.pool(input) if skipped else input)
+            skipped.append(input)
+        for block, other in zip(self.up, reversed(skipped[:-1]), strict=True):
+            input = block(torch.cat([self.double(input), other], 1))
+        return input
+
+
+def _convolutions(channels: int, width: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for given in (channels, width):
+        layers += [nn.Conv2d(given, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Recommender(Model):
+    """Predicts the next item from the last 20."""
+
+    def __init__(self, items: int, width: int, batch: int) -> None:
+        super().__init__()
+        self.sizes = items, batch
+        self.items = nn.EmbeddingBag(items, width)
+        self.hidden = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, width))
+        self.head = nn.Linear(width, items)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        items, batch = self.sizes
+        return torch.randint(items, (batch, 20)), torch.randint(items, (batch,))
+
+    def features(self, input: Tensor) -> Tensor:
+        features: Tensor = self.hidden(self.items(input))
+        return features
+
+
+class Digits(Model):
+    """Classifies images of 64 pixels."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.hidden = nn.Sequential(nn.Linear(64, 128), nn.ReLU())
+        self.head = nn.Linear(128, 10)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        return torch.randn(self.batch, 64), torch.randint(10, (self.batch,))
+
+    def features(self, input: Tensor) -> Tensor:
+        features: Tensor = self.hidden(input)
+        return features
+
+
+class Case(NamedTuple):
+    """A model and its training step.
+
+    Attributes:
+        shape: The model's sizes, and the batch on a CPU and on a GPU.
+        dtype: float32, or bfloat16 for autocast; ``weights`` says that the weights are bfloat16.
+    """
+
+    name: str
+    model: Callable[..., Model]
+    sizes: tuple[Any, ...]
+    on_cpu: tuple[int, ...]
+    on_gpu: tuple[int, ...]
+    unit: str
+    dtype: str = "float32"
+    weights: bool = False
+
+    def batch(self) -> tuple[int, ...]:
+        return self.on_gpu if torch.cuda.is_available() else self.on_cpu
+
+
+GPT2, BERT = (50_257, 768, 12, False), (30_522, 768, 12, True)
+CASES = (
+    Case("GPT-2 small", Transformer, GPT2, (2, 128), (8, 1024), "tokens"),
+    Case("GPT-2 small", Transformer, GPT2, (2, 128), (8, 1024), "tokens", "bfloat16"),
+    Case(
+        "one layer and the head of Llama 3.2 1B",
+        Transformer,
+        (128_256, 2048, 1, False),
+        (2, 128),
+        (4, 2048),
+        "tokens",
+        "bfloat16",
+        weights=True,
+    ),
+    Case("BERT, masked tokens", Transformer, BERT, (2, 128), (32, 512), "tokens"),
+    Case("U-Net, 21 classes", UNet, (32, 4), (2, 128), (16, 256), "images"),
+    Case("recommender, 100,000 items", Recommender, (100_000, 64), (1024,), (8192,), "samples"),
+    Case("digits, 10 classes", Digits, (), (64,), (64,), "samples"),
+)
+TRIAL = (
+    Case("GPT", Transformer, (300, 64, 1, False), (2, 8), (2, 8), "tokens"),
+    Case("U-Net", UNet, (4, 2), (1, 16), (1, 16), "images"),
+)
+
+
+# ---- one way, in a process of its own ------------------------------------------------------------
+
+
+def work(trial: bool, index: int, way: str, cpu: bool) -> None:
+    """Takes a training step for each line read, and prints its time in seconds.
+
+    The word "loss" prints the last loss, "peak" the peak memory since the first step, in bytes:
+    model, optimizer and step, without the libraries.
+    """
+    case = (TRIAL if trial else CASES)[index]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.process_time if cpu else time.perf_counter
-    functional = torch.nn.functional if library == "torch" else pyfused.functional
+    before = 0 if device == "cuda" else status("VmRSS")
     torch.manual_seed(0)
-    model = gpt.GPT(gpt.VOCABULARY, relu=functional.relu)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    tokens = torch.randint(gpt.VOCABULARY, (gpt.BATCH, gpt.CONTEXT + 1))
+    model = case.model(*case.sizes, *case.batch())
+    input, target = (tensor.to(device) for tensor in model.draw())
+    model.to(device, torch.bfloat16 if case.weights else None)
+    model.linear = way == "linear_cross_entropy"
+    if way == "convert":
+        pyfused.convert(model, head="head" if isinstance(model.head, nn.Linear) else None)
+    # SGD for weights in bfloat16, whose AdamW would need more memory than the model.
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=1e-3)
+        if case.weights
+        else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    )
+    forward = torch.compile(model) if way == "torch.compile" else model
+    autocast = torch.autocast(device, torch.bfloat16, case.dtype == "bfloat16" and not case.weights)
+    loss = torch.zeros(())
 
-    def loss_of(input: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            features = model(input).flatten(0, 1)
-            return gpt.loss_of(model, features, target.flatten(), functional, linear)
+    with pyfused.patch() if way == "patch" else contextlib.nullcontext():
+        for line in sys.stdin:
+            if "loss" in line:
+                print(loss.item(), flush=True)
+            elif "peak" in line:
+                on_gpu = device == "cuda"
+                peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM") - before
+                print(peak, flush=True)
+            else:
+                started = clock()
+                optimizer.zero_grad()
+                with autocast:
+                    loss = forward(input, target)
+                loss.backward()
+                optimizer.step()
+                loss = loss.detach()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                print(clock() - started, flush=True)
 
-    forward = torch.compile(loss_of) if compiled else loss_of
-    for _ in sys.stdin:
-        started = clock()
-        optimizer.zero_grad()
-        forward(tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizer.step()
-        print(clock() - started, flush=True)
+
+# ---- comparison ----------------------------------------------------------------------------------
 
 
-def measure(dtype: str, rounds: int, cpu: bool) -> dict[str, list[float]]:
-    threads = ONE_THREAD if cpu else {}
+def compare(trial: bool, index: int, way: str, rounds: int, cpu: bool) -> dict[str, Any]:
+    """Returns times, their ratios and peak memory of torch and of a way."""
+    one_thread = {"OMP_NUM_THREADS": "1"} if cpu else {}
     workers = [
-        Worker(__file__, json.dumps([*arguments, dtype, cpu]), **variables, **threads)
-        for arguments, variables in WAYS.values()
+        Worker(__file__, json.dumps([trial, index, each, cpu]), **one_thread)
+        for each in ("torch", way)
     ]
     timers = [worker.ask for worker in workers]
     interleaved(timers, WARM_UP, 1)
+    of_torch, loss = (worker.ask("loss") for worker in workers)
+    assert math.isclose(loss, of_torch, rel_tol=0.01), (way, loss, of_torch)
     times = interleaved(timers, rounds, 1)
+    peaks = [worker.ask("peak") for worker in workers]
     for worker in workers:
         worker.process.communicate()
-    return dict(zip(WAYS, times, strict=True))
+    return {"ms": [median(each) for each in times], "ratio": ratios(*times), "peak": peaks}
+
+
+def measure(options: Namespace, found: report.Found) -> None:
+    """Adds the measurements of each case to a report."""
+    started = time.perf_counter()
+    for index, case in enumerate(TRIAL if options.trial else CASES):
+        if options.only not in case.name or time.perf_counter() - started > options.seconds:
+            continue
+        ways = options.ways or WAYS[1:]
+        if case.model is UNet:
+            ways = [way for way in ways if way != "linear_cross_entropy"]
+        row: dict[str, Any] = {"name": case.name, "unit": case.unit, "batch": case.batch()}
+        row["dtype"] = f"{case.dtype} weights" if case.weights else case.dtype
+        row["count"] = math.prod(case.batch()[: 2 if case.unit == "tokens" else 1])
+        row["ways"] = {}
+        for way in ways:
+            row["ways"][way] = compare(options.trial, index, way, options.rounds, options.cpu)
+            print(case.name, case.dtype, way, row["ways"][way], flush=True)
+        found["steps"].append(row)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def revision() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def table(found: report.Found) -> str:
+    """Returns two tables: how many times as fast as torch each way is, and the peak memory."""
+    ways = [way for way in WAYS[1:] if any(way in row["ways"] for row in found["steps"])]
+    speeds, peaks = [], []
+    for row in found["steps"]:
+        batch = " x ".join(map(str, row["batch"]))
+        of_torch = [pair["ms"][0] for pair in row["ways"].values()]
+        per_second = f"{1e3 * row['count'] / median(of_torch):,.4g} {row['unit']}"
+        head = [row["name"], batch, row["dtype"]]
+        pairs = [row["ways"].get(way) for way in ways]
+        speeds.append(
+            [*head, per_second, *(spread(pair["ratio"]) if pair else "n/a" for pair in pairs)]
+        )
+        most = max(pair["peak"][0] for pair in row["ways"].values())
+        peaks.append(
+            [
+                *head,
+                f"{most / 2**30:.2f}",
+                *(f"{pair['peak'][1] / 2**30:.2f}" if pair else "n/a" for pair in pairs),
+            ]
+        )
+    first = ["model", "batch", "dtype"]
+    named = ["`patch()`" if way == "patch" else f"`{way}`" for way in ways]
+    per = "torch, per CPU second" if found["cpu"] else "torch, per second"
+    return (
+        f"Times as fast as eager torch:\n\n{tabulated([*first, per, *named], speeds, names=3)}\n\n"
+        f"Peak memory in GiB, without the libraries:\n\n"
+        f"{tabulated([*first, 'torch', *named], peaks, names=3)}"
+    )
+
+
+def description(found: report.Found) -> str:
+    how = "CPU time on one thread, while other programs ran" if found["cpu"] else "idle machine"
+    return f"{report.machine(found)}, revision {found['revision']}; {how}."
 
 
 def steps(options: Namespace) -> None:
-    found = {dtype: measure(dtype, options.rounds, options.cpu) for dtype in DTYPES}
-    rows = [
-        [way, *(spread(ratios(times["torch"], times[way])) for times in found.values())]
-        for way in WAYS
-    ]
-    shares = ", ".join(f"{dtype} {median(times['torch']):.0f} ms" for dtype, times in found.items())
-    print(report.machine(report.measured(report.machine_info())))
-    print(f"A step with eager torch: {shares}")
-    print(tabulated(["times as fast as eager torch", *DTYPES], rows, names=1))
+    info = report.machine_info()
+    if options.cpu:
+        info["threads"] = 1
+    if torch.cuda.is_available():
+        info = {"gpu": torch.cuda.get_device_name(), **info}
+    found = report.measured(info)
+    found |= {"revision": revision(), "cpu": options.cpu, "steps": []}
+    measure(options, found)
+    text = f"{description(found)}\n\n{table(found)}\n"
+    print(text)
+    if options.trial or options.only or options.ways:
+        return
+    file = options.file
+    if file is None:
+        whole = {**info, "threads": os.cpu_count()}  # the folder of the machine's other results
+        folder = RESULTS / report.slug({"machine_info": whole})
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "steps.json"
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
