@@ -15,6 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ import pyfused
 import pyfused.functional
 
 WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
-WARM_UP = 2
+WARM_UP = 1
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -283,8 +284,8 @@ def compare(trial: bool, index: int, way: str, rounds: int, cpu: bool) -> dict[s
     return {"ms": [median(each) for each in times], "ratio": ratios(*times), "peak": peaks}
 
 
-def measure(options: Namespace, found: report.Found) -> None:
-    """Adds the measurements of each case to a report."""
+def measure(options: Namespace, found: report.Found, file: Path | None) -> None:
+    """Adds the measurements of each case to a report, and writes it after each."""
     started = time.perf_counter()
     for index, case in enumerate(TRIAL if options.trial else CASES):
         if options.only not in case.name or time.perf_counter() - started > options.seconds:
@@ -300,6 +301,8 @@ def measure(options: Namespace, found: report.Found) -> None:
             row["ways"][way] = compare(options.trial, index, way, options.rounds, options.cpu)
             print(case.name, case.dtype, way, row["ways"][way], flush=True)
         found["steps"].append(row)
+        if file is not None:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -355,18 +358,13 @@ def steps(options: Namespace) -> None:
         info = {"gpu": torch.cuda.get_device_name(), **info}
     found = report.measured(info)
     found |= {"revision": revision(), "cpu": options.cpu, "steps": []}
-    measure(options, found)
-    text = f"{description(found)}\n\n{table(found)}\n"
-    print(text)
-    if options.trial or options.only or options.ways:
-        return
     file = options.file
-    if file is None:
+    if file is None and not (options.trial or options.only or options.ways):
         whole = {**info, "threads": os.cpu_count()}  # the folder of the machine's other results
-        folder = RESULTS / report.slug({"machine_info": whole})
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "steps.json"
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        file = RESULTS / report.slug({"machine_info": whole}) / "steps.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+    measure(options, found, file)
+    print(f"{description(found)}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

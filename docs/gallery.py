@@ -1,4 +1,4 @@
-"""Fills pages with content made from declarations: groups of operators, ratios and sizes.
+"""Fills pages with content made from declarations and measurements.
 
 docs/entries.py has the text about each operator. The pictures show the output of the kernels.
 """
@@ -9,7 +9,9 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,18 +21,22 @@ from torch import Tensor
 
 import pyfused
 import pyfused.functional
-from pyfused.dispatch.sizes import FEW, NEVER, limits
+from pyfused.dispatch.sizes import NEVER, limits
 from pyfused.ops.operators import OPERATORS
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
 
 import report
+import steps
 from formulas import FORMULAS
 from palette import SERIES, STYLES
 from report import Row
 
 POINTS = 401
 COLOURS = [colour for colour, _ in SERIES]
+DOCS = Path(__file__).parent
+CHARTS = DOCS / "charts"
+H100 = report.RESULTS / "nvidia-h100-80gb-hbm3"
 
 
 # ---- values of the kernels ----------------------------------------------------------------------
@@ -101,8 +107,8 @@ _DRAWN: dict[str, tuple[Any, float, float]] = {
 }
 
 
-def formulas() -> str:
-    """Draws value and gradient of each formula of the examples as SVG."""
+def formulas() -> Figure:
+    """Draws value and gradient of each formula of the examples."""
     figure = Figure(figsize=(5.2, 8), layout="constrained")
     panels = figure.subplots(len(FORMULAS) // 2, 2).flat
     for panel, (name, formula) in zip(panels, FORMULAS.items(), strict=True):
@@ -116,11 +122,12 @@ def formulas() -> str:
         panel.set_title(name.replace("_", " "), fontsize=9)
     labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    return svg(figure, "Value and gradient of ten formulas")
+    return _with_grid(figure)
 
 
-def ratios(rows: dict[str, Row]) -> str:
-    """Draws the speed-up of each operator over torch, in descending order, as SVG."""
+def ratios() -> Figure:
+    """Draws the speed-up of each operator over torch, in descending order."""
+    rows = measured()
     names = sorted(rows, key=lambda name: rows[name].peers["torch"].ratio[1])
     figure = Figure(figsize=(5.2, 1.2 + 0.15 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -142,11 +149,11 @@ def ratios(rows: dict[str, Row]) -> str:
     axes.tick_params(axis="x", top=True, labeltop=True)  # the chart is tall
     axes.set_xlabel("time of torch / time of pyfused", fontsize=9)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    return svg(figure, "Time of torch divided by time of pyfused, operator by operator")
+    return _with_grid(figure)
 
 
-def gain() -> str:
-    """Draws the speed-up of a call over torch, by its size, as SVG."""
+def gain() -> Figure:
+    """Draws the speed-up of a call over torch, by its size."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     rows = newest_gain()["gain"]
@@ -167,22 +174,78 @@ def gain() -> str:
     axes.set_xlabel("elements of the input", fontsize=9)
     axes.set_ylabel("time of torch / time of pyfused", fontsize=9)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    return svg(figure, "Time of torch divided by time of pyfused, over the size of the input")
+    return _with_grid(figure)
+
+
+def heads() -> Figure:
+    """Draws time and peak memory of a linear layer and its cross-entropy on a CPU."""
+    table = report.BLOCK.search((DOCS / "language-models.md").read_text(encoding="utf-8"))
+    assert table
+    cells = [re.split(r" *\| *", line)[1:-1] for line in table[0].splitlines() if "| torch" in line]
+    cells += [
+        re.split(r" *\| *", line)[1:-1] for line in table[0].splitlines() if "| pyfused |" in line
+    ]
+    rows = [row for row in cells if row[1] == "cross-entropy" and row[0].endswith("128256)")]
+    times, peaks = [float(row[4].split()[0]) for row in rows], [float(row[6]) for row in rows]
+    panels = (
+        ("time / time of the matrix products", times),
+        ("peak memory / size of the logits", peaks),
+    )
+    return _bars([row[2] for row in rows], panels)
+
+
+def gpu() -> Figure:
+    """Draws time and peak memory of the same on an H100, and the speed-up of large losses."""
+    text = (H100 / "heads.md").read_text(encoding="utf-8")
+    cells = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines()]
+    rows = [row for row in cells if row[:2] == ["(8192, 1024, 151936)", "cross-entropy"]]
+    shown = ("torch", "torch.compile", "Liger", "cut-cross-entropy", "pyfused")
+    rows = sorted((r for r in rows if r[2] in shown), key=lambda row: shown.index(row[2]))
+    times, peaks = [float(row[5].split()[0]) for row in rows], [float(row[4]) for row in rows]
+    panels = ("time / time of the matrix products", times), ("peak memory, GiB", peaks)
+    return _bars([row[2] for row in rows], panels)
+
+
+def _bars(names: list[str], panels: Any) -> Figure:
+    """Draws horizontal bars in the colours of the implementations, one panel for each quantity."""
+    figure = Figure(figsize=(8, 1.1 + 0.36 * len(names)), layout="constrained")
+    colours = [STYLES[name][0] for name in names]
+    for axes, (title, values) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels, strict=True
+    ):
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=9)
+        axes.margins(x=0.15)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("less is better", fontsize=9)
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
+def _with_grid(figure: Figure) -> Figure:
+    for axes in figure.axes:
+        axes.grid(color=report.INK, alpha=0.15, linewidth=0.6)
+    return figure
 
 
 def newest_gain() -> report.Found:
-    files = report.RESULTS.glob("*/gain.json")
-    return max(
-        (json.loads(file.read_text(encoding="utf-8")) for file in files),
-        key=lambda found: found["datetime"],
-    )
+    return _newest_of("gain.json")
+
+
+def newest_steps() -> report.Found:
+    return _newest_of("steps.json")
+
+
+def _newest_of(name: str) -> report.Found:
+    """Returns the newest results of CPUs in files of this name."""
+    files = [file for file in report.RESULTS.glob(f"*/{name}") if file.parent != H100]
+    reports = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    return max(reports, key=lambda found: found["datetime"])
 
 
 def svg(figure: Figure, title: str) -> str:
     """Returns a figure as an HTML element in the colour of the surrounding text."""
-    for axes in figure.axes:
-        axes.grid(color=report.INK, alpha=0.15, linewidth=0.6)
-    text = report.svg(figure, title)
+    text = report.svg(_with_grid(figure), title)
     text = text[text.index("<svg") :]
     text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _OPENING.format(title), text, count=1)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
@@ -210,12 +273,14 @@ def machines() -> str:
     return "; ".join(found)
 
 
-def _newest() -> dict[str, tuple[Row, report.Found]]:
+def _cpu_reports() -> list[report.Found]:
     reports = [report.load([path]) for path in report.RESULTS.glob("*/results.json")]
+    return [found for found in reports if "gpu" not in found["machine_info"]]
+
+
+def _newest() -> dict[str, tuple[Row, report.Found]]:
     largest: dict[str, tuple[Row, report.Found]] = {}
-    for found in sorted(reports, key=lambda found: found["datetime"]):
-        if "gpu" in found["machine_info"]:
-            continue
+    for found in sorted(_cpu_reports(), key=lambda found: found["datetime"]):
         newer: dict[str, Row] = {}
         for row in report.rows_of(found):
             if row.mode == "forward+backward" and "torch" in row.peers:
@@ -296,9 +361,33 @@ def covered() -> str:
     )
 
 
+def thumbnails() -> str:
+    """Returns a link with a small picture of the values for each operator that has one."""
+    parts = []
+    for group, names in shown().items():
+        links = "".join(map(_thumbnail, names))
+        title = f'<a href="groups/{slug(group)}.html">{group}</a>'
+        parts.append(f'<h3>{title}</h3>\n<div class="thumbnails">{links}</div>')
+    return "\n".join(parts)
+
+
+def _thumbnail(name: str) -> str:
+    entry, drawn = ENTRIES[name], ""
+    if entry.curves:
+        figure = Figure(figsize=(1.5, 1.0), layout="constrained")
+        axes = figure.subplots()
+        for index, curve in enumerate(entry.curves):
+            x, values, _ = evaluate(name, entry, curve)
+            axes.plot(x[::8], values[::8], color=COLOURS[index], linewidth=1.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        drawn = svg(figure, f"Value of {name}")
+    return f'<a href="operators/{name}.html">{drawn}<span>{name}</span></a>'
+
+
 def sizes(*operators: str) -> str:
     """Returns a table of the smallest inputs that run a kernel on CPUs."""
-    special = f"unreduced losses, up to {FEW} classes, activations without gradients"
+    special = "unreduced losses, few classes, activations without gradients"
     columns = ["operator", "elements", special]
     rows = [
         [f"`{name}`", *map(words, limits(op, True))]
@@ -314,21 +403,134 @@ def words(limit: int) -> str:
     return "none" if limit == NEVER else f"{limit:,}" if limit else "any"
 
 
-# Functions whose results replace these comments in pages.
-FILLED = {
-    "<!-- groups -->": groups,
-    "<!-- ratios -->": lambda: ratios(measured()),
-    "<!-- covered -->": covered,
-    "<!-- machines -->": machines,
-    "<!-- sizes -->": sizes,
-    "<!-- gain -->": gain,
-    "<!-- formulas -->": formulas,
-    "<!-- gain machine -->": lambda: report.machine(newest_gain()),
+PEERS = {
+    "torch": "eager torch",
+    "torch, THP": "eager torch with huge pages (`THP_MEM_ALLOC_ENABLE=1`)",
+    "torch.compile": "`torch.compile`",
 }
 
 
+def _losses() -> tuple[report.Found, dict[str, list[float]]]:
+    """Returns the newest report on CPUs, and its ratios of large losses over each peer."""
+    found = max(_cpu_reports(), key=lambda found: found["datetime"])
+    rows = [row for row in report.rows_of(found) if row.headline and row.mode == "forward+backward"]
+    rows = [row for row in rows if row.op.endswith(("loss", "entropy", "kl_div", "logits"))]
+    each = {peer: [row.peers[peer] for row in rows if peer in row.peers] for peer in PEERS}
+    return found, {peer: [known.ratio[1] for known in each[peer]] for peer in PEERS}
+
+
+def headline() -> str:
+    """Returns the speed-up of the headline losses over each way to run torch, on CPUs."""
+    found, ratios = _losses()
+    lines = [[name, *_middle_and_range(ratios[peer])] for peer, name in PEERS.items()]
+    table = report.tabulated(["compared with", "median", "range"], lines, names=1)
+    counted = f"{len(ratios['torch'])} large losses, forward and backward, on"
+    return f"{table}\n\n{counted} {report.machine(found)}."
+
+
+def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
+    if not ratios:
+        return "n/a", ""
+    return f"{median(ratios):.2g}", f"{min(ratios):.2g} to {max(ratios):.3g}"
+
+
+def summary() -> str:
+    """Returns the table at the top of README.md."""
+    _, on_cpu = _losses()
+    text = (H100 / "large.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][2:]
+    on_gpu = {"torch": [float(row[2]) for row in cells], "torch, THP": []}
+    on_gpu["torch.compile"] = [float(row[3]) for row in cells if row[3].strip()]
+    lines = []
+    for name, ratios in (("CPU, 2 threads", on_cpu), ("H100", on_gpu)):
+        spreads = ("{} ({})".format(*_middle_and_range(ratios[peer])) for peer in PEERS)
+        each = [text.replace("n/a ()", "n/a") for text in spreads]
+        lines.append([f"{len(ratios['torch'])} large losses, {name}", *each])
+    for step in newest_steps()["steps"]:
+        if step["name"] == "GPT-2 small" and step["dtype"] == "float32":
+            low, middle, high = step["ways"]["linear_cross_entropy"]["ratio"]
+            over_compiled = middle / step["ways"]["torch.compile"]["ratio"][1]
+            cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})", "n/a", f"{over_compiled:.2f}"]
+            lines.append([f"a training step of {step['name']}, CPU", *cells])
+    columns = ["times as fast as", *PEERS.values()]
+    return report.tabulated(columns, lines, names=1)
+
+
+def training_steps() -> str:
+    """Returns the tables of training steps, of the newest report on CPUs."""
+    newest = newest_steps()
+    return f"{steps.description(newest)}\n\n{steps.table(newest)}"
+
+
+# Functions whose results replace these comments when Sphinx reads a page.
+FILLED = {
+    "<!-- groups -->": groups,
+    "<!-- covered -->": covered,
+    "<!-- thumbnails -->": thumbnails,
+}
+# Parts of pages and charts that are committed, so that they can be read without building the
+# documentation. `python docs/gallery.py` writes them.
+WRITTEN = {
+    "machines": lambda: f"Measured on: {machines()}.",
+    "gain machine": lambda: f"*Measured on {report.machine(newest_gain())}.*",
+    "sizes": sizes,
+    "headline": headline,
+    "summary": summary,
+    "training steps": training_steps,
+}
+DRAWN = {"ratios": ratios, "gain": gain, "formulas": formulas, "heads": heads, "gpu": gpu}
+PART = re.compile(r"(?s)(<!-- written: (.*?) -->\n).*?(?=\n<!-- end -->)")
+PICTURE = re.compile(
+    r'(?s)<picture>\s*<source[^>]*srcset="(.*?)">\s*<img alt="(.*?)" src="(.*?)">\s*</picture>'
+)
+
+
+NOTEBOOKS = ("pretraining", "distillation")
+
+
+def notebook(page: str) -> str:
+    """Returns a page as a Jupyter notebook: its blocks of Python are the cells of code."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    text = re.sub(r"\n.*\]\(\.\./examples/\w+\.ipynb\).*\n", "", text)  # the link to the notebook
+    text = re.sub(r"\]\((?=[\w-]+\.md)", "](../docs/", text)
+    cells: list[dict[str, Any]] = []
+    for index, part in enumerate(re.split(r"(?s)```python\n(.*?)\n```", text)):
+        if source := part.strip():
+            kind = "code" if index % 2 else "markdown"
+            cell = {"cell_type": kind, "id": f"{page}-{index}", "metadata": {}}
+            more = {"execution_count": None, "outputs": []} if index % 2 else {}
+            cells.append({**cell, **more, "source": source.splitlines(keepends=True)})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    found = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(found, indent=1) + "\n"
+
+
+def current(page: str) -> str:
+    """Returns a page with its written parts up to date."""
+    return PART.sub(lambda match: f"{match[1]}\n{WRITTEN[match[2]]()}\n", page)
+
+
 def fill(_app: object, _page: str, source: list[str]) -> None:
-    """Fills a page as Sphinx reads it."""
+    """Fills a page as Sphinx reads it, and turns pictures into images of the theme."""
     for comment, text in FILLED.items():
         if comment in source[0]:
             source[0] = source[0].replace(comment, text())
+    images = r"![\2](\3){.only-light}\n![\2](\1){.only-dark}"
+    source[0] = PICTURE.sub(images, source[0])
+
+
+def main() -> None:
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(current(text), encoding="utf-8")
+    for name in NOTEBOOKS:
+        file = DOCS.parent / "examples" / f"{name}.ipynb"
+        file.write_text(notebook(name), encoding="utf-8")
+    CHARTS.mkdir(exist_ok=True)
+    for name, draw in DRAWN.items():
+        report.save(draw(), CHARTS / name)
+
+
+if __name__ == "__main__":
+    main()

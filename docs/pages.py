@@ -91,6 +91,7 @@ def page(name: str) -> str:
             f'<div class="picture">\n{gallery.picture(name, entry)}\n</div>\n',
             f"{in_torch(name)}\n",
             f"## Example\n\n```python\n{example(name)}```\n",
+            f"[Download this example]({name}.py)\n",
             output(example(name)),
             "## Reference\n\n```{eval-rst}\n" + "\n\n".join(documented) + "\n```\n",
             f"{SHARED}\n",
@@ -106,10 +107,13 @@ def write(app: Any) -> None:
     for name, texts in (("operators", {op: page(op) for op in OPERATORS}), ("groups", groups)):
         folder = Path(app.srcdir, name)
         folder.mkdir(exist_ok=True)
-        for stale in {file.stem for file in folder.glob("*.md")} - {*texts}:
-            (folder / f"{stale}.md").unlink()
+        for file in folder.glob("*.*"):
+            if file.stem not in texts:
+                file.unlink()
         for stem, text in texts.items():
             (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+            if stem in OPERATORS:
+                (folder / f"{stem}.py").write_text(example(stem), encoding="utf-8")
 
 
 # ---- docstrings ----------------------------------------------------------------------------------

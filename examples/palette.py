@@ -17,6 +17,8 @@ STYLES = {
     "pyfused, inplace=True": (PINK, "v"),
     "pyfused, linear": (PINK, "v"),
     "liger": (YELLOW, "v"),
+    "Liger": (YELLOW, "v"),
+    "cut-cross-entropy": (PINK, "s"),
     "copy": (GREY, "^"),
 }
 

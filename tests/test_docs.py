@@ -8,8 +8,10 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 import torch
 from conftest import KernelCalls
@@ -28,7 +30,9 @@ from pyfused.ops.operators import OPERATORS
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = gallery.report.RESULTS
+README = DOCS.parent / "README.md"
+report = gallery.report
+RESULTS = report.RESULTS
 CURVES = [
     pytest.param(name, curve, id=f"{name}-{curve.label}")
     for name, entry in ENTRIES.items()
@@ -90,25 +94,27 @@ def test_an_operator_without_measurements_has_a_dash() -> None:
 
 
 def test_the_legend_names_drawn_curves_only() -> None:
-    rows = gallery.measured()
-    peers = {peer for row in rows.values() for peer in row.peers}
-    drawn = gallery.ratios(rows)
+    peers = {peer for row in gallery.measured().values() for peer in row.peers}
+    drawn = labels(gallery.ratios())
     assert "eager torch" in drawn
     assert ("with huge pages" in drawn) == ("torch, THP" in peers)
 
 
+def labels(figure: Any) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
 def test_the_formulas_are_drawn_by_kernels(kernel_calls: KernelCalls) -> None:
-    drawn = gallery.formulas()
-    assert all(name.replace("_", " ") in drawn for name in gallery.FORMULAS)
+    titles = [axes.get_title() for axes in gallery.formulas().axes]
+    assert titles == [name.replace("_", " ") for name in gallery.FORMULAS]
     assert kernel_calls == {f"formulas.{name}": 2 for name in gallery.FORMULAS}
 
 
 def test_the_plot_of_speed_up_by_size_has_all_operators() -> None:
-    drawn = gallery.gain()
-    assert all(re.search(rf">{op}\b", drawn) for op in gain.OPERATORS)
+    assert [label.split(",")[0] for label in labels(gallery.gain())] == [*gain.OPERATORS]
     found = gallery.newest_gain()
     assert {row["op"] for row in found["gain"]} == {*gain.OPERATORS}
-    assert found["machine_info"]["cpu"] in gallery.FILLED["<!-- gain machine -->"]()
+    assert found["machine_info"]["cpu"] in gallery.WRITTEN["gain machine"]()
 
 
 def test_each_ratio_names_its_machine() -> None:
@@ -124,14 +130,47 @@ def test_sizes_are_listed() -> None:
     assert "activations without gradients" in gallery.sizes("gelu")
 
 
-def test_the_pages_have_all_markers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "picture", lambda *_: "")
+def test_the_pages_have_all_markers() -> None:
     text = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
     assert all(comment in text for comment in gallery.FILLED)
+    assert all(f"<!-- written: {name} -->" in text for name in gallery.WRITTEN)
     source = [text]
     gallery.fill(None, "", source)
-    left = set(re.findall("<!--.*?-->", source[0], re.DOTALL))  # a comment may span lines
-    assert left == {"<!-- benchmark table -->", "<!-- end of benchmark table -->"}
+    left = set(re.findall("<!--.*?-->", gallery.PART.sub("", source[0]), re.DOTALL))
+    assert left == {"<!-- benchmark table -->", "<!-- end of benchmark table -->", "<!-- end -->"}
+    assert "<picture>" not in source[0]
+    assert source[0].count("{.only-light}") == source[0].count("{.only-dark}")
+
+
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_committed_parts_are_current(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert gallery.current(text) == text, "run python docs/gallery.py"
+
+
+@pytest.mark.parametrize("name", gallery.DRAWN)
+def test_committed_charts_are_current(name: str) -> None:
+    text = (gallery.CHARTS / f"{name}.svg").read_text("utf-8")
+    pinned = (
+        f"matplotlib=={matplotlib.__version__} " in (README.parent / "constraints.txt").read_text()
+    )
+    if name == "formulas" or not pinned:  # curves and coordinates may differ in the last digits
+        titles = re.findall(r"<text[^>]*>([^<]+)</text>", report.svg(gallery.DRAWN[name](), name))
+        assert all(title in text for title in titles)
+    else:
+        assert report.svg(gallery.DRAWN[name](), name) == text, "run python docs/gallery.py"
+
+
+def test_pages_that_the_readme_links_to_are_complete() -> None:
+    """They are read without building the documentation, so nothing may be filled in by a build."""
+    linked = {*re.findall(r"\]\((docs/[\w-]+\.md)", README.read_text("utf-8"))}
+    assert len(linked) > 8
+    for page in linked:
+        text = (README.parent / page).read_text("utf-8")
+        filled = [*gallery.FILLED, "```{", "{.only-", "{py:", "Measured on ."]
+        assert not [word for word in filled if word in text], page
+        prose = re.sub(r"(?s)```.*?```|`[^`]*`", "", text)
+        assert "$" not in prose, page
 
 
 def test_every_operator_is_in_the_page_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import gpu  # noqa: E402
 import gpu_use  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import steps as training_steps  # noqa: E402
 from cases import BF16, Case  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -228,7 +229,7 @@ def test_targets_count_the_cases_that_reach_them(rehearsed: Path) -> None:
 # ---- typical use ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["smoke", "sizes", "host", "heads", "training"])
+@pytest.mark.parametrize("name", ["smoke", "sizes", "host", "heads"])
 def test_benchmarks_of_typical_use(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,10 +242,23 @@ def test_benchmarks_of_typical_use(
     found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert all(len(row) == columns.count("|") - 1 for row in found)
     ways = {name: ["mse_loss", "l1_loss"] for name in ("sizes", "host")}
-    ways |= {"heads": ["three products", "torch"], "training": ["torch", "pyfused.patch()"]}
+    ways |= {"heads": ["three products", "torch"]}
     column = {"smoke": 1, "heads": 2}.get(name, 0)
     assert [row[column] for row in found][:2] == ways.get(name, ["correct", "correct"])
     assert not any("Error" in cell for row in found for cell in row)
+
+
+def test_training_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each way trains like torch, or the command fails."""
+    file = tmp_path / "steps.json"
+    words = ["steps", str(file), "--trial", "--rounds", "2", "--cpu"]
+    ways = ["patch", "convert", "linear_cross_entropy"]
+    options = run.parser().parse_args([*words, "--ways", *ways])
+    training_steps.steps(options)
+    text = training_steps.table(json.loads(file.read_text("utf-8")))
+    assert text in capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith(("| GPT ", "| U-Net "))]
+    assert [row.count("n/a") for row in rows] == [0, 1, 0, 1]  # a U-Net has no linear head
 
 
 def test_a_wrong_kernel_fails_the_smoke_test(
