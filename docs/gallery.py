@@ -479,7 +479,7 @@ WRITTEN = {
     "training steps": training_steps,
 }
 DRAWN = {"ratios": ratios, "gain": gain, "formulas": formulas, "heads": heads, "gpu": gpu}
-PART = re.compile(r"(?s)(<!-- written: (.*?) -->\n).*?(?=\n<!-- end -->)")
+PART = re.compile(r"(?s)(<!-- written: ([\w ]+) -->\n).*?(?=<!-- end -->)")
 PICTURE = re.compile(
     r'(?s)<picture>\s*<source[^>]*srcset="(.*?)">\s*<img alt="(.*?)" src="(.*?)">\s*</picture>'
 )
@@ -508,7 +508,7 @@ def notebook(page: str) -> str:
 
 def current(page: str) -> str:
     """Returns a page with its written parts up to date."""
-    return PART.sub(lambda match: f"{match[1]}\n{WRITTEN[match[2]]()}\n", page)
+    return PART.sub(lambda match: f"{match[1]}\n{WRITTEN[match[2]]()}\n\n", page)
 
 
 def fill(_app: object, _page: str, source: list[str]) -> None:

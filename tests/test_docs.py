@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pkgutil
 import re
 import sys
@@ -331,3 +332,18 @@ def test_plots_have_both_themes(page: str) -> None:
     assert {f"{picture.removesuffix('.svg')}-dark.svg" for picture in light} <= {*pictures}
     for picture in pictures:
         assert ((DOCS.parent / page).parent / picture).exists(), picture
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("name", gallery.NOTEBOOKS)
+def test_a_notebook_is_current_and_runs(name: str) -> None:
+    text = (README.parent / f"examples/{name}.ipynb").read_text("utf-8")
+    assert text == gallery.notebook(name), "run python docs/gallery.py"
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), name, "exec"), names)
+    for cell in json.loads(text)["cells"]:
+        for link in re.findall(r"\]\(([^)#:]+)", "".join(cell["source"])):
+            assert (README.parent / "examples" / link).exists(), link
