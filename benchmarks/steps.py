@@ -106,7 +106,7 @@ class UNet(Model):
         self.up = nn.ModuleList(
             _convolutions(2 * narrow + narrow, narrow) for narrow in reversed(widths[:-1])
         )
-        self.pool, self.double = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.shrink, self.grow = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
         self.head = nn.Conv2d(width, 21, 1)
 
     def draw(self) -> tuple[Tensor, Tensor]:
@@ -116,10 +116,10 @@ class UNet(Model):
     def features(self, input: Tensor) -> Tensor:
         skipped = []
         for block in self.down:
-            input = block(self.pool(input) if skipped else input)
+            input = block(self.shrink(input) if skipped else input)
             skipped.append(input)
         for block, other in zip(self.up, reversed(skipped[:-1]), strict=True):
-            input = block(torch.cat([self.double(input), other], 1))
+            input = block(torch.cat([self.grow(input), other], 1))
         return input
 
 

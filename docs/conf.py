@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Unpack
 
-import tomllib
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
@@ -50,16 +49,11 @@ nitpick_ignore = [
 # The inventory has the names of torch that pages link to, in the first format, which is plain text.
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", "torch-objects.inv")}
 html_theme = "furo"
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))[
-    "project"
-]
 html_theme_options = {
-    "source_repository": PROJECT["urls"]["Homepage"],  # links to the repository and to each page
+    "source_repository": gallery.HOMEPAGE,  # links to the repository and to each page
     "source_branch": "main",
     "source_directory": "docs/",
-    "footer_icons": [
-        {"name": "Repository", "url": PROJECT["urls"]["Homepage"], "html": "Repository"}
-    ],
+    "footer_icons": [{"name": "Repository", "url": gallery.HOMEPAGE, "html": "Repository"}],
 }
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]

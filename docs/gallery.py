@@ -506,18 +506,29 @@ def notebook(page: str) -> str:
     return json.dumps(found, indent=1) + "\n"
 
 
+# Links to files that are not a part of the site.
+OUTSIDE = re.compile(r"\]\(\.\./([\w/.-]+\.(?:md|py|cpp|h))\b")
+HOMEPAGE = re.findall(
+    'Homepage = "(.*)"', (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
+)[0]
+
+
 def current(page: str) -> str:
     """Returns a page with its written parts up to date."""
     return PART.sub(lambda match: f"{match[1]}\n{WRITTEN[match[2]]()}\n\n", page)
 
 
 def fill(_app: object, _page: str, source: list[str]) -> None:
-    """Fills a page as Sphinx reads it, and turns pictures into images of the theme."""
+    """Fills a page as Sphinx reads it, and turns pictures into images of the theme.
+
+    Links to files outside of docs/ then lead to the repository.
+    """
     for comment, text in FILLED.items():
         if comment in source[0]:
             source[0] = source[0].replace(comment, text())
     images = r"![\2](\3){.only-light}\n![\2](\1){.only-dark}"
     source[0] = PICTURE.sub(images, source[0])
+    source[0] = OUTSIDE.sub(rf"]({HOMEPAGE}/blob/main/\1", source[0])
 
 
 def main() -> None:
