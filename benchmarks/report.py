@@ -118,6 +118,7 @@ def machine(found: Found) -> str:
     words |= {"python": "Python {}"}
     info = found["machine_info"].items()
     described = [words.get(k, "{}").format(v) for k, v in info]
+    described = ["1 thread" if each == "1 threads" else each for each in described]
     return ", ".join([*described, found["datetime"][:10]])
 
 

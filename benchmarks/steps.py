@@ -31,7 +31,7 @@ import pyfused
 import pyfused.functional
 
 WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
-WARM_UP = 1
+WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ TRIAL = (
 
 
 def work(trial: bool, index: int, way: str, cpu: bool) -> None:
-    """Takes a training step for each line read, and prints its time in seconds.
+    """Reads a number of training steps per line, and prints their time in seconds.
 
     The word "loss" prints the last loss, "peak" the peak memory since the first step, in bytes:
     model, optimizer and step, without the libraries.
@@ -252,12 +252,13 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
                 print(peak, flush=True)
             else:
                 started = clock()
-                optimizer.zero_grad()
-                with autocast:
-                    loss = forward(input, target)
-                loss.backward()
-                optimizer.step()
-                loss = loss.detach()
+                for _ in range(*json.loads(line)):
+                    optimizer.zero_grad()
+                    with autocast:
+                        loss = forward(input, target)
+                    loss.backward()
+                    optimizer.step()
+                    loss = loss.detach()
                 if device == "cuda":
                     torch.cuda.synchronize()
                 print(clock() - started, flush=True)
@@ -277,7 +278,8 @@ def compare(trial: bool, index: int, way: str, rounds: int, cpu: bool) -> dict[s
     interleaved(timers, WARM_UP, 1)
     of_torch, loss = (worker.ask("loss") for worker in workers)
     assert math.isclose(loss, of_torch, rel_tol=0.01), (way, loss, of_torch)
-    times = interleaved(timers, rounds, 1)
+    calls = math.ceil(SECONDS / timers[0](1))
+    times = interleaved(timers, rounds, calls)
     peaks = [worker.ask("peak") for worker in workers]
     for worker in workers:
         worker.process.communicate()

@@ -431,7 +431,10 @@ def headline() -> str:
 def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
     if not ratios:
         return "n/a", ""
-    return f"{median(ratios):.2g}", f"{min(ratios):.2g} to {max(ratios):.3g}"
+    middle, low, high = (
+        f"{x:.1f}" if x < 10 else f"{x:.0f}" for x in (median(ratios), min(ratios), max(ratios))
+    )
+    return middle, f"{low} to {high}"
 
 
 def summary() -> str:
