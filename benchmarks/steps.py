@@ -278,7 +278,7 @@ def compare(trial: bool, index: int, way: str, rounds: int, cpu: bool) -> dict[s
     interleaved(timers, WARM_UP, 1)
     of_torch, loss = (worker.ask("loss") for worker in workers)
     assert math.isclose(loss, of_torch, rel_tol=0.01), (way, loss, of_torch)
-    calls = math.ceil(SECONDS / timers[0](1))
+    calls = 1 if trial else math.ceil(SECONDS / timers[0](1))
     times = interleaved(timers, rounds, calls)
     peaks = [worker.ask("peak") for worker in workers]
     for worker in workers:

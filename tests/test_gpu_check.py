@@ -252,7 +252,7 @@ def test_training_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     """Each way trains like torch, or the command fails."""
     file = tmp_path / "steps.json"
     words = ["steps", str(file), "--trial", "--rounds", "2", "--cpu"]
-    ways = ["patch", "convert", "linear_cross_entropy"]
+    ways = ["convert", "linear_cross_entropy"]
     options = run.parser().parse_args([*words, "--ways", *ways])
     training_steps.steps(options)
     text = training_steps.table(json.loads(file.read_text("utf-8")))
