@@ -407,8 +407,10 @@ def test_subnormal_results(name: str, kernel_calls: KernelCalls) -> None:
     x = torch.linspace(-106, -84, 500)
     x = x[mine(x).isfinite()]  # all are 0 below -104
     expected, right = mine(x), mine(x.double())
-    error = (formula(x).double() - right).abs()
-    assert (error <= (expected - right).abs() + 2e-5 * right.abs() + 2 * 2.0**-149).all()
+    error, rounding = (formula(x).double() - right).abs(), torch.tensor(2 * 2.0**-149)
+    if name == "share":  # the exponentials are rounded, and their quotient is not subnormal
+        rounding = 2 * rounding / x.double().exp()
+    assert (error <= (expected - right).abs() + 2e-5 * right.abs() + rounding).all()
     assert kernel_calls[formula.op.name]
 
 
