@@ -2,12 +2,15 @@
 
 The classes of a model and its head are replaced by subclasses of the same names. In training, and
 in evaluation if the user asks for it, the model's original ``forward`` runs, but its head returns
-deferred logits (`deferred.py`). Their cross-entropy is computed from the hidden states and the
-head's weight. If other code reads the logits, they are computed, so results never change.
+recorded or deferred logits (`deferred.py`). A model of transformers was tried when it was
+converted, so its logits are deferred. For another model, torch computes the logits, and their
+readers are recorded, until a call shows that only the loss reads them. Later calls defer them:
+their cross-entropy is computed from the hidden states and the head's weight.
+If other code reads deferred logits, they are computed, so results never change.
 
-torch also computes the first loss of a model and the gradient of the head's input, for a few rows
-of logits at a time. If they differ, the model's original ``forward`` is restored. This costs, once,
-the time of one more head and loss, and the memory of those rows.
+The first loss of a model and the gradient of the head's input are compared with torch's, for a few
+rows of logits at a time. If they differ, the model's original ``forward`` is restored. This costs,
+once, the time of one more head and loss; recorded logits are in memory as a whole, up to a limit.
 """
 
 from __future__ import annotations
