@@ -14,7 +14,7 @@ from pyfused.integrations import metrics
 _log = logging.getLogger("pyfused")
 
 
-class PyfusedCallback(Callback):
+class PyfusedCallback(Callback):  # type: ignore[misc]
     """Converts the LightningModule before it is wrapped, and logs a report when ``fit`` ends.
 
     The trainer's loggers receive the numbers of :func:`pyfused.integrations.metrics`, and the
