@@ -97,6 +97,16 @@ def scalar(scalar: Scalar, value: Any) -> None:
         return  # a Number was checked before the call was planned
     if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
         raise _error(scalar.name, "a float", "a Tensor that requires grad", TypeError)
+    got, error = "", scalar.error
+    if isinstance(value, (list, tuple)):
+        got, error = f"{type(value).__name__} {value!r}", TypeError
+    elif isinstance(value, TENSORS) and value.numel() > 1:
+        got = f"shape {tuple(value.shape)}"
+    if got:
+        way = (
+            f"a formula of @pyfused.loss or @pyfused.activation can take {scalar.name} as a tensor"
+        )
+        raise _error(scalar.name, "one number", f"{got}; {way}", error)
     bounded(scalar.name, value, scalar.low, scalar.high, scalar.positive, scalar.error)
 
 

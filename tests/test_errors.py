@@ -216,6 +216,14 @@ BOUNDS: Wrong = {
     ),
 }
 OTHERS: Wrong = {
+    "beta of each element": (
+        lambda f: f.smooth_l1_loss(X, X, beta=torch.rand(X.shape)),
+        ["beta", "one number", "(4, 5)", "@pyfused.loss", "beta as a tensor"],
+    ),
+    "several deltas": (
+        lambda f: f.huber_loss(X, X, delta=[0.5, 1.0]),
+        ["delta", "one number", "[0.5, 1.0]", "@pyfused.loss", "delta as a tensor"],
+    ),
     "mse_shapes": (lambda f: f.mse_loss(X, X[:3]), ["target", "(4, 5)", "(3, 5)"]),
     "swiglu_shapes": (lambda f: f.swiglu(X, X[:3]), ["up", "gate", "(4, 5)", "(3, 5)"]),
     "mse_weight_shape": (

@@ -22,12 +22,15 @@ from samples import BROADCASTING, FIRST, LOSSES, SAMPLES, Loss
 from torch import Tensor
 
 import pyfused
-from pyfused import functional, nn
-from pyfused.dispatch.call import forget_plans
+from pyfused import checks, functional, nn
+from pyfused.dispatch.call import call, forget_plans
+from pyfused.dispatch.operator import Operand, Scalar
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
+from pyfused.ops.elementwise import INPUT, TARGET, WEIGHT
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
 from pyfused.types import Outputs
 
 INF, NAN = float("inf"), float("nan")
@@ -305,3 +308,53 @@ def test_gradients_of_broadcast_operands_are_rounded_once(name: str) -> None:
     exact = target.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(getattr(F, name)(input, exact, reduction="sum"), exact)
     assert torch.equal(gradient, expected.bfloat16())
+
+
+# ---- declarations --------------------------------------------------------------------------------
+
+
+class Interpreted(PointwiseLoss):
+    """An operator without compiled kernels."""
+
+    def kernel(self, *arguments: Any) -> Any:
+        kernel, parameters = super().kernel(*arguments)
+        return kernel.program(arguments[-1]), parameters
+
+
+def _scaled_error(input: Tensor, target: Tensor, scale: Tensor | None, margin: Tensor) -> Tensor:
+    size = ((input - target).abs() - margin).clamp(min=0)
+    return size if scale is None else scale * size
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("passed", [(), ("weight",), ("scale",), ("weight", "scale")])
+def test_optional_operands_without_a_definition(
+    passed: tuple[str, ...], reduction: str, kernel_calls: KernelCalls
+) -> None:
+    op = Interpreted(
+        name="scaled_error",
+        module="",
+        operands=(INPUT, TARGET, WEIGHT, Operand("scale", optional=True)),
+        scalars=(Scalar("margin", 0.5, low=0.0),),
+        weight_shape=checks.weight_that_broadcasts,
+        denominators={"mean": weight_or_elements},
+        formula=_scaled_error,
+    )
+    assert op.arguments == ("input", "target", "margin", "reduction", "weight", "scale")
+    assert op.defaults == (..., 0.5, "mean", None, None)
+    input, target = torch.randn(2, 6, 5, dtype=torch.float64).unbind()
+    weight, scale = (torch.rand(6, 5).double() + 0.1 if x in passed else None for x in op.names[4:])
+    leaves = [x.requires_grad_() for x in (input, target, scale) if x is not None]
+    loss = _scaled_error(input, target, scale, torch.tensor(0.3))
+    loss = loss if weight is None else loss * weight
+    expected = loss if reduction == "none" else loss.sum()
+    if reduction == "mean":
+        expected = expected / (loss.numel() if weight is None else weight.sum())
+    arguments = (input, target, 0.3, reduction, weight, scale)
+    fused = call(op, arguments)
+    assert kernel_calls.total() == 1
+    for result in (fused, op.reference(*arguments)):
+        close(result, expected)
+        close(
+            *(torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (result, expected))
+        )

@@ -167,18 +167,20 @@ class Operator(ABC):
 
         Args:
             compute: The function of all arguments.
-            last: The arguments after the operands and the scalars, with their defaults.
+            last: The arguments after the operands and the scalars, with their defaults. Optional
+                operands follow them.
         """
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        defaults = {scalar.name: scalar.default for scalar in self.scalars} | last
-        parameters = [inspect.Parameter(operand.name, kind) for operand in self.operands]
+        required = [operand.name for operand in self.operands if not operand.optional]
+        optional = {operand.name: None for operand in self.operands if operand.optional}
+        defaults = {scalar.name: scalar.default for scalar in self.scalars} | last | optional
+        parameters = [inspect.Parameter(name, kind) for name in required]
         parameters += [inspect.Parameter(n, kind, default=v) for n, v in defaults.items()]
 
         def definition(*args: Any, **kwargs: Any) -> Tensor:
             kwargs = defaults | dict(zip(self.arguments, args, strict=False)) | kwargs
-            for operand in self.operands:
-                checks.tensor(operand.name, kwargs.get(operand.name))
-            arguments = tuple([kwargs[name] for name in self.arguments])
+            arguments = tuple([kwargs.get(name) for name in self.arguments])
+            self.check_tensors(arguments)
             self.check_scalars(arguments)
             return compute(*arguments)
 

@@ -307,7 +307,8 @@ class TensorLoss(Operator):
 class PointwiseLoss(TensorLoss):
     """A loss that applies a formula to each element of the operands.
 
-    With an optional last operand, the kernel is another one, with the operand's name appended.
+    With an optional last operand, the kernel is another one, with the operand's name appended. If
+    it is not passed, the formula receives None for it, and the gradient has no derivative by it.
 
     Attributes:
         formula: The loss of an element in torch's operators, given the operands and the scalars.
@@ -322,12 +323,11 @@ class PointwiseLoss(TensorLoss):
 
     def __post_init__(self) -> None:
         if self.definition is None and not hasattr(F, self.name):
-            self.definition = (
-                self.definition_of(self._reduced_formula, reduction="mean")
-                if self.reduces
-                else self.definition_of(self.formula)
-            )
+            last = {"reduction": "mean"} if self.reduces else {}
+            self.definition = self.definition_of(self._by_formula, **last)
         super().__post_init__()
+        names = [operand.name for operand in self.variables] + [s.name for s in self.scalars]
+        self._formula_arguments = itemgetter(*map(self.arguments.index, names))
         if self.warns:
             self.warning, self.builtin = _broadcasting_warning, self._built_in()
 
@@ -367,9 +367,10 @@ class PointwiseLoss(TensorLoss):
     def _trace_kernel(self, operands: int, kernel: Kernel) -> list[Method]:
         """Traces the loss of one element and its gradients."""
         variables = self.variables[:operands]
+        missing = [None] * (len(self.variables) - operands)
 
         def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
-            scalars = kernel.scalars(numbers)
+            scalars = [*missing, *kernel.scalars(numbers)]
             value = self.formula(*leaves, *scalars)
             if self.gradient is None:
                 gradients = trace.gradients_of(value, leaves, scale)
@@ -398,8 +399,12 @@ class PointwiseLoss(TensorLoss):
         layouts = tuple(operands), weight, grad_output
         return backend.pointwise_loss(formula, layouts, parameters, reduction, outputs, divisor)
 
-    def _reduced_formula(self, *arguments: Any) -> Tensor:
-        return reduced(self.formula(*arguments[:-1]), arguments[-1])
+    def _by_formula(self, *arguments: Any) -> Tensor:
+        result = self.formula(*self._formula_arguments(arguments))
+        if self._reduction is None:
+            return result
+        weight = None if self._weight is None else arguments[self._weight]
+        return reduced(result, arguments[self._reduction], weight)
 
     def _built_in(self) -> Callable[..., Tensor]:
         """Returns a faster variant of torch's function, whose warning names the caller's line."""
