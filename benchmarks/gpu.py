@@ -221,8 +221,8 @@ class Table:
             rows = row()
         except Exception as error:  # continue with the other rows
             self.errors += 1
-            told = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-            rows = [[name, told, *[""] * (len(self.columns) - 2)]]
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            rows = [[name, message, *[""] * (len(self.columns) - 2)]]
         self.rows += rows
         table = tabulated(self.columns, self.rows, names=self.names)
         self.file.write_text(f"{self.head}\n\n{table}\n", encoding="utf-8")

@@ -26,7 +26,7 @@ class Curve:
     Floats become tensors, integers become class indices, and tuples become the labels of each row.
 
     Attributes:
-        others: The logits of the other classes, or the other features, beside the one drawn.
+        others: The logits of the other classes, or the other features, besides the one drawn.
     """
 
     label: str

@@ -101,10 +101,10 @@ class Learner:
             self.optimizer.zero_grad()
             hidden, started = self.policy.hidden(tokens), time.perf_counter()
             log_p, entropy = self.log_probs(hidden, self.policy.head.weight, labels)
-            ratio, away = (log_p - old).exp(), reference - log_p
+            ratio, difference = (log_p - old).exp(), reference - log_p
             clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
-            divergence = away.exp() - away - 1  # a nonnegative estimate of KL
+            divergence = difference.exp() - difference - 1  # a nonnegative estimate of KL
             loss = -(gain - KL * divergence + ENTROPY * entropy).mean()
             loss.backward()
             self.seconds += time.perf_counter() - started

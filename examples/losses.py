@@ -79,7 +79,7 @@ class Experiment:
 
 @dataclass
 class Result:
-    """The result of a choice; torch's curve is None if torch lacks the loss."""
+    """The result of training with one loss; torch_losses is None if torch lacks it."""
 
     choice: Choice
     losses: list[float]

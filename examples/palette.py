@@ -22,5 +22,5 @@ STYLES = {
     "copy": (GREY, "^"),
 }
 
-# The colours and markers of curves that are no implementations.
+# The colours and markers of curves that are not implementations.
 SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PINK, "^"), (YELLOW, "v"), (PURPLE, "P"))

@@ -10,7 +10,7 @@
 
 w are the class weights. x is scale times the logits, so their gradient is scale dloss/dx. With
 gamma (class index, no smoothing), the loss is w_t (1 - p_t)^gamma nll with nll = lse - x_t, and
-dloss/dx_c is w_t (p_c - [c = t]) times the derivative of (1 - p_t)^gamma nll by nll.
+dloss/dx_c is w_t (p_c - [c = t]) times the derivative d/dnll of (1 - p_t)^gamma nll.
 The loss and the gradient of a row are multiplied by `token_weight` and divided by `denominator`.
 
 Shapes: see `rows.py`; row outer_index * inner + inner_index has one target.
@@ -55,7 +55,7 @@ from .rows import (
 
 @triton.jit
 def focal(nll, gamma):
-    """Returns (1 - p)^gamma with p = exp(-nll), and the derivative of (1 - p)^gamma nll by nll."""
+    """Returns (1 - p)^gamma with p = exp(-nll), and d/dnll of (1 - p)^gamma nll."""
     half = tanh(0.5 * tl.where(nll < 0.0, 0.0, nll))
     miss = 2.0 * half / (1.0 + half)  # 1 - p without cancellation
     power = exp_nonpositive(gamma * log(miss))
@@ -81,7 +81,7 @@ def index_terms(
 
 @triton.jit
 def squared_lse(lse, z_loss):
-    """Returns z_loss lse^2 and its derivative by lse; 0 if z_loss is 0, even for infinite lse."""
+    """Returns z_loss lse^2 and its derivative d/dlse; 0 if z_loss is 0, even for infinite lse."""
     weight = scalar(z_loss, lse.dtype)
     lse = tl.where(z_loss > 0.0, lse, 0.0)
     return weight * lse * lse, 2.0 * weight * lse
@@ -135,7 +135,7 @@ def row_kernel(
     c = tl.arange(0, BLOCK)
     mask = (c < classes)[None, :]
     losses = tl.zeros([ROWS], A)
-    stored = tl.zeros([ROWS], tl.int1)  # rows whose gradient is stored, but for the target's
+    stored = tl.zeros([ROWS], tl.int1)  # rows whose gradient is stored, except at the target
     of_target, at_target = losses, tl.zeros([ROWS], tl.int64)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)

@@ -125,7 +125,7 @@ _unpack: Any = getattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack
 def saved_tensors_from(ctx: Any, first: int) -> Sequence[Any]:
     """Returns the tensors that were saved for backward, from an index on.
 
-    It does not check whether earlier ones were modified in place, if torch allows to unpack some.
+    If torch can unpack them separately, it does not check whether earlier ones were modified.
     """
     if _unpack is None:
         saved: Sequence[Any] = ctx.saved_tensors
@@ -246,7 +246,7 @@ def is_distributed(hook: Any) -> bool:
 
 
 def has_hooks(module: Any, distributed: bool = True) -> bool:
-    """Returns whether a call of a module runs hooks; torch.distributed's count if distributed."""
+    """Returns whether calling a module runs hooks, with or without torch.distributed's."""
     forward = module._forward_pre_hooks | module._forward_hooks
     return bool(
         module._backward_hooks

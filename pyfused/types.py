@@ -206,7 +206,7 @@ class VocabOptions:
         return {name: x for name, x in self.by_name().items() if isinstance(x, TENSORS)}
 
     def plan_tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        """Returns token_weight and denominator, None for a denominator that is no tensor."""
+        """Returns token_weight and denominator, None for a denominator that is not a tensor."""
         denominator: Any = self.denominator
         return self.token_weight, denominator if isinstance(denominator, TENSORS) else None
 

@@ -86,9 +86,9 @@ def installed_headers(version: str) -> tuple[Path, Path] | None:
     """Returns the include folder and pyconfig.h of an installed Python, None if there is none."""
     for interpreter in interpreters(version):
         command = [interpreter, "-c", PATHS]
-        asked = subprocess.run(command, text=True, capture_output=True, check=False)
-        include, _, config = asked.stdout.strip().partition("\n")
-        if asked.returncode == 0 and Path(include, "Python.h").exists():
+        found = subprocess.run(command, text=True, capture_output=True, check=False)
+        include, _, config = found.stdout.strip().partition("\n")
+        if found.returncode == 0 and Path(include, "Python.h").exists():
             return Path(include), Path(config)
     return None
 
@@ -177,12 +177,12 @@ def build(python: str, name: str, include: Path, dist: Path) -> Path:
     (wheel,) = base.glob("*.whl")
     if name.startswith("manylinux"):  # needs no later glibc and no other library
         show = [BIN / "auditwheel", "show", wheel]
-        told = subprocess.run(show, text=True, stdout=subprocess.PIPE, check=True).stdout
-        told = " ".join(told.split())
-        asked = re.search(r'platform tag: "manylinux_2_(\d+)_', told)
-        assert asked, told
-        assert int(asked[1]) <= int(GLIBC.removeprefix("2.")), told
-        assert "external shared libraries are required" not in told, told
+        shown = subprocess.run(show, text=True, stdout=subprocess.PIPE, check=True).stdout
+        report = " ".join(shown.split())
+        needed = re.search(r'platform tag: "manylinux_2_(\d+)_', report)
+        assert needed, report
+        assert int(needed[1]) <= int(GLIBC.removeprefix("2.")), report
+        assert "external shared libraries are required" not in report, report
     names = [name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name]
     compiled = [name for name in names if Path(name).suffix not in ("", ".py", ".typed")]
     modules = [name for name in compiled if name.endswith(suffix)]

@@ -43,7 +43,7 @@ def _active(head: Any) -> list[str]:
 
 
 def layers(head: Any) -> dict[str, Any]:
-    """Returns a head and the layers in it that determine the logits, by a description of each."""
+    """Returns a head and the layers that determine its logits, keyed by a description of each."""
     if not is_lora(head):
         return {"its head": head}
     adapters = {f"the adapter {name!r} of its head": head.lora_B[name] for name in _active(head)}
@@ -88,7 +88,7 @@ def with_features(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Any, adapter_weight: Tensor | None) -> Tensor:
-    """Returns the logits of what `with_features` returned."""
+    """Returns the logits, given the results of `with_features`."""
     if adapter_weight is None:
         return F.linear(rows, weight, bias)
     hidden, features = rows.tensor_split((weight.shape[-1],), -1)

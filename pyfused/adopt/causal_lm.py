@@ -2,7 +2,7 @@
 
 The classes of a model and its head are replaced by subclasses of the same names. In training, and
 in evaluation if the user asks for it, the model's original ``forward`` runs, but its head returns
-recorded or deferred logits (`deferred.py`). A model of transformers was tried when it was
+recorded or deferred logits (`deferred.py`). A transformers model was tried when it was
 converted, so its logits are deferred. For another model, torch computes the logits, and their
 readers are recorded, until a call shows that only the loss reads them. Later calls defer them:
 their cross-entropy is computed from the hidden states and the head's weight.
@@ -40,12 +40,12 @@ from pyfused.ops.chunk_sizes import physical_memory
 from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, is_jit_tracing
 
-_thread = threading.local()  # its attribute `call` is the model's call that runs in the thread
+_thread = threading.local()  # its attribute `call` is the model call that is running in the thread
 OUTPUT = "the output"
-ALONE, READ, COMPARED = "only their loss read the logits", "the logits were read", "compared"
-ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at once for the comparison
+ALONE, READ, COMPARED = "only the loss read the logits", "the logits were read", "compared"
+ROWS_BYTES = 16 << 20  # bytes of logits that torch computes at a time for the comparison
 PARTS = 16  # torch's logits, their copies and gradients are recorded in an eighth of the memory
-TOKENS = 5  # tokens of the batch that a model is tried with
+TOKENS = 5  # tokens in the batch of a trial run
 _MISSING_LABELS = (
     "it was called in training mode without labels. Pass labels=. Trainer removes them for "
     "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
@@ -74,8 +74,8 @@ class _Call:
             COMPARED, each with the modes of the call.
         with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
         tried: Whether a trial run has shown that only the loss reads the logits.
-        modes: Of this call, None before the head is called.
-        shown: ALONE if only their loss read the logits of the last call in these modes, READ if
+        modes: The modes of this call, None before the head is called.
+        shown: ALONE if only the loss read the logits of the last call in these modes, READ if
             something else did, None before the first call.
         agreed: Whether a loss of this call equals torch's.
         differs: How it differs, None if it does not.
@@ -119,7 +119,7 @@ class _Call:
             self.shown = next((x for x in (ALONE, READ) if (x, self.modes) in self.facts), None)
 
     def learn(self) -> None:
-        """Notes what this call has shown, unless a checkpoint may run it again."""
+        """Records what this call has shown, unless a checkpoint may run it again."""
         uses = [set(family.uses) for family in self.families]
         losses = any(LOSS in each for each in uses)
         recorded = any(family.recorded for family in self.families)
@@ -323,7 +323,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
 
 
 def _finished(output: Any) -> Any:
-    """Returns a model's output, with None for logits that only their loss has read."""
+    """Returns a model's output, with None for logits that only the loss has read."""
     if deferred.is_deferred(output):
         family = output._node.family
         if set(family.uses) == {LOSS}:
@@ -347,7 +347,7 @@ def _finished(output: Any) -> Any:
         changed = [name for name, value in output.items() if found[name] is not value]
         if not changed:
             return output
-        if is_dataclass(output):  # an output of transformers, which leaves out None
+        if is_dataclass(output):  # a transformers output, which leaves out None
             removed = tuple(name for name in changed if found[name] is None)
             return _without(type(output), removed)(**found) if removed else type(output)(**found)
         result = copy.copy(output)
@@ -357,14 +357,14 @@ def _finished(output: Any) -> Any:
 
 
 class _Entries(tuple[Any, ...]):
-    """The entries of an output of transformers; reading its logits by their index raises."""
+    """The entries of a transformers output; reading its logits by their index raises."""
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
         if any(x is _REMOVED for x in (found if type(index) is slice else (found,))):
             raise RuntimeError(
-                "pyfused.convert: expected no index of the logits in a converted model's output, "
-                f"got {index}. Read other entries by name, or call pyfused.revert(model)"
+                "pyfused.convert: expected an index of an entry other than the logits, got "
+                f"{index}. Read other entries by name, or call pyfused.revert(model)"
             )
         return found
 
@@ -382,7 +382,7 @@ def _without(kind: Any, removed: tuple[str, ...]) -> Any:
 
 @cache
 def _subclass_without(kind: Any, removed: tuple[str, ...]) -> Any:
-    """Returns a subclass of an output of transformers whose logits are None, but have an index."""
+    """Returns a subclass of a transformers output whose logits are None, but keep their index."""
 
     def to_tuple(output: Any) -> Any:
         values = {field.name: getattr(output, field.name) for field in fields(output)}
@@ -399,13 +399,13 @@ def _subclass_without(kind: Any, removed: tuple[str, ...]) -> Any:
 
 
 def _head_of(model: Any, head_name: str | None) -> Any:
-    """Returns the head that the user has named, or else the head of a model of transformers."""
+    """Returns the head that the user has named, or else the head of a transformers model."""
     head = model.get_submodule(head_name) if head_name else model.get_output_embeddings()
     return adapters.called_head(head)
 
 
 def has_head(module: Any) -> bool:
-    """Returns whether a module is a model of transformers with a head for logits."""
+    """Returns whether a module is a transformers model with a head for logits."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return False
@@ -416,7 +416,7 @@ def reason_to_leave(model: Any, head_name: str | None = None) -> str | None:
     """Returns why a model with a head keeps its ``forward``, None if it can be converted.
 
     Args:
-        head_name: The name of the head if the user passed one; None for a model of transformers.
+        head_name: The name of the head if the user passed one; None for a transformers model.
 
     Raises:
         ValueError: There is no such head.
@@ -449,7 +449,7 @@ def fuse(model: Any, head: str | None, evaluation: bool, metrics: bool) -> None:
     """Changes the classes of a model and its head to fused subclasses with convert's options.
 
     Args:
-        head: The name of the head, None for a model of transformers or the head of the last call.
+        head: The name of the head, None for a transformers model or the head of the last call.
     """
     if head is None and subclass.is_marked(model):
         head = type(model)._arguments[1]
@@ -463,7 +463,7 @@ def is_converted(model: Any) -> bool:
 
 
 def shares_head(model: Any) -> bool:
-    """Returns whether the head of a model of transformers is also that of a converted model."""
+    """Returns whether a transformers model shares its head with a converted model."""
     return subclass.is_marked(_head_of(model, None))
 
 
@@ -502,7 +502,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _warn(model, warned, f"its {call.differs}. From now on, its original forward runs")
-            subclass.unfuse(model)  # without its calls, the head computes logits
+            subclass.unfuse(model)  # the head computes logits if the model does not defer them
             return output
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
@@ -527,7 +527,7 @@ def _warn(model: Any, warned: set[str], reason: str) -> None:
 
 @torch_internals.run_while_tracing  # the compiler breaks the graph at a warning
 def _warn_once(message: str) -> None:
-    """Warns at the first of several compilations."""
+    """Warns once if a model is compiled several times."""
     if first_time("convert", message):
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
 
@@ -549,7 +549,7 @@ def _reason_without_loss(call: _Call, head: str | None, uses: list[str]) -> str:
 
 
 def _reason_for_logits(model: Any, given: dict[str, Any]) -> str | None:
-    """Returns why a call of a model of transformers needs logits, None if it needs its loss alone.
+    """Returns why a call of a transformers model needs logits, None if it only needs its loss.
 
     Training steps without labels compute their loss from all logits.
     """
@@ -583,7 +583,7 @@ def _loss_differs(node: Any, target: Tensor, options: dict[str, Any], loss: Any)
     if options["reduction"] == "mean":
         kept, weight = target[target != options["ignore_index"]], options["weight"]
         valid = len(kept) if weight is None else weight[kept.long()].sum()
-    # autograd saves no tensors of inference mode, but copies of them.
+    # Autograd cannot save inference tensors, so copies are used.
     rows, target = node.rows.detach().clone().requires_grad_(), target.clone()
     options = {name: deferred.versioned(value) for name, value in options.items()}
     fused = node.loss(rows, target, options)
@@ -618,7 +618,7 @@ class _Outputs:
         self.last_hidden_state = hidden
 
     def __getitem__(self, index: Any) -> Any:
-        states = self.last_hidden_state, self.last_hidden_state[:, 0]  # the second is pooled
+        states = self.last_hidden_state, self.last_hidden_state[:, 0]  # and the pooled output
         return states[index] if isinstance(index, slice) else states[0] if index == 0 else None
 
     def __getattr__(self, name: str) -> None:
@@ -640,7 +640,7 @@ def _with_classes(classes: dict[Any, Any]) -> Iterator[None]:
 
 
 def _trial_reason(model: Any, head: Any) -> str | None:
-    """Returns why a model of transformers cannot be converted, by running it.
+    """Returns why a transformers model cannot be converted, by running it.
 
     Its ``forward`` runs with and without deferred logits, and its decoder returns random hidden
     states instead of running. Only a few rows of logits are computed.

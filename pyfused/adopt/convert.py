@@ -30,7 +30,7 @@ _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
 _LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}
 _NOTHING = (
     "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
-    "and no language model of transformers. For another language model, pass head=, the name of "
+    "and no transformers language model. For another language model, pass head=, the name of "
     "its linear layer for logits."
 )
 _ALREADY = causal_lm.ALREADY, "is already a module of pyfused.nn"
@@ -80,7 +80,7 @@ def convert(
     first, by computing the loss of a few random hidden states with and without the change. The
     model is not changed if the loss or its gradient differs, or if other code reads the logits.
 
-    In MLPs of transformers, ``act(gate_proj(x)) * up_proj(x)`` becomes
+    In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO. A
@@ -101,7 +101,7 @@ def convert(
             mode, the logits in its output are None if only the loss reads them; if other code reads
             them, they are computed. torch computes logits and loss of the first call, and the loss
             is compared with pyfused's: if they differ, the model's original ``forward`` is
-            restored. By default, it is the head of a model of transformers, or the head that an
+            restored. By default, it is the head of a transformers model, or the head that an
             earlier call has named.
         evaluation: Whether a language model's calls with labels return no logits in evaluation mode
             either, with gradients, in ``no_grad`` or in inference mode.
@@ -145,7 +145,7 @@ def convert(
 
 
 def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, options: bool) -> None:
-    """Warns if `convert` had no effect on the model, on a language model, or by its options."""
+    """Warns if `convert` changed nothing, left a language model as is, or ignored an option."""
     messages = []
     for name, kind, reason in plan.left:
         module, named = modules[name], head is not None and name == "."

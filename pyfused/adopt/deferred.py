@@ -92,12 +92,12 @@ class Family:
         self.checksums = None if self.traced or not call.checks() else self._checksums()
 
     def watch(self, *tensors: Tensor | None) -> None:
-        """Notes the versions of tensors that are read until the logits have been computed."""
+        """Records the versions of tensors that are read until the logits have been computed."""
         if not self.traced:
             self.watched += [(x, self._state(x)) for x in tensors if x is not None]
 
     def _state(self, tensor: Tensor) -> Any:
-        """Returns what changes if a tensor changes in place; FSDP moves the weight."""
+        """Returns the version and the address, which FSDP changes, to detect in-place changes."""
         version, address = _state(tensor)
         return version, self.finish or address
 
@@ -106,7 +106,7 @@ class Family:
         return [x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64) for x in local]
 
     def is_unchanged(self) -> bool:
-        """Returns whether the inputs and the tensors of recorded operators are as before."""
+        """Returns whether the inputs and the tensors of recorded operators are unchanged."""
         if any(self._state(tensor) != state for tensor, state in self.watched):
             return False
         return self.checksums is None or all(map(torch.equal, self.checksums, self._checksums()))
@@ -163,7 +163,7 @@ class Family:
         return not self.computed and self.modes == modes_of(self.inputs[0].device.type)
 
     def agrees(self, alone: bool) -> bool:
-        """Returns whether only their loss has read the logits, in all processes that share them."""
+        """Returns whether only the loss has read the logits, in all processes that share them."""
         return alone
 
     def read(self, reader: str) -> None:
@@ -187,7 +187,7 @@ class Family:
         return [tensor for tensor in tensors if tensor is not None]
 
     def release(self) -> None:
-        """Makes recorded logits tensors of torch's class again."""
+        """Turns recorded logits back into plain tensors."""
         if self.recorded:
             for tensor in self.alive():
                 tensor.__class__ = Tensor
@@ -196,7 +196,7 @@ class Family:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Restores grad mode and autocast of the head's call.
+        """Restores the grad mode and the autocast of the head's call.
 
         Raises:
             RuntimeError: The head's input or parameters have been changed in place since the call.
@@ -283,7 +283,7 @@ def modes_of(device: str) -> _Modes:
 
 
 def versioned(x: Any) -> Any:
-    """Returns a tensor with a version counter, to detect changes in place; may be a copy."""
+    """Returns a tensor with a version counter, to detect in-place changes; may be a copy."""
     if is_dynamo_compiling() or not isinstance(x, Tensor) or not x.is_inference():
         return x
     with torch.inference_mode(False), torch.no_grad():
@@ -296,7 +296,7 @@ def _snapshot(x: Any) -> Any:
 
 
 def _state(x: Tensor) -> tuple[int, int]:
-    """Returns the version of a tensor, 0 for one of inference mode, and its address."""
+    """Returns the version of a tensor, 0 for an inference tensor, and its address."""
     return 0 if x.is_inference() else version_of(x), x.data_ptr()
 
 
@@ -556,7 +556,7 @@ def _log_softmax(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | 
     keeps_dtype = node.family.modes.autocast is None or node.example.dtype is torch.float32
     if others or not is_last or not keeps_dtype or kwargs.get("dtype") is not None:
         return None
-    return replace(node, log=True, operation=(function, (), {"dim": -1}))  # for any rows
+    return replace(node, log=True, operation=(function, (), {"dim": -1}))  # for selected rows, too
 
 
 def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
@@ -571,14 +571,14 @@ def _add(node: _Node, function: Any, args: Any, kwargs: Any) -> _Node | None:
         return None  # autocast casts the head's bias
     bias = _snapshot(bias) if node.family.traced else versioned(bias)
     node.family.watch(bias)
-    bias = bias.reshape(-1)  # for any rows
+    bias = bias.reshape(-1)  # for selected rows, too
     example = function(node.example, bias.to(node.example.device))
     shift = bias if node.shift is None else node.shift + bias
     return replace(node, shift=shift, example=example, operation=(function, (bias,), {}))
 
 
 def _is_exact(bias: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether a dtype holds a bias exactly, such as zeros; a bias is compared once."""
+    """Returns whether a dtype represents a bias exactly; a bias is compared only once."""
     if bias.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     now = dtype, *_state(bias)
@@ -703,7 +703,7 @@ def _read(function: Any, tensor: Any) -> Any:
 
 
 def _value(tensor: Any) -> Any:
-    """Returns the values of deferred logits, whose gradient is refused; other values as is."""
+    """Returns the values of deferred logits, whose gradient raises; other values as is."""
     if not isinstance(tensor, DeferredLogits):
         return tensor
     node: _Node = tensor._node

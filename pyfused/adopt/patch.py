@@ -243,7 +243,7 @@ def _call(
 
 
 def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
-    """Returns the arguments with the stack level of warnings for one more function."""
+    """Returns the arguments with the stack level of warnings raised by one frame."""
     if "_stacklevel" not in op.arguments:
         return arguments
     input, dim, stacklevel, dtype = arguments

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyfused import torch_internals
 from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import reasons
-from pyfused.dispatch.call import decide  # the original, which does not count
+from pyfused.dispatch.call import decide  # the original function, which counts nothing
 from pyfused.dispatch.operator import Arguments, Operator
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.signature import PLAIN
@@ -26,7 +26,7 @@ from pyfused.ops import custom_operators
 
 BUDGET = 0.25  # seconds for re-running calls of an operator
 MOST = 1 << 24  # elements of a call that is re-run; of a larger call, only the first rows
-NOISE = 0.25  # the least relative deviation of a time, because few samples may agree by chance
+NOISE = 0.25  # the smallest relative deviation assumed, because few samples may agree by chance
 
 
 @dataclass
@@ -94,9 +94,9 @@ class Report:
         self._fallbacks: Counter[tuple[str, str]] = Counter()  # by operator and other reason
         self._compiled: Counter[str] = Counter()  # calls of kernels in compiled programs
         self._comparing: defaultdict[str, float] = defaultdict(float)  # seconds, by operator
-        self._seconds = 0.0  # of closed blocks
-        self._began: float | None = None  # the start of the open block
-        self._first_call: float | None = None  # the seconds before it
+        self._seconds = 0.0  # of the blocks that have ended
+        self._began: float | None = None  # the start of the current block
+        self._first_call: float | None = None  # the seconds until the first call
 
     def __enter__(self) -> Report:
         self._began = _clock()
@@ -269,7 +269,7 @@ def time_of(seconds: float) -> str:
 # ---- hooks in dispatch ---------------------------------------------------------------------------
 
 # A mode could not count, because calls fall back to torch while a mode is active.
-_reports: tuple[Report, ...] = ()  # the open ones
+_reports: tuple[Report, ...] = ()  # the reports of current blocks
 _changes = threading.Lock()  # held while _reports changes
 _uncounted: tuple[Any, ...] = ()  # the functions that the hooks replace
 
@@ -301,7 +301,7 @@ def _is_small(op: Operator, arguments: Arguments, elements: int | None = None) -
 
 
 def _compute(op: str, function: Any, *arguments: Any) -> Any:
-    if len(arguments) == 1:  # a backward pass has more
+    if len(arguments) == 1:  # backward passes have more arguments
         for report in _reports:
             report._add(report._compiled, op)
     return _uncounted[2](op, function, *arguments)
@@ -318,7 +318,7 @@ def _decide(op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Decis
 # ---- a call that is re-run -----------------------------------------------------------------------
 
 
-_comparing = threading.Lock()  # because times that overlap cannot be subtracted
+_comparing = threading.Lock()  # overlapping comparisons could not be subtracted
 _compared = 0.0  # the seconds that all comparisons have taken
 
 

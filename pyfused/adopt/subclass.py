@@ -1,4 +1,4 @@
-"""Replaces the ``forward`` of other libraries' modules: their class becomes a subclass of it."""
+"""Replaces the ``forward`` of other libraries' modules by changing their class to a subclass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ForwardOf = Callable[..., Callable[..., Any]]  # defined at module level, for pi
 
 
 class _Fused:
-    """The first base of the subclasses, which cannot be imported, and define their own pickle."""
+    """The first base of the subclasses, which pickle themselves, as they cannot be imported."""
 
     _unfused: Any  # the original class
     _arguments: tuple[Any, ...]  # of `subclass`, after the original class
@@ -29,7 +29,7 @@ class _Fused:
             reduced = self.__reduce_ex__(protocol)
         finally:
             self.__class__ = kind
-        if isinstance(reduced, str):  # the name of a global variable
+        if isinstance(reduced, str):  # an object that is pickled as a global variable
             return reduced
         function, args, *state = reduced
         return _restored, (function, args, kind._unfused, kind._arguments), *state

@@ -37,7 +37,7 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
 
     TRL computes the log-probabilities, entropies and statistics of tokens from hidden states by
     ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch_trl`` replaces it with a function
-    of the same arguments and results, which calls :func:`~pyfused.functional.linear_log_probs`.
+    with the same arguments and results, which calls :func:`~pyfused.functional.linear_log_probs`.
 
     TRL's own function still computes the calls that pyfused cannot: with a weight that ZeRO-3
     partitions, on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names
@@ -129,7 +129,7 @@ class _LogProbFunction:
             return_metrics="mean_logits" in outputs or "is_top1" in outputs,
             deterministic_rows=self.deterministic_rows,
         )
-        return (  # float32 for float64 inputs, too
+        return (  # TRL's result is float32 even for float64 inputs
             results.log_probability.float(),
             results.entropy.float() if "entropy" in outputs else None,
             None,

@@ -31,8 +31,8 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated
 from pyfused.ops.softmax import Softmax
 
-SMALLEST, LARGEST = 10, 24  # exponents of 2: the range of sizes
-_SECONDS = 0.03  # for the calls of one size
+SMALLEST, LARGEST = 10, 24  # the range of sizes, as powers of 2
+_SECONDS = 0.03  # spent on the calls of one size
 _ROUNDS = 7
 _CALLS = 50  # their launches fit into the GPU's queue
 _COPIED = 1 << 28  # bytes, more than caches hold
@@ -53,7 +53,7 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
     few = second and not forward
     columns = _FEATURES if embeddings else (sizes.FEW if few else _MANY) if classes else 1
     shape = (max(1, elements // columns), columns) if classes or embeddings else (elements,)
-    shapes = {"weight": (1,)}  # a learnt slope
+    shapes = {"weight": (1,)}  # the learned slope of prelu
     if embeddings:
         shapes["target"] = shape[:1]
     operands = [_drawn(o, shapes.get(o.name, shape)) for o in op.operands if not o.optional]

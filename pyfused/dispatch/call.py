@@ -56,7 +56,7 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
     """
     if is_dynamo_compiling():
         reason, run, numbers = decide_compiled(op, arguments, inplace)
-        if run is not None:  # never overwrites the input, as compiled gradients have their memory
+        if run is not None:  # a compiled gradient has its own memory
             return run(arguments, numbers)  # type: ignore[no-any-return]
     elif is_small(op, arguments):
         reason = SMALL
@@ -225,8 +225,8 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
 def is_traced(tensor: Tensor) -> bool:
     """Returns whether the compiler calls code with a fake tensor, without tracing it.
 
-    It does this for functions that it knows as torch's, including those that ``pyfused.patch`` had
-    replaced when it listed them.
+    It does so for functions in its table of torch's functions, which includes those of pyfused if
+    ``pyfused.patch`` was active when it filled the table.
     """
     stands_in = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
     return stands_in and compiler_traces()

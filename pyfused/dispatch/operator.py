@@ -122,7 +122,7 @@ class Operator(ABC):
     strategy: ClassVar[str] = "element by element"
     options: ClassVar[type[VocabOptions] | None] = None
     number_types: ClassVar[tuple[type, ...]] = (Real,)
-    takes_floats: ClassVar[bool] = True  # rather than integers, too
+    takes_floats: ClassVar[bool] = True  # False if it takes integers as well
 
     def __post_init__(self) -> None:
         self.reference = self.definition or original(getattr(F, self.name))

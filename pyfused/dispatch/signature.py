@@ -94,7 +94,7 @@ def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, N
 
 
 def flat(op: Operator, arguments: Arguments) -> Arguments:
-    """Returns the operands and the fields of options, or all arguments of an operator without.
+    """Returns the operands and the fields of the options, or all arguments without options.
 
     The options of torch's function, which kernels ignore, are left out.
     """

@@ -172,7 +172,7 @@ ON_GPU: dict[str, Limits] = {
 # (benchmarks/results/nvidia-h100-80gb-hbm3/table.md).
 COMPILED: dict[str, Limits] = {
     **dict.fromkeys(LINEAR, (ALWAYS, ALWAYS)),
-    "multilabel_margin_loss": (ALWAYS, ALWAYS),  # torch's graph counts labels past the end
+    "multilabel_margin_loss": (ALWAYS, ALWAYS),  # torch's graph includes labels after the first -1
     **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),
     "binary_cross_entropy": (PAGES, NEVER),
     "binary_cross_entropy_with_logits": (PAGES, NEVER),

@@ -126,7 +126,7 @@ def _rules(table: str) -> Iterator[Rule]:
         yield Rule(_pattern(before), _pattern(after), table)
 
 
-RULES: dict[str, list[Rule]] = {}  # the operation of the pattern to the rules
+RULES: dict[str, list[Rule]] = {}  # keyed by the operation of the pattern
 for _rule in (*_rules(SIMPLER), *_rules(STABLE), *_rules(NORMAL)):
     RULES.setdefault(_rule.before[0], []).append(_rule)
 EXPONENTS = {rule.before[2] for rule in RULES["pow"]}  # exponents for which pow is rewritten

@@ -98,7 +98,7 @@ class Recorder(DispatchMode):
     def check_dtypes(self, name: str, args: Sequence[Any], result: Any) -> None:
         """Raises an error for changes of dtype, because all values of a program have one dtype.
 
-        The error is no TypeError, which Python's operators would replace by another.
+        The error is not a TypeError, which Python's operators would replace with another.
         """
         sources = {a.dtype for a in args if isinstance(a, Tensor) and a.dim()}
         dtype = result.dtype if isinstance(result, Tensor) and result.dim() else torch.float64
@@ -113,7 +113,7 @@ class Recorder(DispatchMode):
         elif name == "index_put" and (
             [x.dtype for x in args[1]] != [torch.bool] or args[2].dim() or len(args) > 3
         ):
-            problem = "an index that is no mask, or values that are no number"
+            problem = "an index that is not a mask, or values that are not a number"
         elif name == "add" and dtype is torch.bool:
             problem = "a sum of bool tensors; use torch.logical_or"
         if problem:
@@ -397,7 +397,7 @@ class Run(TorchFunctionMode):
         inputs: Tensors that replace literals: index of the literal to tensor.
 
     Attributes:
-        results: The value, and the derivatives by the operands if the user has written a gradient.
+        results: The value, and the derivatives if the user has written a gradient.
         literals: The numbers passed to torch's functions, which may be inputs of a program.
         symbols: The literals that are symbols, by index.
         exponents: The indices of literals that are exponents.
@@ -528,7 +528,7 @@ _CLAMPS: dict[str, Callable[..., Tensor]] = {
 def slopes_of(
     gradient: Callable[..., Any], operands: Sequence[Any], parameters: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Calls a user's gradient; returns the derivative by each operand, a tensor or None for 0.
+    """Calls a user's gradient; returns a derivative for each operand, a tensor or None for 0.
 
     Raises:
         TypeError: The gradient returns something else.

@@ -137,7 +137,7 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def _gradient_by_log_p(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Returns the gradient of the divergence by log p, for beta > 0 up to a multiple of p.
+    """Returns d/dlog_p of the divergence, for beta > 0 up to a multiple of p.
 
     The multiple has no effect on the gradient of the logits, as sum_c p_c is constant.
     """

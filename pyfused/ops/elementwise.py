@@ -497,7 +497,7 @@ def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> 
 
 def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
     input, target, weight, *_ = arguments
-    # The loss has warned of deprecated arguments.
+    # The loss itself warns of deprecated arguments.
     reduction = MULTILABEL_SOFT_MARGIN_LOSS.reduction(arguments, warn=False)
     if reduction == "none":
         loss = loss.mean(-1)

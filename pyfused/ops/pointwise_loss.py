@@ -307,12 +307,12 @@ class TensorLoss(Operator):
 class PointwiseLoss(TensorLoss):
     """A loss that applies a formula to each element of the operands.
 
-    With an optional last operand, the kernel is another one, with the operand's name appended. If
-    it is not passed, the formula receives None for it, and the gradient has no derivative by it.
+    If an optional last operand is passed, another kernel runs, with the operand's name appended.
+    Otherwise the formula receives None for it, and the gradient omits its derivative.
 
     Attributes:
         formula: The loss of an element in torch's operators, given the operands and the scalars.
-        gradient: The derivatives by each operand, None for no derivative, given the same arguments.
+        gradient: The derivative for each operand, None for no derivative, given the same arguments.
             None derives them from the formula.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
     """

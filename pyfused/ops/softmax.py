@@ -31,7 +31,7 @@ class Softmax(Operator):
 
         def builtin(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
             if dim is None:
-                # Three frames more than in a call of torch's function: it warns the caller.
+                # torch's warning names the caller's line, which is three frames further up.
                 return self.reference(input, None, stacklevel + 3, dtype)
             output: Tensor = torch_function(input, dim, dtype=dtype)
             return output
