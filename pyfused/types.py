@@ -361,19 +361,26 @@ class VocabShard(NamedTuple):
     logit. Label smoothing adds a fourth number, log-probabilities and metrics another. For metrics,
     two more numbers are gathered from each process. The gradient of logits needs no communication.
 
-    Each call first gathers seven numbers from each process, which synchronises a GPU. All processes
-    raise the same error if shards overlap, leave gaps or exceed the classes, or if the targets,
-    options or shapes differ. If the arguments of one process are invalid, all processes raise.
-    DTensors skip this exchange, because their placements are the same in every process.
+    On CPUs, processes compare their calls first. All of them raise the same error if shards
+    overlap, leave gaps or exceed the classes, or if the targets, options or shapes differ. If the
+    arguments of one process are invalid, all processes raise. On GPUs, this would synchronise, so
+    processes do it only if the environment variable ``TORCH_DISTRIBUTED_DEBUG`` is ``INFO`` or
+    ``DETAIL`` in all of them. Otherwise the GPU compares three more numbers for each row. Losses,
+    log-probabilities and gradients are NaN where targets differ, and in all rows if shards, options
+    or modes differ. If shapes differ, or one process raises an error, the others may hang. DTensors
+    are not compared, because their placements are the same in every process.
 
     If a tensor requires grad in one process, the result requires grad in all processes, and all of
-    them have to call backward. With ``create_graph=True`` torch's operators compute the gradients,
-    from all logits of a process in float64, and they can be differentiated any number of times.
-    Each of these passes communicates, so every process of the group has to take part.
+    them have to call backward. Without the comparison, every result requires grad in grad mode, so
+    use :func:`torch.no_grad` for evaluation. With ``create_graph=True`` torch's operators compute
+    the gradients, from all logits of a process in float64, and they can be differentiated any
+    number of times. Each of these passes communicates, so every process of the group has to take
+    part.
 
     Attributes:
         first: The index of the first class of this process.
-        classes: The number of all classes, None for the sum over the processes.
+        classes: The number of all classes; None for the sum over the processes, which synchronises
+            a GPU, unless the call has class weights. It is None in all processes, or in none.
         group: A process group of :mod:`torch.distributed`, None for all processes.
     """
 

@@ -9,6 +9,7 @@ import random
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from processes import in_processes
 from torch import Tensor, nn
 
 from pyfused import VocabShard, functional
+from pyfused.ops import shards as sharding
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
@@ -57,6 +59,12 @@ class Call(NamedTuple):
         tensors = [*self.tensors.values()]
         return tensors[1].shape[0] if "linear" in self.name else tensors[0].shape[1]
 
+    def ignored(self) -> Tensor:
+        """Returns which rows do not count."""
+        ignored: Tensor = self.options["target"] == self.options.get("ignore_index", -100)
+        weight = self.options.get("token_weight")
+        return ignored if weight is None else ignored | (weight == 0)
+
     def part(self, name: str, tensor: Tensor, own: slice) -> Tensor:
         """Returns the classes of this process of a tensor or of its gradient."""
         if "linear" in self.name:
@@ -74,7 +82,7 @@ class Call(NamedTuple):
 
     def total(self, results: list[Tensor]) -> Tensor:
         """Returns a scalar that depends on all differentiable results."""
-        differentiated = results if "log_probs" in self.name else results[:1]
+        differentiated = results[: 3 if "log_probs" in self.name else 1]
         terms = [x * torch.linspace(-1, 2, x.numel()).view_as(x) for x in differentiated]
         return torch.cat([term.flatten() for term in terms]).sum()
 
@@ -115,20 +123,42 @@ def random_call(rng: random.Random, dtype: torch.dtype, infinite: bool) -> Call:
     if name == "log_probs":
         options |= {"return_entropy": True, "return_lse": True}
         options |= {} if linear else {"dim": 1}
+        options["return_metrics"] = rng.random() < 0.3
     else:
         if rng.random() < 0.3:
             options["weight"] = normal(classes).abs()
         if rng.random() < 0.3:
-            options["token_weight"] = normal(*shape).abs()
+            options["token_weight"] = normal(*shape).relu()
         if rng.random() < 0.3 and options.get("reduction", "mean") == "mean":
-            options["denominator"] = rng.uniform(1, 9)
-    return Call(f"{'linear_' * linear}{name}", tensors, options)
+            denominator = rng.uniform(1, 9)
+            options["denominator"] = rng.choice([denominator, torch.tensor(denominator)])
+    call = Call(f"{'linear_' * linear}{name}", tensors, options)
+    if rng.random() < 0.3:
+        scores, ignored = next(iter(tensors.values())), call.ignored()
+        rows = scores if linear else scores.movedim(1, -1)
+        positions = ignored.dim() >= rows.dim()
+        rows[ignored.flatten(rows.dim() - 1).all(-1) if positions else ignored] = torch.nan
+    return call
 
 
 def random_shards(rng: random.Random, classes: int, size: int) -> list[slice]:
     """Draws the classes of each process: any number of them, including none, in any order."""
     cuts = sorted([0, classes, *[rng.randint(0, classes) for _ in range(size - 1)]])
     return rng.sample([slice(*cuts[i : i + 2]) for i in range(size)], size)
+
+
+class Asynchronous(str):
+    """A device like a GPU, for which processes do not compare their calls beforehand."""
+
+    type = "cuda"
+
+
+def without_comparison(enabled: bool) -> Any:
+    device = {"return_value": Asynchronous("cpu")} if enabled else {"wraps": communication_device}
+    return mock.patch.object(sharding, "communication_device", **device)
+
+
+communication_device = sharding.communication_device
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -163,19 +193,21 @@ class Process:
             shards, unlike = random_shards(rng, call.classes, len(ranks)), rng.random() < 0.3
             frozen = [tuple(x for x in call.tensors if rng.random() < 0.3) for _ in ranks]
             frozen = frozen if unlike else frozen[:1] * len(ranks)
-            told = [rng.choice([None, call.classes]) for _ in ranks]
+            told, alike = [rng.choice([None, call.classes]) for _ in ranks], rng.random() < 0.3
+            told = told[:1] * len(ranks) if alike else told  # no comparison
             self.calls += 1
             if self.rank not in ranks:
                 continue
             mine = ranks.index(self.rank)
             own, leaves = shards[mine], call.leaves(shards[mine], frozen[mine])
-            with torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(grad):
+            modes = torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(grad)
+            with modes[0], modes[1], without_comparison(alike):
                 results = call.results(leaves, shard=VocabShard(own.start, told[mine], group))
             whole = call.leaves()
             expected = call.results(whole)
             for result, exact in zip(results, expected, strict=True):
                 close(result, exact)
-            needed = grad and any(len(each) < len(leaves) for each in frozen)
+            needed = grad and (alike or any(len(each) < len(leaves) for each in frozen))
             assert results[0].requires_grad == needed
             if needed:
                 total = total + call.total(results)
@@ -198,7 +230,7 @@ class Process:
     def second_derivatives(self) -> None:
         rng = self.rng
         call, (ranks, group) = random_call(rng, torch.float64, False), rng.choice(self.groups)
-        shards = random_shards(rng, call.classes, len(ranks))
+        shards, alike = random_shards(rng, call.classes, len(ranks)), rng.random() < 0.5
         self.calls += 1
         if self.rank not in ranks:
             return
@@ -206,7 +238,8 @@ class Process:
         found = []
         for part, shard in ((slice(None), None), (own, VocabShard(own.start, None, group))):
             leaves, generator = call.leaves(part), torch.Generator().manual_seed(1)
-            total = call.total(call.results(leaves, shard=shard))
+            with without_comparison(alike):
+                total = call.total(call.results(leaves, shard=shard))
             first = torch.autograd.grad(total, [*leaves.values()], create_graph=True)
             factors = [
                 call.part(name, torch.randn(x.shape, generator=generator, dtype=x.dtype), part)
@@ -267,6 +300,31 @@ class Process:
             self.errors[self.step] = kind, f"{type(error).__name__}: {error}"
         else:
             raise AssertionError(f"no error of {kind}: {call}")
+
+    def unlike(self) -> None:
+        """One process has another call, and calls are not compared beforehand: results are NaN."""
+        rng, call = self.rng, random_call(self.rng, torch.float64, False)
+        (ranks, group), kind = rng.choice(self.groups), rng.choice(UNLIKE)
+        shards = random_shards(rng, call.classes, len(ranks))
+        most = max(range(len(ranks)), key=lambda i: shards[i].stop - shards[i].start)
+        self.calls += 1
+        if self.rank not in ranks:
+            return
+        mine, target, ignored = ranks.index(self.rank), call.options["target"], call.ignored()
+        own, options, grad = shards[mine], dict(call.options), True
+        first, leaves = own.start, call.leaves(own)
+        if mine == most and kind == "first" and own.stop - first < call.classes:
+            first += -1 if first else 1
+        elif mine == most and kind == "target" and call.classes > 1:
+            options["target"] = target.where(ignored, (target + 1) % call.classes)
+        elif mine == most:
+            options["softcap"], grad = 3.14, kind != "grad mode"
+        call = call._replace(options=options)
+        with torch.set_grad_enabled(grad), without_comparison(True):
+            loss = call.results(leaves, shard=VocabShard(first, None, group))[0].detach()
+        counted = ~call.ignored()
+        loss = loss[counted] if loss.dim() else loss
+        assert loss.isnan().all() or not counted.any(), (kind, call)
 
     def run_on_dtensors(self) -> None:
         """Few classes, so that some processes have none, and with frozen tensors."""
@@ -343,6 +401,7 @@ def other_target(shard: VocabShard, options: dict[str, Any]) -> tuple[VocabShard
     return shard, True
 
 
+UNLIKE = "first", "target", "options", "grad mode"
 REFUSED: dict[str, Callable[[VocabShard, dict[str, Any]], tuple[VocabShard, bool]]] = {
     "overlap or gap": lambda shard, _: (shard._replace(first=shard.first + 1), True),
     "before": lambda shard, _: (shard._replace(first=shard.first - 1), True),
@@ -368,7 +427,7 @@ def sequence(rank: int, seed: int, steps: int, folder: str, pipe: Any) -> None:
     )
     process = Process(seed)
     kinds = [process.differentiated_together] * 6 + [process.refused] * 2
-    kinds += [process.second_derivatives, process.data_parallel]
+    kinds += [process.second_derivatives, process.data_parallel, process.unlike]
     kinds += [process.run_on_dtensors, process.under_autocast]
     warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
     with fused_always():

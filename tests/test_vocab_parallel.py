@@ -14,9 +14,13 @@ import torch.distributed as dist
 from conftest import fused_always
 from processes import in_processes
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import VocabShard, explain, functional, nn
 from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs, log_probs
+from pyfused.ops.cross_entropy import CrossEntropy
+from pyfused.ops.shards import _merged
+from pyfused.types import SMOOTHING_FIELDS
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
@@ -621,22 +625,46 @@ def test_heads_without_rows_or_features(index: int, ranks: list[Any]) -> None:
             assert not grad_head.any()
 
 
-def test_processes_exchange_tensors_where_the_targets_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    class GatheredError(Exception):
-        pass
+class NoIndices(TorchDispatchMode):
+    """Raises for indices that are not slices: those of a list would be copied to the GPU."""
 
-    def all_gather(_: list[Tensor], tensor: Tensor, group: Any) -> None:
-        raise GatheredError(tensor.device, group)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten.index, torch.ops.aten.index_put_)
+        return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(dist, "all_gather", all_gather)
-    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda _: 1)
-    monkeypatch.setattr(dist, "get_backend", lambda _: "gloo")
+
+def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of meta tensors cannot be read."""
+    gathered: list[torch.device] = []
+
+    def merged(_: Any, arguments: Any, shard: Any) -> Tensor:
+        state = torch.empty(SMOOTHING_FIELDS, 2, device="meta", dtype=torch.float64)
+        return _merged(state, arguments[1], shard, False)
+
+    for name, function in (
+        ("all_reduce", lambda *_: None),
+        ("all_gather", lambda _, tensor, group: gathered.append(tensor.device)),
+        ("get_rank", lambda _: 0),
+        ("get_world_size", lambda _: 1),
+        ("get_backend", lambda _: "gloo"),
+    ):
+        monkeypatch.setattr(dist, name, function)
+    monkeypatch.setattr(CrossEntropy, "compute_shard", merged)
+    monkeypatch.setattr(CrossEntropy, "unsupported_tensor", lambda *_: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, device="meta").long()
-    with pytest.raises(GatheredError, match="meta"):
+    with NoIndices():
+        cross_entropy(logits, target, shard=VocabShard(0, 5))
+        cross_entropy(logits, target, torch.empty(5, device="meta"), shard=VocabShard(0))
+    with pytest.raises(ValueError, match=r"shard: expected classes in \[0, 5\) .*, got \[1, 6\)"):
+        cross_entropy(logits, target, shard=VocabShard(1, 5))
+    with pytest.raises(RuntimeError, match="meta"):  # the sum over the processes is read
         cross_entropy(logits, target, shard=VocabShard(0))
-    with pytest.raises(GatheredError, match="meta"):
-        linear_log_probs(logits, logits, target, shard=VocabShard(0))
+    assert not gathered
+    monkeypatch.setattr(dist, "get_debug_level", lambda: dist.DebugLevel.INFO)
+    with pytest.raises(RuntimeError, match="meta"):
+        cross_entropy(logits, target, shard=VocabShard(0, 5))
+    assert gathered == [logits.device]
 
 
 def test_dtensors_take_the_same_path(ranks: list[Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pyfused.types import ClassRange
 
 
 def communication_device(group: Any, *values: Any) -> torch.device:
@@ -18,6 +20,12 @@ def communication_device(group: Any, *values: Any) -> torch.device:
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda")
     return next((x.device for x in values if isinstance(x, Tensor)), torch.device("cpu"))
+
+
+def reduced(tensor: Tensor, group: Any, operation: str = "SUM") -> Tensor:
+    """Overwrites a tensor with its sum, or another reduction, over the processes of a group."""
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group)
+    return tensor
 
 
 def gathered(tensor: Tensor, group: Any) -> Tensor:
@@ -31,74 +39,63 @@ def gathered(tensor: Tensor, group: Any) -> Tensor:
 
 
 class Call(NamedTuple):
-    """Describes the call of one process, for the other processes of its group.
+    """Describes the call of one process, for the other processes of its group."""
+
+    is_valid: int = 0  # whether the arguments are valid; the other fields are 0 if not
+    first: int = 0  # the index of the first class
+    size: int = 0  # the number of classes of this process
+    total: int = 0  # the number of all classes, -1 if the process does not know it
+    needs: int = 0  # 2 if the input requires grad, 1 if only the weight or the bias does
+    common: int = 0  # a checksum of everything else that has to be equal in all processes
+    targets: int = 0  # a checksum of the targets, 0 if reading them synchronises
+
+
+class LocalShard(NamedTuple):
+    """The classes of this process, in a call whose arguments are valid.
 
     Attributes:
-        is_valid: Whether the arguments are valid. All other fields are 0 if they are not.
-        first: The index of the first class.
-        size: The number of classes.
-        total: The number of all classes, -1 if the process does not know it.
-        needs: 0 without grad mode, 1 if no tensor requires grad, 2 if the weight or the bias does,
-            3 if the input does.
-        common: A checksum of the function, the options, and the shapes of tensors that are not
-            sharded.
-        targets: A checksum of the targets.
+        classes: The first class of this process, and the number of all classes.
+        call: The call of this process if it is still to be compared with those of the others.
     """
 
-    is_valid: int = 0
-    first: int = 0
-    size: int = 0
-    total: int = 0
-    needs: int = 0
-    common: int = 0
-    targets: int = 0
+    classes: ClassRange
+    group: Any
+    call: Call | None = None
 
 
-def total_classes(calls: Sequence[Call]) -> int:
-    """Returns the number of all classes. All processes raise the same error if calls disagree."""
-    invalid = [rank for rank, call in enumerate(calls) if not call.is_valid]
-    if invalid:
-        raise RuntimeError(
-            "shard: expected valid arguments in every process of the group, got invalid ones in "
-            f"ranks {invalid}"
-        )
-    if len({call.common for call in calls}) > 1:
-        raise ValueError(
-            "shard: expected the same function, options, dtypes and shapes in every process of the "
-            "group, got different ones"
-        )
-    if len({call.targets for call in calls}) > 1:
-        raise ValueError(
-            "target: expected the same targets in every process of the group, got different ones"
-        )
-    totals = sorted({call.total for call in calls} - {-1}) or [sum(call.size for call in calls)]
-    if len(totals) > 1:
-        raise ValueError(
-            f"shard: expected the same total number of classes in every process, got {totals}"
-        )
-    total, ranges = totals[0], [(call.first, call.first + call.size) for call in calls]
-    shards = sorted((first, end) for first, end in ranges if end > first)
-    adjacent = [0, *[end for _, end in shards]] == [*[first for first, _ in shards], total]
-    if not adjacent or min(ranges)[0] < 0 or max(ranges)[1] > total:
-        got = ", ".join(f"[{first}, {end})" for first, end in ranges)
-        raise ValueError(
-            f"shard: expected each class of [0, {total}) in exactly one process, got {got}"
-        )
-    needs = {call.needs for call in calls}
-    if 0 in needs and max(needs) > 1:
-        raise RuntimeError(
-            "shard: expected grad mode to be on in all processes of the group, or in none"
-        )
-    return total
-
-
-def all_need_gradients(calls: Sequence[Call]) -> bool:
-    """Returns whether every process has to take part in the backward pass of the others.
+def compare_calls(call: Call, device: torch.device, group: Any) -> tuple[int, bool]:
+    """Returns the number of all classes, and whether all processes have to take part in backward.
 
     The gradients of the input are summed over processes, and ``create_graph`` needs more sums.
+    All processes raise the same error if their calls disagree.
     """
-    needs = {call.needs for call in calls}
-    return 3 in needs or needs == {1, 2}
+    calls = gathered(torch.tensor(call, device=device), group).tolist()
+    valid, firsts, sizes, totals, needs, common, targets = zip(*calls, strict=True)
+    if ranks := [rank for rank, is_valid in enumerate(valid) if not is_valid]:
+        expected = "valid arguments in every process of the group"
+        raise RuntimeError(f"shard: expected {expected}, got invalid ones in ranks {ranks}")
+    known = {*totals} - {-1}
+    for name, what, values in (
+        ("shard", "function, options, dtypes, shapes and grad mode", common),
+        ("target", "targets", targets),
+        ("shard", "total number of classes", known),
+    ):
+        if len({*values}) > 1:
+            got = sorted(known) if values is known else "different ones"
+            raise ValueError(f"{name}: expected the same {what} in every process, got {got}")
+    total = known.pop() if known else sum(sizes)
+    ranges = [(first, first + size) for first, size in zip(firsts, sizes, strict=True)]
+    begins, ends = zip((total, 0), *ranges, strict=True)
+    if sorted(begins) != sorted(ends):
+        expected = f"each class of [0, {total}) in exactly one process"
+        got = ", ".join(f"[{first}, {end})" for first, end in ranges)
+        raise ValueError(f"shard: expected {expected}, got {got}")
+    return total, {*needs} not in ({0}, {1})
+
+
+def boundary(index: int) -> int:
+    """Returns a hash. Its differences over adjacent shards add up to that over all classes."""
+    return zlib.crc32(b"%d" % index)
 
 
 # ---- differentiable sums -------------------------------------------------------------------------
@@ -114,9 +111,7 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, summand: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        total = summand.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return reduced(summand.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:

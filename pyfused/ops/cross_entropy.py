@@ -26,6 +26,7 @@ from pyfused.dispatch.plan import Forward, Plan, Tensors
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
 from pyfused.ops.class_loss import ClassLoss
+from pyfused.ops.collectives import LocalShard
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.row_state import metrics_state
 from pyfused.ops.shards import ShardedOperator
@@ -35,7 +36,7 @@ from pyfused.torch_internals import (
     fell_back_in_checkpoint,
     is_functorch_wrapped,
 )
-from pyfused.types import CrossEntropyOptions, VocabShard
+from pyfused.types import CrossEntropyOptions
 
 _TORCH_PARAMETERS = tuple(parameters_of(F.cross_entropy))
 
@@ -133,17 +134,15 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             return *operands, None, None
         return *operands, *checks.option_tensors(options)
 
-    def compute_shard(self, arguments: Arguments, shard: VocabShard | None) -> Any:
+    def compute_shard(self, arguments: Arguments, shard: LocalShard | None) -> Any:
         input, target, weight, options = arguments
         return shards.cross_entropy((input, target), weight, options, shard)
 
     def _softcap_loss(self, arguments: Arguments, _numbers: Numbers) -> Any:
         """Returns the loss of capped logits, computed from the state of rows."""
         input, target, weight, *_ = self.tensors(arguments)
-        options, classes = arguments[-1], checks.classes_of(input)
-        target = target.reshape(loss_shape(input, "none")).to(torch.int64)
-        backend_of(target).check_class_indices(target, classes, options.ignore_index)
-        return self.compute_shard((input, target, weight, options), None)
+        target = target.reshape(loss_shape(input, "none"))
+        return self.compute_shard((input, target, weight, arguments[-1]), None)
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)

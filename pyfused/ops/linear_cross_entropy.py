@@ -21,6 +21,7 @@ from pyfused.dispatch.operator import Arguments, parameters_of
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
+from pyfused.ops.collectives import LocalShard
 from pyfused.ops.heads import (
     Block,
     Layer,
@@ -45,7 +46,7 @@ from pyfused.ops.row_state import (
     total_weight,
 )
 from pyfused.ops.shards import ShardedOperator
-from pyfused.types import ClassRange, CrossEntropyOptions, Head, VocabShard
+from pyfused.types import ClassRange, CrossEntropyOptions, Head
 
 # torch has the function since 2.13.
 _TORCH_PARAMETERS = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
@@ -94,7 +95,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         metrics = of_state(state, target, options.ignore_index, loss_dtype)
         return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
 
-    def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
+    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
         head, options = _head(arguments)
         options = replace(options, loss_dtype=_result_dtype(head, options))
         tensors = in_autocast_dtype(head.input), *head[1:3], head.target

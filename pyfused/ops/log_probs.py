@@ -23,6 +23,7 @@ from pyfused.dispatch.call import is_compiled
 from pyfused.dispatch.operator import Arguments
 from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
+from pyfused.ops.collectives import LocalShard
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import StateOptions
 from pyfused.ops.row_state import state_metrics, state_results
@@ -33,7 +34,6 @@ from pyfused.types import (
     STATE_FIELDS,
     LogProbsOptions,
     RowOptions,
-    VocabShard,
 )
 
 
@@ -141,7 +141,7 @@ class LogProbsOperator(ShardedOperator):
         self,
         arguments: Arguments,
         inplace: bool = False,  # noqa: ARG002
-        shard: VocabShard | None = None,
+        shard: LocalShard | None = None,
         results: int | None = None,
     ) -> Plan:
         """Checks a call, and returns the plan of its signature.
@@ -207,7 +207,7 @@ class LogProbsOperator(ShardedOperator):
         empty: Tensor = target.new_empty((_fields(options), *target.shape), dtype=torch.float64)
         return empty
 
-    def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
+    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
         return self.plan(arguments, shard=shard)(arguments, arguments[-1].numbers())
 
     def check(self, arguments: Arguments) -> None:

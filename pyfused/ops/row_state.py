@@ -45,7 +45,8 @@ def state_fields(options: CrossEntropyOptions) -> int:
 def empty_state(fields: int, target: Tensor) -> Tensor:
     """Returns the state of rows without classes."""
     state = target.new_zeros((fields, *target.shape), dtype=torch.float64)
-    state[[PIVOT, *[MAXIMUM] * (fields > MAXIMUM)]] = -torch.inf
+    for field in (PIVOT, *[MAXIMUM] * (fields > MAXIMUM)):  # a list as index synchronises
+        state[field] = -torch.inf
     return state
 
 

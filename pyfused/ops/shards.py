@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import DTYPES, backend_of
+from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import autocast_dtype, differentiate, without_autocast
 from pyfused.dispatch.call import unsupported
 from pyfused.dispatch.operator import Arguments, Numbers, Operand, Operator, grad_enabled
@@ -30,11 +30,13 @@ from pyfused.ops import definitions, metrics
 from pyfused.ops.collectives import (
     Call,
     Copy,
+    LocalShard,
     Sum,
-    all_need_gradients,
+    boundary,
     communication_device,
+    compare_calls,
     gathered,
-    total_classes,
+    reduced,
 )
 from pyfused.ops.heads import LayerStates, StateOptions
 from pyfused.ops.metrics import Metrics
@@ -76,28 +78,39 @@ from pyfused.types import (
 
 def _pivot(largest: Tensor) -> Tensor:
     """Returns the largest logit, or 0 for -inf, as -inf - -inf would be NaN in exponents."""
-    return largest.where(largest > -torch.inf, 0)
+    return largest.where(largest != -torch.inf, 0)
 
 
-def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
+def _merged(state: Tensor, target: Tensor, shard: LocalShard, entropy: bool) -> Tensor:
     """Merges the states of all processes.
 
-    The result is bitwise equal in all processes.
+    The result is bitwise equal in all processes. With ``shard.call``, rows are NaN where the calls
+    of processes differ. A list as index would synchronise a GPU.
 
     Args:
         state: The state over this process' classes, which is overwritten.
         entropy: Whether the entropy, and the maximum and its index if any, are merged.
     """
-    largest = state[PIVOT].clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    pivot = _pivot(largest)
+    group, call = shard.group, shard.call
+    fields = [SUM, *[WEIGHTED] * entropy, TARGET_LOGIT, *[SMOOTH] * (len(state) > SMOOTH)]
+    numbers = [state[PIVOT]]
+    if call is not None:
+        common = (target + call.common).double()
+        numbers += common, -common  # max(x) > -max(-x) if a process has another x
+        state[LSE] = boundary(call.first + call.size) - boundary(call.first)
+        fields.append(LSE)
+    maxima = reduced(torch.stack(numbers), group, "MAX")
+    pivot = _pivot(maxima[0])
     shift = (state[PIVOT] - pivot).where(state[SUM] > 0, 0)  # without classes the sum is 0
     state[WEIGHTED] += shift * state[SUM]
     state[SUM : WEIGHTED + 1] *= shift.exp()
-    fields = [SUM, *[WEIGHTED] * entropy, TARGET_LOGIT, *[SMOOTH] * (len(state) > SMOOTH)]
-    sums = state[fields]
-    dist.all_reduce(sums, group=group)
-    state[fields], state[PIVOT] = sums, largest
+    sums = reduced(torch.stack([state[field] for field in fields]), group)
+    for field, total in zip([PIVOT, *fields], [maxima[0], *sums], strict=True):
+        state[field] = total
+    if call is not None:
+        differs = state[LSE] != boundary(shard.classes.total) - boundary(0)
+        differs |= maxima[1] != -maxima[2]
+        state[PIVOT : SUM + 1].masked_fill_(differs, torch.nan)
     if entropy and len(state) > INDEX:
         maxima, indices = gathered(state[MAXIMUM : INDEX + 1], group).unbind(1)
         is_largest = (maxima == maxima.amax(0)) | maxima.isnan()
@@ -109,19 +122,18 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     return state
 
 
-def class_range(layer: Sequence[Any], shard: VocabShard | None = None) -> ClassRange:
+def class_range(layer: Sequence[Any], shard: LocalShard | None = None) -> ClassRange:
     """Returns the classes of logits, or of the input, weight and bias of a layer."""
-    if shard is None:
-        return ClassRange(0, len(layer[1]) if len(layer) > 1 else checks.classes_of(layer[0]))
-    assert shard.classes is not None
-    return ClassRange(shard.first, shard.classes)
+    if shard is not None:
+        return shard.classes
+    return ClassRange(0, len(layer[1]) if len(layer) > 1 else checks.classes_of(layer[0]))
 
 
 def state_plan(
     name: str,
     tensors: Sequence[Any],
     options: StateOptions,
-    shard: VocabShard | None,
+    shard: LocalShard | None,
     *,
     entropy: bool = True,
     results: int = 0,
@@ -176,7 +188,7 @@ def state_plan(
             with without_autocast(target.device.type):
                 state, logits = LayerStates(backend, head, options_of(numbers)).state(needs_any)
         if shard is not None:
-            state = _merged(state, shard.group, entropy)
+            state = _merged(state, target, shard, entropy)
             state = state.where(target != rows.ignore_index, 0)
         if output is None:
             output = state_results(state, results).to(dtype) if results else state
@@ -209,7 +221,7 @@ def state_plan(
             states = LayerStates(backend, head, options_of(numbers))
             gradients = states.gradients(needs, state, grad_results, logits)
         if shard is not None and not is_logits and gradients[0] is not None:
-            dist.all_reduce(gradients[0], group=shard.group)
+            reduced(gradients[0], shard.group)
         return gradients
 
     def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
@@ -241,7 +253,7 @@ def _define_results(
     weight: Tensor | None,
     pivot: Tensor,
     options: StateOptions,
-    shard: VocabShard | None,
+    shard: LocalShard | None,
 ) -> Tensor:
     """Computes the differentiable fields of a state by torch's operators, from all local logits.
 
@@ -262,8 +274,8 @@ def _define_results(
     is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
     shifted = x - pivot.unsqueeze(-1)
     exponentials = shifted.exp()
-    terms = [exponentials, exponentials * shifted.where(exponentials != 0, 0)]
-    terms.append(x.where(is_target, 0))
+    weighted = exponentials * shifted.where(exponentials != 0, 0)
+    terms = [exponentials, weighted, x.where(is_target, 0)]
     if options.fields > SMOOTH:
         terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
     sums = torch.stack([term.sum(-1) for term in terms])
@@ -279,10 +291,8 @@ def _grad_results(grad_output: Tensor, state: Tensor) -> Tensor:
     """Returns the gradients of the differentiable fields, given the gradient of the output."""
     if grad_output.dim() < state.dim():
         grad_output = grad_output.unsqueeze(0)
-    elif len(grad_output) > SMOOTH:
-        grad_output = grad_output[[*RESULTS, SMOOTH]]
     elif len(grad_output) > len(RESULTS):
-        grad_output = grad_output[: len(RESULTS)]
+        grad_output = torch.cat([grad_output[: len(RESULTS)], grad_output[SMOOTH:]])
     return grad_output.double()
 
 
@@ -290,7 +300,7 @@ def cross_entropy(
     tensors: Sequence[Any],
     weight: Tensor | None,
     options: CrossEntropyOptions,
-    shard: VocabShard | None,
+    shard: LocalShard | None,
 ) -> Any:
     """Returns the loss, or a tuple of the loss and the metrics, computed from the state of rows.
 
@@ -304,8 +314,8 @@ def cross_entropy(
     classes, fields = class_range(layer, shard), state_fields(options)
     state_options = StateOptions(options.rows, classes, fields, memory_budget=options.memory_budget)
     weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
-    entropy = options.with_metrics
-    plan = state_plan("cross_entropy", layer, state_options, shard, entropy=entropy)
+    backend_of(target).check_class_indices(target, classes.total, options.ignore_index)
+    plan = state_plan("cross_entropy", layer, state_options, shard, entropy=options.with_metrics)
     counted = counted_target(target, options)
     tensors = *layer, target if options.with_metrics else counted, counted, weight
     state = plan(tensors, (None, options.softcap, 1 / options.scale))
@@ -339,8 +349,11 @@ class ShardedOperator(Operator):
     check_arguments: Callable[..., None]
 
     @abstractmethod
-    def compute_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
-        """Returns the result of valid arguments with this process' classes."""
+    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
+        """Returns the result of valid arguments with this process' classes.
+
+        Raises for class indices out of range, unless reading them synchronises.
+        """
 
     @property
     def sharded(self) -> tuple[tuple[str, ...], int]:
@@ -351,31 +364,42 @@ class ShardedOperator(Operator):
     def run_on_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of arguments with this process' classes.
 
-        The processes first exchange descriptions of their calls. Then either all of them raise an
-        error, or all of them run the same collectives, in the backward pass, too.
+        Processes compare their calls first, unless that synchronises: then either all of them raise
+        an error, or all of them run the same collectives, in the backward pass, too. Without a
+        comparison, calls that differ have NaN in their results; and as other processes may need
+        gradients, in grad mode all of them take part in backward.
         """
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
-        if dist.get_rank(shard.group) < 0:
+        group, input, target = shard.group, arguments[0], arguments[self.arguments.index("target")]
+        if dist.get_rank(group) < 0:
             raise ValueError("shard: expected a group that this process is a member of")
-        input, target = arguments[0], arguments[self.arguments.index("target")]
+        device = communication_device(group, target, input)
+        debugs = dist.get_debug_level() != dist.DebugLevel.OFF  # type: ignore[attr-defined]
+        compares = debugs or device.type == "cpu"
         try:
-            call = self.describe_call(arguments, shard)
+            call = self.describe_call(arguments, shard, compares)
         except Exception:
-            device = communication_device(shard.group, target, input)
-            gathered(torch.tensor(Call(), device=device), shard.group)  # the others raise, too
+            if compares:
+                gathered(torch.tensor(Call(), device=device), group)  # the others raise, too
             raise
-        calls = [Call(*fields) for fields in gathered(call, shard.group).tolist()]
-        shard = shard._replace(classes=total_classes(calls))
-        if all_need_gradients(calls) and not input.requires_grad:
+        total, all_need = call.total, grad_enabled()
+        if compares:
+            total, all_need = compare_calls(call, device, group)
+        elif total < 0:
+            total = int(reduced(torch.full((), call.size, device=device), group))
+        classes, end = ClassRange(call.first, total), call.first + call.size
+        if not compares and not 0 <= call.first <= end <= total:
+            expected = f"classes in [0, {total}) in every process"
+            raise ValueError(f"shard: expected {expected}, got [{call.first}, {end})")
+        if all_need and not input.requires_grad:
             arguments = input.detach().requires_grad_(), *arguments[1:]
-        return self.compute_checked(arguments, shard)
+        return self.compute_shard(arguments, LocalShard(classes, group, None if compares else call))
 
-    def describe_call(self, arguments: Arguments, shard: VocabShard) -> Tensor:
-        """Checks the arguments of this process, and returns the fields of its `Call`."""
+    def describe_call(self, arguments: Arguments, shard: VocabShard, reads_target: bool) -> Call:
+        """Checks the arguments of this process, and describes its call."""
         kwargs = dict(zip(self.arguments, arguments, strict=True))
-        names, dim = self.sharded
-        first, total, _ = shard
+        (names, dim), target, (first, total, _) = self.sharded, kwargs["target"], shard
         checks.number("first", first, (int, Integral), "an int")
         if total is not None:
             checks.number("classes", total, (int, Integral), "an int")
@@ -385,23 +409,18 @@ class ShardedOperator(Operator):
         self.check_local(kwargs, total)
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         needs = [tensor.requires_grad for tensor in tensors.values()]
-        common = {name: value for name, value in tensors.items() if name not in names}
-        common |= {k: v for k, v in vars(kwargs["options"]).items() if k not in _MAY_DIFFER}
-        parts = [(name, _common_part(value)) for name, value in common.items()]
-        target = kwargs["target"].flatten()
-        autocast = torch.is_autocast_enabled(target.device.type)
-        call = Call(
+        common = tensors | vars(kwargs["options"])
+        parts = [(k, _common_part(v)) for k, v in common.items() if k not in (*names, *_MAY_DIFFER)]
+        modes = torch.is_autocast_enabled(target.device.type), grad_enabled()
+        return Call(
             is_valid=1,
             first=int(first),
             size=kwargs[names[0]].shape[dim],
             total=-1 if total is None else int(total),
-            needs=1 + any(needs) + needs[0] if grad_enabled() else 0,
-            common=zlib.crc32(repr((self.name, autocast, parts)).encode()),
+            needs=any(needs) + needs[0] if grad_enabled() else 0,
+            common=zlib.crc32(repr((self.name, *modes, parts)).encode()),
+            targets=int(target.flatten().cumsum(0).sum()) if reads_target else 0,
         )
-        fields = torch.tensor(call, device=target.device)
-        index = torch.arange(1, len(target) + 1, device=target.device)
-        fields[-1] = (target * index).sum()  # without synchronising a GPU
-        return fields
 
     def check_local(self, kwargs: dict[str, Any], total: int | None) -> None:
         """Raises for arguments that are invalid for any arguments of the other processes."""
@@ -414,7 +433,6 @@ class ShardedOperator(Operator):
         checks.tensor("target", target)
         if target.is_floating_point():
             raise RuntimeError(f"target: expected class indices, got {target.dtype}")
-        checks.reduction(options.reduction)
         if getattr(options, "gamma", 0) != 0:
             raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
         self.check_shapes((*kwargs.values(),), max(1, shape[dim]) if total is None else total)
@@ -438,14 +456,6 @@ class ShardedOperator(Operator):
                     return f"{name}: expected {expected}, but {reason}"
         return None
 
-    def compute_checked(self, arguments: Arguments, shard: VocabShard) -> Any:
-        """Returns the result of valid arguments, after a check of the class indices on CPUs."""
-        target, options = (arguments[self.arguments.index(k)] for k in ("target", "options"))
-        assert shard.classes is not None
-        if target.is_cpu:
-            checks.class_indices(shard.classes, target, options.ignore_index)
-        return self.compute_shard(arguments, shard)
-
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         """Raises for invalid shapes, dtypes or options, given the number of all classes."""
         input, *rest = arguments
@@ -455,8 +465,8 @@ class ShardedOperator(Operator):
     def run_on_dtensors(self, arguments: Arguments, _: Numbers) -> Any:
         """Returns the result of DTensors, whose classes are sharded over processes."""
         kwargs, shard, mesh = self.local_shard_of(arguments)
-        self.check_local(kwargs, shard.classes)
-        return _replicated(self.compute_checked(tuple(kwargs.values()), shard), mesh)
+        self.check_local(kwargs, shard.classes.total)
+        return _replicated(self.compute_shard(tuple(kwargs.values()), shard), mesh)
 
     def local_shard_of(self, arguments: Arguments) -> Any:
         """Returns this process' part of a call in which one dimension of a mesh shards the classes.
@@ -471,9 +481,7 @@ class ShardedOperator(Operator):
             return None
         linear, (names, dim) = self.is_linear, self.sharded
         sharded = arguments[linear]
-        if type(sharded) is not type(input) or sharded.dtype not in DTYPES:
-            return None
-        if sharded.dim() < 2 or (linear and (input.dim() < 2 or sharded.dim() > 2)):
+        if type(sharded) is not type(input) or input.dim() < 2 or sharded.dim() < 2:
             return None
         from torch.distributed.tensor import Replicate, Shard
 
@@ -482,7 +490,7 @@ class ShardedOperator(Operator):
         if (placements.count(Shard(dim)), placements.count(Replicate())) != (1, mesh.ndim - 1):
             return None
         checks.tensor("target", kwargs["target"])
-        if kwargs["target"].is_floating_point():
+        if kwargs["target"].is_floating_point() or (linear and sharded.dim() > 2):
             return None
         options = kwargs["options"]
         tensors = kwargs | options.tensors()
@@ -500,8 +508,8 @@ class ShardedOperator(Operator):
         kwargs["options"] = replace(options, **{name: tensors[name] for name in options.tensors()})
         classes, mesh_dim = sharded.shape[dim], placements.index(Shard(dim))
         first = -(-classes // mesh.size(mesh_dim)) * mesh.get_local_rank(mesh_dim)
-        shard = VocabShard(min(classes, first), classes, mesh.get_group(mesh_dim))
-        return kwargs, shard, mesh
+        local_classes = ClassRange(min(classes, first), classes)
+        return kwargs, LocalShard(local_classes, mesh.get_group(mesh_dim)), mesh
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
