@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from pyfused.backends import cpu
 from pyfused.functional import Metrics
 
 MANY = (1, 40_000 if backend is cpu else 2_000)  # more classes than a tile, in several programs
+close = torch.testing.assert_close
 SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6), MANY)
 Z_LOSS = 0.125
 
@@ -58,23 +59,20 @@ def exact(
 
 def assert_metrics(got: Metrics, expected: Metrics, dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype is torch.float64 else torch.float32
+    error = 1e-12 if wide is torch.float64 else 3e-6
     for name, mine, best in zip(Metrics._fields, got, expected, strict=True):
         assert not mine.requires_grad
-        assert mine.shape == best.shape, name
         if mine.is_floating_point():
             assert mine.dtype is wide, name
-            error = 1e-12 if wide is torch.float64 else 3e-6
-            torch.testing.assert_close(
-                mine.double(), best.double(), rtol=error, atol=error, equal_nan=True, msg=name
-            )
+            close(mine.double(), best.double(), rtol=error, atol=error, equal_nan=True, msg=name)
         else:
             assert mine.tolist() == best.tolist(), name
 
 
-def assert_same(got: Tensor, expected: Tensor) -> None:
+def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Compares up to a rounding, because compilers may contract sums and products differently."""
-    epsilon = 2 * torch.finfo(got.dtype).eps
-    torch.testing.assert_close(got, expected, rtol=epsilon, atol=epsilon)
+    epsilon = 2 * torch.finfo(got[0].dtype).eps
+    close(got, expected, rtol=epsilon, atol=epsilon)
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool) -> tuple[Tensor, Tensor]:
@@ -109,10 +107,8 @@ def test_metrics_of_cross_entropy(
     assert kernel_calls["cross_entropy"] == 1 + probabilities
     assert_metrics(metrics, exact(input, target), dtype)
     plain = fused.cross_entropy(input, target, **options)
-    assert_same(loss, plain)
-    grad_output = torch.rand_like(loss)
-    of_loss, of_plain = (torch.autograd.grad(each, input, grad_output) for each in (loss, plain))
-    assert_same(*of_loss, *of_plain)
+    above = torch.rand_like(loss)
+    assert_same(*[(x, *torch.autograd.grad(x, input, above)) for x in (loss, plain)])
 
 
 SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,24 +130,19 @@ SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
 @grid(name=SPECIAL, classes=[6, 91, 400, 3000], isa=ISAS)
 def test_special_logits(name: str, classes: int, isa: str) -> None:
     """Metrics follow torch's argmax and logsumexp: the first of ties, and NaN above all numbers."""
-    row = SPECIAL[name](torch.linspace(-1, 1, 6))
     input = torch.full((2, classes), -3.0)
-    input[1, classes - 6 :] = row
+    input[1, classes - 6 :] = SPECIAL[name](torch.linspace(-1, 1, 6))
     if name == "nothing":
         input[1] = -torch.inf
     target = torch.tensor([0, classes - 3])
-    _, metrics = fused.cross_entropy_with_metrics(
-        input,
-        target,
-        z_loss=Z_LOSS,
-    )
+    _, metrics = fused.cross_entropy_with_metrics(input, target, z_loss=Z_LOSS)
     lse, log_p = input.logsumexp(1), input.log_softmax(1)
+    entropy = torch.special.entr(log_p.exp()).sum(1)
     assert metrics.prediction.tolist() == input.argmax(1).tolist()
     if "inf" not in name:  # else it is NaN, like the loss
-        torch.testing.assert_close(metrics.log_sum_exp, lse, equal_nan=True)
-    torch.testing.assert_close(metrics.log_probability, log_p[[0, 1], target], equal_nan=True)
-    entropy = torch.special.entr(log_p.exp()).sum(1)
-    torch.testing.assert_close(metrics.entropy, entropy, equal_nan=True)
+        close(metrics.log_sum_exp, lse, equal_nan=True)
+    found = metrics.log_probability, metrics.entropy
+    close(found, (log_p[[0, 1], target], entropy), equal_nan=True)
 
 
 def linear_case(
@@ -184,19 +175,11 @@ def test_metrics_of_linear_cross_entropy(
     options: dict[str, Any] = {"linear_bias": bias, "memory_budget": budget, "z_loss": Z_LOSS}
     options["softcap"] = softcap
     loss, metrics = fused.linear_cross_entropy_with_metrics(input, weight, target, **options)
-    logits = logits_of(input, weight, bias)
-    expected = exact(logits, target, softcap)
-    assert metrics.prediction.tolist() == expected.prediction.tolist()
-    for mine, best in zip(metrics, expected, strict=True):
-        torch.testing.assert_close(mine, best.to(mine.dtype))
-        assert not mine.requires_grad
-    plain = fused.linear_cross_entropy(input, weight, target, **options)
-    assert_same(loss, plain)
-    leaves = input, weight, bias
-    for mine, best in zip(
-        torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves), strict=True
-    ):
-        assert_same(mine, best)
+    expected = exact(logits_of(input, weight, bias), target, softcap)
+    close([*metrics], [x.to(y.dtype) for x, y in zip(expected, metrics, strict=True)])
+    assert not any(x.requires_grad for x in metrics)
+    plain, leaves = fused.linear_cross_entropy(input, weight, target, **options), (input, weight)
+    assert_same(*[(x, *torch.autograd.grad(x, (*leaves, bias))) for x in (loss, plain)])
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
@@ -206,17 +189,10 @@ def test_metrics_of_linear_cross_entropy_in_half_precision(
     """Metrics equal those of float32 logits, unless the CPU multiplies half precision."""
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", multiplies)
     input, weight, bias, target = linear_case(torch.bfloat16, classes=3000)
-    _, metrics = fused.linear_cross_entropy_with_metrics(
-        input,
-        weight,
-        target,
-        linear_bias=bias,
-    )
-    exactly = exact(logits_of(input, weight, bias), target)
-    tolerance = 1e-4 if backend is cpu and not multiplies else 0.1
-    torch.testing.assert_close(
-        metrics.log_probability, exactly.log_probability.float(), rtol=0, atol=tolerance
-    )
+    _, metrics = fused.linear_cross_entropy_with_metrics(input, weight, target, linear_bias=bias)
+    best = exact(logits_of(input, weight, bias), target).log_probability.float()
+    atol = 1e-4 if backend is cpu and not multiplies else 0.1
+    close(metrics.log_probability, best, rtol=0, atol=atol)
     assert metrics.entropy.dtype is torch.float32
 
 
@@ -227,36 +203,27 @@ def test_all_ignored_and_one_row(single: bool) -> None:
     bias.data[0] = 50.0  # the predicted class, correct unless it is ignored
     if single:
         input, target = input[0], torch.tensor(0)
+    logits = logits_of(input.reshape(-1, 8), weight, bias)
     for ignore_index in (-100, 0):
+        options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum"}
         _, metrics = fused.linear_cross_entropy_with_metrics(
-            input,
-            weight,
-            target,
-            linear_bias=bias,
-            ignore_index=ignore_index,
-            reduction="sum",
+            input, weight, target, linear_bias=bias, **options
         )
-        logits = logits_of(input.reshape(-1, 8), weight, bias)
         expected = exact(logits, target.reshape(-1), None, ignore_index)
-        for mine, best in zip(metrics[:5], expected[:5], strict=True):
-            assert mine.shape == target.shape
-            torch.testing.assert_close(mine, best.reshape(target.shape).to(mine.dtype))
+        for mine, best in zip(metrics, expected, strict=True):
+            close(mine, best.reshape(target.shape).to(mine.dtype))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
 def test_definition(probabilities: bool) -> None:
     """Calls that fall back have metrics, too."""
+    options: dict[str, Any] = {"z_loss": Z_LOSS, "reduction": "sum"}
     for shape in SHAPES[:5]:
         input, target = case(shape, torch.float32, probabilities)
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(input.detach(), torch.ones_like(input))
-            loss, metrics = fused.cross_entropy_with_metrics(
-                dual,
-                target,
-                z_loss=Z_LOSS,
-                reduction="sum",
-            )
+            loss, metrics = fused.cross_entropy_with_metrics(dual, target, **options)
             assert forward_ad.unpack_dual(loss).tangent is not None
             assert all(forward_ad.unpack_dual(each).tangent is None for each in metrics)
         assert_metrics(metrics, exact(input, target), torch.float32)
@@ -268,30 +235,21 @@ def test_definition(probabilities: bool) -> None:
 @pytest.mark.usefixtures("compiler")
 def test_compiled(linear: bool, kernel_calls: KernelCalls) -> None:
     input, weight, bias, target = linear_case(torch.float32)
+    options: dict[str, Any] = {"z_loss": Z_LOSS, "label_smoothing": 0.1}
 
     def both(input: Tensor) -> tuple[Tensor, Metrics]:
         if linear:
             return fused.linear_cross_entropy_with_metrics(
-                input,
-                weight,
-                target,
-                linear_bias=bias,
-                z_loss=Z_LOSS,
-                label_smoothing=0.1,
+                input, weight, target, linear_bias=bias, **options
             )
         logits = torch.nn.functional.linear(input, weight, bias)
-        return fused.cross_entropy_with_metrics(
-            logits,
-            target,
-            z_loss=Z_LOSS,
-            label_smoothing=0.1,
-        )
+        return fused.cross_entropy_with_metrics(logits, target, **options)
 
     loss, metrics = torch.compile(both, fullgraph=True, backend="aot_eager")(input)
     assert bool(kernel_calls) == linear
     plain, expected = both(input)
-    torch.testing.assert_close(metrics, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))
+    close(metrics, expected)
+    close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))
 
 
 @pytest.mark.interpreted
@@ -300,13 +258,7 @@ def test_out_of_range() -> None:
     target[2] = 9
     if backend is cpu:
         with pytest.raises(IndexError, match="got 9 at position"):
-            fused.cross_entropy_with_metrics(
-                input,
-                target,
-            )
+            fused.cross_entropy_with_metrics(input, target)
     else:
-        _, metrics = fused.cross_entropy_with_metrics(
-            input,
-            target,
-        )
+        _, metrics = fused.cross_entropy_with_metrics(input, target)
         assert metrics.log_probability.isnan().tolist() == [i == 2 for i in range(6)]
