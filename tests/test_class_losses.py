@@ -117,66 +117,6 @@ def test_gamma_with_probabilities_of_one_and_zero(gamma: float) -> None:
     close(got.gradients[0], gradient)
 
 
-# ---- errors --------------------------------------------------------------------------------------
-
-X, Y = torch.randn(6, 5), torch.tensor([1, 0, 4, 2, 2, 3])
-FIELD, INDICES = torch.randn(2, 5, 7), torch.zeros(2, 7, dtype=torch.int64)
-L = torch.tensor([-1, 0, -1, -1, -1]).repeat(6, 1)
-WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
-    "no dimension": ("nll_loss", (torch.tensor(1.0), Y[0]), {}, "input: expected shape"),
-    "batch": ("nll_loss", (X, Y[:3]), {}, r"target: expected class indices of shape \(6,\)"),
-    "one row": ("nll_loss", (X[0], Y[:2]), {}, r"target: .* shape \(\), got shape \(2,\)"),
-    "shape": ("nll_loss", (FIELD, INDICES[:, :6]), {}, "target: "),
-    "two dimensions": ("nll_loss", (X, Y[:, None]), {}, "target: "),
-    "int32": ("nll_loss", (X, Y.int()), {}, "target: .* got torch.int32"),
-    "too large": ("nll_loss", (X, Y + 1), {}, r"target: .* got 5 at position \(2,\)"),
-    "negative": ("nll_loss", (X, Y - 1), {}, r"target: .* got -1 at position \(1,\)"),
-    "weights": ("nll_loss", (X, Y, torch.ones(4)), {}, r"weight: expected shape \(5,\)"),
-    "their dtype": ("nll_loss", (X, Y, torch.ones(5).double()), {}, "weight: expected the input's"),
-    "reduction": ("nll_loss", (X, Y), {"reduction": "avg"}, "reduction: expected 'none'"),
-    "ignore_index": ("nll_loss", (X, Y), {"ignore_index": 1.5}, "ignore_index: expected an int"),
-    "p": ("multi_margin_loss", (X, Y), {"p": 3}, "p: expected 1 or 2, got 3"),
-    "margin field": ("multi_margin_loss", (FIELD, Y[:2]), {}, r"input: expected shape \(C\) or"),
-    "margin batch": ("multi_margin_loss", (X, Y[:3]), {}, r"target: .* shape \(6,\), got"),
-    "margin too large": (
-        "multi_margin_loss",
-        (X, Y + 1),
-        {},
-        r"\[0, 5\), got 5 at position \(2,\)",
-    ),
-    "margin weights": ("multi_margin_loss", (X, Y), {"weight": torch.ones(4)}, "weight: expected"),
-    "labels shape": ("multilabel_margin_loss", (X, L[:3]), {}, r"target: .* shape \(6, 5\), got"),
-    "labels field": ("multilabel_margin_loss", (FIELD, L), {}, r"input: expected shape \(C\) or"),
-    "labels float": ("multilabel_margin_loss", (X, L.float()), {}, "target: .* got torch.float32"),
-    "labels too large": (
-        "multilabel_margin_loss",
-        (X, L + 5),
-        {},
-        r"\[-1, 5\), got 5 at .*\(0, 1\)",
-    ),
-    "labels below": ("multilabel_margin_loss", (X, L - 1), {}, r"\[-1, 5\), got -2 at .*\(0, 0\)"),
-    "margin's weight": (
-        "multi_margin_loss",
-        (X, Y),
-        {"weight": torch.ones(5, 1)},
-        "weight: expected one dimension",
-    ),
-}
-
-
-@pytest.mark.cpu
-@grid(case=WRONG, grad=[False, True])
-def test_errors_have_torchs_type_and_more_detail(case: str, grad: bool) -> None:
-    name, (input, *rest), options, told = WRONG[case]
-    input = input.clone().requires_grad_(grad)
-    kinds = IndexError, RuntimeError, TypeError, ValueError
-    with pytest.raises(kinds) as of_torch:
-        getattr(F, name)(input, *rest, **options)
-    with pytest.raises(of_torch.type, match=told):
-        getattr(fused, name)(input, *rest, **options)
-    assert input.grad is None
-
-
 # ---- losses that use the kernel of another loss --------------------------------------------------
 
 
@@ -203,12 +143,9 @@ def test_multilabel_soft_margin_loss_of_two_dtypes(
     assert (got - exact).abs() <= 2 * (of_torch - exact).abs() + 2 * eps * exact
 
 
-def test_rmse_errors() -> None:
-    for eps, error in ((-1.0, RuntimeError), ("1", TypeError)):
-        with pytest.raises(error, match="eps: expected"):
-            fused.rmse_loss(X, X, eps=eps)  # type: ignore[arg-type]
-    zero = X.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(fused.rmse_loss(zero, X, eps=1e-12), zero)
+def test_the_gradient_of_rmse_at_0() -> None:
+    x = torch.randn(6, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fused.rmse_loss(x, x.detach(), eps=1e-12), x)
     assert torch.equal(gradient, torch.zeros(6, 5))
 
 
