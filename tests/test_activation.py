@@ -188,12 +188,6 @@ def test_in_place_on_strided_memory_does_not_write_between_elements(op: Activati
 # ---- fallbacks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_lower_bound_above_upper_bound(inplace: bool) -> None:
-    with pytest.raises(ValueError, match="min_val"):
-        pyfused.functional.hardtanh(torch.randn(3), 0.5, -0.5, inplace=inplace)
-
-
 @grid(op=ACTIVATIONS, layout=["contiguous", "classes_innermost", "transposed"])
 def test_activations_keep_the_layout_of_dense_memory(op: Activation, layout: str) -> None:
     x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))

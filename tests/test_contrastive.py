@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -104,38 +102,6 @@ def test_large_logits(has_bias: bool) -> None:
 
 
 @every_kind
-def test_gradients_of_every_order(has_bias: bool, kernel_calls: KernelCalls) -> None:
-    arguments = given(has_bias, torch.float64, 5)
-    for reduction in ("mean", "none"):
-        call = partial(fused.contrastive_loss, reduction=reduction, memory_budget=1)
-        assert torch.autograd.gradcheck(call, arguments)
-        assert torch.autograd.gradgradcheck(call, arguments)
-    assert kernel_calls.total()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@every_kind
-def test_transforms(has_bias: bool) -> None:
-    arguments = [x.detach() for x in given(has_bias, torch.float64)]
-    indices = tuple(range(len(arguments)))
-    for transform in (torch.func.grad, torch.func.jacfwd):
-        got, expected = (
-            transform(f, argnums=indices)(*arguments)
-            for f in (fused.contrastive_loss, materialised)
-        )
-        torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.usefixtures("compiler")
-@every_kind
-def test_compiled_without_a_graph_break(has_bias: bool) -> None:
-    arguments = given(has_bias)
-    compiled = torch.compile(fused.contrastive_loss, fullgraph=True, backend="aot_eager")
-    got, expected = evaluate(compiled, *arguments), evaluate(materialised, *arguments)
-    torch.testing.assert_close((got.value, got.gradients), (expected.value, expected.gradients))
-
-
-@every_kind
 def test_autocast_as_a_linear_layer(has_bias: bool) -> None:
     arguments = given(has_bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -181,50 +147,6 @@ def test_large_calls_use_the_kernels() -> None:
         x = torch.randn(n, D)
         assert pyfused.explain("contrastive_loss", x, x).backend == of_softmax
         assert pyfused.explain(pyfused.nn.ContrastiveLoss(), x, x, 20, -10).backend == of_sigmoid
-
-
-X = torch.randn(4, 3)
-ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "shape of a": (lambda: fused.contrastive_loss(X[0], X), RuntimeError, r"a: expected shape"),
-    "shape of b": (
-        lambda: fused.contrastive_loss(X, X[:3]),
-        RuntimeError,
-        r"b: expected the shape of a, \(4, 3\), got \(3, 3\)$",
-    ),
-    "candidates": (
-        lambda: fused.contrastive_loss(X[:3], X),
-        RuntimeError,
-        r"got \(4, 3\)\. For more candidates, call linear_cross_entropy\(scale \* a, b, target\)$",
-    ),
-    "dtype": (
-        lambda: fused.contrastive_loss(X, X.double()),
-        RuntimeError,
-        "b: expected the dtype and device of a, torch.float32",
-    ),
-    "integers": (
-        lambda: fused.contrastive_loss(X.long(), X),
-        RuntimeError,
-        "a: expected a float",
-    ),
-    "scale": (lambda: fused.contrastive_loss(X, X, X), ValueError, "scale: expected one number"),
-    "bias": (lambda: fused.contrastive_loss(X, X, 1.0, "x"), TypeError, "bias: expected a float"),
-    "budget": (
-        lambda: fused.contrastive_loss(X, X, memory_budget=0),
-        ValueError,
-        "memory_budget: expected a positive",
-    ),
-    "reduction": (
-        lambda: fused.contrastive_loss(X, X, reduction="max"),
-        ValueError,
-        "reduction: expected",
-    ),
-}
-
-
-@pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
 
 
 @pytest.mark.cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -84,24 +85,19 @@ def test_capped_logits(
     """Computed from the row state, without materialising capped logits."""
     input, target, weight, token_weight = arguments(shape, dtype, False)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
+    rounding = max(1e-5, torch.finfo(dtype).eps)
     for weights in ({}, {"weight": weight, "token_weight": token_weight}):
-        given = options | weights | {"loss_dtype": wide}
-        got = evaluate(fused.cross_entropy, input, target, **given)
-        exact = input.detach().double().requires_grad_()
-        in_float64 = {n: x.double() for n, x in weights.items()}
-        expected = evaluate(reference, exact, target, **options, **in_float64)
-        close = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(got.value.double(), expected.value, **close)
-        rounding = torch.finfo(dtype).eps
-        close = {"rtol": max(1e-5, rounding), "atol": max(1e-5, rounding)}
-        torch.testing.assert_close(got.gradients[0].double(), expected.gradients[0], **close)
-    assert kernel_calls["row_state"] == 2
-    assert kernel_calls["row_gradients"] == 2
-    assert not kernel_calls["cross_entropy"]
+        got = evaluate(fused.cross_entropy, input, target, **options, **weights, loss_dtype=wide)
+        expected = evaluate(reference, input, target, convert=exactly, **options, **weights)
+        torch.testing.assert_close(got.value.double(), expected.value, rtol=1e-5, atol=1e-5)
+        (gradient,), (best,) = got.gradients, expected.gradients
+        torch.testing.assert_close(gradient.double(), best, rtol=rounding, atol=rounding)
+    assert kernel_calls == {"row_state": 2, "row_gradients": 2}
     loss, metrics = fused.cross_entropy_with_metrics(input, target, **options)
     torch.testing.assert_close(loss, fused.cross_entropy(input, target, **options))
     _, best = cross_entropy(input.detach().double(), target, with_metrics=True, **options)
-    torch.testing.assert_close(metrics.log_probability.double(), best.log_probability, **close)
+    log_p = metrics.log_probability.double()
+    torch.testing.assert_close(log_p, best.log_probability, rtol=rounding, atol=rounding)
     assert torch.equal(metrics.prediction, best.prediction) or dtype in HALF
 
 
@@ -120,10 +116,6 @@ def test_capped_logits_with_unsupported_options() -> None:
         )
     with pytest.raises(IndexError, match="target: expected class indices"):
         fused.cross_entropy(x, torch.full((4,), 30), softcap=2.0)
-    with pytest.raises(ValueError, match="softcap: expected a positive number"):
-        fused.cross_entropy(x, target, softcap=0.0)
-    with pytest.raises(ValueError, match="temperature: expected a positive number"):
-        fused.cross_entropy(x, target, temperature=-1.0)
 
 
 @grid(
@@ -164,20 +156,15 @@ def test_as_accurate_as_the_reference(
     shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, kernel_calls: KernelCalls
 ) -> None:
     input, target, weight, token_weight = arguments(shape, dtype, probabilities)
+    both = {"weight": weight, "token_weight": token_weight}
+    combinations: list[dict[str, Tensor]] = [both, {}, *({name: both[name]} for name in both)]
     errors = Errors()
-    for options in OPTIONS.values():
-        combinations: list[dict[str, Tensor]] = [
-            {"weight": weight, "token_weight": token_weight},
-            {},
-            {"weight": weight},
-            {"token_weight": token_weight},
-        ]
-        for weights in combinations if backend is cpu else combinations[:1]:
-            given = options | weights
-            got = evaluate(fused.cross_entropy, input, target, **given)
-            native = evaluate(reference, input, target, **given)
-            exact = evaluate(reference, input, target, convert=exactly, **given)
-            errors.add_outcome(got, native, exact)
+    for options, weights in product(OPTIONS.values(), combinations[: 4 if backend is cpu else 1]):
+        given = options | weights
+        got = evaluate(fused.cross_entropy, input, target, **given)
+        native = evaluate(reference, input, target, **given)
+        exact = evaluate(reference, input, target, convert=exactly, **given)
+        errors.add_outcome(got, native, exact)
     errors.check(roundings=32 if dtype is torch.float64 else 2)
     assert kernel_calls["cross_entropy"] > 0
 
@@ -193,47 +180,6 @@ def test_token_weight_of_zero_and_of_ignored_targets() -> None:
         fused.cross_entropy(input, target, token_weight=token_weight),
         fused.cross_entropy(input, target),
     )
-
-
-WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"z_loss": -0.5}, ValueError, "z_loss: expected a number of at least 0.0, got -0.5"),
-    ({"z_loss": "1"}, TypeError, "z_loss: expected a float, got str '1'"),
-    ({"scale": "1"}, TypeError, "scale: expected a float, got str '1'"),
-    ({"scale": 0.0}, ValueError, "scale: expected a positive number, got 0.0"),
-    ({"gamma": -1.0}, ValueError, "gamma: expected a number of at least 0.0, got -1.0"),
-    ({"gamma": "2"}, TypeError, "gamma: expected a float, got str '2'"),
-    ({"gamma": None}, TypeError, "gamma: expected a float, got NoneType None"),
-    ({"gamma": 2.0, "label_smoothing": 0.1}, ValueError, "gamma: expected 0.0 with class prob"),
-    ({"gamma": 2.0, "target": torch.rand(6, 5)}, ValueError, "gamma: expected 0.0 with class prob"),
-    ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
-    ({"denominator": -1.5}, ValueError, "denominator: expected a positive number, got -1.5"),
-    (
-        {"denominator": torch.tensor(-1)},
-        ValueError,
-        "denominator: expected a number of at least 0.0",
-    ),
-    ({"denominator": torch.ones(2)}, ValueError, r"denominator: expected one number, got .*\(2,\)"),
-    (
-        {"denominator": 2.5, "reduction": "sum"},
-        ValueError,
-        "denominator: expected None with reduction 'sum', got a number",
-    ),
-    ({"scale": torch.ones(2)}, ValueError, r"scale: expected one number, got shape \(2,\)"),
-    (
-        {"denominator": torch.tensor(2), "reduction": "none"},
-        ValueError,
-        "denominator: expected None with reduction 'none', got a tensor",
-    ),
-    ({"token_weight": torch.ones(5)}, ValueError, r"token_weight: expected shape \(6,\)"),
-    (
-        {"token_weight": -torch.ones(6)},
-        ValueError,
-        r"token_weight: expected values in \[0.0, inf\]",
-    ),
-    ({"token_weight": 1.0}, TypeError, "token_weight: expected a Tensor, got float"),
-    ({"loss_dtype": torch.int32}, ValueError, "loss_dtype: expected a floating dtype or None"),
-    ({"loss_dtype": "float32"}, ValueError, "loss_dtype: expected a floating dtype or None"),
-]
 
 
 def test_only_ignored_targets() -> None:
@@ -286,14 +232,3 @@ def test_processes_with_a_shard_compare_each_option() -> None:
         assert first == again
         found.append(first)
     assert len({*found}) == len(changes)
-
-
-@pytest.mark.parametrize(("wrong", "error", "told"), WRONG)
-def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
-    input, target, _, _ = arguments((6, 5), torch.float32, False)
-    before = input.detach().clone()
-    if any(isinstance(x, Tensor) and x.is_cuda and not x.dim() for x in wrong.values()):
-        pytest.skip("reading the number from the GPU would synchronise")
-    with pytest.raises(error, match=told):
-        fused.cross_entropy(input, **{"target": target} | wrong)
-    assert torch.equal(input, before)

@@ -162,27 +162,3 @@ def test_fallbacks_and_their_reasons(case: str, kernel_calls: KernelCalls) -> No
 
 
 X = torch.ones(2, 3)
-ERRORS: dict[str, tuple[str, tuple[Tensor, ...], dict[str, Any], str]] = {
-    "margin": ("triplet_margin_loss", (X, X, X), {"margin": 0.0}, "margin: expected a positive"),
-    "dimensions": (
-        "triplet_margin_loss",
-        (X, X[0], X),
-        {},
-        "positive: expected as many dimensions",
-    ),
-    "features": ("triplet_margin_loss", (X, X, X[:, :2]), {}, "negative: expected a shape that"),
-    "targets": ("cosine_embedding_loss", (X, X, X), {}, "target: expected shape"),
-    "rows": ("cosine_embedding_loss", (X, X, torch.ones(3)), {}, "target: expected a shape that"),
-    "pairs": ("cosine_embedding_loss", (X, X[:, :2], X[:, 0]), {}, "input2: expected a shape that"),
-    "reduction": ("cosine_embedding_loss", (X, X, X[:, 0]), {"reduction": "max"}, "reduction: "),
-}
-
-
-@grid(case=ERRORS)
-def test_errors_have_torchs_type_and_name_the_argument(case: str) -> None:
-    name, tensors, options, message = ERRORS[case]
-    with pytest.raises((RuntimeError, ValueError), match=message) as ours:
-        getattr(fused, name)(*tensors, **options)
-    with pytest.raises((RuntimeError, ValueError)) as theirs:
-        getattr(F, name)(*tensors, **options)
-    assert ours.type is theirs.type

@@ -68,34 +68,6 @@ def test_slopes_of_channels(shape: tuple[int, ...], each: bool, kernel_calls: Ke
     assert kernel_calls["prelu"] == 2
 
 
-@pytest.mark.parametrize(
-    ("shape", "dim", "error", "words"),
-    [
-        ((3, 5), -1, RuntimeError, "input: expected an even size along dim -1"),
-        ((), 0, RuntimeError, "input: expected one dimension or more"),
-        ((4,), 1, IndexError, "dim: expected -1 to 0"),
-    ],
-)
-def test_odd_sizes(shape: tuple[int, ...], dim: int, error: type[Exception], words: str) -> None:
-    with pytest.raises(error):
-        torch.nn.functional.glu(torch.ones(shape), dim)
-    with pytest.raises(error, match=words):
-        functional.glu(torch.ones(shape), dim)
-
-
-def test_slopes_of_wrong_shape() -> None:
-    with pytest.raises(RuntimeError, match=r"weight: expected one number, or one for each of 5 ch"):
-        functional.prelu(torch.ones(2, 5), torch.ones(3))
-
-
-def test_wrong_arguments() -> None:
-    x = torch.ones(3)
-    with pytest.raises(RuntimeError, match=r"approximate: expected 'none' or 'tanh', got 'tan'"):
-        functional.geglu(x, x, "tan")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError):
-        functional.reglu(x, torch.ones(4))
-
-
 @pytest.mark.integrations
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu"])
 def test_the_mlps_of_transformers(act: str, kernel_calls: KernelCalls) -> None:

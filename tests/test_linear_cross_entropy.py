@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import linear_cross_entropy as materialised
-from compare import Errors, evaluate, exactly, products
+from compare import Errors, Outcome, evaluate, exactly, products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -72,19 +73,10 @@ class HeadCase:
 
 
 OPTIONS = (
-    "",
-    "none",
-    "sum bias",
-    "adapter",
-    "none adapter",
-    "weight bias smoothing",
-    "tokens z",
+    *("", "none", "sum bias", "adapter", "none adapter", "weight bias smoothing", "tokens z"),
     "none weight tokens z smoothing bias adapter",
     "adapter weight bias smoothing tokens",
-    "divided tokens",
-    "capped z",
-    "capped none smoothing scaled",
-    "scaled weight z",
+    *("divided tokens", "capped z", "capped none smoothing scaled", "scaled weight z"),
 )
 KINDS: dict[str, dict[str, Any]] = {
     "rows": {},
@@ -168,15 +160,14 @@ def test_weight_gradients_are_summed_in_float32(classes: int) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_probabilities_of_another_dtype(reduction: str) -> None:
     given = HeadCase(probabilities=True)
-    target = given.target.detach().double().requires_grad_()
-    arguments = given.input, given.head, target
-    got = evaluate(fused.linear_cross_entropy, *arguments, reduction=reduction)
-    expected = evaluate(materialised, *arguments, reduction=reduction)
+    arguments = given.input, given.head, given.target.detach().double().requires_grad_()
+    got, expected = (
+        evaluate(function, *arguments, reduction=reduction)
+        for function in (fused.linear_cross_entropy, materialised)
+    )
     assert got.value.dtype == expected.value.dtype == torch.float64
-    for ours, theirs in zip(
-        [got.value, *got.gradients], [expected.value, *expected.gradients], strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    found, best = (got.value, *got.gradients), (expected.value, *expected.gradients)
+    torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.cpu
@@ -210,68 +201,14 @@ def test_a_module_checks_its_options() -> None:
         nn.LinearCrossEntropyLoss(6, 9, label_smoothing=2)
 
 
-WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"memory_budget": 0}, ValueError, "memory_budget: expected a positive number of bytes, got 0"),
-    ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int, got float 1.5"),
-    ({"denominator": 0}, ValueError, "denominator: expected a positive number, got 0.0"),
-    ({"softcap": 0.0}, ValueError, "softcap: expected a positive number, got 0.0"),
-    ({"z_loss": -1.0}, ValueError, "z_loss: expected a number of at least 0.0, got -1.0"),
-    ({"token_weight": torch.ones(3)}, ValueError, r"token_weight: expected shape \(12,\)"),
-    (
-        {"token_weight": -torch.ones(12)},
-        ValueError,
-        r"token_weight: expected values in \[0.0, inf\]",
-    ),
-    ({"loss_dtype": torch.int64}, ValueError, "loss_dtype: expected a floating dtype or None"),
-    ({"reduction": "max"}, ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'max'"),
-    ({"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\).*\(3,\)"),
-    ({"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),
-    ({"linear_weight": torch.ones(70, 6).double()}, RuntimeError, "dtype|expected the input's"),
-    ({"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator: expected None with"),
-    (
-        {"input": torch.ones(2, 12, 6)},
-        RuntimeError,
-        r"target: expected shape \(2, 12\), with the input's leading dimensions, got \(12,\)",
-    ),
-    (
-        {
-            "input": torch.ones(2, 12, 6),
-            "target": torch.zeros(2, 12).long(),
-            "token_weight": torch.ones(24),
-        },
-        ValueError,
-        r"token_weight: expected shape \(2, 12\), with the input's leading .*, got \(24,\)",
-    ),
-    (
-        {"input": torch.ones(2, 12, 6), "target": torch.zeros(2, 12)},
-        RuntimeError,
-        r"target: expected class indices .*or class probabilities.*, got torch.float32 of shape",
-    ),
-    ({"input": torch.ones(12, 6).long()}, RuntimeError, "input: expected a floating dtype"),
-    ({"target": torch.ones(5).long()}, ValueError, "batch_size|target"),
-    ({"weight": torch.ones(5)}, RuntimeError, "weight"),
-]
-
-
 @pytest.mark.thresholds
 @pytest.mark.parametrize("name", ["memory_budget", "filter_eps"])
 def test_bad_options_that_torch_lacks_in_calls_that_torch_computes(name: str) -> None:
-    given = HeadCase()
-    assert (
-        pyfused.explain("linear_cross_entropy", given.input, given.head, given.target).backend
-        == "torch"
-    )
+    tensors = torch.randn(12, 6), torch.randn(70, 6), torch.zeros(12, dtype=torch.int64)
+    assert pyfused.explain("linear_cross_entropy", *tensors).backend == "torch"
     for wrong, error in ((-1, ValueError), ("1", TypeError)):
         with pytest.raises(error, match=f"{name}: expected"):
-            fused.linear_cross_entropy(given.input, given.head, given.target, **{name: wrong})
-
-
-@pytest.mark.parametrize(("wrong", "error", "told"), WRONG, ids=[next(iter(w[0])) for w in WRONG])
-def test_bad_input(wrong: dict[str, Any], error: type[Exception], told: str) -> None:
-    given = HeadCase()
-    arguments = {"input": given.input, "linear_weight": given.head, "target": given.target} | wrong
-    with pytest.raises(error, match=told):
-        fused.linear_cross_entropy(**arguments)
+            fused.linear_cross_entropy(*tensors, **{name: wrong})
 
 
 def test_as_many_rows_as_classes_with_more_dimensions() -> None:
@@ -284,25 +221,22 @@ def test_as_many_rows_as_classes_with_more_dimensions() -> None:
 
 @pytest.mark.parametrize("leading", [(0,), (0, 2), (2, 0)])
 def test_an_empty_batch_with_an_adapter(leading: tuple[int, ...]) -> None:
-    input, target = torch.randn(*leading, 3 + 2, requires_grad=True), torch.empty(leading).long()
-    weights = torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)
-    loss = fused.linear_cross_entropy(
-        input, weights[0], target, adapter_weight=weights[1], reduction="sum"
-    )
-    gradients = torch.autograd.grad(loss, (input, *weights))
+    leaves = [torch.randn(*n, requires_grad=True) for n in ((*leading, 3 + 2), (5, 3), (5, 2))]
+    options = {"adapter_weight": leaves[2], "reduction": "sum"}
+    loss = fused.linear_cross_entropy(*leaves[:2], torch.empty(leading).long(), **options)
     assert loss == 0
-    assert not any(x.any() for x in gradients)
+    assert not any(x.any() for x in torch.autograd.grad(loss, leaves))
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("rows", [None, 12])
-def test_class_index_out_of_range(rows: int | None) -> None:
-    given = HeadCase(rows=rows)
-    given.target.view(-1)[0] = 70
-    place = r"\(0,\)" if rows else r"\(\)"
-    told = rf"target: expected class indices in \[0, 70\) .*, got 70 at position {place}"
+@pytest.mark.parametrize("shape", [(), (12,), (2, 3)])
+def test_class_index_out_of_range(shape: tuple[int, ...]) -> None:
+    target = torch.zeros(shape, dtype=torch.int64)
+    target.view(-1)[-1] = 70
+    place = str(tuple(n - 1 for n in shape))
+    told = rf"target: expected class indices in \[0, 70\) .*, got 70 at position {re.escape(place)}"
     with pytest.raises(IndexError, match=told):
-        fused.linear_cross_entropy(given.input, given.head, given.target)
+        fused.linear_cross_entropy(torch.randn(*shape, 6), torch.randn(70, 6), target)
 
 
 def test_uint8_class_indices_with_more_than_256_classes() -> None:
@@ -367,17 +301,6 @@ def test_an_infinite_weight_of_a_class_only_changes_its_rows(value: float) -> No
     torch.testing.assert_close(gradient[[0, 2]], best[[0, 2]])
 
 
-# ---- inputs with more dimensions -----------------------------------------------------------------
-
-
-@pytest.mark.cpu
-def test_a_class_index_out_of_range_among_leading_dimensions() -> None:
-    target = torch.zeros(2, 3, dtype=torch.int64)
-    target[1, 2] = 9
-    with pytest.raises(IndexError, match=r"got 9 at position \(1, 2\)"):
-        fused.linear_cross_entropy(torch.randn(2, 3, 4), torch.randn(9, 4), target)
-
-
 # ---- adapters ------------------------------------------------------------------------------------
 
 
@@ -393,9 +316,8 @@ def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
     given = HeadCase(rows=90)
     rows = 90 if backend.ASYNCHRONOUS else 60
     input, head, adapter = with_adapter(given)
-    input, head = input.detach(), head.clone()
-    for name, x in (("input", input), ("head", head)):
-        x.requires_grad_(name in needs)
+    input, head = input.detach().requires_grad_("input" in needs), head.clone()
+    head.requires_grad_("head" in needs)
     with products() as found:
         options: dict[str, Any] = {"memory_budget": 1 << 20, **adapter}
         fused.linear_cross_entropy(input, head, given.target, **options).backward()
@@ -409,32 +331,30 @@ def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("budget", [None, 3000])
 def test_an_adapter_equals_linear_layers(budget: int | None, frozen: bool) -> None:
     """Compares with LoRA in torch, from materialised logits."""
-    rows, features, classes, rank = 90, 7, 120, 4
     x, w, a, b = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((rows, features), (classes, features), (rank, features), (classes, rank))
+        for shape in ((90, 7), (120, 7), (4, 7), (120, 4))
     )
     w.requires_grad_(not frozen)
-    bias, weight = torch.randn(classes).double(), torch.rand(classes).double()
-    target = torch.randint(classes, (rows,))
+    target = torch.randint(120, (90,))
     target[::4] = -100
+    bias, weight = torch.randn(120).double(), torch.rand(120).double()
     options = {"weight": weight, "label_smoothing": 0.1}
-    leaves = [leaf for leaf in (x, w, a, b) if leaf.requires_grad]
     logits = F.linear(x, w, bias) + 0.5 * F.linear(F.linear(x, a), b)
     expected = F.cross_entropy(logits, target, **options)
-    loss = fused.linear_cross_entropy(
-        torch.cat((x, 0.5 * F.linear(x, a)), -1),
-        w,
-        target,
-        linear_bias=bias,
-        adapter_weight=b,
-        memory_budget=budget,
-        **options,
-    )
+    options |= {"linear_bias": bias, "adapter_weight": b, "memory_budget": budget}
+    joined = torch.cat((x, 0.5 * F.linear(x, a)), -1)
+    loss = fused.linear_cross_entropy(joined, w, target, **options)
+    leaves = [leaf for leaf in (x, w, a, b) if leaf.requires_grad]
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
-    )
+    torch.testing.assert_close(*[torch.autograd.grad(each, leaves) for each in (loss, expected)])
+
+
+def assert_near(got: Outcome, exact: Outcome, error: float) -> None:
+    for ours, best in zip(
+        (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True
+    ):
+        assert (ours.double() - best).norm() / best.norm() < error
 
 
 @grid(budget=[None, 3000], dtype=[torch.bfloat16, torch.float16], reduction=["mean", "none"])
@@ -447,13 +367,10 @@ def test_an_adapter_in_float32_beside_a_layer_in_half_precision(
     adapter = {name: x.detach().float().requires_grad_() for name, x in adapter.items()}
     arguments, options = (input, head, given.target), {"reduction": reduction, **adapter}
     got = evaluate(fused.linear_cross_entropy, *arguments, **options, memory_budget=budget)
-    exact = evaluate(materialised, *arguments, convert=exactly, **options)
     assert got.value.dtype is dtype
     assert [x.dtype for x in got.gradients] == [dtype, torch.float32]
-    results = [(outcome.value, *outcome.gradients) for outcome in (got, exact)]
-    for ours, best in zip(*results, strict=True):
-        error = (ours.double() - best).norm() / best.norm()
-        assert error < 2 * torch.finfo(dtype).eps
+    exact = evaluate(materialised, *arguments, convert=exactly, **options)
+    assert_near(got, exact, 2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.cpu
@@ -464,45 +381,8 @@ def test_an_adapter_under_autocast() -> None:
     arguments = input, head.requires_grad_(), given.target
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = evaluate(fused.linear_cross_entropy, *arguments, **adapter)
-    exact = evaluate(materialised, *arguments, convert=exactly, **adapter)
-    results = [(outcome.value, *outcome.gradients) for outcome in (got, exact)]
-    for ours, best in zip(*results, strict=True):
-        assert (ours.double() - best).norm() / best.norm() < 2.0**-7
-        assert ours.dtype is torch.float32
-
-
-WRONG_ADAPTERS: dict[str, tuple[Any, type[Exception], str]] = {
-    "rank": (
-        torch.ones(70, 4),
-        RuntimeError,
-        r"linear_weight: expected shape \(C, ..., 2\) .*, got \(70, 3\)",
-    ),
-    "classes": (
-        torch.ones(69, 3),
-        RuntimeError,
-        r"adapter_weight: expected shape \(70, r\) for .*, got \(69, 3\)",
-    ),
-    "dtype": (
-        torch.ones(70, 3).double(),
-        RuntimeError,
-        "adapter_weight: expected the input's dtype torch.float32, got torch.float64",
-    ),
-    "device": (
-        torch.ones(70, 3, device="meta"),
-        RuntimeError,
-        "adapter_weight: expected the input's device .*, got meta",
-    ),
-    "type": (1.0, TypeError, "adapter_weight: expected a Tensor, got float"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_ADAPTERS)
-def test_bad_adapter(name: str) -> None:
-    wrong, error, message = WRONG_ADAPTERS[name]
-    given = HeadCase()
-    input, head, _ = with_adapter(given)
-    with pytest.raises(error, match=message):
-        fused.linear_cross_entropy(input, head, given.target, adapter_weight=wrong)
+    assert {x.dtype for x in (got.value, *got.gradients)} == {torch.float32}
+    assert_near(got, evaluate(materialised, *arguments, convert=exactly, **adapter), 2.0**-7)
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------
@@ -547,28 +427,14 @@ def test_filtered_gradients_are_within_the_documented_error(
 def test_nothing_is_filtered_for_random_logits() -> None:
     """All classes of random logits are significant, as is NaN."""
     input, head = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    target = torch.randint(0, 50, (30,))
-    plain = fused.linear_cross_entropy(input, head, target)
-    loss = fused.linear_cross_entropy(input, head, target, filter_eps=1e-6)
-    for mine, best in zip(
-        torch.autograd.grad(loss, (input, head)),
-        torch.autograd.grad(plain, (input, head)),
-        strict=True,
-    ):
-        assert torch.equal(mine, best)
+    target, leaves = torch.randint(0, 50, (30,)), (input, head)
+    plain = fused.linear_cross_entropy(*leaves, target)
+    loss = fused.linear_cross_entropy(*leaves, target, filter_eps=1e-6)
+    found = [torch.autograd.grad(each, leaves) for each in (loss, plain)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
     head.data[7] = math.nan
-    loss = fused.linear_cross_entropy(input, head, target, filter_eps=0.5)
-    assert all(gradient.isnan().any() for gradient in torch.autograd.grad(loss, (input, head)))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "error"), [(-0.5, ValueError), ("1", TypeError)], ids=["negative", "no number"]
-)
-def test_bad_filter(wrong: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="filter_eps: expected"):
-        fused.linear_cross_entropy(
-            torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]), filter_eps=wrong
-        )
+    loss = fused.linear_cross_entropy(*leaves, target, filter_eps=0.5)
+    assert all(gradient.isnan().any() for gradient in torch.autograd.grad(loss, leaves))
 
 
 # ---- block sizes ---------------------------------------------------------------------------------
@@ -633,38 +499,27 @@ def test_autocast_of_float64(
         function(input, head, given.target)
 
 
-@pytest.mark.parametrize("name", ["linear_weight", "linear_bias", "teacher_linear_weight"])
 @pytest.mark.parametrize("rows", [2, 64])
-def test_parameters_on_another_device(name: str, rows: int) -> None:
+def test_parameters_on_another_device(rows: int) -> None:
     """torch multiplies a CPU input with a meta weight, and returns uninitialised memory."""
     input, target = torch.randn(rows, 8), torch.zeros(rows, dtype=torch.int64)
-    indices, log_probs = torch.arange(3).expand(rows, 3), torch.full((rows, 3), -2.0)
     layer = {"linear_weight": torch.randn(50, 8), "linear_bias": torch.randn(50)}
-    calls: list[Any] = [
-        lambda x, layer: fused.linear_cross_entropy(x, layer.pop("linear_weight"), target, **layer),
-        lambda x, layer: fused.linear_cross_entropy(
-            x, layer.pop("linear_weight"), target, z_loss=0.1, **layer
-        ),
-        lambda x, layer: fused.linear_cross_entropy_with_metrics(
-            x, layer.pop("linear_weight"), target, **layer
-        ),
-        lambda x, layer: fused.linear_log_probs(x, layer.pop("linear_weight"), target, **layer),
-        lambda x, layer: fused.linear_topk_kl_div(
-            x, layer.pop("linear_weight"), indices, log_probs, **layer
-        ),
-    ]
-    if name == "teacher_linear_weight":
-        layer = {name: torch.randn(50, 8)}
-        calls = [lambda x, layer: fused.linear_kl_div(x, torch.randn(50, 8), x, layer[name])]
-    for call in calls:
-        with pytest.raises(
-            (RuntimeError, ValueError), match=f"{name}: expected .* device {input.device}, got meta"
-        ):
-            call(input, layer | {name: layer[name].to("meta")})
-
-
-def test_a_layer_passed_as_its_weight() -> None:
-    target = torch.zeros(4, dtype=torch.int64)
-    for function in (fused.linear_cross_entropy, fused.linear_log_probs):
-        with pytest.raises(TypeError, match=r"linear_weight: .* got Linear; pass head\.weight"):
-            function(torch.randn(4, 8), torch.nn.Linear(8, 50), target)  # type: ignore[arg-type]
+    top_k = {
+        "teacher_indices": torch.arange(3).expand(rows, 3),
+        "teacher_log_probs": torch.full((rows, 3), -2.0),
+    }
+    teacher = {"teacher_input": input, "teacher_linear_weight": torch.randn(50, 8)}
+    for op, given in (
+        ("linear_cross_entropy", layer | {"target": target}),
+        ("linear_cross_entropy", layer | {"target": target, "z_loss": 0.1}),
+        ("linear_cross_entropy_with_metrics", layer | {"target": target}),
+        ("linear_log_probs", layer | {"target": target}),
+        ("linear_topk_kl_div", layer | top_k),
+        ("linear_kl_div", layer | teacher),
+    ):
+        for name in ("linear_weight", "linear_bias", "teacher_linear_weight"):
+            if name not in given:
+                continue
+            told = f"{name}: expected .* device {input.device}, got meta"
+            with pytest.raises((RuntimeError, ValueError), match=told):
+                getattr(fused, op)(input=input, **given | {name: given[name].to("meta")})

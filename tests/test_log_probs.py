@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_map
 from pyfused import functional as fused
 from pyfused.backends import cpu
 
-every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
 # Combinations of log-probability, entropy and log-sum-exp that have a gradient.
 CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]
@@ -147,14 +146,14 @@ def test_budgets_and_fixed_products(budget: int, dtype: torch.dtype) -> None:
 def test_results_that_were_not_requested(op: str) -> None:
     found = getattr(fused, op)(**draw(op))
     assert found[1:] == (None, None)
-    with pytest.raises(AttributeError, match="entropy: expected a call with return_entropy=True"):
-        _ = found.entropy
-    with pytest.raises(AttributeError, match="log_sum_exp: expected a call with return_lse=True"):
-        _ = found.log_sum_exp
-    with pytest.raises(AttributeError, match="is_top1: expected a call with return_metrics=True"):
-        _ = found.is_top1
-    with pytest.raises(AttributeError, match="mean_logit: expected a call"):
-        _ = found.mean_logit
+    for name, option in (
+        ("entropy", "return_entropy=True"),
+        ("log_sum_exp", "return_lse=True"),
+        ("is_top1", "return_metrics=True"),
+        ("mean_logit", "return_metrics=True"),
+    ):
+        with pytest.raises(AttributeError, match=f"{name}: expected a call with {option}"):
+            getattr(found, name)
     assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
 
 
@@ -163,7 +162,6 @@ def test_results_that_were_not_requested(op: str) -> None:
 def test_metrics(op: str, kind: str, dtype: torch.dtype) -> None:
     """Metrics are exact, have no gradient, and do not change other results."""
     tensors, options = draw(op, dtype, SHAPES[kind]), {"softcap": 4.0, "temperature": 0.7}
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
     logits, target = tensors.get("logits"), tensors["target"]
     if logits is None:
         x, weight = tensors["input"].double(), tensors["linear_weight"].double()
@@ -175,13 +173,12 @@ def test_metrics(op: str, kind: str, dtype: torch.dtype) -> None:
     plain = all_results(op, **tensors, **options)
     found = all_results(op, **tensors, **options, return_metrics=True)
     assert torch.equal(torch.stack(found[:3]), torch.stack(plain))
-    assert found.is_top1.dtype is torch.bool
     if op == "log_probs" or dtype in (torch.float32, torch.float64):  # others round the logits
         assert found.is_top1.tolist() == ((logits.argmax(dim) == target) & counted).tolist()
     assert found.is_top1.any()
-    exact = x.mean(dim).where(counted, 0)
-    rounding = 0.02 if op == "linear_log_probs" and wide is torch.float32 else 1e-6
-    torch.testing.assert_close(found.mean_logit, exact.to(wide), rtol=rounding, atol=rounding)
+    exact = x.mean(dim).where(counted, 0).to(found.mean_logit.dtype)
+    rounding = 0.02 if op == "linear_log_probs" and exact.dtype is torch.float32 else 1e-6
+    torch.testing.assert_close(found.mean_logit, exact, rtol=rounding, atol=rounding)
     assert not found.mean_logit.requires_grad
     leaves = [x for x in tensors.values() if x.requires_grad]
     gradients = [torch.autograd.grad(sum(x.sum() for x in r), leaves) for r in (found[:3], plain)]
@@ -227,25 +224,6 @@ def test_the_dimension_of_the_classes() -> None:
 # ---- ignored, empty, special values --------------------------------------------------------------
 
 
-@pytest.mark.interpreted
-@every_operator
-def test_ignored_rows(op: str) -> None:
-    """Results and gradients of ignored rows are 0, whatever they contain."""
-    tensors = draw(op)
-    ignored, first = tensors["target"] == -100, next(iter(tensors))
-    poisoned = tensors[first].detach().clone()
-    poisoned[ignored] = math.nan
-    tensors[first] = poisoned.requires_grad_()
-    found = all_results(op, **tensors)
-    assert all((x[ignored] == 0).all() and x.isfinite().all() for x in found)
-    gradient, *others = torch.autograd.grad(
-        sum(x.sum() for x in found), [x for x in tensors.values() if x.requires_grad]
-    )
-    assert (gradient[ignored] == 0).all()
-    if backend is cpu:  # a GPU's product includes them
-        assert all(x.isfinite().all() for x in others)
-
-
 @pytest.mark.cpu
 def test_ignored_rows_have_no_products() -> None:
     with products() as found:
@@ -253,17 +231,6 @@ def test_ignored_rows_have_no_products() -> None:
         log_probs.log_probability.sum().backward()
     assert found.count((60, FEATURES, 70)) == 1  # these logits are kept for backward
     assert not any(90 in sizes for sizes in found)
-
-
-@pytest.mark.interpreted
-@every_operator
-def test_only_ignored_rows(op: str) -> None:
-    tensors = draw(op)
-    tensors["target"] = torch.full_like(tensors["target"], -100)
-    leaves = [x for x in tensors.values() if x.requires_grad]
-    found = all_results(op, **tensors)
-    assert not any(x.any() for x in found)
-    assert not any(x.any() for x in torch.autograd.grad(sum(x.sum() for x in found), leaves))
 
 
 def test_a_layer_without_features() -> None:
@@ -290,24 +257,6 @@ def test_log_probabilities_are_never_above_0(op: str) -> None:
 
 
 @pytest.mark.interpreted
-@every_dtype
-def test_an_offset_of_all_logits_only_changes_roundings(dtype: torch.dtype) -> None:
-    logits = torch.randint(-8, 8, (6, 300)).to(dtype)
-    offset = 1e4 if dtype in (torch.float32, torch.float64) else 128.0  # added exactly
-    target = torch.randint(0, 300, (6,))
-    leaves = [(logits + by).requires_grad_() for by in (0.0, offset)]
-    plain, shifted = (all_results("log_probs", logits=leaf, target=target) for leaf in leaves)
-    torch.testing.assert_close(plain[:2], shifted[:2], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(plain[2] + offset, shifted[2])
-    one, other = (
-        torch.autograd.grad(found[0].sum() + found[1].sum(), leaf)[0]
-        for found, leaf in zip((plain, shifted), leaves, strict=True)
-    )
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(one, other, rtol=4 * eps, atol=max(eps, 1e-6))
-
-
-@pytest.mark.interpreted
 def test_infinite_logits(isa: str) -> None:
     """Classes with probability 0 do not contribute to entropy and gradients, which are not NaN."""
     logits = torch.randn(4, 300)
@@ -329,28 +278,21 @@ def test_infinite_logits(isa: str) -> None:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
-    """In rows with +inf, all results and gradients are NaN, as in torch."""
-    logits = torch.randn(4, 300, dtype=dtype)
+    """In rows with +inf or NaN, all results and gradients are NaN, as in torch."""
+    logits = torch.randn(5, 300, dtype=dtype)
     logits[1, 7] = logits[2, 1] = math.inf
-    leaf, target = logits.requires_grad_(), torch.tensor([1, 2, 1, 4])
+    logits[4, 7] = math.nan
+    leaf, target = logits.requires_grad_(), torch.tensor([1, 2, 1, 4, 7])
     found = all_results("log_probs", logits=leaf, target=target)
     for value in found[:2]:
         (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
-        assert value.isnan().tolist() == [False, True, True, False]
-        assert gradient.isnan().all(1).tolist() == [False, True, True, False]
+        assert value.isnan().tolist() == [False, True, True, False, True]
+        assert gradient.isnan().all(1).tolist() == [False, True, True, False, True]
         assert not gradient[[0, 3]].isnan().any()
-    (expected,) = torch.autograd.grad(logits.log_softmax(1)[range(4), target].sum(), leaf)
+    (expected,) = torch.autograd.grad(logits.log_softmax(1)[range(5), target].sum(), leaf)
     (gradient,) = torch.autograd.grad(found.log_probability.sum(), leaf)
     torch.testing.assert_close(gradient, expected, equal_nan=True)
-
-
-@pytest.mark.interpreted
-def test_nan_propagates(isa: str) -> None:
-    logits = torch.randn(3, 300)
-    logits[1, 7] = math.nan
-    found = all_results("log_probs", logits=logits, target=torch.tensor([0, 7, 1]))
-    for x in found:
-        assert x.isnan().tolist() == [False, True, False]
+    assert found.log_sum_exp.isnan().tolist()[3:] == [False, True]
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -525,55 +467,6 @@ def test_rows_beyond_2_31_elements() -> None:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("log_probs", {"temperature": 0.0}, ValueError, "temperature: expected a positive number"),
-    ("log_probs", {"temperature": None}, TypeError, "temperature: expected a float, got None"),
-    ("log_probs", {"softcap": -1.0}, ValueError, "softcap: expected a positive number, got -1.0"),
-    ("log_probs", {"softcap": "1"}, TypeError, "softcap: expected a float, got str"),
-    ("log_probs", {"ignore_index": 0.5}, TypeError, "ignore_index: expected an int"),
-    ("log_probs", {"logits": torch.ones(()), "target": torch.tensor(0)}, RuntimeError, "logits"),
-    ("log_probs", {"logits": torch.ones(12, 70).long()}, RuntimeError, "logits.*floating dtype"),
-    ("log_probs", {"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
-    ("log_probs", {"target": torch.ones(12)}, RuntimeError, "target: expected class indices"),
-    ("log_probs", {"target": torch.zeros(11).long()}, ValueError, r"target.*\(12,\).*got.*\(11,\)"),
-    ("log_probs", {"target": torch.zeros(12).int()}, RuntimeError, r"int32.*Pass target.long\(\)"),
-    (
-        "linear_log_probs",
-        {"target": torch.zeros(3, 4).long()},
-        ValueError,
-        r"expected class indices of shape \(12,\), got shape \(3, 4\)\. Pass target\.flatten",
-    ),
-    ("linear_log_probs", {"memory_budget": 0}, ValueError, "memory_budget: expected a positive"),
-    ("linear_log_probs", {"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias.*\(70,\)"),
-    ("linear_log_probs", {"linear_weight": torch.ones(70, 5)}, RuntimeError, "linear_weight"),
-    ("linear_log_probs", {"linear_weight": torch.ones(6, 70)}, RuntimeError, "Is it transposed"),
-    (
-        "linear_log_probs",
-        {"input": torch.ones(3, 4, 6), "target": torch.zeros(3, 4)},
-        RuntimeError,
-        r"target: expected class indices .*, got torch.float32 of shape \(3, 4\)",
-    ),
-    (
-        "linear_log_probs",
-        {"input": torch.ones(3, 4, 6), "target": torch.zeros(3, 4).int()},
-        RuntimeError,
-        r"got torch.int32. Pass target.long\(\)",
-    ),
-    (
-        "linear_log_probs",
-        {"linear_weight": torch.ones(70, 6).double()},
-        RuntimeError,
-        "linear_weight: expected the input's dtype torch.float32",
-    ),
-]
-
-
-@pytest.mark.parametrize(("op", "wrong", "error", "told"), WRONG)
-def test_bad_input(op: str, wrong: dict[str, Any], error: type[Exception], told: str) -> None:
-    with pytest.raises(error, match=told):
-        getattr(fused, op)(**draw(op) | wrong)
-
-
 @pytest.mark.interpreted
 @every_operator
 @pytest.mark.parametrize("label", [70, -1])
@@ -587,8 +480,5 @@ def test_a_class_index_out_of_range(op: str, label: int) -> None:
     with pytest.raises(IndexError, match=rf"target: .*\[0, 70\).*got {label} at position \(3,\)"):
         getattr(fused, op)(**tensors)
     frozen = {name: x.detach() for name, x in tensors.items()}
-    with (
-        pytest.raises(IndexError),
-        torch.autograd.forward_ad.dual_level(),
-    ):  # the definition
+    with pytest.raises(IndexError), torch.autograd.forward_ad.dual_level():  # the definition
         getattr(fused, op)(**frozen)

@@ -12,14 +12,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
-from compare import (
-    FLOATS,
-    HALF,
-    Errors,
-    evaluate,
-    extended,
-    random_grad_output,
-)
+from compare import FLOATS, HALF, Errors, evaluate, extended, random_grad_output
 from conftest import ISAS, KernelCalls
 from grid import grid
 from torch import Tensor
@@ -139,12 +132,7 @@ def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: in
 @pytest.mark.cpu
 @grid(classes=[5, 60, 300, 1100, 9000], dim=[0, 1], dtype=FLOATS, isa=ISAS, count=[1, 2])
 def test_no_result_is_subnormal(
-    classes: int,
-    dim: int,
-    dtype: torch.dtype,
-    isa: str,
-    count: int,
-    threads: Callable[[int], None],
+    classes: int, dim: int, dtype: torch.dtype, isa: str, count: int, threads: Callable[[int], None]
 ) -> None:
     """Subnormal results of masked scores would take a hundred cycles each on many processors."""
     if isa == "generic":
@@ -174,23 +162,6 @@ def test_a_missing_dimension(name: str) -> None:
         close(got, expected)
         assert [str(w.message) for w in of_ours] == [str(w.message) for w in of_torchs]
         assert {Path(w.filename).name for w in of_ours} == {Path(__file__).name}
-
-
-@by_name
-@pytest.mark.parametrize(
-    ("dim", "error", "told"),
-    [
-        (2, IndexError, r"dim: expected -2 to 1 for an input of shape \(3, 4\), got 2"),
-        (-3, IndexError, "got -3"),
-        (1.0, TypeError, "dim: expected an int, got float 1.0"),
-    ],
-)
-def test_errors(name: str, dim: Any, error: type[Exception], told: str) -> None:
-    x = torch.randn(3, 4)
-    with pytest.raises(error):
-        getattr(F, name)(x, dim)
-    with pytest.raises(error, match=told):
-        getattr(fused, name)(x, dim)
 
 
 @by_name
