@@ -42,10 +42,7 @@ from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import LOGSIGMOID, PRELU
-from pyfused.ops.operators import (
-    COSINE_EMBEDDING_LOSS,
-    LINEAR_TOPK_KL_DIV,
-)
+from pyfused.ops.operators import COSINE_EMBEDDING_LOSS, LINEAR_TOPK_KL_DIV
 
 close = torch.testing.assert_close
 
@@ -231,10 +228,7 @@ def test_a_replayed_plan_is_bitwise_reproducible(example: Example) -> None:
 @pytest.mark.cpu
 @grid(example=OF_FAMILIES.values(), shape=[(203, 700), (7003, 10)], dtype=FLOATS)
 def test_bitwise_identical_for_every_number_of_threads(
-    example: Example,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    threads: Callable[[int], None],
+    example: Example, shape: tuple[int, int], dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     """Excludes matrix products, which libraries compute."""
     call, found = example.call(dtype, shape), []

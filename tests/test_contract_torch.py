@@ -179,11 +179,7 @@ def test_other_kinds_of_tensors(example: Example, kind: Callable[[Tensor], Tenso
         assert issubclass(got, expected) or not hasattr(F, example.op.name)
         return
     assert isinstance(got, Tensor)
-    assert (got.dtype, got.layout, got.device) == (
-        expected.dtype,
-        expected.layout,
-        expected.device,
-    )
+    assert (got.dtype, got.layout, got.device) == (expected.dtype, expected.layout, expected.device)
     if got.is_nested:
         close(list(got.unbind()), list(expected.unbind()))
     elif not got.is_quantized:

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,20 +148,43 @@ def test_a_model_with_nothing_to_convert() -> None:
     plan = pyfused.plan_conversion(nn.Linear(2, 2))
     assert (plan.swapped, plan.left) == ((), ())
     assert str(plan).startswith("Nothing to convert: found no loss or activation of torch.nn")
+    with pytest.warns(RuntimeWarning, match="Nothing to convert.*\n0  ReLU  left: its forward was"):
+        pyfused.convert(nn.Sequential(with_forward(nn.ReLU())))
 
 
-def test_losses_and_activations_without_a_counterpart() -> None:
-    class Mine(nn.modules.loss._Loss):
-        pass
+def with_forward(module: nn.Module) -> nn.Module:
+    module.forward = torch.sigmoid  # type: ignore[method-assign]
+    return module
 
-    modules = nn.RReLU(), Mine(), nn.MultiheadAttention(2, 1), nn.Dropout(), pyfused.nn.HingeLoss()
-    plan = pyfused.plan_conversion(nn.Sequential(*modules))
-    reason = "has no counterpart in pyfused.nn"
-    assert plan.swapped == ()
-    assert [(left.name, left.reason) for left in plan.left] == [
-        *(("0", reason), ("1", reason), ("4", "is already a module of pyfused.nn"))
-    ]
-    assert str(plan).splitlines()[0].split() == ["0", "RReLU", "left:", *reason.split()]
+
+WITHOUT = "has no counterpart in pyfused.nn"
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "RReLU": (nn.RReLU, WITHOUT),
+    "Mine": (type("Mine", (nn.modules.loss._Loss,), {}), WITHOUT),
+    "HingeLoss": (pyfused.nn.HingeLoss, "is already a module of pyfused.nn"),
+    "MyReLU": (MyReLU, "is a subclass of torch.nn.ReLU"),
+    "GELU": (
+        type("GELU", (nn.Module,), {"__module__": "timm.layers.activations"}),
+        "is a class of timm.layers.activations, not torch.nn.GELU",
+    ),
+    "ReLU": (lambda: with_forward(nn.ReLU()), "its forward was replaced"),
+    "RecursiveScriptModule": (lambda: torch.jit.script(nn.ReLU()), "is compiled by torch.jit"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", LEFT)
+def test_losses_and_activations_that_are_left(name: str) -> None:
+    make, reason = LEFT[name]
+    model = nn.Sequential(nn.MultiheadAttention(2, 1), nn.Dropout(), make(), nn.ReLU())
+    plan = pyfused.plan_conversion(model)
+    assert plan.swapped == ("3",)
+    (left,) = plan.left
+    assert (left.name, left.reason) == ("2", reason)
+    assert str(plan).splitlines()[0].split()[2:] == ["left:", *reason.split()]
+    before = types(model)[:-1]
+    pyfused.convert(model)
+    assert types(model)[:-1] == before
 
 
 def test_options_without_a_language_model() -> None:
@@ -189,34 +213,10 @@ def test_linear_layers_that_may_be_heads() -> None:
     assert "body.1" not in str(pyfused.plan_conversion(nn.ModuleDict(layers)))
 
 
-def test_a_class_of_another_library_with_torchs_name() -> None:
-    theirs = type("GELU", (nn.Module,), {"__module__": "timm.layers.activations"})
-    (left,) = pyfused.plan_conversion(nn.Sequential(theirs(), nn.GELU())).left
-    assert left == ("0", "GELU", "is a class of timm.layers.activations, not torch.nn.GELU")
-
-
-def test_a_module_whose_forward_was_replaced() -> None:
-    model = nn.Sequential(nn.ReLU())
-    model[0].forward = torch.sigmoid
-    (left,) = pyfused.plan_conversion(model).left
-    assert left.reason == "its forward was replaced"
-    with pytest.warns(RuntimeWarning, match="Nothing to convert.*\n0  ReLU  left: its forward was"):
-        pyfused.convert(model)
-    assert torch.equal(model(X), torch.sigmoid(X))
-
-
 def test_a_class_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.ReLU, "forward", lambda _, x: x)
     (left,) = pyfused.plan_conversion(nn.Sequential(nn.ReLU())).left
     assert left.reason == "its forward was replaced"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_scripted_module() -> None:
-    model = nn.Sequential(torch.jit.script(nn.ReLU()), nn.ReLU())
-    plan = pyfused.plan_conversion(model)
-    assert plan.swapped == ("1",)
-    assert plan.left[0].reason == "is compiled by torch.jit"
 
 
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save", "weights_only"])

@@ -9,30 +9,20 @@ from typing import Any
 import pytest
 import torch
 from processes import python
-from torch import Tensor
 
 import pyfused
 from pyfused.adopt import tune
 from pyfused.dispatch import sizes
-from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
-from pyfused.ops.elementwise import GELU, MSE_LOSS, QUANTILE_LOSS
-from pyfused.ops.operators import (
-    CROSS_ENTROPY,
-    LINEAR_CROSS_ENTROPY,
-    NLL_LOSS,
-    OPERATORS,
-    SOFTMAX,
-)
+from pyfused.ops.elementwise import MSE_LOSS
+from pyfused.ops.operators import OPERATORS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
-MSE = None, None, "mean", None
-MSE_NONE = None, None, "none", None
 FIRST, SECOND = 1 << 10, 1 << 12
 
 
-def is_torchs(op: Operator, x: Tensor, *others: Any) -> bool:
-    return sizes.is_small(op, (x, *others), x.numel())
+def is_torchs(op: str, *arguments: Any, **options: Any) -> bool:
+    return pyfused.explain(op, *arguments, **options).backend == "torch"
 
 
 @pytest.fixture(autouse=True)
@@ -40,94 +30,45 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "limits", lambda op, cpu, dtype=None: (FIRST, SECOND))
 
 
-def test_the_second_limit_of_unreduced_losses() -> None:
-    for elements, options, expected in (
-        (FIRST - 1, MSE, True),
-        (FIRST, MSE, False),
-        (FIRST, MSE_NONE, True),
-        (SECOND - 1, MSE_NONE, True),
-        (SECOND, MSE_NONE, False),
-    ):
+@pytest.mark.parametrize(("reduction", "limit"), [("mean", FIRST), ("none", SECOND)])
+def test_the_second_limit_of_unreduced_losses(reduction: str, limit: int) -> None:
+    for elements in (limit - 1, limit):
         x = torch.zeros(elements)
-        assert is_torchs(MSE_LOSS, x, x, *options) == expected
+        assert is_torchs("mse_loss", x, x, reduction=reduction) == (elements < limit)
 
 
 @pytest.mark.parametrize("classes", [sizes.FEW, sizes.FEW + 1])
 def test_the_second_limit_of_few_classes(classes: int) -> None:
-    x = torch.zeros(-(-FIRST // classes), classes)
-    assert is_torchs(CROSS_ENTROPY, x) == (classes == sizes.FEW)
-    assert is_torchs(SOFTMAX, x, 1, 3, None) == (classes == sizes.FEW)
-    assert is_torchs(SOFTMAX, x.t(), -2, 3, None) == (classes == sizes.FEW)
-    assert not is_torchs(SOFTMAX, x.t().contiguous(), -2, 3, None)  # torch vectorises over columns
-
-
-def test_limits_of_half_precision(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.undo()
-    mse = sizes.limits(MSE_LOSS, True)
-    for dtype, factor in sizes.HALVES.items():
-        assert sizes.limits(MSE_LOSS, True, dtype) == (factor * mse[0], factor * mse[1])
-        assert sizes.limits(SOFTMAX, True, dtype) == sizes.ON_CPU_OF_HALVES["softmax"]
+    x, is_few = torch.zeros(-(-FIRST // classes), classes), classes == sizes.FEW
+    assert is_torchs("cross_entropy", x, torch.zeros(len(x)).long()) == is_few
+    assert is_torchs("softmax", x, 1) == is_few
+    assert is_torchs("softmax", x.t(), -2) == is_few
+    assert not is_torchs("softmax", x.t().contiguous(), -2)  # torch vectorises over columns
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_the_second_limit_of_calls_without_gradients(needs_grad: bool) -> None:
     x = torch.zeros(FIRST, requires_grad=needs_grad)
-    assert is_torchs(GELU, x, "none") != needs_grad
-    assert not is_torchs(GELU, x, "tanh")
-    rows = x.view(-1, 64)
-    assert is_torchs(NLL_LOSS, rows) != needs_grad
+    rows, target = x.view(-1, 64), torch.zeros(FIRST // 64, dtype=torch.int64)
+    assert is_torchs("gelu", x) != needs_grad
+    assert not is_torchs("gelu", x, approximate="tanh")
+    assert is_torchs("nll_loss", rows, target) != needs_grad
     with torch.no_grad():
-        assert is_torchs(GELU, x, "none")
-        assert is_torchs(NLL_LOSS, rows)
+        assert is_torchs("gelu", x)
+        assert is_torchs("nll_loss", rows, target)
 
 
 def test_few_classes_of_half_precision() -> None:
     for classes, expected in ((2 * sizes.FEW + 1, True), (2 * sizes.FEW + 2, False)):
         x = torch.zeros(-(-FIRST // classes), classes, dtype=torch.bfloat16)
-        assert is_torchs(CROSS_ENTROPY, x) == expected
-
-
-def test_a_linear_layer_counts_its_logits() -> None:
-    x, weight = torch.zeros(3, 8), torch.zeros(5, 8)
-    assert LINEAR_CROSS_ENTROPY.elements((x, weight)) == 15
-    assert LINEAR_CROSS_ENTROPY.elements((x[:0], weight)) == 0
+        assert is_torchs("cross_entropy", x, torch.zeros(len(x)).long()) == expected
 
 
 def test_empty_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "FORCED", "cpu")
     for elements in (0, 1):
         x = torch.zeros(elements)
-        assert is_torchs(MSE_LOSS, x, x, *MSE) == (elements == 0)
-
-
-def test_families_are_defaults_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.delitem(sizes.cpu_limits(), "quantile_loss")
-    sizes.limits.cache_clear()
-    try:
-        assert sizes.limits(QUANTILE_LOSS, True) == sizes.ON_CPU["PointwiseLoss"]
-        assert all(
-            sizes.limits(op, on_cpu) for op in OPERATORS.values() for on_cpu in (True, False)
-        )
-    finally:
-        sizes.limits.cache_clear()
-
-
-@pytest.mark.parametrize("faster_from", [1 << 10, 1 << 17, 1 << 25])
-def test_the_limit_of_a_machine_is_found_by_bisection(
-    monkeypatch: pytest.MonkeyPatch, faster_from: int
-) -> None:
-    tried: list[int] = []
-
-    def wins(_op: Operator, elements: int, _second: bool) -> bool:
-        tried.append(elements)
-        return elements >= faster_from
-
-    monkeypatch.setattr(tune, "wins", wins)
-    assert tune.limit(MSE_LOSS, second=False) == faster_from
-    assert len(tried) <= 4
+        assert is_torchs("mse_loss", x, x) == (elements == 0)
 
 
 TUNED = [name for name in OPERATORS if any(sizes.ON_CPU.get(name, ())) and name not in sizes.LINEAR]
@@ -201,31 +142,6 @@ def test_host_time_and_bandwidth_of_a_gpu_are_measured_and_stored(
     finally:
         for function in (sizes.gpu, sizes.limits):
             function.cache_clear()
-
-
-def test_the_limits_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(sizes, "gpu", sizes.Gpu)
-    sizes.limits.cache_clear()
-    try:
-        for names, exponent in (
-            ("mse_loss smooth_l1_loss huber_loss cross_entropy", 25),
-            ("l1_loss kl_div", 24),
-            ("binary_cross_entropy_with_logits", 23),
-        ):
-            for name in names.split():
-                first = [
-                    sizes.limits(OPERATORS[name], False, dtype)[0]
-                    for dtype in (torch.float32, torch.bfloat16, torch.float64)
-                ]
-                assert first == [1 << exponent, 2 << exponent, 1 << exponent >> 1], name
-        assert sizes.limits(CROSS_ENTROPY, False)[1] == 1 << 22
-        for name in ("hinge_embedding_loss", "margin_ranking_loss"):
-            assert sizes.limits(OPERATORS[name], False) == (1 << 14, 1 << 14)
-        for name in ("sigmoid_focal_loss", "gaussian_nll_loss", "log_probs", *sizes.LINEAR):
-            assert sizes.limits(OPERATORS[name], False) == (0, 0)
-    finally:
-        sizes.limits.cache_clear()
 
 
 def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
