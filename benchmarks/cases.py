@@ -42,8 +42,17 @@ class Torch:
     """torch's operators; operators that torch lacks are defined by torch code."""
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
-        setattr(self, op, getattr(F, op) if hasattr(F, op) else OPERATORS[op].reference)
+        setattr(self, op, getattr(F, op, None) or _by_torch(op))
         return getattr(self, op)
+
+
+def _by_torch(op: str) -> Callable[..., Tensor]:
+    if hasattr(OPERATORS[op], "reference"):  # of an older revision
+        return OPERATORS[op].reference
+    from pyfused.dispatch.originals import redirected
+    from pyfused.dispatch.run import by_torch
+
+    return redirected(getattr(fused, op), run=by_torch)
 
 
 TORCH = Torch()

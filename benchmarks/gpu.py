@@ -31,7 +31,7 @@ from cases import BF16, EMBEDDINGS, F32, MODES, POINTWISE, Arguments, Case, M, S
 from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
-from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import run as dispatch
 
 ROUNDS, WARM_UP = 30, 3
 SMALL, CALLS = 1 << 20, 100  # below SMALL elements, overhead dominates: time CALLS calls at once

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 import pyfused.functional
 from pyfused.backends import cpu
-from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import run as dispatch
 
 
 def cells(times: cases.Times) -> list[str]:

@@ -783,7 +783,7 @@ def example(op: Activation | PointwiseLoss) -> str:
     first, *others = (operand for operand in op.operands if not operand.optional)
     names = [operand.name for operand in (first, *others)]
     given = ", ".join(names + [f"{name}={value}" for name, value in op.required.items()])
-    loss = "reduction" in op.arguments
+    loss = "reduction" in op.names
     lines = [f"{first.name} = {drawn(first)}.requires_grad_()"]
     lines += [f"{operand.name} = {drawn(operand)}" for operand in others]
     lines += [f"{'loss' if loss else 'y'} = F.{op.name}({given})"]
@@ -809,7 +809,7 @@ for _op in OPERATORS.values():
     if isinstance(_op, (Activation, PointwiseLoss)) and hasattr(functional, _op.name):
         EXAMPLES.setdefault(_op.name, example(_op))
         if _op.name not in _WRITTEN:
-            _loss = "reduction" in _op.arguments
+            _loss = "reduction" in _op.names
             GALLERY.setdefault("Other losses" if _loss else "Activations", {})[_op.name] = entry(
                 _op
             )

@@ -253,9 +253,8 @@ def vocab_options(options: VocabOptions, losses: Sequence[int], input: Tensor) -
         values("token_weight", weight, 0.0, math.inf, ValueError)
 
 
-def option_tensors(options: VocabOptions) -> tuple[Tensor | None, Tensor | None]:
-    """Returns token_weight, and denominator if it is a tensor, after a check of their values."""
-    token_weight, denominator = options.plan_tensors()
+def factors(token_weight: Any, denominator: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Returns token_weight and denominator, after a check of their values."""
     if isinstance(token_weight, Tensor):
         values("token_weight", token_weight, 0.0, math.inf, ValueError)
     if isinstance(denominator, Tensor):

@@ -19,9 +19,9 @@ from torch.nn import Parameter
 from pyfused import checks, nn
 from pyfused.backends import cpu
 from pyfused.backends.protocol import Parameters
-from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
-from pyfused.dispatch.operator import Arguments, Operand
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import program_of
@@ -120,7 +120,7 @@ class FormulaOperator(PointwiseLoss):
         slopes: Callable[..., Any] | None = None,
         dtypes: tuple[torch.dtype, ...] = (),
     ) -> None:
-        operands, self.parameters = _read_signature(function)
+        operands, self.defaults = _read_signature(function)
         self.dtypes = dtypes or (torch.float64,) * len(operands)
         self.user = trace.UserFunction(function, slopes, self.dtypes)
         if slopes is not None:
@@ -131,26 +131,22 @@ class FormulaOperator(PointwiseLoss):
             lambda _, numbers: trace.isolated(self._trace, numbers)
         )
         options = dict(zip(_CALL_OPTIONS, ("mean" if loss else "none", None), strict=True))
-        self.keywords = self.parameters | options
+        self.keywords, count = self.defaults | options, len(operands)
 
-        def definition(*arguments: Any, **named: Any) -> Tensor:
-            values = self.keywords | dict(zip(self.arguments, arguments, strict=False)) | named
-            reduction, weight = [values.pop(name) for name in options]
-            each = function(*[values.pop(name) for name in operands], **values)
-            return reduced(each, reduction, weight)
+        def compute(*arguments: Any) -> Tensor:
+            *tensors, weight = arguments[: count + 1]
+            numbers = dict(zip(self.defaults, arguments[count + 1 : -1], strict=True))
+            return reduced(function(*tensors, **numbers), arguments[-1], weight)
 
-        signature, kind = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter(n, kind, default=v) for n, v in options.items()]
-        signature = signature.replace(parameters=[*signature.parameters.values(), *parameters])
-        definition.__signature__ = signature  # type: ignore[attr-defined]
         weight = Operand("weight", differentiated=False, optional=True, converts=True)
         super().__init__(
             name=f"{function.__module__ or '__main__'}.{function.__qualname__}",
             module="",
             operands=(*[Operand(name, converts=True) for name in operands], weight),
             fallback_reason=self._reason_of_shapes,
-            scalars=tuple(map(Scalar, self.parameters)),
-            definition=definition,
+            numbers=tuple(map(Scalar, self.defaults)),
+            case=("reduction",),
+            torch=compute,
             formula=function,
             weight_shape=checks.weight_that_broadcasts,
             denominators={"mean": _mean_of_weights},
@@ -166,6 +162,9 @@ class FormulaOperator(PointwiseLoss):
         if type(value) in _PARAMETER_TYPES:
             return value
         return int(value) if isinstance(value, Integral) else float(value)
+
+    def examples(self) -> Numbers:
+        return tuple(self.defaults.values())
 
     def _cases_of_values(self, numbers: tuple[Any, ...]) -> tuple[Any, ...] | str:
         """Returns the trace for each parameter, on which plans depend, or why there is none."""
@@ -216,10 +215,10 @@ class FormulaOperator(PointwiseLoss):
             dtype = torch.float32  # half precision has too few digits for integers
         return dtype, result
 
-    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         pairs = zip(operands, self.dtypes, strict=True)
         operands = [x if dtype.is_floating_point else x.to(dtype) for x, dtype in pairs]
-        return self.function(*operands, **dict(zip(self.parameters, scalars, strict=True)))
+        return self.function(*operands, **dict(zip(self.defaults, parameters, strict=True)))
 
     @property
     def family(self) -> str:
@@ -253,7 +252,7 @@ class FormulaOperator(PointwiseLoss):
         return traced
 
     def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | Exception:
-        parameters = dict(zip(self.parameters, numbers, strict=True))
+        parameters = dict(zip(self.defaults, numbers, strict=True))
 
         def derived(inputs: dict[int, float]) -> Traced:
             return Traced(self.name, run, inputs, *self.user.derive(parameters, inputs))
@@ -382,9 +381,15 @@ class Formula:
         self.written, self.strict = function, strict
         update_wrapper(self, function)
         op = self.op = FormulaOperator(function, loss)
-        of_loss = op.reference.__signature__  # type: ignore[attr-defined]
-        self.__signature__ = of_loss if loss else inspect.signature(function)
-        self.keywords = {*op.parameters, *(_CALL_OPTIONS if loss else ())}
+        self.__signature__ = inspect.signature(function)
+        if loss:
+            kind, parameters = (
+                inspect.Parameter.KEYWORD_ONLY,
+                self.__signature__.parameters.values(),
+            )
+            added = [inspect.Parameter(n, kind, default=op.keywords[n]) for n in _CALL_OPTIONS]
+            self.__signature__ = self.__signature__.replace(parameters=[*parameters, *added])
+        self.keywords = {*op.defaults, *(_CALL_OPTIONS if loss else ())}
         self._declare(partial(FormulaOperator, function, loss, None))
 
     def gradient(self, slopes: Function) -> Function:
@@ -424,7 +429,7 @@ class Formula:
 
         def made(dtypes: tuple[torch.dtype, ...]) -> FormulaOperator:
             op = make(dtypes)
-            traced, _ = op.traced(tuple(op.parameters.values()))
+            traced, _ = op.traced(tuple(op.defaults.values()))
             op.long = len(traced.program(op.all_outputs).body) >= _LONG
             return op
 
@@ -449,9 +454,9 @@ class Formula:
                 message = f"{self.__name__}: {error}. Pass strict=False to run it unfused"
                 raise type(error)(message) from None
 
-    def variant(self, arguments: Arguments) -> FormulaOperator:
+    def variant(self, tensors: Tensors) -> FormulaOperator:
         """Returns the operator for the dtypes of the operands, which may be masks and integers."""
-        operands = arguments[: len(self.op.dtypes)]
+        operands = tensors[: len(self.op.dtypes)]
         if not all(isinstance(operand, Tensor) for operand in operands):
             return self.op
         dtypes = tuple([torch.float64 if x.is_floating_point() else x.dtype for x in operands])
@@ -467,7 +472,12 @@ class Formula:
         if is_dynamo_compiling() or (
             operands
             and type(operands[0]) in _PLAIN
-            and is_small(self.op, operands, broadcast_numel((*operands, *named.values())))
+            and is_small(
+                self.op,
+                operands,
+                (named.get("reduction", "mean"),),
+                broadcast_numel((*operands, *named.values())),
+            )
         ):
             if not self.op.loss:
                 return self.function(*operands, **named)
@@ -475,17 +485,20 @@ class Formula:
                 return self.function(*operands, **named).mean()
             reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
             return reduced(self.function(*operands, **named), reduction, weight)
-        arguments, op = self.arguments(operands, named), self.op
-        for operand, dtype in zip(arguments, op.dtypes, strict=False):
+        tensors, numbers, case = self.call_of(operands, named)
+        op = self.op
+        for operand, dtype in zip(tensors, op.dtypes, strict=False):
             if isinstance(operand, Tensor) and operand.dtype is not dtype:
                 if operand.is_floating_point() and dtype.is_floating_point:
                     continue
-                op = self.variant(arguments)
+                op = self.variant(tensors)
                 break
-        return dispatch.call(op, arguments)
+        return dispatch.run(op, tensors, numbers, case)
 
-    def arguments(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
-        """Converts the arguments of a call to the operator's positional arguments.
+    def call_of(
+        self, operands: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[Tensors, Numbers, Case]:
+        """Returns the tensors, numbers and case of a call.
 
         Raises:
             TypeError: The arguments do not match the formula's signature.
@@ -496,7 +509,8 @@ class Formula:
             except TypeError as error:
                 raise TypeError(f"{self.__name__}: {error}") from None
             operands = tuple([named.pop(variable.name) for variable in self.op.variables])
-        return (*operands, *(self.op.keywords | named).values())
+        *numbers, reduction, weight = (self.op.keywords | named).values()
+        return (*operands, weight), tuple(numbers), (reduction,)
 
     def module(self, **named: Any) -> FormulaModule:
         """Returns a module that calls the formula with these parameters.
@@ -516,11 +530,11 @@ class Formula:
         instructions, and the bytes read and written per element.
         """
         if operands or named:
-            arguments = self.arguments(operands, named)
-            return path_of(self.variant(arguments), arguments)
+            call = self.call_of(operands, named)
+            return path_of(self.variant(call[0]), *call)
         names = [variable.name for variable in self.op.variables]
         try:
-            traced, values = self.op.traced(tuple(self.op.parameters.values()))
+            traced, values = self.op.traced(tuple(self.op.defaults.values()))
         except (UntraceableError, RuntimeError) as error:
             return f"{self.__name__}: torch: {error}"
         needed = tuple([dtype.is_floating_point for dtype in self.op.dtypes])

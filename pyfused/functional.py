@@ -39,6 +39,7 @@ Other names, such as ``conv2d``, are torch's functions.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,8 +47,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pyfused import checks
-from pyfused.dispatch.call import call
 from pyfused.dispatch.operator import reduction_of
+from pyfused.dispatch.originals import F
+from pyfused.dispatch.run import run
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
 from pyfused.ops.log_probs import LogProbs, LogProbsWithMetrics, named
@@ -56,7 +58,6 @@ from pyfused.types import (
     Approximate,
     CrossEntropyOptions,
     FusedOptions,
-    LogProbsOptions,
     MarginKind,
     Reduction,
     ReductionOfKlDiv,
@@ -239,25 +240,32 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` is set and
             ``input`` is a leaf or has overlapping elements.
     """
-    is_legacy = size_average is not None or reduce is not None
-    options = CrossEntropyOptions(  # by position: keywords take 0.2 us longer
-        ignore_index,
-        reduction_of(size_average, reduce, reduction) if is_legacy else reduction,
-        token_weight,
-        denominator,
-        softcap,
-        temperature,
-        None,  # memory_budget
-        label_smoothing,
-        gamma,
-        z_loss,
-        scale,
-        loss_dtype,
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    is_tensor = isinstance(denominator, Tensor)
+    return run(
+        operators.CROSS_ENTROPY,
+        (input, target, weight, token_weight, denominator if is_tensor else None),
+        (
+            None if is_tensor else denominator,
+            softcap,
+            temperature,
+            label_smoothing,
+            gamma,
+            z_loss,
+            scale,
+            0.0,  # filter_eps
+        ),
+        (
+            ignore_index,
+            reduction,
+            None,  # memory_budget
+            loss_dtype,
+            False,
+        ),
+        inplace,
+        shard,
     )
-    arguments = input, target, weight, options
-    if shard is not None:
-        return operators.CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
-    return call(operators.CROSS_ENTROPY, arguments, inplace)
 
 
 def cross_entropy_with_metrics(
@@ -293,10 +301,9 @@ def cross_entropy_with_metrics(
         with_metrics=True,
         **options,
     )
-    arguments = input, target, weight, loss_options
-    if shard is not None:
-        return operators.CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
-    return call(operators.CROSS_ENTROPY, arguments, inplace)  # type: ignore[return-value]
+    op = operators.CROSS_ENTROPY
+    call = op.call_of((input, target, weight), loss_options)
+    return run(op, *call, inplace, shard)  # type: ignore[return-value]
 
 
 def additive_margin(
@@ -400,25 +407,35 @@ def linear_cross_entropy(
     Returns:
         As in :func:`cross_entropy`.
     """
-    loss_options = CrossEntropyOptions(
-        -100 if ignore_index is None else ignore_index,
-        reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        scale=scale,
-        temperature=temperature,
-        token_weight=token_weight,
-        denominator=denominator,
-        loss_dtype=loss_dtype,
-        softcap=softcap,
-        memory_budget=memory_budget,
-        filter_eps=filter_eps,
+    is_tensor = isinstance(denominator, Tensor)
+    return run(
+        operators.LINEAR_CROSS_ENTROPY,
+        (
+            *(input, linear_weight, linear_bias, adapter_weight, target, weight),
+            token_weight,
+            denominator if is_tensor else None,
+        ),
+        (
+            None if is_tensor else denominator,
+            softcap,
+            temperature,
+            label_smoothing,
+            0.0,  # gamma
+            z_loss,
+            scale,
+            filter_eps,
+        ),
+        (
+            -100 if ignore_index is None else ignore_index,
+            reduction,
+            memory_budget,
+            loss_dtype,
+            False,
+            options,
+        ),
+        False,
+        shard,
     )
-    layer = input, linear_weight, linear_bias, adapter_weight
-    arguments = *layer, target, weight, options, loss_options
-    if shard is not None:
-        return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
-    return call(operators.LINEAR_CROSS_ENTROPY, arguments)
 
 
 def linear_cross_entropy_with_metrics(
@@ -460,11 +477,9 @@ def linear_cross_entropy_with_metrics(
         filter_eps=filter_eps,
         **options,
     )
-    layer = input, linear_weight, linear_bias, adapter_weight
-    arguments = *layer, target, weight, None, loss_options
-    if shard is not None:
-        return operators.LINEAR_CROSS_ENTROPY.run_on_shard(arguments, shard)  # type: ignore[no-any-return]
-    return call(operators.LINEAR_CROSS_ENTROPY, arguments)  # type: ignore[return-value]
+    op, layer = operators.LINEAR_CROSS_ENTROPY, (input, linear_weight, linear_bias, adapter_weight)
+    tensors, numbers, case = op.call_of((*layer, target, weight), loss_options)
+    return run(op, tensors, numbers, (*case, None), False, shard)  # type: ignore[return-value]
 
 
 def log_probs(
@@ -506,19 +521,18 @@ def log_probs(
         float64 logits, otherwise float32. With ``return_metrics`` it is a
         :class:`~pyfused.ops.log_probs.LogProbsWithMetrics`, which has two more items.
     """
-    options = LogProbsOptions(
-        ignore_index,
-        softcap=softcap,
-        temperature=temperature,
-        alone=not (return_entropy or return_lse),
-        with_metrics=return_metrics,
+    alone = not (return_entropy or return_lse)
+    values = run(
+        operators.LOG_PROBS,
+        (checks.classes_at(1, "logits", logits, dim), target),
+        (None, softcap, temperature),
+        (ignore_index, "none", None, alone, return_metrics, False),
+        False,
+        shard,
     )
-    logits = checks.classes_at(1, "logits", logits, dim)
-    op, arguments = operators.LOG_PROBS, (logits, target, options)
-    values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
-    if options.alone and not return_metrics:
+    if alone and not return_metrics:
         return LogProbs(values)
-    return named(values, options, return_entropy, return_lse)
+    return named(values, alone, return_entropy, return_lse, return_metrics)
 
 
 def linear_log_probs(
@@ -560,21 +574,18 @@ def linear_log_probs(
     Returns:
         As in :func:`log_probs`.
     """
-    options = LogProbsOptions(
-        ignore_index,
-        softcap=softcap,
-        temperature=temperature,
-        alone=not (return_entropy or return_lse),
-        with_metrics=return_metrics,
-        memory_budget=memory_budget,
-        deterministic_rows=deterministic_rows,
+    alone = not (return_entropy or return_lse)
+    values = run(
+        operators.LINEAR_LOG_PROBS,
+        (input, linear_weight, linear_bias, target),
+        (None, softcap, temperature),
+        (ignore_index, "none", memory_budget, alone, return_metrics, deterministic_rows),
+        False,
+        shard,
     )
-    arguments = input, linear_weight, linear_bias, target, options
-    op = operators.LINEAR_LOG_PROBS
-    values = call(op, arguments) if shard is None else op.run_on_shard(arguments, shard)
-    if options.alone and not return_metrics:
+    if alone and not return_metrics:
         return LogProbs(values)
-    return named(values, options, return_entropy, return_lse)
+    return named(values, alone, return_entropy, return_lse, return_metrics)
 
 
 def kl_div_with_logits(
@@ -631,20 +642,31 @@ def kl_div_with_logits(
         The loss: a scalar, or of the tokens' shape for ``"none"``; float64 for float64 logits,
         otherwise float32.
     """
-    arguments = operators.KL_DIV_WITH_LOGITS.bind(
-        logits=logits,
-        teacher_logits=teacher_logits,
-        dim=dim,
-        beta=beta,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-        temperature=temperature,
-        reduction=reduction,
-        token_weight=token_weight,
-        denominator=denominator,
-        teacher_requires_grad=teacher_requires_grad,
+    if dim is not None or (isinstance(logits, Tensor) and logits.dim() > 2):
+        logits = checks.classes_at(-1, "logits", logits, dim)
+    if dim is not None or (isinstance(teacher_logits, Tensor) and teacher_logits.dim() > 2):
+        teacher_logits = checks.classes_at(-1, "teacher_logits", teacher_logits, dim)
+    is_tensor = isinstance(denominator, Tensor)
+    factors = _mask_as_float(token_weight), denominator if is_tensor else None
+    return run(
+        operators.KL_DIV_WITH_LOGITS,
+        (logits, _teacher(teacher_logits, teacher_requires_grad), *factors),
+        (None if is_tensor else denominator, softcap, temperature, beta, teacher_softcap),
+        (-100, reduction, None, "bucket"),
     )
-    return call(operators.KL_DIV_WITH_LOGITS, arguments)
+
+
+def _teacher(tensor: Any, requires_grad: bool) -> Any:
+    """Returns a teacher's tensor, without its gradient unless it is wanted."""
+    if requires_grad or not isinstance(tensor, Tensor) or not tensor.requires_grad:
+        return tensor
+    return tensor.detach()
+
+
+def _mask_as_float(weight: Any) -> Any:
+    return (
+        weight.float() if isinstance(weight, Tensor) and not weight.is_floating_point() else weight
+    )
 
 
 def linear_kl_div(
@@ -687,24 +709,18 @@ def linear_kl_div(
     Returns:
         As in :func:`kl_div_with_logits`.
     """
-    arguments = operators.LINEAR_KL_DIV.bind(
-        input=input,
-        linear_weight=linear_weight,
-        linear_bias=linear_bias,
-        teacher_input=teacher_input,
-        teacher_linear_weight=teacher_linear_weight,
-        teacher_linear_bias=teacher_linear_bias,
-        beta=beta,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-        temperature=temperature,
-        reduction=reduction,
-        token_weight=token_weight,
-        denominator=denominator,
-        memory_budget=memory_budget,
-        teacher_requires_grad=teacher_requires_grad,
+    is_tensor = isinstance(denominator, Tensor)
+    teacher = [
+        _teacher(x, teacher_requires_grad)
+        for x in (teacher_input, teacher_linear_weight, teacher_linear_bias)
+    ]
+    factors = _mask_as_float(token_weight), denominator if is_tensor else None
+    return run(
+        operators.LINEAR_KL_DIV,
+        (input, linear_weight, linear_bias, *teacher, *factors),
+        (None if is_tensor else denominator, softcap, temperature, beta, teacher_softcap),
+        (-100, reduction, memory_budget, "bucket"),
     )
-    return call(operators.LINEAR_KL_DIV, arguments)
 
 
 def linear_topk_kl_div(
@@ -749,23 +765,15 @@ def linear_topk_kl_div(
             above 0, or their probabilities sum to more than 1, beyond rounding. On GPUs, the loss
             of a token with invalid indices is NaN instead.
     """
-    arguments = operators.LINEAR_TOPK_KL_DIV.bind(
-        input=input,
-        linear_weight=linear_weight,
-        linear_bias=linear_bias,
-        teacher_indices=teacher_indices,
-        teacher_log_probs=teacher_log_probs,
-        beta=beta,
-        softcap=softcap,
-        temperature=temperature,
-        remainder=remainder,
-        reduction=reduction,
-        token_weight=token_weight,
-        denominator=denominator,
-        memory_budget=memory_budget,
-        teacher_requires_grad=teacher_requires_grad,
+    is_tensor = isinstance(denominator, Tensor)
+    teacher = [_teacher(x, teacher_requires_grad) for x in (teacher_indices, teacher_log_probs)]
+    factors = _mask_as_float(token_weight), denominator if is_tensor else None
+    return run(
+        operators.LINEAR_TOPK_KL_DIV,
+        (input, linear_weight, linear_bias, *teacher, *factors),
+        (None if is_tensor else denominator, softcap, temperature, beta, None),
+        (-100, reduction, memory_budget, remainder),
     )
-    return call(operators.LINEAR_TOPK_KL_DIV, arguments)
 
 
 def nll_loss(
@@ -790,9 +798,9 @@ def nll_loss(
         reduction: ``"mean"`` divides by the sum of ``weight[target]`` over the rows that are not
             ignored.
     """
-    return call(
-        operators.NLL_LOSS, (input, target, weight, size_average, ignore_index, reduce, reduction)
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(operators.NLL_LOSS, (input, target, weight), (), (ignore_index, reduction))
 
 
 def multi_margin_loss(
@@ -820,10 +828,9 @@ def multi_margin_loss(
     Raises:
         RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
     """
-    return call(
-        operators.MULTI_MARGIN_LOSS,
-        (input, target, p, margin, weight, size_average, reduce, reduction),
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(operators.MULTI_MARGIN_LOSS, (input, target, weight), (margin,), (p, reduction))
 
 
 def multilabel_margin_loss(
@@ -847,7 +854,9 @@ def multilabel_margin_loss(
     Raises:
         RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
     """
-    return call(operators.MULTILABEL_MARGIN_LOSS, (input, target, size_average, reduce, reduction))
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(operators.MULTILABEL_MARGIN_LOSS, (input, target), (), (reduction,))
 
 
 def triplet_margin_loss(
@@ -878,9 +887,13 @@ def triplet_margin_loss(
         swap: Whether to use the distance between negative and positive instead of the distance
             between negative and anchor, if it is smaller.
     """
-    return call(
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(
         operators.TRIPLET_MARGIN_LOSS,
-        (anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction),
+        (anchor, positive, negative),
+        (margin, p, eps),
+        (swap, reduction),
     )
 
 
@@ -904,10 +917,9 @@ def cosine_embedding_loss(
         target: 1 or -1 for each row, of shape () or (N) and any dtype.
         margin: The cosine below which pairs with target -1 have no loss.
     """
-    return call(
-        operators.COSINE_EMBEDDING_LOSS,
-        (input1, input2, target, margin, size_average, reduce, reduction),
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(operators.COSINE_EMBEDDING_LOSS, (input1, input2, target), (margin,), (reduction,))
 
 
 def contrastive_loss(
@@ -947,10 +959,14 @@ def contrastive_loss(
         The loss: a scalar, or of shape (N) for ``"none"``; float64 for float64 embeddings,
         otherwise float32.
     """
-    arguments = operators.CONTRASTIVE_LOSS.bind(
-        a=a, b=b, scale=scale, bias=bias, reduction=reduction, memory_budget=memory_budget
+    scale = float(scale) if isinstance(scale, Real) else scale
+    bias = float(bias) if isinstance(bias, Real) else bias
+    return run(
+        operators.CONTRASTIVE_LOSS,
+        (a, b, bias, scale),
+        (None, None, 1.0),
+        (-100, reduction, memory_budget),
     )
-    return call(operators.CONTRASTIVE_LOSS, arguments)
 
 
 def mse_loss(
@@ -970,7 +986,9 @@ def mse_loss(
         reduction: ``"mean"`` divides by the number of elements, or by the sum of ``weight``.
         weight: A factor for each element, of the input's shape.
     """
-    return call(elementwise.MSE_LOSS, (input, target, size_average, reduce, reduction, weight))
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.MSE_LOSS, (input, target, weight), (), (reduction,))
 
 
 def l1_loss(
@@ -988,7 +1006,9 @@ def l1_loss(
     Args:
         input, target, reduction, weight: As in :func:`mse_loss`.
     """
-    return call(elementwise.L1_LOSS, (input, target, size_average, reduce, reduction, weight))
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.L1_LOSS, (input, target, weight), (), (reduction,))
 
 
 def smooth_l1_loss(
@@ -1011,7 +1031,9 @@ def smooth_l1_loss(
     Raises:
         RuntimeError: ``beta`` is negative.
     """
-    return call(elementwise.SMOOTH_L1_LOSS, (input, target, size_average, reduce, reduction, beta))
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.SMOOTH_L1_LOSS, (input, target), (beta,), (reduction,))
 
 
 def huber_loss(
@@ -1032,7 +1054,7 @@ def huber_loss(
         delta: The error below which the loss is quadratic; more than 0.
         weight: A factor for each element, of the input's shape.
     """
-    return call(elementwise.HUBER_LOSS, (input, target, reduction, delta, weight))
+    return run(elementwise.HUBER_LOSS, (input, target, weight), (delta,), (reduction,))
 
 
 def binary_cross_entropy(
@@ -1059,9 +1081,9 @@ def binary_cross_entropy(
             requires grad, or autocast is enabled on a GPU; use
             :func:`binary_cross_entropy_with_logits` then.
     """
-    return call(
-        elementwise.BINARY_CROSS_ENTROPY, (input, target, weight, size_average, reduce, reduction)
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.BINARY_CROSS_ENTROPY, (input, target, weight), (), (reduction,))
 
 
 def binary_cross_entropy_with_logits(
@@ -1091,9 +1113,13 @@ def binary_cross_entropy_with_logits(
     Raises:
         RuntimeError: A weight requires grad.
     """
-    return call(
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(
         elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS,
-        (input, target, weight, size_average, reduce, reduction, pos_weight),
+        (input, target, weight, pos_weight),
+        (),
+        (reduction,),
     )
 
 
@@ -1117,7 +1143,10 @@ def kl_div(
             elements.
         log_target: Whether ``target`` holds log-probabilities.
     """
-    return call(elementwise.KL_DIV, (input, target, size_average, reduce, reduction, log_target))
+    if size_average is not None or reduce is not None:  # torch does not warn, and may divide twice
+        legacy = size_average, reduce, reduction, log_target
+        return F.kl_div(input, target, *legacy)  # type: ignore[no-any-return]
+    return run(elementwise.KL_DIV, (input, target), (), (log_target, reduction))
 
 
 def poisson_nll_loss(
@@ -1142,10 +1171,9 @@ def poisson_nll_loss(
         full: Adds Stirling's approximation of ``log(target!)`` where the target is more than 1.
         eps: Added to the rates before taking the logarithm.
     """
-    return call(
-        elementwise.POISSON_NLL_LOSS,
-        (input, target, log_input, full, size_average, eps, reduce, reduction),
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.POISSON_NLL_LOSS, (input, target), (eps,), (log_input, full, reduction))
 
 
 def gaussian_nll_loss(
@@ -1173,7 +1201,7 @@ def gaussian_nll_loss(
         ValueError: A variance is negative (on GPUs it counts as ``eps`` instead), or the shape of
             ``var`` is invalid.
     """
-    return call(elementwise.GAUSSIAN_NLL_LOSS, (input, target, var, full, eps, reduction))
+    return run(elementwise.GAUSSIAN_NLL_LOSS, (input, target, var), (eps,), (full, reduction))
 
 
 def soft_margin_loss(
@@ -1191,7 +1219,9 @@ def soft_margin_loss(
         input: Scores, of any shape.
         target: The classes, -1 or 1, of the input's shape.
     """
-    return call(elementwise.SOFT_MARGIN_LOSS, (input, target, size_average, reduce, reduction))
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.SOFT_MARGIN_LOSS, (input, target), (), (reduction,))
 
 
 def hinge_embedding_loss(
@@ -1213,9 +1243,9 @@ def hinge_embedding_loss(
             input's.
         margin: The distance beyond which dissimilar pairs have no loss.
     """
-    return call(
-        elementwise.HINGE_EMBEDDING_LOSS, (input, target, margin, size_average, reduce, reduction)
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.HINGE_EMBEDDING_LOSS, (input, target), (margin,), (reduction,))
 
 
 def margin_ranking_loss(
@@ -1237,10 +1267,9 @@ def margin_ranking_loss(
             broadcasts with theirs.
         margin: How much higher it should be.
     """
-    return call(
-        elementwise.MARGIN_RANKING_LOSS,
-        (input1, input2, target, margin, size_average, reduce, reduction),
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.MARGIN_RANKING_LOSS, (input1, input2, target), (margin,), (reduction,))
 
 
 def quantile_loss(
@@ -1260,7 +1289,7 @@ def quantile_loss(
         target: Ground truth, of a shape that broadcasts with the input's.
         quantile: The fraction of the targets that should be below the input, 0.0 to 1.0.
     """
-    return call(elementwise.QUANTILE_LOSS, (input, target, quantile, reduction))
+    return run(elementwise.QUANTILE_LOSS, (input, target), (quantile,), (reduction,))
 
 
 def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -1275,7 +1304,7 @@ def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") 
     Args:
         input, target: As in :func:`quantile_loss`.
     """
-    return call(elementwise.LOG_COSH_LOSS, (input, target, reduction))
+    return run(elementwise.LOG_COSH_LOSS, (input, target), (), (reduction,))
 
 
 def hinge_loss(
@@ -1297,7 +1326,7 @@ def hinge_loss(
         margin: Scores with the correct sign that are at least this far from 0 have no loss.
         squared: Whether to square the loss.
     """
-    return call(elementwise.HINGE_LOSS, (input, target, margin, squared, reduction))
+    return run(elementwise.HINGE_LOSS, (input, target), (margin,), (squared, reduction))
 
 
 def sigmoid_focal_loss(
@@ -1327,9 +1356,11 @@ def sigmoid_focal_loss(
         weight: A factor for each element, of a shape that broadcasts to the inputs'.
         ignore_index: Elements with this target have loss and gradient 0.
     """
-    return call(
+    return run(
         elementwise.SIGMOID_FOCAL_LOSS,
-        (inputs, targets, alpha, gamma, reduction, weight, ignore_index),
+        (inputs, targets, weight),
+        (alpha, gamma, ignore_index),
+        (reduction,),
     )
 
 
@@ -1351,7 +1382,7 @@ def rmse_loss(
         reduction: The reduction of the squares, as in :func:`mse_loss`.
         eps: Added before taking the root, whose gradient is NaN if the loss and ``eps`` are 0.
     """
-    return call(elementwise.RMSE_LOSS, (input, target, reduction, weight, eps))
+    return run(elementwise.RMSE_LOSS, (input, target, weight), (eps,), (reduction,))
 
 
 def multilabel_soft_margin_loss(
@@ -1369,15 +1400,14 @@ def multilabel_soft_margin_loss(
         target: Probabilities of the classes, usually 0.0 or 1.0, of the input's shape.
         weight: A factor for each class, of shape (C), or for each element.
     """
-    return call(
-        elementwise.MULTILABEL_SOFT_MARGIN_LOSS,
-        (input, target, weight, size_average, reduce, reduction),
-    )
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return run(elementwise.MULTILABEL_SOFT_MARGIN_LOSS, (input, target, weight), (), (reduction,))
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
-    return call(elementwise.RELU, (input,), inplace)
+    return run(elementwise.RELU, (input,), (), (), inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -1386,12 +1416,12 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Args:
         negative_slope: The slope below 0.
     """
-    return call(elementwise.LEAKY_RELU, (input, negative_slope), inplace)
+    return run(elementwise.LEAKY_RELU, (input,), (negative_slope,), (), inplace)
 
 
 def tanh(input: Tensor) -> Tensor:
     """Returns the hyperbolic tangent."""
-    return call(elementwise.TANH, (input,))
+    return run(elementwise.TANH, (input,), (), ())
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
@@ -1406,7 +1436,7 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     Raises:
         ValueError: ``cap`` is not more than 0.
     """
-    return call(elementwise.SOFTCAP, (input, cap))
+    return run(elementwise.SOFTCAP, (input,), (cap,), ())
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -1414,7 +1444,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
-    return call(elementwise.SILU, (input,), inplace)
+    return run(elementwise.SILU, (input,), (), (), inplace)
 
 
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
@@ -1433,12 +1463,12 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
         RuntimeError: ``approximate`` is neither.
     """
     checks.approximate(approximate)
-    return call(elementwise.GELU, (input, approximate))
+    return run(elementwise.GELU, (input,), (), (approximate,))
 
 
 def sigmoid(input: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-input))``."""
-    return call(elementwise.SIGMOID, (input,))
+    return run(elementwise.SIGMOID, (input,), (), ())
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
@@ -1448,7 +1478,7 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
         threshold: The largest value that is replaced.
         value: The replacement.
     """
-    return call(elementwise.THRESHOLD, (input, threshold, value), inplace)
+    return run(elementwise.THRESHOLD, (input,), (threshold, value), (), inplace)
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -1459,12 +1489,12 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         weight: The slope of each channel, of shape (C), or a single slope, of shape (1) or (); of
             the input's dtype.
     """
-    return call(elementwise.PRELU, (input, weight))
+    return run(elementwise.PRELU, (input, weight), (), ())
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input`` clamped to [0, 6]."""
-    return call(elementwise.RELU6, (input,), inplace)
+    return run(elementwise.RELU6, (input,), (), (), inplace)
 
 
 def hardtanh(
@@ -1479,17 +1509,17 @@ def hardtanh(
     Raises:
         ValueError: ``min_val`` is above ``max_val``.
     """
-    return call(elementwise.HARDTANH, (input, min_val, max_val), inplace)
+    return run(elementwise.HARDTANH, (input,), (min_val, max_val), (), inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input / 6 + 1 / 2`` clamped to [0, 1]."""
-    return call(elementwise.HARDSIGMOID, (input,), inplace)
+    return run(elementwise.HARDSIGMOID, (input,), (), (), inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * hardsigmoid(input)``."""
-    return call(elementwise.HARDSWISH, (input,), inplace)
+    return run(elementwise.HARDSWISH, (input,), (), (), inplace)
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -1498,7 +1528,7 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     Args:
         lambd: 0 or more.
     """
-    return call(elementwise.HARDSHRINK, (input, lambd))
+    return run(elementwise.HARDSHRINK, (input,), (lambd,), ())
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -1510,7 +1540,7 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     Raises:
         RuntimeError: ``lambd`` is below 0.
     """
-    return call(elementwise.SOFTSHRINK, (input, lambd))
+    return run(elementwise.SOFTSHRINK, (input,), (lambd,), ())
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1519,12 +1549,12 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     Args:
         alpha: The result at minus infinity is ``-alpha``.
     """
-    return call(elementwise.ELU, (input, alpha), inplace)
+    return run(elementwise.ELU, (input,), (alpha,), (), inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
-    return call(elementwise.SELU, (input,), inplace)
+    return run(elementwise.SELU, (input,), (), (), inplace)
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1533,12 +1563,12 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     Args:
         alpha: The result at minus infinity is ``-alpha``; not 0.
     """
-    return call(elementwise.CELU, (input, alpha), inplace)
+    return run(elementwise.CELU, (input,), (alpha,), (), inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
-    return call(elementwise.MISH, (input,), inplace)
+    return run(elementwise.MISH, (input,), (), (), inplace)
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -1548,22 +1578,22 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
         beta: The sharpness of the bend at 0.
         threshold: The result is ``input`` where ``beta * input`` is above this value.
     """
-    return call(elementwise.SOFTPLUS, (input, beta, threshold))
+    return run(elementwise.SOFTPLUS, (input,), (beta, threshold), ())
 
 
 def logsigmoid(input: Tensor) -> Tensor:
     """Returns ``-log(1 + exp(-input))``."""
-    return call(elementwise.LOGSIGMOID, (input,))
+    return run(elementwise.LOGSIGMOID, (input,), (), ())
 
 
 def softsign(input: Tensor) -> Tensor:
     """Returns ``input / (1 + abs(input))``."""
-    return call(elementwise.SOFTSIGN, (input,))
+    return run(elementwise.SOFTSIGN, (input,), (), ())
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """Returns ``input - tanh(input)``."""
-    return call(elementwise.TANHSHRINK, (input,))
+    return run(elementwise.TANHSHRINK, (input,), (), ())
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -1580,7 +1610,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
         IndexError: The input has no dimension ``dim``.
         RuntimeError: The size along ``dim`` is odd, or the input has no dimensions.
     """
-    return call(elementwise.GLU, (input, dim))
+    return run(elementwise.GLU, (input,), (), (dim,))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1594,7 +1624,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         A tensor of the broadcast shape and the promoted dtype.
     """
-    return call(elementwise.SWIGLU, (gate, up))
+    return run(elementwise.SWIGLU, (gate, up), (), ())
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor:
@@ -1605,7 +1635,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor
         approximate: As in :func:`gelu`.
     """
     checks.approximate(approximate)
-    return call(elementwise.GEGLU, (gate, up, approximate))
+    return run(elementwise.GEGLU, (gate, up), (), (approximate,))
 
 
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1614,7 +1644,7 @@ def reglu(gate: Tensor, up: Tensor) -> Tensor:
     Args:
         gate, up: As in :func:`swiglu`.
     """
-    return call(elementwise.REGLU, (gate, up))
+    return run(elementwise.REGLU, (gate, up), (), ())
 
 
 def softmax(
@@ -1638,7 +1668,7 @@ def softmax(
     Raises:
         IndexError: The input has no dimension ``dim``.
     """
-    return call(operators.SOFTMAX, (input, dim, _stacklevel, dtype))
+    return run(operators.SOFTMAX, (input,), (), (dim, dtype, _stacklevel))
 
 
 def log_softmax(
@@ -1655,4 +1685,4 @@ def log_softmax(
     Returns:
         As in :func:`softmax`.
     """
-    return call(operators.LOG_SOFTMAX, (input, dim, _stacklevel, dtype))
+    return run(operators.LOG_SOFTMAX, (input,), (), (dim, dtype, _stacklevel))

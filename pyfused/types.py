@@ -98,47 +98,32 @@ NUMBER = Number()
 
 
 class Scalar(NamedTuple):
-    """A numeric argument, which may be a tensor of one element.
+    """A number of a call, which users may also pass as a tensor of one element.
 
     Attributes:
-        default: The default of a function that torch lacks. If torch's function has no default, an
-            example value.
+        example: A value for tests, if the function has no default.
         low, high: The bounds of valid values, inclusive.
         positive: Whether 0 is excluded.
         clamped: Whether values below ``low``, and NaN, count as ``low``.
         optional: Whether it may be None, which kernels of formulas receive as NaN.
-        flag: Whether it is a bool; each value has its own kernel.
-        words: The valid values if it is a string; each has its own kernel.
         special: Values with their own, faster kernels.
-        tensor: Whether kernels can read it from a tensor.
-        operand: Whether it replaces a tensor; then it has to be a float.
         error: The type of the error for a number out of bounds.
     """
 
     name: str
-    default: Any = None
+    example: float | None = None
     low: float = -math.inf
     high: float = math.inf
     positive: bool = False
     clamped: bool = False
     optional: bool = False
-    flag: bool = False
-    words: tuple[str, ...] = ()
     special: tuple[float, ...] = ()
-    tensor: bool = False
-    operand: bool = False
     error: type[Exception] = RuntimeError
-
-    @property
-    def is_number(self) -> bool:
-        return not (self.flag or self.words)
 
     @property
     def cases(self) -> tuple[Any, ...]:
         """Returns the values that have their own kernel; NUMBER stands for all others."""
-        if self.flag or self.words:
-            return self.words or (False, True)
-        return (NUMBER, *self.special)
+        return NUMBER, *self.special
 
     def fits(self, value: Any) -> bool:
         """Returns whether a value is a number within the bounds, or None if that is allowed."""
@@ -149,12 +134,25 @@ class Scalar(NamedTuple):
         return not value > self.high if self.clamped else self.low <= value <= self.high
 
 
+class Choice(NamedTuple):
+    """A part of a call's case, such as the reduction.
+
+    Attributes:
+        values: The values that have their own kernel of a formula; () if all share one.
+        of_torch: Whether it is an option of torch's function, which kernels ignore.
+    """
+
+    name: str
+    values: tuple[Any, ...] = ()
+    of_torch: bool = False
+
+
 # The numeric options of functions over a vocabulary.
 _option = partial(Scalar, error=ValueError)
 OPTIONS = {
     scalar.name: scalar
     for scalar in (
-        _option("denominator", positive=True, optional=True, tensor=True),
+        _option("denominator", positive=True, optional=True),
         _option("softcap", positive=True, optional=True),
         _option("temperature", positive=True, special=(1.0,)),
         Scalar("label_smoothing", low=0.0, high=1.0, clamped=True, special=(0.0,)),

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from layouts import Layout, contiguous
 from samples import SAMPLES, draw, values_to_try
 from torch import Tensor
+from torchs import parameters, torch_function
 
 from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
-from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
 from pyfused.ops.contrastive import Contrastive
@@ -37,7 +37,6 @@ from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
-from pyfused.types import CrossEntropyOptions
 
 OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
 WITH_OPTIONS = (
@@ -152,29 +151,27 @@ def ours(call: Call, **given: Any) -> Any:
     if given.get("inplace"):
         given["input"] = call.layout(given["input"] * 1)  # not a leaf
     name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
-    found = getattr(fused, name)(**given)
+    return stacked(call, getattr(fused, name), given)
+
+
+def reference(call: Call, **given: Any) -> Any:
+    """Calls torch's function, or computes pyfused's function by torch's operators."""
+    given.pop("inplace", None)
+    if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not supported by all options
+        given["target"] = given["target"].long()
+    name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
+    in_torch = call.op.in_torch and call.op not in WITH_OPTIONS
+    return stacked(call, torch_function(call.op, "" if in_torch else name), given)
+
+
+def stacked(call: Call, function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    found = function(**given)
     if not isinstance(call.op, LogProbsOperator):
         return found
     stacked = torch.stack([result for result in found[:3] if result is not None])
     if not given.get("return_metrics"):
         return stacked
     return stacked, (found.is_top1, found.mean_logit)
-
-
-def reference(call: Call, **given: Any) -> Any:
-    """Calls torch's function, or the definition of a function that torch lacks."""
-    given.pop("inplace", None)
-    if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not supported by all options
-        given["target"] = given["target"].long()
-    if isinstance(call.op, LogProbsOperator):
-        wanted = [True, given.get("return_entropy", False), given.get("return_lse", False)]
-        chosen = [i for i, each in enumerate(wanted) if each]
-        given["with_metrics"] = given.get("return_metrics", False)
-        found = call.op.reference(*call.op.bind(**given))
-        return (found[0][chosen], found[1:]) if given["with_metrics"] else found[chosen]
-    if call.op in WITH_OPTIONS or isinstance(call.op, (Divergence, Contrastive)):
-        return call.op.reference(*call.op.bind(**given))
-    return call.op.reference(**given)
 
 
 # ---- arguments of an operator --------------------------------------------------------------------
@@ -186,12 +183,6 @@ def declared(op: Operator) -> dict[str, Operand]:
     if "token_weight" in parameters(op):
         found["token_weight"] = TOKEN_WEIGHT
     return found
-
-
-def parameters(op: Operator) -> dict[str, Any]:
-    """Returns the parameters of pyfused's function with their defaults."""
-    given = inspect.signature(getattr(fused, op.name)).parameters.values()
-    return {parameter.name: parameter.default for parameter in given}
 
 
 def options(op: Operator) -> dict[str, Any]:
@@ -388,7 +379,7 @@ ALONE = ("dtype", "filter_eps", "inplace", "loss_dtype", "remainder", "with_metr
 
 def overwrites(op: Operator) -> bool:
     """Returns whether a result overwrites the input. (test_inplace.py tests gradients that do.)"""
-    return isinstance(op, Activation) and op.builtin_ is not op.reference
+    return isinstance(op, Activation) and op.torch_ is not op.torch
 
 
 def values_of(op: Operator, name: str) -> list[Any]:
@@ -445,34 +436,19 @@ TENSOR_OPTIONS = {
 # ---- torch's functions, and definitions of functions that torch lacks ----------------------------
 
 
-def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None, **given: Any) -> Any:
-    """Computes pyfused's cross_entropy with torch's operators."""
-    return definitions.cross_entropy(input, target, weight, CrossEntropyOptions(**given))
-
-
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    adapter_weight: Tensor | None = None,
-    weight: Tensor | None = None,
-    **given: Any,
-) -> Any:
-    """Computes pyfused's linear_cross_entropy with torch's operators, from the full logits."""
-    tensors = input, linear_weight, linear_bias, adapter_weight, target, weight
-    return definitions.linear_cross_entropy(*tensors, options=CrossEntropyOptions(**given))
-
-
 class Torchs:
     """torch.nn.functional, with definitions of functions that torch lacks."""
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        own = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}
-        if name in own:
-            return own[name]
-        return getattr(F, name) if hasattr(F, name) else OPERATORS[name].reference
+        if hasattr(F, name) and name not in ("cross_entropy", "linear_cross_entropy"):
+            return getattr(F, name)
+        return torch_function(OPERATORS[name], name)
 
 
 TORCH = Torchs()
+linear_cross_entropy = TORCH.linear_cross_entropy
+
+
+def cross_entropy(*args: Any, with_metrics: bool = False, **given: Any) -> Any:
+    name = "cross_entropy" + "_with_metrics" * with_metrics
+    return torch_function(CROSS_ENTROPY, name)(*args, **given)

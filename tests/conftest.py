@@ -18,7 +18,7 @@ import torch
 
 import pyfused
 from pyfused.backends import backend_of, cpu
-from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import run as dispatch
 from pyfused.dispatch import sizes
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):

@@ -87,7 +87,10 @@ def random_call(
     if given.keys() & {*ROUNDED, *DEPRECATED} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
         given = without_metrics(given)  # rounding causes ties
     deprecated = given.get("size_average"), given.get("reduce")
-    if reduction_of(*deprecated, given.get("reduction", "mean")) != "mean":
+    reduction = given.get("reduction", "mean")
+    if deprecated != (None, None):
+        reduction = reduction_of(*deprecated)
+    if reduction != "mean":
         given.pop("denominator", None)
     if given.get("negative_slope") == 0.0:
         given["negative_slope"] = -0.5

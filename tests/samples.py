@@ -7,6 +7,7 @@ has, and gated activations, need no definition: they are compared with torch in 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from compare import DEVICE, Extended, extended
 from torch import Tensor
+from torchs import parameters, torch_function
 
 from pyfused import checks
 from pyfused import functional as fused
@@ -23,6 +25,7 @@ from pyfused.dispatch.operator import Operand, Operator
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
+from pyfused.types import Choice
 
 INF, NAN = float("inf"), float("nan")
 FINITE_PRODUCTS = (1.0, NAN, INF, -INF, -0.0, 30.0)  # products of any two are finite or special
@@ -158,14 +161,14 @@ SAMPLES = {
 
 def values_to_try(op: Operator, name: str) -> list[Any]:
     """Returns values of an option that follow from its declaration."""
-    scalar = next((scalar for scalar in op.scalars if scalar.name == name), None)
-    if scalar is None:
+    parameter = next((x for x in op.parameters if x.name == name), None)
+    if parameter is None:
         return []
-    if scalar.flag or scalar.words:
-        return [*scalar.cases]
-    default = dict(zip(op.arguments[1:], op.defaults, strict=True))[name]
-    number = scalar.default if default is ... else default
-    return [value for value in (number / 2, 1.5 * number + 0.25) if scalar.fits(value)]
+    if isinstance(parameter, Choice):
+        return [*parameter.values]
+    default = parameters(op)[name]
+    number = parameter.example if default is inspect.Parameter.empty else default
+    return [value for value in (number / 2, 1.5 * number + 0.25) if parameter.fits(value)]
 
 
 def of_torch(op: Activation | PointwiseLoss, sample: Sample | None) -> Sample:
@@ -178,11 +181,11 @@ def of_torch(op: Activation | PointwiseLoss, sample: Sample | None) -> Sample:
             given[name] = torch.from_numpy(given[name].astype(np.float64))
             given[name].requires_grad_(declared[name].differentiated)
         leaves = [given[name] for name in declared if name in given and given[name].requires_grad]
-        value = op.reference(**given, **({"reduction": "none"} if loss else {}))
+        value = torch_function(op)(**given, **({"reduction": "none"} if loss else {}))
         return tuple(map(extended, (value, *torch.autograd.grad(value.sum(), leaves))))
 
-    loss = "reduction" in op.arguments
-    other = {s.name: values_to_try(op, s.name)[-1] for s in op.scalars}
+    loss = "reduction" in op.names
+    other = {x.name: values_to_try(op, x.name)[-1] for x in op.parameters}
     sample = sample or Sample(tried=({}, other) if loss and other else ({},))
     return replace(sample, define=define, beyond_float64=False)
 
@@ -223,17 +226,18 @@ class Loss:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Returns the scalars by name."""
-        return dict(zip(self.op.arguments[1:], self.op.defaults, strict=True)) | self.parameters
+        """Returns the options by name."""
+        return parameters(self.op) | self.parameters
 
     @property
     def choices(self) -> tuple[str, ...]:
         """Returns the flags in effect; each combination has its own kernel."""
-        return tuple(s.name for s in self.op.scalars if s.flag and self.values[s.name])
+        flags = [x.name for x in self.op.case if True in x.values]
+        return tuple(name for name in flags if self.values[name])
 
     @property
     def kernel(self) -> str:
-        name = self.op.kernel_of([self.values[s.name] for s in self.op.scalars])
+        name = self.op.kernel_of([self.values[x.name] for x in self.op.parameters])
         return "_".join([name, *self.further])
 
     @property
@@ -266,7 +270,7 @@ class Loss:
 
     @property
     def reference(self) -> Callable[..., Tensor]:
-        return self.op.reference
+        return torch_function(self.op)
 
     def draw(
         self,

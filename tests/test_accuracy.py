@@ -20,6 +20,7 @@ from conftest import ISAS, KernelCalls
 from grid import grid
 from samples import ACTIVATIONS, GATED, LOSSES, SAMPLES, Loss, target_indices, target_probabilities
 from torch import Tensor
+from torchs import torch_function
 
 from pyfused import functional
 from pyfused.dispatch.operator import Operator
@@ -255,9 +256,8 @@ def test_activations(op: Activation | Gated, dtype: torch.dtype, scale: float, i
     errors = Errors()
     for size, options in product(SIZES, SAMPLES[op.name].tried):
         inputs = [(scale * torch.randn(size)).to(dtype).requires_grad_() for _ in op.operands]
-        ours, theirs = (
-            evaluate(f, *inputs, **options) for f in (getattr(functional, op.name), op.reference)
-        )
+        functions = getattr(functional, op.name), torch_function(op)
+        ours, theirs = (evaluate(f, *inputs, **options) for f in functions)
         value, *derivatives = SAMPLES[op.name].define(*map(extended, inputs), **options)
         grad_output = extended(random_grad_output((size,)).to(dtype))
         cancels = float(abs(extended(inputs[0])).max()) if SAMPLES[op.name].cancels else 0.0

@@ -15,6 +15,7 @@ from grid import grid
 from layouts import SAME_VALUES
 from samples import ACTIVATIONS, SAMPLES
 from torch import Tensor
+from torchs import torch_function
 
 import pyfused
 from pyfused import functional as fused
@@ -47,7 +48,7 @@ def patched(op: Activation) -> Callable[[Tensor], Tensor]:
 def of_torch(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
     if inplace and op.name in IN_TORCH:
         return lambda x: getattr(torch, f"{op.name}_")(x)
-    return partial(op.reference, **op.required, **({"inplace": True} if inplace else {}))
+    return partial(torch_function(op), **op.required, **({"inplace": True} if inplace else {}))
 
 
 def bits(x: Tensor) -> Tensor:

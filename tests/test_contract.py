@@ -36,7 +36,7 @@ from random_calls import ERRORS, check_call, converted, forward, largest, native
 
 import pyfused
 from pyfused import nn
-from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import run as dispatch
 from pyfused.dispatch import sizes
 from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.contrastive import Contrastive

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.dispatch.call import forget_plans
+from pyfused.dispatch.run import forget_plans
 from pyfused.formula_compiler import trace
 
 SHAPES = ((5,), (7, 2), (40, 17), (3, 1030), (40, 64))[: 3 if interpreter.ON else 5]

@@ -156,7 +156,7 @@ def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dic
             operands = [x.flatten()[: x.numel() // 2 * 2]]
         if op.name in ("softmax", "log_softmax"):
             return operands, {"dim": 1}
-        reduction = {"reduction": "none"} if second and "reduction" in op.arguments else {}
+        reduction = {"reduction": "none"} if second and "reduction" in op.names else {}
         return operands, op.required | reduction
 
     return arguments

@@ -20,11 +20,12 @@ from conftest import KernelCalls
 from grid import grid
 from samples import BROADCASTING, FIRST, LOSSES, SAMPLES, Loss
 from torch import Tensor
+from torchs import torch_function
 
 import pyfused
 from pyfused import checks, functional, nn
-from pyfused.dispatch.call import call, forget_plans
 from pyfused.dispatch.operator import Operand, Scalar
+from pyfused.dispatch.run import forget_plans, run
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
@@ -76,7 +77,7 @@ def test_the_size_of_a_call_is_its_broadcast_size(op: str, kernel_calls: KernelC
         kernel_calls.clear()
         with torch.no_grad():
             loss = getattr(functional, op)(*given, reduction="mean")
-        torch_loss = OPERATORS[op].reference(*given, reduction="mean")
+        torch_loss = torch_function(OPERATORS[op])(*given, reduction="mean")
         close(loss, torch_loss)
         assert kernel_calls.total() == 1
     getattr(functional, op)(few, few)
@@ -201,7 +202,7 @@ def test_losses_whose_clamp_has_a_different_derivative_in_torch(
     """The C++ kernels have torch 2.13's derivative at a bound; programs have the installed one."""
     monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: False)
     outputs = Outputs(True, (True,) * len(loss.op.variables))
-    numbers = tuple([scalar.default or 0.0 for scalar in loss.op.scalars])
+    numbers = *loss.op.examples(), *[x.values[0] for x in loss.op.case if x.values]
     assert isinstance(loss.op.kernel(numbers, len(loss.op.variables), outputs)[0], Program)
     forget_plans()
     assert_matches_torch(loss.ours, loss.reference, **loss.draw((300,), torch.float64))
@@ -209,7 +210,7 @@ def test_losses_whose_clamp_has_a_different_derivative_in_torch(
 
 
 @grid(
-    loss=[loss for loss in FIRST if loss.takes_weight and loss.op.definition is None],
+    loss=[loss for loss in FIRST if loss.takes_weight and loss.op.in_torch],
     value=[0.0, -1.0, NAN, INF],
     reduction=REDUCTIONS,
 )
@@ -335,25 +336,26 @@ def test_optional_operands_without_a_definition(
         name="scaled_error",
         module="",
         operands=(INPUT, TARGET, WEIGHT, Operand("scale", optional=True)),
-        scalars=(Scalar("margin", 0.5, low=0.0),),
+        numbers=(Scalar("margin", low=0.0),),
+        case=("reduction",),
         weight_shape=checks.weight_that_broadcasts,
         denominators={"mean": weight_or_elements},
         formula=_scaled_error,
     )
-    assert op.arguments == ("input", "target", "margin", "reduction", "weight", "scale")
-    assert op.defaults == (..., 0.5, "mean", None, None)
     input, target = torch.randn(2, 6, 5, dtype=torch.float64).unbind()
-    weight, scale = (torch.rand(6, 5).double() + 0.1 if x in passed else None for x in op.names[4:])
+    weight, scale = (
+        torch.rand(6, 5).double() + 0.1 if x in passed else None for x in ("weight", "scale")
+    )
     leaves = [x.requires_grad_() for x in (input, target, scale) if x is not None]
     loss = _scaled_error(input, target, scale, torch.tensor(0.3))
     loss = loss if weight is None else loss * weight
     expected = loss if reduction == "none" else loss.sum()
     if reduction == "mean":
         expected = expected / (loss.numel() if weight is None else weight.sum())
-    arguments = (input, target, 0.3, reduction, weight, scale)
-    fused = call(op, arguments)
+    tensors = input, target, weight, scale
+    fused = run(op, tensors, (0.3,), (reduction,))
     assert kernel_calls.total() == 1
-    for result in (fused, op.reference(*arguments)):
+    for result in (fused, op.torch(*tensors, 0.3, reduction)):
         close(result, expected)
         close(
             *(torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (result, expected))

@@ -267,7 +267,7 @@ import os, re, torch
 from pathlib import Path
 from processes import left
 from pyfused import memory
-from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import run as dispatch
 from pyfused.functional import cross_entropy, relu
 dispatch.is_small = lambda *_: False  # kernels for every size
 torch.set_num_threads(1)
@@ -315,7 +315,7 @@ def test_tensors_outlive_the_interpreter() -> None:
     code = """if True:
         import builtins, torch
         from pyfused.functional import relu
-        from pyfused.dispatch import call as dispatch
+        from pyfused.dispatch import run as dispatch
         dispatch.is_small = lambda *_: False
         builtins.kept = relu(torch.ones(9 << 20))
         class Late:

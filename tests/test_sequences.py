@@ -22,9 +22,10 @@ from catalogue import EXAMPLES, Call, Example, ours, parameters, reference, resu
 from conftest import KernelCalls, fused_always
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
+from torchs import torch_function
 
 from pyfused import functional
-from pyfused.dispatch import call as dispatch
+from pyfused.dispatch import run as dispatch
 from pyfused.ops.activation import Activation
 
 ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
@@ -183,7 +184,7 @@ def inference_with_grad() -> Iterator[None]:
 
 def overwritten(call: Call, function: Any, given: dict[str, Any]) -> Any:
     if function is reference:
-        return call.op.reference_(**given)
+        return torch_function(call.op)(**given, inplace=True)
     return getattr(functional, call.op.name)(**given, inplace=True)
 
 

@@ -17,10 +17,11 @@ import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused import checks
 from pyfused.adopt.convert import FUSED
-from pyfused.dispatch.call import fallback_reason
 from pyfused.dispatch.explanation import BY_SHARDS, Explanation, by_kernel, path_of
+from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
+from pyfused.dispatch.originals import redirected
+from pyfused.dispatch.run import fallback_reason
 from pyfused.formula import Formula, FormulaModule
-from pyfused.ops.operators import OPERATORS
 
 _LIBRARIES = ("None", "torch", "torchvision", __name__.partition(".")[0])
 
@@ -47,7 +48,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if isinstance(op, FormulaModule):
         return explain(op.formula, *args, **nn.options_of(op), **kwargs)
     if isinstance(op, Formula):
-        return path_of(op.op, op.arguments(args, kwargs))
+        return path_of(op.op, *op.call_of(args, kwargs))
     if isinstance(op, Module):
         return _explain_module(op, *args, **kwargs)
     library = str(getattr(op, "__module__", None)).partition(".")[0]
@@ -57,34 +58,47 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         close = difflib.get_close_matches(op, functional.__all__, 1) if isinstance(op, str) else []
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"op: expected a function of pyfused.functional, got {op!r}{hint}")
-    signature = inspect.signature(getattr(functional, name))
+    function = getattr(functional, name)
+    signature = inspect.signature(function)
     try:
-        bound = signature.bind(*args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         required = [p.name for p in signature.parameters.values() if p.default is p.empty]
         example = f"pyfused.explain({name!r}, {', '.join(required)})"
         raise TypeError(f"{name}: {error}. Pass the call's arguments: {example}") from None
-    bound.apply_defaults()
-    values = dict(bound.arguments)
     if name == "additive_margin":
         return Explanation(name, "torch", "a composition of torch's operators")
-    operator = OPERATORS[name.removesuffix("_with_metrics")]
-    if name not in OPERATORS:
-        values |= values.pop("options") | {"with_metrics": True}
-    inplace = values.pop("inplace", False)
-    shard = values.pop("shard", None)
-    arguments = operator.bind(**values)
+    try:
+        redirected(function, run=_explain_run)(*args, **kwargs)
+    except _Explained as explained:
+        return explained.args[0]  # type: ignore[no-any-return]
+    return Explanation(name, "torch", "size_average and reduce are deprecated")
+
+
+class _Explained(Exception):  # noqa: N818
+    """Ends a function of `functional` whose call has been explained."""
+
+
+def _explain_run(
+    op: Operator,
+    tensors: Tensors,
+    numbers: Numbers,
+    case: Case,
+    inplace: bool = False,
+    shard: Any = None,
+) -> None:
+    """Explains a call in place of `run`, and raises the explanation."""
     if shard is not None:
-        return by_kernel(name, arguments[0], BY_SHARDS)
-    checks.tensor(operator.operands[0].name, arguments[0])
-    explanation = path_of(operator, arguments, inplace)
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    if all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors):
+        raise _Explained(by_kernel(op.name, tensors[0], BY_SHARDS))
+    checks.tensor(op.operands[0].name, tensors[0])
+    explanation = path_of(op, tensors, numbers, case, inplace)
+    present = [x for x in tensors if isinstance(x, Tensor)]
+    if all(type(x) in (Tensor, Parameter) and x.is_cpu for x in present):
         # torch checks the calls that kernels do not support, except for dtypes of indices.
-        reason = fallback_reason(operator, arguments, inplace)
+        reason = fallback_reason(op, tensors, numbers, case, inplace)
         if reason is None or " has dtype " in reason:
-            operator.check(arguments)
-    return explanation
+            op.check(op.arguments_of(tensors, numbers, case))
+    raise _Explained(explanation)
 
 
 def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:

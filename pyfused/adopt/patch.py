@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
 from functools import cached_property
 from types import BuiltinFunctionType, CodeType, MethodDescriptorType, MethodType, NoneType
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import functional
-from pyfused.dispatch import call as dispatch
-from pyfused.dispatch.operator import Arguments, Operator, parameters_of
-from pyfused.dispatch.originals import TorchAlone, original, torch_alone
+from pyfused.dispatch import run as dispatch
+from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors, parameters_of
+from pyfused.dispatch.originals import TorchAlone, original, redirected, torch_alone
 from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
@@ -59,33 +60,34 @@ class _Function:
         if self.unpatched is None:
             return None
         op, names = self.op, list(parameters_of(self.function))
-        given = [name for name in names if name != "inplace"]
+        given, torch_function = [name for name in names if name != "inplace"], self.copy
+        fused = redirected(self.traced, run=_run, reduction_of=_decline)
+        by_place = self.unpatched.co_argcount
 
-        def by_name(*arguments: Any) -> Any:
-            return self.copy(**dict(zip(given, arguments, strict=True)))
+        def with_keywords(function: Callable[..., Any], arguments: Any, *inplace: Any) -> Any:
+            named = dict(zip(given[by_place:], arguments[by_place:], strict=True))
+            return function(*arguments[:by_place], *inplace, **named)
 
-        # torch's function and its in-place variant, and both without torch's Python code, for calls
-        # that no subclass or mode observes
-        if op.definition is None:
-            torch_functions = op.reference, op.reference_
-            aten = op.builtin, op.builtin_
-        else:  # pyfused's definition has more options than torch's function
-            torch_function = by_name if self.unpatched.co_kwonlyargcount else self.copy
-            torch_functions = aten = torch_function, torch_function
+        def call(arguments: Any, *inplace: Any) -> Any:
+            if "_stacklevel" in given:  # of warnings, for two more frames
+                input, dim, stacklevel, dtype = arguments
+                arguments = input, dim, stacklevel + 2, dtype
+            if has_torch_function(arguments) or is_dynamo_compiling():
+                return with_keywords(torch_function, arguments, *inplace)
+            declined = _NOTHING
+            if not torch_alone.depth:
+                with contextlib.suppress(_DeclinedError):
+                    declined = with_keywords(fused, arguments, *inplace)
+                if type(declined) is not Declined:
+                    return declined
+            torch_call = functools.partial(with_keywords, torch_function, arguments, *inplace)
+            return declined.finish(op, torch_call, bool(inplace and inplace[0]))
 
-        def call(arguments: Arguments, *inplace: Any) -> Any:
-            if has_torch_function(arguments):
-                return torch_functions[0](*arguments, *inplace)
-            overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
-            is_eager = not is_dynamo_compiling()
-            if is_eager and (torch_alone.depth or dispatch.is_small(op, arguments)):
-                return aten[overwrites](*arguments)
-            bound = one_frame_further(op, op.bind(*arguments))
-            unbound = functools.partial(torch_functions[overwrites], *arguments)
-            return _call(op, bound, overwrites, unbound)
-
-        inplace = ", inplace" * ("inplace" in names)
-        return code_calling(call, f"callee(({', '.join(given)},){inplace})", self.unpatched)
+        return code_calling(
+            call,
+            f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})",
+            self.unpatched,
+        )
 
     def current(self) -> Any:
         return getattr(F, self.name)
@@ -143,39 +145,35 @@ class _BuiltIn:
     @cached_property
     def ours(self) -> Any:
         op, inplace, torch_function = self.op, self.inplace, self.unpatched
-        method, needed = self.owner is Tensor, len(op.built_in)
-        defaults = dict(zip(op.arguments[1:], op.defaults, strict=True))
-        by_name = [name for name in defaults if not name.startswith("_")]
+        method, needed, count = self.owner is Tensor, len(op.built_in), len(op.operands)
+        function = getattr(functional, op.name)
+        fused = redirected(function, run=_run_inplace if inplace else _run)
+        names = [name for name in parameters_of(function) if name != "inplace"]
+        by_name = [name for name in names[1:] if not name.startswith("_")]
         by_place = (*op.built_in, *by_name[needed - 1 :]) if needed > 1 else op.built_in
         required, known = {*op.built_in}, {*op.built_in, *by_name}
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if has_torch_function((*args, *kwargs.values())):
+                if any(isinstance(value, Proxy) for value in args):
+                    # Graph passes compare functions with torch's attributes by identity.
+                    return handle_torch_function(stand_in, args, *args, **kwargs)
+                return torch_function(*args, **kwargs)
             if (
-                len(args) >= needed
-                and not has_torch_function(args)
-                and not is_dynamo_compiling()
-                and dispatch.is_small(op, args)
+                is_dynamo_compiling()
+                or torch_alone.depth
+                or (len(args) >= needed and dispatch.is_small(op, args[:count], args[count:]))
             ):
                 return torch_function(*args, **kwargs)
-            if len(args) == needed and not kwargs:
-                arguments = args + op.defaults[needed - 1 :]
-            else:
-                given = dict(zip(by_place, args, strict=False)) | kwargs
-                once = len(given) == len(args) + len(kwargs) and len(args) >= method
-                if not (once and required.issubset(given) and known.issuperset(given)):
-                    return torch_function(*args, **kwargs)  # raises, or supports these arguments
-                given = defaults | given
-                arguments = tuple([given[name] for name in op.arguments])
-            if has_torch_function(arguments):
-                if any(isinstance(value, Proxy) for value in arguments):
-                    # Graph passes compare functions with torch's attributes by identity.
-                    return handle_torch_function(stand_in, arguments, *args, **kwargs)
-                return torch_function(*args, **kwargs)
-            is_eager = not is_dynamo_compiling()
-            if is_eager and (torch_alone.depth or dispatch.is_small(op, arguments)):
-                return torch_function(*args, **kwargs)
-            unbound = functools.partial(torch_function, *args, **kwargs)
-            return _call(op, arguments, inplace, unbound)
+            given = dict(zip(by_place, args, strict=False)) | kwargs
+            once = len(given) == len(args) + len(kwargs) and len(args) >= method
+            if not (once and required.issubset(given) and known.issuperset(given)):
+                return torch_function(*args, **kwargs)  # raises, or supports these arguments
+            declined = fused(**given)
+            if type(declined) is not Declined:
+                return declined
+            torch_call = functools.partial(torch_function, *args, **kwargs)
+            return declined.finish(op, torch_call, inplace)
 
         stand_in = StandIn(call)
         globals()[self.path.replace(".", "_")] = stand_in
@@ -202,52 +200,73 @@ class _BuiltIn:
             setattr(self.owner, self.name, function)
 
 
-def _call(
-    op: Operator, arguments: Arguments, inplace: bool, torch_call: Callable[[], Tensor]
-) -> Tensor:
-    """Returns the result of a kernel, or else of torch's function, which raises torch's errors.
+class Declined(NamedTuple):
+    """The result of a call that torch's function has to compute.
 
-    If pyfused raises an error and torch does not, the result is torch's, and a warning reports the
-    error once. With ``inplace`` the error is raised, because the kernel may have overwritten the
-    input.
+    Attributes:
+        failure: The error that pyfused has raised, or None.
     """
-    reason, failure = None, None
+
+    failure: Exception | None = None
+
+    def finish(self, op: Operator, torch_call: Callable[[], Tensor], inplace: bool) -> Tensor:
+        """Returns the result of torch's function, which raises torch's errors.
+
+        If pyfused raised an error and torch does not, a warning reports it once. With ``inplace``
+        the error is raised, because the kernel may have overwritten the input.
+        """
+        with torch_alone:
+            result = torch_call()
+        if self.failure is not None:
+            if inplace:
+                raise self.failure
+            if first_time(op.name, type(self.failure).__name__):
+                message = f"pyfused raised {self.failure!r}"
+                message = f"pyfused: {op.name}: torch computed the result, because {message}"
+                warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
+        return result
+
+
+class _DeclinedError(Exception):
+    """Ends a call with deprecated arguments, before a warning that torch's function issues."""
+
+
+_NOTHING = Declined()
+
+
+def _decline(*_: Any) -> str:
+    raise _DeclinedError
+
+
+def _run(
+    op: Operator,
+    tensors: Tensors,
+    numbers: Numbers,
+    case: Case,
+    inplace: bool = False,
+    _shard: Any = None,
+) -> Any:
+    """Runs a call of a patched function in place of `run`, and leaves errors to torch."""
+    failure = None
+    if dispatch.is_small(op, tensors, case):
+        if op.fast is None:
+            return _NOTHING
+        return (op.fast_ if inplace and op.fast_ else op.fast)(*tensors, *numbers, *case)
     try:
-        decide = dispatch.decide_compiled if is_dynamo_compiling() else dispatch.decide
-        reason, run, numbers = decide(op, arguments, inplace)
-        if run is not None:
-            output: Tensor = run(arguments, numbers)
-            return output
+        reason, kernel, floats = dispatch.decide(op, tensors, numbers, case, bool(inplace))
+        if kernel is not None:
+            return kernel(tensors, floats)
+        dispatch.report_fallback(op, tensors, str(reason))
     except Exception as error:
         # A checkpoint uses an exception to stop its recomputation.
         if type(error).__module__ == "torch.utils.checkpoint":
             raise
         failure = error
-    if reason is not None:
-        dispatch.report_fallback(op, arguments, reason)
-    # Called outside of `except`, to keep pyfused's error out of the context of torch's error.
-    if is_dynamo_compiling():
-        result = torch_call()
-    else:
-        with torch_alone:
-            result = torch_call()
-    if failure is not None:
-        if inplace:
-            raise failure
-        if first_time(op.name, type(failure).__name__):
-            message = (
-                f"pyfused: {op.name}: torch computed the result, because pyfused raised {failure!r}"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
-    return result
+    return Declined(failure)
 
 
-def one_frame_further(op: Operator, arguments: Arguments) -> Arguments:
-    """Returns the arguments with the stack level of warnings raised by one frame."""
-    if "_stacklevel" not in op.arguments:
-        return arguments
-    input, dim, stacklevel, dtype = arguments
-    return input, dim, stacklevel + 1, dtype
+def _run_inplace(op: Operator, tensors: Tensors, numbers: Numbers, case: Case, *_: Any) -> Any:
+    return _run(op, tensors, numbers, case, True)
 
 
 def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType) -> CodeType:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from pyfused import torch_internals
-from pyfused.dispatch import call as dispatch
 from pyfused.dispatch import reasons
-from pyfused.dispatch.call import decide  # the original function, which counts nothing
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch import run as dispatch
+from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
 from pyfused.dispatch.originals import torch_alone
+from pyfused.dispatch.run import decide  # the original, which does not count
 from pyfused.dispatch.signature import PLAIN
 from pyfused.ops import custom_operators
 
@@ -83,6 +83,9 @@ class Row(NamedTuple):
     error: float
 
 
+Call = tuple[Tensors, Numbers, Case]
+
+
 class Report:
     """The result of :func:`pyfused.report`; its ``str`` and ``repr`` are the table."""
 
@@ -121,22 +124,22 @@ class Report:
         if self._first_call is None:
             self._first_call = self._elapsed()
 
-    def _count(self, op: Operator, arguments: Arguments, decision: dispatch.Decision) -> None:
-        reason, run, _ = decision
-        if run is None:
+    def _count(self, op: Operator, call: Call, decision: dispatch.Decision) -> None:
+        (tensors, _, _), (reason, kernel, _) = call, decision
+        if kernel is None:
             self._add(self._fallbacks, (op.name, str(reason)))
             return
         self._note_first_call()
         needs_grad = torch.is_grad_enabled() and any(
-            isinstance(value, Tensor) and value.requires_grad for value in arguments
+            isinstance(x, Tensor) and x.requires_grad for x in tensors
         )
-        elements = op.elements(arguments)
+        elements = op.elements(tensors)
         calls = self._kernels[op.name, elements.bit_length(), needs_grad]
         calls.count += 1
         calls.elements += elements
         calls.largest = max(calls.largest, elements)
         if calls.count >= calls.due and self._comparing[op.name] <= self._budget:
-            self._comparing[op.name] += _compare(op, arguments, calls)
+            self._comparing[op.name] += _compare(op, call, calls)
 
     # ---- the result ----
 
@@ -292,8 +295,8 @@ def _close(report: Report) -> None:
             dispatch.decide, dispatch.is_small, custom_operators.compute = _uncounted
 
 
-def _is_small(op: Operator, arguments: Arguments, elements: int | None = None) -> bool:
-    is_small: bool = _uncounted[1](op, arguments, elements)
+def _is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = None) -> bool:
+    is_small: bool = _uncounted[1](op, tensors, case, elements)
     if is_small:
         for report in _reports:
             report._add(report._small, op.name)
@@ -307,11 +310,13 @@ def _compute(op: str, function: Any, *arguments: Any) -> Any:
     return _uncounted[2](op, function, *arguments)
 
 
-def _decide(op: Operator, arguments: Arguments, inplace: bool) -> dispatch.Decision:
-    decision: dispatch.Decision = _uncounted[0](op, arguments, inplace)
+def _decide(
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
+) -> dispatch.Decision:
+    decision: dispatch.Decision = _uncounted[0](op, tensors, numbers, case, inplace)
     if not torch_internals.compiler_traces():
         for report in _reports:
-            report._count(op, arguments, decision)
+            report._count(op, (tensors, numbers, case), decision)
     return decision
 
 
@@ -327,7 +332,7 @@ def _clock() -> float:
     return perf_counter() - _compared
 
 
-def _compare(op: Operator, arguments: Arguments, calls: Calls) -> float:
+def _compare(op: Operator, call: Call, calls: Calls) -> float:
     """Re-runs a call with both, unless another thread does; returns the seconds that this took."""
     global _compared
     if not _comparing.acquire(blocking=False):
@@ -335,8 +340,8 @@ def _compare(op: Operator, arguments: Arguments, calls: Calls) -> float:
     start = perf_counter()
     try:
         calls.due = 2 * calls.count
-        if _can_be_repeated(op, arguments):
-            calls.times.append(_times(op, arguments))
+        if _can_be_repeated(op, call[0]):
+            calls.times.append(_times(op, *call))
     except Exception:  # for example, out of memory
         calls.due = math.inf
     finally:
@@ -346,56 +351,56 @@ def _compare(op: Operator, arguments: Arguments, calls: Calls) -> float:
     return seconds
 
 
-def _rows(arguments: Arguments) -> int:
-    return math.prod(arguments[0].shape[:1])
-
-
-def _can_be_repeated(op: Operator, arguments: Arguments) -> bool:
+def _can_be_repeated(op: Operator, tensors: Tensors) -> bool:
     """Returns whether no hook, mode, profiler or CUDA graph would observe a repeated call."""
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    on_gpu = tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing()
+    present = [x for x in tensors if isinstance(x, Tensor)]
+    input = tensors[0]
+    on_gpu = input.is_cuda and not torch.cuda.is_current_stream_capturing()
     return (
-        0 < op.elements(arguments) <= MOST * _rows(arguments)
-        and (tensors[0].is_cpu or on_gpu)
-        and all(type(tensor) in PLAIN for tensor in tensors)
+        0 < op.elements(tensors) <= MOST * math.prod(input.shape[:1])
+        and (input.is_cpu or on_gpu)
+        and all(type(x) in PLAIN for x in present)
         and torch_internals.active_mode() is None
         and not torch_internals.is_observed()
     )
 
 
-def _times(op: Operator, arguments: Arguments) -> tuple[float, float]:
+def _times(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> tuple[float, float]:
     """Returns the seconds per element of a call with pyfused and with torch.
 
     The tensors are detached and not overwritten, so the program's results do not change.
     """
-    elements, rows = op.elements(arguments), _rows(arguments)
+    elements, rows = op.elements(tensors), math.prod(tensors[0].shape[:1])
     if elements > MOST:
         kept = math.ceil(rows * MOST / elements)
-        arguments = tuple(
-            value[:kept] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-            for value in arguments
-        )
-        elements = op.elements(arguments)
-    _, kernel, numbers = decide(op, arguments, False)
+        tensors = [
+            x[:kept] if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x for x in tensors
+        ]
+        elements = op.elements(tensors)
+    _, kernel, floats = decide(op, tensors, numbers, case, False)
     assert kernel is not None
+    torch_function = op.fast or op.torch
     with warnings.catch_warnings(), torch_alone:
         warnings.simplefilter("ignore")
         # The first run includes allocating memory and starting threads.
-        ours = min(_seconds(lambda given: kernel(given, numbers), arguments) for _ in range(2))
-        theirs = min(_seconds(lambda given: op.builtin(*given), arguments) for _ in range(2))
+        ours = min(_seconds(lambda given: kernel(given, floats), tensors) for _ in range(2))
+        theirs = min(
+            _seconds(lambda given: torch_function(*given, *numbers, *case), tensors)
+            for _ in range(2)
+        )
     return ours / elements, theirs / elements
 
 
-def _seconds(function: Callable[[Arguments], Any], arguments: Arguments) -> float:
+def _seconds(function: Callable[[Tensors], Any], tensors: Tensors) -> float:
     """Returns the seconds that the forward and the backward pass take."""
-    arguments = tuple(
-        value.detach().requires_grad_(value.requires_grad and torch.is_grad_enabled())
-        if isinstance(value, Tensor)
-        else value
-        for value in arguments
-    )
-    leaves = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
-    wait: Callable[[], Any] = torch.cuda.synchronize if arguments[0].is_cuda else int
+    tensors = [
+        x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled())
+        if isinstance(x, Tensor)
+        else x
+        for x in tensors
+    ]
+    leaves = [x for x in tensors if isinstance(x, Tensor) and x.requires_grad]
+    wait: Callable[[], Any] = torch.cuda.synchronize if tensors[0].is_cuda else int
 
     def timed(call: Callable[[], Any]) -> tuple[float, Any]:
         wait()
@@ -404,7 +409,7 @@ def _seconds(function: Callable[[Arguments], Any], arguments: Arguments) -> floa
         wait()
         return perf_counter() - start, result
 
-    seconds, result = timed(lambda: function(arguments))
+    seconds, result = timed(lambda: function(tensors))
     if leaves:
         grad_output = torch.ones_like(result)
         backward = partial(torch.autograd.grad, result, leaves, grad_output, allow_unused=True)

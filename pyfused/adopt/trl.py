@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused.dispatch.call import fallback_reason, is_small
 from pyfused.dispatch.reasons import SMALL, first_time
+from pyfused.dispatch.run import fallback_reason, is_small
 from pyfused.functional import linear_log_probs
 from pyfused.ops.operators import LINEAR_LOG_PROBS
 from pyfused.types import LogProbsOptions
@@ -149,10 +149,10 @@ def _original_reason(
         tensors: The hidden states, weight, bias and targets.
         factors: The temperature, scale and softcap.
     """
-    arguments = *tensors, LogProbsOptions()
-    if not is_dynamo_compiling() and is_small(LINEAR_LOG_PROBS, arguments):
+    hidden, weight, bias, target = tensors
+    call = LINEAR_LOG_PROBS.call_of((hidden, weight, bias, target), LogProbsOptions())
+    if not is_dynamo_compiling() and is_small(LINEAR_LOG_PROBS, call[0], call[2]):
         return SMALL
-    hidden, weight, bias, _ = tensors
     if hasattr(weight, "ds_id"):
         return "the weight is partitioned by ZeRO-3"
     if "log_sum_sq_probs" in outputs:
@@ -163,4 +163,4 @@ def _original_reason(
     casts = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes
     if len(dtypes) > 1 and not casts:
         return "the hidden states and the layer differ in dtype"
-    return fallback_reason(LINEAR_LOG_PROBS, arguments)
+    return fallback_reason(LINEAR_LOG_PROBS, *call)

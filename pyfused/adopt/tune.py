@@ -24,6 +24,8 @@ from pyfused import functional
 from pyfused.backends.versions import unsupported_triton
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operand, Operator
+from pyfused.dispatch.originals import redirected
+from pyfused.dispatch.run import by_torch
 from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import NllLoss
 from pyfused.ops.embedding import EmbeddingLoss
@@ -59,7 +61,7 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
     operands = [_drawn(o, shapes.get(o.name, shape)) for o in op.operands if not o.optional]
     input = operands[0].requires_grad_(not forward)
     options: dict[str, Any] = op.required | ({"dim": 1} if isinstance(op, Softmax) else {})
-    if second and (embeddings or not classes) and "reduction" in op.arguments:
+    if second and (embeddings or not classes) and "reduction" in op.names:
         options["reduction"] = "none"
 
     def step(function: Callable[..., Tensor]) -> None:
@@ -83,7 +85,9 @@ def _drawn(operand: Operand, shape: tuple[int, ...]) -> Tensor:
 
 
 def torch_function(op: Operator) -> Callable[..., Tensor]:
-    return getattr(torch.nn.functional, op.name, op.reference)
+    if op.in_torch:
+        return getattr(torch.nn.functional, op.name)  # type: ignore[no-any-return]
+    return redirected(getattr(functional, op.name), run=by_torch)  # type: ignore[no-any-return]
 
 
 def wins(op: Operator, elements: int, second: bool) -> bool:

@@ -585,7 +585,8 @@ def pointwise_loss(
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
     ) -> LossResult:
-        *operands, weight, denominator = tensors
+        operands = tensors[:count]
+        weight, denominator, *_ = *tensors[count:], None, None
         values = numbers if parameters is None else parameters(numbers)
         like = operands[index or 0]
         views: list[tuple[int, int, int]] = []

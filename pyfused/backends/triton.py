@@ -578,7 +578,7 @@ def pointwise_loss(
     halves: int | None = None,
 ) -> LossKernel:
     operands, weight, grad_output = tensors
-    n, (order, index) = operands[0].numel(), dense_operand(operands)
+    n, count, (order, index) = operands[0].numel(), len(operands), dense_operand(operands)
     choice, each = choose(order.element_size()), reduction == "none"
     programs = -(-n // choice.block)
     if outputs.loss and not each:
@@ -599,7 +599,8 @@ def pointwise_loss(
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
     ) -> LossResult:
-        *operands, weight, denominator = tensors
+        operands = tensors[:count]
+        weight, denominator, *_ = *tensors[count:], None, None
         like = operands[0].contiguous() if index is None else operands[index]
         gradients = tuple([torch.empty_like(like) if needed else None for needed in needs_grad])
         views = [*operands, *padding, weight, grad_output]

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused.backends import backend_of
-from pyfused.dispatch.call import fallback_reason, is_small
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
+from pyfused.dispatch.run import fallback_reason, is_small
 from pyfused.dispatch.sizes import why_small
 
 BY_SHARDS = "each process computes its classes"
@@ -39,16 +39,19 @@ class Explanation(NamedTuple):
         return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
 
-def path_of(op: Operator, arguments: Arguments, inplace: bool = False) -> Explanation:
-    """Returns the path that :func:`pyfused.dispatch.call.call` would choose for a call."""
-    compiling = is_dynamo_compiling()
-    if not compiling and is_small(op, arguments) and not op.runs_small_call(arguments):
-        return Explanation(op.name, "torch", why_small(op, arguments))
-    reason = fallback_reason(op, arguments, inplace)
+def path_of(
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool = False
+) -> Explanation:
+    """Returns the path that :func:`pyfused.dispatch.run.run` would choose for a call."""
+    arguments = op.arguments_of(tensors, numbers, case)
+    is_left = not is_dynamo_compiling() and is_small(op, tensors, case)
+    if is_left and not op.runs_small_call(arguments):
+        return Explanation(op.name, "torch", why_small(op, tensors, case))
+    reason = fallback_reason(op, tensors, numbers, case, inplace)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
     plain = op.local_shard_of(arguments) is None
-    return by_kernel(op.name, arguments[0], op.strategy_of(arguments) if plain else BY_SHARDS)
+    return by_kernel(op.name, tensors[0], op.strategy_of(arguments) if plain else BY_SHARDS)
 
 
 def by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:

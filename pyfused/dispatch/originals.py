@@ -6,11 +6,14 @@ import threading
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from pyfused.torch_internals import trace_instead
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @cache
@@ -29,6 +32,30 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     # The compiler puts torch's functions into graphs, but it would trace the copy.
     trace_instead(copy, function)
     return copy
+
+
+class _Functional:
+    """torch.nn.functional, unaffected by :func:`pyfused.patch`."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = original(getattr(torch.nn.functional, name))
+        setattr(self, name, function)
+        return function
+
+
+F = _Functional()
+
+
+def redirected(function: Function, **names: Any) -> Function:
+    """Returns a copy of a Python function in which some global names have other values.
+
+    The compiler must not trace it, because it reads the names from the function's module.
+    """
+    assert isinstance(function, FunctionType)
+    names = function.__globals__ | names
+    copy = FunctionType(function.__code__, names, argdefs=function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return update_wrapper(copy, function)  # type: ignore[return-value]
 
 
 class TorchAlone(threading.local):

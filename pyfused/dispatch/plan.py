@@ -6,7 +6,7 @@ autograd function, and differ in the functions that they pass to the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
-from pyfused.dispatch.operator import Arguments, Numbers, grad_enabled
+from pyfused.dispatch.operator import Numbers, Tensors, grad_enabled
 from pyfused.layout import accumulate_dtype, layouts
 from pyfused.types import Gradients, Outputs
 
-Tensors = Sequence[Any]  # each is a Tensor or None
 # The result of a forward pass: the output, the tensors to save, and the gradients, () if backward
 # computes them.
 Forward = tuple[Any, Tensors, Gradients]
@@ -32,14 +31,15 @@ class Plan:
     Attributes:
         name: The operator's name.
         needs: Whether each of the first tensors needs a gradient.
-        arrange: Converts the call's arguments to the tensors that the other functions take.
+        arrange: Converts the call's tensors to those that the other functions take, given its
+            numbers, too; None for no conversion.
         forward: Computes the output, the tensors to save, and the gradients of the first tensors,
             or () to leave them to backward, from the tensors and the numbers of a call. If the
             output is a tuple, only its first item is differentiable.
         backward: Computes the gradients of the first tensors from the saved ones, the numbers and
             grad_output.
         define: Computes the same gradients from torch's definition, which is differentiable.
-        finish: Converts the output to the result of the call, given the arguments, too. None
+        finish: Converts the output to the result of the call, given the call's tensors, too. None
             returns the output itself.
         inplace: Which tensor overwrites the input: "output", "gradient", or "" for none.
     """
@@ -47,20 +47,20 @@ class Plan:
     name: str
     backend: Backend
     needs: tuple[bool, ...]
-    arrange: Callable[[Arguments], Tensors]
+    arrange: Callable[[Tensors, Numbers], Tensors] | None
     forward: Callable[[Tensors, Numbers], Forward]
     backward: Callable[[Tensors, Numbers, Tensor], Gradients]
     define: Callable[[Tensors, Numbers, Tensor], Gradients]
-    finish: Callable[[Any, Arguments], Any] | None = None
+    finish: Callable[[Any, Tensors], Any] | None = None
     inplace: str = ""
 
-    def __call__(self, arguments: Arguments, numbers: Numbers) -> Any:
-        tensors = self.arrange(arguments)
+    def __call__(self, tensors: Tensors, numbers: Numbers) -> Any:
+        arranged = tensors if self.arrange is None else self.arrange(tensors, numbers)
         if True in self.needs:
-            output = apply(self, numbers, *tensors)
+            output = apply(self, numbers, *arranged)
         else:
-            output = self.forward(tensors, numbers)[0]
-        return output if self.finish is None else self.finish(output, arguments)
+            output = self.forward(arranged, numbers)[0]
+        return output if self.finish is None else self.finish(output, tensors)
 
 
 def needs_grad(tensors: Tensors) -> tuple[bool, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pyfused.dispatch.operator import Arguments, Numbers, Operator
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Operator, Tensors
 from pyfused.torch_internals import (
     active_mode,
     any_autocast,
@@ -20,145 +22,124 @@ from pyfused.torch_internals import (
     is_view,
     is_zero_tensor,
 )
-from pyfused.types import TensorSpec
+from pyfused.types import NUMBER, TensorSpec
 
 PLAIN = (Tensor, Parameter)
-_CONSTANTS = (bool, int, torch.dtype)  # True is equal to 1, so the type is part of the key
-_FLOATS = frozenset((float, type(None)))
+_KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
+_FLOATS = frozenset((float, NoneType))
+_CASES, _CASE = 4, 5  # indices into a key
 
 
-def signature(op: Operator, arguments: Arguments, inplace: bool) -> tuple[Any, Numbers] | str:
+def signature(
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
+) -> tuple[Any, Numbers] | str:
     """Returns the key of a call's plan and the call's numbers, or why the call has no plan.
 
-    The key has the operator, the layout of each tensor and whether it requires grad, the cases of
-    the numbers, all other arguments, grad mode, autocast and the default dtype.
+    The key has the operator, the cases of the numbers, the case, the layout of each tensor and
+    whether it requires grad, grad mode, autocast and the default dtype.
 
     Raises:
         RuntimeError, TypeError, ValueError: A number is invalid.
     """
-    if type(arguments[0]) not in PLAIN:
-        return f"input is a {type(arguments[0]).__name__}"
+    if type(tensors[0]) not in PLAIN:
+        return f"input is a {type(tensors[0]).__name__}"
     if mode := active_mode():
         return mode
-    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    key: list[Any] = [op, inplace, grad, torch.get_default_dtype()]
-    numbers: list[Any] = []
-    if op.options is not None:
-        arguments = (*arguments[: len(op.operands)], *vars(arguments[-1]).values())
-    for value, scalar, name in zip(arguments, op.scalar_at, op.names, strict=True):
-        kind = type(value)
-        if kind is Tensor or kind is Parameter:
-            if scalar is not None:
-                numbers.append(None if scalar.tensor else value)
-                if not scalar.tensor:
-                    continue
-            if (  # the conditions of layout_reason, without a call for each tensor
-                value.layout is not torch.strided
-                or value.is_neg()
-                or is_zero_tensor(value)
-                or value.is_nested
-                or has_names(value)
-                or is_functorch_wrapped(value)
-                or is_lazy_clone(value)
-            ):
-                return str(layout_reason(name, value))
-            shape, stride = value.shape, value.stride()
-            key.append((value.dtype, shape, stride, value.device, value.requires_grad))
-        elif scalar is not None:
-            is_int = kind is int and op.takes_floats and not scalar.operand
-            numbers.append(float(value) if is_int else value)
-        elif value is None or kind is str:
-            key.append(value)
-        elif kind in _CONSTANTS:
-            key.append((kind, value))
-        elif kind is float:  # an invalid argument
-            key.append((kind, str(value)))
-        elif isinstance(value, Integral):
-            key.append((int, int(value)))
-        else:
-            return f"{name} is a {kind.__name__}"
-    if not _FLOATS.issuperset(map(type, numbers)) and (reason := as_floats(op, numbers)):
-        return reason
-    values = tuple(numbers)
-    cases = op.cases(values)
+    if not _FLOATS.issuperset(map(type, numbers)):
+        floats = as_floats(op, numbers)
+        if isinstance(floats, str):
+            return floats
+        numbers = floats
+    cases = op.cases(numbers)
     if isinstance(cases, str):
         return cases
-    key.append(cases)
+    kinds = tuple(map(type, case))  # as True is equal to 1
+    if not _KINDS.issuperset(kinds):
+        integers = _with_integers(op, case)
+        if isinstance(integers, str):
+            return integers
+        case = integers
+    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    key: list[Any] = [op, inplace, grad, torch.get_default_dtype(), cases, case, kinds]
+    for operand, x in zip(op.all_operands, tensors, strict=True):
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if (  # the conditions of layout_reason, without a call for each tensor
+                x.layout is not torch.strided
+                or x.is_neg()
+                or is_zero_tensor(x)
+                or x.is_nested
+                or has_names(x)
+                or is_functorch_wrapped(x)
+                or is_lazy_clone(x)
+            ):
+                return str(layout_reason(operand.name, x))
+            key.append((x.dtype, x.shape, x.stride(), x.device, x.requires_grad))
+        elif x is None:
+            key.append(x)
+        elif kind is float and operand.number:
+            key.append(NUMBER)
+        else:
+            return f"{operand.name} is a {kind.__name__}"
     if inplace:
-        input = arguments[0]
+        input = tensors[0]
         key.append(input.is_leaf or is_view(input))
-    if any_autocast() and not arguments[0].is_meta:  # torch raises for the device "meta"
-        device = arguments[0].device.type
+    if any_autocast() and not tensors[0].is_meta:  # torch raises for the device "meta"
+        device = tensors[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return tuple(key), values
+    return tuple(key), numbers
 
 
-def flat(op: Operator, arguments: Arguments) -> Arguments:
-    """Returns the operands and the fields of the options, or all arguments without options.
-
-    The options of torch's function, which kernels ignore, are left out.
-    """
-    if op.options is None:
-        return arguments
-    return *arguments[: len(op.operands)], *arguments[-1].values()
-
-
-def numbers_of(op: Operator, arguments: Arguments) -> Numbers:
-    """Returns the numbers among valid arguments."""
-    pairs = [
-        (x, s) for x, s in zip(flat(op, arguments), op.scalar_at, strict=True) if s is not None
-    ]
-    numbers = [None if s.tensor and isinstance(x, Tensor) else x for x, s in pairs]
-    as_floats(op, numbers)
-    return tuple(numbers)
-
-
-def as_floats(op: Operator, numbers: list[Any]) -> str | None:
-    """Converts the numbers of a call to floats; returns why a number cannot be converted, or None.
+def as_floats(op: Operator, numbers: Sequence[Any]) -> Numbers | str:
+    """Converts the numbers of a call to floats, or returns why one of them cannot be converted.
 
     A tensor is read if it has one element, unless it requires grad or is on a GPU, where reading
     synchronises.
     """
-    for i, (scalar, value) in enumerate(zip(op.numbers, numbers, strict=True)):
+    floats = list[Any]()
+    for scalar, value in zip(op.numbers, numbers, strict=True):
         name = scalar.name
         if isinstance(value, Tensor):
             is_readable = value.is_cpu and not value.requires_grad and value.numel() == 1
             if not is_readable or layout_reason(name, value) is not None:
                 return f"{name} is a tensor"
-        elif value is None:
-            continue
-        elif not isinstance(value, float if scalar.operand else op.number_types):
+        elif value is not None and not isinstance(value, op.number_types):
             return f"{name} is a {type(value).__name__}"
-        numbers[i] = op.to_number(value)
-    return None
+        floats.append(None if value is None else op.to_number(value))
+    return tuple(floats)
 
 
-def with_specs(op: Operator, arguments: Arguments, numbers: Numbers, inplace: bool) -> Arguments:
-    """Returns the arguments for planning: layouts of tensors, and cases of numbers.
+def _with_integers(op: Operator, case: Case) -> Case | str:
+    """Converts integers of other libraries, or returns why a part of a case has no plan."""
+    converted = list[Any]()
+    for choice, value in zip(op.case, case, strict=True):
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        if choice.of_torch:
+            value = None
+        elif type(value) not in _KINDS and not is_integer:
+            return f"{choice.name} is a {type(value).__name__}"
+        converted.append(int(value) if is_integer else value)
+    return tuple(converted)
+
+
+def with_specs(
+    op: Operator, tensors: Tensors, key: Any, inplace: bool
+) -> tuple[Tensors, Arguments]:
+    """Returns the layouts of the tensors, and the arguments for planning.
 
     A TensorSpec has what `signature` reads of a tensor, so a plan cannot depend on anything else.
     """
-    cases, values = iter(op.cases(numbers)), list[Any]()
-    for value, scalar in zip(flat(op, arguments), op.scalar_at, strict=True):
-        case = None if scalar is None else next(cases)
-        if isinstance(value, Tensor):
-            is_number = scalar is not None and not scalar.tensor
-            spec = TensorSpec(
-                value.dtype, value.shape, value.stride(), value.device, value.requires_grad
-            )
-            values.append(case if is_number else spec)
-        elif scalar is not None:
-            values.append(case)
-        else:
-            is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-            values.append(int(value) if is_integer else value)
+    specs: list[Any] = [spec_of(x) for x in tensors]
     if inplace:
-        is_leaf_or_view = arguments[0].is_leaf or is_view(arguments[0])
-        values[0] = replace(values[0], is_leaf_or_view=is_leaf_or_view)
-    if op.options is None:
-        return tuple(values)
-    count = len(op.operands)
-    return *values[:count], *[None] * (len(arguments) - count - 1), op.options(*values[count:])
+        is_leaf_or_view = tensors[0].is_leaf or is_view(tensors[0])
+        specs[0] = replace(specs[0], is_leaf_or_view=is_leaf_or_view)
+    return specs, op.arguments_of(specs, key[_CASES], key[_CASE])
+
+
+def spec_of(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return None if x is None else NUMBER
+    return TensorSpec(x.dtype, x.shape, x.stride(), x.device, x.requires_grad)
 
 
 def layout_reason(name: str, tensor: Tensor) -> str | None:

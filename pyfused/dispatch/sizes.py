@@ -27,7 +27,7 @@ import torch
 from pyfused import backends
 from pyfused.backends import cpu
 from pyfused.backends.versions import triton_version
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.operator import Case, Operator, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.signature import PLAIN
 
@@ -277,13 +277,13 @@ def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limit
     return factor * first, factor * second
 
 
-def why_small(op: Operator, arguments: Arguments) -> str:
+def why_small(op: Operator, tensors: Tensors, case: Case) -> str:
     """Returns why torch computes a small call, with the numbers that decide on GPUs."""
-    input = arguments[0]
+    input = tensors[0]
     first, second = limits(op, input.is_cpu, input.dtype)
     if input.is_cpu or first == NEVER or not input.numel():
         return SMALL_REASON
-    limit = second if op.takes_second_limit(arguments, FEW_ON_GPU) else first
+    limit = second if op.takes_second_limit(tensors, case, FEW_ON_GPU) else first
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
     if _row(ON_GPU, op):
         return reason
@@ -291,7 +291,7 @@ def why_small(op: Operator, arguments: Arguments) -> str:
     return f"{reason} ({host_us} us for a call on the host, {gb_per_s} GB/s on the GPU)"
 
 
-def is_small(op: Operator, arguments: Arguments, elements: int | None = None) -> bool:
+def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = None) -> bool:
     """Returns whether a call is dispatched to torch's operator because it is small or empty.
 
     It is not called while compiling, because the program would depend on the size.
@@ -299,7 +299,7 @@ def is_small(op: Operator, arguments: Arguments, elements: int | None = None) ->
     Args:
         elements: The number of elements of the call, None to compute it.
     """
-    input = arguments[0]
+    input = tensors[0]
     if elements is None:
         if type(input) not in PLAIN or input.is_nested:
             return False
@@ -307,11 +307,11 @@ def is_small(op: Operator, arguments: Arguments, elements: int | None = None) ->
         if type(elements) is not int:  # torch.jit.trace returns a tensor
             return False
         if op.broadcast:
-            other = arguments[op.broadcast[0]]
+            other = tensors[op.broadcast[0]]
             if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
-                elements = op.elements(arguments)
+                elements = op.elements(tensors)
         elif op.is_linear:
-            elements = op.elements(arguments)
+            elements = op.elements(tensors)
     if elements == 0 or FORCED is not None:
         return elements == 0
     on_cpu = input.is_cpu
@@ -319,4 +319,4 @@ def is_small(op: Operator, arguments: Arguments, elements: int | None = None) ->
     if (elements < first) == (elements < second):  # the common case
         return elements < first
     few = VECTOR // min(input.element_size(), 4) - 1 if on_cpu else FEW_ON_GPU
-    return elements < (second if op.takes_second_limit(arguments, few) else first)
+    return elements < (second if op.takes_second_limit(tensors, case, few) else first)

@@ -37,11 +37,11 @@ class Method(NamedTuple):
 
 @dataclass(eq=False)
 class Kernel:
-    """The formula of an operator for one combination of its bool and string options.
+    """The formula of an operator for one combination of its choices.
 
     Attributes:
         name: The name of the C++ kernel.
-        case: The case of each scalar of the operator; NUMBER if it is a parameter of the kernel.
+        case: The case of each parameter of the formula; NUMBER if it is one of the kernel.
         trace: Traces the formula. A loss has one method; an activation has forward and backward.
     """
 
@@ -73,8 +73,8 @@ class Kernel:
         ((_, e, results),) = self.methods
         return program_of(self.name, e, results, outputs, len(self.parameters))
 
-    def scalars(self, parameters: Sequence[Any]) -> list[Any]:
-        """Returns the operator's scalars, with the parameters filled in."""
+    def arguments(self, parameters: Sequence[Any]) -> list[Any]:
+        """Returns the formula's parameters, with those of the kernel filled in."""
         remaining = iter(parameters)
         return [next(remaining) if value is NUMBER else value for value in self.case.values()]
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Arguments, Numbers, Operator, grad_enabled
-from pyfused.dispatch.plan import Forward, Plan, Tensors, needs_grad
+from pyfused.dispatch.operator import (
+    Arguments,
+    Case,
+    Numbers,
+    Operator,
+    Tensors,
+    grad_enabled,
+    parameters_of,
+)
+from pyfused.dispatch.originals import F
+from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.layout import is_dense
@@ -27,10 +36,10 @@ class Activation(Operator):
     """An elementwise function of one tensor.
 
     Attributes:
-        formula: The function in torch's operators, of the input and the scalars.
-        gradient: The gradient of the input, given grad_output, the saved tensor and the scalars.
-            None derives it from the formula, if the input is saved.
-        checks: Whether torch's Python function raises for scalars that the built-in one accepts.
+        formula: The function in torch's operators, of the input, the numbers and the case.
+        gradient: The gradient of the input, given grad_output, the saved tensor, the numbers and
+            the case. None derives it from the formula, if the input is saved.
+        checks: Whether torch's Python function raises for numbers that the built-in one accepts.
         saves: The tensor that the gradient is computed from, "input" or "output". Saving the output
             lets the input's memory be freed, or be overwritten.
     """
@@ -44,52 +53,48 @@ class Activation(Operator):
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves == "output":
             raise TypeError(f"{self.name}: expected a gradient with saves='output', got None")
-        if self.definition is None and not hasattr(F, self.name):
-            self.definition = self.definition_of(self.formula)
         super().__post_init__()
-        self.builtin_ = self.reference_
-        if self.definition is None and not self.checks:
-            self.builtin = _built_in(self.name, self.reference)
-            self.builtin_ = _built_in(f"{self.name}_", self.reference_)
-        if self.reference_ is self.reference:  # it has no parameter `inplace`
-            self.reference_ = self.builtin_
-        if any(scalar.words for scalar in self.scalars) and self.fallback_reason is None:
+        function = getattr(F, self.name) if self.in_torch else self.formula
+        self.torch = function if self.torch is None else self.torch
+        takes_inplace = self.in_torch and "inplace" in _parameters(function)
+        self.torch_ = partial(function, inplace=True) if takes_inplace else self.torch
+        if self.in_torch and not self.checks:
+            if self.fast is None:
+                self.fast = _built_in(self.name, function)
+                self.fast_ = _built_in(f"{self.name}_", None)
+            if not takes_inplace and self.fast_ is not None:
+                self.torch_ = self.fast_
+        if any(choice.values for choice in self.case) and self.fallback_reason is None:
             self.fallback_reason = self._invalid_word
 
     def _invalid_word(self, *arguments: Any) -> str | None:
-        for index, scalar in self.indexed_scalars:
-            if scalar.words and arguments[index] not in scalar.words:
-                return f"{scalar.name} is {arguments[index]!r}"
+        for choice, value in zip(self.case, arguments[1 + len(self.numbers) :], strict=True):
+            if value not in choice.values:
+                return f"{choice.name} is {value!r}"
         return None
 
     def invalid_number(self, scalar: Scalar, value: Any) -> str:
         return f"{scalar.name} is {value!r}"
 
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient is needed. oneDNN, which computes torch's, has no tanh."""
-        return self.needs_no_gradient(arguments) and "tanh" not in arguments[1:]
+        return self.needs_no_gradient(tensors) and "tanh" not in case
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
         """Returns the gradient in torch's operators."""
         if self.saves == "output":
             assert self.gradient is not None
             return self.gradient(grad_output, saved, *options)
-        function = lambda input: self.reference(input, *options)  # noqa: E731
+        function = lambda input: self.torch(input, *options)  # noqa: E731
         (gradient,) = differentiate(function, (saved,), (True,), grad_output)
         assert gradient is not None
         return gradient
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
         input, *cases = arguments
-        kernel = self.kernels[self.kernel_of([arguments[i] for i, _ in self.indexed_scalars])]
-        backend = backend_of(input)
-
-        pairs = list(zip(cases, self.scalar_at[1:], strict=True))
-
-        def options(numbers: Numbers) -> Sequence[Any]:
-            values = iter(numbers)
-            return [case if scalar is None else next(values) for case, scalar in pairs]
-
+        kernel, backend = self.kernels[self.kernel_of(cases)], backend_of(input)
+        case = cases[len(self.numbers) :]
+        options = lambda numbers: (*numbers, *case)  # noqa: E731
         prepare = lambda x: backend.activation(kernel, x, inplace)  # noqa: E731
         return activation_plan(self, input, options, prepare, inplace)
 
@@ -102,10 +107,10 @@ class Activation(Operator):
         """Traces the forward and the backward function of one element."""
 
         def forward(leaves: list[Tensor], numbers: list[Tensor], _: Tensor) -> list[Tensor | None]:
-            return [self.formula(*leaves, *kernel.scalars(numbers))]
+            return [self.formula(*leaves, *kernel.arguments(numbers))]
 
         def backward(leaves: list[Tensor], numbers: list[Tensor], _: Tensor) -> list[Tensor | None]:
-            (grad_output, saved), scalars = leaves, kernel.scalars(numbers)
+            (grad_output, saved), scalars = leaves, kernel.arguments(numbers)
             if self.gradient is not None:
                 return [self.gradient(grad_output, saved, *scalars)]
             return trace.gradients_of(self.formula(saved, *scalars), [saved], grad_output)
@@ -129,10 +134,13 @@ class Activation(Operator):
         return None
 
 
-def _built_in(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns torch's built-in function, which has less overhead, or else the Python function."""
-    function: Callable[..., Tensor] = getattr(torch, name, None) or built_in(name, reference)
-    return function
+def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    return parameters_of(function) if isinstance(function, FunctionType) else {}
+
+
+def _built_in(name: str, function: Any) -> Any:
+    """Returns torch's built-in function, which has less overhead, or else the given one."""
+    return getattr(torch, name, None) or built_in(name, function)
 
 
 def activation_plan(
@@ -164,7 +172,7 @@ def activation_plan(
         name=op.name,
         backend=backend_of(input),
         needs=needs_grad((input,)),
-        arrange=lambda arguments: arguments[:1] if dtype is None else (arguments[0].to(dtype),),
+        arrange=None if dtype is None else lambda tensors, _: (tensors[0].to(dtype),),
         forward=forward,
         backward=lambda saved, numbers, grad: (kernels[0][1](grad, saved[0], numbers),),
         define=lambda saved, numbers, grad: (

@@ -19,14 +19,8 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
-from pyfused.dispatch.operator import Arguments, Numbers, Operator
-from pyfused.dispatch.plan import (
-    Plan,
-    Tensors,
-    gradients_in_forward,
-    loss_passes,
-    needs_grad,
-)
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Operator, Tensors
+from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes, needs_grad
 from pyfused.layout import accumulate_dtype, is_dense
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.types import Gradients, MarginOptions, Outputs, VocabOptions
@@ -44,33 +38,38 @@ class ClassLoss(Operator):
     check_arguments: Callable[..., None]
     kernel: Callable[[Backend], Callable[..., LossKernel]]
 
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
-        return checks.classes_of(arguments[0]) <= few
+    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
+        return checks.classes_of(tensors[0]) <= few
 
     @abstractmethod
     def options_of(self, arguments: Arguments) -> VocabOptions:
-        """Returns the options, given the arguments of torch's function."""
+        """Returns the options, given the arguments for planning."""
 
     def options_of_call(self, options: Any, _: Numbers, *_tensors: Tensor | None) -> Any:
         """Returns the options that a plan has kept, with the numbers and tensors of a call."""
         return options
 
-    def tensors(self, arguments: Arguments) -> Tensors:
+    def kernel_tensors(self, tensors: Tensors, _: Numbers = ()) -> Tensors:
         """Returns the input, the target, and weight, token_weight and denominator or None."""
-        return *arguments[:3], None, None
+        return *tensors[: len(self.operands)], *(None,) * (5 - len(self.operands))
+
+    def arrange_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
+        """Returns the function `arrange` of a plan, given the arguments for planning."""
+        return self.kernel_tensors
 
     def checked(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the input, the target, the weight or None, and the options.
 
         Raises for invalid types, shapes, dtypes and options. Kernels check class indices.
         """
-        operands, options = self.tensors(arguments)[:3], self.options_of(arguments)
+        operands = *arguments[: len(self.operands)], *(None,) * (3 - len(self.operands))
+        options = self.options_of(arguments)
         checks.reduction(options.reduction)
         self.check_arguments(*operands, options)
         return *operands, options
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
-        """Checks a call, and returns the plan of its signature, whose tensors are `tensors`."""
+        """Checks a call, and returns the plan of its signature."""
         *operands, options = self.checked(arguments)
         input, target, _ = operands
         layouts: list[Any] = [None if x is None else x.empty() for x in operands]
@@ -82,8 +81,8 @@ class ClassLoss(Operator):
         if inplace and not is_dense(layouts[0]):  # backward could not scale the gradient
             in_forward = False
 
-        def arrange(arguments: Arguments) -> Tensors:
-            tensors = self.tensors(arguments)
+        def arrange(tensors: Tensors, _: Numbers) -> Tensors:
+            tensors = self.kernel_tensors(tensors)
             return *self.arranged(tensors[:3]), *tensors[3:]
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> LossKernel:
@@ -108,7 +107,7 @@ class ClassLoss(Operator):
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=arrange if converts else self.tensors,
+            arrange=arrange if converts else self.arrange_of(arguments),
             forward=forward,
             backward=backward,
             define=define,
@@ -133,14 +132,11 @@ class ClassLoss(Operator):
         target = target.to(torch.int64)
         return input, target.reshape(()) if input.dim() == 1 else target, weight
 
+    @abstractmethod
     def definition_loss(
         self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
     ) -> Tensor:
         """Returns the loss, computed by torch's operators."""
-        given = {name: getattr(options, name) for name in self.arguments if hasattr(options, name)}
-        if weight is not None:
-            given["weight"] = weight
-        return self.reference(input, target, **given)
 
     def check(self, arguments: Arguments) -> None:
         input, target, _, options = self.checked(arguments)
@@ -158,12 +154,18 @@ class NllLoss(ClassLoss):
 
     strategy = "one element of a row"
 
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
         """Returns whether no gradient is needed: forward only reads one element of each row."""
-        return self.needs_no_gradient(arguments)
+        return self.needs_no_gradient(tensors)
 
     def options_of(self, arguments: Arguments) -> VocabOptions:
-        return VocabOptions(arguments[4], self.reduction(arguments))
+        return VocabOptions(*arguments[-2:])
+
+    def definition_loss(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
+    ) -> Tensor:
+        loss: Tensor = self.torch(input, target, weight, options.ignore_index, options.reduction)
+        return loss
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -172,16 +174,21 @@ class MultiMarginLoss(ClassLoss):
 
     strategy = "row by row"
 
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
+    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
         """Returns whether rows are shorter than a vector of any width."""
-        return super().takes_second_limit(arguments, 15)
-
-    def tensors(self, arguments: Arguments) -> Tensors:
-        return *arguments[:2], arguments[4], None, None
+        return super().takes_second_limit(tensors, case, 15)
 
     def options_of(self, arguments: Arguments) -> VocabOptions:
-        _, _, p, margin, *_ = arguments
-        return MarginOptions(reduction=self.reduction(arguments), p=p, margin=margin)
+        margin, p, reduction = arguments[-3:]
+        return MarginOptions(reduction=reduction, p=p, margin=margin)
+
+    def definition_loss(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
+    ) -> Tensor:
+        loss: Tensor = self.torch(
+            input, target, weight, options.margin, options.p, options.reduction
+        )
+        return loss
 
     def options_of_call(self, options: Any, numbers: Numbers, *_tensors: Tensor | None) -> Any:
         return replace(options, margin=numbers[0]) if numbers else options
@@ -191,14 +198,14 @@ class MultiMarginLoss(ClassLoss):
         return input.reshape(-1, input.shape[-1]), target.to(torch.int64).reshape(-1), weight
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
-        def finish(loss: Tensor, arguments: Arguments) -> Tensor:
-            return loss.reshape(self.loss_shape(arguments)) if loss.dim() else loss
+        def finish(loss: Tensor, tensors: Tensors) -> Tensor:
+            return loss.reshape(self.loss_shape(tensors)) if loss.dim() else loss
 
         return replace(super().plan(arguments, inplace), finish=finish)
 
-    def loss_shape(self, arguments: Arguments) -> torch.Size:
+    def loss_shape(self, tensors: Tensors) -> torch.Size:
         """Returns the shape of the unreduced loss."""
-        shape: torch.Size = arguments[1].shape
+        shape: torch.Size = tensors[1].shape
         return shape
 
 
@@ -206,19 +213,25 @@ class MultiMarginLoss(ClassLoss):
 class MultilabelMarginLoss(MultiMarginLoss):
     """The margin loss of rows with several labels, which end at the first -1."""
 
-    def tensors(self, arguments: Arguments) -> Tensors:
-        return *arguments[:2], None, None, None
-
     def options_of(self, arguments: Arguments) -> VocabOptions:
-        return MarginOptions(reduction=self.reduction(arguments))
+        return MarginOptions(reduction=arguments[-1])
+
+    def definition_loss(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,  # noqa: ARG002
+        options: Any,
+    ) -> Tensor:
+        return self.torch(input, target, options.reduction)  # type: ignore[no-any-return]
 
     def arranged(self, tensors: Tensors) -> Tensors:
         input, target, _ = tensors
         classes = input.shape[-1]
         return input.reshape(-1, classes), target.reshape(-1, classes), None
 
-    def loss_shape(self, arguments: Arguments) -> torch.Size:
-        shape: torch.Size = arguments[0].shape
+    def loss_shape(self, tensors: Tensors) -> torch.Size:
+        shape: torch.Size = tensors[0].shape
         return shape[:-1]
 
     def compiled(self, arguments: Arguments) -> Tensor:
@@ -229,7 +242,7 @@ class MultilabelMarginLoss(MultiMarginLoss):
         input, target, _, options = self.checked(arguments)
         input = input.to(autocast_dtype(input.dtype, input.device))
         operator = custom_operator(self.name)
-        loss: Tensor = operator(input, target, None, None, options.reduction)
+        loss: Tensor = operator(input, target, options.reduction)
         return loss
 
     def fake(self, arguments: Arguments) -> Tensor:

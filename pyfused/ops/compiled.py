@@ -5,23 +5,23 @@ Importing this module registers them, which takes longer than importing the rest
 
 Each operator has two: ``name`` computes the result and ``name_backward`` the gradients, because a
 custom operator must not return what it saved. Both run the functions of the operator's plan. Their
-schema follows from the operator's declaration and from the fields of its options.
+arguments are the tensors, the numbers and the case of a call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfused.dispatch import call as dispatch
-from pyfused.dispatch.operator import Arguments, Numbers
+from pyfused.dispatch import run as dispatch
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Tensors
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.plan import Plan
-from pyfused.dispatch.signature import numbers_of, signature, with_specs
+from pyfused.dispatch.signature import signature, spec_of
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.layout import is_dense
 from pyfused.ops import custom_operators
@@ -31,17 +31,26 @@ from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.ops.row_loss import RowLoss
+from pyfused.ops.vocab_operator import VocabOperator
 from pyfused.types import Gradients
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_NO_DEFAULT = {"size_average": "bool?", "reduce": "bool?"}
+# The types of the parts of a case; the others are bool.
+_TYPES = {
+    "reduction": "str",
+    "remainder": "str",
+    "ignore_index": "int",
+    "p": "int",
+    "memory_budget": "int?",
+    "loss_dtype": "ScalarType?",
+}
 
 
 class CompiledOperator:
     """The custom operators of an operator.
 
-    They take the values of the schema: the operator's arguments, with the fields of the options in
-    place of an options object. The tensors that may need gradients come first.
+    They take the values of the schema: the tensors, numbers and case of a call in one tuple. The
+    tensors that may need gradients come first.
 
     Attributes:
         differentiable: The number of these tensors.
@@ -87,47 +96,51 @@ class CompiledOperator:
             f"{NAMESPACE}::{self.name}", self.backward, setup_context=self.save, lib=_LIBRARY
         )
 
-    # ---- the operator's arguments and plan -------------------------------------------------------
+    # ---- the call and its plan -------------------------------------------------------------------
 
-    def arguments(self, values: Sequence[Any]) -> Arguments:
-        """Returns the operator's arguments, given the values of the schema."""
-        op = self.op
-        if op.options is None:
-            return tuple(values)
-        count = len(op.operands)
-        options = op.options(*values[count:])
-        # torch's own options, which only linear_cross_entropy has, are None.
-        return *values[:count], *[None] * (len(op.arguments) - count - 1), options
+    def call_of(self, values: Sequence[Any]) -> tuple[Tensors, Numbers, Case]:
+        """Returns the tensors, numbers and case of a call, given the values of the schema."""
+        first = len(self.op.all_operands)
+        end = first + len(self.op.numbers)
+        numbers = tuple([None if x is None else float(x) for x in values[first:end]])
+        case = *values[end:], *[None] * sum(choice.of_torch for choice in self.op.case)
+        return values[:first], numbers, case
 
-    def plan(self, arguments: Arguments, needs: Sequence[bool]) -> tuple[Plan, Numbers]:
-        """Returns the plan of the arguments' signature, kept with the plans of eager calls.
+    def plan(
+        self, tensors: Tensors, numbers: Numbers, case: Case, needs: Sequence[bool]
+    ) -> tuple[Plan, Numbers]:
+        """Returns the plan of the call's signature, kept with the plans of eager calls.
 
-        Also returns the numbers among the arguments.
+        Also returns the numbers for kernels.
 
         Args:
             needs: Whether each of the first tensors needs a gradient.
         """
-        signed = signature(self.op, arguments, False)
-        if isinstance(signed, str):  # a mode is active, for example
-            key, numbers = None, numbers_of(self.op, arguments)
-        else:
+        signed = signature(self.op, tensors, numbers, case, False)
+        key = None  # if a mode is active, for example
+        if not isinstance(signed, str):
             key, numbers = (*signed[0], "compiled", *needs), signed[1]
         plan: Plan | None = dispatch.find_plan(key)
         if plan is None:
             results = {"results": 0} if isinstance(self.op, LogProbsOperator) else {}
-            specs = list(with_specs(self.op, arguments, numbers, False))
+            specs: list[Any] = [spec_of(x) for x in tensors]
             for i, need in enumerate(needs):
                 if specs[i] is not None:
                     specs[i] = replace(specs[i], requires_grad=need)
-            for i, operand in self.op.indexed_operands:
+            for i, operand in enumerate(self.op.operands):
                 # Class weights may differ in dtype under autocast, which is disabled here.
                 if operand.name == "weight" and specs[i] is not None:
                     specs[i] = replace(specs[i], dtype=specs[0].dtype)
+            arguments = self.op.arguments_of(specs, self.op.cases(numbers), case)
             with torch.enable_grad():  # the compiler disables it, and says which are needed
-                plan = self.op.plan(tuple(specs), False, **results)
+                plan = self.op.plan(arguments, False, **results)
             if key is not None:
                 dispatch.keep_plan(key, plan)
         return plan, numbers
+
+    def arguments(self, values: Sequence[Any]) -> Arguments:
+        """Returns the arguments as the operator's methods for planning take them."""
+        return self.op.arguments_of(*self.call_of(values))  # type: ignore[no-any-return]
 
     def gradients(
         self, values: Sequence[Any], needs: Sequence[bool], grad_output: Tensor, define: bool
@@ -141,9 +154,9 @@ class CompiledOperator:
         state = None
         if self.state is not None:
             *values, state = values
-        arguments = self.arguments(values)
-        plan, numbers = self.plan(arguments, needs)
-        saved = plan.arrange(arguments)
+        tensors, numbers, case = self.call_of(values)
+        plan, numbers = self.plan(tensors, numbers, case, needs)
+        saved = tensors if plan.arrange is None else plan.arrange(tensors, numbers)
         if isinstance(self.op, RowLoss):
             saved = *saved, state
         elif isinstance(self.op, LogProbsOperator):
@@ -161,19 +174,22 @@ class CompiledOperator:
         needs: Sequence[bool] = (False,) * self.differentiable
         if self.in_forward:
             *values, needs = values
-        arguments = self.arguments(values)
-        plan, numbers = self.plan(arguments, needs)
-        output, saved, gradients = plan.forward(plan.arrange(arguments), numbers)
+        tensors, numbers, case = self.call_of(values)
+        plan, numbers = self.plan(tensors, numbers, case, needs)
+        arranged = tensors if plan.arrange is None else plan.arrange(tensors, numbers)
+        output, saved, gradients = plan.forward(arranged, numbers)
         if not self.in_forward:
             # The dtype of other results depends on autocast, so that the caller converts them.
-            finishes = self.op.options is None and plan.finish is not None
-            return plan.finish(output, arguments) if finishes else output  # type: ignore[misc]
+            finishes = not isinstance(self.op, VocabOperator) and plan.finish is not None
+            return plan.finish(output, tensors) if finishes else output  # type: ignore[misc]
         loss, state = output if isinstance(output, tuple) else (output, None)
         if any(needs) and not gradients:
             gradients = plan.backward(saved, numbers, loss.new_ones(()))
         results = [loss, *self.dense_gradients(gradients, values)]
         if self.state is not None:
-            results.append(self.op.fake_state(arguments).zero_() if state is None else state)
+            results.append(
+                self.op.fake_state(self.arguments(values)).zero_() if state is None else state
+            )
         return tuple(results)
 
     def run_backward(self, grad_output: Tensor, *values: Any) -> Any:
@@ -263,23 +279,16 @@ def _dense_like(gradient: Tensor, tensor: Tensor) -> Tensor:
     return gradient if gradient.stride() == empty.stride() else empty.copy_(gradient)
 
 
-def _schema_type(annotation: str) -> str:
-    """Returns the type of an option's field in a schema."""
-    if annotation == "float | Tensor | None":
-        return "float?"  # compiled calls with a tensor fall back
-    return annotation.replace(" | None", "?").replace("torch.dtype", "ScalarType")
-
-
 def _schema(op: Any) -> list[str]:
-    types = {s.name: "bool" if s.flag else "float?" if s.optional else "float" for s in op.scalars}
-    types |= {s.name: "str" for s in op.scalars if s.words}
-    types |= {o.name: "Tensor?" if o.optional else "Tensor" for o in op.operands}
-    if op.options is not None:
-        operands = [f"{types[operand.name]} {operand.name}" for operand in op.operands]
-        return operands + [f"{_schema_type(str(x.type))} {x.name}" for x in fields(op.options)]
-    for name, default in zip(op.arguments[1:], op.defaults, strict=True):
-        types.setdefault(name, _NO_DEFAULT.get(name, type(default).__name__))
-    return [f"{types[name]} {name.lstrip('_')}" for name in op.arguments]
+    tensors = [f"{'Tensor?' if x.optional else 'Tensor'} {x.name}" for x in op.operands]
+    factors = [f"Tensor? {x.name}_tensor" for x in op.factors]
+    numbers = [f"{'float?' if x.optional else 'float'} {x.name}" for x in op.numbers]
+    case = []
+    for choice in op.case:
+        if not choice.of_torch:
+            is_word = choice.values and isinstance(choice.values[0], str)
+            case.append(f"{'str' if is_word else _TYPES.get(choice.name, 'bool')} {choice.name}")
+    return [*tensors, *factors, *numbers, *case]
 
 
 for _op in OPERATORS.values():

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.dispatch.call import call, decide
-from pyfused.dispatch.operator import Arguments, Numbers, Operator
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Operator, Tensors
+from pyfused.dispatch.run import decide, run
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
 
@@ -19,36 +19,37 @@ class Composed(Operator):
 
     Attributes:
         of: The other loss, which has a kernel.
-        given: Returns the arguments of the other loss, given the arguments of this one.
+        given: Returns the tensors, numbers and case of the other loss, given the arguments.
         finish: Returns the result, given the other loss and the arguments.
     """
 
     of: PointwiseLoss
-    given: Callable[..., Arguments]
+    given: Callable[..., tuple[Tensors, Numbers, Case]]
     finish: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.broadcast = (1,)  # the target
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Arguments, Numbers], Tensor]:  # noqa: ARG002
-        def run(arguments: Arguments, _numbers: Numbers) -> Tensor:
-            base_arguments = self.given(*arguments)
-            _, kernel, numbers = decide(self.of, base_arguments, inplace)
-            if kernel is None:
-                loss = call(self.of, base_arguments)
-            else:
-                loss = kernel(base_arguments, numbers)
+    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Tensors, Numbers], Tensor]:
+        case = arguments[len(self.all_operands) + len(self.numbers) :]
+
+        def compute(tensors: Tensors, numbers: Numbers) -> Tensor:
+            arguments = *tensors, *numbers, *case
+            call = self.given(*arguments)
+            _, kernel, base_numbers = decide(self.of, *call, inplace)
+            loss = run(self.of, *call) if kernel is None else kernel(call[0], base_numbers)
             return self.finish(loss, *arguments)
 
-        return run
+        return compute
 
     def compiled(self, arguments: Arguments) -> Tensor:
-        self.check_scalars(arguments)
-        return self.finish(call(self.of, self.given(*arguments)), *arguments)
+        self.check_numbers(arguments)
+        return self.finish(run(self.of, *self.given(*arguments)), *arguments)
 
     def check(self, arguments: Arguments) -> None:
-        self.check_scalars(arguments)
+        self.check_numbers(arguments)
         super().check(arguments)
         checks.broadcasting(input=arguments[0], target=arguments[1])
-        self.of.check(self.given(*arguments))
+        tensors, numbers, case = self.given(*arguments)
+        self.of.check((*tensors, *numbers, *case))

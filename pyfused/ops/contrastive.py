@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.operator import Arguments, Case, Operand, Tensors
 from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
@@ -75,25 +74,21 @@ class Contrastive(RowLoss):
     """
 
     options = VocabOptions
+    factors: ClassVar[tuple[Operand, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.is_linear = True
 
-    def bind(self, *_: Any, **kwargs: Any) -> Arguments:
-        operands = [kwargs.pop(operand.name, None) for operand in self.operands]
-        operands[2:] = [float(x) if isinstance(x, Real) else x for x in operands[2:]]
-        return *operands, VocabOptions(**kwargs)
-
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        return arguments[2] is not None
+    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
+        return tensors[2] is not None
 
     def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
         needs_a, needs_b, needs_bias, needs_scale = needs_grad(arguments[:4])
         return needs_a or needs_scale, needs_b, needs_bias
 
-    def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
-        a, b, bias, scale, _ = arguments
+    def to_rows(self, tensors: Tensors, options: VocabOptions) -> tuple[Any, ...]:  # noqa: ARG002
+        a, b, bias, scale = tensors
         a = in_autocast_dtype(a)
         x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
         if bias is not None:
@@ -183,9 +178,9 @@ def _sigmoid(tensors: Sequence[Any], args: LossArgs) -> LossResult:
     def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)
         z.diagonal(block.rows.start).neg_()
-        operands = z, z.new_full((), -1.0).expand_as(z), None, None
+        operands = z, z.new_full((), -1.0).expand_as(z)
         launch = SOFT_MARGIN_LOSS.prepared(
-            backend, operands, (), options.reduction, kernel_outputs, divisor, None
+            backend, operands, None, (), options.reduction, kernel_outputs, divisor, None
         )
         loss, (gradient, _) = launch(operands, ())
         loss = loss.sum(1) if loss is not None and loss.dim() else loss

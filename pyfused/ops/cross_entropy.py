@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import backend_of, cpu
-from pyfused.dispatch.call import decide, is_compiled
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     Arguments,
     Numbers,
+    Tensors,
     grad_enabled,
-    parameters_of,
-    reduction_of,
 )
-from pyfused.dispatch.plan import Forward, Plan, Tensors
+from pyfused.dispatch.originals import F
+from pyfused.dispatch.plan import Forward, Plan
+from pyfused.dispatch.run import decide, is_compiled
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
 from pyfused.ops.class_loss import ClassLoss
@@ -38,8 +38,6 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import CrossEntropyOptions
 
-_TORCH_PARAMETERS = tuple(parameters_of(F.cross_entropy))
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(ClassLoss, ShardedOperator):
@@ -49,43 +47,50 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reference = self.reference
-        built_in_loss = built_in("cross_entropy_loss", reference)
+        self.fast = self.compute_small
+        self.built_in_loss = built_in("cross_entropy_loss", F.cross_entropy)
 
-        def builtin(
-            input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
-        ) -> Any:
-            reduction = REDUCTIONS.get(options.reduction)
-            if reduction is None or type(target) is not Tensor or not options.is_plain():
-                return reference(input, target, weight, options)
-            is_index = target.dtype is torch.int64
-            if (
-                is_index
-                and input.requires_grad
-                and _ignores_rows(input, target, options.ignore_index)
-            ):
-                arguments = input, target, weight, options
-                _, run, numbers = decide(self, arguments, False)
-                if run is not None:  # a kernel is faster than masking by torch's operators
-                    return run(arguments, numbers)
-                input = definitions.without_ignored(input, target, options.ignore_index)
-            index, smoothing = options.ignore_index, options.label_smoothing
-            return built_in_loss(input, target, weight, reduction, index, smoothing)
+    def compute_small(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        token_weight: Tensor | None,
+        tensor: Tensor | None,
+        *rest: Any,
+    ) -> Any:
+        """Returns the result of a small call, by a kernel if torch would have to mask rows.
 
-        self.builtin = self.builtin_ = builtin
+        Args:
+            tensor: The denominator, if it is a tensor.
+        """
+        denominator, softcap, temperature, label_smoothing, gamma, z_loss, scale, _, *case = rest
+        ignore_index, reduction, _, loss_dtype, with_metrics = case
+        number = REDUCTIONS.get(reduction)
+        if (
+            not token_weight is tensor is denominator is softcap is loss_dtype is None
+            or not type(temperature) is type(gamma) is type(z_loss) is type(scale) is float
+            or (temperature, gamma, z_loss, scale) != (1.0, 0.0, 0.0, 1.0)
+            or with_metrics
+            or number is None
+            or type(target) is not Tensor
+        ):
+            return self.torch(input, target, weight, token_weight, tensor, *rest)
+        is_index = target.dtype is torch.int64
+        if is_index and input.requires_grad and _ignores_rows(input, target, ignore_index):
+            tensors = input, target, weight, None, None
+            _, kernel, floats = decide(self, tensors, rest[:-5], rest[-5:], False)
+            if kernel is not None:
+                return kernel(tensors, floats)
+            input = definitions.without_ignored(input, target, ignore_index)
+        return self.built_in_loss(input, target, weight, number, ignore_index, label_smoothing)
 
     def runs_small_call(self, arguments: Arguments) -> bool:
+        """Returns whether a kernel computes a call that is small enough for torch's operator."""
         input, target, _, options = arguments
         has_gradient = type(target) is Tensor and input.requires_grad and options.is_plain()
         is_index = has_gradient and target.dtype is torch.int64
         return is_index and _ignores_rows(input, target, options.ignore_index)
-
-    def bind(self, *args: Any, **kwargs: Any) -> Arguments:
-        kwargs |= dict(zip(_TORCH_PARAMETERS, args, strict=False))
-        legacy = kwargs.pop("size_average", None), kwargs.pop("reduce", None)
-        reduction = reduction_of(*legacy, kwargs.pop("reduction", "mean"))
-        tensors = kwargs.pop("input"), kwargs.pop("target"), kwargs.pop("weight", None)
-        return *tensors, CrossEntropyOptions(reduction=reduction, **kwargs)
 
     def options_of(self, arguments: Arguments) -> CrossEntropyOptions:
         options: CrossEntropyOptions = arguments[-1]
@@ -99,13 +104,14 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     ) -> Tensor:
         if options.is_plain():  # the definition of other options masks ignored rows itself
             input = definitions.without_ignored(input, target, options.ignore_index)
-        return self.reference(input, target, weight, options)
+        loss: Tensor = self.definition(input, target, weight, options)
+        return loss
 
     def plan(self, arguments: Arguments, inplace: bool) -> Any:
         options = arguments[-1]
         if options.softcap is not None:
             self.checked(arguments)
-            return self._softcap_loss
+            return partial(self._softcap_loss, options)
         plan = super().plan(arguments, inplace)
         return self._with_metrics(plan, arguments) if options.with_metrics else plan
 
@@ -120,29 +126,33 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             loss, saved, gradients = plan.forward(tensors, numbers)
             return (loss, state), saved, gradients
 
-        def finish(results: Any, arguments: Arguments) -> tuple[Tensor, metrics.Metrics]:
-            (loss, state), target = results, arguments[1]
+        def finish(results: Any, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
+            (loss, state), target = results, tensors[1]
             if not target.is_floating_point():  # probabilities need no copy of the logits here
-                _, target, _ = self.arranged(arguments[:3])
+                _, target, _ = self.arranged(tensors[:3])
             return loss, metrics.of_state(state, target, options.ignore_index, dtype)
 
         return replace(plan, forward=forward, finish=finish)
 
-    def tensors(self, arguments: Arguments) -> Tensors:
-        *operands, options = arguments
-        if options.token_weight is None and options.denominator is None:  # the common case
-            return *operands, None, None
-        return *operands, *checks.option_tensors(options)
+    def arrange_of(self, arguments: Arguments) -> Any:
+        has_factors = any(x is not None for x in arguments[-1].plan_tensors())
+        return self.kernel_tensors if has_factors else None
+
+    def kernel_tensors(self, tensors: Tensors, _: Numbers = ()) -> Tensors:
+        return *tensors[:3], *checks.factors(*tensors[3:])
 
     def compute_shard(self, arguments: Arguments, shard: LocalShard | None) -> Any:
         input, target, weight, options = arguments
         return shards.cross_entropy((input, target), weight, options, shard)
 
-    def _softcap_loss(self, arguments: Arguments, _numbers: Numbers) -> Any:
+    def _softcap_loss(self, planned: Any, tensors: Tensors, numbers: Numbers) -> Any:
         """Returns the loss of capped logits, computed from the state of rows."""
-        input, target, weight, *_ = self.tensors(arguments)
-        target = target.reshape(loss_shape(input, "none"))
-        return self.compute_shard((input, target, weight, arguments[-1]), None)
+        input, target, weight, *factors = self.kernel_tensors(tensors)
+        options, target = (
+            planned.of_call(numbers, *factors),
+            target.reshape(loss_shape(input, "none")),
+        )
+        return self.compute_shard((input, target, weight, options), None)
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)
@@ -151,7 +161,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         dtype = self.result_dtype(operands[0], options, tensors[0].dtype)
         # The operator runs without autocast, on which the dtype of the result may depend.
         options = replace(options, loss_dtype=accumulate_dtype(tensors[0].dtype))
-        loss: Tensor = operator(*tensors, *options.values())
+        tensors, numbers, case = self.call_of(tensors, options)
+        loss: Tensor = operator(*tensors, *numbers, *case)
         return loss if loss.dtype is dtype else loss.to(dtype)
 
     def fake(self, arguments: Arguments) -> Tensor:

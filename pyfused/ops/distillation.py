@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend
-from pyfused.backends.protocol import LossKernel, LossResult, Numbers
+from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.operator import Arguments, Tensors
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
@@ -206,22 +206,6 @@ class Divergence(RowLoss):
     options = DivergenceOptions
     strategy = "row by row"
 
-    def bind(self, *_: Any, **kwargs: Any) -> Arguments:
-        dim = kwargs.pop("dim", None)
-        teacher_requires_grad = kwargs.pop("teacher_requires_grad", False)
-        tensors = [kwargs.pop(operand.name, None) for operand in self.operands]
-        for i, operand in enumerate(self.operands if self.student == 1 else ()):
-            x = tensors[i]
-            if dim is not None or (isinstance(x, Tensor) and x.dim() > 2):
-                tensors[i] = checks.classes_at(-1, operand.name, x, dim)
-        for i in range(self.student, 0 if teacher_requires_grad else len(tensors)):
-            if isinstance(tensors[i], Tensor) and tensors[i].requires_grad:
-                tensors[i] = tensors[i].detach()
-        weight = kwargs.get("token_weight")
-        if isinstance(weight, Tensor) and not weight.is_floating_point():  # a mask
-            kwargs["token_weight"] = weight.to(torch.float32)
-        return *tensors, DivergenceOptions(**kwargs)
-
     def check(self, arguments: Arguments) -> None:
         self.check_tensors(arguments)
         super().check(arguments)
@@ -234,9 +218,9 @@ class Divergence(RowLoss):
         beta, temperature = float(options.beta), float(options.temperature)
         return replace(options, beta=beta, temperature=temperature)
 
-    def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
-        tensors = list(arguments[:-1])
-        token_weight, denominator = checks.option_tensors(arguments[-1])
+    def to_rows(self, tensors: Tensors, options: DivergenceOptions) -> tuple[Any, ...]:  # noqa: ARG002
+        *tensors, token_weight, denominator = tensors
+        token_weight, denominator = checks.factors(token_weight, denominator)
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
                 tensors[i] = in_autocast_dtype(tensors[i])
@@ -279,7 +263,11 @@ class LogitsDivergence(Divergence):
         prepare = partial(self.kernels, plan.backend, options)
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
-        return replace(plan, forward=forward, backward=backward, finish=self.finish)
+
+        def finish(loss: Tensor, tensors: Tensors) -> Any:
+            return self.finish(loss, tensors, options)
+
+        return replace(plan, forward=forward, backward=backward, finish=finish)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -299,7 +287,7 @@ def divergence_kernel(
         return prepare(tensors, options, outputs, grad_output)
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], numbers: Sequence[Any], grad_output: Tensor | None = None
     ) -> LossResult:
         logits, teacher_logits, token_weight, *others = tensors
         _, softcap, _, _, teacher_softcap = numbers

@@ -1,7 +1,7 @@
 """Elementwise operators: pointwise losses and activations, each with its formula.
 
-A formula is a torch function of the operands, which are tensors, and of the declared scalars:
-numbers, which are tensors while it is traced, flags and words. ``make formulas`` prints it as C++,
+A formula is a torch function of the operands, of the numbers, which are tensors while it is traced,
+and of choices, which are bools or strings. ``make formulas`` prints it as C++,
 and the first call on a GPU prints it as Triton. Its gradients follow from torch's rules, or are
 written where those are less accurate or longer, or where torch's operator has others.
 """
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.dispatch.operator import Arguments, Operand, Operator
+from pyfused.dispatch.originals import F
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.layout import common_dtype
 from pyfused.ops import definitions
@@ -32,8 +32,10 @@ from pyfused.ops.pointwise_loss import (
     weight_or_elements,
 )
 from pyfused.torch_internals import built_in
-from pyfused.types import Gradients, Scalar
+from pyfused.types import Choice, Gradients, Scalar
 
+BOTH = (False, True)
+APPROXIMATE = Choice("approximate", ("none", "tanh"))
 INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
@@ -46,7 +48,7 @@ _TWICE = 2 * math.sqrt(2 / math.pi)
 
 def _softplus(x: Tensor) -> Tensor:
     """Returns log(1 + exp(x)), where F.softplus is linear from 20 on."""
-    return -F.logsigmoid(-x)
+    return -F.logsigmoid(-x)  # type: ignore[no-any-return]
 
 
 # ---- pointwise losses ----------------------------------------------------------------------------
@@ -64,16 +66,8 @@ def _differ_in_dtype_or_shape(input: Tensor, target: Tensor, *_: Any) -> str | N
     return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
 
 
-def _kl_div_fallback_reason(input: Tensor, target: Tensor, *arguments: Any) -> str | None:
-    legacy, reduction = arguments[:2], arguments[2:3]
-    if reduction == ("batchmean",) and legacy != (None, None):
-        return "reduction is 'batchmean' with size_average or reduce"  # torch divides by both
-    return _differ_in_shape(input, target)
-
-
 def _kl_div_warning(arguments: Arguments) -> str | None:
-    _, _, size_average, reduce, reduction, _ = arguments
-    if reduction != "mean" or size_average is not None or reduce is not None:
+    if arguments[-1] != "mean":
         return None
     return (
         "reduction: 'mean' divides the total loss by both the batch size and the support size."
@@ -100,6 +94,8 @@ def _counted_elements(
 MSE_LOSS = PointwiseLoss(
     name="mse_loss",
     module="MSELoss",
+    case=("reduction",),
+    torch=lambda x, y, weight, reduction: F.mse_loss(x, y, reduction=reduction, weight=weight),
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.same_shape,
@@ -110,6 +106,8 @@ MSE_LOSS = PointwiseLoss(
 L1_LOSS = PointwiseLoss(
     name="l1_loss",
     module="L1Loss",
+    case=("reduction",),
+    torch=lambda x, y, weight, reduction: F.l1_loss(x, y, reduction=reduction, weight=weight),
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.same_shape,
@@ -133,9 +131,11 @@ def _gradient_of_smooth_l1_loss(input: Tensor, target: Tensor, beta: Tensor) -> 
 SMOOTH_L1_LOSS = PointwiseLoss(
     name="smooth_l1_loss",
     module="SmoothL1Loss",
+    case=("reduction",),
+    torch=lambda x, y, beta, reduction: F.smooth_l1_loss(x, y, reduction=reduction, beta=beta),
     warns=True,
     operands=(INPUT, TARGET),
-    scalars=(Scalar("beta", low=0.0),),
+    numbers=(Scalar("beta", low=0.0),),
     formula=_smooth_l1_loss,
     gradient=_gradient_of_smooth_l1_loss,
 )
@@ -155,9 +155,11 @@ def _gradient_of_huber_loss(input: Tensor, target: Tensor, delta: Tensor) -> Gra
 HUBER_LOSS = PointwiseLoss(
     name="huber_loss",
     module="HuberLoss",
+    case=("reduction",),
+    torch=lambda x, y, weight, delta, reduction: F.huber_loss(x, y, reduction, delta, weight),
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
-    scalars=(Scalar("delta", positive=True),),
+    numbers=(Scalar("delta", positive=True),),
     weight_shape=checks.same_shape,
     fallback_reason=_differ_in_dtype,
     formula=_huber_loss,
@@ -179,6 +181,8 @@ def _gradient_of_binary_cross_entropy(input: Tensor, target: Tensor) -> Gradient
 BINARY_CROSS_ENTROPY = PointwiseLoss(
     name="binary_cross_entropy",
     module="BCELoss",
+    case=("reduction",),
+    torch=lambda x, y, weight, reduction: F.binary_cross_entropy(x, y, weight, reduction=reduction),
     operands=(
         Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
         Operand("target", low=0.0, high=1.0, enforced=RuntimeError),
@@ -215,6 +219,10 @@ def _gradient_of_binary_cross_entropy_with_logits(
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     name="binary_cross_entropy_with_logits",
     module="BCEWithLogitsLoss",
+    case=("reduction",),
+    torch=lambda x, y, weight, pos_weight, reduction: F.binary_cross_entropy_with_logits(
+        x, y, weight, reduction=reduction, pos_weight=pos_weight
+    ),
     operands=(
         INPUT,
         Operand("target", low=0.0, high=1.0),
@@ -244,18 +252,21 @@ def _gradient_of_kl_div(input: Tensor, target: Tensor, log_target: bool) -> Grad
 KL_DIV = PointwiseLoss(
     name="kl_div",
     module="KLDivLoss",
+    case=(Choice("log_target", BOTH), "reduction"),
+    torch=lambda x, y, log_target, reduction: F.kl_div(
+        x, y, reduction=reduction, log_target=log_target
+    ),
     operands=(INPUT, Operand("target", low=0.0)),
-    scalars=(Scalar("log_target", flag=True),),
     warning=_kl_div_warning,
     denominators={"mean": elements, "batchmean": _rows},
-    fallback_reason=_kl_div_fallback_reason,
+    fallback_reason=_differ_in_shape,
     formula=_kl_div,
     gradient=_gradient_of_kl_div,
 )
 
 
 def _poisson_nll_loss(
-    input: Tensor, target: Tensor, log_input: bool, full: bool, eps: Tensor
+    input: Tensor, target: Tensor, eps: Tensor, log_input: bool, full: bool
 ) -> Tensor:
     loss = input.exp() - target * input if log_input else input - target * (input + eps).log()
     if full:  # Stirling's approximation of log(target!)
@@ -266,7 +277,7 @@ def _poisson_nll_loss(
 
 
 def _gradient_of_poisson_nll_loss(
-    input: Tensor, target: Tensor, log_input: bool, full: bool, eps: Tensor
+    input: Tensor, target: Tensor, eps: Tensor, log_input: bool, full: bool
 ) -> Gradients:
     of_input = input.exp() - target if log_input else 1 - target / (input + eps)
     of_target = -input if log_input else -(input + eps).log()
@@ -278,12 +289,12 @@ def _gradient_of_poisson_nll_loss(
 POISSON_NLL_LOSS = PointwiseLoss(
     name="poisson_nll_loss",
     module="PoissonNLLLoss",
-    operands=(INPUT, Operand("target", low=0.0)),
-    scalars=(
-        Scalar("log_input", flag=True),
-        Scalar("full", flag=True),
-        Scalar("eps"),
+    case=(Choice("log_input", BOTH), Choice("full", BOTH), "reduction"),
+    torch=lambda x, y, eps, log_input, full, reduction: F.poisson_nll_loss(
+        x, y, log_input, full, eps=eps, reduction=reduction
     ),
+    operands=(INPUT, Operand("target", low=0.0)),
+    numbers=(Scalar("eps"),),
     formula=_poisson_nll_loss,
     gradient=_gradient_of_poisson_nll_loss,
 )
@@ -300,7 +311,7 @@ def _with_variance_tensor(
 
 
 def _gaussian_nll_loss(
-    input: Tensor, target: Tensor, var: Tensor, full: bool, eps: Tensor
+    input: Tensor, target: Tensor, var: Tensor, eps: Tensor, full: bool
 ) -> Tensor:
     v, d = torch.where(var < eps, eps, var), input - target
     constant = 0.5 * math.log(2 * math.pi) if full else 0.0
@@ -308,7 +319,7 @@ def _gaussian_nll_loss(
 
 
 def _gradient_of_gaussian_nll_loss(
-    input: Tensor, target: Tensor, var: Tensor, _: bool, eps: Tensor
+    input: Tensor, target: Tensor, var: Tensor, eps: Tensor, _: bool
 ) -> Gradients:
     """Returns the gradients; the variance has one even where it is below eps, as in torch."""
     v, d = torch.where(var < eps, eps, var), input - target
@@ -319,8 +330,12 @@ def _gradient_of_gaussian_nll_loss(
 GAUSSIAN_NLL_LOSS = PointwiseLoss(
     name="gaussian_nll_loss",
     module="GaussianNLLLoss",
+    case=(Choice("full", BOTH), "reduction"),
+    torch=lambda x, y, var, eps, full, reduction: F.gaussian_nll_loss(
+        x, y, var, full, eps, reduction
+    ),
     operands=(INPUT, TARGET, Operand("var", low=0.0, number=True, enforced=ValueError)),
-    scalars=(Scalar("full", flag=True), Scalar("eps")),
+    numbers=(Scalar("eps"),),
     shapes=checks.mean_and_variance,
     arrange=_with_variance_tensor,
     formula=_gaussian_nll_loss,
@@ -330,6 +345,8 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
 SOFT_MARGIN_LOSS = PointwiseLoss(
     name="soft_margin_loss",
     module="SoftMarginLoss",
+    case=("reduction",),
+    torch=lambda x, y, reduction: F.soft_margin_loss(x, y, reduction=reduction),
     operands=(INPUT, SIGNS),
     shapes=partial(checks.same_shape, error=RuntimeError),
     fallback_reason=_differ_in_dtype_or_shape,
@@ -346,8 +363,10 @@ def _hinge_embedding_loss(input: Tensor, target: Tensor, margin: Tensor) -> Tens
 HINGE_EMBEDDING_LOSS = PointwiseLoss(
     name="hinge_embedding_loss",
     module="HingeEmbeddingLoss",
+    case=("reduction",),
+    torch=lambda x, y, margin, reduction: F.hinge_embedding_loss(x, y, margin, reduction=reduction),
     operands=(INPUT, SIGNS),
-    scalars=(Scalar("margin"),),
+    numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_embedding_loss,
 )
@@ -355,8 +374,12 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
 MARGIN_RANKING_LOSS = PointwiseLoss(
     name="margin_ranking_loss",
     module="MarginRankingLoss",
+    case=("reduction",),
+    torch=lambda x1, x2, y, margin, reduction: F.margin_ranking_loss(
+        x1, x2, y, margin, reduction=reduction
+    ),
     operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
-    scalars=(Scalar("margin"),),
+    numbers=(Scalar("margin"),),
     shapes=checks.alike_in_dimensions,
     clamps=True,
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
@@ -376,8 +399,9 @@ def _gradient_of_quantile_loss(input: Tensor, target: Tensor, quantile: Tensor) 
 QUANTILE_LOSS = PointwiseLoss(
     name="quantile_loss",
     module="QuantileLoss",
+    case=("reduction",),
     operands=(INPUT, TARGET),
-    scalars=(Scalar("quantile", 0.5, low=0.0, high=1.0),),
+    numbers=(Scalar("quantile", low=0.0, high=1.0),),
     formula=lambda input, target, quantile: torch.maximum(
         quantile * (target - input), (quantile - 1) * (target - input)
     ),
@@ -393,6 +417,7 @@ def _log_cosh_loss(input: Tensor, target: Tensor) -> Tensor:
 LOG_COSH_LOSS = PointwiseLoss(
     name="log_cosh_loss",
     module="LogCoshLoss",
+    case=("reduction",),
     operands=(INPUT, TARGET),
     formula=_log_cosh_loss,
     gradient=lambda input, target: ((input - target).tanh(), (target - input).tanh()),
@@ -407,8 +432,9 @@ def _hinge_loss(input: Tensor, target: Tensor, margin: Tensor, squared: bool) ->
 HINGE_LOSS = PointwiseLoss(
     name="hinge_loss",
     module="HingeLoss",
+    case=(Choice("squared", BOTH), "reduction"),
     operands=(INPUT, SIGNS),
-    scalars=(Scalar("margin", 1.0), Scalar("squared", False, flag=True)),
+    numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_loss,
 )
@@ -449,12 +475,13 @@ def _gradient_of_sigmoid_focal_loss(input: Tensor, target: Tensor, *numbers: Any
 SIGMOID_FOCAL_LOSS = PointwiseLoss(
     name="sigmoid_focal_loss",
     module="SigmoidFocalLoss",
+    case=("reduction",),
     operands=(
         Operand("inputs"),
         Operand("targets", low=0.0, high=1.0, differentiated=False),
         WEIGHT,
     ),
-    scalars=(
+    numbers=(
         Scalar("alpha", high=1.0),
         Scalar("gamma", low=0.0, special=(2.0,)),
         Scalar("ignore_index", optional=True),
@@ -462,7 +489,9 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     shapes=checks.same_shape,
     weight_shape=checks.weight_that_broadcasts,
     denominators={"mean": _counted_elements},
-    definition=definitions.sigmoid_focal_loss,
+    torch=lambda x, y, weight, alpha, gamma, ignore_index, reduction: (
+        definitions.sigmoid_focal_loss(x, y, alpha, gamma, reduction, weight, ignore_index)
+    ),
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
 )
@@ -470,12 +499,19 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
 RMSE_LOSS = Composed(
     name="rmse_loss",
     module="RMSELoss",
+    case=("reduction",),
     operands=(INPUT, TARGET, WEIGHT),
-    scalars=(Scalar("eps", low=0.0),),
+    numbers=(Scalar("eps", low=0.0),),
     of=MSE_LOSS,
-    given=lambda input, target, *given: (input, target, None, None, *given[:2]),
-    finish=lambda loss, *arguments: (loss + arguments[-1]).sqrt(),
-    definition=definitions.rmse_loss,
+    given=lambda input, target, weight, eps, reduction: (  # noqa: ARG005
+        (input, target, weight),
+        (),
+        (reduction,),
+    ),
+    finish=lambda loss, input, target, weight, eps, reduction: (loss + eps).sqrt(),  # noqa: ARG005
+    torch=lambda input, target, weight, eps, reduction: definitions.rmse_loss(
+        input, target, reduction, weight, eps
+    ),
 )
 
 
@@ -487,18 +523,17 @@ def _no_row_of_labels(input: Tensor, target: Tensor, weight: Tensor | None, *_: 
     return _differ_in_shape(input, target)
 
 
-def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, *rest: Any) -> tuple[Any, ...]:
-    """Returns arguments in the dtype of the target, in which torch computes this loss."""
+def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, reduction: str) -> Any:
+    """Returns a call in the dtype of the target, in which torch computes this loss."""
     if isinstance(input, Tensor) and isinstance(target, Tensor):  # else the loss raises
         dtype = common_dtype(input, target, weight)
         input, target = input.to(dtype), target.to(dtype)
-    return input, target, weight, *rest, None
+    return (input, target, weight, None), (), (reduction,)
 
 
-def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
-    input, target, weight, *_ = arguments
-    # The loss itself warns of deprecated arguments.
-    reduction = MULTILABEL_SOFT_MARGIN_LOSS.reduction(arguments, warn=False)
+def _mean_of_rows(
+    loss: Tensor, input: Tensor, target: Tensor, weight: Any, reduction: str
+) -> Tensor:
     if reduction == "none":
         loss = loss.mean(-1)
     elif reduction == "sum":
@@ -509,6 +544,10 @@ def _mean_of_rows(loss: Tensor, *arguments: Any) -> Tensor:
 MULTILABEL_SOFT_MARGIN_LOSS = Composed(
     name="multilabel_soft_margin_loss",
     module="MultiLabelSoftMarginLoss",
+    case=("reduction",),
+    torch=lambda x, y, weight, reduction: F.multilabel_soft_margin_loss(
+        x, y, weight, reduction=reduction
+    ),
     operands=(INPUT, Operand("target", low=0.0, high=1.0), WEIGHT),
     of=BINARY_CROSS_ENTROPY_WITH_LOGITS,
     given=_in_common_dtype,
@@ -530,7 +569,7 @@ LEAKY_RELU = Activation(
     name="leaky_relu",
     module="LeakyReLU",
     saves="output",
-    scalars=(Scalar("negative_slope", low=0.0),),
+    numbers=(Scalar("negative_slope", low=0.0),),
     formula=lambda input, slope: torch.where(input > 0, input, slope * input),
     gradient=lambda grad_output, output, slope: torch.where(
         output > 0, grad_output, slope * grad_output
@@ -556,8 +595,8 @@ TANH = Activation(
 SOFTCAP = Activation(
     name="softcap",
     module="Softcap",
-    definition=definitions.softcap,
-    scalars=(Scalar("cap", 30.0, positive=True),),
+    torch=definitions.softcap,
+    numbers=(Scalar("cap", positive=True),),
     formula=lambda input, cap: cap * (input / cap).tanh(),
     gradient=lambda grad_output, input, cap: grad_output * (1 - (input / cap).tanh() ** 2),
 )
@@ -576,7 +615,7 @@ SILU = Activation(
 )
 
 
-def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+def _gelu(input: Tensor, approximate: str) -> Tensor:
     if approximate == "none":  # reading an argument takes 0.2 us
         return _GELU(input)  # type: ignore[no-any-return]
     return _GELU(input, approximate=approximate)  # type: ignore[no-any-return]
@@ -610,8 +649,9 @@ def _gradient_of_gelu(grad_output: Tensor, input: Tensor, approximate: str) -> T
 GELU = Activation(
     name="gelu",
     module="GELU",
-    definition=_gelu,
-    scalars=(Scalar("approximate", words=("none", "tanh")),),
+    torch=lambda input, approximate: F.gelu(input, approximate=approximate),
+    fast=_gelu,
+    case=(APPROXIMATE,),
     formula=lambda input, approximate: input * _cdf(input, approximate),
     gradient=_gradient_of_gelu,
 )
@@ -627,7 +667,7 @@ THRESHOLD = Activation(
     name="threshold",
     module="Threshold",
     built_in=("input", "threshold", "value"),
-    scalars=(Scalar("threshold", 0.25), Scalar("value", -1.5)),
+    numbers=(Scalar("threshold", 0.25), Scalar("value", -1.5)),
     formula=lambda input, threshold, value: torch.where(input <= threshold, value, input),
     gradient=lambda grad_output, input, threshold, _: torch.where(
         input <= threshold, 0, grad_output
@@ -656,7 +696,8 @@ PRELU = Gated(
     arrange=_rows_and_channels,
     fallback_reason=_differ_in_dtype,
     formula=lambda input, weight: torch.where(input > 0, input, weight * input),
-    definition=lambda input, weight: _BUILT_IN_PRELU(input, weight),
+    torch=lambda input, weight: F.prelu(input, weight),
+    fast=lambda input, weight: _BUILT_IN_PRELU(input, weight),
     gradient=lambda input, weight: (
         torch.where(input > 0, 1, weight),
         torch.where(input > 0, 0, input),
@@ -676,7 +717,7 @@ HARDTANH = Activation(
     module="Hardtanh",
     checks=True,
     saves="input",  # half precision may round an output off its bound
-    scalars=(Scalar("min_val"), Scalar("max_val")),
+    numbers=(Scalar("min_val"), Scalar("max_val")),
     number_reason=lambda low, high: None if low <= high else "min_val is not below max_val",
     formula=lambda input, low, high: torch.minimum(torch.maximum(input, low), high),
     gradient=lambda grad_output, input, low, high: torch.where(
@@ -708,9 +749,8 @@ def _beyond(input: Tensor, bound: Tensor) -> Tensor:
 HARDSHRINK = Activation(
     name="hardshrink",
     module="Hardshrink",
-    scalars=(Scalar("lambd", low=0.0),),
+    numbers=(Scalar("lambd", low=0.0),),
     formula=lambda input, lambd: torch.where((-lambd <= input) & (input <= lambd), 0, input),
-    definition=lambda input, lambd=0.5: torch.hardshrink(input, lambd),
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
@@ -722,11 +762,11 @@ def _zero(input: Tensor) -> Tensor:
 SOFTSHRINK = Activation(
     name="softshrink",
     module="Softshrink",
-    scalars=(Scalar("lambd", low=0.0),),
+    numbers=(Scalar("lambd", low=0.0),),
     formula=lambda input, lambd: torch.where(
         input > lambd, input - lambd, torch.where(input < -lambd, input + lambd, _zero(input))
     ),
-    definition=lambda input, lambd=0.5: _SOFTSHRINK(input, lambd),
+    fast=_SOFTSHRINK,
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
@@ -735,7 +775,7 @@ SOFTSHRINK = Activation(
 ELU = Activation(
     name="elu",
     module="ELU",
-    scalars=(Scalar("alpha"),),
+    numbers=(Scalar("alpha"),),
     formula=lambda input, alpha: torch.where(input < 0, alpha * input.expm1(), input),
     gradient=lambda grad_output, input, alpha: torch.where(
         input > 0, grad_output, grad_output * (alpha * input.exp())
@@ -757,7 +797,7 @@ SELU = Activation(
 CELU = Activation(
     name="celu",
     module="CELU",
-    scalars=(Scalar("alpha", positive=True),),
+    numbers=(Scalar("alpha", positive=True),),
     formula=lambda input, alpha: torch.where(input < 0, alpha * (input / alpha).expm1(), input),
     gradient=lambda grad_output, input, alpha: torch.where(
         input > 0, grad_output, grad_output * (input / alpha).exp()
@@ -788,11 +828,11 @@ MISH = Activation(
 SOFTPLUS = Activation(
     name="softplus",
     module="Softplus",
-    scalars=(Scalar("beta"), Scalar("threshold")),
+    numbers=(Scalar("beta"), Scalar("threshold")),
     formula=lambda input, beta, threshold: torch.where(
         input * beta > threshold, input, _softplus(input * beta) / beta
     ),
-    definition=lambda input, beta=1.0, threshold=20.0: _SOFTPLUS(input, beta, threshold),
+    fast=_SOFTPLUS,
     gradient=lambda grad_output, input, beta, threshold: torch.where(
         input * beta > threshold, grad_output, grad_output * (input * beta).sigmoid()
     ),
@@ -803,7 +843,7 @@ LOGSIGMOID = Activation(
     module="LogSigmoid",
     fallback_reason=lambda input: None if input.is_contiguous() else "torch's result is contiguous",
     formula=lambda input: 0 - _softplus(-input),  # 0.0 of infinity
-    definition=lambda input: _LOG_SIGMOID(input),
+    fast=_LOG_SIGMOID,
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )
 
@@ -837,6 +877,8 @@ GLU = Halves(
     name="glu",
     module="GLU",
     formula=lambda first, second: first * second.sigmoid(),
+    case=("dim",),
+    torch=lambda input, dim: F.glu(input, dim),
     gradient=_gradient_of_glu,
     fallback_reason=_no_halves,
 )
@@ -848,7 +890,7 @@ SWIGLU = Gated(
     module="SwiGLU",
     operands=GATED,
     formula=lambda gate, up: gate * gate.sigmoid() * up,
-    definition=lambda gate, up: _SILU(gate) * up,
+    torch=lambda gate, up: _SILU(gate) * up,
     gradient=lambda gate, up: (_gradient_of_silu(up, gate), gate * gate.sigmoid()),
 )
 
@@ -856,9 +898,9 @@ GEGLU = Gated(
     name="geglu",
     module="GEGLU",
     operands=GATED,
-    scalars=(Scalar("approximate", "none", words=("none", "tanh")),),
+    case=(APPROXIMATE,),
     formula=lambda gate, up, approximate: gate * _cdf(gate, approximate) * up,
-    definition=lambda gate, up, approximate="none": _GELU(gate, approximate=approximate) * up,
+    torch=lambda gate, up, approximate: _GELU(gate, approximate=approximate) * up,
     gradient=lambda gate, up, approximate: (
         _gradient_of_gelu(up, gate, approximate),
         gate * _cdf(gate, approximate),
@@ -870,7 +912,7 @@ REGLU = Gated(
     module="ReGLU",
     operands=GATED,
     formula=lambda gate, up: torch.where(gate < 0, 0, gate) * up,
-    definition=lambda gate, up: torch.relu(gate) * up,
+    torch=lambda gate, up: torch.relu(gate) * up,
     gradient=lambda gate, up: (torch.where(gate <= 0, 0, up), torch.where(gate < 0, 0, gate)),
 )
 

@@ -58,10 +58,10 @@ class EmbeddingLoss(TensorLoss):
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast = tuple(range(1, len(self.inputs)))
 
-    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         if self.has_target:
             operands = *operands[:-1], operands[-1].squeeze(-1)
-        return super().unreduced(operands, scalars)
+        return super().unreduced(operands, parameters)
 
     def _dtypes(
         self,
@@ -96,18 +96,19 @@ class EmbeddingLoss(TensorLoss):
     def prepared(
         self,
         backend: Backend,
-        tensors: Sequence[Any],
+        operands: Sequence[Any],
+        weight: Any,  # noqa: ARG002
         cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
         divisor: float,
         grad_output: Tensor | None,  # noqa: ARG002
     ) -> LossKernel:
-        by_name = dict(zip([scalar.name for scalar in self.scalars], cases, strict=True))
+        by_name = dict(zip([parameter.name for parameter in self.parameters], cases, strict=True))
         euclidean, swap = by_name.get("p", 2.0) == 2.0, by_name.get("swap", False)
         options = EmbeddingOptions(euclidean, swap, trace.clamp_is_inclusive())
         return backend.embedding_loss(
-            self.name, tuple(tensors[:-2]), options, reduction, outputs, divisor
+            self.name, tuple(operands), options, reduction, outputs, divisor
         )
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:

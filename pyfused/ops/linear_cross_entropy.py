@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of, cross_entropy_once
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
-from pyfused.dispatch.call import is_compiled
-from pyfused.dispatch.operator import Arguments, parameters_of
+from pyfused.dispatch.operator import Arguments, Tensors
+from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
@@ -46,10 +45,7 @@ from pyfused.ops.row_state import (
     total_weight,
 )
 from pyfused.ops.shards import ShardedOperator
-from pyfused.types import ClassRange, CrossEntropyOptions, Head
-
-# torch has the function since 2.13.
-_TORCH_PARAMETERS = tuple(parameters_of(getattr(F, "linear_cross_entropy", lambda: None)))
+from pyfused.types import Choice, ClassRange, CrossEntropyOptions, Head
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -58,13 +54,13 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     options = CrossEntropyOptions
 
-    def bind(self, *args: Any, **kwargs: Any) -> Arguments:
-        kwargs |= dict(zip(_TORCH_PARAMETERS, args, strict=False))
-        if kwargs.get("ignore_index") is None:
-            kwargs["ignore_index"] = -100
-        torch_options = kwargs.pop("options", None)
-        tensors = [kwargs.pop(operand.name, None) for operand in self.operands]
-        return *tensors, torch_options, CrossEntropyOptions(**kwargs)
+    case: tuple[Any, ...] = (Choice("torch_options", of_torch=True),)
+
+    def compute_by_torch(self, *call: Any) -> Any:
+        first = len(self.all_operands)
+        end = first + len(self.numbers)
+        *operands, options = self.arguments_of(call[:first], call[first:end], call[end:])
+        return self.definition(*operands, call[-1], options)
 
     def checked_options(self, arguments: Arguments) -> CrossEntropyOptions:
         head, options = _head(arguments)
@@ -74,23 +70,31 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def kernel_options(self, options: CrossEntropyOptions) -> CrossEntropyOptions:
         return checks.normalized(options)
 
-    def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
-        head, options = _head(arguments)
+    def to_rows(self, tensors: Tensors, options: CrossEntropyOptions) -> tuple[Any, ...]:
+        *operands, token_weight, denominator = tensors
+        head = Head(*operands)
         if not head.target.is_floating_point():
             target, classes = head.target.to(torch.int64), head.linear_weight.shape[0]
             head = head._replace(target=target)
             if not is_compiled(head.input):
                 backend_of(target).check_class_indices(target, classes, options.ignore_index)
-        head, options = _rows(head, options)
-        return *head, *checks.option_tensors(options)
+        factors = checks.factors(token_weight, denominator)
+        head, options = _rows(head, replace(options, token_weight=factors[0]))
+        return *head, options.token_weight, factors[1]
 
-    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Any:
-        head, options = _head(arguments)
+    def finish(
+        self,
+        loss: Tensor,
+        tensors: Tensors,
+        options: CrossEntropyOptions,
+        state: Tensor | None = None,
+    ) -> Any:
+        head = Head(*tensors[: len(self.operands)])
         leading, loss_dtype = head.input.shape[:-1], loss.dtype
         loss = with_leading_dims(loss, leading).to(_result_dtype(head, options))
         if not options.with_metrics or state is None:
             return loss
-        target = head.as_rows(options)[0].target
+        target = head.as_rows(replace(options, token_weight=None))[0].target
         target = target if target.is_floating_point() else target.to(torch.int64)
         metrics = of_state(state, target, options.ignore_index, loss_dtype)
         return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
@@ -191,7 +195,7 @@ def linear_cross_entropy_fallback_reason(
 
 
 def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
-    *tensors, _, options = arguments
+    *tensors, options = arguments
     return Head(*tensors), options
 
 

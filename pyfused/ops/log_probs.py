@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype, without_autocast
-from pyfused.dispatch.call import is_compiled
-from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors
 from pyfused.dispatch.plan import Plan
+from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.custom_operators import custom_operator
@@ -101,11 +101,15 @@ class LogProbsWithMetrics(_Results, _ValuesWithMetrics):
 
 
 def named(
-    results: Any, options: LogProbsOptions, return_entropy: bool, return_lse: bool
+    results: Any, alone: bool, return_entropy: bool, return_lse: bool, return_metrics: bool
 ) -> LogProbs | LogProbsWithMetrics:
-    """Names the results of a call, which is given the options."""
-    values, *metrics = results if options.with_metrics else (results,)
-    if options.alone:
+    """Names the results of a call.
+
+    Args:
+        alone: Whether the results are log-probabilities without entropy and log-sum-exp.
+    """
+    values, *metrics = results if return_metrics else (results,)
+    if alone:
         log_p, entropy, lse = values, None, None
     elif is_dtensor(values):
         # The backward of unbind makes plain zeros for unused results, which do not mix with these.
@@ -127,15 +131,8 @@ class LogProbsOperator(ShardedOperator):
 
     check_arguments: Callable[..., None]
     options = LogProbsOptions
+    factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
-
-    def bind(self, *_: Any, **kwargs: Any) -> Arguments:
-        names = LogProbsOptions.__dataclass_fields__.keys() & kwargs.keys()
-        options = LogProbsOptions(**{name: kwargs[name] for name in names})
-        tensors: list[Any] = [kwargs.get(operand.name) for operand in self.operands]
-        if not self.is_linear:
-            tensors[0] = checks.classes_at(1, "logits", tensors[0], kwargs.get("dim"))
-        return *tensors, options
 
     def plan(
         self,
@@ -159,16 +156,16 @@ class LogProbsOperator(ShardedOperator):
         check = backend_of(tensors[0]).check_class_indices
         results = _count(options) if results is None else results
 
-        def arrange(arguments: Arguments) -> tuple[Any, ...]:
-            *tensors, target, _ = arguments
+        def arrange(tensors: Tensors, _: Numbers) -> Tensors:
+            *tensors, target = tensors
             if self.is_linear:
                 tensors[0] = in_autocast_dtype(tensors[0])
             target = target if target.dtype is torch.int64 else target.to(torch.int64)
             check(target, classes.total, ignore_index)
             return *tensors, target, target, None
 
-        def finish(outputs: tuple[Tensor, Tensor], arguments: Arguments) -> Any:
-            return _with_metrics(*outputs, arguments[-2], ignore_index, classes.total)
+        def finish(outputs: tuple[Tensor, Tensor], tensors: Tensors) -> Any:
+            return _with_metrics(*outputs, tensors[-1], ignore_index, classes.total)
 
         state_options = StateOptions(
             RowOptions(ignore_index, options.temperature, options.softcap),  # 1 for a scale of 1
@@ -194,7 +191,8 @@ class LogProbsOperator(ShardedOperator):
         with without_autocast(target.device.type):
             self.check((*tensors, target, options))
             operator = custom_operator(self.name)
-            state: Tensor = operator(*tensors, target.to(torch.int64), *options.values())
+            call = self.call_of((*tensors, target.to(torch.int64)), options)
+            state: Tensor = operator(*call[0], *call[1], *call[2])
             results = state_results(state, _count(options)).to(accumulate_dtype(tensors[0].dtype))
             if not options.with_metrics:
                 return results
@@ -208,7 +206,7 @@ class LogProbsOperator(ShardedOperator):
         return empty
 
     def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
-        return self.plan(arguments, shard=shard)(arguments, arguments[-1].numbers())
+        return self.plan(arguments, shard=shard)(arguments[:-1], arguments[-1].numbers())
 
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.dispatch.operator import Operand, Operator
+from pyfused.dispatch.originals import F
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
@@ -26,7 +27,7 @@ from pyfused.ops.linear_cross_entropy import (
 )
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.softmax import Softmax, softmax_fallback_reason
-from pyfused.types import Scalar
+from pyfused.types import Choice, Scalar
 
 CLASSES = Operand("target", differentiated=False, indices=True)
 HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
@@ -80,6 +81,10 @@ NLL_LOSS = NllLoss(
     check_arguments=checks.nll_loss,
     kernel=lambda backend: backend.nll_loss,
     operands=(INPUT, CLASSES, WEIGHT),
+    case=("ignore_index", "reduction"),
+    torch=lambda x, y, weight, ignore_index, reduction: F.nll_loss(
+        x, y, weight, ignore_index=ignore_index, reduction=reduction
+    ),
 )
 
 
@@ -93,7 +98,11 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
     check_arguments=checks.multi_margin_loss,
     kernel=lambda backend: backend.multi_margin_loss,
     operands=(INPUT, CLASSES, WEIGHT),
-    scalars=(Scalar("margin"),),
+    numbers=(Scalar("margin"),),
+    case=("p", "reduction"),
+    torch=lambda x, y, weight, margin, p, reduction: F.multi_margin_loss(
+        x, y, p, margin, weight, reduction=reduction
+    ),
     fallback_reason=_row_fallback_reason,
 )
 
@@ -103,6 +112,8 @@ MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
     check_arguments=checks.multilabel_margin_loss,
     kernel=lambda backend: backend.multilabel_margin_loss,
     operands=(INPUT, CLASSES._replace(labels=True)),
+    case=("reduction",),
+    torch=lambda x, y, reduction: F.multilabel_margin_loss(x, y, reduction=reduction),
     fallback_reason=lambda input, *_: (
         "more than 65,536 classes on a GPU"
         if input.is_cuda and input.shape[-1:].numel() > 1 << 16
@@ -116,11 +127,14 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     name="triplet_margin_loss",
     module="TripletMarginLoss",
     operands=(Operand("anchor"), Operand("positive"), Operand("negative")),
-    scalars=(
+    numbers=(
         Scalar("margin", positive=True, error=ValueError),
         Scalar("p", special=(1.0, 2.0)),
         Scalar("eps"),
-        Scalar("swap", flag=True),
+    ),
+    case=(Choice("swap", (False, True)), "reduction"),
+    torch=lambda a, p, n, margin, exponent, eps, swap, reduction: F.triplet_margin_loss(
+        a, p, n, margin, exponent, eps, swap, reduction=reduction
     ),
     shapes=checks.alike_in_dimensions,
     denominators={"mean": rows},
@@ -135,7 +149,11 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
         Operand("input2"),
         Operand("target", differentiated=False, indices=True, sign=True),
     ),
-    scalars=(Scalar("margin"),),
+    numbers=(Scalar("margin"),),
+    case=("reduction",),
+    torch=lambda x1, x2, y, margin, reduction: F.cosine_embedding_loss(
+        x1, x2, y, margin, reduction=reduction
+    ),
     shapes=checks.embeddings_and_target,
     denominators={"mean": rows},
     fallback_reason=cosine_fallback_reason,

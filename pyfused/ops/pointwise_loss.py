@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import REDUCTIONS, Arguments, Numbers, Operand, Operator
+from pyfused.dispatch.operator import (
+    REDUCTIONS,
+    Arguments,
+    Case,
+    Numbers,
+    Operand,
+    Operator,
+    Tensors,
+)
+from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import (
     Forward,
     Plan,
@@ -37,9 +45,6 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.torch_internals import built_in
 from pyfused.types import NUMBER, TENSORS, Gradients, Outputs, TensorSpec
-
-# Parameters of torch's Python functions that the built-in ones lack.
-_PYTHON_PARAMETERS = ("size_average", "reduce", "weight")
 
 _BROADCASTING = (
     "Using a target size ({}) that is different to the input size ({}). This will likely lead to "
@@ -83,12 +88,12 @@ class TensorLoss(Operator):
         shapes: Raises for incompatible shapes of the operands, which are passed by name.
         warns: Whether torch warns if the target's shape differs from the input's. Apart from this
             and weights, torch's Python function only calls the built-in one of its name.
-        warning: Returns the warning that torch issues for the arguments, or None.
+        warning: Returns the warning that torch issues for the arguments for planning, or None.
         nan_on_invalid: Whether operands out of bounds make the loss NaN, so that bounds need to be
             checked only then.
         weight_shape: Raises if the shape of ``weight`` is incompatible with the input.
         denominators: For each reduction but none and sum, returns the divisor of the sum, given the
-            broadcast operands, the weight and the scalars.
+            broadcast operands, the weight and the numbers.
         arrange: Transforms the operands as torch does before broadcasting.
         variables: The operands of the formula: all but the weight.
         checks_bounds: Whether each call checks the bounds of values, as torch does.
@@ -111,21 +116,20 @@ class TensorLoss(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
-        index = self.arguments.index
-        indices = [index(variable.name) for variable in self.variables]
-        self._values: Callable[[Arguments], Sequence[Any]] = itemgetter(
+        indices = [self.names.index(variable.name) for variable in self.variables]
+        self._values: Callable[[Tensors], Sequence[Any]] = itemgetter(
             *indices if len(indices) > 1 else [slice(1)]
         )
         enforces = any(variable.enforced is not None for variable in self.variables)
         self.checks_bounds = enforces and not self.nan_on_invalid
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
-        self._weight = index("weight") if self.weight_shape is not None else None
+        self._weight = self.names.index("weight") if self.weight_shape is not None else None
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         """Checks a call, and returns the plan of its signature.
 
-        The plan's tensors are the operands, the weight or None, and the divisor of the sum, None if
-        it does not depend on values.
+        The plan's tensors are the operands, the weight, and the divisor of the sum if it depends on
+        values. The last two may be None or missing.
         """
         operands, weight, reduction = self.checked(arguments)
         dtype, result = self._dtypes(arguments, operands[0], reduction)
@@ -140,16 +144,16 @@ class TensorLoss(Operator):
         is_arranged = weight is None and all(map(is_, layouts, arranged))
         denominator, divisor = self.denominators.get(reduction), 1.0
         if denominator is not None:
-            value = denominator(arranged, layout_of_weight, cases)
+            value = denominator(arranged, layout_of_weight, cases[: len(self.numbers)])
             if not isinstance(value, Tensor):  # it does not depend on the values of tensors
                 denominator, divisor = None, value
 
-        def arrange(arguments: Arguments) -> Sequence[Any]:
-            operands, weight, tensor = self._values(arguments), None, None
+        def arrange(tensors: Tensors, numbers: Numbers) -> Tensors:
+            operands, weight, tensor = self._values(tensors), None, None
             if operands[-1] is None:
                 operands = operands[:-1]
             if self._weight is not None:
-                weight = arguments[self._weight]
+                weight = tensors[self._weight]
             if self.checks_bounds:
                 self._bounds(operands)
             if warning is not None:
@@ -158,15 +162,20 @@ class TensorLoss(Operator):
             if not is_arranged:
                 operands, weight = self.arranged(operands, weight, dtype)
             if denominator is not None:
-                tensor = denominator(operands, unexpanded, self.cases_of(arguments))
+                tensor = denominator(operands, unexpanded, numbers)
             return *operands, weight, tensor
 
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
-            return self.prepared(backend, tensors, cases, reduction, outputs, divisor, grad_output)
+            count = len(layouts)
+            operands, weight = tensors[:count], tensors[count] if len(tensors) > count else None
+            given = backend, operands, weight, cases
+            return self.prepared(*given, reduction, outputs, divisor, grad_output)
 
         def define(tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
-            *operands, weight, tensor = tensors
-            values = self.with_numbers(cases, numbers)
+            count = len(layouts)
+            operands = tensors[:count]
+            weight, tensor, *_ = *tensors[count:], None, None
+            values = *numbers, *cases[len(numbers) :]
 
             def definition(*operands: Tensor) -> Tensor:
                 loss = self.unreduced(operands, values)
@@ -175,11 +184,14 @@ class TensorLoss(Operator):
 
             return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
 
-        def finish(loss: Tensor, arguments: Arguments) -> Tensor:
+        def finish(loss: Tensor, tensors: Tensors) -> Tensor:
             if self.nan_on_invalid and not backend.ASYNCHRONOUS and loss.sum().isnan():
-                self._bounds(self._values(arguments))
+                self._bounds(self._values(tensors))
             return loss if loss.dtype is result else loss.to(result)
 
+        in_order = self.operands[: len(layouts)] == self.variables[: len(layouts)]
+        is_checked = self.checks_bounds or warning is not None
+        is_unchanged = in_order and is_arranged and not is_checked and denominator is None
         in_forward, each = gradients_in_forward(reduction, dtype), reduction == "none"
         casts = accumulate_dtype(dtype) is not result
         loss_dtype = result if casts and not each else None
@@ -190,7 +202,7 @@ class TensorLoss(Operator):
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=arrange,
+            arrange=None if is_unchanged else arrange,
             forward=forward,
             backward=lambda tensors, numbers, grad_output: expanded_backward(
                 tensors, numbers, self.expanded(grad_output, tensors)
@@ -217,7 +229,8 @@ class TensorLoss(Operator):
     def prepared(
         self,
         backend: Backend,
-        tensors: Sequence[Any],
+        operands: Sequence[Any],
+        weight: Any,
         cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
@@ -234,22 +247,18 @@ class TensorLoss(Operator):
         return custom_operator(self.name)(*arguments)
 
     def cases_of(self, arguments: Arguments) -> tuple[Any, ...]:
-        """Returns the cases of the scalars, given the arguments for planning."""
-        pairs = [(arguments[index], scalar) for index, scalar in self.indexed_scalars]
-        return tuple([bool(value) if scalar.flag else value for value, scalar in pairs])
+        """Returns the cases of the formula's parameters, given the arguments for planning."""
+        first, count = len(self.operands), len(self.numbers)
+        cases = arguments[first : first + len(self.parameters)]
+        flags = [bool(x) if isinstance(x, int) else x for x in cases[count:]]
+        return *cases[:count], *flags
 
-    def with_numbers(self, cases: tuple[Any, ...], numbers: Numbers) -> tuple[Any, ...]:
-        """Returns the values of the scalars in a call."""
-        by_name = {scalar.name: value for scalar, value in zip(self.numbers, numbers, strict=True)}
-        pairs = zip(self.scalars, cases, strict=True)
-        return tuple([by_name.get(scalar.name, case) for scalar, case in pairs])
-
-    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
-        given: dict[str, Any] = {"reduction": "none"} if self.reduces else {}
-        given |= {s.name: value for s, value in zip(self.scalars, scalars, strict=True)}
-        given |= {v.name: x for v, x in zip(self.variables, operands, strict=False)}
-        return self.reference(**given)
+        by_name = {v.name: x for v, x in zip(self.variables, operands, strict=False)}
+        tensors = [by_name.get(operand.name) for operand in self.operands]
+        loss: Tensor = self.torch(*tensors, *parameters, *("none",) * self.reduces)
+        return loss
 
     def check(self, arguments: Arguments) -> None:
         super().check(arguments)
@@ -267,7 +276,7 @@ class TensorLoss(Operator):
         if operands[-1] is None:
             operands = operands[:-1]
         weight = None if self._weight is None else arguments[self._weight]
-        reduction = self.reduction(arguments)
+        reduction = arguments[-1] if self.reduces else "none"
         self._check(arguments, operands, weight, reduction)
         return operands, weight, reduction
 
@@ -280,7 +289,7 @@ class TensorLoss(Operator):
     ) -> None:
         """Raises for invalid options and incompatible shapes."""
         checks.one_of("reduction", reduction, ("none", *self.denominators, "sum"))
-        self.check_scalars(arguments)
+        self.check_numbers(arguments)
         self.shapes(**{v.name: x for v, x in zip(self.variables, operands, strict=False)})
         if self.weight_shape is not None and weight is not None:
             self.weight_shape(input=operands[0], weight=weight)
@@ -290,14 +299,14 @@ class TensorLoss(Operator):
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
         dtype, device = input.dtype, input.device
-        values = [(operand.name, arguments[i]) for i, operand in self.indexed_operands]
-        tensors = [(name, value) for name, value in values if isinstance(value, TENSORS)]
+        values = [(i, arguments[i]) for i in range(len(self.operands))]
+        tensors = [(i, value) for i, value in values if isinstance(value, TENSORS)]
         is_equal = all(tensor.dtype is dtype for _, tensor in tensors)
         autocast = torch.is_autocast_enabled(device.type)
         if is_equal and not autocast and not self.infers_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
-        kinds = tuple([(name, tensor.dtype, min(tensor.dim(), 1)) for name, tensor in tensors])
+        kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in tensors])
         modes = to, torch.get_default_dtype()
         result = result_dtype(self, kinds, device, modes, reduction == "none")
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
@@ -311,8 +320,9 @@ class PointwiseLoss(TensorLoss):
     Otherwise the formula receives None for it, and the gradient omits its derivative.
 
     Attributes:
-        formula: The loss of an element in torch's operators, given the operands and the scalars.
-        gradient: The derivative for each operand, None for no derivative, given the same arguments.
+        formula: The loss of an element in torch's operators, given the operands, the numbers and
+            those parts of the case that have their own kernels.
+        gradient: The derivatives by each operand, None for no derivative, given the same arguments.
             None derives them from the formula.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
     """
@@ -322,14 +332,11 @@ class PointwiseLoss(TensorLoss):
     clamps: bool = False
 
     def __post_init__(self) -> None:
-        if self.definition is None and not hasattr(F, self.name):
-            last = {"reduction": "mean"} if self.reduces else {}
-            self.definition = self.definition_of(self._by_formula, **last)
+        if self.torch is None:
+            self.torch = self._by_formula
         super().__post_init__()
-        names = [operand.name for operand in self.variables] + [s.name for s in self.scalars]
-        self._formula_arguments = itemgetter(*map(self.arguments.index, names))
         if self.warns:
-            self.warning, self.builtin = _broadcasting_warning, self._built_in()
+            self.warning, self.fast = _broadcasting_warning, self._without_python()
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -345,7 +352,7 @@ class PointwiseLoss(TensorLoss):
     def kernel(
         self, cases: tuple[Any, ...], operands: int, outputs: Outputs
     ) -> tuple[Kernel | Program, Parameters | None]:
-        """Returns the kernel for cases of the scalars, and the function of its parameters."""
+        """Returns the kernel for cases of the parameters, and the function of its parameters."""
         kernel = self.kernels[self._kernel_name(self.kernel_of(cases), operands)]
         parameters = self._parameters(kernel)
         if self.clamps and not trace.clamp_is_inclusive():  # the C++ kernels are
@@ -370,12 +377,12 @@ class PointwiseLoss(TensorLoss):
         missing = [None] * (len(self.variables) - operands)
 
         def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
-            scalars = [*missing, *kernel.scalars(numbers)]
-            value = self.formula(*leaves, *scalars)
+            parameters = [*missing, *kernel.arguments(numbers)]
+            value = self.formula(*leaves, *parameters)
             if self.gradient is None:
                 gradients = trace.gradients_of(value, leaves, scale)
             else:
-                gradients = [*self.gradient(*leaves, *scalars)]
+                gradients = [*self.gradient(*leaves, *parameters)]
             pairs = zip(gradients, variables, strict=True)
             return [value, *(g if variable.differentiated else None for g, variable in pairs)]
 
@@ -387,55 +394,53 @@ class PointwiseLoss(TensorLoss):
     def prepared(
         self,
         backend: Backend,
-        tensors: Sequence[Any],
+        operands: Sequence[Any],
+        weight: Any,
         cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
         divisor: float,
         grad_output: Tensor | None,
     ) -> LossKernel:
-        *operands, weight, _ = tensors
         formula, parameters = self.kernel(cases, len(operands), outputs)
         layouts = tuple(operands), weight, grad_output
         return backend.pointwise_loss(formula, layouts, parameters, reduction, outputs, divisor)
 
     def _by_formula(self, *arguments: Any) -> Tensor:
-        result = self.formula(*self._formula_arguments(arguments))
-        if self._reduction is None:
+        """Returns the result, for an operator that torch lacks."""
+        self.check_tensors(arguments)
+        self.check_numbers(arguments)
+        first = len(self.operands)
+        parameters = arguments[first : first + len(self.parameters)]
+        result = self.formula(*self._values(arguments), *parameters)
+        if not self.reduces:
             return result
         weight = None if self._weight is None else arguments[self._weight]
-        return reduced(result, arguments[self._reduction], weight)
+        return reduced(result, arguments[-1], weight)
 
-    def _built_in(self) -> Callable[..., Tensor]:
-        """Returns a faster variant of torch's function, whose warning names the caller's line."""
-        reference = self.reference
-        built_in_loss = built_in(self.name, reference)
-        python_only = [i for i, name in enumerate(self.arguments) if name in _PYTHON_PARAMETERS]
-        scalars = [index for index, _ in self.indexed_scalars]
-        reduction_index = self.arguments.index("reduction")
+    def _without_python(self) -> Callable[..., Tensor]:
+        """Returns torch's built-in loss, which issues the warning of torch's Python function."""
+        built_in_loss, count = built_in(self.name, getattr(F, self.name)), len(self.operands)
 
-        def builtin(*arguments: Any) -> Tensor:
-            input, target = arguments[:2]
-            reduction = REDUCTIONS.get(arguments[reduction_index])
-            if reduction is None or type(target) not in (Tensor, Parameter):
-                return reference(*arguments)
-            for index in python_only:
-                if arguments[index] is not None:
-                    return reference(*arguments)
+        def fast(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
+            reduction = REDUCTIONS.get(rest[-1])
+            has_weight = count > 2 and rest[0] is not None
+            if reduction is None or has_weight or type(target) not in (Tensor, Parameter):
+                return self.torch(input, target, *rest)  # type: ignore[no-any-return]
             if input.shape != target.shape:
                 if is_dynamo_compiling():  # Dynamo cannot trace a warning
-                    return reference(*arguments)
+                    return self.torch(input, target, *rest)  # type: ignore[no-any-return]
                 message = _BROADCASTING.format(target.shape, input.shape)
                 warnings.warn(message, stacklevel=stacklevel())
                 input, target = torch.broadcast_tensors(input, target)
-            numbers = [arguments[index] for index in scalars]
+            numbers = rest[count - 2 : -1]
             # smooth_l1_loss calls l1_loss if beta is 0; a compiler cannot compare a tensor.
             if numbers and (isinstance(numbers[0], Tensor) or numbers[0] == 0.0):
-                return reference(input, target, *arguments[2:])
+                return self.torch(input, target, *rest)  # type: ignore[no-any-return]
             loss: Tensor = built_in_loss(input, target, reduction, *numbers)
             return loss
 
-        return builtin
+        return fast
 
 
 class Gated(PointwiseLoss):
@@ -443,11 +448,11 @@ class Gated(PointwiseLoss):
 
     reduces = False
 
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:  # noqa: ARG002
-        return self.needs_no_gradient(arguments)
+    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
+        return self.needs_no_gradient(tensors)
 
-    def unreduced(self, operands: Sequence[Tensor], scalars: tuple[Any, ...]) -> Tensor:
-        return self.formula(*operands, *scalars)
+    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
+        return self.formula(*operands, *parameters)
 
 
 class Halves(Gated):
@@ -484,14 +489,14 @@ class Halves(Gated):
             return halves_backward((*halves, None, None), numbers, grad_output)
 
         def define(tensors: Sequence[Any], _: Numbers, grad_output: Tensor) -> Gradients:
-            definition = lambda input: self.reference(input, dim)  # noqa: E731
+            definition = lambda input: self.torch(input, dim)  # noqa: E731
             return differentiate(definition, tensors, (True,), grad_output)
 
         return Plan(
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=lambda arguments: arguments[:1],
+            arrange=None,
             forward=forward,
             backward=backward,
             define=define,
@@ -501,7 +506,7 @@ class Halves(Gated):
 @cache
 def result_dtype(
     op: TensorLoss,
-    kinds: tuple[tuple[str, torch.dtype, int], ...],
+    kinds: tuple[tuple[int, torch.dtype, int], ...],
     device: torch.device,
     modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG001 part of the key
     unreduced: bool,
@@ -512,15 +517,17 @@ def result_dtype(
     torch may overwrite an operand in another dtype.
 
     Args:
-        kinds: The name, the dtype and the number of dimensions, 0 or 1, of each tensor.
+        kinds: The index, the dtype and the number of dimensions, 0 or 1, of each tensor.
         modes: The dtype of autocast, None if it is disabled, and the default dtype.
     """
-    ones: dict[str, Any] = {operand.name: 1.0 for operand in op.operands if operand.number}
-    for name, dtype, dim in kinds:
-        ones[name] = torch.ones([1] * dim, dtype=dtype, device=device)
+    ones: list[Any] = [1.0 if operand.number else None for operand in op.operands]
+    for i, dtype, dim in kinds:
+        ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
+    flags = [choice.values[0] for choice in op.case if choice.values]
+    reduction = ("none" if unreduced else "sum",) if op.reduces else ()
     with torch.no_grad():
-        reduction = {"reduction": "none" if unreduced else "sum"} if op.reduces else {}
-        return op.reference(**ones, **reduction).dtype
+        dtype_of_result: torch.dtype = op.torch(*ones, *op.examples(), *flags, *reduction).dtype
+    return dtype_of_result
 
 
 def _broadcasting_warning(arguments: Arguments) -> str | None:

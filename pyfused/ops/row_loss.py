@@ -5,20 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, backend_of
 from pyfused.dispatch.autograd import differentiate, in_autocast_dtype, without_autocast
-from pyfused.dispatch.operator import Arguments, Numbers, Operator
+from pyfused.dispatch.operator import Arguments, Numbers, Tensors
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import LossArgs, spread_rows, take_rows
 from pyfused.ops.row_state import loss_denominator
-from pyfused.types import Gradients, Outputs, VocabOptions
+from pyfused.ops.vocab_operator import VocabOperator
+from pyfused.types import Gradients, Outputs
 
 # The loss, or None; the gradients, or (); and the state of each row if the metrics or the backward
 # pass need it, or None.
@@ -26,7 +27,7 @@ Results = tuple[Tensor | None, Gradients, Tensor | None]
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class RowLoss(Operator):
+class RowLoss(VocabOperator):
     """A loss of rows. Kernels compute the rows that are not ignored.
 
     The forward pass computes the gradients of a reduced loss if it has all classes of a row.
@@ -40,7 +41,6 @@ class RowLoss(Operator):
 
     student: int
     check_arguments: Callable[..., None]
-    options: ClassVar[type[VocabOptions]]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,15 +61,24 @@ class RowLoss(Operator):
         return options
 
     @abstractmethod
-    def to_rows(self, arguments: Arguments) -> tuple[Any, ...]:
+    def to_rows(self, tensors: Tensors, options: Any) -> tuple[Any, ...]:
         """Returns the operands as rows, and token_weight and denominator if they are tensors.
 
         Raises for class indices out of range, unless reading them synchronises.
+
+        Args:
+            options: The options for planning.
         """
 
-    def finish(self, loss: Tensor, arguments: Arguments, state: Tensor | None = None) -> Any:  # noqa: ARG002
+    def finish(
+        self,
+        loss: Tensor,
+        tensors: Tensors,
+        options: Any,  # noqa: ARG002
+        state: Tensor | None = None,  # noqa: ARG002
+    ) -> Any:
         """Returns the result of a call, given the loss and the state of each row, if any."""
-        return loss.reshape(arguments[0].shape[:-1]) if loss.dim() else loss
+        return loss.reshape(tensors[0].shape[:-1]) if loss.dim() else loss
 
     def valid_rows(
         self,
@@ -110,7 +119,7 @@ class RowLoss(Operator):
 
     def definition_loss(self, tensors: Sequence[Any], options: Any) -> Tensor:
         """Returns the loss, computed by torch's operators."""
-        loss: Tensor = self.reference(*tensors, options)
+        loss: Tensor = self.definition(*tensors, options)
         return loss
 
     def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
@@ -153,16 +162,17 @@ class RowLoss(Operator):
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=self.to_rows,
+            arrange=lambda tensors, _: self.to_rows(tensors, planned),
             forward=forward,
             backward=backward,
             define=define,
-            finish=lambda results, arguments: self.finish(results[0], arguments, results[1]),
+            finish=lambda results, tensors: self.finish(results[0], tensors, planned, results[1]),
         )
 
     def compiled(self, arguments: Arguments) -> Any:
-        options = self.kernel_options(self.checked_options(arguments))
-        *tensors, token_weight, _ = self.to_rows(arguments)
+        checked = self.checked_options(arguments)
+        options, (call, _, _) = self.kernel_options(checked), self.call_of(arguments[:-1], checked)
+        *tensors, token_weight, _ = self.to_rows(call, checked)
         tensors = [  # custom operators check dtypes
             in_autocast_dtype(x) if operand.name.endswith(("_weight", "_bias")) else x
             for operand, x in zip(self.operands, tensors, strict=True)
@@ -171,8 +181,10 @@ class RowLoss(Operator):
         in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
         needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
         with without_autocast(tensors[0].device.type):
-            loss, *_, state = custom_operator(self.name)(*tensors, *options.values(), needs)
-        return self.finish(loss, arguments, state)
+            call_tensors, numbers, case = self.call_of(tensors, options)
+            operator = custom_operator(self.name)
+            loss, *_, state = operator(*call_tensors, *numbers, *case, needs)
+        return self.finish(loss, call, checked, state)
 
     def fake(self, arguments: Arguments) -> Tensor:
         """Returns an empty tensor like the loss that the custom operator returns."""

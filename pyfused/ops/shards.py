@@ -21,10 +21,10 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import autocast_dtype, differentiate, without_autocast
-from pyfused.dispatch.call import unsupported
-from pyfused.dispatch.operator import Arguments, Numbers, Operand, Operator, grad_enabled
+from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors, grad_enabled
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.run import unsupported
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.collectives import (
@@ -52,6 +52,7 @@ from pyfused.ops.row_state import (
     state_results,
     total_weight,
 )
+from pyfused.ops.vocab_operator import VocabOperator
 from pyfused.torch_internals import graph_is_retained
 from pyfused.types import (
     ENTROPY,
@@ -137,8 +138,8 @@ def state_plan(
     *,
     entropy: bool = True,
     results: int = 0,
-    arrange: Callable[[Arguments], Sequence[Any]] = tuple,
-    finish: Callable[[Any, Arguments], Any] | None = None,
+    arrange: Callable[[Tensors, Numbers], Tensors] | None = None,
+    finish: Callable[[Any, Tensors], Any] | None = None,
 ) -> Plan:
     """Returns the plan of the state of rows, whose classes may be sharded over processes.
 
@@ -154,7 +155,7 @@ def state_plan(
         shard: The classes of this process, None if it has all classes.
         entropy: As in `_merged`.
         results: The number of fields to return, in the accumulation dtype; 0 for the whole state.
-        arrange: As in `Plan`; by default the arguments are the plan's tensors.
+        arrange: As in `Plan`.
         finish: As in `Plan`. The output that it takes is a tuple of the results and the state.
     """
     backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
@@ -343,7 +344,7 @@ def _common_part(value: Any) -> Any:
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class ShardedOperator(Operator):
+class ShardedOperator(VocabOperator):
     """An operator of logits, whose classes may be sharded over processes."""
 
     check_arguments: Callable[..., None]
@@ -359,7 +360,7 @@ class ShardedOperator(Operator):
     def sharded(self) -> tuple[tuple[str, ...], int]:
         """Returns the names of the tensors with sharded classes, and the classes' dimension."""
         linear = ("linear_weight", "linear_bias"), 0
-        return linear if self.is_linear else (self.arguments[:1], 1)
+        return linear if self.is_linear else (self.names[:1], 1)
 
     def run_on_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of arguments with this process' classes.
@@ -371,7 +372,7 @@ class ShardedOperator(Operator):
         """
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
-        group, input, target = shard.group, arguments[0], arguments[self.arguments.index("target")]
+        group, input, target = shard.group, arguments[0], arguments[self.keywords.index("target")]
         if dist.get_rank(group) < 0:
             raise ValueError("shard: expected a group that this process is a member of")
         device = communication_device(group, target, input)
@@ -398,7 +399,7 @@ class ShardedOperator(Operator):
 
     def describe_call(self, arguments: Arguments, shard: VocabShard, reads_target: bool) -> Call:
         """Checks the arguments of this process, and describes its call."""
-        kwargs = dict(zip(self.arguments, arguments, strict=True))
+        kwargs = dict(zip(self.keywords, arguments, strict=True))
         (names, dim), target, (first, total, _) = self.sharded, kwargs["target"], shard
         checks.number("first", first, (int, Integral), "an int")
         if total is not None:
@@ -462,7 +463,7 @@ class ShardedOperator(Operator):
         shape = *input.shape[:1], classes, *input.shape[2:]
         self.check_arguments(input.new_empty(()).expand(shape), *rest)
 
-    def run_on_dtensors(self, arguments: Arguments, _: Numbers) -> Any:
+    def run_on_dtensors(self, arguments: Arguments, *_: Any) -> Any:
         """Returns the result of DTensors, whose classes are sharded over processes."""
         kwargs, shard, mesh = self.local_shard_of(arguments)
         self.check_local(kwargs, shard.classes.total)
@@ -485,7 +486,7 @@ class ShardedOperator(Operator):
             return None
         from torch.distributed.tensor import Replicate, Shard
 
-        kwargs = dict(zip(self.arguments, arguments, strict=True))
+        kwargs = dict(zip(self.keywords, arguments, strict=True))
         mesh, placements = sharded.device_mesh, sharded.placements
         if (placements.count(Shard(dim)), placements.count(Replicate())) != (1, mesh.ndim - 1):
             return None

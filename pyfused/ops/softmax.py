@@ -11,7 +11,8 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import Arguments, Operator
+from pyfused.dispatch.operator import Arguments, Case, Operator, Tensors
+from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.activation import activation_plan
@@ -21,26 +22,34 @@ from pyfused.ops.activation import activation_plan
 class Softmax(Operator):
     """Softmax or log-softmax along one dimension."""
 
+    case: tuple[Any, ...] = ("dim", "dtype", "stacklevel")
     built_in: tuple[str, ...] = ("input", "dim")
     saves: ClassVar[str] = "output"
     strategy = "row by row, or several rows at a time"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        torch_function = getattr(torch, self.name)
+        function, built_in_function = getattr(F, self.name), getattr(torch, self.name)
 
-        def builtin(input: Tensor, dim: int | None, stacklevel: int, dtype: Any) -> Tensor:
-            if dim is None:
-                # torch's warning names the caller's line, which is three frames further up.
-                return self.reference(input, None, stacklevel + 3, dtype)
-            output: Tensor = torch_function(input, dim, dtype=dtype)
+        def compute(input: Tensor, dim: int | None, dtype: Any, stacklevel: int) -> Tensor:
+            # Four frames more than in a call of torch's function: it warns the caller.
+            output: Tensor = function(input, dim, stacklevel + 4, dtype)
             return output
 
-        self.builtin = self.builtin_ = builtin
+        def fast(input: Tensor, dim: int | None, dtype: Any, stacklevel: int) -> Tensor:
+            output: Tensor
+            if dim is None:
+                output = function(input, dim, stacklevel + 4, dtype)
+            else:
+                output = built_in_function(input, dim, dtype=dtype)
+            return output
 
-    def takes_second_limit(self, arguments: Arguments, few: int) -> bool:
+        self.torch = self.torch_ = compute
+        self.fast = fast
+
+    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:
         """Returns whether rows are short. torch vectorises over rows if these are contiguous."""
-        input, dim, *_ = arguments
+        (input,), dim = tensors, case[0]
         valid = type(dim) is int and -input.dim() <= dim < input.dim()
         return valid and input.shape[dim] <= few and input.stride(dim) == 1
 
@@ -53,7 +62,7 @@ class Softmax(Operator):
         return grad_input.to(output.dtype)
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
-        input, dim, _, dtype = arguments
+        input, dim, dtype, _ = arguments
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
         dim, backend, kernel = dim % input.dim(), backend_of(input), self.name
@@ -71,7 +80,7 @@ class Softmax(Operator):
 
 
 def softmax_fallback_reason(
-    input: Tensor, dim: int | None, _stacklevel: int, dtype: torch.dtype | None
+    input: Tensor, dim: int | None, dtype: torch.dtype | None, _stacklevel: int
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
     if type(dim) is not int:

@@ -323,7 +323,7 @@ def pointwise_cases() -> Iterator[Case]:
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)
             outputs = Outputs(True, (True,) * count)
-            traced, numbers = formula.op.traced((*formula.op.parameters.values(),))
+            traced, numbers = formula.op.traced((*formula.op.defaults.values(),))
             given = traced.program(outputs), (x,) * count, numbers, None, "mean", 1.0 * n, outputs
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, **fields)

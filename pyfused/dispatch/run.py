@@ -1,4 +1,4 @@
-"""Dispatches a call to a fused kernel, or to torch's own operator with a reason.
+"""Runs a call by a fused kernel, or by torch's own operator with a reason.
 
 If ``PYFUSED_BACKEND`` is set, kernels run for tensors of any size.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -19,16 +20,10 @@ from torch.overrides import has_torch_function
 from pyfused import checks
 from pyfused.backends import DTYPES, prepared_kernels, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, sizes
-from pyfused.dispatch.operator import TOKEN_WEIGHT, Arguments, Numbers, Operand, Operator
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Operator, Tensors
 from pyfused.dispatch.originals import TorchAlone, torch_alone
 from pyfused.dispatch.reasons import FUSED, SMALL
-from pyfused.dispatch.signature import (
-    PLAIN,
-    flat,
-    layout_reason,
-    signature,
-    with_specs,
-)
+from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
 from pyfused.torch_internals import (
     _checkpoints,
     active_mode,
@@ -37,7 +32,7 @@ from pyfused.torch_internals import (
     functorch_is_active,
     is_exporting,
 )
-from pyfused.types import TENSORS, Number, TensorSpec, VocabOptions
+from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
 
 is_small = sizes.is_small
 # The compiler traces these operators, down to the custom operators that they call.
@@ -47,46 +42,77 @@ _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
 
 
-def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
+def run(
+    op: Any,
+    tensors: Tensors,
+    numbers: Numbers,
+    case: Case,
+    inplace: bool = False,
+    shard: VocabShard | None = None,
+) -> Tensor:
     """Returns an operator's result, from a fused kernel or from torch's own operator.
 
     Args:
-        arguments: All arguments of torch's function except ``inplace``.
         inplace: Whether the result overwrites the input; for a loss, the input's gradient does.
+        shard: The classes of this process, if a process group shards them.
     """
+    if shard is not None:
+        return op.run_on_shard(op.arguments_of(tensors, numbers, case), shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
-        reason, run, numbers = decide_compiled(op, arguments, inplace)
-        if run is not None:  # a compiled gradient has its own memory
-            return run(arguments, numbers)  # type: ignore[no-any-return]
-    elif is_small(op, arguments):
+        reason, kernel, _ = decide_compiled(op, tensors, numbers, case, inplace)
+        if kernel is not None:  # a compiled gradient has its own memory
+            return kernel(tensors, numbers)  # type: ignore[no-any-return]
+    elif is_small(op, tensors, case):
         reason = SMALL
         if inplace:
-            op.prepare_inplace(arguments[0])
+            op.prepare_inplace(tensors[0])
     else:
         try:
-            reason, run, numbers = decide(op, arguments, inplace)
-            if run is not None:
+            reason, kernel, floats = decide(op, tensors, numbers, case, inplace)
+            if kernel is not None:
                 if inplace:
-                    op.prepare_inplace(arguments[0])
-                return run(arguments, numbers)  # type: ignore[no-any-return]
+                    op.prepare_inplace(tensors[0])
+                return kernel(tensors, floats)  # type: ignore[no-any-return]
         except _ERRORS as error:
             if checks.raised(error):
                 raise error.with_traceback(None) from None
             raise
-    function = op.builtin_ if inplace else op.builtin
-    is_guarded = TorchAlone.needed and not (reason is SMALL and op.definition is None)
-    if reason is not SMALL:
-        report_fallback(op, arguments, str(reason))
-        if has_torch_function(arguments):  # its code may call patched functions
-            function = op.reference_ if inplace else op.reference
+    return fall_back(op, str(reason), tensors, numbers, case, inplace)
+
+
+def by_torch(
+    op: Operator,
+    tensors: Tensors,
+    numbers: Numbers,
+    case: Case,
+    inplace: bool = False,
+    _: Any = None,
+) -> Any:
+    """Returns an operator's result, from its definition in torch's operators."""
+    return (op.torch_ if inplace else op.torch)(*tensors, *numbers, *case)
+
+
+def fall_back(
+    op: Operator, reason: str, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
+) -> Tensor:
+    """Returns an operator's result, from torch's operator, for a reason."""
+    function, is_guarded = op.torch_ if inplace else op.torch, TorchAlone.needed
+    if reason is SMALL:
+        if op.fast is not None:
+            function, is_guarded = op.fast_ if inplace and op.fast_ else op.fast, False
+    else:
+        report_fallback(op, tensors, reason)
+        if has_torch_function((*tensors, *numbers)):  # its code may call patched functions
             is_guarded = False
     try:
         if not is_guarded or is_dynamo_compiling():
-            return function(*arguments)
+            return function(*tensors, *numbers, *case)  # type: ignore[no-any-return]
         with torch_alone:
-            return function(*arguments)
+            return function(*tensors, *numbers, *case)  # type: ignore[no-any-return]
     except _ERRORS as error:
-        invalid = None if is_dynamo_compiling() else _invalid_arguments(op, arguments, error)
+        invalid = None
+        if not is_dynamo_compiling():
+            invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
         if invalid is None:
             raise
         raise invalid.with_traceback(None) from None
@@ -95,9 +121,9 @@ def call(op: Operator, arguments: Arguments, inplace: bool = False) -> Tensor:
 # ---- decisions -----------------------------------------------------------------------------------
 
 
-# How a call is executed: by a function of its arguments and its numbers, or, if that is None, by
+# How a call is executed: by a function of its tensors and its numbers, or, if that is None, by
 # torch, for a reason.
-Decision = tuple[str | None, Callable[[Arguments, Numbers], Any] | None, Numbers]
+Decision = tuple[str | None, Callable[[Tensors, Numbers], Any] | None, Numbers]
 
 
 MOST_PLANS = 4096
@@ -116,36 +142,45 @@ def keep_plan(key: Any, plan: Any) -> None:
     _plans[key] = plan
 
 
-def decide(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
+def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool) -> Decision:
     """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
-    signed = signature(op, arguments, inplace)
+    signed = signature(op, tensors, numbers, case, inplace)
     if isinstance(signed, str):
-        if is_traced(arguments[0]):
-            return decide_compiled(op, arguments, inplace)
+        if is_traced(tensors[0]):
+            return decide_compiled(op, tensors, numbers, case, inplace)
+        arguments = op.arguments_of(tensors, numbers, case)
         reason = _reason_without_plan(op, arguments, signed)
-        return reason, None if reason else op.run_on_dtensors, ()  # type: ignore[attr-defined]
+        if reason is not None:
+            return reason, None, numbers
+        kernel = partial(op.run_on_dtensors, arguments)  # type: ignore[attr-defined]
+        return None, kernel, numbers
     if _checkpoints and fell_back_in_checkpoint():
-        return "a torch dispatch or function mode in the checkpoint's forward pass", None, ()
+        return "a torch dispatch or function mode in the checkpoint's forward pass", None, numbers
     key, numbers = signed
     decision = _plans.get(key)
     if decision is None:
-        specs = with_specs(op, arguments, numbers, inplace)
-        reason = _planned_reason(op, specs, inplace)
-        decision = reason, None if reason else op.plan(specs, inplace)
+        specs, arguments = with_specs(op, tensors, key, inplace)
+        reason = _planned_reason(op, specs, arguments, inplace)
+        decision = reason, None if reason else op.plan(arguments, inplace)
         keep_plan(key, decision)
     return *decision, numbers
 
 
-def decide_compiled(op: Operator, arguments: Arguments, inplace: bool) -> Decision:
+def decide_compiled(
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
+) -> Decision:
     """Decides whether a custom operator runs a call in a program that is being compiled."""
-    reason = fallback_reason(op, arguments, inplace)
-    return reason, None if reason else lambda arguments, _: op.compiled(arguments), ()
+    reason = fallback_reason(op, tensors, numbers, case, inplace)
+    arguments = op.arguments_of(tensors, numbers, case)
+    return reason, None if reason else lambda *_: op.compiled(arguments), numbers
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------
 
 
-def fallback_reason(op: Operator, arguments: Arguments, inplace: bool = False) -> str | None:
+def fallback_reason(
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool = False
+) -> str | None:
     """Returns why a call of any size falls back to torch's operator, None if a kernel runs.
 
     The kernels compute results and first derivatives, in reverse mode, of plain strided tensors on
@@ -154,12 +189,15 @@ def fallback_reason(op: Operator, arguments: Arguments, inplace: bool = False) -
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that does not support this device.
     """
-    if is_compiled(arguments[0]):
-        return _compiler_reason(op, arguments) or _planned_reason(op, arguments, inplace)
-    signed = signature(op, arguments, inplace)
+    if is_compiled(tensors[0]):
+        arguments = op.arguments_of(tensors, numbers, case)
+        reason = _compiler_reason(op, tensors, numbers, case)
+        return reason or _planned_reason(op, tensors, arguments, inplace)
+    signed = signature(op, tensors, numbers, case, inplace)
     if isinstance(signed, str):
-        return _reason_without_plan(op, arguments, signed)
-    return _planned_reason(op, with_specs(op, arguments, signed[1], inplace), inplace)
+        return _reason_without_plan(op, op.arguments_of(tensors, numbers, case), signed)
+    specs, arguments = with_specs(op, tensors, signed[0], inplace)
+    return _planned_reason(op, specs, arguments, inplace)
 
 
 def _reason_without_plan(op: Operator, arguments: Arguments, reason: str) -> str | None:
@@ -168,36 +206,19 @@ def _reason_without_plan(op: Operator, arguments: Arguments, reason: str) -> str
     return active_mode() if is_shard else reason
 
 
-def _planned_reason(op: Operator, arguments: Arguments, inplace: bool) -> str | None:
+def _planned_reason(
+    op: Operator, tensors: Tensors, arguments: Arguments, inplace: bool
+) -> str | None:
     """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
-    input = arguments[0]
-    for value, scalar in zip(flat(op, arguments), op.scalar_at, strict=True):
-        if scalar is not None and not scalar.tensor and isinstance(value, Tensor):
-            return f"{scalar.name} is a tensor"
-    for index, operand in op.indexed_operands:
-        tensor = arguments[index]
+    input = tensors[0]
+    for operand, tensor in zip(op.all_operands, tensors, strict=True):
         if tensor is None and operand.optional:
             continue
         if reason := unsupported(operand, tensor, input):
             return reason
     if op.fallback_reason is not None and (reason := op.fallback_reason(*arguments)):
         return reason
-    options = arguments[-1]
-    if isinstance(options, VocabOptions) and (reason := _reason_in_options(options, input)):
-        return reason
     return op.inplace_fallback_reason(input) if inplace else None
-
-
-def _reason_in_options(options: VocabOptions, input: Any) -> str | None:
-    """Returns why the kernels do not support the tensors among the options, or None."""
-    if isinstance(options.denominator, TENSORS):
-        if is_compiled(input):
-            return "torch.compile: denominator is a tensor"
-        if options.denominator.requires_grad:
-            return "denominator requires grad"
-    if options.token_weight is None:
-        return None
-    return unsupported(TOKEN_WEIGHT, options.token_weight, input)
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
@@ -237,11 +258,11 @@ def is_compiled(tensor: Tensor) -> bool:
     return is_dynamo_compiling() or is_traced(tensor)
 
 
-def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
+def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> str | None:
     """Returns why a compiled call stays torch's function, None if it becomes a custom operator."""
     if is_exporting():
         return "torch.export: exported programs contain only torch's operators"
-    input = arguments[0]
+    input = tensors[0]
     limits = sizes.COMPILED.get(op.name)
     limit = sizes.NEVER if limits is None else limits[int(takes_triton(input))]
     if limit == sizes.NEVER:
@@ -254,21 +275,21 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
         return "torch.func"
+    for scalar, number in zip(op.numbers, numbers, strict=True):
+        if isinstance(number, Tensor):
+            return f"torch.compile: {scalar.name} is a tensor"
+    if op.factors and isinstance(tensors[-1], Tensor):
+        return "torch.compile: denominator is a tensor"
     if op.name in TRACED_BY_DYNAMO:
         return None
     # Other losses have custom operators for common calls only.
-    by_name = dict(zip(op.arguments, arguments, strict=True))
-    if op.needs_no_gradient(arguments):
+    if op.needs_no_gradient(tensors):
         return "torch.compile: Inductor is as fast without a gradient"
-    if by_name.get("reduction") == "none" or by_name.get("reduce") is not None:
+    if op.reduction(case) == "none":
         return "torch.compile: Inductor fuses what follows an unreduced loss"
     if torch.is_autocast_enabled(input.device.type):
         return "torch.compile: autocast"
-    for index, scalar in op.indexed_scalars:
-        if isinstance(arguments[index], Tensor):
-            return f"torch.compile: {scalar.name} is a tensor"
-    for index, operand in op.indexed_operands:
-        tensor = arguments[index]
+    for operand, tensor in zip(op.operands, tensors, strict=True):
         if tensor is None or operand.indices:
             continue
         if not isinstance(tensor, Tensor):
@@ -278,7 +299,7 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
         if not operand.optional and tensor.shape != input.shape:
             return f"torch.compile: {operand.name} differs in shape"
     warning = getattr(op, "warning", None)
-    if warning is not None and warning(arguments):
+    if warning is not None and warning((*tensors, *numbers, *case)):
         return "torch.compile: the call warns"
     return None
 
@@ -286,7 +307,7 @@ def _compiler_reason(op: Operator, arguments: Arguments) -> str | None:
 # ---- fallbacks -----------------------------------------------------------------------------------
 
 
-def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
+def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
     It warns from 32 MiB on; the kernels would need a quarter of that, or 16 MiB.
@@ -294,7 +315,7 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
     reasons.log_once(op.name, reason)
     if not op.is_linear or is_dynamo_compiling():
         return
-    input, weight = arguments[:2]
+    input, weight = tensors[:2]
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         return
     megabytes = math.prod((*input.shape[:-1], *weight.shape[:-1])) * input.element_size() >> 20
@@ -307,7 +328,7 @@ def report_fallback(op: Operator, arguments: Arguments, reason: str) -> None:
 
 def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> Exception | None:
     """Returns pyfused's error for arguments for which torch's operator has raised one, if any."""
-    tensors = {operand.name: arguments[index] for index, operand in op.indexed_operands}
+    tensors = {operand.name: x for operand, x in zip(op.operands, arguments, strict=False)}
     tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     try:
         if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device

@@ -1,0 +1,31 @@
+"""What torch computes for an operator."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+from pyfused import functional as fused
+from pyfused.dispatch.operator import Operator
+from pyfused.dispatch.originals import original, redirected
+from pyfused.dispatch.run import by_torch
+
+
+def torch_function(op: Operator, name: str = "") -> Callable[..., Any]:
+    """Returns torch's function, or pyfused's function, computed by torch's operators.
+
+    Args:
+        name: The name of a function that torch lacks, if it differs from the operator's.
+    """
+    if op.in_torch and not name:
+        return original(getattr(F, op.name))
+    return redirected(getattr(fused, name or op.name), run=by_torch)
+
+
+def parameters(op: Operator) -> dict[str, Any]:
+    """Returns the parameters of pyfused's function with their defaults."""
+    given = inspect.signature(getattr(fused, op.name)).parameters.values()
+    return {parameter.name: parameter.default for parameter in given}
