@@ -15,6 +15,7 @@ import torch
 from catalogue import EXAMPLES
 from catalogue import TORCH as F
 from samples import FIRST, Loss
+from torchs import torch_function
 
 import pyfused
 from pyfused import functional as fused
