@@ -42,46 +42,33 @@ close = torch.testing.assert_close
 # ---- shapes --------------------------------------------------------------------------------------
 
 
-@grid(loss=[loss for loss in BROADCASTING if loss.op.warns])
-def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss) -> None:
-    given = loss.draw([(3, 5), (5,)])
-    caught = []
+@pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
+@pytest.mark.parametrize(
+    "loss", [loss for loss in BROADCASTING if loss.op.warns], ids=lambda loss: loss.id
+)
+def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss, small: bool) -> None:
+    given, caught, values = loss.draw([(3, 5), (5,)]), [], []
     for function in (loss.ours, loss.reference):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", UserWarning)
-            function(**given)
-        assert len(seen) == 1
-        caught.append((seen[0].category, str(seen[0].message), seen[0].filename))
+            values.append(function(**given))
+        (warning,) = seen
+        caught.append((warning.category, str(warning.message), warning.filename))
     assert caught[0] == caught[1]
     assert caught[0][2] == __file__
-
-
-@pytest.mark.thresholds
-@grid(loss=[loss for loss in BROADCASTING if loss.op.warns])
-def test_a_warning_in_a_small_call_names_its_line(loss: Loss) -> None:
-    given = loss.draw([(3, 5), (5,)])
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always", UserWarning)
-        got = loss.ours(**given)
-        expected = loss.reference(**given)
-    assert [warning.filename for warning in seen] == [__file__] * 2
-    close(got, expected)
+    close(*values)
 
 
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @pytest.mark.parametrize("op", ["mse_loss", "huber_loss", "rmse_loss"])
 def test_the_size_of_a_call_is_its_broadcast_size(op: str, kernel_calls: KernelCalls) -> None:
-    few, many = torch.rand(1 << 5), torch.rand(1 << 15, 1)
-    for given in ((few, many), (many, few)):
-        kernel_calls.clear()
-        with torch.no_grad():
-            loss = getattr(functional, op)(*given, reduction="mean")
-        torch_loss = torch_function(OPERATORS[op])(*given, reduction="mean")
-        close(loss, torch_loss)
-        assert kernel_calls.total() == 1
-    getattr(functional, op)(few, few)
-    assert kernel_calls.total() == 1
+    few, many, ours = torch.rand(1 << 5), torch.rand(1 << 15, 1), getattr(functional, op)
+    for count, given in enumerate(((few, many), (many, few)), 1):
+        close(ours(*given), torch_function(OPERATORS[op])(*given))
+        assert kernel_calls.total() == count
+    ours(few, few)
+    assert kernel_calls.total() == 2
 
 
 @pytest.mark.parametrize("package", [nn, torch.nn], ids=["pyfused", "patched"])
