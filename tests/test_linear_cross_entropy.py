@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ import pyfused
 from pyfused import functional as fused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops import chunk_sizes
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -438,28 +436,6 @@ def test_nothing_is_filtered_for_random_logits() -> None:
 
 
 # ---- block sizes ---------------------------------------------------------------------------------
-
-
-def test_rows_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cpu: Any = SimpleNamespace(ASYNCHRONOUS=False)
-    on_gpu: Any = SimpleNamespace(ASYNCHRONOUS=True)
-    monkeypatch.setattr(chunk_sizes, "device_memory", lambda: 80 << 30)
-    half, single, large = torch.bfloat16, torch.float32, (128_256, 4096)
-    for given, n, shape, budget, dtype, rows in (
-        (on_cpu, 1 << 14, (25_000, 8), None, single, 512),
-        (on_cpu, 4000, (25_000, 8), None, single, 512),
-        (on_cpu, 9, (25_000, 8), 250_000, single, 2),
-        (on_gpu, 9, (25_000, 8), 250_000, single, 2),
-        (on_gpu, 8192, (4000, 16), None, single, 8192),  # few classes
-        (on_gpu, 8192, large, None, half, 8192),  # the sums take as much memory as the logits
-        (on_gpu, 16_000, large, None, half, 16_000),
-        (on_gpu, 20_000, large, None, half, 7168),
-        (on_gpu, 16_384, (32_000, 2048), None, half, 8192),
-        (on_gpu, 16_384, (32_000, 2048), None, single, 2048),
-    ):
-        assert chunk_sizes.rows_in_budget(n, shape, budget, dtype, given) == rows
-    monkeypatch.setattr(chunk_sizes, "device_memory", lambda: 16 << 30)
-    assert chunk_sizes.rows_in_budget(20_000, large, None, half, on_gpu) == 4096
 
 
 @pytest.mark.cpu
