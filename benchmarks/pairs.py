@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import cases
 import torch
@@ -32,8 +31,6 @@ from rich.progress import track
 from torch.nn import functional
 
 import pyfused.functional
-from pyfused.backends import cpu
-from pyfused.dispatch import run as dispatch
 
 
 def cells(times: cases.Times) -> list[str]:
@@ -257,7 +254,7 @@ def compiled(options: Namespace) -> None:
 
 
 def overhead(options: Namespace) -> None:
-    """Prints the overhead of calls of 80 elements over torch, and a breakdown for kernels."""
+    """Prints the overhead of calls of 80 elements over torch."""
     torch.set_num_threads(1)
     rows = []
     for op in (op for op in OPS if any(part in op for part in options.k)):
@@ -273,7 +270,6 @@ def overhead(options: Namespace) -> None:
         rows.append([op, *ns, *[""] * (3 - len(ns))])
     names = ["one thread", "torch, ns", "pyfused, extra ns", "patched, extra ns"]
     print(tabulated(names, rows, names=1))
-    parts_of_calls(options)
 
 
 def small_call(owner: Any, op: str, arguments: cases.Arguments) -> Callable[[], Any]:
@@ -284,57 +280,6 @@ def small_call(owner: Any, op: str, arguments: cases.Arguments) -> Callable[[], 
 def patched(op: str, arguments: cases.Arguments, calls: int) -> float:
     with pyfused.patch():
         return cases.timed(small_call(functional, op, arguments), calls)
-
-
-# A call, the function of backends/cpu.py that it uses, and the C++ kernel.
-KERNEL_CALLS = (
-    (Case("mse_loss", (8, 10), reduction="none"), "pointwise_loss", "mse_loss"),
-    (
-        Case("binary_cross_entropy_with_logits", (8, 10)),
-        "pointwise_loss",
-        "binary_cross_entropy_with_logits",
-    ),
-    (Case("cross_entropy", (8, 10)), "cross_entropy", "cross_entropy"),
-    (Case("softmax", (8, 10)), "softmax", "softmax"),
-    (Case("relu", (8, 10)), "activation", "relu"),
-)
-
-
-def parts_of_calls(options: Namespace) -> None:
-    """Prints a breakdown of the time of small calls that run a kernel."""
-    rows = []
-    with mock.patch.object(dispatch, "is_small", return_value=False):
-        for case, backend, kernel in KERNEL_CALLS:
-            arguments = draw(case)
-            ours = small_call(pyfused.functional, case.op, arguments)
-            steps = [
-                *[step(each, case, arguments) for each in (TORCH, pyfused.functional)],
-                *[small_call(TORCH, case.op, arguments), ours],
-                *[
-                    again(owner, name, ours)
-                    for owner, name in ((cpu, backend), (cpu.native, kernel))
-                ],
-            ]
-            times = cases.interleaved(timers_of(steps), options.rounds, calls=100)
-            theirs, both, their_forward, forward, of_backend, of_kernel = (
-                1e3 * median(each) for each in times
-            )
-            us = [
-                *[their_forward, forward, forward - of_backend],
-                *[of_backend - of_kernel, of_kernel, theirs, both],
-            ]
-            rows.append([f"{case.op} {case.reduction}", *[f"{each:.1f}" for each in us]])
-    names = ["one thread, us", "torch", "pyfused", "dispatch and checks", "tensors", "kernel"]
-    print(tabulated([*names, "torch, with backward", "pyfused"], rows, names=1))
-
-
-def again(owner: Any, name: str, call: Callable[[], Any]) -> Step:
-    """Makes a call, and returns a function that repeats one call made within it."""
-    function = getattr(owner, name)
-    with mock.patch.object(owner, name, wraps=function) as seen:
-        result = call()
-    given, by_name = seen.call_args
-    return lambda: (function(*given, **by_name), result)  # keeps the memory that a kernel writes to
 
 
 # ---- users' formulas -----------------------------------------------------------------------------

@@ -426,7 +426,7 @@ def linear_cross_entropy(
             filter_eps,
         ),
         (
-            -100 if ignore_index is None else ignore_index,
+            ignore_index,
             reduction,
             memory_budget,
             loss_dtype,

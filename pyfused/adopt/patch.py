@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ContextDecorator
 from functools import cached_property
+from operator import itemgetter
 from types import BuiltinFunctionType, CodeType, MethodDescriptorType, MethodType, NoneType
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyfused import functional
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors, parameters_of
-from pyfused.dispatch.originals import TorchAlone, original, redirected, torch_alone
+from pyfused.dispatch.originals import TorchAlone, original, torch_alone
 from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
@@ -59,35 +59,38 @@ class _Function:
     def ours(self) -> Any:
         if self.unpatched is None:
             return None
-        op, names = self.op, list(parameters_of(self.function))
-        given, torch_function = [name for name in names if name != "inplace"], self.copy
-        fused = redirected(self.traced, run=_run, reduction_of=_decline)
-        by_place = self.unpatched.co_argcount
+        op, names, torch_function = self.op, list(parameters_of(self.function)), self.copy
+        given, by_place = [name for name in names if name != "inplace"], self.unpatched.co_argcount
+        deprecated = [given.index(name) for name in ("size_average", "reduce") if name in given]
+        pick, defaults = _picker(op, [name.lstrip("_") for name in given])
+        count = len(op.all_operands)
+        first = count + len(op.numbers)
 
-        def with_keywords(function: Callable[..., Any], arguments: Any, *inplace: Any) -> Any:
+        def torch_call(arguments: Any, *inplace: Any) -> Any:
             named = dict(zip(given[by_place:], arguments[by_place:], strict=True))
-            return function(*arguments[:by_place], *inplace, **named)
+            return torch_function(*arguments[:by_place], *inplace, **named)
 
         def call(arguments: Any, *inplace: Any) -> Any:
-            if "_stacklevel" in given:  # of warnings, for two more frames
-                input, dim, stacklevel, dtype = arguments
-                arguments = input, dim, stacklevel + 2, dtype
-            if has_torch_function(arguments) or is_dynamo_compiling():
-                return with_keywords(torch_function, arguments, *inplace)
-            declined = _NOTHING
-            if not torch_alone.depth:
-                with contextlib.suppress(_DeclinedError):
-                    declined = with_keywords(fused, arguments, *inplace)
-                if type(declined) is not Declined:
-                    return declined
-            torch_call = functools.partial(with_keywords, torch_function, arguments, *inplace)
-            return declined.finish(op, torch_call, bool(inplace and inplace[0]))
+            if has_torch_function(arguments) or is_dynamo_compiling() or torch_alone.depth:
+                return torch_call(arguments, *inplace)
+            for i in deprecated:
+                if arguments[i] is not None:
+                    with torch_alone:
+                        return torch_call(arguments, *inplace)
+            flat = pick(arguments + defaults)
+            tensors, case = flat[:count], flat[first:]
+            overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
+            if dispatch.is_small(op, tensors, case):
+                fast = op.fast_ if overwrites else op.fast
+                if fast is not None:
+                    return fast(*flat)
+                with torch_alone:
+                    return torch_call(arguments, *inplace)
+            unbound = functools.partial(torch_call, arguments, *inplace)
+            return _run(op, tensors, flat[count:first], case, overwrites, unbound)
 
-        return code_calling(
-            call,
-            f"callee(({', '.join(given)},){', inplace' * ('inplace' in names)})",
-            self.unpatched,
-        )
+        inplace = ", inplace" * ("inplace" in names)
+        return code_calling(call, f"callee(({', '.join(given)},){inplace})", self.unpatched)
 
     def current(self) -> Any:
         return getattr(F, self.name)
@@ -146,12 +149,12 @@ class _BuiltIn:
     def ours(self) -> Any:
         op, inplace, torch_function = self.op, self.inplace, self.unpatched
         method, needed, count = self.owner is Tensor, len(op.built_in), len(op.operands)
-        function = getattr(functional, op.name)
-        fused = redirected(function, run=_run_inplace if inplace else _run)
-        names = [name for name in parameters_of(function) if name != "inplace"]
-        by_name = [name for name in names[1:] if not name.startswith("_")]
+        defaults = parameters_of(getattr(functional, op.name))
+        by_name = [name for name in [*defaults][1:] if name != "inplace" and name[0] != "_"]
         by_place = (*op.built_in, *by_name[needed - 1 :]) if needed > 1 else op.built_in
         required, known = {*op.built_in}, {*op.built_in, *by_name}
+        defaults |= {"stacklevel": defaults.get("_stacklevel")}
+        first = count + len(op.numbers)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if has_torch_function((*args, *kwargs.values())):
@@ -169,11 +172,13 @@ class _BuiltIn:
             once = len(given) == len(args) + len(kwargs) and len(args) >= method
             if not (once and required.issubset(given) and known.issuperset(given)):
                 return torch_function(*args, **kwargs)  # raises, or supports these arguments
-            declined = fused(**given)
-            if type(declined) is not Declined:
-                return declined
-            torch_call = functools.partial(torch_function, *args, **kwargs)
-            return declined.finish(op, torch_call, inplace)
+            given = defaults | given
+            flat = tuple([given[name] for name in op.names])
+            unbound = functools.partial(torch_function, *args, **kwargs)
+            parts = flat[:count], flat[count:first], flat[first:]
+            if dispatch.is_small(op, parts[0], parts[2]):
+                return unbound()
+            return _run(op, *parts, inplace, unbound)
 
         stand_in = StandIn(call)
         globals()[self.path.replace(".", "_")] = stand_in
@@ -200,42 +205,17 @@ class _BuiltIn:
             setattr(self.owner, self.name, function)
 
 
-class Declined(NamedTuple):
-    """The result of a call that torch's function has to compute.
+def _picker(op: Operator, given: Sequence[str]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
+    """Returns a function that picks the tensors, numbers and case of a call from a tuple.
 
-    Attributes:
-        failure: The error that pyfused has raised, or None.
+    The tuple has the arguments of these names, and then the second result: the defaults of what
+    torch's function lacks.
     """
-
-    failure: Exception | None = None
-
-    def finish(self, op: Operator, torch_call: Callable[[], Tensor], inplace: bool) -> Tensor:
-        """Returns the result of torch's function, which raises torch's errors.
-
-        If pyfused raised an error and torch does not, a warning reports it once. With ``inplace``
-        the error is raised, because the kernel may have overwritten the input.
-        """
-        with torch_alone:
-            result = torch_call()
-        if self.failure is not None:
-            if inplace:
-                raise self.failure
-            if first_time(op.name, type(self.failure).__name__):
-                message = f"pyfused raised {self.failure!r}"
-                message = f"pyfused: {op.name}: torch computed the result, because {message}"
-                warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
-        return result
-
-
-class _DeclinedError(Exception):
-    """Ends a call with deprecated arguments, before a warning that torch's function issues."""
-
-
-_NOTHING = Declined()
-
-
-def _decline(*_: Any) -> str:
-    raise _DeclinedError
+    absent = [name for name in op.names if name not in given]
+    index = [*given, *absent].index
+    picked = [index(name) for name in op.names]
+    defaults = tuple([getattr(getattr(op, "options", None), name, None) for name in absent])
+    return itemgetter(*picked if len(picked) > 1 else [slice(1)]), defaults
 
 
 def _run(
@@ -243,30 +223,38 @@ def _run(
     tensors: Tensors,
     numbers: Numbers,
     case: Case,
-    inplace: bool = False,
-    _shard: Any = None,
-) -> Any:
-    """Runs a call of a patched function in place of `run`, and leaves errors to torch."""
+    inplace: bool,
+    torch_call: Callable[[], Tensor],
+) -> Tensor:
+    """Returns the result of a kernel, or else of torch's function, which raises torch's errors.
+
+    If pyfused raises an error and torch does not, the result is torch's, and a warning reports the
+    error once. With ``inplace`` the error is raised, because the kernel may have overwritten the
+    input.
+    """
     failure = None
-    if dispatch.is_small(op, tensors, case):
-        if op.fast is None:
-            return _NOTHING
-        return (op.fast_ if inplace and op.fast_ else op.fast)(*tensors, *numbers, *case)
     try:
-        reason, kernel, floats = dispatch.decide(op, tensors, numbers, case, bool(inplace))
+        reason, kernel, floats = dispatch.decide(op, tensors, numbers, case, inplace)
         if kernel is not None:
-            return kernel(tensors, floats)
+            return kernel(tensors, floats)  # type: ignore[no-any-return]
         dispatch.report_fallback(op, tensors, str(reason))
     except Exception as error:
         # A checkpoint uses an exception to stop its recomputation.
         if type(error).__module__ == "torch.utils.checkpoint":
             raise
         failure = error
-    return Declined(failure)
-
-
-def _run_inplace(op: Operator, tensors: Tensors, numbers: Numbers, case: Case, *_: Any) -> Any:
-    return _run(op, tensors, numbers, case, True)
+    # Called outside of `except`, to keep pyfused's error out of the context of torch's error.
+    with torch_alone:
+        result = torch_call()
+    if failure is not None:
+        if inplace:
+            raise failure
+        if first_time(op.name, type(failure).__name__):
+            message = (
+                f"pyfused: {op.name}: torch computed the result, because pyfused raised {failure!r}"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
+    return result
 
 
 def code_calling(callee: Callable[..., Any], call: str, torch_function: CodeType) -> CodeType:

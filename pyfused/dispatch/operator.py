@@ -81,8 +81,8 @@ class Operator(ABC):
         case: The parts of a call's case, or their names. Those with their own kernels come first,
             the reduction last.
         torch: The definition in torch's operators, given tensors, numbers and case.
-        fast: The same with less overhead, for calls that no subclass or mode observes. It calls no
-            function that `pyfused.patch` replaces.
+        fast: The same with less overhead, for calls that no subclass or mode observes, and without
+            functions that `pyfused.patch` replaces. By default `torch`, if it is torch's function.
         fast_: The in-place variant of `fast`.
         fallback_reason: Takes the arguments for planning; returns why torch's operator has to
             compute the call, None if a kernel can.
@@ -134,6 +134,8 @@ class Operator(ABC):
         self.cases = lru_cache(maxsize=256)(self._cases)
         self.is_linear = "linear_weight" in self.names
         self.torch_ = self.torch
+        if self.fast is None and self.in_torch and not self.factors:
+            self.fast = self.torch
         choices = [choice.name for choice in self.case]
         self._reduction = choices.index("reduction") if "reduction" in choices else None
 

@@ -66,6 +66,14 @@ def run(
         reason = SMALL
         if inplace:
             op.prepare_inplace(tensors[0])
+        elif op.fast is not None:
+            try:
+                return op.fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
+            except _ERRORS as error:
+                invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
+                if invalid is None:
+                    raise
+                raise invalid.with_traceback(None) from None
     else:
         try:
             reason, kernel, floats = decide(op, tensors, numbers, case, inplace)

@@ -53,13 +53,13 @@ class Activation(Operator):
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves == "output":
             raise TypeError(f"{self.name}: expected a gradient with saves='output', got None")
-        super().__post_init__()
-        function = getattr(F, self.name) if self.in_torch else self.formula
+        function = getattr(F, self.name, self.formula)
         self.torch = function if self.torch is None else self.torch
+        super().__post_init__()
         takes_inplace = self.in_torch and "inplace" in _parameters(function)
         self.torch_ = partial(function, inplace=True) if takes_inplace else self.torch
         if self.in_torch and not self.checks:
-            if self.fast is None:
+            if self.fast is self.torch:
                 self.fast = _built_in(self.name, function)
                 self.fast_ = _built_in(f"{self.name}_", None)
             if not takes_inplace and self.fast_ is not None:

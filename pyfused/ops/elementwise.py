@@ -95,7 +95,7 @@ MSE_LOSS = PointwiseLoss(
     name="mse_loss",
     module="MSELoss",
     case=("reduction",),
-    torch=lambda x, y, weight, reduction: F.mse_loss(x, y, reduction=reduction, weight=weight),
+    torch=lambda x, y, weight, reduction: F.mse_loss(x, y, None, None, reduction, weight),
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.same_shape,
@@ -107,7 +107,7 @@ L1_LOSS = PointwiseLoss(
     name="l1_loss",
     module="L1Loss",
     case=("reduction",),
-    torch=lambda x, y, weight, reduction: F.l1_loss(x, y, reduction=reduction, weight=weight),
+    torch=lambda x, y, weight, reduction: F.l1_loss(x, y, None, None, reduction, weight),
     warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     weight_shape=checks.same_shape,
@@ -132,7 +132,7 @@ SMOOTH_L1_LOSS = PointwiseLoss(
     name="smooth_l1_loss",
     module="SmoothL1Loss",
     case=("reduction",),
-    torch=lambda x, y, beta, reduction: F.smooth_l1_loss(x, y, reduction=reduction, beta=beta),
+    torch=lambda x, y, beta, reduction: F.smooth_l1_loss(x, y, None, None, reduction, beta),
     warns=True,
     operands=(INPUT, TARGET),
     numbers=(Scalar("beta", low=0.0),),
@@ -182,7 +182,9 @@ BINARY_CROSS_ENTROPY = PointwiseLoss(
     name="binary_cross_entropy",
     module="BCELoss",
     case=("reduction",),
-    torch=lambda x, y, weight, reduction: F.binary_cross_entropy(x, y, weight, reduction=reduction),
+    torch=lambda x, y, weight, reduction: F.binary_cross_entropy(
+        x, y, weight, None, None, reduction
+    ),
     operands=(
         Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
         Operand("target", low=0.0, high=1.0, enforced=RuntimeError),
@@ -221,7 +223,7 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     module="BCEWithLogitsLoss",
     case=("reduction",),
     torch=lambda x, y, weight, pos_weight, reduction: F.binary_cross_entropy_with_logits(
-        x, y, weight, reduction=reduction, pos_weight=pos_weight
+        x, y, weight, None, None, reduction, pos_weight
     ),
     operands=(
         INPUT,
@@ -253,9 +255,7 @@ KL_DIV = PointwiseLoss(
     name="kl_div",
     module="KLDivLoss",
     case=(Choice("log_target", BOTH), "reduction"),
-    torch=lambda x, y, log_target, reduction: F.kl_div(
-        x, y, reduction=reduction, log_target=log_target
-    ),
+    torch=lambda x, y, log_target, reduction: F.kl_div(x, y, None, None, reduction, log_target),
     operands=(INPUT, Operand("target", low=0.0)),
     warning=_kl_div_warning,
     denominators={"mean": elements, "batchmean": _rows},
@@ -291,7 +291,7 @@ POISSON_NLL_LOSS = PointwiseLoss(
     module="PoissonNLLLoss",
     case=(Choice("log_input", BOTH), Choice("full", BOTH), "reduction"),
     torch=lambda x, y, eps, log_input, full, reduction: F.poisson_nll_loss(
-        x, y, log_input, full, eps=eps, reduction=reduction
+        x, y, log_input, full, None, eps, None, reduction
     ),
     operands=(INPUT, Operand("target", low=0.0)),
     numbers=(Scalar("eps"),),
@@ -346,7 +346,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     name="soft_margin_loss",
     module="SoftMarginLoss",
     case=("reduction",),
-    torch=lambda x, y, reduction: F.soft_margin_loss(x, y, reduction=reduction),
+    torch=lambda x, y, reduction: F.soft_margin_loss(x, y, None, None, reduction),
     operands=(INPUT, SIGNS),
     shapes=partial(checks.same_shape, error=RuntimeError),
     fallback_reason=_differ_in_dtype_or_shape,
@@ -364,7 +364,9 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     name="hinge_embedding_loss",
     module="HingeEmbeddingLoss",
     case=("reduction",),
-    torch=lambda x, y, margin, reduction: F.hinge_embedding_loss(x, y, margin, reduction=reduction),
+    torch=lambda x, y, margin, reduction: F.hinge_embedding_loss(
+        x, y, margin, None, None, reduction
+    ),
     operands=(INPUT, SIGNS),
     numbers=(Scalar("margin"),),
     clamps=True,
@@ -376,7 +378,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     module="MarginRankingLoss",
     case=("reduction",),
     torch=lambda x1, x2, y, margin, reduction: F.margin_ranking_loss(
-        x1, x2, y, margin, reduction=reduction
+        x1, x2, y, margin, None, None, reduction
     ),
     operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
     numbers=(Scalar("margin"),),
@@ -546,7 +548,7 @@ MULTILABEL_SOFT_MARGIN_LOSS = Composed(
     module="MultiLabelSoftMarginLoss",
     case=("reduction",),
     torch=lambda x, y, weight, reduction: F.multilabel_soft_margin_loss(
-        x, y, weight, reduction=reduction
+        x, y, weight, None, None, reduction
     ),
     operands=(INPUT, Operand("target", low=0.0, high=1.0), WEIGHT),
     of=BINARY_CROSS_ENTROPY_WITH_LOGITS,

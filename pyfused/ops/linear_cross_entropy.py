@@ -54,7 +54,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     options = CrossEntropyOptions
 
-    case: tuple[Any, ...] = (Choice("torch_options", of_torch=True),)
+    case: tuple[Any, ...] = (Choice("options", of_torch=True),)
 
     def compute_by_torch(self, *call: Any) -> Any:
         first = len(self.all_operands)

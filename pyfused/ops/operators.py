@@ -83,7 +83,7 @@ NLL_LOSS = NllLoss(
     operands=(INPUT, CLASSES, WEIGHT),
     case=("ignore_index", "reduction"),
     torch=lambda x, y, weight, ignore_index, reduction: F.nll_loss(
-        x, y, weight, ignore_index=ignore_index, reduction=reduction
+        x, y, weight, None, ignore_index, None, reduction
     ),
 )
 
@@ -101,7 +101,7 @@ MULTI_MARGIN_LOSS = MultiMarginLoss(
     numbers=(Scalar("margin"),),
     case=("p", "reduction"),
     torch=lambda x, y, weight, margin, p, reduction: F.multi_margin_loss(
-        x, y, p, margin, weight, reduction=reduction
+        x, y, p, margin, weight, None, None, reduction
     ),
     fallback_reason=_row_fallback_reason,
 )
@@ -113,7 +113,7 @@ MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
     kernel=lambda backend: backend.multilabel_margin_loss,
     operands=(INPUT, CLASSES._replace(labels=True)),
     case=("reduction",),
-    torch=lambda x, y, reduction: F.multilabel_margin_loss(x, y, reduction=reduction),
+    torch=lambda x, y, reduction: F.multilabel_margin_loss(x, y, None, None, reduction),
     fallback_reason=lambda input, *_: (
         "more than 65,536 classes on a GPU"
         if input.is_cuda and input.shape[-1:].numel() > 1 << 16
@@ -134,7 +134,7 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     ),
     case=(Choice("swap", (False, True)), "reduction"),
     torch=lambda a, p, n, margin, exponent, eps, swap, reduction: F.triplet_margin_loss(
-        a, p, n, margin, exponent, eps, swap, reduction=reduction
+        a, p, n, margin, exponent, eps, swap, None, None, reduction
     ),
     shapes=checks.alike_in_dimensions,
     denominators={"mean": rows},
@@ -152,7 +152,7 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
     numbers=(Scalar("margin"),),
     case=("reduction",),
     torch=lambda x1, x2, y, margin, reduction: F.cosine_embedding_loss(
-        x1, x2, y, margin, reduction=reduction
+        x1, x2, y, margin, None, None, reduction
     ),
     shapes=checks.embeddings_and_target,
     denominators={"mean": rows},

@@ -39,7 +39,7 @@ class Softmax(Operator):
         def fast(input: Tensor, dim: int | None, dtype: Any, stacklevel: int) -> Tensor:
             output: Tensor
             if dim is None:
-                output = function(input, dim, stacklevel + 4, dtype)
+                output = function(input, dim, stacklevel + 3, dtype)
             else:
                 output = built_in_function(input, dim, dtype=dtype)
             return output

@@ -50,6 +50,8 @@ class VocabOperator(Operator):
         """Returns the operands and the options of a call."""
         count = len(self.operands)
         values = dict(zip(self.fields, (*numbers, *case), strict=False))
+        if values["ignore_index"] is None:  # the default of torch's linear_cross_entropy
+            values["ignore_index"] = -100
         if self.factors:
             values["token_weight"], denominator = tensors[count:]
             if denominator is not None:
