@@ -263,18 +263,10 @@ def factors(token_weight: Any, denominator: Any) -> tuple[Tensor | None, Tensor 
 
 
 def normalized(options: Options) -> Options:
-    """Converts checked options for the kernels.
-
-    Numbers become floats, the temperature becomes a part of the scale, and negative label smoothing
-    becomes 0.
-    """
+    """Makes the temperature a part of the scale, and negative label smoothing 0."""
     changed: dict[str, Any] = {}
-    for name, value in options.by_name().items():
-        if name in OPTIONS and type(value) is not float and isinstance(value, Real):
-            changed[name] = float(value)
-    smoothing = options.label_smoothing
-    if type(smoothing) is not float or not smoothing >= 0:  # NaN too
-        changed["label_smoothing"] = max(0.0, float(smoothing))
+    if not options.label_smoothing >= 0:  # NaN too
+        changed["label_smoothing"] = 0.0
     if options.temperature != 1:
         changed |= {"scale": options.scale / options.temperature, "temperature": 1.0}
     return replace(options, **changed) if changed else options

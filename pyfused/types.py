@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -210,16 +210,15 @@ class VocabOptions:
 
     def numbers(self) -> tuple[Any, ...]:
         """Returns the fields that hold numbers, in order."""
-        return tuple([value for name, value in vars(self).items() if name in OPTIONS])
+        return tuple(map(vars(self).__getitem__, _numbers_of(type(self))))  # type: ignore[arg-type]
 
     def of_call(
         self, numbers: Sequence[Any], token_weight: Tensor | None, denominator: Tensor | None
     ) -> Self:
         """Returns the options that a plan has kept, with the numbers and tensors of a call."""
         options = object.__new__(type(self))  # copy.copy makes three Python calls
-        names = [name for name in vars(self) if name in OPTIONS]
         vars(options).update(vars(self))
-        vars(options).update(zip(names, numbers[-len(names) :], strict=True))
+        vars(options).update(zip(_numbers_of(type(self)), numbers, strict=True))  # type: ignore[arg-type]
         options.token_weight = token_weight
         if denominator is not None:
             options.denominator = denominator
@@ -228,6 +227,12 @@ class VocabOptions:
     @property
     def rows(self) -> RowOptions:
         return RowOptions(self.ignore_index, 1 / self.temperature, self.softcap)
+
+
+@cache
+def _numbers_of(options: Any) -> tuple[str, ...]:
+    """Returns the names of the fields that hold numbers, in order."""
+    return tuple([name for name in options.__dataclass_fields__ if name in OPTIONS])
 
 
 @dataclass(eq=False)
@@ -460,17 +465,16 @@ class Head(NamedTuple):
         """Returns the number of logits of a row: C * d1 * ... * dk."""
         return self.linear_weight.shape[:-1].numel()
 
-    def as_rows(self, options: CrossEntropyOptions) -> tuple[Head, CrossEntropyOptions]:
+    def as_rows(self, token_weight: Tensor | None) -> tuple[Head, Tensor | None]:
         """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""
-        input, target, token_weight = self.input, self.target, options.token_weight
+        input, target = self.input, self.target
         if input.dim() == 2:
-            return self, options
+            return self, token_weight
         rows, positions = input.shape[:-1].numel(), self.linear_weight.shape[1:-1]
         classes = self.linear_weight.shape[: target.is_floating_point()]
         head = self._replace(
             input=input.reshape(rows, input.shape[-1]),
             target=target.reshape(rows, *classes, *positions),
         )
-        if token_weight is not None:
-            options = replace(options, token_weight=token_weight.reshape(rows, *positions))
-        return head, options
+        weight = None if token_weight is None else token_weight.reshape(rows, *positions)
+        return head, weight

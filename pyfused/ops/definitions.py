@@ -180,7 +180,8 @@ def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:
     """Returns the cross-entropy of a linear layer's output, computed from all logits."""
     leading, head = head.input.shape[:-1], _with_one_weight(head)
     if len(leading) > 1:
-        head, options = head.as_rows(options)
+        head, token_weight = head.as_rows(options.token_weight)
+        options = replace(options, token_weight=token_weight)
     input, target, ignore_index = head.input, head.target, options.ignore_index
     counts = _counts(target, ignore_index, options.token_weight)
     if counts is not None:

@@ -214,10 +214,6 @@ class Divergence(RowLoss):
             checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
             checks.topk_log_probs(_masked(arguments[-2], arguments[-1], -torch.inf))
 
-    def kernel_options(self, options: DivergenceOptions) -> DivergenceOptions:
-        beta, temperature = float(options.beta), float(options.temperature)
-        return replace(options, beta=beta, temperature=temperature)
-
     def to_rows(self, tensors: Tensors, options: DivergenceOptions) -> tuple[Any, ...]:  # noqa: ARG002
         *tensors, token_weight, denominator = tensors
         token_weight, denominator = checks.factors(token_weight, denominator)

@@ -79,8 +79,8 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             if not is_compiled(head.input):
                 backend_of(target).check_class_indices(target, classes, options.ignore_index)
         factors = checks.factors(token_weight, denominator)
-        head, options = _rows(head, replace(options, token_weight=factors[0]))
-        return *head, options.token_weight, factors[1]
+        head, token_weight = _rows(head, factors[0])
+        return *head, token_weight, factors[1]
 
     def finish(
         self,
@@ -94,7 +94,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         loss = with_leading_dims(loss, leading).to(_result_dtype(head, options))
         if not options.with_metrics or state is None:
             return loss
-        target = head.as_rows(replace(options, token_weight=None))[0].target
+        target = head.as_rows(None)[0].target
         target = target if target.is_floating_point() else target.to(torch.int64)
         metrics = of_state(state, target, options.ignore_index, loss_dtype)
         return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
@@ -114,7 +114,8 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         checks.class_indices(head.linear_weight.shape[0], head.target, options.ignore_index)
 
     def strategy_of(self, arguments: Arguments) -> str:
-        head, options = _rows(*_head(arguments))
+        head, options = _head(arguments)
+        head, _ = _rows(head, None)
         rows = rows_at_once(head, options, backend_of(head.input))
         if not rows:
             return "blocks of classes"
@@ -199,9 +200,9 @@ def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
     return Head(*tensors), options
 
 
-def _rows(head: Head, options: CrossEntropyOptions) -> tuple[Head, CrossEntropyOptions]:
-    """Returns the head and its options for rows (N, D), cast as autocast does."""
-    return head._replace(input=in_autocast_dtype(head.input)).as_rows(options)
+def _rows(head: Head, token_weight: Tensor | None) -> tuple[Head, Tensor | None]:
+    """Returns the head and its token weights for rows (N, D), cast as autocast does."""
+    return head._replace(input=in_autocast_dtype(head.input)).as_rows(token_weight)
 
 
 def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:

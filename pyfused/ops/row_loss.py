@@ -228,18 +228,19 @@ class RowLoss(VocabOperator):
                 if grad_output is None:
                     grad_output = tensors[0].new_ones((), dtype=torch.float64)
                 grad_output = grad_output if denominator is None else grad_output / denominator
-        options = replace(options, token_weight=take_rows(options.token_weight, rows))
-        indexed = enumerate(tensors)
-        valid = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
-        args = LossArgs(backend, options, outputs, grad_output, take_rows(state, rows, 1), counts)
-        loss, gradients, state = self.compute_rows(valid, args)
+        if rows is not None:
+            options = replace(options, token_weight=take_rows(options.token_weight, rows))
+            state, indexed = take_rows(state, rows, 1), enumerate(tensors)
+            tensors = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
+        args = LossArgs(backend, options, outputs, grad_output, state, counts)
+        loss, gradients, state = self.compute_rows(tensors, args)
         if loss is not None:
             if unreduced:
                 loss = spread_rows(loss, rows, total)
             elif denominator is not None:
                 loss = loss / denominator
             loss = loss.to(self.loss_dtype(tensors))
-        if gradients:
+        if gradients and rows is not None:
             pairs = enumerate(gradients)
             gradients = tuple(
                 [spread_rows(x, rows, total) if i in self.row_operands else x for i, x in pairs]

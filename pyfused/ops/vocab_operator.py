@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 from pyfused.dispatch.operator import (
@@ -49,7 +50,8 @@ class VocabOperator(Operator):
     def arguments_of(self, tensors: Tensors, numbers: Numbers, case: Case) -> Arguments:
         """Returns the operands and the options of a call."""
         count = len(self.operands)
-        values = dict(zip(self.fields, (*numbers, *case), strict=False))
+        floats = [float(x) if isinstance(x, Real) else x for x in numbers]
+        values = dict(zip(self.fields, (*floats, *case), strict=False))
         if values["ignore_index"] is None:  # the default of torch's linear_cross_entropy
             values["ignore_index"] = -100
         if self.factors:
