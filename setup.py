@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
 import sysconfig
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -73,6 +75,7 @@ class BuildKernels(build_ext):
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = f"{COMMON[kind]} {isa[kind]}".split()
+        start = time.monotonic()
         # setuptools initialises MSVC lazily, which is not thread-safe.
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
         with ThreadPoolExecutor(jobs) as pool:
@@ -84,10 +87,11 @@ class BuildKernels(build_ext):
                 extension.extra_objects = pool.map(partial(self.compile_source, extension), own)
             objects = list(shared)
             for number, (isa, extension) in enumerate(zip(ISAS, self.extensions, strict=True), 1):
-                # print() writes the newline separately, and the pool's threads log commands.
-                sys.stdout.write(f"Building the kernels for {isa} ({number} of {len(ISAS)})\n")
-                sys.stdout.flush()
                 extension.extra_objects = list(extension.extra_objects)
+                seconds = time.monotonic() - start
+                line = f"Compiled {isa} ({number} of {len(ISAS)}) after {seconds:.0f} s\n"
+                sys.stdout.write(line)  # at once, because the pool's threads log commands
+                sys.stdout.flush()
         for extension in self.extensions:
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects
@@ -126,6 +130,10 @@ class BuildKernels(build_ext):
             )
         return object_file
 
+
+# With `pip install -v`, only the lines above are shown, not 400 commands and names of copied files.
+if not {"bdist_wheel", "dist_info", "editable_wheel", "egg_info"}.isdisjoint(sys.argv):
+    logging.disable(logging.INFO)
 
 setup(
     cmdclass={"build_ext": BuildKernels},

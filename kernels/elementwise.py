@@ -36,7 +36,7 @@ def read(tensor, k: tl.constexpr, i, n, columns, strides):
     if tensor is not None:
         mask = i < n
         if columns is not None:
-            i = i.to(n.dtype)  # 64-bit division only from 2**31 elements on
+            i = i.to(n.dtype)  # 64-bit division only for 2**31 or more elements
             row, column = (i // columns).to(tl.int64), (i % columns).to(tl.int64)
             i = row * strides[2 * k] + column * strides[2 * k + 1]
         value = widened(tl.load(tensor + i, mask=mask, other=0.0))

@@ -481,7 +481,7 @@ def topk_indices(indices: Tensor, classes: int) -> Tensor:
 
 
 def topk_log_probs(log_probs: Tensor) -> None:
-    """Raises if rows (..., k) are not log-probabilities, up to rounding to bfloat16; on CPUs."""
+    """Raises if rows (..., k) on CPUs are not log-probabilities, up to rounding to bfloat16."""
     if not _can_be_read(log_probs):
         return
     logs = log_probs.detach().double()

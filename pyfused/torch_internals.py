@@ -123,7 +123,7 @@ _unpack: Any = getattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack
 
 
 def saved_tensors_from(ctx: Any, first: int) -> Sequence[Any]:
-    """Returns the tensors that were saved for backward, from an index on.
+    """Returns the tensors that were saved for backward, starting at an index.
 
     If torch can unpack them separately, it does not check whether earlier ones were modified.
     """

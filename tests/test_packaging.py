@@ -409,7 +409,7 @@ def test_a_build_only_compiles_changed_sources(stub_tree: Path) -> None:
 
     each = len(MODULES)
     printed = build(stub_tree)
-    lines = re.findall(r"^Building the kernels for \w+ \((\d) of (\d)\)$", printed, re.MULTILINE)
+    lines = re.findall(r"^Compiled \w+ \((\d) of (\d)\) after \d+ s$", printed, re.MULTILINE)
     assert lines == [(str(n), str(each)) for n in range(1, each + 1)]
     assert Counter(re.findall(r"-c csrc/(\w+)\.cpp", printed)) == {"bindings": 1, "other": each}
     assert compiled_after(None) == {}

@@ -646,7 +646,7 @@ def test_the_time_saved_is_also_given_without_the_start_of_the_program() -> None
     report._seconds, report._first_call = 60.0, 39.0
     report._kernels.update(KERNELS)
     assert str(report).endswith(
-        "\npyfused saved about 7.0 s of 67 s (10%), or 25% of the time from the first call on"
+        "\npyfused saved about 7.0 s of 67 s (10%), or 25% of the time since the first call"
     )
     found = json.loads(json.dumps(report.to_dict()))
     assert found["seconds_from_first_call"] == 21.0

@@ -251,7 +251,7 @@ class Report:
         verdict = f"pyfused saved about {time_of(saved)} of {time_of(seconds + saved)} ({share})"
         from_first_call = f"{saved / (seconds - (self._first_call or 0.0) + saved):.0%}"
         if from_first_call != share:
-            verdict += f", or {from_first_call} of the time from the first call on"
+            verdict += f", or {from_first_call} of the time since the first call"
         return verdict
 
 

@@ -143,7 +143,7 @@ def _rows(tensor: Tensor | None) -> tuple[int, int]:
 
 # Outputs of at least this many bytes use recycled memory. glibc caches smaller blocks itself, and
 # releasing their pages costs more than it saves: the speed was 0.7 to 1 times at 2 to 31 MiB, and
-# 1.3 to 2 times from 32 MiB on.
+# 1.3 to 2 times at 32 MiB or more.
 RECYCLED_BYTES = 32 << 20
 
 

@@ -8,7 +8,7 @@ need no new trace.
 
 Operands keep their dtypes, so torch's functions take and return masks and integers as in any call;
 floating-point operands are float64. Kernels convert masks and integers to floats, which rounds
-integers from 2**24 on, so integers may only be selected, compared where rounding does not change
+integers of 2**24 or more, so integers may only be selected, compared where rounding does not change
 the result, and converted to floating point.
 """
 

@@ -7,7 +7,7 @@ and its memory can be arbitrarily small.
 
 The loop over rows adds the weight's gradient of each chunk to a sum in float32. This moves 20 bytes
 per element, while the product takes two operations per element and row. With AVX-512 the sums take
-a few percent of the time of the products, from 256 rows on. With AMX the sums of 256 rows took
+a few percent of the time of the products, with 256 or more rows. With AMX the sums of 256 rows took
 twice as long as all products: 700 GFLOP/s for products, and 2.7 GB/s for sums, which exceed the
 cache. There it is fastest to compute all rows at once, and a fourth product is cheaper than sums
 over fewer than 1500 rows.

@@ -61,7 +61,7 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The logits of some rows and classes, and the matrices of which they are products.
+    """The logits of some rows and classes, and the matrices whose product they are.
 
     Attributes:
         inputs: The rows of the input, split into the features of each of the layer's weights.
@@ -496,7 +496,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-# The columns of a product whose size does not depend on the batch; on GPUs all, for few launches.
+# The columns of a product whose size does not depend on the batch; all on GPUs, to save launches.
 FIXED_COLUMNS = 2048
 ALIGNMENT = 64  # bytes
 
