@@ -171,7 +171,7 @@ def state_plan(
         return options._replace(rows=RowOptions(rows.ignore_index, 1 / temperature, softcap))
 
     def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
-        *layer, target, _, weight = tensors
+        *layer, target, counted, weight = tensors
         output: Any = None
         logits = None
         if not has_logits:
@@ -186,8 +186,10 @@ def state_plan(
             state, output = launch((1 / temperature, softcap), *layer, target, weight)
         else:
             head = Head._make((*layer, None, target, weight))
+            states = LayerStates(backend, head, options_of(numbers))
+            keeps_logits = needs_any and counted is target  # otherwise backward has other rows
             with without_autocast(target.device.type):
-                state, logits = LayerStates(backend, head, options_of(numbers)).state(needs_any)
+                state, logits = states.state(keeps_logits)
         if shard is not None:
             state = _merged(state, target, shard, entropy)
             state = state.where(target != rows.ignore_index, 0)
