@@ -147,6 +147,10 @@ def random_shards(rng: random.Random, classes: int, size: int) -> list[slice]:
     return rng.sample([slice(*cuts[i : i + 2]) for i in range(size)], size)
 
 
+def largest(shards: list[slice]) -> int:
+    return max(range(len(shards)), key=lambda i: shards[i].stop - shards[i].start)
+
+
 class Asynchronous(str):
     """A device like a GPU, for which processes do not compare their calls beforehand."""
 
@@ -181,6 +185,16 @@ class Process:
         self.errors: dict[int, tuple[str, str]] = {}
         self.step = self.calls = 0
 
+    def draw(
+        self, dtype: torch.dtype = torch.float64, infinite: bool = False
+    ) -> tuple[Call, list[slice], Any, int]:
+        """Returns a call, the classes of each process of a group, the group and this one's rank."""
+        call = random_call(self.rng, dtype, infinite)
+        ranks, group = self.rng.choice(self.groups)
+        self.calls += 1
+        rank = ranks.index(self.rank) if self.rank in ranks else -1
+        return call, random_shards(self.rng, call.classes, len(ranks)), group, rank
+
     def differentiated_together(self) -> None:
         """Runs some calls in several groups, and one backward pass for the sum of their results."""
         rng, total, calls, alone = self.rng, torch.zeros((), dtype=torch.float64), [], False
@@ -188,17 +202,13 @@ class Process:
         for _ in range(rng.randint(1, 3)):
             dtype = rng.choice([torch.float64] * 9 + [torch.float32])
             autocast = dtype is torch.float64 and rng.random() < 0.2  # not affected by autocast
-            call = random_call(rng, dtype, not create_graph)
-            ranks, group = rng.choice(self.groups)
-            shards, unlike = random_shards(rng, call.classes, len(ranks)), rng.random() < 0.3
-            frozen = [tuple(x for x in call.tensors if rng.random() < 0.3) for _ in ranks]
-            frozen = frozen if unlike else frozen[:1] * len(ranks)
-            told, alike = [rng.choice([None, call.classes]) for _ in ranks], rng.random() < 0.3
-            told = told[:1] * len(ranks) if alike else told  # no comparison
-            self.calls += 1
-            if self.rank not in ranks:
+            call, shards, group, mine = self.draw(dtype, not create_graph)
+            frozen = [tuple(x for x in call.tensors if rng.random() < 0.3) for _ in shards]
+            frozen = frozen if rng.random() < 0.3 else frozen[:1] * len(shards)
+            told, alike = [rng.choice([None, call.classes]) for _ in shards], rng.random() < 0.3
+            told = told[:1] * len(shards) if alike else told  # no comparison
+            if mine < 0:
                 continue
-            mine = ranks.index(self.rank)
             own, leaves = shards[mine], call.leaves(shards[mine], frozen[mine])
             modes = torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(grad)
             with modes[0], modes[1], without_comparison(alike):
@@ -228,14 +238,10 @@ class Process:
                     close(found.pop(0), call.part(name, whole_gradient, own))
 
     def second_derivatives(self) -> None:
-        rng = self.rng
-        call, (ranks, group) = random_call(rng, torch.float64, False), rng.choice(self.groups)
-        shards, alike = random_shards(rng, call.classes, len(ranks)), rng.random() < 0.5
-        self.calls += 1
-        if self.rank not in ranks:
+        call, shards, group, mine = self.draw()
+        if mine < 0:
             return
-        own = shards[ranks.index(self.rank)]
-        found = []
+        own, alike, found = shards[mine], self.rng.random() < 0.5, []
         for part, shard in ((slice(None), None), (own, VocabShard(own.start, None, group))):
             leaves, generator = call.leaves(part), torch.Generator().manual_seed(1)
             with without_comparison(alike):
@@ -276,26 +282,20 @@ class Process:
 
     def refused(self) -> None:
         """One process has an argument that does not match the others: all processes raise."""
-        rng, call = self.rng, random_call(self.rng, torch.float64, False)
-        (ranks, group), kind = rng.choice(self.groups), rng.choice([*REFUSED])
-        shards = random_shards(rng, call.classes, len(ranks))
-        most = max(range(len(ranks)), key=lambda i: shards[i].stop - shards[i].start)
-        self.calls += 1
-        if self.rank not in ranks:
+        (call, shards, group, mine), kind = self.draw(), self.rng.choice([*REFUSED])
+        if mine < 0:
             return
-        mine = ranks.index(self.rank)
-        own, options, grad = shards[mine], dict(call.options), True
-        shard, leaves = (
-            VocabShard(own.start, rng.choice([None, call.classes]), group),
-            call.leaves(own),
-        )
-        if mine == most:
-            shard, grad = REFUSED[kind](shard, options)
+        own, classes = shards[mine], self.rng.choice([None, call.classes])
+        given, leaves = call.options | {"first": own.start, "classes": classes}, call.leaves(own)
+        if mine == largest(shards):
+            for name, change in REFUSED[kind].items():
+                given[name] = change(given.get(name))
             if kind == "no tensor":
                 leaves[[*leaves]["linear" in call.name]] = None  # type: ignore[assignment]
+        shard = VocabShard(given.pop("first"), given.pop("classes"), group)
         try:
-            with torch.set_grad_enabled(grad):
-                call._replace(options=options).results(leaves, shard=shard)
+            with torch.set_grad_enabled(kind != "grad mode" or mine != largest(shards)):
+                call._replace(options=given).results(leaves, shard=shard)
         except (RuntimeError, TypeError, ValueError) as error:
             self.errors[self.step] = kind, f"{type(error).__name__}: {error}"
         else:
@@ -303,21 +303,16 @@ class Process:
 
     def unlike(self) -> None:
         """One process has another call, and calls are not compared beforehand: results are NaN."""
-        rng, call = self.rng, random_call(self.rng, torch.float64, False)
-        (ranks, group), kind = rng.choice(self.groups), rng.choice(UNLIKE)
-        shards = random_shards(rng, call.classes, len(ranks))
-        most = max(range(len(ranks)), key=lambda i: shards[i].stop - shards[i].start)
-        self.calls += 1
-        if self.rank not in ranks:
+        (call, shards, group, mine), kind = self.draw(), self.rng.choice(UNLIKE)
+        if mine < 0:
             return
-        mine, target, ignored = ranks.index(self.rank), call.options["target"], call.ignored()
-        own, options, grad = shards[mine], dict(call.options), True
-        first, leaves = own.start, call.leaves(own)
-        if mine == most and kind == "first" and own.stop - first < call.classes:
+        own, target, options, grad = shards[mine], call.options["target"], dict(call.options), True
+        first, leaves, is_other = own.start, call.leaves(own), mine == largest(shards)
+        if is_other and kind == "first" and own.stop - first < call.classes:
             first += -1 if first else 1
-        elif mine == most and kind == "target" and call.classes > 1:
-            options["target"] = target.where(ignored, (target + 1) % call.classes)
-        elif mine == most:
+        elif is_other and kind == "target" and call.classes > 1:
+            options["target"] = target.where(call.ignored(), (target + 1) % call.classes)
+        elif is_other:
             options["softcap"], grad = 3.14, kind != "grad mode"
         call = call._replace(options=options)
         with torch.set_grad_enabled(grad), without_comparison(True):
@@ -388,31 +383,18 @@ class Process:
             torch.testing.assert_close(got, expected, rtol=0.01, atol=1e-4, equal_nan=True)
 
 
-def changed(**values: Any) -> Callable[[VocabShard, dict[str, Any]], tuple[VocabShard, bool]]:
-    def change(shard: VocabShard, options: dict[str, Any]) -> tuple[VocabShard, bool]:
-        options |= values
-        return shard, True
-
-    return change
-
-
-def other_target(shard: VocabShard, options: dict[str, Any]) -> tuple[VocabShard, bool]:
-    options["target"] = options["target"] + 1
-    return shard, True
-
-
 UNLIKE = "first", "target", "options", "grad mode"
-REFUSED: dict[str, Callable[[VocabShard, dict[str, Any]], tuple[VocabShard, bool]]] = {
-    "overlap or gap": lambda shard, _: (shard._replace(first=shard.first + 1), True),
-    "before": lambda shard, _: (shard._replace(first=shard.first - 1), True),
-    "total": lambda shard, _: (shard._replace(classes=99), True),
-    "target": other_target,
-    "options": changed(softcap=3.14),
-    "shape": changed(target=torch.zeros(1, 2, 3, 4, dtype=torch.int64)),
-    "type": changed(target=None),
-    "no tensor": lambda shard, _: (shard, True),
-    "number": lambda shard, _: (shard._replace(first=0.5), True),  # type: ignore[arg-type]
-    "grad mode": lambda shard, _: (shard, False),
+REFUSED: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "overlap or gap": {"first": lambda first: first + 1},
+    "before": {"first": lambda first: first - 1},
+    "total": {"classes": lambda _: 99},
+    "target": {"target": lambda target: target + 1},
+    "options": {"softcap": lambda _: 3.14},
+    "shape": {"target": lambda _: torch.zeros(1, 2, 3, 4, dtype=torch.int64)},
+    "type": {"target": lambda _: None},
+    "number": {"first": lambda _: 0.5},
+    "no tensor": {},
+    "grad mode": {},
 }
 
 
