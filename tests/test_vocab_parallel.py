@@ -174,7 +174,7 @@ class Case(NamedTuple):
         above = torch.linspace(1, 2, value.numel()).view_as(value).to(value.dtype).requires_grad_()
         generator = torch.Generator().manual_seed(11)
         outputs, factors, leaves = [value], [above], [*parts.values()]
-        found = [[*torch.autograd.grad(value, leaves, above, retain_graph=True)]]
+        found = [[*torch.autograd.grad(value, leaves, above, retain_graph=self.orders > 0)]]
         for _ in range(self.orders):
             outputs = [*torch.autograd.grad(outputs, leaves, factors, create_graph=True)]
             assert all(output.requires_grad for output in outputs)
@@ -202,7 +202,7 @@ DERIVED = {
     "linear_sum": Case("linear_cross_entropy", {"reduction": "sum", "label_smoothing": 0.1}, 3),
     "with_metrics": Case("cross_entropy_with_metrics", {"reduction": "sum"}, 3),
     "linear_with_metrics": Case("linear_cross_entropy_with_metrics", {"z_loss": 0.1}, 3),
-    "weighted_with_metrics": Case("linear_cross_entropy_with_metrics", WEIGHTED, 1),
+    "weighted_with_metrics": Case("linear_cross_entropy_with_metrics", WEIGHTED),
     "log_probs": Case("log_probs", {"softcap": 4.0, "temperature": 2.0, **RESULTS}, 3),
     "linear_log_probs": Case(
         "linear_log_probs", {"softcap": 4.0, "temperature": 0.5, **RESULTS, **LOGIT_METRICS}, 3
