@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from catalogue import (
     EXAMPLES,
+    SOME,
     TENSOR_OPTIONS,
     TRIED,
     Call,
@@ -51,6 +52,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 close = torch.testing.assert_close
 CHANGED = "modified by an inplace operation"
 ours, of_torch = Call.ours, Call.reference
+
+
+def every_example_and(name: str, first: Any, second: Any) -> pytest.MarkDecorator:
+    """Parametrises by every example with the first value, and some of them with the second."""
+    cases = [(example, first) for example in TRIED.values()]
+    cases += [(example, second) for example in SOME.values()]
+    return pytest.mark.parametrize(("example", name), cases, ids=lambda x: getattr(x, "id", str(x)))
 
 
 def gradients(
@@ -90,8 +98,7 @@ def test_an_expanded_grad_output(example: Example) -> None:
 
 
 @pytest.mark.interpreted
-@every_example
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@every_example_and("dtype", torch.float32, torch.bfloat16)
 def test_backward_twice_through_a_retained_graph(example: Example, dtype: torch.dtype) -> None:
     """The owner of a gradient may overwrite it, and grad_output is not modified."""
     call = example.call(dtype)
@@ -249,8 +256,7 @@ def test_arguments_are_not_changed(example: Example) -> None:
         assert torch.equal(x, copy)
 
 
-@every_example
-@pytest.mark.parametrize("after", ["forward", "backward"])
+@every_example_and("after", "forward", "backward")
 def test_modifying_an_argument_before_backward(example: Example, after: str) -> None:
     """Backward raises, or computes the gradients of the old values, each time."""
     call = example.call()
