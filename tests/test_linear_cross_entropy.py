@@ -18,7 +18,6 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
-from pyfused import nn
 from pyfused.backends import cpu
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -190,13 +189,6 @@ def test_compiled_computes_logits_as_often_as_eager(
     assert sizes[1] == sizes[0]
     for got, expected in zip(*gradients, strict=True):  # rounding before or after the factor of 3
         assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
-
-
-def test_a_module_checks_its_options() -> None:
-    with pytest.raises(RuntimeError, match=r"weight: expected shape \(9,\), got \(8,\)"):
-        nn.LinearCrossEntropyLoss(6, 9, weight=torch.ones(8))
-    with pytest.raises(RuntimeError, match=r"label_smoothing: expected 0.0 to 1.0, got 2"):
-        nn.LinearCrossEntropyLoss(6, 9, label_smoothing=2)
 
 
 @pytest.mark.thresholds
@@ -473,29 +465,3 @@ def test_autocast_of_float64(
         pytest.raises(RuntimeError, match="linear_weight: expected the input's"),
     ):
         function(input, head, given.target)
-
-
-@pytest.mark.parametrize("rows", [2, 64])
-def test_parameters_on_another_device(rows: int) -> None:
-    """torch multiplies a CPU input with a meta weight, and returns uninitialised memory."""
-    input, target = torch.randn(rows, 8), torch.zeros(rows, dtype=torch.int64)
-    layer = {"linear_weight": torch.randn(50, 8), "linear_bias": torch.randn(50)}
-    top_k = {
-        "teacher_indices": torch.arange(3).expand(rows, 3),
-        "teacher_log_probs": torch.full((rows, 3), -2.0),
-    }
-    teacher = {"teacher_input": input, "teacher_linear_weight": torch.randn(50, 8)}
-    for op, given in (
-        ("linear_cross_entropy", layer | {"target": target}),
-        ("linear_cross_entropy", layer | {"target": target, "z_loss": 0.1}),
-        ("linear_cross_entropy_with_metrics", layer | {"target": target}),
-        ("linear_log_probs", layer | {"target": target}),
-        ("linear_topk_kl_div", layer | top_k),
-        ("linear_kl_div", layer | teacher),
-    ):
-        for name in ("linear_weight", "linear_bias", "teacher_linear_weight"):
-            if name not in given:
-                continue
-            told = f"{name}: expected .* device {input.device}, got meta"
-            with pytest.raises((RuntimeError, ValueError), match=told):
-                getattr(fused, op)(input=input, **given | {name: given[name].to("meta")})
