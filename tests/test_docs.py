@@ -8,9 +8,7 @@ import pkgutil
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from xml.etree import ElementTree
 
 import matplotlib
 import pytest
@@ -19,13 +17,11 @@ from conftest import KernelCalls
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 
-import gain
 import gallery
 import pages
 from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
-from pyfused.dispatch.sizes import cpu_limits
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 
@@ -57,78 +53,12 @@ def test_curves_are_computed_by_kernels(
     assert (slopes - between).abs().mean() < 0.02 * max(1.0, gradients.abs().max().item())
 
 
-def test_calls_that_fall_back_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = ENTRIES["mse_loss"]
-    monkeypatch.setattr("pyfused.backends.FORCED", "torch")
-    with pytest.raises(RuntimeError, match="not torch's: mse_loss: torch"):
-        gallery.evaluate("mse_loss", entry, entry.curves[0])
-
-
-def test_a_plot_is_a_single_html_element() -> None:
-    picture = gallery.picture("relu", ENTRIES["relu"])
-    assert "\n" not in picture  # Markdown would end the element at a blank line
-    assert ElementTree.fromstring(picture).tag.endswith("svg")
-
-
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.formula])
 def test_formulas_can_be_typeset(name: str) -> None:
     mathml = pytest.importorskip("docutils.utils.math.latex2mathml")
     formula = mathml.tex2mathml(ENTRIES[name].formula, as_block=True)
     assert "merror" not in formula
     assert any(f"<mi>{x}</mi>" in formula for x in "xpa")  # an input
-
-
-def test_ratios_come_from_the_newest_report() -> None:
-    rows = gallery.measured()
-    reports = [gallery.report.load([path]) for path in RESULTS.glob("*/results.json")]
-    timed = [found for found in reports if found["benchmarks"]]
-    newest = max(timed, key=lambda found: found["datetime"])
-    for row in gallery.report.rows_of(newest):
-        if row.case == rows[row.op].case and row.mode == "forward+backward":
-            assert rows[row.op].peers["torch"] == row.peers["torch"]
-    assert rows["mse_loss"].elements == 1 << 25
-    assert rows["cross_entropy"].case == "cross_entropy (1024, 32000) float32"
-
-
-def test_an_operator_without_measurements_has_a_dash() -> None:
-    assert "torch / pyfused: -\n" in gallery.row_of("relu", {})
-
-
-def test_the_legend_names_drawn_curves_only() -> None:
-    peers = {peer for row in gallery.measured().values() for peer in row.peers}
-    drawn = labels(gallery.ratios())
-    assert "eager torch" in drawn
-    assert ("with huge pages" in drawn) == ("torch, THP" in peers)
-
-
-def labels(figure: Any) -> list[str]:
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-
-
-def test_the_formulas_are_drawn_by_kernels(kernel_calls: KernelCalls) -> None:
-    titles = [axes.get_title() for axes in gallery.formulas().axes]
-    assert titles == [name.replace("_", " ") for name in gallery.FORMULAS]
-    assert kernel_calls == {f"formulas.{name}": 2 for name in gallery.FORMULAS}
-
-
-def test_the_plot_of_speed_up_by_size_has_all_operators() -> None:
-    assert [label.split(",")[0] for label in labels(gallery.gain())] == [*gain.OPERATORS]
-    found = gallery.newest_gain()
-    assert {row["op"] for row in found["gain"]} == {*gain.OPERATORS}
-    assert found["machine_info"]["cpu"] in gallery.WRITTEN["gain machine"]()
-
-
-def test_each_ratio_names_its_machine() -> None:
-    assert gallery.machines().count("torch 2") == gallery.machines().count(";") + 1
-
-
-def test_sizes_are_listed() -> None:
-    lines = gallery.sizes().splitlines()
-    assert len(lines) == 2 + len(OPERATORS)
-    (relu,) = (line for line in lines if line.startswith("| `relu` |"))
-    assert f"| {cpu_limits()['relu'][0]:,} |" in relu
-    assert gallery.sizes("linear_log_probs").splitlines()[0] == "| operator | elements |"
-    assert "activations without gradients" in gallery.sizes("gelu")
 
 
 def test_the_pages_have_all_markers() -> None:
@@ -199,76 +129,13 @@ def test_the_page_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
         "<svg>cross_entropy</svg>",
         pages.example("cross_entropy"),
         "```text\ntensor(",
-        ".. autofunction:: pyfused.functional.cross_entropy\n",
         ".. autofunction:: pyfused.functional.cross_entropy_with_metrics\n",
         ".. autoclass:: pyfused.nn.CrossEntropyLoss\n",
         "{py:func}`torch.nn.functional.cross_entropy`",
-        "| cross_entropy (1024, 32000) float32 | forward+backward |",
-        "| `cross_entropy` | 131,072 |",
     ):
         assert part in page
     assert "mse_loss" not in page
-    machines = [gallery.report.load([path]) for path in RESULTS.glob("*/results.json")]
-    assert all(gallery.report.machine(found) in page for found in machines if found["benchmarks"])
-
-
-def test_the_page_of_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "picture", lambda *_: "")
     assert "torch has no operator of this name." in pages.page("quantile_loss")
-
-
-def test_pages_of_removed_operators_are_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pages, "page", lambda name: f"# {name}")
-    monkeypatch.setattr(gallery, "group_page", lambda group: f"# {group}")
-    (tmp_path / "operators").mkdir()
-    (tmp_path / "operators/gone.md").touch()
-    pages.write(SimpleNamespace(srcdir=tmp_path))
-    assert {file.stem for file in tmp_path.glob("operators/*")} == {*OPERATORS}
-    assert [*tmp_path.glob("groups/regression.md")]
-
-
-def documented(input: int, scale: float = 2.0, *, name: str = "mean", other: str = "") -> None: ...
-
-
-def test_arguments_are_converted_to_a_table() -> None:
-    docstring = """What it does.
-
-Args:
-    input: Of any shape, and
-        two lines::
-
-            code
-
-    scale: A factor.
-    name, other: As elsewhere.
-
-Returns:
-    A number."""
-    lines = docstring.splitlines()
-    pages.arguments(None, "function", "documented", documented, None, lines)
-    table = """\
-   * - argument
-     - default
-     - meaning
-   * - ``input``
-     -\x20
-     - Of any shape, and
-       two lines::
-
-           code
-
-   * - ``scale``
-     - ``2.0``
-     - A factor.
-   * - ``name``, ``other``
-     -\x20
-     - As elsewhere.
-"""
-    assert table in "\n".join(lines)
-    assert lines[-2:] == ["Returns:", "    A number."]
-    assert "Args:" not in lines
 
 
 SHARED = {"reduction", "size_average", "reduce", "inplace"}  # described once, for all functions
@@ -309,17 +176,6 @@ def test_the_inventory_of_torch_has_exactly_its_operators() -> None:
         if hasattr(torch.nn.functional, op.name):
             assert f"torch.nn.functional.{op.name}" in names
             assert f"torch.nn.{op.module}" in names
-
-
-def test_plots_are_saved_for_both_themes(tmp_path: Path) -> None:
-    figure = gallery.Figure()
-    figure.subplots().plot([1, 2], label="line")
-    gallery.report.save(figure, tmp_path / "picture")
-    light, dark = ((tmp_path / f"picture{end}.svg").read_text() for end in ("", "-dark"))
-    assert light.replace(gallery.report.INK, gallery.report.INK_ON_BLACK) == dark
-    assert light != dark
-    assert "fill: #ffffff" not in light
-    ElementTree.fromstring(dark)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/memory.md", "docs/language-models.md"])

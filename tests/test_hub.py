@@ -56,14 +56,6 @@ def test_import_under_another_name_next_to_pyfused(backend: str, hub: Path) -> N
     assert out == f"True another.functional\n{backend}\n"
 
 
-@pytest.mark.integrations
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_its_tests_and_example_pass_with_the_kernels_package(backend: str, hub: Path) -> None:
-    out = run("-m", "pytest", "-q", "-p", "no:randomly", folder=hub, **BACKENDS[backend])
-    assert "passed" in out
-    assert f"{backend}" in run("example.py", folder=hub, **BACKENDS[backend])
-
-
 KERNELIZED = """
 import sys, torch
 from pathlib import Path
