@@ -344,11 +344,7 @@ KINDS: dict[str, tuple[dict[str, int], dict[str, Any], Any]] = {
         {"num_generations": 4, "max_completion_length": 6, "beta": 0.0},
         lambda: {"reward_funcs": reward},
     ),
-    "DPO": (
-        {"prompt": 3, "chosen": 5, "rejected": 4},
-        {},
-        lambda: {"ref_model": model()},
-    ),
+    "DPO": ({"prompt": 3, "chosen": 5, "rejected": 4}, {}, lambda: {"ref_model": model()}),
 }
 
 
