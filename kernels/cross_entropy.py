@@ -15,8 +15,9 @@ The loss and the gradient of a row are multiplied by `token_weight` and divided 
 
 Shapes: see `rows.py`; row outer_index * inner + inner_index has one target.
 Bytes: `row_kernel` reads logits once and writes the gradient once. `two_pass_kernel` reads logits
-twice and probabilities three times, mostly from cache after the first time. `nll_kernel` reads and
-writes one element per row.
+twice and probabilities three times, mostly from cache after the first time; it loads unaligned rows
+in aligned vectors, which took 0.84 times the time in a trial with 50,257 bfloat16 classes.
+`nll_kernel` reads and writes one element per row.
 
 torch: F.cross_entropy(x, t, w, ignore_index=..., label_smoothing=..., reduction=...)
        F.nll_loss(x, t, w, ignore_index=..., reduction=...)
@@ -39,6 +40,7 @@ from .reductions import (
 )
 from .rows import (
     DROP,
+    aligned_part,
     class_block,
     contiguous_rows,
     finite_or_zero,
@@ -225,6 +227,7 @@ def two_pass_kernel(
     SCALED: tl.constexpr,
     DENSE: tl.constexpr,
     EACH: tl.constexpr,
+    VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
@@ -236,6 +239,9 @@ def two_pass_kernel(
         and their gradient.
     FOCAL, SCALED: as in `row_kernel`.
     DENSE: whether q_c may be nonzero for every class, because of smoothing or probabilities.
+    VECTOR: the elements of 16 bytes, to load unaligned rows in aligned vectors; 0 for other rows.
+        Needs contiguous classes, one outer index, ROWS = 1, class indices, no smoothing, and the
+        same row stride in logits and gradient.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
@@ -245,7 +251,6 @@ def two_pass_kernel(
     grad, grad_target = gradients
     outer, lanes, in_bounds, inner, classes = row_block(inner, classes, ROWS, UNITS)
     rows = outer * inner + lanes
-    x_rows = strided_rows(logits, outer, lanes, strides, 0, UNITS)
     indices = target if INDICES else None
     y_rows = None if INDICES else strided_rows(target, outer, lanes, strides, 6, UNITS)
     n = tl.num_programs(0) // tl.cdiv(inner, ROWS) * inner
@@ -253,12 +258,21 @@ def two_pass_kernel(
     label, valid, invalid, target_weight, scale = read_rows(
         indices, weight, token_weight, denominator, rows, in_bounds, classes, ignore_index, A
     )
-    label = label.to(tl.int32)
+    label, edges = label.to(tl.int32), None
+    if VECTOR:  # pointers and class indices are relative to the row's first aligned vector
+        start = tl.program_id(0).to(tl.int64) * strides[1]
+        first, before, classes, edge, at_edge = aligned_part(start, classes, VECTOR)
+        logits, label, outer, lanes = logits + first, label - before, outer * 0, lanes * 0
+        if grad is not None:
+            grad += first
+    x_rows = strided_rows(logits, outer, lanes, strides, 0, UNITS)
     if INDICES:
         of_target = x_rows[0] + label.to(tl.int64) * x_rows[1]
         target_logit = load_scaled(of_target, valid, 0.0, by)
     read = valid if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
-    maximum, total = first_pass(x_rows, classes, read, BLOCK, by)
+    if VECTOR:
+        edges = load_tile(x_rows, edge, at_edge & read[:, None], -float("inf"), by)
+    maximum, total = first_pass(x_rows, classes, read, BLOCK, by, edges)
     log_total = tl.log(total)
     if INDICES:
         value, index_weight, slope = index_terms(
@@ -278,8 +292,14 @@ def two_pass_kernel(
         target_scale = gradient_scale(scale, grad_output, rows, in_bounds, EACH)
         grad_scale = target_scale * by if SCALED else target_scale
         factor = slope * grad_scale / total
+        of_label = (index_weight * grad_scale)[:, None] if INDICES else None
         distance = tl.zeros([ROWS, BLOCK], A)
         tl.debug_barrier()  # inplace: wait for the loads before overwriting
+        if VECTOR:
+            of_edges = exp_nonpositive(edges - maximum[:, None], EXACT) * factor[:, None]
+            of_edges -= tl.where(edge[None, :] == label[:, None], of_label, 0.0)
+            of_edges = tl.where(valid[:, None], of_edges, 0.0)
+            store_tile(strided_rows(grad, outer, lanes, strides, 3, UNITS), edge, at_edge, of_edges)
         for start in range(0, classes, BLOCK):
             c, mask = class_block(start, classes, in_bounds, BLOCK)
             x = load_tile(x_rows, c, mask & read[:, None], 0.0, by, DROP) - maximum[:, None]
@@ -292,7 +312,7 @@ def two_pass_kernel(
             gradient = exp_nonpositive(x, EXACT) * factor[:, None] - of_weights
             if INDICES:
                 is_target = c[None, :] == label[:, None]
-                gradient -= tl.where(is_target, (index_weight * grad_scale)[:, None], 0.0)
+                gradient -= tl.where(is_target, of_label, 0.0)
             if INDICES or token_weight is not None:
                 gradient = tl.where(valid[:, None], gradient, 0.0)
             if grad is not None:

@@ -33,6 +33,7 @@ class Choice(NamedTuple):
     threads: int
     whole_row: bool = True  # the tile holds all classes, so they are read once
     units: tuple[int, int] = (1, 1)  # the alignment of inner indices and of classes; see `rows.py`
+    vector: int = 0  # elements of the aligned vectors in which unaligned rows are loaded; 0 if not
     stages: int = 1  # if more, one program per multiprocessor loads stages - 1 tiles ahead
 
 

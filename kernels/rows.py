@@ -104,12 +104,32 @@ def finite_or_zero(maximum):
 
 
 @triton.jit
-def first_pass(rows, classes, counted, BLOCK: tl.constexpr, scale=None):
-    """Returns each row's maximum (0 for -inf) and the sum of exp(x - maximum), in one pass."""
+def aligned_part(start, classes, VECTOR: tl.constexpr):
+    """Splits the row that begins at element `start` into aligned vectors and other classes.
+
+    Returns the first element of the vectors, the number of classes before and in them, and the
+    indices of the other classes, relative to the first in a vector, with their mask.
+    """
+    first = tl.cdiv(start, VECTOR) * VECTOR
+    before = (first - start).to(tl.int32)
+    length = multiple(classes - before, VECTOR)
+    lane = tl.arange(0, 2 * VECTOR) - VECTOR
+    c = tl.where(lane < 0, lane, length + lane)
+    return first, before, length, c, ((c >= -before) & (c < classes - before))[None, :]
+
+
+@triton.jit
+def first_pass(rows, classes, counted, BLOCK: tl.constexpr, scale=None, edges=None):
+    """Returns each row's maximum (0 for -inf) and the sum of exp(x - maximum), in one pass.
+
+    edges: scaled logits of other classes of the rows, to be included.
+    """
     dtype: tl.constexpr = rows[0].dtype.element_ty
     A: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     EXACT: tl.constexpr = dtype.primitive_bitwidth > 16
     maximum = tl.full([counted.shape[0]], -float("inf"), A)
+    if edges is not None:
+        maximum = tl.max(edges, 1)
     total = tl.zeros([counted.shape[0], BLOCK], A)  # a sum per element takes fewer shuffles
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, counted, BLOCK)
@@ -119,4 +139,7 @@ def first_pass(rows, classes, counted, BLOCK: tl.constexpr, scale=None):
         total *= exp_nonpositive(maximum - pivot, EXACT)[:, None]
         total += exp_nonpositive(x - pivot[:, None], EXACT)
         maximum = higher
-    return finite_or_zero(maximum), tl.sum(total, 1)
+    maximum, sum_exp = finite_or_zero(maximum), tl.sum(total, 1)
+    if edges is not None:
+        sum_exp += tl.sum(exp_nonpositive(edges - maximum[:, None], EXACT), 1)
+    return maximum, sum_exp

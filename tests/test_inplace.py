@@ -81,19 +81,19 @@ def test_both_gradients(shape: tuple[int, ...]) -> None:
 @grid(dtype=FLOATS, reduction=["none", "mean", "sum"], isa=ISAS)
 def test_logits_with_gaps_between_them(dtype: torch.dtype, reduction: str, isa: str) -> None:
     """The gradient overwrites the logits; the gaps belong to other tensors."""
-    target = torch.randint(20, (70,))
-    leaf = torch.randn(70, 33).to(dtype).requires_grad_()
-    found = []
-    for inplace in (False, True):
-        whole = logits_of(leaf)
-        loss = cross_entropy(whole[:, 2:22], target, reduction=reduction, inplace=inplace)
-        found.append(
-            torch.autograd.grad(loss, leaf, torch.linspace(3, 4, loss.numel()).view_as(loss))
-        )
-    assert torch.equal(whole[:, 22:], leaf[:, 22:])
-    assert torch.equal(whole[:, :2], leaf[:, :2])
-    assert torch.equal(whole[:, 2:22], found[1][0][:, 2:22])
-    torch.testing.assert_close(found[1], found[0], rtol=4 * torch.finfo(dtype).eps, atol=0)
+    for rows, classes in ((70, 20), (6, 97)):  # in one tile, and in several
+        target, end = torch.randint(classes, (rows,)), classes + 3
+        leaf = torch.randn(rows, classes + 14).to(dtype).requires_grad_()
+        found = []
+        for inplace in (False, True):
+            whole = logits_of(leaf)
+            loss = cross_entropy(whole[:, 3:end], target, reduction=reduction, inplace=inplace)
+            grad_output = torch.linspace(3, 4, loss.numel()).view_as(loss)
+            found.append(torch.autograd.grad(loss, leaf, grad_output))
+        assert torch.equal(whole[:, end:], leaf[:, end:])
+        assert torch.equal(whole[:, :3], leaf[:, :3])
+        assert torch.equal(whole[:, 3:end], found[1][0][:, 3:end])
+        torch.testing.assert_close(found[1], found[0], rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(20, 10), (4, 300)], ids=str)

@@ -255,6 +255,7 @@ def cross_entropy(
     choice, programs = _tiling(sizes, itemsize, *all_strides, tensors=tiles, once=once)
     each = reduction == "none"
     contiguous = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
+    shared_stride = choice.rows == 1 and grad_strides[1] in (strides[1], 0)
     function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
     if choice.whole_row and contiguous and not weighted:
         function, kernel_strides = row_kernel, [strides[1], grad_strides[1]]
@@ -262,6 +263,8 @@ def cross_entropy(
             programs = min(programs, resources()[0])
     elif not indices:
         kernel_strides += [*target_strides, *grad_target_strides]
+    elif contiguous and not smooth and choice.units[1] * itemsize < 8 and shared_stride:
+        choice = choice._replace(vector=16 // itemsize)
     scaled = options.scale != 1 or options.temperature != 1
     meta = {"FOCAL": options.gamma != 0, "SCALED": scaled, "EACH": each}
     kernel = prepared(function, choice, DENSE=not indices or smooth, **meta)

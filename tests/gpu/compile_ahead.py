@@ -89,6 +89,8 @@ INSTRUCTIONS = {
     **{(c, F32): 28 for c in (1000, 4096, 16_384)},
     **{(c, BF16): 26 for c in (32_000, 128_256)},
     **{(c, F32): 40 for c in (32_000, 128_256)},
+    (50_257, BF16): 27,
+    (50_257, F32): 41,
     (21, 512, 512, F32): 52,  # 21 classes need three tiles of 8
 }
 READ_LITTLE = ("count_kernel",)  # 8 bytes per row
@@ -164,6 +166,8 @@ def cross_entropy(
         options.reduction, outputs, launches = "none", outputs._replace(loss=False), 1
         grad_output = empty(dtype, *indices.shape)
     fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
+    if classes == 50_257 and dtype is not F64:
+        fields["vector"] = 128  # aligned vectors of unaligned rows
     weight = empty(dtype, classes) if "weight" in words else None
     run = partial(run_cross_entropy, x, target, weight, options, outputs, grad_output)
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
