@@ -5,7 +5,10 @@
 
 Each program stores one partial sum. The last program of each group to arrive adds up the sums of
 its group, and the last group adds up those of all groups. The order is fixed, so results are
-bitwise reproducible. Up to GROUP groups, each of these sums is one load.
+bitwise reproducible. In machine code for sm_90 with one warp per program, which was read and not
+measured, the last program executes 100 instructions after its arrival, or 250 with several groups.
+Each of its one or two sums waits for memory once, for 8 independent loads per thread; several
+groups add a memory fence and an atomic operation.
 
 torch: weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
