@@ -51,16 +51,11 @@ class Call(NamedTuple):
 
 
 class LocalShard(NamedTuple):
-    """The classes of this process, in a call whose arguments are valid.
+    """The classes of this process, in a call whose arguments are valid."""
 
-    Attributes:
-        classes: The first class of this process, and the number of all classes.
-        call: The call of this process if it is still to be compared with those of the others.
-    """
-
-    classes: ClassRange
+    classes: ClassRange  # the first class of this process, and the number of all classes
     group: Any
-    call: Call | None = None
+    call: Call | None = None  # the call if it is still to be compared with other processes' calls
 
 
 def compare_calls(call: Call, device: torch.device, group: Any) -> tuple[int, bool]:

@@ -367,10 +367,9 @@ class ShardedOperator(VocabOperator):
     def run_on_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of arguments with this process' classes.
 
-        Processes compare their calls first, unless that synchronises: then either all of them raise
-        an error, or all of them run the same collectives, in the backward pass, too. Without a
-        comparison, calls that differ have NaN in their results; and as other processes may need
-        gradients, in grad mode all of them take part in backward.
+        Processes compare their calls first, unless that synchronises: then all of them raise an
+        error, or all run the same collectives. Otherwise results are NaN where calls differ, and in
+        grad mode all processes take part in backward, as any of them may need gradients.
         """
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
@@ -474,10 +473,9 @@ class ShardedOperator(VocabOperator):
     def local_shard_of(self, arguments: Arguments) -> Any:
         """Returns this process' part of a call in which one dimension of a mesh shards the classes.
 
-        It is a tuple of the arguments by name, the shard and the mesh; None for other calls.
-        The other tensors have to be plain tensors or replicated DTensors. The input of a layer has
-        to be a DTensor: if FSDP has sharded the weight, a plain input may be a part of the batch.
-        Also returns None if the kernels do not take this process' tensors.
+        It is a tuple of the arguments by name, the shard and the mesh; None for other calls, and if
+        the kernels do not take the tensors. Tensors without classes have to be plain or replicated.
+        A layer's input has to be a DTensor: a plain one may be a part of the batch, with FSDP.
         """
         input = arguments[0]
         if type(input) is Tensor or not is_dtensor(input):  # checked first, as all calls come here
