@@ -72,6 +72,7 @@ def test_a_signature_has_everything_that_a_plan_reads_from_a_tensor() -> None:
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "rename"), reason="torch 2.13 has no named dimensions")
+@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
 def test_named_dimensions_fall_back() -> None:
     x = torch.ones(2, 3).rename("N", "C")  # type: ignore[attr-defined]
     assert fused.relu(x).names == ("N", "C")  # type: ignore[attr-defined]

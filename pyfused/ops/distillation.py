@@ -215,8 +215,8 @@ class Divergence(RowLoss):
             checks.topk_log_probs(_masked(arguments[-2], arguments[-1], -torch.inf))
 
     def to_rows(self, tensors: Tensors, options: DivergenceOptions) -> tuple[Any, ...]:  # noqa: ARG002
-        *tensors, token_weight, denominator = tensors
-        token_weight, denominator = checks.factors(token_weight, denominator)
+        token_weight, denominator = checks.factors(*tensors[-2:])
+        tensors = list(tensors[:-2])
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
                 tensors[i] = in_autocast_dtype(tensors[i])
