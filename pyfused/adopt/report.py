@@ -20,7 +20,7 @@ from pyfused.dispatch import reasons
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
 from pyfused.dispatch.originals import torch_alone
-from pyfused.dispatch.run import decide  # the original, which does not count
+from pyfused.dispatch.run import decide  # the original function, which counts nothing
 from pyfused.dispatch.signature import PLAIN
 from pyfused.ops import custom_operators
 
