@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .program import root, sign
-from .reductions import row_scale, store_loss
+from .reductions import divided, row_weight, store_loss
 from .rows import class_block, contiguous_rows, load_tile, row_block, scalar, store_rows
 
 EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 rounded to float32, as in torch
@@ -85,7 +85,7 @@ def triplet_margin_kernel(
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
     _, rows, in_bounds, _, features = row_block(n, features, ROWS, UNITS)
-    scale = row_scale(grad_output, denominator, rows, in_bounds, A)
+    scale = divided(row_weight(grad_output, rows, in_bounds, A), denominator)
     x_rows = contiguous_rows(inputs[0], rows, strides[0], UNITS)
     y_rows = contiguous_rows(inputs[1], rows, strides[1], UNITS)
     z_rows = contiguous_rows(inputs[2], rows, strides[2], UNITS)
@@ -146,7 +146,7 @@ def cosine_embedding_kernel(
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
     _, rows, in_bounds, _, features = row_block(n, features, ROWS, UNITS)
-    scale = row_scale(grad_output, denominator, rows, in_bounds, A)
+    scale = divided(row_weight(grad_output, rows, in_bounds, A), denominator)
     x_rows = contiguous_rows(inputs[0], rows, strides[0], UNITS)
     y_rows = contiguous_rows(inputs[1], rows, strides[1], UNITS)
     label = tl.load(inputs[2] + rows.to(tl.int64) * strides[2], mask=in_bounds, other=0.0)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
-from .reductions import gradient_scale, row_scale, store_loss
+from .reductions import divided, gradient_scale, row_weight, store_loss
 from .rows import (
     class_block,
     contiguous_rows,
@@ -98,8 +98,9 @@ def kl_div_kernel(
     EXACT: tl.constexpr = student.dtype.element_ty.primitive_bitwidth > 16
     _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
     factor = scalar(scale, A) if SCALED else None
-    loss_scale = row_scale(token_weight, denominator, rows, in_bounds, A)
-    counted = in_bounds & (row_scale(token_weight, None, rows, in_bounds, A) != 0.0)
+    loss_scale = row_weight(token_weight, rows, in_bounds, A)
+    counted = in_bounds & (loss_scale != 0.0)
+    loss_scale = divided(loss_scale, denominator)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], UNITS)
     y_rows = contiguous_rows(teacher, rows, strides[1], UNITS)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reductions import gradient_scale, read_target, row_scale, store_loss
+from .reductions import divided, gradient_scale, read_target, row_weight, store_loss
 from .rows import (
     class_block,
     contiguous_rows,
@@ -58,7 +58,7 @@ def multi_margin_kernel(
     _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
     label, valid, invalid, target_weight = read_target(target, weight, rows, in_bounds, classes, -1)
     invalid = in_bounds & (valid == 0)  # there is no ignore_index
-    scale = row_scale(None, denominator, rows, in_bounds, A)
+    scale = divided(row_weight(None, rows, in_bounds, A), denominator)
     x_rows = contiguous_rows(x, rows, classes, UNITS)
     slack = scalar(margin, A) - load_scaled(x_rows[0] + label, valid, 0.0)
     share = target_weight.to(A) / classes
@@ -127,7 +127,7 @@ def multilabel_margin_kernel(
         losses += tl.where(above, z + slack[:, None], 0.0)
         slope = tl.where(above, 1.0, 0.0).to(A)
         slopes += slope - tl.where(c[None, :] == t[:, None], tl.sum(slope, 1)[:, None], 0.0)
-    scale = row_scale(None, denominator, rows, in_bounds, A)
+    scale = divided(row_weight(None, rows, in_bounds, A), denominator)
     factor = gradient_scale(scale, grad_output, rows, in_bounds, EACH) / classes
     store_rows(grad, rows, classes, c, mask, slopes * factor[:, None], UNITS)
     value = tl.sum(losses, 1) / classes

@@ -119,16 +119,22 @@ def class_weight(weight, c, classes, first_class):
 
 
 @triton.jit
-def row_scale(token_weight, denominator, rows, counted, A: tl.constexpr):
-    """Returns token_weight / denominator; the denominator is None, an int or a pointer."""
-    scale = tl.where(counted, 1.0, 0.0).to(A)
+def row_weight(token_weight, rows, counted, A: tl.constexpr):
+    """Returns token_weight, 1 if it is None; 0 in other rows."""
+    weight = tl.where(counted, 1.0, 0.0).to(A)
     if token_weight is not None:
-        scale = tl.load(token_weight + rows, mask=counted, other=0.0)
+        weight = tl.load(token_weight + rows, mask=counted, other=0.0)
+    return weight
+
+
+@triton.jit
+def divided(weight, denominator):
+    """Returns weight / denominator; the denominator is None, an int or a pointer."""
     if denominator is not None:
         if denominator.dtype.is_ptr():
             denominator = tl.load(denominator)
-        scale /= denominator.to(A)
-    return scale
+        weight /= denominator.to(weight.dtype)
+    return weight
 
 
 @triton.jit
@@ -177,14 +183,17 @@ def read_rows(
     ignore_index,
     A: tl.constexpr,
 ):
-    """Returns the results of `read_target` and `row_scale`; rows of weight 0 are not valid."""
+    """Returns the results of `read_target`, and the factor of each row's loss.
+
+    Rows of weight 0 are not valid.
+    """
     label, valid, invalid, target_weight = read_target(
         target, weight, rows, in_bounds, classes, ignore_index
     )
-    scale = row_scale(token_weight, denominator, rows, valid | invalid, A)
+    scale = row_weight(token_weight, rows, valid | invalid, A)
     if token_weight is not None:
         valid = valid & (scale != 0.0)
-    return label, valid, invalid, target_weight.to(A), scale
+    return label, valid, invalid, target_weight.to(A), divided(scale, denominator)
 
 
 # ---- kernels -------------------------------------------------------------------------------------

@@ -347,6 +347,12 @@ class Launched(NamedTuple):
     programs: int
 
 
+def forget_gpu() -> None:
+    """Clears what was chosen for the active GPU, which is the only one in other processes."""
+    for cached in (launch.warp_size, launch.backend, launch.prepared, backend._tiling):
+        cached.cache_clear()
+
+
 @contextmanager
 def compiling(target: str) -> Iterator[list[Launched]]:
     """Compiles kernels for a target in this context, without launching them."""
@@ -364,12 +370,12 @@ def compiling(target: str) -> Iterator[list[Launched]]:
     )
     with patch.object(JITFunction, "run", compile_only):
         driver.set_active(named)
-        launch.warp_size.cache_clear()
+        forget_gpu()
         try:
             yield launched
         finally:
             driver.set_active(None)  # reset to the real driver
-            launch.warp_size.cache_clear()
+            forget_gpu()
 
 
 # ---- machine code --------------------------------------------------------------------------------
