@@ -7,6 +7,7 @@ of torch lacks one of these, ``MISSING`` names it, and all calls fall back to to
 from __future__ import annotations
 
 import inspect
+import operator
 import pkgutil
 import sys
 import weakref
@@ -51,14 +52,13 @@ DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubc
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
 
 
-def version_of(tensor: Tensor) -> int:
-    """Returns the version counter of a tensor, which in-place operations increment."""
-    return tensor._version
+# Returns the version counter of a tensor, which in-place operations increment.
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
-def is_mutable(operator: Any) -> bool:
+def is_mutable(overload: Any) -> bool:
     """Returns whether an operator passed to ``__torch_dispatch__`` mutates an argument."""
-    return bool(operator._schema.is_mutable)
+    return bool(overload._schema.is_mutable)
 
 
 # ---- modes ---------------------------------------------------------------------------------------

@@ -430,16 +430,16 @@ def compare(seed: int, calls: int = 4) -> Counter[str]:
 def compare_call(plain: Drawn, model: Drawn, seed: int) -> str:
     """Compares one call; returns how its loss was computed."""
     fused: list[deferred.Family] = []
-    loss = deferred._Node.loss
+    loss = deferred.Family.loss
 
-    def counted(node: Any, *args: Any) -> Tensor:
-        if not node.family.recorded:
-            fused.append(node.family)
-        return loss(node, *args)
+    def counted(family: Any, *args: Any) -> Tensor:
+        if not family.recorded:
+            fused.append(family)
+        return loss(family, *args)
 
     expected_error, expected = step(plain, random.Random(seed), True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deferred._Node, "loss", counted)
+        patch.setattr(deferred.Family, "loss", counted)
         error, found = step(model, random.Random(seed), False)
     if str(error).startswith("pyfused.convert: expected"):
         return "refused"  # unsupported uses of logits
@@ -700,13 +700,13 @@ class Sub(Model):
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Counts the losses that were computed without logits."""
     found: list[Tensor] = []
-    loss = deferred._Node.loss
+    loss = deferred.Family.loss
 
     def counted(*args: Any) -> Tensor:
         found.append(loss(*args))
         return found[-1]
 
-    monkeypatch.setattr(deferred._Node, "loss", counted)
+    monkeypatch.setattr(deferred.Family, "loss", counted)
     return found
 
 
@@ -996,21 +996,23 @@ def test_autograd_functions_of_logits(function: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_values_that_cpp_reads() -> None:
-    """They are the logits', without a gradient."""
+@pytest.mark.parametrize("kind", ["script", "vmap"])
+def test_cpp_that_reads_logits(kind: str) -> None:
+    """The first calls give torch's values, and a later call raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scripted = torch.jit.script(in_cpp)
+        read = torch.jit.script(in_cpp) if kind == "script" else torch.vmap(torch.sin)
 
     def change(model: Any, logits: Tensor) -> Tensor:
         with torch.no_grad():
-            model.found = None if model.usual else (scripted(logits), torch.vmap(torch.sin)(logits))
+            model.found = None if getattr(model, "usual", False) else read(logits)
         return logits
 
-    model, plain = learned(Model(change)), Model(change)
-    plain.usual = False
+    model, plain = pyfused.convert(Model(change), head="head"), Model(change)
     torch.testing.assert_close(results(model), results(plain))
     torch.testing.assert_close(model.found, plain.found)
+    with pytest.raises(RuntimeError, match=r"TorchScript|no compiled, scripted or vmapped"):
+        results(learned(Model(change)))
 
 
 def in_cpp(x: Tensor) -> Tensor:

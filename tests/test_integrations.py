@@ -32,7 +32,6 @@ from torch import Tensor
 import pyfused
 import pyfused.nn
 from pyfused import functional as fused
-from pyfused.adopt import causal_lm
 from pyfused.dispatch import reasons
 
 pytestmark = [
@@ -155,8 +154,9 @@ def test_language_models(kind: str, items: Any, kernel_calls: KernelCalls) -> No
     found = []
     for convert in (lambda _: None, pyfused.convert, pyfused.revert):
         convert(model)
-        kernel_calls.clear()
-        output = model(**batch(), **options)
+        for _ in range(2):  # torch computes the first loss
+            kernel_calls.clear()
+            output = model(**batch(), **options)
         gradients = torch.autograd.grad(output.loss, list(model.parameters()))
         found.append((output.loss, gradients, output.logits, kernel_calls["cross_entropy"]))
     for loss, gradients, *_ in found[1:]:
@@ -287,9 +287,13 @@ def test_logits_read_by_their_index_in_an_output() -> None:
 
 @as_users_run_it
 def test_a_custom_loss_function() -> None:
-    model = pyfused.convert(language_model("Llama"))
-    model.loss_function = functools.partial(model.loss_function, ignore_index=-100)
-    assert model(**batch()).logits is not None
+    plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
+    for each in (plain, model):
+        each.loss_function = functools.partial(each.loss_function, ignore_index=7)
+    for _ in range(2):
+        output = model(**batch())
+        torch.testing.assert_close(output.loss, plain(**batch()).loss)
+        assert output.logits is None
 
 
 def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) -> None:
@@ -314,55 +318,22 @@ def test_unsupported_models_are_reported_with_a_reason() -> None:
     )
 
 
-def test_models_are_compared_before_they_are_converted() -> None:
-    """A forward with other uses of its logits keeps them, and one that raises is not converted."""
+def test_a_model_of_transformers_whose_logits_are_read() -> None:
     kind = type(language_model("Llama"))
 
-    def of(forward: Callable[..., Any]) -> str:
-        class Mine(kind):  # type: ignore[misc, valid-type]
-            pass
+    class Peaked(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.loss = output.loss + output.logits.float().logsumexp(-1).mean()
+            return output
 
-        forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
-        Mine.forward = forward  # type: ignore[method-assign]
-        model = Mine(language_model("Llama").config)
-        kinds = [type(module) for module in model.modules()]
-        (left,) = [each for each in pyfused.plan_conversion(model).left if each.name == "."] or [
-            None
-        ]
-        assert [type(module) for module in model.modules()] == kinds
-        return "" if left is None else left.reason
-
-    def peaked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = kind.forward(self, *args, **kwargs)
-        output.loss = output.loss + output.logits.float().logsumexp(-1).mean()
-        return output
-
-    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = kind.forward(self, *args, **kwargs)
-        output.loss = output.loss * (2 if type(output.logits) is torch.Tensor else 1)
-        return output
-
-    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise KeyError("no such key")
-
-    assert of(lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs)) == ""
-    assert of(peaked) == "its logits are read by logsumexp"
-    assert of(doubled).startswith("its loss differs from torch's by 0.5")
-    assert "its forward raised KeyError('no such key')" in of(broken)
-
-
-def test_models_are_compared_under_another_default_device() -> None:
-    model = language_model("Llama")
-    with torch.device("meta"):
-        assert "." in pyfused.plan_conversion(model).swapped
-
-
-def test_a_head_without_elements_is_left() -> None:
-    """ZeRO-3 partitions the weights of a model when it is built."""
-    model = language_model("Llama")
-    model.lm_head.weight = torch.nn.Parameter(torch.empty(0))
-    (left,) = pyfused.plan_conversion(model).left
-    assert left.reason == "the weight of its head has no elements"
+    plain = Peaked(language_model("Llama").config)
+    model = pyfused.convert(copy.deepcopy(plain))
+    with pytest.warns(RuntimeWarning, match="its logits are read by logsumexp"):
+        output = model(**batch())
+    for found in (output, model(**batch())):
+        torch.testing.assert_close(found.loss, plain(**batch()).loss)
+        torch.testing.assert_close(found.logits, plain(**batch()).logits)
 
 
 def test_a_subclass_that_passes_its_arguments_on() -> None:
@@ -501,8 +472,9 @@ def test_models_with_several_parts(of: Callable[[], Any]) -> None:
     found = []
     for convert in (lambda _: None, pyfused.convert):
         convert(model.train())
-        torch.manual_seed(0)
-        output = model(**inputs)
+        for _ in range(2):  # torch computes the first loss
+            torch.manual_seed(0)
+            output = model(**inputs)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         names, leaves = zip(*trained, strict=True)
         gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True)
@@ -633,7 +605,7 @@ def test_callback_of_trainer(caplog: pytest.LogCaptureFixture) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert train.model.pyfused_metrics is not None
     logged = train.state.log_history[-1]
-    assert (logged["pyfused/kernel_calls"], logged["step"]) == (4, 3)  # one is the comparison
+    assert (logged["pyfused/kernel_calls"], logged["step"]) == (4, 3)  # two are comparisons
     assert any("linear_cross_entropy" in record.getMessage() for record in caplog.records)
     train.train()  # its report is a new one
     assert train.state.log_history[-1]["pyfused/kernel_calls"] == 3
@@ -675,25 +647,6 @@ def test_a_compiled_model_that_creates_its_loss_module_warns(name: str) -> None:
         language_models.step(compiled)
 
 
-@as_users_run_it
-def test_comparing_a_model_does_not_change_it() -> None:
-    model = language_model("Mixtral")
-    model(**batch()).loss.backward()
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    model.model.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
-    hooks = [len(module._forward_hooks) for module in model.modules()]
-    kinds = [type(module) for module in model.modules()]
-    state = torch.get_rng_state()
-    assert "." in pyfused.plan_conversion(model).swapped
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
-    assert [type(module) for module in model.modules()] == kinds
-
-
 class OwnModel(torch.nn.Module):
     """A user's language model, with its own attribute names."""
 
@@ -732,10 +685,9 @@ def test_a_head_named_by_the_user(weight_of_logits: float, kernel_calls: KernelC
         assert (logits is None) == (weight_of_logits == 0)
         assert kernel_calls["cross_entropy"] > 0
         torch.testing.assert_close(loss, expected)
-        for ours, theirs in zip(
-            torch.autograd.grad(loss, list(again.parameters())), gradients, strict=True
-        ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        for _, each in ((logits, loss), again(tokens, tokens)):
+            found = torch.autograd.grad(each, list(again.parameters()))
+            torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
         assert again(tokens)[0].shape == (8, 40, 300)
         assert again.eval()(tokens, tokens)[0].shape == (8, 40, 300)
         again.train()
@@ -871,9 +823,10 @@ def test_lora_heads_in_float64(name: str, kernel_calls: KernelCalls) -> None:
     tokens, results = batch()["input_ids"], []
     for convert in (lambda _: None, lambda inner: pyfused.convert(inner, head="out")):
         convert(model.base_model.model)
-        kernel_calls.clear()
-        torch.manual_seed(3)
-        logits, loss = model(tokens, tokens)
+        for _ in range(2):  # torch computes the first loss
+            kernel_calls.clear()
+            torch.manual_seed(3)
+            logits, loss = model(tokens, tokens)
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     assert logits is None
@@ -899,7 +852,7 @@ def test_lora_heads_in_bfloat16(adapter: torch.dtype, autocast: bool) -> None:
     for convert in (lambda _: None, pyfused.convert):
         convert(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results.append(step(model))
+            results.append([step(model), step(model)][1])
     of_peft, found = results
     assert not found[2]
 
@@ -963,7 +916,7 @@ def test_a_lora_head_whose_forward_differs_is_reverted() -> None:
         patch.setattr(layer.Linear, "forward", lambda self, x: original(self, x) + 0.5 * x.sum())
         model = with_adapters(language_model("Llama"))
         expected = step(model)
-        causal_lm.fuse(model.base_model.model, None, False, False)  # without a trial
+        pyfused.convert(model)
         with pytest.warns(RuntimeWarning, match="LoRA layer adds something other than"):
             step(model)
         assert step(model)[2]
@@ -978,8 +931,9 @@ def test_a_lora_head_in_evaluation(mode: Any) -> None:
     plain, model = (with_adapters(language_model("Llama")).eval() for _ in range(2))
     pyfused.convert(model, evaluation=True)
     with mode():
-        output = model(**batch())
-        torch.testing.assert_close(output.loss.clone(), plain(**batch()).loss.clone())
+        for _ in range(2):
+            output = model(**batch())
+            torch.testing.assert_close(output.loss.clone(), plain(**batch()).loss.clone())
     assert output.logits is None
 
 
@@ -991,6 +945,7 @@ def test_logits_of_a_lora_head_that_are_read() -> None:
     torch.manual_seed(3)
     expected = model(**batch())
     inner, read = pyfused.convert(model).base_model.model, list[Tensor]()
+    model(**batch())  # later calls are deferred
     loss_function = inner.loss_function
 
     def reads(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:

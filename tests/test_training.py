@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import language_models
 import pytest
@@ -181,21 +180,6 @@ def test_a_head_whose_trained_copy_is_disabled() -> None:
         losses.append(output.loss.item())
     assert losses[1] == pytest.approx(math.log(300))
     assert losses[0] != pytest.approx(losses[1])
-
-
-@pytest.mark.integrations
-def test_a_model_whose_input_has_another_name() -> None:
-    """The trial before a conversion passes the input by the name that the model states."""
-    transformers = pytest.importorskip("transformers")
-
-    class Renamed(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined]
-        main_input_name = "tokens"
-
-        def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Any:
-            return super().forward(input_ids=tokens, labels=labels)
-
-    model = Renamed(language_models.tiny("LlamaForCausalLM").config)
-    assert "." in pyfused.plan_conversion(model).swapped
 
 
 def test_a_lora_layer_of_another_version_of_peft() -> None:

@@ -43,9 +43,7 @@ def _active(head: Any) -> list[str]:
 
 
 def layers(head: Any) -> dict[str, Any]:
-    """Returns a head and the layers that determine its logits, keyed by a description of each."""
-    if not is_lora(head):
-        return {"its head": head}
+    """Returns a LoRA layer and the layers that determine its logits, keyed by a description."""
     adapters = {f"the adapter {name!r} of its head": head.lora_B[name] for name in _active(head)}
     return {"the base layer of its head": head.base_layer} | adapters | {"its head": head}
 
@@ -72,10 +70,8 @@ def reason_to_compute(head: Any, hidden: Tensor | None) -> str | None:
     return None
 
 
-def with_features(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns [x, u] and B, or the hidden states x and None for a head without adapters."""
-    if not is_lora(head):
-        return hidden, None
+def with_features(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns [x, u] and B for hidden states x."""
     x, features, weights = hidden, [hidden], []
     for name in _active(head):
         down, up = head.lora_A[name], head.lora_B[name].weight

@@ -76,9 +76,9 @@ def convert(
 
     In transformers' language models whose head is a plain linear layer, at any depth and also with
     LoRA adapters of PEFT, head and loss become :func:`pyfused.functional.linear_cross_entropy`: in
-    training mode, a call with labels returns the loss and no logits. ``convert`` tries each model
-    first, by computing the loss of a few random hidden states with and without the change. The
-    model is not changed if the loss or its gradient differs, or if other code reads the logits.
+    training mode, a call with labels returns the loss and no logits. torch computes logits and loss
+    of the first call, and the loss is compared with pyfused's: if they differ, the model's original
+    ``forward`` is restored. If other code reads the logits, they are computed.
 
     In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
@@ -98,11 +98,8 @@ def convert(
         head: The name of the :class:`torch.nn.Linear` that computes the logits, with dots for a
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
             any library whose ``forward`` calls this layer and torch's cross-entropy. In training
-            mode, the logits in its output are None if only the loss reads them; if other code reads
-            them, they are computed. torch computes logits and loss of the first call, and the loss
-            is compared with pyfused's: if they differ, the model's original ``forward`` is
-            restored. By default, it is the head of a transformers model, or the head that an
-            earlier call has named.
+            mode, the logits in its output are None if only the loss reads them. By default, it is
+            the head of a transformers model, or the head that an earlier call has named.
         evaluation: Whether a language model's calls with labels return no logits in evaluation mode
             either, with gradients, in ``no_grad`` or in inference mode.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
