@@ -254,7 +254,7 @@ class Family:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Restores the grad mode and the autocast of the head's call; raises if it cannot be repeated."""
+        """Restores the grad mode and the autocast of the head's call, which `check` allows."""
         self.check()
         inference, gradients, dtype, _ = self.modes
         cast = torch.autocast(self.inputs[0].device.type, dtype, dtype is not None)
