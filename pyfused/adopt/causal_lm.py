@@ -536,7 +536,7 @@ def _loss_differs(node: Any, target: Tensor, options: Any, whole: Any) -> str | 
     rows, some = node.rows.detach()[kept].requires_grad_(), target[kept]
     unreduced = options | {"reduction": "none"}
     found = node.family.loss(node, rows, some, unreduced)
-    expected = F.cross_entropy(node.recompute(rows), some, **unreduced)
+    expected = F.cross_entropy(node.replay(rows, moves=False), some, **unreduced)
     gradients = [torch.autograd.grad(loss.sum(), rows)[0] for loss in (found, expected)]
     pairs = [("loss", found.detach(), expected.detach()), ("gradient", *gradients)]
     if whole is not None:

@@ -6,7 +6,7 @@
 - deferred logits, a tensor without memory. Its cross-entropy is computed by
   ``linear_cross_entropy`` from the hidden states. Any other operator makes torch compute the logits
   once, in the grad mode and autocast of the head's call. From then on, operators use these. C++
-  code that reads the tensor without memory, or sends it a gradient, gets an error;
+  code gets values, too, but a gradient that it sends to the tensor without memory is an error;
 - under torch.compile, logits with memory, which the compiler removes if nothing reads them.
 
 All three intercept operators by ``__torch_function__``. A few operators keep the logits known, so
@@ -370,13 +370,13 @@ class _Node:
             self.real = function(self.parent.compute(), *args, **kwargs)
         return self.real
 
-    def recompute(self, rows: Tensor) -> Tensor:
-        """Returns the logits of other rows of hidden states."""
+    def replay(self, rows: Tensor, moves: bool) -> Tensor:
+        """Returns the logits of rows of hidden states, with or without the moves of rows."""
         if self.parent is None:
             return self.family.linear(rows)
-        logits, (function, args, kwargs) = self.parent.recompute(rows), self.operation
-        is_move = _RULES.get(function) in _MOVES
-        return logits if is_move else function(logits, *args, **kwargs)
+        logits, (function, args, kwargs) = self.parent.replay(rows, moves), self.operation
+        is_left_out = not moves and _RULES.get(function) in _MOVES
+        return logits if is_left_out else function(logits, *args, **kwargs)
 
     def record(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it can be recorded, or else None."""
@@ -625,8 +625,14 @@ class DeferredLogits(_Logits):
     """Logits without memory."""
 
     @classmethod
-    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:
-        _refuse()
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Computes an operator that C++ called, from values without a gradient."""
+        if torch_internals.is_mutable(function):
+            _refuse()
+        args, kwargs = torch_internals.tree_map(_value, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
@@ -634,11 +640,10 @@ reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (_Logits, De
 
 
 def _refuse(*_: Any) -> Any:
-    """Raises for C++ code that reads a tensor without memory, or sends it a gradient."""
+    """Raises for C++ code that changes a tensor without memory, or sends it a gradient."""
     raise RuntimeError(
-        "pyfused.convert: expected no autograd.Function and no compiled, scripted or vmapped "
-        "function of a model's logits in a call whose first calls had none, got one. Call "
-        "pyfused.revert(model)"
+        "pyfused.convert: expected no autograd.Function and no in-place operator in C++ of a "
+        "model's logits in a call whose first calls had none, got one. Call pyfused.revert(model)"
     )
 
 
@@ -661,6 +666,18 @@ def _read(function: Any, tensor: Any) -> Any:
         )
     family.read(_name_of(function))
     return computed(tensor)
+
+
+def _value(tensor: Any) -> Any:
+    """Returns the values of deferred logits, whose gradient raises; other values as is."""
+    if not isinstance(tensor, DeferredLogits):
+        return tensor
+    node: _Node = tensor._node
+    node.family.uses.append("C++ code")
+    if node.real is not None:
+        return node.real.detach()
+    with node.family.restored(), torch.no_grad():
+        return node.replay(node.family.inputs[0], moves=True).to(tensor.dtype)
 
 
 def computed(tensor: Any) -> Any:
