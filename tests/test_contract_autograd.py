@@ -284,6 +284,7 @@ REDUCED = [
 ]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 lacks SavedTensor.unpack")
 @pytest.mark.parametrize("name", [name for name in REDUCED if name in EXAMPLES])
 def test_reduced_losses_read_no_argument_in_backward(name: str) -> None:
     """The forward pass computes the gradients; only create_graph reads the arguments."""

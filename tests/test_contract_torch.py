@@ -307,7 +307,12 @@ def test_jit_trace_leaves_no_constants(example: Example) -> None:
     ours, of_torch, x = steps(example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(ours, (x * 0.5,))
+        try:
+            traced = torch.jit.trace(ours, (x * 0.5,))
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                torch.jit.trace(of_torch, (x * 0.5,))
+            pytest.skip("torch cannot trace its function")  # a weighted BCE in torch 2.11
     close(traced(x), of_torch(x))
 
 
