@@ -313,3 +313,27 @@ def test_importing_pyfused_does_not_import_wrapper_modules() -> None:
     code = "import sys, pyfused, torch; pyfused.convert(torch.nn.ReLU());"
     code += "sys.exit(any(m in sys.modules for m in ('torch._dynamo', 'torch.distributed.fsdp')))"
     assert python(code).returncode == 0
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("rows", "is_left"), [(64, True), (4096, False)])
+def test_a_head_with_few_logits_is_left_to_torch(rows: int, is_left: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 10)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            logits = self.head(x)
+            self.kind = type(logits)
+            return nn.functional.cross_entropy(logits, target)
+
+    model = pyfused.convert(Model(), head="head")
+    x, target = torch.randn(rows, 4), torch.randint(10, (rows,))
+    for _ in range(2):
+        loss = model(x, target)
+        loss.backward()
+        assert (model.kind is Tensor) == is_left
+    torch.testing.assert_close(
+        loss, nn.functional.cross_entropy(nn.Linear.forward(model.head, x), target)
+    )

@@ -32,11 +32,14 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.adopt import adapters, deferred, subclass
 from pyfused.adopt.deferred import LOSS, modes_of
+from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.ops.chunk_sizes import physical_memory
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, is_jit_tracing
 
+_MEAN = tuple(["mean" if part.name == "reduction" else None for part in LINEAR_CROSS_ENTROPY.case])
 _thread = threading.local()  # its attribute `call` is the model call that is running in the thread
 OUTPUT = "the output"
 ALONE, COMPARED = "only the loss read the logits", "a loss was compared"
@@ -70,6 +73,7 @@ class _Call:
         facts: The warnings issued for the model, and what its calls have shown: ALONE and COMPARED,
             each with the modes of the call.
         with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
+        always: Whether small logits are deferred, too: for metrics, and in transformers models.
         modes: The modes of this call, None before the head is called.
         alone: Whether only the loss has read the logits of the last call in these modes.
         differs: How a loss of this call differs from torch's, None if it does not.
@@ -77,8 +81,11 @@ class _Call:
         hooks: The hooks for saved tensors, such as those of a checkpoint around the model.
     """
 
-    def __init__(self, model: Any, head: Any, facts: set[Any], with_metrics: bool) -> None:
+    def __init__(
+        self, model: Any, head: Any, facts: set[Any], with_metrics: bool, always: bool
+    ) -> None:
         self.model, self.head, self.facts, self.with_metrics = model, head, facts, with_metrics
+        self.always = always or with_metrics
         self.families: list[Any] = []
         self.modes: Any = None
         self.alone = False
@@ -98,6 +105,8 @@ class _Call:
             return output, [use for family in self.families for use in family.uses]
         finally:
             _thread.call = before
+            if before is not None:  # of a model around this one, with the same head
+                before.grad_modes |= self.grad_modes
             for family in self.families:
                 family.release()
             self.families.clear()
@@ -137,6 +146,11 @@ class _Call:
         # In training mode, no_grad means a checkpoint or generation.
         if not torch.is_grad_enabled() and (hooked or self.model.training):
             return None
+        if not (self.always or hooked or is_dynamo_compiling()) and (
+            head.weight.numel()
+            and dispatch.is_small(LINEAR_CROSS_ENTROPY, (hidden, head.weight), _MEAN)
+        ):
+            return None  # torch would compute the loss from all logits
         modes, reason = modes_of(hidden.device.type), _reason(head, None if hooked else hidden)
         if reason != SILENT and self.hooks != modes.hooks:
             reason = "a checkpoint in its forward calls its head"
@@ -449,7 +463,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         if reason is not None:
             _warn(model, warned, reason)
             return kind.forward(model, *args, **kwargs)
-        call = _Call(model, layer, warned, metrics)
+        call = _Call(model, layer, warned, metrics, head is None)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
             _warn(model, warned, f"its {call.differs}. From now on, its original forward runs")

@@ -98,8 +98,9 @@ def convert(
         head: The name of the :class:`torch.nn.Linear` that computes the logits, with dots for a
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
             any library whose ``forward`` calls this layer and torch's cross-entropy. In training
-            mode, the logits in its output are None if only the loss reads them. By default, it is
-            the head of a transformers model, or the head that an earlier call has named.
+            mode, the logits in its output are None if only the loss reads them, unless they are so
+            few that torch computes the loss. By default, it is the head of a transformers model, or
+            the head that an earlier call has named.
         evaluation: Whether a language model's calls with labels return no logits in evaluation mode
             either, with gradients, in ``no_grad`` or in inference mode.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
