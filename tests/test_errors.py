@@ -346,10 +346,6 @@ def test_errors_have_torchs_type_and_a_helpful_message(code: str, words: str) ->
     check_error(lambda f: called(code, f), words.split("|"))
 
 
-# torch's operators, which compute small calls, accept adapters of other dtypes.
-OF_SMALL_CALLS = {code: words for code, words in OWN.items() if "A.double" not in code}
-
-
 @parametrize(OWN)
 def test_errors_of_functions_and_options_that_torch_lacks(code: str, words: str) -> None:
     kind, *words = words.split("|")
@@ -360,7 +356,7 @@ def test_errors_of_functions_and_options_that_torch_lacks(code: str, words: str)
 
 
 @pytest.mark.thresholds
-@parametrize(OF_SMALL_CALLS)
+@parametrize(OWN)
 def test_errors_of_small_calls(code: str, words: str) -> None:
     test_errors_of_functions_and_options_that_torch_lacks(code, words)
 

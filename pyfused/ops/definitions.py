@@ -123,6 +123,8 @@ def linear_cross_entropy(
     checks.same_device(
         input, linear_weight=linear_weight, linear_bias=linear_bias, adapter_weight=adapter_weight
     )
+    if adapter_weight is not None:
+        checks.linear_layer(input, linear_weight, linear_bias, adapter=adapter_weight)
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
     head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
