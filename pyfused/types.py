@@ -375,7 +375,7 @@ class VocabShard(NamedTuple):
 
     If a tensor requires grad in one process, the result requires grad in all processes, and all of
     them have to call backward. Without the comparison, every result requires grad in grad mode, so
-    use :func:`torch.no_grad` for evaluation. With ``create_graph=True`` torch's operators compute
+    use ``torch.no_grad()`` for evaluation. With ``create_graph=True`` torch's operators compute
     the gradients, from all logits of a process in float64, and they can be differentiated any
     number of times. Each of these passes communicates, so every process of the group has to take
     part.
