@@ -247,12 +247,12 @@ def is_distributed(hook: Any) -> bool:
 
 def has_hooks(module: Any, distributed: bool = True) -> bool:
     """Returns whether calling a module runs hooks, with or without torch.distributed's."""
-    forward = module._forward_pre_hooks | module._forward_hooks
+    forward = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
         or _has_any_global_hook()
-        or (forward and (distributed or not all(map(is_distributed, forward.values()))))
+        or (forward and (distributed or not all(map(is_distributed, forward))))
     )
 
 
