@@ -110,7 +110,6 @@ class FormulaOperator(PointwiseLoss):
 
     infers_dtype = True  # float32 masks promote half precision
     number_types = (Real, str)
-    takes_floats = False
     strategy = "a program, element by element"
 
     def __init__(

@@ -38,8 +38,9 @@ from pyfused.ops.chunk_sizes import physical_memory
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, is_jit_tracing
+from pyfused.types import CrossEntropyOptions
 
-_MEAN = tuple(["mean" if part.name == "reduction" else None for part in LINEAR_CROSS_ENTROPY.case])
+*_, _MEAN = LINEAR_CROSS_ENTROPY.call_of((), CrossEntropyOptions())  # the case of a mean
 _thread = threading.local()  # its attribute `call` is the model call that is running in the thread
 OUTPUT = "the output"
 ALONE, COMPARED = "only the loss read the logits", "a loss was compared"

@@ -7,7 +7,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -110,7 +110,5 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
     if forward.__globals__ is not vars(nn):
         raise ValueError(f"op: expected a module of pyfused.nn, got {module}")
     explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
-    names = vars(nn) | {"F": explaining}
-    explained = FunctionType(forward.__code__, names, argdefs=forward.__defaults__)
-    explanation: Explanation = explained(module, *args, **kwargs)
+    explanation: Explanation = redirected(forward, F=explaining)(module, *args, **kwargs)
     return explanation

@@ -63,8 +63,6 @@ class _Function:
         given, by_place = [name for name in names if name != "inplace"], self.unpatched.co_argcount
         deprecated = [given.index(name) for name in ("size_average", "reduce") if name in given]
         pick, defaults = _picker(op, [name.lstrip("_") for name in given])
-        count = len(op.all_operands)
-        first = count + len(op.numbers)
 
         def torch_call(arguments: Any, *inplace: Any) -> Any:
             named = dict(zip(given[by_place:], arguments[by_place:], strict=True))
@@ -78,7 +76,7 @@ class _Function:
                     with torch_alone:
                         return torch_call(arguments, *inplace)
             flat = pick(arguments + defaults)
-            tensors, case = flat[:count], flat[first:]
+            tensors, numbers, case = op.split(flat)
             overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
             if dispatch.is_small(op, tensors, case):
                 fast = op.fast_ if overwrites else op.fast
@@ -87,7 +85,7 @@ class _Function:
                 with torch_alone:
                     return torch_call(arguments, *inplace)
             unbound = functools.partial(torch_call, arguments, *inplace)
-            return _run(op, tensors, flat[count:first], case, overwrites, unbound)
+            return _run(op, tensors, numbers, case, overwrites, unbound)
 
         inplace = ", inplace" * ("inplace" in names)
         return code_calling(call, f"callee(({', '.join(given)},){inplace})", self.unpatched)
@@ -154,7 +152,6 @@ class _BuiltIn:
         by_place = (*op.built_in, *by_name[needed - 1 :]) if needed > 1 else op.built_in
         required, known = {*op.built_in}, {*op.built_in, *by_name}
         defaults |= {"stacklevel": defaults.get("_stacklevel")}
-        first = count + len(op.numbers)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if has_torch_function((*args, *kwargs.values())):
@@ -173,12 +170,11 @@ class _BuiltIn:
             if not (once and required.issubset(given) and known.issuperset(given)):
                 return torch_function(*args, **kwargs)  # raises, or supports these arguments
             given = defaults | given
-            flat = tuple([given[name] for name in op.names])
+            tensors, numbers, case = op.split(tuple([given[name] for name in op.names]))
             unbound = functools.partial(torch_function, *args, **kwargs)
-            parts = flat[:count], flat[count:first], flat[first:]
-            if dispatch.is_small(op, parts[0], parts[2]):
+            if dispatch.is_small(op, tensors, case):
                 return unbound()
-            return _run(op, *parts, inplace, unbound)
+            return _run(op, tensors, numbers, case, inplace, unbound)
 
         stand_in = StandIn(call)
         globals()[self.path.replace(".", "_")] = stand_in

@@ -122,8 +122,8 @@ class Operator(ABC):
     is_linear: bool = field(init=False)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
-    number_types: ClassVar[tuple[type, ...]] = (Real,)
-    takes_floats: ClassVar[bool] = True  # False if it takes integers as well
+    to_number: ClassVar[Callable[..., Any]] = float  # of a tensor with one element, or any number
+    number_types: ClassVar[tuple[type, ...]] = (float, int, Real)  # the common ones first
 
     def __post_init__(self) -> None:
         self.in_torch = hasattr(originals.F, self.name)  # kept, so that a compiler can trace it
@@ -144,6 +144,12 @@ class Operator(ABC):
     def arguments_of(self, tensors: Tensors, numbers: Numbers, case: Case) -> Arguments:
         """Returns the arguments of a call, as the methods for planning take them."""
         return *tensors, *numbers, *case
+
+    def split(self, arguments: Arguments) -> tuple[Tensors, Numbers, Case]:
+        """Returns the tensors, numbers and case of a call, which are in one tuple."""
+        first = len(self.all_operands)
+        end = first + len(self.numbers)
+        return arguments[:first], arguments[first:end], arguments[end:]
 
     def reduction(self, case: Case) -> str:
         """Returns the reduction of a call, "none" for an operator without one."""
@@ -174,10 +180,6 @@ class Operator(ABC):
         if self.number_reason is not None and (reason := self.number_reason(*numbers)):
             return reason
         return tuple(cases)
-
-    def to_number(self, value: Any) -> Any:
-        """Converts a tensor of one element, or any number, for kernels."""
-        return float(value)
 
     def invalid_number(self, scalar: Scalar, value: Any) -> str | None:
         """Raises an error for a number out of bounds, or returns the reason to fall back."""

@@ -26,9 +26,7 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     """
     if not isinstance(function, FunctionType):
         return function
-    copy = FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    update_wrapper(copy, function)
+    copy = _copied(function, function.__globals__)
     # The compiler puts torch's functions into graphs, but it would trace the copy.
     trace_instead(copy, function)
     return copy
@@ -52,10 +50,15 @@ def redirected(function: Function, **names: Any) -> Function:
     The compiler must not trace it, because it reads the names from the function's module.
     """
     assert isinstance(function, FunctionType)
-    names = function.__globals__ | names
+    return _copied(function, function.__globals__ | names)  # type: ignore[return-value]
+
+
+def _copied(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """Returns a copy of a function with other global names."""
     copy = FunctionType(function.__code__, names, argdefs=function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
-    return update_wrapper(copy, function)  # type: ignore[return-value]
+    update_wrapper(copy, function)
+    return copy
 
 
 class TorchAlone(threading.local):

@@ -100,11 +100,8 @@ class CompiledOperator:
 
     def call_of(self, values: Sequence[Any]) -> tuple[Tensors, Numbers, Case]:
         """Returns the tensors, numbers and case of a call, given the values of the schema."""
-        first = len(self.op.all_operands)
-        end = first + len(self.op.numbers)
-        numbers = tuple([None if x is None else float(x) for x in values[first:end]])
-        case = *values[end:], *[None] * sum(choice.of_torch for choice in self.op.case)
-        return values[:first], numbers, case
+        tensors, numbers, case = self.op.split(tuple(values))
+        return tensors, numbers, (*case, *[None] * sum(part.of_torch for part in self.op.case))
 
     def plan(
         self, tensors: Tensors, numbers: Numbers, case: Case, needs: Sequence[bool]

@@ -32,7 +32,7 @@ class Composed(Operator):
         self.broadcast = (1,)  # the target
 
     def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Tensors, Numbers], Tensor]:
-        case = arguments[len(self.all_operands) + len(self.numbers) :]
+        *_, case = self.split(arguments)
 
         def compute(tensors: Tensors, numbers: Numbers) -> Tensor:
             arguments = *tensors, *numbers, *case

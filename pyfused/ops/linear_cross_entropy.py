@@ -57,9 +57,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     case: tuple[Any, ...] = (Choice("options", of_torch=True),)
 
     def compute_by_torch(self, *call: Any) -> Any:
-        first = len(self.all_operands)
-        end = first + len(self.numbers)
-        *operands, options = self.arguments_of(call[:first], call[first:end], call[end:])
+        *operands, options = self.arguments_of(*self.split(call))
         return self.definition(*operands, call[-1], options)
 
     def checked_options(self, arguments: Arguments) -> CrossEntropyOptions:

@@ -75,6 +75,4 @@ class VocabOperator(Operator):
 
     def compute_by_torch(self, *call: Any) -> Any:
         """Returns the result by torch's operators, given tensors, numbers and case."""
-        first = len(self.all_operands)
-        end = first + len(self.numbers)
-        return self.definition(*self.arguments_of(call[:first], call[first:end], call[end:]))
+        return self.definition(*self.arguments_of(*self.split(call)))
