@@ -143,7 +143,7 @@ class _Module(torch.nn.Module):
 
 
 def keep_in_graphs(module: torch.nn.Module) -> None:
-    """Makes torch.fx treat a module as it treats those of torch.nn."""
+    """Makes torch.fx keep a module as a node of its graphs, like the modules of torch.nn."""
     module.__module__ = torch.nn.__name__
 
 

@@ -164,7 +164,7 @@ ON_GPU: dict[str, Limits] = {
 }
 
 # In compiled programs, on CPUs and on GPUs: the sizes from which a call becomes a custom operator,
-# which Inductor cannot fuse with its neighbours. Operators without a row stay torch's functions.
+# which Inductor cannot fuse with its neighbours. Inductor compiles operators without a row.
 # Heads avoid materialising the logits. For logits and large losses on CPUs, a kernel moves less
 # memory than Inductor's code, which allocates its outputs. A custom operator costs about 30 us per
 # pass. No compiled call has been measured on a GPU: from 2^24 logits on, launching should take no

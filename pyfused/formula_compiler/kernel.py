@@ -74,7 +74,7 @@ class Kernel:
         return program_of(self.name, e, results, outputs, len(self.parameters))
 
     def arguments(self, parameters: Sequence[Any]) -> list[Any]:
-        """Returns the formula's parameters, with those of the kernel filled in."""
+        """Returns the arguments of the formula, given the parameters of the kernel."""
         remaining = iter(parameters)
         return [next(remaining) if value is NUMBER else value for value in self.case.values()]
 

@@ -268,8 +268,8 @@ def loss_over_rows(
 
     Args:
         rows: The number of rows of a block.
-        args: The first gradients are those of the layer. A step computes one gradient for these,
-            and the others.
+        args: Four of the gradients belong to the layer and come first. A step computes the gradient
+            of the logits instead of these four, and the other gradients.
         filter_below: As in `over_blocks`.
     """
     backend, options, outputs, grad_output, *_ = args

@@ -98,7 +98,7 @@ class TensorLoss(Operator):
         variables: The operands of the formula: all but the weight.
         checks_bounds: Whether each call checks the bounds of values, as torch does.
         reduces: Whether the result is reduced: True for losses, False for activations.
-        infers_dtype: Whether the result may have another dtype than operands of equal dtypes.
+        infers_dtype: Whether the result's dtype may differ although all operands have one dtype.
     """
 
     shapes: Callable[..., None] = checks.broadcasting
