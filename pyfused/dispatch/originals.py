@@ -45,12 +45,11 @@ F = _Functional()
 
 
 def redirected(function: Function, **names: Any) -> Function:
-    """Returns a copy of a Python function in which some global names have other values.
-
-    The compiler must not trace it, because it reads the names from the function's module.
-    """
+    """Returns a copy of a Python function in which some global names have other values."""
     assert isinstance(function, FunctionType)
-    return _copied(function, function.__globals__ | names)  # type: ignore[return-value]
+    names = function.__globals__ | names
+    del names["__name__"]  # else the compiler would read globals from the module
+    return _copied(function, names)  # type: ignore[return-value]
 
 
 def _copied(function: FunctionType, names: dict[str, Any]) -> FunctionType:
