@@ -482,7 +482,7 @@ def timed(step: Step, calls: int) -> float:
     return time.perf_counter() - started
 
 
-def plan(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> tuple[int, int]:
+def plan(timers: Sequence[Timer], seconds: float, fewest: int = 9) -> tuple[int, int]:
     """Returns the number of rounds that fit the time, and the number of calls per round."""
     once = []
     for timer in timers:
@@ -503,7 +503,7 @@ def interleaved(timers: Sequence[Timer], rounds: int, calls: int) -> Times:
     return times
 
 
-def measure(timers: Sequence[Timer], seconds: float, fewest: int = 19) -> Times:
+def measure(timers: Sequence[Timer], seconds: float, fewest: int = 9) -> Times:
     return interleaved(timers, *plan(timers, seconds, fewest))
 
 
@@ -511,7 +511,7 @@ def timers_of(steps: Sequence[Step]) -> list[Timer]:
     return [partial(timed, step) for step in steps]
 
 
-def remeasured(timers: Sequence[Timer], seconds: float, margin: float, fewest: int = 19) -> Times:
+def remeasured(timers: Sequence[Timer], seconds: float, margin: float, fewest: int = 9) -> Times:
     """Measures two timers; repeats this, for longer, while the second one appears slower."""
     for factor in LONGER:
         times = measure(timers, factor * seconds, fewest)

@@ -34,10 +34,11 @@ def suite(*arguments: str) -> list[Path]:
     """Runs the benchmarks with torch's default setting and with huge pages, in two processes."""
     FOUND.mkdir(exist_ok=True)
     files = []
-    for name, value in (("default", "0"), ("huge-pages", "1")):
+    default = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    huge_pages = default | {"THP_MEM_ALLOC_ENABLE": "1"}
+    for name, variables in (("default", default), ("huge-pages", huge_pages)):
         files.append(FOUND / f"{name}.json")
         pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *arguments]
-        variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": value}
         subprocess.run(pytest, env=variables, cwd=ROOT, check=True)
     return files
 
