@@ -59,33 +59,26 @@ def run(
     if shard is not None:
         return op.run_on_shard(op.arguments_of(tensors, numbers, case), shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
-        reason, kernel, _ = decide_compiled(op, tensors, numbers, case, inplace)
-        if kernel is not None:  # a compiled gradient has its own memory
-            return kernel(tensors, numbers)  # type: ignore[no-any-return]
-    elif is_small(op, tensors, case):
-        reason = SMALL
-        if inplace:
-            op.prepare_inplace(tensors[0])
-        elif op.fast is not None:
-            try:
+        return _run_compiled(op, tensors, numbers, case, inplace)  # type: ignore[no-any-return]
+    reason: str | None = SMALL
+    try:
+        if is_small(op, tensors, case):
+            if inplace:
+                op.prepare_inplace(tensors[0])
+            elif op.fast is not None:
                 return op.fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
-            except _ERRORS as error:
-                invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
-                if invalid is None:
-                    raise
-                raise invalid.with_traceback(None) from None
-    else:
-        try:
+        else:
             reason, kernel, floats = decide(op, tensors, numbers, case, inplace)
             if kernel is not None:
                 if inplace:
                     op.prepare_inplace(tensors[0])
                 return kernel(tensors, floats)  # type: ignore[no-any-return]
-        except _ERRORS as error:
-            if checks.raised(error):
-                raise error.with_traceback(None) from None
+        return fall_back(op, str(reason), tensors, numbers, case, inplace)  # type: ignore[no-any-return]
+    except _ERRORS as error:
+        invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
+        if invalid is None:
             raise
-    return fall_back(op, str(reason), tensors, numbers, case, inplace)
+        raise invalid.with_traceback(None) from None
 
 
 def by_torch(
@@ -102,28 +95,30 @@ def by_torch(
 
 def fall_back(
     op: Operator, reason: str, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
-) -> Tensor:
+) -> Any:
     """Returns an operator's result, from torch's operator, for a reason."""
-    function, is_guarded = op.torch_ if inplace else op.torch, TorchAlone.needed
-    if reason is SMALL:
-        if op.fast is not None:
-            function, is_guarded = op.fast_ if inplace and op.fast_ else op.fast, False
-    else:
+    if reason is not SMALL:
         report_fallback(op, tensors, reason)
-        if has_torch_function((*tensors, *numbers)):  # its code may call patched functions
-            is_guarded = False
-    try:
-        if not is_guarded or is_dynamo_compiling():
-            return function(*tensors, *numbers, *case)  # type: ignore[no-any-return]
-        with torch_alone:
-            return function(*tensors, *numbers, *case)  # type: ignore[no-any-return]
-    except _ERRORS as error:
-        invalid = None
-        if not is_dynamo_compiling():
-            invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
-        if invalid is None:
-            raise
-        raise invalid.with_traceback(None) from None
+    elif op.fast is not None:
+        return (op.fast_ if inplace and op.fast_ else op.fast)(*tensors, *numbers, *case)
+    function = op.torch_ if inplace else op.torch
+    # The code of subclasses may call patched functions.
+    if not TorchAlone.needed or has_torch_function((*tensors, *numbers)):
+        return function(*tensors, *numbers, *case)
+    with torch_alone:
+        return function(*tensors, *numbers, *case)
+
+
+def _run_compiled(
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
+) -> Any:
+    """Returns the result of a call that Dynamo traces."""
+    reason, kernel, _ = decide_compiled(op, tensors, numbers, case, inplace)
+    if kernel is not None:  # a compiled gradient has its own memory
+        return kernel(tensors, numbers)
+    if reason is not SMALL:
+        report_fallback(op, tensors, str(reason))
+    return by_torch(op, tensors, numbers, case, inplace)
 
 
 # ---- decisions -----------------------------------------------------------------------------------
@@ -335,7 +330,7 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
 
 
 def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> Exception | None:
-    """Returns pyfused's error for arguments for which torch's operator has raised one, if any."""
+    """Returns pyfused's error for arguments for which a call has raised an error, if any."""
     tensors = {operand.name: x for operand, x in zip(op.operands, arguments, strict=False)}
     tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     try:
