@@ -206,11 +206,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["index", "probabilities"])
-def target_kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(params=["none", "mean", "sum"])
 def reduction(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -205,37 +204,6 @@ def test_limits_of_programs_match_the_kernels() -> None:
 def test_instructions_are_checked(instruction: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         cpu.native.Program([], [MUL, instruction], [0.0, 2.0], 0)
-
-
-@pytest.mark.cpu
-def test_a_prologue_and_constants_are_checked() -> None:
-    """A prologue reads and writes constants."""
-    words = f"neg: .*: expected a slot from {FIRST} to {FIRST}, got"
-    for result, operand in ((FIRST - 1, FIRST), (FIRST, FIRST + 1), (4, FIRST), (FIRST, 0)):
-        with pytest.raises(ValueError, match=words):
-            cpu.native.Program([("neg", result, (operand,))], [MUL], [0.0], 0)
-    for constants, parameters in (([], 0), ([0.0], 1), ([0.0] * 257, 0)):
-        with pytest.raises(ValueError, match=f"constants: .* got {len(constants)}"):
-            cpu.native.Program([], [MUL], constants, parameters)
-
-
-@pytest.mark.cpu
-def test_a_program_of_a_gradient_needs_its_memory() -> None:
-    x, out = torch.randn(2, 9), torch.empty(9)
-    operands = [(row.data_ptr(), 1, 9) for row in x] + [(0, 0, 0)] * 2
-    gradient = cpu.native.Program([], [MUL, ("copy", 6, (0,))], [0.0], 0)
-
-    def run(of_target: int, parameters: Sequence[float] = ()) -> None:
-        gradients = (0, of_target, 0, 0)
-        options = (0, 0, 0), 1.0, (0, 0, 0), 0, 0, gradients, 1, (9, 9)
-        gradient(0, 9, operands, [*parameters], *options)
-
-    with pytest.raises(ValueError, match="gradients: expected the address of gradient 1"):
-        run(0)
-    with pytest.raises(ValueError, match="parameters: expected 0, got 1"):
-        run(out.data_ptr(), parameters=[1.5])
-    run(out.data_ptr())
-    assert torch.equal(out, x[0])
 
 
 @pytest.mark.cpu

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import KernelCalls
-from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -19,33 +16,7 @@ import cases
 import report
 import run
 import sweep
-from cases import TORCH, TRAINING, Case, assert_correct, draw, step
-
-from pyfused.dispatch import sizes
-from pyfused.ops.operators import CROSS_ENTROPY
-
-
-def test_each_step_frees_the_previous_gradient() -> None:
-    seen: list[tuple[Tensor, Tensor | None]] = []
-
-    def relu(input: Tensor, **_: object) -> Tensor:
-        seen.append((input, input.grad))
-        return input.relu()
-
-    case = Case("relu", (100,))
-    arguments = draw(case)
-    one, other = (step(SimpleNamespace(relu=relu), case, arguments, TRAINING) for _ in range(2))
-    one()
-    other()
-    one()
-    (first, _), (second, _), (again, gradient) = seen
-    assert first is again
-    assert gradient is None  # the step frees it before the call
-    assert first is not second
-    assert first.data_ptr() == second.data_ptr() == arguments.input.data_ptr()
-    assert first.grad is not None
-    assert second.grad is not None
-    assert arguments.input.grad is None
+from cases import TORCH, Case, assert_correct, draw
 
 
 def test_wrong_results_are_not_timed() -> None:
@@ -59,18 +30,6 @@ def test_wrong_results_are_not_timed() -> None:
 # ---- the sweep -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["cross_entropy", "softmax", "mse_loss", "relu"])
-def test_a_seed_repeats_the_calls(op: str) -> None:
-    one, other = (list(sweep.drawn(op, torch.float32, 30, random.Random(3))) for _ in range(2))
-    assert one == other
-    dims = {len(case.shape) for case in one}
-    assert dims == {"cross_entropy": {2, 3}, "softmax": {2, 3, 4}}.get(op, {1, 2, 3, 4})
-    assert {case.reduction for case in one} == (
-        {"mean", "none"} if "loss" in op or "entropy" in op else {"mean"}
-    )
-    assert len({case.elements for case in one}) > 20
-
-
 @pytest.mark.thresholds
 @pytest.mark.parametrize("how", [sweep.CALLED, sweep.PATCHED])
 def test_a_sweep_times_torch_and_the_kernels(how: str, kernel_calls: KernelCalls) -> None:
@@ -82,17 +41,6 @@ def test_a_sweep_times_torch_and_the_kernels(how: str, kernel_calls: KernelCalls
     assert not kernel_calls
     ours(1)
     assert kernel_calls["sigmoid"]
-
-
-def test_a_sweep_includes_the_smallest_calls_with_kernels() -> None:
-    many, few = sizes.limits(CROSS_ENTROPY, True)
-    swept = {case.shape[1]: case for case in sweep.edges("cross_entropy", torch.float32)}
-    assert many <= swept[1000].elements < many + 1000
-    assert few <= swept[sizes.FEW].elements < few + sizes.FEW
-    assert {case.reduction for case in sweep.edges("mse_loss", torch.float32)} == {"mean", "none"}
-    (embeddings,) = sweep.edges("triplet_margin_loss", torch.float32)
-    assert embeddings.elements == sizes.cpu_limits()["triplet_margin_loss"][1]
-    assert len(embeddings.shape) == 2
 
 
 # ---- reports -------------------------------------------------------------------------------------

@@ -445,11 +445,8 @@ def test_a_small_composed_loss_uses_torchs_function(monkeypatch: pytest.MonkeyPa
 
 MARGIN: dict[str, Step] = {
     "mean": lambda f, x: f.multilabel_margin_loss(x, LABELS),
-    "sum": lambda f, x: f.multilabel_margin_loss(x, LABELS, reduction="sum"),
     "none": lambda f, x: f.multilabel_margin_loss(x, LABELS, reduction="none"),
     "row": lambda f, x: f.multilabel_margin_loss(x[1], LABELS[1], reduction="none"),
-    "computed": lambda f, x: f.multilabel_margin_loss(x * 2 + 1, LABELS),
-    "detached": lambda f, x: f.multilabel_margin_loss(x.detach(), LABELS) + x.sum(),
     "autocast": lambda f, x: torch.autocast("cpu", torch.bfloat16)(f.multilabel_margin_loss)(
         x.bfloat16(), LABELS
     ),
@@ -592,22 +589,6 @@ def test_patched_code(monkeypatch: pytest.MonkeyPatch) -> None:
     with pyfused.patch():
         assert operators_of_patched_step() == {"cross_entropy", "cross_entropy_backward"}
     assert not operators_of_patched_step()
-
-
-@pytest.mark.slow
-def test_code_patched_before_the_compiler_is_imported() -> None:
-    """torch.compile builds its table of torch's functions at its first use."""
-    code = """
-import sys, torch, pyfused
-assert "torch._dynamo" not in sys.modules
-with pyfused.patch():
-    import test_compile as test
-    test.sizes.COMPILED["cross_entropy"] = 0, 0
-    assert test.operators_of_patched_step() == {"cross_entropy", "cross_entropy_backward"}
-assert not test.operators_of_patched_step()
-"""
-    done = python(code)
-    assert done.returncode == 0, done.stderr
 
 
 # ---- export -------------------------------------------------------------------------------------

@@ -570,17 +570,13 @@ def test_forward_mode(example: Example) -> None:
 
 
 @every_operator
-@pytest.mark.parametrize("transform", ["grad", "hessian", "jacrev", "jacfwd", "jvp", "vjp"])
+@pytest.mark.parametrize("transform", ["hessian", "jacrev", "jacfwd"])
 def test_torch_func(example: Example, transform: str) -> None:
     call = example.call()
     x = call.first
 
     def compute(function: Function) -> Any:
         step, transformed = call.of_first(function), getattr(torch.func, transform)
-        if transform == "vjp":
-            return transformed(step, x)[0]
-        if transform == "jvp":
-            return transformed(step, (x,), (torch.linspace(-1, 1, x.numel()).view_as(x),))
         return transformed(lambda x: step(x).sum())(x)
 
     assert_alike(compute)

@@ -382,29 +382,3 @@ def test_compile_in_one_graph(example: Example) -> None:
     got, expected = evaluate(compiled, x), evaluate(lambda x: of_torch(x * 2), x)
     close(got.value, expected.value)
     close(got.gradients, expected.gradients)
-
-
-@pytest.mark.large
-@pytest.mark.usefixtures("compiled_always")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_with_inductor() -> None:
-    def step(functional: Any, x: Tensor, target: Tensor) -> Tensor:
-        return functional.cross_entropy(functional.relu(x), target)
-
-    compiled = torch.compile(lambda x, target: step(fused, x, target), fullgraph=True)
-    x, target = torch.randn(64, 100, requires_grad=True), torch.randint(100, (64,))
-    got, expected = evaluate(compiled, x, target), evaluate(lambda x, t: step(F, x, t), x, target)
-    close(got.value, expected.value)
-    close(got.gradients, expected.gradients)
-
-
-@pytest.mark.usefixtures("compiled_always")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_of_modules() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(5, 5), pyfused.nn.ReLU())
-    criterion = pyfused.nn.CrossEntropyLoss(label_smoothing=0.1)
-    compiled = torch.compile(
-        lambda x: criterion(model(x), TARGET), fullgraph=True, backend="aot_eager"
-    )
-    x = torch.randn(6, 5)
-    close(compiled(x), F.cross_entropy(F.relu(model[0](x)), TARGET, label_smoothing=0.1))

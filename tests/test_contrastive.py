@@ -101,22 +101,6 @@ def test_large_logits(has_bias: bool) -> None:
     torch.testing.assert_close(got.gradients, expected, atol=1e-4, rtol=1e-4)
 
 
-@every_kind
-def test_autocast_as_a_linear_layer(has_bias: bool) -> None:
-    arguments = given(has_bias)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = evaluate(fused.contrastive_loss, *arguments)
-        mixed = fused.contrastive_loss(arguments[0].bfloat16(), *arguments[1:])
-        native = evaluate(materialised, *arguments)
-    exact = evaluate(materialised, *arguments, convert=exactly)
-    assert got.value.dtype is mixed.dtype is torch.float32
-    assert abs(mixed - exact.value) <= 0.02 * exact.value
-    assert abs(got.value - exact.value) <= 2 * abs(native.value - exact.value) + 0.01 * exact.value
-    for ours, best in zip(got.gradients, exact.gradients, strict=True):
-        assert ours.dtype is torch.float32
-        assert (ours - best).abs().max() <= 0.05 * best.abs().max()
-
-
 @pytest.mark.cpu
 def test_matrix_products() -> None:
     """The logits are computed once, unless several blocks of them need the softmax of all."""

@@ -40,21 +40,6 @@ def example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-DRAWN = ["demo", "losses", "gradient_descent", "heads"]
-WITHOUT_PICTURES = ["digits", "regression", "gpt", "custom_loss", "grpo", "distillation"]
-
-
-@pytest.mark.parametrize("name", [*WITHOUT_PICTURES, *DRAWN])
-def test_help(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        (drawing if name in DRAWN else example)(name).main()
-    assert stopped.value.code == 0
-    assert f"usage: {name}.py" in capsys.readouterr().out
-
-
 def test_digits_learns_with_equal_losses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,18 +48,6 @@ def test_digits_learns_with_equal_losses(
     accuracies = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[:2]]
     assert accuracies[0] == accuracies[1]
     assert float(accuracies[1].rstrip("%")) > 80
-
-
-@pytest.mark.parametrize("factor", [1.001, float("nan")])
-def test_digits_fails_if_losses_differ(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    class WrongLoss(torch.nn.CrossEntropyLoss):
-        def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return factor * super().forward(input, target)
-
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "1"])
-    monkeypatch.setattr(pyfused.nn, "CrossEntropyLoss", WrongLoss)
-    with pytest.raises(SystemExit, match="differ by more than the tolerance"):
-        example("digits").main()
 
 
 def test_a_minimal_network_learns_the_sum() -> None:

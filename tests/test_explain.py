@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
 import logging
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import result_of
 from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -23,14 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
+from pyfused.adopt.tune import call_of
 from pyfused.backends import cpu
 from pyfused.dispatch import reasons, sizes
-from pyfused.dispatch.operator import Operator
-from pyfused.ops.activation import Activation
-from pyfused.ops.elementwise import PRELU
-from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import Gated, Halves
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
@@ -125,64 +120,27 @@ def test_active_modes() -> None:
         assert pyfused.explain("relu", X).backend == "cpu"
 
 
-def test_kernels_of_another_backend_and_their_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("pyfused.dispatch.explanation")
-    other = SimpleNamespace(
-        describe=lambda *_: ("triton", "kernels on cpu, Triton 3.7.1", None, None)
-    )
-    monkeypatch.setattr(module, "backend_of", lambda _: other)
-    said = pyfused.explain("relu", X)
-    assert (said.op, said.backend, said.isa, said.threads) == ("relu", "triton", None, None)
-    assert "3.7.1" in str(said)
-
-
-def _of_a_size(op: Operator) -> Callable[[Tensor, bool], tuple[list[Tensor], dict[str, Any]]]:
-    """Returns a function that makes the arguments of a call from an input, for either limit."""
-
-    def arguments(x: Tensor, second: bool) -> tuple[list[Tensor], dict[str, Any]]:
-        if isinstance(op, EmbeddingLoss):
-            target = [torch.ones(len(x))] * op.has_target
-            reduction = {"reduction": "none"} if second else {}
-            return [x, *[x.detach()] * (len(op.inputs) - 1), *target], reduction
-        if any(operand.indices for operand in op.operands):
-            target = torch.zeros_like(x, dtype=torch.int64)
-            return [x, target if op.operands[1].labels else target[:, 0]], {}
-        if isinstance(op, (Activation, Gated)) and second:
-            x = x.detach()
-        operands = [x, *[x.detach()] * sum(not o.optional for o in op.operands[1:])]
-        if op is PRELU:
-            operands[1] = torch.ones(1)
-        if isinstance(op, Halves):
-            operands = [x.flatten()[: x.numel() // 2 * 2]]
-        if op.name in ("softmax", "log_softmax"):
-            return operands, {"dim": 1}
-        reduction = {"reduction": "none"} if second and "reduction" in op.names else {}
-        return operands, op.required | reduction
-
-    return arguments
-
-
-CALLS_OF_A_SIZE = {
-    name: _of_a_size(op) for name, op in OPERATORS.items() if name not in sizes.LINEAR
-}
+OF_A_SIZE = [name for name in OPERATORS if name in sizes.ON_CPU and name not in sizes.LINEAR]
 
 
 @pytest.mark.thresholds
-@pytest.mark.parametrize("op", [op for op in CALLS_OF_A_SIZE if op in sizes.ON_CPU])
+@pytest.mark.parametrize("name", OF_A_SIZE)
 @pytest.mark.parametrize("second", [False, True])
-def test_calls_below_the_limit_fall_back(op: str, second: bool, kernel_calls: KernelCalls) -> None:
-    limit = sizes.cpu_limits()[op][second]
-    classes = sizes.FEW if second else 30  # more than FEW with any vector
-    at_limit = {max(limit - 1, 0) // classes, -(-limit // classes)} - {0}
-    for rows in {1} if limit == sizes.NEVER else {1, *at_limit}:
-        small = rows * classes < limit
-        x = torch.full((rows, classes), 0.5, requires_grad=True)
-        arguments, options = CALLS_OF_A_SIZE[op](x, second)
-        said = pyfused.explain(op, *arguments, **options)
-        assert (said.reason == reasons.SMALL) == small, rows
+def test_calls_below_the_limit_fall_back(
+    name: str, second: bool, kernel_calls: KernelCalls
+) -> None:
+    op, limit = OPERATORS[name], sizes.cpu_limits()[name][second]
+
+    def explained(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        said, small = pyfused.explain(name, x, *others, **options), x.numel() < limit
+        assert (said.reason == reasons.SMALL) == small, x.shape
         kernel_calls.clear()
-        getattr(fused, op)(*arguments, **options)
-        assert bool(kernel_calls) != small, rows
+        result = getattr(fused, name)(x, *others, **options)
+        assert bool(kernel_calls) != small, x.shape
+        return result_of(result)
+
+    for elements in {2} if limit == sizes.NEVER else {2, limit - 2, limit + 2000 - limit % 1000}:
+        call_of(op, max(elements, 2), second)(explained)
 
 
 @pytest.mark.thresholds

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_matches_torch, evaluate
+from compare import evaluate
 from conftest import KernelCalls
 from grid import grid
 from samples import GATED
@@ -45,28 +45,7 @@ def test_only_inputs_are_saved(op: Gated) -> None:
     assert {tensor.data_ptr() for tensor in saved} == {gate.data_ptr(), up.data_ptr()}
 
 
-# ---- glu and prelu -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-@pytest.mark.parametrize("of_rows", [False, True])
-def test_halves_along_each_dimension(dim: int, of_rows: bool, kernel_calls: KernelCalls) -> None:
-    """Includes halves with one column, and a broadcast grad_output."""
-    shape = [4, 6, 8] if not of_rows else [2, 2, 2]
-    x = torch.randn(shape, requires_grad=True)
-    assert_matches_torch(functional.glu, torch.nn.functional.glu, x, dim=dim)
-    found = [torch.autograd.grad(f.glu(x, dim).sum(), x) for f in (functional, torch.nn.functional)]
-    close(*found)
-    assert kernel_calls["glu"] == 4
-
-
-@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (2, 5, 3, 4), (7,), ()], ids=str)
-@pytest.mark.parametrize("each", [False, True])
-def test_slopes_of_channels(shape: tuple[int, ...], each: bool, kernel_calls: KernelCalls) -> None:
-    x = torch.randn(shape, requires_grad=True)
-    weight = torch.rand(5 if each and len(shape) > 1 else 1, requires_grad=True)
-    assert_matches_torch(functional.prelu, torch.prelu, x, weight)
-    assert kernel_calls["prelu"] == 2
+# ---- MLPs of transformers ------------------------------------------------------------------------
 
 
 @pytest.mark.integrations

@@ -6,10 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import interpreter
 import pytest
@@ -26,17 +24,6 @@ import steps as training_steps  # noqa: E402
 from cases import BF16, Case  # noqa: E402
 
 
-def test_missing_requirements_are_reported_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["run.py", "gpu-check", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as ended:
-        run.main()
-    assert ended.value.code == "gpu-check needs a GPU: torch sees no GPU"
-    assert not (tmp_path / "out").exists()
-
-
 def test_steps_name_files_that_exist(tmp_path: Path) -> None:
     steps = {step.name: step for step in run.steps(tmp_path)}
     command = steps["shared tests"].command
@@ -45,38 +32,6 @@ def test_steps_name_files_that_exist(tmp_path: Path) -> None:
     for step in steps.values():
         for word in map(str, step.command):
             assert not word.startswith(str(ROOT)) or Path(word.partition("::")[0]).exists()
-
-
-def test_a_failing_step_does_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    codes = {"build": 0, "smoke": 1, "heads": 0, "late": 0}
-    exits = {n: (sys.executable, "-c", f"raise SystemExit({code})") for n, code in codes.items()}
-    steps = [run.Step(n, code, 60, needed=n == "build") for n, code in exits.items()]
-    monkeypatch.setattr(run, "steps", lambda _: steps)
-    monkeypatch.setattr(run, "without_gpu", lambda: None)
-    monkeypatch.setattr(run, "environment", lambda _: {})
-    readings = iter([0] * 10 + [60 * 2 - 4])  # the start, and three for each step that runs
-    clock = SimpleNamespace(perf_counter=lambda: next(readings, 0))
-    monkeypatch.setattr(run, "time", clock)
-    with pytest.raises(SystemExit) as ended:
-        run.gpu_check(Namespace(out=tmp_path, steps=None, minutes=2))
-    assert ended.value.code
-    lines = (tmp_path / "summary.md").read_text().splitlines()[2:]
-    results = [line.split(": ")[1].split(",")[0] for line in lines]
-    assert results == ["passed", "failed (1)", "passed", "not run"]
-
-
-def test_failing_and_endless_steps_are_reported(tmp_path: Path) -> None:
-    fail = run.Step("fail", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
-    child = f"import subprocess; subprocess.run(['{sys.executable}', '-c', 'while 1: print(1)'])"
-    sleep = run.Step("sleep", (sys.executable, "-c", child), 1)
-    assert run.run_step(fail, tmp_path, 60, {}).startswith("failed (3)")
-    assert (tmp_path / "fail.log").read_text() == "why\n"
-    assert run.run_step(sleep, tmp_path, 60, {}).startswith("out of time")
-    size = (tmp_path / "sleep.log").stat().st_size
-    time.sleep(0.1)
-    assert (tmp_path / "sleep.log").stat().st_size == size  # its child has ended, too
 
 
 @pytest.fixture
@@ -109,27 +64,6 @@ def test_the_report_has_the_form_of_a_cpu_report(rehearsed: Path, tmp_path: Path
     table = (folder / "table.md").read_text()
     assert "share of a copy" in table
     assert "driver" in table
-
-
-def test_targets_count_the_cases_that_reach_them(rehearsed: Path) -> None:
-    found = json.loads(rehearsed.read_text())
-    for benchmark in found["benchmarks"]:
-        row = benchmark["extra_info"]
-        row["peak_gradients"] = 1.0
-        for name, peer in row["peers"].items():
-            peer["ratio"] = [0.7, 0.8 if row["op"] == "mse_loss" else 1.2, 2.0]
-            assert name in ("torch", "torch.compile", "copy")
-    assert run.targets(found) == [
-        "- other operators, share of the copy's bandwidth: 0 of 1 cases reach 0.9, the worst 0.80",
-        "- cross_entropy, share of the copy's bandwidth: 1 of 1 cases reach 0.85, the worst 1.20",
-        "- times as fast as torch.compile: 2 of 3 cases reach 1.0, the worst 0.80",
-        "- times as fast as Liger: not measured",
-        (
-            "- times as fast as eager torch from 32000 classes on: "
-            "0 of 1 cases reach 3.0, the worst 1.20"
-        ),
-        "- peak memory beyond the inputs, in gradients: 1.00 (to reach: 1)",
-    ]
 
 
 # ---- typical use ---------------------------------------------------------------------------------
@@ -166,17 +100,6 @@ def test_training_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert text in capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith(("| GPT ", "| U-Net "))]
     assert [row.count("n/a") for row in rows] == [0, 1, 0, 1]  # a U-Net has no linear head
-
-
-def test_a_wrong_kernel_fails_the_smoke_test(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_use.fused, "mse_loss", torch.nn.functional.l1_loss)
-    file = tmp_path / "smoke.md"
-    with pytest.raises(SystemExit):
-        gpu_use.gpu_smoke(Namespace(trial=True, seconds=60, file=file))
-    found = [line.split(" | ")[1].split(":")[0] for line in file.read_text().splitlines()[4:]]
-    assert found == ["AssertionError", *["correct"] * 4]
 
 
 # ---- launch choices ------------------------------------------------------------------------------

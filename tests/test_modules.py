@@ -95,31 +95,15 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
-# Other modules store their options in a dict; test_contract.py calls them.
-WITH_ATTRIBUTES = [
-    name for name in OPERATORS if "temperature" not in parameters(getattr(fused_functional, name))
-]
-
-
-@pytest.mark.parametrize("name", WITH_ATTRIBUTES)
-def test_forward_passes_every_attribute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op, passed = OPERATORS[name], dict[str, Any]()
-    signature = inspect.signature(getattr(fused_functional, name))
-    module = getattr(fused, op.module)(*op.required.values())
-    tensors = [object() for _ in parameters(module.forward)]
-    attributes = {name: object() for name in signature.parameters if hasattr(module, name)}
-    vars(module).update(attributes)
-    monkeypatch.setattr(
-        fused_functional,
-        name,
-        lambda *args, **by_name: passed.update(signature.bind(*args, **by_name).arguments),
-    )
-    module.forward(*tensors)
-    assert list(passed.values())[: len(tensors)] == tensors
-    assert {name: passed[name] for name in attributes} == attributes
-
-
-@pytest.mark.parametrize("name", [n for n in WITH_ATTRIBUTES if not hasattr(nn.functional, n)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in OPERATORS
+        if not hasattr(nn.functional, name)  # and options that are attributes of the module
+        and "temperature" not in parameters(getattr(fused_functional, name))
+    ],
+)
 def test_modules_that_torch_lacks_have_the_options_of_the_function(name: str) -> None:
     op = OPERATORS[name]
     tensors = [operand.name for operand in op.operands if not operand.optional or operand.number]

@@ -823,31 +823,6 @@ def test_several_threads() -> None:
         sys.setswitchinterval(interval)
 
 
-@as_users_run_it
-def test_threads_that_train_concurrently(kernel_calls: KernelCalls) -> None:
-    def train(seed: int) -> list[float]:
-        generator = torch.Generator().manual_seed(seed)
-        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5))
-        for parameter in model.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        losses = []
-        for _ in range(10):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), target)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    x, target = X.repeat(1600, 1), TARGET.repeat(1600)  # above the size limit
-    expected = [train(seed) for seed in range(6)]
-    with pyfused.patch(), ThreadPoolExecutor(3) as pool:
-        for got, wanted in zip(pool.map(train, range(6)), expected, strict=True):
-            assert got == pytest.approx(wanted, rel=1e-4)
-    assert kernel_calls["cross_entropy"] == 60
-
-
 # ---- errors --------------------------------------------------------------------------------------
 
 

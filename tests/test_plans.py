@@ -6,7 +6,6 @@ import contextlib
 import functools
 import gc
 import sys
-import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -26,8 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch.signature import signature, with_specs
-from pyfused.ops import elementwise
 from pyfused.types import NUMBER
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
@@ -61,16 +58,6 @@ def test_other_kinds_of_tensors_have_other_plans(other: Callable[[Tensor], Tenso
     )
 
 
-def test_a_signature_has_everything_that_a_plan_reads_from_a_tensor() -> None:
-    x = torch.randn(6, 5, requires_grad=True).t()[1:]
-    signed = signature(elementwise.RELU, (x,), (), (), True)
-    assert not isinstance(signed, str)
-    key, _ = signed
-    (spec,), _ = with_specs(elementwise.RELU, (x,), key, True)
-    *fields, is_leaf_or_view = vars(spec).values()
-    assert {tuple(fields), is_leaf_or_view} <= {*key}
-
-
 @pytest.mark.skipif(not hasattr(Tensor, "rename"), reason="torch 2.13 has no named dimensions")
 @pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
 def test_named_dimensions_fall_back() -> None:
@@ -99,29 +86,6 @@ def test_meta_tensors_under_autocast() -> None:
     x = torch.empty(6, 5, device="meta")
     with torch.autocast("cpu"):
         assert fused.kl_div_with_logits(x, x).is_meta
-
-
-OPTIONS: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({"label_smoothing": 0.0}, {"label_smoothing": 0.1}, {"label_smoothing": 1}),
-    ({"reduction": "mean"}, {"reduction": "sum"}, {"reduction": "none"}),
-    ({"loss_dtype": None}, {"loss_dtype": torch.float64}),
-    ({"token_weight": None}, {"token_weight": torch.arange(6.0)}),
-    ({"denominator": 2.0}, {"denominator": torch.tensor(3.0)}, {"denominator": None}),
-    ({"z_loss": 0.5, "scale": 2.0}, {"z_loss": 2.0, "scale": 0.5}),
-    ({"ignore_index": 2}, {"ignore_index": 4}),
-)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options[0]))
-def test_options_are_in_the_signature(options: tuple[dict[str, Any], ...]) -> None:
-    x, target = torch.randn(6, 5), CLASSES.where(CLASSES >= 0, 2)
-
-    def step(functional: Any, given: dict[str, Any]) -> Tensor:
-        if "ignore_index" not in given:
-            return functional.cross_entropy(x, CLASSES, **given)
-        return functional.cross_entropy(x, target, **given)
-
-    assert_each_is_correct(*[functools.partial(step, given=given) for given in options])
 
 
 NUMBERS: dict[str, Callable[[Tensor, float], Any]] = {
@@ -232,29 +196,6 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls_of(range(20, 320)) - calls_of(range(1, 20)) < 1 << 16
     finally:
         tracemalloc.stop()
-
-
-def test_threads_share_plans() -> None:
-    expected = {n: float(F.gelu(torch.arange(n) / n).sum()) for n in range(1, 9)}
-    wrong: list[Any] = []
-
-    def work() -> None:
-        for i in range(200):
-            n = i % 8 + 1
-            x = (torch.arange(n) / n).requires_grad_()
-            total = fused.gelu(x).sum()
-            total.backward()
-            if abs(float(total.detach()) - expected[n]) > 1e-5 or x.grad is None:
-                wrong.append(n)
-            if i % 50 == 0:
-                dispatch.forget_plans()
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
 
 
 # ---- overhead of a call --------------------------------------------------------------------------

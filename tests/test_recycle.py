@@ -337,43 +337,6 @@ def test_training_needs_no_more_address_space(asked: str) -> None:
     run("x = logits()\nwith left(112 << 20): train(x, 24 << 20)", PYFUSED_RECYCLE=asked)
 
 
-@pytest.fixture
-def group() -> Iterator[Path]:
-    """Creates a memory control group, if the system permits it."""
-    for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
-        folder = root / f"pyfused-test-{os.getpid()}"
-        try:
-            folder.mkdir()
-        except OSError:
-            continue
-        names = "memory.limit_in_bytes", "memory.max"
-        limits = [folder / name for name in names if os.access(folder / name, os.W_OK)]
-        if limits:
-            yield limits[0]
-            folder.rmdir()
-            return
-        folder.rmdir()
-    pytest.skip("cannot create a memory control group")
-
-
-@limits_memory
-@pytest.mark.parametrize("asked", ["1", "0"])
-def test_training_needs_no_more_memory_in_a_control_group(group: Path, asked: str) -> None:
-    usage = "memory.usage_in_bytes" if "limit" in group.name else "memory.current"
-    printed = run(
-        f"""
-        (Path("{group.parent}") / "cgroup.procs").write_text(str(os.getpid()))
-        x = logits()
-        used = int((Path("{group.parent}") / "{usage}").read_text())
-        Path("{group}").write_text(str(used + (64 << 20) + (16 << 20)))
-        train(x, 16 << 20)  # as large as the gradient, whose block is free
-        print(memory.stats().hits)
-        """,
-        PYFUSED_RECYCLE=asked,
-    )
-    assert printed == ("3" if asked == "1" else "0")
-
-
 @limits_memory
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_peak_grows_by_one_gradient_at_most() -> None:
