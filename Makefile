@@ -84,7 +84,7 @@ gpu-check: ## test and time the kernels on this machine's GPU, with the packages
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, TRL, Lightning, skorch and Liger
 	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would import kernels/ instead of the package kernels
 
-bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/results/ (30 minutes; THREADS=16)
+bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/results/ (1 to 2 hours; THREADS=16)
 	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)
 
 bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/

@@ -348,7 +348,8 @@ def table(found: report.Found) -> str:
 
 
 def description(found: report.Found) -> str:
-    how = "CPU time on one thread, while other programs ran" if found["cpu"] else "idle machine"
+    of_cpu = "CPU time on one thread, while other programs ran"
+    how = of_cpu if found["cpu"] else found.get("load", "idle machine")
     return f"{report.machine(found)}, revision {found['revision']}; {how}."
 
 

@@ -229,18 +229,14 @@ def _with_grid(figure: Figure) -> Figure:
 
 
 def newest_gain() -> report.Found:
-    return _newest_of("gain.json")
+    return _of_cpus("gain.json")[-1]
 
 
-def newest_steps() -> report.Found:
-    return _newest_of("steps.json")
-
-
-def _newest_of(name: str) -> report.Found:
-    """Returns the newest results of CPUs in files of this name."""
+def _of_cpus(name: str) -> list[report.Found]:
+    """Returns the results of CPUs in files of this name, the newest last."""
     files = [file for file in report.RESULTS.glob(f"*/{name}") if file.parent != H100]
     reports = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    return max(reports, key=lambda found: found["datetime"])
+    return sorted(reports, key=lambda found: found["datetime"])
 
 
 def svg(figure: Figure, title: str) -> str:
@@ -449,7 +445,7 @@ def summary() -> str:
         spreads = ("{} ({})".format(*_middle_and_range(ratios[peer])) for peer in PEERS)
         each = [text.replace("n/a ()", "n/a") for text in spreads]
         lines.append([f"{len(ratios['torch'])} large losses, {name}", *each])
-    for step in newest_steps()["steps"]:
+    for step in [step for found in _of_cpus("steps.json") for step in found["steps"]]:
         if step["name"] == "GPT-2 small" and step["dtype"] == "float32":
             low, middle, high = step["ways"]["linear_cross_entropy"]["ratio"]
             over_compiled = middle / step["ways"]["torch.compile"]["ratio"][1]
@@ -460,9 +456,9 @@ def summary() -> str:
 
 
 def training_steps() -> str:
-    """Returns the tables of training steps, of the newest report on CPUs."""
-    newest = newest_steps()
-    return f"{steps.description(newest)}\n\n{steps.table(newest)}"
+    """Returns the tables of training steps, one for each CPU."""
+    reports = _of_cpus("steps.json")
+    return "\n\n".join(f"{steps.description(found)}\n\n{steps.table(found)}" for found in reports)
 
 
 # Functions whose results replace these comments when Sphinx reads a page.
