@@ -20,7 +20,7 @@ from pyfused.adopt.convert import FUSED
 from pyfused.dispatch.explanation import BY_SHARDS, Explanation, by_kernel, path_of
 from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
 from pyfused.dispatch.originals import redirected
-from pyfused.dispatch.run import fallback_reason
+from pyfused.dispatch.reasons import SMALL
 from pyfused.formula import Formula, FormulaModule
 
 _LIBRARIES = ("None", "torch", "torchvision", __name__.partition(".")[0])
@@ -93,11 +93,11 @@ def _explain_run(
     checks.tensor(op.operands[0].name, tensors[0])
     explanation = path_of(op, tensors, numbers, case, inplace)
     present = [x for x in tensors if isinstance(x, Tensor)]
-    if all(type(x) in (Tensor, Parameter) and x.is_cpu for x in present):
-        # torch checks the calls that kernels do not support, except for dtypes of indices.
-        reason = fallback_reason(op, tensors, numbers, case, inplace)
-        if reason is None or " has dtype " in reason:
-            op.check(op.arguments_of(tensors, numbers, case))
+    reason, by_torch = explanation.reason, explanation.backend == "torch"
+    # torch checks the calls that kernels do not support, except for dtypes of indices.
+    is_checked = not by_torch or reason.startswith(SMALL) or " has dtype " in reason
+    if is_checked and all(type(x) in (Tensor, Parameter) and x.is_cpu for x in present):
+        op.check(op.arguments_of(tensors, numbers, case))
     raise _Explained(explanation)
 
 
