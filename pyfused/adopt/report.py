@@ -303,11 +303,11 @@ def _is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None =
     return is_small
 
 
-def _compute(op: str, function: Any, *arguments: Any) -> Any:
-    if len(arguments) == 1:  # backward passes have more arguments
+def _compute(name: str, function: Any, *values: Any) -> Any:
+    if not name.endswith("_backward"):
         for report in _reports:
-            report._add(report._compiled, op)
-    return _uncounted[2](op, function, *arguments)
+            report._add(report._compiled, name)
+    return _uncounted[2](name, function, *values)
 
 
 def _decide(

@@ -265,11 +265,6 @@ class Operator(ABC):
         """Returns the result of a call that is being compiled."""
         raise NotImplementedError
 
-    def fake(self, arguments: Arguments) -> Tensor:
-        """Returns an empty tensor like the result of the custom operator, by default a scalar."""
-        empty: Tensor = arguments[0].new_empty(())
-        return empty
-
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments, including values, after torch's operator has raised."""
         self.check_tensors(arguments)

@@ -19,15 +19,15 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
-from pyfused.dispatch.operator import Arguments, Case, Numbers, Operator, Tensors
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Tensors
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes, needs_grad
 from pyfused.layout import accumulate_dtype, is_dense
-from pyfused.ops.custom_operators import custom_operator
+from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.types import Gradients, MarginOptions, Outputs, VocabOptions
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class ClassLoss(Operator):
+class ClassLoss(CompiledOperator):
     """A loss of rows of scores, given a class index or class probabilities for each row.
 
     Attributes:
@@ -113,9 +113,6 @@ class ClassLoss(Operator):
             define=define,
             inplace="gradient" if inplace else "",
         )
-
-    def compiled(self, arguments: Arguments) -> Any:
-        return custom_operator(self.name)(*arguments)
 
     def result_dtype(
         self,
@@ -241,8 +238,7 @@ class MultilabelMarginLoss(MultiMarginLoss):
         """
         input, target, _, options = self.checked(arguments)
         input = input.to(autocast_dtype(input.dtype, input.device))
-        operator = custom_operator(self.name)
-        loss: Tensor = operator(input, target, options.reduction)
+        loss: Tensor = self.custom_operator(input, target, options.reduction)
         return loss
 
     def fake(self, arguments: Arguments) -> Tensor:

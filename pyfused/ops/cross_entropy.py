@@ -27,7 +27,6 @@ from pyfused.layout import accumulate_dtype, common_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
 from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.row_state import metrics_state
 from pyfused.ops.shards import ShardedOperator
 from pyfused.torch_internals import (
@@ -157,12 +156,12 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)
         options = replace(checks.normalized(options), with_metrics=False)
-        operator, tensors = custom_operator(self.name), self.arranged(operands)
+        tensors = self.arranged(operands)
         dtype = self.result_dtype(operands[0], options, tensors[0].dtype)
         # The operator runs without autocast, on which the dtype of the result may depend.
         options = replace(options, loss_dtype=accumulate_dtype(tensors[0].dtype))
         tensors, numbers, case = self.call_of(tensors, options)
-        loss: Tensor = operator(*tensors, *numbers, *case)
+        loss: Tensor = self.custom_operator(*tensors, *numbers, *case)
         return loss if loss.dtype is dtype else loss.to(dtype)
 
     def fake(self, arguments: Arguments) -> Tensor:

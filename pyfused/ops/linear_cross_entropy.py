@@ -53,6 +53,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     """Cross-entropy of a linear layer's output."""
 
     options = CrossEntropyOptions
+    has_state = True
 
     case: tuple[Any, ...] = (Choice("options", of_torch=True),)
 

@@ -24,7 +24,6 @@ from pyfused.dispatch.plan import Plan
 from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import StateOptions
 from pyfused.ops.row_state import state_metrics, state_results
 from pyfused.ops.shards import ShardedOperator, class_range, is_dtensor, state_plan
@@ -133,6 +132,7 @@ class LogProbsOperator(ShardedOperator):
     options = LogProbsOptions
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
+    has_state = True  # the result of the custom operator
 
     def plan(
         self,
@@ -190,14 +190,19 @@ class LogProbsOperator(ShardedOperator):
             tensors = [in_autocast_dtype(x) for x in tensors]
         with without_autocast(target.device.type):
             self.check((*tensors, target, options))
-            operator = custom_operator(self.name)
-            call = self.call_of((*tensors, target.to(torch.int64)), options)
-            state: Tensor = operator(*call[0], *call[1], *call[2])
+            casted, numbers, case = self.call_of((*tensors, target.to(torch.int64)), options)
+            state: Tensor = self.custom_operator(*casted, *numbers, *case)
             results = state_results(state, _count(options)).to(accumulate_dtype(tensors[0].dtype))
             if not options.with_metrics:
                 return results
             classes = class_range(tensors).total
             return _with_metrics(results, state, target, options.ignore_index, classes)
+
+    def compiled_plan(self, arguments: Arguments) -> Plan:
+        return self.plan(arguments, results=0)
+
+    def saved(self, tensors: Tensors, state: Any) -> Tensors:
+        return *tensors, state, None  # without the logits of the forward pass
 
     def fake(self, arguments: Arguments) -> Tensor:
         """Returns an empty tensor like the state that the custom operator returns."""

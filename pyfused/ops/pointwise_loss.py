@@ -26,7 +26,6 @@ from pyfused.dispatch.operator import (
     Case,
     Numbers,
     Operand,
-    Operator,
     Tensors,
 )
 from pyfused.dispatch.originals import F
@@ -42,7 +41,7 @@ from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.custom_operators import custom_operator
+from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.torch_internals import built_in
 from pyfused.types import NUMBER, TENSORS, Gradients, Outputs, TensorSpec
 
@@ -81,7 +80,7 @@ def weight_or_elements(
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class TensorLoss(Operator):
+class TensorLoss(CompiledOperator):
     """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:
@@ -242,9 +241,6 @@ class TensorLoss(Operator):
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
         """Expands grad_output to the shape of the unreduced loss."""
         return grad_output.expand_as(operands[0])
-
-    def compiled(self, arguments: Arguments) -> Any:
-        return custom_operator(self.name)(*arguments)
 
     def cases_of(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the cases of the formula's parameters, given the arguments for planning."""

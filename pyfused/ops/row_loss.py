@@ -15,7 +15,6 @@ from pyfused.dispatch.autograd import differentiate, in_autocast_dtype, without_
 from pyfused.dispatch.operator import Arguments, Numbers, Tensors
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.custom_operators import custom_operator
 from pyfused.ops.heads import LossArgs, spread_rows, take_rows
 from pyfused.ops.row_state import loss_denominator
 from pyfused.ops.vocab_operator import VocabOperator
@@ -41,6 +40,7 @@ class RowLoss(VocabOperator):
 
     student: int
     check_arguments: Callable[..., None]
+    in_forward = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,9 +182,11 @@ class RowLoss(VocabOperator):
         needs = [in_forward and need for need in needs_grad(tensors[: self.student])]
         with without_autocast(tensors[0].device.type):
             call_tensors, numbers, case = self.call_of(tensors, options)
-            operator = custom_operator(self.name)
-            loss, *_, state = operator(*call_tensors, *numbers, *case, needs)
+            loss, *_, state = self.custom_operator(*call_tensors, *numbers, *case, needs)
         return self.finish(loss, call, checked, state)
+
+    def saved(self, tensors: Tensors, state: Any) -> Tensors:
+        return *tensors, state
 
     def fake(self, arguments: Arguments) -> Tensor:
         """Returns an empty tensor like the loss that the custom operator returns."""

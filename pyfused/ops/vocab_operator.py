@@ -14,14 +14,14 @@ from pyfused.dispatch.operator import (
     Case,
     Numbers,
     Operand,
-    Operator,
     Tensors,
 )
+from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.types import OPTIONS, VocabOptions
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class VocabOperator(Operator):
+class VocabOperator(CompiledOperator):
     """An operator of logits, whose numbers and case are the fields of its options.
 
     The methods for planning take the operands and the options.
