@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,23 +64,6 @@ def _error_of_median(times: Sequence[float]) -> float:
     middle = _median(times)
     deviation = _median([abs(time - middle) for time in times])
     return max(3 * deviation, NOISE * middle) / math.sqrt(len(times))
-
-
-class Row(NamedTuple):
-    """The calls of one operator's kernels, of all sizes; the times are estimates in seconds.
-
-    Attributes:
-        compared: The number of calls that were re-run.
-        error: The uncertainty of the difference between the times.
-    """
-
-    op: str
-    calls: int
-    largest: int
-    compared: int
-    pyfused: float
-    torch: float
-    error: float
 
 
 Call = tuple[Tensors, Numbers, Case]
@@ -143,31 +126,6 @@ class Report:
 
     # ---- the result ----
 
-    def _rows(self, seconds: float) -> list[Row]:
-        """Returns a row for each operator whose kernels ran, the slowest first."""
-        rows = []
-        for op in dict.fromkeys(op for op, *_ in self._kernels):
-            kinds = [calls for key, calls in self._kernels.items() if key[0] == op]
-            compared = [calls for calls in kinds if calls.times]
-            estimates = zip(*[calls.estimates() for calls in compared], strict=True)
-            times = [sum(each) for each in estimates] or [0.0, 0.0, 0.0]
-            # Other sizes are assumed to take the same time per element.
-            known = sum(calls.elements for calls in compared)
-            scale = sum(calls.elements for calls in kinds) / max(known, 1)
-            rows.append(
-                Row(
-                    op,
-                    sum(calls.count for calls in kinds),
-                    max(calls.largest for calls in kinds),
-                    sum(len(calls.times) for calls in kinds),
-                    *(scale * each for each in times),
-                )
-            )
-        # An estimate includes a backward pass for each call that may have one, even if none ran.
-        part = min(1.0, seconds / max(sum(row.pyfused for row in rows), 1e-9))
-        rows = [Row(*row[:4], *(part * each for each in row[4:])) for row in rows]
-        return sorted(rows, key=lambda row: -row.torch)
-
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts and the estimates, for logging; ``json`` can write them.
 
@@ -181,26 +139,41 @@ class Report:
             ``compiled``: the number of calls in compiled programs by operator.
         """
         seconds = self._elapsed()
-        rows = self._rows(seconds)
-        compared = [row for row in rows if row.compared]
+        operators: dict[str, dict[str, Any]] = {}
+        times: dict[str, list[float]] = {}  # with pyfused, with torch, and the error
+        for op in dict.fromkeys(op for op, *_ in self._kernels):
+            kinds = [calls for key, calls in self._kernels.items() if key[0] == op]
+            operators[op] = {
+                "calls": sum(calls.count for calls in kinds),
+                "largest_input": max(calls.largest for calls in kinds),
+                "compared": sum(len(calls.times) for calls in kinds),
+                "pyfused_seconds": None,
+                "torch_seconds": None,
+            }
+            compared = [calls for calls in kinds if calls.times]
+            if compared:
+                # Other sizes are assumed to take the same time per element.
+                known = sum(calls.elements for calls in compared)
+                scale = sum(calls.elements for calls in kinds) / max(known, 1)
+                estimates = zip(*[calls.estimates() for calls in compared], strict=True)
+                times[op] = [scale * sum(each) for each in estimates]
+        # An estimate includes a backward pass for each call that may have one, even if none ran.
+        part = min(1.0, seconds / max(sum(ours for ours, _, _ in times.values()), 1e-9))
+        saved = error = 0.0
+        for op, estimate in times.items():
+            ours, theirs, error_of_op = [part * each for each in estimate]
+            operators[op] |= {"pyfused_seconds": ours, "torch_seconds": theirs}
+            saved, error = saved + theirs - ours, error + error_of_op
+        slowest = sorted(operators, key=lambda op: -(operators[op]["torch_seconds"] or 0.0))
         left: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for (op, reason), count in self._left_to_torch():
             left[op][reason] = count
         return {
             "seconds": seconds,
             "seconds_from_first_call": seconds - (self._first_call or 0.0),
-            "saved_seconds": sum(row.torch - row.pyfused for row in rows) if compared else None,
-            "saved_error": sum(row.error for row in rows) if compared else None,
-            "operators": {
-                row.op: {
-                    "calls": row.calls,
-                    "largest_input": row.largest,
-                    "compared": row.compared,
-                    "pyfused_seconds": row.pyfused if row.compared else None,
-                    "torch_seconds": row.torch if row.compared else None,
-                }
-                for row in rows
-            },
+            "saved_seconds": saved if times else None,
+            "saved_error": error if times else None,
+            "operators": {op: operators[op] for op in slowest},
             "left_to_torch": dict(left),
             "compiled": dict(self._compiled),
         }
@@ -211,8 +184,8 @@ class Report:
         return self._fallbacks.most_common() + small
 
     def __repr__(self) -> str:
-        seconds = self._elapsed()
-        rows, ran = self._rows(seconds), time_of(seconds)
+        found = self.to_dict()
+        rows, ran = found["operators"], time_of(found["seconds"])
         if not (rows or self._fallbacks or self._compiled):
             if not self._small:
                 return "pyfused: no losses or activations were called"
@@ -222,44 +195,52 @@ class Report:
         left = [f"{op} ({n:,}: {reason})" for (op, reason), n in self._left_to_torch()]
         if left:
             lines.append(f"left to torch: {', '.join(left)}")
-        unknown = [f"{row.op} ({row.calls:,})" for row in rows if not row.compared]
+        compared = [row for row in rows.values() if row["compared"]]
+        unknown = [f"{op} ({row['calls']:,})" for op, row in rows.items() if not row["compared"]]
         unknown += [f"{op} ({n:,}, compiled)" for op, n in self._compiled.most_common()]
         if unknown:
             lines.append(f"not compared: {', '.join(unknown)}")
         if not (rows or self._compiled):
             lines.append(f"pyfused: no speed-up: no kernel ran, in {ran}")
-        if compared := sum(row.compared for row in rows):
+        if compared:
             least = "at least " if unknown else ""
-            ours, theirs = sum(row.pyfused for row in rows), sum(row.torch for row in rows)
+            ours, theirs, count = (
+                sum(row[key] for row in compared)
+                for key in ("pyfused_seconds", "torch_seconds", "compared")
+            )
             lines.append(
                 f"kernels took {least}{time_of(ours)} of {ran}; torch's operators would have taken "
-                f"{least}{time_of(theirs)} (estimated by re-running calls with both: {compared:,})"
+                f"{least}{time_of(theirs)} (estimated by re-running calls with both: {count:,})"
             )
-            error = sum(row.error for row in rows)
-            lines.append(self._verdict(theirs - ours, error, seconds))
+            lines.append(_verdict(found))
         return "\n".join(lines)
 
-    def _verdict(self, saved: float, error: float, seconds: float) -> str:
-        if abs(saved) < max(error, 0.005 * seconds, 0.0005):
-            return "pyfused made no measurable difference"
-        if saved < 0:
-            return (
-                f"pyfused was slower by about {time_of(-saved)}: run python -m pyfused tune, or do "
-                "not use it for this program"
-            )
-        share = f"{saved / (seconds + saved):.0%}"
-        verdict = f"pyfused saved about {time_of(saved)} of {time_of(seconds + saved)} ({share})"
-        from_first_call = f"{saved / (seconds - (self._first_call or 0.0) + saved):.0%}"
-        if from_first_call != share:
-            verdict += f", or {from_first_call} of the time since the first call"
-        return verdict
+
+def _verdict(found: dict[str, Any]) -> str:
+    saved, seconds = found["saved_seconds"], found["seconds"]
+    if abs(saved) < max(found["saved_error"], 0.005 * seconds, 0.0005):
+        return "pyfused made no measurable difference"
+    if saved < 0:
+        return (
+            f"pyfused was slower by about {time_of(-saved)}: run python -m pyfused tune, or do "
+            "not use it for this program"
+        )
+    share = f"{saved / (seconds + saved):.0%}"
+    verdict = f"pyfused saved about {time_of(saved)} of {time_of(seconds + saved)} ({share})"
+    from_first_call = f"{saved / (found['seconds_from_first_call'] + saved):.0%}"
+    if from_first_call != share:
+        verdict += f", or {from_first_call} of the time since the first call"
+    return verdict
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     lines = [("operator", "calls", "largest input", "pyfused", "torch")]
-    for row in rows:
-        times = (time_of(row.pyfused), time_of(row.torch)) if row.compared else ("-", "-")
-        lines.append((row.op, f"{row.calls:,}", f"{row.largest:,}", *times))
+    for op, row in rows.items():
+        ours, theirs = (
+            "-" if seconds is None else time_of(seconds)
+            for seconds in (row["pyfused_seconds"], row["torch_seconds"])
+        )
+        lines.append((op, f"{row['calls']:,}", f"{row['largest_input']:,}", ours, theirs))
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return ["  ".join((line[0].ljust(first), *map(str.rjust, line[1:], others))) for line in lines]
 
