@@ -34,6 +34,7 @@ from pyfused.adopt import adapters, deferred, subclass
 from pyfused.adopt.deferred import LOSS, modes_of
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.reasons import first_time, stacklevel
+from pyfused.dispatch.signature import PLAIN, layout_reason
 from pyfused.ops.chunk_sizes import physical_memory
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.ops.shards import is_dtensor
@@ -114,14 +115,12 @@ class _Call:
 
     def learn(self) -> None:
         """Records what this call has shown, unless a checkpoint may run it again."""
-        alone, losses, shared = True, False, False
-        for family in self.families:
-            uses = set(family.uses)
-            losses, shared = losses or LOSS in uses, shared or family.shared
-            alone = alone and uses in ({LOSS}, {OUTPUT}, set())
-            if family.shared and not self.alone:
-                alone = family.agrees(alone)
-        if not losses or self.hooks is not None:
+        uses = [set(family.uses) for family in self.families]
+        shared = [family for family in self.families if family.shared]
+        alone = all(each in ({LOSS}, {OUTPUT}, set()) for each in uses)
+        for family in () if self.alone else shared:
+            alone = family.agrees(alone)
+        if self.hooks is not None or not any(LOSS in each for each in uses):
             return
         if alone and (COMPARED, self.modes) in self.facts:
             self.facts.add((ALONE, self.modes))
@@ -245,14 +244,12 @@ def _is_usable(head: Any, hidden: Any) -> bool:
     """Returns whether a head's call is valid and its gradient needs only reverse mode."""
     if is_dynamo_compiling():
         return True
-    if type(hidden) not in deferred.PLAIN:
+    if layout_reason("input", hidden) is not None:
         return False
     dtypes = {x.dtype for x in (hidden, head.weight, head.bias) if x is not None}
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return (
-        hidden.layout is torch.strided
-        and not hidden.is_nested
-        and hidden.is_inference() == torch.is_inference_mode_enabled()
+        hidden.is_inference() == torch.is_inference_mode_enabled()
         and hidden.numel() > 0
         and hidden.shape[-1:] == head.weight.shape[-1:]
         and (dtypes <= _CAST_DTYPES if autocast else len(dtypes) == 1)
@@ -288,7 +285,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
         for name, value in (("weight", layer.weight), ("bias", layer.bias)):
             if hidden is None or value is None:
                 continue
-            if not compiling and type(value) not in deferred.PLAIN:
+            if not compiling and type(value) not in PLAIN:
                 return f"the {name} of {where} is a {type(value).__name__}"
             if value.device != hidden.device:
                 return f"the {name} of {where} is on {value.device}, its input on {hidden.device}"

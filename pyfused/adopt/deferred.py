@@ -29,20 +29,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfused import torch_internals
 from pyfused.adopt import adapters
 from pyfused.dispatch import reasons
+from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from pyfused.ops.metrics import Metrics
 from pyfused.torch_internals import version_of
 
 LOSS = "its loss"
 CHANGED = "its loss after a change of its head's input or parameters"
-PLAIN = (Tensor, Parameter)
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.element_size, Tensor.get_device, Tensor.__hash__),
@@ -139,8 +138,7 @@ class Family:
         self.traced, self.computed = is_dynamo_compiling(), False
         self.modes = modes_of(inputs[0].device.type)
         self.dtype = self.modes.autocast or inputs[0].dtype
-        copies = self.traced or self.modes.inference
-        self.inputs = tuple(map(versioned, inputs)) if copies else inputs
+        self.inputs = tuple(map(versioned, inputs))
         self.uses: list[str] = []
         self.results: list[Tensor] = []
         self.tensors: list[Callable[[], Any]] = []
@@ -228,12 +226,10 @@ class Family:
 
     def close(self, reader: str) -> None:
         """Ends the head's call, after which its weight may change."""
-        if not self.computed:
-            for tensor in self.alive():
-                # nll_loss saves recorded log-probabilities for its backward pass.
-                if not (self.recorded and tensor._node.log):
-                    self.read(reader)
-                    break
+        # nll_loss saves recorded log-probabilities for its backward pass.
+        kept = [x for x in self.alive() if not (self.recorded and x._node.log)]
+        if kept and not self.computed:
+            self.read(reader)
         finish, self.finish = self.finish, None
         if finish is not None:
             with torch_internals.DisableTorchFunctionSubclass():
