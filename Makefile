@@ -90,7 +90,7 @@ bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/resu
 bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
-bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models, and write benchmarks/results/ (10 minutes)
+bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models, and write benchmarks/results/ (10 to 40 minutes)
 	$(BIN)/python benchmarks/run.py steps $(BENCH_ARGS)
 
 bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and 90th percentiles (5 minutes)
