@@ -85,71 +85,10 @@ if TYPE_CHECKING:
     from torch.nn.functional import rms_norm as rms_norm
     from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention
 
-__all__ = [
-    "additive_margin",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "celu",
-    "contrastive_loss",
-    "cosine_embedding_loss",
-    "cross_entropy",
-    "cross_entropy_with_metrics",
-    "elu",
-    "gaussian_nll_loss",
-    "geglu",
-    "gelu",
-    "glu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "hinge_embedding_loss",
-    "hinge_loss",
-    "huber_loss",
-    "kl_div",
-    "kl_div_with_logits",
-    "l1_loss",
-    "leaky_relu",
-    "linear_cross_entropy",
-    "linear_cross_entropy_with_metrics",
-    "linear_kl_div",
-    "linear_log_probs",
-    "linear_topk_kl_div",
-    "log_cosh_loss",
-    "log_probs",
-    "log_softmax",
-    "logsigmoid",
-    "margin_ranking_loss",
-    "mish",
-    "mse_loss",
-    "multi_margin_loss",
-    "multilabel_margin_loss",
-    "multilabel_soft_margin_loss",
-    "nll_loss",
-    "poisson_nll_loss",
-    "prelu",
-    "quantile_loss",
-    "reglu",
-    "relu",
-    "relu6",
-    "rmse_loss",
-    "selu",
-    "sigmoid",
-    "sigmoid_focal_loss",
-    "silu",
-    "smooth_l1_loss",
-    "soft_margin_loss",
-    "softcap",
-    "softmax",
-    "softplus",
-    "softshrink",
-    "softsign",
-    "swiglu",
-    "tanh",
-    "tanhshrink",
-    "threshold",
-    "triplet_margin_loss",
-]
+_OTHERS = "additive_margin", "cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"
+_NAMES = sorted([*operators.OPERATORS, *_OTHERS])
+if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
+    __all__ = _NAMES
 
 
 def __getattr__(name: str) -> Any:
@@ -160,7 +99,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     of_torch = (name for name in dir(torch.nn.functional) if not name.startswith("_"))
-    return sorted({*__all__, *of_torch})
+    return sorted({*_NAMES, *of_torch})
 
 
 def cross_entropy(
@@ -240,29 +179,13 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` is set and
             ``input`` is a leaf or has overlapping elements.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
-    is_tensor = isinstance(denominator, Tensor)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
+    tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     return run(
         operators.CROSS_ENTROPY,
-        (input, target, weight, token_weight, denominator if is_tensor else None),
-        (
-            None if is_tensor else denominator,
-            softcap,
-            temperature,
-            label_smoothing,
-            gamma,
-            z_loss,
-            scale,
-            0.0,  # filter_eps
-        ),
-        (
-            ignore_index,
-            reduction,
-            None,  # memory_budget
-            loss_dtype,
-            False,
-        ),
+        (input, target, weight, token_weight, tensor),
+        (number, softcap, temperature, label_smoothing, gamma, z_loss, scale, 0.0),  # filter_eps
+        (ignore_index, reduction, None, loss_dtype, False),  # memory_budget, with_metrics
         inplace,
         shard,
     )
@@ -407,32 +330,12 @@ def linear_cross_entropy(
     Returns:
         As in :func:`cross_entropy`.
     """
-    is_tensor = isinstance(denominator, Tensor)
+    tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     return run(
         operators.LINEAR_CROSS_ENTROPY,
-        (
-            *(input, linear_weight, linear_bias, adapter_weight, target, weight),
-            token_weight,
-            denominator if is_tensor else None,
-        ),
-        (
-            None if is_tensor else denominator,
-            softcap,
-            temperature,
-            label_smoothing,
-            0.0,  # gamma
-            z_loss,
-            scale,
-            filter_eps,
-        ),
-        (
-            ignore_index,
-            reduction,
-            memory_budget,
-            loss_dtype,
-            False,
-            options,
-        ),
+        (input, linear_weight, linear_bias, adapter_weight, target, weight, token_weight, tensor),
+        (number, softcap, temperature, label_smoothing, 0.0, z_loss, scale, filter_eps),  # gamma
+        (ignore_index, reduction, memory_budget, loss_dtype, False, options),  # with_metrics
         False,
         shard,
     )
@@ -646,27 +549,25 @@ def kl_div_with_logits(
         logits = checks.classes_at(-1, "logits", logits, dim)
     if dim is not None or (isinstance(teacher_logits, Tensor) and teacher_logits.dim() > 2):
         teacher_logits = checks.classes_at(-1, "teacher_logits", teacher_logits, dim)
-    is_tensor = isinstance(denominator, Tensor)
-    factors = _mask_as_float(token_weight), denominator if is_tensor else None
+    tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
+    teacher_logits = _teacher(teacher_logits, teacher_requires_grad)
     return run(
         operators.KL_DIV_WITH_LOGITS,
-        (logits, _teacher(teacher_logits, teacher_requires_grad), *factors),
-        (None if is_tensor else denominator, softcap, temperature, beta, teacher_softcap),
+        (logits, teacher_logits, _mask_as_float(token_weight), tensor),
+        (number, softcap, temperature, beta, teacher_softcap),
         (-100, reduction, None, "bucket"),
     )
 
 
 def _teacher(tensor: Any, requires_grad: bool) -> Any:
     """Returns a teacher's tensor, without its gradient unless it is wanted."""
-    if requires_grad or not isinstance(tensor, Tensor) or not tensor.requires_grad:
-        return tensor
-    return tensor.detach()
+    is_detached = isinstance(tensor, Tensor) and tensor.requires_grad and not requires_grad
+    return tensor.detach() if is_detached else tensor
 
 
 def _mask_as_float(weight: Any) -> Any:
-    return (
-        weight.float() if isinstance(weight, Tensor) and not weight.is_floating_point() else weight
-    )
+    is_mask = isinstance(weight, Tensor) and not weight.is_floating_point()
+    return weight.float() if is_mask else weight
 
 
 def linear_kl_div(
@@ -709,16 +610,13 @@ def linear_kl_div(
     Returns:
         As in :func:`kl_div_with_logits`.
     """
-    is_tensor = isinstance(denominator, Tensor)
-    teacher = [
-        _teacher(x, teacher_requires_grad)
-        for x in (teacher_input, teacher_linear_weight, teacher_linear_bias)
-    ]
-    factors = _mask_as_float(token_weight), denominator if is_tensor else None
+    tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
+    head = teacher_input, teacher_linear_weight, teacher_linear_bias
+    teacher = [_teacher(x, teacher_requires_grad) for x in head]
     return run(
         operators.LINEAR_KL_DIV,
-        (input, linear_weight, linear_bias, *teacher, *factors),
-        (None if is_tensor else denominator, softcap, temperature, beta, teacher_softcap),
+        (input, linear_weight, linear_bias, *teacher, _mask_as_float(token_weight), tensor),
+        (number, softcap, temperature, beta, teacher_softcap),
         (-100, reduction, memory_budget, "bucket"),
     )
 
@@ -765,13 +663,12 @@ def linear_topk_kl_div(
             above 0, or their probabilities sum to more than 1, beyond rounding. On GPUs, the loss
             of a token with invalid indices is NaN instead.
     """
-    is_tensor = isinstance(denominator, Tensor)
+    tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     teacher = [_teacher(x, teacher_requires_grad) for x in (teacher_indices, teacher_log_probs)]
-    factors = _mask_as_float(token_weight), denominator if is_tensor else None
     return run(
         operators.LINEAR_TOPK_KL_DIV,
-        (input, linear_weight, linear_bias, *teacher, *factors),
-        (None if is_tensor else denominator, softcap, temperature, beta, None),
+        (input, linear_weight, linear_bias, *teacher, _mask_as_float(token_weight), tensor),
+        (number, softcap, temperature, beta, None),
         (-100, reduction, memory_budget, remainder),
     )
 
@@ -798,8 +695,7 @@ def nll_loss(
         reduction: ``"mean"`` divides by the sum of ``weight[target]`` over the rows that are not
             ignored.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(operators.NLL_LOSS, (input, target, weight), (), (ignore_index, reduction))
 
 
@@ -828,8 +724,7 @@ def multi_margin_loss(
     Raises:
         RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(operators.MULTI_MARGIN_LOSS, (input, target, weight), (margin,), (p, reduction))
 
 
@@ -854,8 +749,7 @@ def multilabel_margin_loss(
     Raises:
         RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(operators.MULTILABEL_MARGIN_LOSS, (input, target), (), (reduction,))
 
 
@@ -887,8 +781,7 @@ def triplet_margin_loss(
         swap: Whether to use the distance between negative and positive instead of the distance
             between negative and anchor, if it is smaller.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(
         operators.TRIPLET_MARGIN_LOSS,
         (anchor, positive, negative),
@@ -917,8 +810,7 @@ def cosine_embedding_loss(
         target: 1 or -1 for each row, of shape () or (N) and any dtype.
         margin: The cosine below which pairs with target -1 have no loss.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(operators.COSINE_EMBEDDING_LOSS, (input1, input2, target), (margin,), (reduction,))
 
 
@@ -986,8 +878,7 @@ def mse_loss(
         reduction: ``"mean"`` divides by the number of elements, or by the sum of ``weight``.
         weight: A factor for each element, of the input's shape.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.MSE_LOSS, (input, target, weight), (), (reduction,))
 
 
@@ -1006,8 +897,7 @@ def l1_loss(
     Args:
         input, target, reduction, weight: As in :func:`mse_loss`.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.L1_LOSS, (input, target, weight), (), (reduction,))
 
 
@@ -1026,13 +916,10 @@ def smooth_l1_loss(
 
     Args:
         input, target: As in :func:`mse_loss`.
-        beta: The error below which the loss is quadratic; 0.0 gives :func:`l1_loss`.
-
-    Raises:
-        RuntimeError: ``beta`` is negative.
+        beta: The error below which the loss is quadratic; 0.0 gives :func:`l1_loss`, and a negative
+            number raises a RuntimeError.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.SMOOTH_L1_LOSS, (input, target), (beta,), (reduction,))
 
 
@@ -1081,8 +968,7 @@ def binary_cross_entropy(
             requires grad, or autocast is enabled on a GPU; use
             :func:`binary_cross_entropy_with_logits` then.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.BINARY_CROSS_ENTROPY, (input, target, weight), (), (reduction,))
 
 
@@ -1113,8 +999,7 @@ def binary_cross_entropy_with_logits(
     Raises:
         RuntimeError: A weight requires grad.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(
         elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS,
         (input, target, weight, pos_weight),
@@ -1171,8 +1056,7 @@ def poisson_nll_loss(
         full: Adds Stirling's approximation of ``log(target!)`` where the target is more than 1.
         eps: Added to the rates before taking the logarithm.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.POISSON_NLL_LOSS, (input, target), (eps,), (log_input, full, reduction))
 
 
@@ -1219,8 +1103,7 @@ def soft_margin_loss(
         input: Scores, of any shape.
         target: The classes, -1 or 1, of the input's shape.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.SOFT_MARGIN_LOSS, (input, target), (), (reduction,))
 
 
@@ -1243,8 +1126,7 @@ def hinge_embedding_loss(
             input's.
         margin: The distance beyond which dissimilar pairs have no loss.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.HINGE_EMBEDDING_LOSS, (input, target), (margin,), (reduction,))
 
 
@@ -1267,8 +1149,7 @@ def margin_ranking_loss(
             broadcasts with theirs.
         margin: How much higher it should be.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.MARGIN_RANKING_LOSS, (input1, input2, target), (margin,), (reduction,))
 
 
@@ -1400,8 +1281,7 @@ def multilabel_soft_margin_loss(
         target: Probabilities of the classes, usually 0.0 or 1.0, of the input's shape.
         weight: A factor for each class, of shape (C), or for each element.
     """
-    if size_average is not None or reduce is not None:
-        reduction = reduction_of(size_average, reduce)
+    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     return run(elementwise.MULTILABEL_SOFT_MARGIN_LOSS, (input, target, weight), (), (reduction,))
 
 
@@ -1431,10 +1311,7 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     2408.00118). torch has no such function.
 
     Args:
-        cap: More than 0.
-
-    Raises:
-        ValueError: ``cap`` is not more than 0.
+        cap: More than 0; others raise a ValueError.
     """
     return run(elementwise.SOFTCAP, (input,), (cap,), ())
 
@@ -1457,10 +1334,8 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
 
     Args:
         approximate: ``"none"``, or ``"tanh"`` for
-            ``input * (1 + tanh(sqrt(2 / pi) * (input + 0.044715 * input ** 3))) / 2``.
-
-    Raises:
-        RuntimeError: ``approximate`` is neither.
+            ``input * (1 + tanh(sqrt(2 / pi) * (input + 0.044715 * input ** 3))) / 2``; others
+            raise a RuntimeError.
     """
     checks.approximate(approximate)
     return run(elementwise.GELU, (input,), (), (approximate,))
@@ -1504,10 +1379,7 @@ def hardtanh(
 
     Args:
         min_val: The lower bound.
-        max_val: The upper bound.
-
-    Raises:
-        ValueError: ``min_val`` is above ``max_val``.
+        max_val: The upper bound; a number below ``min_val`` raises a ValueError.
     """
     return run(elementwise.HARDTANH, (input,), (min_val, max_val), (), inplace)
 
@@ -1535,10 +1407,7 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """Returns ``input`` moved towards 0 by ``lambd``, or 0 between ``-lambd`` and ``lambd``.
 
     Args:
-        lambd: 0 or more.
-
-    Raises:
-        RuntimeError: ``lambd`` is below 0.
+        lambd: 0 or more; others raise a RuntimeError.
     """
     return run(elementwise.SOFTSHRINK, (input,), (lambd,), ())
 
