@@ -33,6 +33,8 @@ from pyfused.types import (
 
 Options = TypeVar("Options", bound=CrossEntropyOptions)
 Keywords = TypeVar("Keywords", bound=Mapping[str, object])
+# A tensor may hold 0, because it is not read on GPUs: the mean is NaN then.
+_DENOMINATOR = Scalar("denominator", low=0.0, error=ValueError)
 
 
 def _error(name: str, expected: str, got: Any, error: type[Exception] = RuntimeError) -> Exception:
@@ -54,14 +56,6 @@ def tensor(name: str, value: Any, also: type | None = None) -> None:
         raise _error(name, expected, f"{type(value).__name__}{hint}", TypeError)
 
 
-def _tensors(**tensors: Any) -> None:
-    """Checks that values are tensors; factors and biases may be None."""
-    optional = "weight", "token_weight", "linear_bias", "adapter_weight"
-    for name, value in tensors.items():
-        if value is not None or name not in optional:
-            tensor(name, value)
-
-
 def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
     if not isinstance(value, kind):
         raise _error(name, expected, f"{type(value).__name__} {value!r}", TypeError)
@@ -74,27 +68,22 @@ def one_number(name: str, value: Any, error: type[Exception] = ValueError) -> No
         raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
 
 
-def bounded(
-    name: str,
-    value: Any,
-    low: float = 0.0,
-    high: float = math.inf,
-    positive: bool = False,
-    error: type[Exception] = ValueError,
-) -> None:
+def bounded(scalar: Scalar, value: Any) -> None:
     """Checks the bounds of a number, unless reading a tensor would synchronise a device."""
+    if isinstance(value, Number) or (value is None and scalar.optional):
+        return  # a Number was checked before the call was planned
+    name, low, high, error = scalar.name, scalar.low, scalar.high, scalar.error
     one_number(name, value, error)
     if isinstance(value, TENSORS) and not _can_be_read(value):
         return
-    if not (value > 0 if positive else low <= value <= high):
+    fits = not value > high if scalar.clamped else low <= value <= high
+    if not fits or (scalar.positive and not value > 0):
         upper = f"a number in [{low}, {high}]" if high < math.inf else f"a number of at least {low}"
-        raise _error(name, "a positive number" if positive else upper, float(value), error)
+        raise _error(name, "a positive number" if scalar.positive else upper, float(value), error)
 
 
 def scalar(scalar: Scalar, value: Any) -> None:
     """Checks the type and the bounds of a numeric argument."""
-    if isinstance(value, Number) or (value is None and scalar.optional):
-        return  # a Number was checked before the call was planned
     if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
         raise _error(scalar.name, "a float", "a Tensor that requires grad", TypeError)
     got, error = "", scalar.error
@@ -107,7 +96,7 @@ def scalar(scalar: Scalar, value: Any) -> None:
             f"a formula of @pyfused.loss or @pyfused.activation can take {scalar.name} as a tensor"
         )
         raise _error(scalar.name, "one number", f"{got}; {way}", error)
-    bounded(scalar.name, value, scalar.low, scalar.high, scalar.positive, scalar.error)
+    bounded(scalar, value)
 
 
 def devices(tensors: Mapping[str, Tensor], error: Exception) -> None:
@@ -196,14 +185,13 @@ def halves(input: Tensor, along: int) -> None:
 
 # ---- losses over classes -------------------------------------------------------------------------
 
-# Functions named after an operator check types, shapes, dtypes and options. Class indices are
-# checked by kernels, or by `class_indices`.
+# Functions named after an operator check shapes, dtypes and options. `Operator.check_tensors` checks
+# types; kernels or `class_indices` check class indices.
 
 
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
-    _tensors(input=input, target=target, weight=weight)
     vocab_options(options, loss_shape(input, "none"), input)
     probabilities = target.is_floating_point()
     if input.dim() == 0:
@@ -234,13 +222,9 @@ def vocab_options(options: VocabOptions, losses: Sequence[int], input: Tensor) -
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     reduction(options.reduction)
     for name, value in options.by_name().items():
-        if name not in OPTIONS or isinstance(value, Number):  # checked before the call was planned
-            continue
-        if name == "denominator" and isinstance(value, TENSORS):
-            bounded(name, value)  # may be 0, because it is not read on GPUs: the mean is NaN then
-        elif not OPTIONS[name].fits(value):
-            option = OPTIONS[name]
-            bounded(name, value, option.low, option.high, option.positive, option.error)
+        if name in OPTIONS:
+            is_tensor = name == "denominator" and isinstance(value, TENSORS)
+            bounded(_DENOMINATOR if is_tensor else OPTIONS[name], value)
     memory_budget(options.memory_budget)
     if options.denominator is not None and options.reduction != "mean":
         got = "a tensor" if isinstance(options.denominator, TENSORS) else "a number"
@@ -258,7 +242,7 @@ def factors(token_weight: Any, denominator: Any) -> tuple[Tensor | None, Tensor 
     if isinstance(token_weight, Tensor):
         values("token_weight", token_weight, 0.0, math.inf, ValueError)
     if isinstance(denominator, Tensor):
-        bounded("denominator", denominator)
+        bounded(_DENOMINATOR, denominator)
     return token_weight, denominator
 
 
@@ -273,19 +257,30 @@ def normalized(options: Options) -> Options:
 
 
 def linear_cross_entropy(
-    head: Head, options: CrossEntropyOptions, probabilities: bool = True, classes: int | None = None
+    head: Head, options: CrossEntropyOptions, classes: int | None = None
 ) -> None:
-    """Checks types, shapes, dtypes and options; class indices are checked later.
+    """Checks shapes, dtypes and options.
+
+    Args:
+        classes: The number of all classes if the layer is a shard of them.
+    """
+    logits, target, token_weight = _logits(head, options.token_weight, classes is None, classes)
+    if classes is not None:
+        _class_index_target(logits, target, probabilities=False)
+    cross_entropy(logits, target, head.weight, replace(options, token_weight=token_weight))
+
+
+def _logits(
+    head: Head, token_weight: Tensor | None, probabilities: bool, classes: int | None
+) -> tuple[Any, Any, Any]:
+    """Checks a layer; returns its logits, the target and the weights, with one dimension of rows.
 
     Args:
         probabilities: Whether the target may hold class probabilities.
-        classes: The number of all classes if the layer is a shard of them.
+        classes: As in `linear_cross_entropy`.
     """
-    input, linear_weight, linear_bias, adapter_weight, target, weight = head
-    _tensors(**head._asdict(), token_weight=options.token_weight)
-    if input.dim() == 0:
-        raise _error("input", "shape (..., D)", "()")
-    _floating("input", input)
+    input, linear_weight, linear_bias, adapter_weight, target, _ = head
+    _vectors("input", input)
     if classes is not None and adapter_weight is not None:
         raise _error("adapter_weight", "None with shard=", "a Tensor", ValueError)
     linear_layer(input, linear_weight, linear_bias, adapter=adapter_weight)
@@ -308,19 +303,16 @@ def linear_cross_entropy(
         what = "with the input's leading dimensions"
         of_target = shape if target.is_floating_point() else shape[1:]
         _shape("target", target, (*leading, *of_target), what, RuntimeError)
-        token_weight = options.token_weight
         if token_weight is not None:
+            tensor("token_weight", token_weight)
             _shape("token_weight", token_weight, (*leading, *shape[1:]), what, ValueError)
             values("token_weight", token_weight, 0.0, math.inf, ValueError)
         leading = (input.shape[:-1].numel(),)
         target = _with_shape(target, (*leading, *of_target))
         if token_weight is not None:
             token_weight = _with_shape(token_weight, (*leading, *shape[1:]))
-            options = replace(options, token_weight=token_weight)
     logits = _with_shape(input, (*leading, shape[0] if classes is None else classes, *shape[1:]))
-    if not probabilities:
-        _class_index_target(logits, target, probabilities=False)
-    cross_entropy(logits, target, weight, options)
+    return logits, target, token_weight
 
 
 def _with_shape(tensor: Any, shape: Sequence[int]) -> Any:
@@ -384,7 +376,6 @@ def same_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
 
 
 def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: VocabOptions) -> None:
-    _tensors(a=a, b=b)
     for name, number in (("scale", scale), ("bias", bias)):
         if not isinstance(number, Number) and not (name == "bias" and number is None):
             one_number(name, number)
@@ -526,12 +517,9 @@ def _shape(
 
 
 def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
-    _tensors(logits=logits, target=target)
     if logits.dim() == 0:
         raise _error("logits", _SCORES, "()")
     _floating("logits", logits, _are_swapped(logits, target))
-    if target.is_floating_point():
-        raise _error("target", "class indices", target.dtype)
     _class_index_target(logits, target, probabilities=False)
     vocab_options(options, (), logits)
 
@@ -544,12 +532,9 @@ def linear_log_probs(
     options: LogProbsOptions,
     classes: int | None = None,
 ) -> None:
-    head_options = CrossEntropyOptions(
-        options.ignore_index, "none", memory_budget=options.memory_budget
-    )
     head = Head(input, linear_weight, linear_bias, None, target, None)
-    linear_cross_entropy(head, head_options, False, classes)
-    vocab_options(options, (), input)
+    logits, target, _ = _logits(head, None, False, classes)
+    log_probs(logits, target, options)
 
 
 def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> Tensor:
@@ -576,8 +561,9 @@ def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:
     """Checks types, shapes and options; class indices may be out of range."""
-    _tensors(input=input, target=target)
-    bounded("margin", margin)
+    tensor("input", input)
+    tensor("target", target)
+    bounded(Scalar("margin", low=0.0, error=ValueError), margin)
     one_of("kind", kind, ("cosface", "arcface"))
     if target.is_floating_point():
         raise _error("target", "class indices", target.dtype, ValueError)
@@ -595,7 +581,6 @@ def _class_weight(input: Tensor, weight: Tensor | None, same_dtype: bool = True)
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: VocabOptions) -> None:
-    _tensors(input=input, target=target, weight=weight)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     if input.dim() == 0:
         raise _error("input", _SCORES, "()", ValueError)
@@ -607,7 +592,6 @@ def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Voca
 def multi_margin_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: MarginOptions
 ) -> None:
-    _tensors(input=input, target=target, weight=weight)
     if not isinstance(options.margin, Number):
         number("margin", options.margin, (float, Real), "a float")
     if options.p not in (1, 2):
@@ -620,17 +604,10 @@ def multi_margin_loss(
     _class_weight(input, weight)
 
 
-def multilabel_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: None,  # noqa: ARG001
-    options: MarginOptions,  # noqa: ARG001
-) -> None:
-    """Checks types, shapes and dtypes; the kernel checks the class indices."""
-    _tensors(input=input, target=target)
+def multilabel_margin_loss(input: Tensor, target: Tensor, *_: Any) -> None:
     _one_row_or_rows(input)
     if target.dim() or input.shape != (1,):
-        same_shape(RuntimeError, input=input, target=target)
+        equals("target", target.shape, "input", input.shape, error=RuntimeError)
     _int64_target(input, target)
 
 
@@ -779,83 +756,70 @@ def values(
         raise _error(name, f"values in [{low}, {high}]", invalid[0].item(), error)
 
 
-def broadcasting(**operands: Tensor) -> None:
-    (first, input), *others = operands.items()
-    for name, operand in others:
-        owner = "the input" if first == "input" else first
-        _broadcasts(name, input.shape, operand.shape, owner=owner)
+# A function for each rule of a shape, which an operand declares. Its arguments are the operand's
+# name and shape, the name of the first operand, and the shapes of the operands before it.
 
 
-def same_shape(error: type[Exception] = ValueError, **operands: Tensor) -> None:
-    (_, input), *others = operands.items()
-    for name, operand in others:
-        if operand.shape != input.shape:
-            raise _error(name, f"the input's shape {tuple(input.shape)}", operand.shape, error)
+def broadcasts(
+    name: str, shape: torch.Size, owner: str, input: torch.Size, *_: Any, expands: bool = False
+) -> None:
+    """Checks that a shape broadcasts with the input's, or expands to it."""
+    pairs = zip(reversed(input), reversed(shape), strict=False)
+    fits = all(b in (1, a) or (a == 1 and not expands) for a, b in pairs)
+    if not fits or (expands and len(shape) > len(input)):
+        verb = "broadcasts to" if expands else "broadcasts with"
+        raise _error(name, f"a shape that {verb} {owner} of shape {tuple(input)}", shape)
 
 
-def alike_in_dimensions(**operands: Tensor) -> None:
-    """Checks that tensors broadcast and have the same number of dimensions."""
-    (first, input), *others = operands.items()
-    for name, operand in others:
-        if operand.dim() != input.dim():
-            expected = f"as many dimensions as {first} of shape {tuple(input.shape)}"
-            raise _error(name, expected, f"shape {tuple(operand.shape)}")
-        broadcasting(**{first: input, name: operand})
+def expands(name: str, shape: torch.Size, owner: str, input: torch.Size, *_: Any) -> None:
+    broadcasts(name, shape, owner, input, expands=True)
 
 
-def embeddings_and_target(input1: Tensor, input2: Tensor, target: Tensor) -> None:
-    if target.dim() > 1 or input1.dim() != target.dim() + 1:
+def equals(
+    name: str,
+    shape: torch.Size,
+    _: str,
+    input: torch.Size,
+    *_others: Any,
+    error: type[Exception] = ValueError,
+) -> None:
+    if shape != input:
+        raise _error(name, f"the input's shape {tuple(input)}", shape, error)
+
+
+def aligned(name: str, shape: torch.Size, owner: str, input: torch.Size, *_: Any) -> None:
+    """Checks that a shape broadcasts with the input's and has as many dimensions."""
+    if len(shape) != len(input):
+        expected = f"as many dimensions as {owner} of shape {tuple(input)}"
+        raise _error(name, expected, f"shape {tuple(shape)}")
+    broadcasts(name, shape, owner, input)
+
+
+def one_for_each_row(name: str, shape: torch.Size, _: str, *inputs: torch.Size) -> None:
+    if len(shape) > 1 or len(inputs[0]) != len(shape) + 1:
         expected = "shape (N) for inputs of shape (N, D), or () for (D)"
-        raise _error("target", expected, f"shape {tuple(target.shape)} for {tuple(input1.shape)}")
-    alike_in_dimensions(input1=input1, input2=input2)
-    for each in (input1, input2):
-        _broadcasts("target", each.shape[:-1], target.shape)
+        raise _error(name, expected, f"shape {tuple(shape)} for {tuple(inputs[0])}")
+    for input in inputs:
+        broadcasts(name, shape, "rows", input[:-1])
 
 
-def logits_and_labels(input: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> None:
-    same_shape(input=input, target=target)
-    if pos_weight is not None:
-        _broadcasts("pos_weight", input.shape, pos_weight.shape, expands=True)
-
-
-def mean_and_variance(input: Tensor, target: Tensor, var: Tensor | float) -> None:
-    """Raises for invalid shapes of target and variance."""
-    _broadcasts("target", input.shape, target.shape)
-    if not isinstance(var, TENSORS) or var.shape in (input.shape, input.shape[:-1]):
+def variance(name: str, shape: torch.Size, _: str, input: torch.Size, *_others: Any) -> None:
+    if shape in (input, input[:-1]):
         return
-    pairs = zip(input.shape, var.shape, strict=False)
-    if var.dim() != input.dim() or [b for a, b in pairs if a != b] != [1]:
+    pairs = zip(input, shape, strict=False)
+    if len(shape) != len(input) or [b for a, b in pairs if a != b] != [1]:
         expected = (
-            f"a float or the input's shape {tuple(input.shape)}, where one dimension may have size "
-            "1 or the last may be missing"
+            f"a float or the input's shape {tuple(input)}, where one dimension may have size 1 or "
+            "the last may be missing"
         )
-        raise _error("var", expected, f"shape {tuple(var.shape)}", ValueError)
+        raise _error(name, expected, f"shape {tuple(shape)}", ValueError)
 
 
-def slopes(input: Tensor, weight: Tensor) -> None:
-    channels = input.shape[1] if input.dim() > 1 else 1
-    if weight.dim() > 1 or weight.numel() not in (1, channels):
+def slopes(name: str, shape: torch.Size, _: str, input: torch.Size) -> None:
+    channels = input[1] if len(input) > 1 else 1
+    if len(shape) > 1 or shape.numel() not in (1, channels):
         expected = (
             f"one number, or one for each of {channels} channels of an input of shape "
-            f"{tuple(input.shape)}"
+            f"{tuple(input)}"
         )
-        raise _error("weight", expected, f"shape {tuple(weight.shape)}")
-
-
-def weight_that_broadcasts(input: Tensor, weight: Tensor) -> None:
-    _broadcasts("weight", input.shape, weight.shape, expands=True)
-
-
-def _broadcasts(
-    name: str,
-    input: torch.Size,
-    other: torch.Size,
-    expands: bool = False,
-    owner: str = "the input",
-) -> None:
-    """Checks that a shape broadcasts with the input's, or expands to the input's."""
-    pairs = zip(reversed(input), reversed(other), strict=False)
-    fits = all(b in (1, a) or (a == 1 and not expands) for a, b in pairs)
-    if not fits or (expands and len(other) > len(input)):
-        verb = "broadcasts to" if expands else "broadcasts with"
-        raise _error(name, f"a shape that {verb} {owner}'s {tuple(input)}", other)
+        raise _error(name, expected, f"shape {tuple(shape)}")

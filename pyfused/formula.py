@@ -147,7 +147,6 @@ class FormulaOperator(PointwiseLoss):
             case=("reduction",),
             torch=compute,
             formula=function,
-            weight_shape=checks.weight_that_broadcasts,
             denominators={"mean": _mean_of_weights},
         )
         self.known = lru_cache(_MOST_VALUES)(self._symbolic_trace)
@@ -234,7 +233,7 @@ class FormulaOperator(PointwiseLoss):
         checks.reduction(reduction)
         if weight is not None:
             shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
-            checks.weight_that_broadcasts(torch.empty(shape, device="meta"), weight)
+            checks.expands("weight", weight.shape, "input", shape)
 
     def traced(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]]:
         """Returns the programs for the parameters, and the values of the programs' inputs.

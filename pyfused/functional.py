@@ -181,14 +181,10 @@ def cross_entropy(
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
-    return run(
-        operators.CROSS_ENTROPY,
-        (input, target, weight, token_weight, tensor),
-        (number, softcap, temperature, label_smoothing, gamma, z_loss, scale, 0.0),  # filter_eps
-        (ignore_index, reduction, None, loss_dtype, False),  # memory_budget, with_metrics
-        inplace,
-        shard,
-    )
+    tensors = input, target, weight, token_weight, tensor
+    numbers = number, softcap, temperature, label_smoothing, gamma, z_loss, scale, 0.0  # filter_eps
+    case = ignore_index, reduction, None, loss_dtype, False  # memory_budget, with_metrics
+    return run(operators.CROSS_ENTROPY, tensors, numbers, case, inplace, shard)
 
 
 def cross_entropy_with_metrics(
@@ -331,14 +327,11 @@ def linear_cross_entropy(
         As in :func:`cross_entropy`.
     """
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
-    return run(
-        operators.LINEAR_CROSS_ENTROPY,
-        (input, linear_weight, linear_bias, adapter_weight, target, weight, token_weight, tensor),
-        (number, softcap, temperature, label_smoothing, 0.0, z_loss, scale, filter_eps),  # gamma
-        (ignore_index, reduction, memory_budget, loss_dtype, False, options),  # with_metrics
-        False,
-        shard,
-    )
+    layer = input, linear_weight, linear_bias, adapter_weight
+    tensors = *layer, target, weight, token_weight, tensor
+    numbers = number, softcap, temperature, label_smoothing, 0.0, z_loss, scale, filter_eps  # gamma
+    case = ignore_index, reduction, memory_budget, loss_dtype, False, options  # with_metrics
+    return run(operators.LINEAR_CROSS_ENTROPY, tensors, numbers, case, False, shard)
 
 
 def linear_cross_entropy_with_metrics(
@@ -425,14 +418,9 @@ def log_probs(
         :class:`~pyfused.ops.log_probs.LogProbsWithMetrics`, which has two more items.
     """
     alone = not (return_entropy or return_lse)
-    values = run(
-        operators.LOG_PROBS,
-        (checks.classes_at(1, "logits", logits, dim), target),
-        (None, softcap, temperature),
-        (ignore_index, "none", None, alone, return_metrics, False),
-        False,
-        shard,
-    )
+    tensors = checks.classes_at(1, "logits", logits, dim), target
+    case = ignore_index, "none", None, alone, return_metrics, False
+    values = run(operators.LOG_PROBS, tensors, (None, softcap, temperature), case, False, shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -478,14 +466,9 @@ def linear_log_probs(
         As in :func:`log_probs`.
     """
     alone = not (return_entropy or return_lse)
-    values = run(
-        operators.LINEAR_LOG_PROBS,
-        (input, linear_weight, linear_bias, target),
-        (None, softcap, temperature),
-        (ignore_index, "none", memory_budget, alone, return_metrics, deterministic_rows),
-        False,
-        shard,
-    )
+    tensors, numbers = (input, linear_weight, linear_bias, target), (None, softcap, temperature)
+    case = ignore_index, "none", memory_budget, alone, return_metrics, deterministic_rows
+    values = run(operators.LINEAR_LOG_PROBS, tensors, numbers, case, False, shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -551,12 +534,9 @@ def kl_div_with_logits(
         teacher_logits = checks.classes_at(-1, "teacher_logits", teacher_logits, dim)
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     teacher_logits = _teacher(teacher_logits, teacher_requires_grad)
-    return run(
-        operators.KL_DIV_WITH_LOGITS,
-        (logits, teacher_logits, _mask_as_float(token_weight), tensor),
-        (number, softcap, temperature, beta, teacher_softcap),
-        (-100, reduction, None, "bucket"),
-    )
+    tensors = logits, teacher_logits, _mask_as_float(token_weight), tensor
+    numbers = number, softcap, temperature, beta, teacher_softcap
+    return run(operators.KL_DIV_WITH_LOGITS, tensors, numbers, (-100, reduction, None, "bucket"))
 
 
 def _teacher(tensor: Any, requires_grad: bool) -> Any:
@@ -613,12 +593,11 @@ def linear_kl_div(
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     head = teacher_input, teacher_linear_weight, teacher_linear_bias
     teacher = [_teacher(x, teacher_requires_grad) for x in head]
-    return run(
-        operators.LINEAR_KL_DIV,
-        (input, linear_weight, linear_bias, *teacher, _mask_as_float(token_weight), tensor),
-        (number, softcap, temperature, beta, teacher_softcap),
-        (-100, reduction, memory_budget, "bucket"),
-    )
+    student = input, linear_weight, linear_bias
+    tensors = *student, *teacher, _mask_as_float(token_weight), tensor
+    numbers = number, softcap, temperature, beta, teacher_softcap
+    case = -100, reduction, memory_budget, "bucket"
+    return run(operators.LINEAR_KL_DIV, tensors, numbers, case)
 
 
 def linear_topk_kl_div(
@@ -665,12 +644,11 @@ def linear_topk_kl_div(
     """
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     teacher = [_teacher(x, teacher_requires_grad) for x in (teacher_indices, teacher_log_probs)]
-    return run(
-        operators.LINEAR_TOPK_KL_DIV,
-        (input, linear_weight, linear_bias, *teacher, _mask_as_float(token_weight), tensor),
-        (number, softcap, temperature, beta, None),
-        (-100, reduction, memory_budget, remainder),
-    )
+    student = input, linear_weight, linear_bias
+    tensors = *student, *teacher, _mask_as_float(token_weight), tensor
+    numbers = number, softcap, temperature, beta, None
+    case = -100, reduction, memory_budget, remainder
+    return run(operators.LINEAR_TOPK_KL_DIV, tensors, numbers, case)
 
 
 def nll_loss(
@@ -782,12 +760,8 @@ def triplet_margin_loss(
             between negative and anchor, if it is smaller.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(
-        operators.TRIPLET_MARGIN_LOSS,
-        (anchor, positive, negative),
-        (margin, p, eps),
-        (swap, reduction),
-    )
+    tensors = anchor, positive, negative
+    return run(operators.TRIPLET_MARGIN_LOSS, tensors, (margin, p, eps), (swap, reduction))
 
 
 def cosine_embedding_loss(
@@ -853,12 +827,8 @@ def contrastive_loss(
     """
     scale = float(scale) if isinstance(scale, Real) else scale
     bias = float(bias) if isinstance(bias, Real) else bias
-    return run(
-        operators.CONTRASTIVE_LOSS,
-        (a, b, bias, scale),
-        (None, None, 1.0),
-        (-100, reduction, memory_budget),
-    )
+    case = -100, reduction, memory_budget
+    return run(operators.CONTRASTIVE_LOSS, (a, b, bias, scale), (None, None, 1.0), case)
 
 
 def mse_loss(
@@ -1000,12 +970,8 @@ def binary_cross_entropy_with_logits(
         RuntimeError: A weight requires grad.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(
-        elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS,
-        (input, target, weight, pos_weight),
-        (),
-        (reduction,),
-    )
+    tensors = input, target, weight, pos_weight
+    return run(elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS, tensors, (), (reduction,))
 
 
 def kl_div(
@@ -1237,12 +1203,8 @@ def sigmoid_focal_loss(
         weight: A factor for each element, of a shape that broadcasts to the inputs'.
         ignore_index: Elements with this target have loss and gradient 0.
     """
-    return run(
-        elementwise.SIGMOID_FOCAL_LOSS,
-        (inputs, targets, weight),
-        (alpha, gamma, ignore_index),
-        (reduction,),
-    )
+    numbers = alpha, gamma, ignore_index
+    return run(elementwise.SIGMOID_FOCAL_LOSS, (inputs, targets, weight), numbers, (reduction,))
 
 
 def rmse_loss(

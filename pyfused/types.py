@@ -125,14 +125,6 @@ class Scalar(NamedTuple):
         """Returns the values that have their own kernel; NUMBER stands for all others."""
         return NUMBER, *self.special
 
-    def fits(self, value: Any) -> bool:
-        """Returns whether a value is a number within the bounds, or None if that is allowed."""
-        if value is None:
-            return self.optional
-        if not isinstance(value, (int, float)) or (self.positive and value <= 0):
-            return False
-        return not value > self.high if self.clamped else self.low <= value <= self.high
-
 
 class Choice(NamedTuple):
     """A part of a call's case, such as the reduction.

@@ -253,12 +253,13 @@ class Loss:
         """Returns whether the kernel supports inputs and targets of different shapes."""
         against = self.op.fallback_reason
         reason = against and against(*(torch.empty(n) for n in range(1, 1 + len(self.operands))))
-        return self.op.shapes is checks.broadcasting and not reason
+        any_shape = all(o.shape is checks.broadcasts for o in self.op.variables[1:])
+        return any_shape and not reason
 
     @property
     def takes_weight(self) -> bool:
         lost = DEVICE != "cpu" and self.op.name == "l1_loss"  # under torch's set_default_device
-        return self.op.weight_shape is not None and not lost
+        return len(self.op.variables) < len(self.op.operands) and not lost
 
     @property
     def differentiated(self) -> tuple[str, ...]:

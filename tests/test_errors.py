@@ -275,7 +275,7 @@ OWN: Wrong = {
     "contrastive_loss(X, X.double())": "RuntimeError|b: expected the dtype and device of a",
     "contrastive_loss(X.long(), X)": "RuntimeError|a: expected a float",
     "contrastive_loss(X, X, X)": "ValueError|scale: expected one number",
-    'contrastive_loss(X, X, 1.0, "x")': "TypeError|bias: expected a float",
+    'contrastive_loss(X, X, 1.0, "x")': "TypeError|bias: expected a Tensor or a float",
     "contrastive_loss(X, X, memory_budget=0)": "ValueError|memory_budget: expected a positive",
     'contrastive_loss(X, X, reduction="max")': "ValueError|reduction: expected",
     "additive_margin(P, Y, margin=-0.1)": "ValueError|margin: expected a number of at least 0.0",

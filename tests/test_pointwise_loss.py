@@ -23,7 +23,7 @@ from torch import Tensor
 from torchs import torch_function
 
 import pyfused
-from pyfused import checks, functional, nn
+from pyfused import functional, nn
 from pyfused.dispatch.operator import Operand, Scalar
 from pyfused.dispatch.run import forget_plans, run
 from pyfused.formula_compiler import trace
@@ -325,7 +325,6 @@ def test_optional_operands_without_a_definition(
         operands=(INPUT, TARGET, WEIGHT, Operand("scale", optional=True)),
         numbers=(Scalar("margin", low=0.0),),
         case=("reduction",),
-        weight_shape=checks.weight_that_broadcasts,
         denominators={"mean": weight_or_elements},
         formula=_scaled_error,
     )

@@ -41,6 +41,7 @@ class Operand(NamedTuple):
 
     Attributes:
         low, high: The bounds of valid values.
+        shape: Raises if a loss of several tensors cannot take the shape; a function of checks.py.
         differentiated: Whether the kernels compute its gradient.
         optional: Whether it may be None.
         indices: Whether it may hold class indices or other integers.
@@ -54,6 +55,7 @@ class Operand(NamedTuple):
     name: str
     low: float = -math.inf
     high: float = math.inf
+    shape: Callable[..., None] = checks.broadcasts
     differentiated: bool = True
     optional: bool = False
     indices: bool = False

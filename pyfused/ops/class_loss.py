@@ -31,7 +31,7 @@ class ClassLoss(CompiledOperator):
     """A loss of rows of scores, given a class index or class probabilities for each row.
 
     Attributes:
-        check_arguments: Raises for invalid types, shapes, dtypes and options.
+        check_arguments: Raises for invalid shapes, dtypes and options.
         kernel: Returns a backend's function that prepares the kernel.
     """
 
@@ -60,7 +60,7 @@ class ClassLoss(CompiledOperator):
     def checked(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the input, the target, the weight or None, and the options.
 
-        Raises for invalid types, shapes, dtypes and options. Kernels check class indices.
+        Raises for invalid shapes, dtypes and options. Kernels check class indices.
         """
         operands = *arguments[: len(self.operands)], *(None,) * (3 - len(self.operands))
         options = self.options_of(arguments)
@@ -136,6 +136,7 @@ class ClassLoss(CompiledOperator):
         """Returns the loss, computed by torch's operators."""
 
     def check(self, arguments: Arguments) -> None:
+        self.check_tensors(arguments)
         input, target, _, options = self.checked(arguments)
         ignore_index = None if isinstance(options, MarginOptions) else options.ignore_index
         lowest = -1 if self.operands[1].labels else 0

@@ -50,6 +50,6 @@ class Composed(Operator):
     def check(self, arguments: Arguments) -> None:
         self.check_numbers(arguments)
         super().check(arguments)
-        checks.broadcasting(input=arguments[0], target=arguments[1])
+        checks.broadcasts("target", arguments[1].shape, "input", arguments[0].shape)
         tensors, numbers, case = self.given(*arguments)
         self.of.check((*tensors, *numbers, *case))

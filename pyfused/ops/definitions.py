@@ -19,7 +19,7 @@ from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.torch_internals import dispatch_modes, fell_back_in_checkpoint, is_functorch_wrapped
-from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions, Scalar
+from pyfused.types import OPTIONS, CrossEntropyOptions, Head, LogProbsOptions, Scalar
 
 _cross_entropy = original(F.cross_entropy)
 _linear_cross_entropy = (  # from torch 2.13 on
@@ -132,7 +132,7 @@ def linear_cross_entropy(
             classes, index = len(linear_weight), options.ignore_index
             input = _without_ignored_states(input, target, index, classes)
         checks.memory_budget(options.memory_budget)  # torch's function does not receive these two
-        checks.bounded("filter_eps", options.filter_eps)
+        checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
         return _linear_cross_entropy(
             input,
             head.linear_weight,
@@ -261,7 +261,7 @@ def linear_log_probs(
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
-    checks.bounded("cap", cap, positive=True)
+    checks.bounded(Scalar("cap", positive=True, error=ValueError), cap)
     return cap * (input / cap).tanh()
 
 
@@ -289,10 +289,10 @@ def sigmoid_focal_loss(
     checks.scalar(Scalar("alpha", high=1.0), alpha)
     checks.scalar(Scalar("gamma", low=0.0), gamma)
     if weight is not None:
-        checks.weight_that_broadcasts(inputs, weight)
+        checks.expands("weight", weight.shape, "inputs", inputs.shape)
     valid = torch.ones_like(targets) if ignore_index is None else targets.ne(ignore_index)
     if ignore_index is not None:  # these may be NaN
-        checks.same_shape(input=inputs, target=targets)
+        checks.equals("targets", targets.shape, "input", inputs.shape)
         inputs, targets = (x.where(valid.bool(), 0) for x in (inputs, targets))
     p = inputs.sigmoid()
     error = p * (1 - targets) + (1 - p) * targets

@@ -207,7 +207,6 @@ class Divergence(RowLoss):
     strategy = "row by row"
 
     def check(self, arguments: Arguments) -> None:
-        self.check_tensors(arguments)
         super().check(arguments)
         if self.operands[-2].indices:
             indices = arguments[-3]

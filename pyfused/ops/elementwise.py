@@ -38,7 +38,8 @@ BOTH = (False, True)
 APPROXIMATE = Choice("approximate", ("none", "tanh"))
 INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
-WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
+WEIGHT = Operand("weight", low=0.0, shape=checks.expands, differentiated=False, optional=True)
+FULL_WEIGHT = WEIGHT._replace(shape=checks.equals)
 # torch's functions, unaffected by pyfused.patch.
 _GELU, _SILU = built_in("gelu", F.gelu), built_in("silu", F.silu)
 _SOFTPLUS, _SOFTSHRINK = built_in("softplus", F.softplus), built_in("softshrink", F.softshrink)
@@ -97,8 +98,7 @@ MSE_LOSS = PointwiseLoss(
     case=("reduction",),
     torch=lambda x, y, weight, reduction: F.mse_loss(x, y, None, None, reduction, weight),
     warns=True,
-    operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=checks.same_shape,
+    operands=(INPUT, TARGET, FULL_WEIGHT),
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target) ** 2,
 )
@@ -109,8 +109,7 @@ L1_LOSS = PointwiseLoss(
     case=("reduction",),
     torch=lambda x, y, weight, reduction: F.l1_loss(x, y, None, None, reduction, weight),
     warns=True,
-    operands=(INPUT, TARGET, WEIGHT),
-    weight_shape=checks.same_shape,
+    operands=(INPUT, TARGET, FULL_WEIGHT),
     denominators={"mean": weight_or_elements},
     formula=lambda input, target: (input - target).abs(),
 )
@@ -158,9 +157,8 @@ HUBER_LOSS = PointwiseLoss(
     case=("reduction",),
     torch=lambda x, y, weight, delta, reduction: F.huber_loss(x, y, reduction, delta, weight),
     warns=True,
-    operands=(INPUT, TARGET, WEIGHT),
+    operands=(INPUT, TARGET, FULL_WEIGHT),
     numbers=(Scalar("delta", positive=True),),
-    weight_shape=checks.same_shape,
     fallback_reason=_differ_in_dtype,
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
@@ -187,11 +185,9 @@ BINARY_CROSS_ENTROPY = PointwiseLoss(
     ),
     operands=(
         Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
-        Operand("target", low=0.0, high=1.0, enforced=RuntimeError),
+        Operand("target", low=0.0, high=1.0, shape=checks.equals, enforced=RuntimeError),
         WEIGHT,
     ),
-    shapes=checks.same_shape,
-    weight_shape=checks.weight_that_broadcasts,
     nan_on_invalid=True,
     fallback_reason=_differ_in_dtype_or_shape,
     formula=_binary_cross_entropy,
@@ -227,12 +223,10 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     ),
     operands=(
         INPUT,
-        Operand("target", low=0.0, high=1.0),
+        Operand("target", low=0.0, high=1.0, shape=checks.equals),
         WEIGHT,
-        Operand("pos_weight", low=0.0, differentiated=False, optional=True),
+        WEIGHT._replace(name="pos_weight"),
     ),
-    shapes=checks.logits_and_labels,
-    weight_shape=checks.weight_that_broadcasts,
     formula=_binary_cross_entropy_with_logits,
     gradient=_gradient_of_binary_cross_entropy_with_logits,
 )
@@ -334,9 +328,12 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     torch=lambda x, y, var, eps, full, reduction: F.gaussian_nll_loss(
         x, y, var, full, eps, reduction
     ),
-    operands=(INPUT, TARGET, Operand("var", low=0.0, number=True, enforced=ValueError)),
+    operands=(
+        INPUT,
+        TARGET,
+        Operand("var", low=0.0, shape=checks.variance, number=True, enforced=ValueError),
+    ),
     numbers=(Scalar("eps"),),
-    shapes=checks.mean_and_variance,
     arrange=_with_variance_tensor,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
@@ -347,8 +344,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     module="SoftMarginLoss",
     case=("reduction",),
     torch=lambda x, y, reduction: F.soft_margin_loss(x, y, None, None, reduction),
-    operands=(INPUT, SIGNS),
-    shapes=partial(checks.same_shape, error=RuntimeError),
+    operands=(INPUT, SIGNS._replace(shape=partial(checks.equals, error=RuntimeError))),
     fallback_reason=_differ_in_dtype_or_shape,
     formula=lambda input, target: _softplus(-target * input),
 )
@@ -380,9 +376,12 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     torch=lambda x1, x2, y, margin, reduction: F.margin_ranking_loss(
         x1, x2, y, margin, None, None, reduction
     ),
-    operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
+    operands=(
+        Operand("input1"),
+        Operand("input2", shape=checks.aligned),
+        Operand("target", shape=checks.aligned, sign=True),
+    ),
     numbers=(Scalar("margin"),),
-    shapes=checks.alike_in_dimensions,
     clamps=True,
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
         min=0
@@ -480,7 +479,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     case=("reduction",),
     operands=(
         Operand("inputs"),
-        Operand("targets", low=0.0, high=1.0, differentiated=False),
+        Operand("targets", low=0.0, high=1.0, shape=checks.equals, differentiated=False),
         WEIGHT,
     ),
     numbers=(
@@ -488,8 +487,6 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
         Scalar("gamma", low=0.0, special=(2.0,)),
         Scalar("ignore_index", optional=True),
     ),
-    shapes=checks.same_shape,
-    weight_shape=checks.weight_that_broadcasts,
     denominators={"mean": _counted_elements},
     torch=lambda x, y, weight, alpha, gamma, ignore_index, reduction: (
         definitions.sigmoid_focal_loss(x, y, alpha, gamma, reduction, weight, ignore_index)
@@ -693,8 +690,7 @@ PRELU = Gated(
     name="prelu",
     module="PReLU",
     built_in=("input", "weight"),
-    operands=(INPUT, Operand("weight")),
-    shapes=checks.slopes,
+    operands=(INPUT, Operand("weight", shape=checks.slopes)),
     arrange=_rows_and_channels,
     fallback_reason=_differ_in_dtype,
     formula=lambda input, weight: torch.where(input > 0, input, weight * input),

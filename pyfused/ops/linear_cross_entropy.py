@@ -105,11 +105,11 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return shards.cross_entropy(tensors, head.weight, options, shard)
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
-        self.check_arguments(*_head(arguments), False, classes)
+        self.check_arguments(*_head(arguments), classes)
 
     def check(self, arguments: Arguments) -> None:
+        super().check(arguments)
         head, options = _head(arguments)
-        self.check_arguments(head, options)
         checks.class_indices(head.linear_weight.shape[0], head.target, options.ignore_index)
 
     def strategy_of(self, arguments: Arguments) -> str:

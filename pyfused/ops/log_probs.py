@@ -216,6 +216,7 @@ class LogProbsOperator(ShardedOperator):
     def check(self, arguments: Arguments) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""
         *tensors, target, options = arguments
+        self.check_tensors(arguments)
         self.check_arguments(*arguments)
         if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
             checks.class_indices(class_range(tensors).total, target, options.ignore_index)

@@ -126,7 +126,11 @@ MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
 TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     name="triplet_margin_loss",
     module="TripletMarginLoss",
-    operands=(Operand("anchor"), Operand("positive"), Operand("negative")),
+    operands=(
+        Operand("anchor"),
+        Operand("positive", shape=checks.aligned),
+        Operand("negative", shape=checks.aligned),
+    ),
     numbers=(
         Scalar("margin", positive=True, error=ValueError),
         Scalar("p", special=(1.0, 2.0)),
@@ -136,7 +140,6 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     torch=lambda a, p, n, margin, exponent, eps, swap, reduction: F.triplet_margin_loss(
         a, p, n, margin, exponent, eps, swap, None, None, reduction
     ),
-    shapes=checks.alike_in_dimensions,
     denominators={"mean": rows},
     fallback_reason=triplet_fallback_reason,
 )
@@ -146,15 +149,14 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
     module="CosineEmbeddingLoss",
     operands=(
         Operand("input1"),
-        Operand("input2"),
-        Operand("target", differentiated=False, indices=True, sign=True),
+        Operand("input2", shape=checks.aligned),
+        CLASSES._replace(shape=checks.one_for_each_row, sign=True),
     ),
     numbers=(Scalar("margin"),),
     case=("reduction",),
     torch=lambda x1, x2, y, margin, reduction: F.cosine_embedding_loss(
         x1, x2, y, margin, None, None, reduction
     ),
-    shapes=checks.embeddings_and_target,
     denominators={"mean": rows},
     fallback_reason=cosine_fallback_reason,
 )

@@ -59,7 +59,7 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     """Reduces losses; a weighted mean divides by the sum of the weights."""
     if weight is not None:
         checks.tensor("weight", weight)
-        checks.weight_that_broadcasts(loss, weight)
+        checks.expands("weight", weight.shape, "input", loss.shape)
     if reduction == "none":
         return loss if weight is None else loss * weight
     checks.reduction(reduction)
@@ -84,13 +84,11 @@ class TensorLoss(CompiledOperator):
     """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:
-        shapes: Raises for incompatible shapes of the operands, which are passed by name.
         warns: Whether torch warns if the target's shape differs from the input's. Apart from this
             and weights, torch's Python function only calls the built-in one of its name.
         warning: Returns the warning that torch issues for the arguments for planning, or None.
         nan_on_invalid: Whether operands out of bounds make the loss NaN, so that bounds need to be
             checked only then.
-        weight_shape: Raises if the shape of ``weight`` is incompatible with the input.
         denominators: For each reduction but none and sum, returns the divisor of the sum, given the
             broadcast operands, the weight and the numbers.
         arrange: Transforms the operands as torch does before broadcasting.
@@ -100,11 +98,9 @@ class TensorLoss(CompiledOperator):
         infers_dtype: Whether the result's dtype may differ although all operands have one dtype.
     """
 
-    shapes: Callable[..., None] = checks.broadcasting
     warns: bool = False
     warning: Callable[[Arguments], str | None] | None = None
     nan_on_invalid: bool = False
-    weight_shape: Callable[..., None] | None = None
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
@@ -122,7 +118,8 @@ class TensorLoss(CompiledOperator):
         enforces = any(variable.enforced is not None for variable in self.variables)
         self.checks_bounds = enforces and not self.nan_on_invalid
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
-        self._weight = self.names.index("weight") if self.weight_shape is not None else None
+        has_weight = len(self.variables) < len(self.operands)
+        self._weight = self.names.index("weight") if has_weight else None
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         """Checks a call, and returns the plan of its signature.
@@ -286,9 +283,14 @@ class TensorLoss(CompiledOperator):
         """Raises for invalid options and incompatible shapes."""
         checks.one_of("reduction", reduction, ("none", *self.denominators, "sum"))
         self.check_numbers(arguments)
-        self.shapes(**{v.name: x for v, x in zip(self.variables, operands, strict=False)})
-        if self.weight_shape is not None and weight is not None:
-            self.weight_shape(input=operands[0], weight=weight)
+        pairs, shapes = [*zip(self.variables, operands, strict=False)], list[torch.Size]()
+        if self._weight is not None and weight is not None:
+            pairs.append((self.operands[self._weight], weight))
+        for operand, x in pairs:
+            if isinstance(x, TENSORS):  # not a float
+                if shapes:
+                    operand.shape(operand.name, x.shape, self.variables[0].name, *shapes)
+                shapes.append(x.shape)
 
     def _dtypes(
         self, arguments: Arguments, input: Tensor, reduction: str

@@ -35,7 +35,7 @@ class RowLoss(VocabOperator):
 
     Attributes:
         student: The number of differentiated tensors, which come first.
-        check_arguments: Raises for invalid types, shapes, dtypes and options.
+        check_arguments: Raises for invalid shapes, dtypes and options.
     """
 
     student: int
@@ -49,10 +49,11 @@ class RowLoss(VocabOperator):
         self.row_operands = [i for i, name in enumerate(names) if name not in weights]
 
     def check(self, arguments: Arguments) -> None:
+        self.check_tensors(arguments)
         self.checked_options(arguments)
 
     def checked_options(self, arguments: Arguments) -> Any:
-        """Raises for invalid types, shapes and options; returns the options."""
+        """Raises for invalid shapes, dtypes and options; returns the options."""
         self.check_arguments(*arguments)
         return arguments[-1]
 

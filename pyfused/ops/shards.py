@@ -71,6 +71,7 @@ from pyfused.types import (
     Gradients,
     Head,
     RowOptions,
+    Scalar,
     VocabShard,
 )
 
@@ -405,7 +406,7 @@ class ShardedOperator(VocabOperator):
         checks.number("first", first, (int, Integral), "an int")
         if total is not None:
             checks.number("classes", total, (int, Integral), "an int")
-            checks.bounded("classes", total)
+            checks.bounded(Scalar("classes", low=0.0, error=ValueError), total)
         elif isinstance(weight := kwargs.get("weight"), Tensor):
             total = weight.numel()
         self.check_local(kwargs, total)
@@ -427,12 +428,11 @@ class ShardedOperator(VocabOperator):
     def check_local(self, kwargs: dict[str, Any], total: int | None) -> None:
         """Raises for arguments that are invalid for any arguments of the other processes."""
         options, target, ((name, *_), dim) = kwargs["options"], kwargs["target"], self.sharded
-        checks.tensor(name, kwargs[name])
+        self.check_tensors((*kwargs.values(),))
         shape = tuple(kwargs[name].shape)
         if len(shape) < 2:
             expected = "(N, C, ...)" if dim else "(C, D)"
             raise RuntimeError(f"{name}: expected shape {expected}, got {shape}")
-        checks.tensor("target", target)
         if target.is_floating_point():
             raise RuntimeError(f"target: expected class indices, got {target.dtype}")
         if getattr(options, "gamma", 0) != 0:
