@@ -185,8 +185,8 @@ def halves(input: Tensor, along: int) -> None:
 
 # ---- losses over classes -------------------------------------------------------------------------
 
-# Functions named after an operator check shapes, dtypes and options. `Operator.check_tensors` checks
-# types; kernels or `class_indices` check class indices.
+# Functions named after an operator check shapes, dtypes and options. Types are checked by
+# `Operator.check_tensors`, and class indices by kernels or by `class_indices`.
 
 
 def cross_entropy(

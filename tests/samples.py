@@ -168,7 +168,8 @@ def values_to_try(op: Operator, name: str) -> list[Any]:
         return [*parameter.values]
     default = parameters(op)[name]
     number = parameter.example if default is inspect.Parameter.empty else default
-    return [value for value in (number / 2, 1.5 * number + 0.25) if parameter.fits(value)]
+    values = [x for x in (number / 2, 1.5 * number + 0.25) if x > 0 or not parameter.positive]
+    return [x for x in values if parameter.low <= x <= parameter.high]
 
 
 def of_torch(op: Activation | PointwiseLoss, sample: Sample | None) -> Sample:
