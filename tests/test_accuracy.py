@@ -149,27 +149,15 @@ def test_cross_entropy_few_classes(
     assert kernel_calls["cross_entropy"] >= len(OPTIONS) or classes == 1  # torch is exact
 
 
-@grid(classes=MANY_CLASSES, dtype=FLOATS, kind=[*LOGITS, *LATE, "normal"])
+@grid(classes=MANY_CLASSES + VOCABULARIES, dtype=FLOATS, kind=[*LOGITS, *LATE, "normal"])
 def test_cross_entropy_many_classes(
     classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
     skip_without_reference(dtype)
-    check_options(kind, [(5, classes)], dtype, OPTIONS)
-    assert kernel_calls["cross_entropy"] >= len(OPTIONS)
-
-
-@grid(kind=[*LOGITS, *LATE], dtype=FLOATS, classes=[*VOCABULARIES, VOCABULARIES[0]])
-def test_cross_entropy_vocabularies(
-    classes: int, kind: str, dtype: torch.dtype, kernel_calls: KernelCalls
-) -> None:
-    skip_without_reference(dtype)
-    options = [
-        ("index", False, 0.0, "none"),
-        ("index", False, 0.1, "mean"),
-        ("probabilities", False, 0.0, "mean"),
-    ]
-    check_options(kind, [(2, classes)], dtype, options)
-    assert kernel_calls["cross_entropy"] >= 3
+    is_vocabulary = classes in VOCABULARIES
+    options = OPTIONS[2:5] if is_vocabulary else OPTIONS
+    check_options(kind, [(2 if is_vocabulary else 5, classes)], dtype, options)
+    assert kernel_calls["cross_entropy"] >= len(options)
 
 
 @grid(

@@ -13,7 +13,6 @@ import warnings
 import zipapp
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +146,6 @@ def test_programs_run_as_with_python(arguments: list[str], folder: Path) -> None
         ["nowhere.py", "a"],
         ["pack"],
         ["-m", "nowhere"],
-        ["-m", "nowhere.inside"],
-        ["-m", "pack.nowhere"],
         ["-m", "pack"],
     ],
 )
@@ -624,12 +621,10 @@ def test_the_summary_of_saved_time() -> None:
 @pytest.mark.parametrize(
     ("times", "verdict"),
     [
-        ([(1.1, 1.0), (1.0, 1.0)], "no measurable difference"),  # per element; 10 elements
-        ([(1.0, 1.4)], "no measurable difference"),
+        ([(1.0, 1.4)], "no measurable difference"),  # per element; 10 elements
         ([(1.0, 2.0)], "saved about"),
         ([(1.0, 1.4)] * 16, "saved about"),
         ([(1.0, 2.0), (3.0, 1.5)], "no measurable difference"),
-        ([(1.0, 1.2), (1.1, 1.2), (1.0, 1.2)] * 4 + [(90.0, 1.2)], "saved about"),
         ([(1.4, 1.0)] * 16, "slower by about 4.0 s: run python -m pyfused tune, or do not use it"),
         ([(1.0, 1.04)] * 1000, "no measurable difference"),  # 0.4 s of 100 s
     ],
@@ -666,14 +661,6 @@ def test_a_report_can_be_read_before_its_end() -> None:
     assert found["left_to_torch"] == {"relu": {"input has dtype torch.int64": 1}}
 
 
-def test_kernel_times_do_not_exceed_the_time_of_the_program() -> None:
-    """Estimates include backward passes that the program may not run."""
-    _, *rows, (last,), (verdict,) = summary(0.211, KERNELS)
-    assert [row[3:] for row in rows] == [["0.200 s", "0.900 s"], ["0.011 s", "0.011 s"]]
-    assert "took 0.211 s of 0.211 s; torch's operators would have taken 0.911 s (" in last
-    assert verdict == "pyfused saved about 0.700 s of 0.911 s (77%)"
-
-
 def test_the_summary_has_no_total_without_comparisons() -> None:
     *_, unknown, last, _ = summary(60.0, {**KERNELS, **TANH}, compiled={"gelu": 3})
     assert unknown == ["not compared: tanh (1), gelu (3, compiled)"]
@@ -690,39 +677,3 @@ def test_the_summary_is_one_line_without_a_speed_up() -> None:
     dtype = {("relu", "input has dtype torch.int64"): 1}
     left = "left to torch: relu (1: input has dtype torch.int64)"
     assert summary(60.0, fallbacks=dtype) == [[left], [f"{nothing}no kernel ran, in 60 s"]]
-
-
-WARNS = """
-import sys, warnings, torch.nn.functional as F, torch
-x = torch.ones(2, 2)
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    F.softmax(x); F.log_softmax(x); F.softmin(x); torch.nn.Softmax()(x)
-print([(each.filename, each.lineno) for each in seen])
-"""
-
-
-def test_warnings_name_the_same_lines(tmp_path: Path) -> None:
-    path = script(tmp_path, WARNS)
-    expected = plain(path, folder=tmp_path)
-    got = counted(path, folder=tmp_path)
-    assert expected.stdout.count("script.py', 6") == 3
-    assert got.stdout == expected.stdout
-
-
-def test_threads_do_not_compare_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The times of all comparisons are subtracted from the time of the program."""
-
-    def slow(*_: Any) -> tuple[float, float]:
-        time.sleep(0.1)
-        return 1e-9, 1e-9
-
-    monkeypatch.setattr(reports, "_times", slow)
-    x, target = torch.ones(256, 1024), torch.zeros(256, dtype=torch.int64)
-    calls = [lambda: F.mse_loss(x, x), lambda: F.cross_entropy(x, target)]
-    with pyfused.report() as report, ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(call) for call in calls]:
-            done.result()
-    found = report.to_dict()
-    assert len(found["operators"]) == 2
-    assert found["seconds"] >= 0

@@ -93,6 +93,20 @@ INSTRUCTIONS = {
     (50_257, F32): 41,
     (21, 512, 512, F32): 52,  # 21 classes need three tiles of 8
 }
+# A case of each kind, which tests compile.
+QUICK = (
+    "cross_entropy bfloat16 4096x1000",
+    "cross_entropy bfloat16 4096x32000",
+    "cross_entropy float32 8x21x1000",
+    "softmax bfloat16 4096x32000 backward",
+    "multi_margin_loss float32 4096x32000 p 1",
+    "multilabel_margin_loss float32 4096x1000",
+    "triplet_margin_loss bfloat16 4096x4096 p 2 swap",
+    "cosine_embedding_loss float32 4096x128",
+    "nll_loss float32 4096x1000",
+    "binary_cross_entropy float32",
+    "gelu bfloat16 backward",
+)
 READ_LITTLE = ("count_kernel",)  # 8 bytes per row
 WRITE_LITTLE = ("row_state_kernel",)
 

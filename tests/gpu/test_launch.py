@@ -82,22 +82,7 @@ def described(arguments: Any) -> Any:
     return (arguments.dtype, arguments.shape) if is_tensor else arguments
 
 
-CASES = (
-    "cross_entropy bfloat16 4096x1000",
-    "cross_entropy bfloat16 4096x32000",
-    "cross_entropy float32 8x21x1000",
-    "softmax bfloat16 4096x32000 backward",
-    "multi_margin_loss float32 4096x32000 p 1",
-    "multilabel_margin_loss float32 4096x1000",
-    "triplet_margin_loss bfloat16 4096x4096 p 2 swap",
-    "cosine_embedding_loss float32 4096x128",
-    "nll_loss float32 4096x1000",
-    "binary_cross_entropy float32",
-    "gelu bfloat16 backward",
-)
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ahead.QUICK)
 def test_arguments_equal_those_of_triton(name: str, recorder: Driver) -> None:
     case = next(case for case in ahead.all_cases() if case.name == name)
     by_triton = lambda run, programs, *arguments: run.by_triton(programs, arguments)  # noqa: E731
