@@ -1,15 +1,14 @@
-"""Calls of every declared operator, derived from its declaration.
+"""Calls of every declared operator: the examples of the contract, and random calls.
 
-`examples` returns the calls of the contract tests; `random_calls.py` draws others from the same
-operands and options. A new operator is included automatically. If its declaration does not suffice,
-an error says what to add: operands of a new family to `operands`, values of a new option to
-`OPTIONS`.
+Operands and the values of options come from `samples.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,65 +17,47 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import Layout, contiguous
-from samples import SAMPLES, draw, values_to_try
+from compare import FLOATS, HALF
+from conftest import backend
+from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
+from samples import (
+    DEPRECATED,
+    OF_CLASSES,
+    RANK,
+    WITH_OPTIONS,
+    declared,
+    draw,
+    labels,
+    operands,
+    options,
+    predictions,
+    values_of,
+)
 from torch import Tensor
 from torchs import parameters, torch_function
 
 from pyfused import VocabShard
 from pyfused import functional as fused
-from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
+from pyfused.backends import cpu
+from pyfused.dispatch.operator import Operator, reduction_of
+from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
-from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
+from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding import EmbeddingLoss
-from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
 from pyfused.ops.log_probs import LogProbsOperator
-from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
+from pyfused.ops.operators import (
+    KL_DIV_WITH_LOGITS,
+    LINEAR_CROSS_ENTROPY,
+    LOG_PROBS,
+    OPERATORS,
+)
 from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
 
-OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
-WITH_OPTIONS = (
-    CROSS_ENTROPY,
-    LINEAR_CROSS_ENTROPY,
-)  # they have more options and results than torch's functions
 SHAPE = (6, 5)
-RANK = 2  # the rank of adapters, which use the last features of the input
-
-# Values of each option; the examples use the middle one.
-OPTIONS: dict[str, list[Any]] = {
-    name: values
-    for names, values in (
-        ("alpha lambd negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
-        ("approximate", ["none", "tanh"]),
-        ("beta", [0.25, 1.0, 0.5, 1.5]),
-        ("cap delta margin scale softcap teacher_softcap", [n / 8 for n in range(1, 16)]),
-        ("temperature", [n / 8 for n in range(1, 16)]),
-        ("denominator", [3.0, torch.tensor(3.0), torch.tensor([2.5]).double()]),
-        ("dim", [*range(-5, 5)]),
-        ("dtype loss_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
-        ("eps", [1e-3, 0.5]),
-        ("filter_eps", [0.0]),
-        ("full log_input log_target reduce size_average squared swap", [False, True]),
-        ("deterministic_rows return_entropy return_lse return_metrics", [False, True]),
-        ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient is NaN for p = 1
-        ("ignore_index", [0, 255, 1, -1]),
-        ("inplace with_metrics", [True]),  # with_metrics is a function of its own
-        ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
-        ("memory_budget", [1000, 1, 10000]),
-        ("max_val threshold value", [0.5, 1.0, 2.0]),
-        ("min_val", [-1.0, -0.25, 0.5]),
-        ("p", [1, 2]),
-        ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
-        ("remainder", ["bucket", "ignore"]),
-    )
-    for name in names.split()
-}
-LEFT_OUT = ("_stacklevel", "options", "shard", "teacher_requires_grad")
-DEPRECATED = ("reduce", "size_average")
 
 
 @dataclass
@@ -174,120 +155,6 @@ def stacked(call: Call, function: Callable[..., Any], given: dict[str, Any]) -> 
     return stacked, (found.is_top1, found.mean_logit)
 
 
-# ---- arguments of an operator --------------------------------------------------------------------
-
-
-def declared(op: Operator) -> dict[str, Operand]:
-    """Returns the operands that are tensors, including options."""
-    found = {operand.name: operand for operand in op.operands}
-    if "token_weight" in parameters(op):
-        found["token_weight"] = TOKEN_WEIGHT
-    return found
-
-
-def options(op: Operator) -> dict[str, Any]:
-    """Returns the options with their defaults, including deprecated ones."""
-    found = parameters(op)
-    if op in WITH_OPTIONS:
-        found["with_metrics"] = False
-    left_out = {*declared(op), *LEFT_OUT}
-    return {name: default for name, default in found.items() if name not in left_out}
-
-
-def operands(
-    op: Operator,
-    shape: Sequence[int],
-    given: dict[str, Any],
-    soft: bool = False,
-    features: int = 4,
-) -> dict[str, Any]:
-    """Draws a float32 tensor for each operand.
-
-    Args:
-        shape: The shape of the elements, or of the logits.
-        given: The options of the call; the halves of a gated activation have the shape.
-        soft: Whether targets are probabilities, if the operator supports them.
-        features: The number of features of a linear layer's input.
-    """
-    if isinstance(op, OF_CLASSES):
-        return logits_and_targets(op, shape, given, soft, features)
-    if isinstance(op, Divergence):
-        return predictions(shape, features)
-    if isinstance(op, Contrastive):
-        a, b = torch.randn(2, *shape)
-        return {"a": a, "b": b, "scale": torch.tensor(0.7), "bias": torch.tensor([-1.3])}
-    if isinstance(op, EmbeddingLoss):
-        rows = tuple(shape)
-        return {o.name: draw(o, rows[:-1] if o.sign else rows, scale=0.5) for o in op.operands}
-    assert not any(operand.indices for operand in op.operands), (
-        f"{op.name}: catalogue.operands draws no class indices for a {type(op).__name__}"
-    )
-    if isinstance(op, Halves) and shape:
-        shape = [*shape]
-        shape[given.get("dim", -1)] *= 2
-    found = {operand.name: draw(operand, tuple(shape), scale=0.5) for operand in op.operands}
-    if op is PRELU:
-        found["weight"] = draw(op.operands[1], (shape[1] if len(shape) > 1 else 1,), scale=0.5)
-    first, *others = op.operands
-    if given.get("log_input") is False:
-        found[first.name] = found[first.name].abs() + 0.01
-    for operand in others:
-        if (operand.low, operand.high, operand.differentiated) == (0, 1, False):
-            found[operand.name] = found[operand.name].round()  # class labels
-    return found
-
-
-def logits_and_targets(
-    op: Operator, shape: Sequence[int], given: dict[str, Any], soft: bool, features: int
-) -> dict[str, Tensor]:
-    dim = min(len(shape) - 1, 1)
-    rows, classes, columns = shape[:dim], shape[dim], shape[dim + 1 :]
-    target = torch.rand(shape).softmax(dim)
-    if not soft:
-        target = torch.randint(max(classes, 1), (*rows, *columns))
-        if op.operands[1].labels:
-            target = labels(shape)
-        elif not isinstance(op, MultiMarginLoss) and target.dim():
-            target.view(-1)[1::4] = given.get("ignore_index", -100)
-    logits = 2 * torch.randn(shape)
-    return {
-        "input": torch.randn(*rows, features) if "linear" in op.name else logits,
-        "logits": logits,
-        "linear_weight": torch.randn(classes, *columns, features) / features**0.5,
-        "target": target,
-        "linear_bias": torch.randn(classes, *columns),
-        "adapter_weight": torch.randn(classes, *columns, RANK),
-        "weight": torch.rand(classes) + 0.1,
-        "token_weight": torch.rand((*rows, *columns)),
-    }
-
-
-def labels(shape: Sequence[int]) -> Tensor:
-    """Draws class indices of each row of scores, a third of which are -1."""
-    return torch.randint(max(shape[-1], 1), tuple(shape)).masked_fill(torch.rand(*shape) < 0.3, -1)
-
-
-def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Tensor]:
-    """Draws predictions of a student and of a teacher, for every kind of divergence."""
-    *rows, classes = shape
-    log_probs, indices = (
-        torch.randn(*rows, max(classes, 1)).log_softmax(-1).topk(min(k, max(classes, 1)))
-    )
-    return {
-        "logits": torch.randn(*rows, classes),
-        "teacher_logits": torch.randn(*rows, classes),
-        "input": torch.randn(*rows, features),
-        "linear_weight": torch.randn(classes, features) / features**0.5,
-        "linear_bias": torch.randn(classes),
-        "teacher_input": torch.randn(*rows, features),
-        "teacher_linear_weight": torch.randn(classes, features) / features**0.5,
-        "teacher_linear_bias": torch.randn(classes),
-        "teacher_indices": indices,
-        "teacher_log_probs": log_probs - 0.01,  # keeps the sum below 1 after rounding
-        "token_weight": torch.rand(rows),
-    }
-
-
 # ---- examples ------------------------------------------------------------------------------------
 
 
@@ -382,15 +249,6 @@ def overwrites(op: Operator) -> bool:
     return isinstance(op, Activation) and op.torch_ is not op.torch
 
 
-def values_of(op: Operator, name: str) -> list[Any]:
-    """Returns values of an option, from its name, the operator's sample, or the declaration."""
-    sample = SAMPLES.get(op.name)
-    found = OPTIONS.get(name) or [t[name] for t in (sample.tried if sample else ()) if name in t]
-    found = found or values_to_try(op, name)
-    assert found, f"{op.name}: neither its sample nor catalogue.OPTIONS has values for {name}"
-    return found
-
-
 def tried(op: Operator, name: str, default: Any) -> list[Any]:
     """Returns values of an option that differ from its default, one for each type."""
     values = values_of(op, name)
@@ -433,22 +291,207 @@ TENSOR_OPTIONS = {
 }
 
 
+# ---- random calls --------------------------------------------------------------------------------
+
+ROUNDED = ("softcap",)  # the capped logits are rounded before the loss
+# torch's gradient for NaN differs between vectorised elements and the remainder.
+NAN_OF_VECTORS = (
+    *("celu", "elu", "hardshrink", "hardswish"),
+    *("hardtanh", "relu6", "selu", "softshrink"),
+)
+INEXACT_IN_TORCH = ("hardsigmoid",)  # torch's float64 slope is 1 / 6 rounded to float32
+
+
+class Random(random.Random):
+    def once_in(self, n: int) -> bool:
+        return self.random() < 1 / n
+
+
+def random_call(
+    op: Operator, seed: int, elements: int, layouts: dict[str, Layout] = LAYOUTS
+) -> Call:
+    """Draws a call with tensors of at most `elements` elements; deterministic for a seed."""
+    rng = Random(seed)
+    torch.manual_seed(seed)
+    dtype = rng.choice(FLOATS)
+    if op.name in INEXACT_IN_TORCH:
+        dtype = torch.float32
+    given = {
+        name: rng.choice(values_of(op, name))
+        for name in options(op)
+        if name in ("dim", "reduction") or rng.once_in(12 if name in (*ROUNDED, *DEPRECATED) else 4)
+    }
+    given = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
+    if given.keys() & {*ROUNDED, *DEPRECATED} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
+        given = without_metrics(given)  # rounding causes ties
+    deprecated = given.get("size_average"), given.get("reduce")
+    reduction = given.get("reduction", "mean")
+    if deprecated != (None, None):
+        reduction = reduction_of(*deprecated)
+    if reduction != "mean":
+        given.pop("denominator", None)
+    if given.get("negative_slope") == 0.0:
+        given["negative_slope"] = -0.5
+        given.pop("inplace", None)  # torch lacks it, too
+    if isinstance(op, OF_CLASSES):
+        found = of_classes(rng, elements, op, given)
+    elif isinstance(op, Divergence):
+        *rows, classes = shape_of(rng, elements, rng.choice([1, 2, 3]))
+        classes = 5 if classes == 1 else classes  # torch's value would be a rounding error
+        k = rng.randint(1, max(classes // 2, 1))
+        found = predictions((*rows, classes), rng.randint(1, 20), k)
+        found["logits"] *= rng.choice([1.0, 8.0])
+    elif isinstance(op, Contrastive):
+        pairs, features = shape_of(rng, math.isqrt(elements), 1), shape_of(rng, 64, 1)
+        found = operands(op, [*pairs, *features], given)  # elements are logits
+    elif isinstance(op, EmbeddingLoss):
+        shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))
+        if shape[-1] == 1:
+            shape[-1] = 5  # with one feature, gradients cancel
+        given["margin"] = (
+            given.get("margin", 1.0) + 0.0137
+        )  # exceeds any difference of a few features
+        found = {
+            name: x[:1] if x.dim() > 1 and rng.once_in(8) else x  # broadcasts
+            for name, x in operands(op, shape, given).items()
+        }
+    else:
+        found = of_elements(rng, elements, op, given)
+    if op in (LOG_PROBS, KL_DIV_WITH_LOGITS):
+        of_language_model = isinstance(op, Divergence) or rng.once_in(2)
+        given["dim"] = -1 if of_language_model else 1
+        if found["logits"].dim() < 3:
+            del given["dim"]
+        elif op is LOG_PROBS and of_language_model:
+            found["logits"] = found["logits"].movedim(1, -1)
+    if "token_weight" in found:
+        found["token_weight"] = found["token_weight"].sub(0.2).clamp(min=0)
+    same = [*SAME_VALUES.values()]
+    chosen = same if "inplace" in given else [*layouts.values()]
+    tensors: dict[str, Any] = {}
+    for name, operand in declared(op).items():
+        alike = op.is_linear or isinstance(op, (MultiMarginLoss, Divergence))
+        mixed = tensors and not alike and rng.once_in(20)
+        x = found[name]
+        if operand.optional and not rng.once_in(3):
+            continue
+        if name == "adapter_weight":  # its features are the last ones of the input
+            tensors["linear_weight"] = tensors["linear_weight"].detach()[..., :-RANK]
+            tensors["linear_weight"].requires_grad_(not rng.once_in(4))
+        if isinstance(x, Tensor):
+            if x.is_floating_point():
+                x = x.to(rng.choice(FLOATS) if mixed else dtype)
+            if x.numel():  # repeated classes are an error
+                x = rng.choice(same if name == "teacher_indices" else chosen)(x)
+            if operand.differentiated and x.is_floating_point() and x.frac().any():  # not integers
+                x.requires_grad_(not rng.once_in(4))
+        tensors[name] = x
+    if "linear_weight" in tensors and tensors["linear_weight"].stride(0) == 0:
+        given = without_metrics(given)  # all logits are equal up to rounding
+    return Call(op, tensors | given, rng.choice(chosen), seed)
+
+
+def without_metrics(given: dict[str, Any]) -> dict[str, Any]:
+    return {n: x for n, x in given.items() if n not in ("with_metrics", "return_metrics")}
+
+
+def shape_of(rng: Random, elements: int, dims: int) -> list[int]:
+    """Draws a shape; any dimension may be the long one."""
+    shape = []
+    for _ in range(dims):
+        most = min(elements, 9) if rng.once_in(2) else elements
+        shape.append(0 if rng.once_in(50) else 1 + int(rng.random() * most))
+        elements //= max(shape[-1], 1)
+    return rng.sample(shape, dims)
+
+
+def of_classes(
+    rng: Random, elements: int, op: Operator, given: dict[str, Any]
+) -> dict[str, Tensor]:
+    margin = isinstance(op, MultiMarginLoss)
+    shape = shape_of(rng, elements, rng.choice([1, 2] if margin else [1, 2, 3, 4]))
+    of_class = len(shape) > 1
+    if shape[of_class] == 1 and not rng.once_in(8):
+        shape[of_class] = 5  # calls with one class fall back to torch
+    if margin:  # torch returns uninitialised memory for an empty mean
+        shape = [max(n, 1) for n in shape]
+    classes = shape[of_class]
+    soft = any(o.indices and o.differentiated for o in op.operands) and rng.once_in(3)
+    found = operands(op, shape, given, soft, rng.randint(1, 20))
+    if not soft:
+        found["target"] = class_indices(rng, op, found["logits"], given)
+    if soft or "label_smoothing" in given:
+        given.pop("gamma", None)
+    if soft:
+        given.pop("ignore_index", None)
+    if classes == 1:
+        given.pop("loss_dtype", None)  # torch would compute in this dtype
+    logits = found["logits"].mul_(rng.choice([0.5, 4.0]))
+    if not given.keys() & {*ROUNDED, "gamma"} and logits.numel() and classes > 1:
+        logits += 1e4 if rng.once_in(6) else 0.0
+        if rng.once_in(4):  # metrics and loss of inf are NaN
+            statistics = "with_metrics" in given or op is LOG_PROBS
+            special = [-math.inf, math.nan, math.inf][: 3 - statistics]
+            logits.view(-1)[torch.randint(logits.numel(), (3,))] = rng.choice(special)
+    if "linear" in op.name and of_class and rng.once_in(4):  # hidden states with more dimensions
+        for name in ("input", "target", "token_weight"):
+            found[name] = found[name].unsqueeze(1)
+    return found
+
+
+def class_indices(rng: Random, op: Operator, logits: Tensor, given: dict[str, Any]) -> Tensor:
+    """Draws class indices, some or all of which are ignored, or out of range."""
+    classes, rows = logits.shape[logits.dim() > 1], loss_shape(logits, "none")
+    target = torch.randint(max(classes, 1), rows)
+    if op.operands[1].labels:
+        target = labels(logits.shape)
+    if not isinstance(op, MultiMarginLoss):
+        ignored = torch.rand(rows) < rng.choice([0.0, 0.3, 0.3, 1.0])
+        target[ignored] = given.get("ignore_index", -100)
+        if logits.dim() == 2 and target.byte().equal(target) and rng.once_in(4):
+            target = target.byte()
+    if target.numel() and backend is cpu and rng.once_in(30) and classes < 256:
+        target.view(-1)[-1] = classes  # raises on CPU, NaN on a GPU
+    return target
+
+
+def of_elements(rng: Random, elements: int, op: Operator, given: dict[str, Any]) -> dict[str, Any]:
+    shape, scale = shape_of(rng, elements, rng.randint(0, 4)), rng.choice([1 / 16, 1 / 4, 1.0])
+    found: dict[str, Any] = {}
+    if isinstance(op, Halves) and -len(shape) <= given.get("dim", -1) < len(shape):
+        shape[given.get("dim", -1)] *= 2
+    for operand in op.operands:
+        own = tuple(shape)
+        if op is PRELU and found:  # slopes of PReLU
+            own = rng.choice([(), (1,), tuple(shape[1:2]), (3,)])
+        elif rng.once_in(4) and len(op.operands) > 1:  # broadcasts
+            own = tuple(rng.choice([1, n]) for n in shape)[rng.randint(0, len(shape)) :]
+            shape = [*own] if op is PRELU else shape
+        x = draw(operand, own, scale=scale)
+        if found and operand.low == 0 and rng.once_in(2):
+            x = x.round()  # integers: labels, counts
+        if not found and given.get("log_input") is False:
+            x = x.abs()
+        found[operand.name] = 0.5 if operand.number and rng.once_in(4) else x
+    x = found[op.operands[0].name]
+    has_nan = isinstance(op, (Activation, Softmax)) and op.name not in NAN_OF_VECTORS
+    if has_nan and x.numel() and rng.once_in(4):
+        x.view(-1)[torch.randint(x.numel(), (3,))] = math.nan
+    if isinstance(op, Softmax) and not rng.once_in(20):  # rarely a dimension that does not exist
+        given["dim"] = given["dim"] % max(x.dim(), 1) - x.dim() * (given["dim"] < 0)
+    return found
+
+
 # ---- torch's functions, and definitions of functions that torch lacks ----------------------------
 
 
 class Torchs:
     """torch.nn.functional, with definitions of functions that torch lacks."""
 
-    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if hasattr(F, name) and name not in ("cross_entropy", "linear_cross_entropy"):
             return getattr(F, name)
-        return torch_function(OPERATORS[name], name)
+        return torch_function(OPERATORS[name.removesuffix("_with_metrics")], name)
 
 
 TORCH = Torchs()
-linear_cross_entropy = TORCH.linear_cross_entropy
-
-
-def cross_entropy(*args: Any, with_metrics: bool = False, **given: Any) -> Any:
-    name = "cross_entropy" + "_with_metrics" * with_metrics
-    return torch_function(CROSS_ENTROPY, name)(*args, **given)

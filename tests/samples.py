@@ -1,15 +1,18 @@
-"""Reference definitions of operators, and values to test, in addition to their declarations.
+"""Describes every operator for the tests: values of options, domains of operands, closed forms.
 
-A definition is the closed form in NumPy's long double: the value of each element, and the gradient
-of each operand. The tests of the families draw operands and options from here. Operators that torch
-has, and gated activations, need no definition: they are compared with torch in float64.
+`SAMPLES` has a row for each pointwise loss and activation, `OPTIONS` the values of each option.
+The examples of the contract, random calls and the tests of the families are drawn from here.
+A closed form computes the value of each element and the gradient of each operand in NumPy's long
+double. Operators that torch has, and gated activations, need none: they are compared with torch in
+float64. A new operator is included automatically. If its declaration does not suffice, an error
+says what to add: operands of a new family to `operands`, values of a new option to `OPTIONS`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,10 +24,17 @@ from torchs import parameters, torch_function
 
 from pyfused import checks
 from pyfused import functional as fused
-from pyfused.dispatch.operator import Operand, Operator
+from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.activation import Activation
-from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
+from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
+from pyfused.ops.contrastive import Contrastive
+from pyfused.ops.distillation import Divergence
+from pyfused.ops.elementwise import PRELU
+from pyfused.ops.embedding import EmbeddingLoss
+from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
+from pyfused.ops.log_probs import LogProbsOperator
+from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
+from pyfused.ops.pointwise_loss import Gated, Halves, PointwiseLoss, weight_or_elements
 from pyfused.types import Choice
 
 INF, NAN = float("inf"), float("nan")
@@ -36,6 +46,7 @@ class Sample:
     """An operator's definition, and the parameters to test.
 
     Attributes:
+        tried: Parameters; by default, those of the declaration, and others.
         rounds: Whether results are rounded; if not, they have torch's bits.
         cancels: Whether a result may be a small difference of terms of the input's size, or of 1.
         heavy: Whether one element, and its rounding error, may dominate all others.
@@ -45,7 +56,7 @@ class Sample:
     """
 
     define: Callable[..., tuple[Extended, ...]] = None  # type: ignore[assignment]
-    tried: tuple[dict[str, float], ...] = ({},)
+    tried: tuple[dict[str, Any], ...] = ()
     rounds: bool = True
     cancels: bool = False
     heavy: bool = False
@@ -99,7 +110,6 @@ def softcap(input: Extended, cap: float = 30.0) -> tuple[Extended, ...]:
 
 SAMPLES = {
     "smooth_l1_loss": Sample(tried=({}, {"beta": 3.5}, {"beta": 0.0})),
-    "huber_loss": Sample(tried=({}, {"delta": 3.5})),
     "kl_div": Sample(
         tried=({}, {"log_target": True}),
         cancels=True,
@@ -130,9 +140,8 @@ SAMPLES = {
         special=(1.0, NAN, 0.5, -0.0, 0.25, 0.75),
     ),
     "soft_margin_loss": Sample(large=4.0, special=(1.0, NAN, 2.0, 0.5, -0.0, 30.0)),
-    "hinge_embedding_loss": Sample(tried=({}, {"margin": 3.5}), cancels=True),
+    "hinge_embedding_loss": Sample(cancels=True),
     "binary_cross_entropy": Sample(cancels=True, special=(1.0, 0.0, 0.5, 0.25, -0.0, 2.0**-20)),
-    "margin_ranking_loss": Sample(tried=({}, {"margin": 3.5})),
     "binary_cross_entropy_with_logits": Sample(cancels=True),
     "gaussian_nll_loss": Sample(tried=({}, {"full": True, "eps": 1e-3}), heavy=True),
     "relu": Sample(rounds=False),
@@ -142,21 +151,84 @@ SAMPLES = {
     "silu": Sample(cancels=True),
     "gelu": Sample(cancels=True),
     "relu6": Sample(rounds=False),
-    "hardtanh": Sample(tried=({}, {"min_val": -0.3, "max_val": 2.0}), rounds=False),
+    "hardtanh": Sample(rounds=False),
     "hardsigmoid": Sample(cancels=True),
     "hardswish": Sample(cancels=True),
     "hardshrink": Sample(tried=({}, {"lambd": 0.0}), rounds=False),
-    "softshrink": Sample(tried=({}, {"lambd": 1.5}), cancels=True),
-    "elu": Sample(tried=({}, {"alpha": 0.3})),
-    "celu": Sample(tried=({}, {"alpha": 0.3})),
+    "softshrink": Sample(cancels=True),
     "mish": Sample(cancels=True),
     "softplus": Sample(tried=({}, {"beta": 2.5, "threshold": 10.0})),
     "tanhshrink": Sample(cancels=True),
     "threshold": Sample(tried=({"threshold": 0.25, "value": -1.5},), rounds=False),
     "glu": Sample(cancels=True),
     "swiglu": Sample(cancels=True),
-    "geglu": Sample(tried=({}, {"approximate": "tanh"}), cancels=True),
+    "geglu": Sample(cancels=True),
 }
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+OF_CLASSES = (ClassLoss, LinearCrossEntropy, LogProbsOperator)
+# These operators have more options and results than torch's functions.
+WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
+LEFT_OUT = ("_stacklevel", "options", "shard", "teacher_requires_grad")
+DEPRECATED = ("reduce", "size_average")
+
+# Values of each option; the examples use the middle one.
+OPTIONS: dict[str, list[Any]] = {
+    name: values
+    for names, values in (
+        ("alpha lambd negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
+        ("approximate", ["none", "tanh"]),
+        ("beta", [0.25, 1.0, 0.5, 1.5]),
+        ("cap delta margin scale softcap teacher_softcap", [n / 8 for n in range(1, 16)]),
+        ("temperature", [n / 8 for n in range(1, 16)]),
+        ("denominator", [3.0, torch.tensor(3.0), torch.tensor([2.5]).double()]),
+        ("dim", [*range(-5, 5)]),
+        ("dtype loss_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
+        ("eps", [1e-3, 0.5]),
+        ("filter_eps", [0.0]),
+        ("full log_input log_target reduce size_average squared swap", [False, True]),
+        ("deterministic_rows return_entropy return_lse return_metrics", [False, True]),
+        ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient is NaN for p = 1
+        ("ignore_index", [0, 255, 1, -1]),
+        ("inplace with_metrics", [True]),  # with_metrics is a function of its own
+        ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
+        ("memory_budget", [1000, 1, 10000]),
+        ("max_val threshold value", [0.5, 1.0, 2.0]),
+        ("min_val", [-1.0, -0.25, 0.5]),
+        ("p", [1, 2]),
+        ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
+        ("remainder", ["bucket", "ignore"]),
+    )
+    for name in names.split()
+}
+
+
+def declared(op: Operator) -> dict[str, Operand]:
+    """Returns the operands that are tensors, including options."""
+    found = {operand.name: operand for operand in op.operands}
+    if "token_weight" in parameters(op):
+        found["token_weight"] = TOKEN_WEIGHT
+    return found
+
+
+def options(op: Operator) -> dict[str, Any]:
+    """Returns the options with their defaults, including deprecated ones."""
+    found = parameters(op)
+    if op in WITH_OPTIONS:
+        found["with_metrics"] = False
+    left_out = {*declared(op), *LEFT_OUT}
+    return {name: default for name, default in found.items() if name not in left_out}
+
+
+def values_of(op: Operator, name: str) -> list[Any]:
+    """Returns values of an option, from its name, the operator's sample, or the declaration."""
+    sample = SAMPLES.get(op.name)
+    found = OPTIONS.get(name) or [t[name] for t in (sample.tried if sample else ()) if name in t]
+    found = found or values_to_try(op, name)
+    assert found, f"{op.name}: neither its row in SAMPLES nor OPTIONS has values for {name}"
+    return found
 
 
 def values_to_try(op: Operator, name: str) -> list[Any]:
@@ -172,7 +244,7 @@ def values_to_try(op: Operator, name: str) -> list[Any]:
     return [x for x in values if parameter.low <= x <= parameter.high]
 
 
-def of_torch(op: Activation | PointwiseLoss, sample: Sample | None) -> Sample:
+def of_torch(op: Activation | PointwiseLoss, sample: Sample) -> Sample:
     """Returns a sample whose definition is torch's function in float64."""
 
     def define(*operands: Extended, **named: Any) -> tuple[Extended, ...]:
@@ -186,18 +258,152 @@ def of_torch(op: Activation | PointwiseLoss, sample: Sample | None) -> Sample:
         return tuple(map(extended, (value, *torch.autograd.grad(value.sum(), leaves))))
 
     loss = "reduction" in op.names
-    other = {x.name: values_to_try(op, x.name)[-1] for x in op.parameters}
-    sample = sample or Sample(tried=({}, other) if loss and other else ({},))
     return replace(sample, define=define, beyond_float64=False)
 
 
+def tried_of(op: Operator) -> tuple[dict[str, Any], ...]:
+    """Returns the default parameters, and others that follow from the declaration."""
+    others = {x.name: values_to_try(op, x.name)[-1] for x in op.parameters}
+    return ({}, others) if others else ({},)
+
+
 for _op in OPERATORS.values():
-    _in_torch = hasattr(torch.nn.functional, _op.name) or isinstance(_op, Gated)
-    if isinstance(_op, (Activation, PointwiseLoss)) and _in_torch:
-        SAMPLES[_op.name] = of_torch(_op, SAMPLES.get(_op.name))
+    if isinstance(_op, (Activation, PointwiseLoss)):
+        _in_torch = hasattr(torch.nn.functional, _op.name) or isinstance(_op, Gated)
+        _sample = SAMPLES.get(_op.name, Sample() if _in_torch else None)
+        if _sample is not None:  # test_completeness.py reports missing samples
+            _sample = replace(_sample, tried=_sample.tried or tried_of(_op))
+            SAMPLES[_op.name] = of_torch(_op, _sample) if _in_torch else _sample
 
 
-# ---- parameters of the tests ---------------------------------------------------------------------
+# ---- operands ------------------------------------------------------------------------------------
+
+RANK = 2  # the rank of adapters, which use the last features of the input
+
+
+def draw(
+    operand: Operand,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> Tensor:
+    """Draws values within the operand's declared bounds."""
+    low, high = operand.low, operand.high
+    if operand.sign:
+        return (torch.randint(2, shape) * 2 - 1).to(dtype)
+    if math.isinf(low):
+        return (4 * scale * torch.randn(shape)).to(dtype)
+    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
+
+
+def target_indices(shape: tuple[int, ...], ignored: bool = True) -> Tensor:
+    """Draws class indices for logits, of which every third is -100 if some are ignored."""
+    dim = min(len(shape) - 1, 1)
+    target = torch.randint(shape[dim], (*shape[:dim], *shape[dim + 1 :]))
+    if ignored and target.dim():
+        target.view(-1)[1::3] = -100
+    return target
+
+
+def target_probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).softmax(min(len(shape) - 1, 1)).to(dtype)
+
+
+def labels(shape: Sequence[int]) -> Tensor:
+    """Draws class indices of each row of scores, a third of which are -1."""
+    return torch.randint(max(shape[-1], 1), tuple(shape)).masked_fill(torch.rand(*shape) < 0.3, -1)
+
+
+def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Tensor]:
+    """Draws predictions of a student and of a teacher, for every kind of divergence."""
+    *rows, classes = shape
+    log_probs, indices = (
+        torch.randn(*rows, max(classes, 1)).log_softmax(-1).topk(min(k, max(classes, 1)))
+    )
+    return {
+        "logits": torch.randn(*rows, classes),
+        "teacher_logits": torch.randn(*rows, classes),
+        "input": torch.randn(*rows, features),
+        "linear_weight": torch.randn(classes, features) / features**0.5,
+        "linear_bias": torch.randn(classes),
+        "teacher_input": torch.randn(*rows, features),
+        "teacher_linear_weight": torch.randn(classes, features) / features**0.5,
+        "teacher_linear_bias": torch.randn(classes),
+        "teacher_indices": indices,
+        "teacher_log_probs": log_probs - 0.01,  # keeps the sum below 1 after rounding
+        "token_weight": torch.rand(rows),
+    }
+
+
+def logits_and_targets(
+    op: Operator, shape: Sequence[int], given: dict[str, Any], soft: bool, features: int
+) -> dict[str, Tensor]:
+    dim = min(len(shape) - 1, 1)
+    rows, classes, columns = shape[:dim], shape[dim], shape[dim + 1 :]
+    target = torch.rand(shape).softmax(dim)
+    if not soft:
+        target = torch.randint(max(classes, 1), (*rows, *columns))
+        if op.operands[1].labels:
+            target = labels(shape)
+        elif not isinstance(op, MultiMarginLoss) and target.dim():
+            target.view(-1)[1::4] = given.get("ignore_index", -100)
+    logits = 2 * torch.randn(shape)
+    return {
+        "input": torch.randn(*rows, features) if "linear" in op.name else logits,
+        "logits": logits,
+        "linear_weight": torch.randn(classes, *columns, features) / features**0.5,
+        "target": target,
+        "linear_bias": torch.randn(classes, *columns),
+        "adapter_weight": torch.randn(classes, *columns, RANK),
+        "weight": torch.rand(classes) + 0.1,
+        "token_weight": torch.rand((*rows, *columns)),
+    }
+
+
+def operands(
+    op: Operator,
+    shape: Sequence[int],
+    given: dict[str, Any],
+    soft: bool = False,
+    features: int = 4,
+) -> dict[str, Any]:
+    """Draws a float32 tensor for each operand.
+
+    Args:
+        shape: The shape of the elements, or of the logits.
+        given: The options of the call; the halves of a gated activation have the shape.
+        soft: Whether targets are probabilities, if the operator supports them.
+        features: The number of features of a linear layer's input.
+    """
+    if isinstance(op, OF_CLASSES):
+        return logits_and_targets(op, shape, given, soft, features)
+    if isinstance(op, Divergence):
+        return predictions(shape, features)
+    if isinstance(op, Contrastive):
+        a, b = torch.randn(2, *shape)
+        return {"a": a, "b": b, "scale": torch.tensor(0.7), "bias": torch.tensor([-1.3])}
+    if isinstance(op, EmbeddingLoss):
+        rows = tuple(shape)
+        return {o.name: draw(o, rows[:-1] if o.sign else rows, scale=0.5) for o in op.operands}
+    assert not any(operand.indices for operand in op.operands), (
+        f"{op.name}: operands draws no class indices for a {type(op).__name__}"
+    )
+    if isinstance(op, Halves) and shape:
+        shape = [*shape]
+        shape[given.get("dim", -1)] *= 2
+    found = {operand.name: draw(operand, tuple(shape), scale=0.5) for operand in op.operands}
+    if op is PRELU:
+        found["weight"] = draw(op.operands[1], (shape[1] if len(shape) > 1 else 1,), scale=0.5)
+    first, *others = op.operands
+    if given.get("log_input") is False:
+        found[first.name] = found[first.name].abs() + 0.01
+    for operand in others:
+        if (operand.low, operand.high, operand.differentiated) == (0, 1, False):
+            found[operand.name] = found[operand.name].round()  # class labels
+    return found
+
+
+# ---- pointwise losses ----------------------------------------------------------------------------
 
 
 class Exact(NamedTuple):
@@ -310,34 +516,6 @@ class Loss:
 
     def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)
-
-
-def draw(
-    operand: Operand,
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-    scale: float = 1.0,
-) -> Tensor:
-    """Draws values within the operand's declared bounds."""
-    low, high = operand.low, operand.high
-    if operand.sign:
-        return (torch.randint(2, shape) * 2 - 1).to(dtype)
-    if math.isinf(low):
-        return (4 * scale * torch.randn(shape)).to(dtype)
-    return (low + torch.rand(shape) * min(high - low, 2.0)).clamp(low + 1e-2, high - 1e-2).to(dtype)
-
-
-def target_indices(shape: tuple[int, ...], ignored: bool = True) -> Tensor:
-    """Draws class indices for logits, of which every third is -100 if some are ignored."""
-    dim = min(len(shape) - 1, 1)
-    target = torch.randint(shape[dim], (*shape[:dim], *shape[dim + 1 :]))
-    if ignored and target.dim():
-        target.view(-1)[1::3] = -100
-    return target
-
-
-def target_probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).softmax(min(len(shape) - 1, 1)).to(dtype)
 
 
 def losses() -> list[Loss]:

@@ -9,11 +9,10 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from catalogue import labels
 from compare import FLOATS, Errors, evaluate, exactly, widen
 from conftest import ISAS, KernelCalls
 from grid import grid
-from samples import target_indices
+from samples import labels, target_indices
 from torch import Tensor
 from torch.nn import functional as F
 

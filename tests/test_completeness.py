@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from catalogue import LEFT_OUT, values_of
-from samples import SAMPLES
+from samples import LEFT_OUT, SAMPLES, values_of
 
 import pyfused
 from pyfused import functional, nn

@@ -28,11 +28,11 @@ from catalogue import (
     ours,
     parameters,
 )
+from check_calls import ERRORS, check_call, converted, forward, largest, natively, run
 from compare import DEVICE, FLOATS, HALF, evaluate
 from conftest import KernelCalls
 from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
-from random_calls import ERRORS, check_call, converted, forward, largest, natively, run
 
 import pyfused
 from pyfused import nn

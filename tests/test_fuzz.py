@@ -7,15 +7,12 @@ each operator.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import grid
 import interpreter
 import pytest
+from catalogue import random_call
+from check_calls import check_call
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from processes import python
-from random_calls import check_call, random_call
 
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
@@ -40,37 +37,3 @@ def test_call(op: Operator) -> None:
         check_call(call)
 
     check()
-
-
-@pytest.mark.cpu
-@pytest.mark.slow
-def test_threads_with_small_stacks() -> None:
-    """A stack overflow would end the process, which prints its last call."""
-    done = python(
-        f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import threading, warnings
-        from concurrent.futures import ThreadPoolExecutor
-
-        import torch
-        from conftest import fused_always
-        from random_calls import ERRORS, ours, random_call, run
-        from pyfused.ops.operators import OPERATORS
-
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(2)
-        threading.stack_size(128 << 10)
-        with fused_always(), ThreadPoolExecutor(1) as pool:
-            for op in OPERATORS.values():
-                for seed in range({500 if grid.FULL else 20}):
-                    call = random_call(op, seed, 3000)
-                    print(f"seed {{seed}}: {{call}}", flush=True)
-                    try:
-                        pool.submit(run, call, ours).result()
-                    except ERRORS:
-                        pass
-        """,
-        OMP_STACKSIZE="128K",
-    )
-    assert done.returncode == 0, (done.returncode, done.stdout[-1000:], done.stderr[-1000:])

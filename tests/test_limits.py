@@ -74,6 +74,14 @@ def over_classes(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Callabl
     yield partial(fused.kl_div_with_logits, x, other.detach())
 
 
+def of_rows(dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
+    x, y, z = (torch.randn(70, 300).to(dtype).requires_grad_() for _ in range(3))
+    yield partial(fused.triplet_margin_loss, x, y, z)
+    yield partial(fused.cosine_embedding_loss, x, y, torch.ones(70))
+    yield partial(fused.contrastive_loss, x, y, 3.0)
+    yield partial(fused.linear_kl_div, x, y, x.detach(), z.detach())
+
+
 def head(dtype: torch.dtype) -> Tensor:
     input, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (20, 300))
     return fused.linear_cross_entropy(input, weight, torch.randint(300, (20,)))
@@ -91,7 +99,7 @@ def run_all() -> None:
             for shape in SHAPES:
                 for loss in over_classes(dtype, shape):
                     backward(loss())
-            for loss in elementwise(dtype, (70, 1000)):
+            for loss in (*elementwise(dtype, (70, 1000)), *of_rows(dtype)):
                 backward(loss())
 
 

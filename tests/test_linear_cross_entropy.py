@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import linear_cross_entropy as materialised
-from compare import Errors, Outcome, evaluate, exactly, products
+from catalogue import TORCH
+from compare import FLOATS, Errors, Outcome, evaluate, exactly, products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -20,7 +20,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+materialised = TORCH.linear_cross_entropy
 
 
 class HeadCase:
@@ -361,18 +361,6 @@ def test_an_adapter_in_float32_beside_a_layer_in_half_precision(
     assert [x.dtype for x in got.gradients] == [dtype, torch.float32]
     exact = evaluate(materialised, *arguments, convert=exactly, **options)
     assert_near(got, exact, 2 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.cpu
-def test_an_adapter_under_autocast() -> None:
-    """The input is cast to bfloat16; gradients of float32 weights are not rounded."""
-    given = HeadCase(rows=80, classes=300)
-    input, head, adapter = with_adapter(given)
-    arguments = input, head.requires_grad_(), given.target
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = evaluate(fused.linear_cross_entropy, *arguments, **adapter)
-    assert {x.dtype for x in (got.value, *got.gradients)} == {torch.float32}
-    assert_near(got, evaluate(materialised, *arguments, convert=exactly, **adapter), 2.0**-7)
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Calls from PyTorch's operator database, compared with torch.
 
-`torch.testing._internal` lists valid and invalid calls of each operator and module. Each is called
+`torch.testing._internal` lists valid and invalid calls of each operator. Each is called
 unchanged, with broadcasting operands, and with the deprecated arguments `size_average` and
 `reduce`. `--full` runs all of these calls eagerly, and one variant of each sample compiled as one
 graph; otherwise some of each operator are run.
@@ -20,13 +20,13 @@ import grid
 import hypothesis
 import pytest
 import torch
-from compare import FLOATS, assert_same, evaluate
-from random_calls import INEXACT_IN_TORCH, Call, check_call, ours, run
+from catalogue import INEXACT_IN_TORCH, Call, ours
+from check_calls import check_call, run
+from compare import FLOATS
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import functional as fused
-from pyfused import nn
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.elementwise import POISSON_NLL_LOSS
@@ -34,9 +34,7 @@ from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 
 pytestmark = pytest.mark.cpu
 IN_TORCH = {name: op for name, op in OPERATORS.items() if hasattr(F, name)}
-MODULES = [name for name in nn.__all__ if hasattr(torch.nn, name)]
 every_operator = pytest.mark.parametrize("op", IN_TORCH.values(), ids=IN_TORCH)
-every_module = pytest.mark.parametrize("name", MODULES)
 BOTH = [(average, reduce) for average in (None, True, False) for reduce in (None, True, False)]
 # torch warns if it cannot compute in chunks; the kernels ignore these options.
 CHUNKED = "linear_cross_entropy: ``options`` ignored"
@@ -74,29 +72,12 @@ def test_compiled(op: Operator) -> None:
                 raise
 
 
-@every_module
-@pytest.mark.filterwarnings("ignore")
-def test_modules(name: str) -> None:
-    """The entries have arguments for the constructor and for the call."""
-    for entry in database()[name]:
-        found = entry.module_inputs_func(entry, "cpu", torch.float32, True, training=True)
-        for one in found if grid.FULL else found[:: len(found) // 4 + 1]:
-            created, called = one.constructor_input, one.forward_input
-            classes = getattr(nn, name), entry.module_cls
-            modules = [each(*created.args, **created.kwargs) for each in classes]
-            modules[0].load_state_dict(modules[1].state_dict())
-            got, expected = (evaluate(m, *called.args, **called.kwargs) for m in modules)
-            assert_same(got.value, expected.value, expected.value)
-            for pair in zip(got.gradients, expected.gradients, strict=True):
-                assert_same(*pair, pair[1])
-
-
 # ---- the database --------------------------------------------------------------------------------
 
 
 @cache
 def database() -> dict[str, list[Any]]:
-    """Returns torch's entries for each operator and module, by name.
+    """Returns torch's entries for each operator, by name.
 
     They are imported by tests only, because importing takes seconds and loads a hypothesis profile.
     """
@@ -104,13 +85,10 @@ def database() -> dict[str, list[Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
-        from torch.testing._internal.common_modules import module_db
     hypothesis.settings.load_profile(profile)
     found = defaultdict(list)
     for entry in op_db:
         found[entry.name.removeprefix("nn.functional.")].append(entry)
-    for entry in module_db:
-        found[entry.module_cls.__name__].append(entry)
     return found
 
 

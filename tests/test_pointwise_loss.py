@@ -81,13 +81,6 @@ def test_a_warning_names_the_line_that_calls_the_module(package: Any) -> None:
     assert [warning.filename for warning in seen] == [__file__] * 2
 
 
-@grid(loss=BROADCASTING, reduction=REDUCTIONS)
-@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-def test_operands_that_broadcast_to_no_elements(loss: Loss, reduction: str) -> None:
-    given = loss.draw([(1, 0, 9), (1, 1)])
-    assert_matches_torch(loss.ours, loss.reference, **given, **loss.parameters, reduction=reduction)
-
-
 # ---- dtypes --------------------------------------------------------------------------------------
 
 PROMOTED = [*FLOATS, torch.int64, torch.uint8, torch.bool]
@@ -220,17 +213,6 @@ def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: Ker
 
 
 # ---- arguments -----------------------------------------------------------------------------------
-
-LEGACY = [(a, b) for a in (None, True, False) for b in (None, True, False) if (a, b) != (None,) * 2]
-
-
-@pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
-@grid(legacy=LEGACY)
-def test_kl_div_batchmean_with_deprecated_arguments(
-    legacy: tuple[bool | None, bool | None],
-) -> None:
-    given = torch.randn(4, 5), torch.rand(4, 5), *legacy, "batchmean"
-    close(functional.kl_div(*given), F.kl_div(*given))
 
 
 @pytest.mark.parametrize("elements", [2, 1 << 18])

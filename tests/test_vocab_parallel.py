@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import catalogue
 import pytest
 import torch
 import torch.distributed as dist
+from catalogue import TORCH
 from conftest import fused_always
 from processes import in_processes
 from torch import Tensor
@@ -258,7 +258,7 @@ def results(process: Process, case: Case) -> None:
         counted = target != -100
         best: Any = (logits.argmax(1) == target) & counted, logits.mean(1).where(counted, 0) / 0.5
     else:
-        _, best = catalogue.cross_entropy(logits, target, scale=0.5, with_metrics=True)
+        _, best = TORCH.cross_entropy_with_metrics(logits, target, scale=0.5)
     torch.testing.assert_close(found[1:], [*best], equal_nan=True)
 
 
