@@ -183,13 +183,9 @@ class VocabOptions:
     temperature: float = 1.0
     memory_budget: int | None = None
 
-    def values(self) -> tuple[Any, ...]:
-        """Returns the values of all fields, in order."""
-        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
-
     def by_name(self) -> dict[str, Any]:
         """Returns the values by name. Unlike ``vars``, torch 2.11's compiler can trace it."""
-        return dict(zip(self.__dataclass_fields__, self.values(), strict=True))
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the fields that hold tensors, by name."""

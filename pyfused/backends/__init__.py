@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import cpu
 from pyfused.backends.protocol import Backend as Backend
-from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.backends.versions import unsupported_triton
-from pyfused.layout import layouts
 from pyfused.torch_internals import run_while_tracing
-from pyfused.types import CrossEntropyOptions, Outputs, TensorSpec
+from pyfused.types import TensorSpec
 
 DTYPES = tuple(cpu.DTYPES)  # the dtypes that the kernels of all devices support
 
@@ -37,39 +34,6 @@ def backend_of(input: Tensor | TensorSpec) -> Backend:
     from pyfused.backends import triton  # imported at its first use
 
     return triton
-
-
-MOST_PREPARED = 4096
-prepared_kernels: dict[Any, LossKernel] = {}
-
-
-def cross_entropy_once(
-    backend: Backend,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> LossResult:
-    """Launches the kernel for a call without a plan, such as a block of a head's logits.
-
-    The kernel is prepared at the first call with these layouts, options and outputs.
-    """
-    tensors = input, target, weight, *options.plan_tensors()
-    key = (
-        *(backend, input.device, layouts(*tensors, grad_output), outputs),
-        *(options.reduction, options.ignore_index, options.label_smoothing != 0),
-        *(options.gamma != 0, options.scale != 1, options.temperature != 1),
-    )
-    launch = prepared_kernels.get(key)
-    if launch is None:
-        if len(prepared_kernels) >= MOST_PREPARED:
-            prepared_kernels.clear()
-        launch = prepared_kernels[key] = backend.cross_entropy(
-            tensors, options, outputs, grad_output
-        )
-    return launch(tensors, options.numbers(), grad_output)
 
 
 def takes_triton(input: Tensor | TensorSpec) -> bool:

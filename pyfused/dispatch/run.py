@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 from pyfused import checks
-from pyfused.backends import DTYPES, prepared_kernels, takes_triton, unsupported_device
+from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, sizes
 from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Operator, Tensors
 from pyfused.dispatch.originals import TorchAlone, torch_alone
@@ -136,7 +136,6 @@ find_plan = _plans.get
 
 def forget_plans() -> None:
     _plans.clear()
-    prepared_kernels.clear()
 
 
 def keep_plan(key: Any, plan: Any) -> None:

@@ -13,8 +13,9 @@ gradient of the scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,17 +23,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import backend_of
-from pyfused.backends.protocol import LossResult
+from pyfused.backends import Backend, backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Arguments, Case, Operand, Tensors
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
 from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
-from pyfused.ops.heads import Block, Layer, LossArgs, blocks, loss_over_rows, over_blocks
+from pyfused.ops.heads import Block, Layer, blocks, loss_over_rows, over_blocks
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.ops.row_loss import Results, RowLoss
+from pyfused.ops.row_loss import LossArgs, Results, RowLoss
 from pyfused.types import (
     LOG_P,
     STATE_FIELDS,
@@ -87,7 +87,7 @@ class Contrastive(RowLoss):
         needs_a, needs_b, needs_bias, needs_scale = needs_grad(arguments[:4])
         return needs_a or needs_scale, needs_b, needs_bias
 
-    def to_rows(self, tensors: Tensors, options: VocabOptions) -> tuple[Any, ...]:  # noqa: ARG002
+    def to_rows(self, options: Any, tensors: Tensors, _: Numbers = ()) -> tuple[Any, ...]:  # noqa: ARG002
         a, b, bias, scale = tensors
         a = in_autocast_dtype(a)
         x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
@@ -100,28 +100,26 @@ class Contrastive(RowLoss):
         (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
         return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
 
-    def kernels_divide(self, *_: Any) -> bool:
-        return True
-
-    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
-        compute = _softmax if tensors[2] is None else _sigmoid
-        return *compute(tensors, args), None
+    def prepare(
+        self, backend: Backend, tensors: Sequence[Any], *_: Any
+    ) -> tuple[Callable[..., Results], bool]:
+        return partial(_softmax if tensors[2] is None else _sigmoid, backend), True
 
 
-def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
+def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Results:
     """Computes the loss of rows and columns, and its gradients, in square blocks of logits.
 
     A block and its transpose are converted to the accumulation dtype where their gradients are
     added, before these are rounded.
     """
-    (x, b, *_), (backend, options, outputs, grad_output, *_) = tensors, args
+    (x, b, *_), (options, outputs, grad_output, *_) = tensors, args
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer synchronisations of threads, which take long on a busy machine, and
     # fewer launches on a GPU.
     size = (SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2,) * 2
     if options.memory_budget is not None:  # the other half is for the transposed block
         size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
-    loop = backend, Layer(x, (b,), None, x.dtype), size
+    layer = Layer(backend, x, (b,), None, x.dtype, size)
     plain = RowOptions()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
@@ -137,14 +135,14 @@ def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
             (empty.copy_(transposed), states[1], columns, ClassRange(rows.start, n)),
         )
 
-    for block in blocks(*loop):
+    for block in blocks(layer):
         for logits, state, rows, classes in directions(block, x.dtype):
             continues = classes.first > 0
             launch = backend.row_state(logits, plain, classes, STATE_FIELDS, 0, continues)
             launch(plain.numbers, logits, target[rows], None, state[:, rows])
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction)
     if not outputs.gradients:
-        return loss, ()
+        return loss, (), None
     factor = -0.5 / n if options.reduction == "mean" else -0.5
     if grad_output is None:
         grad_log_p = states.new_full((), factor).expand(n)
@@ -161,21 +159,21 @@ def _softmax(tensors: Sequence[Any], args: LossArgs) -> LossResult:
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
     memory = block.logits.view(-1) if n <= min(size) else None  # the only block is still there
-    return loss, over_blocks(*loop, outputs.gradients, step, memory=memory)[:3]
+    return loss, over_blocks(layer, outputs.gradients, step, memory=memory)[:3], None
 
 
-def _sigmoid(tensors: Sequence[Any], args: LossArgs) -> LossResult:
+def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Results:
     """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
-    (x, b, bias, _), (backend, options, outputs, *_) = tensors, args
+    (x, b, bias, _), (options, outputs, grad_output, *_) = tensors, args
     n, dtype, wide = len(x), x.dtype, bias.dtype
     bytes_per_logit = dtype.itemsize + 2 * wide.itemsize
     given = n, b.shape, options.memory_budget, dtype, backend, bytes_per_logit
-    rows = max(1, min(n, rows_in_budget(*given)))
+    size = max(1, min(n, rows_in_budget(*given))), b.shape[0]
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
     divisor = float(n) if options.reduction == "mean" else 1.0
 
-    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
+    def step(block: Block, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z)
@@ -185,15 +183,15 @@ def _sigmoid(tensors: Sequence[Any], args: LossArgs) -> LossResult:
         loss, (gradient, _) = launch(operands, ())
         loss = loss.sum(1) if loss is not None and loss.dim() else loss
         if gradient is not None:
-            if args.grad_output is not None:
-                gradient.mul_(args.grad_output.to(wide).unsqueeze(-1))
+            if grad is not None:
+                gradient.mul_(grad.to(wide).unsqueeze(-1))
             gradient.diagonal(block.rows.start).neg_()
             grad_bias.add_(gradient.sum(dtype=torch.float64))
             gradient = gradient.to(dtype)
         return loss, gradient
 
-    layer = Layer(x, (b,), None, dtype)
-    loss, gradients = loss_over_rows(layer, rows, args, step)
-    if not gradients:
-        return loss, ()
-    return loss, (*gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None)
+    layer = Layer(backend, x, (b,), None, dtype, size)
+    loss, gradients = loss_over_rows(layer, outputs.gradients, step, (grad_output,))
+    if gradients:
+        gradients = *gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None
+    return loss, gradients, None

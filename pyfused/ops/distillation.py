@@ -25,23 +25,14 @@ from pyfused import checks
 from pyfused.backends import Backend
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Arguments, Tensors
+from pyfused.dispatch.operator import Arguments, Numbers, Tensors
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
-from pyfused.ops.heads import (
-    Block,
-    Layer,
-    LossArgs,
-    LossStep,
-    capped,
-    linear,
-    loss_over_rows,
-    rows_that_count,
-)
-from pyfused.ops.row_loss import Results, RowLoss
-from pyfused.ops.row_state import logits_state, loss_denominator
+from pyfused.ops.heads import Block, Layer, capped, kept, linear, loss_over_rows
+from pyfused.ops.row_loss import LossArgs, Results, RowLoss
+from pyfused.ops.row_state import LogitRows, loss_denominator
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -194,26 +185,15 @@ def _reduced(loss: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Divergence(RowLoss):
-    """The divergence of a student's predictions from a teacher's.
+    """The divergence of a student's predictions from a teacher's."""
 
-    Attributes:
-        kernels: Computes the divergence of each row, or their sum, and the gradients that are
-            needed, of two-dimensional operands. Takes the arguments of `compute_rows`. For logits,
-            `divergence_kernel`.
-    """
-
-    kernels: Callable[..., Any]
     options = DivergenceOptions
     strategy = "row by row"
 
     def check(self, arguments: Arguments) -> None:
         super().check(arguments)
-        if self.operands[-2].indices:
-            indices = arguments[-3]
-            checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(arguments[1]))
-            checks.topk_log_probs(_masked(arguments[-2], arguments[-1], -torch.inf))
 
-    def to_rows(self, tensors: Tensors, options: DivergenceOptions) -> tuple[Any, ...]:  # noqa: ARG002
+    def to_rows(self, options: Any, tensors: Tensors, _: Numbers = ()) -> tuple[Any, ...]:  # noqa: ARG002
         token_weight, denominator = checks.factors(*tensors[-2:])
         tensors = list(tensors[:-2])
         for i, operand in enumerate(self.operands):
@@ -225,44 +205,80 @@ class Divergence(RowLoss):
         denominator = None if denominator is None else denominator.reshape(())  # from (1)
         return *tensors, token_weight, denominator
 
-    def valid_rows(
-        self,
-        backend: Backend,
-        tensors: Sequence[Any],  # noqa: ARG002
-        options: DivergenceOptions,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        weight = options.token_weight
-        return (None, None) if weight is None else rows_that_count(weight != 0, backend)
-
-    def total_weight(self, tensors: Sequence[Any], options: DivergenceOptions) -> float | Tensor:
-        weight = options.token_weight
-        return len(tensors[0]) if weight is None else weight.sum(dtype=torch.float64)
-
-    def kernels_divide(self, *_: Any) -> bool:
-        return self.kernels is linear_kernels
-
-    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
-        options = args.options
-        if options.reduction == "mean":
-            denominator = loss_denominator(options, self.total_weight(tensors, options))
-            args = args._replace(options=replace(options, denominator=denominator))
-        return *self.kernels(tensors, args), None
-
 
 class LogitsDivergence(Divergence):
     """The divergence of logits."""
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:
-        plan = super().plan(arguments, inplace)
-        options = self.checked_options(arguments)
-        prepare = partial(self.kernels, plan.backend, options)
+        plan, options = super().plan(arguments, inplace), arguments[-1]
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
+        prepare = partial(divergence_kernel, plan.backend, options)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
+        return replace(plan, forward=forward, backward=backward)
 
-        def finish(loss: Tensor, tensors: Tensors) -> Any:
-            return self.finish(loss, tensors, options)
+    def prepare(self, *_: Any) -> Any:
+        return None, True  # the plan has other passes
 
-        return replace(plan, forward=forward, backward=backward, finish=finish)
+
+class HeadDivergence(Divergence):
+    """The divergence of a student's linear layer from a teacher's."""
+
+    def prepare(
+        self, backend: Backend, _: Sequence[Any], options: DivergenceOptions
+    ) -> tuple[Callable[..., Results], bool]:
+        kernel = kept(partial(divergence_kernel, backend, options))
+        copies = 1 if options.teacher_softcap is None else 3  # of the teacher's logits
+
+        def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
+            options, (needs_loss, needs, *_), *_ = args
+            *_, teacher_input, weight, bias = tensors
+            dtype = backend.product_dtype(teacher_input.dtype)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            if options.reduction == "mean":
+                options.denominator = loss_denominator(options, self.total_weight(tensors, options))
+            numbers, (_, denominator) = options.numbers(), options.plan_tensors()
+            outputs = Outputs(needs_loss, (any(needs),) if needs else (), inplace=True)
+
+            def step(
+                block: Block, input: Tensor, token_weight: Tensor | None, grad_output: Tensor | None
+            ) -> tuple[Tensor | None, Tensor | None]:
+                teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
+                linear(input.to(dtype), weight, bias, teacher_logits)
+                operands = block.logits, teacher_logits, token_weight, denominator
+                loss, (gradient,) = kernel(operands, numbers, outputs, grad_output)
+                return loss, gradient
+
+            return _by_rows(backend, tensors, args, step, (teacher_input,), copies * dtype.itemsize)
+
+        return compute, True
+
+
+class TopKDivergence(Divergence):
+    """The divergence of a student's linear layer from a teacher's top k."""
+
+    def check(self, arguments: Arguments) -> None:
+        super().check(arguments)
+        _, weight, _, indices, log_probs, options = arguments
+        checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(weight))
+        checks.topk_log_probs(_masked(log_probs, options, -torch.inf))
+
+    def prepare(self, backend: Backend, *_: Any) -> tuple[Callable[..., Results], bool]:
+        def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
+            _, weight, _, indices, log_probs = tensors
+            invalid = checks.topk_indices(indices, len(weight))[:, None]
+            checks.topk_log_probs(_masked(log_probs, args.options, -torch.inf))
+            if backend.ASYNCHRONOUS:  # an error would synchronise, so the loss of the row is NaN
+                log_probs = log_probs.masked_fill(invalid, torch.nan)
+                indices = indices.masked_fill(invalid, 0)
+
+            def step(block: Block, *rows: Any) -> tuple[Tensor | None, Tensor | None]:
+                logits, cap_backward = capped(backend, block.logits, args.options.softcap)
+                loss, gradient = _topk(backend, args, logits, *rows)
+                return loss, None if gradient is None else cap_backward(gradient)
+
+            return _by_rows(backend, tensors, args, step, (indices, log_probs))
+
+        return compute, False
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -304,89 +320,65 @@ def divergence_kernel(
     return launch
 
 
-def linear_kernels(tensors: Sequence[Any], args: LossArgs) -> LossResult:
-    """Computes the divergence of a student's head from a teacher's, and the student's gradients."""
-    *_, input, weight, bias = tensors
-    backend = args.backend
-    dtype = backend.product_dtype(input.dtype)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
-        _, options, outputs, grad_output, *_ = args
-        teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
-        linear(input[block.rows].to(dtype), weight, bias, teacher_logits)
-        tensors = block.logits, teacher_logits, *options.plan_tensors()
-        kernel = divergence_kernel(backend, options, tensors, outputs, grad_output)
-        loss, (gradient,) = kernel(tensors, options.numbers(), grad_output)
-        return loss, gradient
-
-    teacher_bytes = dtype.itemsize * (1 if args.options.teacher_softcap is None else 3)
-    return _by_rows(tensors, args, step, teacher_bytes)
-
-
-def topk_kernels(tensors: Sequence[Any], args: LossArgs) -> LossResult:
-    """Computes the divergence of a student's head from a teacher's top k, and the gradients."""
-    _, weight, _, indices, log_probs = tensors
-    invalid = checks.topk_indices(indices, len(weight))[:, None]
-    checks.topk_log_probs(_masked(log_probs, args.options, -torch.inf))
-    if args.backend.ASYNCHRONOUS:  # an error would synchronise, so the loss of the row is NaN
-        log_probs = log_probs.masked_fill(invalid, torch.nan)
-        indices = indices.masked_fill(invalid, 0)
-
-    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
-        logits, cap_backward = capped(args.backend, block.logits, args.options.softcap)
-        loss, gradient = _topk(logits, indices[block.rows], log_probs[block.rows], args)
-        return loss, None if gradient is None else cap_backward(gradient)
-
-    return _by_rows(tensors, args, step)
-
-
 def _by_rows(
-    tensors: Sequence[Any], args: LossArgs, step: LossStep, teacher_bytes: int = 0
-) -> LossResult:
+    backend: Backend,
+    tensors: Sequence[Any],
+    args: LossArgs,
+    step: Callable[..., tuple[Tensor | None, Tensor | None]],
+    row_tensors: Sequence[Tensor | None],
+    teacher_bytes: int = 0,
+) -> Results:
     """Computes the divergence and the gradients by blocks of rows.
 
     Args:
         step: As in `loss_over_rows`, for a block of the student's logits.
+        row_tensors: The first tensors of which it takes rows; token_weight and grad_output follow.
         teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
     """
-    (input, weight, bias, *_), (backend, options, *_) = tensors, args
+    (input, weight, bias, *_), (options, outputs, grad_output, *_) = tensors, args
     n, dtype = len(input), backend.product_dtype(input.dtype)
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     bytes_per_logit = dtype.itemsize + cap_bytes + teacher_bytes
     given = n, weight.shape, options.memory_budget, dtype, backend, bytes_per_logit
-    rows = max(1, min(n, rows_in_budget(*given)))
-    layer = Layer(_masked(input, options), (weight,), bias, dtype)
-    loss, gradients = loss_over_rows(layer, rows, args, step)
-    return loss, gradients[:3]
+    size = max(1, min(n, rows_in_budget(*given))), weight.shape[0]
+    layer = Layer(backend, _masked(input, options), (weight,), bias, dtype, size)
+    row_tensors = *row_tensors, options.token_weight, grad_output
+    loss, gradients = loss_over_rows(layer, outputs.gradients, step, row_tensors)
+    return loss, gradients[:3], None
 
 
 def _topk(
-    logits: Tensor, indices: Tensor, log_q: Tensor, args: LossArgs
+    backend: Backend,
+    args: LossArgs,
+    logits: Tensor,
+    indices: Tensor,
+    log_q: Tensor,
+    weight: Tensor | None,
+    grad_output: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Computes the divergence of k + 1 classes, the last of which is the sum of all others.
 
     With the gradient g of the k + 1 log-probabilities, and its sum s, the gradient of the logit x_c
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
-    backend, options, outputs, grad_output, *_ = args
-    n, classes = logits.shape
+    options, (n, classes) = args.options, logits.shape
     rows, class_range = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # to round the log-sum-exp less
     topk_logits = logits.gather(1, indices).double() * rows.scale
     logits.scatter_(1, indices, -torch.inf)
-    state, _ = logits_state(backend, logits, rows, class_range)(rows.numbers, logits, None)
+    source = LogitRows(backend, rows, class_range)
+    state, *_ = source.state(((logits,), None, None, rows.numbers))
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
     log_p, log_q = _with_rest(topk_logits - lse, log_p_rest, log_q.double(), options, classes)
-    loss, weight = divergence(log_p, log_q, options.beta), options.token_weight
+    loss = divergence(log_p, log_q, options.beta)
     if weight is not None:
         loss = (loss * weight).where(weight != 0, 0)
     factor = torch.ones_like(loss) if weight is None else weight
     loss = loss if options.reduction == "none" else loss.sum()
-    if not outputs.gradients:
+    if not args.outputs.gradients:
         return loss, None
     if grad_output is not None:
         factor = (factor * grad_output).where(factor != 0, 0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +23,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused.backends import Backend
-from pyfused.backends.protocol import LossResult
-from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import fixed_rows, product_dtype, state_block_size
+from pyfused.backends.protocol import LossKernel, LossResult
+from pyfused.layout import accumulate_dtype, layouts
+from pyfused.ops.chunk_sizes import fixed_rows, product_dtype
 from pyfused.ops.elementwise import SOFTCAP
-from pyfused.types import STATE_FIELDS, ClassRange, Gradients, Head, Outputs, RowOptions
+from pyfused.ops.row_state import RowInputs, RowState
+from pyfused.types import ClassRange, Gradients, Head, Outputs, RowOptions
 
 # ---- the loop ------------------------------------------------------------------------------------
 
 
 class Layer(NamedTuple):
-    """A linear layer and its input.
+    """A linear layer and its input, whose logits are computed by blocks.
 
     Attributes:
         input: (N, D), or (N, D + r) with an adapter; its last r features are the adapter's.
@@ -41,16 +42,21 @@ class Layer(NamedTuple):
             The adapter's output is added to the layer's.
         bias: (C), or None.
         dtype: The dtype of the matrix products.
+        size: The numbers of rows and classes of a block.
         counts: (N), whether each row counts. If not, the gradient of its logits is 0, and its
             features, which may be NaN, are taken as 0 in the gradient of the weight. None if all
             rows count.
+        fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
 
+    backend: Backend
     input: Tensor
     weights: Sequence[Tensor]
     bias: Tensor | None
     dtype: torch.dtype
+    size: tuple[int, int]
     counts: Tensor | None = None
+    fixed_sizes: bool = False
 
     def split(self, input: Tensor) -> Sequence[Tensor]:
         """Splits features, or their gradient, into the features of each weight."""
@@ -76,24 +82,16 @@ class Block(NamedTuple):
 
 
 def blocks(
-    backend: Backend,
-    layer: Layer,
-    size: tuple[int, int],
-    *,
-    backwards: bool = False,
-    memory: Tensor | None = None,
-    fixed_sizes: bool = False,
+    layer: Layer, *, backwards: bool = False, memory: Tensor | None = None
 ) -> Iterator[Block]:
     """Yields blocks of logits, which share their memory: all rows for some classes, then the next.
 
     Args:
-        size: The numbers of rows and classes of a block.
         backwards: Whether the blocks of rows come in reverse order.
         memory: Holds the logits of the first block, and is overwritten by the next ones. None
             allocates it.
-        fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
-    input, all_weights, bias, dtype, _ = layer
+    backend, input, all_weights, bias, dtype, size, _, fixed_sizes = layer
     n, all_classes = input.shape[0], all_weights[0].shape[0]
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
     product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
@@ -121,19 +119,16 @@ class LayerGradients:
     """Accumulates the gradients of a layer over blocks, whose rows come in ascending order.
 
     Args:
-        size: The numbers of rows and classes of a block.
         needs: Whether the input, the weight, the bias and the adapter's weight need a gradient.
     """
 
-    def __init__(
-        self, backend: Backend, layer: Layer, size: tuple[int, int], needs: Sequence[bool]
-    ) -> None:
-        self.backend, self.layer, self.sum_dtype = backend, layer, accumulate_dtype(layer.dtype)
+    def __init__(self, layer: Layer, needs: Sequence[bool]) -> None:
+        backend, input, weights, bias, dtype, size, *_ = layer
+        self.layer, self.sum_dtype = layer, accumulate_dtype(dtype)
         self.input: Tensor | None = None
         self.bias: Tensor | None = None
-        self.weights: list[Tensor | None] = [None] * len(layer.weights)
+        self.weights: list[Tensor | None] = [None] * len(weights)
         self.sums = list(self.weights)  # of the products of the current block of classes
-        input, weights, bias, dtype, _ = layer
         all_rows, all_classes = input.shape[0] <= size[0], weights[0].shape[0] <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
@@ -143,7 +138,7 @@ class LayerGradients:
                 sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
                 self.weights[i] = backend.empty(weight.shape, sum_dtype, input)
         if needs[2] and bias is not None:
-            self.bias = bias.new_zeros(len(bias), dtype=self.sum_dtype)
+            self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype)
 
     def add(self, block: Block, grad_logits: Tensor, columns: Tensor | None = None) -> None:
         """Adds the products of the gradient of a block's logits with its weights and its inputs.
@@ -152,14 +147,14 @@ class LayerGradients:
             columns: The indices of the classes to include, None for all.
         """
         _, inputs, weights, rows, classes = block
+        backend, counts = self.layer.backend, self.layer.counts
         if self.bias is not None:
             self.bias[classes] += grad_logits.sum(0, dtype=self.sum_dtype)
         if columns is not None:
             grad_logits, weights = grad_logits[:, columns], [weight[columns] for weight in weights]
         if self.input is not None:
             for out, weight in zip(self.layer.split(self.input[rows]), weights, strict=True):
-                self.backend.add_product(out, grad_logits, weight, float(classes.start > 0))
-        counts = self.layer.counts
+                backend.add_product(out, grad_logits, weight, float(classes.start > 0))
         if counts is not None and self.weights.count(None) < len(self.weights):
             inputs = [x.where(counts[rows].unsqueeze(-1), 0) for x in inputs]
         first, last = rows.start == 0, rows.stop == self.layer.input.shape[0]
@@ -169,11 +164,10 @@ class LayerGradients:
             out = total[classes]
             if first:
                 in_place = out.dtype is self.sum_dtype or (last and out.dtype is grad_logits.dtype)
-                empty = self.backend.empty
-                self.sums[i] = out if in_place else empty(out.shape, self.sum_dtype, x)
+                self.sums[i] = out if in_place else backend.empty(out.shape, self.sum_dtype, x)
             sums: Any = self.sums[i]
             if columns is None:
-                self.backend.add_product(sums, grad_logits.t(), x, float(not first))
+                backend.add_product(sums, grad_logits.t(), x, float(not first))
             else:
                 sums = sums.zero_() if first else sums
                 sums.index_add_(0, columns, torch.mm(grad_logits.t(), x).to(sums.dtype))
@@ -185,39 +179,32 @@ class LayerGradients:
 
         These are the gradients of the input, the weight, the bias and the adapter's weight.
         """
-
-        def convert(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-            if total is None or tensor is None or total.dtype is tensor.dtype:
-                return total
-            empty: Tensor = self.backend.empty(total.shape, tensor.dtype, total)
-            return empty.copy_(total)
-
-        input, weights, bias, *_ = self.layer
-        totals = map(convert, self.weights, weights)
-        weight, adapter_weight = (*totals, None)[:2]
-        return convert(self.input, input), weight, convert(self.bias, bias), adapter_weight
+        backend, input, weights, bias, *_ = self.layer
+        gradients: list[Any] = [self.input, self.bias, *self.weights]
+        for i, (total, x) in enumerate(zip(gradients, (input, bias, *weights), strict=True)):
+            if total is not None and x is not None and total.dtype is not x.dtype:
+                gradients[i] = backend.empty(total.shape, x.dtype, total).copy_(total)
+        grad_input, grad_bias, grad_weight, *grad_adapter = gradients
+        return grad_input, grad_weight, grad_bias, grad_adapter[0] if grad_adapter else None
 
 
 def over_blocks(
-    backend: Backend,
     layer: Layer,
-    size: tuple[int, int],
     needs: Sequence[bool],
     step: Callable[[Block], Tensor | None],
-    *,
     filter_below: Tensor | None = None,
-    **options: Any,
+    memory: Tensor | None = None,
 ) -> Gradients:
     """Runs the loop that all losses of a layer's logits share, and returns the layer's gradients.
 
     Args:
-        size, options: As in `blocks`.
         needs: As in `LayerGradients`.
         step: Computes the gradient of a block's logits, which may overwrite them, or None.
         filter_below: Columns of gradients that are all smaller are left out of the products. A
             scalar, or one threshold for each row; None to include all columns.
+        memory: As in `blocks`.
     """
-    sums = LayerGradients(backend, layer, size, needs)
+    sums = LayerGradients(layer, needs)
 
     def add(block: Block) -> None:
         grad_logits = step(block)
@@ -228,76 +215,74 @@ def over_blocks(
                 columns = large_columns(grad_logits, threshold)
             sums.add(block, grad_logits, columns)
 
-    deque(map(add, blocks(backend, layer, size, **options)), maxlen=0)
+    deque(map(add, blocks(layer, memory=memory)), maxlen=0)
     return sums.converted()  # after the memory of the logits has been freed
 
 
-class LossArgs(NamedTuple):
-    """The arguments of a forward or backward pass of a loss over rows, besides its tensors.
-
-    Attributes:
-        options: The options, with the reduction "sum" or "none"; or "mean", as in the arguments of
-            the backend, if the operator's kernels divide.
-        outputs: The results to compute.
-        grad_output: The gradient of the loss: a scalar, or one element per row if the reduction is
-            "none". None for ones, or if the forward pass needs none.
-        state: The state that the forward pass has returned, None if it has returned none.
-        counts: As in `Layer`.
-    """
-
-    backend: Backend
-    options: Any
-    outputs: Outputs
-    grad_output: Tensor | None
-    state: Tensor | None = None
-    counts: Tensor | None = None
-
-
-# Computes the loss and the gradient of a block's logits, which it may overwrite, given the
-# arguments for the block's rows.
-LossStep = Callable[[Block, LossArgs], tuple[Tensor | None, Tensor | None]]
-
-
 def loss_over_rows(
-    layer: Layer, rows: int, args: LossArgs, step: LossStep, filter_below: Tensor | None = None
+    layer: Layer,
+    needs: Sequence[bool],
+    step: Callable[..., tuple[Tensor | None, Tensor | None]],
+    row_tensors: Sequence[Tensor | None],
+    filter_below: Tensor | None = None,
 ) -> LossResult:
     """Returns the loss and the layer's gradients, by blocks of rows with all classes.
 
     The loss is a sum in float64, or a tensor with the loss of each row. The gradients are those of
-    `LayerGradients`, or () if the pass computes none.
+    `LayerGradients`, or () if ``needs`` is empty.
 
     Args:
-        rows: The number of rows of a block.
-        args: Four of the gradients belong to the layer and come first. A step computes the gradient
-            of the logits instead of these four, and the other gradients.
+        step: Computes the loss and the gradient of a block's logits, which it may overwrite; None
+            for what is not needed. It takes the block, and the rows of the tensors that follow.
+        row_tensors: Tensors of all rows, scalars, or None.
         filter_below: As in `over_blocks`.
     """
-    backend, options, outputs, grad_output, *_ = args
-    weight, unreduced, losses = options.token_weight, options.reduction == "none", list[Tensor]()
-    needs = outputs.gradients
-    block_needs = (any(needs[:4]), *needs[4:]) if needs else ()
-    block_outputs = Outputs(outputs.loss, block_needs, inplace=True)
+    losses = list[Tensor]()
 
     def block_step(block: Block) -> Tensor | None:
-        block_options, grad = options, grad_output
-        if weight is not None:
-            block_options = replace(options, token_weight=weight[block.rows])
-        if unreduced and grad is not None:
-            grad = grad[block.rows]
-        loss, grad_logits = step(block, LossArgs(backend, block_options, block_outputs, grad))
+        rows = [x[block.rows] if x is not None and x.dim() else x for x in row_tensors]
+        loss, grad_logits = step(block, *rows)
         if loss is not None:
             losses.append(loss)
         return grad_logits
 
-    loop = backend, layer, (rows, layer.weights[0].shape[0]), needs or (False,) * 4, block_step
-    gradients = over_blocks(*loop, filter_below=filter_below)
+    gradients = over_blocks(layer, needs or (False,) * 4, block_step, filter_below)
     gradients = gradients if needs else ()
-    if not losses:
-        return None, gradients
-    if len(losses) == 1:
-        return losses[0], gradients
+    if len(losses) < 2:
+        return losses[0] if losses else None, gradients
+    unreduced = losses[0].dim() > 0
     loss = torch.cat(losses) if unreduced else torch.stack(losses).sum(dtype=torch.float64)
     return loss, gradients
+
+
+MOST_PREPARED = 64
+
+
+def kept(prepare: Callable[..., LossKernel]) -> Callable[..., LossResult]:
+    """Returns a function that runs a kernel, prepared at the first call with these layouts.
+
+    On CPUs, the number of rows differs from call to call, as ignored rows are left out.
+
+    Args:
+        prepare: Prepares the kernel for tensors, outputs and grad_output.
+
+    Returns:
+        A function of the tensors, the numbers, the outputs, and grad_output or None.
+    """
+    launches: dict[Any, LossKernel] = {}
+
+    def run(
+        tensors: Sequence[Any], numbers: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
+    ) -> LossResult:
+        key = outputs, layouts(*tensors, grad_output)
+        launch = launches.get(key)
+        if launch is None:
+            if len(launches) >= MOST_PREPARED:
+                launches.clear()
+            launch = launches[key] = prepare(tensors, outputs, grad_output)
+        return launch(tensors, numbers, grad_output)
+
+    return run
 
 
 # ---- valid rows ----------------------------------------------------------------------------------
@@ -316,9 +301,9 @@ def rows_that_count(valid: Tensor, backend: Backend) -> tuple[Tensor | None, Ten
     if backend.ASYNCHRONOUS:
         return None, counts
     rows = counts.nonzero().flatten()
-    if len(rows) == len(counts):
+    if rows.shape[0] == counts.shape[0]:
         return None, None
-    return (rows, None) if len(rows) else (None, counts)
+    return (rows, None) if rows.shape[0] else (None, counts)
 
 
 def take_rows(values: Any, rows: Tensor | None, dim: int = 0) -> Any:
@@ -338,85 +323,84 @@ def spread_rows(values: Any, rows: Tensor | None, total: int, dim: int = 0) -> A
 # ---- the state of rows ---------------------------------------------------------------------------
 
 
-class StateOptions(NamedTuple):
-    """Options of the state of the rows of logits, or of a layer's output.
+@dataclass(eq=False)
+class HeadRows:
+    """The rows of a layer's logits, one for each target, planned once for a signature.
+
+    On CPUs, rows without a valid target are left out.
 
     Attributes:
-        rows: The options of the kernels.
-        classes: The classes of these logits.
+        head: Describes the layer, by tensors or TensorSpecs; its input has the dtype that autocast
+            gives it. A layer with an adapter has two-dimensional weights.
+        options: The options of the kernels, whose numbers are not used.
+        classes: The range of the layer's classes.
         fields: The number of fields of a state.
-        size: The numbers of rows and classes of a block of a layer's logits, None for the default.
-        memory_budget: Bytes for the logits in memory at once, None for the default.
-        fixed_sizes: Whether the logits come from matrix products of one size.
+        size: Returns the numbers of rows and classes of a block, given the number of rows.
+        needs: Whether the input, the weight, the bias and the adapter's weight need a gradient.
+        fixed_sizes: As in `Layer`.
     """
 
-    rows: RowOptions
+    backend: Backend
+    head: InitVar[Head]
+    options: RowOptions
     classes: ClassRange
-    fields: int = STATE_FIELDS
-    size: tuple[int, int] | None = None
-    memory_budget: int | None = None
+    fields: int
+    size: Callable[[int], tuple[int, int]]
+    needs: Sequence[bool]
     fixed_sizes: bool = False
 
+    def __post_init__(self, head: Head) -> None:
+        self.dtype, self.columns = product_dtype(head, self.backend), head.columns
+        self.positions = head.linear_weight.shape[1:-1].numel()
 
-class LayerStates:
-    """Computes the states of the rows of a layer's logits, and gradients from them, by blocks.
-
-    A row has the logits of one target. On CPUs, rows without a valid target are left out.
-
-    Args:
-        head: The layer, with class indices as targets, and the weights of all classes in the
-            accumulation dtype, or None. A layer with an adapter has two-dimensional weights.
-    """
-
-    def __init__(self, backend: Backend, head: Head, options: StateOptions) -> None:
-        self.backend, self.options, self.weight = backend, options, head.weight
-        weight, bias = head.linear_weight.detach(), head.linear_bias
-        self.shape, self.target_shape = head.input.shape, head.target.shape
-        self.class_shape = *weight.shape[1:-1], weight.shape[0]
-        self.n, self.positions = self.shape[:-1].numel(), weight.shape[1:-1].numel()
-        input = head.input.detach().reshape(self.n, self.shape[-1])
-        target = head.target.reshape(self.n, self.positions)
-        ignore_index = options.rows.ignore_index
-        self.valid, counts = rows_that_count(target != ignore_index, backend)
-        input, target = take_rows(input, self.valid), take_rows(target, self.valid)
-        self.labels = target.flatten().contiguous()
-        size = options.memory_budget, options.fixed_sizes, backend
-        self.size = options.size or state_block_size(head._replace(input=input), *size)
-        bias = None if bias is None else bias.detach().movedim(0, -1).flatten()
-        weight = weight.movedim(0, -2).reshape(head.columns, -1)  # classes of a position in a row
-        weights = (weight,) if head.adapter_weight is None else (weight, head.adapter_weight)
-        self.layer = Layer(input, weights, bias, product_dtype(head, backend), counts)
+    def layer(self, inputs: RowInputs) -> tuple[Layer, Tensor, Tensor | None, int]:
+        """Returns the layer of the rows to compute, their targets, their indices and all rows."""
+        layer: list[Any] = [None if x is None else x.detach() for x in inputs[0]]
+        input, weight, bias, *adapter = layer
+        n, features = input.shape[:-1].numel(), input.shape[-1]
+        input, target = input.reshape(n, features), inputs[1].reshape(n, self.positions)
+        valid, counts = rows_that_count(target != self.options.ignore_index, self.backend)
+        input, target = take_rows(input, valid), take_rows(target, valid)
+        bias = None if bias is None else bias.movedim(0, -1).flatten()
+        weight = weight.movedim(0, -2).reshape(self.columns, -1)  # a position's classes in a row
+        weights = [weight, *[x for x in adapter if x is not None]]
+        given = bias, self.dtype, self.size(input.shape[0]), counts, self.fixed_sizes
+        labels = target.flatten().contiguous()
+        return Layer(self.backend, input, weights, *given), labels, valid, n
 
     def per_target(self, block: Block) -> tuple[Tensor, slice, ClassRange]:
         """Returns a block's logits with a row per target, the targets' slice, and the classes."""
         targets = slice(block.rows.start * self.positions, block.rows.stop * self.positions)
-        first, total = self.options.classes
+        first, total = self.classes
         logits = block.logits.view(targets.stop - targets.start, -1)
         return logits, targets, ClassRange(first + block.classes.start, total)
 
-    def state(self, return_logits: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Computes the state of each target, of shape (fields, *target.shape), in float64.
+    def state(self, inputs: RowInputs, keeps_logits: bool = False) -> RowState:
+        """Computes the state of each target.
 
         Args:
-            return_logits: Whether the logits of the first block are returned, for the backward
-                pass. They are None if the block does not have all classes.
+            keeps_logits: Whether the logits of the first block are returned. They are None if the
+                block does not have all classes.
         """
-        rows, fields, fixed_sizes = self.options.rows, self.options.fields, self.options.fixed_sizes
-        state = self.labels.new_empty((fields, len(self.labels)), dtype=torch.float64)
-        loop = self.backend, self.layer, self.size
-        for block in blocks(*loop, backwards=True, fixed_sizes=fixed_sizes):
+        (_, target, weight, numbers), fields = inputs, self.fields
+        layer, labels, valid, n = self.layer(inputs)
+        state = labels.new_empty((fields, labels.shape[0]), dtype=torch.float64)
+        for block in blocks(layer, backwards=True):
             logits, targets, classes = self.per_target(block)
-            continues = block.classes.start > 0
-            launch = self.backend.row_state(logits, rows, classes, fields, 0, continues)
-            launch(rows.numbers, logits, self.labels[targets], self.weight, state[:, targets])
-        state = spread_rows(state.view(fields, -1, self.positions), self.valid, self.n, 1)
-        has_all_classes = block.logits.shape[1] == self.layer.weights[0].shape[0]
-        kept = block.logits.view(-1) if return_logits and has_all_classes else None
-        return state.view(fields, *self.target_shape), kept
+            given = self.options, classes, fields, 0, block.classes.start > 0
+            launch = self.backend.row_state(logits, *given)
+            launch(numbers, logits, labels[targets], weight, state[:, targets])
+        state = spread_rows(state.view(fields, -1, self.positions), valid, n, 1)
+        keeps_logits = keeps_logits and block.logits.shape[1] == self.columns
+        return (
+            state.view(fields, *target.shape),
+            None,
+            block.logits.view(-1) if keeps_logits else None,
+        )
 
     def gradients(
         self,
-        needs: Sequence[bool],
+        inputs: RowInputs,
         state: Tensor,
         grad_results: Tensor,
         logits: Tensor | None = None,
@@ -426,41 +410,35 @@ class LayerStates:
 
         Args:
             state: The state over all classes.
-            grad_results: The gradients of log-probability, entropy, log-sum-exp and the weighted
-                sum of the logits, or of the first 1 or 3 of these, in float64. The target's shape
-                follows.
+            grad_results: The gradients of the first 1, 3 or 4 results, before the shape of the
+                target, in float64.
             logits: The logits that `state` has returned; they are overwritten.
             filter_below: As in `over_blocks`, for all rows of the input.
         """
-        valid, n, rows = self.valid, self.n, self.options.rows
+        (input, linear_weight, *_), _, weight, numbers = inputs
+        layer, labels, valid, n = self.layer(inputs)
         state, grad_results = (
-            take_rows(values.reshape(len(values), n, -1), valid, 1).flatten(1).contiguous()
+            take_rows(values.reshape(values.shape[0], n, -1), valid, 1).flatten(1).contiguous()
             for values in (state, grad_results)
         )
 
         def step(block: Block) -> Tensor:
             logits, targets, classes = self.per_target(block)
-            launch = self.backend.row_gradients(logits, rows, classes, len(grad_results))
+            launch = self.backend.row_gradients(logits, self.options, classes, len(grad_results))
             given = state[:, targets], grad_results[:, targets]
-            launch(rows.numbers, logits, self.labels[targets], self.weight, *given, logits)
+            launch(numbers, logits, labels[targets], weight, *given, logits)
             return block.logits
 
-        grad_input, grad_weight, grad_bias, grad_adapter = over_blocks(
-            self.backend,
-            self.layer,
-            self.size,
-            needs,
-            step,
-            filter_below=take_rows(filter_below, valid),
-            memory=logits,
-            fixed_sizes=self.options.fixed_sizes,
-        )
+        below = take_rows(filter_below, valid)
+        gradients = over_blocks(layer, self.needs, step, below, logits)
+        grad_input, grad_weight, grad_bias, grad_adapter = gradients
         if grad_input is not None:
-            grad_input = spread_rows(grad_input, valid, n).view(self.shape)
+            grad_input = spread_rows(grad_input, valid, n).view(input.shape)
+        classes = *linear_weight.shape[1:-1], linear_weight.shape[0]
         if grad_weight is not None:
-            grad_weight = grad_weight.view(*self.class_shape, -1).movedim(-2, 0)
+            grad_weight = grad_weight.view(*classes, -1).movedim(-2, 0)
         if grad_bias is not None:
-            grad_bias = grad_bias.view(self.class_shape).movedim(-1, 0)
+            grad_bias = grad_bias.view(classes).movedim(-1, 0)
         return grad_input, grad_weight, grad_bias, grad_adapter
 
 

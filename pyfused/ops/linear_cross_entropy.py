@@ -5,7 +5,7 @@ loss = cross_entropy(input @ linear_weight.T + linear_bias, target)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of, cross_entropy_once
+from pyfused.backends import Backend, backend_of
+from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
-from pyfused.dispatch.operator import Arguments, Tensors
+from pyfused.dispatch.operator import Arguments, Numbers, Tensors
 from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
@@ -23,17 +24,16 @@ from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.heads import (
     Block,
+    HeadRows,
     Layer,
-    LayerStates,
-    LossArgs,
-    StateOptions,
     capped,
+    kept,
     loss_over_rows,
     rows_that_count,
     take_rows,
 )
 from pyfused.ops.metrics import Metrics, of_state
-from pyfused.ops.row_loss import Results, RowLoss
+from pyfused.ops.row_loss import LossArgs, Results, RowLoss
 from pyfused.ops.row_state import (
     counted_target,
     kernel_weight,
@@ -45,7 +45,7 @@ from pyfused.ops.row_state import (
     total_weight,
 )
 from pyfused.ops.shards import ShardedOperator
-from pyfused.types import Choice, ClassRange, CrossEntropyOptions, Head
+from pyfused.types import Choice, ClassRange, CrossEntropyOptions, Head, Outputs
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -69,38 +69,33 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def kernel_options(self, options: CrossEntropyOptions) -> CrossEntropyOptions:
         return checks.normalized(options)
 
-    def to_rows(self, tensors: Tensors, options: CrossEntropyOptions) -> tuple[Any, ...]:
-        *operands, token_weight, denominator = tensors
-        head = Head(*operands)
-        if not head.target.is_floating_point():
-            target, classes = head.target.to(torch.int64), head.linear_weight.shape[0]
-            head = head._replace(target=target)
-            if not is_compiled(head.input):
+    def to_rows(
+        self, options: CrossEntropyOptions, tensors: Tensors, _: Numbers = ()
+    ) -> tuple[Any, ...]:
+        input, *layer, target, weight, token_weight, denominator = tensors
+        if not target.is_floating_point():
+            target, classes = target.to(torch.int64), layer[0].shape[0]
+            if not is_compiled(input):
                 backend_of(target).check_class_indices(target, classes, options.ignore_index)
-        factors = checks.factors(token_weight, denominator)
-        head, token_weight = _rows(head, factors[0])
-        return *head, token_weight, factors[1]
+        token_weight, denominator = checks.factors(token_weight, denominator)
+        head = Head._make((in_autocast_dtype(input), *layer, target, weight))
+        head, token_weight = head.as_rows(token_weight)
+        return *head, token_weight, denominator
 
-    def finish(
-        self,
-        loss: Tensor,
-        tensors: Tensors,
-        options: CrossEntropyOptions,
-        state: Tensor | None = None,
-    ) -> Any:
-        head = Head(*tensors[: len(self.operands)])
-        leading, loss_dtype = head.input.shape[:-1], loss.dtype
-        loss = with_leading_dims(loss, leading).to(_result_dtype(head, options))
+    def finish(self, options: CrossEntropyOptions, results: Any, tensors: Tensors) -> Any:
+        (loss, state), input, target = results, tensors[0], tensors[4]
+        leading, dtype = input.shape[:-1], loss.dtype
+        loss = with_leading_dims(loss, leading).to(_result_dtype(input, target, options))
         if not options.with_metrics or state is None:
             return loss
-        target = head.as_rows(None)[0].target
+        target = Head(*tensors[: len(self.operands)]).as_rows(None)[0].target
         target = target if target.is_floating_point() else target.to(torch.int64)
-        metrics = of_state(state, target, options.ignore_index, loss_dtype)
+        metrics = of_state(state, target, options.ignore_index, dtype)
         return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
 
     def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
         head, options = _head(arguments)
-        options = replace(options, loss_dtype=_result_dtype(head, options))
+        options = replace(options, loss_dtype=_result_dtype(head.input, head.target, options))
         tensors = in_autocast_dtype(head.input), *head[1:3], head.target
         return shards.cross_entropy(tensors, head.weight, options, shard)
 
@@ -114,12 +109,12 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def strategy_of(self, arguments: Arguments) -> str:
         head, options = _head(arguments)
-        head, _ = _rows(head, None)
-        rows = rows_at_once(head, options, backend_of(head.input))
+        head = head._replace(input=in_autocast_dtype(head.input))
+        n = head.input.shape[:-1].numel()
+        rows = rows_at_once(head, options, backend_of(head.input))(n)
         if not rows:
             return "blocks of classes"
-        all_rows = rows >= head.input.shape[0]
-        return "all logits at once" if all_rows else f"blocks of {rows} rows"
+        return "all logits at once" if rows >= n else f"blocks of {rows} rows"
 
     def loss_shape(self, tensors: Sequence[Any]) -> tuple[int, ...]:
         return tensors[0].shape[0], *tensors[1].shape[1:-1]  # len would specialise a dynamic size
@@ -128,26 +123,25 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return state_fields(options)
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
-        head = Head(*tensors)
-        return accumulate_dtype(product_dtype(head, backend_of(head.input)))
+        dtype, target = tensors[0].dtype, tensors[4]
+        if target.is_floating_point():
+            dtype = torch.promote_types(dtype, target.dtype)
+        return accumulate_dtype(dtype)
 
     def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
     ) -> tuple[Tensor | None, Tensor | None]:
-        target, weight = tensors[-2], options.token_weight
-        indices = not target.is_floating_point()
-        if indices:
-            valid = counted_target(target, options) != options.ignore_index
-        elif weight is None:
-            return None, None
+        target, weight = tensors[4], options.token_weight
+        if target.is_floating_point():
+            if weight is None or not options.with_metrics:
+                return super().valid_rows(backend, tensors, options)
+            rows, valid = None, weight != 0
         else:
-            valid = weight != 0
-        if weight is None or not options.with_metrics:
-            return rows_that_count(valid, backend)
-        # Rows of weight 0 have metrics, too.
-        rows = None
-        if indices:
+            valid = counted_target(target, options) != options.ignore_index
+            if weight is None or not options.with_metrics:
+                return rows_that_count(valid, backend)
             rows, _ = rows_that_count(target != options.ignore_index, backend)
+        # Rows of weight 0 have metrics, too.
         counts = valid.flatten(1).any(1) if valid.dim() > 1 else valid
         return rows, take_rows(counts, rows)
 
@@ -158,21 +152,29 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         token_weight = options.token_weight
         return target[:, 0].numel() if token_weight is None else token_weight.double().sum()
 
-    def kernels_divide(
+    def prepare(
         self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
-    ) -> bool:
-        return rows_at_once(Head(*tensors), options, backend) > 0
+    ) -> tuple[Callable[..., Results], bool]:
+        head = Head(*tensors)
+        head = head._replace(input=in_autocast_dtype(head.input))
+        dtype, rows_of = product_dtype(head, backend), rows_at_once(head, options, backend)
+        divides = rows_of(head.input.shape[:-1].numel()) > 0
+        if options.reduction != "none" and not divides:
+            options = replace(options, reduction="sum")
+        kernel = kept(lambda tensors, *given: backend.cross_entropy(tensors, options, *given))
 
-    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
-        head, options = Head(*tensors), args.options
-        if options.reduction != "mean" and not rows_at_once(head, options, args.backend):
-            return _by_classes(head, args)
-        rows = max(1, rows_at_once(head, options, args.backend))
-        if options.reduction == "mean" and (rows < head.input.shape[0] or options.filter_eps):
-            # Otherwise the kernel counts the targets of the only block.
-            denominator = loss_denominator(options, self.total_weight(tensors, options))
-            args = args._replace(options=replace(options, denominator=denominator))
-        return _by_rows(head, rows, args)
+        def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
+            n, options = tensors[0].shape[0], args.options
+            rows, is_mean = rows_of(n), options.reduction == "mean"
+            if not (rows or is_mean):
+                return _by_classes(backend, dtype, tensors, args)
+            rows = max(1, rows)
+            if is_mean and (rows < n or options.filter_eps):
+                # Otherwise the kernel counts the targets of the only block.
+                options.denominator = loss_denominator(options, self.total_weight(tensors, options))
+            return _by_rows(backend, dtype, kernel, rows, tensors, args)
+
+        return compute, divides
 
     def definition_loss(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> Tensor:
         dtype = self.loss_dtype(tensors)
@@ -199,42 +201,44 @@ def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
     return Head(*tensors), options
 
 
-def _rows(head: Head, token_weight: Tensor | None) -> tuple[Head, Tensor | None]:
-    """Returns the head and its token weights for rows (N, D), cast as autocast does."""
-    return head._replace(input=in_autocast_dtype(head.input)).as_rows(token_weight)
-
-
-def _result_dtype(head: Head, options: CrossEntropyOptions) -> torch.dtype:
+def _result_dtype(input: Tensor, target: Tensor, options: CrossEntropyOptions) -> torch.dtype:
     if options.loss_dtype is not None:
         return options.loss_dtype
-    dtype, target = autocast_dtype(head.input.dtype, head.input.device), head.target
+    dtype = autocast_dtype(input.dtype, input.device)
     return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
 
 # ---- loss and gradients --------------------------------------------------------------------------
 
 
-def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
+def _by_rows(
+    backend: Backend,
+    dtype: torch.dtype,
+    kernel: Callable[..., LossResult],
+    rows: int,
+    tensors: Sequence[Any],
+    args: LossArgs,
+) -> Results:
     """Computes the results by blocks of rows with all classes."""
-    backend, options, outputs, grad_output, _, counts = args
-    target, classes = head.target, head.linear_weight.shape[:-1]
-    dtype, states = product_dtype(head, backend), list[Tensor]()
-    needs_target = outputs.gradients[4:] == (True,)
-    grad_target = torch.empty_like(target) if needs_target else None
+    input, linear_weight, bias, adapter_weight, target, weight = tensors
+    options, outputs, grad_output, _, counts = args
+    classes, needs, states = linear_weight.shape[:-1], outputs.gradients, list[Tensor]()
+    numbers, (token_weight, denominator) = options.numbers(), options.plan_tensors()
+    grad_target = torch.empty_like(target) if needs and needs[4] else None
+    block_needs = (any(needs[:4]), needs[4]) if needs else ()
+    block_outputs = Outputs(outputs.loss, block_needs, inplace=True)
 
-    def step(block: Block, args: LossArgs) -> tuple[Tensor | None, Tensor | None]:
-        _, options, outputs, grad_output, *_ = args
-        targets = target[block.rows]
+    def step(
+        block: Block, targets: Tensor, token_weight: Tensor | None, grad_output: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         targets = targets.to(dtype) if targets.is_floating_point() else targets
         capped_logits, cap_backward = capped(backend, block.logits, options.softcap, rounds=True)
         logits = capped_logits.view(-1, *classes)
         if options.with_metrics:
-            fields = state_fields(options)
-            state = metrics_state(backend, logits, targets, options, fields)
+            state = metrics_state(backend, logits, targets, options, state_fields(options))
             states.append(state.flatten(1))
-        loss, (grad_logits, grad_targets) = cross_entropy_once(
-            backend, logits, targets, head.weight, options, outputs, grad_output
-        )
+        operands = logits, targets, weight, token_weight, denominator
+        loss, (grad_logits, grad_targets) = kernel(operands, numbers, block_outputs, grad_output)
         if grad_target is not None and grad_targets is not None:
             grad_target[block.rows] = grad_targets
         if grad_logits is None:
@@ -246,43 +250,46 @@ def _by_rows(head: Head, rows: int, args: LossArgs) -> Results:
 
     filter_below = None
     if options.filter_eps:
-        scale = head.input.new_ones(()) if grad_output is None else grad_output.abs()
+        scale = input.new_ones(()) if grad_output is None else grad_output.abs()
         divisor = options.denominator if options.reduction == "mean" else 1.0
         filter_below = options.filter_eps * scale / divisor
-    weight, bias, adapter_weight = head[1:4]
-    weights = [x.flatten(0, -2) for x in (weight, adapter_weight) if x is not None]
-    layer = Layer(head.input, weights, None if bias is None else bias.flatten(), dtype, counts)
-    loss, gradients = loss_over_rows(layer, rows, args, step, filter_below)
+    weights = [x.flatten(0, -2) for x in (linear_weight, adapter_weight) if x is not None]
+    bias, size = None if bias is None else bias.flatten(), (rows, weights[0].shape[0])
+    layer = Layer(backend, input, weights, bias, dtype, size, counts)
+    row_tensors = target, token_weight, grad_output
+    loss, gradients = loss_over_rows(layer, needs, step, row_tensors, filter_below)
     state = torch.cat(states, 1).unflatten(1, (target.shape[0], *classes[1:])) if states else None
     if not gradients:
         return loss, (), state
-    pairs = zip(gradients, head[:4], strict=True)
+    pairs = zip(gradients, tensors[:4], strict=True)
     grad_layer = [None if x is None or t is None else x.view_as(t) for x, t in pairs]
     return loss, (*grad_layer, grad_target), state
 
 
-def _by_classes(head: Head, args: LossArgs) -> Results:
+def _by_classes(
+    backend: Backend, dtype: torch.dtype, tensors: Sequence[Any], args: LossArgs
+) -> Results:
     """Computes the results by blocks of classes.
 
     The gradients need the state over all classes, so the backward pass computes them.
     """
-    backend, options, outputs, grad_output, state, _ = args
-    target, classes = counted_target(head.target, options), head.linear_weight.shape[0]
-    dtype = product_dtype(head, backend)
-    weight = kernel_weight(head.weight, dtype)
-    size = tile_size(head.input.shape, dtype, options.memory_budget, backend)
-    state_options = StateOptions(options.rows, ClassRange(0, classes), state_fields(options), size)
-    rows = head.target if state is None and options.with_metrics else target
-    states = LayerStates(backend, head._replace(weight=weight, target=rows), state_options)
+    options, outputs, grad_output, state, _ = args
+    *layer, target, class_weight = tensors
+    counted, classes = counted_target(target, options), layer[1].shape[0]
+    weight, fields = kernel_weight(class_weight, dtype), state_fields(options)
+    size = tile_size(layer[0].shape, dtype, options.memory_budget, backend)
+    given = options.rows, ClassRange(0, classes), fields, lambda _: size, outputs.gradients
+    rows, numbers = HeadRows(backend, Head(*tensors), *given), options.rows.numbers
     if state is None:
-        state, _ = states.state()
-        loss = state_loss(state, target, weight, options, classes)
+        with_metrics = target if options.with_metrics else counted
+        state, *_ = rows.state((layer, with_metrics, weight, numbers))
+        loss = state_loss(state, counted, weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         return loss, (), state
     assert grad_output is not None
     grad_output = grad_output.expand(target.shape[0])
-    grad_results = state_loss_gradients(state, target, weight, options, classes, grad_output)
+    grad_results = state_loss_gradients(state, counted, weight, options, classes, grad_output)
     filter_below = options.filter_eps * grad_output.abs() if options.filter_eps else None
-    needs = outputs.gradients
-    gradients = states.gradients(needs, state, grad_results, filter_below=filter_below)
+    inputs = layer, counted, weight, numbers
+    gradients = rows.gradients(inputs, state, grad_results, filter_below=filter_below)
     return None, (*gradients, None), state

@@ -24,7 +24,6 @@ from pyfused.dispatch.plan import Plan
 from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.heads import StateOptions
 from pyfused.ops.row_state import state_metrics, state_results
 from pyfused.ops.shards import ShardedOperator, class_range, is_dtensor, state_plan
 from pyfused.types import (
@@ -149,7 +148,7 @@ class LogProbsOperator(ShardedOperator):
         """
         if shard is None:
             self.check_arguments(*arguments)
-        *tensors, _, options = arguments
+        *tensors, target, options = arguments
         if self.is_linear:
             tensors[0] = in_autocast_dtype(tensors[0])
         classes, ignore_index = class_range(tensors, shard), options.ignore_index
@@ -167,17 +166,12 @@ class LogProbsOperator(ShardedOperator):
         def finish(outputs: tuple[Tensor, Tensor], tensors: Tensors) -> Any:
             return _with_metrics(*outputs, tensors[-1], ignore_index, classes.total)
 
-        state_options = StateOptions(
-            RowOptions(ignore_index, options.temperature, options.softcap),  # 1 for a scale of 1
-            classes,
-            _fields(options),
-            memory_budget=options.memory_budget,
-            fixed_sizes=options.deterministic_rows,
-        )
         return state_plan(
             self.name,
-            tensors,
-            state_options,
+            (*tensors, target),
+            options,
+            RowOptions(ignore_index, options.temperature, options.softcap),  # 1 for a scale of 1
+            _fields(options),
             shard,
             results=results,
             arrange=arrange,

@@ -13,7 +13,7 @@ from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
-from pyfused.ops.distillation import Divergence, LogitsDivergence
+from pyfused.ops.distillation import HeadDivergence, LogitsDivergence, TopKDivergence
 from pyfused.ops.elementwise import INPUT, WEIGHT
 from pyfused.ops.embedding import (
     EmbeddingLoss,
@@ -183,11 +183,10 @@ KL_DIV_WITH_LOGITS = LogitsDivergence(
     check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
-    kernels=distillation.divergence_kernel,
     definition=distillation.kl_div_with_logits,
 )
 
-LINEAR_KL_DIV = Divergence(
+LINEAR_KL_DIV = HeadDivergence(
     name="linear_kl_div",
     module="LinearKLDivLoss",
     check_arguments=checks.linear_kl_div,
@@ -198,11 +197,10 @@ LINEAR_KL_DIV = Divergence(
         Operand("teacher_linear_bias", differentiated=False, optional=True),
     ),
     student=3,
-    kernels=distillation.linear_kernels,
     definition=distillation.linear_kl_div,
 )
 
-LINEAR_TOPK_KL_DIV = Divergence(
+LINEAR_TOPK_KL_DIV = TopKDivergence(
     name="linear_topk_kl_div",
     module="LinearTopKKLDivLoss",
     check_arguments=checks.linear_topk_kl_div,
@@ -212,7 +210,6 @@ LINEAR_TOPK_KL_DIV = Divergence(
         Operand("teacher_log_probs", high=0.0, differentiated=False),
     ),
     student=3,
-    kernels=distillation.topk_kernels,
     definition=distillation.linear_topk_kl_div,
 )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pyfused.dispatch.autograd import differentiate, in_autocast_dtype, without_
 from pyfused.dispatch.operator import Arguments, Numbers, Tensors
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.heads import LossArgs, spread_rows, take_rows
+from pyfused.ops.heads import rows_that_count, spread_rows, take_rows
 from pyfused.ops.row_state import loss_denominator
 from pyfused.ops.vocab_operator import VocabOperator
 from pyfused.types import Gradients, Outputs
@@ -23,6 +24,24 @@ from pyfused.types import Gradients, Outputs
 # The loss, or None; the gradients, or (); and the state of each row if the metrics or the backward
 # pass need it, or None.
 Results = tuple[Tensor | None, Gradients, Tensor | None]
+
+
+class LossArgs(NamedTuple):
+    """The arguments of a forward or backward pass of a loss over rows, besides its tensors.
+
+    Attributes:
+        options: The options of the call, which the pass may change.
+        grad_output: The gradient of the loss: a scalar, or one element per row if the reduction is
+            "none". None for ones, or if the forward pass needs none.
+        state: The state that the forward pass has returned, None if it has returned none.
+        counts: As in `Layer`.
+    """
+
+    options: Any
+    outputs: Outputs
+    grad_output: Tensor | None
+    state: Tensor | None
+    counts: Tensor | None
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -62,7 +81,7 @@ class RowLoss(VocabOperator):
         return options
 
     @abstractmethod
-    def to_rows(self, tensors: Tensors, options: Any) -> tuple[Any, ...]:
+    def to_rows(self, options: Any, tensors: Tensors, _: Numbers = ()) -> tuple[Any, ...]:
         """Returns the operands as rows, and token_weight and denominator if they are tensors.
 
         Raises for class indices out of range, unless reading them synchronises.
@@ -71,39 +90,41 @@ class RowLoss(VocabOperator):
             options: The options for planning.
         """
 
-    def finish(
-        self,
-        loss: Tensor,
-        tensors: Tensors,
-        options: Any,  # noqa: ARG002
-        state: Tensor | None = None,  # noqa: ARG002
-    ) -> Any:
-        """Returns the result of a call, given the loss and the state of each row, if any."""
+    def finish(self, options: Any, results: Any, tensors: Tensors) -> Any:  # noqa: ARG002
+        """Returns the result of a call.
+
+        Args:
+            options: The options for planning.
+            results: The loss, or a tuple of the loss and the state of each row, or None.
+        """
+        loss = results[0] if isinstance(results, tuple) else results
         return loss.reshape(tensors[0].shape[:-1]) if loss.dim() else loss
 
     def valid_rows(
-        self,
-        backend: Backend,  # noqa: ARG002
-        tensors: Sequence[Any],  # noqa: ARG002
-        options: Any,  # noqa: ARG002
+        self, backend: Backend, _: Sequence[Any], options: Any
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns the indices of the rows to compute, and which count, as `rows_that_count`."""
-        return None, None
+        weight = options.token_weight
+        return (None, None) if weight is None else rows_that_count(weight != 0, backend)
 
-    def total_weight(self, tensors: Sequence[Any], options: Any) -> float | Tensor:  # noqa: ARG002
+    def total_weight(self, tensors: Sequence[Any], options: Any) -> float | Tensor:
         """Returns the default denominator of a mean."""
-        rows: int = tensors[0].shape[0]
-        return rows
-
-    def kernels_divide(self, backend: Backend, tensors: Sequence[Any], options: Any) -> bool:  # noqa: ARG002
-        """Returns whether `compute_rows` takes a mean, and divides its loss and gradients."""
-        return False
+        weight: Tensor | None = options.token_weight
+        return tensors[0].shape[0] if weight is None else weight.sum(dtype=torch.float64)
 
     @abstractmethod
-    def compute_rows(self, tensors: Sequence[Any], args: LossArgs) -> Results:
-        """Returns the results of valid rows.
+    def prepare(
+        self, backend: Backend, tensors: Sequence[Any], options: Any
+    ) -> tuple[Callable[..., Results], bool]:
+        """Prepares the computation of valid rows for the calls of one signature.
 
-        The loss has one element per row, or is their sum, or their mean if `kernels_divide`.
+        Args:
+            tensors: The operands for planning.
+            options: The options for planning.
+
+        Returns:
+            A function of the operands as rows and `LossArgs`, and whether it takes a mean and
+            divides the loss and the gradients. Otherwise it takes a sum.
         """
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
@@ -130,25 +151,68 @@ class RowLoss(VocabOperator):
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
         """Checks a call, and returns the plan of its signature."""
         planned, count = self.checked_options(arguments), len(self.operands)
-        needs = self.gradients_needed(arguments)
-        backend, device = backend_of(arguments[0]), arguments[0].device.type
+        needs, backend = self.gradients_needed(arguments), backend_of(arguments[0])
+        unreduced, loss_dtype = planned.reduction == "none", self.loss_dtype(arguments[:count])
+        compute_rows, divides = self.prepare(backend, arguments[:count], planned)
+        with_gradients, gradients_alone = Outputs(True, needs), Outputs(False, needs)
+        device = arguments[0].device.type
 
         def options_of(numbers: Numbers, tensors: Sequence[Any]) -> Any:
             return self.kernel_options(planned.of_call(numbers, *tensors[count : count + 2]))
 
+        def compute(
+            tensors: Sequence[Any],
+            numbers: Numbers,
+            outputs: Outputs,
+            grad_output: Tensor | None = None,
+            state: Tensor | None = None,
+        ) -> Results:
+            options, tensors = options_of(numbers, tensors), tensors[:count]
+            rows, counts = self.valid_rows(backend, tensors, options)
+            denominator: float | Tensor | None = None
+            if unreduced:
+                grad_output = take_rows(grad_output, rows)
+            elif not divides:
+                if options.reduction == "mean":
+                    denominator = loss_denominator(options, self.total_weight(tensors, options))
+                options.reduction, options.denominator = "sum", None
+                if outputs.gradients:
+                    if grad_output is None:
+                        grad_output = tensors[0].new_ones((), dtype=torch.float64)
+                    grad_output = grad_output if denominator is None else grad_output / denominator
+            total = tensors[0].shape[0]
+            if rows is not None:
+                options.token_weight = take_rows(options.token_weight, rows)
+                state, indexed = take_rows(state, rows, 1), enumerate(tensors)
+                tensors = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
+            args = LossArgs(options, outputs, grad_output, state, counts)
+            loss, gradients, state = compute_rows(tensors, args)
+            if loss is not None:
+                if unreduced:
+                    loss = spread_rows(loss, rows, total)
+                elif denominator is not None:
+                    loss = loss / denominator
+                loss = loss.to(loss_dtype)
+            if rows is None:
+                return loss, gradients, state
+            pairs = enumerate(gradients)
+            spread = [
+                spread_rows(x, rows, total) if i in self.row_operands else x for i, x in pairs
+            ]
+            return loss, tuple(spread), spread_rows(state, rows, total, 1)
+
         def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
-            options = options_of(numbers, tensors)
-            dtype = tensors[0].dtype
-            in_forward = True in needs and gradients_in_forward(options.reduction, dtype)
-            outputs = Outputs(True, needs if in_forward else ())
-            with without_autocast(device):
-                loss, gradients, state = self.compute(backend, tensors[:count], options, outputs)
+            in_forward = True in needs and gradients_in_forward(planned.reduction, tensors[0].dtype)
+            outputs = with_gradients if in_forward else Outputs()
+            loss, gradients, state = compute(tensors, numbers, outputs)
             return (loss, state), (*tensors, state), gradients
 
+        def forward_without_autocast(tensors: Sequence[Any], numbers: Numbers) -> Forward:
+            with torch.autocast(device, enabled=False):
+                return forward(tensors, numbers)
+
         def backward(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
-            options, outputs = options_of(numbers, saved), Outputs(False, needs)
-            tensors, state = saved[:count], saved[-1]
-            return self.compute(backend, tensors, options, outputs, grad_output, state)[1]
+            return compute(saved, numbers, gradients_alone, grad_output, saved[-1])[1]
 
         def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
             options = options_of(numbers, saved)
@@ -163,17 +227,17 @@ class RowLoss(VocabOperator):
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=lambda tensors, _: self.to_rows(tensors, planned),
-            forward=forward,
+            arrange=partial(self.to_rows, planned),
+            forward=forward_without_autocast if torch.is_autocast_enabled(device) else forward,
             backward=backward,
             define=define,
-            finish=lambda results, tensors: self.finish(results[0], tensors, planned, results[1]),
+            finish=partial(self.finish, planned),
         )
 
     def compiled(self, arguments: Arguments) -> Any:
         checked = self.checked_options(arguments)
         options, (call, _, _) = self.kernel_options(checked), self.call_of(arguments[:-1], checked)
-        *tensors, token_weight, _ = self.to_rows(call, checked)
+        *tensors, token_weight, _ = self.to_rows(checked, call)
         tensors = [  # custom operators check dtypes
             in_autocast_dtype(x) if operand.name.endswith(("_weight", "_bias")) else x
             for operand, x in zip(self.operands, tensors, strict=True)
@@ -184,7 +248,7 @@ class RowLoss(VocabOperator):
         with without_autocast(tensors[0].device.type):
             call_tensors, numbers, case = self.call_of(tensors, options)
             loss, *_, state = self.custom_operator(*call_tensors, *numbers, *case, needs)
-        return self.finish(loss, call, checked, state)
+        return self.finish(checked, (loss, state), call)
 
     def saved(self, tensors: Tensors, state: Any) -> Tensors:
         return *tensors, state
@@ -202,50 +266,3 @@ class RowLoss(VocabOperator):
         shape = self.state_fields(arguments[-1]), *self.loss_shape(tensors)
         empty: Tensor = tensors[0].new_empty(shape, dtype=torch.float64)
         return empty
-
-    def compute(
-        self,
-        backend: Backend,
-        tensors: Sequence[Any],
-        options: Any,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
-        state: Tensor | None = None,
-    ) -> Results:
-        """Returns the loss, the gradients and the state.
-
-        Args:
-            grad_output: The gradient of the loss, None for ones.
-            state: The state that the forward pass has returned, if gradients are computed from it.
-        """
-        unreduced, total = options.reduction == "none", tensors[0].shape[0]
-        rows, counts = self.valid_rows(backend, tensors, options)
-        denominator: float | Tensor | None = None
-        if unreduced:
-            grad_output = take_rows(grad_output, rows)
-        elif not self.kernels_divide(backend, tensors, options):
-            if options.reduction == "mean":
-                denominator = loss_denominator(options, self.total_weight(tensors, options))
-            options = replace(options, reduction="sum", denominator=None)
-            if outputs.gradients:
-                if grad_output is None:
-                    grad_output = tensors[0].new_ones((), dtype=torch.float64)
-                grad_output = grad_output if denominator is None else grad_output / denominator
-        if rows is not None:
-            options = replace(options, token_weight=take_rows(options.token_weight, rows))
-            state, indexed = take_rows(state, rows, 1), enumerate(tensors)
-            tensors = [take_rows(x, rows) if i in self.row_operands else x for i, x in indexed]
-        args = LossArgs(backend, options, outputs, grad_output, state, counts)
-        loss, gradients, state = self.compute_rows(tensors, args)
-        if loss is not None:
-            if unreduced:
-                loss = spread_rows(loss, rows, total)
-            elif denominator is not None:
-                loss = loss / denominator
-            loss = loss.to(self.loss_dtype(tensors))
-        if gradients and rows is not None:
-            pairs = enumerate(gradients)
-            gradients = tuple(
-                [spread_rows(x, rows, total) if i in self.row_operands else x for i, x in pairs]
-            )
-        return loss, gradients, spread_rows(state, rows, total, 1)

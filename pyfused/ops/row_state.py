@@ -9,12 +9,14 @@ w, label smoothing s and target y, the loss of cross-entropy is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfused.backends import Backend, cross_entropy_once
+from pyfused.backends import Backend
 from pyfused.backends.protocol import Numbers
 from pyfused.layout import accumulate_dtype, feature_rows
 from pyfused.types import (
@@ -29,6 +31,7 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     CrossEntropyOptions,
+    Gradients,
     Outputs,
     RowOptions,
     VocabOptions,
@@ -45,8 +48,8 @@ def state_fields(options: CrossEntropyOptions) -> int:
 def empty_state(fields: int, target: Tensor) -> Tensor:
     """Returns the state of rows without classes."""
     state = target.new_zeros((fields, *target.shape), dtype=torch.float64)
-    for field in (PIVOT, *[MAXIMUM] * (fields > MAXIMUM)):  # a list as index synchronises
-        state[field] = -torch.inf
+    for index in (PIVOT, *[MAXIMUM] * (fields > MAXIMUM)):  # a list as index synchronises
+        state[index] = -torch.inf
     return state
 
 
@@ -55,71 +58,82 @@ def as_rows(logits: Tensor) -> Tensor:
     return feature_rows(logits if logits.dim() < 3 else logits.movedim(1, -1))
 
 
-def logits_state(
-    backend: Backend,
-    logits: Tensor,
-    options: RowOptions,
-    classes: ClassRange,
-    fields: int = STATE_FIELDS,
-    results: int = 0,
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Prepares the kernel of the state of each row of logits (C), (N, C) or (N, C, d1, ..., dk).
+# What a row source computes states and gradients from: logits, or the input, weight and bias of a
+# layer, and the weight of an adapter if any; the target; the weights of all classes in the
+# accumulation dtype, or None; and the numbers of the RowOptions.
+RowInputs = tuple[Sequence[Any], Any, Tensor | None, Numbers]
+# The states of shape (fields, *target.shape), in float64; the first fields in the accumulation
+# dtype, or None; and logits that the backward pass may overwrite, or None.
+RowState = tuple[Tensor, Tensor | None, Tensor | None]
 
-    Returns:
-        A function of the numbers of ``options``, logits of this layout, the target or None, and the
-        class weights. It returns the state, of shape (fields, *target.shape), and its first
-        ``results`` fields in the accumulation dtype: None for 0, of the target's shape for 1.
+
+@dataclass(eq=False)
+class LogitRows:
+    """The rows of logits (C), (N, C) or (N, C, d1, ..., dk), planned once for a signature.
+
+    Attributes:
+        options: The options of the kernels, whose numbers are not used.
+        classes: The range of classes that the logits belong to.
+        fields: The number of fields of a state.
+        results: How many of the first fields `state` also returns in the accumulation dtype; one
+            has the target's shape.
+        launches: The prepared kernels: for states under None, for gradients by strides, as
+            saved-tensor hooks may change them.
     """
-    rows, dtype = as_rows(logits), accumulate_dtype(logits.dtype)
-    launch = backend.row_state(rows, options, classes, fields, results)
-    views, leading = rows is not logits, (results,) * (results > 1)
 
-    def run(
-        numbers: Numbers, logits: Tensor, target: Tensor | None, weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    backend: Backend
+    options: RowOptions
+    classes: ClassRange
+    fields: int = STATE_FIELDS
+    results: int = 0
+    launches: dict[Any, Any] = field(default_factory=dict)
+
+    def state(self, inputs: RowInputs, _: bool = False) -> RowState:
+        """Computes the state of each row."""
+        (logits,), target, weight, numbers = inputs
+        results, prepared = self.results, self.launches.get(None)
+        if prepared is None:
+            rows, given = as_rows(logits), (self.options, self.classes, self.fields, results)
+            launch = self.backend.row_state(rows, *given)
+            dtype = accumulate_dtype(logits.dtype)
+            prepared = self.launches[None] = launch, rows is not logits, dtype
+        launch, views, dtype = prepared
         rows = as_rows(logits) if views else logits
         shape = rows.shape[:1] if target is None else target.shape
-        state = rows.new_empty((fields, *shape), dtype=torch.float64)
-        out = rows.new_empty((*leading, *shape), dtype=dtype) if results else None
+        state, out = rows.new_empty((self.fields, *shape), dtype=torch.float64), None
+        if results:
+            shape = (results, *shape) if results > 1 else shape
+            out = rows.new_empty(shape, dtype=dtype)
         launch(numbers, rows, None if target is None else target.contiguous(), weight, state, out)
-        return state, out
+        return state, out, None
 
-    return run
+    def gradients(
+        self, inputs: RowInputs, state: Tensor, grad_results: Tensor, _: Tensor | None = None
+    ) -> Gradients:
+        """Computes the gradient of the logits.
 
-
-def logits_gradient(
-    backend: Backend, logits: Tensor, options: RowOptions, classes: ClassRange, results: int
-) -> Callable[..., Tensor]:
-    """Prepares the kernel of the gradient of logits, given the gradients of results of the state.
-
-    Returns:
-        A function of the numbers of ``options``, logits of this layout, the target, the class
-        weights, the state, and the gradients of the results, which have the shape that
-        ``logits_state`` returns.
-    """
-    rows = as_rows(logits)
-    launch: Callable[..., Tensor] = backend.row_gradients(rows, options, classes, results)
-    views, copies = rows is not logits, rows.data_ptr() != logits.data_ptr()
-    dim = min(logits.dim() - 1, 1)
-    moved = logits.movedim(dim, -1).shape
-
-    def run(
-        numbers: Numbers,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        state: Tensor,
-        grad_results: Tensor,
-    ) -> Tensor:
+        Args:
+            state: The state over all classes.
+            grad_results: The gradients of the first 1, 3 or 4 results, before the shape of the
+                target; one may have this shape.
+        """
+        (logits,), target, weight, numbers = inputs
+        is_one = grad_results.dim() < state.dim()
+        key = logits.stride(), 1 if is_one else grad_results.shape[0]
+        prepared = self.launches.get(key)
+        if prepared is None:
+            rows = as_rows(logits)
+            launch = self.backend.row_gradients(rows, self.options, self.classes, key[1])
+            copies = rows.data_ptr() != logits.data_ptr()
+            prepared = self.launches[key] = launch, rows is not logits, copies
+        launch, views, copies = prepared
         target, state = target.contiguous(), state.contiguous()  # hooks may have changed them
         if not views:
-            return launch(numbers, logits, target, weight, state, grad_results)
-        rows, fields = as_rows(logits), grad_results.shape[: results > 1]
-        grad_rows = grad_results.reshape(*fields, -1)
+            return (launch(numbers, logits, target, weight, state, grad_results),)
+        rows, dim = as_rows(logits), min(logits.dim() - 1, 1)
+        grad_rows = grad_results.reshape(*grad_results.shape[: not is_one], -1)
         out = launch(numbers, rows, target, weight, state, grad_rows, rows if copies else None)
-        return out.view(moved).movedim(-1, dim)
-
-    return run
+        return (out.view(logits.movedim(dim, -1).shape).movedim(-1, dim),)
 
 
 def metrics_state(
@@ -132,13 +146,13 @@ def metrics_state(
     """Returns the state of each row; LOG_P of class probabilities is ``sum_c target_c log p_c``."""
     dim = min(logits.dim() - 1, 1)
     rows, indices = RowOptions(options.ignore_index, options.scale), not target.is_floating_point()
-    classes = ClassRange(0, logits.shape[dim])
-    launch = logits_state(backend, logits, rows, classes, fields)
-    state, _ = launch(rows.numbers, logits, target if indices else None)
+    source = LogitRows(backend, rows, ClassRange(0, logits.shape[dim]), fields)
+    state, *_ = source.state(((logits,), target if indices else None, None, rows.numbers))
     if indices:
         return state
     plain = CrossEntropyOptions(reduction="none", scale=options.scale)
-    loss, _ = cross_entropy_once(backend, logits.detach(), target.detach(), None, plain, Outputs())
+    tensors = logits.detach(), target.detach(), None, None, None
+    loss, _ = backend.cross_entropy(tensors, plain, Outputs())(tensors, plain.numbers())
     assert loss is not None
     state[LOG_P] = -loss.flatten()
     return state

@@ -27,6 +27,7 @@ from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
+from pyfused.ops.chunk_sizes import state_block_size
 from pyfused.ops.collectives import (
     Call,
     Copy,
@@ -38,14 +39,15 @@ from pyfused.ops.collectives import (
     gathered,
     reduced,
 )
-from pyfused.ops.heads import LayerStates, StateOptions
+from pyfused.ops.heads import HeadRows
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import (
+    LogitRows,
+    RowInputs,
+    RowState,
     counted_target,
     empty_state,
     kernel_weight,
-    logits_gradient,
-    logits_state,
     loss_denominator,
     state_fields,
     state_loss,
@@ -72,6 +74,7 @@ from pyfused.types import (
     Head,
     RowOptions,
     Scalar,
+    VocabOptions,
     VocabShard,
 )
 
@@ -131,10 +134,52 @@ def class_range(layer: Sequence[Any], shard: LocalShard | None = None) -> ClassR
     return ClassRange(0, len(layer[1]) if len(layer) > 1 else checks.classes_of(layer[0]))
 
 
+@dataclass(eq=False)
+class ShardedRows:
+    """The rows of logits whose classes are sharded over processes.
+
+    Attributes:
+        source: The rows of this process' classes.
+        is_empty: Whether this process has no logits.
+        entropy: As in `_merged`.
+        needs: Whether the logits, or a layer's input, weight and bias, need a gradient.
+    """
+
+    source: LogitRows | HeadRows
+    shard: LocalShard
+    is_empty: bool
+    entropy: bool
+    needs: Sequence[bool]
+
+    def state(self, inputs: RowInputs, keeps_logits: bool = False) -> RowState:
+        """Computes the states over all classes."""
+        source, target = self.source, inputs[1]
+        if self.is_empty:
+            state, logits = empty_state(source.fields, target), None
+        else:
+            state, _, logits = source.state(inputs, keeps_logits)
+        state = _merged(state, target, self.shard, self.entropy)
+        return state.where(target != source.options.ignore_index, 0), None, logits
+
+    def gradients(self, inputs: RowInputs, *given: Any) -> Gradients:
+        """Computes the gradients; those of a layer's input are summed over processes."""
+        gradients: Gradients
+        if self.is_empty:
+            pairs = zip(inputs[0], self.needs, strict=True)
+            gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
+        else:
+            gradients = self.source.gradients(inputs, *given)
+        if len(gradients) > 1 and gradients[0] is not None:
+            reduced(gradients[0], self.shard.group)
+        return gradients
+
+
 def state_plan(
     name: str,
     tensors: Sequence[Any],
-    options: StateOptions,
+    options: VocabOptions,
+    rows: RowOptions,
+    fields: int,
     shard: LocalShard | None,
     *,
     entropy: bool = True,
@@ -151,49 +196,44 @@ def state_plan(
     them if the graph is retained.
 
     Args:
-        tensors: Logits, or the input, weight and bias of a layer.
-        options: The options of the state over this process' classes, whose numbers are not used.
+        tensors: Logits, or the input, weight and bias of a layer; and the target.
+        rows: The options of the kernels, whose numbers are not used.
+        fields: The number of fields of the state.
         shard: The classes of this process, None if it has all classes.
         entropy: As in `_merged`.
         results: The number of fields to return, in the accumulation dtype; 0 for the whole state.
         arrange: As in `Plan`.
         finish: As in `Plan`. The output that it takes is a tuple of the results and the state.
     """
-    backend, dtype = backend_of(tensors[0]), accumulate_dtype(tensors[0].dtype)
-    needs = needs_grad(tensors)
-    count, is_logits, needs_any = len(tensors), len(tensors) == 1, True in needs
-    sizes = tensors[0].shape if is_logits else [n for x in tensors[:2] for n in x.shape[:-1]]
-    has_logits = shard is None or 0 not in sizes
-    rows, classes, fields, *_ = options
-    launches: dict[Any, Callable[..., Any]] = {}  # forward's by None, backward's by strides
-
-    def options_of(numbers: Numbers) -> StateOptions:
-        _, softcap, temperature = numbers
-        return options._replace(rows=RowOptions(rows.ignore_index, 1 / temperature, softcap))
+    *layer, target = tensors
+    backend, dtype = backend_of(target), accumulate_dtype(layer[0].dtype)
+    needs, count, classes = needs_grad(layer), len(layer), class_range(layer, shard)
+    is_logits, needs_any, ignore_index = count == 1, True in needs, rows.ignore_index
+    source: Any
+    if is_logits:
+        ready = results if shard is None else 0  # others follow from the merged state
+        source = LogitRows(backend, rows, classes, fields, ready)
+    else:
+        head, fixed = (
+            Head._make((*layer, None, target, None)),
+            getattr(options, "deterministic_rows", False),
+        )
+        size = state_block_size(head, options.memory_budget, fixed, backend)
+        source = HeadRows(backend, head, rows, classes, fields, size, needs, fixed)
+    if shard is not None:
+        sizes = layer[0].shape if is_logits else [n for x in layer[:2] for n in x.shape[:-1]]
+        source = ShardedRows(source, shard, 0 in sizes, entropy, needs)
 
     def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
         *layer, target, counted, weight = tensors
-        output: Any = None
-        logits = None
-        if not has_logits:
-            state = empty_state(fields, target)
-        elif is_logits:
-            launch = launches.get(None)
-            if launch is None:
-                ready = results if shard is None else 0  # others follow from the merged state
-                launch = logits_state(backend, layer[0], rows, classes, fields, ready)
-                launches[None] = launch
-            _, softcap, temperature = numbers
-            state, output = launch((1 / temperature, softcap), *layer, target, weight)
+        _, softcap, temperature = numbers
+        inputs: RowInputs = layer, target, weight, (1 / temperature, softcap)
+        if is_logits:
+            state, output, logits = source.state(inputs)
         else:
-            head = Head._make((*layer, None, target, weight))
-            states = LayerStates(backend, head, options_of(numbers))
             keeps_logits = needs_any and counted is target  # otherwise backward has other rows
             with without_autocast(target.device.type):
-                state, logits = states.state(keeps_logits)
-        if shard is not None:
-            state = _merged(state, target, shard, entropy)
-            state = state.where(target != rows.ignore_index, 0)
+                state, output, logits = source.state(inputs, keeps_logits)
         if output is None:
             output = state_results(state, results).to(dtype) if results else state
         if finish is not None:
@@ -202,40 +242,24 @@ def state_plan(
 
     def backward(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
         *layer, _, target, weight, state, logits = saved
+        _, softcap, temperature = numbers
         if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
             logits = None  # they would be overwritten
-        gradients: Gradients
-        if not has_logits:
-            pairs = zip(layer, needs, strict=True)
-            gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
-        elif is_logits:
-            grad_results = grad_output if results else _grad_results(grad_output, state)
-            strides = layer[0].stride()  # saved-tensor hooks may change them
-            launch = launches.get(strides)
-            if launch is None:
-                width = results or len(grad_results)
-                launch = logits_gradient(backend, layer[0], rows, classes, width)
-                launches[strides] = launch
-            _, softcap, temperature = numbers
-            scaling = 1 / temperature, softcap
-            gradients = (launch(scaling, *layer, target, weight, state, grad_results),)
-        else:
-            grad_results = _grad_results(grad_output, state)
-            head = Head._make((*layer, None, target, weight))
-            states = LayerStates(backend, head, options_of(numbers))
-            gradients = states.gradients(needs, state, grad_results, logits)
-        if shard is not None and not is_logits and gradients[0] is not None:
-            reduced(gradients[0], shard.group)
-        return gradients
+        if not (is_logits and results):
+            grad_output = _grad_results(grad_output, state)
+        inputs: RowInputs = layer, target, weight, (1 / temperature, softcap)
+        return source.gradients(inputs, state, grad_output, logits)  # type: ignore[no-any-return]
 
     def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
         # `tensors` would stay in memory
         *layer, _, target, weight, state = saved[: count + 4]
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
+        _, softcap, temperature = numbers
 
         def definition(*layer: Tensor | None) -> Tensor:
-            fields = _define_results(layer, target, weight, pivot, options_of(numbers), shard)
-            return fields[: len(grad_results)]
+            inputs: RowInputs = layer, target, weight, (1 / temperature, softcap)
+            given = ignore_index, classes.first, pivot, fields > SMOOTH, shard
+            return _define_results(inputs, *given)[: len(grad_results)]
 
         return differentiate(definition, layer, needs, grad_results)
 
@@ -252,43 +276,47 @@ def state_plan(
 
 
 def _define_results(
-    layer: Sequence[Tensor | None],
-    target: Tensor,
-    weight: Tensor | None,
+    inputs: RowInputs,
+    ignore_index: int,
+    first: int,
     pivot: Tensor,
-    options: StateOptions,
+    has_smooth: bool,
     shard: LocalShard | None,
 ) -> Tensor:
     """Computes the differentiable fields of a state by torch's operators, from all local logits.
 
     Rows of ignored targets are filled with 0, as NaN in them would reach the gradients.
+
+    Args:
+        first: The index of the first class.
+        has_smooth: Whether the field SMOOTH is included.
     """
-    rows, (first, _) = options.rows, options.classes
+    layer, target, weight, (scale, softcap) = inputs
     x, *parameters = [None if tensor is None else tensor.double() for tensor in layer]
     assert x is not None
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
-    valid = target != rows.ignore_index
+    valid = target != ignore_index
     if parameters:
         positions = valid.flatten(x.dim() - 1).any(-1) if valid.dim() >= x.dim() else valid
         x = x.where(positions.unsqueeze(-1), 0)
         x = x if shard is None else Copy.apply(x, shard.group)
         x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
     x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
-    x = rows.scale * (x if rows.softcap is None else definitions.softcap(x, rows.softcap))
+    x = scale * (x if softcap is None else definitions.softcap(x, softcap))
     is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
     shifted = x - pivot.unsqueeze(-1)
     exponentials = shifted.exp()
     weighted = exponentials * shifted.where(exponentials != 0, 0)
     terms = [exponentials, weighted, x.where(is_target, 0)]
-    if options.fields > SMOOTH:
+    if has_smooth:
         terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
     sums = torch.stack([term.sum(-1) for term in terms])
     sums = sums if shard is None else Sum.apply(sums, shard.group)
     total, weighted, target_logit, *smooth = sums
     log_total = total.log()
     lse = pivot + log_total
-    fields = torch.stack([target_logit - lse, log_total - weighted / total, lse, *smooth])
-    return fields.where(valid, 0)
+    results = torch.stack([target_logit - lse, log_total - weighted / total, lse, *smooth])
+    return results.where(valid, 0)
 
 
 def _grad_results(grad_output: Tensor, state: Tensor) -> Tensor:
@@ -316,10 +344,10 @@ def cross_entropy(
     *layer, target = tensors
     input, options = layer[0], checks.normalized(options)
     classes, fields = class_range(layer, shard), state_fields(options)
-    state_options = StateOptions(options.rows, classes, fields, memory_budget=options.memory_budget)
     weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
     backend_of(target).check_class_indices(target, classes.total, options.ignore_index)
-    plan = state_plan("cross_entropy", layer, state_options, shard, entropy=options.with_metrics)
+    given = options, options.rows, fields, shard
+    plan = state_plan("cross_entropy", (*layer, target), *given, entropy=options.with_metrics)
     counted = counted_target(target, options)
     tensors = *layer, target if options.with_metrics else counted, counted, weight
     state = plan(tensors, (None, options.softcap, 1 / options.scale))
