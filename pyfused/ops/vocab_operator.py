@@ -50,7 +50,11 @@ class VocabOperator(CompiledOperator):
     def arguments_of(self, tensors: Tensors, numbers: Numbers, case: Case) -> Arguments:
         """Returns the operands and the options of a call."""
         count = len(self.operands)
-        floats = [float(x) if isinstance(x, Real) else x for x in numbers]
+        # Types are compared first, as isinstance with an abstract class takes a microsecond.
+        floats = [
+            x if x is None or type(x) is float or not isinstance(x, Real) else float(x)
+            for x in numbers
+        ]
         values = dict(zip(self.fields, (*floats, *case), strict=False))
         if values["ignore_index"] is None:  # the default of torch's linear_cross_entropy
             values["ignore_index"] = -100
