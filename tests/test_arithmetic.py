@@ -205,11 +205,11 @@ def test_every_number_of_half_precision(name: str, dtype: torch.dtype) -> None:
 @half
 @pytest.mark.parametrize("name", ["softcap", "silu", "gelu", "gelu_tanh"])
 def test_every_slope_of_half_precision(name: str, dtype: torch.dtype) -> None:
-    """Checks derivatives likewise, except where terms cancel."""
+    """Checks derivatives likewise, except where terms cancel: a sum has the errors of two terms."""
     x = every_number(dtype)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(IN_HALF[name](leaf).sum(), leaf)
     got = of_formula(name, x, torch.ones_like(x))
     some = exact.abs() > 0.05
-    assert ulps(got[some], exact[some], dtype) <= 0.05
+    assert ulps(got[some], exact[some], dtype) <= 0.1
     torch.testing.assert_close(got[~some].double(), exact[~some], rtol=0, atol=3e-6)
