@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Parameter
 
 from pyfused import checks, nn
 from pyfused.backends import cpu
@@ -22,6 +21,7 @@ from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
+from pyfused.dispatch.signature import PLAIN
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import program_of
@@ -43,7 +43,6 @@ _MOST_VALUES = 1024  # combinations of parameter values whose programs a formula
 _MOST_TRACES = 32  # traces per formula
 _CALL_OPTIONS = ("reduction", "weight")  # keywords of losses, in addition to the parameters
 _PARAMETER_TYPES = (float, int, bool, str, type(None))
-_PLAIN = (Tensor, Parameter)
 
 
 @dataclass(eq=False)
@@ -469,7 +468,7 @@ class Formula:
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         if is_dynamo_compiling() or (
             operands
-            and type(operands[0]) in _PLAIN
+            and type(operands[0]) in PLAIN
             and is_small(
                 self.op,
                 operands,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 import pyfused.functional as functional
 import pyfused.nn as nn
@@ -21,6 +21,7 @@ from pyfused.dispatch.explanation import BY_SHARDS, Explanation, by_kernel, path
 from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
 from pyfused.dispatch.originals import redirected
 from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.signature import PLAIN
 from pyfused.formula import Formula, FormulaModule
 
 _LIBRARIES = ("None", "torch", "torchvision", __name__.partition(".")[0])
@@ -96,7 +97,7 @@ def _explain_run(
     reason, by_torch = explanation.reason, explanation.backend == "torch"
     # torch checks the calls that kernels do not support, except for dtypes of indices.
     is_checked = not by_torch or reason.startswith(SMALL) or " has dtype " in reason
-    if is_checked and all(type(x) in (Tensor, Parameter) and x.is_cpu for x in present):
+    if is_checked and all(type(x) in PLAIN and x.is_cpu for x in present):
         op.check(op.arguments_of(tensors, numbers, case))
     raise _Explained(explanation)
 

@@ -82,7 +82,7 @@ class CompiledOperator(Operator):
         return self.plan(arguments, False)  # type: ignore[return-value]
 
     def saved(self, tensors: Tensors, state: Any) -> Tensors:  # noqa: ARG002
-        """Returns the tensors of the backward pass, given those of the forward pass."""
+        """Returns the tensors that the backward pass takes: the forward pass's, and the state."""
         return tensors
 
     def fake(self, arguments: Arguments) -> Tensor:

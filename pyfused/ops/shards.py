@@ -214,10 +214,8 @@ def state_plan(
         ready = results if shard is None else 0  # others follow from the merged state
         source = LogitRows(backend, rows, classes, fields, ready)
     else:
-        head, fixed = (
-            Head._make((*layer, None, target, None)),
-            getattr(options, "deterministic_rows", False),
-        )
+        head = Head._make((*layer, None, target, None))
+        fixed = getattr(options, "deterministic_rows", False)
         size = state_block_size(head, options.memory_budget, fixed, backend)
         source = HeadRows(backend, head, rows, classes, fields, size, needs, fixed)
     if shard is not None:
