@@ -358,6 +358,10 @@ class Process:
         self.calls += 1
         if "linear" not in call.name:
             return
+        # Processors that do not multiply bfloat16 multiply the weight as it is. These values are
+        # the same in both dtypes.
+        tensors = {name: x.bfloat16().float() for name, x in call.tensors.items()}
+        call = call._replace(tensors=tensors)
         shard = VocabShard(own.start)
         leaves = call.leaves(own)
         with torch.autocast("cpu", torch.bfloat16):
