@@ -67,7 +67,7 @@ def focal(nll, gamma):
 
 @triton.jit
 def index_terms(
-    target_logit, maximum, log_total, target_weight, smoothing, z_loss, gamma, FOCAL: tl.constexpr
+    target_logit, maximum, log_total, target_weight, smoothing, gamma, z_loss, FOCAL: tl.constexpr
 ):
     """Returns the loss, q_t of the gradient, and dloss/dlse, all without smoothing."""
     index_weight = scalar(1.0 - smoothing, target_weight.dtype) * target_weight
@@ -107,8 +107,8 @@ def row_kernel(
     strides,
     ignore_index,
     smoothing: tl.float64,
-    z_loss: tl.float64,
     gamma: tl.float64,
+    z_loss: tl.float64,
     logit_scale: tl.float64,
     FOCAL: tl.constexpr,
     SCALED: tl.constexpr,
@@ -159,7 +159,7 @@ def row_kernel(
         total = tl.sum(e, 1)
         log_total = tl.log(total)
         value, index_weight, slope = index_terms(
-            target_logit, maximum, log_total, target_weight, smoothing, z_loss, gamma, FOCAL
+            target_logit, maximum, log_total, target_weight, smoothing, gamma, z_loss, FOCAL
         )
         if DENSE:
             distance = tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total
@@ -220,8 +220,8 @@ def two_pass_kernel(
     strides,
     ignore_index,
     smoothing: tl.float64,
-    z_loss: tl.float64,
     gamma: tl.float64,
+    z_loss: tl.float64,
     logit_scale: tl.float64,
     FOCAL: tl.constexpr,
     SCALED: tl.constexpr,
@@ -276,7 +276,7 @@ def two_pass_kernel(
     log_total = tl.log(total)
     if INDICES:
         value, index_weight, slope = index_terms(
-            target_logit, maximum, log_total, target_weight, smoothing, z_loss, gamma, FOCAL
+            target_logit, maximum, log_total, target_weight, smoothing, gamma, z_loss, FOCAL
         )
     else:
         value, slope = squared_lse(maximum + log_total, z_loss)

@@ -182,7 +182,7 @@ def cross_entropy(
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     tensors = input, target, weight, token_weight, tensor
-    numbers = number, softcap, temperature, label_smoothing, gamma, z_loss, scale, 0.0  # filter_eps
+    numbers = number, softcap, temperature, gamma, z_loss, scale, label_smoothing, 0.0  # filter_eps
     case = ignore_index, reduction, None, loss_dtype, False  # memory_budget, with_metrics
     return run(operators.CROSS_ENTROPY, tensors, numbers, case, inplace, shard)
 
@@ -329,7 +329,7 @@ def linear_cross_entropy(
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     layer = input, linear_weight, linear_bias, adapter_weight
     tensors = *layer, target, weight, token_weight, tensor
-    numbers = number, softcap, temperature, label_smoothing, 0.0, z_loss, scale, filter_eps  # gamma
+    numbers = number, softcap, temperature, 0.0, z_loss, scale, label_smoothing, filter_eps  # gamma
     case = ignore_index, reduction, memory_budget, loss_dtype, False, options  # with_metrics
     return run(operators.LINEAR_CROSS_ENTROPY, tensors, numbers, case, False, shard)
 

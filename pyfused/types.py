@@ -234,10 +234,10 @@ class CrossEntropyOptions(VocabOptions):
         filter_eps: Matrix products of a head skip gradients of logits below this.
     """
 
-    label_smoothing: float = 0.0
     gamma: float = 0.0
     z_loss: float = 0.0
     scale: float = 1.0
+    label_smoothing: float = 0.0
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
     filter_eps: float = 0.0

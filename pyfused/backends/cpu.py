@@ -129,7 +129,7 @@ _SCALARS = {
 }
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
-_NO_OPTIONS = (0.0, 0.0, 0.0, 1.0)  # label smoothing, gamma, z_loss and scale
+_NO_OPTIONS = (0.0, 0.0, 0.0, 1.0)  # the numbers of `CrossEntropyOptions` in csrc
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -273,8 +273,8 @@ def cross_entropy(
         input, target, weight, token_weight, denominator = tensors
         options = _NO_OPTIONS
         if numbers:
-            number, _, temperature, smoothing, gamma, z_loss, scale, _ = numbers
-            options = max(0.0, smoothing), gamma, z_loss, scale / temperature
+            number, _, temperature, *terms, scale, smoothing, _ = numbers
+            options = max(0.0, smoothing), *terms, scale / temperature
             denominator = number if denominator is None else denominator
         logits = input.contiguous() if copies else input
         targets = target.contiguous() if copies_target else target

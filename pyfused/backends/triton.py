@@ -290,11 +290,11 @@ def cross_entropy(
         if grad_of_target:
             grad_target = new_grad_target()
         weights = weight, token_weight
-        number, _, temperature, smoothing, gamma, z_loss, scale, _ = numbers
+        number, _, temperature, *terms, scale, smoothing, _ = numbers
         by = divisor(target, *weights, denominator, number)
         gradients = grad, grad_target
         inputs = logits, target, *weights, by, grad_output
-        floats = max(0.0, smoothing), z_loss, gamma, scale / temperature
+        floats = max(0.0, smoothing), *terms, scale / temperature
         return run(inputs, (gradients, *fixed, *floats)), gradients
 
     return launch

@@ -37,6 +37,10 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import CrossEntropyOptions
 
+# The defaults of the numbers that torch's function lacks, and their types.
+_DEFAULTS = CrossEntropyOptions().numbers()[:-2]
+_TYPES = frozenset(map(type, _DEFAULTS))
+
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropy(ClassLoss, ShardedOperator):
@@ -63,13 +67,13 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         Args:
             tensor: The denominator, if it is a tensor.
         """
-        denominator, softcap, temperature, label_smoothing, gamma, z_loss, scale, _, *case = rest
-        ignore_index, reduction, _, loss_dtype, with_metrics = case
+        added = rest[:-7]
+        smoothing, _, ignore_index, reduction, _, loss_dtype, with_metrics = rest[-7:]
         number = REDUCTIONS.get(reduction)
         if (
-            not token_weight is tensor is denominator is softcap is loss_dtype is None
-            or not type(temperature) is type(gamma) is type(z_loss) is type(scale) is float
-            or (temperature, gamma, z_loss, scale) != (1.0, 0.0, 0.0, 1.0)
+            not token_weight is tensor is loss_dtype is None
+            or not _TYPES.issuperset(map(type, added))
+            or added != _DEFAULTS
             or with_metrics
             or number is None
             or type(target) is not Tensor
@@ -82,7 +86,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             if kernel is not None:
                 return kernel(tensors, floats)
             input = definitions.without_ignored(input, target, ignore_index)
-        return self.built_in_loss(input, target, weight, number, ignore_index, label_smoothing)
+        return self.built_in_loss(input, target, weight, number, ignore_index, smoothing)
 
     def runs_small_call(self, arguments: Arguments) -> bool:
         """Returns whether a kernel computes a call that is small enough for torch's operator."""
