@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import FLOATS, Errors, evaluate, exactly, products
+from compare import evaluate, exactly, products
 from conftest import KernelCalls
-from grid import grid
 from processes import python
+from test_textbook import contrastive_loss
 from torch import Tensor
 
 import pyfused
@@ -32,47 +32,12 @@ def given(has_bias: bool, dtype: torch.dtype = torch.float32, n: int = N) -> lis
     return [x.to(dtype).requires_grad_() for x in (*embeddings, *numbers)]
 
 
-def materialised(
-    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
-    """Computes the loss from all logits, as CLIP and SigLIP do."""
-    logits, target = scale * a @ b.T, torch.arange(len(a))
-    if bias is not None:
-        loss = -F.logsigmoid((2 * torch.eye(len(a)) - 1).to(a.dtype) * (logits + bias)).sum(1)
-    else:
-        both = logits, logits.T
-        loss = sum(F.cross_entropy(z, target, reduction="none") for z in both) / 2
-    return loss if reduction == "none" else getattr(loss, reduction)()
-
-
-@grid(has_bias=KINDS, dtype=FLOATS)
-def test_as_accurate_as_torch(
-    has_bias: bool, dtype: torch.dtype, kernel_calls: KernelCalls
-) -> None:
-    errors = Errors()
-    for budget in (None, BUDGET):
-        for reduction in ("mean", "sum", "none"):
-            call = partial(fused.contrastive_loss, reduction=reduction, memory_budget=budget)
-            of_torch = partial(materialised, reduction=reduction)
-            arguments = given(has_bias, dtype)
-            got, native = evaluate(call, *arguments), evaluate(of_torch, *arguments)
-            exact = evaluate(of_torch, *arguments, convert=exactly)
-            assert got.value.dtype is torch.promote_types(dtype, torch.float32)
-            errors.add("loss", got.value, native.value.to(got.value.dtype), exact.value)
-            pairs = zip(got.gradients, native.gradients, exact.gradients, strict=True)
-            for i, (ours, theirs, best) in enumerate(pairs):
-                assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-                errors.add(f"gradient {i}", ours, theirs, best, products=N * (1 if i < 2 else N))
-    errors.check(roundings=32 if dtype is torch.float64 else 2)
-    assert kernel_calls.total() >= 16
-
-
 @pytest.mark.parametrize("n", [1, 17])
 def test_a_block_of_one_row(n: int, kernel_calls: KernelCalls) -> None:
     """The transposed block of a single row has the same layout, but memory of its own."""
     arguments = given(False, torch.float64, n)
     call = partial(fused.contrastive_loss, memory_budget=1)  # blocks of 16 rows
-    got, expected = evaluate(call, *arguments), evaluate(materialised, *arguments)
+    got, expected = evaluate(call, *arguments), evaluate(contrastive_loss, *arguments)
     torch.testing.assert_close(got.gradients, expected.gradients)
     assert kernel_calls.total() or n == 1
 
@@ -95,7 +60,7 @@ def test_large_logits(has_bias: bool) -> None:
     arguments[2] = torch.tensor(1000.0)
     arguments[0].data[:5] *= 10
     got = evaluate(partial(fused.contrastive_loss, memory_budget=BUDGET), *arguments)
-    exact = evaluate(materialised, *arguments, convert=exactly)
+    exact = evaluate(contrastive_loss, *arguments, convert=exactly)
     torch.testing.assert_close(got.value, exact.value.float())
     expected = [x.float() for x in exact.gradients]
     torch.testing.assert_close(got.gradients, expected, atol=1e-4, rtol=1e-4)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import partial
 from typing import Any
 
 import pytest
+import test_textbook as textbook
 import torch
 import torch.nn.functional as F
 from catalogue import Call
-from compare import FLOATS, Errors, evaluate, exactly, products
+from compare import evaluate, products
 from conftest import KernelCalls
-from grid import grid
 from processes import python
 from torch import Tensor
 
@@ -52,84 +51,9 @@ def given(op: str, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (
     }
 
 
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def by_torch(
-    op: str,
-    beta: float = 0.0,
-    temperature: float = 1.0,
-    reduction: str = "mean",
-    token_weight: Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    denominator: float | None = None,
-    remainder: str = "bucket",
-    **arguments: Any,
-) -> Tensor:
-    """Computes the divergence with torch's operators, in the dtype of the tensors."""
-    if op == "kl_div_with_logits":
-        logits, teacher_logits = arguments["logits"], arguments["teacher_logits"]
-    else:
-        layer = arguments["linear_weight"], arguments.get("linear_bias")
-        logits = F.linear(arguments["input"], *layer)
-    log_p = F.log_softmax(capped(logits, softcap) / temperature, -1)
-    if op == "linear_topk_kl_div":
-        indices, log_q = arguments["teacher_indices"], arguments["teacher_log_probs"]
-        others = torch.ones_like(log_p).scatter(-1, indices, 0).bool()
-        rest = log_p.where(others, -math.inf).logsumexp(-1, keepdim=True)
-        log_p = log_p.gather(-1, indices)
-        if remainder == "bucket":
-            left = 1 - log_q.double().exp().sum(-1, keepdim=True)
-            log_p = torch.cat((log_p, rest), -1)
-            log_q = torch.cat((log_q, left.log().to(log_q.dtype)), -1)
-    else:
-        if op == "linear_kl_div":
-            teacher = (arguments[f"teacher_{name}"] for name in ("input", "linear_weight"))
-            teacher_logits = F.linear(*teacher, arguments.get("teacher_linear_bias"))
-        log_q = F.log_softmax(capped(teacher_logits, teacher_softcap) / temperature, -1)
-
-    def kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
-        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-
-    if beta in (0, 1):
-        each = kl_div(log_p, log_q) if beta else kl_div(log_q, log_p)
-    else:
-        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
-        each = beta * kl_div(log_q, log_m) + (1 - beta) * kl_div(log_p, log_m)
-    weight = torch.ones_like(each) if token_weight is None else token_weight
-    each = each * weight
-    if reduction == "mean":
-        return each.sum() / (denominator or weight.sum())
-    return each if reduction == "none" else each.sum()
-
-
 def definition(op: str, **arguments: Any) -> Tensor:
     """Computes the operator's definition in torch code, which fallbacks run."""
     return Call(OPERATORS[op], arguments).reference()
-
-
-@grid(op=OPS, beta=BETAS, dtype=FLOATS)
-def test_as_accurate_as_torch(op: str, beta: float, dtype: torch.dtype) -> None:
-    errors = Errors()
-    token_weight = torch.rand(N).to(dtype)
-    token_weight[2] = 0
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    budget = {} if op == "kl_div_with_logits" else {"memory_budget": 3000}
-    for reduction, temperature in itertools.product(("none", "sum", "mean"), TEMPERATURES):
-        arguments, options = given(op, dtype), {"beta": beta, "temperature": temperature}
-        options |= {"reduction": reduction, "token_weight": token_weight}
-        got = evaluate(getattr(fused, op), **arguments, **options, **budget)
-        native = evaluate(partial(by_torch, op), **arguments, **options)
-        exact = evaluate(partial(by_torch, op), **arguments, convert=exactly, **options)
-        assert got.value.dtype is wide
-        errors.add("loss", got.value, native.value.to(wide), exact.value)
-        pairs = zip(got.gradients, native.gradients, exact.gradients, strict=True)
-        for i, (ours, theirs, best) in enumerate(pairs):
-            terms = 0 if op == "kl_div_with_logits" else N if i else C
-            errors.add(f"gradient {i}", ours, theirs, best, products=terms)
-    errors.check(roundings=32 if dtype is torch.float64 else 2)  # no wider dtype for sums
 
 
 @every_operator
@@ -230,7 +154,7 @@ def test_a_teacher_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> 
     arguments = given("linear_kl_div")
     arguments = moved(*dtypes)
     exact = moved(torch.float64, torch.float64)
-    loss, expected = fused.linear_kl_div(**arguments), by_torch("linear_kl_div", **exact)
+    loss, expected = fused.linear_kl_div(**arguments), textbook.linear_kl_div(**exact)
     (gradient,) = torch.autograd.grad(loss, arguments["linear_weight"])
     (best,) = torch.autograd.grad(expected, exact["linear_weight"])
     assert abs(loss - expected) <= 0.02 * expected
@@ -275,7 +199,7 @@ def test_a_teacher_is_a_constant_by_default(op: str, kernel_calls: KernelCalls) 
     assert said.reason == f"{name} requires grad"
     assert pyfused.explain(op, **arguments).backend != "torch"
     got = evaluate(getattr(fused, op), **arguments, beta=0.5, teacher_requires_grad=True)
-    expected = evaluate(partial(by_torch, op), **arguments, beta=0.5)
+    expected = evaluate(getattr(textbook, op), **arguments, beta=0.5)
     torch.testing.assert_close(got.value, expected.value)
     torch.testing.assert_close(got.gradients, expected.gradients)
 
@@ -325,7 +249,7 @@ def test_classes_of_logits_with_more_dimensions() -> None:
     got = fused.kl_div_with_logits(x, y, dim=1, token_weight=weight, reduction="none")
     logits, teacher_logits = (each.movedim(1, -1).reshape(-1, 21) for each in (x, y))
     given = {"logits": logits, "teacher_logits": teacher_logits, "token_weight": weight.flatten()}
-    expected = by_torch("kl_div_with_logits", **given, reduction="none").view(2, 4, 3)
+    expected = textbook.kl_div_with_logits(**given, reduction="none").view(2, 4, 3)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(*[torch.autograd.grad(each.sum(), x) for each in (got, expected)])
 
@@ -338,20 +262,6 @@ def test_second_derivatives_with_a_denominator_of_one_element() -> None:
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         norms += torch.autograd.grad(gradient.square().sum(), x)
     torch.testing.assert_close(*norms)
-
-
-@grid(op=OPS, beta=BETAS)
-def test_definition_of_softcaps(op: str, beta: float) -> None:
-    """Tries softcaps of student and teacher, and the denominator of a mean."""
-    arguments, weight = given(op, torch.float64), torch.rand(N).double()
-    options: dict[str, Any] = {"beta": beta, "temperature": 0.5, "denominator": 3.0, "softcap": 1.5}
-    if op != "linear_topk_kl_div":
-        options["teacher_softcap"] = 4.0
-    options["token_weight"] = weight
-    got = evaluate(partial(definition, op), **arguments, **options)
-    expected = evaluate(partial(by_torch, op), **arguments, **options)
-    torch.testing.assert_close(got.value, expected.value)
-    torch.testing.assert_close(got.gradients, expected.gradients)
 
 
 # ---- a teacher's top k ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import TORCH
-from compare import FLOATS, Errors, Outcome, evaluate, exactly, products
+from compare import Outcome, evaluate, exactly, products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -24,91 +24,23 @@ materialised = TORCH.linear_cross_entropy
 
 
 class HeadCase:
-    """Arguments of a call: N rows of D features, C classes; a third of the targets are ignored."""
+    """Arguments of a call: rows of 6 features; a third of the targets are ignored."""
 
     def __init__(
         self,
-        rows: int | None = 12,
-        features: int = 6,
+        rows: int = 12,
         classes: int = 70,
-        positions: tuple[int, ...] = (),
         dtype: torch.dtype = torch.float32,
         probabilities: bool = False,
     ) -> None:
-        batch = () if rows is None else (rows,)
-        self.input = torch.randn(*batch, features).to(dtype).requires_grad_()
-        self.head = torch.randn(classes, *positions, features).to(dtype).requires_grad_()
-        self.bias = torch.randn(classes, *positions).to(dtype).requires_grad_()
-        self.adapter = torch.randn(classes, *positions, 3).to(dtype).requires_grad_()
-        self.weight = torch.rand(classes).to(dtype)
-        self.token_weight = torch.rand((*batch, *positions))
+        shapes = (rows, 6), (classes, 6), (classes, 3)
+        self.input, self.head, self.adapter = (
+            torch.randn(shape).to(dtype).requires_grad_() for shape in shapes
+        )
+        self.target = torch.randint(0, classes, (rows,))
+        self.target[1::3] = -100
         if probabilities:
-            logits = torch.randn((*batch, classes, *positions))
-            self.target = logits.softmax(len(batch)).to(dtype).requires_grad_()
-        else:
-            self.target = torch.randint(0, classes, (*batch, *positions))
-            self.target.view(-1)[1::3] = -100
-
-    def options(self, names: str) -> dict[str, Any]:
-        known = {
-            "bias": {"linear_bias": self.bias},
-            "adapter": {"adapter_weight": self.adapter},
-            "weight": {"weight": self.weight},
-            "tokens": {"token_weight": self.token_weight},
-            "smoothing": {"label_smoothing": 0.1},
-            "z": {"z_loss": 0.05},
-            "divided": {"denominator": 7},
-            "capped": {"softcap": 2.0},
-            "scaled": {"scale": 3.0},
-            "none": {"reduction": "none"},
-            "sum": {"reduction": "sum"},
-        }
-        given: dict[str, Any] = {}
-        for name in names.split():
-            given |= known[name]
-        return given
-
-
-OPTIONS = (
-    *("", "none", "sum bias", "adapter", "none adapter", "weight bias smoothing", "tokens z"),
-    "none weight tokens z smoothing bias adapter",
-    "adapter weight bias smoothing tokens",
-    *("divided tokens", "capped z", "capped none smoothing scaled", "scaled weight z"),
-)
-KINDS: dict[str, dict[str, Any]] = {
-    "rows": {},
-    "one": {"rows": None},
-    "kdim": {"positions": (3, 2), "classes": 9},
-    "probabilities": {"probabilities": True},
-    "kdim_probabilities": {"probabilities": True, "positions": (4,), "classes": 9},
-    "many": {"rows": 200, "classes": 1100},
-}
-
-
-def add(errors: Errors, given: HeadCase, names: str, **more: Any) -> None:
-    arguments, options = (given.input, given.head, given.target), given.options(names)
-    if "adapter" in names:
-        head = given.head.detach()[..., :-3].clone().requires_grad_()
-        arguments = given.input, head, given.target
-    got = evaluate(fused.linear_cross_entropy, *arguments, **options, **more)
-    of_torch = evaluate(materialised, *arguments, **options)
-    exact = evaluate(materialised, *arguments, convert=exactly, **options)
-    errors.add("loss", got.value, of_torch.value, exact.value)
-    assert got.value.dtype == of_torch.value.dtype
-    features = given.input.shape[-1]
-    rows, columns = given.input.numel() // features, given.head.numel() // features
-    for i, ours in enumerate(got.gradients):
-        assert ours.dtype == of_torch.gradients[i].dtype
-        of = ours, of_torch.gradients[i], exact.gradients[i]
-        errors.add(f"gradient {i}", *of, products=rows if i else columns)
-
-
-@grid(kind=KINDS if backend is cpu else [*KINDS][:-1], budget=[None, 3000], dtype=FLOATS)
-def test_as_accurate_as_with_logits(kind: str, budget: int | None, dtype: torch.dtype) -> None:
-    errors = Errors()
-    for names in OPTIONS if backend is cpu else OPTIONS[-2:]:
-        add(errors, HeadCase(**KINDS[kind], dtype=dtype), names, memory_budget=budget)
-    errors.check(roundings=128 if dtype is torch.float64 else 1)  # no wider dtype for sums
+            self.target = torch.randn(rows, classes).softmax(1).to(dtype)
 
 
 @pytest.mark.parametrize("wanted", ["input", "head", None])

@@ -1,20 +1,18 @@
-"""log_probs and linear_log_probs compared with torch's operators, and independence of rows."""
+"""log_probs and linear_log_probs: special values, memory, and independence of rows."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import interpreter
 import pytest
 import torch
-from compare import FLOATS, Errors, evaluate, exactly, products
+from compare import products
 from conftest import backend
-from grid import FULL, grid
+from grid import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,122 +22,26 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
-# Combinations of log-probability, entropy and log-sum-exp that have a gradient.
-CHOICES = [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)]
-CHOICES = CHOICES[::3] if interpreter.ON else CHOICES  # (0), (0, 1), (0, 1, 2)
-SHAPES: dict[str, tuple[int, ...]] = {"rows": (12, 70), "one": (70,), "kdim": (5, 9, 3, 2)}
-if backend is cpu:
-    SHAPES |= {"rows": (150, 70), "kdim": (25, 9, 3, 2), "many": (40, 2600)}
 FEATURES = 6
 
 
-def of_logits(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-) -> list[Tensor]:
-    """Computes the results with torch's operators, from logits in a wider dtype."""
-    dim, x = min(logits.dim() - 1, 1), logits if logits.dtype is torch.float64 else logits.float()
-    x = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
-    log_p, counted = x.log_softmax(dim), target != ignore_index
-    at_target = log_p.gather(dim, target.where(counted, 0).long().unsqueeze(dim)).squeeze(dim)
-    found = at_target, -(log_p.exp() * log_p).sum(dim), x.logsumexp(dim)
-    return [x.where(counted, 0) for x in found]
-
-
-def of_head(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    **options: Any,
-) -> list[Tensor]:
-    logits = torch.tensordot(input, linear_weight, ([-1], [-1]))
-    logits = logits if linear_bias is None else logits + linear_bias
-    return of_logits(logits, target, **options)
-
-
-TORCH: dict[str, Callable[..., list[Tensor]]] = {
-    "log_probs": of_logits,
-    "linear_log_probs": of_head,
-}
-
-
-def draw(
-    op: str,
-    dtype: torch.dtype = torch.float32,
-    shape: tuple[int, ...] = (12, 70),
-    bias: bool = True,
-) -> dict[str, Tensor]:
-    """Returns the tensors of a call with logits of this shape; ignores a third of the targets."""
-    rows, (classes, *positions) = shape[: len(shape) > 1], shape[len(shape) > 1 :]
-    target = torch.randint(0, classes, (*rows, *positions))
-    target.view(-1)[1::3] = -100
+def draw(op: str, rows: int = 12, classes: int = 70) -> dict[str, Tensor]:
+    """Returns the tensors of a call; a third of the targets are ignored."""
+    target = torch.randint(0, classes, (rows,))
+    target[1::3] = -100
     if op == "log_probs":
-        return {"logits": (3 * torch.randn(shape)).to(dtype).requires_grad_(), "target": target}
-    found = {"input": torch.randn(*rows, FEATURES), "target": target}
-    found["linear_weight"] = torch.randn(classes, *positions, FEATURES) / FEATURES**0.5
-    if bias:
-        found["linear_bias"] = torch.randn(classes, *positions)
-    return {
-        name: x if name == "target" else x.to(dtype).requires_grad_() for name, x in found.items()
+        return {"logits": (3 * torch.randn(rows, classes)).requires_grad_(), "target": target}
+    shapes = {
+        "input": (rows, FEATURES),
+        "linear_weight": (classes, FEATURES),
+        "linear_bias": (classes,),
     }
+    drawn = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    return drawn | {"target": target}
 
 
 def all_results(op: str, **given: Any) -> fused.LogProbs:
-    if op == "log_probs" and given["logits"].dim() > 2:
-        given = {"dim": 1} | given
     return getattr(fused, op)(**given, return_entropy=True, return_lse=True)
-
-
-def check(errors: Errors, op: str, tensors: dict[str, Tensor], **options: Any) -> None:
-    """Adds the errors of the results, and of the gradients of several combinations of results."""
-    beyond = {n: options.pop(n) for n in ("memory_budget", "deterministic_rows") if n in options}
-    for chosen in CHOICES:
-
-        def ours(chosen: tuple[int, ...] = chosen, **given: Any) -> Tensor:
-            return torch.stack([all_results(op, **given, **beyond)[i] for i in chosen])
-
-        def theirs(chosen: tuple[int, ...] = chosen, **given: Any) -> Tensor:
-            return torch.stack([TORCH[op](**given)[i] for i in chosen])
-
-        got = evaluate(ours, **tensors, **options)
-        of_torch = evaluate(theirs, **tensors, **options)
-        exact = evaluate(theirs, convert=exactly, **tensors, **options)
-        features, (rows, columns) = 0, (0, 0)  # sizes of products, for linear_log_probs
-        if op == "linear_log_probs":
-            features = FEATURES
-            columns = tensors["linear_weight"].numel() // features
-            rows = tensors["input"].numel() // features
-        for i, name in enumerate(chosen):
-            of = got.value[i], of_torch.value[i], exact.value[i]
-            errors.add(f"result {name}", *of, products=features)
-        for i, gradient in enumerate(got.gradients):
-            of = gradient, of_torch.gradients[i], exact.gradients[i]
-            errors.add(f"gradient {i} of {chosen}", *of, products=rows if i else columns)
-
-
-@grid(kind=SHAPES, op=["log_probs", "linear_log_probs"], dtype=FLOATS)
-def test_as_accurate_as_torch(op: str, kind: str, dtype: torch.dtype) -> None:
-    errors = Errors()
-    shaping: dict[str, Any] = {"softcap": 4.0, "temperature": 0.7}
-    for options in ({}, {"temperature": 1.7}, shaping) if backend is cpu else (shaping,):
-        for _ in range(10 if kind == "one" else 1):
-            check(errors, op, draw(op, dtype, SHAPES[kind]), **options)
-    few = 3 if kind == "one" else 1  # one element, for which torch's error may be 0
-    errors.check(roundings=128 if dtype is torch.float64 else few)  # no wider dtype for sums
-
-
-@grid(dtype=FLOATS, budget=[5000] if interpreter.ON else [1, 5000, 1 << 17, 1 << 22])
-def test_budgets_and_fixed_products(budget: int, dtype: torch.dtype) -> None:
-    errors, shape = Errors(), (40, 2100) if backend is cpu else (12, 70)
-    for more in ({}, {"deterministic_rows": True}):
-        tensors = draw("linear_log_probs", dtype, shape, bias=bool(more))
-        check(errors, "linear_log_probs", tensors, memory_budget=budget, **more)
-    errors.check(roundings=128 if dtype is torch.float64 else 1)
 
 
 @every_operator
@@ -155,34 +57,6 @@ def test_results_that_were_not_requested(op: str) -> None:
         with pytest.raises(AttributeError, match=f"{name}: expected a call with {option}"):
             getattr(found, name)
     assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
-
-
-@pytest.mark.interpreted
-@grid(kind=SHAPES, op=["log_probs", "linear_log_probs"], dtype=FLOATS)
-def test_metrics(op: str, kind: str, dtype: torch.dtype) -> None:
-    """Metrics are exact, have no gradient, and do not change other results."""
-    tensors, options = draw(op, dtype, SHAPES[kind]), {"softcap": 4.0, "temperature": 0.7}
-    logits, target = tensors.get("logits"), tensors["target"]
-    if logits is None:
-        x, weight = tensors["input"].double(), tensors["linear_weight"].double()
-        logits = torch.tensordot(x, weight, ([-1], [-1])) + tensors["linear_bias"]
-    dim = min(logits.dim() - 1, 1)
-    target.view(-1)[:4] = logits.argmax(dim).view(-1)[:4]
-    target.view(-1)[1::3] = -100
-    counted, x = target != -100, 4 * (logits.double() / 4).tanh() / 0.7
-    plain = all_results(op, **tensors, **options)
-    found = all_results(op, **tensors, **options, return_metrics=True)
-    assert torch.equal(torch.stack(found[:3]), torch.stack(plain))
-    if op == "log_probs" or dtype in (torch.float32, torch.float64):  # others round the logits
-        assert found.is_top1.tolist() == ((logits.argmax(dim) == target) & counted).tolist()
-    assert found.is_top1.any()
-    exact = x.mean(dim).where(counted, 0).to(found.mean_logit.dtype)
-    rounding = 0.02 if op == "linear_log_probs" and exact.dtype is torch.float32 else 1e-6
-    torch.testing.assert_close(found.mean_logit, exact, rtol=rounding, atol=rounding)
-    assert not found.mean_logit.requires_grad
-    leaves = [x for x in tensors.values() if x.requires_grad]
-    gradients = [torch.autograd.grad(sum(x.sum() for x in r), leaves) for r in (found[:3], plain)]
-    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.interpreted
@@ -227,7 +101,7 @@ def test_the_dimension_of_the_classes() -> None:
 @pytest.mark.cpu
 def test_ignored_rows_have_no_products() -> None:
     with products() as found:
-        log_probs = fused.linear_log_probs(**draw("linear_log_probs", shape=(90, 70)))
+        log_probs = fused.linear_log_probs(**draw("linear_log_probs", rows=90))
         log_probs.log_probability.sum().backward()
     assert found.count((60, FEATURES, 70)) == 1  # these logits are kept for backward
     assert not any(90 in sizes for sizes in found)
@@ -309,7 +183,8 @@ def test_no_products_for_unneeded_gradients(name: str, sizes: list[tuple[int, in
     with products() as found:
         results = all_results("linear_log_probs", **frozen)
         gradient = torch.autograd.grad(sum(x.sum() for x in results), tensors[name])
-    expected = torch.autograd.grad(sum(x.sum() for x in of_head(**frozen)), tensors[name])
+    whole = all_results("linear_log_probs", **tensors)
+    expected = torch.autograd.grad(sum(x.sum() for x in whole), tensors[name])
     torch.testing.assert_close(gradient, expected)
     assert found == [(8, FEATURES, 70), *sizes]
 
@@ -461,7 +336,8 @@ def test_rows_beyond_2_31_elements() -> None:
     logits.copy_(torch.randn(2, classes))
     target = torch.tensor([3, 999])
     found = all_results("log_probs", logits=logits, target=target)
-    torch.testing.assert_close([*found], of_logits(logits.clone(), target))
+    expected = all_results("log_probs", logits=logits.clone(), target=target)
+    assert torch.equal(bits(found), bits(expected))
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import test_textbook as textbook
 import torch
 from compare import FLOATS
 from conftest import ISAS, KernelCalls, backend
@@ -23,38 +24,11 @@ SHAPES = ((6, 5), (3, 300), (7,), (2, 4, 3, 5), (2, 150, 6), MANY)
 Z_LOSS = 0.125
 
 
-def exact(
-    input: Tensor,
-    target: Tensor,
-    cap: float | None = None,
-    ignore_index: int = -100,
-    scale: float = 1.0,
-) -> Metrics:
-    """Computes the metrics by their definitions in float64, row by row."""
-    dim = min(input.dim() - 1, 1)
-    logits = input.detach().double() * scale
-    logits = logits if cap is None else cap * (logits / cap).tanh()
-    rows = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
-    shape = logits.movedim(dim, -1).shape[:-1]
+def exact(input: Tensor, target: Tensor) -> Metrics:
+    valid = target == target if target.is_floating_point() else target != -100
     if target.is_floating_point():
-        target_prob = target.detach().double().movedim(dim, -1).reshape(rows.shape)
-    found = []
-    for i, row in enumerate(rows):
-        lse = row.logsumexp(0)
-        log_p = row - lse
-        entropy = -(log_p.exp() * log_p).where(log_p > -torch.inf, 0).sum()
-        prediction = int(row.argmax())
-        if target.is_floating_point():
-            own, label = (target_prob[i] * log_p).sum(), int(target_prob[i].argmax())
-        else:
-            label = int(target.flatten()[i])
-            if label == ignore_index:
-                found.append([0.0, 0.0, ignore_index, False, 0.0])
-                continue
-            own = log_p[label]
-        found.append([own, lse, prediction, prediction == label, entropy])
-    columns = [torch.tensor(column).reshape(shape) for column in zip(*found, strict=True)]
-    return Metrics(*columns)
+        valid, target = valid.select(min(input.dim() - 1, 1), 0), target.double()
+    return Metrics(*textbook.metrics(input.detach().double(), target, valid, -100))
 
 
 def assert_metrics(got: Metrics, expected: Metrics, dtype: torch.dtype) -> None:
@@ -145,41 +119,13 @@ def test_special_logits(name: str, classes: int, isa: str) -> None:
     close(found, (log_p[[0, 1], target], entropy), equal_nan=True)
 
 
-def linear_case(
-    dtype: torch.dtype, *, of_row: tuple[int, ...] = (), classes: int = 50
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_case(dtype: torch.dtype, classes: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns input, weight, bias and target."""
-    input = torch.randn(12, 8).to(dtype).requires_grad_()
-    weight = torch.randn(classes, *of_row, 8).to(dtype).requires_grad_()
-    bias = torch.randn(classes, *of_row).to(dtype).requires_grad_()
-    target = torch.randint(0, classes, (12, *of_row))
+    shapes = (12, 8), (classes, 8), (classes,)
+    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    target = torch.randint(0, classes, (12,))
     target[1::3] = -100
-    return input, weight, bias, target
-
-
-def logits_of(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    logits = input.double() @ weight.flatten(0, -2).double().t() + bias.flatten().double()
-    return logits.view(len(input), *weight.shape[:-1])
-
-
-@grid(
-    of_row=[(), (3,)],
-    budget=[None, 64],
-    softcap=[None, None, 5.0, 5.0],
-    dtype=[torch.float32, torch.float64],
-)
-def test_metrics_of_linear_cross_entropy(
-    dtype: torch.dtype, of_row: tuple[int, ...], budget: int | None, softcap: float | None
-) -> None:
-    input, weight, bias, target = linear_case(dtype, of_row=of_row)
-    options: dict[str, Any] = {"linear_bias": bias, "memory_budget": budget, "z_loss": Z_LOSS}
-    options["softcap"] = softcap
-    loss, metrics = fused.linear_cross_entropy_with_metrics(input, weight, target, **options)
-    expected = exact(logits_of(input, weight, bias), target, softcap)
-    close([*metrics], [x.to(y.dtype) for x, y in zip(expected, metrics, strict=True)])
-    assert not any(x.requires_grad for x in metrics)
-    plain, leaves = fused.linear_cross_entropy(input, weight, target, **options), (input, weight)
-    assert_same(*[(x, *torch.autograd.grad(x, (*leaves, bias))) for x in (loss, plain)])
+    return *tensors, target
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
@@ -188,30 +134,13 @@ def test_metrics_of_linear_cross_entropy_in_half_precision(
 ) -> None:
     """Metrics equal those of float32 logits, unless the CPU multiplies half precision."""
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", multiplies)
-    input, weight, bias, target = linear_case(torch.bfloat16, classes=3000)
+    input, weight, bias, target = linear_case(torch.bfloat16, 3000)
     _, metrics = fused.linear_cross_entropy_with_metrics(input, weight, target, linear_bias=bias)
-    best = exact(logits_of(input, weight, bias), target).log_probability.float()
+    logits = torch.nn.functional.linear(input.double(), weight.double(), bias.double())
+    best = exact(logits, target).log_probability.float()
     atol = 1e-4 if backend is cpu and not multiplies else 0.1
     close(metrics.log_probability, best, rtol=0, atol=atol)
     assert metrics.entropy.dtype is torch.float32
-
-
-@pytest.mark.parametrize("single", [False, True])
-def test_all_ignored_and_one_row(single: bool) -> None:
-    input, weight, bias, target = linear_case(torch.float32)
-    target.fill_(0)
-    bias.data[0] = 50.0  # the predicted class, correct unless it is ignored
-    if single:
-        input, target = input[0], torch.tensor(0)
-    logits = logits_of(input.reshape(-1, 8), weight, bias)
-    for ignore_index in (-100, 0):
-        options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum"}
-        _, metrics = fused.linear_cross_entropy_with_metrics(
-            input, weight, target, linear_bias=bias, **options
-        )
-        expected = exact(logits, target.reshape(-1), None, ignore_index)
-        for mine, best in zip(metrics, expected, strict=True):
-            close(mine, best.reshape(target.shape).to(mine.dtype))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
