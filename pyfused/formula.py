@@ -24,13 +24,13 @@ from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
 from pyfused.dispatch.signature import PLAIN
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
-from pyfused.formula_compiler.kernel import program_of
 from pyfused.formula_compiler.program import (
     EXPONENTS,
     OPERANDS,
     Expressions,
     Program,
     UntraceableError,
+    compiled,
     is_moderate,
 )
 from pyfused.layout import broadcast_numel
@@ -97,7 +97,7 @@ class Traced:
         return True
 
     def _program(self, outputs: Outputs) -> Program:
-        return program_of(self.name, self.expressions, self.outputs, outputs, len(self.inputs))
+        return compiled(self.name, self.expressions, self.outputs, outputs, len(self.inputs))
 
 
 class FormulaOperator(PointwiseLoss):

@@ -19,14 +19,6 @@ from pyfused.formula_compiler.trace import Function, expressions_of, isolated
 from pyfused.types import NUMBER, Outputs
 
 
-def program_of(
-    name: str, e: Expressions, results: Sequence[int], outputs: Outputs, parameters: int
-) -> Program:
-    """Compiles the outputs that a call of a loss needs, of its value and its gradients."""
-    needed = outputs.loss, *(outputs.gradients or (False,) * (len(results) - 1))
-    return compiled(name, e, results, needed, parameters)
-
-
 class Method(NamedTuple):
     """A traced function of operands; the outputs of a loss are its value and its gradients."""
 
@@ -63,15 +55,16 @@ class Kernel:
     @cached_property
     def programs(self) -> list[Program]:
         """Returns a program for each method, which computes all its outputs."""
+        parameters = len(self.parameters)
         return [
-            compiled(self.name, e, outputs, [True] * len(outputs), len(self.parameters))
-            for _, e, outputs in self.methods
+            compiled(self.name, e, results, Outputs(True, (True,) * (len(results) - 1)), parameters)
+            for _, e, results in self.methods
         ]
 
     def _program(self, outputs: Outputs) -> Program:
         """Returns the program that computes these outputs of a loss."""
         ((_, e, results),) = self.methods
-        return program_of(self.name, e, results, outputs, len(self.parameters))
+        return compiled(self.name, e, results, outputs, len(self.parameters))
 
     def arguments(self, parameters: Sequence[Any]) -> list[Any]:
         """Returns the arguments of the formula, given the parameters of the kernel."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from pyfused.types import Outputs
+
 Node = tuple[str, tuple[Any, ...]]  # an operation and its arguments
 Pattern = tuple[Any, ...] | str | float
 
@@ -395,9 +397,9 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
 
 
 def compiled(
-    name: str, e: Expressions, outputs: Sequence[int], needed: Sequence[bool], parameters: int
+    name: str, e: Expressions, results: Sequence[int], outputs: Outputs, parameters: int
 ) -> Program:
-    """Compiles the needed outputs, of the value and the gradient of each operand, to a program.
+    """Compiles the outputs of a call, of the value and the gradient of each operand, to a program.
 
     The instructions are a subset of the instructions for all outputs, in the same order, and
     outputs that other instructions read have a register. So if the program for all outputs fits
@@ -406,12 +408,14 @@ def compiled(
     Raises:
         UntraceableError: The program needs too many registers or constants.
     """
-    results = {VALUE + k: o for k, (o, n) in enumerate(zip(outputs, needed, strict=True)) if n}
-    nodes = _fused(e, outputs)
-    kept = _in_order(nodes, [*results.values()])
+    needed = outputs.loss, *(outputs.gradients or (False,) * (len(results) - 1))
+    pairs = enumerate(zip(results, needed, strict=True))
+    written = {VALUE + k: index for k, (index, is_needed) in pairs if is_needed}
+    nodes = _fused(e, results)
+    kept = _in_order(nodes, [*written.values()])
     nodes = {index: node for index, node in nodes.items() if index in kept}
     last_use = {a: index for index, (op, args) in nodes.items() if op not in _LEAVES for a in args}
-    result_slots = {index: slot for slot, index in reversed(results.items())}
+    result_slots = {index: slot for slot, index in reversed(written.items())}
     free = list(range(CONSTANTS - 1, REGISTERS - 1, -1))
     program = Program(name, [], [], [0.0] * (1 + parameters), parameters)
     slots: dict[int, int] = {}
@@ -437,7 +441,7 @@ def compiled(
                 registers[index] = free.pop()
             slots[index] = result_slots[index] if index in result_slots else registers[index]
             program.body.append((op, slots[index], argument_slots))
-    for slot, index in results.items():
+    for slot, index in written.items():
         if slots[index] != slot:
             program.body.append(("copy", slot, (slots[index],)))
     if len(program.constants) > MOST_CONSTANTS:
