@@ -427,7 +427,7 @@ class HeadCase:
     def divergence(self) -> tuple[Tensor, ...]:
         return self.gradients(fused.linear_kl_div(self.input, self.head, *self.teacher))
 
-    def ways(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
+    def implementations(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
         """Returns the implementations of each loss: products alone, torch's operators, pyfused."""
         return {
             "cross-entropy": {

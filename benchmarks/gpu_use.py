@@ -10,6 +10,7 @@ import contextlib
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -50,41 +51,49 @@ FAMILIES = (
 SMOKE_CALLS = 3  # Triton launches the first call, and a prepared launch the others
 
 
-def smoke_row(case: Case, device: str) -> list[str]:
+def smoke_row(name: str, call: Step, check: Callable[[Any], None]) -> list[str]:
+    """Times calls on the host, and checks their results."""
     seconds = []
+    for _ in range(SMOKE_CALLS):
+        started = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - started)
+        check(result)
+    return [name, "correct", f"{seconds[0]:.2f}", f"{1e6 * seconds[-1]:.0f}"]
+
+
+def smoke_rows(case: Case, device: str) -> list[list[str]]:
+    arguments = cases.draw(case, device)
+    call = partial(cases.evaluate, getattr(fused, case.op), arguments)
     with mock.patch.object(sizes, "FORCED", "every size"):
-        for _ in range(SMOKE_CALLS):
-            arguments = cases.draw(case, device)
-            started = time.perf_counter()
-            cases.evaluate(getattr(fused, case.op), arguments)
-            seconds.append(time.perf_counter() - started)
-            cases.assert_correct(case, arguments)
-    return [case.name, "correct", f"{seconds[0]:.2f}", f"{1e6 * seconds[-1]:.0f}"]
+        return [smoke_row(case.name, call, lambda _: cases.assert_correct(case, arguments))]
 
 
 def smoke_head_rows(device: str) -> list[list[str]]:
-    given, rows = HeadCase(256, 64, 1000, device=device), []
-    for loss, ways in given.ways().items():
-        expected, seconds = ways["torch"](), []
-        for _ in range(SMOKE_CALLS):
-            started = time.perf_counter()
-            found = ways["pyfused"]()
-            seconds.append(time.perf_counter() - started)
-            for got, right in zip(found, expected, strict=True):
-                assert (got - right).norm() <= 1e-3 * right.norm(), loss
-        name = f"linear {loss} (256, 64, 1000) float32"
-        rows.append([name, "correct", f"{seconds[0]:.2f}", f"{1e6 * seconds[-1]:.0f}"])
+    rows = []
+    for loss, steps in HeadCase(256, 64, 1000, device=device).implementations().items():
+        check = partial(assert_near, steps["torch"]())
+        rows.append(smoke_row(f"linear {loss} (256, 64, 1000) float32", steps["pyfused"], check))
     return rows
 
 
+def assert_near(expected: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    assert all(norm_error(*pair) <= 1e-3 for pair in zip(results, expected, strict=True))
+
+
+def norm_error(result: Tensor, expected: Tensor) -> float:
+    """Returns the norm of the error, relative to the norm of the expected result."""
+    return float((result.float() - expected.float()).norm() / expected.float().norm())
+
+
 def gpu_smoke(options: Namespace) -> None:
-    words = (
+    description = (
         "Forward and backward, compared with torch: seconds on the host of the first call, with "
+        "compilation, and microseconds of the third."
     )
-    words += "compilation, and microseconds of the third."
-    table = Table(options, words, ["case", "", "first, s", "third, us"], names=2)
+    table = Table(options, description, ["case", "", "first, s", "third, us"], names=2)
     for case in FAMILIES[:2] if options.trial else FAMILIES:
-        table.add(case.name, lambda case=case: [smoke_row(case, table.device)])  # type: ignore[misc]
+        table.add(case.name, partial(smoke_rows, case, table.device))
     table.add("heads", lambda: smoke_head_rows(table.device))
     if table.errors:
         sys.exit(1)
@@ -118,31 +127,31 @@ def times_of(op: str, elements: int, clock: Clock, device: str, rounds: int) -> 
     return interleaved(timers, rounds, max(1, min(50, (16 * M) // elements)))
 
 
-LEAST_GAIN = 0.95  # a smaller difference is noise
+MIN_SPEEDUP = 0.95  # a smaller difference is noise
 
 
-def size_row(op: str, clock: Clock, device: str, rounds: int) -> list[str]:
+def size_rows(op: str, clock: Clock, device: str, rounds: int) -> list[list[str]]:
     with mock.patch.object(sizes, "FORCED", "every size"):  # kernels for small calls, too
-        found = [times_of(op, elements, clock, device, rounds) for elements in SIZES]
-    gains = [median(theirs) / median(ours) for theirs, ours in found]
-    slower = [size for size, gain in zip(SIZES, gains, strict=True) if gain < LEAST_GAIN]
+        times = [times_of(op, elements, clock, device, rounds) for elements in SIZES]
+    speedups = [median(of_torch) / median(of_pyfused) for of_torch, of_pyfused in times]
+    slower = [size for size, speedup in zip(SIZES, speedups, strict=True) if speedup < MIN_SPEEDUP]
     larger = [size for size in SIZES if size > max(slower, default=0)]
-    host = [f"{1e3 * median(times):.0f}" for times in reversed(found[0])]
+    host = [f"{1e3 * median(each):.0f}" for each in reversed(times[0])]
     faster_from = f"2^{larger[0].bit_length() - 1}" if larger else "never"
-    return [op, *host, faster_from, *(f"{gain:.2f}" for gain in gains)]
+    return [[op, *host, faster_from, *(f"{speedup:.2f}" for speedup in speedups)]]
 
 
 def gpu_sizes(options: Namespace) -> None:
-    words = (
+    description = (
         "Forward and backward in float32, call after call: microseconds of the smallest call, the "
         "size from which the kernel is faster, and torch's time divided by pyfused's for each size"
     )
     columns = ["operator", "pyfused", "torch", "faster from"]
     columns += [f"2^{size.bit_length() - 1}" for size in SIZES]
-    table = Table(options, words, columns, names=1)
+    table = Table(options, description, columns, names=1)
     clock, rounds = Clock(table.device), 3 if options.trial else 11
     for op in SIZED[:2] if options.trial else SIZED:
-        table.add(op, lambda op=op: [size_row(op, clock, table.device, rounds)])  # type: ignore[misc]
+        table.add(op, partial(size_rows, op, clock, table.device, rounds))
 
 
 # ---- host time -----------------------------------------------------------------------------------
@@ -150,7 +159,7 @@ def gpu_sizes(options: Namespace) -> None:
 HOST_CALLS = 50  # their launches fit into the GPU's queue
 
 
-def host_row(op: str, device: str, rounds: int) -> list[str]:
+def host_rows(op: str, device: str, rounds: int) -> list[list[str]]:
     """Times the host alone: the kernels of small calls take the GPU less time."""
     case = Case(op, shape_of(op, 4 * CLASSES))
     arguments = cases.draw(case, device)
@@ -168,102 +177,101 @@ def host_row(op: str, device: str, rounds: int) -> list[str]:
     with mock.patch.object(sizes, "FORCED", "every size"):
         timers = [timer(operators) for operators in (cases.TORCH, fused)]
         interleaved(timers, 1, WARM_UP)
-        theirs, ours = interleaved(timers, rounds, HOST_CALLS)
-    times = [f"{1e3 * median(taken):.1f}" for taken in (theirs, ours)]
-    return [op, *times, spread(ratios(ours, theirs))]
+        of_torch, of_pyfused = interleaved(timers, rounds, HOST_CALLS)
+    medians = [f"{1e3 * median(times):.1f}" for times in (of_torch, of_pyfused)]
+    return [[op, *medians, spread(ratios(of_pyfused, of_torch))]]
 
 
 def gpu_host(options: Namespace) -> None:
-    words = "Microseconds of the host, forward and backward of 4,000 elements."
+    description = "Microseconds of the host, forward and backward of 4,000 elements."
     if not options.trial:
         host_us, gb_per_s = tune_gpu()
-        words += f" `python -m pyfused tune` measures {host_us} us and {gb_per_s} GB/s."
-    table = Table(options, words, ["operator", "torch", "pyfused", "pyfused / torch"], names=1)
+        description += f" `python -m pyfused tune` measures {host_us} us and {gb_per_s} GB/s."
+    columns = ["operator", "torch", "pyfused", "pyfused / torch"]
+    table = Table(options, description, columns, names=1)
     for op in SIZED[:2] if options.trial else SIZED:
-        row = partial(host_row, op, table.device, 3 if options.trial else 11)
-        table.add(op, lambda row=row: [row()])  # type: ignore[misc]
+        table.add(op, partial(host_rows, op, table.device, 3 if options.trial else 11))
 
 
 # ---- a language model's head ---------------------------------------------------------------------
 
 HEADS = ((8192, 4096, 128_256), (8 * 1024, 1024, 151_936), (16_384, 2048, 32_000))
-NORM = 2.0**-5  # the allowed difference of bfloat16 gradients, relative to their norm
+MAX_NORM_ERROR = 2.0**-5  # of bfloat16 gradients
 
 
-def peers_of(given: HeadCase) -> dict[str, Step]:
+def peers_of(case: HeadCase) -> dict[str, Step]:
     """Returns the implementations of other packages that are installed."""
     peers: dict[str, Step] = {}
-    head = given.input, given.head, given.target
+    head = case.input, case.head, case.target
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
-        peers["Liger"] = lambda: given.gradients(liger(*head))
+        peers["Liger"] = lambda: case.gradients(liger(*head))
     with contextlib.suppress(ImportError):
         from cut_cross_entropy import linear_cross_entropy as cut
 
-        peers["cut-cross-entropy"] = lambda: given.gradients(cut(*head))
+        peers["cut-cross-entropy"] = lambda: case.gradients(cut(*head))
     with contextlib.suppress(ImportError):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
 
-        peers["quack"] = lambda: given.gradients(quack(*head))
+        peers["quack"] = lambda: case.gradients(quack(*head))
     compiled = torch.compile(lambda *head: F.cross_entropy(F.linear(*head[:2]), head[2]))
-    peers["torch.compile"] = lambda: given.gradients(compiled(*head))
+    peers["torch.compile"] = lambda: case.gradients(compiled(*head))
     of_logits = torch.compile(lambda *head: fused.cross_entropy(F.linear(*head[:2]), head[2]))
-    peers["pyfused's cross_entropy, torch.compile"] = lambda: given.gradients(of_logits(*head))
+    peers["pyfused's cross_entropy, torch.compile"] = lambda: case.gradients(of_logits(*head))
     return peers
 
 
-def checked(way: Step, expected: tuple[Tensor, ...] | None) -> str:
+def error_of(step: Step, expected: tuple[Tensor, ...] | None) -> str:
     """Runs an implementation; returns its error or difference from torch, "" if it is correct."""
     try:
-        found: Any = way()
+        results: Any = step()
     except Exception as error:  # another package's, or the memory is too small
         return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-    for got, right in zip(found, expected or (), strict=expected is not None):
-        difference = (got.float() - right.float()).norm() / right.float().norm()
-        if not difference <= NORM:
-            return f"differs by {difference:.3f} of the norm"
+    for pair in zip(results, expected or (), strict=expected is not None):
+        if not (error := norm_error(*pair)) <= MAX_NORM_ERROR:
+            return f"differs by {error:.3f} of the norm"
     return ""
 
 
 def head_rows(
-    case: tuple[int, ...], loss: str, clock: Clock, device: str, rounds: int
+    shape: tuple[int, ...], loss: str, clock: Clock, device: str, rounds: int
 ) -> list[list[str]]:
-    given = HeadCase(*case, dtype=BF16, device=device)
-    ways = {n: way for n, way in given.ways()[loss].items() if "deterministic" not in n}
+    case = HeadCase(*shape, dtype=BF16, device=device)
+    steps: dict[str, Step] = {**case.implementations()[loss]}
+    steps.pop("pyfused, deterministic_rows", None)
     if loss == "cross-entropy":
-        ways |= peers_of(given)
-    expected = ways["torch"]()
-    uncompared = {name: "products" in name or "ignored" in name for name in ways}
-    errors = {n: checked(way, None if uncompared[n] else expected) for n, way in ways.items()}
+        steps |= peers_of(case)
+    expected, errors = steps["torch"](), {}
+    for name, step in steps.items():
+        is_comparable = "products" not in name and "ignored" not in name
+        errors[name] = error_of(step, expected if is_comparable else None)
     del expected
-    ways = {name: way for name, way in ways.items() if not errors[name]}
-    peaks = {name: peak(way) / 2**30 for name, way in ways.items()}
-    timers = [clock.timer(way, small=False) for way in ways.values()]
+    steps = {name: step for name, step in steps.items() if not errors[name]}
+    peaks = {name: peak(step) / 2**30 for name, step in steps.items()}
+    timers = [clock.timer(step, small=False) for step in steps.values()]
     interleaved(timers, 1, 1)
-    times = dict(zip(ways, interleaved(timers, rounds, 1), strict=True))
+    times = dict(zip(steps, interleaved(timers, rounds, 1), strict=True))
     products, of_torch, *_ = times.values()
 
     def cells(name: str) -> list[str]:
         if name not in times:
             return [errors[name], "", "", ""]
-        taken = times[name]
-        compared = spread(ratios(taken, products)), spread(ratios(of_torch, taken))
-        return [f"{median(taken):.4g}", f"{peaks[name]:.2f}", *compared]
+        relative = ratios(times[name], products), ratios(of_torch, times[name])
+        return [f"{median(times[name]):.4g}", f"{peaks[name]:.2f}", *map(spread, relative)]
 
-    shape = f"({', '.join(map(str, case))})"
-    return [[shape, loss, name, *cells(name)] for name in errors]
+    return [[f"({', '.join(map(str, shape))})", loss, name, *cells(name)] for name in errors]
 
 
 LOSSES = ("cross-entropy", "log-probabilities", "KL divergence")
 
 
 def gpu_heads(options: Namespace) -> None:
-    words = "bfloat16, forward and backward. GiB is the peak of what a call allocates."
+    description = "bfloat16, forward and backward. GiB is the peak of what a call allocates."
     columns = ["tokens, features, classes", "loss", "", "ms", "GiB", "time / products"]
-    table = Table(options, words, [*columns, "times as fast as torch"], names=3)
+    table = Table(options, description, [*columns, "times as fast as torch"], names=3)
     clock, rounds = Clock(table.device), 3 if options.trial else 7
     for loss in LOSSES:  # cross-entropy of all sizes first
-        for case in [(64, 16, 400)] if options.trial else HEADS:
-            row = partial(head_rows, case, loss, clock, table.device, rounds)
-            table.add(f"{loss} {case}", row)
+        for shape in [(64, 16, 400)] if options.trial else HEADS:
+            rows = partial(head_rows, shape, loss, clock, table.device, rounds)
+            table.add(f"{loss} {shape}", rows)

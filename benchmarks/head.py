@@ -39,25 +39,25 @@ def peak_growth(call: Callable[[Any], object], argument: Callable[[], Any] = lam
     call(argument())
     gc.collect()
     pyfused.memory.release()  # reused memory would not be counted
-    given = argument()
+    prepared = argument()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    call(given)
+    call(prepared)
     return status("VmHWM") - before
 
 
 def status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found
-    return int(found[1]) << 10
+    match = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert match
+    return int(match[1]) << 10
 
 
-def check(given: HeadCase) -> None:
+def check(case: HeadCase) -> None:
     """Raises an error if gradients differ from torch's."""
-    for ways in given.ways().values():
-        _, of_torch, *others = (way for name, way in ways.items() if "ignored" not in name)
-        for way in others:
-            check_gradients(way(), of_torch())
+    for steps in case.implementations().values():
+        _, by_torch, *others = (step for name, step in steps.items() if "ignored" not in name)
+        for step in others:
+            check_gradients(step(), by_torch())
 
 
 def check_gradients(gradients: tuple[Tensor, ...], of_torch: tuple[Tensor, ...]) -> None:
@@ -66,32 +66,31 @@ def check_gradients(gradients: tuple[Tensor, ...], of_torch: tuple[Tensor, ...])
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=atol)
 
 
-def peak(loss: str, way: str, case: tuple[int, ...]) -> int:
+def peak(loss: str, implementation: str, shape: tuple[int, ...]) -> int:
     """Returns the peak memory without arguments and gradients, measured in a new process."""
-    command = [sys.executable, __file__, loss, way, *map(str, case)]
+    command = [sys.executable, __file__, loss, implementation, *map(str, shape)]
     # By default, glibc caches freed memory and reuses it, so the peak would not grow.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     return int(subprocess.check_output(command, env=environment))
 
 
-def measure(case: tuple[int, ...]) -> list[list[str]]:
-    given = HeadCase(*case)
-    check(given)
+def measure(shape: tuple[int, ...]) -> list[list[str]]:
+    case = HeadCase(*shape)
+    check(case)
     rows = []
-    for loss, ways in given.ways().items():
-        times = interleaved(timers_of([*ways.values()]), ROUNDS, 1)
-        products, of_torch, *_ = times
+    for loss, steps in case.implementations().items():
+        products, of_torch, *_ = all_times = interleaved(timers_of([*steps.values()]), ROUNDS, 1)
         rows += [
             [
-                f"({', '.join(map(str, case))})",
+                f"({', '.join(map(str, shape))})",
                 loss,
-                way,
-                f"{median(taken):.0f} ms",
-                spread(ratios(taken, products)),
-                spread(ratios(of_torch, taken)),
-                "" if taken is products else f"{peak(loss, way, case) / given.logits:.2f}",
+                name,
+                f"{median(times):.0f} ms",
+                spread(ratios(times, products)),
+                spread(ratios(of_torch, times)),
+                "" if times is products else f"{peak(loss, name, shape) / case.logits:.2f}",
             ]
-            for way, taken in zip(ways, times, strict=True)
+            for name, times in zip(steps, all_times, strict=True)
         ]
     return rows
 
@@ -100,14 +99,13 @@ def draw() -> Figure:
     """Draws peak memory as bars, for several numbers of classes."""
     figure = Figure(figsize=(report.WIDTH, 4), layout="constrained")
     axes = figure.subplots()
-    ways = ("torch", "torch, in chunks", "pyfused")
-    for index, way in enumerate(ways):
-        taken = [peak("cross-entropy", way, (1024, 256, classes)) / 2**20 for classes in CLASSES]
-        places = [place + 0.27 * (index - 1) for place in range(len(CLASSES))]
-        bars = axes.bar(places, taken, 0.25, color=STYLES[way][0], label=way)
-        axes.bar_label(bars, [f"{mib:.0f}" for mib in taken], padding=2, fontsize=8)
+    for index, name in enumerate(("torch", "torch, in chunks", "pyfused")):
+        peaks = [peak("cross-entropy", name, (1024, 256, classes)) / 2**20 for classes in CLASSES]
+        positions = [x + 0.27 * (index - 1) for x in range(len(CLASSES))]
+        bars = axes.bar(positions, peaks, 0.25, color=STYLES[name][0], label=name)
+        axes.bar_label(bars, [f"{mib:.0f}" for mib in peaks], padding=2, fontsize=8)
     logits = [classes * 4 / 2**10 for classes in CLASSES]
-    ends = [[place + side for place in range(len(CLASSES))] for side in (-0.4, 0.4)]
+    ends = [[x + offset for x in range(len(CLASSES))] for offset in (-0.4, 0.4)]
     axes.hlines(logits, *ends, report.INK, linestyles=":", label="the logits")
     axes.set_xticks(range(len(CLASSES)), [f"{classes:,}" for classes in CLASSES])
     title = "Head and loss of 1,024 tokens, float32, forward and backward"
@@ -118,24 +116,24 @@ def draw() -> Figure:
 
 def head(options: Namespace) -> None:
     settle_allocator()
-    cases = CASES[:1] if options.quick else CASES
-    rows = [row for case in track(cases, "Measuring", transient=True) for row in measure(case)]
+    shapes = CASES[:1] if options.quick else CASES
+    rows = [row for shape in track(shapes, "Measuring", transient=True) for row in measure(shape)]
     columns = ["tokens, features, classes", "loss", "", "time", "time / products"]
     table = tabulated([*columns, "times as fast as torch", "peak / logits"], rows, names=3)
     print(table)
     if not options.quick:
-        found = report.measured(report.machine_info())
-        folder = RESULTS / report.slug(found)
+        results = report.measured(report.machine_info())
+        folder = RESULTS / report.slug(results)
         folder.mkdir(parents=True, exist_ok=True)
         report.save(draw(), folder / "head-memory")
-        caption = f"{report.machine(found)}. Medians, and in brackets quartiles."
+        caption = f"{report.machine(results)}. Medians, and in brackets quartiles."
         report.fill(ROOT / "docs/language-models.md", f"{caption}\n\n{table}")
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------
 
 
-def trained(given: HeadCase, steps: int) -> HeadCase:
+def trained(case: HeadCase, steps: int) -> HeadCase:
     """Trains the demo's GPT; returns its head with 1,024 unseen tokens."""
     sys.path.insert(0, str(ROOT / "examples"))
     import gpt
@@ -154,9 +152,9 @@ def trained(given: HeadCase, steps: int) -> HeadCase:
         optimizer.step()
     print(f"loss after {steps} steps: {loss.item():.2f}")
     inputs, target = gpt.sample(text["held_out"], generator)
-    given.input = model(inputs).flatten(0, 1).detach().requires_grad_()
-    given.head, given.target = model.head.weight.detach().requires_grad_(), target.flatten()
-    return given
+    case.input = model(inputs).flatten(0, 1).detach().requires_grad_()
+    case.head, case.target = model.head.weight.detach().requires_grad_(), target.flatten()
+    return case
 
 
 def filter_eps(options: Namespace) -> None:
@@ -164,21 +162,21 @@ def filter_eps(options: Namespace) -> None:
     settle_allocator()
     thresholds = (0.0, 2.0**-16, 2.0**-12, 2.0**-8)
     rows, (random, model) = [], (HeadCase(1024, 128, 32_000) for _ in range(2))
-    for name, given in (("random", random), ("trained", trained(model, options.steps))):
-        ways = [partial(given.ours, filter_eps=threshold) for threshold in thresholds]
-        exact, *others = [way() for way in ways]
-        first, *times = interleaved(timers_of(ways), rounds=7, calls=1)
-        for threshold, gradients, taken in zip(thresholds[1:], others, times, strict=True):
-            both = zip(gradients, exact, strict=True)
-            errors = [f"{(got - best).abs().max() / best.abs().max():.1e}" for got, best in both]
-            rows.append([name, f"{threshold:.1e}", spread(ratios(taken, first)), *errors])
+    for name, case in (("random", random), ("trained", trained(model, options.steps))):
+        steps = [partial(case.ours, filter_eps=threshold) for threshold in thresholds]
+        exact, *filtered = [step() for step in steps]
+        unfiltered, *all_times = interleaved(timers_of(steps), rounds=7, calls=1)
+        for threshold, gradients, times in zip(thresholds[1:], filtered, all_times, strict=True):
+            pairs = zip(gradients, exact, strict=True)
+            errors = [f"{(x - right).abs().max() / right.abs().max():.1e}" for x, right in pairs]
+            rows.append([name, f"{threshold:.1e}", spread(ratios(times, unfiltered)), *errors])
     columns = ["logits", "filter_eps", "time", "error of the input's gradient", "of the weight's"]
     print(tabulated(columns, rows, names=1))
 
 
 if __name__ == "__main__":
-    loss, way, *sizes = sys.argv[1:]
-    given, kept = HeadCase(*map(int, sizes)), []
-    call = given.ways()[loss][way]
+    loss, implementation, *sizes = sys.argv[1:]
+    case, kept = HeadCase(*map(int, sizes)), []
+    call = case.implementations()[loss][implementation]
     growth = peak_growth(lambda _: kept.append(call()) or kept.clear())
-    print(growth - 4 * (given.input.numel() + given.head.numel()))
+    print(growth - 4 * (case.input.numel() + case.head.numel()))
