@@ -73,7 +73,7 @@ class _Call:
 
     Attributes:
         facts: The warnings issued for the model, and what its calls have shown: ALONE and COMPARED,
-            each with the modes of the call.
+            each with the modes of the call, and COMPARED after a comparison in any modes.
         with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
         always: Whether small logits are deferred, too: for metrics, and in transformers models.
         modes: The modes of this call, None before the head is called.
@@ -216,7 +216,7 @@ class _Call:
                 differs = _loss_differs(node, target, options, expected)
             self.differs = differs or None
             if differs == "":
-                self.facts.add((COMPARED, self.modes))
+                self.facts.update((COMPARED, (COMPARED, self.modes)))
         elif expected is not None and self.with_metrics:
             with torch.no_grad():
                 node.family.loss(node, node.rows, target, options)
@@ -470,7 +470,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]
         if reads:
             _warn(model, warned, f"its logits are read by {', '.join(reads)}")
-        elif LOSS not in uses and (is_dynamo_compiling() or not _was_compared(warned)):
+        elif LOSS not in uses and (is_dynamo_compiling() or COMPARED not in warned):
             _warn(model, warned, _reason_without_loss(call, head, uses))
         return output
 
@@ -493,10 +493,6 @@ def _warn_once(message: str) -> None:
     """Warns once if a model is compiled several times."""
     if first_time("convert", message):
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
-
-
-def _was_compared(facts: set[Any]) -> bool:
-    return any(type(fact) is tuple and fact[0] == COMPARED for fact in facts)
 
 
 def _reason_without_loss(call: _Call, head: str | None, uses: list[str]) -> str:

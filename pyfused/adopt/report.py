@@ -85,12 +85,22 @@ class Report:
         self._first_call: float | None = None  # the seconds until the first call
 
     def __enter__(self) -> Report:
+        global _reports, _uncounted
         self._began = _clock()
-        _open(self)
+        with _changes:
+            if not _reports:
+                _uncounted = dispatch.decide, dispatch.is_small, custom_operators.compute
+                dispatch.decide, dispatch.is_small = _decide, _is_small
+                custom_operators.compute = _compute
+            _reports = (*_reports, self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _close(self)
+        global _reports
+        with _changes:
+            _reports = tuple([report for report in _reports if report is not self])
+            if not _reports:
+                dispatch.decide, dispatch.is_small, custom_operators.compute = _uncounted
         if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()  # include the time of launched kernels
         self._seconds, self._began = self._elapsed(), None
@@ -256,24 +266,6 @@ def time_of(seconds: float) -> str:
 _reports: tuple[Report, ...] = ()  # the reports of current blocks
 _changes = threading.Lock()  # held while _reports changes
 _uncounted: tuple[Any, ...] = ()  # the functions that the hooks replace
-
-
-def _open(report: Report) -> None:
-    global _reports, _uncounted
-    with _changes:
-        if not _reports:
-            _uncounted = dispatch.decide, dispatch.is_small, custom_operators.compute
-            dispatch.decide, dispatch.is_small = _decide, _is_small
-            custom_operators.compute = _compute
-        _reports = (*_reports, report)
-
-
-def _close(report: Report) -> None:
-    global _reports
-    with _changes:
-        _reports = tuple([each for each in _reports if each is not report])
-        if not _reports:
-            dispatch.decide, dispatch.is_small, custom_operators.compute = _uncounted
 
 
 def _is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = None) -> bool:
