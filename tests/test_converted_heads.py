@@ -805,7 +805,7 @@ def test_logits_that_outlive_the_forward_are_computed() -> None:
 
 
 def test_a_call_keeps_no_references() -> None:
-    """Logits and hidden states are freed without garbage collection."""
+    """Logits, hidden states and the model are freed without garbage collection."""
     kept: list[Any] = []
 
     def keep(_: Any, logits: Tensor) -> Tensor:
@@ -818,6 +818,9 @@ def test_a_call_keeps_no_references() -> None:
     try:
         results(model)
         assert [each() for each in kept] == [None, None]
+        freed = weakref.ref(model)
+        del model
+        assert freed() is None
     finally:
         gc.enable()
 

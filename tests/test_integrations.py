@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import importlib
 import inspect
 import io
@@ -16,7 +15,6 @@ import logging
 import pickle
 import re
 import warnings
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -210,18 +208,6 @@ def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
     assert output.logits is not None
 
 
-def test_a_converted_language_model_is_freed_at_once() -> None:
-    model = language_model("Llama")
-    pyfused.convert(model)
-    freed = weakref.ref(model)
-    gc.disable()
-    try:
-        del model
-        assert freed() is None
-    finally:
-        gc.enable()
-
-
 @as_users_run_it
 def test_logits_read_by_their_index_in_an_output() -> None:
     """Without logits, the next entry has another index, in torch and in tuple(output)."""
@@ -273,42 +259,6 @@ def test_unsupported_models_are_reported_with_a_reason() -> None:
     )
 
 
-def test_a_model_of_transformers_whose_logits_are_read() -> None:
-    kind = type(language_model("Llama"))
-
-    class Peaked(kind):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            output.loss = output.loss + output.logits.float().logsumexp(-1).mean()
-            return output
-
-    plain = Peaked(language_model("Llama").config)
-    model = pyfused.convert(copy.deepcopy(plain))
-    with pytest.warns(RuntimeWarning, match="its logits are read by logsumexp"):
-        output = model(**batch())
-    for found in (output, model(**batch())):
-        torch.testing.assert_close(found.loss, plain(**batch()).loss)
-        torch.testing.assert_close(found.logits, plain(**batch()).logits)
-
-
-def test_a_subclass_that_passes_its_arguments_on() -> None:
-    kind = type(language_model("Llama"))
-
-    class Mine(kind):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            output.loss = 2 * output.loss
-            return output
-
-    torch.manual_seed(0)
-    model, expected = Mine(language_model("Llama").config), language_model("Llama")(**batch()).loss
-    model.load_state_dict(language_model("Llama").state_dict())
-    pyfused.convert(model)
-    output = model(**batch())
-    assert output.logits is None
-    torch.testing.assert_close(output.loss, 2 * expected)
-
-
 @as_users_run_it
 def test_calls_with_shifted_labels_and_kept_logits() -> None:
     plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
@@ -336,26 +286,6 @@ def test_calls_with_shifted_labels_and_kept_logits() -> None:
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-def with_images(kind: str, **more: Any) -> Any:
-    """Returns a vision-language model of two tiny parts."""
-    import transformers
-
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")
-    known = model.config_class()
-    vision = language_models.sizes_of(known.vision_config) | {"image_size": 8, "patch_size": 4}
-    parts = {"text_config": language_models.sizes_of(known.text_config), "vision_config": vision}
-    torch.manual_seed(0)
-    return model(model.config_class(**parts, **more))
-
-
-def llava() -> tuple[Any, dict[str, Any]]:
-    model = with_images("Llava", image_token_id=299, image_token_index=299)
-    tokens = batch()["input_ids"].clamp(max=298)
-    tokens[:, 1:5] = 299  # four patches
-    images = torch.rand(8, 3, 8, 8)
-    return model, {"input_ids": tokens, "labels": batch()["labels"], "pixel_values": images}
 
 
 def whisper() -> tuple[Any, dict[str, Any]]:
@@ -390,7 +320,7 @@ def bert_to_bert() -> tuple[Any, dict[str, Any]]:
 @as_users_run_it
 @pytest.mark.parametrize(
     "of",
-    [llava, whisper, bert_pretraining, bert_to_bert],
+    [whisper, bert_pretraining, bert_to_bert],
     ids=lambda f: f.__name__,
 )
 def test_models_with_several_parts(of: Callable[[], Any]) -> None:
@@ -443,15 +373,6 @@ def trainer(model: Any, kind: Any = None, **options: Any) -> Any:
         disable_tqdm=True, per_device_eval_batch_size=8, **options,
     )  # fmt: skip
     return (kind or transformers.Trainer)(model, arguments, train_dataset=texts, eval_dataset=texts)
-
-
-@as_users_run_it
-def test_trainers_label_smoothing_is_reported() -> None:
-    train = trainer(
-        pyfused.convert(language_model("Llama", vocab_size=512)), label_smoothing_factor=0.1
-    )
-    with pytest.warns(RuntimeWarning, match="Trainer removes them for label_smoothing_factor"):
-        train.train()
 
 
 @as_users_run_it
@@ -710,31 +631,6 @@ def test_lora_heads(name: str, when: str, kernel_calls: KernelCalls) -> None:
         torch.testing.assert_close(gradients, gradients_of_peft, rtol=1e-4, atol=1e-6)
     pyfused.revert(model)
     torch.testing.assert_close(step(model, 4)[0], expected[1][0])
-
-
-@as_users_run_it
-def test_adalora_below_a_converted_head() -> None:
-    """With large learning rates, a change of 1 ulp grows as much without pyfused."""
-    peft = pytest.importorskip("peft")
-    before, merged = language_model("Llama").state_dict(), []
-    for convert in (lambda model: model, pyfused.convert):
-        torch.manual_seed(2)
-        sizes = {"init_r": 8, "target_r": 4, "tinit": 2, "tfinal": 2, "total_step": 8}
-        config = peft.AdaLoraConfig(target_modules=["q_proj", "v_proj"], **sizes)
-        model = convert(peft.get_peft_model(language_model("Llama"), config)).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        for number in range(8):
-            output = model(**batch())
-            output.loss.backward()
-            optimizer.step()
-            model.base_model.update_and_allocate(number)
-            optimizer.zero_grad()
-        assert (output.logits is None) == (convert is pyfused.convert)
-        pyfused.revert(model)
-        merged.append(model.merge_and_unload().state_dict())
-    torch.testing.assert_close(merged[1], merged[0], rtol=0, atol=1e-4)
-    name = "model.layers.0.self_attn.v_proj.weight"
-    assert (merged[0][name] - before[name]).abs().max() > 1e-2
 
 
 @as_users_run_it

@@ -294,7 +294,6 @@ print(report)
 
 CHILDREN = """
 import multiprocessing, os, sys, torch
-from torch.utils.data import DataLoader
 
 def is_patched(*_):
     return torch.relu is not torch._C._VariableFunctions.relu
@@ -306,26 +305,17 @@ def spawned(queue):
     torch.relu(torch.ones(3))
     queue.put((before, is_patched()))
 
-class Data(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        torch.relu(torch.ones(3))
-        return is_patched()
-
 if __name__ == "__main__":
     torch.relu(torch.ones(3))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     child = context.Process(target=spawned, args=(queue,))
     child.start()
-    print(queue.get())
+    print(queue.get(), flush=True)
     child.join()
-    loader = DataLoader(Data(), batch_size=None, num_workers=1, multiprocessing_context="fork")
-    print(list(loader), flush=True)
     if not os.fork():
         torch.sigmoid(torch.ones(2))
+        print(is_patched(), flush=True)
         sys.exit()
     os.wait()
 """
@@ -336,7 +326,7 @@ def test_child_processes(tmp_path: Path) -> None:
     path = script(tmp_path, CHILDREN)
     done = plain("-W", "ignore", "-m", "pyfused", "run", path, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "(False, True)\n[True, True]\n"
+    assert done.stdout == "(False, True)\nTrue\n"
     assert done.stderr.count("pyfused: ") == 1
     assert counts(done.stderr) == {"calls": 1}
 
@@ -355,15 +345,6 @@ def test_the_first_rank_prints(rank: str, tmp_path: Path) -> None:
     assert done.stdout == f"{rank} True\n"
     assert counts(done.stderr) == ({} if rank == "1" else {"calls": 1})
     assert done.stderr.startswith("pyfused: rank 0 of 2:\n") == (rank == "0")
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    path = script(tmp_path, RANK)
-    done = plain(*launcher, "-m", "pyfused", "run", path, folder=tmp_path)
-    assert sorted(done.stdout.splitlines()) == ["0 True", "1 True"], done.stderr
-    assert counts(done.stderr) == {"calls": 1}
 
 
 # ---- saved time ----------------------------------------------------------------------------------
@@ -566,19 +547,6 @@ def test_compiled_calls_are_counted() -> None:
         step(X.clone().requires_grad_()).backward()
     names = "cross_entropy", "linear_cross_entropy", "mse_loss"
     assert report.to_dict()["compiled"] == dict.fromkeys(names, 1)
-
-
-def test_the_report_of_a_block() -> None:
-    x, target = torch.randn(64, 5000, requires_grad=True), torch.zeros(64).long()
-    with pyfused.patch(), pyfused.report() as report:
-        for _ in range(3):
-            torch.nn.functional.cross_entropy(x, target).backward()
-    torch.nn.functional.cross_entropy(x, target)  # outside of the block
-    with pyfused.patch():
-        torch.nn.functional.cross_entropy(x, target)
-    assert counts(str(report)) == {"cross_entropy": 3}
-    # The second is not re-run if the first took longer than the budget.
-    assert re.search(r"estimated by re-running calls with both: [12]\)", str(report))
 
 
 Kinds = dict[tuple[str, int, bool], reports.Calls]
