@@ -163,7 +163,7 @@ def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, 
     variants: dict[str, Variant] = {"shipped": shipped(x, target)}
     if classes <= 32_768:
         block = launch.power_of_2(classes)
-        for stages, name in ((1, "a program a row"), (2, "1 row ahead"), (3, "2 rows ahead")):
+        for stages, name in ((1, "one program per row"), (2, "1 row ahead"), (3, "2 rows ahead")):
             choice = launch.Choice(1, block, min(512, max(32, block // 32)), stages=stages)
             variants[name] = shipped(x, target, choice)
         return variants
@@ -235,42 +235,43 @@ class LongClock(Clock):
 
 
 def compared(
-    case: Case, name: str, variants: dict[str, Variant], right: Any, table: Table, rounds: int
+    case: Case, name: str, variants: dict[str, Variant], expected: Any, table: Table, rounds: int
 ) -> list[list[str]]:
     """Returns the table row of a variant, after comparing its results with torch in float32."""
     variant = variants[name]
-    for got, expected in zip(variant(), right, strict=True):
-        cases.assert_close(got.float(), expected, BF16)
+    for result, reference in zip(variant(), expected, strict=True):
+        cases.assert_close(result.float(), reference, BF16)
     clock = LongClock(table.device)
-    timed: list[Any] = [variants["shipped"], cases.copy_step(case, cases.TRAINING, table.device)]
-    timers = [clock.timer(call, small=False) for call in (*timed, variant)]
+    copy = cases.copy_step(case, cases.TRAINING, table.device)
+    calls: list[Any] = [variants["shipped"], copy, variant]
+    timers = [clock.timer(call, small=False) for call in calls]
     if name == SHORT_SLEEP:
         timers[-1] = Clock(table.device).timer(variant, small=False)
     interleaved(timers, 1, WARM_UP)
-    base, copied, taken = interleaved(timers, rounds, 1)
-    ratio, share = ratios(taken, base), ratios(copied, taken)
-    return [[case.name, name, f"{median(taken):.4g}", spread(ratio), spread(share)]]
+    of_shipped, of_copy, times = interleaved(timers, rounds, 1)
+    relative = spread(ratios(times, of_shipped)), spread(ratios(of_copy, times))
+    return [[case.name, name, f"{median(times):.4g}", *relative]]
 
 
 SHORT_SLEEP = "shipped, the GPU sleeps for 1 ms"
 
 
 def gpu_variants(options: Namespace) -> None:
-    words = (
+    description = (
         "Forward and backward. Time of a variant divided by that of the shipped kernel: below 1 "
         f"the variant is faster. The host limits a call for which '{SHORT_SLEEP}' is slower."
     )
     columns = ["case", "variant", "ms", "variant / shipped", "share of a copy"]
-    table, rounds = Table(options, words, columns, names=2), 3 if options.trial else ROUNDS
+    table, rounds = Table(options, description, columns, names=2), 3 if options.trial else ROUNDS
     for case in cases.chosen(TINY if options.trial else CASES, options.k):
         arguments = cases.draw(case, table.device)
-        right = cases.evaluate(getattr(cases.TORCH, case.op), arguments.to(F32))
+        expected = cases.evaluate(getattr(cases.TORCH, case.op), arguments.to(F32))
         if case.op == "cross_entropy":
-            given = arguments.input.detach(), *arguments.others, options.trial
-            variants = cross_entropy_variants(*given)
+            logits = arguments.input.detach()
+            variants = cross_entropy_variants(logits, *arguments.others, options.trial)
         else:
             variants = pointwise_variants(case, arguments)
             variants[SHORT_SLEEP] = variants["shipped"]
         for name in variants:
-            row = partial(compared, case, name, variants, right, table, rounds)
-            table.add(f"{case.name}: {name}", row)
+            rows = partial(compared, case, name, variants, expected, table, rounds)
+            table.add(f"{case.name}: {name}", rows)
