@@ -50,28 +50,6 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
-def second_order(op: str, grad_output: Tensor) -> bool:
-    """Returns whether torch's definition has to compute a backward pass.
-
-    The kernels support plain tensors only, and their gradients cannot be differentiated again.
-    """
-    reason = (
-        (torch.is_grad_enabled() and "create_graph")
-        or (functorch_is_active() and "torch.func")
-        or (is_batched(grad_output) and "is_grads_batched")
-        or (type(grad_output) is not Tensor and f"gradient is a {type(grad_output).__name__}")
-        or (grad_output.layout is not torch.strided and f"gradient is {grad_output.layout}")
-        or (
-            (grad_output.is_neg() or is_zero_tensor(grad_output))
-            and "gradient is lazily negated or zero"
-        )
-        or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
-    )
-    if reason:
-        log_once(f"backward of {op}", reason)
-    return bool(reason)
-
-
 class Fused(torch.autograd.Function):
     """The autograd function of all operators, which runs the functions of a plan.
 
@@ -103,8 +81,22 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
         plan, first_gradient = ctx.plan, ctx.first_gradient
-        differentiable = second_order(plan.name, grad_output)
-        overwrites = plan.inplace == "gradient" and (differentiable or first_gradient is None)
+        # Kernels support plain tensors only, and their gradients cannot be differentiated again.
+        second_order = (
+            (torch.is_grad_enabled() and "create_graph")
+            or (functorch_is_active() and "torch.func")
+            or (is_batched(grad_output) and "is_grads_batched")
+            or (type(grad_output) is not Tensor and f"gradient is a {type(grad_output).__name__}")
+            or (grad_output.layout is not torch.strided and f"gradient is {grad_output.layout}")
+            or (
+                (grad_output.is_neg() or is_zero_tensor(grad_output))
+                and "gradient is lazily negated or zero"
+            )
+            or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
+        )
+        if second_order:
+            log_once(f"backward of {plan.name}", second_order)
+        overwrites = plan.inplace == "gradient" and (second_order or first_gradient is None)
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
                 "inplace: expected False for create_graph=True or a second backward pass, got "
@@ -115,13 +107,13 @@ class Fused(torch.autograd.Function):
         try:
             saved = ctx.saved_tensors
         except RuntimeError:
-            if differentiable or first_gradient is None:
+            if second_order or first_gradient is None:
                 raise
             saved = *[None] * first_gradient, *saved_tensors_from(ctx, first_gradient)
-        if overwrites and not differentiable:
+        if overwrites and not second_order:
             increment_version(saved[0])
             ctx.input_is_overwritten = True
-        if differentiable:
+        if second_order:
             with torch_alone:
                 gradients = plan.define(saved[:first_gradient], ctx.numbers, grad_output)
             if torch.is_grad_enabled():
@@ -150,7 +142,7 @@ def _inference_error(*_: Any) -> Gradients:
 
 
 class _InGraph(torch.autograd.Function):
-    """Makes a constant gradient a differentiable function of the inputs, with derivative 0."""
+    """Makes a constant gradient a second_order function of the inputs, with derivative 0."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
@@ -163,7 +155,7 @@ class _InGraph(torch.autograd.Function):
 
 
 def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
-    """Makes every gradient differentiable, constant ones included, as torch's gradients are."""
+    """Makes every gradient second_order, constant ones included, as torch's gradients are."""
     inputs = [x for x in saved if x is not None and x.requires_grad]
     return tuple(
         [
@@ -184,7 +176,7 @@ def differentiate(
     needs: Sequence[bool],
     grad_output: Tensor,
 ) -> Gradients:
-    """Returns the gradients of a definition in torch's operators, differentiable in grad mode.
+    """Returns the gradients of a definition in torch's operators, second_order in grad mode.
 
     The gradient is None for an input that needs none.
     """
