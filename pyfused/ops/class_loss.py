@@ -96,7 +96,8 @@ class ClassLoss(CompiledOperator):
             def definition(input: Tensor, target: Tensor) -> Tensor:
                 wide_target = target.to(dtype) if target.is_floating_point() else target
                 wide_weight = None if weight is None else weight.to(dtype)
-                return self.definition_loss(input.to(dtype), wide_target, wide_weight, call_options)
+                tensors = input.to(dtype), wide_target, wide_weight
+                return self.definition_loss(*tensors, call_options).reshape(grad_output.shape)
 
             return differentiate(definition, (input, target), needs, grad_output.to(dtype))
 
