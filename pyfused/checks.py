@@ -48,11 +48,11 @@ def raised(error: Exception) -> bool:
     return frame.f_globals is globals()
 
 
-def tensor(name: str, value: Any, also: type | None = None) -> None:
-    if not isinstance(value, TENSORS) and not (also is not None and isinstance(value, also)):
-        expected = "a Tensor" + (f" or a {also.__name__}" if also is not None else "")
+def tensor(name: str, value: Any, or_float: bool = False) -> None:
+    if not isinstance(value, TENSORS) and not (or_float and isinstance(value, float)):
         is_layer = isinstance(value, torch.nn.Linear) and name.endswith("weight")
-        hint = "; pass head.weight" if is_layer else ""
+        hint = f" {value!r}" if or_float else "; pass head.weight" if is_layer else ""
+        expected = "a Tensor or a float" if or_float else "a Tensor"
         raise _error(name, expected, f"{type(value).__name__}{hint}", TypeError)
 
 
@@ -626,10 +626,8 @@ def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = Tru
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # the common case
     expected, shape = loss_shape(input, "none"), tuple(input.shape)
-    if target.shape == input.shape or (
-        target.dtype not in (torch.int64, torch.uint8)
-        and (target.shape == expected or _is_single(input, target))
-    ):
+    fits = not probabilities or target.shape == expected or _is_single(input, target)
+    if target.shape == input.shape or (target.dtype not in (torch.int64, torch.uint8) and fits):
         alternative = f", or class probabilities of a floating dtype and the input's shape {shape}"
         indices = f"{_INDICES} and shape {tuple(expected)}{alternative * probabilities}"
         got = f"{target.dtype} of shape {tuple(target.shape)}{_pass_long(target)}"

@@ -463,6 +463,15 @@ def test_multilabel_margin_loss_is_an_operator_in_any_size_and_reduction(
     assert kernel_calls["multilabel_margin_loss"]
 
 
+def test_gradient_of_one_row_of_labels_with_create_graph() -> None:
+    def gradient(f: Any, x: Tensor) -> Tensor:
+        loss = torch.compile(lambda x: MARGIN["row"](f, x), backend="eager")(x)
+        return torch.autograd.grad(loss, x, create_graph=True)[0]
+
+    x = torch.randn(2, C, requires_grad=True)
+    assert torch.equal(gradient(fused, x), gradient(F, x))
+
+
 # ---- derivatives, and compiling with Inductor ----------------------------------------------------
 
 
@@ -506,6 +515,14 @@ def test_errors_of_values_in_compiled_calls() -> None:
     compiled = torch.compile(fused.binary_cross_entropy, fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match="target"):
         compiled(torch.rand(N, C, requires_grad=True), torch.full((N, C), 2.0))
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "log_probs", "kl_div_with_logits"])
+def test_errors_of_types_in_compiled_calls(name: str) -> None:
+    compiled = torch.compile(getattr(fused, name), backend="eager")
+    for arguments in (torch.randn(N, C), [1.0]), ([1.0], torch.randn(N, C)):
+        with pytest.raises(TypeError, match=": expected a Tensor, got list"):
+            compiled(*arguments)
 
 
 def test_inductor(kernel_calls: KernelCalls) -> None:

@@ -271,10 +271,10 @@ class Operator(ABC):
         """Raises for invalid arguments, including values, after torch's operator has raised."""
         self.check_tensors(arguments)
 
-    def check_tensors(self, arguments: Arguments) -> None:
+    def check_tensors(self, arguments: Sequence[Any]) -> None:
         for operand, x in zip(self.operands, arguments, strict=False):
             if x is not None or not operand.optional:
-                checks.tensor(operand.name, x, float if operand.number else None)
+                checks.tensor(operand.name, x, operand.number)
 
     def check_numbers(self, arguments: Arguments) -> None:
         numbers = arguments[len(self.operands) :]

@@ -113,6 +113,7 @@ def _run_compiled(
     op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
 ) -> Any:
     """Returns the result of a call that Dynamo traces."""
+    op.check_tensors(tensors)
     reason, kernel, _ = decide_compiled(op, tensors, numbers, case, inplace)
     if kernel is not None:  # a compiled gradient has its own memory
         return kernel(tensors, numbers)
