@@ -66,6 +66,14 @@ def test_large_logits(has_bias: bool) -> None:
     torch.testing.assert_close(got.gradients, expected, atol=1e-4, rtol=1e-4)
 
 
+@every_kind
+def test_autocast_rounds_the_embeddings(has_bias: bool) -> None:
+    a, *others = given(has_bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        of_rounded = fused.contrastive_loss(a.bfloat16().float(), *others)
+        assert torch.equal(fused.contrastive_loss(a, *others), of_rounded)
+
+
 @pytest.mark.cpu
 def test_matrix_products() -> None:
     """The logits are computed once, unless several blocks of them need the softmax of all."""

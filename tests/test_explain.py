@@ -157,7 +157,7 @@ def test_a_small_call_with_ignored_rows(kernel_calls: KernelCalls) -> None:
         )
 
 
-def test_layouts() -> None:
+def test_layouts_and_threads(threads: Callable[[int], None]) -> None:
     def words(logits: Tensor) -> str:
         target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
         return pyfused.explain(F.cross_entropy, logits, target).reason
@@ -168,9 +168,6 @@ def test_layouts() -> None:
     assert words(torch.zeros(2, 200, 3, 3)) == "several rows at a time"
     assert words(torch.zeros(2, 200, 3, 3).to(memory_format=torch.channels_last)) == "row by row"
     assert words(torch.zeros(2, 3, 200, 4).permute(0, 2, 3, 1)) == "several rows at a time"
-
-
-def test_threads(threads: Callable[[int], None]) -> None:
     threads(2)
     assert pyfused.explain("relu", X).threads == 2
 
@@ -188,9 +185,6 @@ def test_an_unknown_operator(op: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"got {op!r}") + "$") as raised:
         pyfused.explain(op, X)
     assert str(raised.value).startswith("op: expected a ")
-
-
-def test_a_misspelt_name() -> None:
     with pytest.raises(ValueError, match=r"got 'rellu'\. Did you mean 'relu'\?"):
         pyfused.explain("rellu", X)
 
@@ -244,9 +238,6 @@ def test_invalid_arguments() -> None:
         pyfused.explain("cross_entropy", X)
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'alpha'"):
         pyfused.explain("relu", X, alpha=1)
-
-
-def test_a_call_without_arguments() -> None:
     with pytest.raises(TypeError, match=r"^relu: missing a required argument: 'input'.*") as raised:
         pyfused.explain("relu")
     assert str(raised.value).endswith("Pass the call's arguments: pyfused.explain('relu', input)")

@@ -7,7 +7,6 @@ TRL and Liger give the results of the functions that replace theirs in the page 
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import inspect
 import io
@@ -224,17 +223,6 @@ def test_logits_read_by_their_index_in_an_output() -> None:
         with pytest.raises(RuntimeError, match="other than the logits"):
             again[1]
     assert pickle.loads(pickle.dumps(output)).loss == output.loss
-
-
-@as_users_run_it
-def test_a_custom_loss_function() -> None:
-    plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
-    for each in (plain, model):
-        each.loss_function = functools.partial(each.loss_function, ignore_index=-100)
-    for _ in range(2):
-        output = model(**batch())
-        torch.testing.assert_close(output.loss, plain(**batch()).loss)
-        assert output.logits is None
 
 
 def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) -> None:

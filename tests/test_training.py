@@ -193,11 +193,12 @@ LOADED = """
 import sys, torch
 before = set(sys.modules)
 import pyfused
+pyfused.convert(torch.nn.ReLU())
 print(*sorted(set(sys.modules) - before))
 """
 
 
-def test_an_import_loads_only_pyfused() -> None:
+def test_importing_and_converting_load_only_pyfused() -> None:
     done = python(LOADED)
     loaded = {name for name in done.stdout.split() if not f"{name}.".startswith("pyfused.")}
     assert loaded <= {"torch.utils._device"}

@@ -154,10 +154,13 @@ def of_two_dtypes(tensors: list[Any]) -> None:
     tensors[1] = tensors[1].detach().bfloat16().requires_grad_()
 
 
-FALLBACKS: dict[str, tuple[str, Any]] = {
-    "ZeRO-3": ("the weight is partitioned by ZeRO-3", partitioned),
-    "two dtypes": ("the hidden states and the layer differ in dtype", of_two_dtypes),
-    "subclass": ("input is a Buffer", lambda x: x.__setitem__(0, subclass(x[0]))),
+NOT_POSITIVE = "the temperature, the scale or the softcap is not positive"
+FALLBACKS: dict[str, tuple[str, Any, tuple[Any, float]]] = {
+    "ZeRO-3": ("the weight is partitioned by ZeRO-3", partitioned, (None, 1.0)),
+    "two dtypes": ("the hidden states and the layer differ in dtype", of_two_dtypes, (None, 1.0)),
+    "subclass": ("input is a Buffer", lambda x: x.__setitem__(0, subclass(x[0])), (None, 1.0)),
+    "zero scale": (NOT_POSITIVE, lambda _: None, (3.0, 0.0)),
+    "negative scale": (NOT_POSITIVE, lambda _: None, (3.0, -0.5)),
 }
 
 
@@ -165,15 +168,19 @@ def subclass(tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(type("Buffer", (Tensor,), {}))
 
 
-@pytest.mark.parametrize(("reason", "change"), FALLBACKS.values(), ids=FALLBACKS)
+@pytest.mark.parametrize(("reason", "change", "factors"), FALLBACKS.values(), ids=FALLBACKS)
 def test_unsupported_calls_use_the_original(
-    reason: str, change: Any, utils: ModuleType, kernel_calls: KernelCalls
+    reason: str,
+    change: Any,
+    factors: tuple[Any, float],
+    utils: ModuleType,
+    kernel_calls: KernelCalls,
 ) -> None:
     """Each reason is reported by one warning."""
     tensors, original = draw(torch.float32), getattr(utils, NAME)
     change(tensors)
     pyfused.patch_trl()
-    arguments = *tensors, 1.0, CHUNK, None, 1.0, KNOWN
+    arguments = *tensors, 1.0, CHUNK, *factors, KNOWN
     with pytest.warns(RuntimeWarning, match=f"patch_trl: TRL's own function ran, because {reason}"):
         found = getattr(utils, NAME).apply(*arguments)
     with warnings.catch_warnings():
@@ -182,16 +189,6 @@ def test_unsupported_calls_use_the_original(
     for results in (found, again):
         torch.testing.assert_close(results, original.apply(*arguments), rtol=0, atol=0)
     assert not kernel_calls
-
-
-@pytest.mark.parametrize("scale", [0.0, -0.5])
-def test_a_scale_that_is_not_positive(scale: float, utils: ModuleType) -> None:
-    tensors, original = draw(torch.float32), getattr(utils, NAME)
-    pyfused.patch_trl()
-    with pytest.warns(RuntimeWarning, match="the scale or the softcap is not positive"):
-        found = getattr(utils, NAME).apply(*tensors, 1.0, CHUNK, 3.0, scale, KNOWN)
-    expected = original.apply(*tensors, 1.0, CHUNK, 3.0, scale, KNOWN)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.thresholds
