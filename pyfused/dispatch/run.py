@@ -97,10 +97,11 @@ def fall_back(
     op: Operator, reason: str, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
 ) -> Any:
     """Returns an operator's result, from torch's operator, for a reason."""
+    fast = op.fast_ if inplace else op.fast
     if reason is not SMALL:
         report_fallback(op, tensors, reason)
-    elif op.fast is not None:
-        return (op.fast_ if inplace and op.fast_ else op.fast)(*tensors, *numbers, *case)
+    elif fast is not None:
+        return fast(*tensors, *numbers, *case)
     function = op.torch_ if inplace else op.torch
     # The code of subclasses may call patched functions.
     if not TorchAlone.needed or has_torch_function((*tensors, *numbers)):
