@@ -128,7 +128,7 @@ def linear_cross_entropy(
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
     head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
-        if input.requires_grad or linear_weight.requires_grad:
+        if True in [x.requires_grad for x in head[:3] if x is not None]:
             classes, index = len(linear_weight), options.ignore_index
             input = _without_ignored_states(input, target, index, classes)
         checks.memory_budget(options.memory_budget)  # torch's function does not receive these two
