@@ -16,7 +16,6 @@ from processes import python
 from pyfused import backends, explain
 from pyfused import functional as fused
 from pyfused.backends import cpu, versions
-from pyfused.dispatch import sizes
 from pyfused.formula_compiler import program
 from pyfused.functional import cross_entropy
 
@@ -225,24 +224,3 @@ def test_instructions_on_constants_read_one_element(
     constant = torch.tensor(value)
     expected = constant.pow(constant) if name == "pow_less" else getattr(torch, name)(constant)
     torch.testing.assert_close(out, expected.expand(n))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch 2.13's compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_head(
-    dtype: torch.dtype, kernel_calls: KernelCalls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sizes.COMPILED, "cross_entropy", (0, 0))
-    weight = torch.randint(-2, 3, (5, 300)).to(dtype)
-    target = torch.arange(4).flip(0)
-
-    def step(functional: Any, x: torch.Tensor) -> torch.Tensor:
-        return 2 * functional.cross_entropy((x @ weight).float(), target)
-
-    x = torch.randint(-2, 3, (4, 5)).to(dtype).requires_grad_()
-    got = torch.compile(lambda x: step(fused, x), fullgraph=True)(x)
-    expected = step(F, x)
-    torch.testing.assert_close(got, expected)
-    gradients = [torch.autograd.grad(loss, x)[0].double() for loss in (got, expected)]
-    assert (gradients[0] - gradients[1]).norm() <= 4 * torch.finfo(dtype).eps * gradients[1].norm()
-    assert kernel_calls["cross_entropy"] == 2

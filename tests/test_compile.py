@@ -43,7 +43,6 @@ def lacks_2_11(feature: str) -> pytest.MarkDecorator:
 N, C = 12, 7
 INDICES = torch.arange(N) % C
 SOFT = torch.linspace(-2, 2, N * C).view(N, C).softmax(1)
-IMAGES = torch.ones(N, 3, dtype=torch.int64)
 WEIGHT = torch.linspace(0.5, 1.5, C)
 close = torch.testing.assert_close
 Step = Callable[[Any, Tensor], Tensor]
@@ -85,12 +84,13 @@ def assert_equals_eager(step: Step, x: Tensor, backend: Any = "aot_eager", **opt
 # Losses whose large calls are a custom operator, and the operator's name.
 CUSTOM = {name: name for name in sizes.COMPILED if name not in (*sizes.OF_LOGITS, *sizes.LINEAR)}
 CUSTOM |= {
+    "cross_entropy": "cross_entropy",
     "rmse_loss": "mse_loss",
     "multilabel_soft_margin_loss": "binary_cross_entropy_with_logits",
 }
 # The mean of kl_div warns; losses without reduction are left to Inductor.
 WITH_REDUCTION = {"kl_div": "kl_div-batchmean", "sigmoid_focal_loss": "sigmoid_focal_loss-sum"}
-FAMILIES = "mse_loss", "nll_loss", "triplet_margin_loss", "multilabel_margin_loss"
+FAMILIES = "cross_entropy", "mse_loss", "nll_loss", "triplet_margin_loss", "multilabel_margin_loss"
 
 
 def example(op: str) -> Call:
@@ -153,7 +153,7 @@ def assert_registered(step: Callable[..., Any], *inputs: Tensor) -> None:
 
 
 CHECKED = (
-    *(*FAMILIES, *sizes.OF_LOGITS, *sizes.LINEAR, "linear_cross_entropy-none"),
+    *(*FAMILIES[1:], *sizes.OF_LOGITS, *sizes.LINEAR, "linear_cross_entropy-none"),
     *("cross_entropy-probabilities", "linear_kl_div-none"),
 )
 
@@ -200,34 +200,6 @@ def test_the_first_compiled_call_of_a_process() -> None:
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------
-
-CALLS: dict[str, Step] = {
-    "mean": lambda f, x: f.cross_entropy(x, INDICES[: len(x)]),
-    "sum": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], reduction="sum"),
-    "none": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], reduction="none"),
-    "weight": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], WEIGHT, label_smoothing=0.1),
-    "ignored": lambda f, x: f.cross_entropy(x, INDICES[: len(x)], ignore_index=2),
-    "probabilities": lambda f, x: f.cross_entropy(x, SOFT[: len(x)]),
-    "kdim": lambda f, x: f.cross_entropy(x.unsqueeze(2).repeat(1, 1, 3), IMAGES[: len(x)]),
-    "strided": lambda f, x: f.cross_entropy((x * 1).t().contiguous().t(), INDICES[: len(x)]),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "dynamic"), [*((name, False) for name in CALLS), ("mean", True), ("kdim", True)]
-)
-def test_forward_and_backward_use_the_operator(
-    name: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls
-) -> None:
-    step = CALLS[name]
-    compiled = torch.compile(
-        lambda x: step(fused, x * 2), fullgraph=True, dynamic=dynamic, backend=graphs.backend
-    )
-    for rows in (N, N - 3):
-        x = torch.randn(rows, C, requires_grad=True)
-        assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x * 2), x))
-    assert {*graphs.operators} == {"cross_entropy", "cross_entropy_backward"}
-    assert kernel_calls["cross_entropy"] == 4
 
 
 @pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
@@ -299,17 +271,6 @@ def test_small_and_large_calls_are_compiled_separately(
         x, target = torch.randn(rows, C, requires_grad=True), SOFT[:rows]
         assert_same(evaluate(compiled, x, target), evaluate(getattr(F, op), x, target))
         assert (graphs.count, len(graphs.operators)) == (count, count - 2)
-
-
-@pytest.mark.parametrize("op", ["cross_entropy", "mse_loss"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_a_small_call_uses_torchs_function(
-    op: str, dynamic: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sizes.COMPILED, op, (N * C + 1, N * C + 1))
-    step: Step = lambda f, x: getattr(f, op)(x, SOFT)  # noqa: E731
-    assert_equals_eager(step, torch.randn(N, C), graphs.backend, dynamic=dynamic)
-    assert not graphs.operators
 
 
 def test_a_compiled_gradient_does_not_alias_other_tensors() -> None:

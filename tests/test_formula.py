@@ -34,7 +34,6 @@ from conftest import KernelCalls
 from grid import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import python
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -473,29 +472,6 @@ def test_four_operands() -> None:
     assert len(check_formula(four, *operands).gradients) == 3
 
 
-@pyfused.loss
-def of_many_terms(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """A formula whose gradients other instructions read, so they need registers even if unused."""
-    sin = torch.sin
-    p = sin(a * 0.2) * sin(c * 0.3) * sin(c * 0.4) * sin(b * 0.5) * sin(c * 0.6) * sin(a * 0.7)
-    q = (p + sin(a * 0.8) + sin(a * 0.9) + torch.tanh(a)) * sin(b * 1.1)
-    q = q + sin(a * 1.2) + torch.sigmoid(a * 1.3)
-    return q * sin(b * 1.4) + sin(a * 1.5)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("needed", list(product([False, True], repeat=3)))
-def test_every_subset_of_gradients(
-    needed: tuple[bool, ...], reduction: str, kernel_calls: KernelCalls
-) -> None:
-    operands = [torch.randn(40, dtype=torch.float64).requires_grad_(needs) for needs in needed]
-    got = evaluate(called(of_many_terms, reduction=reduction), *operands)
-    reduced = {"none": lambda each: each, "mean": torch.mean}[reduction]
-    expected = evaluate(lambda *x: reduced(of_many_terms.function(*x)), *operands)
-    close((got.value, *got.gradients), (expected.value, *expected.gradients))
-    assert kernel_calls[of_many_terms.op.name] == 1 + (reduction == "none" and any(needed))
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes_match_torch(dtype: torch.dtype) -> None:
     operands = [x.to(dtype) for x in operands_of("wing", 20)]
@@ -791,20 +767,6 @@ def test_modes_and_hooks_of_the_caller_do_not_see_tracing() -> None:
             traced = replace(kernels()[name]).programs
         assert [(p.prologue, p.body, p.constants) for p in traced] == expected
         assert not recording.names
-
-
-def test_tracing_does_not_import_the_compiler() -> None:
-    """torch.autograd.grad with grad_outputs would import sympy, which takes 0.4 s."""
-    found = python("""
-        import sys
-        from pyfused.ops.elementwise import SOFTSIGN
-
-        before = set(sys.modules)
-        SOFTSIGN.kernels["softsign"].programs
-        print(*set(sys.modules) - before)
-        """)
-    assert found.returncode == 0, found.stderr
-    assert "sympy" not in found.stdout
 
 
 def test_parameters_are_not_copied_to_tensors() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from catalogue import EXAMPLES, SHAPE
 from torch import Tensor
 
 from pyfused import VocabShard
 from pyfused import functional as fused
 
-N, D, C, K = 6, 4, 9, 3
+N, C = SHAPE
 
 # The values to try. A default, such as a temperature of 1, must not select a path without gradient.
 VALUES: dict[str, tuple[float, ...]] = {
@@ -32,25 +33,11 @@ VALUES: dict[str, tuple[float, ...]] = {
 }
 
 
-def tensors(name: str) -> dict[str, Any]:
-    torch.manual_seed(0)
-    logits, hidden, weight = (torch.randn(n).double() for n in ((N, C), (N, D), (C, D)))
-    log_probs, indices = logits.flip(0).log_softmax(-1).topk(K)
-    drawn = {
-        "input": hidden if "linear" in name else logits.tanh(),
-        "logits": logits,
-        "linear_weight": weight,
-        "target": torch.randint(C, (N,)),
-        "teacher_logits": logits.flip(0),
-        "teacher_input": hidden.flip(0),
-        "teacher_linear_weight": weight,
-        "teacher_indices": indices,
-        "teacher_log_probs": log_probs - 0.1,
-        "a": hidden,
-        "b": hidden.flip(1),
-    }
-    required = inspect.signature(getattr(fused, name)).parameters.values()
-    return {p.name: drawn[p.name] for p in required if p.default is p.empty and p.name in drawn}
+def tensors(name: str) -> dict[str, Tensor]:
+    of_margin = name == "additive_margin"
+    call = EXAMPLES["cross_entropy" if of_margin else name].call(torch.float64)
+    found = {name: x.detach() for name, x in call.tensors.items()}
+    return found | {"input": found["input"].tanh()} if of_margin else found
 
 
 def loss_of(name: str, **options: Any) -> Tensor:

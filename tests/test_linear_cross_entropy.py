@@ -248,30 +248,6 @@ def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
     assert sorted(found) == sorted([(rows, 3, 70)] * 2 + of_input + of_weights)
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("budget", [None, 3000])
-def test_an_adapter_equals_linear_layers(budget: int | None, frozen: bool) -> None:
-    """Compares with LoRA in torch, from materialised logits."""
-    x, w, a, b = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((90, 7), (120, 7), (4, 7), (120, 4))
-    )
-    w.requires_grad_(not frozen)
-    target = torch.randint(120, (90,))
-    target[::4] = -100
-    bias, weight = torch.randn(120).double(), torch.rand(120).double()
-    options = {"weight": weight, "label_smoothing": 0.1}
-    logits = F.linear(x, w, bias) + 0.5 * F.linear(F.linear(x, a), b)
-    expected = F.cross_entropy(logits, target, **options)
-    options |= {"linear_bias": bias, "adapter_weight": b, "memory_budget": budget}
-    joined = torch.cat((x, 0.5 * F.linear(x, a)), -1)
-    loss = fused.linear_cross_entropy(joined, w, target, **options)
-    leaves = [leaf for leaf in (x, w, a, b) if leaf.requires_grad]
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(*[torch.autograd.grad(each, leaves) for each in (loss, expected)])
-
-
 def assert_near(got: Outcome, exact: Outcome, error: float) -> None:
     for ours, best in zip(
         (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True

@@ -35,6 +35,9 @@ def test_kernels_compile_well(target: str) -> None:
     for kernel in found:
         assert not kernel.wrong, kernel
         assert kernel.registers > 0
+    limited = [kernel.instructions for kernel in found if kernel.instructions]
+    assert all(10 < instructions < 60 for instructions in limited)  # per element
+    assert limited or target != "sm_90"
 
 
 @triton.jit
@@ -78,43 +81,6 @@ def test_too_many_launches_and_compilation_errors_are_detected() -> None:
     assert "missing" in failed.wrong
 
 
-SASS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-.L_x_0:
-        /*0010*/                   LDG.E.128 R4, [R2.64] ;
-        /*0020*/                   FADD R0, R0, R4 ;
-        /*0030*/               @P0 BRA `(.L_x_0) ;
-        /*0040*/                   STG.E [R2.64], R0 ;
-        /*0050*/                   EXIT ;
-.L_x_1:
-        /*0060*/                   BRA `(.L_x_1);
-        /*0070*/                   NOP;
-"""
-AMDGCN = """
-.LBB0_1:
-	global_load_dwordx4 v[0:3], v[4:5], off
-	s_cbranch_scc1 .LBB0_1
-.LBB0_2:
-	s_endpgm
-.LBB0_3:
-	s_branch .LBB0_2
-"""
-
-
-def test_instructions_of_loops_are_counted() -> None:
-    """A thread loads 4 of its 40 elements per iteration. A branch to the end is not a loop."""
-    code = ahead.Code.read(SASS)
-    assert code.loops == [(1, 3)]
-    assert ahead.widths(ahead.LOAD, code.instructions) == [128]
-    assert ahead.widths(ahead.STORE, code.instructions) == [32]
-    kernel = SimpleNamespace(metadata=SimpleNamespace(num_warps=4))
-    case = Case("", F32, 128 * 40, lambda: None)
-    assert ahead.per_element(code, case, ahead.Launched("", kernel, 1)) == (4 + 10 * 3) / 40
-    amd = ahead.Code.read(AMDGCN)
-    assert amd.loops == [(0, 1)]
-    assert ahead.widths(ahead.LOAD, amd.instructions) == [128]
-
-
 @pytest.mark.parametrize("classes_contiguous", [False, True])
 def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     """Offsets of rows or classes that are more than 2**31 elements apart are 64-bit."""
@@ -127,19 +93,6 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     text = launched[0].kernel.asm["ttir"]
     offsets = re.findall(r"tt\.addptr (%\w+),.*ptr<f32>.*, (?:tensor<\w+x)?(i\d+)>? loc", text)
     assert {bits for pointer, bits in offsets if "%loss" not in pointer} == {"i64"}
-
-
-@pytest.mark.parametrize(
-    ("positions", "kernels"),
-    [
-        (2048, ["row_kernel"]),
-        (16_384, ["count_kernel", "row_kernel"]),
-    ],
-)
-def test_launches_of_a_mean(positions: int, kernels: list[str]) -> None:
-    with compiling("sm_90") as launched:
-        ahead.cross_entropy(BF16, (positions, 1000)).run()
-    assert [each.name for each in launched] == kernels
 
 
 @pytest.mark.parametrize(
