@@ -212,10 +212,6 @@ class VocabOptions:
             options.denominator = denominator
         return options
 
-    @property
-    def rows(self) -> RowOptions:
-        return RowOptions(self.ignore_index, 1 / self.temperature, self.softcap)
-
 
 @cache
 def _numbers_of(options: Any) -> tuple[str, ...]:
@@ -242,9 +238,14 @@ class CrossEntropyOptions(VocabOptions):
     with_metrics: bool = False
     filter_eps: float = 0.0
 
-    @property
-    def rows(self) -> RowOptions:
-        return RowOptions(self.ignore_index, self.scale / self.temperature, self.softcap)
+    def of_rows(self) -> VocabOptions:
+        """Returns the options of row states, whose temperature includes the scale."""
+        return VocabOptions(
+            self.ignore_index,
+            softcap=self.softcap,
+            temperature=self.temperature / self.scale,
+            memory_budget=self.memory_budget,
+        )
 
     def is_plain(self) -> bool:
         """Returns whether torch's function supports these options.
@@ -304,24 +305,6 @@ class MarginOptions(VocabOptions):
 
     p: int = 1
     margin: float = 1.0
-
-
-class RowOptions(NamedTuple):
-    """Options of the kernels of row states.
-
-    Attributes:
-        ignore_index: The target of rows whose state and gradient are 0.
-        scale: The factor of the logits, after the softcap.
-        softcap: Replaces the logits with softcap * tanh(logits / softcap); None for no cap.
-    """
-
-    ignore_index: int = -100
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def numbers(self) -> tuple[float, float | None]:
-        return self.scale, self.softcap
 
 
 # The fields of a row's state, in float64; csrc/row_state.h defines them. A state has the first

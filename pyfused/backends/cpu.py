@@ -50,7 +50,6 @@ from pyfused.types import (
     Kernels,
     MarginOptions,
     Outputs,
-    RowOptions,
     VocabOptions,
 )
 
@@ -454,7 +453,7 @@ def embedding_loss(
 
 def row_state(
     logits: Tensor,
-    options: RowOptions,
+    options: VocabOptions,
     classes: ClassRange,
     fields: int,
     results: int = 0,
@@ -471,11 +470,12 @@ def row_state(
         state: Tensor,
         out: Tensor | None = None,
     ) -> None:
+        _, softcap, temperature = numbers
         kernel(
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
-            (numbers[0], numbers[1] or 0.0),
+            (1 / temperature, softcap or 0.0),
             0 if weight is None else weight.data_ptr(),
             (state.data_ptr(), state.stride(0), fields),
             (0, 0, 0) if out is None else (out.data_ptr(), n, results),
@@ -487,7 +487,7 @@ def row_state(
 
 
 def row_gradients(
-    logits: Tensor, options: RowOptions, classes: ClassRange, results: int
+    logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
     kernel, ignore_index = _logit_rows(native.row_gradients, logits, classes), options.ignore_index
     new_grad = _allocator(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
@@ -503,11 +503,12 @@ def row_gradients(
     ) -> Tensor:
         out = new_grad() if out is None else out
         strides = (0, *grad_results.stride())[-2:]
+        _, softcap, temperature = numbers
         kernel(
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
-            (numbers[0], numbers[1] or 0.0),
+            (1 / temperature, softcap or 0.0),
             0 if weight is None else weight.data_ptr(),
             (state.data_ptr(), state.stride(0), 0),
             (grad_results.data_ptr(), *strides, results, grad_results.itemsize),

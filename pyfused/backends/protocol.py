@@ -23,7 +23,6 @@ from pyfused.types import (
     Kernels,
     MarginOptions,
     Outputs,
-    RowOptions,
     VocabOptions,
 )
 
@@ -175,7 +174,7 @@ class Backend(Protocol):
     def row_state(
         self,
         logits: Tensor,
-        options: RowOptions,
+        options: VocabOptions,
         classes: ClassRange,
         fields: int,
         results: int = 0,
@@ -185,6 +184,8 @@ class Backend(Protocol):
 
         Args:
             logits: (N, C) with contiguous classes.
+            options: The options, whose tensors and numbers are not used. The state and the gradient
+                of rows whose target is ``ignore_index`` are 0.
             classes: The range of classes that the logits belong to.
             fields: The number of fields of a state.
             results: How many of the first fields are also written in the accumulation dtype.
@@ -193,7 +194,8 @@ class Backend(Protocol):
         Returns:
             A function that takes
 
-            - the factor of the logits, after the softcap, and the softcap or None;
+            - the numbers of the options: the denominator, which is not used, the softcap and the
+              temperature;
             - logits of this layout;
             - target: contiguous int64 indices into all classes, in range or ``ignore_index``; None
               if no target is in this range of classes;
@@ -205,7 +207,7 @@ class Backend(Protocol):
         """
 
     def row_gradients(
-        self, logits: Tensor, options: RowOptions, classes: ClassRange, results: int
+        self, logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
     ) -> Callable[..., Tensor]:
         """Prepares the gradient of logits, which has their shape and dtype.
 

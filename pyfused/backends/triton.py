@@ -61,7 +61,6 @@ from pyfused.types import (
     Kernels,
     MarginOptions,
     Outputs,
-    RowOptions,
     VocabOptions,
 )
 
@@ -436,7 +435,7 @@ def embedding_loss(
 
 def row_state(
     logits: Tensor,
-    options: RowOptions,
+    options: VocabOptions,
     classes: ClassRange,
     fields: int,
     results: int = 0,
@@ -455,15 +454,15 @@ def row_state(
         out: Tensor | None = None,
     ) -> None:
         tensors = logits, target, weight, state, out
-        scale, cap = numbers
+        _, softcap, temperature = numbers
         strides = stride, state.stride(0)
-        kernel(programs, *tensors, *shape, strides, *fixed, cap or 0.0, scale)
+        kernel(programs, *tensors, *shape, strides, *fixed, softcap or 0.0, 1 / temperature)
 
     return launch
 
 
 def row_gradients(
-    logits: Tensor, options: RowOptions, classes: ClassRange, results: int
+    logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
     meta = {"RESULTS": results}
     kernel, programs, fixed = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
@@ -481,21 +480,21 @@ def row_gradients(
         out = logits.new_empty(shape) if out is None else out
         strides = stride, out.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:]
         tensors = logits, target, weight, state, grad_results, out
-        scale, cap = numbers
-        kernel(programs, *tensors, *shape, strides, *fixed, cap or 0.0, scale)
+        _, softcap, temperature = numbers
+        kernel(programs, *tensors, *shape, strides, *fixed, softcap or 0.0, 1 / temperature)
         return out
 
     return launch
 
 
 def _logit_rows(
-    kernel: Any, logits: Tensor, options: RowOptions, classes: ClassRange, meta: dict[str, Any]
+    kernel: Any, logits: Tensor, options: VocabOptions, classes: ClassRange, meta: dict[str, Any]
 ) -> tuple[Launch, int, tuple[int, ...]]:
     """Returns the prepared kernel, its number of programs, and the arguments that both share."""
     sizes: Any = (1, *logits.shape)
     strides: Any = (0, *logits.stride())
     choice, programs = _tiling(sizes, logits.element_size(), strides, tensors=2)
-    meta |= {"CAPPED": options.softcap is not None, "SCALED": options.scale != 1}
+    meta |= {"CAPPED": options.softcap is not None, "SCALED": options.temperature != 1}
     return prepared(kernel, choice, **meta), programs, (*classes, options.ignore_index)
 
 

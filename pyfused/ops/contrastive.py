@@ -38,7 +38,6 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     Outputs,
-    RowOptions,
     VocabOptions,
 )
 
@@ -120,7 +119,8 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
     if options.memory_budget is not None:  # the other half is for the transposed block
         size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
     layer = Layer(backend, x, (b,), None, x.dtype, size)
-    plain = RowOptions()
+    plain = VocabOptions()
+    numbers = plain.numbers()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
     def directions(
@@ -139,7 +139,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
         for logits, state, rows, classes in directions(block, x.dtype):
             continues = classes.first > 0
             launch = backend.row_state(logits, plain, classes, STATE_FIELDS, 0, continues)
-            launch(plain.numbers, logits, target[rows], None, state[:, rows])
+            launch(numbers, logits, target[rows], None, state[:, rows])
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction)
     if not outputs.gradients:
         return loss, (), None
@@ -152,7 +152,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
     def step(block: Block) -> Tensor:
         of_rows, of_columns = (
             backend.row_gradients(logits, plain, classes, 1)(
-                plain.numbers, logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
+                numbers, logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
             )
             for logits, state, rows, classes in directions(block, wide)
         )

@@ -42,7 +42,7 @@ from pyfused.types import (
     ClassRange,
     DivergenceOptions,
     Outputs,
-    RowOptions,
+    VocabOptions,
 )
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -362,13 +362,14 @@ def _topk(
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
     options, (n, classes) = args.options, logits.shape
-    rows, class_range = RowOptions(scale=1 / options.temperature), ClassRange(0, classes)
+    rows, class_range = VocabOptions(temperature=options.temperature), ClassRange(0, classes)
+    scale, numbers = 1 / options.temperature, rows.numbers()
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # to round the log-sum-exp less
-    topk_logits = logits.gather(1, indices).double() * rows.scale
+    topk_logits = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
     source = LogitRows(backend, rows, class_range)
-    state, *_ = source.state(((logits,), None, None, rows.numbers))
+    state, *_ = source.state(((logits,), None, None, numbers))
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -392,7 +393,7 @@ def _topk(
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # against divisions by 0
         state[field].masked_fill_(no_rest, value)
     launch = backend.row_gradients(logits, rows, class_range, len(RESULTS))
-    launch(rows.numbers, logits, None, None, state, grad_results, logits)
-    grad_topk = (gradient[:, :k] - total * p[:, :k]) * rows.scale
+    launch(numbers, logits, None, None, state, grad_results, logits)
+    grad_topk = (gradient[:, :k] - total * p[:, :k]) * scale
     logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits

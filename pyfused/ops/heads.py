@@ -28,7 +28,7 @@ from pyfused.layout import accumulate_dtype, layouts
 from pyfused.ops.chunk_sizes import fixed_rows, product_dtype
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.row_state import RowInputs, RowState
-from pyfused.types import ClassRange, Gradients, Head, Outputs, RowOptions
+from pyfused.types import ClassRange, Gradients, Head, Outputs, VocabOptions
 
 # ---- the loop ------------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class HeadRows:
 
     backend: Backend
     head: InitVar[Head]
-    options: RowOptions
+    options: VocabOptions
     classes: ClassRange
     fields: int
     size: Callable[[int], tuple[int, int]]

@@ -278,8 +278,9 @@ def _by_classes(
     counted, classes = counted_target(target, options), layer[1].shape[0]
     weight, fields = kernel_weight(class_weight, dtype), state_fields(options)
     size = tile_size(layer[0].shape, dtype, options.memory_budget, backend)
-    given = options.rows, ClassRange(0, classes), fields, lambda _: size, outputs.gradients
-    rows, numbers = HeadRows(backend, Head(*tensors), *given), options.rows.numbers
+    of_rows = options.of_rows()
+    given = of_rows, ClassRange(0, classes), fields, lambda _: size, outputs.gradients
+    rows, numbers = HeadRows(backend, Head(*tensors), *given), of_rows.numbers()
     if state is None:
         with_metrics = target if options.with_metrics else counted
         state, *_ = rows.state((layer, with_metrics, weight, numbers))

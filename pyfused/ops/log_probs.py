@@ -31,7 +31,6 @@ from pyfused.types import (
     SMOOTHING_FIELDS,
     STATE_FIELDS,
     LogProbsOptions,
-    RowOptions,
 )
 
 
@@ -170,7 +169,6 @@ class LogProbsOperator(ShardedOperator):
             self.name,
             (*tensors, target),
             options,
-            RowOptions(ignore_index, options.temperature, options.softcap),  # 1 for a scale of 1
             _fields(options),
             shard,
             results=results,

@@ -33,7 +33,6 @@ from pyfused.types import (
     CrossEntropyOptions,
     Gradients,
     Outputs,
-    RowOptions,
     VocabOptions,
 )
 
@@ -60,7 +59,7 @@ def as_rows(logits: Tensor) -> Tensor:
 
 # What a row source computes states and gradients from: logits, or the input, weight and bias of a
 # layer, and the weight of an adapter if any; the target; the weights of all classes in the
-# accumulation dtype, or None; and the numbers of the RowOptions.
+# accumulation dtype, or None; and the numbers of the options.
 RowInputs = tuple[Sequence[Any], Any, Tensor | None, Numbers]
 # The states of shape (fields, *target.shape), in float64; the first fields in the accumulation
 # dtype, or None; and logits that the backward pass may overwrite, or None.
@@ -82,7 +81,7 @@ class LogitRows:
     """
 
     backend: Backend
-    options: RowOptions
+    options: VocabOptions
     classes: ClassRange
     fields: int = STATE_FIELDS
     results: int = 0
@@ -145,9 +144,10 @@ def metrics_state(
 ) -> Tensor:
     """Returns the state of each row; LOG_P of class probabilities is ``sum_c target_c log p_c``."""
     dim = min(logits.dim() - 1, 1)
-    rows, indices = RowOptions(options.ignore_index, options.scale), not target.is_floating_point()
+    rows = VocabOptions(options.ignore_index, temperature=options.temperature / options.scale)
+    indices = not target.is_floating_point()
     source = LogitRows(backend, rows, ClassRange(0, logits.shape[dim]), fields)
-    state, *_ = source.state(((logits,), target if indices else None, None, rows.numbers))
+    state, *_ = source.state(((logits,), target if indices else None, None, rows.numbers()))
     if indices:
         return state
     plain = CrossEntropyOptions(reduction="none", scale=options.scale)

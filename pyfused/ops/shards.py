@@ -72,7 +72,6 @@ from pyfused.types import (
     CrossEntropyOptions,
     Gradients,
     Head,
-    RowOptions,
     Scalar,
     VocabOptions,
     VocabShard,
@@ -178,7 +177,6 @@ def state_plan(
     name: str,
     tensors: Sequence[Any],
     options: VocabOptions,
-    rows: RowOptions,
     fields: int,
     shard: LocalShard | None,
     *,
@@ -189,7 +187,8 @@ def state_plan(
 ) -> Plan:
     """Returns the plan of the state of rows, whose classes may be sharded over processes.
 
-    Its numbers are a denominator, which is not used, the softcap or None, and the temperature.
+    Its numbers are those of the options: the denominator, which is not used, the softcap and the
+    temperature.
     Its tensors are the logits, or the input, weight and bias of a layer; the target; the target
     with ignore_index for rows without a gradient; and the class weights. The logits of a layer's
     first block are saved. Backward overwrites them and recomputes the others, or recomputes all of
@@ -197,7 +196,6 @@ def state_plan(
 
     Args:
         tensors: Logits, or the input, weight and bias of a layer; and the target.
-        rows: The options of the kernels, whose numbers are not used.
         fields: The number of fields of the state.
         shard: The classes of this process, None if it has all classes.
         entropy: As in `_merged`.
@@ -208,24 +206,23 @@ def state_plan(
     *layer, target = tensors
     backend, dtype = backend_of(target), accumulate_dtype(layer[0].dtype)
     needs, count, classes = needs_grad(layer), len(layer), class_range(layer, shard)
-    is_logits, needs_any, ignore_index = count == 1, True in needs, rows.ignore_index
+    is_logits, needs_any, ignore_index = count == 1, True in needs, options.ignore_index
     source: Any
     if is_logits:
         ready = results if shard is None else 0  # others follow from the merged state
-        source = LogitRows(backend, rows, classes, fields, ready)
+        source = LogitRows(backend, options, classes, fields, ready)
     else:
         head = Head._make((*layer, None, target, None))
         fixed = getattr(options, "deterministic_rows", False)
         size = state_block_size(head, options.memory_budget, fixed, backend)
-        source = HeadRows(backend, head, rows, classes, fields, size, needs, fixed)
+        source = HeadRows(backend, head, options, classes, fields, size, needs, fixed)
     if shard is not None:
         sizes = layer[0].shape if is_logits else [n for x in layer[:2] for n in x.shape[:-1]]
         source = ShardedRows(source, shard, 0 in sizes, entropy, needs)
 
     def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
         *layer, target, counted, weight = tensors
-        _, softcap, temperature = numbers
-        inputs: RowInputs = layer, target, weight, (1 / temperature, softcap)
+        inputs: RowInputs = layer, target, weight, numbers
         if is_logits:
             state, output, logits = source.state(inputs)
         else:
@@ -240,22 +237,20 @@ def state_plan(
 
     def backward(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
         *layer, _, target, weight, state, logits = saved
-        _, softcap, temperature = numbers
         if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
             logits = None  # they would be overwritten
         if not (is_logits and results):
             grad_output = _grad_results(grad_output, state)
-        inputs: RowInputs = layer, target, weight, (1 / temperature, softcap)
+        inputs: RowInputs = layer, target, weight, numbers
         return source.gradients(inputs, state, grad_output, logits)  # type: ignore[no-any-return]
 
     def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
         # `tensors` would stay in memory
         *layer, _, target, weight, state = saved[: count + 4]
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
-        _, softcap, temperature = numbers
 
         def definition(*layer: Tensor | None) -> Tensor:
-            inputs: RowInputs = layer, target, weight, (1 / temperature, softcap)
+            inputs: RowInputs = layer, target, weight, numbers
             given = ignore_index, classes.first, pivot, fields > SMOOTH, shard
             return _define_results(inputs, *given)[: len(grad_results)]
 
@@ -289,7 +284,7 @@ def _define_results(
         first: The index of the first class.
         has_smooth: Whether the field SMOOTH is included.
     """
-    layer, target, weight, (scale, softcap) = inputs
+    layer, target, weight, (_, softcap, temperature) = inputs
     x, *parameters = [None if tensor is None else tensor.double() for tensor in layer]
     assert x is not None
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
@@ -300,7 +295,7 @@ def _define_results(
         x = x if shard is None else Copy.apply(x, shard.group)
         x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
     x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
-    x = scale * (x if softcap is None else definitions.softcap(x, softcap))
+    x = 1 / temperature * (x if softcap is None else definitions.softcap(x, softcap))
     is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
     shifted = x - pivot.unsqueeze(-1)
     exponentials = shifted.exp()
@@ -344,11 +339,12 @@ def cross_entropy(
     classes, fields = class_range(layer, shard), state_fields(options)
     weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
     backend_of(target).check_class_indices(target, classes.total, options.ignore_index)
-    given = options, options.rows, fields, shard
-    plan = state_plan("cross_entropy", (*layer, target), *given, entropy=options.with_metrics)
+    rows = options.of_rows()
+    given = (*layer, target), rows, fields, shard
+    plan = state_plan("cross_entropy", *given, entropy=options.with_metrics)
     counted = counted_target(target, options)
     tensors = *layer, target if options.with_metrics else counted, counted, weight
-    state = plan(tensors, (None, options.softcap, 1 / options.scale))
+    state = plan(tensors, rows.numbers())
     loss = state_loss(state, counted, weight, options, classes.total)
     if options.reduction != "none":
         loss = loss.sum() / loss_denominator(options, total_weight(target, weight, options))

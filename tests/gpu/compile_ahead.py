@@ -65,7 +65,6 @@ from pyfused.types import (
     EmbeddingOptions,
     MarginOptions,
     Outputs,
-    RowOptions,
     VocabOptions,
 )
 
@@ -222,26 +221,26 @@ def class_cases() -> Iterator[Case]:
         # A thread may load more bits of the state than of 16-bit logits.
         few = {"vector": 0} if dtype.itemsize == 2 else {}
         for cap in (None, 30.0) if len(shape) == 2 else ():
-            kind, rows = "softcap" * bool(cap), RowOptions(-100, 1.4, cap)
+            kind, rows = "softcap" * bool(cap), VocabOptions(softcap=cap, temperature=0.7)
             range_, weight = ClassRange(0, shape[1]), empty(accumulate_dtype(dtype), shape[1])
             state = empty(F64, STATE_FIELDS, shape[0])
             results = empty(accumulate_dtype(dtype), 3, shape[0])
             given: Any = x, rows, range_, STATE_FIELDS, 3, cap is not None
             tensors: Any = x, target, None, state, results
-            run = partial(backend.row_state(*given), rows.numbers, *tensors)
+            run = partial(backend.row_state(*given), rows.numbers(), *tensors)
             yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
             if cap is None:
                 given, tensors = (x, rows, range_, METRICS_FIELDS), (x, target, None)
                 state = empty(F64, METRICS_FIELDS, shape[0])
-                run = partial(backend.row_state(*given), rows.numbers, *tensors, state)
+                run = partial(backend.row_state(*given), rows.numbers(), *tensors, state)
                 yield case("row_state", *of, run, "metrics")
             state = empty(F64, SMOOTHING_FIELDS, shape[0])
             given, tensors = (x, rows, range_, SMOOTHING_FIELDS, 0, True), (x, target, weight)
-            run = partial(backend.row_state(*given), rows.numbers, *tensors, state)
+            run = partial(backend.row_state(*given), rows.numbers(), *tensors, state)
             yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
             for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
                 given, tensors = (x, rows, range_, len(grads)), (x, target, factors, state)
-                run = partial(backend.row_gradients(*given), rows.numbers, *tensors, grads, x)
+                run = partial(backend.row_gradients(*given), rows.numbers(), *tensors, grads, x)
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():

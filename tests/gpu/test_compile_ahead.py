@@ -24,7 +24,7 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     Outputs,
-    RowOptions,
+    VocabOptions,
 )
 
 
@@ -134,11 +134,11 @@ def test_numbers_do_not_select_kernels() -> None:
         divergence = DivergenceOptions(reduction="sum", temperature=value, beta=value / 8)
         kernel = ahead.backend.kl_div_with_logits(both, divergence, Outputs(True, (True,)))
         kernel(both, divergence.numbers())
-        rows = RowOptions(-100, value, value)
+        rows = VocabOptions(softcap=value, temperature=value)
         launch = ahead.backend.row_state(x, rows, classes, STATE_FIELDS)
-        launch(rows.numbers, x, target, None, state)
+        launch(rows.numbers(), x, target, None, state)
         ahead.backend.row_gradients(x, rows, classes, 1)(
-            rows.numbers, x, target, None, state, results, x
+            rows.numbers(), x, target, None, state, results, x
         )
 
     with compiling("sm_90") as launched:
