@@ -706,8 +706,12 @@ def test_calls_and_nested_blocks() -> None:
     assert not patched()
     again = pyfused.patch()
     for _ in range(2):
-        with again, again, pyfused.patch():
+        with pyfused.patch():
+            with again, again:
+                assert patched()
+            assert patched()
             pyfused.patch()
+        assert patched()
         with pyfused.patch():
             pyfused.unpatch()
             assert patched()
