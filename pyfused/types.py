@@ -243,7 +243,8 @@ class CrossEntropyOptions(VocabOptions):
         return VocabOptions(
             self.ignore_index,
             softcap=self.softcap,
-            temperature=self.temperature / self.scale,
+            temperature=self.temperature / self.scale
+            or math.nan,  # the result of an infinite scale
             memory_budget=self.memory_budget,
         )
 

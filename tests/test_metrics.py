@@ -191,3 +191,12 @@ def test_out_of_range() -> None:
     else:
         _, metrics = fused.cross_entropy_with_metrics(input, target)
         assert metrics.log_probability.isnan().tolist() == [i == 2 for i in range(6)]
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_an_infinite_scale_gives_nan(name: str) -> None:
+    layer = (torch.randn(7, 5),) * (name == "linear_cross_entropy")
+    function = getattr(fused, f"{name}_with_metrics")
+    loss, found = function(torch.randn(6, 5), *layer, torch.tensor([0, 1, 2, 3, 4, 0]), scale=1e999)
+    assert loss.isnan()
+    assert found.log_probability.isnan().all()

@@ -144,7 +144,8 @@ def metrics_state(
 ) -> Tensor:
     """Returns the state of each row; LOG_P of class probabilities is ``sum_c target_c log p_c``."""
     dim = min(logits.dim() - 1, 1)
-    rows = VocabOptions(options.ignore_index, temperature=options.temperature / options.scale)
+    rows = options.of_rows()
+    rows.softcap = None  # the logits are capped
     indices = not target.is_floating_point()
     source = LogitRows(backend, rows, ClassRange(0, logits.shape[dim]), fields)
     state, *_ = source.state(((logits,), target if indices else None, None, rows.numbers()))
