@@ -285,6 +285,13 @@ def test_a_compiled_model_is_not_changed(where: str) -> None:
     assert types(model) == before
 
 
+def test_converting_before_compiling() -> None:
+    model = Net()
+    pyfused.convert(model)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(X, TARGET), model(X, TARGET))
+
+
 def test_a_sharded_model_is_not_changed(tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -247,6 +247,24 @@ def test_unsupported_models_are_reported_with_a_reason() -> None:
     )
 
 
+def test_a_model_of_transformers_whose_logits_are_read() -> None:
+    kind = type(language_model("Llama"))
+
+    class Peaked(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.loss = output.loss + output.logits.float().logsumexp(-1).mean()
+            return output
+
+    plain = Peaked(language_model("Llama").config)
+    model = pyfused.convert(copy.deepcopy(plain))
+    with pytest.warns(RuntimeWarning, match="its logits are read by logsumexp"):
+        output = model(**batch())
+    for found in (output, model(**batch())):
+        torch.testing.assert_close(found.loss, plain(**batch()).loss)
+        torch.testing.assert_close(found.logits, plain(**batch()).logits)
+
+
 @as_users_run_it
 def test_calls_with_shifted_labels_and_kept_logits() -> None:
     plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
@@ -274,6 +292,26 @@ def test_calls_with_shifted_labels_and_kept_logits() -> None:
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def with_images(kind: str, **more: Any) -> Any:
+    """Returns a vision-language model of two tiny parts."""
+    import transformers
+
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")
+    known = model.config_class()
+    vision = language_models.sizes_of(known.vision_config) | {"image_size": 8, "patch_size": 4}
+    parts = {"text_config": language_models.sizes_of(known.text_config), "vision_config": vision}
+    torch.manual_seed(0)
+    return model(model.config_class(**parts, **more))
+
+
+def llava() -> tuple[Any, dict[str, Any]]:
+    model = with_images("Llava", image_token_id=299, image_token_index=299)
+    tokens = batch()["input_ids"].clamp(max=298)
+    tokens[:, 1:5] = 299  # four patches
+    images = torch.rand(8, 3, 8, 8)
+    return model, {"input_ids": tokens, "labels": batch()["labels"], "pixel_values": images}
 
 
 def whisper() -> tuple[Any, dict[str, Any]]:
@@ -308,7 +346,7 @@ def bert_to_bert() -> tuple[Any, dict[str, Any]]:
 @as_users_run_it
 @pytest.mark.parametrize(
     "of",
-    [whisper, bert_pretraining, bert_to_bert],
+    [llava, whisper, bert_pretraining, bert_to_bert],
     ids=lambda f: f.__name__,
 )
 def test_models_with_several_parts(of: Callable[[], Any]) -> None:

@@ -539,6 +539,21 @@ def test_an_exported_program_has_torchs_operators(strict: bool) -> None:
     torch.testing.assert_close(program(tensors), model(tensors))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracers() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.cross_entropy(F.relu(x) + torch.relu(x), TARGET)
+
+    with pyfused.patch():
+        traced, symbolic = torch.jit.trace(Net(), (X,)), torch.fx.symbolic_trace(Net())
+        jvp = torch.func.jvp(Net(), (X,), (X,))
+    torch.testing.assert_close(traced(X * 2), Net()(X * 2))
+    torch.testing.assert_close(symbolic(X * 2), Net()(X * 2))
+    torch.testing.assert_close(jvp, torch.func.jvp(Net(), (X,), (X,)))
+    assert {n.target for n in symbolic.graph.nodes if n.op == "call_function"} >= {F.relu}
+
+
 def test_names_imported_before_are_patched(kernel_calls: KernelCalls) -> None:
     layer = nn.TransformerEncoderLayer(4, 1, 8, activation=looked_before, batch_first=True)
     assert layer.activation_relu_or_gelu == 1

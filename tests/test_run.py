@@ -350,6 +350,15 @@ def test_the_first_rank_prints(rank: str, tmp_path: Path) -> None:
 # ---- saved time ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    path = script(tmp_path, RANK)
+    done = plain(*launcher, "-m", "pyfused", "run", path, folder=tmp_path)
+    assert sorted(done.stdout.splitlines()) == ["0 True", "1 True"], done.stderr
+    assert counts(done.stderr) == {"calls": 1}
+
+
 @pytest.fixture
 def counted_here() -> Iterator[reports.Report]:
     """Counts the test's calls; those that a kernel can compute run it and are compared."""
