@@ -137,3 +137,17 @@ def test_processes_with_a_shard_compare_each_option() -> None:
         assert first == again
         found.append(first)
     assert len({*found}) == len(changes)
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_lower_loss_dtype_rounds_the_loss_only(reduction: str) -> None:
+    """Torch's operators compute this small call."""
+    input, target = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0])
+    losses = [
+        fused.cross_entropy(input, target, reduction=reduction, loss_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert losses[1].equal(losses[0].bfloat16())
+    wide, rounded = (torch.autograd.grad(loss.sum(), input)[0] for loss in losses)
+    assert rounded.equal(wide)

@@ -200,3 +200,10 @@ def test_an_infinite_scale_gives_nan(name: str) -> None:
     loss, found = function(torch.randn(6, 5), *layer, torch.tensor([0, 1, 2, 3, 4, 0]), scale=1e999)
     assert loss.isnan()
     assert found.log_probability.isnan().all()
+
+
+@pytest.mark.thresholds
+def test_metrics_of_a_small_call_do_not_round_scaled_logits() -> None:
+    input, target = torch.randn(6, 5).bfloat16(), torch.tensor([0, 1, 2, 3, 4, 0])
+    found = fused.cross_entropy_with_metrics(input, target, temperature=0.7)[1]
+    assert_metrics(found, exact(input.double() / 0.7, target), input.dtype)

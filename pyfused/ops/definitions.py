@@ -36,7 +36,8 @@ def cross_entropy(
     if options.with_metrics:
         valid = without_ignored(input, target, options.ignore_index)
         loss = cross_entropy(valid, target, weight, replace(options, with_metrics=False))
-        return loss, metrics.of_logits(_scaled(input, options), target, options.ignore_index)
+        input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
+        return loss, metrics.of_logits(input, target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     reduction = options.reduction
     if options.is_plain():
@@ -48,9 +49,9 @@ def cross_entropy(
     input = without_ignored(input, target, ignore_index, options.token_weight)
     if target.is_floating_point():
         target = without_ignored(target, target, ignore_index, options.token_weight)
-    input = input if loss_dtype is None else input.to(loss_dtype)
-    input = _scaled(input, options)
-    weight = weight if weight is None or loss_dtype is None else weight.to(loss_dtype)
+    wide = input.dtype if loss_dtype is None else torch.promote_types(input.dtype, loss_dtype)
+    input = _scaled(input.to(wide), options)
+    weight = weight if weight is None or loss_dtype is None else weight.to(wide)
     if isinstance(options.gamma, Tensor) or options.gamma:
         log_probability = F.log_softmax(input, dim)
         focused = log_probability * (-log_probability.expm1()) ** options.gamma
@@ -61,7 +62,6 @@ def cross_entropy(
         )
     if isinstance(options.z_loss, Tensor) or options.z_loss:
         loss = loss + options.z_loss * input.logsumexp(dim).reshape(loss.shape) ** 2
-    loss = loss if loss_dtype is None else loss.to(loss_dtype)
     weights = torch.ones_like(loss)
     if not target.is_floating_point():
         valid = target.reshape(loss.shape) != ignore_index
@@ -71,12 +71,14 @@ def cross_entropy(
     if options.token_weight is not None:
         token_weight = options.token_weight.to(loss.dtype).reshape(loss.shape)
         loss, weights = loss * token_weight, weights * token_weight
-    if reduction != "mean":
-        return loss if reduction == "none" else loss.sum()
-    denominator = options.denominator
-    if isinstance(denominator, Tensor):
-        denominator = denominator.reshape(()).to(loss.dtype)
-    return loss.sum() / (weights.sum() if denominator is None else denominator)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        denominator = options.denominator
+        if isinstance(denominator, Tensor):
+            denominator = denominator.reshape(()).to(loss.dtype)
+        loss = loss / (weights.sum() if denominator is None else denominator)
+    return loss if loss_dtype is None else loss.to(loss_dtype)
 
 
 def without_ignored(
@@ -197,7 +199,8 @@ def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:
         return loss
     if options.token_weight is not None:  # rows of weight 0 have metrics, too
         logits = head_logits(head.input.detach(), *head[1:3])
-    fields = metrics.of_logits(_scaled(logits, options), target, ignore_index)
+    logits = _scaled(logits.to(accumulate_dtype(logits.dtype)), options)
+    fields = metrics.of_logits(logits, target, ignore_index)
     return loss, metrics.Metrics(*(with_leading_dims(x, leading or (1,)) for x in fields))
 
 
