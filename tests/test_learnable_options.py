@@ -40,8 +40,8 @@ def tensors(name: str) -> dict[str, Tensor]:
     return found | {"input": found["input"].tanh()} if of_margin else found
 
 
-def loss_of(name: str, **options: Any) -> Tensor:
-    result = getattr(fused, name)(**tensors(name) | options)
+def loss_of(name: str, given: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
+    result = getattr(fused, name)(**(given or tensors(name)) | options)
     first: Tensor = result[0] if isinstance(result, tuple) else result
     return (first * torch.linspace(1, 2, first.numel()).double().view_as(first)).sum()
 
@@ -114,8 +114,8 @@ def test_label_smoothing_cannot_be_learned(name: str) -> None:
 @every_case
 def test_compiled_gradients_of_options(name: str, option: str, value: float) -> None:
     """A compiled call falls back; a check of a value may break the graph."""
-    compiled = torch.compile(lambda x: loss_of(name, **{option: x}), backend="aot_eager")
-    x = number(option, value)
+    x, given = number(option, value), tensors(name)  # a compiled program would draw others
+    compiled = torch.compile(lambda x: loss_of(name, given, **{option: x}), backend="aot_eager")
     expected = torch.autograd.grad(loss_of(name, **{option: x}), x)
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x), expected)
 
