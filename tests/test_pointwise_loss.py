@@ -212,6 +212,12 @@ def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: Ker
     assert kernel_calls["gaussian_nll_loss"]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)], ids=str)
+def test_a_variance_that_is_a_float(shape: tuple[int, ...]) -> None:
+    x, t = (torch.randn(shape).requires_grad_() for _ in range(2))
+    assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, 0.5)
+
+
 # ---- arguments -----------------------------------------------------------------------------------
 
 

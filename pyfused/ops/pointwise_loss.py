@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, reduce
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -137,7 +137,8 @@ class TensorLoss(CompiledOperator):
             for x in (*operands, weight)
         ]
         arranged, _ = self.arranged(layouts, None, dtype)
-        is_arranged = weight is None and all(map(is_, layouts, arranged))
+        pairs = zip(layouts, arranged, strict=True)
+        is_arranged = weight is None and all(x is y is not _SCALAR for x, y in pairs)
         denominator, divisor = self.denominators.get(reduction), 1.0
         if denominator is not None:
             value = denominator(arranged, layout_of_weight, cases[: len(self.numbers)])
