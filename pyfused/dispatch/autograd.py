@@ -142,7 +142,7 @@ def _inference_error(*_: Any) -> Gradients:
 
 
 class _InGraph(torch.autograd.Function):
-    """Makes a constant gradient a second_order function of the inputs, with derivative 0."""
+    """Makes a constant gradient a differentiable function of the inputs, with derivative 0."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class _InGraph(torch.autograd.Function):
 
 
 def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
-    """Makes every gradient second_order, constant ones included, as torch's gradients are."""
+    """Makes every gradient differentiable, constant ones included, as torch's gradients are."""
     inputs = [x for x in saved if x is not None and x.requires_grad]
     return tuple(
         [
@@ -176,7 +176,7 @@ def differentiate(
     needs: Sequence[bool],
     grad_output: Tensor,
 ) -> Gradients:
-    """Returns the gradients of a definition in torch's operators, second_order in grad mode.
+    """Returns the gradients of a definition in torch's operators, differentiable in grad mode.
 
     The gradient is None for an input that needs none.
     """
