@@ -53,10 +53,10 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 class Fused(torch.autograd.Function):
     """The autograd function of all operators, which runs the functions of a plan.
 
-    Gradients computed by the forward pass are saved after the plan's tensors, from index
-    ``ctx.first_gradient`` on. Backward scales them by grad_output: in place, or in copies if the
-    graph is retained, because another backward pass may read them, even concurrently. Then only
-    ``create_graph`` reads the plan's tensors, so that others may modify them before backward.
+    Gradients computed by the forward pass are saved after the plan's tensors, starting at index
+    ``ctx.first_gradient``. Backward scales them by grad_output: in place, or in copies if the graph
+    is retained, because another backward pass may read them, even concurrently. In this case only
+    ``create_graph`` reads the plan's tensors, so user code may modify them before backward.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ class _InGraph(torch.autograd.Function):
 
 
 def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
-    """Makes every gradient differentiable, constant ones included, as torch's gradients are."""
+    """Makes every gradient differentiable, including constants, like torch's gradients."""
     inputs = [x for x in saved if x is not None and x.requires_grad]
     return tuple(
         [

@@ -83,21 +83,23 @@ class Operator(ABC):
         case: The parts of a call's case, or their names. Those with their own kernels come first,
             the reduction last.
         torch: The definition in torch's operators, given tensors, numbers and case.
-        fast: The same with less overhead, for calls that no subclass or mode observes, and without
-            functions that `pyfused.patch` replaces. By default `torch`, if it is torch's function.
+        fast: A variant of `torch` with less overhead, for calls that no subclass or mode observes.
+            It calls no function that `pyfused.patch` replaces. By default `torch`, if that is
+            torch's function.
         fast_: The in-place variant of `fast`.
         fallback_reason: Takes the arguments for planning; returns why torch's operator has to
             compute the call, None if a kernel can.
-        number_reason: The same for the numbers, which `fallback_reason` does not receive.
+        number_reason: Like `fallback_reason`, but takes the numbers.
         built_in: The arguments that torch's built-in functions of this name require; () if users
-            do not call these.
+            do not call them.
 
         torch_: The in-place variant of `torch`, or `torch` itself.
         in_torch: Whether torch has a function of this name.
         all_operands: The operands and the factors.
         names: The names of the arguments.
-        cases: Returns what a plan depends on, given the numbers of a call: None, a special value or
-            NUMBER for each. Returns a reason to fall back, or raises an error, for invalid numbers.
+        cases: Takes the numbers of a call, and returns the case of each: None, a special value or
+            NUMBER. A plan depends only on these cases. For invalid numbers, it returns a reason to
+            fall back or raises an error.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         strategy: Describes how CPU kernels traverse an input.
@@ -144,11 +146,11 @@ class Operator(ABC):
     # ---- arguments -------------------------------------------------------------------------------
 
     def arguments_of(self, tensors: Tensors, numbers: Numbers, case: Case) -> Arguments:
-        """Returns the arguments of a call, as the methods for planning take them."""
+        """Returns the arguments of a call in the form that the methods for planning take."""
         return *tensors, *numbers, *case
 
     def split(self, arguments: Arguments) -> tuple[Tensors, Numbers, Case]:
-        """Returns the tensors, numbers and case of a call, which are in one tuple."""
+        """Splits the arguments of a call, one tuple, into tensors, numbers and case."""
         first = len(self.all_operands)
         end = first + len(self.numbers)
         return arguments[:first], arguments[first:end], arguments[end:]
@@ -192,7 +194,7 @@ class Operator(ABC):
 
     @property
     def parameters(self) -> tuple[Scalar | Choice, ...]:
-        """Returns what a formula takes after the operands: the numbers and some of the choices."""
+        """Returns a formula's parameters: the numbers, and the choices with their own kernels."""
         return *self.numbers, *[choice for choice in self.case if choice.values]
 
     def kernel_of(self, cases: Sequence[Any]) -> str:
@@ -208,7 +210,7 @@ class Operator(ABC):
         return name
 
     def kernel_cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields the name of each kernel, and the cases of the parameters that it is for."""
+        """Yields the name of each kernel and the cases of the parameters that it supports."""
         parameters = self.parameters
         kinds = [x.cases if isinstance(x, Scalar) else x.values for x in parameters]
         for values in product(*kinds):

@@ -18,11 +18,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @cache
 def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Returns a copy of a Python function with its current code, or a built-in itself.
+    """Returns a copy of a Python function with its current code; returns built-ins unchanged.
 
     The copy shares torch's globals, because subclasses and modes have to see torch's function. It
-    may therefore call other patched functions, as ``selu`` calls ``torch.selu``: call it within
-    `torch_alone`.
+    may therefore call other patched functions, for example ``torch.selu`` in ``selu``: call it
+    within `torch_alone`.
     """
     if not isinstance(function, FunctionType):
         return function

@@ -31,16 +31,16 @@ class Plan:
     Attributes:
         name: The operator's name.
         needs: Whether each of the first tensors needs a gradient.
-        arrange: Converts the call's tensors to those that the other functions take, given its
-            numbers, too; None for no conversion.
+        arrange: Takes the call's tensors and numbers, and returns the tensors that the other
+            functions take; None for no conversion.
         forward: Computes the output, the tensors to save, and the gradients of the first tensors,
             or () to leave them to backward, from the tensors and the numbers of a call. If the
             output is a tuple, only its first item is differentiable.
         backward: Computes the gradients of the first tensors from the saved ones, the numbers and
             grad_output.
         define: Computes the same gradients from torch's definition, which is differentiable.
-        finish: Converts the output to the result of the call, given the call's tensors, too. None
-            returns the output itself.
+        finish: Takes the output and the call's tensors, and returns the result of the call; None to
+            return the output itself.
         inplace: Which tensor overwrites the input: "output", "gradient", or "" for none.
     """
 
@@ -94,7 +94,7 @@ def loss_passes(
         prepare: Prepares the kernel for the layouts of tensors, the outputs and grad_output.
         in_forward: Whether the forward pass computes the gradients.
         inplace: Whether the gradient of the input overwrites the input.
-        loss_dtype: The dtype of the loss, None for that of the kernels.
+        loss_dtype: The dtype of the loss, None for the kernels' accumulation dtype.
     """
     launches: dict[Any, LossKernel] = {}
     in_forward = in_forward and True in needs

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 SMALL = "torch is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _log = logging.getLogger("pyfused")
-not_logged: set[str] = set()  # reasons that are not logged, because a kernel runs in the end
+not_logged: set[str] = set()  # reasons that are not logged, because a kernel runs eventually
 _reported: set[tuple[str, str]] = set()
 _OURS_AND_TORCHS = (f"{__name__.partition('.')[0]}.", "torch.")
 

@@ -126,8 +126,8 @@ def _run_compiled(
 # ---- decisions -----------------------------------------------------------------------------------
 
 
-# How a call is executed: by a function of its tensors and its numbers, or, if that is None, by
-# torch, for a reason.
+# The reason why torch executes the call, or None; the function that executes it, given tensors and
+# numbers, or None; and the numbers that this function takes.
 Decision = tuple[str | None, Callable[[Tensors, Numbers], Any] | None, Numbers]
 
 
@@ -258,7 +258,7 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_compiled(tensor: Tensor) -> bool:
-    """Returns whether the call becomes a part of a compiled program, traced or as a function."""
+    """Returns whether the call becomes part of a compiled program, traced or as one function."""
     return is_dynamo_compiling() or is_traced(tensor)
 
 
@@ -274,7 +274,8 @@ def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Cas
     # Imported late because it is slow to import; the compiler has imported it already.
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    # If sizes are dynamic, each side of the limit gets a program. An unknown size counts as large.
+    # With dynamic sizes, the compiler makes one program for small and one for large sizes. An
+    # unknown size counts as large.
     if limit and guard_or_false(input.numel() < limit):
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
@@ -314,7 +315,7 @@ def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Cas
 def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
-    It warns from 32 MiB on; the kernels would need a quarter of that, or 16 MiB.
+    Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB.
     """
     reasons.log_once(op.name, reason)
     if not op.is_linear or is_dynamo_compiling():
@@ -331,7 +332,7 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
 
 
 def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> Exception | None:
-    """Returns pyfused's error for arguments for which a call has raised an error, if any."""
+    """Returns pyfused's error for the arguments of a call that has raised, or None."""
     tensors = {operand.name: x for operand, x in zip(op.operands, arguments, strict=False)}
     tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     try:

@@ -93,8 +93,8 @@ def signature(
 def as_floats(op: Operator, numbers: Sequence[Any]) -> Numbers | str:
     """Converts the numbers of a call to floats, or returns why one of them cannot be converted.
 
-    A tensor is read if it has one element, unless it requires grad or is on a GPU, where reading
-    synchronises.
+    The value of a tensor of one element is read, unless it requires grad or is on a GPU, where
+    reading synchronises.
     """
     floats = list[Any]()
     for scalar, value in zip(op.numbers, numbers, strict=True):
@@ -127,7 +127,7 @@ def with_specs(
 ) -> tuple[Tensors, Arguments]:
     """Returns the layouts of the tensors, and the arguments for planning.
 
-    A TensorSpec has what `signature` reads of a tensor, so a plan cannot depend on anything else.
+    A TensorSpec has only the properties that `signature` reads, so a plan cannot depend on others.
     """
     specs: list[Any] = [spec_of(x) for x in tensors]
     if inplace:

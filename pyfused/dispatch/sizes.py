@@ -99,9 +99,10 @@ ON_CPU: dict[str, Limits] = {
     "Contrastive": (PAGES, LARGE),  # logits; the second limit is for the sigmoid form
     "nll_loss": (PAGES, NEVER),
 }
-# In half precision torch processes the same number of bytes per second, so limits double. The
-# kernels convert float16 in a separate step. Over classes torch is slower. torch's gelu calls
-# oneDNN.
+# In half precision torch processes the same number of bytes per second, so limits double. For
+# float16 they grow more, because the kernels convert it in a separate step. torch's half-precision
+# softmax and cross-entropy process fewer bytes per second, so their limits do not double. torch's
+# gelu calls oneDNN, which is faster than the kernel without a gradient.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES: dict[str, Limits] = {
     "cross_entropy": (MEDIUM, SMALL),
@@ -114,8 +115,9 @@ ON_CPU_OF_HALVES: dict[str, Limits] = {
 class Gpu(NamedTuple):
     """The two numbers of a machine from which the limits on its GPU follow.
 
-    `tune` measured 190 us and 2984 GB/s on an H100 with a slow host; the defaults are rounded up,
-    so that calls do not become slower. Limits from 60 us made calls take 1.2 to 1.8 times as long.
+    `tune` measured 190 us and 2984 GB/s on an H100 with a slow host. The defaults are rounded up,
+    because limits that are too low make calls slower: with 60 us, calls took 1.2 to 1.8 times as
+    long.
     """
 
     host_us: float = 200  # the host's time for a call, forward and backward
@@ -124,8 +126,8 @@ class Gpu(NamedTuple):
 
 # A kernel is faster if torch's kernels take longer on the GPU than launching ours takes on the
 # host. PASSES is how many times torch's kernels read or write an element, forward and backward:
-# their time on an H100 divided by the time of one pass. For few classes torch is slower: its
-# nll_loss takes 1.6 us per thousand rows.
+# their time on an H100 divided by the time of one pass. With few classes per row torch is slower:
+# its nll_loss takes 1.6 us per thousand rows.
 PASSES = 8
 PASSES_OF = {
     "l1_loss": 13,
@@ -138,7 +140,7 @@ PASSES_OF = {
 FEW_ON_GPU, PASSES_OF_FEW = 64, 50
 # Operators whose limits on GPUs do not depend on these numbers.
 ON_GPU: dict[str, Limits] = {
-    # torch launches so many kernels, or synchronises, that its calls take longer on the host.
+    # torch launches many kernels or synchronises, so its calls take longer on the host.
     "cosine_embedding_loss": (ALWAYS, ALWAYS),
     "gaussian_nll_loss": (ALWAYS, ALWAYS),
     "kl_div_with_logits": (ALWAYS, ALWAYS),
@@ -149,7 +151,7 @@ ON_GPU: dict[str, Limits] = {
     "log_probs": (ALWAYS, ALWAYS),
     "sigmoid_focal_loss": (ALWAYS, ALWAYS),
     "triplet_margin_loss": (ALWAYS, ALWAYS),
-    # torch launches 13 to 23 kernels, which takes about as long.
+    # torch launches 13 to 23 kernels, which takes the host about as long as a call of pyfused.
     "Formula": (SMALL, SMALL),
     "LongFormula": (SMALL, SMALL),
     "hinge_embedding_loss": (SMALL, SMALL),
@@ -294,7 +296,7 @@ def why_small(op: Operator, tensors: Tensors, case: Case) -> str:
 def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = None) -> bool:
     """Returns whether a call is dispatched to torch's operator because it is small or empty.
 
-    It is not called while compiling, because the program would depend on the size.
+    It must not be called during compilation, because the program would depend on the size.
 
     Args:
         elements: The number of elements of the call, None to compute it.

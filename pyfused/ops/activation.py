@@ -77,7 +77,10 @@ class Activation(Operator):
         return f"{scalar.name} is {value!r}"
 
     def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        """Returns whether no gradient is needed. oneDNN, which computes torch's, has no tanh."""
+        """Returns whether the call needs no gradient and is not gelu's tanh approximation.
+
+        Without a gradient, torch's exact gelu uses oneDNN, which has another limit.
+        """
         return self.needs_no_gradient(tensors) and "tanh" not in case
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
@@ -122,10 +125,11 @@ class Activation(Operator):
         ]
 
     def inplace_fallback_reason(self, input: Any) -> str | None:
-        """Returns the reason unless the gradient is computed from the output.
+        """Returns None if the gradient is computed from the output, else the reason.
 
-        Otherwise a kernel allocates no less memory than torch's operator, which raises the errors
-        for tensors that must not be overwritten, and takes any strides.
+        If it is computed from the input, a kernel allocates as much memory as torch's operator,
+        which also raises the errors for tensors that must not be overwritten, and takes any
+        strides.
         """
         needs_grad = grad_enabled() and input.requires_grad
         saves_output = self.saves == "output" and needs_grad and not input.is_leaf_or_view

@@ -1,22 +1,22 @@
 """The sizes of the blocks of logits that `heads.py` loops over.
 
-There are two loops. The one over rows, each with all classes, computes three matrix products: the
-logits, and the gradients of input and weight. The one over blocks of classes computes four, as the
-gradients need the log-sum-exp of all classes. It never rounds a sum over rows to half precision,
-and its memory can be arbitrarily small.
+There are two loops. The loop over blocks of rows with all classes computes three matrix products:
+the logits, and the gradients of input and weight. The loop over blocks of classes computes the
+logits twice, because the gradients need the log-sum-exp of all classes: four products. It never
+rounds a sum over rows to half precision, and its memory can be arbitrarily small.
 
 The loop over rows adds the weight's gradient of each chunk to a sum in float32. This moves 20 bytes
-per element, while the product takes two operations per element and row. With AVX-512 the sums take
-a few percent of the time of the products, with 256 or more rows. With AMX the sums of 256 rows took
-twice as long as all products: 700 GFLOP/s for products, and 2.7 GB/s for sums, which exceed the
-cache. There it is fastest to compute all rows at once, and a fourth product is cheaper than sums
-over fewer than 1500 rows.
+per element, while the product takes two operations per element and row. With AVX-512 and 256 or
+more rows, the sums take a few percent of the time of the products. With AMX the sums of 256 rows
+took twice as long as all products: products reach 700 GFLOP/s, but sums, which exceed the cache,
+only 2.7 GB/s. With AMX it is fastest to compute all rows at once, and a fourth product is cheaper
+than sums over fewer than 1500 rows.
 
-On a GPU, blocks are so large that launches take less time than the kernels, and the sums a few
-percent of the time of the products: in half precision, the three products of r rows take 6 r
-operations per element of the weight, and its sum in float32 moves 8 bytes, which takes an H100,
-with 7e14 operations and 3e12 bytes per second, 300 / r of the time. All rows are computed at once
-if this takes no more memory than blocks and sums.
+On a GPU, blocks are so large that kernels take longer than their launches, and sums take a few
+percent of the time of the products. In half precision, the three products of r rows take 6 r
+operations per element of the weight, and its sum in float32 moves 8 bytes. On an H100, with 7e14
+operations and 3e12 bytes per second, the sum takes 300 / r of the time of the products. All rows
+are computed at once if this takes no more memory than blocks and sums.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def physical_memory() -> int:
 
 @functools.cache
 def device_memory() -> int:
-    """Returns the size of the memory of the current GPU in bytes, without one the machine's."""
+    """Returns the bytes of the current GPU's memory, or of the machine's if there is no GPU."""
     if not torch.cuda.is_available():
         return physical_memory()
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -138,7 +138,7 @@ def tile_size(
         shape: The shape (N, D) of the input.
     """
     (n, features), tile = shape, TILE
-    if backend.ASYNCHRONOUS and memory_budget is not None:  # few sums over rows are added up
+    if backend.ASYNCHRONOUS and memory_budget is not None:  # makes few partial sums over rows
         logits = memory_budget // dtype.itemsize
         rows = max(1, min(n, logits // tile))
         return rows, max(1, logits // rows)
@@ -148,14 +148,14 @@ def tile_size(
     return tile, tile
 
 
-MIN_TILE_ROWS = 16  # with fewer, all classes of a row take as little memory
+MIN_TILE_ROWS = 16  # fewer rows with all classes take no more memory
 
 
 def fixed_rows(device: torch.device) -> int:
     """Returns the rows of a product whose size does not depend on the batch.
 
     CPU libraries compute groups of 4, 6, 8 or 16 rows, and may sum over features in another order
-    for the remaining rows. On GPUs, more rows need fewer launches.
+    for the remaining rows. On GPUs, products of more rows save launches.
     """
     return 96 if device.type == "cpu" else 1024
 
@@ -165,8 +165,8 @@ def state_block_size(
 ) -> Callable[[int], tuple[int, int]]:
     """Returns the rows and the columns of the blocks over which row states are computed.
 
-    They are a function of the number of rows. Results do not depend on the boundaries between
-    blocks of classes, as TILE is a multiple of kChunk.
+    The result is a function of the number of rows. TILE is a multiple of kChunk, so results do not
+    depend on the boundaries between blocks of classes.
     """
     rows_of = rows_at_once(head, VocabOptions(memory_budget=memory_budget), backend)
     dtype, columns, features = product_dtype(head, backend), head.columns, head.input.shape[-1]

@@ -46,7 +46,7 @@ class ClassLoss(CompiledOperator):
         """Returns the options, given the arguments for planning."""
 
     def options_of_call(self, options: Any, _: Numbers, *_tensors: Tensor | None) -> Any:
-        """Returns the options that a plan has kept, with the numbers and tensors of a call."""
+        """Returns a plan's options with the numbers and tensors of a call."""
         return options
 
     def kernel_tensors(self, tensors: Tensors, _: Numbers = ()) -> Tensors:
@@ -174,7 +174,7 @@ class MultiMarginLoss(ClassLoss):
     strategy = "row by row"
 
     def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        """Returns whether rows are shorter than a vector of any width."""
+        """Returns whether rows are shorter than a vector of every instruction set."""
         return super().takes_second_limit(tensors, case, 15)
 
     def options_of(self, arguments: Arguments) -> VocabOptions:

@@ -15,7 +15,7 @@ from pyfused.types import ClassRange
 def communication_device(group: Any, *values: Any) -> torch.device:
     """Returns the device of a group's tensors: a GPU for NCCL, else the device of the first tensor.
 
-    A process without a valid tensor has to take part in the exchange, too.
+    It also returns one for a process without a valid tensor, which has to take part.
     """
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda")
@@ -55,7 +55,7 @@ class LocalShard(NamedTuple):
 
     classes: ClassRange  # the first class of this process, and the number of all classes
     group: Any
-    call: Call | None = None  # the call if it is still to be compared with other processes' calls
+    call: Call | None = None  # None if the calls of all processes have been compared
 
 
 def compare_calls(call: Call, device: torch.device, group: Any) -> tuple[int, bool]:
@@ -89,7 +89,11 @@ def compare_calls(call: Call, device: torch.device, group: Any) -> tuple[int, bo
 
 
 def boundary(index: int) -> int:
-    """Returns a hash. Its differences over adjacent shards add up to that over all classes."""
+    """Returns a hash of an index.
+
+    A shard's value is boundary(end) - boundary(first). Adjacent shards therefore sum to
+    boundary(classes) - boundary(0), and other shards almost certainly do not.
+    """
     return zlib.crc32(b"%d" % index)
 
 
@@ -99,8 +103,8 @@ def boundary(index: int) -> int:
 class Sum(torch.autograd.Function):
     """Sums a tensor over processes; each summand gets the gradient of the sum.
 
-    torch's functional collectives differentiate the sum of the losses of all processes, and so sum
-    the gradients in backward. All processes have the same loss here, which counts once.
+    torch's functional collectives differentiate the sum of all processes' losses, so their backward
+    sums gradients. With this function, all processes compute the same loss, which counts once.
     """
 
     @staticmethod

@@ -15,12 +15,12 @@ from pyfused.ops.pointwise_loss import PointwiseLoss
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Composed(Operator):
-    """A loss computed from another loss. Autograd records the call of the latter and `finish`.
+    """A loss computed from another loss. Autograd records the other loss and `finish`.
 
     Attributes:
         of: The other loss, which has a kernel.
-        given: Returns the tensors, numbers and case of the other loss, given the arguments.
-        finish: Returns the result, given the other loss and the arguments.
+        given: Takes the arguments; returns the tensors, numbers and case of the other loss.
+        finish: Takes the other loss and the arguments; returns the result.
     """
 
     of: PointwiseLoss

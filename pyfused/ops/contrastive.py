@@ -7,8 +7,8 @@ With the logits z_ij = scale a_i . b_j of N pairs:
 
 The softmax form computes each block of logits twice: first for the states of all rows and columns,
 then for the gradients. It treats columns as rows of the transposed block. The sigmoid form computes
-the loss and the gradient of a block at once. Autograd differentiates scale * a, which gives the
-gradient of the scale.
+the loss and the gradient of a block in one pass. The gradient of the scale comes from autograd,
+which differentiates scale * a.
 """
 
 from __future__ import annotations
@@ -108,13 +108,12 @@ class Contrastive(RowLoss):
 def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Results:
     """Computes the loss of rows and columns, and its gradients, in square blocks of logits.
 
-    A block and its transpose are converted to the accumulation dtype where their gradients are
-    added, before these are rounded.
+    The gradients of a block and its transpose are added in the accumulation dtype, then rounded.
     """
     (x, b, *_), (options, outputs, grad_output, *_) = tensors, args
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
-    # Larger blocks need fewer synchronisations of threads, which take long on a busy machine, and
-    # fewer launches on a GPU.
+    # Larger blocks need fewer thread synchronisations, which are slow on a busy machine, and fewer
+    # launches on a GPU.
     size = (SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2,) * 2
     if options.memory_budget is not None:  # the other half is for the transposed block
         size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
@@ -158,7 +157,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
         )
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
-    memory = block.logits.view(-1) if n <= min(size) else None  # the only block is still there
+    memory = block.logits.view(-1) if n <= min(size) else None  # reuses a single block's logits
     return loss, over_blocks(layer, outputs.gradients, step, memory=memory)[:3], None
 
 

@@ -119,7 +119,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return self._with_metrics(plan, arguments) if options.with_metrics else plan
 
     def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:
-        """Adds the metrics to a plan, which follow from the state of rows, a second output."""
+        """Returns the plan with the state of rows as a second output, from which metrics follow."""
         *_, options = self.checked(arguments)
         dtype = accumulate_dtype(arguments[0].dtype)
 
@@ -131,7 +131,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
         def finish(results: Any, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
             (loss, state), target = results, tensors[1]
-            if not target.is_floating_point():  # probabilities need no copy of the logits here
+            if not target.is_floating_point():  # for probabilities it would copy the logits
                 _, target, _ = self.arranged(tensors[:3])
             return loss, metrics.of_state(state, target, options.ignore_index, dtype)
 
@@ -200,9 +200,9 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
 
 def _ignores_rows(input: Tensor, target: Tensor, ignore_index: int) -> bool:
-    """Returns whether rows of a CPU call are ignored, for which torch's gradient may be NaN.
+    """Returns whether a CPU call has ignored rows, whose gradient may be NaN in torch.
 
-    False in compiled programs and under modes, which expect torch's operators.
+    Returns False in compiled programs and under modes, which expect torch's operators.
     """
     if is_dynamo_compiling() or is_functorch_wrapped(target) or not target.is_cpu:
         return False

@@ -55,8 +55,8 @@ class CompiledOperator(Operator):
     """An operator that compiled programs call as a custom operator.
 
     Attributes:
-        in_forward: Whether the custom operator returns the gradients of the sum of its result, too.
-        has_state: Whether the backward pass takes the state of the rows, which is the last result.
+        in_forward: Whether the custom operator also returns the gradients of the sum of its result.
+        has_state: Whether the last result is the state of the rows, which backward takes.
     """
 
     in_forward: ClassVar[bool] = False
@@ -82,7 +82,7 @@ class CompiledOperator(Operator):
         return self.plan(arguments, False)  # type: ignore[return-value]
 
     def saved(self, tensors: Tensors, state: Any) -> Tensors:  # noqa: ARG002
-        """Returns the tensors that the backward pass takes: the forward pass's, and the state."""
+        """Returns the tensors that backward takes: forward's tensors and the state."""
         return tensors
 
     def fake(self, arguments: Arguments) -> Tensor:
@@ -98,9 +98,9 @@ class CompiledOperator(Operator):
 class _CustomOperators:
     """The custom operators of an operator.
 
-    They take the values of the schema: the tensors, numbers and case of a call in one tuple. The
-    tensors that may need gradients come first. ``needs`` follows, whether each of them needs one,
-    in the backward operator and if the gradients are computed in forward.
+    They take the values of the schema: the tensors, numbers and case of a call in one tuple, with
+    the tensors that may need gradients first. If an operator computes gradients, ``needs`` follows:
+    whether each of these tensors needs one.
     """
 
     def __init__(self, op: CompiledOperator) -> None:
@@ -155,7 +155,7 @@ class _CustomOperators:
                 # Class weights may differ in dtype under autocast, which is disabled here.
                 if operand.name == "weight" and specs[i] is not None:
                     specs[i] = replace(specs[i], dtype=specs[0].dtype)
-            with torch.enable_grad():  # the compiler disables it, and says which are needed
+            with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
                 cases: Any = op.cases(numbers)
                 plan = op.compiled_plan(op.arguments_of(specs, cases, case))
             if key is not None:
@@ -163,7 +163,7 @@ class _CustomOperators:
         return plan, tensors if plan.arrange is None else plan.arrange(tensors, numbers), numbers
 
     def arguments(self, values: Sequence[Any]) -> Arguments:
-        """Returns the arguments as the operator's methods for planning take them."""
+        """Returns the arguments in the form that the operator's methods for planning take."""
         return self.op.arguments_of(*self.op.split(tuple(values[: self.count])))
 
     def gradients(
@@ -173,7 +173,7 @@ class _CustomOperators:
 
         Args:
             values: The values of the schema, followed by the state if the operator has one.
-            define: The gradients are torch's and can be differentiated.
+            define: Whether to compute gradients by torch's definition, which is differentiable.
         """
         plan, tensors, numbers = self.planned(values, needs)
         saved = self.op.saved(tensors, values[self.count] if self.op.has_state else None)
@@ -268,13 +268,13 @@ def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _empty_dense(tensor: Tensor) -> Tensor:
-    """Returns an empty tensor with the tensor's order of dimensions, or contiguous if not dense."""
+    """Returns an empty tensor with the memory order of a dense tensor, else a contiguous one."""
     preserve = torch.preserve_format if is_dense(tensor) else torch.contiguous_format
     return torch.empty_like(tensor, memory_format=preserve)
 
 
 def _dense_like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """Returns the gradient of a tensor with the strides that `_empty_dense` gives it."""
+    """Returns the gradient of a tensor with the strides of `_empty_dense`."""
     gradient = gradient.reshape(tensor.shape)
     if gradient.stride() == tensor.stride():
         return gradient

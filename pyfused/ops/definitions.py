@@ -1,4 +1,4 @@
-"""Functions that torch lacks, in torch's operators, for calls that no kernel computes."""
+"""Definitions, in torch's operators, of functions that torch lacks, for calls without a kernel."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def cross_entropy(
 def without_ignored(
     input: Tensor, target: Tensor, ignore_index: int, token_weight: Tensor | None = None
 ) -> Tensor:
-    """Fills logits of rows that do not count with 0, so that NaN in them does not spread."""
+    """Fills logits of rows that do not count with 0, because NaN in them would reach gradients."""
     counts = _counts(target, ignore_index, token_weight)
     if counts is None:
         return input
@@ -96,7 +96,7 @@ def without_ignored(
 def _counts(target: Tensor, ignore_index: int, token_weight: Tensor | None) -> Tensor | None:
     """Returns whether each target is neither ignored nor of weight 0; None if all count.
 
-    If the weight requires grad, its gradient is the loss of these rows.
+    If the weight requires grad, rows of weight 0 count, because their loss is its gradient.
     """
     counts = None if target.is_floating_point() else target != ignore_index
     if token_weight is None or token_weight.requires_grad:
@@ -133,7 +133,7 @@ def linear_cross_entropy(
         if True in [x.requires_grad for x in head[:3] if x is not None]:
             classes, index = len(linear_weight), options.ignore_index
             input = _without_ignored_states(input, target, index, classes)
-        checks.memory_budget(options.memory_budget)  # torch's function does not receive these two
+        checks.memory_budget(options.memory_budget)  # torch's function does not take these two
         checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
         return _linear_cross_entropy(
             input,
@@ -153,7 +153,7 @@ def linear_cross_entropy(
 def _without_ignored_states(
     input: Tensor, target: Tensor, ignore_index: int, classes: int
 ) -> Tensor:
-    """Fills hidden states of ignored rows with 0, as NaN in them would reach the weight's gradient.
+    """Fills inputs of ignored rows with 0, because NaN in them would reach the weight's gradient.
 
     Eager calls on CPUs skip this if no row is ignored.
     """
@@ -176,7 +176,7 @@ def _with_one_weight(head: Head) -> Head:
     if head.adapter_weight is None:
         return head
     weights = head.linear_weight, head.adapter_weight.to(head.linear_weight.dtype)
-    with without_autocast(head.input.device.type):  # which refuses to concatenate some dtypes
+    with without_autocast(head.input.device.type):  # autocast cannot concatenate some dtypes
         return head._replace(linear_weight=torch.cat(weights, -1), adapter_weight=None)
 
 
@@ -197,7 +197,7 @@ def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:
     loss = with_leading_dims(loss, leading or (1,))
     if not options.with_metrics:
         return loss
-    if options.token_weight is not None:  # rows of weight 0 have metrics, too
+    if options.token_weight is not None:  # rows of weight 0 also have metrics
         logits = head_logits(head.input.detach(), *head[1:3])
     logits = _scaled(logits.to(accumulate_dtype(logits.dtype)), options)
     fields = metrics.of_logits(logits, target, ignore_index)
@@ -217,8 +217,8 @@ def log_probs(
 ) -> Any:
     """Returns the log-probability of each target, stacked with entropy and log-sum-exp.
 
-    With metrics it returns a tuple of these, whether the target has the largest logit, and the mean
-    logit.
+    With metrics it returns a tuple of this tensor, whether the target has the largest logit, and
+    the mean logit.
     """
     checks.log_probs(logits, target, options)
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)

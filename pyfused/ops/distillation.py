@@ -1,12 +1,12 @@
-"""Divergences of a student's predictions p from a teacher's q: of logits, of heads, of a top k.
+"""Divergences of a student's predictions p from a teacher's q, for logits, heads and a top k.
 
     beta = 0:      KL(q || p) = sum_c q_c (log q_c - log p_c)
     beta = 1:      KL(p || q)
     0 < beta < 1:  beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
 
-The definitions compute all logits with torch's operators. The kernels of linear layers compute the
-logits of both models by blocks of rows, overwrite the student's with their gradient, and multiply
-it into the gradients of the layer. For a teacher's top k, the kernels of row states are used.
+The definitions compute all logits with torch's operators. For linear layers, a loop over blocks of
+rows computes the logits of both models, overwrites the student's logits with their gradient, and
+multiplies it into the gradients of the layer. A teacher's top k uses the kernels of row states.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def linear_topk_kl_div(
 
 
 def _masked(rows: Tensor, options: DivergenceOptions, value: float = 0.0) -> Tensor:
-    """Fills rows of weight 0 with a value, as NaN times 0 would be NaN.
+    """Fills rows of weight 0 with a value, because NaN times 0 would be NaN.
 
-    If the weight requires grad, its gradient is the loss of these rows.
+    If the weight requires grad, these rows are kept, because their loss is its gradient.
     """
     weight = options.token_weight
     if weight is None or weight.requires_grad:
@@ -130,7 +130,7 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 def _gradient_by_log_p(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """Returns d/dlog_p of the divergence, for beta > 0 up to a multiple of p.
 
-    The multiple has no effect on the gradient of the logits, as sum_c p_c is constant.
+    The multiple has no effect on the gradient of the logits, because sum_c p_c is constant.
     """
     if beta == 0:
         return -log_q.exp()
@@ -217,7 +217,7 @@ class LogitsDivergence(Divergence):
         return replace(plan, forward=forward, backward=backward)
 
     def prepare(self, *_: Any) -> Any:
-        return None, True  # the plan has other passes
+        return None, True  # unused: `plan` replaces the passes
 
 
 class HeadDivergence(Divergence):
@@ -267,7 +267,7 @@ class TopKDivergence(Divergence):
             _, weight, _, indices, log_probs = tensors
             invalid = checks.topk_indices(indices, len(weight))[:, None]
             checks.topk_log_probs(_masked(log_probs, args.options, -torch.inf))
-            if backend.ASYNCHRONOUS:  # an error would synchronise, so the loss of the row is NaN
+            if backend.ASYNCHRONOUS:  # raising would synchronise, so the loss of the row is NaN
                 log_probs = log_probs.masked_fill(invalid, torch.nan)
                 indices = indices.masked_fill(invalid, 0)
 
@@ -291,7 +291,7 @@ def divergence_kernel(
     outputs: Outputs,
     grad_output: Tensor | None,
 ) -> LossKernel:
-    """Prepares the divergence of logits; if these have softcaps or two dtypes, in each call."""
+    """Prepares the divergence of logits; with softcaps or two dtypes, prepares it in each call."""
     prepare, (logits, teacher_logits, *_) = backend.kl_div_with_logits, tensors
     dtype = logits.dtype
     if options.softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
@@ -332,7 +332,8 @@ def _by_rows(
 
     Args:
         step: As in `loss_over_rows`, for a block of the student's logits.
-        row_tensors: The first tensors of which it takes rows; token_weight and grad_output follow.
+        row_tensors: The first tensors whose rows ``step`` takes; token_weight and grad_output
+            follow.
         teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
     """
     (input, weight, bias, *_), (options, outputs, grad_output, *_) = tensors, args
@@ -365,7 +366,7 @@ def _topk(
     rows, class_range = VocabOptions(temperature=options.temperature), ClassRange(0, classes)
     scale, numbers = 1 / options.temperature, rows.numbers()
     if logits.dtype is torch.float64:
-        logits -= logits.amax(1, keepdim=True)  # to round the log-sum-exp less
+        logits -= logits.amax(1, keepdim=True)  # reduces the rounding error of the log-sum-exp
     topk_logits = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
     source = LogitRows(backend, rows, class_range)
@@ -390,7 +391,7 @@ def _topk(
     grad_results = state.new_zeros(len(RESULTS), n)
     grad_results[LSE] = gradient[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
     no_rest = state[SUM] == 0
-    for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # against divisions by 0
+    for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
     launch = backend.row_gradients(logits, rows, class_range, len(RESULTS))
     launch(numbers, logits, None, None, state, grad_results, logits)

@@ -1,9 +1,9 @@
 """Elementwise operators: pointwise losses and activations, each with its formula.
 
-A formula is a torch function of the operands, of the numbers, which are tensors while it is traced,
-and of choices, which are bools or strings. ``make formulas`` prints it as C++,
-and the first call on a GPU prints it as Triton. Its gradients follow from torch's rules, or are
-written where those are less accurate or longer, or where torch's operator has others.
+A formula is a torch function of the operands, the numbers and the choices. Numbers are tensors
+while the formula is traced; choices are bools or strings. ``make formulas`` prints it as C++, and
+the first call on a GPU prints it as Triton. Gradients are derived by torch's rules, except where a
+written gradient is more accurate or shorter, or where torch's operator defines another one.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _gradient_of_kl_div(input: Tensor, target: Tensor, log_target: bool) -> Grad
     if log_target:
         p = target.exp()
         return -p, p * (target - input) + p
-    return -target, target.log() + target / target - input  # NaN of a target of 0
+    return -target, target.log() + target / target - input  # NaN if the target is 0
 
 
 KL_DIV = PointwiseLoss(
@@ -315,9 +315,9 @@ def _gaussian_nll_loss(
 def _gradient_of_gaussian_nll_loss(
     input: Tensor, target: Tensor, var: Tensor, eps: Tensor, _: bool
 ) -> Gradients:
-    """Returns the gradients; the variance has one even where it is below eps, as in torch."""
+    """Returns the gradients, including the variance's gradient where it is below eps, as torch."""
     v, d = torch.where(var < eps, eps, var), input - target
-    of_input = 2 * d * (0.5 / v)  # overflows where torch's does
+    of_input = 2 * d * (0.5 / v)  # overflows for the same inputs as torch's gradient
     return of_input, -of_input, (1 - d * d / v) / v * 0.5
 
 
@@ -390,7 +390,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
 
 
 def _gradient_of_quantile_loss(input: Tensor, target: Tensor, quantile: Tensor) -> Gradients:
-    """Returns the gradients: the mean of both slopes at a tie, their sum for NaN, as in torch."""
+    """Returns the gradients; at a tie, the mean of both slopes; for NaN, their sum, as in torch."""
     d = target - input
     equal = torch.where(d == 0, 0.5 - quantile, 1 - 2 * quantile)
     slope = torch.where(d > 0, -quantile, torch.where(d < 0, 1 - quantile, equal))
@@ -446,7 +446,7 @@ def _parts_of_focal_loss(
 ) -> list[Tensor]:
     p, q = x.sigmoid(), (-x).sigmoid()
     u = p * (1 - t) + q * t
-    if isinstance(gamma, float):  # 2, for which there is a kernel without log and exp
+    if isinstance(gamma, float):  # 2, which has a kernel without log and exp
         power, slope = u * u, u * (p * q)
     else:
         power = torch.where(gamma == 0, 1, (gamma * u.log()).exp())
@@ -677,7 +677,7 @@ _BUILT_IN_PRELU = torch.prelu  # pyfused.patch replaces the attribute of torch
 
 
 def _rows_and_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the input and a slope for each of its rows, as kernels read rows and columns."""
+    """Returns the input as rows, and a slope for each row."""
     if weight.numel() == 1:
         return input, weight.reshape(())
     if input.dim() == 2:
@@ -714,7 +714,7 @@ HARDTANH = Activation(
     name="hardtanh",
     module="Hardtanh",
     checks=True,
-    saves="input",  # half precision may round an output off its bound
+    saves="input",  # in half precision, rounding may move an output off its bound
     numbers=(Scalar("min_val"), Scalar("max_val")),
     number_reason=lambda low, high: None if low <= high else "min_val is not below max_val",
     formula=lambda input, low, high: torch.minimum(torch.maximum(input, low), high),
@@ -840,7 +840,7 @@ LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
     fallback_reason=lambda input: None if input.is_contiguous() else "torch's result is contiguous",
-    formula=lambda input: 0 - _softplus(-input),  # 0.0 of infinity
+    formula=lambda input: 0 - _softplus(-input),  # 0.0 rather than -0.0 at infinity
     fast=_LOG_SIGMOID,
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )

@@ -38,7 +38,7 @@ def cosine_fallback_reason(input1: Tensor, input2: Tensor, target: Tensor, *_: A
 
 
 def _shape_reason(first: Tensor, *inputs: Tensor) -> str | None:
-    """Returns why kernels do not support the shapes. All dimensions except the last broadcast."""
+    """Returns why kernels do not support the shapes; all dimensions but the last broadcast."""
     if first.dim() and all(x.dim() == first.dim() for x in inputs):
         if all(x.shape[-1] == first.shape[-1] for x in inputs):
             return None
@@ -82,7 +82,7 @@ class EmbeddingLoss(TensorLoss):
         if self.has_target:
             *inputs, target = operands
             dtypes[-1] = accumulate_dtype(dtype)
-            if target.dtype is torch.float64 is not dtypes[-1]:  # must not round to 1
+            if target.dtype is torch.float64 is not dtypes[-1]:  # other values must not round to 1
                 target = (target == 1).to(dtypes[-1]) - (target == -1).to(dtypes[-1])
             operands = *inputs, target.unsqueeze(-1)
         operands = [x if x.dtype is d else x.to(d) for x, d in zip(operands, dtypes, strict=True)]

@@ -1,4 +1,4 @@
-"""Loops over blocks of a linear layer's logits, which are never in memory as a whole.
+"""Loops over blocks of a linear layer's logits, without all logits in memory.
 
     for block in blocks(layer):         # logits = input[rows] @ weight[classes].T + bias[classes]
         grad_logits = step(block)
@@ -43,9 +43,9 @@ class Layer(NamedTuple):
         bias: (C), or None.
         dtype: The dtype of the matrix products.
         size: The numbers of rows and classes of a block.
-        counts: (N), whether each row counts. If not, the gradient of its logits is 0, and its
-            features, which may be NaN, are taken as 0 in the gradient of the weight. None if all
-            rows count.
+        counts: (N), whether each row counts; None if all rows count. For other rows, the gradient
+            of the logits is 0, and the weight's gradient uses 0 instead of the features, which may
+            be NaN.
         fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
 
@@ -67,11 +67,12 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The logits of some rows and classes, and the matrices whose product they are.
+    """The logits of some rows and classes, and the factors of their matrix product.
 
     Attributes:
         inputs: The rows of the input, split into the features of each of the layer's weights.
-        weights: The classes of each weight. Both have the dtype of the products.
+        weights: The rows of each weight for these classes. Inputs and weights have the dtype of the
+            products.
     """
 
     logits: Tensor
@@ -84,7 +85,7 @@ class Block(NamedTuple):
 def blocks(
     layer: Layer, *, backwards: bool = False, memory: Tensor | None = None
 ) -> Iterator[Block]:
-    """Yields blocks of logits, which share their memory: all rows for some classes, then the next.
+    """Yields blocks of logits, which share their memory: all rows of the first classes first.
 
     Args:
         backwards: Whether the blocks of rows come in reverse order.
@@ -195,13 +196,13 @@ def over_blocks(
     filter_below: Tensor | None = None,
     memory: Tensor | None = None,
 ) -> Gradients:
-    """Runs the loop that all losses of a layer's logits share, and returns the layer's gradients.
+    """Runs the loop over the blocks of a layer's logits, and returns the layer's gradients.
 
     Args:
         needs: As in `LayerGradients`.
         step: Computes the gradient of a block's logits, which may overwrite them, or None.
-        filter_below: Columns of gradients that are all smaller are left out of the products. A
-            scalar, or one threshold for each row; None to include all columns.
+        filter_below: The products skip columns in which all gradients are smaller. A scalar, or one
+            threshold for each row; None to include all columns.
         memory: As in `blocks`.
     """
     sums = LayerGradients(layer, needs)
@@ -226,14 +227,14 @@ def loss_over_rows(
     row_tensors: Sequence[Tensor | None],
     filter_below: Tensor | None = None,
 ) -> LossResult:
-    """Returns the loss and the layer's gradients, by blocks of rows with all classes.
+    """Returns the loss and the layer's gradients, computed by blocks of rows with all classes.
 
-    The loss is a sum in float64, or a tensor with the loss of each row. The gradients are those of
-    `LayerGradients`, or () if ``needs`` is empty.
+    The loss is a sum in float64, or a tensor with the loss of each row. The gradients come from
+    `LayerGradients`, or are () if ``needs`` is empty.
 
     Args:
-        step: Computes the loss and the gradient of a block's logits, which it may overwrite; None
-            for what is not needed. It takes the block, and the rows of the tensors that follow.
+        step: Takes the block, and the block's rows of ``row_tensors``. Returns the loss and the
+            gradient of the logits, each None if not needed. It may overwrite the logits.
         row_tensors: Tensors of all rows, scalars, or None.
         filter_below: As in `over_blocks`.
     """
@@ -261,7 +262,7 @@ MOST_PREPARED = 64
 def kept(prepare: Callable[..., LossKernel]) -> Callable[..., LossResult]:
     """Returns a function that runs a kernel, prepared at the first call with these layouts.
 
-    On CPUs, the number of rows differs from call to call, as ignored rows are left out.
+    On CPUs, calls differ in the number of rows, because ignored rows are skipped.
 
     Args:
         prepare: Prepares the kernel for tensors, outputs and grad_output.
@@ -289,10 +290,9 @@ def kept(prepare: Callable[..., LossKernel]) -> Callable[..., LossResult]:
 
 
 def rows_that_count(valid: Tensor, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the indices of the rows to compute, None for all, and which of these count.
+    """Returns the indices of the rows to compute, or None for all, and the mask of `Layer`.
 
-    All rows are computed if reading the mask would synchronise, and if no row counts. The second
-    result is a mask, as in `Layer`.
+    All rows are computed if reading the mask would synchronise, and if no row counts.
 
     Args:
         valid: Whether each target of a row is valid, of shape (N, ...).
@@ -312,7 +312,7 @@ def take_rows(values: Any, rows: Tensor | None, dim: int = 0) -> Any:
 
 
 def spread_rows(values: Any, rows: Tensor | None, total: int, dim: int = 0) -> Any:
-    """Scatters the values of some rows to all rows, which are 0 otherwise."""
+    """Scatters the values of some rows to a tensor of all rows; other rows are 0."""
     if values is None or rows is None:
         return values
     shape = list(values.shape)
@@ -327,11 +327,11 @@ def spread_rows(values: Any, rows: Tensor | None, total: int, dim: int = 0) -> A
 class HeadRows:
     """The rows of a layer's logits, one for each target, planned once for a signature.
 
-    On CPUs, rows without a valid target are left out.
+    On CPUs, rows without a valid target are skipped.
 
     Attributes:
-        head: Describes the layer, by tensors or TensorSpecs; its input has the dtype that autocast
-            gives it. A layer with an adapter has two-dimensional weights.
+        head: Describes the layer by tensors or TensorSpecs; autocast has been applied to the input.
+            A layer with an adapter has two-dimensional weights.
         options: The options of the kernels, whose numbers are not used.
         classes: The range of the layer's classes.
         fields: The number of fields of a state.
@@ -354,7 +354,7 @@ class HeadRows:
         self.positions = head.linear_weight.shape[1:-1].numel()
 
     def layer(self, inputs: RowInputs) -> tuple[Layer, Tensor, Tensor | None, int]:
-        """Returns the layer of the rows to compute, their targets, their indices and all rows."""
+        """Returns the layer of the rows to compute, their targets, their indices and N."""
         layer: list[Any] = [None if x is None else x.detach() for x in inputs[0]]
         input, weight, bias, *adapter = layer
         n, features = input.shape[:-1].numel(), input.shape[-1]
@@ -362,7 +362,7 @@ class HeadRows:
         valid, counts = rows_that_count(target != self.options.ignore_index, self.backend)
         input, target = take_rows(input, valid), take_rows(target, valid)
         bias = None if bias is None else bias.movedim(0, -1).flatten()
-        weight = weight.movedim(0, -2).reshape(self.columns, -1)  # a position's classes in a row
+        weight = weight.movedim(0, -2).reshape(self.columns, -1)  # contiguous classes per target
         weights = [weight, *[x for x in adapter if x is not None]]
         given = bias, self.dtype, self.size(input.shape[0]), counts, self.fixed_sizes
         labels = target.flatten().contiguous()
@@ -410,9 +410,9 @@ class HeadRows:
 
         Args:
             state: The state over all classes.
-            grad_results: The gradients of the first 1, 3 or 4 results, before the shape of the
-                target, in float64.
-            logits: The logits that `state` has returned; they are overwritten.
+            grad_results: The gradients of the first 1, 3 or 4 results, of shape
+                (results, *target.shape), in float64.
+            logits: The logits that `state` returned; they are overwritten.
             filter_below: As in `over_blocks`, for all rows of the input.
         """
         (input, linear_weight, *_), _, weight, numbers = inputs
@@ -450,8 +450,8 @@ def capped(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Returns softcap * tanh(logits / softcap), and its backward function.
 
-    The function takes the gradient of the result and returns that of the logits. Without a softcap
-    it returns the logits themselves and the identity.
+    The backward function converts the gradient of the result to the gradient of the logits. Without
+    a softcap, the result is the logits themselves, and the backward function the identity.
 
     Args:
         rounds: Whether the result has the logits' dtype rather than the accumulation dtype.
@@ -474,7 +474,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-# The columns of a product whose size does not depend on the batch; all on GPUs, to save launches.
+# The columns of a product of fixed size, on CPUs. On GPUs, all columns are used, to save launches.
 FIXED_COLUMNS = 2048
 ALIGNMENT = 64  # bytes
 
@@ -482,8 +482,8 @@ ALIGNMENT = 64  # bytes
 def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Computes logits such that the bits of a row depend only on this row and the layer.
 
-    All products have the same size, layout and alignment for every batch. Rows are copied to a
-    block, whose other rows hold zeros or rows of an earlier product, and features are padded to
+    The products have the same size, layout and alignment for every batch. Rows are copied to a
+    block, whose other rows hold zeros or rows of an earlier product. Features are padded to
     multiples of 16, which aligns all rows.
     """
     features, padding = x.shape[1], -x.shape[1] % 16
@@ -513,9 +513,9 @@ def _rows_of_product(
     bias: bool,
     *_settings: Any,
 ) -> int:
-    """Returns the rows of a product that computes equal rows equally: `fixed_rows`, else 1.
+    """Returns the number of rows of a product with equal results for equal rows: `fixed_rows` or 1.
 
-    No library guarantees this, so it is tested with copies of one row at the first use. Products of
+    No library guarantees equal results, so the first use tests copies of one row. Products of
     single rows are always equal, but slower.
 
     Args:
@@ -527,7 +527,7 @@ def _rows_of_product(
     weight, bias_values = random(classes, features), random(classes) if bias else None
     rows = fixed_rows(device)
     product = weight.new_empty(rows, classes)
-    for _ in range(8):  # sums over few features may be equal in another order by chance
+    for _ in range(8):  # sums over few features may agree in another order by chance
         linear(random(1, features).repeat(rows, 1), weight, bias_values, product)
         if not torch.equal(product, product[:1].expand_as(product)):
             return 1
@@ -540,8 +540,8 @@ MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copyi
 def large_columns(gradient: Tensor, threshold: Tensor) -> Tensor | None:
     """Returns the indices of the columns with an element of at least the threshold, or NaN.
 
-    With several thresholds, the largest is used. Returns None, for all columns, if too few would be
-    left out.
+    Uses the largest of several thresholds. Returns None (all columns) if skipping would save
+    little.
     """
     bound = float(threshold.max())
     low, high = gradient.aminmax(dim=0)

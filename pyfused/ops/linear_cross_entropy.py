@@ -141,7 +141,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             if weight is None or not options.with_metrics:
                 return rows_that_count(valid, backend)
             rows, _ = rows_that_count(target != options.ignore_index, backend)
-        # Rows of weight 0 have metrics, too.
+        # Rows of weight 0 also have metrics.
         counts = valid.flatten(1).any(1) if valid.dim() > 1 else valid
         return rows, take_rows(counts, rows)
 

@@ -2,9 +2,10 @@
 
     log_probability = x[target] - lse,  entropy = -sum_c p_c log p_c,  lse = log sum_c exp(x_c)
 
-These are the first fields of the state of a row. A call returns them as one tensor, with one
-gradient, which ``functional.py`` splits. With metrics it returns a tuple of this tensor,
-is_top1 and the mean logit, which follow from other fields and have no gradient.
+These are the first fields of the state of a row. A call returns them as one tensor with one
+gradient, and ``functional.py`` splits the tensor. With metrics, a call returns a tuple of this
+tensor, is_top1 and the mean logit. The last two are computed from other fields and have no
+gradient.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class _ValuesWithMetrics(NamedTuple):
 
 
 class _Results:
-    """Raises for results that the call did not return, whose items are None."""
+    """Raises if a result is read that the call did not return."""
 
     @property
     def entropy(self) -> Tensor:
@@ -75,7 +76,7 @@ class LogProbs(_Results, _Values):
         log_sum_exp: ``log sum_c exp(logit_c)``.
 
     Raises:
-        AttributeError: An attribute is read that the call did not return; the item is None.
+        AttributeError: The attribute was not requested in the call; its item is None.
     """
 
     @property
@@ -109,7 +110,7 @@ def named(
     if alone:
         log_p, entropy, lse = values, None, None
     elif is_dtensor(values):
-        # The backward of unbind makes plain zeros for unused results, which do not mix with these.
+        # The backward of unbind makes plain zeros for unused results; DTensors reject these.
         log_p, entropy, lse = values[0], values[1], values[2]
     else:
         log_p, entropy, lse = values.unbind()

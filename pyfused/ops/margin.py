@@ -1,4 +1,4 @@
-"""Additive margins for losses of cosines: the target's cosine is lowered, to separate classes.
+"""Additive margins, which lower the target's cosine so that a loss separates the classes further.
 
 A margin is a function of the logits, which composes with any loss over classes:
 

@@ -15,7 +15,7 @@ from pyfused.types import ENTROPY, INDEX, LOG_P, LSE
 class Metrics(NamedTuple):
     """Metrics of each target, in the shape of class indices; none of them requires grad.
 
-    Numbers are float32, or float64 for float64 logits, and 0 where the target is ignored.
+    Floating-point metrics are float32, or float64 for float64 logits, and 0 for ignored targets.
 
     Attributes:
         log_probability: ``input[target] - log_sum_exp``, in nats, without smoothing or weights;
@@ -36,7 +36,7 @@ class Metrics(NamedTuple):
 
 
 def of_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
-    """Returns the metrics that follow from the state of rows, for a target of any shape."""
+    """Returns the metrics, computed from the state of rows, for a target of any shape."""
     state = state.detach().reshape(len(state), -1)
     rows = state[LOG_P], state[LSE], state[INDEX].long(), state[ENTROPY]
     return _of_rows(rows, target, ignore_index, dtype)

@@ -1,4 +1,4 @@
-"""The table of operators: the declarations of all but the elementwise ones."""
+"""The table of operators, and the declarations of all operators that are not elementwise."""
 
 from __future__ import annotations
 

@@ -85,17 +85,17 @@ class TensorLoss(CompiledOperator):
 
     Attributes:
         warns: Whether torch warns if the target's shape differs from the input's. Apart from this
-            and weights, torch's Python function only calls the built-in one of its name.
-        warning: Returns the warning that torch issues for the arguments for planning, or None.
-        nan_on_invalid: Whether operands out of bounds make the loss NaN, so that bounds need to be
-            checked only then.
-        denominators: For each reduction but none and sum, returns the divisor of the sum, given the
-            broadcast operands, the weight and the numbers.
+            warning and weights, torch's Python function only calls the built-in of its name.
+        warning: Takes the arguments for planning; returns the warning that torch issues, or None.
+        nan_on_invalid: Whether operands out of bounds make the loss NaN. Then bounds are checked
+            only if the loss is NaN.
+        denominators: A function for each reduction except none and sum. It takes the broadcast
+            operands, the weight and the numbers, and returns the divisor of the sum.
         arrange: Transforms the operands as torch does before broadcasting.
-        variables: The operands of the formula: all but the weight.
+        variables: The operands of the formula: all except the weight.
         checks_bounds: Whether each call checks the bounds of values, as torch does.
         reduces: Whether the result is reduced: True for losses, False for activations.
-        infers_dtype: Whether the result's dtype may differ although all operands have one dtype.
+        infers_dtype: Whether the result's dtype may differ even if all operands have one dtype.
     """
 
     warns: bool = False
@@ -142,7 +142,7 @@ class TensorLoss(CompiledOperator):
         denominator, divisor = self.denominators.get(reduction), 1.0
         if denominator is not None:
             value = denominator(arranged, layout_of_weight, cases[: len(self.numbers)])
-            if not isinstance(value, Tensor):  # it does not depend on the values of tensors
+            if not isinstance(value, Tensor):  # the divisor does not depend on tensors' values
                 denominator, divisor = None, value
 
         def arrange(tensors: Tensors, numbers: Numbers) -> Tensors:
@@ -319,10 +319,10 @@ class PointwiseLoss(TensorLoss):
     Otherwise the formula receives None for it, and the gradient omits its derivative.
 
     Attributes:
-        formula: The loss of an element in torch's operators, given the operands, the numbers and
-            those parts of the case that have their own kernels.
-        gradient: The derivatives by each operand, None for no derivative, given the same arguments.
-            None derives them from the formula.
+        formula: Computes the loss of an element by torch's operators, from the operands, the
+            numbers and the choices that have their own kernels.
+        gradient: Takes the same arguments, and returns the derivative by each operand, or None for
+            no derivative. If it is None, derivatives are derived from the formula.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
     """
 
@@ -339,7 +339,7 @@ class PointwiseLoss(TensorLoss):
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
-        """Returns the kernels by name, one for each flag, word and optional last operand."""
+        """Returns the kernels by name, for all choices, with and without an optional operand."""
         kernels = {}
         required = sum(not variable.optional for variable in self.variables)
         for stem, case in self.kernel_cases():
@@ -351,15 +351,15 @@ class PointwiseLoss(TensorLoss):
     def kernel(
         self, cases: tuple[Any, ...], operands: int, outputs: Outputs
     ) -> tuple[Kernel | Program, Parameters | None]:
-        """Returns the kernel for cases of the parameters, and the function of its parameters."""
+        """Returns the kernel for cases of the parameters, and the function of `_parameters`."""
         kernel = self.kernels[self._kernel_name(self.kernel_of(cases), operands)]
         parameters = self._parameters(kernel)
-        if self.clamps and not trace.clamp_is_inclusive():  # the C++ kernels are
+        if self.clamps and not trace.clamp_is_inclusive():  # the C++ kernels are inclusive
             return kernel.program(outputs), parameters
         return kernel, parameters
 
     def _parameters(self, kernel: Kernel) -> Parameters | None:
-        """Returns the function of a kernel's parameters, None if these are the call's numbers."""
+        """Returns the function from numbers to kernel parameters, None if they are the same."""
         needed = [i for i, x in enumerate(self.numbers) if kernel.case.get(x.name) is NUMBER]
         if len(needed) == len(self.numbers) and not any(x.optional for x in self.numbers):
             return None
@@ -465,7 +465,7 @@ class Halves(Gated):
         checks.halves(*arguments)
 
     def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
-        """Returns the plan of a signature. Autograd sees one tensor rather than the halves."""
+        """Returns the plan of a signature. Autograd records the whole tensor, not its halves."""
         input, dim = arguments
         needs, dim = needs_grad((input,)), dim % input.dim()
         backend: Backend = backend_of(input)
@@ -510,10 +510,10 @@ def result_dtype(
     modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG001 part of the key
     unreduced: bool,
 ) -> torch.dtype:
-    """Returns the dtype of torch's result, from a call of torch's operator with one element.
+    """Returns the dtype of torch's result, by calling torch's operator with one element.
 
-    No rule predicts it: autocast may widen some of the operators that a loss consists of, and
-    torch may overwrite an operand in another dtype.
+    No simple rule predicts it: autocast may widen some of the operators that a loss consists of,
+    and torch may overwrite an operand in another dtype.
 
     Args:
         kinds: The index, the dtype and the number of dimensions, 0 or 1, of each tensor.

@@ -21,19 +21,19 @@ from pyfused.ops.row_state import loss_denominator
 from pyfused.ops.vocab_operator import VocabOperator
 from pyfused.types import Gradients, Outputs
 
-# The loss, or None; the gradients, or (); and the state of each row if the metrics or the backward
-# pass need it, or None.
+# The loss, or None; the gradients, or (); and the state of each row, or None if neither the metrics
+# nor the backward pass need it.
 Results = tuple[Tensor | None, Gradients, Tensor | None]
 
 
 class LossArgs(NamedTuple):
-    """The arguments of a forward or backward pass of a loss over rows, besides its tensors.
+    """The arguments of a forward or backward pass of a loss over rows, except its tensors.
 
     Attributes:
         options: The options of the call, which the pass may change.
         grad_output: The gradient of the loss: a scalar, or one element per row if the reduction is
-            "none". None for ones, or if the forward pass needs none.
-        state: The state that the forward pass has returned, None if it has returned none.
+            "none". None for ones, or in a forward pass without gradients.
+        state: The state that the forward pass returned, or None.
         counts: As in `Layer`.
     """
 
@@ -49,8 +49,8 @@ class RowLoss(VocabOperator):
     """A loss of rows. Kernels compute the rows that are not ignored.
 
     The forward pass computes the gradients of a reduced loss if it has all classes of a row.
-    Otherwise the backward pass recomputes the logits, and for float16, too, as gradients would
-    underflow without grad_output.
+    Otherwise the backward pass recomputes the logits. It also does so for float16, because
+    gradients would underflow without grad_output.
 
     Attributes:
         student: The number of differentiated tensors, which come first.
@@ -77,7 +77,7 @@ class RowLoss(VocabOperator):
         return arguments[-1]
 
     def kernel_options(self, options: Any) -> Any:
-        """Returns the options of a call as kernels take them."""
+        """Returns the options of a call in the form that kernels take."""
         return options
 
     @abstractmethod
@@ -103,7 +103,7 @@ class RowLoss(VocabOperator):
     def valid_rows(
         self, backend: Backend, _: Sequence[Any], options: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the indices of the rows to compute, and which count, as `rows_that_count`."""
+        """Returns the results of `rows_that_count` for these rows."""
         weight = options.token_weight
         return (None, None) if weight is None else rows_that_count(weight != 0, backend)
 
@@ -123,8 +123,8 @@ class RowLoss(VocabOperator):
             options: The options for planning.
 
         Returns:
-            A function of the operands as rows and `LossArgs`, and whether it takes a mean and
-            divides the loss and the gradients. Otherwise it takes a sum.
+            A function of the operands as rows and `LossArgs`, and whether this function divides the
+            loss and the gradients of a mean. Otherwise it returns a sum.
         """
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:

@@ -1,8 +1,8 @@
 """The state of rows of logits, from which losses and metrics follow.
 
 A state is a float64 tensor (fields, rows); ``types.py`` names the fields. One kernel computes a
-state, and continues it with further classes; another computes gradients from it. With class weights
-w, label smoothing s and target y, the loss of cross-entropy is
+state and updates it with further classes; another computes gradients from it. With class weights w,
+label smoothing s and target y, the cross-entropy is
 
     (1 - s) w_y (lse - x_y) + s / C sum_c w_c (lse - x_c) + z_loss lse^2
 """
@@ -38,7 +38,7 @@ from pyfused.types import (
 
 
 def state_fields(options: CrossEntropyOptions) -> int:
-    """Returns the number of fields that the loss, and the metrics if any, are computed from."""
+    """Returns the number of fields that the loss and the requested metrics need."""
     if options.label_smoothing:
         return SMOOTHING_FIELDS
     return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
@@ -57,9 +57,9 @@ def as_rows(logits: Tensor) -> Tensor:
     return feature_rows(logits if logits.dim() < 3 else logits.movedim(1, -1))
 
 
-# What a row source computes states and gradients from: logits, or the input, weight and bias of a
-# layer, and the weight of an adapter if any; the target; the weights of all classes in the
-# accumulation dtype, or None; and the numbers of the options.
+# The inputs of a row source: logits, or a layer's input, weight, bias and optional adapter weight;
+# the target; the weights of all classes in the accumulation dtype, or None; and the numbers of the
+# options.
 RowInputs = tuple[Sequence[Any], Any, Tensor | None, Numbers]
 # The states of shape (fields, *target.shape), in float64; the first fields in the accumulation
 # dtype, or None; and logits that the backward pass may overwrite, or None.
@@ -74,10 +74,10 @@ class LogitRows:
         options: The options of the kernels, whose numbers are not used.
         classes: The range of classes that the logits belong to.
         fields: The number of fields of a state.
-        results: How many of the first fields `state` also returns in the accumulation dtype; one
-            has the target's shape.
-        launches: The prepared kernels: for states under None, for gradients by strides, as
-            saved-tensor hooks may change them.
+        results: How many of the first fields `state` also returns in the accumulation dtype. A
+            single field has the target's shape.
+        launches: The prepared kernels. The key is None for states, and the strides for gradients,
+            because saved-tensor hooks may change strides.
     """
 
     backend: Backend
@@ -113,8 +113,8 @@ class LogitRows:
 
         Args:
             state: The state over all classes.
-            grad_results: The gradients of the first 1, 3 or 4 results, before the shape of the
-                target; one may have this shape.
+            grad_results: The gradients of the first 1, 3 or 4 results, of shape
+                (results, *target.shape); for a single result also of the target's shape.
         """
         (logits,), target, weight, numbers = inputs
         is_one = grad_results.dim() < state.dim()
@@ -142,7 +142,7 @@ def metrics_state(
     options: CrossEntropyOptions,
     fields: int = METRICS_FIELDS,
 ) -> Tensor:
-    """Returns the state of each row; LOG_P of class probabilities is ``sum_c target_c log p_c``."""
+    """Returns the state of each row. For probabilities, LOG_P is ``sum_c target_c log p_c``."""
     dim = min(logits.dim() - 1, 1)
     rows = options.of_rows()
     rows.softcap = None  # the logits are capped
@@ -232,7 +232,7 @@ def state_loss_gradients(
 def _factors(
     target: Tensor, weight: Tensor | None, options: CrossEntropyOptions, classes: int
 ) -> tuple[Tensor | float, Tensor | float, float]:
-    """Returns the factors of log-probability, log-sum-exp and weighted sum in a row's loss."""
+    """Returns the coefficients of log-probability, log-sum-exp and weighted sum in a row's loss."""
     smoothing = options.label_smoothing
     if weight is None:
         return smoothing - 1, smoothing, -smoothing / classes
@@ -243,7 +243,7 @@ def _factors(
 
 
 def counted_target(target: Tensor, options: VocabOptions) -> Tensor:
-    """Returns class indices, with ignore_index for rows of weight 0: these may be NaN, too."""
+    """Returns class indices, with ignore_index for rows of weight 0, whose logits may be NaN."""
     weight = options.token_weight
     return target if weight is None else target.masked_fill(weight == 0, options.ignore_index)
 
@@ -273,5 +273,5 @@ def _target_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions)
 
 
 def kernel_weight(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Converts class weights for the kernels of logits of a dtype."""
+    """Converts class weights to the form that kernels take for logits of a dtype."""
     return None if weight is None else weight.detach().to(accumulate_dtype(dtype)).contiguous()

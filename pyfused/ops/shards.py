@@ -89,7 +89,7 @@ def _merged(state: Tensor, target: Tensor, shard: LocalShard, entropy: bool) -> 
     """Merges the states of all processes.
 
     The result is bitwise equal in all processes. With ``shard.call``, rows are NaN where the calls
-    of processes differ. A list as index would synchronise a GPU.
+    of processes differ. Fields are selected one by one, because a list as index synchronises a GPU.
 
     Args:
         state: The state over this process' classes, which is overwritten.
@@ -161,7 +161,7 @@ class ShardedRows:
         return state.where(target != source.options.ignore_index, 0), None, logits
 
     def gradients(self, inputs: RowInputs, *given: Any) -> Gradients:
-        """Computes the gradients; those of a layer's input are summed over processes."""
+        """Computes the gradients, and sums the gradient of a layer's input over processes."""
         gradients: Gradients
         if self.is_empty:
             pairs = zip(inputs[0], self.needs, strict=True)
@@ -187,12 +187,11 @@ def state_plan(
 ) -> Plan:
     """Returns the plan of the state of rows, whose classes may be sharded over processes.
 
-    Its numbers are those of the options: the denominator, which is not used, the softcap and the
-    temperature.
-    Its tensors are the logits, or the input, weight and bias of a layer; the target; the target
-    with ignore_index for rows without a gradient; and the class weights. The logits of a layer's
-    first block are saved. Backward overwrites them and recomputes the others, or recomputes all of
-    them if the graph is retained.
+    The plan takes the numbers of the options: the denominator, which is not used, the softcap and
+    the temperature. It takes these tensors: the logits, or the input, weight and bias of a layer;
+    the target; the target with ignore_index for rows without a gradient; and the class weights. The
+    logits of a layer's first block are saved. Backward overwrites them and recomputes the others,
+    or recomputes all logits if the graph is retained.
 
     Args:
         tensors: Logits, or the input, weight and bias of a layer; and the target.
@@ -201,7 +200,7 @@ def state_plan(
         entropy: As in `_merged`.
         results: The number of fields to return, in the accumulation dtype; 0 for the whole state.
         arrange: As in `Plan`.
-        finish: As in `Plan`. The output that it takes is a tuple of the results and the state.
+        finish: As in `Plan`; its first argument is a tuple of the results and the state.
     """
     *layer, target = tensors
     backend, dtype = backend_of(target), accumulate_dtype(layer[0].dtype)
@@ -209,7 +208,7 @@ def state_plan(
     is_logits, needs_any, ignore_index = count == 1, True in needs, options.ignore_index
     source: Any
     if is_logits:
-        ready = results if shard is None else 0  # others follow from the merged state
+        ready = results if shard is None else 0  # with shards, computed from the merged state
         source = LogitRows(backend, options, classes, fields, ready)
     else:
         head = Head._make((*layer, None, target, None))
@@ -245,7 +244,7 @@ def state_plan(
         return source.gradients(inputs, state, grad_output, logits)  # type: ignore[no-any-return]
 
     def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
-        # `tensors` would stay in memory
+        # `count` rather than `len(tensors)`: the plan must not keep references to tensors.
         *layer, _, target, weight, state = saved[: count + 4]
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
 
@@ -390,9 +389,10 @@ class ShardedOperator(VocabOperator):
     def run_on_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of arguments with this process' classes.
 
-        Processes compare their calls first, unless that synchronises: then all of them raise an
-        error, or all run the same collectives. Otherwise results are NaN where calls differ, and in
-        grad mode all processes take part in backward, as any of them may need gradients.
+        If it does not synchronise a device, processes compare their calls first: either all of them
+        raise an error, or all run the same collectives. If it does, results are NaN where calls
+        differ, and in grad mode all processes take part in backward, because any of them may need
+        gradients.
         """
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
@@ -464,7 +464,7 @@ class ShardedOperator(VocabOperator):
             raise RuntimeError(message)
 
     def unsupported_tensor(self, kwargs: Mapping[str, Any]) -> str | None:
-        """Returns the error message for a tensor that kernels do not take, None if there is none.
+        """Returns the error message for the first tensor that kernels do not support, or None.
 
         Args:
             kwargs: The arguments by name, the input first, including tensors in options.
@@ -493,11 +493,12 @@ class ShardedOperator(VocabOperator):
         return _replicated(self.compute_shard(tuple(kwargs.values()), shard), mesh)
 
     def local_shard_of(self, arguments: Arguments) -> Any:
-        """Returns this process' part of a call in which one dimension of a mesh shards the classes.
+        """Returns this process' part of a call whose classes are sharded along one mesh dimension.
 
-        It is a tuple of the arguments by name, the shard and the mesh; None for other calls, and if
-        the kernels do not take the tensors. Tensors without classes have to be plain or replicated.
-        A layer's input has to be a DTensor: a plain one may be a part of the batch, with FSDP.
+        The result is a tuple of the arguments by name, the shard and the mesh. It is None for other
+        calls, and for tensors that the kernels do not support. Tensors without classes have to be
+        plain or replicated. A layer's input has to be a DTensor: with FSDP, a plain one may be a
+        part of the batch.
         """
         input = arguments[0]
         if type(input) is Tensor or not is_dtensor(input):  # checked first, as all calls come here

@@ -32,7 +32,7 @@ class Softmax(Operator):
         function, built_in_function = getattr(F, self.name), getattr(torch, self.name)
 
         def compute(input: Tensor, dim: int | None, dtype: Any, stacklevel: int) -> Tensor:
-            # Four frames more than in a call of torch's function: it warns the caller.
+            # There are four more frames between torch's function and the user's code.
             output: Tensor = function(input, dim, stacklevel + 4, dtype)
             return output
 
@@ -48,7 +48,7 @@ class Softmax(Operator):
         self.fast = fast
 
     def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:
-        """Returns whether rows are short. torch vectorises over rows if these are contiguous."""
+        """Returns whether rows are short and contiguous; torch does not vectorise these."""
         (input,), dim = tensors, case[0]
         valid = type(dim) is int and -input.dim() <= dim < input.dim()
         return valid and input.shape[dim] <= few and input.stride(dim) == 1

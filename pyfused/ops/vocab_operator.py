@@ -1,4 +1,4 @@
-"""The base class of operators over a vocabulary, whose options are kept in one object."""
+"""The base class of operators over a vocabulary. One object holds the options of a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class VocabOperator(CompiledOperator):
     The methods for planning take the operands and the options.
 
     Attributes:
-        definition: The definition in torch's operators, which takes the same.
+        definition: The definition in torch's operators, which takes the operands and the options.
         options: The class of the options.
     """
 
