@@ -49,7 +49,7 @@ void activation_backward(const ActivationFormula& formula, const T* grad_output,
                          const T* saved, T* grad_input, const Parameters& parameters, int64_t n,
                          int threads);
 
-// x *= factor: applies a grad_output to a gradient that was computed before it was known.
+// x *= factor: multiplies a gradient that the forward pass computed by grad_output.
 template <class T> void scale(T* x, Accumulate<T> factor, int64_t n, int threads);
 
 }  // namespace pyfused

@@ -412,7 +412,7 @@ std::array<uint64_t, 4> recycler_stats() {
 }
 #endif
 
-// ---- what this CPU can run ----------------------------------------------------------------------
+// ---- CPU features -------------------------------------------------------------------------------
 
 // Python calls this in the module of the oldest instruction set before it loads another module.
 bool runs_here([[maybe_unused]] const std::string& isa) {

@@ -53,7 +53,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   alignas(kVectorBytes) Lanes row_scale;
   alignas(kVectorBytes) Lanes one_hot;
   alignas(kVectorBytes) Lanes target_q;  // q at the target
-  alignas(kVectorBytes) Lanes target_sum;  // dloss/dlse: sum_c q_c, and what z_loss adds
+  alignas(kVectorBytes) Lanes target_sum;  // dloss/dlse: sum_c q_c, plus the derivative of z_loss
   alignas(kVectorBytes) Lanes loss;
   alignas(kVectorBytes) A target_logit[kColumns];
   alignas(kVectorBytes) Tile q;

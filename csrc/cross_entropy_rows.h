@@ -71,7 +71,7 @@ template <class T, bool kScales> class Row {
   Normalizer<T> row;
   A target_logit = 0;
   FocalFactors focal;
-  double target_sum = 0;  // dloss/dlse: sum_c q_c, and what z_loss adds
+  double target_sum = 0;  // dloss/dlse: sum_c q_c, plus the derivative of z_loss
   Sum distance;  // sum_c q_c / smooth_weight (pivot - x_c), without the one-hot term
   Sum prob_sum;  // sum_c q_c / smooth_weight of probabilities
   alignas(kVectorBytes) A q[kChunk];

@@ -172,7 +172,7 @@ struct CosineEmbedding {
 
   template <class A>
   static bool finish(const EmbeddingOptions& e, EmbeddingTile<A, kInputs>& tile, bool gradients) {
-    constexpr double kEps = 1e-12F;  // torch's is a float, too
+    constexpr double kEps = 1e-12F;  // a float, as in torch
     bool zeros = true;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const double xx = tile.sums[r][1].value() + kEps, yy = tile.sums[r][2].value() + kEps;

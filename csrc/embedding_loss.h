@@ -40,7 +40,7 @@ template <class T> struct EmbeddingLoss : EmbeddingOptions {
   std::array<Rows, 3> inputs;  // x, y and z
   const A* target;
   int64_t target_stride;
-  double denominator;  // what the sum of the losses and the gradients are divided by
+  double denominator;  // divides the sum of the losses, and the gradients
   const A* grad_output;  // one for each row; null for ones
   A* losses;  // one for each row; null if not computed
   A* sum;  // their sum; null if not computed

@@ -137,8 +137,8 @@ constexpr float kLog2E = 1.44269504f;
 // 2^-23.7.
 constexpr float kExp[] = {8.29031505e-3f, 4.18979302e-2f, 1.66676402e-1f,
                           4.99991506e-1f, 9.99999702e-1f, 1.0f};
-// The same for 2^f, 0 <= f <= 1. The error is below the rounding to T: 2^-23.5 for float, 2^-18.4
-// for float16, 2^-13.5 for bfloat16.
+// Coefficients for 2^f, 0 <= f <= 1. The error is below the rounding to T: 2^-23.5 for float,
+// 2^-18.4 for float16, 2^-13.5 for bfloat16.
 template <class T> constexpr float kExp2[] = {1.86712854e-3f, 9.01703443e-3f, 5.57999089e-2f,
                                               2.40164459e-1f, 6.93151295e-1f, 1.0f};
 template <>
@@ -215,7 +215,7 @@ PYFUSED_INLINE float sum_powers(const T* x, const F& power, float* e, const Out*
 }
 
 // Base 2 loses accuracy in each power. In a sum, these errors are weighted by the powers and stay
-// below a rounding. Powers that are kept for float results use base e, to be as exact as those.
+// below a rounding error. Powers that are kept for float results use base e for full accuracy.
 template <bool Keeps, bool Unbounded, class T, class Out>
 float sum_exponentials(const T* x, float pivot, float* e, const Out* out, int64_t n) {
   if constexpr (!(Keeps && std::is_same_v<Out, float>)) {

@@ -89,8 +89,8 @@ template <class Function> bool find(void* scope, const char* name, Function& fun
   return function != nullptr;
 }
 
-// The runtimes of Intel and LLVM have GOMP_parallel, too, except on Windows and perhaps on macOS.
-// There, Clang's calls do the same.
+// The runtimes of Intel and LLVM also have GOMP_parallel, except on Windows and perhaps on macOS.
+// There, the functions that Clang calls are used.
 struct Location {
   int32_t reserved, flags, reserved_2, reserved_3;
   const char* source;

@@ -155,7 +155,7 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
 
 PYFUSED_INLINE_ALL
 
-// Flattened, because GCC does not vectorize loops with calls, and inlines only so many in a file.
+// Flattened, because GCC does not vectorise loops with calls, and limits inlining per file.
 template <template <class> class Of, class A>
 PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {
   const Of<A> f(parameters);

@@ -34,15 +34,15 @@ struct Block {
 
 class Recycler {
  public:
-  static constexpr size_t kPage = size_t(1)
-                                  << 21;  // a huge page; the size of a block is a multiple
+  // A huge page. The size of a block is a multiple of it.
+  static constexpr size_t kPage = size_t(1) << 21;
 
   struct Stats {
     size_t in_use = 0, free = 0;  // bytes
     uint64_t hits = 0, misses = 0;
   };
 
-  // Its data is null if there is no memory, or the limit is 0.
+  // Returns a block, whose data is null if there is no memory or the limit is 0.
   Block take(size_t bytes) {
     bytes = (bytes + kPage - 1) / kPage * kPage;
     if (Block block = reuse(bytes); block.data || !limit()) return block;
@@ -55,7 +55,7 @@ class Recycler {
   }
 
   void give(Block block) {
-    // A limit of the address space (RLIMIT_AS) counts free blocks, too: keep none then.
+    // A limit of the address space (RLIMIT_AS) includes free blocks, so none are kept then.
     rlimit space;
     const bool counted = getrlimit(RLIMIT_AS, &space) || space.rlim_cur != RLIM_INFINITY;
     const bool keep =

@@ -174,7 +174,7 @@ template <class T> class LogitRow {
       const double others = p == 0 ? 0 : p * (g_lse - g_entropy * (log_p + entropy));
       const A* const weight = class_weight(label);
       const double smoothed = weight ? g_smooth * double(*weight) : g_smooth;
-      // 1 - p, exactly
+      // 1 - p without cancellation
       const double of_target = others - g_log_p * std::expm1(log_p) + smoothed;
       at_target = narrow<T>(A(of_target * rows.scale * (1 - t) * (1 + t)));
     }

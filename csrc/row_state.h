@@ -14,12 +14,12 @@
 // g_log_p, g_entropy, g_lse and g_smooth are the gradients of the row's results of these names.
 // Cross-entropy is -log_p, with label smoothing a sum of log_p, lse and smooth.
 //
-// torch: log_softmax(x, 1) and what follows from it
+// torch: log_softmax(x, 1), and its entropy and logsumexp
 //
-// Shapes: z is (rows, classes), the classes contiguous. They may be a block of all classes. Then
-// calls with consecutive blocks continue from the state that the previous call has left. If each
-// block except the last has a multiple of kChunk classes, the results have the same bits as those
-// of one call. No result depends on another row.
+// Shapes: z is (rows, classes) with contiguous classes, which may be a block of all classes. Calls
+// with consecutive blocks continue from the state that the previous call stored. If each block
+// except the last has a multiple of kChunk classes, the results are bitwise equal to the results of
+// one call. No result depends on another row.
 //
 // Memory traffic: the forward pass reads the logits once; the backward pass reads them once and
 // writes the gradient once.
@@ -70,7 +70,7 @@ template <class T> struct LogitRows {
   int64_t rows, classes, first_class;
   const T* logits;
   int64_t stride;  // from one row of the logits to the next
-  const int64_t* target;  // a class of all classes for each row; null for none
+  const int64_t* target;  // for each row an index into all classes; null for none
   int64_t ignore_index;  // a row with this target has a state and a gradient of 0
   double scale;
   double softcap;  // 0 for none

@@ -24,7 +24,7 @@ inline int64_t rows_of_block(int64_t classes) {
 }
 
 // Rows of up to this many classes keep exp(x - pivot), which fits in L1 with the input and the
-// output: 1.1 to 1.2 times faster. From twice as many classes on, computing it again is 1.2 to 1.4
+// output: 1.1 to 1.2 times faster. From twice as many classes on, recomputing it is 1.2 to 1.4
 // times faster.
 template <class T>
 constexpr int64_t kKept = (1 << 15) / (2 * sizeof(T) + sizeof(Accumulate<T>)) / kChunk * kChunk;
@@ -64,15 +64,15 @@ template <class T> class Normalizer {
   alignas(kVectorBytes) A kept[kKept<T>];  // exp(x - pivots), where the row keeps it
 
   // The largest element of a row's first chunk. Callers compute it for the next row before they
-  // finish the present one, so that the CPU overlaps the two: 1.1 times faster at 1,000 classes.
+  // finish the current one, and the CPU overlaps the two: 1.1 times faster at 1,000 classes.
   static A first_max(const T* x, int64_t classes) {
     return largest(x, std::min(kChunk, classes), kLowest);
   }
 
   // Sums each chunk against the current pivot. If a chunk outweighs the chunks before it, which is
-  // rare, the pivot rises to the chunk's largest element, after a call of pivot_rises(first, by how
-  // much). chunk_read(first, n) follows each chunk. at(first, n) is a chunk in memory, of T or of
-  // A. `out` is where the row's result goes.
+  // rare, pivot_rises(first, increase) is called, and the pivot rises to the chunk's largest
+  // element. chunk_read(first, n) is called after each chunk. at(first, n) is a chunk in memory, of
+  // T or of A. `out` is the destination of the row's result.
   template <bool Keeps, class At, class PivotRises, class ChunkRead>
   PYFUSED_INLINE void read(const At& at, T* out, int64_t classes, A first_max,
                            const PivotRises& pivot_rises, const ChunkRead& chunk_read) {

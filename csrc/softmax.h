@@ -17,9 +17,9 @@ namespace pyfused {
 
 template <class T> struct Softmax : Positions {
   bool logarithm;
-  View<const T> input;  // x; of the backward pass y
+  View<const T> input;  // x, or y in the backward pass
   View<const T> grad_output;  // data is null in the forward pass
-  View<T> output;  // y; of the backward pass dx
+  View<T> output;  // y, or dx in the backward pass
   int threads;
 
   bool backward() const { return grad_output.data != nullptr; }

@@ -158,7 +158,7 @@ PYFUSED_INLINE void store(const Accumulate<T>* PYFUSED_RESTRICT from, T* PYFUSED
   for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(from[i]);
 }
 
-// Where a kernel puts results before store(): `to` itself if T needs no rounding, else the buffer.
+// Returns the destination of results before store(): `to` if T needs no rounding, else the buffer.
 template <class T> PYFUSED_INLINE Accumulate<T>* staged(T* to, Accumulate<T>* buffer) {
   if constexpr (std::is_same_v<T, Accumulate<T>>) return to;
   return buffer;

@@ -103,7 +103,7 @@ def log2_approximate(x):
 
 
 @triton.jit
-def log_beside_1(f):
+def log_near_1(f):
     """Returns log(1 + f) for |f| <= 1/8, with a relative error of 7e-6."""
     return f * polynomial(f, (-0.25316338, 0.33649129, -0.49998862, 0.99999381))
 
@@ -121,7 +121,7 @@ def log(x, A: tl.constexpr = tl.float32, EXACT: tl.constexpr = True):
         log = tl.log(x)
     elif not EXACT:
         large = log2_approximate(x) * 0.6931471805599453
-        log = tl.where(tl.abs(x - 1.0) < 0.125, log_beside_1(x - 1.0), large)
+        log = tl.where(tl.abs(x - 1.0) < 0.125, log_near_1(x - 1.0), large)
     else:
         # A literal with fewer digits would make Triton compare in float64.
         subnormal = x < 1.1754943508222875e-38
@@ -149,7 +149,7 @@ def log1p(x, EXACT: tl.constexpr = True):
         y = tl.where(u > 0.0, corrected, log(u))
     else:
         large = log2_approximate(u) * 0.6931471805599453
-        y = tl.where(tl.abs(x) < 0.125, log_beside_1(x), large)
+        y = tl.where(tl.abs(x) < 0.125, log_near_1(x), large)
     return y
 
 

@@ -33,8 +33,8 @@ class Choice(NamedTuple):
     threads: int
     whole_row: bool = True  # the tile holds all classes, so they are read once
     units: tuple[int, int] = (1, 1)  # the alignment of inner indices and of classes; see `rows.py`
-    vector: int = 0  # elements of the aligned vectors in which unaligned rows are loaded; 0 if not
-    stages: int = 1  # if more, one program per multiprocessor loads stages - 1 tiles ahead
+    vector: int = 0  # elements of an aligned vector, to load unaligned rows; 0 for other rows
+    stages: int = 1  # with more, one program per multiprocessor loads stages - 1 tiles ahead
 
 
 def choose(
@@ -117,7 +117,7 @@ class Launch:
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launches a one-dimensional grid on the device of the first argument.
 
-        It is a tensor or a tuple of tensors.
+        The first argument is a tensor or a tuple of tensors.
         """
         first = arguments[0]
         index = (first[0] if isinstance(first, tuple) else first).get_device()

@@ -4,11 +4,11 @@
     scale    x *= factor                                reads and writes x; nothing if factor is 1
 
 Each program stores one partial sum. The last program of each group to arrive adds up the sums of
-its group, and the last group adds up those of all groups. The order is fixed, so results are
-bitwise reproducible. In machine code for sm_90 with one warp per program, which was read and not
-measured, the last program executes 100 instructions after its arrival, or 250 with several groups.
-Each of its one or two sums waits for memory once, for 8 independent loads per thread; several
-groups add a memory fence and an atomic operation.
+its group, and the last group adds up the sums of all groups. The order is fixed, so results are
+bitwise reproducible. In the machine code for sm_90 with one warp per program (not measured), the
+last program executes 100 instructions after its arrival, or 250 with several groups. Each of its
+one or two sums waits for memory once, for 8 independent loads per thread. Several groups add a
+memory fence and an atomic operation.
 
 torch: weight[t[(t != ignore_index) & (0 <= t) & (t < classes)]].sum(), x.mul_(factor)
 """
@@ -47,9 +47,9 @@ def store_sum(out, parts, n):
 def add_up(part, reduced):
     """Adds up the partial sums of all programs.
 
-    reduced: the sum, of any dtype; if there are several programs, also the partial sums of programs
-        and of groups, and the counters, which are 0: one of all groups and one for each group. If
-        the sum is None, the partial sums are only stored.
+    reduced: the sum, of any dtype. With several programs, also the partial sums of programs and of
+        groups, and zeroed counters: one for all groups and one for each group. If the sum is None,
+        the partial sums are only stored.
     """
     out = reduced[0]
     if len(reduced) == 1:

@@ -3,9 +3,10 @@
 A tensor is (outer, classes, inner) with any strides: (N, C) has one outer index and N inner
 indices; (N, C, d1, ..., dk) has N outer and d1 * ... * dk inner indices. A row has one outer and
 one inner index. A program computes rows of one outer index, in tiles of `ROWS` x `BLOCK`. Either
-classes or inner indices are contiguous in memory. UNITS, of inner indices and of classes, tells
-Triton how they are aligned, so that threads load up to 16 bytes: a power of 2, at most 16, that
-divides the number of contiguous indices and all other strides. The other unit is 1.
+classes or inner indices are contiguous in memory. UNITS, a pair for inner indices and classes,
+tells Triton their alignment, which lets threads load up to 16 bytes. The unit of the contiguous
+dimension is a power of 2, at most 16, that divides its size and all other strides. The other unit
+is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def scalar(number, A: tl.constexpr):
 
 @triton.jit
 def multiple(n, UNIT: tl.constexpr):
-    """Tells Triton that n is a multiple of UNIT; by itself it only detects multiples of 16."""
+    """Tells Triton that n is a multiple of UNIT; Triton itself only detects multiples of 16."""
     return n // UNIT * UNIT
 
 

@@ -43,7 +43,7 @@ def _error(name: str, expected: str, got: Any, error: type[Exception] = RuntimeE
 
 
 def raised(error: Exception) -> bool:
-    """Returns whether this module raised an error, so its traceback tells users nothing."""
+    """Returns whether this module raised an error; its traceback does not help users."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return frame.f_globals is globals()
 
@@ -663,7 +663,7 @@ def _is_single(input: Tensor, target: Tensor) -> bool:
 
 
 def _hint(input: Tensor, target: Tensor) -> str:
-    """Returns a hint for a target of the wrong shape, "" if the mistake is not a common one."""
+    """Returns a hint for a common mistake in the target's shape, else ""."""
     if input.dim() > 2 and target.shape == input.shape[:-1]:
         return (
             ". Dimension 1 of the input has to be the classes: pass input.movedim(-1, 1), or "
@@ -754,7 +754,7 @@ def values(
         raise _error(name, f"values in [{low}, {high}]", invalid[0].item(), error)
 
 
-# A function for each rule of a shape, which an operand declares. Its arguments are the operand's
+# Each function checks one rule for shapes, which operands declare. Its arguments are the operand's
 # name and shape, the name of the first operand, and the shapes of the operands before it.
 
 

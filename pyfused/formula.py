@@ -53,9 +53,9 @@ class Traced:
         run: The run of the function that was traced.
         inputs: The literals that are inputs of the programs: index to value.
         outputs: The expressions of the value and of the gradients.
-        symbolic: The run of the function with symbols instead of floats, None if the function can
-            depend on their values in other ways than by inputs.
-        constants: The parameters that are not floats, as `constants_of` returns them.
+        symbolic: The run of the function with symbols instead of floats, None if the function may
+            depend on their values other than through inputs.
+        constants: The parameters that are not floats, as returned by `constants_of`.
         difference: The error that describes how the kernel's results differ from the function's,
             or None.
     """
@@ -415,7 +415,7 @@ class Formula:
     def _declare(self, make: Callable[..., FormulaOperator]) -> None:
         """Sets the operator, and compiles it for the default parameters.
 
-        If the function cannot take floats, some of the operands are masks.
+        If the function does not support float operands, tries masks for some of them.
 
         Args:
             make: Returns the operator for the dtypes of the operands.

@@ -79,7 +79,7 @@ def with_features(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         u, padding = down(head.lora_dropout[name](x)) * head.scaling[name], -len(down.weight)
         features.append(F.pad(u, (0, padding % RANK_MULTIPLE)).to(hidden.dtype))
         weights.append(F.pad(up, (0, padding % RANK_MULTIPLE)))
-    with without_autocast(hidden.device.type):  # which refuses to concatenate some dtypes
+    with without_autocast(hidden.device.type):  # autocast cannot concatenate some dtypes
         return torch.cat(features, -1), torch.cat(weights, -1)
 
 
@@ -95,7 +95,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Any, adapter_weight: Tensor | Non
 def differs(head: Any, hidden: Tensor) -> bool:
     """Returns whether `linear` differs from PEFT's forward for these rows.
 
-    Gradients are compared, too, because B is 0 before training.
+    Also compares gradients, because B is 0 before training.
     """
 
     def ours(head: Any, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def differs(head: Any, hidden: Tensor) -> bool:
 
 
 def agree(value: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether two results that were computed in ``dtype`` differ by rounding only."""
+    """Returns whether two results that were computed in ``dtype`` differ only by rounding."""
     value, expected = value.float(), expected.float()
     tolerance = max(1e-3, 16 * torch.finfo(dtype).eps)
     return bool((value - expected).norm() <= tolerance * expected.norm())

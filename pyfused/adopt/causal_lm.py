@@ -2,10 +2,10 @@
 
 The classes of a model and its head are replaced by subclasses of the same names. In training, and
 in evaluation if the user asks for it, the model's original ``forward`` runs, but its head returns
-recorded or deferred logits (`deferred.py`). First torch computes the logits, and their readers are
-recorded, until a call shows that only the loss reads them. Later calls defer them: their
-cross-entropy is computed from the hidden states and the head's weight.
-If other code reads deferred logits, they are computed, so results never change.
+recorded or deferred logits (`deferred.py`). In the first calls, torch computes the logits, and
+pyfused records which operators read them, until a call shows that only the loss does. Later calls
+defer the logits: the cross-entropy is computed from the hidden states and the head's weight. If
+other code reads deferred logits, they are computed, so results never change.
 
 The first loss of a model and the gradient of the head's input are compared with torch's. If they
 differ, the model's original ``forward`` is restored.
@@ -46,7 +46,7 @@ _thread = threading.local()  # its attribute `call` is the model call that is ru
 OUTPUT = "the output"
 ALONE, COMPARED = "only the loss read the logits", "a loss was compared"
 ROWS_BYTES = 16 << 20  # bytes of the logits whose losses and gradients are compared
-PARTS = 16  # torch's logits, their copies and gradients are recorded in an eighth of the memory
+PARTS = 16  # blocks of rows; torch's logits, their copies and gradients take 1/8 of the memory
 TOKENS = 5  # tokens of the batch that a LoRA layer is compared with
 _MISSING_LABELS = (
     "it was called in training mode without labels. Pass labels=. Trainer removes them for "
@@ -72,10 +72,10 @@ class _Call:
     """One call of a model whose head records or defers its logits.
 
     Attributes:
-        facts: The warnings issued for the model, and what its calls have shown: ALONE and COMPARED,
-            each with the modes of the call, and COMPARED after a comparison in any modes.
+        facts: The warnings issued for the model; (ALONE, modes) and (COMPARED, modes) for the modes
+            of calls that have shown this; and COMPARED after a comparison in any modes.
         with_metrics: Whether a loss sets the model's attribute ``pyfused_metrics``.
-        always: Whether small logits are deferred, too: for metrics, and in transformers models.
+        always: Whether small logits are also deferred: for metrics, and in transformers models.
         modes: The modes of this call, None before the head is called.
         alone: Whether only the loss has read the logits of the last call in these modes.
         differs: How a loss of this call differs from torch's, None if it does not.
@@ -107,14 +107,14 @@ class _Call:
             return output, [use for family in self.families for use in family.uses]
         finally:
             _thread.call = before
-            if before is not None:  # of a model around this one, with the same head
+            if before is not None:  # the call of an enclosing model with the same head
                 before.grad_modes |= self.grad_modes
             for family in self.families:
                 family.release()
             self.families.clear()
 
     def learn(self) -> None:
-        """Records what this call has shown, unless a checkpoint may run it again."""
+        """Records whether only the loss read the logits, unless a checkpoint may rerun the call."""
         uses = [set(family.uses) for family in self.families]
         shared = [family for family in self.families if family.shared]
         alone = all(each in ({LOSS}, {OUTPUT}, set()) for each in uses)
@@ -124,7 +124,7 @@ class _Call:
             return
         if alone and (COMPARED, self.modes) in self.facts:
             self.facts.add((ALONE, self.modes))
-        elif not alone and not shared:  # the other processes do not know
+        elif not alone and not shared:  # a shared fact must not change in one process alone
             self.facts.discard((ALONE, self.modes))
 
     def compares(self) -> bool:
@@ -132,7 +132,7 @@ class _Call:
         return not self.alone and (COMPARED, self.modes) not in self.facts
 
     def records(self, hidden: Tensor) -> bool:
-        """Returns whether torch computes the logits, and their readers are recorded."""
+        """Returns whether torch computes the logits, and pyfused records what reads them."""
         if self.alone or self.hooks is not None or self.modes is None:
             return False
         memory = physical_memory()
@@ -263,7 +263,7 @@ def _is_usable(head: Any, hidden: Any) -> bool:
 
 
 def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
-    """Returns why a head has to compute its logits itself, None if weight and bias determine them.
+    """Returns why a head has to compute its logits itself, None if its weight and bias suffice.
 
     Args:
         hidden: The head's input, None before a call.
@@ -309,7 +309,7 @@ def _finished(output: Any) -> Any:
         if not family.computed:
             family.read(OUTPUT)
         if fused and output.requires_grad:
-            return output  # which refuses a gradient of the logits, as the loss bypasses them
+            return output  # raises for a gradient of the logits, because the loss bypasses them
         logits = deferred.computed(output)
         return logits.view_as(logits) if family.traced else logits
     result: Any = output
@@ -322,7 +322,7 @@ def _finished(output: Any) -> Any:
     if isinstance(output, dict):
         found = {name: _finished(value) for name, value in output.items()}
         changed = {name: x for name, x in found.items() if x is not output[name]}
-        if changed and is_dataclass(output):  # a transformers output, which leaves out None
+        if changed and is_dataclass(output):  # a transformers output, which omits None
             removed = tuple(name for name, x in changed.items() if x is None)
             result = _without(type(output), removed)(**found)
         elif changed:
@@ -332,7 +332,7 @@ def _finished(output: Any) -> Any:
 
 
 class _Entries(tuple[Any, ...]):
-    """The entries of a transformers output; reading its logits by their index raises."""
+    """The entries of a transformers output. Reading the logits by their index raises."""
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
@@ -464,7 +464,7 @@ def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool)
         call = _Call(model, layer, warned, metrics, head is None)
         output, uses = call.run(kind, args, kwargs)
         if call.differs is not None:
-            _warn(model, warned, f"its {call.differs}. From now on, its original forward runs")
+            _warn(model, warned, f"its {call.differs}. Later calls run its original forward")
             subclass.unfuse(model)  # the head computes logits if the model does not defer them
             return output
         reads = [use for use in dict.fromkeys(uses) if use not in (LOSS, OUTPUT)]

@@ -31,10 +31,10 @@ _LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.module
 _NOTHING = (
     "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
     "and no transformers language model. For another language model, pass head=, the name of "
-    "its linear layer for logits."
+    "the linear layer that computes its logits."
 )
 _ALREADY = causal_lm.ALREADY, "is already a module of pyfused.nn"
-_MANY_OUTPUTS = 4096  # a layer with as many may be a head
+_MANY_OUTPUTS = 4096  # a layer with at least this many may be a head
 
 
 class Left(NamedTuple):
@@ -83,10 +83,10 @@ def convert(
     In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
 
-    :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO. A
-    warning says if nothing was replaced, if a language model keeps its head, and why, and if no
-    loss of a converted head is fused in training. Another call changes the options of a model that
-    is already converted.
+    :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
+    ``convert`` warns if nothing was replaced, and if a language model keeps its head, with the
+    reason; a converted model warns if no loss of its head is fused in training. Another call
+    changes the options of a converted model.
 
     ``type(module)`` changes. Libraries that look up the exact class of a module do not recognise a
     replaced one, often without an error: ``torch.ao.quantization`` in eager mode, Captum's
@@ -201,8 +201,9 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
 def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
     """Returns the sizes of the linear layers that may compute logits, by name.
 
-    They have many outputs, which no other layer takes, and are the last linear layer or have one
-    output for each row of an embedding. Layers in models whose head is known are left out.
+    A possible head has many outputs, no other layer with that many inputs, and is the last linear
+    layer or has one output for each row of an embedding. Layers in models whose head is known are
+    skipped.
     """
     known = [
         submodule

@@ -2,16 +2,18 @@
 
 `causal_lm.py` decides which of three tensors a head returns:
 
-- recorded logits: torch's, whose class records during the model's call who reads them;
-- deferred logits, a tensor without memory. Its cross-entropy is computed by
-  ``linear_cross_entropy`` from the hidden states. Any other operator makes torch compute the logits
-  once, in the grad mode and autocast of the head's call. From then on, operators use these. C++
-  code gets values, too, but a gradient that it sends to the tensor without memory is an error;
-- under torch.compile, logits with memory, which the compiler removes if nothing reads them.
+- recorded logits: computed by torch; their class records the operators that read them during the
+  model's call;
+- deferred logits: a tensor without memory. ``linear_cross_entropy`` computes its cross-entropy from
+  the hidden states. Any other operator makes torch compute the logits once, in the grad mode and
+  autocast of the head's call, and later operators use these. C++ code also gets the values, but a
+  gradient that it returns for the tensor without memory raises an error;
+- under torch.compile: logits with memory, which the compiler removes if nothing reads them.
 
-All three intercept operators by ``__torch_function__``. A few operators keep the logits known, so
-their results are recorded or deferred, too: views that keep rows whole, selections of rows, a cast
-to float32, a constant bias, a positive factor, a cap by tanh, log_softmax.
+All three intercept operators by ``__torch_function__``. The results of a few operators can still be
+derived from the hidden states, so they are recorded or deferred as well: views that keep rows
+whole, selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
+log_softmax.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ _OF_GRADIENTS = {
 }
 _INDEX_DTYPES = (torch.bool, torch.int64)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_EXACT: Any = WeakTensorKeyDictionary()  # a bias, and the dtype and version that were compared
+_EXACT: Any = WeakTensorKeyDictionary()  # the compared dtype and version of each bias
 
 
 class _Modes(NamedTuple):
@@ -83,7 +85,7 @@ def captures() -> bool:
 
 
 def without_hooks() -> AbstractContextManager[Any]:
-    """Hides tensors that are saved for backward from the active hooks, such as a checkpoint's."""
+    """Hides tensors that are saved for backward from active hooks, for example a checkpoint's."""
     if torch_internals.saved_tensors_hooks(True) is None:
         return nullcontext()
 
@@ -122,13 +124,14 @@ class Family:
         recorded: Whether torch has computed the logits.
         finish: Receives ``results``, the losses and computed logits of a unit of FSDP, at the end.
         traced: Whether torch.compile traces the head's call.
-        uses: The names of the operators that have read the logits, and LOSS for a loss without
-            logits.
+        uses: The names of the operators that have read the logits, and LOSS for a loss that was
+            computed without them.
         computed: Whether operators are no longer recorded, because one has read the logits.
         tensors: Weak references to the tensors that the user's code has received.
         watched: The inputs and the tensors of recorded operators, none of which may change in
             place, with their versions and addresses.
-        checksums: Of the inputs, to detect changes without a version; None to not compute them.
+        checksums: Checksums of the inputs, which detect changes that do not increment a version;
+            None if not computed.
     """
 
     shared = False  # whether several processes compute the logits together
@@ -166,10 +169,10 @@ class Family:
         return self.checksums is None or all(map(torch.equal, self.checksums, self._checksums()))
 
     def check(self) -> None:
-        """Checks that what determines the logits has not changed.
+        """Checks that the tensors from which the logits are computed have not changed.
 
         Raises:
-            RuntimeError: It has been changed in place since the head's call.
+            RuntimeError: A tensor has been changed in place since the head's call.
         """
         if not self.is_unchanged():
             raise RuntimeError(
@@ -210,7 +213,7 @@ class Family:
         return loss
 
     def read(self, reader: str) -> None:
-        """Ends the recording, and computes deferred logits, because an operator reads them."""
+        """Ends the recording and computes deferred logits, because an operator reads them."""
         self.uses.append(reader)
         if self.recorded:
             self.results += self.alive()
@@ -262,7 +265,7 @@ class Family:
 class ColwiseFamily(Family):
     """The logits of a head of ``ColwiseParallel``, whose input is a replicated DTensor.
 
-    All processes record the first call, and agree on what it has shown.
+    All processes record the first call, and agree on whether only the loss read the logits.
     """
 
     shared = True
@@ -306,13 +309,13 @@ class _Node:
         rows: The hidden states, in the shape of the tensor.
         operation: torch's operator, and its arguments and keyword arguments after the parent.
         shift: A tensor of one number for each class, None without an addition.
-        log: Whether the value is log_softmax of that.
+        log: Whether log_softmax has been applied to this value.
         channels: Whether the classes are dimension 1, as in the cross-entropy of images; ``rows``
             then has two dimensions.
         cast: The dtype that x was cast to, None without a cast.
-        example: Of deferred logits, a tensor of the same shape, strides and dtype on meta; the
-            compiler's logits.
-        real: The computed tensor of deferred logits.
+        example: For deferred logits, a meta tensor of the same shape, strides and dtype; under
+            torch.compile, the logits.
+        real: The computed tensor, for deferred logits.
     """
 
     family: Family
@@ -329,7 +332,7 @@ class _Node:
     real: Any = None
 
     def tensor(self, logits: Any) -> Any:
-        """Returns the tensor that the user's code receives, for logits on meta if deferred."""
+        """Returns the tensor that the user's code receives, given logits, on meta if deferred."""
         family, tensor = self.family, logits
         if family.recorded:
             tensor.__class__ = _Logits
@@ -367,7 +370,7 @@ class _Node:
         return self.real
 
     def replay(self, rows: Tensor, moves: bool) -> Tensor:
-        """Returns the logits of rows of hidden states, with or without the moves of rows."""
+        """Returns the logits of rows of hidden states; ``moves`` includes moves of rows."""
         if self.parent is None:
             return self.family.linear(rows)
         logits, (function, args, kwargs) = self.parent.replay(rows, moves), self.operation
@@ -451,8 +454,9 @@ class _Node:
 
 # ---- recorded operators --------------------------------------------------------------------------
 
-# A rule returns the attributes of a node that an operator on logits changes, and its result if that
-# is known, or None if the operator cannot be recorded. ``operation`` applies to any rows of logits.
+# A rule returns the attributes of a node that an operator on logits changes, and the operator's
+# result if it is known. It returns None if the operator cannot be recorded. ``operation`` applies
+# to any rows of logits.
 
 
 def _operand(args: Any, kwargs: Any) -> Any:
@@ -638,13 +642,13 @@ reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (_Logits, De
 def _refuse(*_: Any) -> Any:
     """Raises for C++ code that changes a tensor without memory, or sends it a gradient."""
     raise RuntimeError(
-        "pyfused.convert: expected no autograd.Function and no in-place operator in C++ of a "
-        "model's logits in a call whose first calls had none, got one. Call pyfused.revert(model)"
+        "pyfused.convert: expected no autograd.Function and no in-place C++ operator on a model's "
+        "logits, because the first calls had none, got one. Call pyfused.revert(model)"
     )
 
 
 def _read(function: Any, tensor: Any) -> Any:
-    """Returns the computed logits for an operator that reads them; returns other values as is.
+    """Returns the computed logits for an operator that reads them; returns other values unchanged.
 
     Raises:
         RuntimeError: The operator's result would lack a gradient.
@@ -665,7 +669,7 @@ def _read(function: Any, tensor: Any) -> Any:
 
 
 def _value(tensor: Any) -> Any:
-    """Returns the values of deferred logits, whose gradient raises; other values as is."""
+    """Returns the values of deferred logits, whose gradient raises; returns others unchanged."""
     if not isinstance(tensor, DeferredLogits):
         return tensor
     node: _Node = tensor._node

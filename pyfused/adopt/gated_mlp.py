@@ -1,4 +1,4 @@
-"""Computes the gated activation of transformers' MLPs, act(gate_proj(x)) * up_proj(x), fused."""
+"""Fuses the gated activation of transformers' MLPs, act(gate_proj(x)) * up_proj(x)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OF_TRANSFORMERS: _Functions = {
 
 
 def is_known(module: Any) -> bool:
-    """Returns whether a layer computes only that product, with an activation that pyfused has."""
+    """Returns whether a layer computes only this product, with an activation that pyfused has."""
     kind: Any = type(module)
     if not kind.__module__.startswith("transformers.") or subclass.is_fused(module):
         return False

@@ -100,7 +100,7 @@ class _Function:
     def put(self, code: Any) -> None:
         # The compiler puts torch's functions into graphs by name, not by code. Functions
         # that may become custom operators are traced instead. The copy with torch's code must not
-        # be traced, because that leads back to this function.
+        # be traced, because its trace would lead back to this function.
         if self.op.name in COMPILED or self.function.__name__ != self.name:
             is_ours = code is self.ours
             trace_instead(self.function, self.traced if is_ours else None)
@@ -204,8 +204,8 @@ class _BuiltIn:
 def _picker(op: Operator, given: Sequence[str]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
     """Returns a function that picks the tensors, numbers and case of a call from a tuple.
 
-    The tuple has the arguments of these names, and then the second result: the defaults of what
-    torch's function lacks.
+    The tuple holds the arguments of these names, followed by the second result: the defaults of the
+    arguments that torch's function lacks.
     """
     absent = [name for name in op.names if name not in given]
     index = [*given, *absent].index

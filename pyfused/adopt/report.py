@@ -25,7 +25,7 @@ from pyfused.dispatch.signature import PLAIN
 from pyfused.ops import custom_operators
 
 BUDGET = 0.25  # seconds for re-running calls of an operator
-MOST = 1 << 24  # elements of a call that is re-run; of a larger call, only the first rows
+MOST = 1 << 24  # elements of a re-run call; for a larger call, only the first rows are re-run
 NOISE = 0.25  # the smallest relative deviation assumed, because few samples may agree by chance
 
 
@@ -140,10 +140,11 @@ class Report:
         """Returns the counts and the estimates, for logging; ``json`` can write them.
 
         Returns:
-            ``seconds``: of the block, without comparisons; ``seconds_from_first_call``: the same
-            without the program's start. ``saved_seconds``: of the compared operators, negative if
-            pyfused was slower, and ``saved_error``: its uncertainty; both are None if no call was
-            compared. ``operators``: for each operator whose kernels ran, ``calls``,
+            ``seconds``: the time of the block, without comparisons; ``seconds_from_first_call``:
+            the same without the program's start. ``saved_seconds``: the time saved by the compared
+            operators, negative if pyfused was slower, and ``saved_error``: its uncertainty; both
+            are None if no call was compared. ``operators``: for each operator whose kernels ran,
+            ``calls``,
             ``largest_input`` in elements, ``compared`` calls, ``pyfused_seconds`` and
             ``torch_seconds``. ``left_to_torch``: the number of calls by operator and reason.
             ``compiled``: the number of calls in compiled programs by operator.
@@ -262,7 +263,7 @@ def time_of(seconds: float) -> str:
 
 # ---- hooks in dispatch ---------------------------------------------------------------------------
 
-# A mode could not count, because calls fall back to torch while a mode is active.
+# A mode cannot count calls, because calls fall back to torch while a mode is active.
 _reports: tuple[Report, ...] = ()  # the reports of current blocks
 _changes = threading.Lock()  # held while _reports changes
 _uncounted: tuple[Any, ...] = ()  # the functions that the hooks replace

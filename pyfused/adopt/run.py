@@ -42,8 +42,8 @@ def run(program: str, arguments: Sequence[str], module: bool, compare: bool) -> 
     if os.environ.get("RANK", "0") == "0":
         report.__enter__()
         atexit.register(end)  # registered first, so called last
-    # As with `python`, it stays until the process ends: threads and exit handlers that outlive the
-    # program pickle its classes by name.
+    # As with `python`, `__main__` remains until the process ends: threads and exit handlers that
+    # outlive the program pickle its classes by name.
     sys.modules["__main__"] = main
     sys.argv[:] = program, *arguments
     if module:

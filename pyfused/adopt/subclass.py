@@ -13,7 +13,7 @@ ForwardOf = Callable[..., Callable[..., Any]]  # defined at module level, for pi
 
 
 class _Fused:
-    """The first base of the subclasses, which pickle themselves, as they cannot be imported."""
+    """The first base of the subclasses. It defines their pickling: they cannot be imported."""
 
     _unfused: Any  # the original class
     _arguments: tuple[Any, ...]  # of `subclass`, after the original class
@@ -47,9 +47,8 @@ def _restored(function: Any, args: Any, kind: Any, arguments: Any) -> Any:
 def subclass(kind: Any, forward_of: ForwardOf, *arguments: Any) -> Any:
     """Returns a subclass of the same name, whose forward is ``forward_of(kind, *arguments)``.
 
-    If that function is named ``__call__``, it replaces the module's call, which runs hooks.
-
-    Copies, replicas and loaded modules keep the subclass.
+    If this forward is a function named ``__call__``, it replaces the module's call, which runs
+    hooks. Copies, replicas and loaded modules keep the subclass.
     """
     forward: Any = forward_of(kind, *arguments)
     # Dynamo counts recompilations, and skips code that it failed to compile, per code object.

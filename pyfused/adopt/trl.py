@@ -117,7 +117,7 @@ class _LogProbFunction:
                 warnings.warn(message + reason, RuntimeWarning, stacklevel=2)
             arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap
             return self.original.apply(*arguments, logit_scale, outputs)
-        # softcap(scale x) / temperature, with the scale in the other two
+        # softcap(scale x) / temperature, with the scale folded into softcap and temperature
         results = linear_log_probs(
             hidden,
             weight,

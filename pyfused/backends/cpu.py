@@ -141,8 +141,8 @@ def _rows(tensor: Tensor | None) -> tuple[int, int]:
 
 
 # Outputs of at least this many bytes use recycled memory. glibc caches smaller blocks itself, and
-# releasing their pages costs more than it saves: the speed was 0.7 to 1 times at 2 to 31 MiB, and
-# 1.3 to 2 times at 32 MiB or more.
+# releasing their pages costs more than it saves: the speed-up was 0.7 to 1 at 2 to 31 MiB, and 1.3
+# to 2 at 32 MiB or more.
 RECYCLED_BYTES = 32 << 20
 
 
@@ -211,8 +211,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-# A half-precision product is added to a float32 tensor in blocks of this many rows. A block stays
-# in cache, which takes half the time of writing the whole product and reading it again.
+# A half-precision product is added to a float32 tensor in blocks of this many rows. Blocks stay in
+# cache: this takes half the time of writing the whole product and reading it again.
 PRODUCT_ROWS = 2048
 
 

@@ -2,8 +2,8 @@
 
 Most functions prepare a kernel for the layouts of tensors and return a function that launches it.
 Later calls of the same signature only launch it. Preparation reads no values of tensors and keeps
-no references to them. Of a number it may use whether it is None, or a special value such as 0; the
-numbers of a call are arguments of a launch.
+no references to tensors. It may depend on whether a number is None or a special value such as 0;
+other numbers are arguments of a launch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LossResult = tuple[Tensor | None, Gradients]
 Numbers = Sequence[Any]  # floats; None for an option that is not used
 Parameters = Callable[[Numbers], Sequence[float]]
-# Takes the tensors and the numbers of a call, and grad_output; None, the default, means ones.
+# Takes the tensors and the numbers of a call, and grad_output, where None (the default) means ones.
 LossKernel = Callable[..., LossResult]
 
 
@@ -201,7 +201,7 @@ class Backend(Protocol):
               if no target is in this range of classes;
             - weight: contiguous weights of all classes, in the accumulation dtype, or None;
             - state: (fields, ...), float64, each field contiguous; it is overwritten;
-            - out: (results, ...), contiguous; receives the results of all classes up to these.
+            - out: (results, ...), contiguous; receives the results of all classes so far.
 
             For an index out of range, the state contains NaN.
         """

@@ -70,10 +70,10 @@ if TYPE_CHECKING:
 ASYNCHRONOUS = True
 Sizes = tuple[int, int, int]  # outer, inner, classes
 NO_STRIDES = (0, 0, 0)
-# In calls of at most this many elements, which are bound by launch overhead, each program counts
-# the valid targets itself if there are at most COUNTED_BY_PROGRAMS, instead of another kernel.
+# Calls of at most this many elements are bound by launch overhead. In these, each program counts
+# the valid targets itself if there are at most COUNTED_BY_PROGRAMS, which saves a launch.
 HOST_BOUND, COUNTED_BY_PROGRAMS = 1 << 24, 2048
-MOST_ARRIVALS = 1 << 14  # of more programs, torch adds up the partial sums
+MOST_ARRIVALS = 1 << 14  # with more programs, torch adds up the partial sums
 # Programs of a grid-stride loop with a sum: several waves on any GPU, but few partial sums.
 MOST_PROGRAMS = 4096
 GROUP = reductions.GROUP.value
@@ -151,8 +151,9 @@ def _with_loss(
 def _counters(device: torch.device) -> Tensor:
     """Returns the counters of `add_up`, which are 0 before and after each kernel.
 
-    Kernels on a device's default stream run one after another, so they share counters. Others get
-    new ones: CUDA graphs are captured on other streams, may run concurrently, and own their memory.
+    Kernels on a device's default stream run one after another, so they share counters. Kernels on
+    other streams get new counters: CUDA graphs are captured there, may run concurrently, and own
+    their memory.
     """
     counters = _shared_counters if on_default_stream(device) else _new_counters
     return counters(device)
