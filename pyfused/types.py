@@ -90,6 +90,11 @@ class Number:
     def __bool__(self) -> bool:
         raise TypeError("a plan cannot depend on the value of a number")
 
+    def __truediv__(self, _: Any) -> Number:
+        return self
+
+    __rtruediv__ = __truediv__
+
     def __repr__(self) -> str:
         return "NUMBER"
 
@@ -240,11 +245,11 @@ class CrossEntropyOptions(VocabOptions):
 
     def of_rows(self) -> VocabOptions:
         """Returns the options of row states, whose temperature includes the scale."""
+        temperature = self.temperature / self.scale
         return VocabOptions(
             self.ignore_index,
             softcap=self.softcap,
-            temperature=self.temperature / self.scale
-            or math.nan,  # the result of an infinite scale
+            temperature=temperature if temperature != 0 else math.nan,  # of an infinite scale
             memory_budget=self.memory_budget,
         )
 

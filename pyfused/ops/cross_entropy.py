@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -113,8 +112,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def plan(self, arguments: Arguments, inplace: bool) -> Any:
         options = arguments[-1]
         if options.softcap is not None:
-            self.checked(arguments)
-            return partial(self._softcap_loss, options)
+            input, target, *_ = self.checked(arguments)
+            return shards.cross_entropy_plan((input, target), options, None)
         plan = super().plan(arguments, inplace)
         return self._with_metrics(plan, arguments) if options.with_metrics else plan
 
@@ -144,18 +143,11 @@ class CrossEntropy(ClassLoss, ShardedOperator):
     def kernel_tensors(self, tensors: Tensors, _: Numbers = ()) -> Tensors:
         return *tensors[:3], *checks.factors(*tensors[3:])
 
-    def compute_shard(self, arguments: Arguments, shard: LocalShard | None) -> Any:
-        input, target, weight, options = arguments
-        return shards.cross_entropy((input, target), weight, options, shard)
-
-    def _softcap_loss(self, planned: Any, tensors: Tensors, numbers: Numbers) -> Any:
-        """Returns the loss of capped logits, computed from the state of rows."""
-        input, target, weight, *factors = self.kernel_tensors(tensors)
-        options, target = (
-            planned.of_call(numbers, *factors),
-            target.reshape(loss_shape(input, "none")),
-        )
-        return self.compute_shard((input, target, weight, options), None)
+    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
+        *tensors, options = arguments
+        options = checks.normalized(options)
+        plan = shards.cross_entropy_plan(tensors[:2], options, shard)
+        return plan((*tensors, *options.plan_tensors()), options.numbers())
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)

@@ -95,9 +95,11 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
         head, options = _head(arguments)
-        options = replace(options, loss_dtype=_result_dtype(head.input, head.target, options))
+        loss_dtype = _result_dtype(head.input, head.target, options)
+        options = replace(checks.normalized(options), loss_dtype=loss_dtype)
         tensors = in_autocast_dtype(head.input), *head[1:3], head.target
-        return shards.cross_entropy(tensors, head.weight, options, shard)
+        plan = shards.cross_entropy_plan(tensors, options, shard)
+        return plan((*tensors, head.weight, *options.plan_tensors()), options.numbers())
 
     def check_shapes(self, arguments: Arguments, classes: int) -> None:
         self.check_arguments(*_head(arguments), classes)

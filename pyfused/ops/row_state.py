@@ -39,7 +39,7 @@ from pyfused.types import (
 
 def state_fields(options: CrossEntropyOptions) -> int:
     """Returns the number of fields that the loss and the requested metrics need."""
-    if options.label_smoothing:
+    if options.label_smoothing != 0:
         return SMOOTHING_FIELDS
     return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
 

@@ -25,7 +25,7 @@ from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors, grad
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
-from pyfused.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype, loss_shape
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunk_sizes import state_block_size
 from pyfused.ops.collectives import (
@@ -320,38 +320,48 @@ def _grad_results(grad_output: Tensor, state: Tensor) -> Tensor:
     return grad_output.double()
 
 
-def cross_entropy(
-    tensors: Sequence[Any],
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    shard: LocalShard | None,
-) -> Any:
-    """Returns the loss, or a tuple of the loss and the metrics, computed from the state of rows.
+def cross_entropy_plan(
+    tensors: Sequence[Any], planned: CrossEntropyOptions, shard: LocalShard | None
+) -> Callable[[Tensors, Numbers], Any]:
+    """Returns the plan of the loss, or of the loss and the metrics, from the state of rows.
 
     Args:
         tensors: The logits, or the input, weight and bias of a layer, with this process' classes;
             and the target.
+        planned: The options for planning.
         shard: The classes of this process, None if it has all classes.
+
+    Returns:
+        A function of these tensors, followed by the class weights, token_weight and the denominator
+        if it is a tensor; and of the numbers of the options.
     """
     *layer, target = tensors
-    input, options = layer[0], checks.normalized(options)
-    classes, fields = class_range(layer, shard), state_fields(options)
-    weight, target = kernel_weight(weight, input.dtype), target.to(torch.int64)
-    backend_of(target).check_class_indices(target, classes.total, options.ignore_index)
-    rows = options.of_rows()
-    given = (*layer, target), rows, fields, shard
-    plan = state_plan("cross_entropy", *given, entropy=options.with_metrics)
-    counted = counted_target(target, options)
-    tensors = *layer, target if options.with_metrics else counted, counted, weight
-    state = plan(tensors, rows.numbers())
-    loss = state_loss(state, counted, weight, options, classes.total)
-    if options.reduction != "none":
-        loss = loss.sum() / loss_denominator(options, total_weight(target, weight, options))
-    loss = loss.to(options.loss_dtype or autocast_dtype(input.dtype, input.device))
-    if not options.with_metrics:
-        return loss
-    dtype = accumulate_dtype(input.dtype)
-    return loss, metrics.of_state(state, target, options.ignore_index, dtype)
+    input, classes = layer[0], class_range(layer, shard)
+    shape = loss_shape(input, "none") if len(layer) == 1 else target.shape
+    loss_dtype = planned.loss_dtype or autocast_dtype(input.dtype, input.device)
+    given = tensors, planned.of_rows(), state_fields(planned), shard
+    plan = state_plan("cross_entropy", *given, entropy=planned.with_metrics)
+
+    def compute(tensors: Tensors, numbers: Numbers) -> Any:
+        *layer, target, weight, token_weight, denominator = tensors
+        factors = checks.factors(token_weight, denominator)
+        options = checks.normalized(planned.of_call(numbers, *factors))
+        dtype = layer[0].dtype
+        weight, target = kernel_weight(weight, dtype), target.to(torch.int64).reshape(shape)
+        plan.backend.check_class_indices(target, classes.total, options.ignore_index)
+        counted = counted_target(target, options)
+        tensors = *layer, target if options.with_metrics else counted, counted, weight
+        state = plan(tensors, options.of_rows().numbers())
+        loss = state_loss(state, counted, weight, options, classes.total)
+        if options.reduction != "none":
+            loss = loss.sum() / loss_denominator(options, total_weight(target, weight, options))
+        loss = loss.to(loss_dtype)
+        if not options.with_metrics:
+            return loss
+        dtype = accumulate_dtype(dtype)
+        return loss, metrics.of_state(state, target, options.ignore_index, dtype)
+
+    return compute
 
 
 # ---- operators -----------------------------------------------------------------------------------
