@@ -326,6 +326,8 @@ def test_a_masked_loss(kernel_calls: KernelCalls) -> None:
     close(*first)
     close(*[torch.autograd.grad(gradient.sum(), x)[0] for gradient in first])
     assert kernel_calls[mine.op.name]
+    with pytest.raises(RuntimeError, match="size of tensor"):  # not the dtype of the mask
+        mine(x, y, mask[:7], label)
 
 
 def _assigned(x: Tensor, m: Tensor) -> Tensor:

@@ -339,8 +339,8 @@ def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> 
         if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
             checks.devices(tensors, error)
             op.check(arguments)
-        indices = [operand.name for operand in op.operands if operand.indices]
-        checks.floating(tensors, indices, error)
+        others = [x.name for x in op.operands if x.indices or x.converts]
+        checks.floating(tensors, others, error)
     except Exception as invalid:
         return invalid
     return error if checks.raised(error) else None
