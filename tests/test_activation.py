@@ -175,6 +175,20 @@ def test_in_place_on_a_tensor_saved_for_backward_raises_torchs_error(op: Activat
         y.sum().backward()
 
 
+@grid(op=ACTIVATIONS)
+def test_results_may_be_changed_in_place_if_torch_allows_it(op: Activation) -> None:
+    outcomes: list[Any] = []
+    for operator in (ours(op), of_torch(op)):
+        x = torch.linspace(-8, 8, 50).requires_grad_()
+        y = operator(x)
+        y += 1
+        try:
+            outcomes.append(torch.autograd.grad(y.sum(), x)[0])
+        except RuntimeError:
+            outcomes.append(None)
+    close(*outcomes)
+
+
 @grid(op=OVERWRITING)
 def test_in_place_on_strided_memory_does_not_write_between_elements(op: Activation) -> None:
     memory = torch.randn(8, 10)

@@ -40,8 +40,9 @@ class Activation(Operator):
         gradient: The gradient of the input, given grad_output, the saved tensor, the numbers and
             the case. None derives it from the formula, if the input is saved.
         checks: Whether torch's Python function raises for numbers that the built-in one accepts.
-        saves: The tensor that the gradient is computed from, "input" or "output". Saving the output
-            lets the input's memory be freed, or be overwritten.
+        saves: The tensor that the gradient is computed from, "input" or "output", as in torch, or
+            "either", if the formula of the gradient holds for both: the output if it overwrites the
+            input, or else the input, so that the output may be changed in place.
     """
 
     formula: Callable[..., Tensor]
@@ -51,8 +52,8 @@ class Activation(Operator):
     checks: bool = False
 
     def __post_init__(self) -> None:
-        if self.gradient is None and self.saves == "output":
-            raise TypeError(f"{self.name}: expected a gradient with saves='output', got None")
+        if self.gradient is None and self.saves != "input":
+            raise TypeError(f"{self.name}: expected a gradient with saves={self.saves!r}, got None")
         function = getattr(F, self.name, self.formula)
         self.torch = function if self.torch is None else self.torch
         super().__post_init__()
@@ -85,7 +86,7 @@ class Activation(Operator):
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
         """Returns the gradient in torch's operators."""
-        if self.saves == "output":
+        if self.saves != "input":
             assert self.gradient is not None
             return self.gradient(grad_output, saved, *options)
         function = lambda input: self.torch(input, *options)  # noqa: E731
@@ -118,21 +119,21 @@ class Activation(Operator):
                 return [self.gradient(grad_output, saved, *scalars)]
             return trace.gradients_of(self.formula(saved, *scalars), [saved], grad_output)
 
-        saved = "y" if self.saves == "output" else "x"
+        saved = "x" if self.saves == "input" else "y"
         return [
             Method(["x"], *kernel.expressions(forward, 1)),
             Method(["grad_output", saved], *kernel.expressions(backward, 2)),
         ]
 
     def inplace_fallback_reason(self, input: Any) -> str | None:
-        """Returns None if the gradient is computed from the output, else the reason.
+        """Returns None if the gradient can be computed from the output, else the reason.
 
-        If it is computed from the input, a kernel allocates as much memory as torch's operator,
+        If it needs the input, a kernel allocates as much memory as torch's operator,
         which also raises the errors for tensors that must not be overwritten, and takes any
         strides.
         """
         needs_grad = grad_enabled() and input.requires_grad
-        saves_output = self.saves == "output" and needs_grad and not input.is_leaf_or_view
+        saves_output = self.saves != "input" and needs_grad and not input.is_leaf_or_view
         if not saves_output or not is_dense(input.empty()):
             return "torch's in-place operator needs no more memory"
         return None
@@ -163,7 +164,7 @@ def activation_plan(
         dtype: The dtype that the input is converted to, None to leave it unchanged.
     """
     kernels: list[Kernels] = []
-    saves_output = op.saves == "output"
+    saves_output = inplace or op.saves == "output"
 
     def forward(tensors: Tensors, numbers: Numbers) -> Forward:
         (input,) = tensors
