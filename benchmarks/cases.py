@@ -25,7 +25,7 @@ Quartiles = tuple[float, float, float]
 
 
 def of_family(*families: str) -> tuple[str, ...]:
-    """Returns the operators of families, given by name because older revisions may lack some."""
+    """Returns the operators of families. Families are named, as older revisions may lack some."""
     return tuple(name for name, op in OPERATORS.items() if type(op).__name__ in families)
 
 
@@ -47,7 +47,7 @@ class Torch:
 
 
 def _by_torch(op: str) -> Callable[..., Tensor]:
-    if hasattr(OPERATORS[op], "reference"):  # of an older revision
+    if hasattr(OPERATORS[op], "reference"):  # in older revisions
         return OPERATORS[op].reference
     from pyfused.dispatch.originals import redirected
     from pyfused.dispatch.run import by_torch
@@ -89,7 +89,7 @@ class Case:
     reduction: str = "mean"
     dim: int = -1  # the dimension of a softmax
     autocast: bool = False
-    headline: bool = False  # in the table of docs/benchmarks.md; run by `-m quick`
+    headline: bool = False  # shown in docs/benchmarks.md; run by `-m quick`
 
     @property
     def name(self) -> str:
@@ -119,7 +119,7 @@ class Case:
         return self.elements * self.dtype.itemsize
 
     def traffic(self, mode: str) -> int:
-        """Returns the minimum number of reads and writes, in tensors of the input's size."""
+        """Returns the minimum memory traffic, in multiples of the input's size."""
         backward = mode == TRAINING
         if self.op in (*ACTIVATIONS, *SOFTMAX):
             return 5 if backward else 2
@@ -223,7 +223,7 @@ class Arguments:
 
 
 def draw(case: Case, device: str = "cpu") -> Arguments:
-    """Returns random arguments, the same in every run."""
+    """Returns random arguments, which are the same in every run."""
     generator = torch.Generator(device).manual_seed(0)
     here: dict[str, Any] = {"generator": generator, "device": device}
 
@@ -294,8 +294,8 @@ def operator(operators: Any, case: Case) -> Callable[..., Tensor]:
 def step(operators: Any, case: Case, arguments: Arguments, mode: str = TRAINING) -> Step:
     """Returns a function that runs the forward pass, or forward and backward as in training.
 
-    The training step frees the gradient of the previous step first. Each step function has its own
-    leaf, so that it does not free the gradient of another.
+    A training step first frees the gradient of the previous step. Each step function has its own
+    leaf, because it must not free another function's gradient.
     """
     function, a = operator(operators, case), arguments
     leaf = a.input.detach().requires_grad_(mode == TRAINING)
@@ -311,16 +311,18 @@ def step(operators: Any, case: Case, arguments: Arguments, mode: str = TRAINING)
 
 
 def copy_step(case: Case, mode: str, device: str = "cpu") -> Step:
-    """Returns a copy that moves the minimum number of bytes that the case must move."""
+    """Returns a function that copies as many bytes as the case has to read and write."""
     source = torch.ones(case.traffic(mode) * case.bytes // 2, dtype=torch.uint8, device=device)
     return partial(torch.empty_like(source).copy_, source)
 
 
-def assert_correct(case: Case, given: Arguments, ours: Any = fused, theirs: Any = TORCH) -> None:
-    """Checks that value and gradient equal torch's, or are about as accurate as torch's."""
-    wide = given.to(F64 if given.input.numel() <= 8 * M else F32)
+def assert_correct(
+    case: Case, arguments: Arguments, ours: Any = fused, theirs: Any = TORCH
+) -> None:
+    """Checks that value and gradient equal torch's, or are about as accurate."""
+    wide = arguments.to(F64 if arguments.input.numel() <= 8 * M else F32)
     exact = evaluate(getattr(theirs, case.op), wide)
-    both = (evaluate(operator(operators, case), given) for operators in (ours, theirs))
+    both = (evaluate(operator(operators, case), arguments) for operators in (ours, theirs))
     for got, expected, precise in zip(*both, exact, strict=True):
         assert got.dtype == expected.dtype
         if not torch.equal(got, expected):
@@ -390,7 +392,7 @@ class HeadCase:
         return logits @ w, logits.t() @ x
 
     def products_of_two(self) -> tuple[Tensor, ...]:
-        """Computes these products, and the teacher's logits."""
+        """Computes the products of `products`, and the teacher's logits."""
         input, weight = self.teacher
         input @ weight.t()
         return self.products()
@@ -459,13 +461,13 @@ class HeadCase:
 # A batch of calls is long compared to the timer's cost (50 ns) and short compared to a time slice.
 BATCH_SECONDS = 1e-3
 MOST_ROUNDS = 200
-LONGER = (1, 3, 9)  # factors of the time, if earlier measurements are inconclusive
+LONGER = (1, 3, 9)  # factors of the time, for measurements after inconclusive ones
 
 
 def settle_allocator() -> None:
-    """Raises glibc's mmap threshold to its maximum, so that cases do not depend on earlier ones.
+    """Raises glibc's mmap threshold to its maximum, 32 MiB.
 
-    The threshold grows up to 32 MiB when larger blocks are freed.
+    Freeing a block raises the threshold, so otherwise a case would depend on earlier cases.
     """
     for mib in (1, 4, 16, 31):
         torch.empty(mib << 20, dtype=torch.uint8).fill_(0)
@@ -512,7 +514,7 @@ def timers_of(steps: Sequence[Step]) -> list[Timer]:
 
 
 def remeasured(timers: Sequence[Timer], seconds: float, margin: float, fewest: int = 9) -> Times:
-    """Measures two timers; repeats this, for longer, while the second one appears slower."""
+    """Measures two timers, and repeats longer measurements while the second appears slower."""
     for factor in LONGER:
         times = measure(timers, factor * seconds, fewest)
         if ratios(*times)[2] >= margin:

@@ -16,7 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: the headline cases")
     # Raised when Inductor is imported.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
-    config.option.benchmark_quiet = True  # its table contains pyfused's times only
+    config.option.benchmark_quiet = True  # its table contains only pyfused's times
     config.option.randomly_reorganize = False  # both modes of a case share arguments
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler processes while timing
     settle_allocator()

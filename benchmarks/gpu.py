@@ -1,9 +1,9 @@
 """Compares the Triton kernels with torch, torch.compile and Liger on a GPU, and times alternative
 block sizes and numbers of warps ("launch choices").
 
-Calls are interleaved, and timed with CUDA events; the L2 cache is overwritten before each call. For
-comparison, a copy moves as many bytes as the call has to read and write at least. Its time divided
-by pyfused's is the fraction of the copy's bandwidth that pyfused reaches.
+Calls are interleaved and timed with CUDA events; the L2 cache is overwritten before each call. For
+comparison, a copy moves the minimum number of bytes that the call has to read and write. Its time
+divided by pyfused's is the fraction of the copy's bandwidth that pyfused reaches.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Clock:
         seconds = 0.0
         for _ in range(calls):
             started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(self.SLEEP)  # else the GPU would idle between launches
+            torch.cuda._sleep(self.SLEEP)  # without it, the GPU would idle between launches
             self.flushed.zero_()
             started.record()
             call()
@@ -135,10 +135,10 @@ def peak_gradients(call: Step, arguments: Arguments) -> float | None:
 def measure(case: Case, mode: str, arguments: Arguments, clock: Clock) -> Row:
     steps: dict[str, Step] = {}
     for name, operators in peers_of(case).items():
-        own = arguments
+        copied = arguments
         if name == "liger":  # overwrites the logits with their gradient
-            own = replace(own, input=own.input.detach().clone().requires_grad_())
-        steps[name] = step(operators, case, own, mode)
+            copied = replace(copied, input=copied.input.detach().clone().requires_grad_())
+        steps[name] = step(operators, case, copied, mode)
     small = case.elements < SMALL
     if not small:
         steps["copy"] = cases.copy_step(case, mode, arguments.input.device.type)
@@ -177,7 +177,7 @@ def measured_on(device: str) -> Found:
 
 
 def run(wanted: Sequence[Case], device: str, seconds: float, file: Path) -> None:
-    """Measures the cases, and saves after each one, so that a failure loses no results."""
+    """Measures the cases, and saves the results after each one, in case of a later failure."""
     until, clock = time.perf_counter() + seconds, Clock(device)
     found = {**measured_on(device), "benchmarks": [], "memory": [], "left_out": []}
     for case in wanted:
@@ -188,9 +188,10 @@ def run(wanted: Sequence[Case], device: str, seconds: float, file: Path) -> None
             arguments = cases.draw(case, device)
             cases.assert_correct(case, arguments)
             for mode in MODES if case.headline else MODES[1:]:
-                made = measure(case, mode, arguments, clock)
-                found["benchmarks"].append({"extra_info": asdict(made)})
-                print(f"{made.case}, {mode}: {made.peers['torch'].pyfused_ms:.4g} ms", flush=True)
+                result = measure(case, mode, arguments, clock)
+                found["benchmarks"].append({"extra_info": asdict(result)})
+                ms = result.peers["torch"].pyfused_ms
+                print(f"{result.case}, {mode}: {ms:.4g} ms", flush=True)
         except Exception as error:  # continue with the other cases
             found["left_out"].append(f"{case.name}: {type(error).__name__}: {error}"[:500])
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -204,11 +205,13 @@ def gpu(options: Namespace) -> None:
 class Table:
     """A table in a file, which is rewritten with every new row."""
 
-    def __init__(self, options: Namespace, words: str, columns: Sequence[str], names: int) -> None:
+    def __init__(
+        self, options: Namespace, description: str, columns: Sequence[str], names: int
+    ) -> None:
         self.device = "cpu" if options.trial else "cuda"
         self.file: Path = options.file
         self.until = time.perf_counter() + options.seconds
-        self.head = f"{machine(measured_on(self.device))}. {words}"
+        self.head = f"{machine(measured_on(self.device))}. {description}"
         self.columns, self.names = columns, names
         self.rows: list[list[str]] = []
         self.errors = 0
@@ -266,7 +269,7 @@ def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
     least = launch.warp_size() if name == "threads" else 1
     value = max(least, int(getattr(choice, name) * factor))
     choice = choice._replace(**{name: min(value, 1024) if name == "threads" else value})
-    return choice._replace(whole_row=choice.block >= classes)  # else two passes
+    return choice._replace(whole_row=choice.block >= classes)
 
 
 @contextlib.contextmanager
@@ -276,7 +279,7 @@ def choosing(
     """Replaces the launch choices of all kernels in this context.
 
     Args:
-        plans: The cache of plans, which hold the choices; filled when the context is first used.
+        plans: The cache of plans, which hold the choices. The first call in the context fills it.
         change: Returns the replacement of a choice, given the choice and the number of classes.
     """
     from pyfused.backends import triton
@@ -313,7 +316,7 @@ def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) 
             for ours, right in zip(got, expected, strict=True):
                 cases.assert_close(ours, right, ours.dtype)
             variants[neighbour] = variant
-        except Exception as error:  # out of resources or wrong results: reported in the table
+        except Exception as error:  # out of resources, or wrong results: reported in the table
             cells[neighbour] = type(error).__name__
     timer = clock.timer(step(pyfused.functional, case, arguments), small=False)
 
@@ -331,8 +334,9 @@ def measure_choice(case: Case, arguments: Arguments, clock: Clock, rounds: int) 
 
 
 def gpu_launch(options: Namespace) -> None:
-    words = "Time of a neighbour divided by that of the choice: above 1 the choice is faster."
-    table = Table(options, words, ["case", "rows x block, threads", "ms", *NEIGHBOURS], names=2)
+    description = "Time of a neighbour / time of the choice: above 1, the choice is faster."
+    columns = ["case", "rows x block, threads", "ms", *NEIGHBOURS]
+    table = Table(options, description, columns, names=2)
     clock, rounds = Clock(table.device), 3 if options.trial else ROUNDS
 
     def row_of(case: Case) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Times typical uses on a GPU: one kernel of each family, calls of all sizes, host time, a language
 model's head, and a training step.
 
-Each command writes its table after every row, so that a failure loses no results.
+Each command writes its table after every row, in case of a later failure.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FAMILIES = (
     Case("log_softmax", (256, 1000)),
     Case("gelu", (700, 600)),
 )
-SMOKE_CALLS = 3  # Triton launches the first call, and a prepared launch the others
+SMOKE_CALLS = 3  # the first call uses Triton's launcher, later calls a prepared launch
 
 
 def smoke_row(name: str, call: Step, check: Callable[[Any], None]) -> list[str]:
@@ -88,8 +88,8 @@ def norm_error(result: Tensor, expected: Tensor) -> float:
 
 def gpu_smoke(options: Namespace) -> None:
     description = (
-        "Forward and backward, compared with torch: seconds on the host of the first call, with "
-        "compilation, and microseconds of the third."
+        "Forward and backward, compared with torch: host time of the first call in seconds, "
+        "including compilation, and of the third call in microseconds."
     )
     table = Table(options, description, ["case", "", "first, s", "third, us"], names=2)
     for case in FAMILIES[:2] if options.trial else FAMILIES:
@@ -131,7 +131,7 @@ MIN_SPEEDUP = 0.95  # a smaller difference is noise
 
 
 def size_rows(op: str, clock: Clock, device: str, rounds: int) -> list[list[str]]:
-    with mock.patch.object(sizes, "FORCED", "every size"):  # kernels for small calls, too
+    with mock.patch.object(sizes, "FORCED", "every size"):  # also small calls run kernels
         times = [times_of(op, elements, clock, device, rounds) for elements in SIZES]
     speedups = [median(of_torch) / median(of_pyfused) for of_torch, of_pyfused in times]
     slower = [size for size, speedup in zip(SIZES, speedups, strict=True) if speedup < MIN_SPEEDUP]
@@ -143,8 +143,8 @@ def size_rows(op: str, clock: Clock, device: str, rounds: int) -> list[list[str]
 
 def gpu_sizes(options: Namespace) -> None:
     description = (
-        "Forward and backward in float32, call after call: microseconds of the smallest call, the "
-        "size from which the kernel is faster, and torch's time divided by pyfused's for each size"
+        "Forward and backward in float32, in a loop: microseconds of the smallest call, the size "
+        "from which the kernel is faster, and torch's time divided by pyfused's for each size."
     )
     columns = ["operator", "pyfused", "torch", "faster from"]
     columns += [f"2^{size.bit_length() - 1}" for size in SIZES]
@@ -160,7 +160,7 @@ HOST_CALLS = 50  # their launches fit into the GPU's queue
 
 
 def host_rows(op: str, device: str, rounds: int) -> list[list[str]]:
-    """Times the host alone: the kernels of small calls take the GPU less time."""
+    """Times the host: in small calls, kernels take less time than launching them."""
     case = Case(op, shape_of(op, 4 * CLASSES))
     arguments = cases.draw(case, device)
 
@@ -183,7 +183,7 @@ def host_rows(op: str, device: str, rounds: int) -> list[list[str]]:
 
 
 def gpu_host(options: Namespace) -> None:
-    description = "Microseconds of the host, forward and backward of 4,000 elements."
+    description = "Host time in microseconds, forward and backward of 4,000 elements."
     if not options.trial:
         host_us, gb_per_s = tune_gpu()
         description += f" `python -m pyfused tune` measures {host_us} us and {gb_per_s} GB/s."
@@ -226,11 +226,11 @@ def error_of(step: Step, expected: tuple[Tensor, ...] | None) -> str:
     """Runs an implementation; returns its error or difference from torch, "" if it is correct."""
     try:
         results: Any = step()
-    except Exception as error:  # another package's, or the memory is too small
+    except Exception as error:  # an error of another package, or out of memory
         return f"{type(error).__name__}: {error}".splitlines()[0][:120]
     for pair in zip(results, expected or (), strict=expected is not None):
         if not (error := norm_error(*pair)) <= MAX_NORM_ERROR:
-            return f"differs by {error:.3f} of the norm"
+            return f"relative error of the norm: {error:.3f}"
     return ""
 
 
@@ -267,7 +267,7 @@ LOSSES = ("cross-entropy", "log-probabilities", "KL divergence")
 
 
 def gpu_heads(options: Namespace) -> None:
-    description = "bfloat16, forward and backward. GiB is the peak of what a call allocates."
+    description = "bfloat16, forward and backward. GiB: peak of the memory that a call allocates."
     columns = ["tokens, features, classes", "loss", "", "ms", "GiB", "time / products"]
     table = Table(options, description, [*columns, "times as fast as torch"], names=3)
     clock, rounds = Clock(table.device), 3 if options.trial else 7

@@ -36,20 +36,20 @@ Variant = Callable[[], tuple[Tensor, Tensor]]  # returns the loss and the gradie
 
 
 @triton.jit
-def hidden(x):
-    """Returns x behind an optimisation barrier, so that no float32 copy is kept in registers."""
+def optimisation_barrier(x):
+    """Returns x; the compiler then keeps no float32 copy of x in registers."""
     return tl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
     )
 
 
 @triton.jit
-def half_kept_kernel(
+def half_row_kernel(
     logits, target, parts, grad, n, classes, KEPT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A persistent kernel that keeps the first KEPT classes of a row in registers, in their dtype.
 
-    Only the other classes are read twice. For sm_90 and bfloat16, 65,536 kept classes and 512
+    It reads only the other classes twice. For sm_90 and bfloat16, 65,536 kept classes and 512
     threads take 124 registers without spills (Triton 3.7.1; not run on a GPU).
     """
     classes = multiple(classes, 16)
@@ -59,9 +59,9 @@ def half_kept_kernel(
         start = tl.cast(row, tl.int64) * classes
         label = tl.load(target + row)
         target_logit = tl.load(logits + start + label).to(tl.float32)
-        x = hidden(tl.load(logits + start + kept))
+        x = optimisation_barrier(tl.load(logits + start + kept))
         maximum = tl.max(x.to(tl.float32), 0)
-        x = hidden(x)
+        x = optimisation_barrier(x)
         total = tl.sum(tl.exp2((x.to(tl.float32) - finite_or_zero(maximum)) * LOG2E), 0)
         totals = tl.zeros([BLOCK], tl.float32)
         for first in range(KEPT, classes, BLOCK):
@@ -84,12 +84,12 @@ def half_kept_kernel(
             y = tl.load(logits + start + c, mask=c < classes, other=0.0, eviction_policy=DROP)
             gradient = tl.exp2((y.to(tl.float32) - maximum) * LOG2E) * factor
             tl.store(grad + start + c, gradient, mask=c < classes, eviction_policy=DROP)
-        x = hidden(x)
+        x = optimisation_barrier(x)
         gradient = tl.exp2((x.to(tl.float32) - maximum) * LOG2E) * factor
         tl.store(grad + start + kept, gradient, eviction_policy=DROP)
         tl.debug_barrier()
-        of_target = tl.exp2((target_logit - maximum) * LOG2E) * factor - 1.0 / n
-        tl.store(grad + start + label, of_target)
+        target_gradient = tl.exp2((target_logit - maximum) * LOG2E) * factor - 1.0 / n
+        tl.store(grad + start + label, target_gradient)
     tl.store(parts + tl.program_id(0), value)
 
 
@@ -97,7 +97,7 @@ def half_kept_kernel(
 def long_row_kernel(
     logits, target, parts, grad, n, classes, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):
-    """A persistent kernel that reads rows twice, the second time backwards, to hit L2."""
+    """A persistent kernel that reads rows twice, the second time in reverse order, to hit L2."""
     classes = multiple(classes, 16)
     value = 0.0
     for row in range(tl.program_id(0), n, tl.num_programs(0)):
@@ -139,13 +139,13 @@ def launched(
     return parts.sum(), grad
 
 
-def shipped(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> Variant:
+def current(x: Tensor, target: Tensor, choice: launch.Choice | None = None) -> Variant:
     """Returns the current kernels, optionally with other block sizes and warps."""
     from pyfused.backends import triton as backend
 
     options = CrossEntropyOptions(-100, "mean", denominator=float(len(x)))
     outputs = Outputs(True, (True, False))
-    with choosing({}, lambda shipped, _: choice or shipped):
+    with choosing({}, lambda default, _: choice or default):
         tensors = x, target, None, None, None
         prepared = backend.cross_entropy(tensors, options, outputs)
 
@@ -160,28 +160,28 @@ def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, 
     """Returns the current kernels, and the variants for this number of classes."""
     classes = x.shape[1]
     sms = 3 if trial else torch.cuda.get_device_properties(x.device).multi_processor_count
-    variants: dict[str, Variant] = {"shipped": shipped(x, target)}
+    variants: dict[str, Variant] = {"current": current(x, target)}
     if classes <= 32_768:
         block = launch.power_of_2(classes)
         for stages, name in ((1, "one program per row"), (2, "1 row ahead"), (3, "2 rows ahead")):
             choice = launch.Choice(1, block, min(512, max(32, block // 32)), stages=stages)
-            variants[name] = shipped(x, target, choice)
+            variants[name] = current(x, target, choice)
         return variants
     if classes % 16:
         return variants
     for threads, block in ((1024, 16_384), (1024, 32_768)):
         choice = launch.Choice(1, block, threads, whole_row=False)
-        variants[f"shipped, {threads} threads, {block} classes"] = shipped(x, target, choice)
+        variants[f"current, {threads} threads, {block} classes"] = current(x, target, choice)
     for programs, stages in ((sms, 1), (sms, 3), (sms * 3 // 4, 3), (sms // 2, 3)):
         options = {"BLOCK": 16_384, "STAGES": stages, "num_warps": 16}
         variants[f"{programs} programs, {stages} stages"] = partial(
             launched, long_row_kernel, x, target, programs, **options
         )
     if not trial:  # the interpreter does not support inline PTX
-        # 64 registers of each thread
+        # Keeps the classes in 64 registers of each thread.
         options = {"KEPT": 65_536, "BLOCK": 8192, "num_warps": 16}
         variants["half of a row in registers"] = partial(
-            launched, half_kept_kernel, x, target, sms, **options
+            launched, half_row_kernel, x, target, sms, **options
         )
     return variants
 
@@ -192,7 +192,7 @@ def cross_entropy_variants(x: Tensor, target: Tensor, trial: bool) -> dict[str, 
 def evaluate(
     case: Case, arguments: Arguments, plans: dict[Any, Any], vectors: int = 1, threads: int = 256
 ) -> Any:
-    """Evaluates a call with other tiles of the kernels; `plans` is its cache of plans."""
+    """Evaluates a call whose kernels have other tile sizes; `plans` is its cache of plans."""
 
     def other_tile(choice: launch.Choice, _: int) -> launch.Choice:
         return choice._replace(block=8 * vectors * threads, threads=threads)
@@ -203,7 +203,7 @@ def evaluate(
 
 def pointwise_variants(case: Case, arguments: Arguments) -> dict[str, Variant]:
     changes: dict[str, dict[str, int]] = {
-        "shipped": {},
+        "current": {},
         "2 vectors, 128 threads": {"vectors": 2, "threads": 128},
         "2 vectors": {"vectors": 2},
     }
@@ -243,25 +243,25 @@ def compared(
         cases.assert_close(result.float(), reference, BF16)
     clock = LongClock(table.device)
     copy = cases.copy_step(case, cases.TRAINING, table.device)
-    calls: list[Any] = [variants["shipped"], copy, variant]
+    calls: list[Any] = [variants["current"], copy, variant]
     timers = [clock.timer(call, small=False) for call in calls]
     if name == SHORT_SLEEP:
         timers[-1] = Clock(table.device).timer(variant, small=False)
     interleaved(timers, 1, WARM_UP)
-    of_shipped, of_copy, times = interleaved(timers, rounds, 1)
-    relative = spread(ratios(times, of_shipped)), spread(ratios(of_copy, times))
+    current_times, copy_times, times = interleaved(timers, rounds, 1)
+    relative = spread(ratios(times, current_times)), spread(ratios(copy_times, times))
     return [[case.name, name, f"{median(times):.4g}", *relative]]
 
 
-SHORT_SLEEP = "shipped, the GPU sleeps for 1 ms"
+SHORT_SLEEP = "current, the GPU sleeps for 1 ms"
 
 
 def gpu_variants(options: Namespace) -> None:
     description = (
-        "Forward and backward. Time of a variant divided by that of the shipped kernel: below 1 "
-        f"the variant is faster. The host limits a call for which '{SHORT_SLEEP}' is slower."
+        "Forward and backward. Time of a variant / time of the current kernel: below 1, the "
+        f"variant is faster. If '{SHORT_SLEEP}' is slower, the call is bound by the host."
     )
-    columns = ["case", "variant", "ms", "variant / shipped", "share of a copy"]
+    columns = ["case", "variant", "ms", "variant / current", "share of a copy"]
     table, rounds = Table(options, description, columns, names=2), 3 if options.trial else ROUNDS
     for case in cases.chosen(TINY if options.trial else CASES, options.k):
         arguments = cases.draw(case, table.device)
@@ -271,7 +271,7 @@ def gpu_variants(options: Namespace) -> None:
             variants = cross_entropy_variants(logits, *arguments.others, options.trial)
         else:
             variants = pointwise_variants(case, arguments)
-            variants[SHORT_SLEEP] = variants["shipped"]
+            variants[SHORT_SLEEP] = variants["current"]
         for name in variants:
             rows = partial(compared, case, name, variants, expected, table, rounds)
             table.add(f"{case.name}: {name}", rows)

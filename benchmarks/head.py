@@ -1,7 +1,7 @@
 """Times a language model's head and loss: bare matrix products, torch and pyfused.
 
-Forward and backward are timed interleaved in one process, including allocating and freeing outputs.
-Peak memory excludes arguments and results.
+Times include forward and backward and the allocation of outputs; calls are interleaved in one
+process. Peak memory excludes arguments and results.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import pyfused.memory
 
 # (tokens, features, classes)
 CASES = ((1024, 512, 32_000), (2048, 256, 128_256))
-CLASSES = (32_000, 64_000, 128_000)  # with 1024 tokens of 256 features
+CLASSES = (32_000, 64_000, 128_000)  # for 1024 tokens of 256 features
 ROUNDS = 5
 
 
 def peak_growth(call: Callable[[Any], object], argument: Callable[[], Any] = lambda: None) -> int:
-    """Returns the bytes by which the second of two calls raises this process's peak memory."""
+    """Returns by how many bytes the second of two calls raises the peak memory of this process."""
     call(argument())
     gc.collect()
     pyfused.memory.release()  # reused memory would not be counted
@@ -55,15 +55,15 @@ def status(key: str) -> int:
 def check(case: HeadCase) -> None:
     """Raises an error if gradients differ from torch's."""
     for steps in case.implementations().values():
-        _, by_torch, *others = (step for name, step in steps.items() if "ignored" not in name)
+        _, reference, *others = (step for name, step in steps.items() if "ignored" not in name)
         for step in others:
-            check_gradients(step(), by_torch())
+            check_gradients(step(), reference())
 
 
-def check_gradients(gradients: tuple[Tensor, ...], of_torch: tuple[Tensor, ...]) -> None:
-    for got, expected in zip(gradients, of_torch, strict=True):
-        atol = 1e-5 * float(expected.abs().max())
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=atol)
+def check_gradients(gradients: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for gradient, reference in zip(gradients, expected, strict=True):
+        atol = 1e-5 * float(reference.abs().max())
+        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=atol)
 
 
 def peak(loss: str, implementation: str, shape: tuple[int, ...]) -> int:
@@ -79,7 +79,8 @@ def measure(shape: tuple[int, ...]) -> list[list[str]]:
     check(case)
     rows = []
     for loss, steps in case.implementations().items():
-        products, of_torch, *_ = all_times = interleaved(timers_of([*steps.values()]), ROUNDS, 1)
+        all_times = interleaved(timers_of([*steps.values()]), ROUNDS, 1)
+        products, torch_times, *_ = all_times
         rows += [
             [
                 f"({', '.join(map(str, shape))})",
@@ -87,7 +88,7 @@ def measure(shape: tuple[int, ...]) -> list[list[str]]:
                 name,
                 f"{median(times):.0f} ms",
                 spread(ratios(times, products)),
-                spread(ratios(of_torch, times)),
+                spread(ratios(torch_times, times)),
                 "" if times is products else f"{peak(loss, name, shape) / case.logits:.2f}",
             ]
             for name, times in zip(steps, all_times, strict=True)
@@ -168,7 +169,7 @@ def filter_eps(options: Namespace) -> None:
         unfiltered, *all_times = interleaved(timers_of(steps), rounds=7, calls=1)
         for threshold, gradients, times in zip(thresholds[1:], filtered, all_times, strict=True):
             pairs = zip(gradients, exact, strict=True)
-            errors = [f"{(x - right).abs().max() / right.abs().max():.1e}" for x, right in pairs]
+            errors = [f"{(x - y).abs().max() / y.abs().max():.1e}" for x, y in pairs]
             rows.append([name, f"{threshold:.1e}", spread(ratios(times, unfiltered)), *errors])
     columns = ["logits", "filter_eps", "time", "error of the input's gradient", "of the weight's"]
     print(tabulated(columns, rows, names=1))

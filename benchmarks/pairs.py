@@ -1,7 +1,7 @@
 """Compares two implementations: a revision and the working tree, or torch and pyfused.
 
 Implements run.py's commands compare, busy, allocators, compiled, overhead and formulas.
-Implementations that cannot share a process run in worker processes, which are timed in turn.
+Implementations that cannot share a process run in worker processes, which take turns.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def work(folder: Path, library: str) -> None:
             call = prepared(known[name], mode)
             time.sleep(HANDOVER_SECONDS)
             print(cases.timed(call, calls), flush=True)
-        else:  # whether the library supports the case
+        else:  # asks whether the library supports the case
             print(json.dumps(name in known), flush=True)
 
 
@@ -213,8 +213,8 @@ def allocators(options: Namespace) -> None:
 # Operations on the input before the operator: the description and the function.
 BEFORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "": lambda x: x,
-    ", behind x / 2 + 1 / 4": lambda x: x * 0.5 + 0.25,
-    ", made float32": torch.Tensor.float,
+    ", after x / 2 + 1 / 4": lambda x: x * 0.5 + 0.25,
+    ", cast to float32": torch.Tensor.float,
 }
 
 
@@ -228,7 +228,7 @@ def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.T
 def compiled(options: Namespace) -> None:
     """Times programs with torch's and with pyfused's operators, both under torch.compile.
 
-    Where COMPILED in dispatch/sizes.py leaves a call to Inductor, both are the same. Inductor
+    If COMPILED in dispatch/sizes.py leaves a call to Inductor, both programs are the same. Inductor
     cannot fuse a custom operator with preceding arithmetic or casts.
     """
     cases.settle_allocator()
@@ -254,7 +254,7 @@ def compiled(options: Namespace) -> None:
 
 
 def overhead(options: Namespace) -> None:
-    """Prints the overhead of calls of 80 elements over torch."""
+    """Prints how much longer calls of 80 elements take than torch's."""
     torch.set_num_threads(1)
     rows = []
     for op in (op for op in OPS if any(part in op for part in options.k)):
@@ -289,7 +289,7 @@ def formulas(options: Namespace) -> None:
     """Compares the formulas of `examples/formulas.py` with eager and compiled torch.
 
     Some are also compared with hand-written kernels. Small tensors, which fit into cache, run on
-    one thread; large tensors run on all.
+    one thread; large tensors run on all threads.
     """
     sys.path.append(str(ROOT / "examples"))
     from formulas import FORMULAS, HAND_WRITTEN
@@ -302,7 +302,7 @@ def formulas(options: Namespace) -> None:
             if any(part in name for part in options.k):
                 rows.append([name, *of_formula(formula, name, elements, options.seconds)])
         names = [f"{elements:,}, {count} threads", "torch, ms", "formula, ms", "ratio"]
-        names += ["torch.compile / formula", "by hand, ms", "of that"]
+        names += ["torch.compile / formula", "by hand, ms", "formula / by hand"]
         print(tabulated(names, rows, names=1))
 
 
@@ -318,7 +318,7 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
         return each.mean() if formula.op.loss else each
 
     by_hand = getattr(pyfused.functional, name, None) if formula.op.loss else None
-    torch.compiler.reset()  # else the second size would compile with dynamic shapes
+    torch.compiler.reset()  # otherwise the second size would compile with dynamic shapes
     functions = [unfused, formula, torch.compile(unfused)]
     if by_hand is not None:
         functions.append(partial(by_hand, reduction="mean"))

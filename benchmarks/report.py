@@ -1,6 +1,6 @@
 """Writes tables and plots from the results of pytest-benchmark, the GPU suite and allocators.
 
-They are written to benchmarks/results/<machine>; tables of headline cases also to pages of docs/.
+The output folder is benchmarks/results/<machine>. Tables of headline cases also go to docs/.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     finish_ratios(axes)
-    # The chart is tall, so the axis and the legend are also, or only, at the top.
+    # The chart is tall, so there is another axis at the top, and the legend is at the top.
     axes.tick_params(axis="x", top=True, labeltop=True)
     above = {"loc": "lower center", "bbox_to_anchor": (0.3, 1), "borderaxespad": 1.8}
     axes.legend(**above, ncols=len(peers), frameon=False)

@@ -105,7 +105,7 @@ def environment(out: Path) -> dict[str, str]:
 
 
 def steps(out: Path) -> list[Step]:
-    """Returns the steps, the most valuable first, because later ones may not fit into the time."""
+    """Returns the steps, the most valuable first, because the time limit may skip later ones."""
     sys.path.append(str(ROOT / "tests"))
     from shared import SHARED
 
@@ -194,7 +194,7 @@ def targets(found: dict[str, Any]) -> list[str]:
     # softmax and softcap also return a tensor of the input's size.
     losses = [row for row in large if row["op"] not in ("softmax", "softcap")]
     peaks = [row["peak_gradients"] for row in losses if row["peak_gradients"] is not None]
-    peak = f"{max(peaks):.2f} (to reach: 1)" if peaks else "not measured"
+    peak = f"{max(peaks):.2f} (target: 1)" if peaks else "not measured"
     lines.append(f"- peak memory beyond the inputs, in gradients: {peak}")
     return [*lines, *(f"- left out: {case}" for case in found["left_out"])]
 
@@ -202,7 +202,7 @@ def targets(found: dict[str, Any]) -> list[str]:
 def gpu_check(options: argparse.Namespace) -> None:
     """Builds, tests and times the Triton kernels on this machine's GPU.
 
-    Needs no network, but torch, Triton, setuptools and a C++ compiler, and for tests TEST_PACKAGES.
+    Needs torch, Triton, setuptools, a C++ compiler, and for tests TEST_PACKAGES, but no network.
     Each step writes its results when it ends. If a step other than the build fails, the others run.
     """
     if reason := without_gpu():
@@ -222,7 +222,7 @@ def gpu_check(options: argparse.Namespace) -> None:
         summary = ["# gpu-check", "", *results]
         if (out / "gpu.json").exists():
             found = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
-            summary += ["", "## To reach", "", *targets(found)]
+            summary += ["", "## Targets", "", *targets(found)]
         (out / "summary.md").write_text("\n".join(summary) + "\n", encoding="utf-8")
         if step.needed and not result.startswith("passed"):
             break

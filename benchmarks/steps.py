@@ -1,7 +1,7 @@
 """Times whole training steps: torch, torch.compile, and each way to use pyfused.
 
-Each way runs in a process of its own, which takes turns with a process that uses torch alone. With
---cpu, the CPU time on one thread is measured, which other load on the machine affects little.
+Each way runs in its own process, which takes turns with a process that only uses torch. With --cpu,
+the CPU time on one thread is measured, which other load on the machine hardly affects.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Case(NamedTuple):
 
     Attributes:
         shape: The model's sizes, and the batch on a CPU and on a GPU.
-        dtype: float32, or bfloat16 for autocast; ``weights`` says that the weights are bfloat16.
+        dtype: float32, or bfloat16 for autocast; with ``weights``, the weights are bfloat16.
     """
 
     name: str
@@ -212,14 +212,14 @@ TRIAL = (
 )
 
 
-# ---- one way, in a process of its own ------------------------------------------------------------
+# ---- one way, in its own process -----------------------------------------------------------------
 
 
 def work(trial: bool, index: int, way: str, cpu: bool) -> None:
     """Reads a number of training steps per line, and prints their time in seconds.
 
-    The word "loss" prints the last loss, "peak" the peak memory since the first step, in bytes:
-    model, optimizer and step, without the libraries.
+    For the line "loss", it prints the last loss; for "peak", the peak memory in bytes of model,
+    optimizer and steps, without the libraries.
     """
     case = (TRIAL if trial else CASES)[index]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,7 +232,7 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
     model.linear = way == "linear_cross_entropy"
     if way == "convert":
         pyfused.convert(model, head="head" if isinstance(model.head, nn.Linear) else None)
-    # SGD for weights in bfloat16, whose AdamW would need more memory than the model.
+    # SGD for bfloat16 weights, because AdamW would need more memory than the model.
     optimizer = (
         torch.optim.SGD(model.parameters(), lr=1e-3)
         if case.weights

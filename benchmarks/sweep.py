@@ -1,4 +1,4 @@
-"""Searches for calls that are slower than torch's, with random shapes and the smallest shapes."""
+"""Searches for calls that are slower than torch's, with random shapes and with small shapes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drawn_and_checked(case: Case) -> cases.Arguments:
     return arguments
 
 
-def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
+def timers_of_both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
     """Returns a timer of torch's operator, and one of pyfused's."""
     arguments, operators = drawn_and_checked(case), (cases.TORCH, pyfused.functional)
     if how == PATCHED:
@@ -47,19 +47,19 @@ def both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer]:
         (theirs,) = cases.timers_of([cases.step(cases.TORCH, case, arguments, mode)])
         return [theirs, partial(timed_patched, ours)]
     if how == COMPILED:
-        torch._dynamo.reset()  # else the second shape would compile with dynamic shapes
+        torch._dynamo.reset()  # otherwise the second shape would compile with dynamic shapes
         operators = tuple(map(cases.Compiled, operators))
     return cases.timers_of([cases.step(each, case, arguments, mode) for each in operators])
 
 
-def taken_by(case: Case, mode: str, how: str) -> str:
-    """Returns what an eager call runs: "torch" or "a kernel"."""
+def backend_of(case: Case, mode: str, how: str) -> str:
+    """Returns "torch" or "a kernel", whichever an eager call runs, or COMPILED."""
     if how == COMPILED:
         return COMPILED
     arguments = drawn_and_checked(case)
     leaf = arguments.input.detach().requires_grad_(mode == cases.TRAINING)
-    said = pyfused.explain(case.op, leaf, *arguments.others, **arguments.options)
-    return "torch" if said.backend == "torch" else "a kernel"
+    explanation = pyfused.explain(case.op, leaf, *arguments.others, **arguments.options)
+    return "torch" if explanation.backend == "torch" else "a kernel"
 
 
 def timed_patched(step: cases.Step, calls: int) -> float:
@@ -119,7 +119,7 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
 
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Yields the smallest calls that run kernels, because they benefit least."""
+    """Yields the smallest calls that run kernels, which benefit least."""
     for second, elements in enumerate(limits(OPERATORS[op], True, dtype)):
         if elements == 0 or elements >= NEVER:
             continue
@@ -132,7 +132,7 @@ def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def slower(times: cases.Times, margin: float) -> bool:
-    """Returns whether pyfused is slower: in quartiles and minima, and by more than ALLOWED."""
+    """Returns whether pyfused is slower by quartiles and by minima, and by more than ALLOWED."""
     theirs, ours = (min(each) for each in times)
     return ratios(*times)[2] < margin and ours > max(theirs / margin, theirs + ALLOWED)
 
@@ -154,7 +154,7 @@ def sweep(options: Namespace) -> None:
         for mode in cases.MODES
         for threads in options.threads
     ]
-    draw.shuffle(points)  # so that a noisy minute does not affect a single operator
+    draw.shuffle(points)  # spreads the effect of a noisy minute over all operators
     found = []
     until = time.perf_counter() + options.minutes * 60
     for case, mode, threads in track(points, "Measuring", transient=True):
@@ -163,27 +163,27 @@ def sweep(options: Namespace) -> None:
             break
         torch.set_num_threads(threads)
         try:
-            timers = both(case, mode, how)
+            timers = timers_of_both(case, mode, how)
             times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
         except NotImplementedError:  # torch lacks the operator for this dtype
             continue
-        found.append((case, mode, threads, times, taken_by(case, mode, how)))
+        found.append((case, mode, threads, times, backend_of(case, mode, how)))
     found.sort(key=lambda each: ratios(*each[3])[1])
     rows = [
         [
-            *(case.name, mode, str(threads), who, *cells(times)),
+            *(case.name, mode, str(threads), backend, *cells(times)),
             f"{min(times[0]) / min(times[1]):.2f}",
         ]
-        for case, mode, threads, times, who in found
+        for case, mode, threads, times, backend in found
         if slower(times, options.margin)
     ]
-    names = ["case", "mode", "threads", "taken by", "torch, ms", "pyfused, ms"]
-    print(tabulated([*names, "ratio", "of minima"], rows, names=2))
-    for taker in dict.fromkeys(who for *_, who in found):
-        taken = [times for *_, times, who in found if who == taker]
-        counts = [sum(slower(times, margin) for times in taken) for margin in (0.95, 0.85)]
+    names = ["case", "mode", "threads", "run by", "torch, ms", "pyfused, ms"]
+    print(tabulated([*names, "ratio", "ratio of minima"], rows, names=2))
+    for name in dict.fromkeys(backend for *_, backend in found):
+        all_times = [times for *_, times, backend in found if backend == name]
+        counts = [sum(slower(times, margin) for times in all_times) for margin in (0.95, 0.85)]
         print(
-            f"taken by {taker}: {len(taken)} calls, of which {counts[0]} are slower than torch's "
+            f"run by {name}: {len(all_times)} calls, of which {counts[0]} are slower than torch's "
             f"by 5 % beyond the spread, and {counts[1]} by 15 %"
         )
     sys.exit(bool(rows))

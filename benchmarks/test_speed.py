@@ -26,7 +26,7 @@ PEERS: dict[str, Any] = (
     {"torch, THP": TORCH} if HUGE_PAGES else {"torch": TORCH, "torch.compile": cases.Compiled()}
 )
 SECONDS = 1.5
-# In a virtual machine, the host may have to allocate memory, too, when it is first touched.
+# In a virtual machine, the host may also have to allocate memory when it is first touched.
 WARM_UP = 5
 
 
@@ -56,7 +56,7 @@ def test_speed(
     arguments = checked(case)
     ours = step(pyfused.functional, case, arguments, mode)
     peers = {name: step(operators, case, arguments, mode) for name, operators in PEERS.items()}
-    if case.op == "multilabel_margin_loss":  # compares all pairs of classes: 15 seconds a call
+    if case.op == "multilabel_margin_loss":  # compares all pairs of classes: 15 seconds per call
         peers.pop("torch.compile", None)
     if case.traffic(mode) and not HUGE_PAGES:
         peers["copy"] = cases.copy_step(case, mode)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import pyfused.functional
 
-# A quarter of the teacher's width; the embedding, which is tied to the head, has it, too.
+# A quarter of the teacher's width; also of the embedding, which is tied to the head.
 WIDTH = gpt.WIDTH // 4
 BETA, TEMPERATURE = 0.5, 2.0
 TEACHER_STEPS, STEPS = 40, 20

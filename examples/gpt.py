@@ -41,7 +41,7 @@ IMPLEMENTATIONS = {
     "pyfused, linear": "pyfused.functional",
 }
 
-# Training amplifies rounding errors: torch's own loss computed in float64 differs as much. A small
+# Training amplifies rounding errors: torch's loss computed in float64 differs as much. A small
 # learning rate keeps the difference below the tolerance.
 TOLERANCE = 1e-3
 
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--tokens", type=Path, help="cache the tokenised text in this file")
     parser.add_argument(
-        "--worker", action="store_true", help="take a step for each line read, print it as JSON"
+        "--worker", action="store_true", help="run a step for each line read, print it as JSON"
     )
     arguments = parser.parse_args()
     if arguments.worker:

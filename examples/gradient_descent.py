@@ -2,11 +2,12 @@
 
     python examples/gradient_descent.py    seconds
 
-For some losses, the weight is the prediction, and the target is 0. For others, it is a logit, to
-which the model or the loss applies a sigmoid (exp for Poisson's), and one target in five is 1, the
-others 0. The table lists all losses, and the plot shows eight of them. If the slope of a loss is
-constant, steps do not shrink near the target. If a step overshoots to where the sigmoid is flat,
-the gradient of the squared error vanishes; the gradient of cross-entropy does not."""
+For some losses, the weight is the prediction, and the target is 0. For others, the weight is a
+logit, to which the model or the loss applies a sigmoid (Poisson: exp), and one target in five is 1,
+the others 0. The table lists all losses, and the plot shows eight of them. If the slope of a loss
+is constant, steps do not shrink near the target. If a step overshoots to where the sigmoid is flat,
+the gradient of the squared error vanishes; the gradient of cross-entropy does not.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def by_pyfused(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, 
     return found.log_probability, found.entropy
 
 
-WAYS: dict[str, LogProbs] = {"torch": by_torch, "pyfused": by_pyfused}
+IMPLEMENTATIONS: dict[str, LogProbs] = {"torch": by_torch, "pyfused": by_pyfused}
 
 
 class Policy(nn.Module):
@@ -117,7 +117,7 @@ def run(steps: int) -> tuple[dict[str, list[float]], list[float]]:
     """Returns the losses of each implementation, and the mean reward of each step."""
     torch.manual_seed(0)
     policy, generator = Policy(), torch.Generator().manual_seed(0)
-    learners = {name: Learner(policy, log_probs) for name, log_probs in WAYS.items()}
+    learners = {name: Learner(policy, log_probs) for name, log_probs in IMPLEMENTATIONS.items()}
     losses: dict[str, list[float]] = {name: [] for name in learners}
     rewards = []
     for _ in range(steps):
@@ -143,7 +143,7 @@ def main() -> None:
     print(f"reward {first:.3f} at the start, {last:.3f} at the end")
     require_equal(*losses.values(), TOLERANCE)
     if not last > first:
-        sys.exit("the policy has not become better")
+        sys.exit("the reward has not increased")
 
 
 if __name__ == "__main__":

@@ -48,18 +48,18 @@ def torch_divergence(x: Tensor, w: Tensor, _: Tensor, y: Tensor, v: Tensor) -> T
 
 
 def log_probs(x: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor:
-    found = pyfused.functional.log_probs(F.linear(x, w), target, return_entropy=True)
-    return -(found.log_probability + 0.01 * found.entropy).mean()
+    results = pyfused.functional.log_probs(F.linear(x, w), target, return_entropy=True)
+    return -(results.log_probability + 0.01 * results.entropy).mean()
 
 
 def linear_log_probs(x: Tensor, w: Tensor, target: Tensor, *_: Tensor) -> Tensor:
-    found = pyfused.functional.linear_log_probs(x, w, target, return_entropy=True)
-    return -(found.log_probability + 0.01 * found.entropy).mean()
+    results = pyfused.functional.linear_log_probs(x, w, target, return_entropy=True)
+    return -(results.log_probability + 0.01 * results.entropy).mean()
 
 
-# The implementations of each loss. They take the input and the weight of the head, the targets, and
-# the input and the weight of the teacher's head.
-WAYS: dict[str, tuple[Head, Head, Head]] = {
+# The implementations of each loss, in the order of NAMES. They take the input and the weight of the
+# head, the targets, and the input and the weight of the teacher's head.
+LOSSES: dict[str, tuple[Head, Head, Head]] = {
     "cross-entropy": (
         lambda x, w, target, *_: F.cross_entropy(F.linear(x, w), target),
         lambda x, w, target, *_: pyfused.functional.cross_entropy(F.linear(x, w), target),
@@ -75,13 +75,13 @@ WAYS: dict[str, tuple[Head, Head, Head]] = {
 
 
 @dataclasses.dataclass
-class Measured:
+class Measurement:
     value: float
     ms: float
-    mib: float | None  # without the arguments, with the gradients
+    mib: float | None  # peak memory, including the gradients but not the arguments
 
 
-def work(loss: str, way: int) -> None:
+def work(loss: str, implementation: int) -> None:
     """Computes the loss and its gradients for each line read, and prints time and memory."""
     torch.manual_seed(0)
     x, w = torch.randn(TOKENS, FEATURES), torch.randn(CLASSES, FEATURES) / FEATURES**0.5
@@ -91,44 +91,43 @@ def work(loss: str, way: int) -> None:
     before = resident_memory()
     for _ in sys.stdin:
         started = time.perf_counter()
-        value = WAYS[loss][way](x, w, target, y, v)
+        value = LOSSES[loss][implementation](x, w, target, y, v)
         torch.autograd.grad(value, (x, w))
-        taken, peak = 1e3 * (time.perf_counter() - started), peak_memory()
+        ms, peak = 1e3 * (time.perf_counter() - started), peak_memory()
         mib = None if before is None or peak is None else peak - before
-        measured = Measured(value.item(), taken, mib)
-        print(json.dumps(dataclasses.asdict(measured)), flush=True)
+        print(json.dumps(dataclasses.asdict(Measurement(value.item(), ms, mib))), flush=True)
 
 
-def measure(loss: str, rounds: int) -> dict[str, list[Measured]]:
+def measure(loss: str, rounds: int) -> dict[str, list[Measurement]]:
     """Returns the measurements of each implementation, after a warm-up round."""
     pipe = subprocess.PIPE
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, "--worker", loss, str(way)],
+            [sys.executable, __file__, "--worker", loss, str(implementation)],
             stdin=pipe,
             stdout=pipe,
             text=True,
             bufsize=1,
         )
-        for way in range(len(NAMES))
+        for implementation in range(len(NAMES))
     ]
-    taken: list[list[Measured]] = [[] for _ in workers]
+    measurements: list[list[Measurement]] = [[] for _ in workers]
     for _ in range(rounds + 1):
-        # One at a time, in turn, so that other load affects all of them alike.
-        for worker, measured in zip(workers, taken, strict=True):
+        # Workers take turns, so other load affects all of them alike.
+        for worker, results in zip(workers, measurements, strict=True):
             assert worker.stdin is not None
             assert worker.stdout is not None
             worker.stdin.write("step\n")
             answer = worker.stdout.readline()
             if not answer:
                 sys.exit(f"{loss}: a worker stopped: see its error above")
-            measured.append(Measured(**json.loads(answer)))
+            results.append(Measurement(**json.loads(answer)))
     for worker in workers:
         worker.communicate()
-    return {name: measured[1:] for name, measured in zip(NAMES, taken, strict=True)}
+    return {name: results[1:] for name, results in zip(NAMES, measurements, strict=True)}
 
 
-def draw(found: dict[str, dict[str, list[Measured]]]) -> Figure:
+def draw(results: dict[str, dict[str, list[Measurement]]]) -> Figure:
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     figure.suptitle(
         f"A head of {CLASSES:,} classes and its loss, {TOKENS:,} tokens of {FEATURES} features, "
@@ -138,15 +137,20 @@ def draw(found: dict[str, dict[str, list[Measured]]]) -> Figure:
         "ms": "Milliseconds, medians and quartiles (ratio: torch / pyfused)",
         "mib": "Peak memory, MiB (ratio: torch / pyfused)",
     }
-    known = all(taken.mib is not None for ways in found.values() for [taken, *_] in ways.values())
-    panels = figure.subplots(1, 1 + known, squeeze=False)[0]
+    has_memory = all(
+        measurements[0].mib is not None
+        for by_name in results.values()
+        for measurements in by_name.values()
+    )
+    panels = figure.subplots(1, 1 + has_memory, squeeze=False)[0]
     for axes, (field, title) in zip(panels, titles.items(), strict=False):
+        first = 0 if field == "ms" else -1  # the peak memory includes earlier rounds
         groups = {
             loss: {
-                name: [getattr(taken, field) for taken in (way if field == "ms" else way[-1:])]
-                for name, way in ways.items()
+                name: [getattr(measurement, field) for measurement in measurements[first:]]
+                for name, measurements in by_name.items()
             }
-            for loss, ways in found.items()
+            for loss, by_name in results.items()
         }
         draw_bars(axes, groups)
         axes.set_title(title)
@@ -168,23 +172,23 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        loss, way = arguments.worker
-        work(loss, int(way))
+        loss, implementation = arguments.worker
+        work(loss, int(implementation))
         return
 
-    found = {}
-    for loss in WAYS:
-        found[loss] = measure(loss, arguments.rounds)
+    results = {}
+    for loss in LOSSES:
+        results[loss] = measure(loss, arguments.rounds)
         print(f"{loss}, forward and backward:")
-        expected = found[loss]["torch"][0].value
-        for name, way in found[loss].items():
-            milliseconds, mib = statistics.median(taken.ms for taken in way), way[-1].mib
+        expected = results[loss]["torch"][0].value
+        for name, measurements in results[loss].items():
+            ms, mib = statistics.median(x.ms for x in measurements), measurements[-1].mib
             memory = "" if mib is None else f", peak memory {mib:5,.0f} MiB"
-            print(f"  {name:<22} {milliseconds:6.0f} ms{memory}", flush=True)
-            if not abs(way[0].value - expected) <= TOLERANCE * abs(expected):
-                sys.exit(f"{loss}: expected torch's value, {expected}, got {way[0].value}")
+            print(f"  {name:<22} {ms:6.0f} ms{memory}", flush=True)
+            if not abs(measurements[0].value - expected) <= TOLERANCE * abs(expected):
+                sys.exit(f"{loss}: expected torch's value, {expected}, got {measurements[0].value}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(found).savefig(arguments.output, dpi=150)
+    draw(results).savefig(arguments.output, dpi=150)
     print(f"drawn in {arguments.output}")
 
 

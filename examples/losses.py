@@ -1,4 +1,4 @@
-"""Train small models with several losses, on data for which the choice of the loss matters.
+"""Train small models with several losses, on data for which the choice of loss matters.
 
     python examples/losses.py
     python examples/losses.py --quick

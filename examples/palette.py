@@ -1,4 +1,4 @@
-"""The colours of all pictures: an implementation has the same colour everywhere.
+"""The colours of all plots. An implementation has the same colour in each plot.
 
 Each colour has a contrast of about 3 or more to white and to black, and the first five are
 distinguishable with colour blindness (adapted from Okabe and Ito).

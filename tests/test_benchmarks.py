@@ -35,7 +35,7 @@ def test_wrong_results_are_not_timed() -> None:
 def test_a_sweep_times_torch_and_the_kernels(how: str, kernel_calls: KernelCalls) -> None:
     case = Case("sigmoid", (1 << 22,))
     sweep.drawn_and_checked(case)
-    theirs, ours = sweep.both(case, cases.FORWARD, how)
+    theirs, ours = sweep.timers_of_both(case, cases.FORWARD, how)
     kernel_calls.clear()
     theirs(1)
     assert not kernel_calls

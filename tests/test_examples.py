@@ -167,13 +167,10 @@ def test_implementations_of_a_head_agree(
 ) -> None:
     pytest.importorskip("matplotlib")
     hidden, weight, teacher = torch.randn(12, 8), torch.randn(50, 8), torch.randn(12, 8)
-    given = hidden.requires_grad_(), weight.requires_grad_(), torch.randint(50, (12,))
-    first, *others = (
-        (value, *torch.autograd.grad(value, given[:2]))
-        for value in (
-            way(*given, teacher, torch.ones(50, 8)) for way in example("heads").WAYS[loss]
-        )
-    )
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    arguments = *leaves, torch.randint(50, (12,)), teacher, torch.ones(50, 8)
+    values = [implementation(*arguments) for implementation in example("heads").LOSSES[loss]]
+    expected, *others = [(value, *torch.autograd.grad(value, leaves)) for value in values]
     for results in others:
-        torch.testing.assert_close(results, first)
+        torch.testing.assert_close(results, expected)
     assert kernel_calls.total() >= 2

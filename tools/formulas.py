@@ -57,7 +57,7 @@ CPP = {
     "sigmoid": "sigmoid({},)",
     "softplus": "softplus({},)",
     "pow": "pow_of({}, {},)",
-    "minimum": "{1} < {0} ? {1} : {0}",  # propagates NaN of the first operand
+    "minimum": "{1} < {0} ? {1} : {0}",  # returns NaN if the first operand is NaN
     "maximum": "{1} > {0} ? {1} : {0}",
     "where": "{} ? {} : {}",
     "lt": "{} < {}",
@@ -128,7 +128,7 @@ class Struct:
             if self.is_leaf(e, index):
                 return self.member(e, index)
             if index not in names:
-                # Compute both values of a conditional first, so that the loop has no branches.
+                # Compute both values of a conditional first, to keep branches out of the loop.
                 values = arguments[1:] if op == "where" else ()
                 operands = [named(a) if a in values else text(a) for a in arguments]
                 value = expression(self.template(e, index), operands)

@@ -4,7 +4,7 @@ Wheels are cross-compiled with the Clang of the package ziglang, which includes 
 libraries of every platform. A wheel needs the headers of its Python, but not the interpreter. Only
 bindings.cpp includes Python.h, so the kernels are compiled once for each platform. The versions of
 Python and of platforms, and the tests, are read from [tool.cibuildwheel] in pyproject.toml, which
-.github/workflows/wheels.yml uses, too.
+.github/workflows/wheels.yml also uses.
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ DECLARED = r"PyAPI_(?:FUNC|DATA)\(.*?\)\s*(\w+)"
 def headers(python: str) -> Path | None:
     """Returns a folder with the headers of a Python such as cp314t, None if they are missing.
 
-    The headers of Linux are used for macOS and all CPUs; only CPython's own sources depend on the
-    differences.
+    macOS and all CPUs use the headers of Linux; the differences only affect CPython's own sources.
     """
     folder = BUILD / "headers" / python
     version = python.removesuffix("t").replace("cp3", "3.")

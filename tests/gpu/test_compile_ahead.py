@@ -100,7 +100,7 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     [
         (32_000, "2 rows ahead", "row"),
         (128_256, "132 programs, 3 stages", "long_row"),
-        (128_256, "half of a row in registers", "half_kept"),
+        (128_256, "half of a row in registers", "half_row"),
     ],
 )
 def test_variants_compile(
@@ -116,7 +116,7 @@ def test_variants_compile(
         cross_entropy_variants(x, target, trial=False)[name]()
     (variant,) = launched
     assert variant.name == f"{kernel}_kernel"
-    assert ("cp.async.cg" in variant.kernel.asm["ptx"]) is (kernel != "half_kept")
+    assert ("cp.async.cg" in variant.kernel.asm["ptx"]) is (kernel != "half_row")
     assert ahead.disassembled(variant.kernel)[2] == 0
 
 

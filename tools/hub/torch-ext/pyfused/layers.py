@@ -49,7 +49,7 @@ class SwiGLUMLP(nn.Module):
 
 
 class GeGLUMLP(nn.Module):
-    """The MLP of Gemma: the same with ``gelu(gate, approximate="tanh")``."""
+    """The MLP of Gemma: ``down_proj(gelu(gate_proj(x), approximate="tanh") * up_proj(x))``."""
 
     can_torch_compile = True
     gate_proj: nn.Module
