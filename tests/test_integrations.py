@@ -211,7 +211,7 @@ def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
 def test_logits_read_by_their_index_in_an_output() -> None:
     """Without logits, the next entry has another index, in torch and in tuple(output)."""
     model = pyfused.convert(language_model("Llama"))
-    for call in (model, torch.compile(model, backend="eager")):
+    for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
         output = call(**batch())
         assert (output.logits, output[0], output[:1]) == (None, output.loss, (output.loss,))
         for read in (lambda o: o[1], lambda o: o[:2], lambda o: (*o.to_tuple(),)):

@@ -347,8 +347,8 @@ class _Entries(tuple[Any, ...]):
         return (self[i] for i in range(len(self)))
 
 
-@torch_internals.run_while_tracing
 @cache
+@torch_internals.run_while_tracing
 def _without(kind: Any, removed: tuple[str, ...]) -> Any:
     """Returns a subclass of a transformers output whose logits are None, but keep their index."""
     if not removed:
