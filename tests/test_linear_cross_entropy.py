@@ -133,6 +133,24 @@ def test_bad_options_that_torch_lacks_in_calls_that_torch_computes(name: str) ->
             fused.linear_cross_entropy(*tensors, **{name: wrong})
 
 
+@pytest.mark.thresholds
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_small_call_equals_torchs_operators(reduction: str) -> None:
+    """Common calls, and those whose arguments need the definition's checks: an int is one."""
+    given, bias = HeadCase(), torch.randn(70, requires_grad=True)
+    leaves = given.input, given.head, bias
+    for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(70)}, {"ignore_index": 3}):
+        options = {"reduction": reduction, **options}
+        target = given.target.where(given.target >= 0, options.get("ignore_index", -100))
+        losses = [
+            F.cross_entropy(F.linear(*leaves), target, **options),
+            fused.linear_cross_entropy(*leaves[:2], target, linear_bias=bias, **options),
+            fused.linear_cross_entropy(*leaves[:2], target, linear_bias=bias, scale=1, **options),
+        ]
+        expected, *others = [(x, *torch.autograd.grad(x.sum(), leaves)) for x in losses]
+        assert all(x.equal(y) for found in others for x, y in zip(found, expected, strict=True))
+
+
 def test_as_many_rows_as_classes_with_more_dimensions() -> None:
     """Targets shaped like linear_weight without features are not mistaken for swapped arguments."""
     input, weight, target = torch.randn(3, 5), torch.randn(3, 2, 5), torch.randint(3, (3, 2))

@@ -247,6 +247,14 @@ def test_a_step_calls_few_python_functions(name: str) -> None:
 
 
 @pytest.mark.cpu
+@pytest.mark.thresholds
+def test_a_small_head_calls_few_python_functions() -> None:
+    x, bias = torch.randn(6, 5, requires_grad=True), torch.zeros(6)
+    call = functools.partial(fused.linear_cross_entropy, x, OTHER, CLASSES, linear_bias=bias)
+    assert python_calls(call) <= 11
+
+
+@pytest.mark.cpu
 @pytest.mark.slow
 def test_first_calls_do_not_import_the_compiler() -> None:
     """torch's Python definitions for meta tensors would import sympy, which takes 0.4 s."""

@@ -62,17 +62,17 @@ def run(
         return _run_compiled(op, tensors, numbers, case, inplace)  # type: ignore[no-any-return]
     reason: str | None = SMALL
     try:
-        if is_small(op, tensors, case):
-            if inplace:
-                op.prepare_inplace(tensors[0])
-            elif op.fast is not None:
-                return op.fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
-        else:
+        if not is_small(op, tensors, case):
             reason, kernel, floats = decide(op, tensors, numbers, case, inplace)
             if kernel is not None:
                 if inplace:
                     op.prepare_inplace(tensors[0])
                 return kernel(tensors, floats)  # type: ignore[no-any-return]
+        elif inplace:
+            op.prepare_inplace(tensors[0])
+        fast = op.fast_ if inplace else op.fast
+        if reason is SMALL and fast is not None:
+            return fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
         return fall_back(op, str(reason), tensors, numbers, case, inplace)  # type: ignore[no-any-return]
     except _ERRORS as error:
         invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
@@ -97,11 +97,8 @@ def fall_back(
     op: Operator, reason: str, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
 ) -> Any:
     """Returns an operator's result, from torch's operator, for a reason."""
-    fast = op.fast_ if inplace else op.fast
     if reason is not SMALL:
         report_fallback(op, tensors, reason)
-    elif fast is not None:
-        return fast(*tensors, *numbers, *case)
     function = op.torch_ if inplace else op.torch
     # The code of subclasses may call patched functions.
     if not TorchAlone.needed or has_torch_function((*tensors, *numbers)):

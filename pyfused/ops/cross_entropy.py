@@ -37,8 +37,8 @@ from pyfused.torch_internals import (
 from pyfused.types import CrossEntropyOptions
 
 # The defaults of the numbers that torch's function lacks, and their types.
-_DEFAULTS = CrossEntropyOptions().numbers()[:-2]
-_TYPES = frozenset(map(type, _DEFAULTS))
+DEFAULTS = CrossEntropyOptions().numbers()[:-2]
+TYPES = frozenset(map(type, DEFAULTS))
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -71,8 +71,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         number = REDUCTIONS.get(reduction)
         if (
             not token_weight is tensor is loss_dtype is None
-            or not _TYPES.issuperset(map(type, added))
-            or added != _DEFAULTS
+            or not TYPES.issuperset(map(type, added))
+            or added != DEFAULTS
             or with_metrics
             or number is None
             or type(target) is not Tensor

@@ -132,7 +132,7 @@ def linear_cross_entropy(
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         if True in [x.requires_grad for x in head[:3] if x is not None]:
             classes, index = len(linear_weight), options.ignore_index
-            input = _without_ignored_states(input, target, index, classes)
+            input = without_ignored_states(input, target, index, classes)
         checks.memory_budget(options.memory_budget)  # torch's function does not take these two
         checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
         return _linear_cross_entropy(
@@ -150,7 +150,7 @@ def linear_cross_entropy(
     return head_cross_entropy(head, options)
 
 
-def _without_ignored_states(
+def without_ignored_states(
     input: Tensor, target: Tensor, ignore_index: int, classes: int
 ) -> Tensor:
     """Fills inputs of ignored rows with 0, because NaN in them would reach the weight's gradient.

@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
-from pyfused.dispatch.operator import Arguments, Numbers, Tensors
-from pyfused.dispatch.run import is_compiled
+from pyfused.dispatch.operator import REDUCTIONS, Arguments, Numbers, Tensors
+from pyfused.dispatch.originals import F
+from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.run import fall_back, is_compiled
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
 from pyfused.ops.collectives import LocalShard
+from pyfused.ops.cross_entropy import DEFAULTS, TYPES
 from pyfused.ops.heads import (
     Block,
     HeadRows,
@@ -45,6 +49,7 @@ from pyfused.ops.row_state import (
     total_weight,
 )
 from pyfused.ops.shards import ShardedOperator
+from pyfused.torch_internals import built_in
 from pyfused.types import Choice, ClassRange, CrossEntropyOptions, Head, Outputs
 
 
@@ -56,6 +61,41 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     has_state = True
 
     case: tuple[Any, ...] = (Choice("options", of_torch=True),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.fast = self.compute_small
+        self.linear = built_in("linear", F.linear)
+        self.built_in_loss = built_in("cross_entropy_loss", F.cross_entropy)
+
+    def compute_small(self, *call: Any) -> Any:
+        """Returns the result of a small call, without the definition's checks in common cases."""
+        input, linear_weight, bias, adapter_weight, target, weight, *factors = call[:8]
+        *numbers, smoothing, filter_eps = call[8:16]
+        ignore_index, reduction, *others = call[16:]
+        added, number = (adapter_weight, *factors, *numbers, filter_eps), REDUCTIONS.get(reduction)
+        if (
+            not TYPES.issuperset(map(type, (smoothing, *added)))
+            or added != (None, None, None, *DEFAULTS, 0.0)
+            or others != [None, None, False, None]  # from memory_budget to torch's options
+            or number is None
+            or has_torch_function((input, linear_weight, bias, target, weight))
+            or not (input.is_cpu and linear_weight.is_cpu and target.dtype is torch.int64)
+            or not (input.dim() == 2 and target.shape == input.shape[:1])
+            or linear_weight.shape[1:] != input.shape[1:]
+            or not (bias is None or (bias.is_cpu and bias.shape == linear_weight.shape[:1]))
+        ):
+            return fall_back(self, SMALL, *self.split(call), False)
+        index = -100 if ignore_index is None else ignore_index
+        if (
+            input.requires_grad
+            or linear_weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
+            classes = linear_weight.shape[0]
+            input = definitions.without_ignored_states(input, target, index, classes)
+        logits = self.linear(input, linear_weight, bias)
+        return self.built_in_loss(logits, target, weight, number, index, smoothing)
 
     def compute_by_torch(self, *call: Any) -> Any:
         *operands, options = self.arguments_of(*self.split(call))
