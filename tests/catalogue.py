@@ -34,7 +34,7 @@ from samples import (
     values_of,
 )
 from torch import Tensor
-from torchs import parameters, torch_function
+from torch_reference import parameters, torch_function
 
 from pyfused import VocabShard
 from pyfused import functional as fused
@@ -76,12 +76,12 @@ class Call:
     seed: int = 0
 
     def __str__(self) -> str:
-        told = {n: repr(x) for n, x in self.given.items()}
+        texts = {n: repr(x) for n, x in self.given.items()}
         for name, x in self.given.items():
             if isinstance(x, Tensor) and x.numel() > 2:
                 grad = ", requires_grad" * x.requires_grad
-                told[name] = f"<{str(x.dtype)[6:]} {tuple(x.shape)}, strides {x.stride()}{grad}>"
-        return f"{self.op.name}({', '.join(f'{name}={x}' for name, x in told.items())})"
+                texts[name] = f"<{str(x.dtype)[6:]} {tuple(x.shape)}, strides {x.stride()}{grad}>"
+        return f"{self.op.name}({', '.join(f'{name}={x}' for name, x in texts.items())})"
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -197,9 +197,9 @@ class Example:
 
 
 def examples(op: Operator) -> Iterator[Example]:
-    """Returns the calls of the contract tests, at least one for each reduction, operand and option.
+    """Yields the calls of the contract tests, at least one for each reduction, operand and option.
 
-    The last one combines compatible options; test_fuzz.py tries other combinations.
+    The last call combines compatible options; test_fuzz.py tries other combinations.
     """
     every = options(op)
     values = {
@@ -230,8 +230,8 @@ def examples(op: Operator) -> Iterator[Example]:
             yield Example(op, "none_of_all", {"reduction": "none"}, (*optional,))
     for name in values:
         for value in values[name][name in required :]:
-            told = "tensor" if isinstance(value, Tensor) else str(value).removeprefix("torch.")
-            yield Example(op, f"{name}={told}", base | {name: value})
+            text = "tensor" if isinstance(value, Tensor) else str(value).removeprefix("torch.")
+            yield Example(op, f"{name}={text}", base | {name: value})
     together = {name: found[0] for name, found in values.items() if name not in ALONE and found}
     if isinstance(op, OF_CLASSES):
         together.pop("gamma", None)  # incompatible with label_smoothing
@@ -245,7 +245,7 @@ ALONE = ("dtype", "filter_eps", "inplace", "loss_dtype", "remainder", "with_metr
 
 
 def overwrites(op: Operator) -> bool:
-    """Returns whether a result overwrites the input. (test_inplace.py tests gradients that do.)"""
+    """Returns whether a result overwrites the input; test_inplace.py tests gradients that do."""
     return isinstance(op, Activation) and op.torch_ is not op.torch
 
 
@@ -264,8 +264,8 @@ def tried(op: Operator, name: str, default: Any) -> list[Any]:
 _CALLED = [op for op in OPERATORS.values() if hasattr(fused, op.name)]
 EXAMPLES = {example.id: example for op in _CALLED for example in examples(op)}
 # A few calls of each operator: plain, with probabilities, and with all options. Interpreted
-# kernels are slow, and operators of a family differ only in the formula, whose values are compared
-# in all examples. So there one operator of each family goes through the rest of the contract.
+# kernels are slow, and operators of a family differ only in the formula, whose values all examples
+# compare. In the interpreter, only one operator of each family runs the rest of the contract.
 FAMILIES = {(type(op), getattr(op, "saves", "")): op for op in reversed(OPERATORS.values())}
 _OPERATORS = FAMILIES if interpreter.ON and not grid.FULL else OPERATORS
 TRIED = {n: e for n, e in EXAMPLES.items() if e.op in _OPERATORS.values()}
@@ -332,7 +332,7 @@ def random_call(
         given.pop("denominator", None)
     if given.get("negative_slope") == 0.0:
         given["negative_slope"] = -0.5
-        given.pop("inplace", None)  # torch lacks it, too
+        given.pop("inplace", None)  # torch also lacks it
     if isinstance(op, OF_CLASSES):
         found = of_classes(rng, elements, op, given)
     elif isinstance(op, Divergence):
@@ -485,7 +485,7 @@ def of_elements(rng: Random, elements: int, op: Operator, given: dict[str, Any])
 # ---- torch's functions, and definitions of functions that torch lacks ----------------------------
 
 
-class Torchs:
+class TorchFunctional:
     """torch.nn.functional, with definitions of functions that torch lacks."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -494,4 +494,4 @@ class Torchs:
         return torch_function(OPERATORS[name.removesuffix("_with_metrics")], name)
 
 
-TORCH = Torchs()
+TORCH = TorchFunctional()

@@ -26,7 +26,7 @@ ERRORS = (IndexError, RuntimeError, TypeError, ValueError)
 
 
 def check_call(call: Call, function: Callable[..., Any] | None = None) -> None:
-    """Compares values, gradients and dtypes with torch, or expects an error if torch raises one."""
+    """Compares values, gradients and dtypes with torch; if torch raises, expects an error."""
     function = function or ours
     try:
         native = natively(call)
@@ -56,11 +56,11 @@ def check_call(call: Call, function: Callable[..., Any] | None = None) -> None:
 
 
 def tolerances(call: Call, native: list[Tensor]) -> list[float]:
-    """Returns the absolute error allowed for each result, besides two roundings.
+    """Returns the absolute error allowed for each result, in addition to two roundings.
 
     This is a multiple of torch's float32 error, the largest of four calls, scaled to the kernel's
-    precision. In float64, torch's sums have errors, too, as have matrix products in any dtype.
-    Where all terms cancel, for example with one class, a rounding of each term remains.
+    precision. torch's sums in float64 and matrix products in any dtype also have errors. If all
+    terms cancel, for example with one class, a rounding error of each term remains.
     """
     linear = call.op.is_linear
     few = 64 if linear or precision(call) < EPS else 4
@@ -72,7 +72,7 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
         lost = [
             error * max(1, terms / max(x.numel(), 1)) for error, x in zip(lost, native, strict=True)
         ]
-    if isinstance(call.op, Divergence):  # rows in which both agree leave a rounding error
+    if isinstance(call.op, Divergence):  # equal rows leave a rounding error
         first, lost[0] = next(iter(call.given.values())), EPS
         if call.given.get("reduction") == "sum":
             lost[0] *= max(1, first.numel() // max(1, first.shape[call.given.get("dim", -1)]))

@@ -1,4 +1,4 @@
-"""Runs operators, and compares results with torch's and with exact ones."""
+"""Runs operators, and compares their results with torch's and with exact results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def like_argument(argument: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 def evaluate(
     operator: Operator, *args: Any, convert: Callable[[Tensor], Tensor] = lambda x: x, **kwargs: Any
 ) -> Outcome:
-    """Returns the value, and gradients for a random grad_output that is the same in every call."""
+    """Returns the value, and the gradients for a grad_output with fixed random values."""
     args = tuple(like_argument(a, convert) for a in args)
     kwargs = {name: like_argument(a, convert) for name, a in kwargs.items()}
     leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]

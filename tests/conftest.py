@@ -47,13 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="every combination of parameters, and what takes minutes, gigabytes or a build",
+        help="run all combinations of parameters, and tests that take minutes, gigabytes or builds",
     )
 
     parser.addoption(
         "--slow",
         action="store_true",
-        help="what starts processes, builds packages or runs examples, too; --full implies it",
+        help="also run tests that start processes, build packages or run examples; in --full",
     )
 
 
@@ -63,10 +63,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if compiled and formulas.exists() and f" = {compiled}u;" not in formulas.read_text("utf-8"):
         changed = "csrc/formulas.inc has changed since the kernels were compiled"
         raise pytest.UsageError(f"{changed}: run make build")
-    config.addinivalue_line("markers", "thresholds: small inputs go to torch, as they do for users")
-    config.addinivalue_line("markers", "interpreted: of a family, on interpreted kernels too")
-    config.addinivalue_line("markers", "cpu: what only the C++ kernels do, or torch on CPUs")
-    config.addinivalue_line("markers", "large: minutes or gigabytes; run with --full")
+    config.addinivalue_line("markers", "thresholds: small inputs run torch's operators, as usual")
+    config.addinivalue_line("markers", "interpreted: tests of a family that also run interpreted")
+    config.addinivalue_line("markers", "cpu: tests of the C++ kernels, or of torch on CPUs")
+    config.addinivalue_line("markers", "large: tests that need minutes or gigabytes; see --full")
     if interpreter.ON:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
     grid.FULL = config.getoption("full")
@@ -151,7 +151,7 @@ BY_NAME = (
 
 
 class KernelCalls(Counter[str]):
-    """Counts the calls of each kernel; separate backward kernels have names of their own."""
+    """Counts the calls of each kernel; separate backward kernels have their own names."""
 
     def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ OTHERS = sorted(
 
 
 def use_small_tiles() -> None:
-    """Chooses small tiles, so that small tensors have several tiles, and 65 classes two passes."""
+    """Chooses small tiles: small tensors have several tiles, and 65 classes need two passes."""
     from pyfused.backends import triton as backend
     from pyfused.kernels import launch
 

@@ -45,7 +45,7 @@ def names() -> list[str]:
 
 
 def sizes_of(known: Any) -> dict[str, Any]:
-    """Returns the arguments of a configuration like this one, and of the configurations in it."""
+    """Returns the arguments of a configuration like this one, and of its inner configurations."""
     given = {key: value for key, value in SIZES.items() if hasattr(known, key)}
     parts = {key: getattr(known, key, None) for key in known.sub_configs}
     return given | {key: sizes_of(part) for key, part in parts.items() if part is not None}

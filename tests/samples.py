@@ -1,11 +1,11 @@
 """Describes every operator for the tests: values of options, domains of operands, closed forms.
 
 `SAMPLES` has a row for each pointwise loss and activation, `OPTIONS` the values of each option.
-The examples of the contract, random calls and the tests of the families are drawn from here.
+The contract's examples, the random calls and the tests of the families use these values.
 A closed form computes the value of each element and the gradient of each operand in NumPy's long
 double. Operators that torch has, and gated activations, need none: they are compared with torch in
-float64. A new operator is included automatically. If its declaration does not suffice, an error
-says what to add: operands of a new family to `operands`, values of a new option to `OPTIONS`.
+float64. New operators are included automatically. If a declaration does not suffice, an error
+states what to add: operands of a new family to `operands`, or values of a new option to `OPTIONS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from compare import DEVICE, Extended, extended
 from torch import Tensor
-from torchs import parameters, torch_function
+from torch_reference import parameters, torch_function
 
 from pyfused import checks
 from pyfused import functional as fused
@@ -46,12 +46,12 @@ class Sample:
     """An operator's definition, and the parameters to test.
 
     Attributes:
-        tried: Parameters; by default, those of the declaration, and others.
-        rounds: Whether results are rounded; if not, they have torch's bits.
-        cancels: Whether a result may be a small difference of terms of the input's size, or of 1.
-        heavy: Whether one element, and its rounding error, may dominate all others.
-        large: The factor for large values for which torch's exponential stays finite.
-        special: Special values, of which all pairs are tried.
+        tried: The parameters to test; by default, the declared defaults and others.
+        rounds: Whether results are rounded; if not, they are bitwise equal to torch's.
+        cancels: Whether a result may be a small difference of terms as large as the input, or 1.
+        heavy: Whether one element and its rounding error may dominate all others.
+        large: The factor of large inputs; torch's exponential must stay finite.
+        special: Special values; all pairs of them are tested.
         beyond_float64: Whether the definition is more accurate than float64.
     """
 
@@ -297,7 +297,7 @@ def draw(
 
 
 def target_indices(shape: tuple[int, ...], ignored: bool = True) -> Tensor:
-    """Draws class indices for logits, of which every third is -100 if some are ignored."""
+    """Draws class indices for logits; every third is -100 if ``ignored``."""
     dim = min(len(shape) - 1, 1)
     target = torch.randint(shape[dim], (*shape[:dim], *shape[dim + 1 :]))
     if ignored and target.dim():
@@ -310,7 +310,7 @@ def target_probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 
 
 def labels(shape: Sequence[int]) -> Tensor:
-    """Draws class indices of each row of scores, a third of which are -1."""
+    """Draws class indices for rows of scores; a third of them are -1."""
     return torch.randint(max(shape[-1], 1), tuple(shape)).masked_fill(torch.rand(*shape) < 0.3, -1)
 
 

@@ -1,4 +1,4 @@
-"""Errors against a more exact reference are at most torch's own, plus one rounding.
+"""Errors against a more exact reference are at most torch's errors plus one rounding.
 
 `compare.Errors` computes this over the calls of a test. The reference is float64 for float32 and
 half precision, and NumPy's long double for float64. Inputs are standard normal, confident (logits
@@ -20,7 +20,7 @@ from conftest import ISAS, KernelCalls
 from grid import grid
 from samples import ACTIVATIONS, GATED, LOSSES, SAMPLES, Loss, target_indices, target_probabilities
 from torch import Tensor
-from torchs import torch_function
+from torch_reference import torch_function
 
 from pyfused import functional
 from pyfused.dispatch.operator import Operator

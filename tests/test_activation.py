@@ -15,7 +15,7 @@ from grid import grid
 from layouts import SAME_VALUES
 from samples import ACTIVATIONS, SAMPLES
 from torch import Tensor
-from torchs import torch_function
+from torch_reference import torch_function
 
 import pyfused
 from pyfused import functional as fused

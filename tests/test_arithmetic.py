@@ -34,7 +34,7 @@ BLOCK = 1 << 15
 
 @pytest.fixture(autouse=True)
 def fma_rounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds fma once, as a GPU does; interpreters before Triton 3.9 round the product, too."""
+    """Rounds fma once, as a GPU does; interpreters before Triton 3.9 also round the product."""
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> TensorHandle:
         exact = x.data.astype(np.float64) * y.data + z.data
@@ -96,7 +96,7 @@ CASES: dict[str, tuple[Any, Function, Function, float]] = {
     "exp near 0": (arithmetic.exp, torch.exp, lambda: uniform(-1, 1), 3),
     "log": (arithmetic.log, torch.log, lambda: sizes(1e-38, 1e38), 1.5),
     "log near 1": (arithmetic.log, torch.log, lambda: uniform(0.5, 2), 1.5),
-    "log beside 1": (arithmetic.log, torch.log, lambda: 1 + uniform(-1e-5, 1e-5), 1.5),
+    "log next to 1": (arithmetic.log, torch.log, lambda: 1 + uniform(-1e-5, 1e-5), 1.5),
     "log of subnormal": (arithmetic.log, torch.log, lambda: sizes(1e-44, 1e-38), 1.5),
     "log1p": (arithmetic.log1p, torch.log1p, lambda: uniform(-1, 1), 2),
     "log1p of large numbers": (arithmetic.log1p, torch.log1p, lambda: sizes(1, 1e38), 2),
@@ -205,7 +205,7 @@ def test_every_number_of_half_precision(name: str, dtype: torch.dtype) -> None:
 @half
 @pytest.mark.parametrize("name", ["softcap", "silu", "gelu", "gelu_tanh"])
 def test_every_slope_of_half_precision(name: str, dtype: torch.dtype) -> None:
-    """Checks derivatives likewise, except where terms cancel: a sum has the errors of two terms."""
+    """Checks derivatives in the same way, except where terms cancel and two errors add up."""
     x = every_number(dtype)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(IN_HALF[name](leaf).sum(), leaf)

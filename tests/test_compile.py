@@ -380,7 +380,7 @@ NONE: dict[str, Step] = {
     "another dtype": lambda f, x: f.l1_loss(x, TARGET.double()),
     "another shape": lambda f, x: f.margin_ranking_loss(x, TARGET[:, :1], TARGET.sign()),
     "a number": lambda f, x: f.gaussian_nll_loss(x, TARGET, 0.7),
-    "a tensor for a number": lambda f, x: f.huber_loss(x, TARGET, delta=torch.tensor(0.5)),
+    "a number in a tensor": lambda f, x: f.huber_loss(x, TARGET, delta=torch.tensor(0.5)),
     "no gradient": lambda f, x: f.mse_loss(x.detach(), TARGET) + x.sum(),
     "autocast": lambda f, x: torch.autocast("cpu", torch.bfloat16)(f.mse_loss)(x @ WEIGHTS, HALF),
 }
@@ -393,7 +393,7 @@ def test_calls_without_a_custom_operator(step: Step, graphs: Graphs) -> None:
 
 
 def test_a_small_composed_loss_uses_torchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results have the bits of torch's compiled function, also in half precision."""
+    """Results are bitwise equal to torch's compiled function, also in half precision."""
     monkeypatch.undo()  # restores the sizes of normal use
     ours, of_torch = (
         torch.compile(f.multilabel_soft_margin_loss, fullgraph=True, backend="aot_eager")

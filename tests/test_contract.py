@@ -1,6 +1,6 @@
 """The contract of every operator: values, dtypes, memory, empty inputs, plans, threads and modules.
 
-The tests make the calls that `catalogue.py` has for every declared operator.
+The tests run the calls that `catalogue.py` lists for every declared operator.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def test_explain_matches_the_path_of_the_call(example: Example, kernel_calls: Ke
     arguments = {name: x for name, x in call.given.items() if name != "with_metrics"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        said = pyfused.explain(call.op.name, **arguments)
+        explanation = pyfused.explain(call.op.name, **arguments)
     call.ours()
-    assert said.op == call.op.name
+    assert explanation.op == call.op.name
     if "inplace" not in call.given:  # a leaf cannot be overwritten
-        assert (said.backend == "torch") == (not kernel_calls.total())
+        assert (explanation.backend == "torch") == (not kernel_calls.total())
 
 
 @pytest.mark.thresholds
@@ -125,7 +125,7 @@ def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
 
 @grid(example=TRIED.values(), dtype=[torch.float32, torch.float64, *HALF])
 def test_autocast(example: Example, dtype: torch.dtype) -> None:
-    """Results have torch's dtypes, and errors at most torch's own plus roundings."""
+    """Results have torch's dtypes, and at most torch's errors plus roundings."""
     call = example.call(dtype)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = run(call, ours)
@@ -149,7 +149,7 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("op", sizes.LINEAR)
 def test_a_compiled_head_uses_the_kernels(op: str, kernel_calls: KernelCalls) -> None:
-    """Applies to GPUs, too: Inductor would materialise all logits."""
+    """Also applies to GPUs, because Inductor would materialise all logits."""
     call = EXAMPLES[op].call()
     step = call.of_first(Call.ours, bounded=False)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -1,6 +1,6 @@
 """The contract of every operator with autograd: retained, shared, hooked and differentiated graphs.
 
-The tests make the calls that `catalogue.py` has for every declared operator.
+The tests run the calls that `catalogue.py` lists for every declared operator.
 """
 
 from __future__ import annotations
@@ -199,9 +199,9 @@ def test_nan_in_rows_that_do_not_count(
 
 @every_operator
 def test_inference_tensors_among_the_arguments(example: Example) -> None:
-    """Autograd cannot save inference tensors: those that backward reads are copied.
+    """Autograd cannot save inference tensors, so calls copy the tensors that backward reads.
 
-    A call may raise if its definition in torch's operators raises, too.
+    A call may raise if its definition in torch's operators also raises.
     """
     call = example.call()
     first, *others = call.tensors
@@ -275,7 +275,7 @@ def test_modifying_an_argument_before_backward(example: Example, after: str) -> 
         except RuntimeError as error:
             assert CHANGED in str(error)  # noqa: PT017
         else:
-            close(got, expected, msg=lambda told, name=name: f"{name}: {told}")
+            close(got, expected, msg=lambda message, name=name: f"{name}: {message}")
 
 
 REDUCED = [
@@ -337,7 +337,7 @@ every_tensor_option = pytest.mark.parametrize(
 
 @pytest.mark.usefixtures("one_process")
 def test_a_shard_of_a_layer_with_an_adapter() -> None:
-    """The error names the argument, rather than an adapter being ignored."""
+    """The call raises an error that names the argument, instead of ignoring the adapter."""
     tensors = torch.randn(6, 5), torch.randn(7, 3), torch.arange(6)
     with pytest.raises(ValueError, match="adapter_weight: expected None with shard="):
         fused.linear_cross_entropy(*tensors, adapter_weight=torch.randn(7, 2), shard=VocabShard(0))
@@ -388,7 +388,7 @@ def test_saved_tensor_hooks_receive_options(option: str, example: Example) -> No
 
 @pytest.mark.parametrize("name", ["mse_loss", "cross_entropy", "linear_cross_entropy"])
 def test_saved_tensor_hooks_receive_gradients_of_the_forward_pass(name: str) -> None:
-    """Offloading moves them, too; the graph holds no other memory."""
+    """Offloading also moves these gradients; the graph holds no other memory."""
     call = EXAMPLES[name].call()
     leaves = [*call.leaves.values()]
     expected, taken = torch.autograd.grad(call.ours(), leaves), list[Tensor]()
@@ -529,7 +529,7 @@ def assert_alike(compute: Callable[[Function], Any]) -> None:
         expected = compute(of_torch)
     except RuntimeError as error:
         known = "implemented", "not support", "vmap"
-        assert any(told in str(error) for told in known)  # noqa: PT017
+        assert any(words in str(error) for words in known)  # noqa: PT017
         with pytest.raises(RuntimeError, match=r"implemented|not support|vmap"):
             compute(ours)
     else:

@@ -1,8 +1,8 @@
 """The contract of every operator with torch's kinds of tensors, modes, transforms and tracers.
 
-Calls that kernels do not support give torch's results or errors. Where torch must see a call, a
-kernel that works on raw memory would silently bake a constant into a graph, or read invalid memory.
-The tests make the calls that `catalogue.py` has for every declared operator.
+Calls that kernels do not support give torch's results or errors. If torch has to see a call, a
+kernel, which works on raw memory, would bake a constant into a graph or read invalid memory.
+The tests run the calls that `catalogue.py` lists for every declared operator.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_parameters_use_the_kernels(example: Example, kernel_calls: KernelCalls)
 
 
 class Marked(Tensor):
-    """A subclass that propagates through torch's operators, as by default."""
+    """A subclass that propagates through torch's operators, the default."""
 
 
 # A subclass with the name of torch's DTensor, for which sharding is checked.

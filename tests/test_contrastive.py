@@ -23,7 +23,7 @@ every_kind = pytest.mark.parametrize("has_bias", KINDS, ids=["softmax", "sigmoid
 
 
 def given(has_bias: bool, dtype: torch.dtype = torch.float32, n: int = N) -> list[Tensor]:
-    """Returns embeddings, of which some pairs are alike; the scale; and the bias, if any."""
+    """Returns embeddings, some pairs of which are similar, the scale, and the bias if any."""
     a = torch.randn(n, D)
     b = torch.where(torch.arange(n)[:, None] % 3 == 0, a, torch.randn(n, D))
     numbers = [torch.tensor(3.0), torch.tensor([-1.5])][: 1 + has_bias]
@@ -33,7 +33,7 @@ def given(has_bias: bool, dtype: torch.dtype = torch.float32, n: int = N) -> lis
 
 @pytest.mark.parametrize("n", [1, 17])
 def test_a_block_of_one_row(n: int, kernel_calls: KernelCalls) -> None:
-    """The transposed block of a single row has the same layout, but memory of its own."""
+    """The transposed block of a single row has the same layout, but its own memory."""
     arguments = given(False, torch.float64, n)
     call = partial(fused.contrastive_loss, memory_budget=1)  # blocks of 16 rows
     got, expected = evaluate(call, *arguments), evaluate(contrastive_loss, *arguments)
@@ -65,7 +65,7 @@ def test_autocast_rounds_the_embeddings(has_bias: bool) -> None:
 
 @pytest.mark.cpu
 def test_matrix_products() -> None:
-    """The logits are computed once, unless several blocks of them need the softmax of all."""
+    """The logits are computed once, or twice if several blocks need the softmax of all."""
     for has_bias in KINDS:
         arguments = given(has_bias)
         with products() as found:

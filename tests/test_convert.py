@@ -193,7 +193,7 @@ def test_options_without_a_language_model() -> None:
 
 
 def test_linear_layers_that_may_be_heads() -> None:
-    """They have many outputs that no layer takes: the last, or one for each embedded token."""
+    """A possible head is the last layer, or has one output for each embedded token."""
     layers = {
         "tokens": nn.Embedding(9000, 8),
         "tied": nn.Linear(8, 9000),

@@ -1,7 +1,6 @@
-"""A converted head gives the same results as before, whatever a model's forward does with its
-logits.
+"""A converted head does not change results, whatever a model's forward does with its logits.
 
-`python tests/test_converted_heads.py 5000` compares as many randomly drawn forwards.
+`python tests/test_converted_heads.py 5000` compares 5000 random forwards.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def disturb(model: Any, hidden: Tensor, kind: str) -> None:
 class Drawn(nn.Module):
     """A model with random forwards: views, in-place changes, reads, and losses of its logits.
 
-    Most of its calls run the same one.
+    Most calls run the same forward.
     """
 
     def __init__(self, seed: int) -> None:
@@ -441,7 +440,7 @@ def compare_call(plain: Drawn, model: Drawn, seed: int) -> str:
     assert type(error) is type(expected_error), where
     if error is not None:
         return "error"
-    assert is_fused(model), where  # its own check has passed
+    assert is_fused(model), where  # the model's comparison with torch has passed
     coarse = found[0] or any(p.dtype is torch.float32 for p in model.parameters())
     rtol, atol = (0.05, 0.02) if found[0] else (1e-3, 1e-4) if coarse else (1e-4, 1e-5)
     for ours, theirs in zip(found[1] + found[2], expected[1] + expected[2], strict=True):
@@ -788,7 +787,7 @@ def test_several_threads_call_one_model(losses: list[Tensor]) -> None:
 
 
 def test_logits_that_outlive_the_forward_are_computed() -> None:
-    """They have the values of the forward, even after a step of the optimiser."""
+    """They keep the values of the forward, even after a step of the optimiser."""
 
     def keep(model: Any, logits: Tensor) -> Tensor:
         model.last = logits[:, :3]
@@ -825,11 +824,11 @@ def test_a_call_keeps_no_references() -> None:
         gc.enable()
 
 
-# ---- what the first call did not show ------------------------------------------------------------
+# ---- calls that differ from the first call -------------------------------------------------------
 
 
 class Unusual(Model):
-    """A model whose forward returns what ``change`` computes, or its loss in a usual call."""
+    """A model whose forward returns the result of ``change``, or in a usual call its loss."""
 
     usual = False
 
@@ -964,12 +963,12 @@ LATE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     ),
 }
 CHANGED, IN_CPP = r"stay the same .* got one changed in place", r"got one\. Call pyfused.revert"
-# Functions of a model, its logits and targets, and the error in a call whose first calls had none:
-# "" if the results are torch's, None if they may not be.
-UNSHOWN: dict[str, tuple[Callable[..., Any], str | None]] = {
+# Forwards, and the error if the first calls ran another forward: "" if there is no error and the
+# results equal torch's, None if the results may differ.
+UNUSUAL: dict[str, tuple[Callable[..., Any], str | None]] = {
     "hidden": (changed(lambda model: model.hidden.mul_(2)), CHANGED),
     "weight": (changed(lambda model: model.head.weight.mul_(2)), CHANGED),
-    # These changes have no version.
+    # These changes do not increment a version counter.
     "hidden.data": (changed(lambda model: model.hidden.data.mul_(1.001)), None),
     "weight.data": (changed(lambda model: model.head.weight.data.mul_(0.999)), None),
     "numpy": (changed(lambda model: model.hidden.detach().numpy().fill(0)), None),
@@ -986,10 +985,10 @@ UNSHOWN: dict[str, tuple[Callable[..., Any], str | None]] = {
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-@pytest.mark.parametrize("name", UNSHOWN)
-def test_what_the_first_call_did_not_show(name: str) -> None:
-    """If the first calls show it, their results are torch's. A later call's are, too, or raise."""
-    change, error = UNSHOWN[name]
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_calls(name: str) -> None:
+    """Results equal torch's if all calls are unusual; if only a later one is, it may raise."""
+    change, error = UNUSUAL[name]
     plain, model = Unusual(change), pyfused.convert(Unusual(change), head="head")
     for _ in range(3):
         torch.testing.assert_close(model(X, TARGET), plain(X, TARGET))
@@ -1009,7 +1008,7 @@ def test_a_change_before_the_loss_warns() -> None:
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
 def test_logits_that_are_returned_after_a_fused_loss() -> None:
-    """They can be read and pickled, and refuse a gradient that would lack the loss's."""
+    """They can be read and pickled. Their gradient would lack the loss's, so it raises."""
 
     def reads(_: Any, logits: Tensor, target: Tensor) -> Any:
         loss = F.cross_entropy(logits, target)
@@ -1059,7 +1058,7 @@ def of_rows(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda m, x: F.cross_entropy(change(m, x).reshape(-1, 40), TARGET)
 
 
-# Losses of a model's logits, and the operator that reads the logits, None if they are fused.
+# Losses of a model's logits, and the operator that reads the logits; None if the loss is fused.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "bias": (of_rows(lambda m, x: x + m.bias), None),
     "class weights": (
@@ -1117,7 +1116,7 @@ def with_gradients(loss: Tensor, model: nn.Module) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators(name: str, losses: list[Tensor]) -> None:
-    """An operator is recorded, or reads the logits, which a warning says once."""
+    """An operator is recorded, or reads the logits, which one warning reports."""
     change, reader = OPERATORS[name]
     plain = Masked(change).double()
     model = pyfused.convert(copy.deepcopy(plain), head="predictions.decoder")
@@ -1164,7 +1163,7 @@ def test_torchs_errors_for_dtypes_of_targets() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_bias_under_autocast(exact: bool, losses: list[Tensor]) -> None:
-    """A float32 bias is fused if bfloat16 holds it."""
+    """A float32 bias is fused if bfloat16 represents it exactly."""
     plain, model = Masked(OPERATORS["bias"][0]), Masked(OPERATORS["bias"][0])
     for each in (plain, model):
         each.bias = each.bias.bfloat16().float() if exact else 10 * each.bias
@@ -1213,7 +1212,7 @@ def test_evaluation_and_metrics_compiled() -> None:
 
 
 def test_metrics() -> None:
-    """The metrics are the function's, of the model's last call."""
+    """The metrics equal the function's, for the model's last call."""
     plain = Model()
     model: Any = pyfused.convert(Model(), head="head", evaluation=True, metrics=True)
     hidden = plain.emb(X).flatten(0, 1)
@@ -1325,7 +1324,7 @@ def bias_changes(_: Any, logits: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore")  # raised by Dynamo
 @pytest.mark.parametrize("change", [residual, bias_changes])
 def test_a_compiled_model_that_changes_operands_in_place(change: Any) -> None:
-    """Its loss has their values at the head's call, as without pyfused."""
+    """The loss uses the operands' values at the head's call, as without pyfused."""
     torch.compiler.reset()
     compiled = torch.compile(pyfused.convert(Model(change), head="head"), backend="aot_eager")
     torch.testing.assert_close(compiled(X, TARGET)[1], Model(change)(X, TARGET)[1])

@@ -102,7 +102,7 @@ def test_special_values_match_torch(row: str, dtype: torch.dtype, reduction: str
     target_kind=KINDS,
 )
 def test_the_largest_logit_at_any_position(classes: int, order: str, target_kind: str) -> None:
-    """Sums relative to a smaller maximum are rescaled to the larger one."""
+    """Sums relative to a smaller maximum are rescaled to the larger maximum."""
     row = torch.linspace(-3, 3, classes)
     row = {"ascending": row, "descending": -row, "peak": 9 * (row.abs() < 0.01) - row.abs()}[order]
     logits = torch.stack([row, 20 * row, -row]).requires_grad_()

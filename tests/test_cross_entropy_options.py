@@ -45,7 +45,7 @@ def test_capped_logits_with_unsupported_options() -> None:
 def test_scaled_logits_are_not_rounded(
     shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, isa: str
 ) -> None:
-    """Scaled logits are float32 for any input dtype, as is a loss with that loss_dtype."""
+    """Scaled logits are float32 for any input dtype; so is the loss if loss_dtype is float32."""
     input = (torch.rand(shape) * 2 - 1).to(dtype).requires_grad_()
     target = input.detach().argmax(1)
     if probabilities:
@@ -121,7 +121,7 @@ def test_a_filter_that_skips_few_columns_copies_nothing() -> None:
 
 
 def test_processes_with_a_shard_compare_each_option() -> None:
-    """A process describes its call to the others; no description of other options is equal."""
+    """Calls with different options have different descriptions, which processes exchange."""
     changes: list[dict[str, Any]] = [
         {},
         *({"scale": scale} for scale in (2.0, 3.0)),
@@ -142,7 +142,7 @@ def test_processes_with_a_shard_compare_each_option() -> None:
 @pytest.mark.thresholds
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_a_lower_loss_dtype_rounds_the_loss_only(reduction: str) -> None:
-    """Torch's operators compute this small call."""
+    """torch's operators compute this small call."""
     input, target = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0])
     losses = [
         fused.cross_entropy(input, target, reduction=reduction, loss_dtype=dtype)

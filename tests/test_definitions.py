@@ -1,8 +1,8 @@
 """While torch is patched, definitions in torch code still run torch's own functions.
 
 A definition that called a patched function would recurse into the operator that it defines, or
-compute a part with another kernel. So results must have the same bits with and without a patch,
-with a shallow stack.
+compute a part with another kernel. Results must therefore be bitwise equal with and without a
+patch, with a shallow stack.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_second_derivatives_with_each_option(example: Example) -> None:
 @pytest.mark.thresholds
 @every_operator
 def test_sizes_above_the_limits(example: Example) -> None:
-    """Many operators run kernels at this size, others fall back."""
+    """Many operators run kernels at this size; others fall back."""
     assert_same_bits(second, example.call(shape=(1024, 130)))
 
 

@@ -1,4 +1,4 @@
-"""Divergences of a student from a teacher: of logits, of heads, and with a teacher's top k."""
+"""Divergences of a student from a teacher, for logits, heads and a teacher's top k."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_teacher_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> 
 @pytest.mark.cpu
 @pytest.mark.parametrize("op", ["linear_kl_div", "linear_topk_kl_div"])
 def test_no_unnecessary_matrix_products(op: str) -> None:
-    """Tokens of weight 0 and gradients that are not needed have no products."""
+    """No products are computed for tokens of weight 0 and for gradients that are not needed."""
     arguments, weight = given(op), torch.ones(N)
     rows, weight[:3] = N - 3, 0
     frozen = {name: tensor.detach() for name, tensor in arguments.items()}
@@ -181,8 +181,8 @@ def test_a_teacher_is_a_constant_by_default(op: str, kernel_calls: KernelCalls) 
     assert kernel_calls.total()
     torch.testing.assert_close(loss, expected)
     assert torch.autograd.grad(loss, leaf, allow_unused=True) == (None,)
-    said = pyfused.explain(op, **arguments, teacher_requires_grad=True)
-    assert said.reason == f"{name} requires grad"
+    explanation = pyfused.explain(op, **arguments, teacher_requires_grad=True)
+    assert explanation.reason == f"{name} requires grad"
     assert pyfused.explain(op, **arguments).backend != "torch"
     got = evaluate(getattr(fused, op), **arguments, beta=0.5, teacher_requires_grad=True)
     expected = evaluate(getattr(textbook, op), **arguments, beta=0.5)
@@ -211,23 +211,23 @@ def test_a_costly_fallback_warns_once() -> None:
         call(1024)
         call(1024)
         """)
-    told = (
+    message = (
         "linear_kl_div: torch's operators need 33 MiB for the logits: teacher_linear_weight "
         "requires grad. Detach it if it needs no gradient"
     )
     assert done.stdout == "called\n" * 4
-    assert done.stderr.count(told) == done.stderr.count("Warning:") == 1, done.stderr
+    assert done.stderr.count(message) == done.stderr.count("Warning:") == 1, done.stderr
 
 
 def test_classes_of_logits_with_more_dimensions() -> None:
     """Without dim, the error names both interpretations."""
     x, y = torch.randn(2, 21, 4, 3, requires_grad=True), torch.randn(2, 21, 4, 3)
-    told = (
+    message = (
         r"dim: expected .* logits of shape \(2, 21, 4, 3\).* dim=-1 for 3 .* dim=1 for 21 classes"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         fused.kl_div_with_logits(x, y)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         pyfused.explain("kl_div_with_logits", x, y)
     with pytest.raises(IndexError, match="dim: expected -4 to 3"):
         fused.kl_div_with_logits(x, y, dim=4)
@@ -255,7 +255,7 @@ def test_second_derivatives_with_a_denominator_of_one_element() -> None:
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("row", "error", "told"),
+    ("row", "error", "message"),
     [
         ([0, C, 2], IndexError, rf"expected class indices in \[0, {C}\), got {C} in row 1"),
         ([0, -1, 2], IndexError, rf"expected class indices in \[0, {C}\), got -1 in row 1"),
@@ -263,19 +263,19 @@ def test_second_derivatives_with_a_denominator_of_one_element() -> None:
     ],
     ids=["beyond", "negative", "twice"],
 )
-def test_bad_indices(row: list[int], error: type[Exception], told: str) -> None:
+def test_bad_indices(row: list[int], error: type[Exception], message: str) -> None:
     arguments = given("linear_topk_kl_div", rows=(2,))
     indices, log_probs = torch.tensor([[0, 1, 2], row]), torch.full((2, 3), -2.0)
     arguments |= {"teacher_indices": indices, "teacher_log_probs": log_probs}
-    with pytest.raises(error, match=f"teacher_indices: {told}"):
+    with pytest.raises(error, match=f"teacher_indices: {message}"):
         fused.linear_topk_kl_div(**arguments)
-    with pytest.raises(error, match=f"teacher_indices: {told}"):
+    with pytest.raises(error, match=f"teacher_indices: {message}"):
         definition("linear_topk_kl_div", **arguments)
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         (lambda x: x.exp(), "a sum of .* whose largest logarithm is 0"),
         (lambda x: -x, "a sum of .* in row 0, whose largest logarithm is"),
@@ -284,15 +284,15 @@ def test_bad_indices(row: list[int], error: type[Exception], told: str) -> None:
     ],
     ids=["probabilities", "positive", "logits", "too many"],
 )
-def test_invalid_log_probabilities(wrong: Any, told: str) -> None:
+def test_invalid_log_probabilities(wrong: Any, message: str) -> None:
     arguments = given("linear_topk_kl_div")
     arguments["teacher_log_probs"] = wrong(arguments["teacher_log_probs"])
-    told = f"teacher_log_probs: expected .* probabilities that add up to at most 1, .*{told}"
-    with pytest.raises(ValueError, match=told):
+    message = f"teacher_log_probs: expected .* probabilities that add up to at most 1, .*{message}"
+    with pytest.raises(ValueError, match=message):
         fused.linear_topk_kl_div(**arguments)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         pyfused.explain("linear_topk_kl_div", **arguments)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         definition("linear_topk_kl_div", **arguments)
     hidden = fused.linear_topk_kl_div(**arguments, token_weight=torch.zeros(N), reduction="sum")
     assert hidden == 0

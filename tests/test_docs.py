@@ -1,4 +1,4 @@
-"""The pages of the documentation: committed parts are current, and the examples run."""
+"""The documentation's committed parts are current, and its examples run."""
 
 from __future__ import annotations
 

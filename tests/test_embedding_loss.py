@@ -117,9 +117,9 @@ REASONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 @grid(case=REASONS)
 def test_fallbacks_and_their_reasons(case: str, kernel_calls: KernelCalls) -> None:
     arguments, options, reason = REASONS[case]
-    said = pyfused.explain("triplet_margin_loss", *arguments, **options)
-    assert said.backend == "torch"
-    assert said.reason.startswith(reason)
+    explanation = pyfused.explain("triplet_margin_loss", *arguments, **options)
+    assert explanation.backend == "torch"
+    assert explanation.reason.startswith(reason)
     got = fused.triplet_margin_loss(*arguments, **options)
     assert torch.equal(got, F.triplet_margin_loss(*arguments, **options))
     assert not kernel_calls.total()

@@ -15,7 +15,7 @@ import torch
 from catalogue import EXAMPLES
 from catalogue import TORCH as F
 from samples import FIRST, Loss
-from torchs import torch_function
+from torch_reference import torch_function
 
 import pyfused
 from pyfused import functional as fused
@@ -388,7 +388,7 @@ NO_TENSORS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
 @pytest.mark.parametrize(("wrong", "got"), NO_TENSORS.values(), ids=NO_TENSORS.keys())
 def test_arguments_that_are_not_tensors(op: Operator, wrong: Any, got: str) -> None:
-    """A TypeError; torch may raise others by accident, such as AttributeError for a list."""
+    """Raises a TypeError; torch may raise others by accident, such as AttributeError for a list."""
     for operand in op.operands:
         if operand.optional and wrong is None:
             continue
@@ -411,7 +411,7 @@ def test_arguments_that_are_not_tensors(op: Operator, wrong: Any, got: str) -> N
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_an_out_of_range_target_has_no_side_effects(reduction: str) -> None:
-    """Returns no value and no gradient, does not modify arguments, and later calls are right."""
+    """It returns nothing, does not modify arguments, and does not affect later calls."""
     logits, target = torch.randn(100, 7, requires_grad=True), torch.zeros(100, dtype=torch.int64)
     target[99] = 7
     tensors = logits, target, torch.ones(7)

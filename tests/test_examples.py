@@ -113,12 +113,12 @@ def test_distillation_has_equal_losses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     distillation.main()  # exits if losses differ, or the student does not learn
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert kernel_calls["kl_div_with_logits"] >= 8
     gpt = example("gpt")
     small, large = (distillation.build(32_000, 0, n) for n in (distillation.WIDTH, gpt.WIDTH))
     assert 3 < distillation.size_of(large) / distillation.size_of(small) < 6
-    first, last = (float(line.split()[-1]) for line in told.splitlines()[:2])
+    first, last = (float(line.split()[-1]) for line in printed.splitlines()[:2])
     assert first < last  # the teacher has improved
 
 

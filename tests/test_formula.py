@@ -613,7 +613,7 @@ def test_a_parameter_that_only_changes_gradients() -> None:
 @pytest.mark.cpu  # the interpreter warns of NaN in the check
 @pytest.mark.parametrize("patched", [False, True])
 def test_pyfused_functions_in_a_formula(patched: bool) -> None:
-    """They fall back to torch's operators, as do other formulas."""
+    """They fall back to torch's operators, like other formulas."""
     with pyfused.patch() if patched else contextlib.nullcontext():
 
         @pyfused.loss
@@ -808,7 +808,7 @@ def test_eight_parameters(kernel_calls: KernelCalls) -> None:
 
 
 def test_many_live_registers(kernel_calls: KernelCalls) -> None:
-    """All sines are needed until the last sum, so that each needs a register."""
+    """All sines are needed until the last sum, so each needs a register."""
 
     @pyfused.activation
     def mine(input: Tensor) -> Tensor:
@@ -943,7 +943,7 @@ def test_factors_that_overflow_cancel(function: Callable[[Tensor], Tensor]) -> N
 @given(st.floats(0.25, 4), st.floats(-30, 30), st.sampled_from(["value", "log", "where"]))
 @settings(max_examples=4 if interpreter.ON else settings().max_examples)
 def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
-    """In float64, where the difference matters, around the threshold."""
+    """Tests values around the threshold in float64, where the difference matters."""
 
     @pyfused.activation
     def mine(input: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -1048,11 +1048,11 @@ def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls
 
 def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
     input, target = operands_of("wing", 20)
-    said = wing.explain()
-    assert " 2 tensors read, 2 written" in said
+    text = wing.explain()
+    assert " 2 tensors read, 2 written" in text
     assert " 1 tensor read, 2 written" in mish.explain()
-    assert "value = where_lt" in said
-    assert "bytes" in said
+    assert "value = where_lt" in text
+    assert "bytes" in text
     assert str(wing.explain(input, target)) == str(pyfused.explain(wing, input, target))
     assert wing.explain(input, target).backend != "torch"
     assert pyfused.explain(wing.module(omega=2.0), input, target).backend != "torch"
@@ -1130,8 +1130,8 @@ def test_untraceable_functions(function: Callable[[Tensor], Tensor], words: str)
     function.__name__ = "mine"
     with pytest.raises(UntraceableError) as error:
         pyfused.activation(function)
-    for told in (words, "mine", f"line {function.__code__.co_firstlineno} of"):
-        assert told in str(error.value)
+    for part in (words, "mine", f"line {function.__code__.co_firstlineno} of"):
+        assert part in str(error.value)
     unfused, results = pyfused.activation(strict=False)(function), []
     assert words in str(unfused.explain())
     assert words in unfused.explain(torch.ones(1)).reason

@@ -1,7 +1,7 @@
 """Random calls of every operator, with any of its arguments, compared with torch in float64.
 
-Hypothesis draws options, shapes, strides, dtypes and values together, which finds combinations that
-other tests do not have. `HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py` draws 5000 calls of
+Hypothesis draws options, shapes, strides, dtypes and values together, which covers combinations
+that other tests lack. `HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py` draws 5000 calls of
 each operator.
 """
 

@@ -15,7 +15,7 @@ from conftest import KernelCalls
 from grid import grid
 from samples import GATED
 from torch import Tensor
-from torchs import torch_function
+from torch_reference import torch_function
 
 import pyfused
 from pyfused import functional

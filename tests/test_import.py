@@ -13,7 +13,7 @@ from pyfused.dispatch import sizes
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 
-OBSERVE = """
+AUDIT = """
 import atexit, json, logging, os, signal, sys, threading, warnings
 import torch
 import torch._dynamo.config, torch._functorch.config, torch._inductor.config
@@ -21,10 +21,10 @@ import torch._dynamo.config, torch._functorch.config, torch._inductor.config
 CHANGES = ("subprocess.", "socket.", "shutil.", "tempfile.", "os.exec", "os.fork", "os.posix_spawn",
            "os.system", "os.putenv", "os.mkdir", "os.remove", "os.rename", "os.chdir", "os.kill")
 opened, executed, changed = [], [], []
-observing = True
+recording = True
 
-def observe(event, arguments):
-    if not observing:
+def audit_hook(event, arguments):
+    if not recording:
         return
     if event == "open":
         opened.append(str(arguments[0]))
@@ -40,22 +40,22 @@ def state():
         "operators": torch._C._dispatch_get_all_op_names(),
         "settings": [getattr(torch, name).config.save_config().hex()
                      for name in ("compiler", "_dynamo", "_functorch", "_inductor")],
-        "numbers": [str(torch.get_default_dtype()), torch.get_num_threads(),
+        "global state": [str(torch.get_default_dtype()), torch.get_num_threads(),
                     torch.are_deterministic_algorithms_enabled(), torch.get_rng_state().tolist()],
         "environment": dict(os.environ),
-        "importing": [sys.argv, sys.path, *map(repr, (sys.meta_path, sys.path_hooks))],
-        "at exit": atexit._ncallbacks(),
+        "import system": [sys.argv, sys.path, *map(repr, (sys.meta_path, sys.path_hooks))],
+        "exit handlers": atexit._ncallbacks(),
         "signals": [repr(signal.getsignal(number)) for number in signal.valid_signals()],
-        "running": threading.active_count(),
+        "threads": threading.active_count(),
         "warnings": repr(warnings.filters),
         "logging": repr(logging.getLogger().handlers),
     }
 """
 IMPORT = """
 before = state()
-sys.addaudithook(observe)
+sys.addaudithook(audit_hook)
 import pyfused
-observing = False
+recording = False
 after = state()
 changed += [key for key in before if before[key] != after[key]]
 json.dump({"opened": opened, "executed": executed, "changed": changed}, sys.stdout)
@@ -71,37 +71,37 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def observed(code: str, home: Path) -> Any:
-    done = python(OBSERVE + code, HOME=str(home), XDG_CACHE_HOME="")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def run_audited(code: str, home: Path) -> Any:
+    process = python(AUDIT + code, HOME=str(home), XDG_CACHE_HOME="")
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
 def test_importing_has_no_side_effects(home: Path) -> None:
     """It reads no file of the user, and calls neither exec nor compile."""
-    found = observed(IMPORT, home)
-    assert any("pyfused" in path for path in found["opened"])  # pyfused's files
-    assert not [path for path in found["opened"] if path.startswith(str(home))]
-    assert (found["changed"], found["executed"]) == ([], [])
+    result = run_audited(IMPORT, home)
+    assert any("pyfused" in path for path in result["opened"])  # pyfused's files
+    assert not [path for path in result["opened"] if path.startswith(str(home))]
+    assert (result["changed"], result["executed"]) == ([], [])
 
 
 SIZES = """
 import pyfused
 from pyfused.dispatch import sizes
-sys.addaudithook(observe)
+sys.addaudithook(audit_hook)
 for _ in range(3):
     x = torch.ones(3, requires_grad=True)
     small = [pyfused.explain(op, x, x.detach()).backend for op in ("mse_loss", "l1_loss")]
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.ones(3, dtype=dtype)
         pyfused.functional.relu(x), pyfused.functional.mse_loss(x, x)
-observing = False
+recording = False
 json.dump([opened.count(str(sizes.tuned_file())), small], sys.stdout)
 """
 
 
 def test_the_first_call_reads_the_sizes_of_this_machine_once(home: Path) -> None:
-    assert observed(SIZES, home) == [1, ["cpu", "torch"]]
+    assert run_audited(SIZES, home) == [1, ["cpu", "torch"]]
 
 
 OPERATORS = """
@@ -111,12 +111,12 @@ import pyfused.functional as F
 def registered():
     return sum(name.startswith("pyfused_") for name in torch._C._dispatch_get_all_op_names())
 
-x, narrow = torch.randn(300, 1000, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+x, input = torch.randn(300, 1000, requires_grad=True), torch.randn(300, 8, requires_grad=True)
 target, weight = torch.zeros(300, dtype=torch.int64), torch.ones(1000, 8)
 steps = {
     "F.cross_entropy": (x, lambda x: F.cross_entropy(x, target)),
-    "torch's": (x, lambda x: torch.nn.functional.cross_entropy(x, target)),
-    "F.linear_cross_entropy": (narrow, lambda x: F.linear_cross_entropy(x, weight, target)),
+    "torch.nn.functional": (x, lambda x: torch.nn.functional.cross_entropy(x, target)),
+    "F.linear_cross_entropy": (input, lambda x: F.linear_cross_entropy(x, weight, target)),
     "F.log_probs": (x, lambda x: F.log_probs(x, target).log_probability.sum()),
     "F.rmse_loss": (x, lambda x: F.rmse_loss(x.repeat(64, 1), x.detach().repeat(64, 1) + 1)),
 }
@@ -135,4 +135,4 @@ json.dump([before, registered() > 0, missing], sys.stdout)
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_operators_are_registered_when_first_compiled(home: Path) -> None:
-    assert observed(OPERATORS, home) == [0, True, []]
+    assert run_audited(OPERATORS, home) == [0, True, []]

@@ -152,7 +152,7 @@ def test_logits_that_must_not_be_overwritten(make: Any, what: str) -> None:
 
 @pytest.mark.thresholds
 def test_errors_are_raised_at_every_size() -> None:
-    """Also below the size limit of kernels, so that wrong programs fail early."""
+    """Small calls raise them too, although kernels do not run: wrong programs fail early."""
     leaf = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="inplace"):
         cross_entropy(leaf, torch.tensor([0, 1]), inplace=True)
@@ -165,7 +165,7 @@ def test_errors_are_raised_at_every_size() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_autograd_detects_overwritten_saved_logits(reduction: str, dtype: torch.dtype) -> None:
-    """Whether another operator saves them before the loss, or before backward overwrites them."""
+    """Another operator saves them before the loss, or before backward overwrites them."""
     leaf = torch.randn(6, 10, dtype=dtype, requires_grad=True)
     options: dict[str, Any] = {"reduction": reduction, "inplace": True}
     target, changed = torch.randint(10, (6,)), "modified by an inplace operation"

@@ -1,6 +1,7 @@
 """transformers, Lightning and skorch give the same losses with and without pyfused.
 
-TRL and Liger give the results of the functions that replace theirs in the page on language models.
+The replacements that the page on language models gives for TRL's and Liger's functions have equal
+results.
 `make test-integrations` runs these tests, which download nothing.
 """
 
@@ -194,7 +195,7 @@ def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
     if when == "before":
         offloaded(model, how, tmp_path / "model")
         left = pyfused.plan_conversion(model).left
-        assert left[0].reason == "its forward was replaced"  # applies to the unconverted head, too
+        assert left[0].reason == "its forward was replaced"  # also of an unconverted head
         pyfused.convert(model)
     else:
         pyfused.convert(model)
@@ -722,10 +723,10 @@ def test_other_adapters_compute_logits_with_a_warning(name: str) -> None:
     model = with_adapters(pyfused.convert(language_model("Llama")), **options)
     if change is not None:
         change(model)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", RuntimeWarning)
         found = [step(model), step(model)][1]
-    assert [reason in str(warning.message) for warning in told] == [True]
+    assert [reason in str(warning.message) for warning in warned] == [True]
     assert found[2]
     pyfused.revert(model)
     expected = step(model)
@@ -751,7 +752,7 @@ def test_a_lora_head_whose_forward_differs_is_reverted() -> None:
 @as_users_run_it
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_lora_head_in_evaluation(mode: Any) -> None:
-    """Its first loss is compared without gradients of the user's step."""
+    """The first loss is compared without the gradients of the user's step."""
     pytest.importorskip("peft")
     plain, model = (with_adapters(language_model("Llama")).eval() for _ in range(2))
     pyfused.convert(model, evaluation=True)

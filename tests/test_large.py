@@ -67,7 +67,7 @@ BEYOND_CACHE = 17 * 2**20  # bytes; kernels use non-temporal stores from 16 MiB 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_outputs_larger_than_the_cache(dtype: torch.dtype, isa: str) -> None:
-    """Rows have an odd length, so that they start at different offsets in a cache line."""
+    """Rows have an odd length, so they start at different offsets in a cache line."""
     rows, length = 129, BEYOND_CACHE // dtype.itemsize // 129 | 1
     x, y = torch.randn(2, rows, length).to(dtype)
     x.requires_grad_()
@@ -120,7 +120,7 @@ def test_relu_and_mse_loss_of_distant_rows() -> None:
 
 
 def test_cross_entropy_of_more_logits_than_2_31() -> None:
-    """Rows share memory, so that 4 GiB of logits need none."""
+    """Rows share memory, so 4 GiB of logits take almost none."""
     classes = 65536
     rows = WRAP // classes + 3
     row = torch.randn(classes).bfloat16()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyfused
 
-LAYERS = (  # each may import from itself and from earlier ones
+LAYERS = (  # each layer may import from itself and from earlier layers
     ("types", "layout", "torch_internals", "submodules"),
     ("checks",),
     ("formula_compiler",),

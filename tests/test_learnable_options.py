@@ -66,7 +66,7 @@ def number(option: str, value: float, shape: tuple[int, ...] = ()) -> Tensor:
 
 
 def check_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Compares the gradient with a difference; one-sided, as some options must not be negative."""
+    """Compares the gradient with a one-sided difference, as some options must not be negative."""
     (gradient,) = torch.autograd.grad(function(x), x)
     step = 1e-6
     with torch.no_grad():

@@ -45,7 +45,7 @@ class HeadCase:
 
 @pytest.mark.parametrize("wanted", ["input", "head", None])
 def test_no_unnecessary_matrix_products(wanted: str | None) -> None:
-    """Ignored rows have no products, except on asynchronous devices."""
+    """No products are computed for ignored rows, except on asynchronous devices."""
     given = HeadCase(rows=90)
     input, head = given.input.detach(), given.head.detach()
     rows = 90 if backend.ASYNCHRONOUS else 60
@@ -174,8 +174,10 @@ def test_class_index_out_of_range(shape: tuple[int, ...]) -> None:
     target = torch.zeros(shape, dtype=torch.int64)
     target.view(-1)[-1] = 70
     place = str(tuple(n - 1 for n in shape))
-    told = rf"target: expected class indices in \[0, 70\) .*, got 70 at position {re.escape(place)}"
-    with pytest.raises(IndexError, match=told):
+    message = (
+        rf"target: expected class indices in \[0, 70\) .*, got 70 at position {re.escape(place)}"
+    )
+    with pytest.raises(IndexError, match=message):
         fused.linear_cross_entropy(torch.randn(*shape, 6), torch.randn(70, 6), target)
 
 
@@ -197,7 +199,7 @@ BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "all masked": lambda row: row * 0 - math.inf,
     "nan first": lambda row: row.index_fill(0, torch.tensor([5, 150]), math.nan),
     "nan last": lambda row: row.index_fill(0, torch.tensor([191]), math.nan),
-    "nan beside masked": lambda row: row.index_fill(0, torch.arange(100), -math.inf).index_fill(
+    "nan and masked": lambda row: row.index_fill(0, torch.arange(100), -math.inf).index_fill(
         0, torch.tensor([120]), math.nan
     ),
 }
@@ -252,7 +254,7 @@ def with_adapter(given: HeadCase, rank: int = 3) -> tuple[Tensor, Tensor, dict[s
 
 @pytest.mark.parametrize("needs", [(), ("head",), ("input",), ("input", "head")], ids=",".join)
 def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
-    """A frozen weight has no gradient product."""
+    """No gradient product is computed for a frozen weight."""
     given = HeadCase(rows=90)
     rows = 90 if backend.ASYNCHRONOUS else 60
     input, head, adapter = with_adapter(given)
@@ -350,20 +352,20 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
     given = HeadCase(rows=3000, classes=4000)
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
 
-    def said(dtype: torch.dtype, **options: Any) -> str:
+    def strategy(dtype: torch.dtype, **options: Any) -> str:
         tensors = given.input.to(dtype), given.head.to(dtype), given.target
         return pyfused.explain("linear_cross_entropy", *tensors, **options).reason
 
     monkeypatch.setattr(cpu, "HAS_AMX", False)
-    assert said(torch.float32) == said(torch.bfloat16) == "blocks of 512 rows"
-    assert said(torch.bfloat16, memory_budget=1 << 20) == "blocks of 131 rows"
-    assert said(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
+    assert strategy(torch.float32) == strategy(torch.bfloat16) == "blocks of 512 rows"
+    assert strategy(torch.bfloat16, memory_budget=1 << 20) == "blocks of 131 rows"
+    assert strategy(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
     monkeypatch.setattr(cpu, "HAS_AMX", True)
-    assert said(torch.float32) == "blocks of 512 rows"
-    assert said(torch.bfloat16) == "all logits at once"
-    assert said(torch.bfloat16, memory_budget=1 << 20) == "blocks of classes"
+    assert strategy(torch.float32) == "blocks of 512 rows"
+    assert strategy(torch.bfloat16) == "all logits at once"
+    assert strategy(torch.bfloat16, memory_budget=1 << 20) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert said(torch.float32) == "all logits at once"
+        assert strategy(torch.float32) == "all logits at once"
 
 
 @pytest.mark.parametrize("function", [fused.linear_cross_entropy, fused.linear_log_probs])

@@ -86,8 +86,8 @@ def test_the_dimension_of_the_classes() -> None:
     """Language models' logits (B, T, C) require dim; the results equal those of rows."""
     tensors = draw("log_probs")
     logits, target = tensors["logits"].detach().view(3, 4, 70), tensors["target"].view(3, 4)
-    told = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 for 4 classes"
-    with pytest.raises(ValueError, match=told):
+    message = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 for 4 classes"
+    with pytest.raises(ValueError, match=message):
         fused.log_probs(logits, target)
     expected = [x.view(3, 4) for x in all_results("log_probs", **tensors)]
     for moved, dim in ((logits, -1), (logits.movedim(-1, 0), 0)):
@@ -329,7 +329,7 @@ def test_rows_whose_products_are_summed_in_a_different_order(
 
 @pytest.mark.cpu
 def test_rows_beyond_2_31_elements() -> None:
-    """The last row starts there; the memory before it is not touched."""
+    """The last row starts beyond 2**31 elements; the memory before it is not touched."""
     classes, stride = 1000, (1 << 31) + 8
     memory = torch.empty(stride + classes, dtype=torch.bfloat16)
     logits = memory.as_strided((2, classes), (stride, 1))

@@ -1,4 +1,4 @@
-"""Peak memory of calls, without arguments and results."""
+"""Measures the peak memory of calls, without arguments and results."""
 
 from __future__ import annotations
 

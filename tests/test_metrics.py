@@ -146,7 +146,7 @@ def test_metrics_of_linear_cross_entropy_in_half_precision(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
 def test_definition(probabilities: bool) -> None:
-    """Calls that fall back have metrics, too."""
+    """Calls that fall back also have metrics."""
     options: dict[str, Any] = {"z_loss": Z_LOSS, "reduction": "sum"}
     for shape in SHAPES[:5]:
         input, target = case(shape, torch.float32, probabilities)

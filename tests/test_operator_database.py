@@ -3,7 +3,7 @@
 `torch.testing._internal` lists valid and invalid calls of each operator. Each is called
 unchanged, with broadcasting operands, and with the deprecated arguments `size_average` and
 `reduce`. `--full` runs all of these calls eagerly, and one variant of each sample compiled as one
-graph; otherwise some of each operator are run.
+graph; otherwise, each operator runs some of them.
 """
 
 from __future__ import annotations

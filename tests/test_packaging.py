@@ -204,8 +204,8 @@ print(pyfused.explain("cross_entropy", x, target).backend, pyfused.explain(swish
 def test_a_pure_installation_uses_torch_on_cpus_and_has_triton_kernels(tmp_path: Path) -> None:
     pure = copy_of_package(tmp_path)
     result = run_installed("-c", PURE, site=pure)
-    said = "mse_loss: torch: pyfused was installed without its CPU kernels\n0 0\n"
-    assert (result.stdout, result.stderr) == (said, "")
+    expected = "mse_loss: torch: pyfused was installed without its CPU kernels\n0 0\n"
+    assert (result.stdout, result.stderr) == (expected, "")
     result = run_installed("-m", "pyfused", site=pure)
     assert "cpu: torch's operators: pyfused was installed without" in result.stdout
     result = run_installed("-m", "pyfused", site=pure, PYFUSED_BACKEND="cpu")

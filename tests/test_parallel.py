@@ -77,7 +77,7 @@ print(used, before == threads())
 
 @pytest.mark.parametrize("warm", [WARM, "import torch\n"], ids=["after use", "before use"])
 def test_a_forked_child_has_its_own_threads(library: Path, warm: str) -> None:
-    """Whether or not torch has used threads before, and also in a grandchild."""
+    """Also holds if torch has not used threads before, and in a grandchild."""
     done = python(f"""{COUNT}{warm}
 library = ctypes.CDLL({str(library)!r})
 def in_child(depth):

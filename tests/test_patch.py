@@ -283,7 +283,7 @@ def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str
 
 
 class Handler:
-    """Records each call of ``__torch_function__``, and responds with the configured answer."""
+    """Records each call of ``__torch_function__``, and returns the configured result."""
 
     seen: list[Any] = []  # noqa: RUF012
     answer = "calls"
@@ -296,7 +296,7 @@ class Handler:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if Handler.answer == "raises":
-            raise RuntimeError("of the handler's own")
+            raise RuntimeError("raised by the handler")
         return NotImplemented if Handler.answer == "has none" else 42
 
 
@@ -307,7 +307,7 @@ class Sub(Tensor, Handler):
 
 
 class Alike(Handler):
-    """A class with ``__torch_function__`` that is no tensor."""
+    """A class with ``__torch_function__`` that is not a tensor."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -625,7 +625,7 @@ def test_functions_are_compiled_once_with_the_patch_and_once_without() -> None:
 
 
 def test_a_compiler_that_is_imported_while_patched() -> None:
-    """Its table has pyfused's functions then, and torch's after the patch."""
+    """While patched, the compiler's table has pyfused's functions; afterwards, torch's."""
     done = python("""
         import sys, torch, torch.nn.functional as F, pyfused
         assert "torch._dynamo.trace_rules" not in sys.modules
@@ -645,7 +645,7 @@ def test_a_compiler_that_is_imported_while_patched() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if isinstance(OPERATORS[n], Activation)])
 def test_a_compiled_activation_is_named_by_torchs_function(name: str) -> None:
-    """Passes of torch search for it in the compiler's graph and in exported graphs."""
+    """torch's graph passes search for this name in compiled and exported graphs."""
 
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -710,7 +710,7 @@ def test_a_patch_that_fails_is_undone(fails: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_calls_and_nested_blocks() -> None:
-    """Calls do not nest, blocks do; unpatch does not end a block, nor a block a call."""
+    """Blocks nest, calls do not. unpatch() does not end a block, and a block ends no call."""
     for _ in range(2):
         pyfused.patch()
         assert patched()

@@ -33,7 +33,7 @@ OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 
 
 def assert_each_is_correct(*steps: Callable[[Any], Tensor]) -> None:
-    """Alternates between the calls, so that each could wrongly reuse the plan of another."""
+    """Alternates between the calls; each could wrongly reuse the plan of another."""
     for step in steps * 3:
         got, expected = step(fused), step(TORCH)
         torch.testing.assert_close(got, expected)

@@ -20,7 +20,7 @@ from conftest import KernelCalls
 from grid import grid
 from samples import BROADCASTING, FIRST, LOSSES, SAMPLES, Loss
 from torch import Tensor
-from torchs import torch_function
+from torch_reference import torch_function
 
 import pyfused
 from pyfused import functional, nn
@@ -224,7 +224,7 @@ def test_a_variance_that_is_a_float(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("elements", [2, 1 << 18])
 @pytest.mark.thresholds
 def test_the_gradient_of_smooth_l1_loss_at_nan_without_beta(elements: int) -> None:
-    """torch computes it as l1_loss, whose gradient at NaN is 0."""
+    """torch computes this call by l1_loss, whose gradient at NaN is 0."""
     x, gradients = torch.randn(elements).index_fill_(0, torch.tensor(1), NAN), []
     for f in (functional, F):
         leaf = x.clone().requires_grad_()

@@ -207,14 +207,14 @@ def test_copies_have_their_own_memory() -> None:
 
 
 def test_resizing() -> None:
-    """Tensors from NumPy arrays cannot be resized, either."""
+    """Like tensors from NumPy arrays, recycled tensors cannot be resized."""
     y = output()
     assert y.resize_(10).tolist() == [1] * 10
     with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
         y.resize_(ELEMENTS + 1)
     with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
         y.untyped_storage().resize_(0)
-    y.data = torch.empty(0)  # frees memory, too
+    y.data = torch.empty(0)  # also frees memory
     assert memory.stats().in_use == 0
 
 
@@ -320,14 +320,14 @@ def test_no_memory_left() -> None:
 @limits_memory
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_training_needs_no_more_address_space(asked: str) -> None:
-    """With a limit that allows one gradient, with and without recycling."""
+    """The limit allows one gradient, with and without recycling."""
     run("x = logits()\nwith left(112 << 20): train(x, 24 << 20)", PYFUSED_RECYCLE=asked)
 
 
 @limits_memory
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_peak_grows_by_one_gradient_at_most() -> None:
-    """Even if other memory of the same size is needed while the gradient's block is free."""
+    """This holds even if other memory of this size is needed while the gradient's block is free."""
     code = """
         train(logits(), 16 << 20, 3)
         status = Path("/proc/self/status").read_text()

@@ -201,13 +201,13 @@ def test_exit_status_and_output_of_the_program(
         "import atexit, os, sys, threading, torch\ndef relu(): torch.relu(torch.ones(2))\nrelu()"
     )
     got = counted(script(tmp_path, f"{start}\n{code}\n"), folder=tmp_path)
-    expected, said = end
-    assert got.returncode == expected
-    if said is None:
+    status, output = end
+    assert got.returncode == status
+    if output is None:
         assert got.stderr == ""
         return
     before, words, after = got.stderr.rpartition("pyfused: no speed-up: ")
-    assert before.endswith(said)
+    assert before.endswith(output)
     assert words
     assert f"({2 if 'relu' in code else 1})" in after
 
@@ -361,7 +361,7 @@ def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
 
 @pytest.fixture
 def counted_here() -> Iterator[reports.Report]:
-    """Counts the test's calls; those that a kernel can compute run it and are compared."""
+    """Counts the test's calls; calls that a kernel can compute run it and are compared."""
     with fused_always(), pyfused.report(compare=True) as report:
         yield report
 
@@ -539,8 +539,8 @@ def test_small_calls_and_fallbacks_are_counted() -> None:
         "l1_loss": {"target has dtype torch.int64": 1},
     }
     assert not found["operators"]
-    told = "left to torch: l1_loss (1: target has dtype torch.int64), mse_loss (100: "
-    assert told in repr(report)
+    line = "left to torch: l1_loss (1: target has dtype torch.int64), mse_loss (100: "
+    assert line in repr(report)
 
 
 @pytest.mark.usefixtures("compiled_always")

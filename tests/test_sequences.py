@@ -1,7 +1,7 @@
 """Random sequences of calls that share a few layouts, but nothing else, compared with torch.
 
 Plans are cached across calls, so a plan that wrongly keeps state of an earlier call gives wrong
-results. ``python tests/test_sequences.py 100000`` runs as many calls.
+results. ``python tests/test_sequences.py 100000`` runs 100,000 calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from catalogue import EXAMPLES, Call, Example, ours, parameters, reference, resu
 from conftest import KernelCalls, fused_always
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
-from torchs import torch_function
+from torch_reference import torch_function
 
 from pyfused import functional
 from pyfused.ops.activation import Activation
@@ -62,9 +62,9 @@ class Sequence:
         try:
             self.compare(found, expected, 0.1 if halves else 2e-4)
         except AssertionError as error:
-            told = f"seed {self.seed}, call {self.calls}: {call}, modes {modes}, kinds {kinds}, "
-            told += f"inplace {inplace}, nan {nan}, changed {changed}"
-            raise AssertionError(f"{told}: {error}") from error
+            note = f"seed {self.seed}, call {self.calls}: {call}, modes {modes}, kinds {kinds}, "
+            note += f"inplace {inplace}, nan {nan}, changed {changed}"
+            raise AssertionError(f"{note}: {error}") from error
 
     def call(self, example: Example) -> Call:
         rng = self.rng
@@ -216,7 +216,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-# Torch's operators run small calls.
+# torch's operators run small calls.
 SMALL_CALLS = [pytest.param(seed, marks=pytest.mark.thresholds) for seed in (3, 22)]
 
 

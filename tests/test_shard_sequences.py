@@ -205,14 +205,14 @@ class Process:
             call, shards, group, mine = self.draw(dtype, not create_graph)
             frozen = [tuple(x for x in call.tensors if rng.random() < 0.3) for _ in shards]
             frozen = frozen if rng.random() < 0.3 else frozen[:1] * len(shards)
-            told, alike = [rng.choice([None, call.classes]) for _ in shards], rng.random() < 0.3
-            told = told[:1] * len(shards) if alike else told  # no comparison
+            totals, alike = [rng.choice([None, call.classes]) for _ in shards], rng.random() < 0.3
+            totals = totals[:1] * len(shards) if alike else totals  # no comparison
             if mine < 0:
                 continue
             own, leaves = shards[mine], call.leaves(shards[mine], frozen[mine])
             modes = torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(grad)
             with modes[0], modes[1], without_comparison(alike):
-                results = call.results(leaves, shard=VocabShard(own.start, told[mine], group))
+                results = call.results(leaves, shard=VocabShard(own.start, totals[mine], group))
             whole = call.leaves()
             expected = call.results(whole)
             for result, exact in zip(results, expected, strict=True):
@@ -302,7 +302,7 @@ class Process:
             raise AssertionError(f"no error of {kind}: {call}")
 
     def unlike(self) -> None:
-        """One process has another call, and calls are not compared beforehand: results are NaN."""
+        """One process makes another call, and calls are not compared before: results are NaN."""
         (call, shards, group, mine), kind = self.draw(), self.rng.choice(UNLIKE)
         if mine < 0:
             return
@@ -358,8 +358,8 @@ class Process:
         self.calls += 1
         if "linear" not in call.name:
             return
-        # Processors that do not multiply bfloat16 multiply the weight as it is. These values are
-        # the same in both dtypes.
+        # Processors without bfloat16 products do not round the weight. These values are exact in
+        # both dtypes.
         tensors = {name: x.bfloat16().float() for name, x in call.tensors.items()}
         call = call._replace(tensors=tensors)
         shard = VocabShard(own.start)
@@ -445,12 +445,12 @@ def check(found: list[tuple[int, dict[int, tuple[str, str]]]]) -> None:
     """Checks that all processes of a call raise the same error, or refer to the error of one."""
     assert len({calls for calls, _ in found}) == 1
     for step in {step for _, errors in found for step in errors}:
-        told = [errors[step] for _, errors in found if step in errors]
-        (kind,) = {kind for kind, _ in told}
-        messages = [message for _, message in told]
+        raised = [errors[step] for _, errors in found if step in errors]
+        (kind,) = {kind for kind, _ in raised}
+        messages = [message for _, message in raised]
         assert len(messages) > 1
         others = [message for message in messages if "got invalid ones in ranks" in message]
-        if others:  # a wrong number of classes does not match the weight, either
+        if others:  # a wrong number of classes also does not match the weight
             assert kind in ("shape", "type", "no tensor", "number", "total")
             assert len(others) == len(messages) - 1
         else:

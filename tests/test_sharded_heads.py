@@ -68,8 +68,8 @@ class Model(nn.Module):
     Args:
         tied: Whether the embedding and the head share a parameter.
         saves: Whether the blocks are checkpointed.
-        reads: What else the forward does: "maximum" reads the logits, "function" passes them to
-            C++, "twice" calls the head for a second loss, "DTensor" needs logits of that class,
+        reads: What the forward does in addition: "maximum" reads the logits, "function" passes them
+            to C++, "twice" calls the head for a second loss, "DTensor" needs DTensor logits, and
             "sequence" passes a part of the sequence to the head.
     """
 
@@ -119,11 +119,12 @@ class Wrapper(NamedTuple):
 
     Attributes:
         wrap: Returns the wrapped model.
-        before: The result if the model is converted before it is wrapped: fused, told (one warning
-            says why it computes its logits), left (it computes its logits) or refused.
-        after: The result if it is converted after that.
-        options: Of the model.
-        tolerance: Of losses, gradients and parameters.
+        before: The result if the model is converted before it is wrapped: "fused"; "warned", if it
+            computes its logits and one warning gives the reason; "left", if it computes its logits
+            without a warning; or "refused", if convert raises.
+        after: The result if the model is converted after it is wrapped.
+        options: The model's options.
+        tolerance: The tolerance for losses, gradients and parameters.
         same_batch: Whether both processes train with the same batches.
     """
 
@@ -257,29 +258,29 @@ WRAPPERS = {
         fsdp2(**HALF, head=HALF | {"output_dtype": torch.bfloat16}), "fused", "refused", {}, 2e-2
     ),
     "unit, bf16 head": Wrapper(fsdp2(head=HALF), "fused", "refused", {}, 2e-2),
-    "unit, two calls": Wrapper(fsdp2(), "told", "refused", {"reads": "twice"}),
-    "unit, read": Wrapper(fsdp2(), "told", "refused", {"reads": "maximum"}),
-    "unit, in C++": Wrapper(fsdp2(), "told", "refused", {"reads": "function"}),
-    "unit, torch.compile": Wrapper(lambda x: compiled(fsdp2()(x)), "told", "refused"),
+    "unit, two calls": Wrapper(fsdp2(), "warned", "refused", {"reads": "twice"}),
+    "unit, read": Wrapper(fsdp2(), "warned", "refused", {"reads": "maximum"}),
+    "unit, in C++": Wrapper(fsdp2(), "warned", "refused", {"reads": "function"}),
+    "unit, torch.compile": Wrapper(lambda x: compiled(fsdp2()(x)), "warned", "refused"),
     "unit, offloaded": Wrapper(fsdp2(offload=True), "fused", "refused"),
-    "unit with a hook": Wrapper(fsdp2("hooked"), "told", "refused"),
+    "unit with a hook": Wrapper(fsdp2("hooked"), "warned", "refused"),
     "unit of norm and head": Wrapper(fsdp2("group"), "fused", "refused"),
     "unit without a root": Wrapper(fsdp2(root=False), "fused", "refused"),
     "TP": tensor_parallel("fused"),
     "TP, tied": tensor_parallel("fused", {"tied": True}),
     "TP, sharded input": tensor_parallel("fused", {"reads": "sequence"}, input_layouts=Shard(1)),
-    "TP, read": tensor_parallel("told", {"reads": "maximum"}),
-    "TP, in C++": tensor_parallel("told", {"reads": "function"}),
+    "TP, read": tensor_parallel("warned", {"reads": "maximum"}),
+    "TP, in C++": tensor_parallel("warned", {"reads": "function"}),
     "TP, torch.compile": Wrapper(
-        lambda x: compiled(tensor_parallel("").wrap(x)), "told", "left", same_batch=True
+        lambda x: compiled(tensor_parallel("").wrap(x)), "warned", "left", same_batch=True
     ),
     "TP, two calls": tensor_parallel("fused", {"reads": "twice"}),
     "TP, loss_parallel": tensor_parallel(
-        "told", {"reads": "DTensor"}, output_layouts=Shard(-1), use_local_output=False
+        "warned", {"reads": "DTensor"}, output_layouts=Shard(-1), use_local_output=False
     ),
-    "TP, sharded output": tensor_parallel("told", output_layouts=Shard(0)),
-    "TP of a unit": Wrapper(two_dimensional, "told", "refused", same_batch=True),
-    "ZeRO-3": Wrapper(zero3, "told", "left"),
+    "TP, sharded output": tensor_parallel("warned", output_layouts=Shard(0)),
+    "TP of a unit": Wrapper(two_dimensional, "warned", "refused", same_batch=True),
+    "ZeRO-3": Wrapper(zero3, "warned", "left"),
 }
 
 # ---- training ------------------------------------------------------------------------------------
@@ -358,10 +359,10 @@ def train(wrapper: Wrapper, when: str, schedule: str = "") -> Trained:
     """Trains a model.
 
     Args:
-        when: Whether it is converted "before" or "after" it is wrapped, or "" for not at all.
-        schedule: Of each step: "" for one batch; "accumulated" for two whose gradients are
-            reduced once; "joint" for two with one backward pass; "skipped" for two, of which the
-            first has no backward pass.
+        when: Whether the model is converted "before" or "after" it is wrapped, or "" for never.
+        schedule: The batches of each step: "" for one; "accumulated" for two whose gradients are
+            reduced once; "joint" for two with one backward pass; "skipped" for two, the first of
+            which has no backward pass.
     """
     model = build(**wrapper.options)
     if when == "before":
@@ -409,13 +410,14 @@ def train(wrapper: Wrapper, when: str, schedule: str = "") -> Trained:
                 values += [shift.grad for shift in shifts if shift.grad is not None]
             optimizer.step()
     values += [a - b for a, b in zip(parameters(wrapped), initial, strict=True)]
-    told = [str(each.message) for each in caught if "pyfused" in str(each.message)]
+    messages = [str(each.message) for each in caught if "pyfused" in str(each.message)]
     fused = output is None and not logits
-    return Trained(values, "fused" if fused else "told" if told else "left", collectives, told)
+    outcome = "fused" if fused else "warned" if messages else "left"
+    return Trained(values, outcome, collectives, messages)
 
 
 class Compared(NamedTuple):
-    """How a converted model trains, beside an unconverted one."""
+    """Compares the training of a converted model with that of an unconverted one."""
 
     outcome: str
     error: float
@@ -478,7 +480,7 @@ def test_wrapped_models_train_like_unconverted_ones(
     for found in (rank[name, when, schedule] for rank in ranks):
         assert found.outcome == (wrapper.after if when == "after" else wrapper.before)
         assert found.error <= wrapper.tolerance
-        assert len(found.warned) == (found.outcome == "told"), found.warned
+        assert len(found.warned) == (found.outcome == "warned"), found.warned
         if "TP" not in name:
             order = sorted if schedule == "joint" else list  # the root is gathered later
             assert order(found.collectives) == order(found.expected_collectives)
@@ -498,9 +500,9 @@ def test_tensor_parallel_heads_do_not_exchange_logits(ranks: list[dict[Any, Comp
 
 
 def test_a_first_loss_that_differs_in_one_process(ranks: list[dict[Any, Compared]]) -> None:
-    """The first loss differs from torch's in one of them, which restores the forward."""
+    """If the first loss differs from torch's in one process, all restore the forward."""
     results = [rank[DIFFERS] for rank in ranks]
-    assert [found.outcome for found in results] == ["fused", "told"]
+    assert [found.outcome for found in results] == ["fused", "warned"]
     for found in results:
         assert found.error <= 1e-5
         assert found.collectives == found.expected_collectives

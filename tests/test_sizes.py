@@ -1,4 +1,4 @@
-"""The sizes from which kernels are used, and the measurement of a machine's own sizes."""
+"""The sizes from which kernels are used, and the measurement of a machine's sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 FIRST, SECOND = 1 << 10, 1 << 12
 
 
-def is_torchs(op: str, *arguments: Any, **options: Any) -> bool:
+def runs_torch(op: str, *arguments: Any, **options: Any) -> bool:
     return pyfused.explain(op, *arguments, **options).backend == "torch"
 
 
@@ -34,41 +34,41 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_second_limit_of_unreduced_losses(reduction: str, limit: int) -> None:
     for elements in (limit - 1, limit):
         x = torch.zeros(elements)
-        assert is_torchs("mse_loss", x, x, reduction=reduction) == (elements < limit)
+        assert runs_torch("mse_loss", x, x, reduction=reduction) == (elements < limit)
 
 
 @pytest.mark.parametrize("classes", [sizes.FEW, sizes.FEW + 1])
 def test_the_second_limit_of_few_classes(classes: int) -> None:
     x, is_few = torch.zeros(-(-FIRST // classes), classes), classes == sizes.FEW
-    assert is_torchs("cross_entropy", x, torch.zeros(len(x)).long()) == is_few
-    assert is_torchs("softmax", x, 1) == is_few
-    assert is_torchs("softmax", x.t(), -2) == is_few
-    assert not is_torchs("softmax", x.t().contiguous(), -2)  # torch vectorises over columns
+    assert runs_torch("cross_entropy", x, torch.zeros(len(x)).long()) == is_few
+    assert runs_torch("softmax", x, 1) == is_few
+    assert runs_torch("softmax", x.t(), -2) == is_few
+    assert not runs_torch("softmax", x.t().contiguous(), -2)  # torch vectorises over columns
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_the_second_limit_of_calls_without_gradients(needs_grad: bool) -> None:
     x = torch.zeros(FIRST, requires_grad=needs_grad)
     rows, target = x.view(-1, 64), torch.zeros(FIRST // 64, dtype=torch.int64)
-    assert is_torchs("gelu", x) != needs_grad
-    assert not is_torchs("gelu", x, approximate="tanh")
-    assert is_torchs("nll_loss", rows, target) != needs_grad
+    assert runs_torch("gelu", x) != needs_grad
+    assert not runs_torch("gelu", x, approximate="tanh")
+    assert runs_torch("nll_loss", rows, target) != needs_grad
     with torch.no_grad():
-        assert is_torchs("gelu", x)
-        assert is_torchs("nll_loss", rows, target)
+        assert runs_torch("gelu", x)
+        assert runs_torch("nll_loss", rows, target)
 
 
 def test_few_classes_of_half_precision() -> None:
     for classes, expected in ((2 * sizes.FEW + 1, True), (2 * sizes.FEW + 2, False)):
         x = torch.zeros(-(-FIRST // classes), classes, dtype=torch.bfloat16)
-        assert is_torchs("cross_entropy", x, torch.zeros(len(x)).long()) == expected
+        assert runs_torch("cross_entropy", x, torch.zeros(len(x)).long()) == expected
 
 
 def test_empty_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "FORCED", "cpu")
     for elements in (0, 1):
         x = torch.zeros(elements)
-        assert is_torchs("mse_loss", x, x) == (elements == 0)
+        assert runs_torch("mse_loss", x, x) == (elements == 0)
 
 
 TUNED = [name for name in OPERATORS if any(sizes.ON_CPU.get(name, ())) and name not in sizes.LINEAR]
@@ -110,7 +110,7 @@ def test_measured_sizes_are_stored_for_this_machine(
 
 
 def stub_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Acts as if there were a GPU; kernels run on CPU tensors, by a clock that counts readings."""
+    """Simulates a GPU: kernels run on CPU tensors, and the clock counts its readings."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(tune, "unsupported_triton", lambda: None)

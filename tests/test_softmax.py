@@ -91,7 +91,7 @@ def test_as_accurate_as_torch(
         exact = shifted - lse if name == "log_softmax" else np.exp(shifted - lse)
         errors.add("value", got, expected, exact)
         (of_ours,) = torch.autograd.grad(got, x, grad_output)
-        (of_torchs,) = torch.autograd.grad(expected, x, grad_output)
+        (torch_gradient,) = torch.autograd.grad(expected, x, grad_output)
         y, dy = extended(got), extended(grad_output)  # exact gradient of the rounded output
         if name == "softmax":
             ideal = y * (dy - (dy * y).sum(dim, keepdims=True))
@@ -100,7 +100,7 @@ def test_as_accurate_as_torch(
             subtracted = np.exp(y) * dy.sum(dim, keepdims=True)
             ideal = dy - subtracted
             term = float(max(abs(dy).max(), abs(subtracted).max()))
-        errors.add("gradient", of_ours, of_torchs, ideal, term)
+        errors.add("gradient", of_ours, torch_gradient, ideal, term)
     errors.check(roundings=4 if dtype == torch.float64 else 2)
     assert kernel_calls == {name: 2, f"{name}_backward": 2}
 
@@ -156,11 +156,11 @@ def test_a_missing_dimension(name: str) -> None:
         with warnings.catch_warnings(record=True) as of_ours:
             warnings.simplefilter("always")
             got = getattr(fused, name)(x)
-        with warnings.catch_warnings(record=True) as of_torchs:
+        with warnings.catch_warnings(record=True) as torch_warnings:
             warnings.simplefilter("always")
             expected = getattr(F, name)(x)
         close(got, expected)
-        assert [str(w.message) for w in of_ours] == [str(w.message) for w in of_torchs]
+        assert [str(w.message) for w in of_ours] == [str(w.message) for w in torch_warnings]
         assert {Path(w.filename).name for w in of_ours} == {Path(__file__).name}
 
 

@@ -60,7 +60,7 @@ def test_scale(factor: float, dtype: torch.dtype) -> None:
 
 
 def test_grid_stride_loops() -> None:
-    """More blocks than programs, and several partial sums."""
+    """There are more blocks than programs, and several partial sums."""
     x, target = torch.randn(2, 4999, dtype=torch.float64)
     torch.testing.assert_close(fused.mse_loss(x, target), (x - target).square().mean())
     torch.testing.assert_close(fused.mse_loss(x[:1], target[:1]), (x - target)[0].square())

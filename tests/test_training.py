@@ -165,7 +165,7 @@ def test_a_lora_head_that_is_a_unit_of_fsdp() -> None:
 @pytest.mark.integrations
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_head_whose_trained_copy_is_disabled() -> None:
-    """PEFT then calls the original head, which defers its logits, too."""
+    """PEFT then calls the original head, which also defers its logits."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)

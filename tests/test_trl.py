@@ -128,7 +128,7 @@ def test_values_and_gradients(
 def test_every_choice_of_outputs(
     outputs: tuple[str, ...], utils: ModuleType, kernel_calls: KernelCalls
 ) -> None:
-    """Log-probabilities have the same bits, whichever other results are returned."""
+    """Log-probabilities are bitwise equal, whichever other results are returned."""
     tensors, original = draw(torch.float32), getattr(utils, NAME)
     pyfused.patch_trl()
     function = getattr(utils, NAME)

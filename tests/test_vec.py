@@ -194,7 +194,7 @@ def ulps(x: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def largest_error(row: Row, vec: Vec, x: np.ndarray, piece: int | None = None) -> float:
-    """Returns the largest error in ULP, less its growth; the reference is practically exact."""
+    """Returns the largest error in ULP minus its growth; the reference is practically exact."""
     exact = row.reference(x.astype(np.float64 if row.dtype is np.float32 else np.longdouble))
     units = ulps(np.maximum(np.abs(exact), row.least), row.dtype)
     errors = np.abs(vec(row.name, x, row.dtype, piece) - exact) / units
@@ -354,7 +354,7 @@ def test_rounded_exponentials_are_nearly_correctly_rounded(
 @of_each_half
 @pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
 def test_nan_stays_nan(half: str, piece: int | None, vec: Vec) -> None:
-    """With any payload: truncating one in the low bits would give infinity."""
+    """NaN has any payload; truncating one in the low bits would give infinity."""
     got = vec(f"scaled_{half}", WIDE[half], np.uint16, piece)
     assert np.array_equal(np.isnan(WIDE[half][got]), np.isnan(WIDE[half]))
     assert np.isnan(WIDE[half][vec(f"times_nan_{half}", WIDE[half], np.uint16, piece)]).all()
@@ -374,8 +374,9 @@ def test_no_loop_of_a_loss_calls_a_function(
     made = runpy.run_path(str(ROOT / "setup.py"))
     isa = next(iter(made["ISAS"].values()))
     compiler = [os.environ.get("CXX", "g++"), *f"{made['COMMON']['unix']} {isa['unix']}".split()]
-    said = subprocess.run([compiler[0], "--version"], capture_output=True, text=True, check=False)
-    if "Free Software Foundation" not in said.stdout:
+    command = [compiler[0], "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Free Software Foundation" not in version.stdout:
         pytest.skip("only GCC writes this report")
     report, out = tmp_path / "report", tmp_path / "out.o"
     more = [f"-fopt-info-vec-missed={report}", "-o", out]

@@ -121,7 +121,7 @@ def flat(found: Any) -> list[Tensor]:
     return [tensor for part in found if part is not None for tensor in flat(part)]
 
 
-def told(call: Any) -> str:
+def error_of(call: Any) -> str:
     try:
         call()
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -136,7 +136,8 @@ class Case(NamedTuple):
     """A call.
 
     Attributes:
-        orders: The number of derivatives, each of the previous one times random numbers.
+        orders: The number of derivatives. Each differentiates the previous one, times random
+            numbers.
         dims: The dimensions after the classes of logits with special values; None for others.
     """
 
@@ -163,7 +164,7 @@ class Case(NamedTuple):
         return tensor[:, classes].clone()
 
     def outcome(self, classes: slice, **shard: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Returns the results and the gradients; from the second on, also of grad_output."""
+        """Returns the results and gradients; higher orders also differentiate by grad_output."""
         whole, target = self.tensors()
         parts = {k: self.part(k, x, classes).requires_grad_() for k, x in whole.items()}
         given = parts | self.options | shard
@@ -224,7 +225,7 @@ METRICS = {
 
 @check(**DERIVED, **METRICS)
 def results(process: Process, case: Case) -> None:
-    """Results and gradients are those of one process, and all processes have the same bits.
+    """Results and gradients equal those of one process, and are bitwise equal in all processes.
 
     The processes reduce three numbers per row, and others for smoothing and the entropy. Metrics
     gather two numbers per row, in addition to the numbers that describe each call.
@@ -325,11 +326,11 @@ def missing_derivatives(process: Process, case: None) -> None:
     (several,) = torch.autograd.grad(loss, logits, batch, is_grads_batched=True)
     torch.testing.assert_close(several, torch.stack([one, -2 * one]))
     loss = linear_cross_entropy(input, head, target, **given)
-    error = told(lambda: torch.autograd.grad(loss, input, batch, is_grads_batched=True))
+    error = error_of(lambda: torch.autograd.grad(loss, input, batch, is_grads_batched=True))
     assert error.startswith("RuntimeError: Batching rule not implemented for c10d::allreduce_")
     for name, size in (("weight", (CLASSES,)), ("token_weight", (ROWS,)), ("denominator", ())):
         constant = {name: torch.ones(size).to(logits.dtype).requires_grad_()}
-        assert told(lambda given=given | constant: cross_entropy(logits, target, **given)) == (
+        assert error_of(lambda given=given | constant: cross_entropy(logits, target, **given)) == (
             f"RuntimeError: {name}: expected a tensor that the kernels support with a shard, but "
             f"{name} requires grad"
         )
@@ -372,7 +373,7 @@ def bad_input(process: Process, case: Any) -> None:
     shard, options, expected = case
     logits, target = torch.zeros(2, 5), torch.tensor([0, TOTAL])
     options = options | {"shard": shard(5 * process.rank)}
-    assert told(lambda: cross_entropy(logits, target, **options)).startswith(expected)
+    assert error_of(lambda: cross_entropy(logits, target, **options)).startswith(expected)
 
 
 # ---- DTensors ------------------------------------------------------------------------------------
@@ -382,7 +383,7 @@ class Distributed(NamedTuple):
     """A call with DTensors.
 
     Attributes:
-        tensors: By name; the dimension along which each is sharded, None if it is replicated.
+        tensors: The dimension along which each tensor is sharded, by name; None if replicated.
         plain: The names of tensors that are plain.
     """
 
@@ -501,11 +502,11 @@ def other_placements(process: Process, case: Any) -> None:
 def refused_dtensors(process: Process, case: None) -> None:
     input, head, _, target = draw(torch.float32)
     weight, hidden = distribute(head, 0), distribute(input, None)
-    error = told(lambda: linear_log_probs(hidden, weight, None))  # type: ignore[arg-type]
+    error = error_of(lambda: linear_log_probs(hidden, weight, None))  # type: ignore[arg-type]
     assert error == "TypeError: target: expected a Tensor, got NoneType"
     for call in (linear_cross_entropy, linear_log_probs):  # as with FSDP, which shards the batch
         assert explain(call.__name__, input, weight, target).reason == "linear_weight is a DTensor"
-        error = told(lambda call=call: call(input, weight, target))
+        error = error_of(lambda call=call: call(input, weight, target))
         assert "mixed torch.Tensor and DTensor" in error
     rows = distribute(torch.randn(4, 5), 0)
     assert explain("cross_entropy", rows, torch.arange(4)).reason == "input is a DTensor"
@@ -513,7 +514,7 @@ def refused_dtensors(process: Process, case: None) -> None:
 
 @check(none="none", mean="mean")
 def unsupported_options(process: Process, case: str) -> None:
-    """Torch computes calls with a mask of integers as weights."""
+    """torch computes calls with a mask of integers as weights."""
     input, head, _, target = draw(torch.float64)
     logits, mask = input @ head.t(), torch.arange(ROWS) % 2
     own = distribute(logits, 1).requires_grad_()

@@ -361,7 +361,7 @@ class Launched(NamedTuple):
 
 
 def forget_gpu() -> None:
-    """Clears what was chosen for the active GPU, which is the only one in other processes."""
+    """Clears the choices that are cached for the active GPU, because the target changes."""
     for cached in (launch.warp_size, launch.backend, launch.prepared, backend._tiling):
         cached.cache_clear()
 
@@ -582,7 +582,7 @@ def show(found: Sequence[Found]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--match", default="", help="only cases whose name holds these words")
+    parser.add_argument("--match", default="", help="only cases whose name contains these words")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
     parser.add_argument("--all", action="store_true", help="print every kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -600,7 +600,7 @@ def main() -> None:
     wrong = [f for f in found if f.wrong]
     show(found if arguments.all else [f for f in found if f.wrong or f.instructions])
     seconds = time.perf_counter() - started
-    print(f"{len(found)} kernels in {seconds:.0f} s, {len(wrong)} of them not as they should be")
+    print(f"{len(found)} kernels in {seconds:.0f} s, {len(wrong)} with problems")
     sys.exit(bool(wrong))
 
 

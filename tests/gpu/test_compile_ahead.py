@@ -121,7 +121,7 @@ def test_variants_compile(
 
 
 def test_numbers_do_not_select_kernels() -> None:
-    """A temperature or a weight that changes in each step compiles nothing anew."""
+    """A temperature or a weight that changes in each step does not recompile kernels."""
     x, target = empty(F32, 64, 1000), empty(torch.int64, 64)
     both, classes = (x, x, None, None), ClassRange(0, 1000)
     state, results = empty(F64, STATE_FIELDS, 64), empty(F32, 64)

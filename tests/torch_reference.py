@@ -1,4 +1,4 @@
-"""What torch computes for an operator."""
+"""Computes an operator's results by torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyfused.dispatch.run import by_torch
 
 
 def torch_function(op: Operator, name: str = "") -> Callable[..., Any]:
-    """Returns torch's function, or pyfused's function, computed by torch's operators.
+    """Returns torch's function, or pyfused's function running torch's operators.
 
     Args:
         name: The name of a function that torch lacks, if it differs from the operator's.
