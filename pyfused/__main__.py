@@ -32,11 +32,11 @@ def thread_runtime() -> str:
 
 
 def triton() -> str:
-    found = triton_version() or "not installed"
+    version = triton_version() or "not installed"
     if unsupported_triton() is None:
-        return found
+        return version
     pinned = pinned_triton(torch.__version__)
-    return f"{found}; pyfused needs {NEEDED}" + (f", torch requires {pinned}" if pinned else "")
+    return f"{version}; pyfused needs {NEEDED}" + (f", torch requires {pinned}" if pinned else "")
 
 
 def gpu_limits() -> str:

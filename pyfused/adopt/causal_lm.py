@@ -228,10 +228,10 @@ def _head_call(kind: Any) -> Any:
 
     def __call__(head: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         call: Any = getattr(_thread, "call", None)
-        given, logits = (*args, *kwargs.values()), None
+        inputs, logits = (*args, *kwargs.values()), None
         if call is not None and call.head is head:
             call.grad_modes.add(torch.is_grad_enabled())
-            logits = call.logits(kind, *given) if len(given) == 1 else None
+            logits = call.logits(kind, *inputs) if len(inputs) == 1 else None
         return kind.__call__(head, *args, **kwargs) if logits is None else logits
 
     return __call__
@@ -320,11 +320,11 @@ def _finished(output: Any) -> Any:
             if hasattr(output, "__dict__"):
                 vars(result).update(vars(output))
     if isinstance(output, dict):
-        found = {name: _finished(value) for name, value in output.items()}
-        changed = {name: x for name, x in found.items() if x is not output[name]}
+        entries = {name: _finished(value) for name, value in output.items()}
+        changed = {name: x for name, x in entries.items() if x is not output[name]}
         if changed and is_dataclass(output):  # a transformers output, which omits None
             removed = tuple(name for name, x in changed.items() if x is None)
-            result = _without(type(output), removed)(**found)
+            result = _without(type(output), removed)(**entries)
         elif changed:
             result = copy.copy(output)
             result.update(changed)
@@ -335,13 +335,13 @@ class _Entries(tuple[Any, ...]):
     """The entries of a transformers output. Reading the logits by their index raises."""
 
     def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        if any(x is _Entries for x in (found if type(index) is slice else (found,))):
+        entry = super().__getitem__(index)
+        if any(x is _Entries for x in (entry if type(index) is slice else (entry,))):
             raise RuntimeError(
                 "pyfused.convert: expected an index of an entry other than the logits, got "
                 f"{index}. Read other entries by name, or call pyfused.revert(model)"
             )
-        return found
+        return entry
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -507,18 +507,18 @@ def _reason_without_loss(call: _Call, head: str | None, uses: list[str]) -> str:
     return SILENT if call.grad_modes else "its forward does not call its head"
 
 
-def _reason_for_logits(model: Any, given: dict[str, Any]) -> str | None:
+def _reason_for_logits(model: Any, arguments: dict[str, Any]) -> str | None:
     """Returns why a call of a transformers model needs logits, None if it only needs its loss.
 
     Training steps without labels compute their loss from all logits.
     """
-    if given.get("labels") is None:
-        values = map(given.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
+    if arguments.get("labels") is None:
+        values = map(arguments.get, ("shift_labels", "logits_to_keep", "output_hidden_states"))
         alone = getattr(_thread, "call", None) is None  # not called by another model
         asks = any(torch.is_tensor(value) or value for value in values)
         trains = model.training and torch.is_grad_enabled()
         return _MISSING_LABELS if alone and trains and not asks else SILENT
-    if given.get("return_dict", model.config.return_dict) is False:
+    if arguments.get("return_dict", model.config.return_dict) is False:
         return "return_dict is False"
     return None
 
@@ -541,16 +541,16 @@ def _loss_differs(node: Any, target: Tensor, options: Any, whole: Any) -> str | 
     kept = (target != options["ignore_index"]).nonzero()[:count, 0]
     # Autograd cannot save inference tensors, so copies are used.
     options = {name: deferred.versioned(value) for name, value in options.items()}
-    rows, some = node.rows.detach()[kept].requires_grad_(), target[kept]
+    rows, targets = node.rows.detach()[kept].requires_grad_(), target[kept]
     unreduced = options | {"reduction": "none"}
-    found = node.family.loss(node, rows, some, unreduced)
-    expected = F.cross_entropy(node.replay(rows, moves=False), some, **unreduced)
-    gradients = [torch.autograd.grad(loss.sum(), rows)[0] for loss in (found, expected)]
-    pairs = [("loss", found.detach(), expected.detach()), ("gradient", *gradients)]
+    fused_loss = node.family.loss(node, rows, targets, unreduced)
+    expected = F.cross_entropy(node.replay(rows, moves=False), targets, **unreduced)
+    gradients = [torch.autograd.grad(loss.sum(), rows)[0] for loss in (fused_loss, expected)]
+    pairs = [("loss", fused_loss.detach(), expected.detach()), ("gradient", *gradients)]
     if whole is not None:
         with torch.no_grad():
-            found = node.family.loss(node, node.rows, target, options)
-        pairs.append(("loss", found, whole.detach().flatten()))
+            fused_loss = node.family.loss(node, node.rows, target, options)
+        pairs.append(("loss", fused_loss, whole.detach().flatten()))
     if not len(kept) or not all(expected.isfinite().all() for _, _, expected in pairs):
         return None
     for name, value, expected in pairs:

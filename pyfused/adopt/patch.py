@@ -60,12 +60,17 @@ class _Function:
         if self.unpatched is None:
             return None
         op, names, torch_function = self.op, list(parameters_of(self.function)), self.copy
-        given, by_place = [name for name in names if name != "inplace"], self.unpatched.co_argcount
-        deprecated = [given.index(name) for name in ("size_average", "reduce") if name in given]
-        pick, defaults = _picker(op, [name.lstrip("_") for name in given])
+        parameters, by_place = (
+            [name for name in names if name != "inplace"],
+            self.unpatched.co_argcount,
+        )
+        deprecated = [
+            parameters.index(name) for name in ("size_average", "reduce") if name in parameters
+        ]
+        pick, defaults = _picker(op, [name.lstrip("_") for name in parameters])
 
         def torch_call(arguments: Any, *inplace: Any) -> Any:
-            named = dict(zip(given[by_place:], arguments[by_place:], strict=True))
+            named = dict(zip(parameters[by_place:], arguments[by_place:], strict=True))
             return torch_function(*arguments[:by_place], *inplace, **named)
 
         def call(arguments: Any, *inplace: Any) -> Any:
@@ -88,7 +93,7 @@ class _Function:
             return _run(op, tensors, numbers, case, overwrites, unbound)
 
         inplace = ", inplace" * ("inplace" in names)
-        return code_calling(call, f"callee(({', '.join(given)},){inplace})", self.unpatched)
+        return code_calling(call, f"callee(({', '.join(parameters)},){inplace})", self.unpatched)
 
     def current(self) -> Any:
         return getattr(F, self.name)
@@ -165,12 +170,12 @@ class _BuiltIn:
                 or (len(args) >= needed and dispatch.is_small(op, args[:count], args[count:]))
             ):
                 return torch_function(*args, **kwargs)
-            given = dict(zip(by_place, args, strict=False)) | kwargs
-            once = len(given) == len(args) + len(kwargs) and len(args) >= method
-            if not (once and required.issubset(given) and known.issuperset(given)):
+            bound = dict(zip(by_place, args, strict=False)) | kwargs
+            once = len(bound) == len(args) + len(kwargs) and len(args) >= method
+            if not (once and required.issubset(bound) and known.issuperset(bound)):
                 return torch_function(*args, **kwargs)  # raises, or supports these arguments
-            given = defaults | given
-            tensors, numbers, case = op.split(tuple([given[name] for name in op.names]))
+            bound = defaults | bound
+            tensors, numbers, case = op.split(tuple([bound[name] for name in op.names]))
             unbound = functools.partial(torch_function, *args, **kwargs)
             if dispatch.is_small(op, tensors, case):
                 return unbound()
@@ -201,14 +206,16 @@ class _BuiltIn:
             setattr(self.owner, self.name, function)
 
 
-def _picker(op: Operator, given: Sequence[str]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
+def _picker(
+    op: Operator, parameters: Sequence[str]
+) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
     """Returns a function that picks the tensors, numbers and case of a call from a tuple.
 
     The tuple holds the arguments of these names, followed by the second result: the defaults of the
     arguments that torch's function lacks.
     """
-    absent = [name for name in op.names if name not in given]
-    index = [*given, *absent].index
+    absent = [name for name in op.names if name not in parameters]
+    index = [*parameters, *absent].index
     picked = [index(name) for name in op.names]
     defaults = tuple([getattr(getattr(op, "options", None), name, None) for name in absent])
     return itemgetter(*picked if len(picked) > 1 else [slice(1)]), defaults

@@ -195,8 +195,8 @@ class Report:
         return self._fallbacks.most_common() + small
 
     def __repr__(self) -> str:
-        found = self.to_dict()
-        rows, ran = found["operators"], time_of(found["seconds"])
+        results = self.to_dict()
+        rows, ran = results["operators"], time_of(results["seconds"])
         if not (rows or self._fallbacks or self._compiled):
             if not self._small:
                 return "pyfused: no losses or activations were called"
@@ -223,13 +223,13 @@ class Report:
                 f"kernels took {least}{time_of(ours)} of {ran}; torch's operators would have taken "
                 f"{least}{time_of(theirs)} (estimated by re-running calls with both: {count:,})"
             )
-            lines.append(_verdict(found))
+            lines.append(_verdict(results))
         return "\n".join(lines)
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    saved, seconds = found["saved_seconds"], found["seconds"]
-    if abs(saved) < max(found["saved_error"], 0.005 * seconds, 0.0005):
+def _verdict(results: dict[str, Any]) -> str:
+    saved, seconds = results["saved_seconds"], results["seconds"]
+    if abs(saved) < max(results["saved_error"], 0.005 * seconds, 0.0005):
         return "pyfused made no measurable difference"
     if saved < 0:
         return (
@@ -238,7 +238,7 @@ def _verdict(found: dict[str, Any]) -> str:
         )
     share = f"{saved / (seconds + saved):.0%}"
     verdict = f"pyfused saved about {time_of(saved)} of {time_of(seconds + saved)} ({share})"
-    from_first_call = f"{saved / (found['seconds_from_first_call'] + saved):.0%}"
+    from_first_call = f"{saved / (results['seconds_from_first_call'] + saved):.0%}"
     if from_first_call != share:
         verdict += f", or {from_first_call} of the time since the first call"
     return verdict
@@ -357,9 +357,9 @@ def _times(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> tupl
     with warnings.catch_warnings(), torch_alone:
         warnings.simplefilter("ignore")
         # The first run includes allocating memory and starting threads.
-        ours = min(_seconds(lambda given: kernel(given, floats), tensors) for _ in range(2))
+        ours = min(_seconds(lambda operands: kernel(operands, floats), tensors) for _ in range(2))
         theirs = min(
-            _seconds(lambda given: torch_function(*given, *numbers, *case), tensors)
+            _seconds(lambda operands: torch_function(*operands, *numbers, *case), tensors)
             for _ in range(2)
         )
     return ours / elements, theirs / elements

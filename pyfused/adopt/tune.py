@@ -135,7 +135,7 @@ def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
     Returns:
         The two limits of each operator in ``pyfused.dispatch.sizes``, in elements.
     """
-    found = {}
+    limits_of = {}
     candidates = [n for n in sizes.ON_CPU if n in OPERATORS and n not in sizes.LINEAR]
     names = names or [n for n in candidates if any(sizes.limits(OPERATORS[n], cpu=True))]
     for number, name in enumerate(names, 1):
@@ -143,9 +143,9 @@ def tune(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
         op = OPERATORS[name]
         has_second = len(set(sizes.limits(op, cpu=True))) > 1
         first = limit(op, second=False)
-        found[name] = first, limit(op, second=True) if has_second else first
-        print(f"{found[name][0]:,} and {found[name][1]:,}", file=sys.stderr)
-    return found
+        limits_of[name] = first, limit(op, second=True) if has_second else first
+        print(f"{limits_of[name][0]:,} and {limits_of[name][1]:,}", file=sys.stderr)
+    return limits_of
 
 
 @every_size()
@@ -179,15 +179,15 @@ def tune_gpu(
 
 def main(names: Sequence[str]) -> None:
     """Measures CPU and GPU, and saves the results for later processes."""
-    found = {sizes.MACHINE: tune(names)}
+    measured = {sizes.MACHINE: tune(names)}
     if torch.cuda.is_available() and unsupported_triton() is None:
         host_us, gb_per_s = numbers = tune_gpu()
-        found[sizes.gpu_machine()] = {"gpu": numbers}
+        measured[sizes.gpu_machine()] = {"gpu": numbers}
         print(f"GPU: {host_us} us for a call on the host, {gb_per_s:,} GB/s", file=sys.stderr)
     file = sizes.tuned_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    kept = sizes.tuned_machines()
-    for machine, results in found.items():
-        kept[machine] = sizes.tuned(machine) | results
-    file.write_text(json.dumps(kept), encoding="utf-8")
+    saved = sizes.tuned_machines()
+    for machine, results in measured.items():
+        saved[machine] = sizes.tuned(machine) | results
+    file.write_text(json.dumps(saved), encoding="utf-8")
     print(f"Saved to {file}. Processes started from now on use these limits.")

@@ -27,10 +27,10 @@ def triton_version() -> str | None:
 
 def unsupported_triton() -> str | None:
     """Returns why the kernels do not support the installed Triton, None if they do."""
-    found = triton_version()
-    if found is not None and _release(found) >= _release(OLDEST):
+    version = triton_version()
+    if version is not None and _release(version) >= _release(OLDEST):
         return None
-    return f"Triton is {found or 'not installed'}, expected {NEEDED}"
+    return f"Triton is {version or 'not installed'}, expected {NEEDED}"
 
 
 def pinned_triton(torch_version: str) -> str | None:

@@ -227,10 +227,10 @@ def tuned_file() -> Path:
 def tuned_machines() -> dict[str, Any]:
     """Returns the measurements of each machine, {} if there are none."""
     try:
-        found = json.loads(tuned_file().read_text(encoding="utf-8"))
+        machines = json.loads(tuned_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return machines if isinstance(machines, dict) else {}
 
 
 def tuned(machine: str) -> dict[str, Limits]:

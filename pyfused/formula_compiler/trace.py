@@ -298,12 +298,12 @@ def _arithmetic(op: Callable[..., float], swapped: bool = False) -> Callable[...
     def method(symbol: Symbol, *others: Any) -> Any:
         if not all(type(other) in (int, float, Symbol) for other in others):
             return NotImplemented
-        given = (symbol, *others)[:: -1 if swapped else 1]
+        operands = (symbol, *others)[:: -1 if swapped else 1]
 
         def compute(parameters: Sequence[Any]) -> float:
-            return op(*[x.compute(parameters) if isinstance(x, Symbol) else x for x in given])
+            return op(*[x.compute(parameters) if isinstance(x, Symbol) else x for x in operands])
 
-        return Symbol(op(*[x.value if isinstance(x, Symbol) else x for x in given]), compute)
+        return Symbol(op(*[x.value if isinstance(x, Symbol) else x for x in operands]), compute)
 
     return method
 

@@ -12,12 +12,12 @@ def metrics(report: Report) -> dict[str, float]:
         ``pyfused/kernel_calls``, ``pyfused/left_to_torch`` (also calls), and, if calls were
         compared, ``pyfused/saved_seconds``.
     """
-    found = report.to_dict()
-    left = [count for reasons in found["left_to_torch"].values() for count in reasons.values()]
-    compiled = sum(found["compiled"].values())
+    results = report.to_dict()
+    left = [count for reasons in results["left_to_torch"].values() for count in reasons.values()]
+    compiled = sum(results["compiled"].values())
     numbers = {
-        "pyfused/kernel_calls": compiled + sum(op["calls"] for op in found["operators"].values()),
+        "pyfused/kernel_calls": compiled + sum(op["calls"] for op in results["operators"].values()),
         "pyfused/left_to_torch": sum(left),
-        "pyfused/saved_seconds": found["saved_seconds"],
+        "pyfused/saved_seconds": results["saved_seconds"],
     }
     return {name: number for name, number in numbers.items() if number is not None}

@@ -18,13 +18,13 @@ class Composed(Operator):
     """A loss computed from another loss. Autograd records the other loss and `finish`.
 
     Attributes:
-        of: The other loss, which has a kernel.
-        given: Takes the arguments; returns the tensors, numbers and case of the other loss.
+        base: The other loss, which has a kernel.
+        base_call: Takes the arguments; returns the tensors, numbers and case of the other loss.
         finish: Takes the other loss and the arguments; returns the result.
     """
 
-    of: PointwiseLoss
-    given: Callable[..., tuple[Tensors, Numbers, Case]]
+    base: PointwiseLoss
+    base_call: Callable[..., tuple[Tensors, Numbers, Case]]
     finish: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
@@ -36,20 +36,20 @@ class Composed(Operator):
 
         def compute(tensors: Tensors, numbers: Numbers) -> Tensor:
             arguments = *tensors, *numbers, *case
-            call = self.given(*arguments)
-            _, kernel, base_numbers = decide(self.of, *call, inplace)
-            loss = run(self.of, *call) if kernel is None else kernel(call[0], base_numbers)
+            call = self.base_call(*arguments)
+            _, kernel, base_numbers = decide(self.base, *call, inplace)
+            loss = run(self.base, *call) if kernel is None else kernel(call[0], base_numbers)
             return self.finish(loss, *arguments)
 
         return compute
 
     def compiled(self, arguments: Arguments) -> Tensor:
         self.check_numbers(arguments)
-        return self.finish(run(self.of, *self.given(*arguments)), *arguments)
+        return self.finish(run(self.base, *self.base_call(*arguments)), *arguments)
 
     def check(self, arguments: Arguments) -> None:
         self.check_numbers(arguments)
         super().check(arguments)
         checks.broadcasts("target", arguments[1].shape, "input", arguments[0].shape)
-        tensors, numbers, case = self.given(*arguments)
-        self.of.check((*tensors, *numbers, *case))
+        tensors, numbers, case = self.base_call(*arguments)
+        self.base.check((*tensors, *numbers, *case))

@@ -166,8 +166,8 @@ def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
     (x, b, bias, _), (options, outputs, grad_output, *_) = tensors, args
     n, dtype, wide = len(x), x.dtype, bias.dtype
     bytes_per_logit = dtype.itemsize + 2 * wide.itemsize
-    given = n, b.shape, options.memory_budget, dtype, backend, bytes_per_logit
-    size = max(1, min(n, rows_in_budget(*given))), b.shape[0]
+    limits = n, b.shape, options.memory_budget, dtype, backend, bytes_per_logit
+    size = max(1, min(n, rows_in_budget(*limits))), b.shape[0]
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
     divisor = float(n) if options.reduction == "mean" else 1.0

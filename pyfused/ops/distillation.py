@@ -340,8 +340,8 @@ def _by_rows(
     n, dtype = len(input), backend.product_dtype(input.dtype)
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     bytes_per_logit = dtype.itemsize + cap_bytes + teacher_bytes
-    given = n, weight.shape, options.memory_budget, dtype, backend, bytes_per_logit
-    size = max(1, min(n, rows_in_budget(*given))), weight.shape[0]
+    limits = n, weight.shape, options.memory_budget, dtype, backend, bytes_per_logit
+    size = max(1, min(n, rows_in_budget(*limits))), weight.shape[0]
     layer = Layer(backend, _masked(input, options), (weight,), bias, dtype, size)
     row_tensors = *row_tensors, options.token_weight, grad_output
     loss, gradients = loss_over_rows(layer, outputs.gradients, step, row_tensors)

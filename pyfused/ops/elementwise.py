@@ -501,8 +501,8 @@ RMSE_LOSS = Composed(
     case=("reduction",),
     operands=(INPUT, TARGET, WEIGHT),
     numbers=(Scalar("eps", low=0.0),),
-    of=MSE_LOSS,
-    given=lambda input, target, weight, eps, reduction: (  # noqa: ARG005
+    base=MSE_LOSS,
+    base_call=lambda input, target, weight, eps, reduction: (  # noqa: ARG005
         (input, target, weight),
         (),
         (reduction,),
@@ -548,8 +548,8 @@ MULTILABEL_SOFT_MARGIN_LOSS = Composed(
         x, y, weight, None, None, reduction
     ),
     operands=(INPUT, Operand("target", low=0.0, high=1.0), WEIGHT),
-    of=BINARY_CROSS_ENTROPY_WITH_LOGITS,
-    given=_in_common_dtype,
+    base=BINARY_CROSS_ENTROPY_WITH_LOGITS,
+    base_call=_in_common_dtype,
     finish=_mean_of_rows,
     fallback_reason=_no_row_of_labels,
 )

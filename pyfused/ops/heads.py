@@ -364,9 +364,9 @@ class HeadRows:
         bias = None if bias is None else bias.movedim(0, -1).flatten()
         weight = weight.movedim(0, -2).reshape(self.columns, -1)  # contiguous classes per target
         weights = [weight, *[x for x in adapter if x is not None]]
-        given = bias, self.dtype, self.size(input.shape[0]), counts, self.fixed_sizes
+        options = bias, self.dtype, self.size(input.shape[0]), counts, self.fixed_sizes
         labels = target.flatten().contiguous()
-        return Layer(self.backend, input, weights, *given), labels, valid, n
+        return Layer(self.backend, input, weights, *options), labels, valid, n
 
     def per_target(self, block: Block) -> tuple[Tensor, slice, ClassRange]:
         """Returns a block's logits with a row per target, the targets' slice, and the classes."""
@@ -387,8 +387,8 @@ class HeadRows:
         state = labels.new_empty((fields, labels.shape[0]), dtype=torch.float64)
         for block in blocks(layer, backwards=True):
             logits, targets, classes = self.per_target(block)
-            given = self.options, classes, fields, 0, block.classes.start > 0
-            launch = self.backend.row_state(logits, *given)
+            options = self.options, classes, fields, 0, block.classes.start > 0
+            launch = self.backend.row_state(logits, *options)
             launch(numbers, logits, labels[targets], weight, state[:, targets])
         state = spread_rows(state.view(fields, -1, self.positions), valid, n, 1)
         keeps_logits = keeps_logits and block.logits.shape[1] == self.columns
@@ -425,8 +425,8 @@ class HeadRows:
         def step(block: Block) -> Tensor:
             logits, targets, classes = self.per_target(block)
             launch = self.backend.row_gradients(logits, self.options, classes, len(grad_results))
-            given = state[:, targets], grad_results[:, targets]
-            launch(numbers, logits, labels[targets], weight, *given, logits)
+            states = state[:, targets], grad_results[:, targets]
+            launch(numbers, logits, labels[targets], weight, *states, logits)
             return block.logits
 
         below = take_rows(filter_below, valid)

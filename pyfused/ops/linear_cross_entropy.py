@@ -203,7 +203,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         divides = rows_of(head.input.shape[:-1].numel()) > 0
         if options.reduction != "none" and not divides:
             options = replace(options, reduction="sum")
-        kernel = kept(lambda tensors, *given: backend.cross_entropy(tensors, options, *given))
+        kernel = kept(lambda tensors, *outputs: backend.cross_entropy(tensors, options, *outputs))
 
         def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
             n, options = tensors[0].shape[0], args.options
@@ -321,8 +321,8 @@ def _by_classes(
     weight, fields = kernel_weight(class_weight, dtype), state_fields(options)
     size = tile_size(layer[0].shape, dtype, options.memory_budget, backend)
     of_rows = options.of_rows()
-    given = of_rows, ClassRange(0, classes), fields, lambda _: size, outputs.gradients
-    rows, numbers = HeadRows(backend, Head(*tensors), *given), of_rows.numbers()
+    settings = of_rows, ClassRange(0, classes), fields, lambda _: size, outputs.gradients
+    rows, numbers = HeadRows(backend, Head(*tensors), *settings), of_rows.numbers()
     if state is None:
         with_metrics = target if options.with_metrics else counted
         state, *_ = rows.state((layer, with_metrics, weight, numbers))

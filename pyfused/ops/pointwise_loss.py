@@ -165,8 +165,8 @@ class TensorLoss(CompiledOperator):
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
             count = len(layouts)
             operands, weight = tensors[:count], tensors[count] if len(tensors) > count else None
-            given = backend, operands, weight, cases
-            return self.prepared(*given, reduction, outputs, divisor, grad_output)
+            inputs = backend, operands, weight, cases
+            return self.prepared(*inputs, reduction, outputs, divisor, grad_output)
 
         def define(tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
             count = len(layouts)

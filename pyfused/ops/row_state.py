@@ -92,8 +92,8 @@ class LogitRows:
         (logits,), target, weight, numbers = inputs
         results, prepared = self.results, self.launches.get(None)
         if prepared is None:
-            rows, given = as_rows(logits), (self.options, self.classes, self.fields, results)
-            launch = self.backend.row_state(rows, *given)
+            rows, options = as_rows(logits), (self.options, self.classes, self.fields, results)
+            launch = self.backend.row_state(rows, *options)
             dtype = accumulate_dtype(logits.dtype)
             prepared = self.launches[None] = launch, rows is not logits, dtype
         launch, views, dtype = prepared

@@ -160,14 +160,14 @@ class ShardedRows:
         state = _merged(state, target, self.shard, self.entropy)
         return state.where(target != source.options.ignore_index, 0), None, logits
 
-    def gradients(self, inputs: RowInputs, *given: Any) -> Gradients:
+    def gradients(self, inputs: RowInputs, *arguments: Any) -> Gradients:
         """Computes the gradients, and sums the gradient of a layer's input over processes."""
         gradients: Gradients
         if self.is_empty:
             pairs = zip(inputs[0], self.needs, strict=True)
             gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
         else:
-            gradients = self.source.gradients(inputs, *given)
+            gradients = self.source.gradients(inputs, *arguments)
         if len(gradients) > 1 and gradients[0] is not None:
             reduced(gradients[0], self.shard.group)
         return gradients
@@ -250,8 +250,8 @@ def state_plan(
 
         def definition(*layer: Tensor | None) -> Tensor:
             inputs: RowInputs = layer, target, weight, numbers
-            given = ignore_index, classes.first, pivot, fields > SMOOTH, shard
-            return _define_results(inputs, *given)[: len(grad_results)]
+            settings = ignore_index, classes.first, pivot, fields > SMOOTH, shard
+            return _define_results(inputs, *settings)[: len(grad_results)]
 
         return differentiate(definition, layer, needs, grad_results)
 
@@ -339,8 +339,8 @@ def cross_entropy_plan(
     input, classes = layer[0], class_range(layer, shard)
     shape = loss_shape(input, "none") if len(layer) == 1 else target.shape
     loss_dtype = planned.loss_dtype or autocast_dtype(input.dtype, input.device)
-    given = tensors, planned.of_rows(), state_fields(planned), shard
-    plan = state_plan("cross_entropy", *given, entropy=planned.with_metrics)
+    settings = tensors, planned.of_rows(), state_fields(planned), shard
+    plan = state_plan("cross_entropy", *settings, entropy=planned.with_metrics)
 
     def compute(tensors: Tensors, numbers: Numbers) -> Any:
         *layer, target, weight, token_weight, denominator = tensors
