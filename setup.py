@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 # Python's default flags contain -g, which makes modules eight times larger. CXXFLAGS overrides it.
 DEBUG = "-g" if "-g" in os.environ.get("CXXFLAGS", "").split() else "-g0"
 
-# Without -ffast-math, so that NaN, infinities and signed zeros match torch.
+# Without -ffast-math, because NaN, infinities and signed zeros have to match torch.
 COMMON = {
     "unix": f"-std=c++17 -O3 {DEBUG} -MMD -fvisibility=hidden "
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd",

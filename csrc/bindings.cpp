@@ -192,7 +192,7 @@ void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const Strid
 
 // ---- losses of embeddings -----------------------------------------------------------------------
 
-// sizes: rows, features; inputs: x, y, and z or the target; options: those of EmbeddingLoss;
+// sizes: rows, features; inputs: x, y, and z or the target; options: see EmbeddingOptions;
 // outputs: the losses, their sum, and the gradients.
 template <bool kCosine>
 void run_embedding_loss(int dtype, std::array<int64_t, 2> sizes,

@@ -84,7 +84,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     }
   }
 
-  // Called after the logits were read, so that they are in the cache.
+  // Called after the logits were read, when they are in the cache.
   void find_target_logits() {
     std::fill_n(target_logit, kColumns, A(0));
     if (ce.target && ce.classes <= kTileClasses) {

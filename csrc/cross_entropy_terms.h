@@ -90,7 +90,7 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
 };
 
 // The arguments, and values that are computed once for the batch. Scalars of a position are
-// doubles, so that only vectors are rounded to A.
+// doubles; only vectors are rounded to A.
 template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
   double uniform_sum;  // uniform * sum_c weight_c
   double denominator;

@@ -174,7 +174,7 @@ PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& 
   A* const grad_target = chunk.gradients[1];
   const auto value_at = [=](int64_t i) { return f.value(x[i], t[i], o[i]); };
   const auto value_and_grad_at =
-      [=](int64_t i) {  // reads the operands once, so that the compiler shares terms
+      [=](int64_t i) {  // reads the operands once, which lets the compiler share terms
         const A a = x[i], b = t[i], c = o[i], value = f.value(a, b, c);
         grad_input[i] = f.grad_input(a, b, c, scale);
         return value;

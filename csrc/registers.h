@@ -1,8 +1,8 @@
 // Pairs and quads of registers of floats, for exponentials.h. avx512.h and avx2.h define one
 // register and a pair. PYFUSED_HAS_REGISTERS is defined if one of them is included.
 //
-// An operator processes all registers before the next operator starts, so that the CPU has
-// independent instructions while a result is pending.
+// An operator processes all registers before the next operator starts: the CPU then has independent
+// instructions while a result is pending.
 #pragma once
 
 #include <limits>

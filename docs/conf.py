@@ -13,7 +13,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
-os.environ["PYFUSED_BACKEND"] = "cpu"  # the pictures' few points run kernels, too
+os.environ["PYFUSED_BACKEND"] = "cpu"  # pictures show kernels, although their tensors are small
 sys.path.append(str(Path(__file__).parent))
 
 import gallery

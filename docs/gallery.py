@@ -85,7 +85,7 @@ def picture(name: str, entry: Entry) -> str:
     value, gradient = figure.subplots(1, 2)
     for index, curve in enumerate(entry.curves):
         x, values, gradients = evaluate(name, entry, curve)
-        # Thinner lines are drawn over thicker ones, so that both are visible where they agree.
+        # Thinner lines are drawn over thicker ones: both are visible where they agree.
         style = {"color": COLOURS[index], "linewidth": 0.6 + 0.7 * (len(entry.curves) - index)}
         value.plot(x, values, label=curve.label, **style)
         gradient.plot(x, gradients, **style)

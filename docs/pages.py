@@ -37,7 +37,7 @@ def example(name: str) -> str:
 
 
 def output(program: str) -> str:
-    """Returns what a program prints, as a block of the page."""
+    """Returns the output of a program as a block of the page."""
     with redirect_stdout(StringIO()) as printed:
         exec(compile(program, "example", "exec"), {})
     return f"```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
@@ -102,7 +102,7 @@ def page(name: str) -> str:
 
 
 def write(app: Any) -> None:
-    """Writes the pages before Sphinx looks for pages, and deletes those of removed operators."""
+    """Writes the pages before Sphinx looks for them, and deletes pages of removed operators."""
     groups = {gallery.slug(group): gallery.group_page(group) for group in gallery.shown()}
     for name, texts in (("operators", {op: page(op) for op in OPERATORS}), ("groups", groups)):
         folder = Path(app.srcdir, name)

@@ -79,7 +79,7 @@ def timed(losses: Iterator[float]) -> Iterator[tuple[float, float]]:
 def take_turns(
     title: str, runs: dict[str, Iterator[T]], steps: int, progress: Progress
 ) -> dict[str, list[T]]:
-    """Runs the steps of all runs alternately, so that other load affects all of them alike."""
+    """Runs the steps of all runs alternately; other load then affects all of them alike."""
     bars = {name: progress.add_task(f"{title}, {name}", total=steps) for name in runs}
     taken: dict[str, list[T]] = {name: [] for name in runs}
     started = time.perf_counter()
@@ -208,7 +208,7 @@ def tabulate(jobs: list[Job]) -> Table:
 
 def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
     """Plots the mean loss of each window of steps."""
-    # A thin line on top of a broad one, so that both are visible where they agree.
+    # A thin line is drawn over a broad one: both are visible where they agree.
     for (name, losses), width in zip(job.losses.items(), (5, 2.5, 1.2), strict=False):
         steps = range(window, len(losses) + 1, window)
         means = [statistics.fmean(losses[step - window : step]) for step in steps]

@@ -187,7 +187,7 @@ def draw_lines(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -
     axes.plot(inputs[:, 0], targets, ".", color="0.75", markersize=3)
     order = test_inputs[:, 0].argsort()
     for index, (label, out) in enumerate(outputs.items()):
-        # A thinner line on top of a broader one, so that both are visible where they agree.
+        # A thinner line is drawn over a broader one: both are visible where they agree.
         style = {"color": COLOURS[index], "linewidth": 1.2 + 0.8 * (len(outputs) - index - 1)}
         axes.plot(test_inputs[order, 0], out[order, 0], label=label, **style)
     axes.set(xlabel="input", ylabel="target")

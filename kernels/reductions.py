@@ -25,7 +25,7 @@ GROUP = tl.constexpr(256)  # programs that share an arrival counter
 def arrives_last(counter, arrivals):
     """Returns whether a program is the last to arrive at a counter, which then becomes 0 again."""
     tl.debug_barrier()
-    # Releases the partial sum of this program, and acquires those of earlier arrivals.
+    # Releases this program's partial sum, and acquires the partial sums of earlier arrivals.
     last = tl.atomic_add(counter, 1, sem="acq_rel") == arrivals - 1
     if last:
         tl.store(counter, 0)

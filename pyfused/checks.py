@@ -108,7 +108,7 @@ def devices(tensors: Mapping[str, Tensor], error: Exception) -> None:
 
 
 def floating(tensors: Mapping[str, Tensor], indices: Sequence[str], error: Exception) -> None:
-    """Raises if a dtype is not floating, except those of class indices, after torch has raised."""
+    """Raises if a dtype is not floating, except for class indices, after torch has raised."""
     input, *others = tensors.values()
     for name, value in tensors.items():
         if name not in indices:

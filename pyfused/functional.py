@@ -540,7 +540,7 @@ def kl_div_with_logits(
 
 
 def _teacher(tensor: Any, requires_grad: bool) -> Any:
-    """Returns a teacher's tensor, without its gradient unless it is wanted."""
+    """Returns a teacher's tensor, detached unless ``requires_grad``."""
     is_detached = isinstance(tensor, Tensor) and tensor.requires_grad and not requires_grad
     return tensor.detach() if is_detached else tensor
 
@@ -1291,7 +1291,7 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
 
     At infinity, the result is this product: inf for inf and NaN for -inf; both gradients are NaN.
     Small calls and calls without a gradient run torch's operator. On x86, it uses oneDNN for
-    float32 and bfloat16 without approximation, which returns NaN for inf too, and inf for numbers
+    float32 and bfloat16 without approximation, which also returns NaN for inf, and inf for numbers
     above half of the largest one.
 
     Args:

@@ -152,7 +152,7 @@ def is_observed() -> bool:
 
 
 # If a mode makes a call fall back to torch in the forward pass of a checkpoint, the recomputation,
-# which runs without the mode, falls back, too, because it must save the same tensors.
+# which runs without the mode, also falls back, because it must save the same tensors.
 _checkpoints: set[weakref.ref[Any]] = set()
 _CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 

@@ -177,7 +177,7 @@ class KernelCalls(Counter[str]):
 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
-    """Counts kernel calls, so that a test cannot compare torch with torch."""
+    """Counts kernel calls, because a test must not compare torch with torch."""
     calls = KernelCalls()
     dispatch.forget_plans()
     for family in (*BY_NAME, "embedding_loss", "pointwise_loss", "activation", "softmax"):

@@ -33,7 +33,7 @@ TOP, LOGP = torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0)
 LABELS = torch.tensor([-1, 0, -1, -1, -1]).repeat(4, 1)
 
 
-# Calls, and strings in the message: the argument, what was expected, what was got.
+# Calls, and strings in the message: the argument, the expected value, the value passed.
 Wrong = dict[str, str]
 
 CROSS_ENTROPY: Wrong = {

@@ -74,7 +74,7 @@ def called(formula: Formula, **named: Any) -> Callable[..., Tensor]:
 def check_formula(
     formula: Formula, *operands: Tensor, rtol: float | None = None, **named: Any
 ) -> Outcome:
-    """Compares the loss of each element, and the gradients, with those of the function."""
+    """Compares the loss of each element, and the gradients, with the function's."""
     got = evaluate(called(formula, **named, **unreduced(formula)), *operands)
     expected = evaluate(formula.function, *operands, **named)
     if rtol is None:

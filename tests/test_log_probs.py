@@ -116,7 +116,7 @@ def test_a_layer_without_features() -> None:
 
 @every_operator
 def test_log_probabilities_are_never_above_0(op: str) -> None:
-    """The target has all probability except what is rounded away."""
+    """The target has probability 1, up to rounding."""
     n, classes = 50, 130
     logits = torch.randn(n, classes) * torch.logspace(-3, 3, n)[:, None]
     logits[:, 7] = logits.amax(1) + torch.linspace(0, 40, n)

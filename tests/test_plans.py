@@ -223,7 +223,7 @@ def python_calls(step: Callable[[], Any]) -> int:
     return count
 
 
-# The maximum number of functions per step, without those of autograd.
+# The maximum number of functions per step, without autograd's.
 CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "mse_loss": (lambda x: fused.mse_loss(x, OTHER), 18),
     "cross_entropy": (lambda x: fused.cross_entropy(x, CLASSES), 18),

@@ -257,7 +257,7 @@ def train(x, elements, steps=4):
 
 
 def run(code: str, **environment: str) -> str:
-    """Returns what code prints in a new process, which uses kernels for every size."""
+    """Returns the output of code in a new process, which uses kernels for every size."""
     done = python(PREAMBLE + textwrap.dedent(code), **{"PYFUSED_BACKEND": "cpu"} | environment)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()

@@ -32,7 +32,7 @@ from pyfused.adopt import report as reports
 from pyfused.dispatch import reasons
 
 Done = subprocess.CompletedProcess[str]
-SECONDS = 300  # generous, so that only a hang is ended
+SECONDS = 300  # long enough to end only a hang
 
 pytestmark = pytest.mark.thresholds
 

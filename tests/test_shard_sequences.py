@@ -322,7 +322,7 @@ class Process:
         assert loss.isnan().all() or not counted.any(), (kind, call)
 
     def run_on_dtensors(self) -> None:
-        """Few classes, so that some processes have none, and with frozen tensors."""
+        """Tests few classes, of which some processes have none, and frozen tensors."""
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         self.calls += 1

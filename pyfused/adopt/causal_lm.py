@@ -80,7 +80,7 @@ class _Call:
         alone: Whether only the loss has read the logits of the last call in these modes.
         differs: How a loss of this call differs from torch's, None if it does not.
         grad_modes: Whether gradients were enabled, for each call of the head.
-        hooks: The hooks for saved tensors, such as those of a checkpoint around the model.
+        hooks: The saved-tensor hooks, for example of a checkpoint around the model.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class _Call:
         return not self.alone and (COMPARED, self.modes) not in self.facts
 
     def records(self, hidden: Tensor) -> bool:
-        """Returns whether torch computes the logits, and pyfused records what reads them."""
+        """Returns whether torch computes the logits, and pyfused records the operators on them."""
         if self.alone or self.hooks is not None or self.modes is None:
             return False
         memory = physical_memory()

@@ -51,7 +51,7 @@ class Conversion(NamedTuple):
     Attributes:
         swapped: The names of the modules that it replaces.
         left: The modules that it does not replace, with reasons.
-        table: Both, with the class of each module and what replaces it. ``print`` prints it.
+        table: A text with both, each module's class and its replacement, printed by ``print``.
     """
 
     swapped: tuple[str, ...]

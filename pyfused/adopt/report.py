@@ -106,7 +106,7 @@ class Report:
         self._seconds, self._began = self._elapsed(), None
 
     def _elapsed(self) -> float:
-        """Returns the seconds of all blocks, without those of comparisons."""
+        """Returns the seconds of all blocks, without the time of comparisons."""
         return self._seconds + (0.0 if self._began is None else _clock() - self._began)
 
     def _add(self, counter: Counter[Any], key: Any) -> None:
@@ -302,7 +302,7 @@ _compared = 0.0  # the seconds that all comparisons have taken
 
 
 def _clock() -> float:
-    """Returns seconds that exclude comparisons, also those of other reports."""
+    """Returns seconds that exclude comparisons, including comparisons of other reports."""
     return perf_counter() - _compared
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from types import new_class
 from typing import Any
 
-MARK = "_converted_by_pyfused"  # on the module, so that copies and saved models can be reverted
+MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved models keep it
 ForwardOf = Callable[..., Callable[..., Any]]  # defined at module level, for pickle
 
 
@@ -80,7 +80,7 @@ def is_fused(module: Any) -> bool:
 
 
 def is_marked(module: Any) -> bool:
-    """Returns whether a module is converted: a copy made by a user's own code has no mark."""
+    """Returns whether a module is converted; copies made by user code may lack the mark."""
     return is_fused(module) and MARK in vars(module)
 
 

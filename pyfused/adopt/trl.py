@@ -39,7 +39,7 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
     ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch_trl`` replaces it with a function
     with the same arguments and results, which calls :func:`~pyfused.functional.linear_log_probs`.
 
-    TRL's own function still computes the calls that pyfused cannot: with a weight that ZeRO-3
+    TRL's function still computes the calls that pyfused cannot: with a weight that ZeRO-3
     partitions, on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names
     each reason once. If TRL's function has other parameters, in another version of TRL, nothing is
     replaced, and a warning says so.
@@ -143,7 +143,7 @@ def _original_reason(
     factors: Sequence[float],
     outputs: Sequence[str],
 ) -> str | None:
-    """Returns why TRL's own function has to compute a call, None if pyfused can.
+    """Returns why TRL's function has to compute a call, None if pyfused can.
 
     Args:
         tensors: The hidden states, weight, bias and targets.

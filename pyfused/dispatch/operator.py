@@ -130,7 +130,7 @@ class Operator(ABC):
     number_types: ClassVar[tuple[type, ...]] = (float, int, Real)  # the common ones first
 
     def __post_init__(self) -> None:
-        self.in_torch = hasattr(originals.F, self.name)  # kept, so that a compiler can trace it
+        self.in_torch = hasattr(originals.F, self.name)  # stored, because Dynamo cannot trace it
         self.case = tuple([Choice(x) if isinstance(x, str) else x for x in self.case])
         self.all_operands = *self.operands, *self.factors
         parts = (*self.all_operands, *self.numbers, *self.case)

@@ -1,4 +1,4 @@
-"""Runs a call by a fused kernel, or by torch's own operator with a reason.
+"""Runs a call by a fused kernel, or by torch's operator with a reason.
 
 If ``PYFUSED_BACKEND`` is set, kernels run for tensors of any size.
 """
@@ -50,7 +50,7 @@ def run(
     inplace: bool = False,
     shard: VocabShard | None = None,
 ) -> Tensor:
-    """Returns an operator's result, from a fused kernel or from torch's own operator.
+    """Returns an operator's result, from a fused kernel or from torch's operator.
 
     Args:
         inplace: Whether the result overwrites the input; for a loss, the input's gradient does.
@@ -247,8 +247,8 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
 def is_traced(tensor: Tensor) -> bool:
     """Returns whether the compiler calls code with a fake tensor, without tracing it.
 
-    It does so for functions in its table of torch's functions, which includes those of pyfused if
-    ``pyfused.patch`` was active when it filled the table.
+    It does so for functions in its table of torch's functions, which includes pyfused's functions
+    if ``pyfused.patch`` was active when it filled the table.
     """
     stands_in = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
     return stands_in and compiler_traces()

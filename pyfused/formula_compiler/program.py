@@ -1,7 +1,7 @@
 """Simplifies the expressions of a formula, and compiles them to programs that kernels run.
 
 An expression is an index into :class:`Expressions`, which stores each distinct expression once and
-applies rewrite rules when an expression is added. Derivatives are rewritten too, so they are as
+applies rewrite rules when an expression is added. Derivatives are also rewritten, so they are as
 stable as the formula.
 """
 
@@ -163,7 +163,7 @@ class Expressions:
         scalars: Whether each expression has the same value for all elements.
         masks: Whether each expression is always 0 or 1.
         stabilized: Whether a rewrite has made results finite or accurate that were not.
-        indexed: Whether a mask is an index, so that operands do not broadcast.
+        indexed: Whether a mask is an index; operands then do not broadcast.
     """
 
     def __init__(self, stabilize: bool = True) -> None:
@@ -403,7 +403,7 @@ def compiled(
 
     The instructions are a subset of the instructions for all outputs, in the same order, and
     outputs that other instructions read have a register. So if the program for all outputs fits
-    into the registers and constants, each program for fewer outputs fits, too.
+    into the registers and constants, each program for fewer outputs also fits.
 
     Raises:
         UntraceableError: The program needs too many registers or constants.

@@ -151,7 +151,7 @@ class Recorder(DispatchMode):
         """Returns whether a comparison of integer operands has the same result after rounding.
 
         Rounding preserves the order of integers, and integers below 2**24. If the other side is
-        floating-point, torch rounds the integers, too.
+        floating-point, torch also rounds the integers.
         """
         if len(integers) == 2:
             return all(x.dtype in (torch.uint8, torch.int8, torch.int16) for x in integers)

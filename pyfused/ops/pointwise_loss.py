@@ -214,7 +214,7 @@ class TensorLoss(CompiledOperator):
         """Converts the operands and the weight to one shape and dtype."""
         if self.arrange is not None:
             operands = self.arrange(*operands)
-        # Operands are cast before broadcasting, so that gradients are summed before rounding.
+        # Operands are cast before broadcasting: gradients are then summed before rounding.
         operands = [x if x.dtype is dtype else x.to(dtype) for x in operands]
         if any(operand.shape != operands[0].shape for operand in operands):
             operands = torch.broadcast_tensors(*operands)

@@ -416,7 +416,7 @@ class ShardedOperator(VocabOperator):
             call = self.describe_call(arguments, shard, compares)
         except Exception:
             if compares:
-                gathered(torch.tensor(Call(), device=device), group)  # the others raise, too
+                gathered(torch.tensor(Call(), device=device), group)  # makes the others raise
             raise
         total, all_need = call.total, grad_enabled()
         if compares:
