@@ -19,19 +19,15 @@ from pyfused.dispatch.autograd import without_autocast
 RANK_MULTIPLE = 16  # with MKL, products of 16 columns take two thirds of the time of 8
 
 
-def _is(kind: Any, module: str, name: str) -> bool:
-    return kind is getattr(sys.modules.get(module), name, None)
-
-
 def is_lora(head: Any) -> bool:
     """Returns whether a head is PEFT's linear layer with LoRA adapters, fused or not."""
-    kind = type(head)
-    return _is(getattr(kind, "_unfused", kind), "peft.tuners.lora.layer", "Linear")
+    layer, kind = sys.modules.get("peft.tuners.lora.layer"), type(head)
+    return getattr(kind, "_unfused", kind) is getattr(layer, "Linear", None)
 
 
 def called_head(head: Any) -> Any:
     """Returns the active copy of a head in PEFT's ``modules_to_save``, or else the head itself."""
-    if not _is(type(head), "peft.utils.other", "ModulesToSaveWrapper"):
+    if type(head) is not getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", None):
         return head
     active = [] if head.disable_adapters else head.active_adapters
     copies = [head.modules_to_save[name] for name in active if name in head.modules_to_save]

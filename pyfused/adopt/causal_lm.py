@@ -18,6 +18,7 @@ import inspect
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache, partial, wraps
@@ -93,7 +94,7 @@ class _Call:
         self.alone = False
         self.differs: str | None = None
         self.grad_modes: set[bool] = set()
-        self.hooks = modes_of("cpu").hooks
+        self.hooks = None if is_dynamo_compiling() else torch_internals.saved_tensors_hooks(True)
 
     def run(self, kind: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
         """Returns the output of the model's original ``forward``, and the readers of its logits."""
@@ -102,9 +103,10 @@ class _Call:
             output = _finished(kind.forward(self.model, *args, **kwargs))
             for family in self.families:
                 family.close("code after its forward")
-            if self.modes is not None:
+            uses = [use for family in self.families for use in family.uses]
+            if self.modes is not None and not (self.alone and set(uses) == {LOSS}):
                 self.learn()
-            return output, [use for family in self.families for use in family.uses]
+            return output, uses
         finally:
             _thread.call = before
             if before is not None:  # the call of an enclosing model with the same head
@@ -160,7 +162,7 @@ class _Call:
             self.modes = self.model.training, *modes[:3]
             self.alone = (ALONE, self.modes) in self.facts
         if hooked:
-            return self.sharded_logits(kind, hidden)
+            return self.sharded_logits(kind, hidden, modes)
         rows, adapter_weight = hidden, None
         if adapters.is_lora(head):
             if self.compares():
@@ -169,35 +171,33 @@ class _Call:
                         self.differs = "LoRA layer adds something other than scaling * B A x"
                         return None
             rows, adapter_weight = adapters.with_features(head, hidden)
-        inputs = rows, head.weight, head.bias, adapter_weight
+        inputs = modes, rows, head.weight, head.bias, adapter_weight
         self.families.append(deferred.Family(self, *inputs, recorded=self.records(rows)))
         return self.families[-1].logits()
 
-    def sharded_logits(self, kind: Any, hidden: Any) -> Any:
+    def sharded_logits(self, kind: Any, hidden: Any, modes: Any) -> Any:
         """Returns the logits of a head whose hooks torch.distributed has defined."""
         head, policy = self.head, torch_internals.fsdp_policy(self.head)
         for earlier in self.families if policy else ():
             earlier.close("code after another call of its head")
         (hidden,) = args = torch_internals.run_pre_hooks(head, (hidden,))
         finish = partial(torch_internals.run_forward_hooks, head, args)
-        weight, bias = head.weight, head.bias
+        inputs = _, weight, _ = hidden, head.weight, head.bias
         reason: str | None = "its head has hooks"
         if policy is not None:
             reason, recorded = _reason(head, hidden), self.records(hidden)
             family: Any = deferred.Family(
-                *(self, hidden, weight, bias, None), recorded=recorded, finish=finish
+                self, modes, *inputs, None, recorded=recorded, finish=finish
             )
-        elif all(is_dtensor(x) for x in (hidden, weight, bias) if x is not None) and (
+        elif all(is_dtensor(x) for x in inputs if x is not None) and (
             all(placement.is_replicate() for placement in hidden.placements)
             and any(placement.is_shard(0) for placement in weight.placements)
         ):
-            family = deferred.ColwiseFamily(
-                self, finish, hidden, weight, bias, recorded=not self.alone
-            )
+            family = deferred.ColwiseFamily(self, modes, finish, *inputs, recorded=not self.alone)
             reason = None if _is_usable(head, family.inputs[0]) else SILENT
         if reason is None:
             logits, dtype = family.logits(), policy and policy.output_dtype
-            if not deferred.is_deferred(logits):
+            if not isinstance(logits, deferred.Logits):
                 _warn(self.model, self.facts, "its head has hooks")
                 return logits
             self.families.append(family)
@@ -242,16 +242,15 @@ _HEAD = subclass.subclass(Linear, _head_call)
 
 def _is_usable(head: Any, hidden: Any) -> bool:
     """Returns whether a head's call is valid and its gradient needs only reverse mode."""
-    if is_dynamo_compiling():
-        return True
     if layout_reason("input", hidden) is not None:
         return False
-    dtypes = {x.dtype for x in (hidden, head.weight, head.bias) if x is not None}
+    weight, bias = head.weight, head.bias
+    dtypes = {hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return (
         hidden.is_inference() == torch.is_inference_mode_enabled()
         and hidden.numel() > 0
-        and hidden.shape[-1:] == head.weight.shape[-1:]
+        and hidden.shape[-1:] == weight.shape[-1:]
         and (dtypes <= _CAST_DTYPES if autocast else len(dtypes) == 1)
         and (
             not torch.is_grad_enabled()
@@ -266,7 +265,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     """Returns why a head has to compute its logits itself, None if its weight and bias suffice.
 
     Args:
-        hidden: The head's input, None before a call.
+        hidden: The head's input if its hooks have been checked, None before a call.
     """
     compiling, is_lora = is_dynamo_compiling(), adapters.is_lora(head)
     for where, layer in adapters.layers(head).items() if is_lora else (("its head", head),):
@@ -278,7 +277,7 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
             return f"the forward of {where} was replaced, for example by accelerate's offloading"
         if is_unit and compiling:
             return "its head is a unit of fully_shard in a compiled model"
-        if has_hooks(layer, distributed=compiling or is_lora):
+        if (hidden is None or layer is not head) and has_hooks(layer, compiling or is_lora):
             return f"{where} has hooks"
         if has_compiled_call(layer):
             return f"{where} is compiled separately"
@@ -294,14 +293,14 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
             if not compiling and value.is_inference():
                 return SILENT
     reason = adapters.reason_to_compute(head, hidden) if is_lora else None
-    if reason is not None or hidden is None or _is_usable(head, hidden):
+    if reason is not None or hidden is None or compiling or _is_usable(head, hidden):
         return reason
     return SILENT
 
 
 def _finished(output: Any) -> Any:
     """Returns a model's output, with None for logits that only the loss has read."""
-    if deferred.is_deferred(output):
+    if isinstance(output, deferred.Logits) and output._node is not None:
         family = output._node.family
         if set(family.uses) == {LOSS}:
             return None
@@ -321,10 +320,16 @@ def _finished(output: Any) -> Any:
                 vars(result).update(vars(output))
     if isinstance(output, dict):
         entries = {name: _finished(value) for name, value in output.items()}
-        changed = {name: x for name, x in entries.items() if x is not output[name]}
+        changed = {name: entries[name] for name, x in output.items() if x is not entries[name]}
         if changed and is_dataclass(output):  # a transformers output, which omits None
-            removed = tuple(name for name, x in changed.items() if x is None)
-            result = _without(type(output), removed)(**entries)
+            kind = _without(type(output), *(name for name, x in changed.items() if x is None))
+            if is_dynamo_compiling():
+                return kind(**entries)
+            result = kind.__new__(kind)  # without __init__, which is slow
+            vars(result).update(vars(output), **changed)
+            for name, x in entries.items():
+                if x is not None:
+                    OrderedDict.__setitem__(result, name, x)
         elif changed:
             result = copy.copy(output)
             result.update(changed)
@@ -349,7 +354,7 @@ class _Entries(tuple[Any, ...]):
 
 @cache
 @torch_internals.run_while_tracing
-def _without(kind: Any, removed: tuple[str, ...]) -> Any:
+def _without(kind: Any, *removed: str) -> Any:
     """Returns a subclass of a transformers output whose logits are None, but keep their index."""
     if not removed:
         return kind

@@ -102,12 +102,7 @@ def without_hooks() -> AbstractContextManager[Any]:
 
 
 def versioned(x: Any) -> Any:
-    """Returns a tensor with a version counter, to detect in-place changes; may be a copy.
-
-    In compiled programs it is always a copy, which Inductor removes if nothing changes ``x``.
-    """
-    if is_dynamo_compiling():
-        return x if x is None else x.clone()
+    """Returns a tensor with a version counter, to detect in-place changes; may be a copy."""
     if not isinstance(x, Tensor) or not x.is_inference():
         return x
     with torch.inference_mode(False), torch.no_grad():
@@ -136,25 +131,33 @@ class Family:
 
     shared = False  # whether several processes compute the logits together
 
-    def __init__(self, call: Any, *inputs: Any, recorded: bool, finish: Any = None) -> None:
-        self.call, self.recorded, self.finish = call, recorded, finish
+    def __init__(
+        self, call: Any, modes: Any, *inputs: Any, recorded: bool, finish: Any = None
+    ) -> None:
+        self.call, self.modes, self.recorded, self.finish = call, modes, recorded, finish
         self.traced, self.computed = is_dynamo_compiling(), False
-        self.modes = modes_of(inputs[0].device.type)
-        self.dtype = self.modes.autocast or inputs[0].dtype
-        self.inputs = tuple(map(versioned, inputs))
+        self.dtype = modes.autocast or inputs[0].dtype
         self.uses: list[str] = []
         self.results: list[Tensor] = []
         self.tensors: list[Callable[[], Any]] = []
         self.watched: list[tuple[Tensor, int, int]] = []
-        self.watch(*self.inputs)
+        self.inputs = self.watch(*inputs)
         checks = not (self.traced or call.alone or captures())
         self.checksums = self._checksums() if checks else None
 
-    def watch(self, *tensors: Tensor | None) -> None:
-        """Records the versions of tensors that are read until the logits have been computed."""
-        for x in () if self.traced else tensors:
-            if x is not None:
+    def watch(self, *tensors: Any) -> tuple[Any, ...]:
+        """Returns `versioned` tensors, and records their versions until the logits are computed.
+
+        In compiled programs it returns copies, which Inductor removes if nothing changes a tensor.
+        """
+        kept = list(tensors)
+        for i, x in enumerate(tensors):
+            if x is not None and self.traced:
+                kept[i] = x.clone()
+            elif x is not None:
+                kept[i] = x = versioned(x) if x.is_inference() else x
                 self.watched.append((x, version_of(x), x.data_ptr()))
+        return tuple(kept)
 
     def _checksums(self) -> list[Tensor]:
         local = (getattr(x, "to_local", x.detach)().detach() for x in self.inputs if x is not None)
@@ -185,7 +188,7 @@ class Family:
     def logits(self) -> Any:
         """Returns the output of the head."""
         hidden, weight, *_ = self.inputs
-        shape = *hidden.shape[:-1], len(weight)
+        shape = *hidden.shape[:-1], weight.shape[0]
         if not (self.traced or self.recorded):
             return _Node(self, hidden).tensor(torch.empty(shape, dtype=self.dtype, device="meta"))
         logits = self.linear(hidden)
@@ -270,15 +273,14 @@ class ColwiseFamily(Family):
 
     shared = True
 
-    def __init__(
-        self, call: Any, gather: Any, hidden: Any, weight: Any, bias: Any, recorded: bool
-    ) -> None:
+    def __init__(self, call: Any, modes: Any, gather: Any, *inputs: Any, recorded: bool) -> None:
+        hidden, weight, bias = inputs
         self.mesh, layout = hidden.device_mesh, (hidden.device_mesh, hidden.placements)
         self.gather = gather  # runs the hooks after the head's forward
         self.replicate: Any = lambda x: type(hidden).from_local(x, *layout, run_check=False)
         local = hidden.full_tensor()
         local = local if type(local) in PLAIN else local.clone()
-        super().__init__(call, local, weight, bias, None, recorded=recorded)
+        super().__init__(call, modes, local, weight, bias, None, recorded=recorded)
 
     def linear(self, rows: Tensor) -> Any:
         return self.gather(F.linear(self.replicate(rows), *self.inputs[1:3]))
@@ -335,9 +337,9 @@ class _Node:
         """Returns the tensor that the user's code receives, given logits, on meta if deferred."""
         family, tensor = self.family, logits
         if family.recorded:
-            tensor.__class__ = _Logits
+            tensor.__class__ = Logits
         elif family.traced:
-            tensor = logits.as_subclass(_Logits)
+            tensor = logits.as_subclass(Logits)
         else:
             needs_grad = [x is not None and x.requires_grad for x in family.inputs]
             tensor = torch_internals.make_wrapper_subclass(
@@ -348,8 +350,8 @@ class _Node:
                 device=self.rows.device,
                 requires_grad=family.modes.gradients and any(needs_grad),
             )
-            if tensor.requires_grad:
-                with torch_internals.DisableTorchFunctionSubclass():
+            with torch_internals.DisableTorchFunctionSubclass():
+                if tensor.requires_grad:
                     tensor.register_hook(_refuse)
         self.example = None if family.recorded else logits
         tensor._node = self
@@ -438,11 +440,11 @@ class _Node:
             if not family.is_unchanged():
                 family.read(CHANGED)
                 return expected
-        options |= smoothing
-        if not family.traced:
+        elif not family.traced:
             family.check()
-            if not family.call.accepts(self, target, options, expected):
-                return expected
+        options |= smoothing
+        if not (family.traced or family.call.accepts(self, target, options, expected)):
+            return expected
         family.uses.append(LOSS)
         if family.recorded:
             return expected
@@ -485,7 +487,7 @@ def _index(node: _Node, logits: Tensor, function: Any, args: Any, kwargs: Any) -
     rows = node.rows[parts]
     if not rows.is_contiguous():
         return None
-    node.family.watch(*(parts := tuple(map(versioned, parts))))
+    parts = node.family.watch(*parts)
     shape = *rows.shape[:-1], logits.shape[-1]
     result = logits.new_empty(shape) if logits.is_meta else logits[parts]
     return {"rows": rows, "result": result, "operation": (function, (parts,), kwargs)}
@@ -538,7 +540,7 @@ def _add(node: _Node, logits: Tensor, function: Any, args: Any, kwargs: Any) -> 
         return None
     if autocast and (node.family.traced or not _is_exact(bias, autocast)):
         return None  # autocast casts the head's bias
-    node.family.watch(bias := versioned(bias))
+    (bias,) = node.family.watch(bias)
     bias = bias.reshape(-1)
     shift = bias if node.shift is None else node.shift + bias
     result = function(logits, bias.to(logits.device))
@@ -595,7 +597,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
 # ---- tensor subclasses ---------------------------------------------------------------------------
 
 
-class _Logits(Tensor):
+class Logits(Tensor):
     """The output of a converted head or of a recorded operator; torch.compile sees this class."""
 
     _node: Any = None
@@ -608,9 +610,9 @@ class _Logits(Tensor):
         with torch_internals.DisableTorchFunctionSubclass():
             if function in _METADATA:
                 return function(*args, **kwargs)
-            if is_dynamo_compiling() and type(tensor).__module__ == "numpy":
+            if type(tensor).__module__ == "numpy" and is_dynamo_compiling():
                 args = torch.as_tensor(tensor), *args[1:]  # a NumPy scalar times logits
-            node = getattr(tensor, "_node", None) if isinstance(tensor, _Logits) else None
+            node = getattr(tensor, "_node", None) if isinstance(tensor, Logits) else None
             if node is not None and not node.family.computed:
                 family: Family = node.family
                 if family.modes == modes_of(family.inputs[0].device.type):
@@ -621,7 +623,7 @@ class _Logits(Tensor):
         return function(*args, **kwargs)
 
 
-class DeferredLogits(_Logits):
+class DeferredLogits(Logits):
     """Logits without memory."""
 
     @classmethod
@@ -636,7 +638,7 @@ class DeferredLogits(_Logits):
 
 
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
-reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (_Logits, DeferredLogits))
+reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (Logits, DeferredLogits))
 
 
 def _refuse(*_: Any) -> Any:
@@ -653,7 +655,7 @@ def _read(function: Any, tensor: Any) -> Any:
     Raises:
         RuntimeError: The operator's result would lack a gradient.
     """
-    if not isinstance(tensor, _Logits):
+    if not isinstance(tensor, Logits):
         return tensor
     if tensor._node is None:  # torch.compile iterates over logits without __torch_function__
         return tensor.as_subclass(Tensor)
@@ -684,7 +686,7 @@ def computed(tensor: Any) -> Any:
     """Returns the computed logits of a tensor."""
     if isinstance(tensor, DeferredLogits):
         return tensor._node.real
-    return tensor._node.example if isinstance(tensor, _Logits) else tensor
+    return tensor._node.example if isinstance(tensor, Logits) else tensor
 
 
 def _name_of(function: Any) -> str:
@@ -693,7 +695,3 @@ def _name_of(function: Any) -> str:
     name = getattr(function, "__name__", str(function))
     name = function.__self__.__name__ if name in ("__get__", "__set__") else name.strip("_")
     return "indexing" if name == "getitem" else name
-
-
-def is_deferred(value: Any) -> bool:
-    return isinstance(value, _Logits) and value._node is not None
