@@ -50,7 +50,7 @@ def run(
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with the sdist and the wheel built from it, in an environment without torch.
 
-    PYFUSED_TEST_DIST names a folder with an existing build of the current tree.
+    PYFUSED_TEST_DIST names a folder with an existing sdist and wheel of the current tree.
     """
     if os.environ.get("PYFUSED_TEST_DIST"):
         return Path(os.environ["PYFUSED_TEST_DIST"])
@@ -72,16 +72,18 @@ def test_files_and_metadata_of_the_sdist_and_the_wheel(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as sdist:
         files = {name.partition("/")[2] for name in sdist.getnames()}
-    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("csrc/*.[chi]*")}
-    assert files >= sources | {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    patterns = ("pyfused/**/*.py", "kernels/*.py", "csrc/*.[chi]*")
+    modules, kernels, sources = (
+        {file.relative_to(ROOT).as_posix() for file in ROOT.glob(pattern)} for pattern in patterns
+    )
+    needed = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "pyfused/py.typed"}
+    assert files >= modules | kernels | sources | needed
     (path,) = dist.glob("*.whl")
     wheel = zipfile.ZipFile(path)
-    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("pyfused/**/*.py")}
-    kernels = {f"pyfused/kernels/{file.name}" for file in ROOT.glob("kernels/*.py")}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    modules = {module.replace(".", "/") + suffix for module in MODULES}
+    modules |= {module.replace(".", "/") + suffix for module in MODULES} | {"pyfused/py.typed"}
     names = wheel.namelist()
-    package = sources | kernels | modules | {"pyfused/py.typed"}
+    package = modules | {f"pyfused/{kernel}" for kernel in kernels}
     assert {name for name in names if ".dist-info/" not in name} == package
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     (name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
