@@ -19,7 +19,7 @@ template <class A> int64_t whole_vectors(int64_t n) {
 // Returns the loss of a row, and writes its gradient times `scale`.
 template <class T> double multi_margin_row(const MultiMargin<T>& mm, int64_t row, double scale) {
   using A = Accumulate<T>;
-  alignas(kVectorBytes) A buffer[kChunk];
+  alignas(kVectorBytes) A z[kChunk];
   const T* const input = mm.input + row * mm.classes;
   T* const gradient = mm.grad_input ? mm.grad_input + row * mm.classes : nullptr;
   const int64_t label = mm.target[row];
@@ -29,24 +29,19 @@ template <class T> double multi_margin_row(const MultiMargin<T>& mm, int64_t row
   const A factor = A((squared ? 2 : 1) * row_weight * scale);
   Sum losses, slopes;
   for_chunks(mm.classes, [&](int64_t, int64_t first, int64_t n) {
-    const A* const x = widened(input + first, buffer, n);
-    // The target's own z is the margin. It is subtracted below. NaN counts as 0, as in torch.
-    const auto z = [=](int64_t i) { return slack + x[i] > 0 ? slack + x[i] : A(0); };
-    if (squared) add_terms<A>(losses, n, [=](int64_t i) { return z(i) * z(i); });
-    else add_terms<A>(losses, n, z);
+    const A* const x = widened(input + first, z, n);
+    for (int64_t i = 0; i < n; ++i) z[i] = slack + x[i] > 0 ? slack + x[i] : A(0);  // 0 for NaN
+    if (first <= label && label < first + n) z[label - first] = 0;
+    if (squared) add_terms<A>(losses, n, [&](int64_t i) { return z[i] * z[i]; });
+    else add_terms<A>(losses, n, [&](int64_t i) { return z[i]; });
     if (!gradient) return;
-    const auto slope = [=](int64_t i) { return squared ? z(i) : slack + x[i] > 0 ? A(1) : A(0); };
+    const auto slope = [&](int64_t i) { return squared ? z[i] : z[i] > 0 ? A(1) : A(0); };
     add_terms<A>(slopes, n, slope);
-    for (int64_t i = 0; i < n; ++i) buffer[i] = slope(i) * factor;
-    store(buffer, gradient + first, n);
+    for (int64_t i = 0; i < n; ++i) z[i] = slope(i) * factor;
+    store(z, gradient + first, n);
   });
-  const A target_slack = slack + widen(input[label]);
-  const double target_z = target_slack > 0 ? double(target_slack) : 0;
-  if (gradient) {
-    const double slope_sum = slopes.value() - (squared ? target_z : double(target_slack > 0));
-    gradient[label] = narrow<T>(A(-slope_sum * double(factor)));
-  }
-  return row_weight * (losses.value() - (squared ? target_z * target_z : target_z));
+  if (gradient) gradient[label] = narrow<T>(A(-slopes.value() * double(factor)));
+  return row_weight * losses.value();
 }
 
 // The same for a row with several targets. `x` and `slopes` have room for a row in whole vectors.

@@ -28,6 +28,18 @@ def test_gamma_with_probabilities_of_one_and_zero(gamma: float) -> None:
     close(got.gradients[0], gradient)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_losses_much_smaller_than_the_margin(p: int) -> None:
+    """The margin is not added and subtracted again: that would leave rounding errors, or NaN."""
+    target = torch.randint(300, (8,))
+    x = (1e-4 * torch.randn(8, 300)).scatter_(1, target[:, None], 1.0).requires_grad_()
+    got = evaluate(fused.multi_margin_loss, x, target, p=p, reduction="none")
+    wide = evaluate(F.multi_margin_loss, x, target, p=p, reduction="none", convert=exactly)
+    close(got.value, wide.value.float(), atol=0, rtol=1e-5)
+    close(got.gradients[0], wide.gradients[0].float(), atol=0, rtol=1e-5)
+    assert (fused.multi_margin_loss(x, target, p=p, margin=torch.inf) == torch.inf).all()
+
+
 # ---- losses that use the kernel of another loss --------------------------------------------------
 
 
