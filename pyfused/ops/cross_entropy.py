@@ -21,7 +21,8 @@ from pyfused.dispatch.operator import (
 )
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan
-from pyfused.dispatch.run import decide, is_compiled
+from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.run import decide, fall_back, is_compiled
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
 from pyfused.ops.class_loss import ClassLoss
@@ -77,7 +78,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             or number is None
             or type(target) is not Tensor
         ):
-            return self.torch(input, target, weight, token_weight, tensor, *rest)
+            call = input, target, weight, token_weight, tensor, *rest
+            return fall_back(self, SMALL, *self.split(call), False)
         is_index = target.dtype is torch.int64
         if is_index and input.requires_grad and _ignores_rows(input, target, ignore_index):
             tensors = input, target, weight, None, None
