@@ -60,13 +60,9 @@ class _Function:
         if self.unpatched is None:
             return None
         op, names, torch_function = self.op, list(parameters_of(self.function)), self.copy
-        parameters, by_place = (
-            [name for name in names if name != "inplace"],
-            self.unpatched.co_argcount,
-        )
-        deprecated = [
-            parameters.index(name) for name in ("size_average", "reduce") if name in parameters
-        ]
+        by_place = self.unpatched.co_argcount
+        parameters = [name for name in names if name != "inplace"]
+        deprecated = [i for i, name in enumerate(parameters) if name in ("size_average", "reduce")]
         pick, defaults = _picker(op, [name.lstrip("_") for name in parameters])
 
         def torch_call(arguments: Any, *inplace: Any) -> Any:

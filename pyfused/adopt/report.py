@@ -144,8 +144,7 @@ class Report:
             the same without the program's start. ``saved_seconds``: the time saved by the compared
             operators, negative if pyfused was slower, and ``saved_error``: its uncertainty; both
             are None if no call was compared. ``operators``: for each operator whose kernels ran,
-            ``calls``,
-            ``largest_input`` in elements, ``compared`` calls, ``pyfused_seconds`` and
+            ``calls``, ``largest_input`` in elements, ``compared`` calls, ``pyfused_seconds`` and
             ``torch_seconds``. ``left_to_torch``: the number of calls by operator and reason.
             ``compiled``: the number of calls in compiled programs by operator.
         """
