@@ -89,6 +89,8 @@ template <class T> class Normalizer {
         if (chunk) pivot_rises(first, double(high - pivot));
         pivot = high;
         terms = sum_exponentials<Keeps, false>(x, shift, e, result, n);
+        // Rounding errors would make losses negative whose true value is 0.
+        if (shift == high && terms < 1) terms = 1;
       }
       if (Keeps) pivots[chunk] = pivot;
       sum += terms;

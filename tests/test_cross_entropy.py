@@ -14,7 +14,7 @@ from conftest import ISAS, KernelCalls
 from grid import grid
 from samples import target_indices, target_probabilities
 
-from pyfused.functional import cross_entropy
+from pyfused.functional import cross_entropy, log_probs, log_softmax
 
 INF, NAN = float("inf"), float("nan")
 KINDS = ["index", "probabilities"]
@@ -46,6 +46,20 @@ def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction:
         target[torch.rand(target.shape) < 0.3] = ignored
         got = check(logits, target, torch.rand(shape[1]) if weighted else None, **options)
         assert not got.gradients[0].movedim(1, -1)[target == ignored].any()
+
+
+@pytest.mark.interpreted
+@grid(classes=[40, 300, 2500], dtype=FLOATS)
+def test_losses_of_confident_rows_are_not_negative(classes: int, dtype: torch.dtype) -> None:
+    """Their true losses are below 1e-15, so a rounding error decides about the sign."""
+    target = torch.randint(classes, (8,))
+    logits = torch.randn(8, classes).scatter_(1, target[:, None], 50 + torch.rand(8, 1)).to(dtype)
+    soft_target = torch.softmax(logits + torch.rand(8, classes).to(dtype), 1)
+    inputs = [logits, logits.float().view(2, 4, classes).movedim(-1, 1).contiguous()]
+    losses = [cross_entropy(x, target.view(x[:, 0].shape), reduction="none") for x in inputs]
+    losses += [cross_entropy(logits, soft_target, reduction="none"), -log_softmax(logits, 1)]
+    losses.append(-log_probs(logits, target)[0])
+    assert min(loss.min() for loss in losses) >= 0
 
 
 @pytest.mark.interpreted
