@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import grid
 import pytest
 from processes import python
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 COMPILERS = {
     name: [path] for name in ("g++", "clang++", "clang++-14") if (path := shutil.which(name))
 }
-if find_spec("ziglang"):
+if grid.FULL and find_spec("ziglang"):  # compiles for minutes
     COMPILERS["zig"] = [sys.executable, "-m", "ziglang", "c++"]
 
 pytestmark = [
