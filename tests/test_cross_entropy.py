@@ -49,7 +49,7 @@ def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction:
 
 
 @pytest.mark.interpreted
-@grid(classes=[40, 300, 2500], dtype=FLOATS)
+@grid(classes=[40, 300, 1100], dtype=FLOATS)
 def test_losses_of_confident_rows_are_not_negative(classes: int, dtype: torch.dtype) -> None:
     """Their true losses are below 1e-15, so a rounding error decides about the sign."""
     target = torch.randint(classes, (8,))

@@ -64,7 +64,7 @@ def test_no_unnecessary_matrix_products(wanted: str | None) -> None:
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"denominator": 3.0}], ids=str)
 def test_only_ignored_rows(budget: int | None, options: dict[str, Any]) -> None:
     """The loss is 0, its mean NaN, for any number of blocks; gradients are 0."""
-    given = HeadCase(rows=2, classes=247)
+    given = HeadCase(rows=2, classes=130)
     target, leaves = torch.full((2,), -100), (given.input, given.head)
     loss = fused.linear_cross_entropy(*leaves, target, memory_budget=budget, **options)
     expected = loss.new_full(loss.shape, 0.0 if options else math.nan)
