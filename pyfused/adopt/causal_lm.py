@@ -18,7 +18,6 @@ import inspect
 import sys
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache, partial, wraps
@@ -94,7 +93,7 @@ class _Call:
         self.alone = False
         self.differs: str | None = None
         self.grad_modes: set[bool] = set()
-        self.hooks = None if is_dynamo_compiling() else torch_internals.saved_tensors_hooks(True)
+        self.hooks = modes_of("cpu").hooks
 
     def run(self, kind: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
         """Returns the output of the model's original ``forward``, and the readers of its logits."""
@@ -322,14 +321,8 @@ def _finished(output: Any) -> Any:
         entries = {name: _finished(value) for name, value in output.items()}
         changed = {name: entries[name] for name, x in output.items() if x is not entries[name]}
         if changed and is_dataclass(output):  # a transformers output, which omits None
-            kind = _without(type(output), *(name for name, x in changed.items() if x is None))
-            if is_dynamo_compiling():
-                return kind(**entries)
-            result = kind.__new__(kind)  # without __init__, which is slow
-            vars(result).update(vars(output), **changed)
-            for name, x in entries.items():
-                if x is not None:
-                    OrderedDict.__setitem__(result, name, x)
+            removed = (name for name, x in changed.items() if x is None)
+            result = _without(type(output), *removed)(**entries)
         elif changed:
             result = copy.copy(output)
             result.update(changed)
