@@ -147,7 +147,6 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
         *tensors, options = arguments
-        options = checks.normalized(options)
         plan = shards.cross_entropy_plan(tensors[:2], options, shard)
         return plan((*tensors, *options.plan_tensors()), options.numbers())
 

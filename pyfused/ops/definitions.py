@@ -130,9 +130,7 @@ def linear_cross_entropy(
     head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
     head = _with_one_weight(head)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
-        if True in [x.requires_grad for x in head[:3] if x is not None]:
-            classes, index = len(linear_weight), options.ignore_index
-            input = without_ignored_states(input, target, index, classes)
+        input = without_ignored_states(input, target, options.ignore_index, *head[1:3])
         checks.memory_budget(options.memory_budget)  # torch's function does not take these two
         checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
         return _linear_cross_entropy(
@@ -151,12 +149,16 @@ def linear_cross_entropy(
 
 
 def without_ignored_states(
-    input: Tensor, target: Tensor, ignore_index: int, classes: int
+    input: Tensor, target: Tensor, ignore_index: int, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Fills inputs of ignored rows with 0, because NaN in them would reach the weight's gradient.
 
-    Eager calls on CPUs skip this if no row is ignored.
+    Calls without a gradient, and eager calls on CPUs without an ignored row, skip this.
     """
+    needs_grad = input.requires_grad or weight.requires_grad
+    if not (needs_grad or (bias is not None and bias.requires_grad)):
+        return input
+    classes = weight.shape[0]
     if type(input) not in PLAIN or type(target) not in PLAIN or target.is_floating_point():
         return input
     if target.shape[: input.dim() - 1] != input.shape[:-1]:

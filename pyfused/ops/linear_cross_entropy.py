@@ -87,13 +87,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         ):
             return fall_back(self, SMALL, *self.split(call), False)
         index = -100 if ignore_index is None else ignore_index
-        if (
-            input.requires_grad
-            or linear_weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-        ):
-            classes = linear_weight.shape[0]
-            input = definitions.without_ignored_states(input, target, index, classes)
+        input = definitions.without_ignored_states(input, target, index, linear_weight, bias)
         logits = self.linear(input, linear_weight, bias)
         return self.built_in_loss(logits, target, weight, number, index, smoothing)
 
@@ -136,7 +130,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
         head, options = _head(arguments)
         loss_dtype = _result_dtype(head.input, head.target, options)
-        options = replace(checks.normalized(options), loss_dtype=loss_dtype)
+        options = replace(options, loss_dtype=loss_dtype)
         tensors = in_autocast_dtype(head.input), *head[1:3], head.target
         plan = shards.cross_entropy_plan(tensors, options, shard)
         return plan((*tensors, head.weight, *options.plan_tensors()), options.numbers())
