@@ -107,11 +107,11 @@ def devices(tensors: Mapping[str, Tensor], error: Exception) -> None:
             raise _error(name, f"the input's device {device}", value.device, type(error))
 
 
-def floating(tensors: Mapping[str, Tensor], indices: Sequence[str], error: Exception) -> None:
-    """Raises if a dtype is not floating, except for class indices, after torch has raised."""
+def floating(tensors: Mapping[str, Tensor], excluded: Sequence[str], error: Exception) -> None:
+    """Raises if the dtype of a tensor that is not excluded is not floating, after torch raised."""
     input, *others = tensors.values()
     for name, value in tensors.items():
-        if name not in indices:
+        if name not in excluded:
             hint = _are_swapped(input, others[0]) if others else ""
             if input.is_floating_point() and not value.is_complex():
                 cast = "float()" if input.dtype is torch.float32 else f"to({input.dtype})"

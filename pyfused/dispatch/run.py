@@ -336,8 +336,8 @@ def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> 
         if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
             checks.devices(tensors, error)
             op.check(arguments)
-        others = [x.name for x in op.operands if x.indices or x.converts]
-        checks.floating(tensors, others, error)
+        excluded = [x.name for x in op.operands if x.indices or x.converts]
+        checks.floating(tensors, excluded, error)
     except Exception as invalid:
         return invalid
     return error if checks.raised(error) else None
