@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import functional as fused
-from pyfused.adopt.tune import tune_gpu
 from pyfused.dispatch import sizes
 
 WARM_UP = 3
@@ -184,9 +183,6 @@ def host_rows(op: str, device: str, rounds: int) -> list[list[str]]:
 
 def gpu_host(options: Namespace) -> None:
     description = "Host time in microseconds, forward and backward of 4,000 elements."
-    if not options.trial:
-        host_us, gb_per_s = tune_gpu()
-        description += f" `python -m pyfused tune` measures {host_us} us and {gb_per_s} GB/s."
     columns = ["operator", "torch", "pyfused", "pyfused / torch"]
     table = Table(options, description, columns, names=1)
     for op in SIZED[:2] if options.trial else SIZED:

@@ -1,4 +1,4 @@
-"""``python -m pyfused``: prints the information for a bug report, or runs ``run`` or ``tune``."""
+"""``python -m pyfused``: prints the information for a bug report, or runs ``run``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import torch
 
 import pyfused
 from pyfused.adopt.run import run
-from pyfused.adopt.tune import main as tune
 from pyfused.backends import cpu
 from pyfused.backends.versions import NEEDED, pinned_triton, triton_version, unsupported_triton
-from pyfused.dispatch import sizes
 from pyfused.ops.operators import OPERATORS
 
 
@@ -39,16 +37,6 @@ def triton() -> str:
     return f"{version}; pyfused needs {NEEDED}" + (f", torch requires {pinned}" if pinned else "")
 
 
-def gpu_limits() -> str:
-    """Returns the numbers from which the size limits on the GPU follow, and their origin."""
-    if not torch.cuda.is_available():
-        return "no GPU"
-    tuned = "gpu" in sizes.tuned(sizes.gpu_machine())
-    origin = "measured" if tuned else "defaults; python -m pyfused tune measures this machine"
-    host_us, gb_per_s = sizes.gpu()
-    return f"{host_us} us for a call on the host, {gb_per_s} GB/s on the GPU: {origin}"
-
-
 def report() -> dict[str, str]:
     built = [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
     on_cpus = f"torch's operators: {cpu.MISSING}" if cpu.MISSING else "C++ kernels"
@@ -68,8 +56,7 @@ def report() -> dict[str, str]:
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
-        "sizes on CPUs": "measured" if sizes.tuned(sizes.MACHINE) else "defaults",
-        "sizes on GPUs": gpu_limits(),
+        "PYFUSED_HOST_US": os.environ.get("PYFUSED_HOST_US", "not set"),
         "operators": ", ".join(OPERATORS),
         "kernels": f"cpu: {on_cpus}; GPUs: {on_gpus}",
     }
@@ -96,24 +83,7 @@ def main() -> None:
         "arguments", nargs=argparse.REMAINDER, help="the program's arguments"
     )
     rest.required = False  # else the error for a missing program would name the arguments
-    tuning = commands.add_parser(
-        "tune",
-        help="measure the sizes from which kernels are faster on this machine",
-        description="Measure the sizes from which kernels are faster than torch, and save them for "
-        "later processes. This takes up to two minutes.",
-    )
-    tuning.add_argument(
-        "--op",
-        nargs="+",
-        default=[],
-        choices=OPERATORS,
-        metavar="OPERATOR",
-        help="the operators to measure (default: all)",
-    )
     options = parser.parse_args()
-    if options.command == "tune":
-        tune(options.op)
-        return
     if options.command == "run":
         run(options.program, options.arguments, options.module, options.compare)
         return

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.adopt.tune import call_of
 from pyfused.backends import cpu
 from pyfused.dispatch import reasons, sizes
+from pyfused.dispatch.operator import Operand, Operator
+from pyfused.ops.activation import Activation
+from pyfused.ops.class_loss import NllLoss
+from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import Gated
+from pyfused.ops.softmax import Softmax
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
@@ -124,13 +130,42 @@ def test_active_modes() -> None:
 OF_A_SIZE = [name for name in OPERATORS if name in sizes.ON_CPU and name not in sizes.LINEAR]
 
 
+def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
+    """Returns a call of an operator, with random operands; the second limit may apply to it."""
+    classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
+    embeddings = isinstance(op, EmbeddingLoss)
+    forward = second and isinstance(op, (Activation, Gated, NllLoss))  # without a gradient
+    few = second and not forward
+    columns = 128 if embeddings else (sizes.FEW if few else 1000) if classes else 1
+    shape = (max(1, elements // columns), columns) if classes or embeddings else (elements,)
+    shapes = {"weight": (1,)}  # the learned slope of prelu
+    if embeddings:
+        shapes["target"] = shape[:1]
+
+    def drawn(operand: Operand) -> Tensor:
+        shape_of_operand = shapes.get(operand.name, shape)
+        if operand.indices:
+            target = torch.randint(shape[1], shape[:1])
+            return F.pad(target[:, None], (0, shape[1] - 1), value=-1) if operand.labels else target
+        low = -1 if math.isinf(operand.low) else operand.low
+        values = low + min(operand.high - low, 2.0) * torch.rand(shape_of_operand)
+        return values.sign() if operand.sign else values
+
+    operands = [drawn(operand) for operand in op.operands if not operand.optional]
+    operands[0].requires_grad_(not forward)
+    options: dict[str, Any] = op.required | ({"dim": 1} if isinstance(op, Softmax) else {})
+    if second and (embeddings or not classes) and "reduction" in op.names:
+        options["reduction"] = "none"
+    return lambda function: function(*operands, **options)
+
+
 @pytest.mark.thresholds
 @pytest.mark.parametrize("name", OF_A_SIZE)
 @pytest.mark.parametrize("second", [False, True])
 def test_calls_below_the_limit_fall_back(
     name: str, second: bool, kernel_calls: KernelCalls
 ) -> None:
-    op, limit = OPERATORS[name], sizes.cpu_limits()[name][second]
+    op, limit = OPERATORS[name], sizes.ON_CPU[name][second]
 
     def explained(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
         explanation, small = pyfused.explain(name, x, *others, **options), x.numel() < limit

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from processes import python
 
-from pyfused.dispatch import sizes
-
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 
 AUDIT = """
@@ -62,46 +60,18 @@ json.dump({"opened": opened, "executed": executed, "changed": changed}, sys.stdo
 """
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """Creates a home directory with sizes that were measured earlier, for ``mse_loss`` alone."""
-    file = tmp_path / ".cache/pyfused/sizes.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({sizes.MACHINE: {"mse_loss": [1, 1]}}))
-    return tmp_path
-
-
 def run_audited(code: str, home: Path) -> Any:
     process = python(AUDIT + code, HOME=str(home), XDG_CACHE_HOME="")
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
 
-def test_importing_has_no_side_effects(home: Path) -> None:
+def test_importing_has_no_side_effects(tmp_path: Path) -> None:
     """It reads no file of the user, and calls neither exec nor compile."""
-    result = run_audited(IMPORT, home)
+    result = run_audited(IMPORT, tmp_path)
     assert any("pyfused" in path for path in result["opened"])  # pyfused's files
-    assert not [path for path in result["opened"] if path.startswith(str(home))]
+    assert not [path for path in result["opened"] if path.startswith(str(tmp_path))]
     assert (result["changed"], result["executed"]) == ([], [])
-
-
-SIZES = """
-import pyfused
-from pyfused.dispatch import sizes
-sys.addaudithook(audit_hook)
-for _ in range(3):
-    x = torch.ones(3, requires_grad=True)
-    small = [pyfused.explain(op, x, x.detach()).backend for op in ("mse_loss", "l1_loss")]
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        x = torch.ones(3, dtype=dtype)
-        pyfused.functional.relu(x), pyfused.functional.mse_loss(x, x)
-recording = False
-json.dump([opened.count(str(sizes.tuned_file())), small], sys.stdout)
-"""
-
-
-def test_the_first_call_reads_the_sizes_of_this_machine_once(home: Path) -> None:
-    assert run_audited(SIZES, home) == [1, ["cpu", "torch"]]
 
 
 OPERATORS = """
@@ -134,5 +104,5 @@ json.dump([before, registered() > 0, missing], sys.stdout)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_operators_are_registered_when_first_compiled(home: Path) -> None:
-    assert run_audited(OPERATORS, home) == [0, True, []]
+def test_operators_are_registered_when_first_compiled(tmp_path: Path) -> None:
+    assert run_audited(OPERATORS, tmp_path) == [0, True, []]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "tools/hub"
-COMMANDS = {"__main__.py", "adopt/report.py", "adopt/run.py", "adopt/tune.py"}
+COMMANDS = {"__main__.py", "adopt/report.py", "adopt/run.py"}
 CALLBACKS = {f"integrations/{name}.py" for name in ("__init__", "lightning", "transformers")}
 LEFT_OUT = {"__init__.py", "adopt/trl.py"} | COMMANDS | CALLBACKS
 BYTECODE = shutil.ignore_patterns("__pycache__")

@@ -1,1 +1,1 @@
-"""Uses pyfused in code that calls torch: patch, convert, run, explain and tune."""
+"""Uses pyfused in code that calls torch: patch, convert, run and explain."""

@@ -5,28 +5,20 @@ element: many if torch runs several operators, few if torch is limited by memory
 
 On CPUs, each operator has a size from which a kernel is clearly faster on AMD EPYC, with AVX-512
 and with AVX2. The largest is the size of outputs whose pages torch gets from the operating system.
-On GPUs, the sizes follow from two numbers of the machine.
-
-``python -m pyfused tune`` measures the sizes, or the two numbers, of a machine, which then replace
-these defaults.
+On GPUs, the sizes follow from two numbers of the machine. The environment variable
+``PYFUSED_HOST_US`` replaces one of them, the host's time for a call in microseconds.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import sys
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
 from pyfused import backends
-from pyfused.backends import cpu
-from pyfused.backends.versions import triton_version
 from pyfused.dispatch.operator import Case, Operator, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.signature import PLAIN
@@ -112,17 +104,11 @@ ON_CPU_OF_HALVES: dict[str, Limits] = {
 }
 
 
-class Gpu(NamedTuple):
-    """The two numbers of a machine from which the limits on its GPU follow.
-
-    `tune` measured 190 us and 2984 GB/s on an H100 with a slow host. The defaults are rounded up,
-    because limits that are too low make calls slower: with 60 us, calls took 1.2 to 1.8 times as
-    long.
-    """
-
-    host_us: float = 200  # the host's time for a call, forward and backward
-    gb_per_s: float = 3000  # the bandwidth of the GPU's memory
-
+# The two numbers of a machine from which the limits on its GPU follow. An H100 with a slow host had
+# 190 us and 2984 GB/s. They are rounded up, because limits that are too low make calls slower: with
+# 60 us, calls took 1.2 to 1.8 times as long.
+HOST_US = float(os.environ.get("PYFUSED_HOST_US") or 200)  # of a call, forward and backward
+GB_PER_S = 3000.0  # the bandwidth of the GPU's memory
 
 # A kernel is faster if torch's kernels take longer on the GPU than launching ours takes on the
 # host. PASSES is how many times torch's kernels read or write an element, forward and backward:
@@ -199,63 +185,6 @@ COMPILED: dict[str, Limits] = {
     **dict.fromkeys(COMPOSED, (PAGES, NEVER)),  # their parts are dispatched separately
 }
 
-MACHINE = f"{cpu.capability}, torch {torch.__version__}"
-
-
-def gpu_machine() -> str:
-    """Returns the GPU, the versions of torch and Triton, and the processor."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        text = ""
-    processor = re.search("model name.*: (.*)", text)
-    return (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton_version()}, "
-        f"{processor[1] if processor else cpu.capability}"
-    )
-
-
-def tuned_file() -> Path:
-    """Returns the file that ``python -m pyfused tune`` writes.
-
-    ``Path.home()`` raises an error for users without a home directory, for example in containers.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    return Path(caches, "pyfused", "sizes.json")
-
-
-def tuned_machines() -> dict[str, Any]:
-    """Returns the measurements of each machine, {} if there are none."""
-    try:
-        machines = json.loads(tuned_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return machines if isinstance(machines, dict) else {}
-
-
-def tuned(machine: str) -> dict[str, Limits]:
-    """Returns the measurements of a machine: two numbers for each name."""
-    try:
-        pairs = tuned_machines().get(machine, {}).items()
-        return {name: (int(first), int(second)) for name, (first, second) in pairs}
-    except (ValueError, TypeError, AttributeError):
-        return {}
-
-
-@cache
-def cpu_limits() -> dict[str, Limits]:
-    """Returns the table for CPUs, updated by the limits measured on this machine.
-
-    Their file is read when a size first matters, not when pyfused is imported.
-    """
-    return ON_CPU | tuned(MACHINE)
-
-
-@cache
-def gpu() -> Gpu:
-    """Returns the numbers measured on this machine, or the defaults."""
-    return Gpu(*tuned(gpu_machine()).get("gpu", ())) if torch.cuda.is_available() else Gpu()
-
 
 def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
     """Returns the limits of an operator or its family."""
@@ -269,12 +198,12 @@ def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limit
     if not cpu:
         passes = PASSES_OF.get(op.name, PASSES)
         few = PASSES_OF_FEW if op.name == "cross_entropy" else passes
-        elements = 1e3 * gpu().host_us * gpu().gb_per_s / dtype.itemsize  # of one pass
+        elements = 1e3 * HOST_US * GB_PER_S / dtype.itemsize  # of one pass
         first, second = (1 << math.ceil(math.log2(elements / n)) for n in (passes, few))
         return _row(ON_GPU, op) or (max(SMALL, first), max(SMALL, second))
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
         return ON_CPU_OF_HALVES[op.name]
-    first, second = _row(cpu_limits(), op) or (PAGES, PAGES)
+    first, second = _row(ON_CPU, op) or (PAGES, PAGES)
     factor = HALVES.get(dtype, 1)
     return factor * first, factor * second
 
@@ -289,8 +218,7 @@ def why_small(op: Operator, tensors: Tensors, case: Case) -> str:
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
     if _row(ON_GPU, op):
         return reason
-    host_us, gb_per_s = gpu()
-    return f"{reason} ({host_us} us for a call on the host, {gb_per_s} GB/s on the GPU)"
+    return f"{reason} ({HOST_US:g} us for a call on the host, {GB_PER_S:g} GB/s on the GPU)"
 
 
 def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = None) -> bool:
