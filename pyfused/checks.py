@@ -694,11 +694,9 @@ def raise_out_of_range(
 
 def class_indices(classes: int, target: Tensor, ignore_index: int | None, least: int = 0) -> None:
     """Raises for the first class index out of range, as the kernels do."""
-    if target.is_floating_point():
+    if target.is_floating_point() or not target.numel() or not _can_be_read(target):
         return
     index = target.long()  # comparing a uint8 tensor with 1462 would wrap it to 182
-    if not index.numel():
-        return
     low, high = index.aminmax()
     if int(low) >= least and int(high) < classes:  # twice as fast as comparing tensors
         return

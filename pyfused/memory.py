@@ -11,6 +11,7 @@ and a number above 1 is the limit in bytes.
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,8 +101,19 @@ def _default_limit() -> int:
     """Returns a fraction of the memory, or 0 if the system counts unused mappings as used."""
     if _number(Path("/proc/sys/vm/overcommit_memory")) == 2:
         return 0
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min([memory, *_group_limits()]) * _DEFAULT_LIMIT)
+    return int(physical_memory() * _DEFAULT_LIMIT)
+
+
+@cache
+def physical_memory() -> int:
+    """Returns the bytes of memory that the process may use, 0 if the number is unknown.
+
+    This is the machine's memory, or the limit of a control group if that is less.
+    """
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
+        return 0
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_group_limits()])
 
 
 def _group_limits() -> list[int]:

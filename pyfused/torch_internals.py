@@ -122,14 +122,14 @@ graph_is_retained: Callable[[], bool] = getattr(
 _unpack: Any = getattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack", None)
 
 
-def saved_tensors_from(ctx: Any, first: int) -> Sequence[Any]:
-    """Returns the tensors that were saved for backward, starting at an index.
+def saved_tensors_from(ctx: Any, first: int) -> list[Any]:
+    """Unpacks the tensors that were saved for backward, starting at an index.
 
-    If torch can unpack them separately, it does not check whether earlier ones were modified.
+    If torch can unpack tensors separately, it neither runs the hooks of earlier ones nor checks
+    whether these were modified.
     """
     if _unpack is None:
-        saved: Sequence[Any] = ctx.saved_tensors
-        return saved[first:]
+        return list(ctx.saved_tensors[first:])
     return [_unpack(x) for x in ctx._raw_saved_tensors[first:]]
 
 

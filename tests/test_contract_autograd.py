@@ -36,7 +36,7 @@ from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from pyfused import VocabShard
 from pyfused import functional as fused
@@ -446,6 +446,39 @@ def test_checkpoint(example: Example, reentrant: bool) -> None:
 
     checkpoint(step, *call.leaves.values(), use_reentrant=reentrant).sum().backward()
     close([x.grad for x in call.leaves.values()], [*expected])
+
+
+@every_operator
+def test_a_checkpoint_whose_recomputation_differs(example: Example) -> None:
+    """torch raises an error, which must not be caught to return some gradient."""
+    call, passes = example.call(), iter(("forward", "recomputation"))
+
+    def step(*leaves: Tensor) -> Tensor:
+        tensors = call.tensors | dict(zip(call.leaves, leaves, strict=True))
+        if next(passes) == "recomputation":
+            floats = {name: x for name, x in tensors.items() if x.is_floating_point()}
+            tensors |= {name: x.double() for name, x in floats.items()}
+        return call.ours(**tensors)
+
+    value = checkpoint(step, *call.leaves.values(), use_reentrant=False)
+    with pytest.raises(CheckpointError):
+        value.sum().backward()
+
+
+@every_operator
+def test_hooks_that_raise(example: Example) -> None:
+    """The error of a hook for saved tensors reaches the user, from either pass."""
+
+    def fail(_: Any) -> Any:
+        raise RuntimeError("the disk is full")
+
+    call = example.call()
+    with pytest.raises(RuntimeError, match=r"^the disk is full$"), saved_tensors_hooks(fail, fail):
+        call.ours()
+    with saved_tensors_hooks(lambda x: x, fail):
+        value = call.ours()
+    with pytest.raises(RuntimeError, match=r"^the disk is full$"):
+        value.sum().backward()
 
 
 @every_operator

@@ -362,10 +362,12 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_is_a_fraction_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept with strict overcommit."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory.physical_memory.cache_clear()
     monkeypatch.setattr(memory, "_group_limits", list)
     assert memory._default_limit() == machine // 4
+    memory.physical_memory.cache_clear()
     monkeypatch.setattr(memory, "_group_limits", lambda: [1 << 20, 1 << 60])
     assert memory._default_limit() == 1 << 18
-    monkeypatch.setattr(memory, "_group_limits", list)
+    memory.physical_memory.cache_clear()
     monkeypatch.setattr(memory, "_number", lambda _: 2)
     assert memory._default_limit() == 0

@@ -35,7 +35,7 @@ from pyfused.adopt.deferred import LOSS, modes_of
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.dispatch.signature import PLAIN, layout_reason
-from pyfused.ops.chunk_sizes import physical_memory
+from pyfused.memory import physical_memory
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, is_jit_tracing

@@ -54,9 +54,10 @@ class Fused(torch.autograd.Function):
     """The autograd function of all operators, which runs the functions of a plan.
 
     Gradients computed by the forward pass are saved after the plan's tensors, starting at index
-    ``ctx.first_gradient``. Backward scales them by grad_output: in place, or in copies if the graph
-    is retained, because another backward pass may read them, even concurrently. In this case only
-    ``create_graph`` reads the plan's tensors, so user code may modify them before backward.
+    ``ctx.first_gradient``. Backward unpacks only these and scales them by grad_output: in place, or
+    in copies if the graph is retained, because another backward pass may read them, even
+    concurrently. Only ``create_graph`` unpacks the plan's tensors, so user code may modify them
+    before backward.
     """
 
     @staticmethod
@@ -102,26 +103,21 @@ class Fused(torch.autograd.Function):
                 "inplace: expected False for create_graph=True or a second backward pass, got "
                 "True, and the gradient has overwritten the logits"
             )
-        saved: Any
         gradients: Any
-        try:
-            saved = ctx.saved_tensors
-        except RuntimeError:
-            if second_order or first_gradient is None:
-                raise
-            saved = *[None] * first_gradient, *saved_tensors_from(ctx, first_gradient)
-        if overwrites and not second_order:
-            increment_version(saved[0])
-            ctx.input_is_overwritten = True
         if second_order:
+            saved = ctx.saved_tensors
             with torch_alone:
                 gradients = plan.define(saved[:first_gradient], ctx.numbers, grad_output)
             if torch.is_grad_enabled():
                 gradients = in_graph(gradients, saved)
         elif first_gradient is None:
+            saved = ctx.saved_tensors
+            if overwrites:
+                increment_version(saved[0])
+                ctx.input_is_overwritten = True
             gradients = plan.backward(saved, ctx.numbers, grad_output)
         else:
-            copies, gradients = graph_is_retained(), list(saved[first_gradient:])
+            copies, gradients = graph_is_retained(), saved_tensors_from(ctx, first_gradient)
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
                     if copies or not (gradient.is_contiguous() or is_dense(gradient)):

@@ -37,7 +37,9 @@ from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
 is_small = sizes.is_small
 # The compiler traces these operators, down to the custom operators that they call.
 TRACED_BY_DYNAMO = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED, "multilabel_margin_loss")
-_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+# The errors that torch raises for invalid arguments. Subclasses, such as OutOfMemoryError and
+# CheckpointError, have other causes.
+_ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
 
@@ -75,7 +77,9 @@ def run(
             return fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
         return fall_back(op, str(reason), tensors, numbers, case, inplace)  # type: ignore[no-any-return]
     except _ERRORS as error:
-        invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
+        invalid = None
+        if type(error) in _ERRORS:
+            invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
         if invalid is None:
             raise
         raise invalid.with_traceback(None) from None
@@ -138,8 +142,10 @@ def forget_plans() -> None:
 
 
 def keep_plan(key: Any, plan: Any) -> None:
+    """Caches a plan; a full cache drops its older half."""
     if len(_plans) >= MOST_PLANS:
-        _plans.clear()
+        for old in [*_plans][: MOST_PLANS // 2]:
+            _plans.pop(old, None)
     _plans[key] = plan
 
 
@@ -329,7 +335,10 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
 
 
 def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> Exception | None:
-    """Returns pyfused's error for the arguments of a call that has raised, or None."""
+    """Returns pyfused's error for the arguments of a call that has raised, None if they are valid.
+
+    Tensors on GPUs are not read.
+    """
     tensors = {operand.name: x for operand, x in zip(op.operands, arguments, strict=False)}
     tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     try:
@@ -338,6 +347,7 @@ def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> 
             op.check(arguments)
         excluded = [x.name for x in op.operands if x.indices or x.converts]
         checks.floating(tensors, excluded, error)
-    except Exception as invalid:
-        return invalid
+    except _ERRORS as invalid:
+        if checks.raised(invalid):
+            return invalid
     return error if checks.raised(error) else None

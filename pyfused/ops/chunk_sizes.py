@@ -22,12 +22,12 @@ are computed at once if this takes no more memory than blocks and sums.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 
 from pyfused.backends import Backend, cpu
+from pyfused.memory import physical_memory
 from pyfused.types import Head, VocabOptions
 
 # For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
@@ -57,15 +57,6 @@ def product_dtype(head: Head, backend: Backend) -> torch.dtype:
 def has_slow_sums(dtype: torch.dtype, backend: Backend) -> bool:
     """Returns whether adding products of a dtype takes longer than computing them."""
     return dtype is torch.bfloat16 and backend is cpu and cpu.HAS_AMX
-
-
-@functools.cache
-def physical_memory() -> int:
-    """Returns the size of the machine's memory in bytes, 0 if it is unknown."""
-    names = getattr(os, "sysconf_names", {})
-    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
-        return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @functools.cache
