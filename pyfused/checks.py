@@ -204,8 +204,7 @@ def cross_entropy(
     else:
         _class_index_target(input, target)
     _class_weight(input, weight, same_dtype=not probabilities)
-    is_focal, is_smooth = options.gamma != 0, options.label_smoothing != 0
-    if is_focal and (probabilities or is_smooth):
+    if options.gamma != 0 and (probabilities or normalized(options).label_smoothing != 0):
         expected = "0.0 with class probabilities or label smoothing"
         raise _error("gamma", expected, "a positive number", ValueError)
     dtype: Any = options.loss_dtype

@@ -330,7 +330,8 @@ def linear_cross_entropy(
     layer = input, linear_weight, linear_bias, adapter_weight
     tensors = *layer, target, weight, token_weight, tensor
     numbers = number, softcap, temperature, 0.0, z_loss, scale, label_smoothing, filter_eps  # gamma
-    case = ignore_index, reduction, memory_budget, loss_dtype, False, options  # with_metrics
+    ignored = -100 if ignore_index is None else ignore_index
+    case = ignored, reduction, memory_budget, loss_dtype, False, options  # with_metrics
     return run(operators.LINEAR_CROSS_ENTROPY, tensors, numbers, case, False, shard)
 
 

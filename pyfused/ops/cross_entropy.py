@@ -40,6 +40,7 @@ from pyfused.types import CrossEntropyOptions
 # The defaults of the numbers that torch's function lacks, and their types.
 DEFAULTS = CrossEntropyOptions().numbers()[:-2]
 TYPES = frozenset(map(type, DEFAULTS))
+UINT8_TARGET = "target has dtype torch.uint8, which torch does not support here"
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -210,11 +211,14 @@ def _ignores_rows(input: Tensor, target: Tensor, ignore_index: int) -> bool:
 
 
 def cross_entropy_fallback_reason(
-    input: Tensor, target: Tensor, _weight: Tensor | None, options: CrossEntropyOptions
+    input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
+    smoothes = weight is not None and options.label_smoothing != 0
+    if target.dtype is torch.uint8 and (input.dim() > 2 or smoothes):
+        return UINT8_TARGET
     if options.with_metrics and is_compiled(input):
         return "torch.compile: Inductor fuses the metrics"
     if options.softcap is not None:

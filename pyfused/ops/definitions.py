@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import cpu
-from pyfused.dispatch.autograd import without_autocast
+from pyfused.dispatch.autograd import autocast_dtype, without_autocast
 from pyfused.dispatch.originals import original
 from pyfused.dispatch.signature import PLAIN
-from pyfused.layout import accumulate_dtype, loss_shape, with_leading_dims
+from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.torch_internals import dispatch_modes, fell_back_in_checkpoint, is_functorch_wrapped
@@ -45,40 +45,60 @@ def cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
     checks.cross_entropy(input, target, weight, options)
-    dim, loss_dtype = 0 if input.dim() == 1 else 1, options.loss_dtype
+    soft = target.is_floating_point()
+    common = common_dtype(input, *(target, weight) if soft else ())
+    result_dtype = options.loss_dtype or autocast_dtype(common, input.device)
+    dtype = torch.promote_types(accumulate_dtype(common), result_dtype)
+    options, dim = with_scalars(options, dtype), 0 if input.dim() == 1 else 1
     input = without_ignored(input, target, ignore_index, options.token_weight)
-    if target.is_floating_point():
-        target = without_ignored(target, target, ignore_index, options.token_weight)
-    wide = input.dtype if loss_dtype is None else torch.promote_types(input.dtype, loss_dtype)
-    input = _scaled(input.to(wide), options)
-    weight = weight if weight is None or loss_dtype is None else weight.to(wide)
-    if isinstance(options.gamma, Tensor) or options.gamma:
-        log_probability = F.log_softmax(input, dim)
-        focused = log_probability * (-log_probability.expm1()) ** options.gamma
-        loss = F.nll_loss(focused, target, weight, None, ignore_index, None, "none")
-    else:
-        loss = _cross_entropy(
-            input, target, weight, None, ignore_index, None, "none", label_smoothing
-        )
-    if isinstance(options.z_loss, Tensor) or options.z_loss:
-        loss = loss + options.z_loss * input.logsumexp(dim).reshape(loss.shape) ** 2
+    if soft:
+        target = without_ignored(target, target, ignore_index, options.token_weight).to(dtype)
+    input, weight = _scaled(input.to(dtype), options), None if weight is None else weight.to(dtype)
+    focal = isinstance(options.gamma, Tensor) or options.gamma
+    of_class = None if focal else weight
+    loss = _cross_entropy(
+        input, target, of_class, None, ignore_index, None, "none", label_smoothing
+    )
+    loss = _focal(loss, options.gamma) if focal else loss
     weights = torch.ones_like(loss)
-    if not target.is_floating_point():
+    if not soft:
         valid = target.reshape(loss.shape) != ignore_index
         if weight is not None:
             weights = weight[target.where(target != ignore_index, 0).long()].reshape(loss.shape)
-        weights, loss = weights.to(loss.dtype).where(valid, 0), loss.where(valid, 0)
+        weights, loss = weights.where(valid, 0), loss.where(valid, 0)
+    loss = loss * weights if focal else loss
+    if isinstance(options.z_loss, Tensor) or options.z_loss:
+        z_loss = options.z_loss * input.logsumexp(dim).reshape(loss.shape) ** 2
+        loss = loss + (z_loss if soft else z_loss.where(valid, 0))
     if options.token_weight is not None:
-        token_weight = options.token_weight.to(loss.dtype).reshape(loss.shape)
+        token_weight = options.token_weight.to(dtype).reshape(loss.shape)
         loss, weights = loss * token_weight, weights * token_weight
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
-        denominator = options.denominator
-        if isinstance(denominator, Tensor):
-            denominator = denominator.reshape(()).to(loss.dtype)
-        loss = loss / (weights.sum() if denominator is None else denominator)
-    return loss if loss_dtype is None else loss.to(loss_dtype)
+        loss = loss / (weights.sum() if options.denominator is None else options.denominator)
+    return loss.to(result_dtype)
+
+
+def with_scalars(options: Any, dtype: torch.dtype) -> Any:
+    """Returns options whose tensors of one number have a dtype and no dimension.
+
+    Others could change the dtype or the shape of a result.
+    """
+    found = {name: x for name, x in options.by_name().items() if name in OPTIONS}
+    tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+    changed = {name: x.reshape(()).to(dtype) for name, x in tensors.items()}
+    return replace(options, **changed) if changed else options
+
+
+def _focal(nll: Tensor, gamma: float | Tensor) -> Tensor:
+    """Returns (1 - p) ** gamma * nll of p = exp(-nll).
+
+    At 0 and at infinity, some of the derivative's factors are infinite, but not the derivative.
+    """
+    between = (nll > 0) & (nll < torch.inf)
+    x = nll.where(between, 1)
+    return (x * (-(-x).expm1()) ** gamma).where(between, nll).masked_fill(nll <= 0, 0)
 
 
 def without_ignored(
@@ -224,6 +244,7 @@ def log_probs(
     """
     checks.log_probs(logits, target, options)
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
+    options = with_scalars(options, dtype)
     shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
     valid = target != options.ignore_index
     x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # NaN would reach gradients
@@ -261,7 +282,7 @@ def linear_log_probs(
     logits = head_logits(rows.where(valid.unsqueeze(-1), 0), linear_weight, linear_bias)
     results = log_probs(logits, row_targets, options)
     results, *metrics = results if options.with_metrics else (results,)
-    results = results.reshape(*results.shape[: not options.alone], *target.shape)
+    results = results.reshape((*results.shape[: not options.alone], *target.shape))
     return (results, *[x.reshape(target.shape) for x in metrics]) if metrics else results
 
 
@@ -295,14 +316,23 @@ def sigmoid_focal_loss(
     checks.scalar(Scalar("gamma", low=0.0), gamma)
     if weight is not None:
         checks.expands("weight", weight.shape, "inputs", inputs.shape)
-    valid = torch.ones_like(targets) if ignore_index is None else targets.ne(ignore_index)
-    if ignore_index is not None:  # these may be NaN
+    valid = None if ignore_index is None else targets.ne(ignore_index)
+    if valid is not None:  # others may be NaN
         checks.equals("targets", targets.shape, "input", inputs.shape)
-        inputs, targets = (x.where(valid.bool(), 0) for x in (inputs, targets))
-    p = inputs.sigmoid()
-    error = p * (1 - targets) + (1 - p) * targets
-    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none") * error**gamma
+        inputs, targets = (x.where(valid, 0) for x in (inputs, targets))
+    result_dtype = autocast_dtype(common_dtype(inputs, targets, weight), inputs.device)
+    dtype = accumulate_dtype(result_dtype)
+    inputs, targets = (x.to(dtype) if x.is_floating_point() else x for x in (inputs, targets))
+    alpha, gamma = (x.reshape(()).to(dtype) if isinstance(x, Tensor) else x for x in (alpha, gamma))
+    error = inputs.sigmoid() * (1 - targets) + (-inputs).sigmoid() * targets
+    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    loss = loss * error.where(error != 0, 1) ** gamma  # the loss is 0 where this is
     if alpha >= 0:
         loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
-    loss = (loss if weight is None else loss * weight).where(valid.bool(), 0)
-    return loss.sum() / valid.sum() if reduction == "mean" else reduced(loss, reduction)
+    loss = loss if weight is None else loss * weight
+    loss = loss if valid is None else loss.where(valid, 0)
+    if reduction == "mean" and valid is not None:
+        loss = loss.sum() / valid.sum()
+    else:
+        loss = reduced(loss, reduction)
+    return loss.to(result_dtype)

@@ -54,6 +54,7 @@ def kl_div_with_logits(
     options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
 ) -> Tensor:
     checks.kl_div_with_logits(logits, teacher_logits, options)
+    options = definitions.with_scalars(options, accumulate_dtype(logits.dtype))
     log_p = _log_softmax(_masked(logits, options), options, options.softcap)
     log_q = _log_softmax(_masked(teacher_logits, options), options, options.teacher_softcap)
     return _reduced(divergence(log_p, log_q, options.beta), logits, options)
@@ -88,8 +89,11 @@ def linear_topk_kl_div(
     checks.topk_indices(teacher_indices.reshape(-1, teacher_indices.shape[-1]), classes)
     log_q = _masked(teacher_log_probs, options, -math.log(classes))
     checks.topk_log_probs(log_q)
+    options = definitions.with_scalars(options, accumulate_dtype(input.dtype))
     log_p = _log_softmax(F.linear(_masked(input, options), *layer), options, options.softcap)
-    rest = log_p.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
+    others = log_p.scatter(-1, teacher_indices, -torch.inf)
+    is_empty = (others == -torch.inf).all(-1, keepdim=True)  # a gradient of NaN
+    rest = others.where(~is_empty, 0).logsumexp(-1, keepdim=True).where(~is_empty, -torch.inf)
     log_q = log_q.to(log_p.dtype)
     pair = _with_rest(log_p.gather(-1, teacher_indices), rest, log_q, options, classes)
     return _reduced(divergence(*pair, options.beta), input, options)

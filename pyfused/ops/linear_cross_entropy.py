@@ -25,7 +25,7 @@ from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.cross_entropy import DEFAULTS, TYPES
+from pyfused.ops.cross_entropy import DEFAULTS, TYPES, UINT8_TARGET
 from pyfused.ops.heads import (
     Block,
     HeadRows,
@@ -86,10 +86,10 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             or not (bias is None or (bias.is_cpu and bias.shape == linear_weight.shape[:1]))
         ):
             return fall_back(self, SMALL, *self.split(call), False)
-        index = -100 if ignore_index is None else ignore_index
-        input = definitions.without_ignored_states(input, target, index, linear_weight, bias)
+        ignored = input, target, ignore_index, linear_weight, bias
+        input = definitions.without_ignored_states(*ignored)
         logits = self.linear(input, linear_weight, bias)
-        return self.built_in_loss(logits, target, weight, number, index, smoothing)
+        return self.built_in_loss(logits, target, weight, number, ignore_index, smoothing)
 
     def compute_by_torch(self, *call: Any) -> Any:
         *operands, options = self.arguments_of(*self.split(call))
@@ -225,11 +225,16 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
 
 def linear_cross_entropy_fallback_reason(
-    input: Tensor, linear_weight: Tensor, *_: Any
+    input: Tensor, linear_weight: Tensor, _bias: Any, _adapter: Any, target: Tensor, *rest: Any
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
-    few = not input.dim() or linear_weight.dim() < 2
-    return "input or linear_weight has too few dimensions" if few else None
+    if not input.dim() or linear_weight.dim() < 2:
+        return "input or linear_weight has too few dimensions"
+    weight, options = rest
+    smoothes = weight is not None and options.label_smoothing != 0
+    if target.dtype is torch.uint8 and (linear_weight.dim() > 2 or smoothes):
+        return UINT8_TARGET
+    return None
 
 
 def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:

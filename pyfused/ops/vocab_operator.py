@@ -56,8 +56,6 @@ class VocabOperator(CompiledOperator):
             for x in numbers
         ]
         values = dict(zip(self.fields, (*floats, *case), strict=False))
-        if values["ignore_index"] is None:  # the default of torch's linear_cross_entropy
-            values["ignore_index"] = -100
         if self.factors:
             values["token_weight"], denominator = tensors[count:]
             if denominator is not None:
