@@ -577,6 +577,25 @@ def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+class DropConnect(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.dropout(weight, 0.5)
+
+
+@pytest.mark.thresholds
+def test_a_parametrised_weight_is_computed_as_often_as_by_torch() -> None:
+    """Each time draws random numbers, so the losses are bitwise equal."""
+    losses = []
+    for convert in (lambda model: model, lambda model: pyfused.convert(model, head="head")):
+        model = convert(Model().train())
+        nn.utils.parametrize.register_parametrization(model.head, "weight", DropConnect())
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # torch computes the logits
+            losses.append([model(X, TARGET)[1].item() for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
 def outside(model: Any, x: Tensor, _: Tensor) -> Any:
     return (model.head(model.emb(x)),)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import language_models
 import pytest
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
-from pyfused.adopt import adapters
 
 pytestmark = pytest.mark.thresholds
 ROWS = 1 << 15  # half of the rows exceed the size limit
@@ -138,32 +136,6 @@ def test_saved_tensors_may_come_back_with_gaps(kernel_calls: KernelCalls) -> Non
 
 @pytest.mark.integrations
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_lora_head_that_is_a_unit_of_fsdp() -> None:
-    """The head computes its logits itself, with its adapters."""
-    peft = pytest.importorskip("peft")
-    from torch.distributed.fsdp import fully_shard
-
-    tokens, losses = torch.arange(24).view(2, 12), []
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        for convert in (lambda model: model, pyfused.convert):
-            config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
-            model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
-            convert(model.train())
-            for part in (model.base_model.model.lm_head, model):
-                fully_shard(part)
-            warned = pytest.warns(RuntimeWarning, match="its head has hooks")
-            with warned if convert is pyfused.convert else contextlib.nullcontext():
-                losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
-    finally:
-        torch.distributed.destroy_process_group()
-    torch.testing.assert_close(*losses)
-
-
-@pytest.mark.integrations
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_head_whose_trained_copy_is_disabled() -> None:
     """PEFT then calls the original head, which also defers its logits."""
     peft = pytest.importorskip("peft")
@@ -180,11 +152,6 @@ def test_a_head_whose_trained_copy_is_disabled() -> None:
         losses.append(output.loss.item())
     assert losses[1] == pytest.approx(math.log(300))
     assert losses[0] != pytest.approx(losses[1])
-
-
-def test_a_lora_layer_of_another_version_of_peft() -> None:
-    reason = adapters.reason_to_compute(SimpleNamespace(disable_adapters=False), None)
-    assert reason == "its head is a LoRA layer of another version of PEFT"
 
 
 # ---- imports -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from torch.nn import Linear
 from torch.nn import functional as F
 
 from pyfused import torch_internals
-from pyfused.adopt import adapters, deferred, subclass
+from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS, modes_of
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.reasons import first_time, stacklevel
@@ -47,7 +47,6 @@ OUTPUT = "the output"
 ALONE, COMPARED = "only the loss read the logits", "a loss was compared"
 ROWS_BYTES = 16 << 20  # bytes of the logits whose losses and gradients are compared
 PARTS = 16  # blocks of rows; torch's logits, their copies and gradients take 1/8 of the memory
-TOKENS = 5  # tokens of the batch that a LoRA layer is compared with
 _MISSING_LABELS = (
     "it was called in training mode without labels. Pass labels=. Trainer removes them for "
     "label_smoothing_factor and compute_loss_func: leave both unset, and for label smoothing "
@@ -147,8 +146,10 @@ class _Call:
         # In training mode, no_grad means a checkpoint or generation.
         if not torch.is_grad_enabled() and (hooked or self.model.training):
             return None
+        # Reading the weight of another class, such as a parametrised layer, may compute it.
         if not (self.always or hooked or is_dynamo_compiling()) and (
-            head.weight.numel()
+            type(head) is _HEAD
+            and head.weight.numel()
             and dispatch.is_small(LINEAR_CROSS_ENTROPY, (hidden, head.weight), _MEAN)
         ):
             return None  # torch would compute the loss from all logits
@@ -162,16 +163,8 @@ class _Call:
             self.alone = (ALONE, self.modes) in self.facts
         if hooked:
             return self.sharded_logits(kind, hidden, modes)
-        rows, adapter_weight = hidden, None
-        if adapters.is_lora(head):
-            if self.compares():
-                with torch.inference_mode(False), torch.enable_grad(), deferred.without_hooks():
-                    if adapters.differs(head, hidden.flatten(0, -2)[:TOKENS]):
-                        self.differs = "LoRA layer adds something other than scaling * B A x"
-                        return None
-            rows, adapter_weight = adapters.with_features(head, hidden)
-        inputs = modes, rows, head.weight, head.bias, adapter_weight
-        self.families.append(deferred.Family(self, *inputs, recorded=self.records(rows)))
+        inputs = modes, hidden, head.weight, head.bias
+        self.families.append(deferred.Family(self, *inputs, recorded=self.records(hidden)))
         return self.families[-1].logits()
 
     def sharded_logits(self, kind: Any, hidden: Any, modes: Any) -> Any:
@@ -185,9 +178,7 @@ class _Call:
         reason: str | None = "its head has hooks"
         if policy is not None:
             reason, recorded = _reason(head, hidden), self.records(hidden)
-            family: Any = deferred.Family(
-                self, modes, *inputs, None, recorded=recorded, finish=finish
-            )
+            family: Any = deferred.Family(self, modes, *inputs, recorded=recorded, finish=finish)
         elif all(is_dtensor(x) for x in inputs if x is not None) and (
             all(placement.is_replicate() for placement in hidden.placements)
             and any(placement.is_shard(0) for placement in weight.placements)
@@ -266,35 +257,34 @@ def _reason(head: Any, hidden: Tensor | None = None) -> str | None:
     Args:
         hidden: The head's input if its hooks have been checked, None before a call.
     """
-    compiling, is_lora = is_dynamo_compiling(), adapters.is_lora(head)
-    for where, layer in adapters.layers(head).items() if is_lora else (("its head", head),):
-        kind: Any = type(layer)
-        is_unit = kind.__bases__[-1] is _HEAD and torch_internals.fsdp_policy(layer)
-        if kind not in (Linear, _HEAD) and not (is_unit or (is_lora and layer is head)):
-            return f"{where} is a {kind.__module__}.{kind.__name__}, not a plain torch.nn.Linear"
-        if "forward" in vars(layer):
-            return f"the forward of {where} was replaced, for example by accelerate's offloading"
-        if is_unit and compiling:
-            return "its head is a unit of fully_shard in a compiled model"
-        if (hidden is None or layer is not head) and has_hooks(layer, compiling or is_lora):
-            return f"{where} has hooks"
-        if has_compiled_call(layer):
-            return f"{where} is compiled separately"
-        for name, value in (("weight", layer.weight), ("bias", layer.bias)):
-            if hidden is None or value is None:
-                continue
-            if not compiling and type(value) not in PLAIN:
-                return f"the {name} of {where} is a {type(value).__name__}"
-            if value.device != hidden.device:
-                return f"the {name} of {where} is on {value.device}, its input on {hidden.device}"
-            if value.numel() == 0:
-                return f"the {name} of {where} has no elements"
-            if not compiling and value.is_inference():
-                return SILENT
-    reason = adapters.reason_to_compute(head, hidden) if is_lora else None
-    if reason is not None or hidden is None or compiling or _is_usable(head, hidden):
-        return reason
-    return SILENT
+    compiling, kind = is_dynamo_compiling(), type(head)
+    is_unit = kind.__bases__[-1] is _HEAD and torch_internals.fsdp_policy(head)
+    if kind not in (Linear, _HEAD) and not is_unit:
+        if _has_adapter(head):
+            return f"its head has an adapter, {kind.__module__}.{kind.__name__}"
+        return f"its head is a {kind.__module__}.{kind.__name__}, not a plain torch.nn.Linear"
+    if "forward" in vars(head):
+        return "the forward of its head was replaced, for example by accelerate's offloading"
+    if is_unit and compiling:
+        return "its head is a unit of fully_shard in a compiled model"
+    if hidden is None and has_hooks(head, compiling):
+        return "its head has hooks"
+    if has_compiled_call(head):
+        return "its head is compiled separately"
+    if hidden is None:
+        return None
+    for name, value in (("weight", head.weight), ("bias", head.bias)):
+        if value is None:
+            continue
+        if not compiling and type(value) not in PLAIN:
+            return f"the {name} of its head is a {type(value).__name__}"
+        if value.device != hidden.device:
+            return f"the {name} of its head is on {value.device}, its input on {hidden.device}"
+        if value.numel() == 0:
+            return f"the {name} of its head has no elements"
+        if not compiling and value.is_inference():
+            return SILENT
+    return None if compiling or _is_usable(head, hidden) else SILENT
 
 
 def _finished(output: Any) -> Any:
@@ -369,7 +359,21 @@ def _without(kind: Any, *removed: str) -> Any:
 def _head_of(model: Any, head_name: str | None) -> Any:
     """Returns the head that the user has named, or else the head of a transformers model."""
     head = model.get_submodule(head_name) if head_name else model.get_output_embeddings()
-    return adapters.called_head(head)
+    return _called_head(head)
+
+
+def _called_head(head: Any) -> Any:
+    """Returns the active copy of a head in PEFT's ``modules_to_save``, or else the head itself."""
+    if type(head) is not getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", None):
+        return head
+    active = [] if head.disable_adapters else head.active_adapters
+    copies = [head.modules_to_save[name] for name in active if name in head.modules_to_save]
+    return copies[0] if copies else head.original_module
+
+
+def _has_adapter(head: Any) -> bool:
+    """Returns whether a head is a layer of PEFT that wraps the original head, as in LoRA."""
+    return isinstance(getattr(head, "base_layer", None), torch.nn.Module)
 
 
 def has_head(module: Any) -> bool:
@@ -401,8 +405,6 @@ def reason_to_leave(model: Any, head_name: str | None = None) -> str | None:
     if "forward" in vars(model):
         return "its forward was replaced"
     head = _head_of(model, head_name)
-    if not _is_head(head):
-        return "its head is not a plain torch.nn.Linear"
     reason = _reason(head) or ("its head has hooks" if has_hooks(head) else None)
     if reason is None and not subclass.has_original_forward(head):
         reason = "the forward of its head was replaced"
@@ -434,8 +436,7 @@ def shares_head(model: Any) -> bool:
 
 
 def _is_head(module: Any) -> bool:
-    head = adapters.called_head(module)
-    return type(head) in (Linear, _HEAD) or adapters.is_lora(head)
+    return type(_called_head(module)) in (Linear, _HEAD) or _has_adapter(module)
 
 
 def _fused_forward(kind: Any, head: str | None, evaluation: bool, metrics: bool) -> Any:
@@ -552,7 +553,14 @@ def _loss_differs(node: Any, target: Tensor, options: Any, whole: Any) -> str | 
     if not len(kept) or not all(expected.isfinite().all() for _, _, expected in pairs):
         return None
     for name, value, expected in pairs:
-        if not adapters.agree(value, expected, node.family.dtype):
+        if not _agree(value, expected, node.family.dtype):
             error = (value.float() - expected.float()).norm() / expected.float().norm()
             return f"{name} differs from torch's by {float(error):.2g}"
     return ""
+
+
+def _agree(value: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether two results that were computed in ``dtype`` differ only by rounding."""
+    value, expected = value.float(), expected.float()
+    tolerance = max(1e-3, 16 * torch.finfo(dtype).eps)
+    return bool((value - expected).norm() <= tolerance * expected.norm())

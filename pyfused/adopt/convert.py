@@ -74,11 +74,11 @@ def convert(
     Modules stay the same objects and only change their class: hooks, buffers, device, training
     flag, names and references are kept. Subclasses are not replaced.
 
-    In transformers' language models whose head is a plain linear layer, at any depth and also with
-    LoRA adapters of PEFT, head and loss become :func:`pyfused.functional.linear_cross_entropy`: in
-    training mode, a call with labels returns the loss and no logits. torch computes logits and loss
-    of the first call, and the loss is compared with pyfused's: if they differ, the model's original
-    ``forward`` is restored. If other code reads the logits, they are computed.
+    In transformers' language models whose head is a plain linear layer, at any depth, head and loss
+    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels
+    returns the loss and no logits. torch computes logits and loss of the first call, and the loss
+    is compared with pyfused's: if they differ, the model's original ``forward`` is restored. If
+    other code reads the logits, they are computed.
 
     In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.

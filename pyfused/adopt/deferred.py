@@ -35,7 +35,6 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfused import torch_internals
-from pyfused.adopt import adapters
 from pyfused.dispatch import reasons
 from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
@@ -114,8 +113,7 @@ class Family:
 
     Attributes:
         call: The model's call, which compares a loss with torch's.
-        inputs: The hidden states, the head's weight, its bias, and the weight of an adapter, whose
-            features follow the hidden states, or None.
+        inputs: The hidden states, the head's weight, and its bias or None.
         recorded: Whether torch has computed the logits.
         finish: Receives ``results``, the losses and computed logits of a unit of FSDP, at the end.
         traced: Whether torch.compile traces the head's call.
@@ -198,16 +196,15 @@ class Family:
 
     def linear(self, rows: Tensor) -> Tensor:
         """Returns the logits of rows of hidden states, computed by torch."""
-        _, weight, bias, adapter_weight = self.inputs
-        return adapters.linear(rows, weight, bias, adapter_weight)
+        return F.linear(rows, *self.inputs[1:])
 
     def loss(self, node: _Node, rows: Any, target: Any, options: dict[str, Any]) -> Any:
         """Returns the cross-entropy of rows of hidden states, with the operators of a node."""
-        (_, weight, bias, adapter_weight), shift, call = self.inputs, node.shift, self.call
+        (_, weight, bias), shift, call = self.inputs, node.shift, self.call
         if shift is not None:
             bias = shift if bias is None else bias + shift
-        options = options | {"linear_bias": bias, "adapter_weight": adapter_weight}
-        options |= {"softcap": node.cap, "scale": node.scale, "loss_dtype": node.cast}
+        options = options | {"linear_bias": bias, "softcap": node.cap, "scale": node.scale}
+        options["loss_dtype"] = node.cast
         if not call.with_metrics:
             return linear_cross_entropy(rows, weight, target, **options)
         loss, call.model.pyfused_metrics = linear_cross_entropy_with_metrics(
@@ -280,10 +277,10 @@ class ColwiseFamily(Family):
         self.replicate: Any = lambda x: type(hidden).from_local(x, *layout, run_check=False)
         local = hidden.full_tensor()
         local = local if type(local) in PLAIN else local.clone()
-        super().__init__(call, modes, local, weight, bias, None, recorded=recorded)
+        super().__init__(call, modes, local, weight, bias, recorded=recorded)
 
     def linear(self, rows: Tensor) -> Any:
-        return self.gather(F.linear(self.replicate(rows), *self.inputs[1:3]))
+        return self.gather(F.linear(self.replicate(rows), *self.inputs[1:]))
 
     def loss(self, node: _Node, rows: Any, target: Any, options: dict[str, Any]) -> Any:
         loss = super().loss(node, self.replicate(rows), self.replicate(target), options)
