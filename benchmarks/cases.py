@@ -34,7 +34,6 @@ SOFTMAX, EMBEDDINGS = of_family("Softmax"), of_family("EmbeddingLoss")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 M = 1 << 20
-_LABELS = 5  # labels per row
 MODES = FORWARD, TRAINING = "forward", "forward+backward"
 
 
@@ -160,10 +159,6 @@ CASES = (
     Case("cross_entropy", (8, 21, 256, 256), headline=True),
     Case("nll_loss", (1024, 32000), headline=True),
     Case("nll_loss", (64, 10)),
-    Case("multi_margin_loss", (8192, 1000), headline=True),
-    Case("multi_margin_loss", (64, 10)),
-    Case("multilabel_margin_loss", (8192, 1000), headline=True),
-    Case("multilabel_margin_loss", (64, 10)),
     Case("contrastive_loss", (8192, 512)),
     *(Case(op, (65536, 256), headline=True) for op in EMBEDDINGS),
     *(Case(op, (65536, 256), BF16) for op in EMBEDDINGS),
@@ -275,9 +270,6 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
                 input.detach().scatter_(1, indices.unsqueeze(1), 1.0)
             ignored = torch.rand(shape, **here) < case.ignored
             others = (indices.masked_fill(ignored, -100),)
-        if case.op == "multilabel_margin_loss":
-            some = torch.randint(classes, (*shape, _LABELS), **here)
-            others = (F.pad(some, (0, classes - _LABELS), value=-1),)
     if case.reduction == "none":
         grad_output = normal(*shape)
     return Arguments(input, others, options | {"reduction": case.reduction}, grad_output)

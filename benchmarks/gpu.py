@@ -247,7 +247,6 @@ LAUNCH_CASES = (
     Case("cross_entropy", (8192, 32_000), BF16, weight=True, smoothing=0.1),
     Case("cross_entropy", (1 << 22, 10)),
     Case("softmax", (8192, 32_000), BF16),
-    Case("multi_margin_loss", (65_536, 4096)),
     Case("nll_loss", (65_536, 4096)),
     *(Case(op, (1 << 20, 256)) for op in EMBEDDINGS),
 )

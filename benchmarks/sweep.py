@@ -25,7 +25,7 @@ from pyfused.ops.operators import OPERATORS
 Shape = tuple[int, ...]
 LARGEST_CHECKED = 1 << 22  # checking the results of larger calls takes seconds
 ALLOWED = 0.6e-3  # milliseconds by which a call that runs torch's operator may be slower
-OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss", "multilabel_margin_loss")
+OF_CLASSES = ("cross_entropy", "nll_loss")
 VECTORS = torch.backends.cpu.get_cpu_capability()
 CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
 

@@ -22,7 +22,6 @@
 #include "embedding_loss.h"
 #include "kl_div_with_logits.h"
 #include "memory.h"
-#include "multi_margin_loss.h"
 #include "nll_loss.h"
 #include "parallel.h"
 #include "pointwise_loss.h"
@@ -95,22 +94,6 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
                              view<T>(gradients[1]),
                              threads_for(reads_few ? positions : elements, threads)};
     return options.normalized ? nll_loss(ce) : cross_entropy(ce);
-  });
-}
-
-int64_t run_multi_margin_loss(int dtype, std::array<int64_t, 2> sizes, int64_t input,
-                              int64_t target, bool multilabel, int64_t weight, bool squared,
-                              double margin, int reduction, int64_t grad_output, int64_t loss,
-                              int64_t grad_input, int threads) {
-  return with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using A = Accumulate<T>;
-    prefer_huge_pages(pointer<void>(grad_input), size_t(sizes[0] * sizes[1]) * sizeof(T));
-    return multi_margin_loss(
-        MultiMargin<T>{sizes[0], sizes[1], pointer<const T>(input), pointer<const int64_t>(target),
-                       multilabel, pointer<const A>(weight), squared, margin, Reduction(reduction),
-                       pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad_input),
-                       threads_for(sizes[0] * sizes[1], threads)});
   });
 }
 
@@ -464,7 +447,6 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("cross_entropy", &run_cross_entropy, unlocked);
   m.def("invalid_class_index", &run_invalid_class_index, unlocked);
   m.def("kl_div_with_logits", &run_kl_div_with_logits, unlocked);
-  m.def("multi_margin_loss", &run_multi_margin_loss, unlocked);
   m.def("triplet_margin_loss", &run_embedding_loss<false>, unlocked);
   m.def("cosine_embedding_loss", &run_embedding_loss<true>, unlocked);
   m.def("row_gradients", &run_row_gradients, unlocked);

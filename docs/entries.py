@@ -23,7 +23,7 @@ from pyfused.ops.pointwise_loss import Halves, PointwiseLoss
 class Curve:
     """The arguments after the input, by position and by name, of the call for each point.
 
-    Floats become tensors, integers become class indices, and tuples become the labels of each row.
+    Floats become tensors, and integers become class indices.
 
     Attributes:
         others: The logits of the other classes, or the other features, besides the one drawn.
@@ -330,26 +330,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
             low=-4.0,
             high=0.0,
             axis="log-probability of the first class",
-        ),
-        "multi_margin_loss": Entry(
-            r"\frac{1}{C} \sum_{c \ne t} \max(0,\; m - x_t + x_c)^p",
-            "For single-label classification if only the order of the classes matters: the target"
-            " should lead by a margin.",
-            tuple(
-                Curve(f"p {p}, margin {m:g}", (0,), {"p": p, "margin": m}, others=(0.0, 0.0))
-                for p, m in ((1, 1.0), (1, 2.0), (2, 1.0))
-            ),
-            axis=LOGIT,
-        ),
-        "multilabel_margin_loss": Entry(
-            r"\frac{1}{C} \sum_{t} \sum_{c \notin T} \max(0,\; 1 - x_t + x_c), \quad t \in T",
-            "For multi-label classification if only the order matters: all targets should come"
-            " before all other classes.",
-            (
-                Curve("one target", ((0, -1, -1),), others=(0.0, 0.0)),
-                Curve("two targets", ((0, 1, -1),), others=(0.0, 0.0)),
-            ),
-            axis=LOGIT,
         ),
         "softmax": Entry(
             r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
@@ -688,19 +668,6 @@ loss.backward()
 logits = torch.randn(64, 10, requires_grad=True)
 target = torch.randint(10, (64,))
 loss = F.nll_loss(F.log_softmax(logits, dim=1), target)
-loss.backward()
-""",
-    "multi_margin_loss": """
-scores = torch.randn(64, 10, requires_grad=True)
-target = torch.randint(10, (64,))
-loss = F.multi_margin_loss(scores, target, margin=0.5)
-loss.backward()
-""",
-    "multilabel_margin_loss": """
-scores = torch.randn(64, 10, requires_grad=True)
-target = torch.full((64, 10), -1)  # each row lists its targets, followed by -1
-target[:, :2] = torch.tensor([3, 7])
-loss = F.multilabel_margin_loss(scores, target)
 loss.backward()
 """,
     "kl_div_with_logits": """

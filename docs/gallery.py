@@ -54,9 +54,7 @@ def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
     input = torch.stack([x, *others], 1) if others else x
     input = input[:, None] if "linear_weight" in curve.options else input
     rest = [
-        torch.tensor(value).expand(len(x), -1)  # the labels of a row
-        if isinstance(value, tuple)
-        else torch.full_like(x, value, dtype=torch.int64, requires_grad=False)
+        torch.full_like(x, value, dtype=torch.int64, requires_grad=False)
         if isinstance(value, int)
         else torch.full_like(input, value, requires_grad=False)
         for value in curve.arguments

@@ -23,7 +23,6 @@ from pyfused.types import (
     DivergenceOptions,
     Head,
     LogProbsOptions,
-    MarginOptions,
     ModuleOptions,
     Number,
     Scalar,
@@ -588,39 +587,6 @@ def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Voca
     _class_weight(input, weight)
 
 
-def multi_margin_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: MarginOptions
-) -> None:
-    if not isinstance(options.margin, Number):
-        number("margin", options.margin, (float, Real), "a float")
-    if options.p not in (1, 2):
-        raise _error("p", "1 or 2", options.p, ValueError)
-    if weight is not None and weight.dim() != 1:
-        raise _error("weight", "one dimension", f"shape {tuple(weight.shape)}", ValueError)
-    _one_row_or_rows(input)
-    _index_shape(input, target, error=RuntimeError)
-    _int64_target(input, target)
-    _class_weight(input, weight)
-
-
-def multilabel_margin_loss(input: Tensor, target: Tensor, *_: Any) -> None:
-    _one_row_or_rows(input)
-    if target.dim() or input.shape != (1,):
-        equals("target", target.shape, "input", input.shape, error=RuntimeError)
-    _int64_target(input, target)
-
-
-def _one_row_or_rows(input: Tensor) -> None:
-    if input.dim() not in (1, 2) or not input.shape[-1]:
-        raise _error("input", "shape (C) or (N, C)", input.shape)
-
-
-def _int64_target(input: Tensor, target: Tensor) -> None:
-    if target.dtype is not torch.int64:
-        hint = _are_swapped(input, target) or _pass_long(target)
-        raise _error("target", "class indices of dtype torch.int64", f"{target.dtype}{hint}")
-
-
 def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = True) -> None:
     if target.dtype is torch.int64 and target.shape == input.shape[:1] and input.dim() == 2:
         return  # the common case
@@ -636,12 +602,7 @@ def _class_index_target(input: Tensor, target: Tensor, probabilities: bool = Tru
         raise _error("input", "one class or more", f"shape {shape}")
 
 
-def _index_shape(
-    input: Tensor,
-    target: Tensor,
-    probabilities: bool = False,
-    error: type[Exception] | None = None,
-) -> None:
+def _index_shape(input: Tensor, target: Tensor, probabilities: bool = False) -> None:
     """Checks the shape of class indices; torch's error is a ValueError if batch sizes differ."""
     expected = loss_shape(input, "none")
     if target.shape == expected or _is_single(input, target):
@@ -649,7 +610,7 @@ def _index_shape(
     batch = target.shape[:1] != input.shape[:1]
     if input.dim() == 1:
         batch = target.dim() == 1 and not target.is_floating_point()
-    error = error or (ValueError if batch else RuntimeError)
+    error = ValueError if batch else RuntimeError
     alternative = f" or class probabilities of the input's shape {tuple(input.shape)}"
     indices = f"class indices of shape {tuple(expected)}{alternative * probabilities}"
     got = f"shape {tuple(target.shape)}{_hint(input, target)}"
@@ -678,33 +639,28 @@ def classes_of(input: Tensor) -> int:
     return input.shape[0 if input.dim() == 1 else 1]
 
 
-def raise_out_of_range(
-    classes: int, target: Tensor, ignore_index: int | None, position: int, least: int = 0
-) -> NoReturn:
+def raise_out_of_range(classes: int, target: Tensor, ignore_index: int, position: int) -> NoReturn:
     """Raises for the class index at ``position`` in the flattened target."""
     flat = torch.tensor(position, device="cpu")
     index = tuple(int(i) for i in torch.unravel_index(flat, target.shape))
-    or_ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
-    raise (RuntimeError if ignore_index is None else IndexError)(
-        f"target: expected class indices in [{least}, {classes}){or_ignored}, got "
+    raise IndexError(
+        f"target: expected class indices in [0, {classes}) or ignore_index = {ignore_index}, got "
         f"{target[index].item()} at position {index}"
     )
 
 
-def class_indices(classes: int, target: Tensor, ignore_index: int | None, least: int = 0) -> None:
+def class_indices(classes: int, target: Tensor, ignore_index: int) -> None:
     """Raises for the first class index out of range, as the kernels do."""
     if target.is_floating_point() or not target.numel() or not _can_be_read(target):
         return
     index = target.long()  # comparing a uint8 tensor with 1462 would wrap it to 182
     low, high = index.aminmax()
-    if int(low) >= least and int(high) < classes:  # twice as fast as comparing tensors
+    if int(low) >= 0 and int(high) < classes:  # twice as fast as comparing tensors
         return
-    invalid = (index < least) | (index >= classes)
-    if ignore_index is not None:
-        invalid &= index != ignore_index
+    invalid = ((index < 0) | (index >= classes)) & (index != ignore_index)
     if invalid.any():
         first = int(invalid.flatten().nonzero()[0])
-        raise_out_of_range(classes, target, ignore_index, first, least)
+        raise_out_of_range(classes, target, ignore_index, first)
 
 
 def overwritable(input: Tensor) -> None:

@@ -678,60 +678,6 @@ def nll_loss(
     return run(operators.NLL_LOSS, (input, target, weight), (), (ignore_index, reduction))
 
 
-def multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    p: int = 1,
-    margin: float = 1.0,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Returns the hinge loss over several classes, as in a support vector machine.
-
-    With ``z_c = max(0, margin - input_target + input_c)``, the loss of a row is
-    ``weight_target / C`` times the sum of ``z_c ** p`` over all classes except the target.
-
-    Args:
-        input: Scores, of shape (C) or (N, C).
-        target: Class indices in [0, C), int64, of shape (), (1) or (N).
-        p: 1 or 2.
-        margin: The distance between scores at which the loss becomes 0.
-        weight: A factor for each class, of shape (C) and the input's dtype.
-
-    Raises:
-        RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
-    """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(operators.MULTI_MARGIN_LOSS, (input, target, weight), (margin,), (p, reduction))
-
-
-def multilabel_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Returns the hinge loss of rows with several target classes.
-
-    The loss of a row is ``1 / C`` times the sum of ``max(0, 1 - input_t + input_c)`` over its
-    targets t and the classes c that are not targets. The time is proportional to the number of
-    these pairs.
-
-    Args:
-        input: Scores, of shape (C) or (N, C).
-        target: Class indices in [0, C), int64, of the input's shape. The targets of a row end at
-            its first -1.
-
-    Raises:
-        RuntimeError: A class index is out of range; on GPUs the loss of its row is NaN instead.
-    """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(operators.MULTILABEL_MARGIN_LOSS, (input, target), (), (reduction,))
-
-
 def triplet_margin_loss(
     anchor: Tensor,
     positive: Tensor,

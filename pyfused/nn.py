@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from torch.nn.modules.instancenorm import *
     from torch.nn.modules.linear import *
     from torch.nn.modules.loss import CTCLoss as CTCLoss
+    from torch.nn.modules.loss import MultiLabelMarginLoss as MultiLabelMarginLoss
+    from torch.nn.modules.loss import MultiMarginLoss as MultiMarginLoss
     from torch.nn.modules.loss import NLLLoss2d as NLLLoss2d
     from torch.nn.modules.loss import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
     from torch.nn.modules.module import Module as Module
@@ -399,18 +401,6 @@ class NLLLoss(torch.nn.NLLLoss, _Module):
         return F.nll_loss(
             input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction
         )
-
-
-class MultiMarginLoss(torch.nn.MultiMarginLoss, _Module):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.multi_margin_loss(
-            input, target, self.p, self.margin, self.weight, reduction=self.reduction
-        )
-
-
-class MultiLabelMarginLoss(torch.nn.MultiLabelMarginLoss, _Module):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.multilabel_margin_loss(input, target, reduction=self.reduction)
 
 
 class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss, _Module):

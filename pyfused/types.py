@@ -305,14 +305,6 @@ class DivergenceOptions(VocabOptions):
     remainder: str = "bucket"
 
 
-@dataclass(eq=False)
-class MarginOptions(VocabOptions):
-    """Options of the multi-class margin losses, which ignore no rows."""
-
-    p: int = 1
-    margin: float = 1.0
-
-
 # The fields of a row's state, in float64; csrc/row_state.h defines them. A state has the first
 # STATE_FIELDS or METRICS_FIELDS fields, or all SMOOTHING_FIELDS.
 LOG_P, ENTROPY, LSE, PIVOT, SUM, WEIGHTED, TARGET_LOGIT, MAXIMUM, INDEX, SMOOTH = range(10)

@@ -27,7 +27,6 @@ from samples import (
     WITH_OPTIONS,
     declared,
     draw,
-    labels,
     operands,
     options,
     predictions,
@@ -42,7 +41,6 @@ from pyfused.backends import cpu
 from pyfused.dispatch.operator import Operator, reduction_of
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
-from pyfused.ops.class_loss import MultiMarginLoss
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
@@ -370,7 +368,7 @@ def random_call(
     chosen = same if "inplace" in given else [*layouts.values()]
     tensors: dict[str, Any] = {}
     for name, operand in declared(op).items():
-        alike = op.is_linear or isinstance(op, (MultiMarginLoss, Divergence))
+        alike = op.is_linear or isinstance(op, Divergence)
         mixed = tensors and not alike and rng.once_in(20)
         x = found[name]
         if operand.optional and not rng.once_in(3):
@@ -408,18 +406,15 @@ def shape_of(rng: Random, elements: int, dims: int) -> list[int]:
 def of_classes(
     rng: Random, elements: int, op: Operator, given: dict[str, Any]
 ) -> dict[str, Tensor]:
-    margin = isinstance(op, MultiMarginLoss)
-    shape = shape_of(rng, elements, rng.choice([1, 2] if margin else [1, 2, 3, 4]))
+    shape = shape_of(rng, elements, rng.choice([1, 2, 3, 4]))
     of_class = len(shape) > 1
     if shape[of_class] == 1 and not rng.once_in(8):
         shape[of_class] = 5  # calls with one class fall back to torch
-    if margin:  # torch returns uninitialised memory for an empty mean
-        shape = [max(n, 1) for n in shape]
     classes = shape[of_class]
     soft = any(o.indices and o.differentiated for o in op.operands) and rng.once_in(3)
     found = operands(op, shape, given, soft, rng.randint(1, 20))
     if not soft:
-        found["target"] = class_indices(rng, op, found["logits"], given)
+        found["target"] = class_indices(rng, found["logits"], given)
     if soft or "label_smoothing" in given:
         given.pop("gamma", None)
     if soft:
@@ -439,17 +434,14 @@ def of_classes(
     return found
 
 
-def class_indices(rng: Random, op: Operator, logits: Tensor, given: dict[str, Any]) -> Tensor:
+def class_indices(rng: Random, logits: Tensor, given: dict[str, Any]) -> Tensor:
     """Draws class indices, some or all of which are ignored, or out of range."""
     classes, rows = logits.shape[logits.dim() > 1], loss_shape(logits, "none")
     target = torch.randint(max(classes, 1), rows)
-    if op.operands[1].labels:
-        target = labels(logits.shape)
-    if not isinstance(op, MultiMarginLoss):
-        ignored = torch.rand(rows) < rng.choice([0.0, 0.3, 0.3, 1.0])
-        target[ignored] = given.get("ignore_index", -100)
-        if logits.dim() == 2 and target.byte().equal(target) and rng.once_in(4):
-            target = target.byte()
+    ignored = torch.rand(rows) < rng.choice([0.0, 0.3, 0.3, 1.0])
+    target[ignored] = given.get("ignore_index", -100)
+    if logits.dim() == 2 and target.byte().equal(target) and rng.once_in(4):
+        target = target.byte()
     if target.numel() and backend is cpu and rng.once_in(30) and classes < 256:
         target.view(-1)[-1] = classes  # raises on CPU, NaN on a GPU
     return target

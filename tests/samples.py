@@ -26,7 +26,7 @@ from pyfused import checks
 from pyfused import functional as fused
 from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.activation import Activation
-from pyfused.ops.class_loss import ClassLoss, MultiMarginLoss
+from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import PRELU
@@ -309,11 +309,6 @@ def target_probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.floa
     return torch.randn(shape).softmax(min(len(shape) - 1, 1)).to(dtype)
 
 
-def labels(shape: Sequence[int]) -> Tensor:
-    """Draws class indices for rows of scores; a third of them are -1."""
-    return torch.randint(max(shape[-1], 1), tuple(shape)).masked_fill(torch.rand(*shape) < 0.3, -1)
-
-
 def predictions(shape: Sequence[int], features: int, k: int = 2) -> dict[str, Tensor]:
     """Draws predictions of a student and of a teacher, for every kind of divergence."""
     *rows, classes = shape
@@ -343,9 +338,7 @@ def logits_and_targets(
     target = torch.rand(shape).softmax(dim)
     if not soft:
         target = torch.randint(max(classes, 1), (*rows, *columns))
-        if op.operands[1].labels:
-            target = labels(shape)
-        elif not isinstance(op, MultiMarginLoss) and target.dim():
+        if target.dim():
             target.view(-1)[1::4] = given.get("ignore_index", -100)
     logits = 2 * torch.randn(shape)
     return {

@@ -90,7 +90,7 @@ CUSTOM |= {
 }
 # The mean of kl_div warns; losses without reduction are left to Inductor.
 WITH_REDUCTION = {"kl_div": "kl_div-batchmean", "sigmoid_focal_loss": "sigmoid_focal_loss-sum"}
-FAMILIES = "cross_entropy", "mse_loss", "nll_loss", "triplet_margin_loss", "multilabel_margin_loss"
+FAMILIES = "cross_entropy", "mse_loss", "nll_loss", "triplet_margin_loss"
 
 
 def example(op: str) -> Call:
@@ -402,35 +402,6 @@ def test_a_small_composed_loss_uses_torchs_function(monkeypatch: pytest.MonkeyPa
     for scale in (0.5, 2, 8, 16):
         x, target = (scale * torch.randn(5)).half(), torch.rand(5).half()
         assert torch.equal(ours(x, target), of_torch(x, target)), (x, target)
-
-
-MARGIN: dict[str, Step] = {
-    "mean": lambda f, x: f.multilabel_margin_loss(x, LABELS),
-    "none": lambda f, x: f.multilabel_margin_loss(x, LABELS, reduction="none"),
-    "row": lambda f, x: f.multilabel_margin_loss(x[1], LABELS[1], reduction="none"),
-    "autocast": lambda f, x: torch.autocast("cpu", torch.bfloat16)(f.multilabel_margin_loss)(
-        x.bfloat16(), LABELS
-    ),
-}
-# Targets after the first -1 are ignored, but not by torch's decomposition.
-LABELS = torch.tensor([[1, 2, -1, 5, 0, 3, 4], [0, -1, 1, 2, 3, 4, 5]]).repeat(N // 2, 1)
-
-
-@pytest.mark.parametrize("step", MARGIN.values(), ids=MARGIN.keys())
-def test_multilabel_margin_loss_is_an_operator_in_any_size_and_reduction(
-    step: Step, kernel_calls: KernelCalls
-) -> None:
-    assert_equals_eager(step, torch.randn(N, C))
-    assert kernel_calls["multilabel_margin_loss"]
-
-
-def test_gradient_of_one_row_of_labels_with_create_graph() -> None:
-    def gradient(f: Any, x: Tensor) -> Tensor:
-        loss = torch.compile(lambda x: MARGIN["row"](f, x), backend="eager")(x)
-        return torch.autograd.grad(loss, x, create_graph=True)[0]
-
-    x = torch.randn(2, C, requires_grad=True)
-    assert torch.equal(gradient(fused, x), gradient(F, x))
 
 
 # ---- derivatives, and compiling with Inductor ----------------------------------------------------

@@ -30,7 +30,6 @@ K, KY = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
 W, A, B, LAYER = torch.randn(7, 5), torch.ones(7, 2), torch.ones(7), torch.nn.Linear(5, 7)
 META = torch.device("meta")
 TOP, LOGP = torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0)
-LABELS = torch.tensor([-1, 0, -1, -1, -1]).repeat(4, 1)
 
 
 # Calls, and strings in the message: the argument, the expected value, the value passed.
@@ -123,8 +122,6 @@ OTHERS: Wrong = {
     "nll_loss(X.long(), Y)": "input|floating|int64",
     "nll_loss(Y, X)": "target|(4, 5)|target swapped?",
     "nll_loss(K.mT, KY)": "target|(2, 3)|(2, 4)|movedim(-1, 1)|flatten(0, -2)",
-    "multi_margin_loss(Y, X)": "target|swapped?",
-    "multilabel_margin_loss(X.long(), X)": "target|int64|swapped?",
     "gelu(X.long())": "input|floating|int64",
     'gelu(X, approximate="foo")': "approximate|'none' or 'tanh'|'foo'",
     "binary_cross_entropy(P, P.cfloat())": "target|floating|complex64",
@@ -146,17 +143,6 @@ OTHERS: Wrong = {
     "nll_loss(X, Y, torch.ones(5).double())": "weight: expected the input's",
     'nll_loss(X, Y, reduction="avg")': "reduction: expected 'none'",
     "nll_loss(X, Y, ignore_index=1.5)": "ignore_index: expected an int",
-    "multi_margin_loss(X, Y, p=3)": "p: expected 1 or 2, got 3",
-    "multi_margin_loss(K, Y[:2])": "input: expected shape (C) or",
-    "multi_margin_loss(X, Y[:3])": "target: |shape (4,), got",
-    "multi_margin_loss(X, Y + 2)": "[0, 5), got 5 at position (3,)",
-    "multi_margin_loss(X, Y, weight=torch.ones(4))": "weight: expected",
-    "multi_margin_loss(X, Y, weight=torch.ones(5, 1))": "weight: expected one dimension",
-    "multilabel_margin_loss(X, LABELS[:3])": "target: |shape (4, 5), got",
-    "multilabel_margin_loss(K, LABELS)": "input: expected shape (C) or",
-    "multilabel_margin_loss(X, LABELS.float())": "target: |got torch.float32",
-    "multilabel_margin_loss(X, LABELS + 5)": "[-1, 5), got 5 at |(0, 1)",
-    "multilabel_margin_loss(X, LABELS - 1)": "[-1, 5), got -2 at |(0, 0)",
     "softmax(X, 2)": "dim: expected -2 to 1 for an input of shape (4, 5), got 2",
     "log_softmax(X, -3)": "got -3",
     "softmax(X, 1.0)": "dim: expected an int, got float 1.0",
@@ -429,7 +415,6 @@ def test_an_out_of_range_target_has_no_side_effects(reduction: str) -> None:
 OUTSIDE, NEGATIVE = torch.tensor([0, 1, 2, 5]), torch.tensor([1.0, 1, 1, -1])
 VALUES: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "target": (lambda: fused.cross_entropy(X, OUTSIDE), IndexError),
-    "labels": (lambda: fused.multi_margin_loss(X, OUTSIDE), RuntimeError),
     "token_weight": (lambda: fused.cross_entropy(X, Y, token_weight=NEGATIVE), ValueError),
     "var": (lambda: fused.gaussian_nll_loss(X, X, -1.0), ValueError),
     "probabilities": (lambda: fused.binary_cross_entropy(X.abs() + 2, X.sigmoid()), RuntimeError),

@@ -65,9 +65,6 @@ def over_classes(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Callabl
     yield partial(fused.log_softmax, x, 1)
     if len(shape) > 2:
         return
-    yield partial(fused.multi_margin_loss, x, target)
-    labels = torch.nn.functional.pad(target[:, None], (0, shape[1] - 1), value=-1)
-    yield partial(fused.multilabel_margin_loss, x, labels)
     yield lambda: torch.stack(fused.log_probs(x, target, return_entropy=True, return_lse=True))
     for beta in (0.0, 0.3, 1.0):
         yield partial(fused.kl_div_with_logits, x, other.detach(), beta=beta, temperature=2.0)

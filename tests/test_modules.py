@@ -42,8 +42,6 @@ MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "relu_inplace": ("ReLU", {"inplace": True}),
     "nll_loss": ("NLLLoss", {"weight": W, "ignore_index": 2}),
-    "multi_margin_loss": ("MultiMarginLoss", {"weight": W, "p": 2, "margin": 0.5}),
-    "multilabel_margin_loss": ("MultiLabelMarginLoss", {"reduction": "sum"}),
     "multilabel_soft_margin_loss": ("MultiLabelSoftMarginLoss", {"weight": W}),
     "rmse_loss": ("RMSELoss", {"eps": 1.0}),
     "softmax": ("Softmax", {"dim": 1}),

@@ -246,7 +246,6 @@ def test_inplace_may_be_symbolic(name: str) -> None:
 def tensors_of(name: str) -> dict[str, Tensor]:
     operands = [operand for operand in OPERATORS[name].operands if not operand.optional]
     given = {o.name: TARGET if o.indices else X.sigmoid() for o in operands}
-    given |= {o.name: TARGET[:, None].expand_as(X) for o in operands if o.labels}
     others = {"prelu": {"weight": torch.full((1,), 0.25)}, "glu": {"input": X.view(5, 6)}}
     linear = {"linear_weight": X[:5]} if "linear_weight" in given else {}
     return given | others.get(name, {}) | linear

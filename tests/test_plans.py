@@ -104,7 +104,6 @@ NUMBERS: dict[str, Callable[[Tensor, float], Any]] = {
     "gaussian": lambda x, value: fused.gaussian_nll_loss(x, OTHER, value, eps=value),
     "focal": lambda x, value: fused.sigmoid_focal_loss(x, OTHER.sigmoid(), gamma=value).sum(),
     "triplet": lambda x, value: fused.triplet_margin_loss(x, OTHER, OTHER + 1, margin=value),
-    "multi_margin": lambda x, value: fused.multi_margin_loss(x, CLASSES % 5, margin=value),
     "elu": lambda x, value: fused.elu(x, value).sum(),
     "rmse_loss": lambda x, value: fused.rmse_loss(x, OTHER, eps=value),
     "formula": lambda x, value: robust_loss(x, OTHER, c=value, sign=-1),

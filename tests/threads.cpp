@@ -11,7 +11,6 @@
 #include "activation.h"
 #include "cross_entropy.h"
 #include "embedding_loss.h"
-#include "multi_margin_loss.h"
 #include "nll_loss.h"
 #include "pointwise_loss.h"
 #include "softmax.h"
@@ -126,8 +125,8 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
   std::vector<int64_t> target(positions);
   for (int64_t i = 0; i < positions; ++i) target[i] = i * 31 % shape.classes;
   for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
-    std::vector<T> nll_gradient(n), margin_gradient(n);
-    std::vector<A> nll(reduction == Reduction::none ? positions : 1), margin(nll);
+    std::vector<T> nll_gradient(n);
+    std::vector<A> nll(reduction == Reduction::none ? positions : 1);
     nll_loss(CrossEntropy<T>{{shape.outer, shape.inner, shape.classes},
                              {-100, reduction},
                              shape.view(input.data()),
@@ -139,23 +138,8 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
                              shape.view(nll_gradient.data()),
                              {},
                              threads});
-    multi_margin_loss(MultiMargin<T>{positions, shape.classes, input.data(), target.data(), false,
-                                     weight.data(), reduction == Reduction::mean, 1, reduction,
-                                     grad_output.data(), margin.data(), margin_gradient.data(),
-                                     threads});
     append(bytes, nll);
-    append(bytes, margin);
-    std::vector<int64_t> labels(n, -1);
-    for (int64_t i = 0; i < positions; ++i) {
-      std::copy_n(target.begin(), std::min<int64_t>(2, shape.classes), &labels[i * shape.classes]);
-    }
-    multi_margin_loss(MultiMargin<T>{positions, shape.classes, input.data(), labels.data(), true,
-                                     nullptr, false, 1, reduction, grad_output.data(),
-                                     margin.data(), margin_gradient.data(), threads});
-    append(bytes, margin);
-    append(bytes, margin_gradient);
     append(bytes, nll_gradient);
-    append(bytes, margin_gradient);
   }
 }
 

@@ -48,7 +48,6 @@ from pyfused.types import (
     DivergenceOptions,
     EmbeddingOptions,
     Kernels,
-    MarginOptions,
     Outputs,
     VocabOptions,
 )
@@ -316,53 +315,6 @@ def cross_entropy(
 
 
 nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabilities
-
-
-def multi_margin_loss(
-    tensors: Sequence[Any],
-    options: MarginOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> LossKernel:
-    input, target, weight, *_ = tensors
-    accumulate, shape = accumulate_dtype(input.dtype), input.shape
-    kernel = partial(native.multi_margin_loss, DTYPES[input.dtype], shape)
-    multilabel, needs_grad = target.dim() == 2, any(outputs.gradients)
-    converts = converts_in(accumulate, weight, grad_output)
-    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
-    reduction, squared = _REDUCTIONS[options.reduction], options.p == 2
-
-    def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
-    ) -> LossResult:
-        input, target, weight, *_ = tensors
-        input, indices = input.contiguous(), target.contiguous()
-        if converts:
-            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        loss = new_loss() if outputs.loss else None
-        grad = empty_like(input) if needs_grad else None
-        out_of_range = kernel(
-            input.data_ptr(),
-            indices.data_ptr(),
-            multilabel,
-            _address(weight),
-            squared,
-            numbers[0] if numbers else 1.0,
-            reduction,
-            _address(grad_output),
-            _address(loss),
-            _address(grad),
-            torch.get_num_threads(),
-        )
-        if out_of_range >= 0:
-            least = -1 if multilabel else 0
-            checks.raise_out_of_range(shape[1], target, None, out_of_range, least)
-        return loss, (grad, None)
-
-    return launch
-
-
-multilabel_margin_loss = multi_margin_loss
 
 
 def kl_div_with_logits(

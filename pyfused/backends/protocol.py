@@ -21,7 +21,6 @@ from pyfused.types import (
     EmbeddingOptions,
     Gradients,
     Kernels,
-    MarginOptions,
     Outputs,
     VocabOptions,
 )
@@ -105,30 +104,6 @@ class Backend(Protocol):
         """Prepares the loss of log-probabilities and class indices, as ``cross_entropy`` does.
 
         It uses no numbers.
-        """
-
-    def multi_margin_loss(
-        self,
-        tensors: Sequence[Any],
-        options: MarginOptions,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
-    ) -> LossKernel:
-        """Prepares the loss of scores (N, C) and class indices (N), as ``cross_entropy`` does.
-
-        The number is the margin.
-        """
-
-    def multilabel_margin_loss(
-        self,
-        tensors: Sequence[Any],
-        options: MarginOptions,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
-    ) -> LossKernel:
-        """Prepares the loss of scores (N, C) and class indices (N, C), as ``cross_entropy`` does.
-
-        The targets of a row end at the first -1.
         """
 
     def kl_div_with_logits(

@@ -27,11 +27,9 @@ from pyfused.kernels.launch import (
     Launch,
     choose,
     on_default_stream,
-    power_of_2,
     prepared,
     resources,
 )
-from pyfused.kernels.multi_margin_loss import multi_margin_kernel, multilabel_margin_kernel
 from pyfused.kernels.program import NUMBERS, formula_of, parts_of
 from pyfused.kernels.reductions import count_kernel, scale_kernel
 from pyfused.kernels.row_state import row_gradients_kernel, row_state_kernel
@@ -59,7 +57,6 @@ from pyfused.types import (
     EmbeddingOptions,
     Gradients,
     Kernels,
-    MarginOptions,
     Outputs,
     VocabOptions,
 )
@@ -349,45 +346,6 @@ def nll_loss(
         return run(inputs, (grad, *fixed)), (grad, None)
 
     return launch
-
-
-def multi_margin_loss(
-    tensors: Sequence[Any],
-    options: MarginOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> LossKernel:
-    input, target, weight, *_ = tensors
-    multilabel, (n, classes), reduction = target.dim() == 2, input.shape, options.reduction
-    accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
-    converts = converts_in(accumulate, weight, grad_output)
-    sizes, strides, tiles = (1, n, classes), (0, classes, 1), 4 if multilabel else 2
-    choice, programs = _tiling(sizes, input.element_size(), strides, tensors=tiles)
-    each, divisor = reduction == "none", n if reduction == "mean" else None
-    if multilabel:
-        if not choice.whole_row:
-            choice = choice._replace(rows=1, block=power_of_2(classes), threads=512)
-        kernel = prepared(multilabel_margin_kernel, choice, EACH=each)
-    else:
-        kernel = prepared(multi_margin_kernel, choice, EACH=each, SQUARED=options.p == 2)
-    new_loss = _loss_allocator(input, reduction, outputs)
-    run = _with_loss(kernel, programs, new_loss, each)
-
-    def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
-    ) -> LossResult:
-        input, target, weight, *_ = tensors
-        input, target = input.contiguous(), target.contiguous()
-        if converts:
-            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        grad = torch.empty_like(input) if needs_grad else None
-        inputs = (input, target) if multilabel else (input, target, weight)
-        return run((*inputs, divisor, grad_output), (grad, n, classes, *numbers)), (grad, None)
-
-    return launch
-
-
-multilabel_margin_loss = multi_margin_loss
 
 
 def embedding_loss(

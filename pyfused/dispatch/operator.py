@@ -45,7 +45,6 @@ class Operand(NamedTuple):
         differentiated: Whether the kernels compute its gradient.
         optional: Whether it may be None.
         indices: Whether it may hold class indices or other integers.
-        labels: Whether it holds several class indices for each row, which end at the first -1.
         sign: Whether its values are -1 and 1.
         number: Whether it may be a float instead of a tensor.
         converts: Whether it may be a bool or integer tensor, which kernels take as floats.
@@ -59,7 +58,6 @@ class Operand(NamedTuple):
     differentiated: bool = True
     optional: bool = False
     indices: bool = False
-    labels: bool = False
     sign: bool = False
     number: bool = False
     converts: bool = False

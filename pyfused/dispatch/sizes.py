@@ -62,7 +62,6 @@ ON_CPU: dict[str, Limits] = {
     "binary_cross_entropy_with_logits": (SMALL, MEDIUM),
     "kl_div": (SMALL, MEDIUM),
     "margin_ranking_loss": (SMALL, MEDIUM),
-    "multilabel_margin_loss": (SMALL, MEDIUM),
     "poisson_nll_loss": (SMALL, MEDIUM),
     "soft_margin_loss": (SMALL, MEDIUM),
     "gelu": (SMALL, PAGES),
@@ -71,7 +70,6 @@ ON_CPU: dict[str, Limits] = {
     "ClassLoss": (MEDIUM, MEDIUM),
     "logsigmoid": (MEDIUM, MEDIUM),
     "PointwiseLoss": (MEDIUM, PAGES),
-    "multi_margin_loss": (MEDIUM, NEVER),
     "softmax": (LARGE, SMALL),
     "Gated": (LARGE, MEDIUM),
     "silu": (LARGE, MEDIUM),
@@ -160,7 +158,6 @@ ON_GPU: dict[str, Limits] = {
 # (benchmarks/results/nvidia-h100-80gb-hbm3/table.md).
 COMPILED: dict[str, Limits] = {
     **dict.fromkeys(LINEAR, (ALWAYS, ALWAYS)),
-    "multilabel_margin_loss": (ALWAYS, ALWAYS),  # torch's graph includes labels after the first -1
     **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),
     "binary_cross_entropy": (PAGES, NEVER),
     "binary_cross_entropy_with_logits": (PAGES, NEVER),
@@ -174,7 +171,6 @@ COMPILED: dict[str, Limits] = {
     "log_cosh_loss": (PAGES, NEVER),
     "margin_ranking_loss": (PAGES, NEVER),
     "mse_loss": (PAGES, NEVER),
-    "multi_margin_loss": (PAGES, NEVER),
     "nll_loss": (PAGES, NEVER),
     "poisson_nll_loss": (PAGES, NEVER),
     "quantile_loss": (PAGES, NEVER),

@@ -1,15 +1,10 @@
-"""Losses over classes: NLL, the margin losses, and the base class of cross-entropy.
-
-nll_loss:                -w_y x_y
-multi_margin_loss:       sum_{c != y} w_y max(0, margin - x_y + x_c)^p / C
-multilabel_margin_loss:  sum_{y in labels} sum_{c not in labels} max(0, 1 - x_y + x_c) / C
-"""
+"""The negative log-likelihood, ``-w_y x_y``, and its base class, which cross-entropy shares."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +18,7 @@ from pyfused.dispatch.operator import Arguments, Case, Numbers, Tensors
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes, needs_grad
 from pyfused.layout import accumulate_dtype, is_dense
 from pyfused.ops.custom_operators import CompiledOperator
-from pyfused.types import Gradients, MarginOptions, Outputs, VocabOptions
+from pyfused.types import Gradients, Outputs, VocabOptions
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -51,7 +46,7 @@ class ClassLoss(CompiledOperator):
 
     def kernel_tensors(self, tensors: Tensors, _: Numbers = ()) -> Tensors:
         """Returns the input, the target, and weight, token_weight and denominator or None."""
-        return *tensors[: len(self.operands)], *(None,) * (5 - len(self.operands))
+        return *tensors[:3], None, None
 
     def arrange_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
         """Returns the function `arrange` of a plan, given the arguments for planning."""
@@ -62,8 +57,7 @@ class ClassLoss(CompiledOperator):
 
         Raises for invalid shapes, dtypes and options. Kernels check class indices.
         """
-        operands = *arguments[: len(self.operands)], *(None,) * (3 - len(self.operands))
-        options = self.options_of(arguments)
+        operands, options = arguments[:3], self.options_of(arguments)
         checks.reduction(options.reduction)
         self.check_arguments(*operands, options)
         return *operands, options
@@ -139,12 +133,7 @@ class ClassLoss(CompiledOperator):
     def check(self, arguments: Arguments) -> None:
         self.check_tensors(arguments)
         input, target, _, options = self.checked(arguments)
-        ignore_index = None if isinstance(options, MarginOptions) else options.ignore_index
-        lowest = -1 if self.operands[1].labels else 0
-        checks.class_indices(checks.classes_of(input), target, ignore_index, lowest)
-
-
-# ---- losses of class indices ---------------------------------------------------------------------
+        checks.class_indices(checks.classes_of(input), target, options.ignore_index)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -165,85 +154,3 @@ class NllLoss(ClassLoss):
     ) -> Tensor:
         loss: Tensor = self.torch(input, target, weight, options.ignore_index, options.reduction)
         return loss
-
-
-@dataclass(eq=False, kw_only=True, repr=False)
-class MultiMarginLoss(ClassLoss):
-    """The multi-class margin loss of rows of scores."""
-
-    strategy = "row by row"
-
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        """Returns whether rows are shorter than a vector of every instruction set."""
-        return super().takes_second_limit(tensors, case, 15)
-
-    def options_of(self, arguments: Arguments) -> VocabOptions:
-        margin, p, reduction = arguments[-3:]
-        return MarginOptions(reduction=reduction, p=p, margin=margin)
-
-    def definition_loss(
-        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
-    ) -> Tensor:
-        loss: Tensor = self.torch(
-            input, target, weight, options.margin, options.p, options.reduction
-        )
-        return loss
-
-    def options_of_call(self, options: Any, numbers: Numbers, *_tensors: Tensor | None) -> Any:
-        return replace(options, margin=numbers[0]) if numbers else options
-
-    def arranged(self, tensors: Tensors) -> Tensors:
-        input, target, weight = tensors
-        return input.reshape(-1, input.shape[-1]), target.to(torch.int64).reshape(-1), weight
-
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
-        def finish(loss: Tensor, tensors: Tensors) -> Tensor:
-            return loss.reshape(self.loss_shape(tensors)) if loss.dim() else loss
-
-        return replace(super().plan(arguments, inplace), finish=finish)
-
-    def loss_shape(self, tensors: Tensors) -> torch.Size:
-        """Returns the shape of the unreduced loss."""
-        shape: torch.Size = tensors[1].shape
-        return shape
-
-
-@dataclass(eq=False, kw_only=True, repr=False)
-class MultilabelMarginLoss(MultiMarginLoss):
-    """The margin loss of rows with several labels, which end at the first -1."""
-
-    def options_of(self, arguments: Arguments) -> VocabOptions:
-        return MarginOptions(reduction=arguments[-1])
-
-    def definition_loss(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,  # noqa: ARG002
-        options: Any,
-    ) -> Tensor:
-        return self.torch(input, target, options.reduction)  # type: ignore[no-any-return]
-
-    def arranged(self, tensors: Tensors) -> Tensors:
-        input, target, _ = tensors
-        classes = input.shape[-1]
-        return input.reshape(-1, classes), target.reshape(-1, classes), None
-
-    def loss_shape(self, tensors: Tensors) -> torch.Size:
-        shape: torch.Size = tensors[0].shape
-        return shape[:-1]
-
-    def compiled(self, arguments: Arguments) -> Tensor:
-        """Returns the loss in a compiled program, for any size and reduction.
-
-        torch's decomposition is wrong: it includes the labels after the first -1.
-        """
-        input, target, _, options = self.checked(arguments)
-        input = input.to(autocast_dtype(input.dtype, input.device))
-        loss: Tensor = self.custom_operator(input, target, options.reduction)
-        return loss
-
-    def fake(self, arguments: Arguments) -> Tensor:
-        unreduced = self.options_of(arguments).reduction == "none"
-        empty: Tensor = arguments[0].new_empty(self.loss_shape(arguments) if unreduced else ())
-        return empty

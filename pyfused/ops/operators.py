@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from pyfused import checks
 from pyfused.dispatch.operator import Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.ops import definitions, distillation, elementwise
-from pyfused.ops.class_loss import MultilabelMarginLoss, MultiMarginLoss, NllLoss
+from pyfused.ops.class_loss import NllLoss
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.distillation import HeadDivergence, LogitsDivergence, TopKDivergence
@@ -87,39 +83,6 @@ NLL_LOSS = NllLoss(
     ),
 )
 
-
-def _row_fallback_reason(input: Tensor, *_: Any) -> str | None:
-    return "input has neither shape (C) nor (N, C)" if input.dim() not in (1, 2) else None
-
-
-MULTI_MARGIN_LOSS = MultiMarginLoss(
-    name="multi_margin_loss",
-    module="MultiMarginLoss",
-    check_arguments=checks.multi_margin_loss,
-    kernel=lambda backend: backend.multi_margin_loss,
-    operands=(INPUT, CLASSES, WEIGHT),
-    numbers=(Scalar("margin"),),
-    case=("p", "reduction"),
-    torch=lambda x, y, weight, margin, p, reduction: F.multi_margin_loss(
-        x, y, p, margin, weight, None, None, reduction
-    ),
-    fallback_reason=_row_fallback_reason,
-)
-
-MULTILABEL_MARGIN_LOSS = MultilabelMarginLoss(
-    name="multilabel_margin_loss",
-    module="MultiLabelMarginLoss",
-    check_arguments=checks.multilabel_margin_loss,
-    kernel=lambda backend: backend.multilabel_margin_loss,
-    operands=(INPUT, CLASSES._replace(labels=True)),
-    case=("reduction",),
-    torch=lambda x, y, reduction: F.multilabel_margin_loss(x, y, None, None, reduction),
-    fallback_reason=lambda input, *_: (
-        "more than 65,536 classes on a GPU"
-        if input.is_cuda and input.shape[-1:].numel() > 1 << 16
-        else _row_fallback_reason(input)
-    ),
-)
 
 # ---- losses of embeddings ------------------------------------------------------------------------
 

@@ -63,7 +63,6 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     EmbeddingOptions,
-    MarginOptions,
     Outputs,
     VocabOptions,
 )
@@ -98,8 +97,6 @@ QUICK = (
     "cross_entropy bfloat16 4096x32000",
     "cross_entropy float32 8x21x1000",
     "softmax bfloat16 4096x32000 backward",
-    "multi_margin_loss float32 4096x32000 p 1",
-    "multilabel_margin_loss float32 4096x1000",
     "triplet_margin_loss bfloat16 4096x4096 p 2 swap",
     "cosine_embedding_loss float32 4096x128",
     "nll_loss float32 4096x1000",
@@ -253,15 +250,6 @@ def class_cases() -> Iterator[Case]:
         kernel = backend.nll_loss(tensors, VocabOptions(-100, "mean"), outputs)
         run = partial(kernel, tensors, ())
         yield case("nll_loss", *of, run, vector=0, launches=2, **fields)
-        for p in (1, 2) if len(shape) == 2 else ():
-            kernel = backend.multi_margin_loss(tensors, MarginOptions(p=p), outputs)
-            run = partial(kernel, tensors, (1.0,))
-            yield case("multi_margin_loss", *of, run, f"p {p}", **fields)
-    for dtype, shape in product((BF16, F32, F16, F64), ((4096, 1000), (4096, 8192))):
-        tensors = empty(dtype, *shape), empty(torch.int64, *shape), *NO_OTHERS
-        kernel = backend.multilabel_margin_loss(tensors, MarginOptions(), outputs)
-        run = partial(kernel, tensors, ())
-        yield case("multilabel_margin_loss", dtype, shape, run, targets=SOME)
 
 
 def embedding_cases() -> Iterator[Case]:
