@@ -268,7 +268,10 @@ def test_large_calls_are_bitwise_identical_for_every_number_of_threads(
     for number in (1, 3):
         threads(number)
         found.append(run(call, ours))
-    close(*found, **({} if call.op.is_linear else {"rtol": 0, "atol": 0}))
+    tolerance: dict[str, float] = {} if call.op.is_linear else {"rtol": 0, "atol": 0}
+    if call.op.is_linear and dtype is torch.float16:  # the default is less than one bit
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-5}
+    close(*found, **tolerance)
 
 
 # ---- modules -------------------------------------------------------------------------------------
