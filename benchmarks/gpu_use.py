@@ -1,5 +1,5 @@
-"""Times typical uses on a GPU: one kernel of each family, calls of all sizes, host time, a language
-model's head, and a training step.
+"""Times typical uses on a GPU: one kernel of each family, memory and launches of calls, calls of
+all sizes, host time, and a language model's head.
 
 Each command writes its table after every row, in case of a later failure.
 """
@@ -7,12 +7,15 @@ Each command writes its table after every row, in case of a later failure.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,6 +29,7 @@ from torch.nn import functional as F
 
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
+from pyfused.ops.operators import OPERATORS
 
 WARM_UP = 3
 
@@ -96,6 +100,82 @@ def gpu_smoke(options: Namespace) -> None:
         sys.exit(1)
 
 
+# ---- time, memory and launches -------------------------------------------------------------------
+
+ROWS = (4096, 8192, 16_384, 32_768)
+MANY_CLASSES = ((8388, 32_000), (8192, 50_257), (2092, 128_256))
+KERNEL_CASES = (
+    *(Case("contrastive_loss", (n, 512), BF16) for n in (8192, 32_768)),
+    *(Case("cross_entropy", (n, 1000), BF16) for n in ROWS),
+    *(Case("cross_entropy", shape, BF16) for shape in MANY_CLASSES),
+    *(Case(op, (64 * M,), BF16) for op in ("binary_cross_entropy", "sigmoid_focal_loss", "kl_div")),
+)
+PROFILED = 5  # calls
+
+
+def launches(call: Step) -> str:
+    """Returns each kernel that a call launches, and its time in microseconds."""
+    with torch.profiler.profile() as profiler:
+        for _ in range(PROFILED):
+            call()
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in profiler.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = re.split(r"[<(]", event.name)[0].split("::")[-1]
+            times.setdefault(name, []).append(event.time_range.elapsed_us())
+    return ", ".join(
+        f"{len(each) / PROFILED:g} {name} {sum(each) / PROFILED:.1f}"
+        for name, each in times.items()
+    )
+
+
+def kernel_rows(case: Case, clock: Clock, device: str, rounds: int) -> list[list[str]]:
+    arguments = cases.draw(case, device)
+    try:
+        cases.assert_correct(case, arguments)
+        correct = "correct"
+    except AssertionError as error:
+        correct = " ".join(str(error).split())[:120]
+    operators = {"pyfused": fused, "torch": cases.TORCH}
+    if case.op == "cross_entropy":
+        with contextlib.suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_cross_entropy
+
+            operators["Liger"] = SimpleNamespace(cross_entropy=liger_cross_entropy)
+    copies = dict.fromkeys(operators, arguments)
+    if "Liger" in copies:  # overwrites the logits with their gradient
+        copies["Liger"] = replace(arguments, input=arguments.input.detach().clone())
+    steps = {name: cases.step(operators[name], case, copies[name]) for name in operators}
+    steps["copy"] = cases.copy_step(case, cases.TRAINING, device)
+    timers = [clock.timer(step, small=False) for step in steps.values()]
+    interleaved(timers, 1, WARM_UP)
+    times = dict(zip(steps, interleaved(timers, rounds, 1), strict=True))
+    ours = times.pop("pyfused")
+    relative = {name: spread(ratios(each, ours)) for name, each in times.items()}
+    if case.op == "contrastive_loss":  # limited by products
+        del relative["copy"]
+    leaves = [cases.step(operators[name], case, arguments) for name in ("pyfused", "torch")]
+    memory = [f"{peak(step) / 2**30:.3g}" for step in leaves]
+    kernels = launches(steps["pyfused"]) if device == "cuda" else ""
+    peers = [relative.get(name, "") for name in ("torch", "Liger", "copy")]
+    return [[case.name, correct, f"{median(ours):.4g}", *peers, *memory, kernels]]
+
+
+def gpu_kernels(options: Namespace) -> None:
+    description = (
+        "Forward and backward. Time of torch, Liger and a copy / time of pyfused; peak memory of "
+        "a call; number and microseconds of each kernel that a call launches."
+    )
+    columns = ["case", "", "ms", "torch", "Liger", "share of a copy", "GiB", "GiB, torch"]
+    table = Table(options, description, [*columns, "launches"], names=2)
+    clock, rounds = Clock(table.device), 3 if options.trial else 15
+    tiny = (Case("contrastive_loss", (8, 4), BF16), Case("cross_entropy", (4, 10), BF16))
+    with mock.patch.object(sizes, "FORCED", "every size"):
+        for case in cases.chosen(tiny if options.trial else KERNEL_CASES, options.k):
+            table.add(case.name, partial(kernel_rows, case, clock, table.device, rounds))
+
+
 # ---- calls of all sizes --------------------------------------------------------------------------
 
 SIZES = tuple(1 << n for n in range(8, 27, 2))
@@ -135,15 +215,18 @@ def size_rows(op: str, clock: Clock, device: str, rounds: int) -> list[list[str]
     larger = [size for size in SIZES if size > max(slower, default=0)]
     host = [f"{1e3 * median(each):.0f}" for each in reversed(times[0])]
     faster_from = f"2^{larger[0].bit_length() - 1}" if larger else "never"
-    return [[op, *host, faster_from, *(f"{speedup:.2f}" for speedup in speedups)]]
+    limit, _ = sizes.limits(OPERATORS[op], False)
+    limit_shown = "never" if limit == sizes.NEVER else f"2^{limit.bit_length() - 1}"
+    return [[op, *host, faster_from, limit_shown, *(f"{speedup:.2f}" for speedup in speedups)]]
 
 
 def gpu_sizes(options: Namespace) -> None:
     description = (
         "Forward and backward in float32, in a loop: microseconds of the smallest call, the size "
-        "from which the kernel is faster, and torch's time divided by pyfused's for each size."
+        "from which the kernel is faster, the size from which it runs by default, and torch's time "
+        "divided by pyfused's for each size."
     )
-    columns = ["operator", "pyfused", "torch", "faster from"]
+    columns = ["operator", "pyfused", "torch", "faster from", "runs from"]
     columns += [f"2^{size.bit_length() - 1}" for size in SIZES]
     table = Table(options, description, columns, names=1)
     clock, rounds = Clock(table.device), 3 if options.trial else 11

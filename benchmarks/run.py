@@ -89,9 +89,9 @@ def without_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
-def environment(out: Path) -> dict[str, str]:
-    """Returns variables to import the package in `out`, and torch's pybind11 if it is missing."""
-    path = [out / "site"]
+def environment(out: Path, site: Path) -> dict[str, str]:
+    """Returns variables to import the package in `site`, and torch's pybind11 if it is missing."""
+    path = [site]
     if subprocess.run([sys.executable, "-c", "import pybind11"], capture_output=True).returncode:
         shim = out / "shim"
         shim.mkdir(exist_ok=True)
@@ -104,8 +104,12 @@ def environment(out: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": joined, "PYFUSED_TEST_DEVICE": "cuda"}
 
 
-def steps(out: Path) -> list[Step]:
-    """Returns the steps, the most valuable first, because the time limit may skip later ones."""
+def steps(out: Path, built: bool = False) -> list[Step]:
+    """Returns the steps, the most valuable first, because the time limit may skip later ones.
+
+    Args:
+        built: Whether the package has been built.
+    """
     sys.path.append(str(ROOT / "tests"))
     from shared import SHARED
 
@@ -123,16 +127,19 @@ def steps(out: Path) -> list[Step]:
         return Step(name, (*run, command, out / file, "--seconds", str(seconds)), seconds + 30)
 
     written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
+    build = Step("build", (*pip, "--upgrade", "--target", out / "site", ROOT), 150, needed=True)
+    training = "--only", "GPT-2 small bfloat16"
     found = [
-        Step("build", (*pip, "--upgrade", "--target", out / "site", ROOT), 150, needed=True),
-        measured("smoke", "gpu-smoke", "smoke.md", 90),
+        *([] if built else [build]),
+        measured("smoke", "gpu-smoke", "smoke.md", 60),
         Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120, False, TEST_PACKAGES),
+        measured("kernels", "gpu-kernels", "kernels.md", 60),
+        measured("heads", "gpu-heads", "heads.md", 60),
+        Step("training", (*run, "steps", out / "steps.json", *training), 150),
         measured("sizes", "gpu-sizes", "sizes.md", 45),
         measured("host time", "gpu-host", "host.md", 20),
-        measured("heads", "gpu-heads", "heads.md", 90),
-        measured("variants", "gpu-variants", "variants.md", 45),
-        measured("training", "steps", "steps.json", 120),
         Step("shared tests", (*parallel, *shared), 240, False, TEST_PACKAGES),
+        measured("variants", "gpu-variants", "variants.md", 45),
         measured("benchmarks", "gpu", "gpu.json", 180),
         Step("report", written, 30),
         measured("launch choices", "gpu-launch", "launch.md", 100),
@@ -210,10 +217,12 @@ def gpu_check(options: argparse.Namespace) -> None:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     until = time.perf_counter() + 60 * options.minutes
-    variables = environment(out)
+    variables = environment(out, (options.site or out / "site").resolve())
     results: list[str] = []
     chosen = [
-        step for step in steps(out) if step.needed or step.name in (options.steps or [step.name])
+        step
+        for step in steps(out, options.site is not None)
+        if step.needed or step.name in (options.steps or [step.name])
     ]
     for step in chosen:
         result = run_step(step, out, until - time.perf_counter(), variables)
@@ -319,6 +328,7 @@ def parser() -> argparse.ArgumentParser:
         ("gpu-launch", "gpu", "time the chosen block sizes and warps, and their neighbours"),
         ("gpu-variants", "gpu_variants", "compare experimental variants with the current kernels"),
         ("gpu-smoke", "gpu_use", "run one kernel of each family, and compare it with torch"),
+        ("gpu-kernels", "gpu_use", "measure time, memory and launches of calls on a GPU"),
         ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),
         ("gpu-host", "gpu_use", "measure the host time of calls on a GPU"),
         ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
@@ -329,6 +339,7 @@ def parser() -> argparse.ArgumentParser:
         add("--trial", action="store_true", help="run tiny cases on the CPU, to test the command")
     add = command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
     add("out", type=Path, help="the output folder")
+    add("--site", type=Path, help="a folder with the built package; nothing is built")
     add("--steps", nargs="+", metavar="NAME", help="run only these steps after the build")
     add("--minutes", type=float, default=MINUTES, help="the time limit")
     return parser

@@ -1,7 +1,8 @@
 """Times whole training steps: torch, torch.compile, and each way to use pyfused.
 
-Each way runs in its own process, which takes turns with a process that only uses torch. With --cpu,
-the CPU time on one thread is measured, which other load on the machine hardly affects.
+Each way runs in its own process, which takes turns with a process that only uses torch; on a GPU,
+all ways run at once. With --cpu, the CPU time on one thread is measured, which other load on the
+machine hardly affects.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,6 +33,7 @@ import pyfused
 import pyfused.functional
 
 WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
+COMPILED_WAYS = tuple(f"{way}, torch.compile" for way in WAYS[2:])
 WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 
 
@@ -229,8 +232,8 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
     model = case.model(*case.sizes, *case.batch())
     input, target = (tensor.to(device) for tensor in model.draw())
     model.to(device, torch.bfloat16 if case.weights else None)
-    model.linear = way == "linear_cross_entropy"
-    if way == "convert":
+    model.linear = way.startswith("linear_cross_entropy")
+    if way.startswith("convert"):
         pyfused.convert(model, head="head" if isinstance(model.head, nn.Linear) else None)
     # SGD for bfloat16 weights, because AdamW would need more memory than the model.
     optimizer = (
@@ -238,11 +241,11 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
         if case.weights
         else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     )
-    forward = torch.compile(model) if way == "torch.compile" else model
+    forward = torch.compile(model) if "torch.compile" in way else model
     autocast = torch.autocast(device, torch.bfloat16, case.dtype == "bfloat16" and not case.weights)
     loss = torch.zeros(())
 
-    with pyfused.patch() if way == "patch" else contextlib.nullcontext():
+    with pyfused.patch() if way.startswith("patch") else contextlib.nullcontext():
         for line in sys.stdin:
             if "loss" in line:
                 print(loss.item(), flush=True)
@@ -267,41 +270,60 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
 # ---- comparison ----------------------------------------------------------------------------------
 
 
-def compare(trial: bool, index: int, way: str, rounds: int, cpu: bool) -> dict[str, Any]:
-    """Returns times, their ratios and peak memory of torch and of a way."""
+def compare(
+    trial: bool, index: int, ways: Sequence[str], rounds: int, cpu: bool
+) -> dict[str, dict[str, Any]]:
+    """Returns times, their ratios and peak memory of torch and of each way that does not fail."""
     one_thread = {"OMP_NUM_THREADS": "1"} if cpu else {}
-    workers = [
-        Worker(__file__, json.dumps([trial, index, each, cpu]), **one_thread)
-        for each in ("torch", way)
-    ]
-    timers = [worker.ask for worker in workers]
-    interleaved(timers, WARM_UP, 1)
-    of_torch, loss = (worker.ask("loss") for worker in workers)
-    assert math.isclose(loss, of_torch, rel_tol=0.01), (way, loss, of_torch)
+    workers = {
+        way: Worker(__file__, json.dumps([trial, index, way, cpu]), **one_thread)
+        for way in ("torch", *ways)
+    }
+    with ThreadPoolExecutor() as pool:  # models are compiled at the same time
+        warmed_up = {way: pool.submit(worker.ask, WARM_UP) for way, worker in workers.items()}
+    for way, future in warmed_up.items():
+        if (error := future.exception()) is not None:
+            print(f"{way}: {error}", flush=True)
+            del workers[way]
+    losses = {way: worker.ask("loss") for way, worker in workers.items()}
+    for way, loss in losses.items():
+        assert math.isclose(loss, losses["torch"], rel_tol=0.01), (way, loss, losses)
+    timers = [worker.ask for worker in workers.values()]
     calls = 1 if trial else math.ceil(SECONDS / timers[0](1))
-    times = interleaved(timers, rounds, calls)
-    peaks = [worker.ask("peak") for worker in workers]
-    for worker in workers:
+    all_times = dict(zip(workers, interleaved(timers, rounds, calls), strict=True))
+    peaks = {way: worker.ask("peak") for way, worker in workers.items()}
+    for worker in workers.values():
         worker.process.communicate()
-    return {"ms": [median(each) for each in times], "ratio": ratios(*times), "peak": peaks}
+    of_torch = all_times.pop("torch")
+    return {
+        way: {
+            "ms": [median(of_torch), median(times)],
+            "ratio": ratios(of_torch, times),
+            "peak": [peaks["torch"], peaks[way]],
+        }
+        for way, times in all_times.items()
+    }
 
 
 def measure(options: Namespace, found: report.Found, file: Path | None) -> None:
     """Adds the measurements of each case to a report, and writes it after each."""
-    started = time.perf_counter()
+    started, on_gpu = time.perf_counter(), torch.cuda.is_available()
     for index, case in enumerate(TRIAL if options.trial else CASES):
-        if options.only not in case.name or time.perf_counter() - started > options.seconds:
+        name = f"{case.name} {case.dtype}"
+        if options.only not in name or time.perf_counter() - started > options.seconds:
             continue
-        ways = options.ways or WAYS[1:]
+        ways = options.ways or (*WAYS[1:], *(COMPILED_WAYS if on_gpu else ()))
         if case.model is UNet:
-            ways = [way for way in ways if way != "linear_cross_entropy"]
+            ways = [way for way in ways if not way.startswith("linear_cross_entropy")]
         row: dict[str, Any] = {"name": case.name, "unit": case.unit, "batch": case.batch()}
         row["dtype"] = f"{case.dtype} weights" if case.weights else case.dtype
         row["count"] = math.prod(case.batch()[: 2 if case.unit == "tokens" else 1])
         row["ways"] = {}
-        for way in ways:
-            row["ways"][way] = compare(options.trial, index, way, options.rounds, options.cpu)
-            print(case.name, case.dtype, way, row["ways"][way], flush=True)
+        # On CPUs, all models at once may not fit into memory.
+        for group in [ways] if on_gpu else [[way] for way in ways]:
+            row["ways"] |= compare(options.trial, index, group, options.rounds, options.cpu)
+        for way, result in row["ways"].items():
+            print(name, way, result, flush=True)
         found["steps"].append(row)
         if file is not None:
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -318,7 +340,8 @@ def revision() -> str:
 
 def table(found: report.Found) -> str:
     """Returns two tables: how many times as fast as torch each way is, and the peak memory."""
-    ways = [way for way in WAYS[1:] if any(way in row["ways"] for row in found["steps"])]
+    ways = [*WAYS[1:], *COMPILED_WAYS]
+    ways = [way for way in ways if any(way in row["ways"] for row in found["steps"])]
     speeds, peaks = [], []
     for row in found["steps"]:
         batch = " x ".join(map(str, row["batch"]))
@@ -338,7 +361,7 @@ def table(found: report.Found) -> str:
             ]
         )
     first = ["model", "batch", "dtype"]
-    named = ["`patch()`" if way == "patch" else f"`{way}`" for way in ways]
+    named = [f"`{way}`" for way in ways]
     per = "torch, per CPU second" if found["cpu"] else "torch, per second"
     return (
         f"Times as fast as eager torch:\n\n{tabulated([*first, per, *named], speeds, names=3)}\n\n"
