@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-torch test-machines test-integrations gpu-compile gpu-check \
-	bench bench-quick bench-steps bench-busy bench-compare bench-sweep formulas docs hub lint sanitize wheels test-wheel \
+	bench bench-quick bench-steps bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -43,9 +43,9 @@ formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the decl
 	$(BIN)/python tools/formulas.py
 	$(MAKE) build
 
-test: $(BUILD) $(TOOLS) ## run the tests (PYTEST_ARGS="-k relu" selects some)
+test: $(BUILD) $(TOOLS) ## run the tests of the library (PYTEST_ARGS="-k relu" selects some)
 	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/test_completeness.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/repo $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected
 
 # Another version of torch is installed with its Triton into a folder that comes first on PYTHONPATH.
@@ -82,7 +82,7 @@ gpu-check: ## test and time the kernels on this machine's GPU, with the packages
 	@$(PYTHON) benchmarks/run.py gpu-check $(or $(OUT),$(error gpu-check needs OUT=folder))
 
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, TRL, Lightning, skorch and Liger
-	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # python -m would import kernels/ instead of the package kernels
+	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # with python -m, transformers would import the folder kernels/
 
 bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/results/ (1 to 2 hours; THREADS=16)
 	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)
@@ -105,11 +105,8 @@ bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those th
 
 docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its links, code and spelling
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
-	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/repo/test_readme.py tests/repo/test_docs.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
-
-hub: $(ENVIRONMENT) ## write dist/hub/, the package for the Hugging Face kernel hub
-	$(BIN)/python tools/hub.py dist/hub
 
 lint: $(TOOLS) ## check style, formatting and types
 	$(BIN)/ruff check

@@ -31,11 +31,10 @@ collect_ignore = interpreter.OTHERS if interpreter.ON else []
 backend = backend_of(torch.empty(0))  # the backend under test
 
 
-# Files that start processes, build packages or C++, run examples, or test the GPU report.
+# Files that start processes or build C++.
 SLOW = (
-    *("test_compile_ahead", "test_distributed", "test_examples", "test_gpu_check", "test_hub"),
-    *("test_import", "test_limits", "test_packaging", "test_parallel", "test_processes"),
-    *("test_shard_sequences", "test_sharded_heads", "test_types", "test_vec"),
+    *("test_compile_ahead", "test_distributed", "test_import", "test_limits", "test_parallel"),
+    *("test_processes", "test_shard_sequences", "test_sharded_heads", "test_vec"),
     "test_vocab_parallel",
 )
 

@@ -27,9 +27,8 @@ from pyfused.torch_internals import run_while_tracing
 from pyfused.types import Gradients
 
 PACKAGE = __name__.partition(".")[0]
-# The namespace contains the package's name, because a process may hold a second copy of the package
-# from the kernel hub, which has another name. It contains the version, because the compiler caches
-# programs on disk by the names of their operators.
+# The namespace contains the version, because the compiler caches programs on disk by the names of
+# their operators.
 _VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
 NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)

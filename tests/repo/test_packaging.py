@@ -23,7 +23,7 @@ import pytest
 import pyfused
 from pyfused.backends import cpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = [f"pyfused._cpu_{isa.replace('-', '_')}" for isa in cpu.ISAS]
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FLAGS = re.MULTILINE | re.DOTALL
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += ["csrc/README.md", "tests/README.md", "benchmarks/README.md"]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md"))]

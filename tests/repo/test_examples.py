@@ -25,7 +25,7 @@ pytest.importorskip("tokenizers")
 
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     monkeypatch.setenv("PYFUSED_BACKEND", "cpu")  # undone after a test, unlike in the examples
 
 

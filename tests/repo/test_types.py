@@ -30,7 +30,7 @@ def test_programs_have_types(tmp_path: Path) -> None:
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
-    root = PROGRAM.parents[1]
+    root = PROGRAM.parents[2]
     command = ["-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
     done = subprocess.run(
         [sys.executable, *command, f"--cache-dir={root / '.mypy_cache'}", *programs],

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import KernelCalls
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import cases
 import report

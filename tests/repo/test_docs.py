@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "docs"))
+sys.path.append(str(Path(__file__).parents[2] / "docs"))
 
 import gallery
 import pages
@@ -20,7 +20,7 @@ from entries import EXAMPLES
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = pytest.mark.cpu
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 README = DOCS.parent / "README.md"
 report = gallery.report
 
