@@ -29,7 +29,7 @@ def of_family(*families: str) -> tuple[str, ...]:
     return tuple(name for name, op in OPERATORS.items() if type(op).__name__ in families)
 
 
-POINTWISE, ACTIVATIONS = of_family("PointwiseLoss", "Composed"), of_family("Activation")
+POINTWISE, ACTIVATIONS = of_family("PointwiseLoss"), of_family("Activation")
 SOFTMAX, EMBEDDINGS = of_family("Softmax"), of_family("EmbeddingLoss")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}

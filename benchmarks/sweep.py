@@ -113,7 +113,7 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
                 shape = (n, length, max(1, rows // n))
             if op in SOFTMAX and len(shape) > 2 and draw.random() < 0.5:
                 shape, dim = (shape[0], length, *shape[1:-1]), 1
-        if op not in (*SOFTMAX, *ACTIVATIONS, "multilabel_soft_margin_loss"):  # has a loss per row
+        if op not in (*SOFTMAX, *ACTIVATIONS):
             reduction = draw.choice(("mean", "mean", "none"))
         yield Case(op, shape, dtype, reduction=reduction, masked=masked, spread=spread, dim=dim)
 

@@ -105,11 +105,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
             "Like huber_loss, but smooth everywhere and without a parameter.",
             TARGETS,
         ),
-        "rmse_loss": Entry(
-            r"\sqrt{\frac{1}{N} \sum_i (x_i - t_i)^2}",
-            "Like mse_loss, but in the target's unit; the gradient does not shrink with the error.",
-            tuple(Curve(f"eps {eps:g}", (0.0,), {"eps": eps}) for eps in (0.01, 0.5)),
-        ),
         "quantile_loss": Entry(
             r"\max\left(q \, (t - x),\; (q - 1) (t - x)\right)",
             "For predicting a quantile: errors in one direction cost more, as for stock levels, or"
@@ -179,12 +174,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
             low=-5.0,
             high=5.0,
             axis="logit",
-        ),
-        "multilabel_soft_margin_loss": Entry(
-            r"\frac{1}{C} \sum_c \left( \log(1 + e^{x_c}) - t_c \, x_c \right)",
-            "For multi-label classification: tags, genres, medical findings.",
-            tuple(Curve(f"target {t:g}", (t,), others=(0.0,)) for t in (1.0, 0.0)),
-            axis="logit of the first class of two",
         ),
         "binary_cross_entropy": Entry(
             r"-t \log\, x - (1 - t) \log (1 - x)",
@@ -525,11 +514,6 @@ prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10
 loss = F.huber_loss(prediction, target, delta=0.5)
 loss.backward()
 """,
-    "rmse_loss": """
-prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-loss = F.rmse_loss(prediction, target, eps=1e-8)
-loss.backward()
-""",
     "quantile_loss": """
 # An interval that holds 80% of the targets.
 low, high = torch.randn(2, 64, requires_grad=True)
@@ -561,12 +545,6 @@ logits = torch.randn(64, 10, requires_grad=True)
 target = torch.randint(2, (64, 10)).float()
 rare = torch.full((10,), 3.0)
 loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=rare)
-loss.backward()
-""",
-    "multilabel_soft_margin_loss": """
-logits = torch.randn(64, 10, requires_grad=True)
-tags = torch.randint(2, (64, 10)).float()  # any number of tags for each row
-loss = F.multilabel_soft_margin_loss(logits, tags)
 loss.backward()
 """,
     "binary_cross_entropy": """

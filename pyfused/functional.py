@@ -47,9 +47,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pyfused import checks
+from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import reduction_of
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.run import run
+from pyfused.layout import accumulate_dtype, common_dtype
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
 from pyfused.ops.log_probs import LogProbs, LogProbsWithMetrics, named
@@ -62,6 +64,7 @@ from pyfused.types import (
     Reduction,
     ReductionOfKlDiv,
     Remainder,
+    Scalar,
     VocabShard,
 )
 
@@ -85,7 +88,10 @@ if TYPE_CHECKING:
     from torch.nn.functional import rms_norm as rms_norm
     from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product_attention
 
-_OTHERS = "additive_margin", "cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"
+_OTHERS = (
+    *("additive_margin", "cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"),
+    *("multilabel_soft_margin_loss", "rmse_loss"),
+)
 _NAMES = sorted([*operators.OPERATORS, *_OTHERS])
 if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
     __all__ = _NAMES
@@ -1172,7 +1178,19 @@ def rmse_loss(
         reduction: The reduction of the squares, as in :func:`mse_loss`.
         eps: Added before taking the root, whose gradient is NaN if the loss and ``eps`` are 0.
     """
-    return run(elementwise.RMSE_LOSS, (input, target, weight), (eps,), (reduction,))
+    checks.scalar(Scalar("eps", low=0.0), eps)
+    checks.tensor("input", input)
+    checks.tensor("target", target)
+    dtype = autocast_dtype(common_dtype(input, target, weight), input.device)
+    tensors = map(_without_halves, (input, target, weight))
+    loss = run(elementwise.MSE_LOSS, (*tensors,), (), (reduction,))
+    return (loss + eps).sqrt().reshape(loss.shape).to(dtype)
+
+
+def _without_halves(tensor: Tensor | None) -> Tensor | None:
+    """Converts half precision to float32, so that a function of the loss is rounded once."""
+    halves = tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.float() if halves else tensor  # type: ignore[union-attr]
 
 
 def multilabel_soft_margin_loss(
@@ -1191,7 +1209,23 @@ def multilabel_soft_margin_loss(
         weight: A factor for each class, of shape (C), or for each element.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.MULTILABEL_SOFT_MARGIN_LOSS, (input, target, weight), (), (reduction,))
+    checks.tensor("input", input)
+    checks.tensor("target", target)
+    shapes = None, input.shape, input.shape[-1:]
+    is_row = input.dim() > 0 and input.is_floating_point() and target.shape == input.shape
+    if not is_row or getattr(weight, "shape", None) not in shapes:
+        options = {"weight": weight, "reduction": reduction}
+        return F.multilabel_soft_margin_loss(input, target, **options)  # type: ignore[no-any-return]
+    dtype = common_dtype(input, target, weight)
+    wide = accumulate_dtype(dtype)
+    tensors = input.to(wide), target.to(wide), _without_halves(weight), None
+    op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
+    loss: Tensor = run(op, tensors, (), (reduction,))
+    if reduction == "none":
+        loss = loss.mean(-1)
+    elif reduction == "sum":
+        loss = loss / input.shape[-1]
+    return loss.to(dtype)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -70,7 +70,8 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DataParallel as DataParallel
     from torch.nn.parameter import *
 
-_NAMES = ["AdditiveMargin", *(op.module for op in OPERATORS.values())]
+_OTHERS = "AdditiveMargin", "MultiLabelSoftMarginLoss", "RMSELoss"
+_NAMES = [*_OTHERS, *(op.module for op in OPERATORS.values())]
 if not TYPE_CHECKING:  # without __all__, type checkers export the classes of this file
     __all__ = _NAMES
 

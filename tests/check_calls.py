@@ -15,7 +15,6 @@ from samples import DEPRECATED, OF_CLASSES
 from torch import Tensor
 
 from pyfused.layout import loss_shape
-from pyfused.ops.composed import Composed
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.ops.softmax import Softmax
@@ -66,11 +65,6 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
     mean = call.given.get("reduction") in ("mean", "batchmean")
     mean = mean and not call.given.keys() & {*DEPRECATED, "denominator"}
     lost = [EPS / max(native[-1].numel(), 1) if mean else EPS] * len(native)
-    if isinstance(call.op, Composed):
-        terms = max(x.numel() for x in call.given.values() if isinstance(x, Tensor))
-        lost = [
-            error * max(1, terms / max(x.numel(), 1)) for error, x in zip(lost, native, strict=True)
-        ]
     if isinstance(call.op, Divergence):  # equal rows leave a rounding error
         first, lost[0] = next(iter(call.given.values())), EPS
         if call.given.get("reduction") == "sum":
@@ -93,7 +87,7 @@ def precision(call: Call) -> float:
     dtype = call.given.get("dtype", tensors[0].dtype)
     # softmax saves its rounded output; gradients of broadcast operands are sums of rounded terms.
     rounds = isinstance(call.op, Softmax) or getattr(call.op, "saves", "") == "output"
-    rounds |= isinstance(call.op, Composed) or call.op.is_linear
+    rounds |= call.op.is_linear
     rounds |= bool(call.given.keys() & {"inplace", *ROUNDED})  # in place, the output is saved
     rounds |= (
         not isinstance(call.op, (*OF_CLASSES, Divergence)) and len({x.shape for x in tensors}) > 1

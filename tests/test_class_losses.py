@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from typing import Any
 
 import pytest
 import test_textbook as textbook
 import torch
-from compare import FLOATS, evaluate, exactly
+from compare import FLOATS, HALF, assert_matches_torch, evaluate, exactly
+from conftest import KernelCalls
 from grid import grid
+from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import functional as fused
@@ -52,6 +56,53 @@ def test_multilabel_soft_margin_loss_of_two_dtypes(
     assert got.dtype is of_torch.dtype
     eps = torch.finfo(got.dtype).eps
     assert (got - exact).abs() <= 2 * (of_torch - exact).abs() + 2 * eps * exact
+
+
+@grid(dtype=FLOATS, weight=[None, (3, 5)], reduction=["none", "mean", "sum"])
+def test_losses_made_of_another_loss(
+    dtype: torch.dtype, weight: tuple[int, ...] | None, reduction: str, kernel_calls: KernelCalls
+) -> None:
+    x, y = torch.randn(3, 5).to(dtype).requires_grad_(), torch.rand(3, 5).to(dtype)
+    given: dict[str, Any] = {"reduction": reduction}
+    given["weight"] = None if weight is None else torch.rand(weight).to(dtype)
+    ours, of_torch = (f.multilabel_soft_margin_loss for f in (fused, F))
+    assert_matches_torch(ours, of_torch, x, y, **given)
+
+    def rmse_loss(x: Tensor, y: Tensor, **given: Any) -> Tensor:
+        return (F.mse_loss(x, y, **given) + 0.5).sqrt()
+
+    eps = torch.tensor([0.5]).double()
+    assert_matches_torch(partial(fused.rmse_loss, eps=eps), rmse_loss, x, y, **given)
+    assert kernel_calls.keys() >= {"mse_loss", "binary_cross_entropy_with_logits"}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_losses_made_of_another_loss_do_not_overflow(dtype: torch.dtype) -> None:
+    x, zero = torch.full((2, 60_000), 300.0).to(dtype), torch.zeros(2, 60_000).to(dtype)
+    assert fused.rmse_loss(x, zero) == 300
+    assert fused.multilabel_soft_margin_loss(x, zero, reduction="sum") == 600
+
+
+X, Y = torch.linspace(-2, 2, 15).view(3, 5), torch.linspace(0, 1, 15).view(3, 5)
+OTHER_LABELS = [
+    (X, Y[0]),
+    (X, Y, Y[:, :1]),
+    (X, (Y > 0.5).long()),
+    (X[0, 0], Y[0, 0]),
+    (X.long(), Y),
+]
+
+
+@pytest.mark.parametrize("given", OTHER_LABELS)
+def test_labels_of_other_shapes_and_dtypes(given: tuple[Any, ...]) -> None:
+    """torch's function computes them, or raises."""
+    try:
+        expected = F.multilabel_soft_margin_loss(*given)
+    except (RuntimeError, IndexError) as error:
+        with pytest.raises(type(error)):
+            fused.multilabel_soft_margin_loss(*given)
+    else:
+        close(fused.multilabel_soft_margin_loss(*given), expected)
 
 
 def test_the_gradient_of_rmse_at_0() -> None:

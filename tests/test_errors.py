@@ -275,6 +275,9 @@ OWN: Wrong = {
     "reglu(X, torch.ones(4))": "RuntimeError|",
     "rmse_loss(X, X, eps=-1.0)": "RuntimeError|eps: expected",
     'rmse_loss(X, X, eps="1")': "TypeError|eps: expected",
+    "rmse_loss(1.0, X)": "TypeError|input: expected a Tensor",
+    'multilabel_soft_margin_loss(X, P, reduction="max")': "ValueError|max",
+    "multilabel_soft_margin_loss(X, P[:3])": "RuntimeError|",
 }
 
 

@@ -373,7 +373,6 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "loss": lambda x: F.cross_entropy(x, TARGET, torch.ones(5), ignore_index=1),
     "each": lambda x: F.mse_loss(x, X.flip(0), reduction="none"),
     "head": lambda x: F.linear_cross_entropy(x, X[:5], TARGET, softcap=3.0),
-    "composed": lambda x: F.rmse_loss(x, X.flip(0)),
     "strided": lambda x: F.softmax(x.mT, 1),
 }
 

@@ -212,16 +212,6 @@ def contrastive_loss(
     return each if reduction == "none" else getattr(each, reduction)()
 
 
-def rmse_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:
-    return (F.mse_loss(input, target, reduction=reduction, weight=weight) + eps).sqrt()
-
-
 def textbook(call: Call, **given: Any) -> Any:
     return globals()[call.op.name](**given)
 

@@ -16,15 +16,12 @@ from pyfused import torch_internals
 from pyfused.adopt import causal_lm, gated_mlp
 from pyfused.adopt.subclass import MARK, has_original_forward, unfuse
 from pyfused.dispatch.reasons import stacklevel
-from pyfused.ops.operators import OPERATORS
 
 Model = TypeVar("Model", bound=Module)
 
 _log = logging.getLogger("pyfused")
 FUSED: dict[type[Module], type[Module]] = {
-    getattr(torch.nn, op.module): getattr(nn, op.module)
-    for op in OPERATORS.values()
-    if hasattr(torch.nn, op.module)
+    getattr(torch.nn, name): getattr(nn, name) for name in nn._NAMES if hasattr(torch.nn, name)
 }
 _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
 _LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}

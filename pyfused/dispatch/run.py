@@ -36,7 +36,7 @@ from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
 
 is_small = sizes.is_small
 # The compiler traces these operators, down to the custom operators that they call.
-TRACED_BY_DYNAMO = (*sizes.OF_LOGITS, *sizes.LINEAR, *sizes.COMPOSED)
+TRACED_BY_DYNAMO = (*sizes.OF_LOGITS, *sizes.LINEAR)
 # The errors that torch raises for invalid arguments. Subclasses, such as OutOfMemoryError and
 # CheckpointError, have other causes.
 _ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)

@@ -26,7 +26,6 @@ from pyfused.dispatch.signature import PLAIN
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
-COMPOSED = ("rmse_loss", "multilabel_soft_margin_loss")
 ALWAYS, NEVER = 0, sys.maxsize
 TINY, SMALL, MEDIUM, LARGE, HUGE, PAGES = (1 << n for n in (10, 14, 17, 19, 22, 24))
 Limits = tuple[int, int]
@@ -44,7 +43,6 @@ ON_CPU: dict[str, Limits] = {
     "kl_div_with_logits": (ALWAYS, ALWAYS),
     "log_cosh_loss": (ALWAYS, ALWAYS),
     "log_probs": (ALWAYS, ALWAYS),
-    "multilabel_soft_margin_loss": (ALWAYS, ALWAYS),
     "quantile_loss": (ALWAYS, ALWAYS),
     "sigmoid_focal_loss": (ALWAYS, ALWAYS),
     "softcap": (ALWAYS, ALWAYS),
@@ -73,7 +71,6 @@ ON_CPU: dict[str, Limits] = {
     "softmax": (LARGE, SMALL),
     "Gated": (LARGE, MEDIUM),
     "silu": (LARGE, MEDIUM),
-    "Composed": (LARGE, PAGES),
     "sigmoid": (HUGE, MEDIUM),
     "glu": (PAGES, PAGES),
     "hardshrink": (PAGES, PAGES),
@@ -141,7 +138,6 @@ ON_GPU: dict[str, Limits] = {
     "hinge_embedding_loss": (SMALL, SMALL),
     "log_cosh_loss": (SMALL, SMALL),
     "margin_ranking_loss": (SMALL, SMALL),
-    "multilabel_soft_margin_loss": (SMALL, SMALL),
     "quantile_loss": (SMALL, SMALL),
     # torch's kernels reach the memory bandwidth.
     "Activation": (NEVER, NEVER),
@@ -178,7 +174,6 @@ COMPILED: dict[str, Limits] = {
     "smooth_l1_loss": (PAGES, NEVER),
     "soft_margin_loss": (PAGES, NEVER),
     "triplet_margin_loss": (PAGES, NEVER),
-    **dict.fromkeys(COMPOSED, (PAGES, NEVER)),  # their parts are dispatched separately
 }
 
 

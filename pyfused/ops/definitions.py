@@ -291,18 +291,6 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     return cap * (input / cap).tanh()
 
 
-def rmse_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:
-    checks.scalar(Scalar("eps", low=0.0), eps)
-    loss = F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
-    return (loss + eps).sqrt()
-
-
 def sigmoid_focal_loss(
     inputs: Tensor,
     targets: Tensor,

@@ -20,10 +20,8 @@ from pyfused import checks
 from pyfused.dispatch.operator import Arguments, Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.formula_compiler.kernel import Kernel
-from pyfused.layout import common_dtype
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
-from pyfused.ops.composed import Composed
 from pyfused.ops.pointwise_loss import (
     Gated,
     Halves,
@@ -493,65 +491,6 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     ),
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
-)
-
-RMSE_LOSS = Composed(
-    name="rmse_loss",
-    module="RMSELoss",
-    case=("reduction",),
-    operands=(INPUT, TARGET, WEIGHT),
-    numbers=(Scalar("eps", low=0.0),),
-    base=MSE_LOSS,
-    base_call=lambda input, target, weight, eps, reduction: (  # noqa: ARG005
-        (input, target, weight),
-        (),
-        (reduction,),
-    ),
-    finish=lambda loss, input, target, weight, eps, reduction: (loss + eps).sqrt(),  # noqa: ARG005
-    torch=lambda input, target, weight, eps, reduction: definitions.rmse_loss(
-        input, target, reduction, weight, eps
-    ),
-)
-
-
-def _no_row_of_labels(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> str | None:
-    if not input.dim():
-        return "input has no dimension"
-    if weight is not None and weight.shape not in (input.shape, input.shape[-1:]):
-        return "weight has neither the input's shape nor one element for each class"
-    return _differ_in_shape(input, target)
-
-
-def _in_common_dtype(input: Tensor, target: Tensor, weight: Any, reduction: str) -> Any:
-    """Returns a call in the dtype of the target, in which torch computes this loss."""
-    if isinstance(input, Tensor) and isinstance(target, Tensor):  # else the loss raises
-        dtype = common_dtype(input, target, weight)
-        input, target = input.to(dtype), target.to(dtype)
-    return (input, target, weight, None), (), (reduction,)
-
-
-def _mean_of_rows(
-    loss: Tensor, input: Tensor, target: Tensor, weight: Any, reduction: str
-) -> Tensor:
-    if reduction == "none":
-        loss = loss.mean(-1)
-    elif reduction == "sum":
-        loss = loss / input.shape[-1]
-    return loss.to(common_dtype(input, target, weight))
-
-
-MULTILABEL_SOFT_MARGIN_LOSS = Composed(
-    name="multilabel_soft_margin_loss",
-    module="MultiLabelSoftMarginLoss",
-    case=("reduction",),
-    torch=lambda x, y, weight, reduction: F.multilabel_soft_margin_loss(
-        x, y, weight, None, None, reduction
-    ),
-    operands=(INPUT, Operand("target", low=0.0, high=1.0), WEIGHT),
-    base=BINARY_CROSS_ENTROPY_WITH_LOGITS,
-    base_call=_in_common_dtype,
-    finish=_mean_of_rows,
-    fallback_reason=_no_row_of_labels,
 )
 
 # ---- activations ---------------------------------------------------------------------------------
