@@ -305,7 +305,7 @@ def _logits(
             tensor("token_weight", token_weight)
             _shape("token_weight", token_weight, (*leading, *shape[1:]), what, ValueError)
             values("token_weight", token_weight, 0.0, math.inf, ValueError)
-        leading = (input.shape[:-1].numel(),)
+        leading = (math.prod(input.shape[:-1]),)
         target = _with_shape(target, (*leading, *of_target))
         if token_weight is not None:
             token_weight = _with_shape(token_weight, (*leading, *shape[1:]))

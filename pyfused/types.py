@@ -439,7 +439,7 @@ class Head(NamedTuple):
         input, target = self.input, self.target
         if input.dim() == 2:
             return self, token_weight
-        rows, positions = input.shape[:-1].numel(), self.linear_weight.shape[1:-1]
+        rows, positions = math.prod(input.shape[:-1]), self.linear_weight.shape[1:-1]
         classes = self.linear_weight.shape[: target.is_floating_point()]
         head = self._replace(
             input=input.reshape(rows, input.shape[-1]),

@@ -53,6 +53,7 @@ class Sample:
         large: The factor of large inputs; torch's exponential must stay finite.
         special: Special values; all pairs of them are tested.
         beyond_float64: Whether the definition is more accurate than float64.
+        branches: Whether torch's function branches on values, which torch.compile cannot trace.
     """
 
     define: Callable[..., tuple[Extended, ...]] = None  # type: ignore[assignment]
@@ -63,6 +64,7 @@ class Sample:
     large: float = 1e4
     special: tuple[float, ...] = (1.0, NAN, INF, -INF, -0.0, 3e38)
     beyond_float64: bool = True
+    branches: bool = False
 
 
 def quantile_loss(input: Extended, target: Extended, quantile: float = 0.5) -> tuple[Extended, ...]:
@@ -143,7 +145,7 @@ SAMPLES = {
     "hinge_embedding_loss": Sample(cancels=True),
     "binary_cross_entropy": Sample(cancels=True, special=(1.0, 0.0, 0.5, 0.25, -0.0, 2.0**-20)),
     "binary_cross_entropy_with_logits": Sample(cancels=True),
-    "gaussian_nll_loss": Sample(tried=({}, {"full": True, "eps": 1e-3}), heavy=True),
+    "gaussian_nll_loss": Sample(tried=({}, {"full": True, "eps": 1e-3}), heavy=True, branches=True),
     "relu": Sample(rounds=False),
     "sigmoid": Sample(cancels=True),
     "tanh": Sample(cancels=True),

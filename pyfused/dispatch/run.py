@@ -326,7 +326,10 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     input, weight = tensors[:2]
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         return
-    megabytes = math.prod((*input.shape[:-1], *weight.shape[:-1])) * input.element_size() >> 20
+    elements = math.prod((*input.shape[:-1], *weight.shape[:-1]))
+    if type(elements) is not int:  # comparing a symbolic size would restrict a traced program
+        return
+    megabytes = elements * input.element_size() >> 20
     if megabytes >= 32 and reasons.first_time(op.name, f"logits: {reason}"):
         message = f"pyfused: {op.name}: torch's operators need {megabytes} MiB for the logits: "
         if reason.endswith(" requires grad"):

@@ -51,7 +51,7 @@ def contrastive_loss(
 ) -> Tensor:
     checks.contrastive_loss(a, b, bias, scale, options)
     logits = F.linear(a * _scalar(scale), b)
-    logits, n = logits.to(accumulate_dtype(logits.dtype)), len(a)
+    logits, n = logits.to(accumulate_dtype(logits.dtype)), a.shape[0]
     if bias is None:
         both, target = (logits, logits.t()), torch.arange(n, device=a.device)
         rows, columns = (F.cross_entropy(z, target, reduction="none") for z in both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -275,8 +276,8 @@ def linear_log_probs(
 ) -> Any:
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
     positions = linear_weight.shape[1:-1]
-    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-    row_targets = target.reshape(len(rows), *positions)
+    rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    row_targets = target.reshape(rows.shape[0], *positions)
     valid = row_targets != options.ignore_index
     valid = valid.flatten(1).any(1) if positions else valid
     logits = head_logits(rows.where(valid.unsqueeze(-1), 0), linear_weight, linear_bias)

@@ -84,7 +84,7 @@ def linear_topk_kl_div(
     teacher_log_probs: Tensor,
     options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
 ) -> Tensor:
-    layer, classes = (linear_weight, linear_bias), len(linear_weight)
+    layer, classes = (linear_weight, linear_bias), linear_weight.shape[0]
     checks.linear_topk_kl_div(input, *layer, teacher_indices, teacher_log_probs, options)
     checks.topk_indices(teacher_indices.reshape(-1, teacher_indices.shape[-1]), classes)
     log_q = _masked(teacher_log_probs, options, -math.log(classes))
@@ -181,7 +181,9 @@ def _reduced(loss: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
         return loss
     total_weight = loss.numel() if weight is None else weight.to(loss.dtype).sum()
     denominator = loss_denominator(options, total_weight)
-    return loss.sum() / torch.as_tensor(denominator, dtype=loss.dtype, device=loss.device)
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(loss.dtype)
+    return loss.sum() / denominator
 
 
 # ---- the operator --------------------------------------------------------------------------------

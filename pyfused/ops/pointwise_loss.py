@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, reduce
-from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -112,9 +111,7 @@ class TensorLoss(CompiledOperator):
         super().__post_init__()
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         indices = [self.names.index(variable.name) for variable in self.variables]
-        self._values: Callable[[Tensors], Sequence[Any]] = itemgetter(
-            *indices if len(indices) > 1 else [slice(1)]
-        )
+        self._indices = indices
         enforces = any(variable.enforced is not None for variable in self.variables)
         self.checks_bounds = enforces and not self.nan_on_invalid
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
@@ -239,6 +236,10 @@ class TensorLoss(CompiledOperator):
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
         """Expands grad_output to the shape of the unreduced loss."""
         return grad_output.expand_as(operands[0])
+
+    def _values(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Returns the variables of the formula among the tensors or the arguments of a call."""
+        return [tensors[i] for i in self._indices]
 
     def cases_of(self, arguments: Arguments) -> tuple[Any, ...]:
         """Returns the cases of the formula's parameters, given the arguments for planning."""

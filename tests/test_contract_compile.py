@@ -1,0 +1,105 @@
+"""The contract of every operator in compiled and exported programs, at the sizes of normal use.
+
+A call is one graph without breaks, for every batch size below a limit. test_compile.py compiles
+calls as custom operators at all sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from catalogue import Call, Example, every_family, every_operator
+from compare import evaluate
+from samples import SAMPLES, Sample
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from pyfused.ops.elementwise import L1_LOSS
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.thresholds,
+    pytest.mark.usefixtures("compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+BATCHES, CLASSES = (6, 7, 8, 12, 16, 24), 5
+close = torch.testing.assert_close
+
+
+class Batches:
+    """Calls of an example that differ in the batch size.
+
+    Attributes:
+        calls: A call for each batch size.
+        dims: The dimensions of each tensor that depend on the batch size, by argument.
+    """
+
+    def __init__(self, example: Example) -> None:
+        if SAMPLES.get(example.op.name, Sample()).branches:
+            pytest.skip("torch cannot trace its function")
+        self.calls = [example.call(shape=(batch, CLASSES)) for batch in BATCHES]
+        if example.op is L1_LOSS:  # torch drops the weight in traced programs
+            for call in self.calls:
+                call.given.pop("weight", None)
+        first, second, *_ = [call.tensors for call in self.calls]
+        self.dims = {
+            name: [i for i, n in enumerate(x.shape) if n != second[name].shape[i]]
+            for name, x in first.items()
+        }
+
+    def of(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Returns the result of pyfused's function."""
+        return self.calls[0].ours(**dict(zip(self.dims, tensors, strict=True)))
+
+    def tensors(self, call: Call, convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return tuple([convert(call.given[name]) for name in self.dims])
+
+
+@every_operator
+def test_one_graph_for_all_batch_sizes(example: Example) -> None:
+    batches, counter = Batches(example), CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def compiled(*tensors: Tensor) -> Tensor:
+        return batches.of(tensors)
+
+    def step(*tensors: Tensor) -> Tensor:
+        for x, dims in zip(tensors, batches.dims.values(), strict=True):
+            torch._dynamo.mark_dynamic(x, dims)
+        return compiled(*tensors)
+
+    for call in batches.calls:
+        tensors = batches.tensors(call, lambda x: x)
+        got, expected = evaluate(step, *tensors), evaluate(lambda *x: batches.of(x), *tensors)
+        close((got.value, *got.gradients), (expected.value, *expected.gradients))
+    assert counter.frame_count == 1
+
+
+class Program(nn.Module):
+    def __init__(self, batches: Batches) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.batches.of(tensors)
+
+
+def assert_exports(example: Example, strict: bool) -> None:
+    """Exports a call for all batch sizes, and compares the program with another batch size."""
+    batches, dynamic = Batches(example), torch.export.Dim.DYNAMIC
+    shapes = tuple([dict.fromkeys(dims, dynamic) for dims in batches.dims.values()])
+    first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
+    program = torch.export.export(Program(batches), first, dynamic_shapes=(shapes,), strict=strict)
+    close(program.module()(*last), batches.of(last))
+
+
+@every_operator
+def test_export_with_a_dynamic_batch(example: Example) -> None:
+    assert_exports(example, strict=False)
+
+
+@every_family
+def test_strict_export_with_a_dynamic_batch(example: Example) -> None:
+    assert_exports(example, strict=True)
