@@ -433,6 +433,7 @@ def test_errors_of_values_in_compiled_calls() -> None:
         compiled(torch.rand(N, C, requires_grad=True), torch.full((N, C), 2.0))
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.parametrize("name", ["mse_loss", "log_probs", "kl_div_with_logits"])
 def test_errors_of_types_in_compiled_calls(name: str) -> None:
     compiled = torch.compile(getattr(fused, name), backend="eager")
