@@ -229,7 +229,6 @@ void run_softmax(bool logarithm, int dtype, std::array<int64_t, 3> sizes, const 
 // ---- pointwise losses and activations -----------------------------------------------------------
 
 using OperandTuple = std::array<int64_t, 3>;  // address; step; row_step
-using RowsTuple = std::array<int64_t, 2>;     // columns; row_step of gradients
 
 template <class T> Operand<T> operand(const OperandTuple& o) {
   return {pointer<const T>(o[0]), o[1], o[2]};
@@ -241,7 +240,7 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
                         const Parameters& parameters, const OperandTuple& weight,
                         double denominator, const OperandTuple& grad_output, int64_t each,
                         int64_t reduced, const std::array<int64_t, kOperands>& gradients,
-                        int threads, const RowsTuple& rows) {
+                        int threads, int64_t columns) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     PointwiseLoss<T> p{n,
@@ -254,8 +253,7 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
                        pointer<Accumulate<T>>(reduced),
                        {},
                        threads_for(n, threads),
-                       rows[0],
-                       rows[1]};
+                       columns};
     prefer_huge_pages(p.each, size_t(n) * sizeof(T));
     for (int k = 0; k < kOperands; ++k) {
       p.operands[k] = operand<T>(operands[k]);
@@ -335,10 +333,10 @@ void run_program(const Program& program, int dtype, int64_t n,
                  const std::vector<double>& parameters, const OperandTuple& weight,
                  double denominator, const OperandTuple& grad_output, int64_t each, int64_t reduced,
                  const std::array<int64_t, kOperands>& gradients, int threads,
-                 const RowsTuple& rows) {
+                 int64_t columns) {
   if (n > 0) check_gradients(program, gradients);  // empty tensors have no address
   run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands, {},
-                     weight, denominator, grad_output, each, reduced, gradients, threads, rows);
+                     weight, denominator, grad_output, each, reduced, gradients, threads, columns);
 }
 
 void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,

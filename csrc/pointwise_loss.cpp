@@ -107,8 +107,7 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
         operand.data ? elements(operand, p.columns, first, n, read[k]) : chunk.operands[0];
     T* const gradient = p.gradients[k];
     if (!gradient) continue;
-    chunk.gradients[k] =
-        streams || p.gradient_row_step ? written[k] : staged(gradient + first, written[k]);
+    chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);
   }
   formula.evaluate(p.parameters, chunk, registers);
   const Factors<A> by = factors(p, first, n, weight, grad_output);
@@ -124,14 +123,7 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
   for (int k = 0; k < kOperands; ++k) {
     if (!chunk.gradients[k]) continue;
     multiply(chunk.gradients[k], by.gradient, n);
-    if (!p.gradient_row_step) {
-      write(chunk.gradients[k], p.gradients[k] + first, n, streams);
-      continue;
-    }
-    for_each_row(p.columns, first, n, [&](int64_t row, int64_t column, int64_t i, int64_t m) {
-      T* const to = p.gradients[k] + row * p.gradient_row_step + column;
-      write(chunk.gradients[k] + i, to, m, streams);
-    });
+    write(chunk.gradients[k], p.gradients[k] + first, n, streams);
   }
 }
 

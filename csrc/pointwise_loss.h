@@ -68,8 +68,7 @@ template <class T> struct PointwiseLoss {
   A* reduced;                   // their sum / denominator, or null
   std::array<T*, kOperands> gradients;  // null if not computed
   int threads;
-  int64_t columns = 0;  // the number of columns of operands and gradients; 0 for one row
-  int64_t gradient_row_step = 0;  // from one row of the gradients to the next
+  int64_t columns = 0;  // the number of columns of operands; 0 for one row
 };
 
 // Formula: LossFormula, or ProgramFormula of program.h.

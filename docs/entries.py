@@ -16,7 +16,7 @@ from pyfused import functional
 from pyfused.dispatch.operator import Operand
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import Halves, PointwiseLoss
+from pyfused.ops.pointwise_loss import PointwiseLoss
 
 
 @dataclass(frozen=True)
@@ -412,14 +412,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("threshold -1, value -2", (), {"threshold": -1.0, "value": -2.0}),
             ),
         ),
-        "prelu": Entry(
-            r"\begin{cases} x & x > 0 \\"
-            r" w x & \text{else} \end{cases}",
-            "Like leaky_relu with a learned slope, one for each channel or one for all.",
-            tuple(
-                Curve(f"weight {w:g}", options={"weight": torch.tensor(w)}) for w in (0.25, -0.5)
-            ),
-        ),
         "elu": Entry(
             r"\begin{cases} x & x > 0 \\"
             r" \alpha (e^x - 1) & \text{else} \end{cases}",
@@ -461,12 +453,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "tanhshrink": Entry(
             r"x - \tanh\, x",
             "For damping values near 0.",
-        ),
-        "glu": Entry(
-            r"x \, \sigma(b)",
-            "For gated convolutions of speech and language; b is the other half of the input.",
-            (Curve("b 0", others=(0.0,)), Curve("b 2", others=(2.0,))),
-            axis="first half",
         ),
         "swiglu": Entry(
             r"u \, x \, \sigma(x)",
@@ -683,11 +669,6 @@ gate, x = torch.randn(2, 64, 10, requires_grad=True)
 y = F.silu(gate) * x
 y.sum().backward()
 """,
-    "prelu": """
-x, slope = torch.randn(64, 10, requires_grad=True), torch.full((10,), 0.25, requires_grad=True)
-y = F.prelu(x, slope)
-y.sum().backward()
-""",
     "softcap": """
 logits = torch.randn(64, 1000, requires_grad=True)
 target = torch.randint(1000, (64,))
@@ -738,7 +719,7 @@ def example(op: Activation | PointwiseLoss) -> str:
 def entry(op: Activation | PointwiseLoss) -> Entry:
     """Returns an entry that draws the second operand at two values, and the others at 1."""
     first, *others = (operand for operand in op.operands if not operand.optional)
-    curves = [Curve("", (), op.required, (1.0,) if isinstance(op, Halves) else ())]
+    curves = [Curve("", (), op.required)]
     if others:
         name, ones, ends = others[0].name, (1.0,) * len(others[1:]), (0.0, 1.0)
         ends = (-1.0, 1.0) if others[0].sign else ends

@@ -173,15 +173,6 @@ def dim(value: Any, input: Tensor) -> None:
             raise _error("dim", expected, value, IndexError)
 
 
-def halves(input: Tensor, along: int) -> None:
-    tensor("input", input)
-    if not input.dim():
-        raise _error("input", "one dimension or more", "shape ()")
-    dim(along, input)
-    if input.shape[along] % 2:
-        raise _error("input", f"an even size along dim {along}", f"shape {tuple(input.shape)}")
-
-
 # ---- losses over classes -------------------------------------------------------------------------
 
 # Functions named after an operator check shapes, dtypes and options. Types are checked by
@@ -764,13 +755,3 @@ def variance(name: str, shape: torch.Size, _: str, input: torch.Size, *_others: 
             "the last may be missing"
         )
         raise _error(name, expected, f"shape {tuple(shape)}", ValueError)
-
-
-def slopes(name: str, shape: torch.Size, _: str, input: torch.Size) -> None:
-    channels = input[1] if len(input) > 1 else 1
-    if len(shape) > 1 or shape.numel() not in (1, channels):
-        expected = (
-            f"one number, or one for each of {channels} channels of an input of shape "
-            f"{tuple(input)}"
-        )
-        raise _error(name, expected, f"shape {tuple(shape)}")

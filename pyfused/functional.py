@@ -1299,17 +1299,6 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
     return run(elementwise.THRESHOLD, (input,), (threshold, value), (), inplace)
 
 
-def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Returns ``input`` where it is positive, elsewhere ``weight * input`` with a learned weight.
-
-    Args:
-        input: Of shape (N, C, ...), or any shape with a single slope.
-        weight: The slope of each channel, of shape (C), or a single slope, of shape (1) or (); of
-            the input's dtype.
-    """
-    return run(elementwise.PRELU, (input, weight), (), ())
-
-
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input`` clamped to [0, 6]."""
     return run(elementwise.RELU6, (input,), (), (), inplace)
@@ -1406,23 +1395,6 @@ def softsign(input: Tensor) -> Tensor:
 def tanhshrink(input: Tensor) -> Tensor:
     """Returns ``input - tanh(input)``."""
     return run(elementwise.TANHSHRINK, (input,), (), ())
-
-
-def glu(input: Tensor, dim: int = -1) -> Tensor:
-    """Returns the first half of ``input`` times the :func:`sigmoid` of the second half.
-
-    Args:
-        input: A tensor of any shape whose size along ``dim`` is even.
-        dim: The dimension along which ``input`` is split.
-
-    Returns:
-        A tensor with half the size along ``dim``.
-
-    Raises:
-        IndexError: The input has no dimension ``dim``.
-        RuntimeError: The size along ``dim`` is odd, or the input has no dimensions.
-    """
-    return run(elementwise.GLU, (input,), (), (dim,))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

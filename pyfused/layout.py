@@ -175,11 +175,6 @@ def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:
     return operands[0].contiguous(), None
 
 
-def doubled(shape: Sequence[int], dim: int) -> list[int]:
-    """Returns a shape with twice the size along a dimension."""
-    return [*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]]
-
-
 def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()
 

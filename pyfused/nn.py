@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from torch.nn import init as init
     from torch.nn import parallel as parallel
     from torch.nn import utils as utils
+    from torch.nn.modules.activation import GLU as GLU
     from torch.nn.modules.activation import MultiheadAttention as MultiheadAttention
+    from torch.nn.modules.activation import PReLU as PReLU
     from torch.nn.modules.activation import RReLU as RReLU
     from torch.nn.modules.activation import Softmax2d as Softmax2d
     from torch.nn.modules.activation import Softmin as Softmin
@@ -624,11 +626,6 @@ class Threshold(torch.nn.Threshold, _Module):
         return F.threshold(input, self.threshold, self.value, self.inplace)
 
 
-class PReLU(torch.nn.PReLU, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.prelu(input, self.weight)
-
-
 class ReLU6(torch.nn.ReLU6, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.relu6(input, self.inplace)
@@ -697,11 +694,6 @@ class Softsign(torch.nn.Softsign, _Module):
 class Tanhshrink(torch.nn.Tanhshrink, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.tanhshrink(input)
-
-
-class GLU(torch.nn.GLU, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.glu(input, self.dim)
 
 
 class Softmax(torch.nn.Softmax, _Module):

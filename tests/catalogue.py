@@ -43,7 +43,6 @@ from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
-from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import (
@@ -52,7 +51,6 @@ from pyfused.ops.operators import (
     LOG_PROBS,
     OPERATORS,
 )
-from pyfused.ops.pointwise_loss import Halves
 from pyfused.ops.softmax import Softmax
 
 SHAPE = (6, 5)
@@ -450,15 +448,10 @@ def class_indices(rng: Random, logits: Tensor, given: dict[str, Any]) -> Tensor:
 def of_elements(rng: Random, elements: int, op: Operator, given: dict[str, Any]) -> dict[str, Any]:
     shape, scale = shape_of(rng, elements, rng.randint(0, 4)), rng.choice([1 / 16, 1 / 4, 1.0])
     found: dict[str, Any] = {}
-    if isinstance(op, Halves) and -len(shape) <= given.get("dim", -1) < len(shape):
-        shape[given.get("dim", -1)] *= 2
     for operand in op.operands:
         own = tuple(shape)
-        if op is PRELU and found:  # slopes of PReLU
-            own = rng.choice([(), (1,), tuple(shape[1:2]), (3,)])
-        elif rng.once_in(4) and len(op.operands) > 1:  # broadcasts
+        if rng.once_in(4) and len(op.operands) > 1:  # broadcasts
             own = tuple(rng.choice([1, n]) for n in shape)[rng.randint(0, len(shape)) :]
-            shape = [*own] if op is PRELU else shape
         x = draw(operand, own, scale=scale)
         if found and operand.low == 0 and rng.once_in(2):
             x = x.round()  # integers: labels, counts

@@ -29,12 +29,11 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
-from pyfused.ops.elementwise import PRELU
 from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.linear_cross_entropy import LinearCrossEntropy
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
-from pyfused.ops.pointwise_loss import Gated, Halves, PointwiseLoss, weight_or_elements
+from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
 from pyfused.types import Choice
 
 INF, NAN = float("inf"), float("nan")
@@ -162,7 +161,6 @@ SAMPLES = {
     "softplus": Sample(tried=({}, {"beta": 2.5, "threshold": 10.0})),
     "tanhshrink": Sample(cancels=True),
     "threshold": Sample(tried=({"threshold": 0.25, "value": -1.5},), rounds=False),
-    "glu": Sample(cancels=True),
     "swiglu": Sample(cancels=True),
     "geglu": Sample(cancels=True),
 }
@@ -366,7 +364,7 @@ def operands(
 
     Args:
         shape: The shape of the elements, or of the logits.
-        given: The options of the call; the halves of a gated activation have the shape.
+        given: The options of the call.
         soft: Whether targets are probabilities, if the operator supports them.
         features: The number of features of a linear layer's input.
     """
@@ -383,12 +381,7 @@ def operands(
     assert not any(operand.indices for operand in op.operands), (
         f"{op.name}: operands draws no class indices for a {type(op).__name__}"
     )
-    if isinstance(op, Halves) and shape:
-        shape = [*shape]
-        shape[given.get("dim", -1)] *= 2
     found = {operand.name: draw(operand, tuple(shape), scale=0.5) for operand in op.operands}
-    if op is PRELU:
-        found["weight"] = draw(op.operands[1], (shape[1] if len(shape) > 1 else 1,), scale=0.5)
     first, *others = op.operands
     if given.get("log_input") is False:
         found[first.name] = found[first.name].abs() + 0.01

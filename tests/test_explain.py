@@ -146,15 +146,12 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
     few = second and not forward
     columns = 128 if embeddings else (sizes.FEW if few else 1000) if classes else 1
     shape = (max(1, elements // columns), columns) if classes or embeddings else (elements,)
-    shapes = {"weight": (1,)}  # the learned slope of prelu
-    if embeddings:
-        shapes["target"] = shape[:1]
+    shapes = {"target": shape[:1]} if embeddings else {}
 
     def drawn(operand: Operand) -> Tensor:
         shape_of_operand = shapes.get(operand.name, shape)
         if operand.indices:
-            target = torch.randint(shape[1], shape[:1])
-            return F.pad(target[:, None], (0, shape[1] - 1), value=-1) if operand.labels else target
+            return torch.randint(shape[1], shape[:1])
         low = -1 if math.isinf(operand.low) else operand.low
         values = low + min(operand.high - low, 2.0) * torch.rand(shape_of_operand)
         return values.sign() if operand.sign else values

@@ -246,9 +246,8 @@ def test_inplace_may_be_symbolic(name: str) -> None:
 def tensors_of(name: str) -> dict[str, Tensor]:
     operands = [operand for operand in OPERATORS[name].operands if not operand.optional]
     given = {o.name: TARGET if o.indices else X.sigmoid() for o in operands}
-    others = {"prelu": {"weight": torch.full((1,), 0.25)}, "glu": {"input": X.view(5, 6)}}
     linear = {"linear_weight": X[:5]} if "linear_weight" in given else {}
-    return given | others.get(name, {}) | linear
+    return given | linear
 
 
 def calls_of(owner: Any, name: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -499,7 +498,6 @@ class Forms(nn.Module):
         results += [getattr(owner, f"{self.name}_")(tensors[0] * 1, *dim) for owner in inplace]
         if self.module:
             of_module = tensors[::2] if self.name == "linear_cross_entropy" else tensors
-            of_module = tensors[:1] if self.name == "prelu" else of_module
             results.append(self.module(*of_module))
         return results
 

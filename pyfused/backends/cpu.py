@@ -34,7 +34,6 @@ from pyfused.layout import (
     converts_in,
     dense,
     dense_operand,
-    doubled,
     feature_rows,
     in_rows,
     is_dense,
@@ -513,18 +512,11 @@ def pointwise_loss(
     reduction: str,
     outputs: Outputs,
     divisor: float = 1.0,
-    halves: int | None = None,
 ) -> LossKernel:
     operands, weight, grad_output = tensors
     dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
     order, index = dense_operand(operands)
-    whole = half = None  # layouts of the gradient of both halves, and of its first half
-    if halves is not None and outputs.gradients:
-        whole = torch.empty(doubled(order.shape, halves), dtype=order.dtype, device="meta")
-        half = whole.narrow(halves, 0, order.shape[halves])
-        second = half.shape[halves] * half.stride(halves) * half.element_size()
-        new_whole = _allocator(whole)
-    steps, columns, row_step = _steps((*operands, weight, grad_output), order, half)
+    steps, columns = _steps((*operands, weight, grad_output), order)
     if isinstance(formula, Program):
         kernel, padded = formula.kernel(native, _native_program), False
     else:
@@ -557,14 +549,10 @@ def pointwise_loss(
             loss = output_like(like) if each else torch.empty_like(scalar)
         gradients: list[Tensor | None] = []
         addresses = []
-        if whole is None:
-            for needed in outputs.gradients:
-                gradient = output_like(like) if needed else None
-                gradients.append(gradient)
-                addresses.append(0 if gradient is None else gradient.data_ptr())
-        else:
-            gradients.append(gradient := new_whole())
-            addresses += gradient.data_ptr(), gradient.data_ptr() + second
+        for needed in outputs.gradients:
+            gradient = output_like(like) if needed else None
+            gradients.append(gradient)
+            addresses.append(0 if gradient is None else gradient.data_ptr())
         address = 0 if loss is None else loss.data_ptr()
         kernel(
             dtype,
@@ -578,7 +566,7 @@ def pointwise_loss(
             0 if each else address,
             (*addresses, *no_gradients),
             torch.get_num_threads(),
-            (columns, row_step),
+            columns,
         )
         return loss, tuple(gradients)
 
@@ -586,32 +574,27 @@ def pointwise_loss(
 
 
 def _steps(
-    tensors: Sequence[Tensor | None], order: Tensor, gradient: Tensor | None
-) -> tuple[list[tuple[int, int] | None], int, int]:
+    tensors: Sequence[Tensor | None], order: Tensor
+) -> tuple[list[tuple[int, int] | None], int]:
     """Returns the strides with which a kernel reads tensors in the memory order of a dense one.
 
     Args:
         order: The dense tensor.
-        gradient: A gradient that is not dense, None if all gradients are.
 
     Returns:
-        For each tensor, its strides along columns and rows, or None if the kernel reads a copy; the
-        number of columns, 0 if there is one row; and the gradient's stride along rows.
+        For each tensor, its strides along columns and rows, or None if the kernel reads a copy; and
+        the number of columns, 0 if there is one row.
     """
     readable = [None if x is None or x.dtype is not order.dtype else x for x in tensors]
     scalars = [x is not None and not any(x.stride()) for x in readable]
     rows = [None if scalar else x for x, scalar in zip(readable, scalars, strict=True)]
-    copied, columns, strides = in_rows(order, [*rows, gradient])
-    if gradient is not None and strides is not None and strides[-1] != 1:  # halves of one column
-        columns, strides = 1, tuple([x for step in strides[1::2] for x in (step, 1)])
+    copied, columns, strides = in_rows(order, rows)
     steps: list[tuple[int, int] | None] = []
     for i, (tensor, scalar) in enumerate(zip(readable, scalars, strict=True)):
         step = (1, 0) if strides is None else (strides[2 * i + 1], strides[2 * i])
         fits = tensor is not None and i not in copied and step[0] in (0, 1)
         steps.append((0, 0) if scalar else step if fits else None)
-    if columns is None or strides is None:
-        return steps, 0, 0
-    return steps, columns, 0 if gradient is None else strides[-2]
+    return steps, columns or 0
 
 
 def _allocator_like(layout: Tensor) -> Callable[[Tensor], Tensor]:

@@ -210,7 +210,6 @@ class Backend(Protocol):
         reduction: str,
         outputs: Outputs,
         divisor: float = 1.0,
-        halves: int | None = None,
     ) -> LossKernel:
         """Prepares a pointwise loss.
 
@@ -222,8 +221,6 @@ class Backend(Protocol):
             parameters: Returns the parameters of the formula, at most three for a declared formula,
                 given the numbers of a call; None if these are the parameters.
             divisor: The divisor of the sum of the losses, and of the gradients, if it is a number.
-            halves: The dimension along which the gradients of both operands are concatenated, or
-                None.
 
         Returns:
             A function that takes tensors (the operands, the weight, and the divisor if it is a

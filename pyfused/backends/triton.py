@@ -43,7 +43,6 @@ from pyfused.layout import (
     converts_in,
     dense,
     dense_operand,
-    doubled,
     feature_rows,
     in_rows,
     loss_shape,
@@ -55,7 +54,6 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     EmbeddingOptions,
-    Gradients,
     Kernels,
     Outputs,
     VocabOptions,
@@ -536,7 +534,6 @@ def pointwise_loss(
     reduction: str,
     outputs: Outputs,
     divisor: float = 1.0,
-    halves: int | None = None,
 ) -> LossKernel:
     operands, weight, grad_output = tensors
     n, count, (order, index) = operands[0].numel(), len(operands), dense_operand(operands)
@@ -573,22 +570,9 @@ def pointwise_loss(
         floats = *(*values, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(values[NUMBERS:])
         outs = (*gradients, *padding)
         loss = run(inputs, (outs, n, columns, strides, *floats, by))
-        if halves is not None and outputs.gradients:
-            return loss, (_joined(gradients, halves),)
         return loss, gradients
 
     return launch
-
-
-def _joined(halves: Gradients, dim: int) -> Tensor:
-    """Concatenates both halves; unlike torch.cat, without autocast."""
-    first, second = halves
-    assert first is not None
-    assert second is not None
-    size, whole = first.shape[dim], first.new_empty(doubled(first.shape, dim))
-    whole.narrow(dim, 0, size).copy_(first)
-    whole.narrow(dim, size, size).copy_(second)
-    return whole
 
 
 def activation(formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels:

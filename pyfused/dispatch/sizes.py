@@ -72,13 +72,11 @@ ON_CPU: dict[str, Limits] = {
     "Gated": (LARGE, MEDIUM),
     "silu": (LARGE, MEDIUM),
     "sigmoid": (HUGE, MEDIUM),
-    "glu": (PAGES, PAGES),
     "hardshrink": (PAGES, PAGES),
     "hardsigmoid": (PAGES, PAGES),
     "hardswish": (PAGES, PAGES),
     "hardtanh": (PAGES, PAGES),
     "leaky_relu": (PAGES, PAGES),
-    "prelu": (PAGES, PAGES),
     "relu": (PAGES, PAGES),
     "relu6": (PAGES, PAGES),
     "softshrink": (PAGES, PAGES),
@@ -141,8 +139,6 @@ ON_GPU: dict[str, Limits] = {
     "quantile_loss": (SMALL, SMALL),
     # torch's kernels reach the memory bandwidth.
     "Activation": (NEVER, NEVER),
-    "glu": (NEVER, NEVER),
-    "prelu": (NEVER, NEVER),
 }
 
 # In compiled programs, on CPUs and on GPUs: the sizes from which a call becomes a custom operator,

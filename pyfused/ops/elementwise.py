@@ -24,7 +24,6 @@ from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.pointwise_loss import (
     Gated,
-    Halves,
     PointwiseLoss,
     elements,
     weight_or_elements,
@@ -612,35 +611,6 @@ THRESHOLD = Activation(
     ),
 )
 
-_BUILT_IN_PRELU = torch.prelu  # pyfused.patch replaces the attribute of torch
-
-
-def _rows_and_channels(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the input as rows, and a slope for each row."""
-    if weight.numel() == 1:
-        return input, weight.reshape(())
-    if input.dim() == 2:
-        return input, weight
-    rows = weight.expand(input.shape[:2]).contiguous()
-    return input, rows.reshape(*rows.shape, *[1] * (input.dim() - 2))
-
-
-PRELU = Gated(
-    name="prelu",
-    module="PReLU",
-    built_in=("input", "weight"),
-    operands=(INPUT, Operand("weight", shape=checks.slopes)),
-    arrange=_rows_and_channels,
-    fallback_reason=_differ_in_dtype,
-    formula=lambda input, weight: torch.where(input > 0, input, weight * input),
-    torch=lambda input, weight: F.prelu(input, weight),
-    fast=lambda input, weight: _BUILT_IN_PRELU(input, weight),
-    gradient=lambda input, weight: (
-        torch.where(input > 0, 1, weight),
-        torch.where(input > 0, 0, input),
-    ),
-)
-
 RELU6 = Activation(
     name="relu6",
     module="ReLU6",
@@ -798,27 +768,6 @@ TANHSHRINK = Activation(
 
 # ---- gated activations: act(gate) * up -----------------------------------------------------------
 
-
-def _gradient_of_glu(first: Tensor, second: Tensor) -> Gradients:
-    y, slope = _sigmoid_and_slope(second)
-    return y, first * slope
-
-
-def _no_halves(input: Tensor, dim: int) -> str | None:
-    if not isinstance(dim, int) or not -input.dim() <= dim < input.dim():
-        return "dim is out of range"
-    return "the size along dim is odd" if input.shape[dim] % 2 else None
-
-
-GLU = Halves(
-    name="glu",
-    module="GLU",
-    formula=lambda first, second: first * second.sigmoid(),
-    case=("dim",),
-    torch=lambda input, dim: F.glu(input, dim),
-    gradient=_gradient_of_glu,
-    fallback_reason=_no_halves,
-)
 
 GATED = (Operand("gate"), Operand("up"))
 

@@ -29,7 +29,6 @@ from pyfused.dispatch.operator import (
 )
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import (
-    Forward,
     Plan,
     gradients_in_forward,
     loss_passes,
@@ -453,54 +452,6 @@ class Gated(PointwiseLoss):
 
     def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         return self.formula(*operands, *parameters)
-
-
-class Halves(Gated):
-    """An activation whose formula applies to the two halves of a tensor along ``dim``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.variables = Operand("first"), Operand("second")
-
-    def check(self, arguments: Arguments) -> None:
-        checks.halves(*arguments)
-
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
-        """Returns the plan of a signature. Autograd records the whole tensor, not its halves."""
-        input, dim = arguments
-        needs, dim = needs_grad((input,)), dim % input.dim()
-        backend: Backend = backend_of(input)
-
-        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
-            formula, _ = self.kernel((), 2, outputs)
-            layouts = tuple(tensors[:2]), None, grad_output
-            return backend.pointwise_loss(formula, layouts, None, "none", outputs, 1.0, dim)
-
-        halves_forward, halves_backward = loss_passes(prepare, needs * 2, False)
-
-        def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
-            output, *_ = halves_forward((*tensors[0].chunk(2, dim), None, None), numbers)
-            return output, tensors, ()
-
-        def backward(tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
-            halves = tensors[0].contiguous().chunk(2, dim)
-            if any(grad_output.stride()):
-                grad_output = grad_output.contiguous()
-            return halves_backward((*halves, None, None), numbers, grad_output)
-
-        def define(tensors: Sequence[Any], _: Numbers, grad_output: Tensor) -> Gradients:
-            definition = lambda input: self.torch(input, dim)  # noqa: E731
-            return differentiate(definition, tensors, (True,), grad_output)
-
-        return Plan(
-            name=self.name,
-            backend=backend,
-            needs=needs,
-            arrange=None,
-            forward=forward,
-            backward=backward,
-            define=define,
-        )
 
 
 @cache
