@@ -438,7 +438,6 @@ class HeadCase:
                 "three products": self.products,
                 "torch": self.log_probs_of_torch,
                 "pyfused": self.log_probs,
-                "pyfused, deterministic_rows": partial(self.log_probs, deterministic_rows=True),
             },
             "KL divergence": {
                 "four products": self.products_of_two,

@@ -316,7 +316,6 @@ def head_rows(
 ) -> list[list[str]]:
     case = HeadCase(*shape, dtype=BF16, device=device)
     steps: dict[str, Step] = {**case.implementations()[loss]}
-    steps.pop("pyfused, deterministic_rows", None)
     if loss == "cross-entropy":
         steps |= peers_of(case)
     expected, errors = steps["torch"](), {}

@@ -268,11 +268,9 @@ def _logits(
         probabilities: Whether the target may hold class probabilities.
         classes: As in `linear_cross_entropy`.
     """
-    input, linear_weight, linear_bias, adapter_weight, target, _ = head
+    input, linear_weight, linear_bias, target, _ = head
     _vectors("input", input)
-    if classes is not None and adapter_weight is not None:
-        raise _error("adapter_weight", "None with shard=", "a Tensor", ValueError)
-    linear_layer(input, linear_weight, linear_bias, adapter=adapter_weight)
+    linear_layer(input, linear_weight, linear_bias)
     features, shape = input.shape[-1], linear_weight.shape[:-1]
     if input.dim() == 1 and len(shape) > 1:
         of_weight = f"linear_weight of shape {tuple(linear_weight.shape)}"
@@ -321,22 +319,13 @@ def memory_budget(value: Any) -> None:
             raise _error("memory_budget", "a positive number of bytes", value, ValueError)
 
 
-def linear_layer(
-    input: Tensor, weight: Tensor, bias: Any, prefix: str = "", adapter: Any = None
-) -> None:
+def linear_layer(input: Tensor, weight: Tensor, bias: Any, prefix: str = "") -> None:
     """Checks shapes, devices and dtypes.
 
     Args:
         prefix: Precedes the tensors' names in messages.
-        adapter: The weight of an adapter, whose features are the last ones of the input, or None.
     """
     features, shape = input.shape[-1], weight.shape[:-1]
-    if adapter is not None:
-        features -= adapter.shape[-1:].numel()
-        if adapter.shape[:-1] != shape:
-            of_weight = f"linear_weight of shape {tuple(weight.shape)}"
-            expected = f"shape ({', '.join(map(str, shape))}, r) for {of_weight}"
-            raise _error("adapter_weight", expected, adapter.shape)
     if weight.dim() < 2 or weight.shape[-1] != features:
         swapped = weight.dim() == 2 and weight.shape[0] == features
         hint = f". Is it transposed, or are the {prefix}input logits?" * swapped
@@ -346,13 +335,12 @@ def linear_layer(
     if bias is not None:
         _shape(f"{prefix}linear_bias", bias, shape)
     autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-    parameters = {"linear_weight": weight, "linear_bias": bias, "adapter_weight": adapter}
+    parameters = {"linear_weight": weight, "linear_bias": bias}
     same_device(input, prefix, **parameters)
     for name, value in parameters.items():
         if value is None or value.dtype is input.dtype:
             continue
-        casts = autocast or (value is adapter and value.dtype is torch.float32)
-        if not casts or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
+        if not autocast or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
             raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 
 
@@ -521,7 +509,7 @@ def linear_log_probs(
     options: LogProbsOptions,
     classes: int | None = None,
 ) -> None:
-    head = Head(input, linear_weight, linear_bias, None, target, None)
+    head = Head(input, linear_weight, linear_bias, target, None)
     logits, target, _ = _logits(head, None, False, classes)
     log_probs(logits, target, options)
 

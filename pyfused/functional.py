@@ -261,7 +261,6 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    adapter_weight: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
     ignore_index: int | None = None,
@@ -298,13 +297,6 @@ def linear_cross_entropy(
             int64 or uint8; or class probabilities of shape (..., C) or (..., C, d1, ..., dk) and
             any floating dtype.
         linear_bias: The layer's bias, of the input's dtype and shape (C) or (C, d1, ..., dk).
-        adapter_weight: The weight of a low-rank adapter, of shape (C, r) or (C, d1, ..., dk, r) and
-            the input's dtype, or float32 if that is half precision. The input then has shape
-            (..., D + r), and the adapter adds ``linear(input[..., D:], adapter_weight)`` to the
-            logits of ``input[..., :D]``. In LoRA (Hu et al. 2021, arXiv 2106.09685) these features
-            are ``scaling * linear(dropout(x), A)`` and the weight is B. It is not merged into
-            ``linear_weight``, which may be frozen. On CPUs, r should be a multiple of 16 for the
-            best speed. Invalid with ``shard``.
         weight: A factor for each class, of shape (C).
         reduction: As in :func:`cross_entropy`. With ``"none"``, backward recomputes the logits.
         ignore_index: As in :func:`cross_entropy`; None means -100.
@@ -333,8 +325,7 @@ def linear_cross_entropy(
         As in :func:`cross_entropy`.
     """
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
-    layer = input, linear_weight, linear_bias, adapter_weight
-    tensors = *layer, target, weight, token_weight, tensor
+    tensors = input, linear_weight, linear_bias, target, weight, token_weight, tensor
     numbers = number, softcap, temperature, 0.0, z_loss, scale, label_smoothing, filter_eps  # gamma
     ignored = -100 if ignore_index is None else ignore_index
     case = ignored, reduction, memory_budget, loss_dtype, False, options  # with_metrics
@@ -347,7 +338,6 @@ def linear_cross_entropy_with_metrics(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    adapter_weight: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
@@ -362,8 +352,7 @@ def linear_cross_entropy_with_metrics(
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
-        adapter_weight, label_smoothing, memory_budget, filter_eps, shard: As in
-            :func:`linear_cross_entropy`.
+        label_smoothing, memory_budget, filter_eps, shard: As in :func:`linear_cross_entropy`.
         options: The other keyword arguments of :func:`linear_cross_entropy`.
 
     Returns:
@@ -380,7 +369,7 @@ def linear_cross_entropy_with_metrics(
         filter_eps=filter_eps,
         **options,
     )
-    op, layer = operators.LINEAR_CROSS_ENTROPY, (input, linear_weight, linear_bias, adapter_weight)
+    op, layer = operators.LINEAR_CROSS_ENTROPY, (input, linear_weight, linear_bias)
     tensors, numbers, case = op.call_of((*layer, target, weight), loss_options)
     return run(op, tensors, numbers, (*case, None), False, shard)  # type: ignore[return-value]
 
@@ -426,7 +415,7 @@ def log_probs(
     """
     alone = not (return_entropy or return_lse)
     tensors = checks.classes_at(1, "logits", logits, dim), target
-    case = ignore_index, "none", None, alone, return_metrics, False
+    case = ignore_index, "none", None, alone, return_metrics
     values = run(operators.LOG_PROBS, tensors, (None, softcap, temperature), case, False, shard)
     if alone and not return_metrics:
         return LogProbs(values)
@@ -446,7 +435,6 @@ def linear_log_probs(
     return_lse: bool = False,
     return_metrics: bool = False,
     memory_budget: int | None = None,
-    deterministic_rows: bool = False,
     shard: VocabShard | None = None,
 ) -> LogProbs | LogProbsWithMetrics:
     """Returns :func:`log_probs` of a linear layer's output, without materialising all logits.
@@ -462,11 +450,6 @@ def linear_log_probs(
         return_entropy, return_lse, return_metrics: As in :func:`log_probs`.
         memory_budget: As in :func:`linear_cross_entropy`. Within the budget, logits of the first
             rows may be kept for the backward pass.
-        deterministic_rows: Whether a row's results are bitwise independent of the batch size and of
-            the row's position, which matrix products do not guarantee. If True, logits are computed
-            in products of 96 rows, padded with zeros, for any budget. The first call with a layer
-            size tests whether such a product treats all rows alike; if not, rows are multiplied one
-            at a time, which is slower. The bits still depend on the number of threads.
         shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
@@ -474,7 +457,7 @@ def linear_log_probs(
     """
     alone = not (return_entropy or return_lse)
     tensors, numbers = (input, linear_weight, linear_bias, target), (None, softcap, temperature)
-    case = ignore_index, "none", memory_budget, alone, return_metrics, deterministic_rows
+    case = ignore_index, "none", memory_budget, alone, return_metrics
     values = run(operators.LINEAR_LOG_PROBS, tensors, numbers, case, False, shard)
     if alone and not return_metrics:
         return LogProbs(values)

@@ -326,14 +326,12 @@ class LinearLogProbs(LogProbs):
         device: Any = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | None = None,
-        deterministic_rows: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.fused_options.pop("dim")
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
         self.fused_options["memory_budget"] = memory_budget
-        self.fused_options["deterministic_rows"] = deterministic_rows
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
         weight, bias = self.linear.weight, self.linear.bias

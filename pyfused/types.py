@@ -278,14 +278,11 @@ class LogProbsOptions(VocabOptions):
     Attributes:
         alone: Whether only the log-probabilities are returned, without entropy and log-sum-exp.
         with_metrics: Whether the call returns a tuple of these and the metrics of each target.
-        deterministic_rows: Whether the bits of a row's results are independent of the batch;
-            requires matrix products of a fixed size.
     """
 
     reduction: str = "none"
     alone: bool = False
     with_metrics: bool = False
-    deterministic_rows: bool = False
 
 
 @dataclass(eq=False)
@@ -413,10 +410,9 @@ class Head(NamedTuple):
     """A linear layer, its input, and the targets of its logits.
 
     Attributes:
-        input: (..., D), or (..., D + r) with an adapter; kernels take two dimensions.
+        input: (..., D); kernels take two dimensions.
         linear_weight: (C, D), or (C, d1, ..., dk, D).
         linear_bias: (C), or (C, d1, ..., dk), or None.
-        adapter_weight: (C, r), or (C, d1, ..., dk, r), or None.
         target: int64 class indices (...) or (..., d1, ..., dk), or probabilities of the logits'
             shape, (..., C) or (..., C, d1, ..., dk).
         weight: (C), or None.
@@ -425,7 +421,6 @@ class Head(NamedTuple):
     input: Tensor
     linear_weight: Tensor
     linear_bias: Tensor | None
-    adapter_weight: Tensor | None
     target: Tensor
     weight: Tensor | None
 

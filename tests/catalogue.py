@@ -23,7 +23,6 @@ from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
 from samples import (
     DEPRECATED,
     OF_CLASSES,
-    RANK,
     WITH_OPTIONS,
     declared,
     draw,
@@ -183,8 +182,6 @@ class Example:
             x = drawn[name]
             if operand.optional and name not in self.optional:
                 continue
-            if name == "linear_weight" and "adapter_weight" in self.optional:
-                x = x[..., :-RANK].contiguous()
             if x.is_floating_point():
                 x = x.to(dtype).requires_grad_(operand.differentiated)
             given[name] = x
@@ -371,9 +368,6 @@ def random_call(
         x = found[name]
         if operand.optional and not rng.once_in(3):
             continue
-        if name == "adapter_weight":  # its features are the last ones of the input
-            tensors["linear_weight"] = tensors["linear_weight"].detach()[..., :-RANK]
-            tensors["linear_weight"].requires_grad_(not rng.once_in(4))
         if isinstance(x, Tensor):
             if x.is_floating_point():
                 x = x.to(rng.choice(FLOATS) if mixed else dtype)

@@ -189,7 +189,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("eps", [1e-3, 0.5]),
         ("filter_eps", [0.0]),
         ("full log_input log_target reduce size_average squared swap", [False, True]),
-        ("deterministic_rows return_entropy return_lse return_metrics", [False, True]),
+        ("return_entropy return_lse return_metrics", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient is NaN for p = 1
         ("ignore_index", [0, 255, 1, -1]),
         ("inplace with_metrics", [True]),  # with_metrics is a function of its own
@@ -278,8 +278,6 @@ for _op in OPERATORS.values():
 
 # ---- operands ------------------------------------------------------------------------------------
 
-RANK = 2  # the rank of adapters, which use the last features of the input
-
 
 def draw(
     operand: Operand,
@@ -347,7 +345,6 @@ def logits_and_targets(
         "linear_weight": torch.randn(classes, *columns, features) / features**0.5,
         "target": target,
         "linear_bias": torch.randn(classes, *columns),
-        "adapter_weight": torch.randn(classes, *columns, RANK),
         "weight": torch.rand(classes) + 0.1,
         "token_weight": torch.rand((*rows, *columns)),
     }

@@ -317,9 +317,6 @@ HEADS: dict[str, Callable[..., Tensor]] = {
     "class weights": lambda x, w: fused.linear_cross_entropy(
         x, w, INDICES, weight=torch.linspace(0.5, 1.5, C)
     ),
-    "an adapter": lambda x, w, b: fused.linear_cross_entropy(
-        x, w[:, :4], INDICES, linear_bias=b, adapter_weight=w[:, 4:]
-    ),
     "linear_kl_div": lambda x, w, b: fused.linear_kl_div(x, w, x + 1, w * 2, linear_bias=b),
     "linear_topk_kl_div": lambda x, w, b: fused.linear_topk_kl_div(
         x, w, INDICES[:, None], SOFT[:, :1].log(), linear_bias=b

@@ -38,8 +38,6 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from pyfused import VocabShard
-from pyfused import functional as fused
 from pyfused.dispatch import sizes
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
@@ -332,14 +330,6 @@ def one_process() -> Iterator[None]:
 every_tensor_option = pytest.mark.parametrize(
     ("option", "example"), TENSOR_OPTIONS.values(), ids=TENSOR_OPTIONS
 )
-
-
-@pytest.mark.usefixtures("one_process")
-def test_a_shard_of_a_layer_with_an_adapter() -> None:
-    """The call raises an error that names the argument, instead of ignoring the adapter."""
-    tensors = torch.randn(6, 5), torch.randn(7, 3), torch.arange(6)
-    with pytest.raises(ValueError, match="adapter_weight: expected None with shard="):
-        fused.linear_cross_entropy(*tensors, adapter_weight=torch.randn(7, 2), shard=VocabShard(0))
 
 
 @every_tensor_option

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import TORCH
-from compare import Outcome, evaluate, exactly, products
+from compare import evaluate, products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -33,9 +33,8 @@ class HeadCase:
         dtype: torch.dtype = torch.float32,
         probabilities: bool = False,
     ) -> None:
-        shapes = (rows, 6), (classes, 6), (classes, 3)
-        self.input, self.head, self.adapter = (
-            torch.randn(shape).to(dtype).requires_grad_() for shape in shapes
+        self.input, self.head = (
+            torch.randn(shape).to(dtype).requires_grad_() for shape in ((rows, 6), (classes, 6))
         )
         self.target = torch.randint(0, classes, (rows,))
         self.target[1::3] = -100
@@ -160,10 +159,9 @@ def test_as_many_rows_as_classes_with_more_dimensions() -> None:
 
 
 @pytest.mark.parametrize("leading", [(0,), (0, 2), (2, 0)])
-def test_an_empty_batch_with_an_adapter(leading: tuple[int, ...]) -> None:
-    leaves = [torch.randn(*n, requires_grad=True) for n in ((*leading, 3 + 2), (5, 3), (5, 2))]
-    options = {"adapter_weight": leaves[2], "reduction": "sum"}
-    loss = fused.linear_cross_entropy(*leaves[:2], torch.empty(leading).long(), **options)
+def test_an_empty_batch(leading: tuple[int, ...]) -> None:
+    leaves = [torch.randn(*n, requires_grad=True) for n in ((*leading, 3), (5, 3))]
+    loss = fused.linear_cross_entropy(*leaves, torch.empty(leading).long(), reduction="sum")
     assert loss == 0
     assert not any(x.any() for x in torch.autograd.grad(loss, leaves))
 
@@ -241,54 +239,6 @@ def test_an_infinite_weight_of_a_class_only_changes_its_rows(value: float) -> No
     (gradient,), (best,) = (torch.autograd.grad(each.sum(), x) for each in (loss, expected))
     torch.testing.assert_close(loss, expected, equal_nan=True)
     torch.testing.assert_close(gradient[[0, 2]], best[[0, 2]])
-
-
-# ---- adapters ------------------------------------------------------------------------------------
-
-
-def with_adapter(given: HeadCase, rank: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns the joined input, the layer's weight, and the adapter's weight."""
-    features = given.input.shape[-1] - rank
-    return given.input, given.head.detach()[..., :features], {"adapter_weight": given.adapter}
-
-
-@pytest.mark.parametrize("needs", [(), ("head",), ("input",), ("input", "head")], ids=",".join)
-def test_products_of_an_adapter(needs: tuple[str, ...]) -> None:
-    """No gradient product is computed for a frozen weight."""
-    given = HeadCase(rows=90)
-    rows = 90 if backend.ASYNCHRONOUS else 60
-    input, head, adapter = with_adapter(given)
-    input, head = input.detach().requires_grad_("input" in needs), head.clone()
-    head.requires_grad_("head" in needs)
-    with products() as found:
-        options: dict[str, Any] = {"memory_budget": 1 << 20, **adapter}
-        fused.linear_cross_entropy(input, head, given.target, **options).backward()
-    of_input = [(rows, 70, 3)] * 2 if "input" in needs else []
-    of_weights = [(70, rows, 3)] * (2 if "head" in needs else 1)
-    assert sorted(found) == sorted([(rows, 3, 70)] * 2 + of_input + of_weights)
-
-
-def assert_near(got: Outcome, exact: Outcome, error: float) -> None:
-    for ours, best in zip(
-        (got.value, *got.gradients), (exact.value, *exact.gradients), strict=True
-    ):
-        assert (ours.double() - best).norm() / best.norm() < error
-
-
-@grid(budget=[None, 3000], dtype=[torch.bfloat16, torch.float16], reduction=["mean", "none"])
-def test_an_adapter_in_float32_beside_a_layer_in_half_precision(
-    budget: int | None, dtype: torch.dtype, reduction: str
-) -> None:
-    """The gradient of the adapter's weight has its dtype."""
-    given = HeadCase(rows=80, classes=300, dtype=dtype)
-    input, head, adapter = with_adapter(given)
-    adapter = {name: x.detach().float().requires_grad_() for name, x in adapter.items()}
-    arguments, options = (input, head, given.target), {"reduction": reduction, **adapter}
-    got = evaluate(fused.linear_cross_entropy, *arguments, **options, memory_budget=budget)
-    assert got.value.dtype is dtype
-    assert [x.dtype for x in got.gradients] == [dtype, torch.float32]
-    exact = evaluate(materialised, *arguments, convert=exactly, **options)
-    assert_near(got, exact, 2 * torch.finfo(dtype).eps)
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------

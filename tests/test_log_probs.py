@@ -243,11 +243,10 @@ def test_a_row_does_not_depend_on_other_rows(
     classes=st.integers(1, 2600),
     rows=st.integers(1, 40),
     budget=st.sampled_from([None, 1, 20_000, 300_000, 40_000_000]),
-    fixed=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_chunks_are_bitwise_identical(
-    classes: int, rows: int, budget: int | None, fixed: bool, seed: int
+    classes: int, rows: int, budget: int | None, seed: int
 ) -> None:
     """Matrix products with one feature of 1 are exact."""
     torch.manual_seed(seed)
@@ -255,73 +254,9 @@ def test_chunks_are_bitwise_identical(
     input, target = torch.ones(rows, 1), torch.randint(0, classes, (rows,))
     target[torch.rand(rows) < 0.3] = -100
     expected = bits(all_results("log_probs", logits=input @ head.t(), target=target))
-    chunks: dict[str, Any] = {"memory_budget": budget, "deterministic_rows": fixed}
-    found = all_results(
-        "linear_log_probs", input=input, linear_weight=head, target=target, **chunks
-    )
+    given = {"input": input, "linear_weight": head, "target": target, "memory_budget": budget}
+    found = all_results("linear_log_probs", **given)
     assert torch.equal(bits(found), expected)
-
-
-@pytest.mark.cpu
-@settings(max_examples=40 if FULL else 15)
-@given(
-    features=st.integers(1, 300),
-    classes=st.integers(2, 2600),
-    rows=st.integers(1, 300),
-    bias=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_deterministic_rows(features: int, classes: int, rows: int, bias: bool, seed: int) -> None:
-    """A row has the same bits in any batch, at any index, with any other results."""
-    torch.manual_seed(seed)
-    tensors = {"linear_weight": torch.randn(classes, features)}
-    if bias:
-        tensors["linear_bias"] = torch.randn(classes)
-    input, target = torch.randn(rows, features), torch.randint(0, classes, (rows,))
-
-    def found(rows_of: Tensor, **more: Any) -> Tensor:
-        given: dict[str, Any] = tensors | {"deterministic_rows": True} | more
-        results = all_results(
-            "linear_log_probs", input=input[rows_of], target=target[rows_of], **given
-        )
-        return bits(results)
-
-    order = torch.randperm(rows)
-    whole = found(order)
-    subset = order[: 1 + rows // 3]
-    leaf = {"linear_weight": tensors["linear_weight"].clone().requires_grad_()}
-    assert torch.equal(
-        found(subset.flip(0), memory_budget=1, **leaf), whole[:, : len(subset)].flip(1)
-    )
-    assert torch.equal(found(order[-1:]), whole[:, -1:])
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize(("group", "alike"), [(6, True), (7, False)])
-def test_rows_whose_products_are_summed_in_a_different_order(
-    group: int, alike: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MKL sums groups of rows in one order, and the remaining rows in another."""
-    mm, sizes = torch.mm, []
-
-    def by_groups(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        sizes.append(len(x))
-        whole = len(x) // group * group
-        mm(x[:whole], weight, out=out[:whole])
-        mm(x[whole:].flip(1), weight.flip(0), out=out[whole:])
-
-    monkeypatch.setattr(torch, "mm", by_groups)
-    features, classes = 16 * group, 31  # sizes that no other test uses, because probes are cached
-    input, target = torch.randn(150, features), torch.randint(0, classes, (150,))
-    head = {"linear_weight": torch.randn(classes, features), "deterministic_rows": True}
-
-    def found(of: slice) -> Tensor:
-        return bits(all_results("linear_log_probs", input=input[of], target=target[of], **head))
-
-    whole = found(slice(None))
-    assert (sizes[-1] > 1) == alike
-    for first in (1, 5, 64, 127, 149):
-        assert torch.equal(found(slice(first, None)), whole[:, first:])
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -82,11 +82,8 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None = None,
-    adapter_weight: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    if adapter_weight is not None:
-        linear_weight = torch.cat((linear_weight, adapter_weight), -1)
     return cross_entropy(layer(input, linear_weight, linear_bias), target, **options)
 
 

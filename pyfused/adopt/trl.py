@@ -32,7 +32,7 @@ _PARAMETERS = (
 )
 
 
-def patch_trl(*, deterministic_rows: bool = False) -> None:
+def patch_trl() -> None:
     """Makes TRL's trainers compute log-probabilities with pyfused: SFT, DPO, GRPO, KTO, RLOO.
 
     TRL computes the log-probabilities, entropies and statistics of tokens from hidden states by
@@ -43,10 +43,6 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
     partitions, on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names
     each reason once. If TRL's function has other parameters, in another version of TRL, nothing is
     replaced, and a warning says so.
-
-    Args:
-        deterministic_rows: Whether the bits of a token's results are independent of its batch, as
-            in :func:`~pyfused.functional.linear_log_probs`.
 
     Raises:
         ImportError: TRL is not installed.
@@ -61,7 +57,7 @@ def patch_trl(*, deterministic_rows: bool = False) -> None:
     if isinstance(function, _LogProbFunction):
         function = function.original
     if _is_known(function):
-        setattr(utils, _NAME, _LogProbFunction(function, deterministic_rows))
+        setattr(utils, _NAME, _LogProbFunction(function))
     else:
         message = f"pyfused.patch_trl: TRL is left unchanged, because {_MODULE}.{_NAME} "
         message += "has different parameters from those in TRL 1.16"
@@ -92,8 +88,8 @@ def _is_known(function: Any) -> bool:
 class _LogProbFunction:
     """Takes the place of TRL's autograd function."""
 
-    def __init__(self, original: Any, deterministic_rows: bool) -> None:
-        self.original, self.deterministic_rows = original, deterministic_rows
+    def __init__(self, original: Any) -> None:
+        self.original = original
 
     def apply(
         self,
@@ -127,7 +123,6 @@ class _LogProbFunction:
             temperature=temperature / logit_scale,
             return_entropy="entropy" in outputs,
             return_metrics="mean_logits" in outputs or "is_top1" in outputs,
-            deterministic_rows=self.deterministic_rows,
         )
         return (  # TRL's result is float32 even for float64 inputs
             results.log_probability.float(),

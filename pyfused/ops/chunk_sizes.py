@@ -142,17 +142,8 @@ def tile_size(
 MIN_TILE_ROWS = 16  # fewer rows with all classes take no more memory
 
 
-def fixed_rows(device: torch.device) -> int:
-    """Returns the rows of a product whose size does not depend on the batch.
-
-    CPU libraries compute groups of 4, 6, 8 or 16 rows, and may sum over features in another order
-    for the remaining rows. On GPUs, products of more rows save launches.
-    """
-    return 96 if device.type == "cpu" else 1024
-
-
 def state_block_size(
-    head: Head, memory_budget: int | None, fixed_sizes: bool, backend: Backend
+    head: Head, memory_budget: int | None, backend: Backend
 ) -> Callable[[int], tuple[int, int]]:
     """Returns the rows and the columns of the blocks over which row states are computed.
 
@@ -161,12 +152,9 @@ def state_block_size(
     """
     rows_of = rows_at_once(head, VocabOptions(memory_budget=memory_budget), backend)
     dtype, columns, features = product_dtype(head, backend), head.columns, head.input.shape[-1]
-    fixed = fixed_rows(head.input.device)
 
     def size(n: int) -> tuple[int, int]:
         rows = rows_of(n)
-        if fixed_sizes:
-            return max(1, rows // fixed) * fixed, columns
         if rows:
             return rows, columns
         if memory_budget is None:

@@ -117,7 +117,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
     size = (SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2,) * 2
     if options.memory_budget is not None:  # the other half is for the transposed block
         size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
-    layer = Layer(backend, x, (b,), None, x.dtype, size)
+    layer = Layer(backend, x, b, None, x.dtype, size)
     plain = VocabOptions()
     numbers = plain.numbers()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
@@ -158,7 +158,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
     memory = block.logits.view(-1) if n <= min(size) else None  # reuses a single block's logits
-    return loss, over_blocks(layer, outputs.gradients, step, memory=memory)[:3], None
+    return loss, over_blocks(layer, outputs.gradients, step, memory=memory), None
 
 
 def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Results:
@@ -189,7 +189,7 @@ def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
             gradient = gradient.to(dtype)
         return loss, gradient
 
-    layer = Layer(backend, x, (b,), None, dtype, size)
+    layer = Layer(backend, x, b, None, dtype, size)
     loss, gradients = loss_over_rows(layer, outputs.gradients, step, (grad_output,))
     if gradients:
         gradients = *gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import cpu
-from pyfused.dispatch.autograd import autocast_dtype, without_autocast
+from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.originals import original
 from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
@@ -137,26 +137,20 @@ def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-    adapter_weight: Tensor | None,
     target: Tensor,
     weight: Tensor | None = None,
     torch_options: Any = None,
     options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
 ) -> Any:
-    checks.same_device(
-        input, linear_weight=linear_weight, linear_bias=linear_bias, adapter_weight=adapter_weight
-    )
-    if adapter_weight is not None:
-        checks.linear_layer(input, linear_weight, linear_bias, adapter=adapter_weight)
-    head = Head(input, linear_weight, linear_bias, adapter_weight, target, weight)
-    head = _with_one_weight(head)
+    checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
+    head = Head(input, linear_weight, linear_bias, target, weight)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
         input = without_ignored_states(input, target, options.ignore_index, *head[1:3])
         checks.memory_budget(options.memory_budget)  # torch's function does not take these two
         checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
         return _linear_cross_entropy(
             input,
-            head.linear_weight,
+            linear_weight,
             target,
             linear_bias=linear_bias,
             weight=weight,
@@ -194,18 +188,9 @@ def without_ignored_states(
     return input.where(valid.unsqueeze(-1), 0)
 
 
-def _with_one_weight(head: Head) -> Head:
-    """Returns the same head with one weight of D + r features, which includes the adapter's."""
-    if head.adapter_weight is None:
-        return head
-    weights = head.linear_weight, head.adapter_weight.to(head.linear_weight.dtype)
-    with without_autocast(head.input.device.type):  # autocast cannot concatenate some dtypes
-        return head._replace(linear_weight=torch.cat(weights, -1), adapter_weight=None)
-
-
 def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:
     """Returns the cross-entropy of a linear layer's output, computed from all logits."""
-    leading, head = head.input.shape[:-1], _with_one_weight(head)
+    leading = head.input.shape[:-1]
     if len(leading) > 1:
         head, token_weight = head.as_rows(options.token_weight)
         options = replace(options, token_weight=token_weight)

@@ -348,10 +348,10 @@ def _by_rows(
     bytes_per_logit = dtype.itemsize + cap_bytes + teacher_bytes
     limits = n, weight.shape, options.memory_budget, dtype, backend, bytes_per_logit
     size = max(1, min(n, rows_in_budget(*limits))), weight.shape[0]
-    layer = Layer(backend, _masked(input, options), (weight,), bias, dtype, size)
+    layer = Layer(backend, _masked(input, options), weight, bias, dtype, size)
     row_tensors = *row_tensors, options.token_weight, grad_output
     loss, gradients = loss_over_rows(layer, outputs.gradients, step, row_tensors)
-    return loss, gradients[:3], None
+    return loss, gradients, None
 
 
 def _topk(

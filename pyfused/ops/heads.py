@@ -12,7 +12,6 @@ chooses the numbers of rows and classes of a block.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass
@@ -20,12 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused.backends import Backend
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.layout import accumulate_dtype, layouts
-from pyfused.ops.chunk_sizes import fixed_rows, product_dtype
+from pyfused.ops.chunk_sizes import product_dtype
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.row_state import RowInputs, RowState
 from pyfused.types import ClassRange, Gradients, Head, Outputs, VocabOptions
@@ -37,47 +35,36 @@ class Layer(NamedTuple):
     """A linear layer and its input, whose logits are computed by blocks.
 
     Attributes:
-        input: (N, D), or (N, D + r) with an adapter; its last r features are the adapter's.
-        weights: The weight (C, D), followed by the weight (C, r) of an adapter if there is one.
-            The adapter's output is added to the layer's.
+        input: (N, D).
+        weight: (C, D).
         bias: (C), or None.
         dtype: The dtype of the matrix products.
         size: The numbers of rows and classes of a block.
         counts: (N), whether each row counts; None if all rows count. For other rows, the gradient
             of the logits is 0, and the weight's gradient uses 0 instead of the features, which may
             be NaN.
-        fixed_sizes: Whether the bits of a row's logits are independent of the batch.
     """
 
     backend: Backend
     input: Tensor
-    weights: Sequence[Tensor]
+    weight: Tensor
     bias: Tensor | None
     dtype: torch.dtype
     size: tuple[int, int]
     counts: Tensor | None = None
-    fixed_sizes: bool = False
-
-    def split(self, input: Tensor) -> Sequence[Tensor]:
-        """Splits features, or their gradient, into the features of each weight."""
-        if len(self.weights) == 1:
-            return (input,)
-        parts: Sequence[Tensor] = input.split([weight.shape[1] for weight in self.weights], 1)
-        return parts
 
 
 class Block(NamedTuple):
     """The logits of some rows and classes, and the factors of their matrix product.
 
     Attributes:
-        inputs: The rows of the input, split into the features of each of the layer's weights.
-        weights: The rows of each weight for these classes. Inputs and weights have the dtype of the
-            products.
+        input: The rows of the layer's input, in the dtype of the product.
+        weight: The rows of the weight for these classes, in the same dtype.
     """
 
     logits: Tensor
-    inputs: Sequence[Tensor]
-    weights: Sequence[Tensor]
+    input: Tensor
+    weight: Tensor
     rows: slice
     classes: slice
 
@@ -92,101 +79,94 @@ def blocks(
         memory: Holds the logits of the first block, and is overwritten by the next ones. None
             allocates it.
     """
-    backend, input, all_weights, bias, dtype, size, _, fixed_sizes = layer
-    n, all_classes = input.shape[0], all_weights[0].shape[0]
+    backend, input, weight, bias, dtype, size, _ = layer
+    n, all_classes = input.shape[0], weight.shape[0]
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
-    product, is_computed = _linear_in_fixed_sizes if fixed_sizes else linear, memory is not None
+    is_computed = memory is not None
     if memory is None:
         memory = backend.empty((rows * classes,), dtype, input)
     for first in range(0, all_classes, classes):
         class_slice = slice(first, min(first + classes, all_classes))
-        weights = [weight[class_slice].to(dtype) for weight in all_weights]
+        w = weight[class_slice].to(dtype)
         b = None if bias is None else bias[class_slice].to(dtype)
         starts = range(0, n, rows)
         for start in reversed(starts) if backwards else starts:
             row_slice = slice(start, min(start + rows, n))
-            inputs = layer.split(input[row_slice].to(dtype))
-            shape = inputs[0].shape[0], weights[0].shape[0]
-            logits = memory[: shape[0] * shape[1]].view(shape)
+            x = input[row_slice].to(dtype)
+            logits = memory[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
             if not is_computed:
-                product(inputs[0], weights[0], b, logits)
-                for x, weight in zip(inputs[1:], weights[1:], strict=True):
-                    backend.add_product(logits, x, weight.t(), 1.0)
+                linear(x, w, b, logits)
             is_computed = False
-            yield Block(logits, inputs, weights, row_slice, class_slice)
+            yield Block(logits, x, w, row_slice, class_slice)
 
 
 class LayerGradients:
     """Accumulates the gradients of a layer over blocks, whose rows come in ascending order.
 
     Args:
-        needs: Whether the input, the weight, the bias and the adapter's weight need a gradient.
+        needs: Whether the input, the weight and the bias need a gradient.
     """
 
     def __init__(self, layer: Layer, needs: Sequence[bool]) -> None:
-        backend, input, weights, bias, dtype, size, *_ = layer
+        backend, input, weight, bias, dtype, size, _ = layer
         self.layer, self.sum_dtype = layer, accumulate_dtype(dtype)
         self.input: Tensor | None = None
+        self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.weights: list[Tensor | None] = [None] * len(weights)
-        self.sums = list(self.weights)  # of the products of the current block of classes
-        all_rows, all_classes = input.shape[0] <= size[0], weights[0].shape[0] <= size[1]
+        self.sums: Any = None  # of the products of the current block of classes
+        all_rows, all_classes = input.shape[0] <= size[0], weight.shape[0] <= size[1]
         if needs[0]:
             self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
-        for i, weight in enumerate(weights):
-            if needs[3 if i else 1]:
-                one_product = all_rows and weight.dtype is dtype
-                sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
-                self.weights[i] = backend.empty(weight.shape, sum_dtype, input)
+        if needs[1]:
+            one_product = all_rows and weight.dtype is dtype
+            sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
+            self.weight = backend.empty(weight.shape, sum_dtype, input)
         if needs[2] and bias is not None:
             self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype)
 
     def add(self, block: Block, grad_logits: Tensor, columns: Tensor | None = None) -> None:
-        """Adds the products of the gradient of a block's logits with its weights and its inputs.
+        """Adds the products of the gradient of a block's logits with its weight and its input.
 
         Args:
             columns: The indices of the classes to include, None for all.
         """
-        _, inputs, weights, rows, classes = block
+        _, x, weight, rows, classes = block
         backend, counts = self.layer.backend, self.layer.counts
         if self.bias is not None:
             self.bias[classes] += grad_logits.sum(0, dtype=self.sum_dtype)
         if columns is not None:
-            grad_logits, weights = grad_logits[:, columns], [weight[columns] for weight in weights]
+            grad_logits, weight = grad_logits[:, columns], weight[columns]
         if self.input is not None:
-            for out, weight in zip(self.layer.split(self.input[rows]), weights, strict=True):
-                backend.add_product(out, grad_logits, weight, float(classes.start > 0))
-        if counts is not None and self.weights.count(None) < len(self.weights):
-            inputs = [x.where(counts[rows].unsqueeze(-1), 0) for x in inputs]
+            beta = float(classes.start > 0)
+            backend.add_product(self.input[rows], grad_logits, weight, beta)
+        if self.weight is None:
+            return
+        if counts is not None:
+            x = x.where(counts[rows].unsqueeze(-1), 0)
         first, last = rows.start == 0, rows.stop == self.layer.input.shape[0]
-        for i, (total, x) in enumerate(zip(self.weights, inputs, strict=True)):
-            if total is None:
-                continue
-            out = total[classes]
-            if first:
-                in_place = out.dtype is self.sum_dtype or (last and out.dtype is grad_logits.dtype)
-                self.sums[i] = out if in_place else backend.empty(out.shape, self.sum_dtype, x)
-            sums: Any = self.sums[i]
-            if columns is None:
-                backend.add_product(sums, grad_logits.t(), x, float(not first))
-            else:
-                sums = sums.zero_() if first else sums
-                sums.index_add_(0, columns, torch.mm(grad_logits.t(), x).to(sums.dtype))
-            if last and sums.data_ptr() != out.data_ptr():
-                out.copy_(sums)
+        out = self.weight[classes]
+        if first:
+            in_place = out.dtype is self.sum_dtype or (last and out.dtype is grad_logits.dtype)
+            self.sums = out if in_place else backend.empty(out.shape, self.sum_dtype, x)
+        if columns is None:
+            backend.add_product(self.sums, grad_logits.t(), x, float(not first))
+        else:
+            sums = self.sums.zero_() if first else self.sums
+            sums.index_add_(0, columns, torch.mm(grad_logits.t(), x).to(sums.dtype))
+        if last and self.sums.data_ptr() != out.data_ptr():
+            out.copy_(self.sums)
 
     def converted(self) -> Gradients:
-        """Returns the gradients in the dtypes of the layer's tensors, after all blocks.
+        """Returns the gradients of the input, the weight and the bias, after all blocks.
 
-        These are the gradients of the input, the weight, the bias and the adapter's weight.
+        They have the dtypes of these tensors.
         """
-        backend, input, weights, bias, *_ = self.layer
-        gradients: list[Any] = [self.input, self.bias, *self.weights]
-        for i, (total, x) in enumerate(zip(gradients, (input, bias, *weights), strict=True)):
+        backend, *tensors = self.layer[:4]
+        gradients: list[Any] = [self.input, self.weight, self.bias]
+        for i, (total, x) in enumerate(zip(gradients, tensors, strict=True)):
             if total is not None and x is not None and total.dtype is not x.dtype:
                 gradients[i] = backend.empty(total.shape, x.dtype, total).copy_(total)
-        grad_input, grad_bias, grad_weight, *grad_adapter = gradients
-        return grad_input, grad_weight, grad_bias, grad_adapter[0] if grad_adapter else None
+        return tuple(gradients)
 
 
 def over_blocks(
@@ -247,7 +227,7 @@ def loss_over_rows(
             losses.append(loss)
         return grad_logits
 
-    gradients = over_blocks(layer, needs or (False,) * 4, block_step, filter_below)
+    gradients = over_blocks(layer, needs or (False,) * 3, block_step, filter_below)
     gradients = gradients if needs else ()
     if len(losses) < 2:
         return losses[0] if losses else None, gradients
@@ -331,13 +311,11 @@ class HeadRows:
 
     Attributes:
         head: Describes the layer by tensors or TensorSpecs; autocast has been applied to the input.
-            A layer with an adapter has two-dimensional weights.
         options: The options of the kernels, whose numbers are not used.
         classes: The range of the layer's classes.
         fields: The number of fields of a state.
         size: Returns the numbers of rows and classes of a block, given the number of rows.
-        needs: Whether the input, the weight, the bias and the adapter's weight need a gradient.
-        fixed_sizes: As in `Layer`.
+        needs: Whether the input, the weight and the bias need a gradient.
     """
 
     backend: Backend
@@ -347,7 +325,6 @@ class HeadRows:
     fields: int
     size: Callable[[int], tuple[int, int]]
     needs: Sequence[bool]
-    fixed_sizes: bool = False
 
     def __post_init__(self, head: Head) -> None:
         self.dtype, self.columns = product_dtype(head, self.backend), head.columns
@@ -356,17 +333,16 @@ class HeadRows:
     def layer(self, inputs: RowInputs) -> tuple[Layer, Tensor, Tensor | None, int]:
         """Returns the layer of the rows to compute, their targets, their indices and N."""
         layer: list[Any] = [None if x is None else x.detach() for x in inputs[0]]
-        input, weight, bias, *adapter = layer
+        input, weight, bias = layer
         n, features = input.shape[:-1].numel(), input.shape[-1]
         input, target = input.reshape(n, features), inputs[1].reshape(n, self.positions)
         valid, counts = rows_that_count(target != self.options.ignore_index, self.backend)
         input, target = take_rows(input, valid), take_rows(target, valid)
         bias = None if bias is None else bias.movedim(0, -1).flatten()
         weight = weight.movedim(0, -2).reshape(self.columns, -1)  # contiguous classes per target
-        weights = [weight, *[x for x in adapter if x is not None]]
-        options = bias, self.dtype, self.size(input.shape[0]), counts, self.fixed_sizes
+        options = bias, self.dtype, self.size(input.shape[0]), counts
         labels = target.flatten().contiguous()
-        return Layer(self.backend, input, weights, *options), labels, valid, n
+        return Layer(self.backend, input, weight, *options), labels, valid, n
 
     def per_target(self, block: Block) -> tuple[Tensor, slice, ClassRange]:
         """Returns a block's logits with a row per target, the targets' slice, and the classes."""
@@ -406,7 +382,7 @@ class HeadRows:
         logits: Tensor | None = None,
         filter_below: Tensor | None = None,
     ) -> Gradients:
-        """Computes the gradients of the layer's input, weight, bias and adapter's weight.
+        """Computes the gradients of the layer's input, weight and bias.
 
         Args:
             state: The state over all classes.
@@ -431,7 +407,7 @@ class HeadRows:
 
         below = take_rows(filter_below, valid)
         gradients = over_blocks(layer, self.needs, step, below, logits)
-        grad_input, grad_weight, grad_bias, grad_adapter = gradients
+        grad_input, grad_weight, grad_bias = gradients
         if grad_input is not None:
             grad_input = spread_rows(grad_input, valid, n).view(input.shape)
         classes = *linear_weight.shape[1:-1], linear_weight.shape[0]
@@ -439,7 +415,7 @@ class HeadRows:
             grad_weight = grad_weight.view(*classes, -1).movedim(-2, 0)
         if grad_bias is not None:
             grad_bias = grad_bias.view(classes).movedim(-1, 0)
-        return grad_input, grad_weight, grad_bias, grad_adapter
+        return grad_input, grad_weight, grad_bias
 
 
 # ---- softcap -------------------------------------------------------------------------------------
@@ -472,66 +448,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
-
-
-# The columns of a product of fixed size, on CPUs. On GPUs, all columns are used, to save launches.
-FIXED_COLUMNS = 2048
-ALIGNMENT = 64  # bytes
-
-
-def _linear_in_fixed_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Computes logits such that the bits of a row depend only on this row and the layer.
-
-    The products have the same size, layout and alignment for every batch. Rows are copied to a
-    block, whose other rows hold zeros or rows of an earlier product. Features are padded to
-    multiples of 16, which aligns all rows.
-    """
-    features, padding = x.shape[1], -x.shape[1] % 16
-    settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    width = FIXED_COLUMNS if x.is_cpu else weight.shape[0]
-    for first in range(0, weight.shape[0], width):
-        columns = slice(first, first + width)
-        w = F.pad(weight[columns], (0, padding)) if padding else weight[columns]
-        if not w.is_contiguous() or w.data_ptr() % ALIGNMENT:
-            w = w.clone(memory_format=torch.contiguous_format)
-        b = None if bias is None else bias[columns]
-        rows = _rows_of_product(x.device, x.dtype, *w.shape, b is not None, *settings)
-        block, product = x.new_zeros(rows, w.shape[1]), x.new_empty(rows, len(w))
-        for row in range(0, x.shape[0], rows):
-            part = x[row : row + rows]
-            block[: len(part), :features] = part
-            linear(block, w, b, product)
-            out[row : row + rows, columns] = product[: len(part)]
-
-
-@functools.cache
-def _rows_of_product(
-    device: torch.device,
-    dtype: torch.dtype,
-    classes: int,
-    features: int,
-    bias: bool,
-    *_settings: Any,
-) -> int:
-    """Returns the number of rows of a product with equal results for equal rows: `fixed_rows` or 1.
-
-    No library guarantees equal results, so the first use tests copies of one row. Products of
-    single rows are always equal, but slower.
-
-    Args:
-        _settings: Settings on which the library's choice of an algorithm may depend.
-    """
-    random = functools.partial(
-        torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype
-    )
-    weight, bias_values = random(classes, features), random(classes) if bias else None
-    rows = fixed_rows(device)
-    product = weight.new_empty(rows, classes)
-    for _ in range(8):  # sums over few features may agree in another order by chance
-        linear(random(1, features).repeat(rows, 1), weight, bias_values, product)
-        if not torch.equal(product, product[:1].expand_as(product)):
-            return 1
-    return rows
 
 
 MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copying

@@ -70,13 +70,13 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
     def compute_small(self, *call: Any) -> Any:
         """Returns the result of a small call, without the definition's checks in common cases."""
-        input, linear_weight, bias, adapter_weight, target, weight, *factors = call[:8]
-        *numbers, smoothing, filter_eps = call[8:16]
-        ignore_index, reduction, *others = call[16:]
-        added, number = (adapter_weight, *factors, *numbers, filter_eps), REDUCTIONS.get(reduction)
+        input, linear_weight, bias, target, weight, *factors = call[:7]
+        *numbers, smoothing, filter_eps = call[7:15]
+        ignore_index, reduction, *others = call[15:]
+        added, number = (*factors, *numbers, filter_eps), REDUCTIONS.get(reduction)
         if (
             not TYPES.issuperset(map(type, (smoothing, *added)))
-            or added != (None, None, None, *DEFAULTS, 0.0)
+            or added != (None, None, *DEFAULTS, 0.0)
             or others != [None, None, False, None]  # from memory_budget to torch's options
             or number is None
             or has_torch_function((input, linear_weight, bias, target, weight))
@@ -117,7 +117,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return *head, token_weight, denominator
 
     def finish(self, options: CrossEntropyOptions, results: Any, tensors: Tensors) -> Any:
-        (loss, state), input, target = results, tensors[0], tensors[4]
+        (loss, state), input, target = results, tensors[0], tensors[3]
         leading, dtype = input.shape[:-1], loss.dtype
         loss = with_leading_dims(loss, leading).to(_result_dtype(input, target, options))
         if not options.with_metrics or state is None:
@@ -159,7 +159,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return state_fields(options)
 
     def loss_dtype(self, tensors: Sequence[Any]) -> torch.dtype:
-        dtype, target = tensors[0].dtype, tensors[4]
+        dtype, target = tensors[0].dtype, tensors[3]
         if target.is_floating_point():
             dtype = torch.promote_types(dtype, target.dtype)
         return accumulate_dtype(dtype)
@@ -167,7 +167,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     def valid_rows(
         self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
     ) -> tuple[Tensor | None, Tensor | None]:
-        target, weight = tensors[4], options.token_weight
+        target, weight = tensors[3], options.token_weight
         if target.is_floating_point():
             if weight is None or not options.with_metrics:
                 return super().valid_rows(backend, tensors, options)
@@ -225,7 +225,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
 
 
 def linear_cross_entropy_fallback_reason(
-    input: Tensor, linear_weight: Tensor, _bias: Any, _adapter: Any, target: Tensor, *rest: Any
+    input: Tensor, linear_weight: Tensor, _bias: Any, target: Tensor, *rest: Any
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
     if not input.dim() or linear_weight.dim() < 2:
@@ -261,12 +261,12 @@ def _by_rows(
     args: LossArgs,
 ) -> Results:
     """Computes the results by blocks of rows with all classes."""
-    input, linear_weight, bias, adapter_weight, target, weight = tensors
+    input, linear_weight, bias, target, weight = tensors
     options, outputs, grad_output, _, counts = args
     classes, needs, states = linear_weight.shape[:-1], outputs.gradients, list[Tensor]()
     numbers, (token_weight, denominator) = options.numbers(), options.plan_tensors()
-    grad_target = torch.empty_like(target) if needs and needs[4] else None
-    block_needs = (any(needs[:4]), needs[4]) if needs else ()
+    grad_target = torch.empty_like(target) if needs and needs[3] else None
+    block_needs = (any(needs[:3]), needs[3]) if needs else ()
     block_outputs = Outputs(outputs.loss, block_needs, inplace=True)
 
     def step(
@@ -294,15 +294,14 @@ def _by_rows(
         scale = input.new_ones(()) if grad_output is None else grad_output.abs()
         divisor = options.denominator if options.reduction == "mean" else 1.0
         filter_below = options.filter_eps * scale / divisor
-    weights = [x.flatten(0, -2) for x in (linear_weight, adapter_weight) if x is not None]
-    bias, size = None if bias is None else bias.flatten(), (rows, weights[0].shape[0])
-    layer = Layer(backend, input, weights, bias, dtype, size, counts)
+    matrix, bias = linear_weight.flatten(0, -2), None if bias is None else bias.flatten()
+    layer = Layer(backend, input, matrix, bias, dtype, (rows, matrix.shape[0]), counts)
     row_tensors = target, token_weight, grad_output
     loss, gradients = loss_over_rows(layer, needs, step, row_tensors, filter_below)
     state = torch.cat(states, 1).unflatten(1, (target.shape[0], *classes[1:])) if states else None
     if not gradients:
         return loss, (), state
-    pairs = zip(gradients, tensors[:4], strict=True)
+    pairs = zip(gradients, tensors[:3], strict=True)
     grad_layer = [None if x is None or t is None else x.view_as(t) for x, t in pairs]
     return loss, (*grad_layer, grad_target), state
 

@@ -44,13 +44,8 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     name="linear_cross_entropy",
     module="LinearCrossEntropyLoss",
     check_arguments=checks.linear_cross_entropy,
-    student=5,
-    operands=(
-        *HEAD,
-        Operand("adapter_weight", optional=True),
-        Operand("target", indices=True),
-        WEIGHT,
-    ),
+    student=4,
+    operands=(*HEAD, Operand("target", indices=True), WEIGHT),
     fallback_reason=linear_cross_entropy_fallback_reason,
     definition=definitions.linear_cross_entropy,
 )

@@ -57,9 +57,8 @@ def as_rows(logits: Tensor) -> Tensor:
     return feature_rows(logits if logits.dim() < 3 else logits.movedim(1, -1))
 
 
-# The inputs of a row source: logits, or a layer's input, weight, bias and optional adapter weight;
-# the target; the weights of all classes in the accumulation dtype, or None; and the numbers of the
-# options.
+# The inputs of a row source: logits, or a layer's input, weight and bias; the target; the weights
+# of all classes in the accumulation dtype, or None; and the numbers of the options.
 RowInputs = tuple[Sequence[Any], Any, Tensor | None, Numbers]
 # The states of shape (fields, *target.shape), in float64; the first fields in the accumulation
 # dtype, or None; and logits that the backward pass may overwrite, or None.

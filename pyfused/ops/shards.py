@@ -211,10 +211,9 @@ def state_plan(
         ready = results if shard is None else 0  # with shards, computed from the merged state
         source = LogitRows(backend, options, classes, fields, ready)
     else:
-        head = Head._make((*layer, None, target, None))
-        fixed = getattr(options, "deterministic_rows", False)
-        size = state_block_size(head, options.memory_budget, fixed, backend)
-        source = HeadRows(backend, head, options, classes, fields, size, needs, fixed)
+        head = Head._make((*layer, target, None))
+        size = state_block_size(head, options.memory_budget, backend)
+        source = HeadRows(backend, head, options, classes, fields, size, needs)
     if shard is not None:
         sizes = layer[0].shape if is_logits else [n for x in layer[:2] for n in x.shape[:-1]]
         source = ShardedRows(source, shard, 0 in sizes, entropy, needs)
@@ -367,7 +366,7 @@ def cross_entropy_plan(
 # ---- operators -----------------------------------------------------------------------------------
 
 # Options that may differ between processes: they affect neither communication nor the loss.
-_MAY_DIFFER = ("alone", "deterministic_rows", "filter_eps", "memory_budget")
+_MAY_DIFFER = ("alone", "filter_eps", "memory_budget")
 
 
 def _common_part(value: Any) -> Any:
