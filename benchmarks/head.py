@@ -21,7 +21,7 @@ from typing import Any
 import report
 import torch
 from cases import HeadCase, interleaved, ratios, settle_allocator, timers_of
-from report import RESULTS, ROOT, STYLES, Figure, finish, spread, tabulated
+from report import ROOT, spread, tabulated
 from rich.progress import track
 from torch import Tensor
 
@@ -30,7 +30,6 @@ import pyfused.memory
 
 # (tokens, features, classes)
 CASES = ((1024, 512, 32_000), (2048, 256, 128_256))
-CLASSES = (32_000, 64_000, 128_000)  # for 1024 tokens of 256 features
 ROUNDS = 5
 
 
@@ -96,25 +95,6 @@ def measure(shape: tuple[int, ...]) -> list[list[str]]:
     return rows
 
 
-def draw() -> Figure:
-    """Draws peak memory as bars, for several numbers of classes."""
-    figure = Figure(figsize=(report.WIDTH, 4), layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(("torch", "torch, in chunks", "pyfused")):
-        peaks = [peak("cross-entropy", name, (1024, 256, classes)) / 2**20 for classes in CLASSES]
-        positions = [x + 0.27 * (index - 1) for x in range(len(CLASSES))]
-        bars = axes.bar(positions, peaks, 0.25, color=STYLES[name][0], label=name)
-        axes.bar_label(bars, [f"{mib:.0f}" for mib in peaks], padding=2, fontsize=8)
-    logits = [classes * 4 / 2**10 for classes in CLASSES]
-    ends = [[x + offset for x in range(len(CLASSES))] for offset in (-0.4, 0.4)]
-    axes.hlines(logits, *ends, report.INK, linestyles=":", label="the logits")
-    axes.set_xticks(range(len(CLASSES)), [f"{classes:,}" for classes in CLASSES])
-    title = "Head and loss of 1,024 tokens, float32, forward and backward"
-    axes.set(xlabel="classes", ylabel="MiB beyond arguments and gradients", title=title)
-    finish(axes, "y", ncols=4)
-    return figure
-
-
 def head(options: Namespace) -> None:
     settle_allocator()
     shapes = CASES[:1] if options.quick else CASES
@@ -124,9 +104,6 @@ def head(options: Namespace) -> None:
     print(table)
     if not options.quick:
         results = report.measured(report.machine_info())
-        folder = RESULTS / report.slug(results)
-        folder.mkdir(parents=True, exist_ok=True)
-        report.save(draw(), folder / "head-memory")
         caption = f"{report.machine(results)}. Medians, and in brackets quartiles."
         report.fill(ROOT / "docs/language-models.md", f"{caption}\n\n{table}")
 

@@ -1,54 +1,31 @@
-"""Writes tables and plots from the results of pytest-benchmark, the GPU suite and allocators.
+"""Writes tables from the results of pytest-benchmark, the GPU suite and allocators.
 
 The output folder is benchmarks/results/<machine>. Tables of headline cases also go to docs/.
 """
 
 from __future__ import annotations
 
-import io
+import csv
 import json
 import os
 import platform
 import re
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from cases import TRAINING, Case, Quartiles, ratios
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from palette import STYLES
-
 from pyfused.backends import cpu
-
-try:
-    from matplotlib import rc_context, rcParams
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-except ImportError:  # without matplotlib, no plots are drawn
-    Figure = None
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE_PEERS = ("torch", "torch, THP", "torch.compile", "copy")  # in docs/benchmarks.md
-KEY = {
-    "torch": "eager, with the defaults of its allocator.",
-    "torch, THP": "eager; torch and pyfused in a process with THP_MEM_ALLOC_ENABLE=1.",
-    "torch.compile": "the operator alone, with Inductor's defaults; pyfused beside it is eager.",
-    "pyfused, compiled": "pyfused's operator alone under torch.compile.",
-    "copy": "of as many bytes as the case must move at least, between buffers that are used again."
-    " Its time divided by pyfused's is the share; GB/s are these bytes by pyfused's time.",
-}
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
 Found = dict[str, Any]  # the JSON output of pytest-benchmark
 
@@ -157,6 +134,55 @@ def rows_of(found: Found) -> list[Row]:
     return sorted(rows.values(), key=lambda row: row.case.split()[0])
 
 
+def cells(row: Row) -> dict[str, Any]:
+    """Returns the columns of a row; each peer has five."""
+    found = {**asdict(row), "headline": int(row.headline)}
+    peers = found.pop("peers")
+    for name, peer in peers.items():
+        columns = peer["ms"], peer["pyfused_ms"], *peer["ratio"]
+        found |= {f"{name}: {column}": x for column, x in zip(OF_PEER, columns, strict=True)}
+    return found
+
+
+OF_PEER = ("ms", "pyfused, ms", "ratio, lower quartile", "ratio, median", "ratio, upper quartile")
+
+
+def row_of(found: dict[str, str]) -> Row:
+    peers = {}
+    for name in dict.fromkeys(key.partition(": ")[0] for key in found if ": " in key):
+        if found[f"{name}: ms"]:
+            ms, ours, *ratio = (float(found[f"{name}: {column}"]) for column in OF_PEER)
+            peers[name] = Peer(ms, ours, tuple(ratio))
+    peak = found["peak_gradients"]
+    return Row(
+        found["case"],
+        found["op"],
+        found["mode"],
+        found["headline"] == "1",
+        int(found["elements"]),
+        int(found["classes"]),
+        peers,
+        float(peak) if peak else None,
+        int(found["bytes"]),
+    )
+
+
+def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a table; numbers have five digits."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()})
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
 def peers_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.peers))
 
@@ -214,127 +240,6 @@ def fill(page: Path, table: str) -> None:
     page.write_text(BLOCK.sub(lambda _: f"\n{table}\n\n", text), encoding="utf-8")
 
 
-# ---- plots ---------------------------------------------------------------------------------------
-
-USES_MEMORY = ("torch", "torch.compile", "pyfused", "pyfused, inplace=True")
-INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # colours of text and axes
-WIDTH = 8  # inches; pages do not scale plots
-
-
-def draw_ratios(rows: Sequence[Row], peers: Sequence[str]) -> Figure:
-    """Plots one line per case, with the median and the quartiles of each peer's ratio."""
-    several = len({row.mode for row in rows}) > 1
-    names = [f"{row.case}, {row.mode}" if several else row.case for row in rows]
-    figure = Figure(figsize=(WIDTH, 1.6 + 0.28 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(peers):
-        known = [(place, row) for place, row in enumerate(rows) if name in row.peers]
-        places = [place + 0.18 * (index - (len(peers) - 1) / 2) for place, _ in known]
-        ratios = [row.peers[name].ratio for _, row in known]
-        colour, marker = STYLES[name]
-        axes.hlines(places, [low for low, *_ in ratios], [high for *_, high in ratios], colour)
-        middle = [median for _, median, _ in ratios]
-        axes.plot(middle, places, marker, color=colour, markersize=4, label=name)
-    for place in range(0, len(rows), 2):
-        axes.axhspan(place - 0.5, place + 0.5, color=INK, alpha=0.06, linewidth=0)
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    finish_ratios(axes)
-    # The chart is tall, so there is another axis at the top, and the legend is at the top.
-    axes.tick_params(axis="x", top=True, labeltop=True)
-    above = {"loc": "lower center", "bbox_to_anchor": (0.3, 1), "borderaxespad": 1.8}
-    axes.legend(**above, ncols=len(peers), frameon=False)
-    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
-    figure.suptitle("Time of each divided by time of pyfused: median of the rounds, and quartiles")
-    return figure
-
-
-def finish_ratios(axes: Axes) -> None:
-    """Draws a logarithmic axis of ratios, with a line at 1."""
-    axes.axvline(1, color=INK, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
-    label_ratios(axes.xaxis)
-
-
-def label_ratios(axis: Axis) -> None:
-    """Labels 1, 2 and 5 times each power of ten, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def draw_memory(found: Sequence[Found]) -> Figure:
-    cases = list(dict.fromkeys(entry["case"] for entry in found))
-    figure = Figure(figsize=(WIDTH, 1.5 + 0.8 * len(cases)), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(USES_MEMORY)
-    for index, name in enumerate(USES_MEMORY):
-        entries = [entry for entry in found if entry["implementation"] == name]
-        places = [cases.index(entry["case"]) + (index - 1.5) * width for entry in entries]
-        taken = [entry["bytes"] / entry["input_bytes"] for entry in entries]
-        bars = axes.barh(places, taken, width, color=STYLES[name][0], label=name)
-        sizes = [f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in entries]
-        axes.bar_label(bars, sizes, padding=3, fontsize=8)
-    axes.set_yticks(range(len(cases)), cases)
-    axes.invert_yaxis()
-    axes.set_xlabel("peak memory beyond the arguments / memory of the input")
-    finish(axes, "x", ncols=4)
-    figure.suptitle("What a forward and backward pass takes at its peak")
-    return figure
-
-
-def draw_allocators(found: Sequence[Found]) -> Figure:
-    """Plots the milliseconds with each allocator, one panel per case."""
-    cases = list(dict.fromkeys(entry["case"] for entry in found))
-    names = list(dict.fromkeys(entry["setting"] for entry in found))
-    lines = -(-len(cases) // 2)
-    size = WIDTH, 0.8 + lines * (0.7 + 0.22 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(lines, 2, squeeze=False, sharey=True).flat
-    for axes, case in zip(panels, cases, strict=False):
-        times = {entry["setting"]: entry["ms"] for entry in found if entry["case"] == case}
-        colours = [STYLES[name.partition(",")[0]][0] for name in names]
-        bars = axes.barh(names, [times[name] for name in names], color=colours)
-        axes.bar_label(bars, [f"{times[name]:.3g}" for name in names], padding=3, fontsize=8)
-        axes.margins(x=0.15)
-        axes.set_title(case, fontsize=9)
-    for axes in list(figure.axes)[len(cases) :]:
-        axes.remove()
-    figure.axes[0].invert_yaxis()
-    figure.suptitle("Milliseconds of a forward and backward pass, by allocator")
-    return figure
-
-
-def finish(axes: Axes, grid: Any, **legend: Any) -> None:
-    axes.grid(axis=grid, color=INK, alpha=0.15, linewidth=0.6)
-    axes.figure.legend(loc="outside lower center", frameon=False, **legend)
-
-
-def svg(figure: Figure, title: str) -> str:
-    """Renders a figure as SVG: transparent, with text as text, and deterministic."""
-    for axes in figure.axes:
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(INK)
-        axes.tick_params(colors=INK, labelsize=9)
-    for text in figure.findobj(Text):
-        text.set_color(INK)
-    file = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": title, "svg.id": None}
-    with rc_context({name: value for name, value in options.items() if name in rcParams}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return re.sub(r"(?s)\s*<metadata>.*?</metadata>", "", file.getvalue())
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes NAME.svg for white backgrounds, and NAME-dark.svg for black backgrounds."""
-    text = svg(figure, path.stem)
-    path.with_suffix(".svg").write_text(text, encoding="utf-8")
-    dark = text.replace(INK, INK_ON_BLACK)
-    path.with_name(f"{path.stem}-dark.svg").write_text(dark, encoding="utf-8")
-
-
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -351,30 +256,15 @@ def write(
     rows = rows_of(found)
     if not rows:
         sys.exit(f"no benchmark has succeeded: {found.get('left_out')}")
-    folder = results / slug(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio."
-    known = peers_of(rows)
-    key = "\n".join(f"- {name}: {text}" for name, text in KEY.items() if name in known)
-    tables = [caption, markdown(rows), key]
-    peers = [name for name in (*HEADLINE_PEERS, "liger") if name in known]
-    headline = [row for row in rows if row.headline and row.mode == TRAINING]
-    drawn: dict[str, Callable[[], Figure]] = {"ratios": lambda: draw_ratios(headline, peers)}
+    folder, where = results / slug(found), {"machine": machine(found)}
+    write_csv(folder / "results.csv", [cells(row) | where for row in rows])
     if found["memory"]:
-        drawn["memory"] = lambda: draw_memory(found["memory"])
-    if "allocators" in found:
-        drawn["allocators"] = lambda: draw_allocators(found["allocators"])
-        table = allocators_markdown(found["allocators"])
-        tables.append(f"How many times as fast as torch, forward + backward:\n\n{table}")
-        if pages:
-            fill(pages / "docs/memory.md", f"{caption}\n\n{table}")
-    (folder / "table.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, draw in drawn.items() if Figure else ():
-        figure = draw()
-        where = textwrap.fill(machine(found), 90)
-        figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize=10)
-        save(figure, folder / name)
+        write_csv(folder / "memory.csv", [each | where for each in found["memory"]])
+    caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio."
+    headline = [row for row in rows if row.headline and row.mode == TRAINING]
     if pages:
         fill(pages / "docs/benchmarks.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")
+        if "allocators" in found:
+            table = allocators_markdown(found["allocators"])
+            fill(pages / "docs/memory.md", f"{caption}\n\n{table}")
     print(markdown(rows), f"written to {folder}", sep="\n\n")

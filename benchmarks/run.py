@@ -135,7 +135,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120, False, TEST_PACKAGES),
         measured("kernels", "gpu-kernels", "kernels.md", 60),
         measured("heads", "gpu-heads", "heads.md", 60),
-        Step("training", (*run, "steps", out / "steps.json", *training), 150),
+        Step("training", (*run, "steps", out / "steps.csv", *training), 150),
         measured("sizes", "gpu-sizes", "sizes.md", 45),
         measured("host time", "gpu-host", "host.md", 20),
         Step("shared tests", (*parallel, *shared), 240, False, TEST_PACKAGES),

@@ -34,6 +34,7 @@ import pyfused.functional
 
 WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
 COMPILED_WAYS = tuple(f"{way}, torch.compile" for way in WAYS[2:])
+RATIO = ("ratio, lower quartile", "ratio, median", "ratio, upper quartile")
 WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 
 
@@ -272,7 +273,7 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
 
 def compare(
     trial: bool, index: int, ways: Sequence[str], rounds: int, cpu: bool
-) -> dict[str, dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Returns times, their ratios and peak memory of torch and of each way that does not fail."""
     one_thread = {"OMP_NUM_THREADS": "1"} if cpu else {}
     workers = {
@@ -295,19 +296,23 @@ def compare(
     for worker in workers.values():
         worker.process.communicate()
     of_torch = all_times.pop("torch")
-    return {
-        way: {
-            "ms": [median(of_torch), median(times)],
-            "ratio": ratios(of_torch, times),
-            "peak": [peaks["torch"], peaks[way]],
+    return [
+        {
+            "way": way,
+            "torch, ms": median(of_torch),
+            "ms": median(times),
+            **dict(zip(RATIO, ratios(of_torch, times), strict=True)),
+            "torch, peak": peaks["torch"],
+            "peak": peaks[way],
         }
         for way, times in all_times.items()
-    }
+    ]
 
 
-def measure(options: Namespace, found: report.Found, file: Path | None) -> None:
-    """Adds the measurements of each case to a report, and writes it after each."""
+def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[str, Any]]:
+    """Returns a row for each case and way, and writes the rows after each case."""
     started, on_gpu = time.perf_counter(), torch.cuda.is_available()
+    rows: list[dict[str, Any]] = []
     for index, case in enumerate(TRIAL if options.trial else CASES):
         name = f"{case.name} {case.dtype}"
         if options.only not in name or time.perf_counter() - started > options.seconds:
@@ -315,18 +320,21 @@ def measure(options: Namespace, found: report.Found, file: Path | None) -> None:
         ways = options.ways or (*WAYS[1:], *(COMPILED_WAYS if on_gpu else ()))
         if case.model is UNet:
             ways = [way for way in ways if not way.startswith("linear_cross_entropy")]
-        row: dict[str, Any] = {"name": case.name, "unit": case.unit, "batch": case.batch()}
-        row["dtype"] = f"{case.dtype} weights" if case.weights else case.dtype
-        row["count"] = math.prod(case.batch()[: 2 if case.unit == "tokens" else 1])
-        row["ways"] = {}
+        described = {
+            "model": case.name,
+            "batch": " x ".join(map(str, case.batch())),
+            "dtype": f"{case.dtype} weights" if case.weights else case.dtype,
+            "count": math.prod(case.batch()[: 2 if case.unit == "tokens" else 1]),
+            "unit": case.unit,
+        }
         # On CPUs, all models at once may not fit into memory.
         for group in [ways] if on_gpu else [[way] for way in ways]:
-            row["ways"] |= compare(options.trial, index, group, options.rounds, options.cpu)
-        for way, result in row["ways"].items():
-            print(name, way, result, flush=True)
-        found["steps"].append(row)
+            found = compare(options.trial, index, group, options.rounds, options.cpu)
+            rows += [{**described, **row, "machine": machine} for row in found]
+            print(*rows[-len(found) :], sep="\n", flush=True)
         if file is not None:
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            report.write_csv(file, rows)
+    return rows
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -338,42 +346,30 @@ def revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def table(found: report.Found) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns two tables: how many times as fast as torch each way is, and the peak memory."""
-    ways = [*WAYS[1:], *COMPILED_WAYS]
-    ways = [way for way in ways if any(way in row["ways"] for row in found["steps"])]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
     speeds, peaks = [], []
-    for row in found["steps"]:
-        batch = " x ".join(map(str, row["batch"]))
-        of_torch = [pair["ms"][0] for pair in row["ways"].values()]
-        per_second = f"{1e3 * row['count'] / median(of_torch):,.4g} {row['unit']}"
-        head = [row["name"], batch, row["dtype"]]
-        pairs = [row["ways"].get(way) for way in ways]
-        speeds.append(
-            [*head, per_second, *(spread(pair["ratio"]) if pair else "n/a" for pair in pairs)]
-        )
-        most = max(pair["peak"][0] for pair in row["ways"].values())
-        peaks.append(
-            [
-                *head,
-                f"{most / 2**30:.2f}",
-                *(f"{pair['peak'][1] / 2**30:.2f}" if pair else "n/a" for pair in pairs),
-            ]
-        )
-    first = ["model", "batch", "dtype"]
+    for head in dict.fromkeys((row["model"], row["batch"], row["dtype"]) for row in rows):
+        known = {r["way"]: r for r in rows if (r["model"], r["batch"], r["dtype"]) == head}
+        first = next(iter(known.values()))
+        ms = median(float(row["torch, ms"]) for row in known.values())
+        speed = {way: spread([float(r[name]) for name in RATIO]) for way, r in known.items()}
+        peak = {way: f"{int(r['peak']) / 2**30:.2f}" for way, r in known.items()}
+        most = max(int(r["torch, peak"]) for r in known.values())
+        for lines, cells, of_torch in (
+            (speeds, speed, f"{1e3 * int(first['count']) / ms:,.4g} {first['unit']}"),
+            (peaks, peak, f"{most / 2**30:.2f}"),
+        ):
+            lines.append([*head, of_torch, *(cells.get(way, "n/a") for way in ways)])
+    columns = ["model", "batch", "dtype"]
     named = [f"`{way}`" for way in ways]
-    per = "torch, per CPU second" if found["cpu"] else "torch, per second"
     return (
-        f"Times as fast as eager torch:\n\n{tabulated([*first, per, *named], speeds, names=3)}\n\n"
+        f"Times as fast as eager torch:\n\n"
+        f"{tabulated([*columns, 'torch, per second', *named], speeds, names=3)}\n\n"
         f"Peak memory in GiB, without the libraries:\n\n"
-        f"{tabulated([*first, 'torch', *named], peaks, names=3)}"
+        f"{tabulated([*columns, 'torch', *named], peaks, names=3)}"
     )
-
-
-def description(found: report.Found) -> str:
-    of_cpu = "CPU time on one thread, while other programs ran"
-    how = of_cpu if found["cpu"] else found.get("load", "idle machine")
-    return f"{report.machine(found)}, revision {found['revision']}; {how}."
 
 
 def steps(options: Namespace) -> None:
@@ -382,15 +378,14 @@ def steps(options: Namespace) -> None:
         info["threads"] = 1
     if torch.cuda.is_available():
         info = {"gpu": torch.cuda.get_device_name(), **info}
-    found = report.measured(info)
-    found |= {"revision": revision(), "cpu": options.cpu, "steps": []}
+    how = "CPU time on one thread, while other programs ran" if options.cpu else "idle machine"
+    machine = f"{report.machine(report.measured(info))}, revision {revision()}; {how}"
     file = options.file
     if file is None and not (options.trial or options.only or options.ways):
         whole = {**info, "threads": os.cpu_count()}  # the folder of the machine's other results
-        file = RESULTS / report.slug({"machine_info": whole}) / "steps.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-    measure(options, found, file)
-    print(f"{description(found)}\n\n{table(found)}")
+        file = RESULTS / report.slug({"machine_info": whole}) / "steps.csv"
+    rows = measure(options, machine, file)
+    print(f"{machine}.\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

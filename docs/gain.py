@@ -6,7 +6,6 @@ kernels run torch's operators.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -29,28 +28,26 @@ ELEMENTS = [1 << exponent for exponent in range(11, 27, 2)]
 SECONDS = 0.3
 
 
-def measure(op: str, others: tuple[int, ...], elements: int) -> dict[str, object]:
+def measure(op: str, others: tuple[int, ...], elements: int) -> report.Row:
     case = cases.Case(op, (max(1, elements // (others or (1,))[0]), *others))
     arguments = cases.draw(case)
     cases.assert_correct(case, arguments)
     both = [cases.step(each, case, arguments) for each in (cases.TORCH, pyfused.functional)]
     timers = cases.timers_of(both)
     found = report.peer(*cases.measure(timers, SECONDS, fewest=9))
-    row = {"case": case.name, "op": op, "elements": case.elements}
-    return row | {"ms": found.ms, "pyfused_ms": found.pyfused_ms, "ratio": found.ratio}
+    return report.row(case, cases.TRAINING, {"torch": found})
 
 
 def main() -> None:
     cases.settle_allocator()
     found = report.measured(report.machine_info())
-    found["gain"] = []
+    file, rows = report.RESULTS / report.slug(found) / "gain.csv", []
     for op, others in OPERATORS.items():
         for elements in ELEMENTS:
-            found["gain"].append(measure(op, others, elements))
-            print(found["gain"][-1], flush=True)
-    folder = report.RESULTS / report.slug(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gain.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            row = measure(op, others, elements)
+            rows.append(report.cells(row) | {"machine": report.machine(found)})
+            print(row, flush=True)
+    report.write_csv(file, rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ docs/entries.py has the text about each operator. The pictures show the output o
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import re
 import sys
@@ -16,7 +17,12 @@ from typing import Any
 
 import torch
 from entries import ENTRIES, GALLERY, Curve, Entry
+from matplotlib import rc_context, rcParams
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 import pyfused
@@ -36,6 +42,7 @@ POINTS = 401
 COLOURS = [colour for colour, _ in SERIES]
 DOCS = Path(__file__).parent
 CHARTS = DOCS / "charts"
+INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # colours of text and axes
 H100 = report.RESULTS / "nvidia-h100-80gb-hbm3"
 
 
@@ -141,7 +148,7 @@ def ratios() -> Figure:
         medians = [rows[name].peers[peer].ratio[1] for name in known]
         places = [names.index(name) for name in known]
         axes.plot(medians, places, marker, color=colour, markersize=5, label=label)
-    report.finish_ratios(axes)
+    finish_ratios(axes)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.tick_params(axis="x", top=True, labeltop=True)  # the chart is tall
@@ -154,19 +161,19 @@ def gain() -> Figure:
     """Draws the speed-up of a call over torch, by its size."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    rows = newest_gain()["gain"]
-    for index, op in enumerate(dict.fromkeys(row["op"] for row in rows)):
-        known = [row for row in rows if row["op"] == op]
-        elements = [row["elements"] for row in known]
-        low, median, high = zip(*(row["ratio"] for row in known), strict=True)
+    rows = [report.row_of(cells) for cells in _of_cpus("gain")[-1]]
+    for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
+        known = [row for row in rows if row.op == op]
+        elements = [row.elements for row in known]
+        low, median, high = zip(*(row.peers["torch"].ratio for row in known), strict=True)
         colour, marker = SERIES[index]
         axes.fill_between(elements, low, high, color=colour, alpha=0.2, linewidth=0)
         label = f"{op}, 1,000 classes" if op == "cross_entropy" else op
         axes.plot(elements, median, marker, ls="-", color=colour, markersize=4, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.axhline(1, color=report.INK, linewidth=1)
-    report.label_ratios(axes.yaxis)
+    axes.axhline(1, color=INK, linewidth=1)
+    label_ratios(axes.yaxis)
     ticks = elements[::2]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel("elements of the input", fontsize=9)
@@ -222,29 +229,67 @@ def _bars(names: list[str], panels: Any) -> Figure:
 
 def _with_grid(figure: Figure) -> Figure:
     for axes in figure.axes:
-        axes.grid(color=report.INK, alpha=0.15, linewidth=0.6)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
     return figure
 
 
-def newest_gain() -> report.Found:
-    return _of_cpus("gain.json")[-1]
+def _of_cpus(name: str) -> list[list[dict[str, str]]]:
+    """Returns the tables of CPUs in files of this name, the newest last."""
+    files = [file for file in report.RESULTS.glob(f"*/{name}.csv") if file.parent != H100]
+    return sorted(map(report.read_csv, files), key=lambda table: _date(table[0]["machine"]))
 
 
-def _of_cpus(name: str) -> list[report.Found]:
-    """Returns the results of CPUs in files of this name, the newest last."""
-    files = [file for file in report.RESULTS.glob(f"*/{name}") if file.parent != H100]
-    reports = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    return sorted(reports, key=lambda found: found["datetime"])
+def _date(machine: str) -> str:
+    return re.findall(r"\d{4}-\d\d-\d\d", machine)[0]
+
+
+def finish_ratios(axes: Axes) -> None:
+    """Draws a logarithmic axis of ratios, with a line at 1."""
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
+    label_ratios(axes.xaxis)
+
+
+def label_ratios(axis: Axis) -> None:
+    """Labels 1, 2 and 5 times each power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def rendered(figure: Figure, title: str) -> str:
+    """Renders a figure as SVG: transparent, with text as text, and deterministic."""
+    for axes in figure.axes:
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(colors=INK, labelsize=9)
+    for text in figure.findobj(Text):
+        text.set_color(INK)
+    file = io.StringIO()
+    options = {"svg.fonttype": "none", "svg.hashsalt": title, "svg.id": None}
+    with rc_context({name: value for name, value in options.items() if name in rcParams}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return re.sub(r"(?s)\s*<metadata>.*?</metadata>", "", file.getvalue())
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes NAME.svg for white backgrounds, and NAME-dark.svg for black backgrounds."""
+    text = rendered(figure, path.stem)
+    path.with_suffix(".svg").write_text(text, encoding="utf-8")
+    dark = text.replace(INK, INK_ON_BLACK)
+    path.with_name(f"{path.stem}-dark.svg").write_text(dark, encoding="utf-8")
 
 
 def svg(figure: Figure, title: str) -> str:
     """Returns a figure as an HTML element in the colour of the surrounding text."""
-    text = report.svg(_with_grid(figure), title)
+    text = rendered(_with_grid(figure), title)
     text = text[text.index("<svg") :]
     text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _OPENING.format(title), text, count=1)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
-    text = text.replace(report.INK, "currentColor")
+    text = text.replace(INK, "currentColor")
     return re.sub(r"\s*\n\s*", " ", text)  # a blank line would end the element
 
 
@@ -263,24 +308,19 @@ def measured() -> dict[str, Row]:
 
 def machines() -> str:
     """Returns the machines and versions of these measurements."""
-    found = {report.machine(found): None for _, found in _newest().values()}
-    return "; ".join(found)
+    return "; ".join({machine: None for _, machine in _newest().values()})
 
 
-def _cpu_reports() -> list[report.Found]:
-    reports = [report.load([path]) for path in report.RESULTS.glob("*/results.json")]
-    return [found for found in reports if "gpu" not in found["machine_info"]]
-
-
-def _newest() -> dict[str, tuple[Row, report.Found]]:
-    largest: dict[str, tuple[Row, report.Found]] = {}
-    for found in sorted(_cpu_reports(), key=lambda found: found["datetime"]):
+def _newest() -> dict[str, tuple[Row, str]]:
+    """Returns the rows of `measured`, each with its machine."""
+    largest: dict[str, tuple[Row, str]] = {}
+    for table in _of_cpus("results"):
         newer: dict[str, Row] = {}
-        for row in report.rows_of(found):
+        for row in map(report.row_of, table):
             if row.mode == "forward+backward" and "torch" in row.peers:
                 first = newer.setdefault(row.op, row)
                 newer[row.op] = max(first, row, key=lambda row: (row.headline, row.elements))
-        largest |= {name: (row, found) for name, row in newer.items()}
+        largest |= {name: (row, table[0]["machine"]) for name, row in newer.items()}
     return {name: pair for name, pair in largest.items() if name in OPERATORS}
 
 
@@ -404,22 +444,24 @@ PEERS = {
 }
 
 
-def _losses() -> tuple[report.Found, dict[str, list[float]]]:
-    """Returns the newest report on CPUs, and its ratios of large losses over each peer."""
-    found = max(_cpu_reports(), key=lambda found: found["datetime"])
-    rows = [row for row in report.rows_of(found) if row.headline and row.mode == "forward+backward"]
+def _losses() -> tuple[str, dict[str, list[float]]]:
+    """Returns the newest machine, and its ratios of large losses over each peer."""
+    table = _of_cpus("results")[-1]
+    rows = [row for row in map(report.row_of, table) if row.op in OPERATORS]
+    rows = [row for row in rows if row.headline and row.mode == "forward+backward"]
     rows = [row for row in rows if row.op.endswith(("loss", "entropy", "kl_div", "logits"))]
     each = {peer: [row.peers[peer] for row in rows if peer in row.peers] for peer in PEERS}
-    return found, {peer: [known.ratio[1] for known in each[peer]] for peer in PEERS}
+    ratios = {peer: [known.ratio[1] for known in each[peer]] for peer in PEERS}
+    return table[0]["machine"], ratios
 
 
 def headline() -> str:
     """Returns the speed-up of the headline losses over each way to run torch, on CPUs."""
-    found, ratios = _losses()
+    machine, ratios = _losses()
     lines = [[name, *_middle_and_range(ratios[peer])] for peer, name in PEERS.items()]
     table = report.tabulated(["compared with", "median", "range"], lines, names=1)
     counted = f"{len(ratios['torch'])} large losses, forward and backward, on"
-    return f"{table}\n\n{counted} {report.machine(found)}."
+    return f"{table}\n\n{counted} {machine}."
 
 
 def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
@@ -443,20 +485,37 @@ def summary() -> str:
         spreads = ("{} ({})".format(*_middle_and_range(ratios[peer])) for peer in PEERS)
         each = [text.replace("n/a ()", "n/a") for text in spreads]
         lines.append([f"{len(ratios['torch'])} large losses, {name}", *each])
-    for step in [step for found in _of_cpus("steps.json") for step in found["steps"]]:
-        if step["name"] == "GPT-2 small" and step["dtype"] == "float32":
-            low, middle, high = step["ways"]["linear_cross_entropy"]["ratio"]
-            over_compiled = middle / step["ways"]["torch.compile"]["ratio"][1]
+    for table in _of_cpus("steps"):
+        rows = [row for row in table if row["model"] == "GPT-2 small" and row["dtype"] == "float32"]
+        ways = {row["way"]: [float(row[name]) for name in steps.RATIO] for row in rows}
+        if "linear_cross_entropy" in ways:
+            low, middle, high = ways["linear_cross_entropy"]
+            over_compiled = middle / ways["torch.compile"][1]
             cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})", "n/a", f"{over_compiled:.2f}"]
-            lines.append([f"a training step of {step['name']}, CPU", *cells])
+            lines.append(["a training step of GPT-2 small, CPU", *cells])
     columns = ["times as fast as", *PEERS.values()]
     return report.tabulated(columns, lines, names=1)
 
 
 def training_steps() -> str:
     """Returns the tables of training steps, one for each CPU."""
-    reports = _of_cpus("steps.json")
-    return "\n\n".join(f"{steps.description(found)}\n\n{steps.table(found)}" for found in reports)
+    tables = _of_cpus("steps")
+    return "\n\n".join(f"{rows[0]['machine']}.\n\n{steps.table(rows)}" for rows in tables)
+
+
+def memory() -> str:
+    """Returns the peak memory of forward and backward beyond the arguments."""
+    rows = _of_cpus("memory")[-1]
+    columns = list(dict.fromkeys(row["implementation"] for row in rows))
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        taken, input = int(row["bytes"]), int(row["input_bytes"])
+        cells = lines.setdefault(row["case"], {"input": f"{input / 2**20:,.0f}"})
+        cells[row["implementation"]] = f"{taken / 2**20:,.0f}"
+    columns = ["input", *columns]
+    table = [[case, *(cells.get(name, "") for name in columns)] for case, cells in lines.items()]
+    table = report.tabulated(["case, MiB", *columns], table, names=1)
+    return f"{table}\n\nMeasured on {rows[0]['machine']}."
 
 
 # Functions whose results replace these comments when Sphinx reads a page.
@@ -469,11 +528,12 @@ FILLED = {
 # documentation. `python docs/gallery.py` writes them.
 WRITTEN = {
     "machines": lambda: f"Measured on: {machines()}.",
-    "gain machine": lambda: f"*Measured on {report.machine(newest_gain())}.*",
+    "gain machine": lambda: f"*Measured on {_of_cpus('gain')[-1][0]['machine']}.*",
     "sizes": sizes,
     "headline": headline,
     "summary": summary,
     "training steps": training_steps,
+    "memory": memory,
 }
 DRAWN = {"ratios": ratios, "gain": gain, "formulas": formulas, "heads": heads, "gpu": gpu}
 PART = re.compile(r"(?s)(<!-- written: ([\w ]+) -->\n).*?(?=<!-- end -->)")
@@ -537,7 +597,7 @@ def main() -> None:
         file.write_text(notebook(name), encoding="utf-8")
     CHARTS.mkdir(exist_ok=True)
     for name, draw in DRAWN.items():
-        report.save(draw(), CHARTS / name)
+        save(draw(), CHARTS / name)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,11 @@ def in_torch(name: str) -> str:
 def measured(name: str) -> str:
     """Returns the measurements of an operator on each machine."""
     tables = []
-    for path in sorted(report.RESULTS.glob("*/results.json")):
-        found = report.load([path])
-        rows = [row for row in report.rows_of(found) if row.op == name]
+    for path in sorted(report.RESULTS.glob("*/results.csv")):
+        found = report.read_csv(path)
+        rows = [report.row_of(cells) for cells in found if cells["op"] == name]
         if rows:
-            tables.append(f"{report.machine(found)}:\n\n{report.markdown(rows)}")
+            tables.append(f"{found[0]['machine']}:\n\n{report.markdown(rows)}")
     if not tables:
         if name in LINEAR + OF_LOGITS:
             return (

@@ -147,7 +147,7 @@ ON_GPU: dict[str, Limits] = {
 # memory than Inductor's code, which allocates its outputs. A custom operator costs about 30 us per
 # pass. No compiled call has been measured on a GPU: from 2^24 logits on, launching should take no
 # longer than the kernels, which are 1.1 to 2.5 times as fast as Inductor's code
-# (benchmarks/results/nvidia-h100-80gb-hbm3/table.md).
+# (benchmarks/results/nvidia-h100-80gb-hbm3/results.csv).
 COMPILED: dict[str, Limits] = {
     **dict.fromkeys(LINEAR, (ALWAYS, ALWAYS)),
     **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),

@@ -46,14 +46,18 @@ def test_a_sweep_times_torch_and_the_kernels(how: str, kernel_calls: KernelCalls
 # ---- reports -------------------------------------------------------------------------------------
 
 
-def test_results_are_separated_by_instruction_set() -> None:
-    for file in report.RESULTS.glob("*/results.json"):
-        assert file.parent.name == report.slug(report.load([file]))
+def test_a_report_can_be_read(tmp_path: Path) -> None:
+    peers = {"torch": report.Peer(2.0, 1.0, (1.5, 2.0, 2.5)), "copy": report.Peer(1, 2, (1, 1, 1))}
+    rows = [report.row(Case("relu", (100,)), mode, peers, peak=1.25) for mode in cases.MODES]
+    rows += [report.row(Case("mse_loss", (100,), headline=True), cases.TRAINING, {})]
+    report.write_csv(tmp_path / "results.csv", [report.cells(row) for row in rows])
+    assert [report.row_of(cells) for cells in report.read_csv(tmp_path / "results.csv")] == rows
 
 
 COMMANDS = (
     *("report", "quick", "memory", "busy", "compare HEAD", "allocators", "compiled", "overhead"),
     *("sweep", "head", "steps", "filter-eps", "gpu gpu.json", "gpu-launch launch.md"),
+    "gpu-kernels kernels.md",
     "gpu-check folder",
 )
 

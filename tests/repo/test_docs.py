@@ -22,7 +22,6 @@ from pyfused.ops.operators import OPERATORS
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[2] / "docs"
 README = DOCS.parent / "README.md"
-report = gallery.report
 
 
 @pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
@@ -38,10 +37,11 @@ def test_committed_charts_are_current(name: str) -> None:
         f"matplotlib=={matplotlib.__version__} " in (README.parent / "constraints.txt").read_text()
     )
     if name == "formulas" or not pinned:  # curves and coordinates may differ in the last digits
-        titles = re.findall(r"<text[^>]*>([^<]+)</text>", report.svg(gallery.DRAWN[name](), name))
+        drawn = gallery.rendered(gallery.DRAWN[name](), name)
+        titles = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
         assert all(title in text for title in titles)
     else:
-        assert report.svg(gallery.DRAWN[name](), name) == text, "run python docs/gallery.py"
+        assert gallery.rendered(gallery.DRAWN[name](), name) == text, "run python docs/gallery.py"
 
 
 @pytest.mark.thresholds
