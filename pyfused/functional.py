@@ -8,8 +8,7 @@ Dtypes
 
 Activations
     The ``input`` of an activation may have any shape, and the result has its shape and dtype.
-    ``inplace=True`` writes the result to ``input`` and returns ``input``. It raises a RuntimeError
-    for a leaf that requires grad, and for a tensor with overlapping elements.
+    ``inplace=True`` calls torch's in-place operator, which writes the result to ``input``.
 
 Reductions
     ``reduction="none"`` returns one loss for each element of the broadcast shape, or for each row
@@ -50,7 +49,7 @@ from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import reduction_of
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.run import run
+from pyfused.dispatch.run import in_place, run
 from pyfused.layout import accumulate_dtype, common_dtype
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
@@ -189,8 +188,8 @@ def cross_entropy(
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     tensors = input, target, weight, token_weight, tensor
     numbers = number, softcap, temperature, gamma, z_loss, scale, label_smoothing, 0.0  # filter_eps
-    case = ignore_index, reduction, None, loss_dtype, False  # memory_budget, with_metrics
-    return run(operators.CROSS_ENTROPY, tensors, numbers, case, inplace, shard)
+    case = ignore_index, reduction, None, loss_dtype, False, inplace  # memory_budget, with_metrics
+    return run(operators.CROSS_ENTROPY, tensors, numbers, case, shard)
 
 
 def cross_entropy_with_metrics(
@@ -224,11 +223,12 @@ def cross_entropy_with_metrics(
         label_smoothing=label_smoothing,
         gamma=gamma,
         with_metrics=True,
+        inplace=inplace,
         **options,
     )
     op = operators.CROSS_ENTROPY
     call = op.call_of((input, target, weight), loss_options)
-    return run(op, *call, inplace, shard)  # type: ignore[return-value]
+    return run(op, *call, shard)  # type: ignore[return-value]
 
 
 def additive_margin(
@@ -328,8 +328,8 @@ def linear_cross_entropy(
     tensors = input, linear_weight, linear_bias, target, weight, token_weight, tensor
     numbers = number, softcap, temperature, 0.0, z_loss, scale, label_smoothing, filter_eps  # gamma
     ignored = -100 if ignore_index is None else ignore_index
-    case = ignored, reduction, memory_budget, loss_dtype, False, options  # with_metrics
-    return run(operators.LINEAR_CROSS_ENTROPY, tensors, numbers, case, False, shard)
+    case = ignored, reduction, memory_budget, loss_dtype, False, False, options
+    return run(operators.LINEAR_CROSS_ENTROPY, tensors, numbers, case, shard)
 
 
 def linear_cross_entropy_with_metrics(
@@ -371,7 +371,7 @@ def linear_cross_entropy_with_metrics(
     )
     op, layer = operators.LINEAR_CROSS_ENTROPY, (input, linear_weight, linear_bias)
     tensors, numbers, case = op.call_of((*layer, target, weight), loss_options)
-    return run(op, tensors, numbers, (*case, None), False, shard)  # type: ignore[return-value]
+    return run(op, tensors, numbers, (*case, None), shard)  # type: ignore[return-value]
 
 
 def log_probs(
@@ -416,7 +416,7 @@ def log_probs(
     alone = not (return_entropy or return_lse)
     tensors = checks.classes_at(1, "logits", logits, dim), target
     case = ignore_index, "none", None, alone, return_metrics
-    values = run(operators.LOG_PROBS, tensors, (None, softcap, temperature), case, False, shard)
+    values = run(operators.LOG_PROBS, tensors, (None, softcap, temperature), case, shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -458,7 +458,7 @@ def linear_log_probs(
     alone = not (return_entropy or return_lse)
     tensors, numbers = (input, linear_weight, linear_bias, target), (None, softcap, temperature)
     case = ignore_index, "none", memory_budget, alone, return_metrics
-    values = run(operators.LINEAR_LOG_PROBS, tensors, numbers, case, False, shard)
+    values = run(operators.LINEAR_LOG_PROBS, tensors, numbers, case, shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -1213,7 +1213,9 @@ def multilabel_soft_margin_loss(
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
-    return run(elementwise.RELU, (input,), (), (), inplace)
+    if inplace:
+        return in_place(elementwise.RELU, input)
+    return run(elementwise.RELU, (input,), (), ())
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -1222,7 +1224,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Args:
         negative_slope: The slope below 0.
     """
-    return run(elementwise.LEAKY_RELU, (input,), (negative_slope,), (), inplace)
+    if inplace:
+        return in_place(elementwise.LEAKY_RELU, input, negative_slope)
+    return run(elementwise.LEAKY_RELU, (input,), (negative_slope,), ())
 
 
 def tanh(input: Tensor) -> Tensor:
@@ -1247,7 +1251,9 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
-    return run(elementwise.SILU, (input,), (), (), inplace)
+    if inplace:
+        return in_place(elementwise.SILU, input)
+    return run(elementwise.SILU, (input,), (), ())
 
 
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
@@ -1279,12 +1285,16 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
         threshold: The largest value that is replaced.
         value: The replacement.
     """
-    return run(elementwise.THRESHOLD, (input,), (threshold, value), (), inplace)
+    if inplace:
+        return in_place(elementwise.THRESHOLD, input, threshold, value)
+    return run(elementwise.THRESHOLD, (input,), (threshold, value), ())
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input`` clamped to [0, 6]."""
-    return run(elementwise.RELU6, (input,), (), (), inplace)
+    if inplace:
+        return in_place(elementwise.RELU6, input)
+    return run(elementwise.RELU6, (input,), (), ())
 
 
 def hardtanh(
@@ -1296,17 +1306,23 @@ def hardtanh(
         min_val: The lower bound.
         max_val: The upper bound; a number below ``min_val`` raises a ValueError.
     """
-    return run(elementwise.HARDTANH, (input,), (min_val, max_val), (), inplace)
+    if inplace:
+        return in_place(elementwise.HARDTANH, input, min_val, max_val)
+    return run(elementwise.HARDTANH, (input,), (min_val, max_val), ())
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input / 6 + 1 / 2`` clamped to [0, 1]."""
-    return run(elementwise.HARDSIGMOID, (input,), (), (), inplace)
+    if inplace:
+        return in_place(elementwise.HARDSIGMOID, input)
+    return run(elementwise.HARDSIGMOID, (input,), (), ())
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * hardsigmoid(input)``."""
-    return run(elementwise.HARDSWISH, (input,), (), (), inplace)
+    if inplace:
+        return in_place(elementwise.HARDSWISH, input)
+    return run(elementwise.HARDSWISH, (input,), (), ())
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -1333,12 +1349,16 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     Args:
         alpha: The result at minus infinity is ``-alpha``.
     """
-    return run(elementwise.ELU, (input,), (alpha,), (), inplace)
+    if inplace:
+        return in_place(elementwise.ELU, input, alpha)
+    return run(elementwise.ELU, (input,), (alpha,), ())
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
-    return run(elementwise.SELU, (input,), (), (), inplace)
+    if inplace:
+        return in_place(elementwise.SELU, input)
+    return run(elementwise.SELU, (input,), (), ())
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1347,12 +1367,16 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     Args:
         alpha: The result at minus infinity is ``-alpha``; not 0.
     """
-    return run(elementwise.CELU, (input,), (alpha,), (), inplace)
+    if inplace:
+        return in_place(elementwise.CELU, input, alpha)
+    return run(elementwise.CELU, (input,), (alpha,), ())
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
-    return run(elementwise.MISH, (input,), (), (), inplace)
+    if inplace:
+        return in_place(elementwise.MISH, input)
+    return run(elementwise.MISH, (input,), (), ())
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:

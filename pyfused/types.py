@@ -32,8 +32,6 @@ class TensorSpec:
     It has a tensor's attributes, and checks accept either.
 
     Attributes:
-        is_leaf_or_view: Whether the tensor is a leaf or a view. It is set for an input that the
-            call overwrites, and None otherwise.
     """
 
     dtype: torch.dtype
@@ -41,7 +39,6 @@ class TensorSpec:
     strides: tuple[int, ...]
     device: torch.device
     requires_grad: bool
-    is_leaf_or_view: bool | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -232,6 +229,7 @@ class CrossEntropyOptions(VocabOptions):
         scale: The factor of the logits, after the softcap.
         loss_dtype: The dtype of the loss, None for torch's.
         with_metrics: Whether the call returns a tuple of the loss and the metrics of each target.
+        inplace: Whether the gradient of the logits overwrites them.
         filter_eps: Matrix products of a head skip gradients of logits below this.
     """
 
@@ -241,6 +239,7 @@ class CrossEntropyOptions(VocabOptions):
     label_smoothing: float = 0.0
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
+    inplace: bool = False
     filter_eps: float = 0.0
 
     def of_rows(self) -> VocabOptions:

@@ -124,15 +124,12 @@ def result_of(found: Any) -> Tensor:
 
 def ours(call: Call, **given: Any) -> Any:
     """Calls pyfused's function; log-probabilities and other results are stacked."""
-    if given.get("inplace"):
-        given["input"] = call.layout(given["input"] * 1)  # not a leaf
     name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
     return stacked(call, getattr(fused, name), given)
 
 
 def reference(call: Call, **given: Any) -> Any:
     """Calls torch's function, or computes pyfused's function by torch's operators."""
-    given.pop("inplace", None)
     if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not supported by all options
         given["target"] = given["target"].long()
     name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
@@ -199,7 +196,7 @@ def examples(op: Operator) -> Iterator[Example]:
         name: tried(op, name, default)
         for name, default in every.items()
         if name not in ("reduction", *DEPRECATED)
-        and (name != "inplace" or overwrites(op))
+        and name != "inplace"  # test_inplace.py
         and (name != "dim" or isinstance(op, Softmax))  # other operators infer it from the shapes
     }
     required = [name for name, default in every.items() if default is inspect.Parameter.empty]
@@ -234,12 +231,7 @@ def examples(op: Operator) -> Iterator[Example]:
         yield Example(op, "everything", base | together, (*optional,))
 
 
-ALONE = ("dtype", "filter_eps", "inplace", "loss_dtype", "remainder", "with_metrics")
-
-
-def overwrites(op: Operator) -> bool:
-    """Returns whether a result overwrites the input; test_inplace.py tests gradients that do."""
-    return isinstance(op, Activation) and op.torch_ is not op.torch
+ALONE = ("dtype", "filter_eps", "loss_dtype", "remainder", "with_metrics")
 
 
 def tried(op: Operator, name: str, default: Any) -> list[Any]:
@@ -325,7 +317,6 @@ def random_call(
         given.pop("denominator", None)
     if given.get("negative_slope") == 0.0:
         given["negative_slope"] = -0.5
-        given.pop("inplace", None)  # torch also lacks it
     if isinstance(op, OF_CLASSES):
         found = of_classes(rng, elements, op, given)
     elif isinstance(op, Divergence):
@@ -359,8 +350,7 @@ def random_call(
             found["logits"] = found["logits"].movedim(1, -1)
     if "token_weight" in found:
         found["token_weight"] = found["token_weight"].sub(0.2).clamp(min=0)
-    same = [*SAME_VALUES.values()]
-    chosen = same if "inplace" in given else [*layouts.values()]
+    same, chosen = [*SAME_VALUES.values()], [*layouts.values()]
     tensors: dict[str, Any] = {}
     for name, operand in declared(op).items():
         alike = op.is_linear or isinstance(op, Divergence)

@@ -87,8 +87,7 @@ def precision(call: Call) -> float:
     dtype = call.given.get("dtype", tensors[0].dtype)
     # softmax saves its rounded output; gradients of broadcast operands are sums of rounded terms.
     rounds = isinstance(call.op, Softmax) or getattr(call.op, "saves", "") == "output"
-    rounds |= call.op.is_linear
-    rounds |= bool(call.given.keys() & {"inplace", *ROUNDED})  # in place, the output is saved
+    rounds |= call.op.is_linear or bool(call.given.keys() & {*ROUNDED})
     rounds |= (
         not isinstance(call.op, (*OF_CLASSES, Divergence)) and len({x.shape for x in tensors}) > 1
     )
@@ -119,10 +118,9 @@ def forward(
     grad_output = torch.randn(loss.shape, generator=generator, device="cpu").to(loss.device)
     grad_output = grad_output.bfloat16().to(loss.dtype)  # the same values in all dtypes
     grad_output = call.layout(grad_output) if grad_output.numel() else grad_output
-    retain = not call.given.get("inplace")
 
     def gradients() -> Sequence[Tensor]:
-        return torch.autograd.grad(loss, leaves, grad_output, retain) if leaves else ()
+        return torch.autograd.grad(loss, leaves, grad_output, True) if leaves else ()
 
     return [loss, *metrics], gradients
 

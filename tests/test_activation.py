@@ -8,47 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import overwrites
 from compare import DEVICE, FLOATS
 from conftest import KernelCalls
 from grid import grid
 from layouts import SAME_VALUES
 from samples import ACTIVATIONS, SAMPLES
 from torch import Tensor
-from torch_reference import torch_function
+from torch_reference import parameters, torch_function
 
 import pyfused
 from pyfused import functional as fused
 from pyfused.ops.activation import Activation
+from pyfused.ops.operators import OPERATORS
 
 INF, NAN = float("inf"), float("nan")
-IN_TORCH = "sigmoid", "tanh"  # in-place variants are torch.sigmoid_ and torch.tanh_
-OVERWRITING = [op for op in ACTIVATIONS if overwrites(op)]
+OVERWRITING = [op.name for op in ACTIVATIONS if "inplace" in parameters(op)]
 close = torch.testing.assert_close
 
 
-def ours(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
-    if not inplace:
-        return partial(getattr(fused, op.name), **op.required)
-    if not overwrites(op):
-        pytest.skip("torch has no in-place variant")
-    if op.name in IN_TORCH:
-        return patched(op)
-    return partial(getattr(fused, op.name), **op.required, inplace=True)
+def ours(op: Activation) -> Callable[[Tensor], Tensor]:
+    return partial(getattr(fused, op.name), **op.required)
 
 
-def patched(op: Activation) -> Callable[[Tensor], Tensor]:
-    def call(x: Tensor) -> Tensor:
-        with pyfused.patch():
-            return of_torch(op, True)(x)
-
-    return call
-
-
-def of_torch(op: Activation, inplace: bool = False) -> Callable[[Tensor], Tensor]:
-    if inplace and op.name in IN_TORCH:
-        return lambda x: getattr(torch, f"{op.name}_")(x)
-    return partial(torch_function(op), **op.required, **({"inplace": True} if inplace else {}))
+def of_torch(op: Activation) -> Callable[[Tensor], Tensor]:
+    return partial(torch_function(op), **op.required)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -73,13 +56,10 @@ def widest(op: Activation, x: Tensor) -> Tensor:
 
 
 @pytest.mark.interpreted
-@grid(op=ACTIVATIONS, dtype=FLOATS, repeats=[1, 3, 20], inplace=[False, False, True, True])
-def test_nan_infinities_and_signed_zeros(
-    op: Activation, dtype: torch.dtype, repeats: int, inplace: bool
-) -> None:
+@grid(op=ACTIVATIONS, dtype=FLOATS, repeats=[1, 3, 20])
+def test_nan_infinities_and_signed_zeros(op: Activation, dtype: torch.dtype, repeats: int) -> None:
     x = torch.tensor([NAN, -NAN, 1.0, *extremes(dtype)], dtype=dtype).repeat(repeats)
-    wide = x if inplace and op.saves == "input" else widest(op, x)  # torch overwrites the input
-    got, expected = ours(op, inplace)(x.clone()), of_torch(op)(wide).to(dtype)
+    got, expected = ours(op)(x), of_torch(op)(widest(op, x)).to(dtype)
     tolerance = {"rtol": 0.0, "atol": 0.0}
     if SAMPLES[op.name].rounds:
         eps, normal = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
@@ -114,65 +94,37 @@ def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -
     close(got, expected, **tolerance, equal_nan=True)
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-def test_negative_slopes_fall_back_to_torch(inplace: bool, kernel_calls: KernelCalls) -> None:
+def test_negative_slopes_fall_back_to_torch(kernel_calls: KernelCalls) -> None:
     x = torch.randn(50, requires_grad=True)
-    outcomes: list[Any] = []
+    outcomes = []
     for functional in (pyfused.functional, torch.nn.functional):
-        y = functional.leaky_relu(x * 1, -0.5, inplace)
-        try:
-            outcomes.append((y, torch.autograd.grad(y.sum(), x)))
-        except RuntimeError as error:
-            outcomes.append(str(error))
+        y = functional.leaky_relu(x, -0.5)
+        outcomes.append((y, torch.autograd.grad(y.sum(), x)))
     assert not kernel_calls.total()
-    assert inplace == isinstance(outcomes[1], str)
-    close(*outcomes) if not inplace else None
-    assert not inplace or outcomes[0] == outcomes[1]
+    close(*outcomes)
 
 
 # ---- in place ------------------------------------------------------------------------------------
 
 
-@grid(op=OVERWRITING, dtype=[*FLOATS, torch.int64])
-def test_in_place_writes_into_its_argument(op: Activation, dtype: torch.dtype) -> None:
-    x = (4 * torch.randn(100)).to(dtype)
-    try:
-        expected = of_torch(op, inplace=True)(x.clone())
-    except RuntimeError as error:  # not supported for integers
-        with pytest.raises(type(error)):
-            ours(op, inplace=True)(x)
-        return
-    version = x._version
-    got = ours(op, inplace=True)(x)
-    assert got is x
-    assert torch.equal(x, expected)
-    assert x._version > version
-
-
-VIEWS = {"rows": slice(1, 3), "columns": (slice(None), slice(1, 3))}
-
-
-@grid(op=OVERWRITING, view=VIEWS)
-def test_in_place_on_a_view_reaches_its_base(op: Activation, view: str) -> None:
-    x = torch.randn(4, 6, requires_grad=True)
-    bases = []
-    for operator in (ours(op, inplace=True), of_torch(op, inplace=True)):
-        base = x * 1
-        operator(base[VIEWS[view]])
-        bases.append(base)
-    close(*bases)
-    grad_output = torch.randn(4, 6)
-    close(*(torch.autograd.grad(base, x, grad_output)[0] for base in bases))
-
-
-@grid(op=OVERWRITING)
-def test_in_place_on_a_tensor_saved_for_backward_raises_torchs_error(op: Activation) -> None:
-    x = torch.randn(10, requires_grad=True)
-    needed = x.exp()
-    y = needed * 2
-    ours(op, inplace=True)(needed)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_in_place_is_torchs(name: str, kernel_calls: KernelCalls) -> None:
+    """Values, gradients and errors are torch's; the function returns its argument."""
+    options, outcomes = OPERATORS[name].required, []
+    for functional in (fused, torch.nn.functional):
+        leaf = torch.linspace(-8, 8, 50).requires_grad_()
+        x = leaf * 1
+        y = getattr(functional, name)(x, **options, inplace=True)
+        assert y is x
+        try:
+            outcomes.append((y, torch.autograd.grad(y.sum(), leaf)))
+        except RuntimeError as error:  # of the input, which the gradient needs
+            outcomes.append((y, str(error)))
+        with pytest.raises(RuntimeError, match="leaf"):
+            getattr(functional, name)(leaf, **options, inplace=True)
+    close(*[outcome[0] for outcome in outcomes], rtol=0, atol=0)
+    assert str(outcomes[0][1]) == str(outcomes[1][1])
+    assert not kernel_calls.total()
 
 
 @grid(op=ACTIVATIONS)
@@ -187,17 +139,6 @@ def test_results_may_be_changed_in_place_if_torch_allows_it(op: Activation) -> N
         except RuntimeError:
             outcomes.append(None)
     close(*outcomes)
-
-
-@grid(op=OVERWRITING)
-def test_in_place_on_strided_memory_does_not_write_between_elements(op: Activation) -> None:
-    memory = torch.randn(8, 10)
-    before = memory.clone()
-    view = memory[1::2, ::3]
-    assert ours(op, inplace=True)(view) is view
-    close(memory[1::2, ::3], of_torch(op)(before[1::2, ::3]))
-    memory[1::2, ::3] = before[1::2, ::3]
-    assert torch.equal(memory, before)
 
 
 # ---- fallbacks -----------------------------------------------------------------------------------

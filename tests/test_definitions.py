@@ -49,7 +49,7 @@ def has_torchs_name(call: Call) -> bool:
     """Returns whether torch has a Python function of this name that accepts the arguments."""
     function = getattr(F, call.op.name, None)
     names = inspect.signature(function).parameters if inspect.isfunction(function) else ()
-    return call.given.keys() <= {*names} and "inplace" not in call.given
+    return call.given.keys() <= {*names}
 
 
 def by_torchs_name(call: Call, **changed: Any) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import re
@@ -36,7 +35,7 @@ from pyfused.ops.softmax import Softmax
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
 GRAD = torch.ones(5, requires_grad=True)
-IN_PLACE = "torch's in-place operator needs no more memory"
+IN_PLACE = "torch computes activations in place"
 
 
 class Mine(Tensor):
@@ -49,7 +48,6 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
     "empty": ("relu", (X[:0],), {}, reasons.SMALL),
     "inplace": ("relu", (X.clone(),), {"inplace": True}, IN_PLACE),
-    "inplace of a result": ("relu", (X.clone().requires_grad_() * 1, True), {}, None),
     "integers": ("relu", (TARGET,), {}, "input has dtype torch.int64"),
     "sparse": ("relu", (X.to_sparse(),), {}, "input has layout torch.sparse_coo"),
     "meta": ("mse_loss", (X.to("meta"), X.to("meta")), {}, "input is on meta"),
@@ -182,22 +180,6 @@ def test_calls_below_the_limit_fall_back(
 
     for elements in {2} if limit == sizes.NEVER else {2, limit - 2, limit + 2000 - limit % 1000}:
         call_of(op, max(elements, 2), second)(explained)
-
-
-@pytest.mark.thresholds
-def test_a_small_call_with_ignored_rows(kernel_calls: KernelCalls) -> None:
-    """A kernel computes the call, because torch's gradient of an ignored row may be NaN."""
-    ignored = torch.where(TARGET == 1, -100, TARGET)
-    x = X.clone().requires_grad_()
-    for input, target in itertools.product((X, x, x.double()), (TARGET, ignored, X.softmax(1))):
-        explanation = pyfused.explain("cross_entropy", input, target)
-        kernel_calls.clear()
-        fused.cross_entropy(input, target)
-        assert (
-            (explanation.backend == "cpu")
-            == bool(kernel_calls)
-            == (target is ignored and input is not X)
-        )
 
 
 def test_layouts_and_threads(threads: Callable[[int], None]) -> None:

@@ -70,7 +70,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if name == "additive_margin":
         return Explanation(name, "torch", "a composition of torch's operators")
     try:
-        redirected(function, run=_explain_run)(*args, **kwargs)
+        redirected(function, run=_explain_run, in_place=_explain_in_place)(*args, **kwargs)
     except _Explained as explained:
         return explained.args[0]  # type: ignore[no-any-return]
     return Explanation(name, "torch", "size_average and reduce are deprecated")
@@ -85,14 +85,13 @@ def _explain_run(
     tensors: Tensors,
     numbers: Numbers,
     case: Case,
-    inplace: bool = False,
     shard: Any = None,
 ) -> None:
     """Explains a call in place of `run`, and raises the explanation."""
     if shard is not None:
         raise _Explained(by_kernel(op.name, tensors[0], BY_SHARDS))
     checks.tensor(op.operands[0].name, tensors[0])
-    explanation = path_of(op, tensors, numbers, case, inplace)
+    explanation = path_of(op, tensors, numbers, case)
     present = [x for x in tensors if isinstance(x, Tensor)]
     reason, by_torch = explanation.reason, explanation.backend == "torch"
     # torch checks the calls that kernels do not support, except for dtypes of indices.
@@ -100,6 +99,10 @@ def _explain_run(
     if is_checked and all(type(x) in PLAIN and x.is_cpu for x in present):
         op.check(op.arguments_of(tensors, numbers, case))
     raise _Explained(explanation)
+
+
+def _explain_in_place(op: Operator, *_: Any) -> None:
+    raise _Explained(Explanation(op.name, "torch", "torch computes activations in place"))
 
 
 def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:

@@ -72,21 +72,22 @@ class _Function:
         def call(arguments: Any, *inplace: Any) -> Any:
             if has_torch_function(arguments) or is_dynamo_compiling() or torch_alone.depth:
                 return torch_call(arguments, *inplace)
+            if inplace and inplace[0]:
+                with torch_alone:
+                    return torch_call(arguments, *inplace)
             for i in deprecated:
                 if arguments[i] is not None:
                     with torch_alone:
-                        return torch_call(arguments, *inplace)
+                        return torch_call(arguments)
             flat = pick(arguments + defaults)
             tensors, numbers, case = op.split(flat)
-            overwrites = bool(inplace and inplace[0])  # torch accepts any object as a bool
             if dispatch.is_small(op, tensors, case):
-                fast = op.fast_ if overwrites else op.fast
-                if fast is not None:
-                    return fast(*flat)
+                if op.fast is not None:
+                    return op.fast(*flat)
                 with torch_alone:
-                    return torch_call(arguments, *inplace)
-            unbound = functools.partial(torch_call, arguments, *inplace)
-            return _run(op, tensors, numbers, case, overwrites, unbound)
+                    return torch_call(arguments)
+            unbound = functools.partial(torch_call, arguments)
+            return _run(op, tensors, numbers, case, unbound)
 
         inplace = ", inplace" * ("inplace" in names)
         return code_calling(call, f"callee(({', '.join(parameters)},){inplace})", self.unpatched)
@@ -139,14 +140,14 @@ class StandIn(functools.partial[Any]):
 class _BuiltIn:
     """A built-in of torch or Tensor: it has no code, so patching replaces the attribute."""
 
-    def __init__(self, owner: Any, op: Operator, inplace: bool) -> None:
-        self.owner, self.name, self.op, self.inplace = owner, op.name + "_" * inplace, op, inplace
+    def __init__(self, owner: Any, op: Operator) -> None:
+        self.owner, self.name, self.op = owner, op.name, op
         self.path = f"{'torch.Tensor' if owner is Tensor else owner.__name__}.{self.name}"
         self.unpatched = getattr(owner, self.name)
 
     @cached_property
     def ours(self) -> Any:
-        op, inplace, torch_function = self.op, self.inplace, self.unpatched
+        op, torch_function = self.op, self.unpatched
         method, needed, count = self.owner is Tensor, len(op.built_in), len(op.operands)
         defaults = parameters_of(getattr(functional, op.name))
         by_name = [name for name in [*defaults][1:] if name != "inplace" and name[0] != "_"]
@@ -175,7 +176,7 @@ class _BuiltIn:
             unbound = functools.partial(torch_function, *args, **kwargs)
             if dispatch.is_small(op, tensors, case):
                 return unbound()
-            return _run(op, tensors, numbers, case, inplace, unbound)
+            return _run(op, tensors, numbers, case, unbound)
 
         stand_in = StandIn(call)
         globals()[self.path.replace(".", "_")] = stand_in
@@ -222,18 +223,16 @@ def _run(
     tensors: Tensors,
     numbers: Numbers,
     case: Case,
-    inplace: bool,
     torch_call: Callable[[], Tensor],
 ) -> Tensor:
     """Returns the result of a kernel, or else of torch's function, which raises torch's errors.
 
     If pyfused raises an error and torch does not, the result is torch's, and a warning reports the
-    error once. With ``inplace`` the error is raised, because the kernel may have overwritten the
-    input.
+    error once.
     """
     failure = None
     try:
-        reason, kernel, floats = dispatch.decide(op, tensors, numbers, case, inplace)
+        reason, kernel, floats = dispatch.decide(op, tensors, numbers, case)
         if kernel is not None:
             return kernel(tensors, floats)  # type: ignore[no-any-return]
         dispatch.report_fallback(op, tensors, str(reason))
@@ -245,14 +244,11 @@ def _run(
     # Called outside of `except`, to keep pyfused's error out of the context of torch's error.
     with torch_alone:
         result = torch_call()
-    if failure is not None:
-        if inplace:
-            raise failure
-        if first_time(op.name, type(failure).__name__):
-            message = (
-                f"pyfused: {op.name}: torch computed the result, because pyfused raised {failure!r}"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
+    if failure is not None and first_time(op.name, type(failure).__name__):
+        message = (
+            f"pyfused: {op.name}: torch computed the result, because pyfused raised {failure!r}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
     return result
 
 
@@ -284,9 +280,8 @@ def _sites() -> Iterator[_Function | _BuiltIn]:
         if not isinstance(getattr(F, op.name, None), (*C_FUNCTIONS, NoneType)):
             yield _Function(op)
         for owner in (F, torch, Tensor) if op.built_in else ():
-            for inplace in (False, True):
-                if isinstance(getattr(owner, op.name + "_" * inplace, None), C_FUNCTIONS):
-                    yield _BuiltIn(owner, op, inplace)
+            if isinstance(getattr(owner, op.name, None), C_FUNCTIONS):
+                yield _BuiltIn(owner, op)
 
 
 _SITES = (*_sites(),)

@@ -283,10 +283,8 @@ def _compute(name: str, function: Any, *values: Any) -> Any:
     return _uncounted[2](name, function, *values)
 
 
-def _decide(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
-) -> dispatch.Decision:
-    decision: dispatch.Decision = _uncounted[0](op, tensors, numbers, case, inplace)
+def _decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> dispatch.Decision:
+    decision: dispatch.Decision = _uncounted[0](op, tensors, numbers, case)
     if not torch_internals.compiler_traces():
         for report in _reports:
             report._count(op, (tensors, numbers, case), decision)
@@ -350,7 +348,7 @@ def _times(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> tupl
             x[:kept] if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x for x in tensors
         ]
         elements = op.elements(tensors)
-    _, kernel, floats = decide(op, tensors, numbers, case, False)
+    _, kernel, floats = decide(op, tensors, numbers, case)
     assert kernel is not None
     torch_function = op.fast or op.torch
     with warnings.catch_warnings(), torch_alone:

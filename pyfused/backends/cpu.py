@@ -234,13 +234,6 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
         checks.raise_out_of_range(classes, target, ignore_index, position)
 
 
-def all_in_range(target: Tensor, classes: int) -> bool:
-    """Returns whether contiguous int64 class indices are all in [0, classes)."""
-    if MISSING:
-        return bool(((target >= 0) & (target < classes)).all())
-    return bool(native.invalid_class_index(target.data_ptr(), target.numel(), classes, 0) < 0)
-
-
 def cross_entropy(
     tensors: Sequence[Any],
     options: VocabOptions,
@@ -609,7 +602,7 @@ def _native_program(program: Program) -> Callable[..., None]:
     return kernel
 
 
-def activation(formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels:
+def activation(formula: Kernel, input: Tensor) -> Kernels:
     name = formula.name
     kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
     dtype, n, copies = DTYPES[input.dtype], input.numel(), not is_dense(input)
@@ -617,7 +610,7 @@ def activation(formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels
 
     def forward(input: Tensor, numbers: Numbers) -> Tensor:
         input = input.contiguous() if copies else input
-        output = input if inplace else output_like(input)
+        output = output_like(input)
         pointers = input.data_ptr(), output.data_ptr()
         parameters = (*numbers, 0.0, 0.0, 0.0)[:3]
         kernel(dtype, n, *pointers, parameters, torch.get_num_threads())

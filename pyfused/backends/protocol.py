@@ -238,11 +238,8 @@ class Backend(Protocol):
             contiguous tensors. Their last argument, numbers, is not used.
         """
 
-    def activation(self, formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels:
+    def activation(self, formula: Kernel, input: Tensor) -> Kernels:
         """Prepares an activation for inputs of this layout.
-
-        Args:
-            inplace: Whether the output overwrites the input, which must be dense.
 
         Returns:
             Two functions: forward takes the input and the parameters of the formula, at most three,

@@ -575,7 +575,7 @@ def pointwise_loss(
     return launch
 
 
-def activation(formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels:
+def activation(formula: Kernel, input: Tensor) -> Kernels:
     n, choice, padding = input.numel(), choose(input.element_size()), (None,) * OPERANDS
     programs, constants = -(-n // choice.block), {"EACH": True, "EXACT": input.element_size() > 2}
     forward_kernel, backward_kernel = (
@@ -585,7 +585,7 @@ def activation(formula: Kernel, input: Tensor, inplace: bool = False) -> Kernels
     copies, columns, strides = in_rows(torch.empty_like(input, device="meta"), [input])
 
     def forward(input: Tensor, numbers: Numbers) -> Tensor:
-        output = input if inplace else torch.empty_like(input)
+        output = torch.empty_like(input)
         x = torch.empty_like(output).copy_(input) if copies else input
         tensors = (x, *padding[1:]), None, None, output, padding
         parameters = (*numbers, 0.0, 0.0, 0.0)[:NUMBERS]

@@ -73,8 +73,6 @@ class Fused(torch.autograd.Function):
         ctx.save_for_backward(*saved, *gradients)
         if plan.inplace:
             ctx.input_is_overwritten = bool(gradients)
-            if plan.inplace == "output":
-                ctx.mark_dirty(tensors[0])
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         return output
@@ -97,7 +95,7 @@ class Fused(torch.autograd.Function):
         )
         if second_order:
             log_once(f"backward of {plan.name}", second_order)
-        overwrites = plan.inplace == "gradient" and (second_order or first_gradient is None)
+        overwrites = plan.inplace and (second_order or first_gradient is None)
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
                 "inplace: expected False for create_graph=True or a second backward pass, got "

@@ -39,15 +39,13 @@ class Explanation(NamedTuple):
         return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
 
-def path_of(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool = False
-) -> Explanation:
+def path_of(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Explanation:
     """Returns the path that :func:`pyfused.dispatch.run.run` would choose for a call."""
     arguments = op.arguments_of(tensors, numbers, case)
     is_left = not is_dynamo_compiling() and is_small(op, tensors, case)
-    if is_left and not op.runs_small_call(arguments):
+    if is_left:
         return Explanation(op.name, "torch", why_small(op, tensors, case))
-    reason = fallback_reason(op, tensors, numbers, case, inplace)
+    reason = fallback_reason(op, tensors, numbers, case)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
     plain = op.local_shard_of(arguments) is None

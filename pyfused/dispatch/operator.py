@@ -84,14 +84,12 @@ class Operator(ABC):
         fast: A variant of `torch` with less overhead, for calls that no subclass or mode observes.
             It calls no function that `pyfused.patch` replaces. By default `torch`, if that is
             torch's function.
-        fast_: The in-place variant of `fast`.
         fallback_reason: Takes the arguments for planning; returns why torch's operator has to
             compute the call, None if a kernel can.
         number_reason: Like `fallback_reason`, but takes the numbers.
         built_in: The arguments that torch's built-in functions of this name require; () if users
             do not call them.
 
-        torch_: The in-place variant of `torch`, or `torch` itself.
         in_torch: Whether torch has a function of this name.
         all_operands: The operands and the factors.
         names: The names of the arguments.
@@ -110,12 +108,10 @@ class Operator(ABC):
     case: tuple[Any, ...] = ()
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     fast: Callable[..., Any] | None = None
-    fast_: Callable[..., Any] | None = None
     fallback_reason: Callable[..., str | None] | None = None
     number_reason: Callable[..., str | None] | None = None
     built_in: tuple[str, ...] = ()
 
-    torch_: Callable[..., Any] = field(init=False)
     in_torch: bool = field(init=False)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
@@ -135,7 +131,6 @@ class Operator(ABC):
         self.names = tuple([part.name for part in parts])
         self.cases = lru_cache(maxsize=256)(self._cases)
         self.is_linear = "linear_weight" in self.names
-        self.torch_ = self.torch
         if self.fast is None and self.in_torch and not self.factors:
             self.fast = self.torch
         choices = [choice.name for choice in self.case]
@@ -230,10 +225,6 @@ class Operator(ABC):
         """
         return self._reduction is not None and bool(case[self._reduction] == "none")
 
-    def runs_small_call(self, arguments: Arguments) -> bool:  # noqa: ARG002
-        """Returns whether a kernel computes a call that is small enough for torch's operator."""
-        return False
-
     def needs_no_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs no gradient."""
         return not grad_enabled() or not any(
@@ -252,7 +243,7 @@ class Operator(ABC):
     # ---- plans and checks ------------------------------------------------------------------------
 
     @abstractmethod
-    def plan(self, arguments: Arguments, inplace: bool) -> Callable[[Tensors, Numbers], Any]:
+    def plan(self, arguments: Arguments) -> Callable[[Tensors, Numbers], Any]:
         """Checks types, shapes and options, and returns the plan of a signature.
 
         Args:
@@ -280,13 +271,6 @@ class Operator(ABC):
         numbers = arguments[len(self.operands) :]
         for scalar, value in zip(self.numbers, numbers, strict=False):
             self.invalid_number(scalar, value)
-
-    def prepare_inplace(self, input: Tensor) -> None:  # noqa: B027 most have nothing to prepare
-        """Prepares an input that a call is to overwrite."""
-
-    def inplace_fallback_reason(self, input: Tensor) -> str | None:  # noqa: ARG002
-        """Returns why torch's operator has to compute an in-place call, None if a kernel can."""
-        return None
 
     def local_shard_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
         """Returns this process' shard of a call with DTensors, None if there is none."""

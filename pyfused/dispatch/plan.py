@@ -41,7 +41,7 @@ class Plan:
         define: Computes the same gradients from torch's definition, which is differentiable.
         finish: Takes the output and the call's tensors, and returns the result of the call; None to
             return the output itself.
-        inplace: Which tensor overwrites the input: "output", "gradient", or "" for none.
+        inplace: Whether the gradient of the input overwrites the input.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Plan:
     backward: Callable[[Tensors, Numbers, Tensor], Gradients]
     define: Callable[[Tensors, Numbers, Tensor], Gradients]
     finish: Callable[[Any, Tensors], Any] | None = None
-    inplace: str = ""
+    inplace: bool = False
 
     def __call__(self, tensors: Tensors, numbers: Numbers) -> Any:
         arranged = tensors if self.arrange is None else self.arrange(tensors, numbers)

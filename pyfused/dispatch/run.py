@@ -21,7 +21,7 @@ from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, sizes
 from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Operator, Tensors
-from pyfused.dispatch.originals import TorchAlone, torch_alone
+from pyfused.dispatch.originals import F, TorchAlone, torch_alone
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
 from pyfused.torch_internals import (
@@ -49,33 +49,26 @@ def run(
     tensors: Tensors,
     numbers: Numbers,
     case: Case,
-    inplace: bool = False,
     shard: VocabShard | None = None,
 ) -> Tensor:
     """Returns an operator's result, from a fused kernel or from torch's operator.
 
     Args:
-        inplace: Whether the result overwrites the input; for a loss, the input's gradient does.
         shard: The classes of this process, if a process group shards them.
     """
     if shard is not None:
         return op.run_on_shard(op.arguments_of(tensors, numbers, case), shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
-        return _run_compiled(op, tensors, numbers, case, inplace)  # type: ignore[no-any-return]
+        return _run_compiled(op, tensors, numbers, case)  # type: ignore[no-any-return]
     reason: str | None = SMALL
     try:
         if not is_small(op, tensors, case):
-            reason, kernel, floats = decide(op, tensors, numbers, case, inplace)
+            reason, kernel, floats = decide(op, tensors, numbers, case)
             if kernel is not None:
-                if inplace:
-                    op.prepare_inplace(tensors[0])
                 return kernel(tensors, floats)  # type: ignore[no-any-return]
-        elif inplace:
-            op.prepare_inplace(tensors[0])
-        fast = op.fast_ if inplace else op.fast
-        if reason is SMALL and fast is not None:
-            return fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
-        return fall_back(op, str(reason), tensors, numbers, case, inplace)  # type: ignore[no-any-return]
+        if reason is SMALL and op.fast is not None:
+            return op.fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
+        return fall_back(op, str(reason), tensors, numbers, case)  # type: ignore[no-any-return]
     except _ERRORS as error:
         invalid = None
         if type(error) in _ERRORS:
@@ -85,43 +78,37 @@ def run(
         raise invalid.with_traceback(None) from None
 
 
-def by_torch(
-    op: Operator,
-    tensors: Tensors,
-    numbers: Numbers,
-    case: Case,
-    inplace: bool = False,
-    _: Any = None,
-) -> Any:
+def in_place(op: Operator, input: Tensor, *options: Any) -> Tensor:
+    """Returns the result of an activation in place, which torch's function computes."""
+    result: Tensor = getattr(F, op.name)(input, *options, inplace=True)
+    return result
+
+
+def by_torch(op: Operator, tensors: Tensors, numbers: Numbers, case: Case, _: Any = None) -> Any:
     """Returns an operator's result, from its definition in torch's operators."""
-    return (op.torch_ if inplace else op.torch)(*tensors, *numbers, *case)
+    return op.torch(*tensors, *numbers, *case)
 
 
-def fall_back(
-    op: Operator, reason: str, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
-) -> Any:
+def fall_back(op: Operator, reason: str, tensors: Tensors, numbers: Numbers, case: Case) -> Any:
     """Returns an operator's result, from torch's operator, for a reason."""
     if reason is not SMALL:
         report_fallback(op, tensors, reason)
-    function = op.torch_ if inplace else op.torch
     # The code of subclasses may call patched functions.
     if not TorchAlone.needed or has_torch_function((*tensors, *numbers)):
-        return function(*tensors, *numbers, *case)
+        return op.torch(*tensors, *numbers, *case)
     with torch_alone:
-        return function(*tensors, *numbers, *case)
+        return op.torch(*tensors, *numbers, *case)
 
 
-def _run_compiled(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
-) -> Any:
+def _run_compiled(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Any:
     """Returns the result of a call that Dynamo traces."""
     op.check_tensors(tensors)
-    reason, kernel, _ = decide_compiled(op, tensors, numbers, case, inplace)
+    reason, kernel, _ = decide_compiled(op, tensors, numbers, case)
     if kernel is not None:  # a compiled gradient has its own memory
         return kernel(tensors, numbers)
     if reason is not SMALL:
         report_fallback(op, tensors, str(reason))
-    return by_torch(op, tensors, numbers, case, inplace)
+    return by_torch(op, tensors, numbers, case)
 
 
 # ---- decisions -----------------------------------------------------------------------------------
@@ -149,12 +136,12 @@ def keep_plan(key: Any, plan: Any) -> None:
     _plans[key] = plan
 
 
-def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool) -> Decision:
+def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Decision:
     """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
-    signed = signature(op, tensors, numbers, case, inplace)
+    signed = signature(op, tensors, numbers, case)
     if isinstance(signed, str):
         if is_traced(tensors[0]):
-            return decide_compiled(op, tensors, numbers, case, inplace)
+            return decide_compiled(op, tensors, numbers, case)
         arguments = op.arguments_of(tensors, numbers, case)
         reason = _reason_without_plan(op, arguments, signed)
         if reason is not None:
@@ -166,18 +153,16 @@ def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace
     key, numbers = signed
     decision = _plans.get(key)
     if decision is None:
-        specs, arguments = with_specs(op, tensors, key, inplace)
-        reason = _planned_reason(op, specs, arguments, inplace)
-        decision = reason, None if reason else op.plan(arguments, inplace)
+        specs, arguments = with_specs(op, tensors, key)
+        reason = _planned_reason(op, specs, arguments)
+        decision = reason, None if reason else op.plan(arguments)
         keep_plan(key, decision)
     return *decision, numbers
 
 
-def decide_compiled(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
-) -> Decision:
+def decide_compiled(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Decision:
     """Decides whether a custom operator runs a call in a program that is being compiled."""
-    reason = fallback_reason(op, tensors, numbers, case, inplace)
+    reason = fallback_reason(op, tensors, numbers, case)
     arguments = op.arguments_of(tensors, numbers, case)
     return reason, None if reason else lambda *_: op.compiled(arguments), numbers
 
@@ -185,9 +170,7 @@ def decide_compiled(
 # ---- reasons to fall back ------------------------------------------------------------------------
 
 
-def fallback_reason(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool = False
-) -> str | None:
+def fallback_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> str | None:
     """Returns why a call of any size falls back to torch's operator, None if a kernel runs.
 
     The kernels compute results and first derivatives, in reverse mode, of plain strided tensors on
@@ -199,12 +182,12 @@ def fallback_reason(
     if is_compiled(tensors[0]):
         arguments = op.arguments_of(tensors, numbers, case)
         reason = _compiler_reason(op, tensors, numbers, case)
-        return reason or _planned_reason(op, tensors, arguments, inplace)
-    signed = signature(op, tensors, numbers, case, inplace)
+        return reason or _planned_reason(op, tensors, arguments)
+    signed = signature(op, tensors, numbers, case)
     if isinstance(signed, str):
         return _reason_without_plan(op, op.arguments_of(tensors, numbers, case), signed)
-    specs, arguments = with_specs(op, tensors, signed[0], inplace)
-    return _planned_reason(op, specs, arguments, inplace)
+    specs, arguments = with_specs(op, tensors, signed[0])
+    return _planned_reason(op, specs, arguments)
 
 
 def _reason_without_plan(op: Operator, arguments: Arguments, reason: str) -> str | None:
@@ -213,9 +196,7 @@ def _reason_without_plan(op: Operator, arguments: Arguments, reason: str) -> str
     return active_mode() if is_shard else reason
 
 
-def _planned_reason(
-    op: Operator, tensors: Tensors, arguments: Arguments, inplace: bool
-) -> str | None:
+def _planned_reason(op: Operator, tensors: Tensors, arguments: Arguments) -> str | None:
     """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
     input = tensors[0]
     for operand, tensor in zip(op.all_operands, tensors, strict=True):
@@ -223,9 +204,7 @@ def _planned_reason(
             continue
         if reason := unsupported(operand, tensor, input):
             return reason
-    if op.fallback_reason is not None and (reason := op.fallback_reason(*arguments)):
-        return reason
-    return op.inplace_fallback_reason(input) if inplace else None
+    return None if op.fallback_reason is None else op.fallback_reason(*arguments)
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from numbers import Integral
 from types import NoneType
 from typing import Any
@@ -19,7 +18,6 @@ from pyfused.torch_internals import (
     has_names,
     is_functorch_wrapped,
     is_lazy_clone,
-    is_view,
     is_zero_tensor,
 )
 from pyfused.types import NUMBER, TensorSpec
@@ -27,11 +25,11 @@ from pyfused.types import NUMBER, TensorSpec
 PLAIN = (Tensor, Parameter)
 _KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
 _FLOATS = frozenset((float, NoneType))
-_CASES, _CASE = 4, 5  # indices into a key
+_CASES, _CASE = 3, 4  # indices into a key
 
 
 def signature(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, inplace: bool
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case
 ) -> tuple[Any, Numbers] | str:
     """Returns the key of a call's plan and the call's numbers, or why the call has no plan.
 
@@ -60,7 +58,7 @@ def signature(
             return integers
         case = integers
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    key: list[Any] = [op, inplace, grad, torch.get_default_dtype(), cases, case, kinds]
+    key: list[Any] = [op, grad, torch.get_default_dtype(), cases, case, kinds]
     for operand, x in zip(op.all_operands, tensors, strict=True):
         kind = type(x)
         if kind is Tensor or kind is Parameter:
@@ -81,9 +79,6 @@ def signature(
             key.append(NUMBER)
         else:
             return f"{operand.name} is a {kind.__name__}"
-    if inplace:
-        input = tensors[0]
-        key.append(input.is_leaf or is_view(input))
     if any_autocast() and not tensors[0].is_meta:  # torch raises for the device "meta"
         device = tensors[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -122,17 +117,12 @@ def _with_integers(op: Operator, case: Case) -> Case | str:
     return tuple(converted)
 
 
-def with_specs(
-    op: Operator, tensors: Tensors, key: Any, inplace: bool
-) -> tuple[Tensors, Arguments]:
+def with_specs(op: Operator, tensors: Tensors, key: Any) -> tuple[Tensors, Arguments]:
     """Returns the layouts of the tensors, and the arguments for planning.
 
     A TensorSpec has only the properties that `signature` reads, so a plan cannot depend on others.
     """
     specs: list[Any] = [spec_of(x) for x in tensors]
-    if inplace:
-        is_leaf_or_view = tensors[0].is_leaf or is_view(tensors[0])
-        specs[0] = replace(specs[0], is_leaf_or_view=is_leaf_or_view)
     return specs, op.arguments_of(specs, key[_CASES], key[_CASE])
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import FunctionType
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,14 +18,11 @@ from pyfused.dispatch.operator import (
     Numbers,
     Operator,
     Tensors,
-    grad_enabled,
-    parameters_of,
 )
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
-from pyfused.layout import is_dense
 from pyfused.torch_internals import built_in
 from pyfused.types import Kernels, Scalar
 
@@ -40,9 +36,7 @@ class Activation(Operator):
         gradient: The gradient of the input, given grad_output, the saved tensor, the numbers and
             the case. None derives it from the formula, if the input is saved.
         checks: Whether torch's Python function raises for numbers that the built-in one accepts.
-        saves: The tensor that the gradient is computed from, "input" or "output", as in torch, or
-            "either", if the formula of the gradient holds for both: the output if it overwrites the
-            input, or else the input, so that the output may be changed in place.
+        saves: The tensor that the gradient is computed from, "input" or "output", as in torch.
     """
 
     formula: Callable[..., Tensor]
@@ -57,14 +51,9 @@ class Activation(Operator):
         function = getattr(F, self.name, self.formula)
         self.torch = function if self.torch is None else self.torch
         super().__post_init__()
-        takes_inplace = self.in_torch and "inplace" in _parameters(function)
-        self.torch_ = partial(function, inplace=True) if takes_inplace else self.torch
-        if self.in_torch and not self.checks:
-            if self.fast is self.torch:
-                self.fast = _built_in(self.name, function)
-                self.fast_ = _built_in(f"{self.name}_", None)
-            if not takes_inplace and self.fast_ is not None:
-                self.torch_ = self.fast_
+        if self.in_torch and not self.checks and self.fast is self.torch:
+            # torch's built-in function has less overhead.
+            self.fast = getattr(torch, self.name, None) or built_in(self.name, function)
         if any(choice.values for choice in self.case) and self.fallback_reason is None:
             self.fallback_reason = self._invalid_word
 
@@ -94,13 +83,13 @@ class Activation(Operator):
         assert gradient is not None
         return gradient
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
+    def plan(self, arguments: Arguments) -> Plan:
         input, *cases = arguments
         kernel, backend = self.kernels[self.kernel_of(cases)], backend_of(input)
         case = cases[len(self.numbers) :]
         options = lambda numbers: (*numbers, *case)  # noqa: E731
-        prepare = lambda x: backend.activation(kernel, x, inplace)  # noqa: E731
-        return activation_plan(self, input, options, prepare, inplace)
+        prepare = lambda x: backend.activation(kernel, x)  # noqa: E731
+        return activation_plan(self, input, options, prepare)
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -125,35 +114,12 @@ class Activation(Operator):
             Method(["grad_output", saved], *kernel.expressions(backward, 2)),
         ]
 
-    def inplace_fallback_reason(self, input: Any) -> str | None:
-        """Returns None if the gradient can be computed from the output, else the reason.
-
-        If it needs the input, a kernel allocates as much memory as torch's operator,
-        which also raises the errors for tensors that must not be overwritten, and takes any
-        strides.
-        """
-        needs_grad = grad_enabled() and input.requires_grad
-        saves_output = self.saves != "input" and needs_grad and not input.is_leaf_or_view
-        if not saves_output or not is_dense(input.empty()):
-            return "torch's in-place operator needs no more memory"
-        return None
-
-
-def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
-    return parameters_of(function) if isinstance(function, FunctionType) else {}
-
-
-def _built_in(name: str, function: Any) -> Any:
-    """Returns torch's built-in function, which has less overhead, or else the given one."""
-    return getattr(torch, name, None) or built_in(name, function)
-
 
 def activation_plan(
     op: Any,
     input: Any,
     options: Callable[[Numbers], Sequence[Any]],
     prepare: Callable[[Tensor], Kernels],
-    inplace: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Plan:
     """Returns the plan of an activation or a softmax, which saves the output or the input.
@@ -164,7 +130,7 @@ def activation_plan(
         dtype: The dtype that the input is converted to, None to leave it unchanged.
     """
     kernels: list[Kernels] = []
-    saves_output = inplace or op.saves == "output"
+    saves_output = op.saves == "output"
 
     def forward(tensors: Tensors, numbers: Numbers) -> Forward:
         (input,) = tensors
@@ -183,5 +149,4 @@ def activation_plan(
         define=lambda saved, numbers, grad: (
             op.gradient_in_torch(grad, saved[0], *options(numbers)),
         ),
-        inplace="output" if inplace else "",
     )

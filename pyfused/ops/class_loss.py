@@ -18,7 +18,7 @@ from pyfused.dispatch.operator import Arguments, Case, Numbers, Tensors
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes, needs_grad
 from pyfused.layout import accumulate_dtype, is_dense
 from pyfused.ops.custom_operators import CompiledOperator
-from pyfused.types import Gradients, Outputs, VocabOptions
+from pyfused.types import CrossEntropyOptions, Gradients, Outputs, VocabOptions
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -62,9 +62,10 @@ class ClassLoss(CompiledOperator):
         self.check_arguments(*operands, options)
         return *operands, options
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
+    def plan(self, arguments: Arguments) -> Plan:
         """Checks a call, and returns the plan of its signature."""
         *operands, options = self.checked(arguments)
+        inplace = isinstance(options, CrossEntropyOptions) and options.inplace
         input, target, _ = operands
         layouts: list[Any] = [None if x is None else x.empty() for x in operands]
         arranged = self.arranged(layouts)
@@ -106,7 +107,7 @@ class ClassLoss(CompiledOperator):
             forward=forward,
             backward=backward,
             define=define,
-            inplace="gradient" if inplace else "",
+            inplace=inplace,
         )
 
     def result_dtype(

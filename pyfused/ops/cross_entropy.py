@@ -8,33 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.backends import backend_of, cpu
-from pyfused.dispatch.operator import (
-    REDUCTIONS,
-    Arguments,
-    Numbers,
-    Tensors,
-    grad_enabled,
-)
+from pyfused.backends import backend_of
+from pyfused.dispatch.operator import REDUCTIONS, Arguments, Numbers, Tensors, grad_enabled
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan
 from pyfused.dispatch.reasons import SMALL
-from pyfused.dispatch.run import decide, fall_back, is_compiled
+from pyfused.dispatch.run import fall_back, is_compiled
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape
 from pyfused.ops import definitions, metrics, shards
 from pyfused.ops.class_loss import ClassLoss
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.row_state import metrics_state
 from pyfused.ops.shards import ShardedOperator
-from pyfused.torch_internals import (
-    built_in,
-    dispatch_modes,
-    fell_back_in_checkpoint,
-    is_functorch_wrapped,
-)
+from pyfused.torch_internals import built_in
 from pyfused.types import CrossEntropyOptions
 
 # The defaults of the numbers that torch's function lacks, and their types.
@@ -63,14 +51,16 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         tensor: Tensor | None,
         *rest: Any,
     ) -> Any:
-        """Returns the result of a small call, by a kernel if torch would have to mask rows.
+        """Returns the result of a small call: torch's, unless options that torch lacks are set.
 
         Args:
             tensor: The denominator, if it is a tensor.
         """
-        added = rest[:-7]
-        smoothing, _, ignore_index, reduction, _, loss_dtype, with_metrics = rest[-7:]
+        added = rest[:-8]
+        smoothing, _, ignore_index, reduction, _, loss_dtype, with_metrics, inplace = rest[-8:]
         number = REDUCTIONS.get(reduction)
+        if inplace:
+            prepare_inplace(input)
         if (
             not token_weight is tensor is loss_dtype is None
             or not TYPES.issuperset(map(type, added))
@@ -80,22 +70,8 @@ class CrossEntropy(ClassLoss, ShardedOperator):
             or type(target) is not Tensor
         ):
             call = input, target, weight, token_weight, tensor, *rest
-            return fall_back(self, SMALL, *self.split(call), False)
-        is_index = target.dtype is torch.int64
-        if is_index and input.requires_grad and _ignores_rows(input, target, ignore_index):
-            tensors = input, target, weight, None, None
-            _, kernel, floats = decide(self, tensors, rest[:-5], rest[-5:], False)
-            if kernel is not None:
-                return kernel(tensors, floats)
-            input = definitions.without_ignored(input, target, ignore_index)
+            return fall_back(self, SMALL, *self.split(call))
         return self.built_in_loss(input, target, weight, number, ignore_index, smoothing)
-
-    def runs_small_call(self, arguments: Arguments) -> bool:
-        """Returns whether a kernel computes a call that is small enough for torch's operator."""
-        input, target, _, options = arguments
-        has_gradient = type(target) is Tensor and input.requires_grad and options.is_plain()
-        is_index = has_gradient and target.dtype is torch.int64
-        return is_index and _ignores_rows(input, target, options.ignore_index)
 
     def options_of(self, arguments: Arguments) -> CrossEntropyOptions:
         options: CrossEntropyOptions = arguments[-1]
@@ -112,13 +88,23 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         loss: Tensor = self.definition(input, target, weight, options)
         return loss
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Any:
+    def plan(self, arguments: Arguments) -> Any:
         options = arguments[-1]
         if options.softcap is not None:
             input, target, *_ = self.checked(arguments)
-            return shards.cross_entropy_plan((input, target), options, None)
-        plan = super().plan(arguments, inplace)
-        return self._with_metrics(plan, arguments) if options.with_metrics else plan
+            plan: Any = shards.cross_entropy_plan((input, target), options, None)
+        else:
+            plan = super().plan(arguments)
+            plan = self._with_metrics(plan, arguments) if options.with_metrics else plan
+        if not options.inplace:
+            return plan
+        arranged = plan.arrange
+
+        def arrange(tensors: Tensors, numbers: Numbers) -> Tensors:
+            prepare_inplace(tensors[0])
+            return tensors if arranged is None else arranged(tensors, numbers)
+
+        return replace(plan, arrange=arrange)
 
     def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:
         """Returns the plan with the state of rows as a second output, from which metrics follow."""
@@ -153,7 +139,7 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
     def compiled(self, arguments: Arguments) -> Tensor:
         *operands, options = self.checked(arguments)
-        options = replace(checks.normalized(options), with_metrics=False)
+        options = replace(checks.normalized(options), with_metrics=False, inplace=False)
         tensors = self.arranged(operands)
         dtype = self.result_dtype(operands[0], options, tensors[0].dtype)
         # The operator runs without autocast, on which the dtype of the result may depend.
@@ -179,12 +165,6 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         common = common_dtype(input, target, weight)
         return input.to(common), target.to(common), weight
 
-    def prepare_inplace(self, input: Tensor) -> None:
-        """Increments the version of logits that their gradient may overwrite."""
-        if grad_enabled() and input.requires_grad:
-            checks.overwritable(input)
-            increment_version(input)
-
     def local_shard_of(self, arguments: Arguments) -> Any:
         return None if arguments[-1].gamma != 0 else super().local_shard_of(arguments)
 
@@ -193,21 +173,11 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         return "row by row" if rows else "several rows at a time"
 
 
-def _ignores_rows(input: Tensor, target: Tensor, ignore_index: int) -> bool:
-    """Returns whether a CPU call has ignored rows, whose gradient may be NaN in torch.
-
-    Returns False in compiled programs and under modes, which expect torch's operators.
-    """
-    if is_dynamo_compiling() or is_functorch_wrapped(target) or not target.is_cpu:
-        return False
-    if not (input.dim() and input.numel() and target.is_contiguous()):
-        return False
-    classes = input.shape[input.dim() > 1]
-    if target.numel() * classes != input.numel():
-        return False  # torch raises
-    if not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
-        return False
-    return not (dispatch_modes() or fell_back_in_checkpoint())
+def prepare_inplace(input: Tensor) -> None:
+    """Increments the version of logits that their gradient may overwrite."""
+    if grad_enabled() and input.requires_grad:
+        checks.overwritable(input)
+        increment_version(input)
 
 
 def cross_entropy_fallback_reason(

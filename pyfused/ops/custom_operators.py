@@ -78,7 +78,7 @@ class CompiledOperator(Operator):
 
     def compiled_plan(self, arguments: Arguments) -> Plan:
         """Returns the plan of calls of the custom operator."""
-        return self.plan(arguments, False)  # type: ignore[return-value]
+        return self.plan(arguments)  # type: ignore[return-value]
 
     def saved(self, tensors: Tensors, state: Any) -> Tensors:  # noqa: ARG002
         """Returns the tensors that backward takes: forward's tensors and the state."""
@@ -140,7 +140,7 @@ class _CustomOperators:
         """
         op = self.op
         tensors, numbers, case = op.split(tuple(values[: self.count]))
-        signed = signature(op, tensors, numbers, case, False)
+        signed = signature(op, tensors, numbers, case)
         key = None  # if a mode is active, for example
         if not isinstance(signed, str):
             key, numbers = (*signed[0], "compiled", *needs), signed[1]

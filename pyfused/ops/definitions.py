@@ -8,18 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import cpu
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.originals import original
-from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.torch_internals import dispatch_modes, fell_back_in_checkpoint, is_functorch_wrapped
 from pyfused.types import OPTIONS, CrossEntropyOptions, Head, LogProbsOptions, Scalar
 
 _cross_entropy = original(F.cross_entropy)
@@ -145,7 +141,6 @@ def linear_cross_entropy(
     checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
     head = Head(input, linear_weight, linear_bias, target, weight)
     if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
-        input = without_ignored_states(input, target, options.ignore_index, *head[1:3])
         checks.memory_budget(options.memory_budget)  # torch's function does not take these two
         checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
         return _linear_cross_entropy(
@@ -161,31 +156,6 @@ def linear_cross_entropy(
         )
     checks.linear_cross_entropy(head, options)
     return head_cross_entropy(head, options)
-
-
-def without_ignored_states(
-    input: Tensor, target: Tensor, ignore_index: int, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Fills inputs of ignored rows with 0, because NaN in them would reach the weight's gradient.
-
-    Calls without a gradient, and eager calls on CPUs without an ignored row, skip this.
-    """
-    needs_grad = input.requires_grad or weight.requires_grad
-    if not (needs_grad or (bias is not None and bias.requires_grad)):
-        return input
-    classes = weight.shape[0]
-    if type(input) not in PLAIN or type(target) not in PLAIN or target.is_floating_point():
-        return input
-    if target.shape[: input.dim() - 1] != input.shape[:-1]:
-        return input  # torch raises
-    is_eager = not (is_dynamo_compiling() or is_functorch_wrapped(target))
-    if is_eager and target.is_cpu and target.is_contiguous() and target.dtype is torch.int64:
-        is_eager = not (dispatch_modes() or fell_back_in_checkpoint())
-        if is_eager and not 0 <= ignore_index < classes and cpu.all_in_range(target, classes):
-            return input
-    valid = target != ignore_index
-    valid = valid if valid.dim() < max(input.dim(), 2) else valid.flatten(1).any(1)
-    return input.where(valid.unsqueeze(-1), 0)
 
 
 def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:

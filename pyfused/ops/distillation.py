@@ -215,8 +215,8 @@ class Divergence(RowLoss):
 class LogitsDivergence(Divergence):
     """The divergence of logits."""
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:
-        plan, options = super().plan(arguments, inplace), arguments[-1]
+    def plan(self, arguments: Arguments) -> Plan:
+        plan, options = super().plan(arguments), arguments[-1]
         in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
         prepare = partial(divergence_kernel, plan.backend, options)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)

@@ -505,7 +505,6 @@ RELU = Activation(
 LEAKY_RELU = Activation(
     name="leaky_relu",
     module="LeakyReLU",
-    saves="either",
     numbers=(Scalar("negative_slope", low=0.0),),
     formula=lambda input, slope: torch.where(input > 0, input, slope * input),
     gradient=lambda grad_output, output, slope: torch.where(
@@ -614,7 +613,6 @@ THRESHOLD = Activation(
 RELU6 = Activation(
     name="relu6",
     module="ReLU6",
-    saves="either",
     formula=lambda input: input.clamp(0, 6),
     gradient=lambda grad_output, output: torch.where(_between(0, output, 6), grad_output, 0),
 )

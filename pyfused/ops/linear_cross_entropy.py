@@ -77,7 +77,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         if (
             not TYPES.issuperset(map(type, (smoothing, *added)))
             or added != (None, None, *DEFAULTS, 0.0)
-            or others != [None, None, False, None]  # from memory_budget to torch's options
+            or others != [None, None, False, False, None]  # from memory_budget to torch's options
             or number is None
             or has_torch_function((input, linear_weight, bias, target, weight))
             or not (input.is_cpu and linear_weight.is_cpu and target.dtype is torch.int64)
@@ -85,9 +85,7 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             or linear_weight.shape[1:] != input.shape[1:]
             or not (bias is None or (bias.is_cpu and bias.shape == linear_weight.shape[:1]))
         ):
-            return fall_back(self, SMALL, *self.split(call), False)
-        ignored = input, target, ignore_index, linear_weight, bias
-        input = definitions.without_ignored_states(*ignored)
+            return fall_back(self, SMALL, *self.split(call))
         logits = self.linear(input, linear_weight, bias)
         return self.built_in_loss(logits, target, weight, number, ignore_index, smoothing)
 

@@ -136,7 +136,6 @@ class LogProbsOperator(ShardedOperator):
     def plan(
         self,
         arguments: Arguments,
-        inplace: bool = False,  # noqa: ARG002
         shard: LocalShard | None = None,
         results: int | None = None,
     ) -> Plan:

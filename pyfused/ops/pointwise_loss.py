@@ -117,7 +117,7 @@ class TensorLoss(CompiledOperator):
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+    def plan(self, arguments: Arguments) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
         The plan's tensors are the operands, the weight, and the divisor of the sum if it depends on

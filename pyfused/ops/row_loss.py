@@ -148,7 +148,7 @@ class RowLoss(VocabOperator):
         """Returns whether each of the student's tensors needs a gradient."""
         return needs_grad(arguments[: self.student])
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+    def plan(self, arguments: Arguments) -> Plan:
         """Checks a call, and returns the plan of its signature."""
         planned, count = self.checked_options(arguments), len(self.operands)
         needs, backend = self.gradients_needed(arguments), backend_of(arguments[0])

@@ -61,7 +61,7 @@ class Softmax(Operator):
             grad_input = grad - y.exp() * grad.sum(dim, keepdim=True)
         return grad_input.to(output.dtype)
 
-    def plan(self, arguments: Arguments, inplace: bool) -> Plan:  # noqa: ARG002
+    def plan(self, arguments: Arguments) -> Plan:
         input, dim, dtype, _ = arguments
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
