@@ -327,8 +327,7 @@ def linear_cross_entropy(
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     tensors = input, linear_weight, linear_bias, target, weight, token_weight, tensor
     numbers = number, softcap, temperature, 0.0, z_loss, scale, label_smoothing, filter_eps  # gamma
-    ignored = -100 if ignore_index is None else ignore_index
-    case = ignored, reduction, memory_budget, loss_dtype, False, False, options
+    case = ignore_index, reduction, memory_budget, loss_dtype, False, False, options
     return run(operators.LINEAR_CROSS_ENTROPY, tensors, numbers, case, shard)
 
 

@@ -17,7 +17,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
-from pyfused.dispatch.operator import REDUCTIONS, Arguments, Numbers, Tensors
+from pyfused.dispatch.operator import REDUCTIONS, Arguments, Case, Numbers, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import fall_back, is_compiled
@@ -86,8 +86,14 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             or not (bias is None or (bias.is_cpu and bias.shape == linear_weight.shape[:1]))
         ):
             return fall_back(self, SMALL, *self.split(call))
+        ignore_index = -100 if ignore_index is None else ignore_index
         logits = self.linear(input, linear_weight, bias)
         return self.built_in_loss(logits, target, weight, number, ignore_index, smoothing)
+
+    def arguments_of(self, tensors: Tensors, numbers: Numbers, case: Case) -> Arguments:
+        if case[0] is None:  # torch's default of ignore_index
+            case = -100, *case[1:]
+        return super().arguments_of(tensors, numbers, case)
 
     def compute_by_torch(self, *call: Any) -> Any:
         *operands, options = self.arguments_of(*self.split(call))
