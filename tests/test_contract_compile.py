@@ -1,12 +1,14 @@
-"""The contract of every operator in compiled and exported programs, at the sizes of normal use.
+"""The contract of every operator in traced programs, at the sizes of normal use.
 
-A call is one graph without breaks, for every batch size below a limit. test_compile.py compiles
-calls as custom operators at all sizes.
+A compiled call is one graph without breaks, for every batch size below a limit, and a traced or
+exported program computes all batch sizes. test_compile.py compiles calls as custom operators at all
+sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from compare import evaluate
 from samples import SAMPLES, Sample
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyfused.ops.elementwise import L1_LOSS
 
@@ -93,6 +96,22 @@ def assert_exports(example: Example, strict: bool) -> None:
     first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
     program = torch.export.export(Program(batches), first, dynamic_shapes=(shapes,), strict=strict)
     close(program.module()(*last), batches.of(last))
+
+
+TRACERS: dict[str, Callable[..., Any]] = {
+    "jit.trace": lambda step, tensors: torch.jit.trace(step, tensors, check_trace=False),
+    "make_fx": lambda step, tensors: make_fx(step, tracing_mode="symbolic")(*tensors),
+}
+
+
+@every_operator
+@pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_with_another_batch_size(example: Example, trace: Callable[..., Any]) -> None:
+    batches = Batches(example)
+    first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
+    traced = trace(lambda *tensors: batches.of(tensors), first)
+    close(traced(*last), batches.of(last))
 
 
 @every_operator
