@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache, partial, update_wrapper
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache, partial, update_wrapper
 from itertools import product
 from numbers import Integral, Real
+from operator import attrgetter
+from traceback import extract_tb
+from types import MethodType, NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -21,165 +26,119 @@ from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
-from pyfused.dispatch.signature import PLAIN
-from pyfused.dispatch.sizes import is_small
-from pyfused.formula_compiler import trace
+from pyfused.dispatch.reasons import stacklevel
+from pyfused.formula_compiler.kernel import Kernel
+from pyfused.formula_compiler.outside import Outside
 from pyfused.formula_compiler.program import (
     EXPONENTS,
     OPERANDS,
-    Expressions,
     Program,
     UntraceableError,
-    compiled,
     is_moderate,
 )
-from pyfused.layout import broadcast_numel
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
-from pyfused.types import Outputs, Scalar
+from pyfused.types import NUMBER, Outputs, Scalar
 
 _LONG = 16  # a formula is long from this many instructions on, including its gradients
-_MOST_VALUES = 1024  # combinations of parameter values whose programs a formula caches
-_MOST_TRACES = 32  # traces per formula
+_MOST_TRACES = 32  # traces of a formula for static parameters, and of an operator for exponents
 _CALL_OPTIONS = ("reduction", "weight")  # keywords of losses, in addition to the parameters
-_PARAMETER_TYPES = (float, int, bool, str, type(None))
-
-
-@dataclass(eq=False)
-class Traced:
-    """Holds a formula's programs for all parameters that lead to the same operations.
-
-    Attributes:
-        run: The run of the function that was traced.
-        inputs: The literals that are inputs of the programs: index to value.
-        outputs: The expressions of the value and of the gradients.
-        symbolic: The run of the function with symbols instead of floats, None if the function may
-            depend on their values other than through inputs.
-        constants: The parameters that are not floats, as returned by `constants_of`.
-        difference: The error that describes how the kernel's results differ from the function's,
-            or None.
-    """
-
-    name: str
-    run: trace.Run
-    inputs: dict[int, float]
-    expressions: Expressions
-    outputs: list[int]
-    symbolic: trace.Run | None = None
-    constants: Any = None
-    difference: RuntimeError | None = None
-
-    def __post_init__(self) -> None:
-        self.program = cache(self._program)
-        self.program(Outputs(True, (True,) * (len(self.outputs) - 1)))  # raises if it is too large
-
-    def values(self, run: trace.Run) -> tuple[float, ...] | None:
-        """Returns the programs' inputs for another run, None if operations or constants differ."""
-        pairs = enumerate(zip(self.run.literals, run.literals, strict=False))
-        if run.structure != self.run.structure or any(
-            i not in self.inputs and repr(traced) != repr(new) for i, (traced, new) in pairs
-        ):
-            return None
-        return tuple([run.literals[i] for i in self.inputs])
-
-    def applies_to(self, parameters: Sequence[Any]) -> bool:
-        """Returns whether the programs are known to be for parameters with the same constants."""
-        if self.symbolic is None or self.difference is not None:
-            return False
-        for i in self.inputs:
-            try:
-                value = self.symbolic.symbols[i].compute(parameters)
-            except ArithmeticError:
-                return False
-            is_special = i in self.symbolic.exponents and value in EXPONENTS
-            if type(value) is not float or is_special or not is_moderate(value):
-                return False
-        return True
-
-    def _program(self, outputs: Outputs) -> Program:
-        return compiled(self.name, self.expressions, self.outputs, outputs, len(self.inputs))
+_KINDS = frozenset((bool, int, str, NoneType))  # of static parameters
+_INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
 class FormulaOperator(PointwiseLoss):
     """The operator of a user's formula; an activation is a loss without reduction.
 
+    A formula has an operator for each choice of masks among its operands, and for each value of its
+    static parameters and of what it reads from outside. Its numbers are the other parameters.
+
     Attributes:
-        dtypes: The dtypes of the operands, float64 for all that are floating-point.
+        problem: Why the formula is not traced, "" if it is.
     """
 
     infers_dtype = True  # float32 masks promote half precision
-    number_types = (Real, str)
     strategy = "a program, element by element"
 
     def __init__(
-        self,
-        function: Callable[..., Tensor],
-        loss: bool,
-        slopes: Callable[..., Any] | None = None,
-        dtypes: tuple[torch.dtype, ...] = (),
+        self, formula: Formula, masks: tuple[bool, ...], static: dict[str, Any], problem: str
     ) -> None:
-        operands, self.defaults = _read_signature(function)
-        self.dtypes = dtypes or (torch.float64,) * len(operands)
-        self.user = trace.UserFunction(function, slopes, self.dtypes)
-        if slopes is not None:
-            function = _differentiated(function, slopes, operands)
-        self.function, self.loss, self.long = function, loss, False
-        self.traces: list[Traced] = []
-        self._traced = lru_cache(_MOST_VALUES)(
-            lambda _, numbers: trace.isolated(self._trace, numbers)
-        )
-        options = dict(zip(_CALL_OPTIONS, ("mean" if loss else "none", None), strict=True))
-        self.keywords, count = self.defaults | options, len(operands)
+        self.user, self.problem = formula, problem
+        numbers = [name for name in formula.defaults if name not in static]
+        count = len(formula.operands)
+
+        def named(values: Sequence[Any]) -> dict[str, Any]:
+            return static | dict(zip(numbers, values, strict=True))
 
         def compute(*arguments: Any) -> Tensor:
             *tensors, weight = arguments[: count + 1]
-            numbers = dict(zip(self.defaults, arguments[count + 1 : -1], strict=True))
-            return reduced(function(*tensors, **numbers), arguments[-1], weight)
+            value = formula.function(*tensors, **named(arguments[count + 1 : -1]))
+            return reduced(value, arguments[-1], weight)
 
-        weight = Operand("weight", differentiated=False, optional=True, converts=True)
+        def gradient(*arguments: Any) -> tuple[Any, ...]:
+            return _slopes_of(formula.slopes, arguments[:count], named(arguments[count:]))
+
+        operands = zip(formula.operands, masks, strict=True)
         super().__init__(
-            name=f"{function.__module__ or '__main__'}.{function.__qualname__}",
+            name=f"{formula.__module__ or '__main__'}.{formula.__qualname__}",
             module="",
-            operands=(*[Operand(name, converts=True) for name in operands], weight),
-            fallback_reason=self._reason_of_shapes,
-            numbers=tuple(map(Scalar, self.defaults)),
+            operands=(
+                *[Operand(x, converts=True, differentiated=not is_mask) for x, is_mask in operands],
+                Operand("weight", differentiated=False, optional=True, converts=True),
+            ),
+            numbers=tuple(map(Scalar, numbers)),
             case=("reduction",),
+            fallback_reason=self._reason_of_shapes,
             torch=compute,
-            formula=function,
+            formula=lambda *each: formula.written(*each[:count], **named(each[count:])),
+            gradient=None if formula.slopes is None else gradient,
             denominators={"mean": _mean_of_weights},
+            masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
-        self.known = lru_cache(_MOST_VALUES)(self._symbolic_trace)
-        self.cases = self._cases_of_values
-        self.all_outputs = Outputs(True, (True,) * len(operands))
+        self.all_outputs = Outputs(True, (True,) * count)
+        self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by the cases of the numbers
 
-    def to_number(self, value: Any) -> Any:
-        """Converts a tensor or a NumPy number; the types of Python's numbers may matter."""
-        if isinstance(value, Tensor):
-            return value.item()
-        if type(value) in _PARAMETER_TYPES:
-            return value
-        return int(value) if isinstance(value, Integral) else float(value)
+    @property
+    def family(self) -> str:
+        """Returns the key into the table of sizes, which depends on the number of instructions."""
+        return "LongFormula" if self.user.long else "Formula"
 
-    def examples(self) -> Numbers:
-        return tuple(self.defaults.values())
+    @cached_property
+    def generic(self) -> Kernel | str:
+        """The kernel for any numbers, or why there is none.
 
-    def _cases_of_values(self, numbers: tuple[Any, ...]) -> tuple[Any, ...] | str:
-        """Returns the trace for each parameter, on which plans depend, or why there is none."""
-        traced = self.known(numbers, *map(type, numbers))  # as 1 and True are equal
-        if traced is None:
-            try:
-                traced, _ = self.traced(numbers)
-            except (UntraceableError, RuntimeError) as error:
-                return str(error)
-        return (traced,) * len(numbers)
+        Tracing it sets the special values of the numbers that exponents depend on.
+        """
+        kernel = self.problem or self.traced((NUMBER,) * len(self.numbers))
+        if isinstance(kernel, Kernel):
+            exponents, special = _exponents(kernel), tuple(sorted(EXPONENTS))
+            numbers = enumerate(self.numbers)
+            self.numbers = tuple([
+                x._replace(special=special) if k in exponents else x for k, x in numbers
+            ])  # fmt: skip
+        return kernel
 
-    def _symbolic_trace(self, numbers: tuple[Any, ...], *_types: type) -> Traced | None:
-        """Returns a trace that is known to apply to numbers, without running the function."""
-        constants = constants_of(numbers)
-        for traced in self.traces:
-            if traced.constants == constants and traced.applies_to(numbers):
-                return traced
-        return None
+    def _cases(self, numbers: Numbers) -> tuple[Any, ...] | str:
+        """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
+        if isinstance(self.generic, str):
+            return self.generic
+        cases = list[Any]()
+        for scalar, x in zip(self.numbers, numbers, strict=True):
+            is_literal = x in scalar.special or not is_moderate(x)
+            cases.append((x if x == x else math.nan) if is_literal else NUMBER)  # one NaN
+        kernel = self.traced(tuple(cases))
+        return kernel if isinstance(kernel, str) else tuple(cases)
+
+    def _traced(self, cases: tuple[Any, ...]) -> Kernel | str:
+        """Returns the kernel for the cases of the numbers, or why there is none."""
+        names = [scalar.name for scalar in self.numbers]
+        trace = partial(self._trace_kernel, len(self.variables))
+        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), trace, stabilize=True)
+        try:
+            kernel.program(self.all_outputs)
+        except Exception as error:  # the user's function may raise anything; torch then runs it
+            return _located(error, self.user)
+        return kernel
 
     def kernel(
         self,
@@ -187,40 +146,19 @@ class FormulaOperator(PointwiseLoss):
         operands: int,  # noqa: ARG002
         outputs: Outputs,
     ) -> tuple[Program, Parameters | None]:
-        traced = cases[0] if cases else self.traced(())[0]
-        program, symbolic = traced.program(outputs), traced.symbolic
-        if not cases:
-            return program, None
-        if symbolic is None:
-            return program, lambda numbers: self.traced(numbers)[1]
-        computed = [symbolic.symbols[i].compute for i in traced.inputs]
-        return program, lambda numbers: [compute(numbers) for compute in computed]
+        kernel = self.traced(cases)
+        assert isinstance(kernel, Kernel)
+        return kernel.program(outputs), self._parameters(kernel)
 
     def _reason_of_shapes(self, *arguments: Any) -> str | None:
-        shapes = {x.shape for x in arguments[: len(self.variables)]}
-        if len(shapes) > 1 and any(traced.expressions.indexed for traced in self.traces):
+        shapes, kernel = {x.shape for x in arguments[: len(self.variables)]}, self.generic
+        if len(shapes) > 1 and isinstance(kernel, Kernel) and kernel.methods[0].expressions.indexed:
             return "a mask is an index, and the operands differ in shape"
         return None
 
-    def _dtypes(
-        self, arguments: Arguments, input: Tensor, reduction: str
-    ) -> tuple[torch.dtype, torch.dtype]:
-        dtype, result = super()._dtypes(arguments, input, reduction)
-        if dtype.itemsize == 2 and any(
-            kind.itemsize > 1 and not kind.is_floating_point for kind in self.dtypes
-        ):
-            dtype = torch.float32  # half precision has too few digits for integers
-        return dtype, result
-
     def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
-        pairs = zip(operands, self.dtypes, strict=True)
-        operands = [x if dtype.is_floating_point else x.to(dtype) for x, dtype in pairs]
-        return self.function(*operands, **dict(zip(self.defaults, parameters, strict=True)))
-
-    @property
-    def family(self) -> str:
-        """Returns the key into the table of sizes, which depends on the number of instructions."""
-        return "LongFormula" if self.long else "Formula"
+        operands = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
+        return super().unreduced(operands, parameters)
 
     def _check(
         self,
@@ -234,63 +172,57 @@ class FormulaOperator(PointwiseLoss):
             shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
             checks.expands("weight", weight.shape, "input", shape)
 
-    def traced(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]]:
-        """Returns the programs for the parameters, and the values of the programs' inputs.
 
-        Raises:
-            UntraceableError: The function cannot be compiled.
-            RuntimeError: The program's results differ from the function's.
-        """
-        # Keyed by repr because 2 and 2.0, 1 and True, 0.0 and -0.0 compare equal but lead to
-        # different operations.
-        traced = self._traced(repr(numbers), numbers)
-        if isinstance(traced, Exception):
-            raise type(traced)(str(traced))
-        return traced
-
-    def _trace(self, numbers: tuple[Any, ...]) -> tuple[Traced, tuple[float, ...]] | Exception:
-        parameters = dict(zip(self.defaults, numbers, strict=True))
-
-        def derived(inputs: dict[int, float]) -> Traced:
-            return Traced(self.name, run, inputs, *self.user.derive(parameters, inputs))
-
-        try:
-            run = self.user.run(parameters)
-            for traced in self.traces:
-                if (values := traced.values(run)) is not None:
-                    return traced.difference or (traced, values)
-            if len(self.traces) >= _MOST_TRACES:
-                return UntraceableError(
-                    f"its parameters caused {_MOST_TRACES} traces: an operation without a tensor "
-                    "uses a parameter, so each new value is traced again"
-                )
-            symbolic = self.user.symbolic_run(parameters, run)
-            indices = self.user.dependent(parameters, run) if symbolic is None else symbolic.symbols
-            inputs = {i: run.literals[i] for i in indices}
-            try:
-                traced = derived(inputs)
-                traced.symbolic, traced.constants = symbolic, constants_of(numbers)
-            except UntraceableError:
-                # An operator takes a number but no tensor, so each value needs its own trace.
-                traced = derived({})
-            check(self, numbers, traced)
-        except UntraceableError as error:
-            return UntraceableError(str(error))  # cached, so without the traceback
-        except RuntimeError as error:
-            traced.difference = RuntimeError(str(error))
-        self.traces.append(traced)
-        return traced.difference or (traced, tuple(traced.inputs.values()))
+def _exponents(kernel: Kernel) -> set[int]:
+    """Returns the indices of the parameters that exponents are computed from."""
+    ((_, e, _),) = kernel.methods
+    todo = [a[1] for op, a in e.nodes if op == "pow" and e.scalars[a[1]]]
+    found = set[int]()
+    while todo:
+        op, arguments = e.nodes[todo.pop()]
+        if op == "parameter":
+            found.add(arguments[0])
+        elif op not in ("literal", "scale"):
+            todo += arguments
+    return found
 
 
-def constants_of(numbers: Sequence[Any]) -> list[Any]:
-    """Returns the parameters that are not floats, with their types, and None instead of floats."""
-    return [None if type(x) is float else (type(x), x) for x in numbers]
+def _located(error: Exception, formula: Formula) -> str:
+    """Returns an error's message, with the line of the formula that raised it."""
+    frames = extract_tb(error.__traceback__)
+    for function in formula.functions_of_formula:
+        code = inspect.unwrap(function).__code__
+        lines = [x.lineno for x in frames if x.filename == code.co_filename]
+        if lines:
+            message = f"line {lines[-1]} of {code.co_filename}: {error}"
+            if "Boolean value" in message or "converted to" in message:
+                message += "; use torch.where instead of 'if' and torch's functions instead of "
+                message += "math's on tensors"
+            return message
+    return str(error)
 
 
-def _differentiated(
-    function: Callable[..., Tensor], slopes: Callable[..., Any], operands: Sequence[str]
-) -> Callable[..., Tensor]:
-    """Returns the function as a torch.autograd.Function that uses the user's gradient."""
+def _slopes_of(
+    gradient: Any, operands: Sequence[Any], parameters: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Calls a user's gradient; returns a derivative for each operand, a tensor or None for 0.
+
+    Raises:
+        TypeError: The gradient returns something else.
+    """
+    result = gradient(*operands, **parameters)
+    slopes = result if isinstance(result, (tuple, list)) else (result,)
+    valid = all(each is None or isinstance(each, Tensor) for each in slopes)
+    if len(slopes) != len(operands) or not valid:
+        raise TypeError(
+            f"{gradient.__name__}: expected a tensor or None for each of {len(operands)} operands, "
+            f"got {[type(each).__name__ for each in slopes]}"
+        )
+    return tuple(slopes)
+
+
+def _differentiated(function: Callable[..., Tensor], slopes: Any) -> tuple[Any, Any]:
+    """Returns the function with the user's gradient, for torch.compile and for other calls."""
 
     class Differentiated(torch.autograd.Function):
         generate_vmap_rule = True
@@ -307,26 +239,18 @@ def _differentiated(
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            values = trace.slopes_of(slopes, ctx.saved_tensors, ctx.named)
+            values = _slopes_of(slopes, ctx.saved_tensors, ctx.named)
             return None, *[None if slope is None else grad_output * slope for slope in values]
 
     class WithTangents(Differentiated):  # separate, as torch.compile cannot trace jvp
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-            values = trace.slopes_of(slopes, ctx.saved_for_forward, ctx.named)
+            values = _slopes_of(slopes, ctx.saved_for_forward, ctx.named)
             pairs = zip(values, tangents, strict=True)
             parts = [s * t for s, t in pairs if s is not None and t is not None]
             return sum(parts[1:], parts[0]) if parts else None
 
-    def differentiated(*tensors: Tensor, **named: Any) -> Tensor:
-        if len(tensors) < len(operands):  # some operands are passed by keyword
-            named = inspect.signature(function).bind(*tensors, **named).arguments
-            tensors = tuple([named.pop(name) for name in operands])
-        kind = Differentiated if is_dynamo_compiling() else WithTangents
-        value: Tensor = kind.apply(named, *tensors)  # type: ignore[no-untyped-call]
-        return value
-
-    return update_wrapper(differentiated, function)
+    return Differentiated, WithTangents
 
 
 def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any) -> float | Tensor:
@@ -354,6 +278,18 @@ def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, 
     return operands, parameters
 
 
+def _is_number(value: Any, default: Any) -> bool:
+    """Returns whether a parameter is a number, which the formula receives as a 0-d tensor."""
+    if isinstance(value, float):
+        return True
+    is_float = isinstance(default, float) or not isinstance(value, Integral)
+    return isinstance(value, Real) and is_float
+
+
+def _needs_grad(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -362,11 +298,8 @@ class Formula:
 
     Attributes:
         written: The user's function.
-        function: The user's function with the gradient of :meth:`gradient`. It runs without
-            kernels: for small tensors, double backward, forward mode, ``torch.func``, tensor
-            subclasses, ``torch.compile`` and other devices.
-        op: The operator that dispatches calls.
-        variants: Operators for other dtypes of the operands.
+        slopes: The user's gradient, None for torch's derivative.
+        op: The operator for the default parameters.
     """
 
     __name__: str
@@ -375,19 +308,25 @@ class Formula:
     def __init__(self, function: Callable[..., Tensor], loss: bool, strict: bool) -> None:
         if not hasattr(function, "__name__"):
             raise TypeError(f"function: expected a function with a name, got {function!r}")
-        self.written, self.strict = function, strict
+        self.written, self.loss, self.strict = function, loss, strict
+        self.slopes: Callable[..., Any] | None = None
         update_wrapper(self, function)
-        op = self.op = FormulaOperator(function, loss)
+        self.operands, self.defaults = _read_signature(function)
+        options = zip(_CALL_OPTIONS, ("mean" if loss else "none", None), strict=True)
+        self.arguments = self.defaults | dict(options)
+        self.keywords = {*self.defaults, *(_CALL_OPTIONS if loss else ())}
         self.__signature__ = inspect.signature(function)
         if loss:
-            kind, parameters = (
-                inspect.Parameter.KEYWORD_ONLY,
-                self.__signature__.parameters.values(),
-            )
-            added = [inspect.Parameter(n, kind, default=op.keywords[n]) for n in _CALL_OPTIONS]
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters = self.__signature__.parameters.values()
+            added = [inspect.Parameter(n, kind, default=self.arguments[n]) for n in _CALL_OPTIONS]
             self.__signature__ = self.__signature__.replace(parameters=[*parameters, *added])
-        self.keywords = {*op.defaults, *(_CALL_OPTIONS if loss else ())}
-        self._declare(partial(FormulaOperator, function, loss, None))
+        self._declare()
+
+    @property
+    def functions_of_formula(self) -> tuple[Any, ...]:
+        """Returns the user's function and, if there is one, the gradient."""
+        return (self.written,) if self.slopes is None else (self.written, self.slopes)
 
     def gradient(self, slopes: Function) -> Function:
         """Replaces the derivative that torch's rules give; use it as a decorator.
@@ -404,110 +343,154 @@ class Formula:
             ``slopes``, unchanged.
 
         Raises:
-            TypeError, RuntimeError: As :func:`pyfused.loss`.
+            TypeError: The parameters of ``slopes`` are not the formula's, or as for
+                :func:`pyfused.loss`.
         """
         expected, names = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
         if names != expected:
             raise TypeError(f"{slopes.__name__}: expected the parameters {expected}, got {names}")
-        self._declare(partial(FormulaOperator, self.written, self.op.loss, slopes))
+        self.slopes = slopes
+        self._declare()
         return slopes
 
-    def _declare(self, make: Callable[..., FormulaOperator]) -> None:
+    def _declare(self) -> None:
         """Sets the operator, and compiles it for the default parameters.
 
         If the function does not support float operands, tries masks for some of them.
 
-        Args:
-            make: Returns the operator for the dtypes of the operands.
+        Warns if ``strict`` is True, and the function reads objects from outside.
 
         Raises:
-            TypeError, RuntimeError: ``strict`` is True, and no kernel can compute the function.
+            UntraceableError: ``strict`` is True, and no kernel can compute the function.
         """
+        self.kinds = () if self.slopes is None else _differentiated(self.written, self.slopes)
+        self.operators: dict[Any, FormulaOperator] = {}
+        self.outside: Outside | None = None
+        self.long = False
+        floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
+        _, static = self._split(self.defaults.values())
+        self.op = self.operator(floats, static)
+        for masks in (floats, *masked):
+            op = self.operator(masks, static)
+            if isinstance(kernel := op.generic, Kernel):
+                self.op, self.long = op, len(kernel.program(op.all_outputs).body) >= _LONG
+                return
+        message = f"{self.__name__}: {self.op.generic}"
+        if self.strict and self.op.problem:
+            warnings.warn(
+                f"{message}; until then it runs unfused", RuntimeWarning, stacklevel=stacklevel()
+            )
+        elif self.strict:
+            raise UntraceableError(f"{message}. Pass strict=False to run it unfused")
 
-        def made(dtypes: tuple[torch.dtype, ...]) -> FormulaOperator:
-            op = make(dtypes)
-            traced, _ = op.traced(tuple(op.defaults.values()))
-            op.long = len(traced.program(op.all_outputs).body) >= _LONG
-            return op
+    def operator(self, masks: tuple[bool, ...], static: tuple[Any, ...]) -> FormulaOperator:
+        """Returns the operator for a choice of masks and static parameters.
 
-        self.op = make(())
-        self.variants: dict[tuple[torch.dtype, ...], FormulaOperator] = {}
-        self.make, self.function = make, self.op.function
-        floats, *masked, _ = sorted(
-            product((torch.float64, torch.bool), repeat=len(self.op.variables)),
-            key=lambda dtypes: dtypes.count(torch.bool),
-        )
+        Args:
+            static: The name, the type and the value of each static parameter.
+        """
+        outside = () if self.outside is None else self.outside.values()
+        op = self.operators.get((masks, static, outside))
+        return self._new_operator(masks, static) if op is None else op
+
+    def _new_operator(self, masks: tuple[bool, ...], static: tuple[Any, ...]) -> FormulaOperator:
+        problem = ""
         try:
-            try:
-                self.op = made(floats)
-            except UntraceableError:
-                for dtypes in masked:
-                    with contextlib.suppress(UntraceableError):
-                        self.op = made(dtypes)
-                        return
-                raise
-        except (UntraceableError, RuntimeError) as error:
-            if self.strict:
-                message = f"{self.__name__}: {error}. Pass strict=False to run it unfused"
-                raise type(error)(message) from None
+            self.outside = Outside(*self.functions_of_formula)
+        except RuntimeError as error:
+            self.outside, problem = None, str(error)
+        outside = () if self.outside is None else self.outside.values()
+        if len(self.operators) >= _MOST_TRACES:
+            problem = (
+                f"its static parameters and what it reads from outside have had {_MOST_TRACES} "
+                "values; pass numbers that change as float parameters"
+            )
+        op = FormulaOperator(self, masks, {name: value for name, _, value in static}, problem)
+        if len(self.operators) < _MOST_TRACES:
+            op = self.operators.setdefault((masks, static, outside), op)
+        return op
 
-    def variant(self, tensors: Tensors) -> FormulaOperator:
-        """Returns the operator for the dtypes of the operands, which may be masks and integers."""
-        operands = tensors[: len(self.op.dtypes)]
-        if not all(isinstance(operand, Tensor) for operand in operands):
-            return self.op
-        dtypes = tuple([torch.float64 if x.is_floating_point() else x.dtype for x in operands])
-        if dtypes == self.op.dtypes:
-            return self.op
-        if dtypes not in self.variants:
-            op: FormulaOperator = self.make(dtypes)
-            op.long = self.op.long
-            self.variants[dtypes] = op
-        return self.variants[dtypes]
+    def _split(self, parameters: Iterable[Any]) -> tuple[Numbers, tuple[Any, ...]]:
+        """Returns the numbers, and the name, the type and the value of each static parameter."""
+        numbers, static = list[Any](), list[Any]()
+        for (name, default), value in zip(self.defaults.items(), parameters, strict=True):
+            if isinstance(value, Tensor):
+                numbers.append(value)
+            elif _is_number(value, default):
+                numbers.append(float(value))
+            else:
+                static.append((name, type(value), value))
+        return tuple(numbers), tuple(static)
+
+    # ---- calls -----------------------------------------------------------------------------------
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
-        if is_dynamo_compiling() or (
-            operands
-            and type(operands[0]) in PLAIN
-            and is_small(
-                self.op,
-                operands,
-                (named.get("reduction", "mean"),),
-                broadcast_numel((*operands, *named.values())),
-            )
-        ):
-            if not self.op.loss:
-                return self.function(*operands, **named)
-            if "reduction" not in named and "weight" not in named:  # saves 0.2 us
-                return self.function(*operands, **named).mean()
-            reduction, weight = named.pop("reduction", "mean"), named.pop("weight", None)
-            return reduced(self.function(*operands, **named), reduction, weight)
-        tensors, numbers, case = self.call_of(operands, named)
-        op = self.op
-        for operand, dtype in zip(tensors, op.dtypes, strict=False):
-            if isinstance(operand, Tensor) and operand.dtype is not dtype:
-                if operand.is_floating_point() and dtype.is_floating_point:
-                    continue
-                op = self.variant(tensors)
-                break
-        return dispatch.run(op, tensors, numbers, case)
+        if not is_dynamo_compiling():
+            return dispatch.run(*self.call_of(operands, named))
+        operands, parameters, (reduction, weight) = self._bind(operands, named)
+        named = dict(zip(self.defaults, parameters, strict=True))
+        return reduced(self.function(*operands, **named), reduction, weight)
+
+    def function(self, *operands: Tensor, **named: Any) -> Tensor:
+        """Returns the loss of each element, computed by torch's operators without kernels.
+
+        It computes small tensors, double backward, forward mode, ``torch.func``, tensor subclasses,
+        ``torch.compile`` and other devices. The user's function receives floats as 0-d tensors on
+        the operands' device, in float64 if an operand is, else in float32.
+        """
+        count = len(operands)
+        operands = (*operands, *[named.pop(name) for name in self.operands[count:]])
+        parameters = self.defaults | named
+        tensors = [x for x in operands if isinstance(x, Tensor)]
+        is_double = any(x.dtype is torch.float64 for x in tensors)
+        dtype = torch.float64 if is_double else torch.float32
+        for name, default in self.defaults.items():
+            value = parameters[name]
+            if tensors and not isinstance(value, Tensor) and _is_number(value, default):
+                parameters[name] = tensors[0].new_full((), float(value), dtype=dtype)
+        is_compiled = is_dynamo_compiling()
+        if not self.kinds or (is_compiled and not _needs_grad(tensors)):
+            return self.written(*operands, **parameters)
+        result: Tensor = self.kinds[not is_compiled].apply(parameters, *operands)
+        return result
 
     def call_of(
         self, operands: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[Tensors, Numbers, Case]:
-        """Returns the tensors, numbers and case of a call.
+    ) -> tuple[FormulaOperator, Tensors, Numbers, Case]:
+        """Returns the operator, the tensors, the numbers and the case of a call.
 
         Raises:
-            TypeError: The arguments do not match the formula's signature.
+            TypeError: The arguments do not match the formula's signature, or an operand is integer.
         """
-        if len(operands) != len(self.op.variables) or not named.keys() <= self.keywords:
+        operands, parameters, (reduction, weight) = self._bind(operands, named)
+        numbers, static = self._split(parameters)
+        masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
+        if _KINDS.issuperset([kind for _, kind, _ in static]):
+            op = self.operator(masks, static)
+        else:
+            name, kind = next((name, kind) for name, kind, _ in static if kind not in _KINDS)
+            values = {name: value for name, _, value in static}
+            op = FormulaOperator(self, masks, values, f"{name} is a {kind.__name__}")
+        return op, (*operands, weight), numbers, (reduction,)
+
+    def _bind(
+        self, operands: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
+        """Returns the operands, the parameters, and the reduction and the weight of a call."""
+        if len(operands) != len(self.operands) or not named.keys() <= self.keywords:
             try:
                 named = self.__signature__.bind(*operands, **named).arguments  # slow: microseconds
             except TypeError as error:
                 raise TypeError(f"{self.__name__}: {error}") from None
-            operands = tuple([named.pop(variable.name) for variable in self.op.variables])
-        *numbers, reduction, weight = (self.op.keywords | named).values()
-        return (*operands, weight), tuple(numbers), (reduction,)
+            operands = tuple([named.pop(name) for name in self.operands])
+        for name, x in zip(self.operands, operands, strict=True):
+            if isinstance(x, Tensor) and x.dtype in _INTEGERS:
+                raise TypeError(
+                    f"{name}: expected a floating-point tensor or a bool mask, got {x.dtype}; "
+                    f"convert it by {name}.to(dtype), or compare it, such as {name} == 1"
+                )
+        *parameters, reduction, weight = (self.arguments | named).values()
+        return operands, parameters, [reduction, weight]
 
     def module(self, **named: Any) -> FormulaModule:
         """Returns a module that calls the formula with these parameters.
@@ -527,28 +510,61 @@ class Formula:
         instructions, and the bytes read and written per element.
         """
         if operands or named:
-            call = self.call_of(operands, named)
-            return path_of(self.variant(call[0]), *call)
-        names = [variable.name for variable in self.op.variables]
-        try:
-            traced, values = self.op.traced(tuple(self.op.defaults.values()))
-        except (UntraceableError, RuntimeError) as error:
-            return f"{self.__name__}: torch: {error}"
-        needed = tuple([dtype.is_floating_point for dtype in self.op.dtypes])
-        program = traced.program(Outputs(True, needed))
-        read, written = len(names), sum(needed) + (not self.op.loss)
+            return path_of(*self.call_of(operands, named))
+        numbers, _ = self._split(self.defaults.values())
+        cases = self.op.cases(numbers)
+        if isinstance(cases, str):
+            return f"{self.__name__}: torch: {cases}"
+        needed = tuple([variable.differentiated for variable in self.op.variables])
+        program, parameters = self.op.kernel(cases, len(needed), Outputs(True, needed))
+        read, written = len(needed), sum(needed) + (not self.loss)
         tensors = "1 tensor" if read == 1 else f"{read} tensors"
         return "\n  ".join([
             (f"{self.__name__}: {len(program.body)} instructions for an element and its gradients; "
             f"{tensors} read, {written} written: {4 * (read + written)} bytes of float32"),
-            *program.lines(names, values),
+            *program.lines(self.operands, parameters(numbers) if parameters else numbers),
         ])  # fmt: skip
 
-    def __reduce__(self) -> str:
-        return self.__qualname__
+    def verify(self, **parameters: Any) -> None:
+        """Compares the kernel's results with the function's, in float64; call it in a test.
+
+        It compares values and gradients at random and special values: large and small ones, ties,
+        infinities and NaN. A difference larger than rounding is an error.
+
+        Args:
+            parameters: The parameters of the formula that differ from their defaults.
+
+        Raises:
+            TypeError: No kernel can compute the function, or it has no such parameter.
+            RuntimeError: The results differ.
+        """
+        if unknown := parameters.keys() - self.defaults.keys():
+            raise TypeError(f"{self.__name__}: expected parameters of it, got {sorted(unknown)}")
+        numbers, static = self._split((self.defaults | parameters).values())
+        op = self.operator(tuple([k in self.op.masks for k in range(len(self.operands))]), static)
+        check(op, numbers)
+
+    # ---- copies ----------------------------------------------------------------------------------
+
+    def __deepcopy__(self, _: Any) -> Formula:
+        return self
+
+    def __reduce__(self) -> Any:
+        """Pickles the formula by name, or the user's function if its name is not the formula's.
+
+        Some picklers, such as cloudpickle, send functions of __main__ by value. So formulas of
+        __main__ are a bound method, which these pickle as its function and others as its name.
+        """
+        functions = self.functions_of_formula
+        if _named(self.__module__, self.__qualname__) is self:
+            if self.__module__ != "__main__":
+                return self.__qualname__
+            names = _Names(self.__module__, self.__qualname__)
+            functions = tuple([MethodType(function, names) for function in functions])
+        return _unpickled, (self.loss, self.strict, *functions)
 
     def __repr__(self) -> str:
-        return f"<pyfused.{'loss' if self.op.loss else 'activation'} {self.__name__}>"
+        return f"<pyfused.{'loss' if self.loss else 'activation'} {self.__name__}>"
 
 
 class FormulaModule(torch.nn.Module):
@@ -576,15 +592,14 @@ class FormulaModule(torch.nn.Module):
 
 
 def _points(
-    dtypes: Sequence[torch.dtype], literals: Sequence[float], dtype: torch.dtype
+    operands: int, masks: Sequence[int], literals: Sequence[float], dtype: torch.dtype
 ) -> list[Tensor]:
     """Returns test operands: random, large and small values, literals, ties, infinities and NaN.
 
     Args:
-        dtypes: The dtypes of the operands; bool and integer operands take small integers.
+        masks: The indices of the operands that are masks, which are 0 or 1.
         dtype: The dtype of the result.
     """
-    operands = len(dtypes)
     generator, n = torch.Generator().manual_seed(0), 256
     special = [0.0, 0.5, 1.0, 2.0, float("inf"), *map(float, literals)]
     special += [-value for value in special]
@@ -595,9 +610,8 @@ def _points(
     ties = torch.randn(n, generator=generator).expand(operands, n)
     uniform = torch.rand(operands, n, generator=generator)
     points = torch.cat([normal.flatten(1), ties, uniform, chosen], 1).to(dtype)
-    for x, kind in zip(points, dtypes, strict=True):
-        if not kind.is_floating_point:
-            x.copy_(torch.randint(-2, 6, x.shape, generator=generator).to(kind))
+    for k in masks:
+        points[k].copy_(torch.randint(2, points[k].shape, generator=generator))
     return [*points]
 
 
@@ -636,7 +650,6 @@ class _Roundings(DispatchMode):
 def check(
     op: FormulaOperator,
     numbers: tuple[Any, ...],
-    traced: Traced,
     kernels: Callable[..., Any] = cpu.pointwise_loss,
     dtype: torch.dtype = torch.float64,
 ) -> None:
@@ -646,18 +659,26 @@ def check(
     perturbed roundings, so it is wide next to discontinuities and where terms cancel.
 
     Raises:
+        UntraceableError: No kernel can compute the function.
         RuntimeError: The results differ.
     """
+    cases = op.cases(numbers)
+    if isinstance(cases, str):
+        raise UntraceableError(f"{op.name}: {cases}")
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    points = _points(op.dtypes, traced.run.literals, dtype)
-    tensors, outputs = (tuple(points), None, None), op.all_outputs
-    values = tuple(traced.inputs.values())
-    launch = kernels(traced.program(outputs), tensors, None, "none", outputs)
-    value, gradients = launch((*points, None, None), values)
+    count, outputs = len(op.variables), op.all_outputs
+    kernel = op.traced(cases)
+    assert isinstance(kernel, Kernel)
+    ((_, e, _),) = kernel.methods
+    literals = [arguments[0] for op, arguments in e.nodes if op == "literal"]
+    points = _points(count, op.masks, literals, dtype)
+    program, parameters = op.kernel(cases, count, outputs)
+    launch = kernels(program, (tuple(points), None, None), parameters, "none", outputs)
+    value, gradients = launch((*points, None, None), numbers)
     results = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]
-    varied = [kind.is_floating_point for kind in op.dtypes]
+    varied = [k not in op.masks for k in range(count)]
     expected = _run(op, numbers, wide)
     digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
     nearby = [expected, _run(op, numbers, points)]
@@ -679,7 +700,7 @@ def check(
     slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
     right = (results >= low - slack) & (results <= high + slack)
     right |= (results == expected) | (undefined.any(0) & results.isnan())
-    if traced.expressions.stabilized:
+    if e.stabilized:
         # The function is unstable where its float32 result is inaccurate; the kernel may be more
         # accurate. Where the function returns NaN for operands that are not NaN, the kernel may
         # return the limit.
@@ -695,9 +716,44 @@ def check(
         where = zip(op.variables, points, strict=True)
         at = ", ".join(f"{variable.name}={x[i].item():.6g}" for variable, x in where)
         raise RuntimeError(
-            f"its kernel computes {results[k, i].item():.9g} for the {names[k]} at {at}, the "
-            f"function {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} values differ"
+            f"{op.name}: its kernel computes {results[k, i].item():.9g} for the {names[k]} at "
+            f"{at}, the function {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} "
+            "values differ"
         )
+
+
+# ---- pickling ------------------------------------------------------------------------------------
+
+
+def _named(module: str, qualname: str) -> Any:
+    """Returns the object of this name, None if there is none."""
+    try:
+        return attrgetter(qualname)(sys.modules[module])
+    except (AttributeError, KeyError):
+        return None
+
+
+class _Names:
+    """Pickles a bound method as a name: its attributes are the object of a module."""
+
+    def __init__(self, module: str, qualname: str) -> None:
+        self.path = module, qualname
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        importlib.import_module(self.path[0])
+        return _named(*self.path)
+
+
+def _unpickled(loss: bool, strict: bool, *functions: Any) -> Formula:
+    if isinstance(functions[0], Formula):
+        return functions[0]
+    written, *slopes = [getattr(function, "__func__", function) for function in functions]
+    formula = Formula(written, loss, strict)
+    for function in slopes:
+        formula.gradient(function)
+    return formula
 
 
 # ---- decorators ----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if isinstance(op, FormulaModule):
         return explain(op.formula, *args, **nn.options_of(op), **kwargs)
     if isinstance(op, Formula):
-        return path_of(op.op, *op.call_of(args, kwargs))
+        return path_of(*op.call_of(args, kwargs))
     if isinstance(op, Module):
         return _explain_module(op, *args, **kwargs)
     library = str(getattr(op, "__module__", None)).partition(".")[0]

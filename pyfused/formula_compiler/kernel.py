@@ -1,8 +1,8 @@
-"""Kernels of the formulas that pyfused declares: C++ generated ahead of time, or traced programs.
+"""Kernels of formulas: C++ generated ahead of time, or traced programs.
 
-Declared formulas are traced and simplified like users' formulas, but without the rewrites for
-numerical stability, so they are computed as written. ``make formulas`` generates C++ from the
-expressions. Triton code is generated from the programs at their first use on a GPU.
+Formulas that pyfused declares are traced and simplified like users' formulas, but without the
+rewrites for numerical stability, so they are computed as written. ``make formulas`` generates C++
+from the expressions. Triton code is generated from the programs at their first use on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyfused.formula_compiler.program import Expressions, Program, compiled
-from pyfused.formula_compiler.trace import Function, expressions_of, isolated
+from pyfused.formula_compiler.trace import Function, expressions_of
 from pyfused.types import NUMBER, Outputs
 
 
@@ -35,11 +35,13 @@ class Kernel:
         name: The name of the C++ kernel.
         case: The case of each parameter of the formula; NUMBER if it is one of the kernel.
         trace: Traces the formula. A loss has one method; an activation has forward and backward.
+        stabilize: Whether the rewrites for numerical stability apply.
     """
 
     name: str
     case: dict[str, Any]
     trace: Callable[[Kernel], list[Method]]
+    stabilize: bool = False
 
     def __post_init__(self) -> None:
         self.program = cache(self._program)
@@ -66,12 +68,8 @@ class Kernel:
         ((_, e, results),) = self.methods
         return compiled(self.name, e, results, outputs, len(self.parameters))
 
-    def arguments(self, parameters: Sequence[Any]) -> list[Any]:
-        """Returns the arguments of the formula, given the parameters of the kernel."""
-        remaining = iter(parameters)
-        return [next(remaining) if value is NUMBER else value for value in self.case.values()]
-
-    def expressions(self, function: Function, operands: int) -> tuple[Expressions, list[int]]:
-        """Traces a function of operands, parameters and the scale; returns its expressions."""
-        dtypes, values = [torch.float64] * operands, [0.5] * len(self.parameters)
-        return isolated(expressions_of, function, dtypes, values, False)
+    def expressions(
+        self, function: Function, dtypes: Sequence[torch.dtype]
+    ) -> tuple[Expressions, list[int]]:
+        """Traces a function of operands, the case and the scale; returns its expressions."""
+        return expressions_of(function, dtypes, self.case, self.stabilize)

@@ -37,6 +37,9 @@ _FOLDED: dict[str, Callable[..., float]] = {
     "sub": operator.sub,
     "mul": operator.mul,
     "neg": operator.neg,
+    "eq": operator.eq,
+    "lt": operator.lt,
+    "le": operator.le,
 }
 
 
@@ -187,6 +190,8 @@ class Expressions:
         values = [self.value(argument) for argument in arguments]
         if op in _FOLDED and None not in values:
             return self.literal(_FOLDED[op](*values))
+        if op == "where" and values[0] is not None:
+            return arguments[1] if values[0] else arguments[2]
         if op == "div" and (inverse := _exact_reciprocal(values[1])) is not None:
             return self.mul(arguments[0], self.literal(inverse))
         if op in _COMMUTATIVE:  # a canonical order, with scalars last
@@ -223,7 +228,7 @@ class Expressions:
             op, arguments = self.nodes[todo.pop()]
             if op in ("mul", "neg"):
                 todo += arguments
-            elif op == "parameter":  # `Run` makes others literals
+            elif op == "parameter":  # formulas take others as literals
                 low, high = low - _MODERATE, high + _MODERATE
             elif op == "scale":  # 1 / (the number of elements)
                 low -= 63

@@ -99,19 +99,19 @@ class Activation(Operator):
     def _trace_kernel(self, kernel: Kernel) -> list[Method]:
         """Traces the forward and the backward function of one element."""
 
-        def forward(leaves: list[Tensor], numbers: list[Tensor], _: Tensor) -> list[Tensor | None]:
-            return [self.formula(*leaves, *kernel.arguments(numbers))]
+        def forward(leaves: list[Tensor], case: list[Any], _: Tensor) -> list[Tensor | None]:
+            return [self.formula(*leaves, *case)]
 
-        def backward(leaves: list[Tensor], numbers: list[Tensor], _: Tensor) -> list[Tensor | None]:
-            (grad_output, saved), scalars = leaves, kernel.arguments(numbers)
+        def backward(leaves: list[Tensor], case: list[Any], _: Tensor) -> list[Tensor | None]:
+            grad_output, saved = leaves
             if self.gradient is not None:
-                return [self.gradient(grad_output, saved, *scalars)]
-            return trace.gradients_of(self.formula(saved, *scalars), [saved], grad_output)
+                return [self.gradient(grad_output, saved, *case)]
+            return trace.gradients_of(self.formula(saved, *case), [saved], grad_output)
 
-        saved = "x" if self.saves == "input" else "y"
+        saved, dtype = "x" if self.saves == "input" else "y", torch.float64
         return [
-            Method(["x"], *kernel.expressions(forward, 1)),
-            Method(["grad_output", saved], *kernel.expressions(backward, 2)),
+            Method(["x"], *kernel.expressions(forward, [dtype])),
+            Method(["grad_output", saved], *kernel.expressions(backward, [dtype] * 2)),
         ]
 
 

@@ -116,6 +116,7 @@ class TensorLoss(CompiledOperator):
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
+        self._result_dtype = cache(self._dtype_of_result)
 
     def plan(self, arguments: Arguments) -> Plan:
         """Checks a call, and returns the plan of its signature.
@@ -307,8 +308,35 @@ class TensorLoss(CompiledOperator):
         to = torch.get_autocast_dtype(device.type) if autocast else None
         kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in tensors])
         modes = to, torch.get_default_dtype()
-        result = result_dtype(self, kinds, device, modes, reduction == "none")
+        result = self._result_dtype(kinds, device, modes, reduction == "none")
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
+
+    def _dtype_of_result(
+        self,
+        kinds: tuple[tuple[int, torch.dtype, int], ...],
+        device: torch.device,
+        modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG002 part of the key
+        unreduced: bool,
+    ) -> torch.dtype:
+        """Returns the dtype of torch's result, by calling torch's operator with one element.
+
+        No simple rule predicts it: autocast may widen some of the operators that a loss consists
+        of, and torch may overwrite an operand in another dtype.
+
+        Args:
+            kinds: The index, the dtype and the number of dimensions, 0 or 1, of each tensor.
+            modes: The dtype of autocast, None if it is disabled, and the default dtype.
+        """
+        ones: list[Any] = [1.0 if operand.number else None for operand in self.operands]
+        for i, dtype, dim in kinds:
+            ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
+        flags = [choice.values[0] for choice in self.case if choice.values]
+        reduction = ("none" if unreduced else "sum",) if self.reduces else ()
+        with torch.no_grad():
+            dtype_of_result: torch.dtype = self.torch(
+                *ones, *self.examples(), *flags, *reduction
+            ).dtype
+        return dtype_of_result
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -324,11 +352,13 @@ class PointwiseLoss(TensorLoss):
         gradient: Takes the same arguments, and returns the derivative by each operand, or None for
             no derivative. If it is None, derivatives are derived from the formula.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
+        masks: The indices of the operands that are bool in the formula.
     """
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Gradients] | None = None
     clamps: bool = False
+    masks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.torch is None:
@@ -375,9 +405,9 @@ class PointwiseLoss(TensorLoss):
         variables = self.variables[:operands]
         missing = [None] * (len(self.variables) - operands)
 
-        def run(leaves: list[Tensor], numbers: list[Tensor], scale: Tensor) -> list[Tensor | None]:
-            parameters = [*missing, *kernel.arguments(numbers)]
-            value = self.formula(*leaves, *parameters)
+        def run(leaves: list[Tensor], case: list[Any], scale: Tensor) -> list[Tensor | None]:
+            parameters = [*missing, *case]
+            value = trace.elementwise(self.formula(*leaves, *parameters))
             if self.gradient is None:
                 gradients = trace.gradients_of(value, leaves, scale)
             else:
@@ -385,7 +415,8 @@ class PointwiseLoss(TensorLoss):
             pairs = zip(gradients, variables, strict=True)
             return [value, *(g if variable.differentiated else None for g, variable in pairs)]
 
-        e, (value, *gradients) = kernel.expressions(run, operands)
+        dtypes = [torch.bool if k in self.masks else torch.float64 for k in range(operands)]
+        e, (value, *gradients) = kernel.expressions(run, dtypes)
         if self.gradient is not None:
             gradients = [e.scaled(gradient) for gradient in gradients]
         return [Method([variable.name for variable in variables], e, [value, *gradients])]
@@ -452,33 +483,6 @@ class Gated(PointwiseLoss):
 
     def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         return self.formula(*operands, *parameters)
-
-
-@cache
-def result_dtype(
-    op: TensorLoss,
-    kinds: tuple[tuple[int, torch.dtype, int], ...],
-    device: torch.device,
-    modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG001 part of the key
-    unreduced: bool,
-) -> torch.dtype:
-    """Returns the dtype of torch's result, by calling torch's operator with one element.
-
-    No simple rule predicts it: autocast may widen some of the operators that a loss consists of,
-    and torch may overwrite an operand in another dtype.
-
-    Args:
-        kinds: The index, the dtype and the number of dimensions, 0 or 1, of each tensor.
-        modes: The dtype of autocast, None if it is disabled, and the default dtype.
-    """
-    ones: list[Any] = [1.0 if operand.number else None for operand in op.operands]
-    for i, dtype, dim in kinds:
-        ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
-    flags = [choice.values[0] for choice in op.case if choice.values]
-    reduction = ("none" if unreduced else "sum",) if op.reduces else ()
-    with torch.no_grad():
-        dtype_of_result: torch.dtype = op.torch(*ones, *op.examples(), *flags, *reduction).dtype
-    return dtype_of_result
 
 
 def _broadcasting_warning(arguments: Arguments) -> str | None:
