@@ -31,7 +31,7 @@ from cases import BF16, EMBEDDINGS, F32, MODES, POINTWISE, Arguments, Case, M, S
 from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
-from pyfused.dispatch import run as dispatch
+from pyfused.ops.operators import OPERATORS
 
 ROUNDS, WARM_UP = 30, 3
 SMALL, CALLS = 1 << 20, 100  # below SMALL elements, overhead dominates: time CALLS calls at once
@@ -272,8 +272,23 @@ def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
 
 
 @contextlib.contextmanager
+def _with_plans(plans: dict[str, Any]) -> Iterator[None]:
+    """Replaces the plans of all operators in this context."""
+
+    def swap() -> None:
+        for op in OPERATORS.values():
+            op.plans, plans[op.name] = plans.get(op.name, {}), op.plans
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+@contextlib.contextmanager
 def choosing(
-    plans: dict[Any, Any], change: Callable[[Any, int], Any] = lambda choice, _: choice
+    plans: dict[str, Any], change: Callable[[Any, int], Any] = lambda choice, _: choice
 ) -> Iterator[list[Any]]:
     """Replaces the launch choices of all kernels in this context.
 
@@ -292,7 +307,7 @@ def choosing(
 
     with (
         mock.patch.object(triton, "choose", choose_other),
-        mock.patch.object(dispatch, "_plans", plans),
+        _with_plans(plans),
         mock.patch.object(triton, "_tiling", triton._tiling.__wrapped__),  # uncached
     ):
         yield made

@@ -96,6 +96,8 @@ class Operator(ABC):
         cases: Takes the numbers of a call, and returns the case of each: None, a special value or
             NUMBER. A plan depends only on these cases. For invalid numbers, it returns a reason to
             fall back or raises an error.
+        plans: The plans of calls, by signature; they are freed with the operator.
+        sized: Has the name and the family that are looked up in the table of sizes.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         strategy: Describes how CPU kernels traverse an input.
@@ -116,6 +118,8 @@ class Operator(ABC):
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     cases: Callable[[Any], tuple[Any, ...] | str] = field(init=False)
+    plans: dict[Any, Any] = field(init=False)
+    sized: Any = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
     factors: ClassVar[tuple[Operand, ...]] = ()
@@ -130,6 +134,7 @@ class Operator(ABC):
         parts = (*self.all_operands, *self.numbers, *self.case)
         self.names = tuple([part.name for part in parts])
         self.cases = lru_cache(maxsize=256)(self._cases)
+        self.plans, self.sized = {}, self
         self.is_linear = "linear_weight" in self.names
         if self.fast is None and self.in_torch and not self.factors:
             self.fast = self.torch

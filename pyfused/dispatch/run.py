@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from numbers import Real
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -119,21 +120,23 @@ def _run_compiled(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) 
 Decision = tuple[str | None, Callable[[Tensors, Numbers], Any] | None, Numbers]
 
 
-MOST_PLANS = 4096
-_plans: dict[Any, Any] = {}
-find_plan = _plans.get
+MOST_PLANS = 4096  # per operator
+_planned = WeakSet[Operator]()  # the operators that have plans
 
 
 def forget_plans() -> None:
-    _plans.clear()
+    for op in _planned:
+        op.plans.clear()
 
 
-def keep_plan(key: Any, plan: Any) -> None:
-    """Caches a plan; a full cache drops its older half."""
-    if len(_plans) >= MOST_PLANS:
-        for old in [*_plans][: MOST_PLANS // 2]:
-            _plans.pop(old, None)
-    _plans[key] = plan
+def keep_plan(op: Operator, key: Any, plan: Any) -> None:
+    """Caches a plan on its operator; a full cache drops its older half."""
+    plans = op.plans
+    if len(plans) >= MOST_PLANS:
+        for old in [*plans][: MOST_PLANS // 2]:
+            plans.pop(old, None)
+    plans[key] = plan
+    _planned.add(op)
 
 
 def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Decision:
@@ -151,12 +154,12 @@ def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Deci
     if _checkpoints and fell_back_in_checkpoint():
         return "a torch dispatch or function mode in the checkpoint's forward pass", None, numbers
     key, numbers = signed
-    decision = _plans.get(key)
+    decision = op.plans.get(key)
     if decision is None:
         specs, arguments = with_specs(op, tensors, key)
         reason = _planned_reason(op, specs, arguments)
         decision = reason, None if reason else op.plan(arguments)
-        keep_plan(key, decision)
+        keep_plan(op, key, decision)
     return *decision, numbers
 
 

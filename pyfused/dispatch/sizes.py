@@ -198,7 +198,7 @@ def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limit
 def why_small(op: Operator, tensors: Tensors, case: Case) -> str:
     """Returns why torch computes a small call, with the numbers that decide on GPUs."""
     input = tensors[0]
-    first, second = limits(op, input.is_cpu, input.dtype)
+    first, second = limits(op.sized, input.is_cpu, input.dtype)
     if input.is_cpu or first == NEVER or not input.numel():
         return SMALL_REASON
     limit = second if op.takes_second_limit(tensors, case, FEW_ON_GPU) else first
@@ -232,7 +232,7 @@ def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = 
     if elements == 0 or FORCED is not None:
         return elements == 0
     on_cpu = input.is_cpu
-    first, second = limits(op, on_cpu, input.dtype)
+    first, second = limits(op.sized, on_cpu, input.dtype)
     if (elements < first) == (elements < second):  # the common case
         return elements < first
     few = VECTOR // min(input.element_size(), 4) - 1 if on_cpu else FEW_ON_GPU

@@ -144,7 +144,7 @@ class _CustomOperators:
         key = None  # if a mode is active, for example
         if not isinstance(signed, str):
             key, numbers = (*signed[0], "compiled", *needs), signed[1]
-        plan: Plan | None = dispatch.find_plan(key)
+        plan: Plan | None = op.plans.get(key)
         if plan is None:
             specs: list[Any] = [spec_of(x) for x in tensors]
             for i, need in enumerate(needs):
@@ -158,7 +158,7 @@ class _CustomOperators:
                 cases: Any = op.cases(numbers)
                 plan = op.compiled_plan(op.arguments_of(specs, cases, case))
             if key is not None:
-                dispatch.keep_plan(key, plan)
+                dispatch.keep_plan(op, key, plan)
         return plan, tensors if plan.arrange is None else plan.arrange(tensors, numbers), numbers
 
     def arguments(self, values: Sequence[Any]) -> Arguments:
