@@ -310,14 +310,14 @@ def of_formula(formula: Any, name: str, elements: int, seconds: float) -> list[s
     operands = [torch.rand(elements) for _ in formula.op.variables]
     if name != "generalized_cross_entropy":  # its input is a probability
         operands[0] = torch.randn(elements)
-    grad_output = None if formula.op.loss else torch.randn(elements)
+    grad_output = None if formula.loss else torch.randn(elements)
     arguments = cases.Arguments(operands[0].requires_grad_(), (*operands[1:],), {}, grad_output)
 
     def unfused(*operands: torch.Tensor) -> torch.Tensor:
         each = formula.function(*operands)
-        return each.mean() if formula.op.loss else each
+        return each.mean() if formula.loss else each
 
-    by_hand = getattr(pyfused.functional, name, None) if formula.op.loss else None
+    by_hand = getattr(pyfused.functional, name, None) if formula.loss else None
     torch.compiler.reset()  # otherwise the second size would compile with dynamic shapes
     functions = [unfused, formula, torch.compile(unfused)]
     if by_hand is not None:

@@ -120,7 +120,7 @@ def formulas() -> Figure:
         target, low, high = _DRAWN.get(name, (0.0, -6.0, 6.0))
         x = torch.linspace(low, high, POINTS).requires_grad_()
         operands = [x, torch.full_like(x, target)] if len(formula.op.variables) > 1 else [x]
-        each = formula(*operands, **({"reduction": "none"} if formula.op.loss else {}))
+        each = formula(*operands, **({"reduction": "none"} if formula.loss else {}))
         (gradient,) = torch.autograd.grad(each.sum(), x)
         panel.plot(x.detach(), each.detach(), color=COLOURS[0], label="value")
         panel.plot(x.detach(), gradient, color=COLOURS[1], linewidth=1, label="gradient")

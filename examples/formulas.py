@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +13,7 @@ import pyfused
 def wing(input: Tensor, target: Tensor, *, omega: float = 10.0, epsilon: float = 2.0) -> Tensor:
     """For facial landmarks; emphasises small errors. Feng et al. 2018, arXiv:1711.06753."""
     d = (input - target).abs()
-    constant = omega - omega * math.log1p(omega / epsilon)
+    constant = omega - omega * torch.log1p(omega / epsilon)
     return torch.where(d < omega, omega * torch.log1p(d / epsilon), d - constant)
 
 

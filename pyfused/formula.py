@@ -77,13 +77,14 @@ class FormulaOperator(PointwiseLoss):
         def named(values: Sequence[Any]) -> dict[str, Any]:
             return static | dict(zip(numbers, values, strict=True))
 
+        def evaluate(function: Any, *arguments: Any) -> Any:
+            operands, values = arguments[:count], named(arguments[count:])
+            return function(*operands, **formula.with_tensors(operands, values))
+
         def compute(*arguments: Any) -> Tensor:
             *tensors, weight = arguments[: count + 1]
             value = formula.function(*tensors, **named(arguments[count + 1 : -1]))
             return reduced(value, arguments[-1], weight)
-
-        def gradient(*arguments: Any) -> tuple[Any, ...]:
-            return _slopes_of(formula.slopes, arguments[:count], named(arguments[count:]))
 
         operands = zip(formula.operands, masks, strict=True)
         super().__init__(
@@ -97,8 +98,8 @@ class FormulaOperator(PointwiseLoss):
             case=("reduction",),
             fallback_reason=self._reason_of_shapes,
             torch=compute,
-            formula=lambda *each: formula.written(*each[:count], **named(each[count:])),
-            gradient=None if formula.slopes is None else gradient,
+            formula=partial(evaluate, formula.written),
+            gradient=partial(evaluate, formula.slopes_of) if formula.slopes is not None else None,
             denominators={"mean": _mean_of_weights},
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
@@ -192,36 +193,38 @@ def _exponents(kernel: Kernel) -> set[int]:
 
 def _located(error: Exception, formula: Formula) -> str:
     """Returns an error's message, with the line of the formula that raised it."""
-    frames = extract_tb(error.__traceback__)
+    frames, message = extract_tb(error.__traceback__), str(error)
+    if "Boolean value" in message or "converted to" in message:
+        message += "; use torch.where instead of 'if' and torch's functions instead of math's"
     for function in formula.functions_of_formula:
         code = inspect.unwrap(function).__code__
         lines = [x.lineno for x in frames if x.filename == code.co_filename]
         if lines:
-            message = f"line {lines[-1]} of {code.co_filename}: {error}"
-            if "Boolean value" in message or "converted to" in message:
-                message += "; use torch.where instead of 'if' and torch's functions instead of "
-                message += "math's on tensors"
-            return message
-    return str(error)
+            return f"line {lines[-1]} of {code.co_filename}: {message}"
+    code = inspect.unwrap(formula.written).__code__  # its result or its derivative
+    return f"line {code.co_firstlineno} of {code.co_filename}: {message}"
 
 
-def _slopes_of(
-    gradient: Any, operands: Sequence[Any], parameters: dict[str, Any]
-) -> tuple[Any, ...]:
-    """Calls a user's gradient; returns a derivative for each operand, a tensor or None for 0.
+def _returning_slopes(slopes: Any, operands: int) -> Callable[..., tuple[Any, ...]]:
+    """Returns a user's gradient as a function that checks its result.
+
+    It returns a derivative for each operand, a tensor or None for 0.
 
     Raises:
         TypeError: The gradient returns something else.
     """
-    result = gradient(*operands, **parameters)
-    slopes = result if isinstance(result, (tuple, list)) else (result,)
-    valid = all(each is None or isinstance(each, Tensor) for each in slopes)
-    if len(slopes) != len(operands) or not valid:
-        raise TypeError(
-            f"{gradient.__name__}: expected a tensor or None for each of {len(operands)} operands, "
-            f"got {[type(each).__name__ for each in slopes]}"
-        )
-    return tuple(slopes)
+
+    def checked(*arguments: Any, **named: Any) -> tuple[Any, ...]:
+        result = slopes(*arguments, **named)
+        each = result if isinstance(result, (tuple, list)) else (result,)
+        if len(each) != operands or not all(x is None or isinstance(x, Tensor) for x in each):
+            raise TypeError(
+                f"{slopes.__name__}: expected a tensor or None for each of {operands} operands, "
+                f"got {[type(x).__name__ for x in each]}"
+            )
+        return tuple(each)
+
+    return checked
 
 
 def _differentiated(function: Callable[..., Tensor], slopes: Any) -> tuple[Any, Any]:
@@ -242,13 +245,13 @@ def _differentiated(function: Callable[..., Tensor], slopes: Any) -> tuple[Any, 
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            values = _slopes_of(slopes, ctx.saved_tensors, ctx.named)
+            values = slopes(*ctx.saved_tensors, **ctx.named)
             return None, *[None if slope is None else grad_output * slope for slope in values]
 
     class WithTangents(Differentiated):  # separate, as torch.compile cannot trace jvp
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-            values = _slopes_of(slopes, ctx.saved_for_forward, ctx.named)
+            values = slopes(*ctx.saved_for_forward, **ctx.named)
             pairs = zip(values, tangents, strict=True)
             parts = [s * t for s, t in pairs if s is not None and t is not None]
             return sum(parts[1:], parts[0]) if parts else None
@@ -289,8 +292,8 @@ def _is_number(value: Any, default: Any) -> bool:
     return isinstance(value, Real) and is_float
 
 
-def _needs_grad(tensors: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _needs_grad(operands: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in operands)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -366,7 +369,10 @@ class Formula:
         Raises:
             UntraceableError: ``strict`` is True, and no kernel can compute the function.
         """
-        self.kinds = () if self.slopes is None else _differentiated(self.written, self.slopes)
+        self.kinds: tuple[Any, ...] = ()
+        if self.slopes is not None:
+            self.slopes_of = _returning_slopes(self.slopes, len(self.operands))
+            self.kinds = _differentiated(self.written, self.slopes_of)
         self.operators: dict[Any, FormulaOperator] = {}
         self.outside: Outside | None = None
         self.sized = Sized()
@@ -443,21 +449,29 @@ class Formula:
         ``torch.compile`` and other devices. The user's function receives floats as 0-d tensors on
         the operands' device, in float64 if an operand is, else in float32.
         """
-        count = len(operands)
-        operands = (*operands, *[named.pop(name) for name in self.operands[count:]])
-        parameters = self.defaults | named
-        tensors = [x for x in operands if isinstance(x, Tensor)]
-        is_double = any(x.dtype is torch.float64 for x in tensors)
-        dtype = torch.float64 if is_double else torch.float32
-        for name, default in self.defaults.items():
-            value = parameters[name]
-            if tensors and not isinstance(value, Tensor) and _is_number(value, default):
-                parameters[name] = tensors[0].new_full((), float(value), dtype=dtype)
+        operands = (*operands, *[named.pop(name) for name in self.operands[len(operands) :]])
+        parameters = self.with_tensors(operands, self.defaults | named)
         is_compiled = is_dynamo_compiling()
-        if not self.kinds or (is_compiled and not _needs_grad(tensors)):
+        if not self.kinds or (is_compiled and not _needs_grad(operands)):
             return self.written(*operands, **parameters)
         result: Tensor = self.kinds[not is_compiled].apply(parameters, *operands)
         return result
+
+    def with_tensors(self, operands: Sequence[Any], parameters: dict[str, Any]) -> dict[str, Any]:
+        """Returns the parameters with tensors instead of numbers."""
+        tensors = [x for x in operands if isinstance(x, Tensor)]
+        if not tensors:
+            return parameters
+        is_double = any(x.dtype is torch.float64 for x in tensors)
+        number = partial(
+            tensors[0].new_full, (), dtype=torch.float64 if is_double else torch.float32
+        )
+        return {
+            name: number(float(value))
+            if not isinstance(value, Tensor) and _is_number(value, self.defaults[name])
+            else value
+            for name, value in parameters.items()
+        }
 
     def call_of(
         self, operands: tuple[Any, ...], named: dict[str, Any]
@@ -544,7 +558,10 @@ class Formula:
             RuntimeError: The results differ.
         """
         if unknown := parameters.keys() - self.defaults.keys():
-            raise TypeError(f"{self.__name__}: expected parameters of it, got {sorted(unknown)}")
+            raise TypeError(
+                f"{self.__name__}: expected keywords from {sorted(self.defaults)}, "
+                f"got {sorted(unknown)}"
+            )
         numbers, static = self._split((self.defaults | parameters).values())
         op = self.operator(tuple([k in self.op.masks for k in range(len(self.operands))]), static)
         check(op, numbers)
@@ -769,26 +786,26 @@ def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) 
 
     Args:
         function: Takes one to four positional tensors, which broadcast, and parameters with
-            defaults, which are numbers, bools or strings. Returns the loss of each element,
-            computed by torch's elementwise operations. The function is called for tracing, and
-            for calls that no kernel supports. Kernels keep the values that global variables and
-            closures had during tracing, so pass numbers that change as parameters.
-        strict: Raise an error if the function cannot be compiled, or if the kernel's results
-            differ from the function's. If False, the function then runs unfused.
+            defaults. Floats, and ints for a parameter whose default is a float, are 0-d tensors
+            inside the function, float64 if an operand is, else float32; bools, other ints, strings
+            and None are unchanged. Returns the loss of each element, computed by torch's
+            elementwise operations. The function is called for tracing, and for calls that no kernel
+            supports. If it reads objects from outside whose contents may change, it runs unfused,
+            and ``strict`` warns.
+        strict: Raise an error if the function cannot be compiled. If False, it runs unfused.
 
     Returns:
         A function that takes the operands, the parameters by keyword, and two more keywords:
         ``reduction``, which is ``"none"``, ``"mean"`` or ``"sum"``, and ``weight``, a tensor that
         broadcasts with the loss; a mean is divided by the sum of the weights. Operands may be
-        float32, float64, bfloat16 or float16. The result has the shape and dtype that torch's
-        operators return. ``.module(...)`` makes a :class:`torch.nn.Module`, and ``.explain()``
-        returns the kernel's program as text.
+        float32, float64, bfloat16, float16 or bool; an integer operand is a TypeError. The result
+        has the shape and dtype that torch's operators return. ``.module(...)`` makes a
+        :class:`torch.nn.Module`, ``.explain()`` returns the kernel's program as text, and
+        ``.verify()`` compares the kernel's results with the function's.
 
     Raises:
         TypeError: The function's signature is not supported, or, with ``strict``, the function
-            uses control flow on values, reductions, random numbers or shapes.
-        RuntimeError: With ``strict``, the kernel's results differ from the function's at random
-            or special values.
+            reads the value of a tensor or a float, or uses reductions, random numbers or shapes.
     """
     return partial(loss, strict=strict) if function is None else Formula(function, True, strict)
 
@@ -806,7 +823,7 @@ def activation(function: Callable[..., Tensor] | None = None, *, strict: bool = 
         :func:`loss`.
 
     Raises:
-        TypeError, RuntimeError: As :func:`loss`.
+        TypeError: As :func:`loss`.
     """
     made = partial(activation, strict=strict)
     return made if function is None else Formula(function, False, strict)

@@ -64,36 +64,36 @@ class Outside:
         value = source()
         if isinstance(value, ModuleType):
             return value
-        if _is_constant(value):
+        if not _is_of_library(value):
+            self._accept(name, value)
             self._sources.append(source)
-        elif (functions := getattr(value, "functions_of_formula", None)) is not None:
-            self._sources.append(source)
-            for function in functions:
-                self._visit(function)
-        elif not _is_of_library(value):
-            if not isinstance(value, FunctionType):
-                raise RuntimeError(
-                    f"it reads {name} from outside, a {type(value).__name__}, whose contents may "
-                    "change; pass tensors as operands and numbers as parameters"
-                )
-            self._sources.append(source)
-            defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
-            if not all(map(_is_constant, defaults)):
-                raise RuntimeError(f"the defaults of {name} may change; expected constants")
-            self._visit(value)
         return None
 
-
-def _is_constant(value: Any) -> bool:
-    return isinstance(value, _CONSTANTS) or (
-        isinstance(value, tuple) and all(map(_is_constant, value))
-    )
+    def _accept(self, name: str, value: Any) -> None:
+        """Visits the functions of a value; raises for objects whose contents may change."""
+        if isinstance(value, tuple):
+            for each in value:
+                self._accept(name, each)
+        elif isinstance(value, FunctionType) and not _is_of_library(value):
+            for each in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+                self._accept(f"the defaults of {name}", each)
+            self._visit(value)
+        elif (functions := getattr(value, "functions_of_formula", None)) is not None:
+            for function in functions:
+                self._visit(function)
+        elif not (isinstance(value, _CONSTANTS) or _is_of_library(value)):
+            raise RuntimeError(
+                f"it reads {name} from outside, a {type(value).__name__}, whose contents may "
+                "change; pass tensors as operands and numbers as parameters"
+            )
 
 
 def _is_of_library(value: Any) -> bool:
     if isinstance(value, BuiltinFunctionType):  # a bound method may depend on its object
         return isinstance(value.__self__, (ModuleType, type, NoneType))
     if isinstance(value, torch.nn.Module) or not callable(value):
+        return False
+    if hasattr(value, "functions_of_formula"):
         return False
     named = value if isinstance(value, (type, FunctionType)) else type(value)
     return str(named.__module__).partition(".")[0] in _LIBRARIES

@@ -13,7 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from pyfused.types import Outputs
@@ -37,6 +37,8 @@ _FOLDED: dict[str, Callable[..., float]] = {
     "sub": operator.sub,
     "mul": operator.mul,
     "neg": operator.neg,
+    "abs": operator.abs,
+    "div": operator.truediv,
     "eq": operator.eq,
     "lt": operator.lt,
     "le": operator.le,
@@ -137,10 +139,11 @@ for _rule in (*_rules(SIMPLER), *_rules(STABLE), *_rules(NORMAL)):
 EXPONENTS = {rule.before[2] for rule in RULES["pow"]}  # exponents for which pow is rewritten
 
 
-def _letters(pattern: Pattern) -> set[str]:
+@cache
+def _letters(pattern: Pattern) -> frozenset[str]:
     if isinstance(pattern, tuple):
-        return set().union(*map(_letters, pattern[1:]))
-    return {pattern} if isinstance(pattern, str) else set()
+        return frozenset().union(*map(_letters, pattern[1:]))
+    return frozenset([pattern] if isinstance(pattern, str) else [])
 
 
 def is_moderate(value: float | None) -> bool:
@@ -188,7 +191,7 @@ class Expressions:
 
     def make(self, op: str, *arguments: int) -> int:
         values = [self.value(argument) for argument in arguments]
-        if op in _FOLDED and None not in values:
+        if op in _FOLDED and None not in values and (op, values[-1]) != ("div", 0.0):
             return self.literal(_FOLDED[op](*values))
         if op == "where" and values[0] is not None:
             return arguments[1] if values[0] else arguments[2]

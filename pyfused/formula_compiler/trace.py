@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -175,8 +174,8 @@ def expressions_of(
 
     Args:
         dtypes: The dtypes of the operands, float64 or bool.
-        case: The arguments by name. The function receives NUMBER and floats as tensors, which are
-            parameters and literals of the expressions, and others unchanged.
+        case: The arguments by name. The function receives a tensor for each NUMBER, and others
+            unchanged.
         stabilize: Apply the rewrites for numerical stability.
 
     Returns:
@@ -195,7 +194,6 @@ def _expressions_of(
 ) -> tuple[Expressions, list[int]]:
     recorder, count = Recorder(stabilize), 0
     e = recorder.e
-    number = partial(torch.full, (), dtype=torch.float64, device="cpu")
     values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
     leaves, arguments = list[Tensor](), list[Any]()
     for k, dtype in enumerate(dtypes):
@@ -204,13 +202,19 @@ def _expressions_of(
         leaves.append(recorder.input(leaf, e.input("operand", k), "an operand"))
     for name, value in case.items():
         if value is NUMBER:
-            arguments.append(recorder.input(number(0.5), e.input("parameter", count), name))
+            arguments.append(
+                recorder.input(
+                    torch.full((), 0.5, dtype=torch.float64, device="cpu"),
+                    e.input("parameter", count),
+                    name,
+                )
+            )
             count += 1
-        elif type(value) is float:
-            arguments.append(recorder.input(number(value), e.literal(value), name))
         else:
             arguments.append(value)
-    scale = recorder.input(number(1.0), e.input("scale", 0), "the scale")
+    scale = recorder.input(
+        torch.ones((), dtype=torch.float64, device="cpu"), e.input("scale", 0), "the scale"
+    )
     with recorder, _TensorsOnly():
         results = function(leaves, arguments, scale)
     return e, [recorder.read(0.0 if each is None else each) for each in results]

@@ -328,8 +328,10 @@ def pointwise_cases() -> Iterator[Case]:
         for name, formula in FORMULAS.items():
             count = len(formula.op.variables)
             outputs = Outputs(True, (True,) * count)
-            traced, numbers = formula.op.traced((*formula.op.defaults.values(),))
-            given = traced.program(outputs), (x,) * count, numbers, None, "mean", 1.0 * n, outputs
+            numbers = tuple(formula.defaults.values())
+            program, parameters = formula.op.kernel(formula.op.cases(numbers), count, outputs)
+            numbers = numbers if parameters is None else parameters(numbers)
+            given = program, (x,) * count, numbers, None, "mean", 1.0 * n, outputs
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, **fields)
         yield case("scale", *of, partial(backend.scale_, x, total), **fields)
