@@ -329,21 +329,19 @@ class VocabShard(NamedTuple):
     logit. Label smoothing adds a fourth number, log-probabilities and metrics another. For metrics,
     two more numbers are gathered from each process. The gradient of logits needs no communication.
 
-    On CPUs, processes compare their calls first. All of them raise the same error if shards
-    overlap, leave gaps or exceed the classes, or if the targets, options or shapes differ. If the
-    arguments of one process are invalid, all processes raise. On GPUs, this would synchronise, so
-    processes do it only if the environment variable ``TORCH_DISTRIBUTED_DEBUG`` is ``INFO`` or
-    ``DETAIL`` in all of them. Otherwise the GPU compares three more numbers for each row. Losses,
-    log-probabilities and gradients are NaN where targets differ, and in all rows if shards, options
-    or modes differ. If shapes differ, or one process raises an error, the others may hang. DTensors
-    are not compared, because their placements are the same in every process.
+    Processes have to make the same calls, with the same targets, options, shapes and modes, and
+    their shards have to cover each class once. A process raises an error for arguments that are
+    invalid for any arguments of the other processes. Other mismatches are undefined, as for torch's
+    collectives: results may be wrong, and processes may hang. If the environment variable
+    ``TORCH_DISTRIBUTED_DEBUG`` is ``INFO`` or ``DETAIL`` in all processes, they compare their calls
+    first, on CPUs and on GPUs, and all of them raise the same error for calls that do not match, or
+    if the arguments of one of them are invalid. This synchronises GPUs. DTensors are not compared,
+    because their placements are the same in every process.
 
-    If a tensor requires grad in one process, the result requires grad in all processes, and all of
-    them have to call backward. Without the comparison, every result requires grad in grad mode, so
-    use ``torch.no_grad()`` for evaluation. With ``create_graph=True`` torch's operators compute
-    the gradients, from all logits of a process in float64, and they can be differentiated any
-    number of times. Each of these passes communicates, so every process of the group has to take
-    part.
+    In grad mode, the result requires grad in all processes, and all of them have to call backward;
+    use ``torch.no_grad()`` for evaluation. With ``create_graph=True`` torch's operators compute the
+    gradients, from all logits of a process in float64, and they can be differentiated any number of
+    times. Each of these passes communicates, so every process of the group has to take part.
 
     Attributes:
         first: The index of the first class of this process.

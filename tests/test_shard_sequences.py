@@ -7,9 +7,8 @@ import datetime
 import pickle
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from processes import in_processes
 from torch import Tensor, nn
 
 from pyfused import VocabShard, functional
-from pyfused.ops import shards as sharding
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
@@ -151,18 +149,14 @@ def largest(shards: list[slice]) -> int:
     return max(range(len(shards)), key=lambda i: shards[i].stop - shards[i].start)
 
 
-class Asynchronous(str):
-    """A device like a GPU, for which processes do not compare their calls beforehand."""
-
-    type = "cuda"
-
-
-def without_comparison(enabled: bool) -> Any:
-    device = {"return_value": Asynchronous("cpu")} if enabled else {"wraps": communication_device}
-    return mock.patch.object(sharding, "communication_device", **device)
-
-
-communication_device = sharding.communication_device
+@contextlib.contextmanager
+def comparing(enabled: bool = True) -> Iterator[None]:
+    """Makes processes compare their calls, as TORCH_DISTRIBUTED_DEBUG=INFO does."""
+    dist.set_debug_level(dist.DebugLevel.INFO if enabled else dist.DebugLevel.OFF)
+    try:
+        yield
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -206,20 +200,19 @@ class Process:
             frozen = [tuple(x for x in call.tensors if rng.random() < 0.3) for _ in shards]
             frozen = frozen if rng.random() < 0.3 else frozen[:1] * len(shards)
             totals, alike = [rng.choice([None, call.classes]) for _ in shards], rng.random() < 0.3
-            totals = totals[:1] * len(shards) if alike else totals  # no comparison
+            totals = totals[:1] * len(shards) if alike else totals  # otherwise compared
             if mine < 0:
                 continue
             own, leaves = shards[mine], call.leaves(shards[mine], frozen[mine])
             modes = torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(grad)
-            with modes[0], modes[1], without_comparison(alike):
+            with modes[0], modes[1], comparing(not alike):
                 results = call.results(leaves, shard=VocabShard(own.start, totals[mine], group))
             whole = call.leaves()
             expected = call.results(whole)
             for result, exact in zip(results, expected, strict=True):
                 close(result, exact)
-            needed = grad and (alike or any(len(each) < len(leaves) for each in frozen))
-            assert results[0].requires_grad == needed
-            if needed:
+            assert results[0].requires_grad == grad
+            if grad:
                 total = total + call.total(results)
                 alone |= len(frozen[mine]) == len(leaves)
                 exact = torch.autograd.grad(call.total(expected), [*whole.values()])
@@ -244,7 +237,7 @@ class Process:
         own, alike, found = shards[mine], self.rng.random() < 0.5, []
         for part, shard in ((slice(None), None), (own, VocabShard(own.start, None, group))):
             leaves, generator = call.leaves(part), torch.Generator().manual_seed(1)
-            with without_comparison(alike):
+            with comparing(not alike):
                 total = call.total(call.results(leaves, shard=shard))
             first = torch.autograd.grad(total, [*leaves.values()], create_graph=True)
             factors = [
@@ -294,32 +287,13 @@ class Process:
                 leaves[[*leaves]["linear" in call.name]] = None  # type: ignore[assignment]
         shard = VocabShard(given.pop("first"), given.pop("classes"), group)
         try:
-            with torch.set_grad_enabled(kind != "grad mode" or mine != largest(shards)):
+            grad = kind != "grad mode" or mine != largest(shards)
+            with torch.set_grad_enabled(grad), comparing():
                 call._replace(options=given).results(leaves, shard=shard)
         except (RuntimeError, TypeError, ValueError) as error:
             self.errors[self.step] = kind, f"{type(error).__name__}: {error}"
         else:
             raise AssertionError(f"no error of {kind}: {call}")
-
-    def unlike(self) -> None:
-        """One process makes another call, and calls are not compared before: results are NaN."""
-        (call, shards, group, mine), kind = self.draw(), self.rng.choice(UNLIKE)
-        if mine < 0:
-            return
-        own, target, options, grad = shards[mine], call.options["target"], dict(call.options), True
-        first, leaves, is_other = own.start, call.leaves(own), mine == largest(shards)
-        if is_other and kind == "first" and own.stop - first < call.classes:
-            first += -1 if first else 1
-        elif is_other and kind == "target" and call.classes > 1:
-            options["target"] = target.where(call.ignored(), (target + 1) % call.classes)
-        elif is_other:
-            options["softcap"], grad = 3.14, kind != "grad mode"
-        call = call._replace(options=options)
-        with torch.set_grad_enabled(grad), without_comparison(True):
-            loss = call.results(leaves, shard=VocabShard(first, None, group))[0].detach()
-        counted = ~call.ignored()
-        loss = loss[counted] if loss.dim() else loss
-        assert loss.isnan().all() or not counted.any(), (kind, call)
 
     def run_on_dtensors(self) -> None:
         """Tests few classes, of which some processes have none, and frozen tensors."""
@@ -387,7 +361,6 @@ class Process:
             torch.testing.assert_close(got, expected, rtol=0.01, atol=1e-4, equal_nan=True)
 
 
-UNLIKE = "first", "target", "options", "grad mode"
 REFUSED: dict[str, dict[str, Callable[[Any], Any]]] = {
     "overlap or gap": {"first": lambda first: first + 1},
     "before": {"first": lambda first: first - 1},
@@ -413,7 +386,7 @@ def sequence(rank: int, seed: int, steps: int, folder: str, pipe: Any) -> None:
     )
     process = Process(seed)
     kinds = [process.differentiated_together] * 6 + [process.refused] * 2
-    kinds += [process.second_derivatives, process.data_parallel, process.unlike]
+    kinds += [process.second_derivatives, process.data_parallel]
     kinds += [process.run_on_dtensors, process.under_autocast]
     warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
     with fused_always():

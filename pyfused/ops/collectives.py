@@ -1,8 +1,7 @@
-"""Communication between processes with vocabulary shards: checks of calls, differentiable sums."""
+"""Communication between processes with vocabulary shards: comparing calls, differentiable sums."""
 
 from __future__ import annotations
 
-import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +44,8 @@ class Call(NamedTuple):
     first: int = 0  # the index of the first class
     size: int = 0  # the number of classes of this process
     total: int = 0  # the number of all classes, -1 if the process does not know it
-    needs: int = 0  # 2 if the input requires grad, 1 if only the weight or the bias does
     common: int = 0  # a checksum of everything else that has to be equal in all processes
-    targets: int = 0  # a checksum of the targets, 0 if reading them synchronises
+    targets: int = 0  # a checksum of the targets
 
 
 class LocalShard(NamedTuple):
@@ -55,17 +53,12 @@ class LocalShard(NamedTuple):
 
     classes: ClassRange  # the first class of this process, and the number of all classes
     group: Any
-    call: Call | None = None  # None if the calls of all processes have been compared
 
 
-def compare_calls(call: Call, device: torch.device, group: Any) -> tuple[int, bool]:
-    """Returns the number of all classes, and whether all processes have to take part in backward.
-
-    The gradients of the input are summed over processes, and ``create_graph`` needs more sums.
-    All processes raise the same error if their calls disagree.
-    """
+def compare_calls(call: Call, device: torch.device, group: Any) -> int:
+    """Returns the number of all classes; all processes raise the same error if calls disagree."""
     calls = gathered(torch.tensor(call, device=device), group).tolist()
-    valid, firsts, sizes, totals, needs, common, targets = zip(*calls, strict=True)
+    valid, firsts, sizes, totals, common, targets = zip(*calls, strict=True)
     if ranks := [rank for rank, is_valid in enumerate(valid) if not is_valid]:
         expected = "valid arguments in every process of the group"
         raise RuntimeError(f"shard: expected {expected}, got invalid ones in ranks {ranks}")
@@ -78,23 +71,14 @@ def compare_calls(call: Call, device: torch.device, group: Any) -> tuple[int, bo
         if len({*values}) > 1:
             got = sorted(known) if values is known else "different ones"
             raise ValueError(f"{name}: expected the same {what} in every process, got {got}")
-    total = known.pop() if known else sum(sizes)
+    total: int = known.pop() if known else sum(sizes)
     ranges = [(first, first + size) for first, size in zip(firsts, sizes, strict=True)]
     begins, ends = zip((total, 0), *ranges, strict=True)
     if sorted(begins) != sorted(ends):
         expected = f"each class of [0, {total}) in exactly one process"
         got = ", ".join(f"[{first}, {end})" for first, end in ranges)
         raise ValueError(f"shard: expected {expected}, got {got}")
-    return total, {*needs} not in ({0}, {1})
-
-
-def boundary(index: int) -> int:
-    """Returns a hash of an index.
-
-    A shard's value is boundary(end) - boundary(first). Adjacent shards therefore sum to
-    boundary(classes) - boundary(0), and other shards almost certainly do not.
-    """
-    return zlib.crc32(b"%d" % index)
+    return total
 
 
 # ---- differentiable sums -------------------------------------------------------------------------

@@ -33,7 +33,6 @@ from pyfused.ops.collectives import (
     Copy,
     LocalShard,
     Sum,
-    boundary,
     communication_device,
     compare_calls,
     gathered,
@@ -85,36 +84,24 @@ def _pivot(largest: Tensor) -> Tensor:
     return largest.where(largest != -torch.inf, 0)
 
 
-def _merged(state: Tensor, target: Tensor, shard: LocalShard, entropy: bool) -> Tensor:
-    """Merges the states of all processes.
+def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
+    """Merges the states of all processes of a group; the result is bitwise equal in all of them.
 
-    The result is bitwise equal in all processes. With ``shard.call``, rows are NaN where the calls
-    of processes differ. Fields are selected one by one, because a list as index synchronises a GPU.
+    Fields are selected one by one, because a list as index synchronises a GPU.
 
     Args:
         state: The state over this process' classes, which is overwritten.
         entropy: Whether the entropy, and the maximum and its index if any, are merged.
     """
-    group, call = shard.group, shard.call
     fields = [SUM, *[WEIGHTED] * entropy, TARGET_LOGIT, *[SMOOTH] * (len(state) > SMOOTH)]
-    numbers = [state[PIVOT]]
-    if call is not None:
-        common = (target + call.common).double()
-        numbers += common, -common  # max(x) > -max(-x) if a process has another x
-        state[LSE] = boundary(call.first + call.size) - boundary(call.first)
-        fields.append(LSE)
-    maxima = reduced(torch.stack(numbers), group, "MAX")
-    pivot = _pivot(maxima[0])
+    largest = reduced(state[PIVOT].clone(), group, "MAX")
+    pivot = _pivot(largest)
     shift = (state[PIVOT] - pivot).where(state[SUM] > 0, 0)  # without classes the sum is 0
     state[WEIGHTED] += shift * state[SUM]
     state[SUM : WEIGHTED + 1] *= shift.exp()
     sums = reduced(torch.stack([state[field] for field in fields]), group)
-    for field, total in zip([PIVOT, *fields], [maxima[0], *sums], strict=True):
+    for field, total in zip([PIVOT, *fields], [largest, *sums], strict=True):
         state[field] = total
-    if call is not None:
-        differs = state[LSE] != boundary(shard.classes.total) - boundary(0)
-        differs |= maxima[1] != -maxima[2]
-        state[PIVOT : SUM + 1].masked_fill_(differs, torch.nan)
     if entropy and len(state) > INDEX:
         maxima, indices = gathered(state[MAXIMUM : INDEX + 1], group).unbind(1)
         is_largest = (maxima == maxima.amax(0)) | maxima.isnan()
@@ -157,7 +144,7 @@ class ShardedRows:
             state, logits = empty_state(source.fields, target), None
         else:
             state, _, logits = source.state(inputs, keeps_logits)
-        state = _merged(state, target, self.shard, self.entropy)
+        state = _merged(state, self.shard.group, self.entropy)
         return state.where(target != source.options.ignore_index, 0), None, logits
 
     def gradients(self, inputs: RowInputs, *arguments: Any) -> Gradients:
@@ -398,10 +385,7 @@ class ShardedOperator(VocabOperator):
     def run_on_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
         """Returns the result of arguments with this process' classes.
 
-        If it does not synchronise a device, processes compare their calls first: either all of them
-        raise an error, or all run the same collectives. If it does, results are NaN where calls
-        differ, and in grad mode all processes take part in backward, because any of them may need
-        gradients.
+        In grad mode, all processes take part in backward, because any of them may need gradients.
         """
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
@@ -409,31 +393,32 @@ class ShardedOperator(VocabOperator):
         if dist.get_rank(group) < 0:
             raise ValueError("shard: expected a group that this process is a member of")
         device = communication_device(group, target, input)
-        debugs = dist.get_debug_level() != dist.DebugLevel.OFF  # type: ignore[attr-defined]
-        compares = debugs or device.type == "cpu"
+        compares = dist.get_debug_level() != dist.DebugLevel.OFF  # type: ignore[attr-defined]
         try:
-            call = self.describe_call(arguments, shard, compares)
+            first, size, total = self.checked_shard(arguments, shard)
         except Exception:
             if compares:
                 gathered(torch.tensor(Call(), device=device), group)  # makes the others raise
             raise
-        total, all_need = call.total, grad_enabled()
         if compares:
-            total, all_need = compare_calls(call, device, group)
-        elif total < 0:
-            total = int(reduced(torch.full((), call.size, device=device), group))
-        classes, end = ClassRange(call.first, total), call.first + call.size
-        if not compares and not 0 <= call.first <= end <= total:
+            total = compare_calls(self.described(arguments, first, size, total), device, group)
+        elif total is None:
+            total = int(reduced(torch.full((), size, device=device), group))
+        if not 0 <= first <= first + size <= total:
             expected = f"classes in [0, {total}) in every process"
-            raise ValueError(f"shard: expected {expected}, got [{call.first}, {end})")
-        if all_need and not input.requires_grad:
+            raise ValueError(f"shard: expected {expected}, got [{first}, {first + size})")
+        if grad_enabled() and not input.requires_grad:
             arguments = input.detach().requires_grad_(), *arguments[1:]
-        return self.compute_shard(arguments, LocalShard(classes, group, None if compares else call))
+        return self.compute_shard(arguments, LocalShard(ClassRange(first, total), group))
 
-    def describe_call(self, arguments: Arguments, shard: VocabShard, reads_target: bool) -> Call:
-        """Checks the arguments of this process, and describes its call."""
+    def checked_shard(self, arguments: Arguments, shard: VocabShard) -> tuple[int, int, int | None]:
+        """Checks the arguments of this process.
+
+        Returns the first class, the number of this process' classes, and the number of all classes,
+        or None if this process does not know it.
+        """
         kwargs = dict(zip(self.keywords, arguments, strict=True))
-        (names, dim), target, (first, total, _) = self.sharded, kwargs["target"], shard
+        (names, dim), (first, total, _) = self.sharded, shard
         checks.number("first", first, (int, Integral), "an int")
         if total is not None:
             checks.number("classes", total, (int, Integral), "an int")
@@ -441,19 +426,23 @@ class ShardedOperator(VocabOperator):
         elif isinstance(weight := kwargs.get("weight"), Tensor):
             total = weight.numel()
         self.check_local(kwargs, total)
+        return int(first), kwargs[names[0]].shape[dim], None if total is None else int(total)
+
+    def described(self, arguments: Arguments, first: int, size: int, total: int | None) -> Call:
+        """Describes the call of this process, for the other processes."""
+        kwargs = dict(zip(self.keywords, arguments, strict=True))
+        names, target = self.sharded[0], kwargs["target"]
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        needs = [tensor.requires_grad for tensor in tensors.values()]
         common = tensors | vars(kwargs["options"])
         parts = [(k, _common_part(v)) for k, v in common.items() if k not in (*names, *_MAY_DIFFER)]
         modes = torch.is_autocast_enabled(target.device.type), grad_enabled()
         return Call(
             is_valid=1,
-            first=int(first),
-            size=kwargs[names[0]].shape[dim],
-            total=-1 if total is None else int(total),
-            needs=any(needs) + needs[0] if grad_enabled() else 0,
+            first=first,
+            size=size,
+            total=-1 if total is None else total,
             common=zlib.crc32(repr((self.name, *modes, parts)).encode()),
-            targets=int(target.flatten().cumsum(0).sum()) if reads_target else 0,
+            targets=int(target.flatten().cumsum(0).sum()),
         )
 
     def check_local(self, kwargs: dict[str, Any], total: int | None) -> None:
