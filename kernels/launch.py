@@ -11,15 +11,15 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
-from triton.compiler import make_backend
 from triton.runtime import JITFunction, driver
 
-try:
-    from triton._C.libtriton import native_specialize_impl as specialize
-except ImportError:  # moved in an untested release of Triton
-    specialize = None
+from ..backends.versions import is_tested
 
+TESTED = is_tested(triton.__version__)
+if TESTED:  # a private function, which may differ in other releases
+    from triton._C.libtriton import native_specialize_impl as specialize
 
 # Arguments are not const; they are specialized by value and by alignment.
 SPECIALIZED = repeat(False), repeat(True), repeat(True)
@@ -101,15 +101,15 @@ class Launch:
 
     Triton binds, specializes and hashes the arguments of every launch, in about 15 Python calls. So
     only the first launch of each specialization uses Triton's launcher; later launches call the
-    compiled kernel directly. Under Triton's interpreter, or with launch hooks, all launches use
-    Triton's launcher.
+    compiled kernel directly. Under Triton's interpreter, with launch hooks, or with an untested
+    release of Triton, all launches use Triton's launcher.
     """
 
     def __init__(self, kernel: Any, choice: Choice, **constants: Any) -> None:
         tile = {name.upper(): value for name, value in choice._asdict().items()}
         constants |= {name: tile[name] for name in tile if name in kernel.arg_names}
         self.kernel, self.choice, self.constants = kernel, choice, constants
-        self.compiles = isinstance(kernel, JITFunction) and specialize is not None
+        self.compiles = isinstance(kernel, JITFunction) and TESTED
         if self.compiles:
             self.last = [constants[each.name] for each in kernel.params if each.is_constexpr]
         self.compiled: dict[Any, Any] = {}  # holds a reference, or Triton would unload the kernel
@@ -125,9 +125,7 @@ class Launch:
             with torch.cuda.device(index):
                 self(programs, *arguments)
             return
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
-        if hooks or not self.compiles:
+        if not self.compiles or has_hooks():
             self.by_triton(programs, arguments)
             return
         active = driver.active
@@ -150,6 +148,12 @@ class Launch:
         return self.kernel[(programs,)](*arguments, **self.constants, **options)
 
 
+def has_hooks() -> bool:
+    """Returns whether Triton calls hooks at each launch."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 # Returns a cached Launch, for calls without a plan.
 prepared = functools.lru_cache(maxsize=4096)(Launch)
 
@@ -157,6 +161,8 @@ prepared = functools.lru_cache(maxsize=4096)(Launch)
 @functools.cache
 def backend() -> Any:
     """Returns Triton's compiler backend, which decides how arguments are specialized."""
+    from triton.compiler import make_backend
+
     return make_backend(driver.active.get_current_target())
 
 

@@ -12,8 +12,8 @@ from compare import FLOATS, HALF, operators_of_torch
 from conftest import ISAS, KernelCalls
 from grid import grid
 from samples import target_indices
+from torch.nn import functional as F
 
-from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.types import CrossEntropyOptions
@@ -130,13 +130,25 @@ def test_processes_with_a_shard_compare_each_option() -> None:
         *({"softcap": 2.0}, {"temperature": 2.0}, {"label_smoothing": 0.1}, {"z_loss": 0.1}),
         *({"ignore_index": 1}, {"denominator": 2.0}, {"loss_dtype": torch.float64}),
     ]
-    shard, target, found = VocabShard(0, 8), torch.zeros(3, dtype=torch.int64), []
+    target, found = torch.zeros(3, dtype=torch.int64), []
     for options in changes:
         arguments = torch.zeros(3, 4), target, None, CrossEntropyOptions(**options)
-        first, again = (CROSS_ENTROPY.describe_call(arguments, shard, True) for _ in range(2))
+        first, again = (CROSS_ENTROPY.describe_call(arguments, 0, 4, 8) for _ in range(2))
         assert first == again
         found.append(first)
     assert len({*found}) == len(changes)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("denominator", [3.5, 2.0**63, 2.0**64, 1e30])
+def test_denominators_of_any_size(denominator: float) -> None:
+    """A whole number may exceed 64 bits."""
+    x, target = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
+    loss = fused.cross_entropy(x, target, denominator=denominator)
+    exact = F.cross_entropy(x.double(), target, reduction="sum") / denominator
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (loss, exact)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=0)
 
 
 @pytest.mark.thresholds

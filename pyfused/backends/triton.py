@@ -205,8 +205,9 @@ def _divisor(
         if denominator is not None:
             return denominator.to(torch.float64)
         if number is not None:
-            exact = float(number).is_integer()
-            return int(number) if exact else target.new_full((), number, dtype=torch.float64)
+            if number < 2**63 and float(number).is_integer():
+                return int(number)  # Triton passes floats as float32
+            return target.new_full((), number, dtype=torch.float64)
         if not indices:
             return n if token_weight is None else token_weight.sum(dtype=torch.float64)
         return target if few else count((target, weight, token_weight), numbers)

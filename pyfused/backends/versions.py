@@ -33,6 +33,11 @@ def unsupported_triton() -> str | None:
     return f"Triton is {version or 'not installed'}, expected {NEEDED}"
 
 
+def is_tested(version: str) -> bool:
+    """Returns whether the kernels are tested with this release of Triton."""
+    return _release(version) in map(_release, TORCH_OF_TRITON)
+
+
 def pinned_triton(torch_version: str) -> str | None:
     """Returns the Triton version that a torch version pins, None if it is not in the table."""
     release = ".".join(map(str, _release(torch_version)))

@@ -401,7 +401,7 @@ class ShardedOperator(VocabOperator):
                 gathered(torch.tensor(Call(), device=device), group)  # makes the others raise
             raise
         if compares:
-            total = compare_calls(self.described(arguments, first, size, total), device, group)
+            total = compare_calls(self.describe_call(arguments, first, size, total), device, group)
         elif total is None:
             total = int(reduced(torch.full((), size, device=device), group))
         if not 0 <= first <= first + size <= total:
@@ -428,7 +428,7 @@ class ShardedOperator(VocabOperator):
         self.check_local(kwargs, total)
         return int(first), kwargs[names[0]].shape[dim], None if total is None else int(total)
 
-    def described(self, arguments: Arguments, first: int, size: int, total: int | None) -> Call:
+    def describe_call(self, arguments: Arguments, first: int, size: int, total: int | None) -> Call:
         """Describes the call of this process, for the other processes."""
         kwargs = dict(zip(self.keywords, arguments, strict=True))
         names, target = self.sharded[0], kwargs["target"]

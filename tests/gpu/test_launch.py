@@ -22,6 +22,7 @@ from triton import knobs
 from triton.runtime import JITFunction, driver
 
 from pyfused import kernels
+from pyfused.backends.versions import is_tested
 from pyfused.kernels import launch
 from pyfused.kernels.launch import Choice, Launch
 
@@ -199,3 +200,16 @@ def test_hooks_are_called_at_each_launch(add: Launch, hook: str) -> None:
     finally:
         hooks.remove(called)
     assert not compiled_by_triton(add, x, x, 1024)
+
+
+def test_an_untested_release_uses_tritons_launcher(
+    recorder: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(map(is_tested, ("3.6.0", "3.7.1+git1", triton.__version__)))
+    assert not any(map(is_tested, ("3.5.1", "3.10.0", "4.0.0")))
+    monkeypatch.setattr(launch, "TESTED", False)
+    monkeypatch.delattr(launch, "specialize")
+    run, x = Launch(add_kernel, Choice(1, 128, 128)), torch.zeros(1024)
+    for _ in range(2):
+        assert compiled_by_triton(run, x, x, 1024)
+    assert len(recorder.launched) == 2
