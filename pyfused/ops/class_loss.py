@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
+from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
 from pyfused.dispatch.operator import Arguments, Case, Numbers, Tensors
@@ -27,11 +27,9 @@ class ClassLoss(CompiledOperator):
 
     Attributes:
         check_arguments: Raises for invalid shapes, dtypes and options.
-        kernel: Returns a backend's function that prepares the kernel.
     """
 
     check_arguments: Callable[..., None]
-    kernel: Callable[[Backend], Callable[..., LossKernel]]
 
     def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
         return checks.classes_of(tensors[0]) <= few
@@ -81,7 +79,8 @@ class ClassLoss(CompiledOperator):
             return *self.arranged(tensors[:3]), *tensors[3:]
 
         def prepare(tensors: Tensors, outputs: Outputs, grad_output: Any) -> LossKernel:
-            return self.kernel(backend)(tensors, options, outputs, grad_output)
+            kernel: LossKernel = getattr(backend, self.name)(tensors, options, outputs, grad_output)
+            return kernel
 
         def define(tensors: Tensors, numbers: Numbers, grad_output: Tensor) -> Gradients:
             input, target, weight, *of_options = tensors

@@ -34,7 +34,6 @@ CROSS_ENTROPY = CrossEntropy(
     name="cross_entropy",
     module="CrossEntropyLoss",
     check_arguments=checks.cross_entropy,
-    kernel=lambda backend: backend.cross_entropy,
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
     fallback_reason=cross_entropy_fallback_reason,
     definition=definitions.cross_entropy,
@@ -70,7 +69,6 @@ NLL_LOSS = NllLoss(
     name="nll_loss",
     module="NLLLoss",
     check_arguments=checks.nll_loss,
-    kernel=lambda backend: backend.nll_loss,
     operands=(INPUT, CLASSES, WEIGHT),
     case=("ignore_index", "reduction"),
     torch=lambda x, y, weight, ignore_index, reduction: F.nll_loss(
