@@ -12,7 +12,7 @@ export CXX  # build with the compiler that was checked
 unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-full test-torch test-machines test-integrations gpu-compile gpu-check \
+.PHONY: help setup build demo demo-quick test test-full test-repo test-torch test-machines test-integrations gpu-compile gpu-check \
 	bench bench-quick bench-steps bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
@@ -67,6 +67,9 @@ test-full: test ## run all tests, with every combination of parameters
 
 INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
 
+test-repo: $(BUILD) $(EXTRAS) ## run the tests of pages, examples, packages and tools
+	$(BIN)/python -m pytest -n 2 --dist loadfile --slow tests/repo $(PYTEST_ARGS)
+
 # Other versions of Triton are installed into separate folders, which come first on PYTHONPATH.
 SUPPORTED = $(shell sed -n 's/^    "\([0-9.]*\)": .*/\1/p' pyfused/backends/versions.py)
 TRITONS = $(if $(filter all,$(TRITON)),$(SUPPORTED),$(TRITON))
@@ -103,9 +106,8 @@ bench-compare: $(BUILD) $(TOOLS) ## compare kernels with another revision: make 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than in torch (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
-docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its links, code and spelling
+docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its spelling; test-repo checks its links and code
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
-	$(BIN)/python -m pytest -q tests/repo/test_readme.py tests/repo/test_docs.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
 lint: $(TOOLS) ## check style, formatting and types

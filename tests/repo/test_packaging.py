@@ -112,14 +112,14 @@ print(cpu.capability, cpu.native.__file__, relu(torch.tensor([-1.0, 2.0])).tolis
 """
 
 
-@pytest.fixture
-def site(dist: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def site(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder into which the wheel was installed."""
-    (wheel,) = dist.glob("*.whl")
-    pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
-    installed = run(*pip, folder=tmp_path)
+    (wheel,), folder = dist.glob("*.whl"), tmp_path_factory.mktemp("site")
+    pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", folder, wheel)
+    installed = run(*pip, folder=folder)
     assert installed.returncode == 0, installed.stderr
-    return tmp_path
+    return folder
 
 
 def run_installed(
@@ -136,6 +136,13 @@ def test_the_installed_wheel_runs_each_isa(site: Path, isa: str) -> None:
     capability, file, values = result.stdout.split(maxsplit=2)
     assert (capability, values.strip()) == (isa, "[0.0, 2.0]"), result.stderr
     assert Path(file).is_relative_to(site)
+
+
+def test_the_installed_wheel_needs_only_torch(site: Path) -> None:
+    others = "lightning", "numpy", "sklearn", "transformers", "triton", "trl"
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
+    result = run_installed("-c", blocked + RELU, site=site)
+    assert result.stdout.endswith(" [0.0, 2.0]\n"), result.stderr
 
 
 @pytest.mark.skipif(len(cpu.ISAS) == 1, reason="this architecture has only one instruction set")
