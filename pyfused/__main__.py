@@ -17,16 +17,12 @@ from pyfused.ops.operators import OPERATORS
 
 
 def thread_runtime() -> str:
-    """Returns the kernels' OpenMP runtime, and whether they share its thread pool with torch."""
+    """Returns the kernels' OpenMP runtime and its number of threads, which torch sets if shared."""
     if cpu.MISSING:
         return "none: there are no kernels"
     if not cpu.native.runtime_file:
         return "none loaded: kernels run on one thread"
-    count = torch.get_num_threads()
-    torch.set_num_threads(count + 1)
-    shared = cpu.native.runtime_threads() == count + 1
-    torch.set_num_threads(count)
-    return f"{cpu.native.runtime_file}, {'shared' if shared else 'not shared'} with torch"
+    return f"{cpu.native.runtime_file}, {cpu.native.runtime_threads()} threads"
 
 
 def triton() -> str:
@@ -68,13 +64,8 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
     commands = parser.add_subparsers(dest="command")
-    text = "run a program under pyfused.patch(), and report how much time it saved"
+    text = "run a program under pyfused.patch(), and report which calls ran a kernel"
     command = commands.add_parser("run", help=text, description=f"{text.capitalize()}.")
-    command.add_argument(
-        "--compare",
-        action="store_true",
-        help="re-run more calls with torch's operators, for a better estimate",
-    )
     command.add_argument(
         "-m", action="store_true", dest="module", help="the program is the name of a module"
     )
@@ -85,7 +76,7 @@ def main() -> None:
     rest.required = False  # else the error for a missing program would name the arguments
     options = parser.parse_args()
     if options.command == "run":
-        run(options.program, options.arguments, options.module, options.compare)
+        run(options.program, options.arguments, options.module)
         return
     for key, value in report().items():
         print(f"{key:<24}{value}")

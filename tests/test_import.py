@@ -98,7 +98,7 @@ with pyfused.patch():
     for name, (x, step) in steps.items():
         with pyfused.report() as report:
             torch.compile(step, backend="eager", fullgraph=True)(x).backward()
-        missing += [] if ", compiled)" in str(report) else [name]
+        missing += [] if "in compiled programs: " in str(report) else [name]
 json.dump([before, registered() > 0, missing], sys.stdout)
 """
 

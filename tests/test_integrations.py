@@ -509,6 +509,57 @@ def test_callback_of_lightning(fails: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert report._reports == ()
 
 
+def test_lightning_layers_made_before_training_are_converted() -> None:
+    import lightning
+
+    from pyfused.integrations.lightning import PyfusedCallback
+
+    class Late(example("with_lightning").Classifier):  # type: ignore[misc]
+        def setup(self, stage: str) -> None:  # noqa: ARG002
+            self.model = torch.nn.Sequential(torch.nn.Linear(16, 10), torch.nn.ReLU())
+
+        def configure_model(self) -> None:
+            self.criterion = torch.nn.CrossEntropyLoss()
+
+        def validation_step(self, batch: Any) -> None:
+            self.training_step(batch)
+
+    module, x = Late(), torch.randn(8, 16)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :10].argmax(1)))
+    options = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[PyfusedCallback()], **options
+    )
+    for run in (trainer.validate, trainer.fit):
+        module.model = module.criterion = None
+        run(module, data)
+        assert type(module.model[1]) is pyfused.nn.ReLU
+        assert type(module.criterion) is pyfused.nn.CrossEntropyLoss
+        assert "configure_model" not in vars(module)
+
+
+@as_users_run_it
+def test_callback_of_trainer_when_training_fails_or_makes_a_model() -> None:
+    from pyfused.adopt import report
+    from pyfused.integrations.transformers import PyfusedCallback
+
+    train = trainer(language_model("Llama", vocab_size=512))
+    train.add_callback(PyfusedCallback(train))
+    compute_loss, train.compute_loss = train.compute_loss, lambda *_, **__: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train.train()
+    assert report._reports == ()
+    train.compute_loss, train.model_init = (
+        compute_loss,
+        lambda: language_model("Llama", vocab_size=512),
+    )
+    before = train.model
+    train.train()
+    assert train.model is not before
+    assert pyfused.plan_conversion(train.model).left[0].reason == "is already converted"
+    assert train.state.log_history[-1]["pyfused/kernel_calls"] > 0
+
+
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BartForConditionalGeneration"])
 def test_a_compiled_model_that_creates_its_loss_module_warns(name: str) -> None:
     reasons._reported.clear()

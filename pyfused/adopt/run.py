@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import builtins
 import io
 import os
 import pkgutil
@@ -17,7 +18,7 @@ from pyfused.adopt.patch import patch
 from pyfused.adopt.report import Report
 
 
-def run(program: str, arguments: Sequence[str], module: bool, compare: bool) -> None:
+def run(program: str, arguments: Sequence[str], module: bool) -> None:
     """Runs a program with torch patched, and prints a report to stderr when the process ends.
 
     If ``torchrun`` starts several processes, all are patched, and rank 0 counts and prints.
@@ -25,9 +26,8 @@ def run(program: str, arguments: Sequence[str], module: bool, compare: bool) -> 
     Args:
         program: The path of a script, a folder or an archive, or the name of a module.
         module: Whether ``program`` is the name of a module.
-        compare: Compares more calls, for better estimates.
     """
-    report, process, main = Report(compare), os.getpid(), ModuleType("__main__")
+    report, process, main = Report(), os.getpid(), ModuleType("__main__")
 
     def end() -> None:
         has_started = hasattr(main, "__file__")
@@ -44,6 +44,10 @@ def run(program: str, arguments: Sequence[str], module: bool, compare: bool) -> 
         atexit.register(end)  # registered first, so called last
     # As with `python`, `__main__` remains until the process ends: threads and exit handlers that
     # outlive the program pickle its classes by name.
+    for name, value in (("__annotations__", {}), ("__cached__", None)):
+        if hasattr(sys.modules["__main__"], name):  # depends on the version of Python
+            setattr(main, name, value)
+    main.__builtins__ = builtins  # type: ignore[attr-defined]
     sys.modules["__main__"] = main
     sys.argv[:] = program, *arguments
     if module:

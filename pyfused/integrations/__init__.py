@@ -9,15 +9,14 @@ def metrics(report: Report) -> dict[str, float]:
     """Returns the numbers of a report for a logger of scalars.
 
     Returns:
-        ``pyfused/kernel_calls``, ``pyfused/left_to_torch`` (also calls), and, if calls were
-        compared, ``pyfused/saved_seconds``.
+        ``pyfused/kernel_calls``, ``pyfused/left_to_torch`` (also calls) and
+        ``pyfused/kernel_seconds``.
     """
     results = report.to_dict()
     left = [count for reasons in results["left_to_torch"].values() for count in reasons.values()]
     compiled = sum(results["compiled"].values())
-    numbers = {
+    return {
         "pyfused/kernel_calls": compiled + sum(op["calls"] for op in results["operators"].values()),
         "pyfused/left_to_torch": sum(left),
-        "pyfused/saved_seconds": results["saved_seconds"],
+        "pyfused/kernel_seconds": results["kernel_seconds"],
     }
-    return {name: number for name, number in numbers.items() if number is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -22,15 +23,29 @@ class PyfusedCallback(TrainerCallback):  # type: ignore[misc]
     ``trainer.add_callback(PyfusedCallback(trainer))``.
 
     Args:
-        trainer: The trainer. Its model is converted at once, before ``train`` wraps it.
+        trainer: The trainer. Its model is converted at once, before ``train`` wraps it; the models
+            of ``model_init`` are converted when ``train`` begins.
         options: The keyword arguments of :func:`pyfused.convert`.
     """
 
     def __init__(self, trainer: Trainer, **options: Any) -> None:
-        self.trainer, self.report = trainer, Report()
-        convert(trainer.model, **options)
+        self.trainer, self.options, self.report = trainer, options, Report()
+        self.model = convert(trainer.model, **options)
+        replaced = vars(trainer).get("train")
+
+        def train(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return (replaced or partial(type(trainer).train, trainer))(*args, **kwargs)
+            finally:  # no callback is called if it raises an error
+                self.report.__exit__()
+
+        trainer.train = train
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        model = self.trainer.model
+        if not any(module is self.model for module in model.modules()):  # wrapped or the same
+            self.model = convert(model, **self.options)
+        self.report.__exit__()
         self.report = Report().__enter__()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
