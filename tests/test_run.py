@@ -222,7 +222,7 @@ x, target = torch.randn(4, 8), torch.zeros(4).long()
 for _ in range(3):
     torch.nn.CrossEntropyLoss()(x, target)
 F.tanh(torch.zeros(1 << 22))
-torch.relu_(torch.zeros(2))
+torch.relu_(torch.zeros(2))  # not counted
 F.rrelu(x)
 torch.nn.Tanh()(x), torch.nn.TransformerEncoderLayer(8, 2, 8, activation=F.gelu).train()(x)
 x.softmax(1), F.softmax(x, dim=1), torch.softmax(x, 1), F.leaky_relu(x, inplace=True)
@@ -254,9 +254,7 @@ def test_a_script_runs_patched_and_its_calls_are_counted(tmp_path: Path) -> None
         "cross_entropy": 3,
         "softmax": 3,
         "tanh": 3,
-        "relu": 1,
         "gelu": 1,
-        "leaky_relu": 1,
         "silu": 1,
     }
     assert "tanh          1      4,194,304\n" in done.stderr
