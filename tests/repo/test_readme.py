@@ -68,19 +68,19 @@ def test_named_files_exist(page: str) -> None:
     assert all((ROOT / name).exists() for name in names)
 
 
-EXAMPLE = re.findall(
-    r"^\d\. ((?:(?!^\d\. ).)*?^   ```.*?)(?=^\d\. )",  # the steps with code
-    (ROOT / "CONTRIBUTING.md").read_text("utf-8"),
-    FLAGS,
-)
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+EXCERPTS = re.findall(r"^( *)```py\n(.*?)^ *```", CONTRIBUTING, FLAGS)
 
 
-@pytest.mark.parametrize("step", EXAMPLE, ids=[step.split("`")[1] for step in EXAMPLE])
-def test_the_worked_example_matches_the_sources(step: str) -> None:
-    """Each excerpt occurs in the file that is named before it."""
-    path = ""
-    for name, code in re.findall(r"`([\w/.]+\.\w+)`|^   ```\w+\n(.*?)^   ```", step, FLAGS):
-        path = name or path
-        file = (ROOT / path).read_text("utf-8")
-        assert "smooth_l1_loss" in file.lower() or "SmoothL1Loss" in file
-        assert re.sub("^   ", "", code, flags=re.MULTILINE) in file  # without the list's indent
+@pytest.mark.parametrize(("indent", "code"), EXCERPTS, ids=range(len(EXCERPTS)))
+def test_excerpts_are_parts_of_the_sources(indent: str, code: str) -> None:
+    files = (*ROOT.glob("pyfused/**/*.py"), *ROOT.glob("tests/*.py"))
+    code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+    assert any(code in file.read_text("utf-8") for file in files)
+
+
+def test_files_of_the_layout_exist() -> None:
+    layout = CONTRIBUTING.partition("```text")[2].partition("```")[0]
+    folders = [ROOT / name for name in re.findall(r"^(\w+)/", layout, re.MULTILINE)]
+    existing = {path.name for folder in folders for path in folder.rglob("*.*")}
+    assert {*re.findall(r"\w+\.(?:py|md)\b", layout)} <= existing
