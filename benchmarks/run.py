@@ -139,7 +139,6 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         measured("sizes", "gpu-sizes", "sizes.md", 45),
         measured("host time", "gpu-host", "host.md", 20),
         Step("shared tests", (*parallel, *shared), 240, False, TEST_PACKAGES),
-        measured("variants", "gpu-variants", "variants.md", 45),
         measured("benchmarks", "gpu", "gpu.json", 180),
         Step("report", written, 30),
         measured("launch choices", "gpu-launch", "launch.md", 100),
@@ -326,7 +325,6 @@ def parser() -> argparse.ArgumentParser:
     for name, module, words in (
         ("gpu", "gpu", "time the cases on a GPU"),
         ("gpu-launch", "gpu", "time the chosen block sizes and warps, and their neighbours"),
-        ("gpu-variants", "gpu_variants", "compare experimental variants with the current kernels"),
         ("gpu-smoke", "gpu_use", "run one kernel of each family, and compare it with torch"),
         ("gpu-kernels", "gpu_use", "measure time, memory and launches of calls on a GPU"),
         ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),

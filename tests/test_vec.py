@@ -366,6 +366,7 @@ def test_nan_stays_nan(half: str, piece: int | None, vec: Vec) -> None:
 # ---- vectorisation -------------------------------------------------------------------------------
 
 
+@pytest.mark.large
 def test_no_loop_of_a_loss_calls_a_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ import compile_ahead as ahead
 import grid
 import triton
 import triton.language as tl
-from compile_ahead import BF16, F32, F64, Case, compiling, empty
+from compile_ahead import F32, F64, Case, compiling, empty
 
 from pyfused.types import (
     STATE_FIELDS,
@@ -93,31 +91,6 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     text = launched[0].kernel.asm["ttir"]
     offsets = re.findall(r"tt\.addptr (%\w+),.*ptr<f32>.*, (?:tensor<\w+x)?(i\d+)>? loc", text)
     assert {bits for pointer, bits in offsets if "%loss" not in pointer} == {"i64"}
-
-
-@pytest.mark.parametrize(
-    ("classes", "name", "kernel"),
-    [
-        (32_000, "2 rows ahead", "row"),
-        (128_256, "132 programs, 3 stages", "long_row"),
-        (128_256, "half of a row in registers", "half_row"),
-    ],
-)
-def test_variants_compile(
-    classes: int, name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from gpu_variants import cross_entropy_variants
-
-    sms = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: sms)
-    x, target = empty(BF16, 8192, classes), empty(torch.int64, 8192)
-    with compiling("sm_90") as launched:
-        cross_entropy_variants(x, target, trial=False)[name]()
-    (variant,) = launched
-    assert variant.name == f"{kernel}_kernel"
-    assert ("cp.async.cg" in variant.kernel.asm["ptx"]) is (kernel != "half_row")
-    assert ahead.disassembled(variant.kernel)[2] == 0
 
 
 def test_numbers_do_not_select_kernels() -> None:

@@ -118,9 +118,3 @@ def test_launch_choices_in_the_interpreter(tmp_path: Path) -> None:
     rows = interpreted("gpu-launch", tmp_path / "launch.md")[-2:]
     assert [row.split(" (")[0] for row in rows] == ["| cross_entropy", "| mse_loss"]
     assert "Error" not in "".join(rows)
-
-
-def test_variants_in_the_interpreter(tmp_path: Path) -> None:
-    rows = interpreted("gpu-variants", tmp_path / "variants.md")[4:]
-    assert len(rows) == 4 + 7 + 1 + 4 + 4
-    assert "Error" not in "".join(rows)
