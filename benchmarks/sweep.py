@@ -120,15 +120,17 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
     """Yields the smallest calls that run kernels, which benefit least."""
-    for second, elements in enumerate(limits(OPERATORS[op], True, dtype)):
-        if elements == 0 or elements >= NEVER:
+    found = limits(OPERATORS[op], True, dtype)
+    for column in ("from_elements", "few_classes", "unreduced"):
+        elements = getattr(found, column)
+        if not elements or elements >= NEVER:
             continue
         if op in (*SOFTMAX, *OF_CLASSES):
-            classes = FEW if second else 1000
+            classes = FEW if column == "few_classes" else 1000
             yield Case(op, (-(-elements // classes), classes), dtype)
         else:
             shape = (elements // 128, 128) if op in EMBEDDINGS else (elements,)
-            yield Case(op, shape, dtype, reduction="none" if second else "mean")
+            yield Case(op, shape, dtype, reduction="none" if column == "unreduced" else "mean")
 
 
 def slower(times: cases.Times, margin: float) -> bool:

@@ -421,19 +421,16 @@ def _thumbnail(name: str) -> str:
 
 def sizes(*operators: str) -> str:
     """Returns a table of the smallest inputs that run a kernel on CPUs."""
-    special = "unreduced losses, few classes, activations without gradients"
-    columns = ["operator", "elements", special]
-    rows = [
-        [f"`{name}`", *map(words, limits(op, True))]
-        for name, op in OPERATORS.items()
-        if name in (operators or OPERATORS)
-    ]
-    if all(first == second for _, first, second in rows):
-        columns, rows = columns[:2], [row[:2] for row in rows]
-    return report.tabulated(columns, rows, names=1)
+    columns = ["elements", "few classes", "without gradient", "unreduced"]
+    found = {f"`{name}`": limits(OPERATORS[name], True)[:4] for name in operators or OPERATORS}
+    used = [i for i in range(4) if any(row[i] is not None for row in found.values())]
+    rows = [[name, *[words(row[i]) for i in used]] for name, row in found.items()]
+    return report.tabulated(["operator", *[columns[i] for i in used]], rows, names=1)
 
 
-def words(limit: int) -> str:
+def words(limit: int | None) -> str:
+    if limit is None:
+        return ""
     return "none" if limit == NEVER else f"{limit:,}" if limit else "any"
 
 

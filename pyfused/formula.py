@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from operator import attrgetter
 from traceback import extract_tb
 from types import MethodType, NoneType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,13 +45,6 @@ _MOST_TRACES = 32  # traces of a formula for static parameters, and of an operat
 _CALL_OPTIONS = ("reduction", "weight")  # keywords of losses, in addition to the parameters
 _KINDS = frozenset((bool, int, str, NoneType))  # of static parameters
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
-
-
-class Sized(NamedTuple):
-    """The row of a formula in the table of sizes."""
-
-    name: str = ""
-    family: str = "Formula"
 
 
 class FormulaOperator(PointwiseLoss):
@@ -103,7 +96,7 @@ class FormulaOperator(PointwiseLoss):
             denominators={"mean": _mean_of_weights},
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
-        self.sized = formula.sized
+        self.family = formula.family
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by the cases of the numbers
 
@@ -375,7 +368,7 @@ class Formula:
             self.kinds = _differentiated(self.written, self.slopes_of)
         self.operators: dict[Any, FormulaOperator] = {}
         self.outside: Outside | None = None
-        self.sized = Sized()
+        self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
         _, static = self._split(self.defaults.values())
         self.op = self.operator(floats, static)
@@ -384,7 +377,7 @@ class Formula:
             if isinstance(kernel := op.generic, Kernel):
                 self.op = op
                 if len(kernel.program(op.all_outputs).body) >= _LONG:
-                    op.sized = self.sized = Sized(family="LongFormula")
+                    op.family = self.family = "LongFormula"
                 return
         message = f"{self.__name__}: {self.op.generic}"
         if self.strict and self.op.problem:

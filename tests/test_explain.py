@@ -25,11 +25,8 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.dispatch import reasons, sizes
 from pyfused.dispatch.operator import Operand, Operator
-from pyfused.ops.activation import Activation
-from pyfused.ops.class_loss import NllLoss
 from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import Gated
 from pyfused.ops.softmax import Softmax
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -133,15 +130,19 @@ def test_active_modes() -> None:
         assert pyfused.explain("relu", X).backend == "cpu"
 
 
-OF_A_SIZE = [name for name in OPERATORS if name in sizes.ON_CPU and name not in sizes.LINEAR]
+OF_A_SIZE = {
+    (name, column)
+    for name in OPERATORS
+    if name in sizes.ON_CPU and name not in sizes.LINEAR
+    for column, limit in sizes.ON_CPU[name]._asdict().items()
+    if limit is not None and column != "least"
+}
 
 
-def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
-    """Returns a call of an operator, with random operands; the second limit may apply to it."""
+def call_of(op: Operator, elements: int, column: str) -> Callable[[Any], None]:
+    """Returns a random call to which a column of the table of sizes applies."""
     classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
-    embeddings = isinstance(op, EmbeddingLoss)
-    forward = second and isinstance(op, (Activation, Gated, NllLoss))  # without a gradient
-    few = second and not forward
+    embeddings, few = isinstance(op, EmbeddingLoss), column == "few_classes"
     columns = 128 if embeddings else (sizes.FEW if few else 1000) if classes else 1
     shape = (max(1, elements // columns), columns) if classes or embeddings else (elements,)
     shapes = {"target": shape[:1]} if embeddings else {}
@@ -155,20 +156,17 @@ def call_of(op: Operator, elements: int, second: bool) -> Callable[[Any], None]:
         return values.sign() if operand.sign else values
 
     operands = [drawn(operand) for operand in op.operands if not operand.optional]
-    operands[0].requires_grad_(not forward)
+    operands[0].requires_grad_(column != "without_gradient")
     options: dict[str, Any] = op.required | ({"dim": 1} if isinstance(op, Softmax) else {})
-    if second and (embeddings or not classes) and "reduction" in op.names:
+    if column == "unreduced":
         options["reduction"] = "none"
     return lambda function: function(*operands, **options)
 
 
 @pytest.mark.thresholds
-@pytest.mark.parametrize("name", OF_A_SIZE)
-@pytest.mark.parametrize("second", [False, True])
-def test_calls_below_the_limit_fall_back(
-    name: str, second: bool, kernel_calls: KernelCalls
-) -> None:
-    op, limit = OPERATORS[name], sizes.ON_CPU[name][second]
+@pytest.mark.parametrize(("name", "column"), sorted(OF_A_SIZE))
+def test_calls_below_the_limit_fall_back(name: str, column: str, kernel_calls: KernelCalls) -> None:
+    op, limit = OPERATORS[name], getattr(sizes.ON_CPU[name], column)
 
     def explained(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
         explanation, small = pyfused.explain(name, x, *others, **options), x.numel() < limit
@@ -179,7 +177,7 @@ def test_calls_below_the_limit_fall_back(
         return result_of(result)
 
     for elements in {2} if limit == sizes.NEVER else {2, limit - 2, limit + 2000 - limit % 1000}:
-        call_of(op, max(elements, 2), second)(explained)
+        call_of(op, max(elements, 2), column)(explained)
 
 
 def test_layouts_and_threads(threads: Callable[[int], None]) -> None:

@@ -9,7 +9,9 @@ import torch
 
 import pyfused
 from pyfused.dispatch import sizes
+from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
+from pyfused.ops.operators import OPERATORS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 FIRST, SECOND = 1 << 10, 1 << 12
@@ -21,18 +23,25 @@ def runs_torch(op: str, *arguments: Any, **options: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "limits", lambda op, cpu, dtype=None: (FIRST, SECOND))
+    """The columns of a row that are set have another limit."""
+
+    def found(op: Operator, cpu: bool, dtype: Any = None) -> sizes.Limits:
+        row = sizes._row(sizes.ON_CPU, op) or sizes.Limits(0)
+        special = {name: SECOND for name, x in row._asdict().items() if x is not None}
+        return sizes.Limits(**special | {"from_elements": FIRST}).times(1)
+
+    monkeypatch.setattr(sizes, "limits", found)
 
 
 @pytest.mark.parametrize(("reduction", "limit"), [("mean", FIRST), ("none", SECOND)])
-def test_the_second_limit_of_unreduced_losses(reduction: str, limit: int) -> None:
+def test_unreduced_losses(reduction: str, limit: int) -> None:
     for elements in (limit - 1, limit):
         x = torch.zeros(elements)
         assert runs_torch("mse_loss", x, x, reduction=reduction) == (elements < limit)
 
 
 @pytest.mark.parametrize("classes", [sizes.FEW, sizes.FEW + 1])
-def test_the_second_limit_of_few_classes(classes: int) -> None:
+def test_few_classes(classes: int) -> None:
     x, is_few = torch.zeros(-(-FIRST // classes), classes), classes == sizes.FEW
     assert runs_torch("cross_entropy", x, torch.zeros(len(x)).long()) == is_few
     assert runs_torch("softmax", x, 1) == is_few
@@ -41,15 +50,21 @@ def test_the_second_limit_of_few_classes(classes: int) -> None:
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_the_second_limit_of_calls_without_gradients(needs_grad: bool) -> None:
+def test_calls_without_gradients(needs_grad: bool) -> None:
     x = torch.zeros(FIRST, requires_grad=needs_grad)
     rows, target = x.view(-1, 64), torch.zeros(FIRST // 64, dtype=torch.int64)
     assert runs_torch("gelu", x) != needs_grad
-    assert not runs_torch("gelu", x, approximate="tanh")
     assert runs_torch("nll_loss", rows, target) != needs_grad
     with torch.no_grad():
         assert runs_torch("gelu", x)
         assert runs_torch("nll_loss", rows, target)
+
+
+def test_the_least_limit() -> None:
+    row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.NEVER).times(2)
+    assert row[:4] == (2 * sizes.MEDIUM, 2 * sizes.SMALL, None, 2 * sizes.NEVER)
+    assert row.least == 2 * sizes.SMALL
+    assert sizes.Limits(sizes.ALWAYS, unreduced=sizes.SMALL).times(8).least == 0
 
 
 def test_few_classes_of_half_precision() -> None:
@@ -72,16 +87,14 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     monkeypatch.setattr(sizes, "HOST_US", 20.0)
     monkeypatch.setattr(sizes, "GB_PER_S", 100.0)
-    sizes.limits.cache_clear()
-    try:
-        x = torch.empty(100, 65, device="meta")  # neither CPU nor GPU, but dispatched like a GPU's
-        target = torch.empty(100, dtype=torch.int64, device="meta")
-        by_numbers = "(20 us for a call on the host, 100 GB/s on the GPU)"
-        for logits, limit in ((x, 65_536), (x[:, :64], 16_384)):
-            reason = pyfused.explain("cross_entropy", logits, target).reason
-            assert reason == f"{SMALL}: kernels run from {limit:,} elements {by_numbers}"
-        reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
-        assert reason == f"{SMALL}: kernels run from 16,384 elements"
-        assert pyfused.explain("relu", x).reason == SMALL
-    finally:
-        sizes.limits.cache_clear()
+    for op in OPERATORS.values():
+        monkeypatch.setattr(op, "limits", {})
+    x = torch.empty(100, 65, device="meta")  # neither CPU nor GPU, but dispatched like a GPU's
+    target = torch.empty(100, dtype=torch.int64, device="meta")
+    by_numbers = "(20 us for a call on the host, 100 GB/s on the GPU)"
+    for logits, limit in ((x, 65_536), (x[:, :64], 16_384)):
+        reason = pyfused.explain("cross_entropy", logits, target).reason
+        assert reason == f"{SMALL}: kernels run from {limit:,} elements {by_numbers}"
+    reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
+    assert reason == f"{SMALL}: kernels run from 16,384 elements"
+    assert pyfused.explain("relu", x).reason == SMALL

@@ -97,9 +97,10 @@ class Operator(ABC):
             NUMBER. A plan depends only on these cases. For invalid numbers, it returns a reason to
             fall back or raises an error.
         plans: The plans of calls, by signature; they are freed with the operator.
-        sized: Has the name and the family that are looked up in the table of sizes.
+        family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
+        limits: The limits of sizes.py, by device and dtype.
         strategy: Describes how CPU kernels traverse an input.
     """
 
@@ -118,10 +119,11 @@ class Operator(ABC):
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     cases: Callable[[Any], tuple[Any, ...] | str] = field(init=False)
-    plans: dict[Any, Any] = field(init=False)
-    sized: Any = field(init=False)
+    family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
+    limits: dict[Any, Any] = field(init=False, default_factory=dict)
+    plans: dict[Any, Any] = field(init=False, default_factory=dict)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
     to_number: ClassVar[Callable[..., Any]] = float  # of a tensor with one element, or any number
@@ -134,7 +136,7 @@ class Operator(ABC):
         parts = (*self.all_operands, *self.numbers, *self.case)
         self.names = tuple([part.name for part in parts])
         self.cases = lru_cache(maxsize=256)(self._cases)
-        self.plans, self.sized = {}, self
+        self.family = type(self).__name__
         self.is_linear = "linear_weight" in self.names
         if self.fast is None and self.in_torch and not self.factors:
             self.fast = self.torch
@@ -217,18 +219,9 @@ class Operator(ABC):
 
     # ---- sizes -----------------------------------------------------------------------------------
 
-    @property
-    def family(self) -> str:
-        """Returns the name of the row in the table of sizes for operators without their own row."""
-        return type(self).__name__
-
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        """Returns whether the second limit of the table of sizes applies to a call.
-
-        Args:
-            few: The largest number of classes that counts as few.
-        """
-        return self._reduction is not None and bool(case[self._reduction] == "none")
+    def contiguous_classes(self, tensors: Tensors, case: Case) -> int:
+        """Returns the number of classes of a row, if they are contiguous, for losses of rows."""
+        raise NotImplementedError
 
     def needs_no_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs no gradient."""

@@ -25,7 +25,7 @@ from pyfused.types import NUMBER, TensorSpec
 PLAIN = (Tensor, Parameter)
 _KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
 _FLOATS = frozenset((float, NoneType))
-_CASES, _CASE = 3, 4  # indices into a key
+_CASES, _CASE = 2, 3  # indices into a key
 
 
 def signature(
@@ -33,7 +33,7 @@ def signature(
 ) -> tuple[Any, Numbers] | str:
     """Returns the key of a call's plan and the call's numbers, or why the call has no plan.
 
-    The key has the operator, the cases of the numbers, the case, the layout of each tensor and
+    The key has the cases of the numbers, the case, the layout of each tensor and
     whether it requires grad, grad mode, autocast and the default dtype.
 
     Raises:
@@ -58,7 +58,7 @@ def signature(
             return integers
         case = integers
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    key: list[Any] = [op, grad, torch.get_default_dtype(), cases, case, kinds]
+    key: list[Any] = [grad, torch.get_default_dtype(), cases, case, kinds]
     for operand, x in zip(op.all_operands, tensors, strict=True):
         kind = type(x)
         if kind is Tensor or kind is Parameter:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -28,72 +28,92 @@ OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
 ALWAYS, NEVER = 0, sys.maxsize
 TINY, SMALL, MEDIUM, LARGE, HUGE, PAGES = (1 << n for n in (10, 14, 17, 19, 22, 24))
-Limits = tuple[int, int]
 
 
-# The second limit applies to unreduced losses, which write one more output; to activations without
-# a gradient; and to losses over few classes, because torch does not vectorise rows that are shorter
-# than a vector. The row of a family applies to operators without their own row. VECTOR is in bytes.
+class Limits(NamedTuple):
+    """The sizes from which an operator's calls are dispatched to a kernel, in elements.
+
+    Attributes:
+        from_elements: The size for all other calls.
+        few_classes: For rows of few contiguous classes, which torch does not vectorise.
+        without_gradient: For calls without a gradient, where torch's forward pass is faster or
+            slower than its backward pass.
+        unreduced: For losses that are not reduced, which write one more output.
+        least: The smallest of these.
+    """
+
+    from_elements: int
+    few_classes: int | None = None
+    without_gradient: int | None = None
+    unreduced: int | None = None
+    least: int = 0
+
+    def times(self, factor: int) -> Limits:
+        """Returns the limits multiplied by a factor, and the smallest of them."""
+        columns = {name: x for name, x in self._asdict().items() if x is not None}
+        scaled = {name: factor * x for name, x in columns.items() if name != "least"}
+        return self._replace(**scaled, least=min(scaled.values()))
+
+
+# The row of a family applies to operators without their own row. VECTOR is in bytes.
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
 ON_CPU: dict[str, Limits] = {
-    "cosine_embedding_loss": (ALWAYS, ALWAYS),
-    "gaussian_nll_loss": (ALWAYS, ALWAYS),
-    "hinge_embedding_loss": (ALWAYS, ALWAYS),
-    "kl_div_with_logits": (ALWAYS, ALWAYS),
-    "log_cosh_loss": (ALWAYS, ALWAYS),
-    "log_probs": (ALWAYS, ALWAYS),
-    "quantile_loss": (ALWAYS, ALWAYS),
-    "sigmoid_focal_loss": (ALWAYS, ALWAYS),
-    "softcap": (ALWAYS, ALWAYS),
-    "softsign": (ALWAYS, ALWAYS),
-    "hinge_loss": (ALWAYS, SMALL),
-    "triplet_margin_loss": (ALWAYS, SMALL),
-    "LongFormula": (TINY, TINY),  # 3 to 4 times as fast as torch from this size on
-    "Activation": (SMALL, SMALL),
-    "Formula": (SMALL, SMALL),
-    "linear_cross_entropy": (SMALL, SMALL),  # the elements of heads are logits
-    "linear_kl_div": (SMALL, SMALL),
-    "linear_log_probs": (SMALL, SMALL),
-    "linear_topk_kl_div": (SMALL, SMALL),
-    "binary_cross_entropy": (SMALL, MEDIUM),
-    "binary_cross_entropy_with_logits": (SMALL, MEDIUM),
-    "kl_div": (SMALL, MEDIUM),
-    "margin_ranking_loss": (SMALL, MEDIUM),
-    "poisson_nll_loss": (SMALL, MEDIUM),
-    "soft_margin_loss": (SMALL, MEDIUM),
-    "gelu": (SMALL, PAGES),
-    "cross_entropy": (MEDIUM, SMALL),
-    "log_softmax": (MEDIUM, SMALL),
-    "ClassLoss": (MEDIUM, MEDIUM),
-    "logsigmoid": (MEDIUM, MEDIUM),
-    "PointwiseLoss": (MEDIUM, PAGES),
-    "softmax": (LARGE, SMALL),
-    "Gated": (LARGE, MEDIUM),
-    "silu": (LARGE, MEDIUM),
-    "sigmoid": (HUGE, MEDIUM),
-    "hardshrink": (PAGES, PAGES),
-    "hardsigmoid": (PAGES, PAGES),
-    "hardswish": (PAGES, PAGES),
-    "hardtanh": (PAGES, PAGES),
-    "leaky_relu": (PAGES, PAGES),
-    "relu": (PAGES, PAGES),
-    "relu6": (PAGES, PAGES),
-    "softshrink": (PAGES, PAGES),
-    "threshold": (PAGES, PAGES),
-    "Contrastive": (PAGES, LARGE),  # logits; the second limit is for the sigmoid form
-    "nll_loss": (PAGES, NEVER),
+    "cosine_embedding_loss": Limits(ALWAYS),
+    "gaussian_nll_loss": Limits(ALWAYS),
+    "hinge_embedding_loss": Limits(ALWAYS),
+    "kl_div_with_logits": Limits(ALWAYS),
+    "log_cosh_loss": Limits(ALWAYS),
+    "log_probs": Limits(ALWAYS),
+    "quantile_loss": Limits(ALWAYS),
+    "sigmoid_focal_loss": Limits(ALWAYS),
+    "softcap": Limits(ALWAYS),
+    "softsign": Limits(ALWAYS),
+    "hinge_loss": Limits(ALWAYS, unreduced=SMALL),
+    "triplet_margin_loss": Limits(ALWAYS, unreduced=SMALL),
+    "LongFormula": Limits(TINY),  # 3 to 4 times as fast as torch from this size on
+    "Activation": Limits(SMALL),
+    "Formula": Limits(SMALL),
+    "linear_cross_entropy": Limits(SMALL),  # the elements of heads are logits
+    "linear_kl_div": Limits(SMALL),
+    "linear_log_probs": Limits(SMALL),
+    "linear_topk_kl_div": Limits(SMALL),
+    "binary_cross_entropy": Limits(SMALL, unreduced=MEDIUM),
+    "binary_cross_entropy_with_logits": Limits(SMALL, unreduced=MEDIUM),
+    "kl_div": Limits(SMALL, unreduced=MEDIUM),
+    "margin_ranking_loss": Limits(SMALL, unreduced=MEDIUM),
+    "poisson_nll_loss": Limits(SMALL, unreduced=MEDIUM),
+    "soft_margin_loss": Limits(SMALL, unreduced=MEDIUM),
+    "gelu": Limits(SMALL, without_gradient=PAGES),  # torch calls oneDNN
+    "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
+    "log_softmax": Limits(MEDIUM, few_classes=SMALL),
+    "logsigmoid": Limits(MEDIUM),
+    "PointwiseLoss": Limits(MEDIUM, unreduced=PAGES),
+    "softmax": Limits(LARGE, few_classes=SMALL),
+    "Gated": Limits(LARGE, without_gradient=MEDIUM),
+    "silu": Limits(LARGE, without_gradient=MEDIUM),
+    "sigmoid": Limits(HUGE, without_gradient=MEDIUM),
+    "Contrastive": Limits(HUGE),  # logits
+    "hardshrink": Limits(PAGES),
+    "hardsigmoid": Limits(PAGES),
+    "hardswish": Limits(PAGES),
+    "hardtanh": Limits(PAGES),
+    "leaky_relu": Limits(PAGES),
+    "relu": Limits(PAGES),
+    "relu6": Limits(PAGES),
+    "softshrink": Limits(PAGES),
+    "threshold": Limits(PAGES),
+    "nll_loss": Limits(PAGES, without_gradient=NEVER),  # forward reads one element of each row
 }
 # In half precision torch processes the same number of bytes per second, so limits double. For
 # float16 they grow more, because the kernels convert it in a separate step. torch's half-precision
-# softmax and cross-entropy process fewer bytes per second, so their limits do not double. torch's
-# gelu calls oneDNN, which is faster than the kernel without a gradient.
+# softmax and cross-entropy process fewer bytes per second, so their limits do not double.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES: dict[str, Limits] = {
-    "cross_entropy": (MEDIUM, SMALL),
-    "log_softmax": (MEDIUM, SMALL),
-    "softmax": (MEDIUM, SMALL),
-    "gelu": (SMALL, NEVER),
+    "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
+    "log_softmax": Limits(MEDIUM, few_classes=SMALL),
+    "softmax": Limits(MEDIUM, few_classes=SMALL),
+    "gelu": Limits(SMALL, without_gradient=NEVER),
 }
 
 
@@ -120,25 +140,25 @@ FEW_ON_GPU, PASSES_OF_FEW = 64, 50
 # Operators whose limits on GPUs do not depend on these numbers.
 ON_GPU: dict[str, Limits] = {
     # torch launches many kernels or synchronises, so its calls take longer on the host.
-    "cosine_embedding_loss": (ALWAYS, ALWAYS),
-    "gaussian_nll_loss": (ALWAYS, ALWAYS),
-    "kl_div_with_logits": (ALWAYS, ALWAYS),
-    "linear_cross_entropy": (ALWAYS, ALWAYS),
-    "linear_kl_div": (ALWAYS, ALWAYS),
-    "linear_log_probs": (ALWAYS, ALWAYS),
-    "linear_topk_kl_div": (ALWAYS, ALWAYS),
-    "log_probs": (ALWAYS, ALWAYS),
-    "sigmoid_focal_loss": (ALWAYS, ALWAYS),
-    "triplet_margin_loss": (ALWAYS, ALWAYS),
+    "cosine_embedding_loss": Limits(ALWAYS),
+    "gaussian_nll_loss": Limits(ALWAYS),
+    "kl_div_with_logits": Limits(ALWAYS),
+    "linear_cross_entropy": Limits(ALWAYS),
+    "linear_kl_div": Limits(ALWAYS),
+    "linear_log_probs": Limits(ALWAYS),
+    "linear_topk_kl_div": Limits(ALWAYS),
+    "log_probs": Limits(ALWAYS),
+    "sigmoid_focal_loss": Limits(ALWAYS),
+    "triplet_margin_loss": Limits(ALWAYS),
     # torch launches 13 to 23 kernels, which takes the host about as long as a call of pyfused.
-    "Formula": (SMALL, SMALL),
-    "LongFormula": (SMALL, SMALL),
-    "hinge_embedding_loss": (SMALL, SMALL),
-    "log_cosh_loss": (SMALL, SMALL),
-    "margin_ranking_loss": (SMALL, SMALL),
-    "quantile_loss": (SMALL, SMALL),
+    "Formula": Limits(SMALL),
+    "LongFormula": Limits(SMALL),
+    "hinge_embedding_loss": Limits(SMALL),
+    "log_cosh_loss": Limits(SMALL),
+    "margin_ranking_loss": Limits(SMALL),
+    "quantile_loss": Limits(SMALL),
     # torch's kernels reach the memory bandwidth.
-    "Activation": (NEVER, NEVER),
+    "Activation": Limits(NEVER),
 }
 
 # In compiled programs, on CPUs and on GPUs: the sizes from which a call becomes a custom operator,
@@ -148,7 +168,7 @@ ON_GPU: dict[str, Limits] = {
 # pass. No compiled call has been measured on a GPU: from 2^24 logits on, launching should take no
 # longer than the kernels, which are 1.1 to 2.5 times as fast as Inductor's code
 # (benchmarks/results/nvidia-h100-80gb-hbm3/results.csv).
-COMPILED: dict[str, Limits] = {
+COMPILED: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LINEAR, (ALWAYS, ALWAYS)),
     **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),
     "binary_cross_entropy": (PAGES, NEVER),
@@ -179,30 +199,49 @@ def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
     return next((table[name] for name in names if name in table), None)
 
 
-@cache
 def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limits:
     """Returns the limits of an operator or its family, on CPUs or GPUs."""
+    found = op.limits.get((cpu, dtype))
+    if found is None:
+        found = op.limits[cpu, dtype] = _limits(op, cpu, dtype)
+    return found
+
+
+def _limits(op: Operator, cpu: bool, dtype: torch.dtype) -> Limits:
     if not cpu:
-        passes = PASSES_OF.get(op.name, PASSES)
-        few = PASSES_OF_FEW if op.name == "cross_entropy" else passes
         elements = 1e3 * HOST_US * GB_PER_S / dtype.itemsize  # of one pass
-        first, second = (1 << math.ceil(math.log2(elements / n)) for n in (passes, few))
-        return _row(ON_GPU, op) or (max(SMALL, first), max(SMALL, second))
+        first, few = (
+            max(SMALL, 1 << math.ceil(math.log2(elements / passes)))
+            for passes in (PASSES_OF.get(op.name, PASSES), PASSES_OF_FEW)
+        )
+        row = _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else None)
+        return row.times(1)
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
-        return ON_CPU_OF_HALVES[op.name]
-    first, second = _row(ON_CPU, op) or (PAGES, PAGES)
-    factor = HALVES.get(dtype, 1)
-    return factor * first, factor * second
+        return ON_CPU_OF_HALVES[op.name].times(1)
+    return (_row(ON_CPU, op) or Limits(PAGES)).times(HALVES.get(dtype, 1))
+
+
+def limit_of(op: Operator, tensors: Tensors, case: Case, found: Limits) -> int:
+    """Returns which of an operator's limits applies to a call."""
+    input = tensors[0]
+    if found.unreduced is not None and op.reduction(case) == "none":
+        return found.unreduced
+    if found.without_gradient is not None and op.needs_no_gradient(tensors):
+        return found.without_gradient
+    if found.few_classes is not None:
+        few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
+        if op.contiguous_classes(tensors, case) <= few:
+            return found.few_classes
+    return found.from_elements
 
 
 def why_small(op: Operator, tensors: Tensors, case: Case) -> str:
     """Returns why torch computes a small call, with the numbers that decide on GPUs."""
     input = tensors[0]
-    first, second = limits(op.sized, input.is_cpu, input.dtype)
-    if input.is_cpu or first == NEVER or not input.numel():
+    found = limits(op, input.is_cpu, input.dtype)
+    if input.is_cpu or found.from_elements == NEVER or not input.numel():
         return SMALL_REASON
-    limit = second if op.takes_second_limit(tensors, case, FEW_ON_GPU) else first
-    reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
+    reason = f"{SMALL_REASON}: kernels run from {limit_of(op, tensors, case, found):,} elements"
     if _row(ON_GPU, op):
         return reason
     return f"{reason} ({HOST_US:g} us for a call on the host, {GB_PER_S:g} GB/s on the GPU)"
@@ -231,9 +270,5 @@ def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = 
             elements = op.elements(tensors)
     if elements == 0 or FORCED is not None:
         return elements == 0
-    on_cpu = input.is_cpu
-    first, second = limits(op.sized, on_cpu, input.dtype)
-    if (elements < first) == (elements < second):  # the common case
-        return elements < first
-    few = VECTOR // min(input.element_size(), 4) - 1 if on_cpu else FEW_ON_GPU
-    return elements < (second if op.takes_second_limit(tensors, case, few) else first)
+    found = limits(op, input.is_cpu, input.dtype)
+    return elements < found.least or elements < limit_of(op, tensors, case, found)

@@ -14,7 +14,6 @@ from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     Arguments,
-    Case,
     Numbers,
     Operator,
     Tensors,
@@ -65,13 +64,6 @@ class Activation(Operator):
 
     def invalid_number(self, scalar: Scalar, value: Any) -> str:
         return f"{scalar.name} is {value!r}"
-
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        """Returns whether the call needs no gradient and is not gelu's tanh approximation.
-
-        Without a gradient, torch's exact gelu uses oneDNN, which has another limit.
-        """
-        return self.needs_no_gradient(tensors) and "tanh" not in case
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
         """Returns the gradient in torch's operators."""

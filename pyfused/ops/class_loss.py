@@ -31,8 +31,8 @@ class ClassLoss(CompiledOperator):
 
     check_arguments: Callable[..., None]
 
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        return checks.classes_of(tensors[0]) <= few
+    def contiguous_classes(self, tensors: Tensors, case: Case) -> int:  # noqa: ARG002
+        return checks.classes_of(tensors[0])
 
     @abstractmethod
     def options_of(self, arguments: Arguments) -> VocabOptions:
@@ -141,10 +141,6 @@ class NllLoss(ClassLoss):
     """The negative log-likelihood of log-probabilities."""
 
     strategy = "one element of a row"
-
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        """Returns whether no gradient is needed: forward only reads one element of each row."""
-        return self.needs_no_gradient(tensors)
 
     def options_of(self, arguments: Arguments) -> VocabOptions:
         return VocabOptions(*arguments[-2:])

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
+from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors
 from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
@@ -78,9 +78,6 @@ class Contrastive(RowLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.is_linear = True
-
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        return tensors[2] is not None
 
     def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
         needs_a, needs_b, needs_bias, needs_scale = needs_grad(arguments[:4])

@@ -22,7 +22,6 @@ from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     Arguments,
-    Case,
     Numbers,
     Operand,
     Tensors,
@@ -477,9 +476,6 @@ class Gated(PointwiseLoss):
     """An activation of several tensors, such as a gate, computed as an unreduced loss."""
 
     reduces = False
-
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:  # noqa: ARG002
-        return self.needs_no_gradient(tensors)
 
     def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         return self.formula(*operands, *parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,11 +48,10 @@ class Softmax(Operator):
         self.torch = self.torch_ = compute
         self.fast = fast
 
-    def takes_second_limit(self, tensors: Tensors, case: Case, few: int) -> bool:
-        """Returns whether rows are short and contiguous; torch does not vectorise these."""
+    def contiguous_classes(self, tensors: Tensors, case: Case) -> int:
         (input,), dim = tensors, case[0]
         valid = type(dim) is int and -input.dim() <= dim < input.dim()
-        return valid and input.shape[dim] <= few and input.stride(dim) == 1
+        return input.shape[dim] if valid and input.stride(dim) == 1 else sys.maxsize
 
     def gradient_in_torch(self, grad_output: Tensor, output: Tensor, dim: int, *_: Any) -> Tensor:
         y, grad = (x.to(accumulate_dtype(output.dtype)) for x in (output, grad_output))
