@@ -135,7 +135,7 @@ OF_A_SIZE = {
     for name in OPERATORS
     if name in sizes.ON_CPU and name not in sizes.LINEAR
     for column, limit in sizes.ON_CPU[name]._asdict().items()
-    if limit is not None and column != "least"
+    if limit is not None and column not in ("least", "most")
 }
 
 

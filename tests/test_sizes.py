@@ -25,12 +25,15 @@ def runs_torch(op: str, *arguments: Any, **options: Any) -> bool:
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns of a row that are set have another limit."""
 
-    def found(op: Operator, cpu: bool, dtype: Any = None) -> sizes.Limits:
+    def other(op: Operator, *_: Any) -> sizes.Limits:
         row = sizes._row(sizes.ON_CPU, op) or sizes.Limits(0)
-        special = {name: SECOND for name, x in row._asdict().items() if x is not None}
-        return sizes.Limits(**special | {"from_elements": FIRST}).times(1)
+        return sizes.Limits(*[None if x is None else SECOND for x in row[:4]])._replace(
+            from_elements=FIRST, least=FIRST, most=SECOND
+        )
 
-    monkeypatch.setattr(sizes, "limits", found)
+    monkeypatch.setattr(sizes, "_limits", other)
+    for op in OPERATORS.values():
+        monkeypatch.setattr(op, "limits", {})
 
 
 @pytest.mark.parametrize(("reduction", "limit"), [("mean", FIRST), ("none", SECOND)])
@@ -60,10 +63,10 @@ def test_calls_without_gradients(needs_grad: bool) -> None:
         assert runs_torch("nll_loss", rows, target)
 
 
-def test_the_least_limit() -> None:
+def test_the_least_and_the_largest_limit() -> None:
     row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.NEVER).times(2)
     assert row[:4] == (2 * sizes.MEDIUM, 2 * sizes.SMALL, None, 2 * sizes.NEVER)
-    assert row.least == 2 * sizes.SMALL
+    assert (row.least, row.most) == (2 * sizes.SMALL, 2 * sizes.NEVER)
     assert sizes.Limits(sizes.ALWAYS, unreduced=sizes.SMALL).times(8).least == 0
 
 

@@ -39,7 +39,7 @@ class Limits(NamedTuple):
         without_gradient: For calls without a gradient, where torch's forward pass is faster or
             slower than its backward pass.
         unreduced: For losses that are not reduced, which write one more output.
-        least: The smallest of these.
+        least, most: The smallest and the largest of these.
     """
 
     from_elements: int
@@ -47,12 +47,13 @@ class Limits(NamedTuple):
     without_gradient: int | None = None
     unreduced: int | None = None
     least: int = 0
+    most: int = 0
 
     def times(self, factor: int) -> Limits:
-        """Returns the limits multiplied by a factor, and the smallest of them."""
-        columns = {name: x for name, x in self._asdict().items() if x is not None}
-        scaled = {name: factor * x for name, x in columns.items() if name != "least"}
-        return self._replace(**scaled, least=min(scaled.values()))
+        """Returns the limits multiplied by a factor, with `least` and `most`."""
+        columns = zip(self._fields[:4], self, strict=False)
+        scaled = {name: factor * x for name, x in columns if x is not None}
+        return self._replace(**scaled, least=min(scaled.values()), most=max(scaled.values()))
 
 
 # The row of a family applies to operators without their own row. VECTOR is in bytes.
@@ -270,5 +271,7 @@ def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = 
             elements = op.elements(tensors)
     if elements == 0 or FORCED is not None:
         return elements == 0
-    found = limits(op, input.is_cpu, input.dtype)
-    return elements < found.least or elements < limit_of(op, tensors, case, found)
+    found = op.limits.get((input.is_cpu, input.dtype)) or limits(op, input.is_cpu, input.dtype)
+    if elements < found.least or elements >= found.most:  # the common cases
+        return elements < found.least
+    return elements < limit_of(op, tensors, case, found)
