@@ -130,7 +130,7 @@ def saved_tensors_from(ctx: Any, first: int) -> list[Any]:
     """
     if _unpack is None:
         return list(ctx.saved_tensors[first:])
-    return [_unpack(x) for x in ctx._raw_saved_tensors[first:]]
+    return [*map(_unpack, ctx._raw_saved_tensors[first:])]
 
 
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
