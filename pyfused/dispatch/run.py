@@ -36,8 +36,6 @@ from pyfused.torch_internals import (
 from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
 
 is_small = sizes.is_small
-# The compiler traces these operators, down to the custom operators that they call.
-TRACED_BY_DYNAMO = (*sizes.OF_LOGITS, *sizes.LINEAR)
 # The errors that torch raises for invalid arguments. Subclasses, such as OutOfMemoryError and
 # CheckpointError, have other causes.
 _ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -104,12 +102,9 @@ def fall_back(op: Operator, reason: str, tensors: Tensors, numbers: Numbers, cas
 def _run_compiled(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Any:
     """Returns the result of a call that Dynamo traces."""
     op.check_tensors(tensors)
-    reason, kernel, _ = decide_compiled(op, tensors, numbers, case)
-    if kernel is not None:  # a compiled gradient has its own memory
-        return kernel(tensors, numbers)
-    if reason is not SMALL:
-        report_fallback(op, tensors, str(reason))
-    return by_torch(op, tensors, numbers, case)
+    if fallback_reason(op, tensors, numbers, case) is not None:
+        return by_torch(op, tensors, numbers, case)
+    return op.compiled(op.arguments_of(tensors, numbers, case))
 
 
 # ---- decisions -----------------------------------------------------------------------------------
@@ -143,9 +138,10 @@ def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Deci
     """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
     signed = signature(op, tensors, numbers, case)
     if isinstance(signed, str):
-        if is_traced(tensors[0]):
-            return decide_compiled(op, tensors, numbers, case)
         arguments = op.arguments_of(tensors, numbers, case)
+        if is_traced(tensors[0]):
+            reason = fallback_reason(op, tensors, numbers, case)
+            return reason, None if reason else lambda *_: op.compiled(arguments), numbers
         reason = _reason_without_plan(op, arguments, signed)
         if reason is not None:
             return reason, None, numbers
@@ -161,13 +157,6 @@ def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Deci
         decision = reason, None if reason else op.plan(arguments)
         keep_plan(op, key, decision)
     return *decision, numbers
-
-
-def decide_compiled(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Decision:
-    """Decides whether a custom operator runs a call in a program that is being compiled."""
-    reason = fallback_reason(op, tensors, numbers, case)
-    arguments = op.arguments_of(tensors, numbers, case)
-    return reason, None if reason else lambda *_: op.compiled(arguments), numbers
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------
@@ -270,9 +259,9 @@ def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Cas
             return f"torch.compile: {scalar.name} is a tensor"
     if op.factors and isinstance(tensors[-1], Tensor):
         return "torch.compile: denominator is a tensor"
-    if op.name in TRACED_BY_DYNAMO:
+    if op.name not in sizes.LOSSES:
         return None
-    # Other losses have custom operators for common calls only.
+    # These have custom operators for common calls only.
     if op.needs_no_gradient(tensors):
         return "torch.compile: Inductor is as fast without a gradient"
     if op.reduction(case) == "none":
@@ -303,7 +292,7 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB.
     """
     reasons.log_once(op.name, reason)
-    if not op.is_linear or is_dynamo_compiling():
+    if not op.is_linear:
         return
     input, weight = tensors[:2]
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):

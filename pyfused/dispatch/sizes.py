@@ -26,6 +26,13 @@ from pyfused.dispatch.signature import PLAIN
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
+LOSSES = (
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss"),
+    *("gaussian_nll_loss", "hinge_embedding_loss", "hinge_loss", "huber_loss", "kl_div"),
+    *("l1_loss", "log_cosh_loss", "margin_ranking_loss", "mse_loss", "nll_loss"),
+    *("poisson_nll_loss", "quantile_loss", "sigmoid_focal_loss", "smooth_l1_loss"),
+    *("soft_margin_loss", "triplet_margin_loss"),
+)
 ALWAYS, NEVER = 0, sys.maxsize
 TINY, SMALL, MEDIUM, LARGE, HUGE, PAGES = (1 << n for n in (10, 14, 17, 19, 22, 24))
 
@@ -172,25 +179,7 @@ ON_GPU: dict[str, Limits] = {
 COMPILED: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LINEAR, (ALWAYS, ALWAYS)),
     **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),
-    "binary_cross_entropy": (PAGES, NEVER),
-    "binary_cross_entropy_with_logits": (PAGES, NEVER),
-    "cosine_embedding_loss": (PAGES, NEVER),
-    "gaussian_nll_loss": (PAGES, NEVER),
-    "hinge_embedding_loss": (PAGES, NEVER),
-    "hinge_loss": (PAGES, NEVER),
-    "huber_loss": (PAGES, NEVER),
-    "kl_div": (PAGES, NEVER),
-    "l1_loss": (PAGES, NEVER),
-    "log_cosh_loss": (PAGES, NEVER),
-    "margin_ranking_loss": (PAGES, NEVER),
-    "mse_loss": (PAGES, NEVER),
-    "nll_loss": (PAGES, NEVER),
-    "poisson_nll_loss": (PAGES, NEVER),
-    "quantile_loss": (PAGES, NEVER),
-    "sigmoid_focal_loss": (PAGES, NEVER),
-    "smooth_l1_loss": (PAGES, NEVER),
-    "soft_margin_loss": (PAGES, NEVER),
-    "triplet_margin_loss": (PAGES, NEVER),
+    **dict.fromkeys(LOSSES, (PAGES, NEVER)),
 }
 
 

@@ -37,7 +37,6 @@ _TYPES = {
     "reduction": "str",
     "remainder": "str",
     "ignore_index": "int",
-    "p": "int",
     "memory_budget": "int?",
     "loss_dtype": "ScalarType?",
 }
