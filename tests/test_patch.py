@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode, get_testing_overrides, resolve_na
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
+from pyfused import checks
 from pyfused.dispatch import reasons
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
@@ -160,23 +161,38 @@ def test_a_failing_call_is_made_once(owner: Any, name: str) -> None:
     assert mode.calls == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyError, AssertionError])
-def test_errors_that_torch_does_not_raise_become_warnings(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+def test_errors_of_checks_that_torch_does_not_raise_become_warnings(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(*_: Any) -> Tensor:
-        raise error("of pyfused alone")
+    def fails(*_: Any) -> None:
+        checks.tensor("input", 3)
 
     monkeypatch.setattr(type(OPERATORS["relu"]), "plan", fails)
     monkeypatch.setattr(reasons, "_reported", set())
     expected = X.relu()
     with pyfused.patch():
         for call in (F.relu, torch.relu):
-            with pytest.warns(RuntimeWarning, match="pyfused: relu: .*of pyfused alone") as seen:
+            with pytest.warns(RuntimeWarning, match="pyfused: relu: .*expected a Tensor") as seen:
                 assert call(X).equal(expected)
             assert [warning.filename for warning in seen] == [__file__]
             assert call(X).equal(expected)  # a second warning would raise
             reasons._reported.clear()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, torch.OutOfMemoryError, MemoryError, KeyError, KeyboardInterrupt]
+)
+def test_other_errors_pass_through(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise error("of a hook, of the user or of torch")
+
+    monkeypatch.setattr(type(OPERATORS["relu"]), "plan", fails)
+    with pyfused.patch():
+        for call in (F.relu, torch.relu):
+            with pytest.raises(error, match="of a hook"):
+                call(X)
 
 
 @as_users_run_it
@@ -696,6 +712,55 @@ def test_a_patch_that_fails_is_undone(fails: int, monkeypatch: pytest.MonkeyPatc
     assert not patched()
     with pyfused.patch():
         assert patched()
+
+
+def decorated() -> None:
+    pyfused.patch(lambda: None)()
+
+
+def in_a_block() -> None:
+    with pyfused.patch():
+        pass
+
+
+def patched_and_unpatched() -> None:
+    pyfused.patch()
+    pyfused.unpatch()
+
+
+@pytest.mark.parametrize("use", [decorated, in_a_block, patched_and_unpatched])
+def test_an_interrupt_while_functions_are_replaced_leaves_none_patched(use: Any) -> None:
+    module = sys.modules["pyfused.adopt.patch"]
+    changes = "_set_users", "_expect", "_restore", "put"
+    lines = 0
+
+    def interrupt_at(number: int) -> None:
+        nonlocal lines
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal lines
+            code = frame.f_code
+            if code.co_filename != module.__file__ or code.co_name not in changes:
+                return None
+            lines += event == "line"
+            if event == "line" and lines == number:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        lines, before = 0, sys.gettrace()
+        sys.settrace(trace)
+        try:
+            use()
+        finally:
+            sys.settrace(before)
+
+    interrupt_at(-1)  # counts lines
+    for number in range(1, lines, lines // 30):
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_at(number)
+        assert not patched(), number
+    use()
 
 
 # ---- lifetime of a patch -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from pyfused import functional
+from pyfused import checks, functional
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors, parameters_of
 from pyfused.dispatch.originals import TorchAlone, original, torch_alone
@@ -164,7 +164,11 @@ class _BuiltIn:
             if (
                 is_dynamo_compiling()
                 or torch_alone.depth
-                or (len(args) >= needed and dispatch.is_small(op, args[:count], args[count:]))
+                or (
+                    len(args) >= needed
+                    and not (kwargs and op.case)  # the size may depend on these options
+                    and dispatch.is_small(op, args[:count], args[count:])
+                )
             ):
                 return torch_function(*args, **kwargs)
             bound = dict(zip(by_place, args, strict=False)) | kwargs
@@ -198,7 +202,8 @@ class _BuiltIn:
             self.path.removeprefix(f"{owner}.") if is_ours else self.path.replace(".", "_")
         )
         if self.owner is Tensor and function is self.unpatched:
-            delattr(self.owner, self.name)  # the base class has it
+            if self.name in vars(Tensor):
+                delattr(self.owner, self.name)  # the base class has it
         else:
             setattr(self.owner, self.name, function)
 
@@ -227,8 +232,8 @@ def _run(
 ) -> Tensor:
     """Returns the result of a kernel, or else of torch's function, which raises torch's errors.
 
-    If pyfused raises an error and torch does not, the result is torch's, and a warning reports the
-    error once.
+    If pyfused's checks raise an error and torch does not, the result is torch's, and a warning
+    reports the error once. Other errors pass through.
     """
     failure = None
     try:
@@ -236,9 +241,8 @@ def _run(
         if kernel is not None:
             return kernel(tensors, floats)  # type: ignore[no-any-return]
         dispatch.report_fallback(op, tensors, str(reason))
-    except Exception as error:
-        # A checkpoint uses an exception to stop its recomputation.
-        if type(error).__module__ == "torch.utils.checkpoint":
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if not checks.raised(error):
             raise
         failure = error
     # Called outside of `except`, to keep pyfused's error out of the context of torch's error.
@@ -291,8 +295,10 @@ _TRACED_FUNCTIONS = [site.traced for site in _SITES if isinstance(site, _Functio
 # ---- patch and unpatch ---------------------------------------------------------------------------
 
 _lock = threading.RLock()
-_calls: set[Patch] = set()  # calls of patch() without unpatch()
-_blocks = 0  # the number of active ``with`` blocks, in all threads
+# The calls of patch() without unpatch(), and the active ``with`` blocks of all threads.
+Users = tuple[frozenset["Patch"], tuple["Patch", ...]]
+_NOBODY: Users = frozenset(), ()
+_users = _NOBODY
 _installed = False
 
 
@@ -300,18 +306,18 @@ class Patch(ContextDecorator):
     """The result of :func:`pyfused.patch`, a context manager and decorator."""
 
     def __enter__(self) -> Patch:
-        global _blocks
         with _lock:
-            _install()
-            _blocks += 1
-            _calls.discard(self)
+            calls, blocks = _users
+            calls -= {self}
+            _set_users((calls, (*blocks, self)), if_interrupted=(calls, blocks))
         return self
 
     def __exit__(self, *error: object) -> None:
-        global _blocks
         with _lock:
-            _blocks -= 1
-            _remove_unless_wanted()
+            calls, blocks = _users
+            last = len(blocks) - 1 - blocks[::-1].index(self)
+            users = calls, blocks[:last] + blocks[last + 1 :]
+            _set_users(users, if_interrupted=users)
 
     def __call__(self, function: Function) -> Function:
         if not callable(function) or isinstance(function, (torch.nn.Module, type)):
@@ -327,8 +333,9 @@ class Patch(ContextDecorator):
                 "'with pyfused.patch():' around the calls in it"
             )
         with _lock:
-            _calls.discard(self)
-            _remove_unless_wanted()
+            calls, blocks = _users
+            users = calls - {self}, blocks
+            _set_users(users, if_interrupted=users)
         return super().__call__(function)
 
 
@@ -360,10 +367,10 @@ def patch(function: Any = None) -> Any:
         return Patch()(function)
     new = Patch()
     with _lock:
-        if _calls:
+        calls, blocks = _users
+        if calls:
             _log.info("patch: already active")
-        _install()
-        _calls.add(new)
+        _set_users((calls | {new}, blocks), if_interrupted=_users)
     return new
 
 
@@ -375,57 +382,67 @@ def unpatch() -> None:
             since. Nothing has been changed.
     """
     with _lock:
-        if not _calls:
-            inside = "; 'with patch()' ends with its block" if _blocks else ""
+        calls, blocks = _users
+        if not calls:
+            inside = "; 'with patch()' ends with its block" if blocks else ""
             raise RuntimeError(f"unpatch() called without patch(){inside}")
-        if not _blocks:
-            _remove()
-        _calls.clear()
+        users = frozenset[Patch](), blocks
+        _set_users(users, if_interrupted=users)
 
 
 def _expect(caller: str, package: str, function: Callable[[Any], Any]) -> None:
     """Raises if other code has replaced one of the package's functions."""
     for site in _SITES:
         if not site.has(function(site)):
-            raise RuntimeError(
+            raise _ReplacedError(
                 f"{caller}: expected {package}'s function at {site.path}, got "
                 f"{_describe(site.current())}. Undo the other patch first"
             )
 
 
-def _install() -> None:
-    global _installed
-    if _installed:
-        return
-    _expect("patch", "torch", lambda site: site.unpatched)
-    TorchAlone.needed = True
-    table = dynamo_table()
-    if table:
-        table()  # fills the compiler's table with torch's functions
+class _ReplacedError(RuntimeError):
+    """Other code has replaced a function."""
+
+
+def _set_users(users: Users, if_interrupted: Users) -> None:
+    """Patches torch if it has users, or else restores it: all functions or none.
+
+    Args:
+        if_interrupted: The users if an error, such as a KeyboardInterrupt, ends this function.
+
+    Raises:
+        RuntimeError: Other code has replaced a function. Nothing has been changed.
+    """
+    global _users, _installed
+    wanted = users != _NOBODY
     try:
-        for site in _SITES:
-            if isinstance(site, _BuiltIn):
-                register_with_jit(site.unpatched, site.ours)
-            site.put(site.ours)
-    except BaseException:
-        for site in _SITES:
-            if site.has(site.ours):
-                site.put(site.unpatched)
+        if wanted and not _installed:
+            _expect("patch", "torch", lambda site: site.unpatched)
+            TorchAlone.needed = True
+            table = dynamo_table()
+            if table:
+                table()  # fills the compiler's table with torch's functions
+            for site in _SITES:
+                if isinstance(site, _BuiltIn):
+                    register_with_jit(site.unpatched, site.ours)
+                site.put(site.ours)
+        elif _installed and not wanted:
+            _expect("unpatch", "pyfused", lambda site: site.ours)
+            _restore()
+        _installed, _users = wanted, users
+    except _ReplacedError:
         raise
-    _installed = True
+    except BaseException:
+        _users = if_interrupted
+        if _users == _NOBODY:
+            _restore()
+            _installed = False
+        raise
 
 
-def _remove_unless_wanted() -> None:
-    if _installed and not (_calls or _blocks):
-        _remove()
-
-
-def _remove() -> None:
-    global _installed
-    _expect("unpatch", "pyfused", lambda site: site.ours)
+def _restore() -> None:
     for site in _SITES:
         site.put(site.unpatched)
-    _installed = False
     table = dynamo_table()
     # A stand-in is equal to torch's built-in, so it may stay in the table.
     if table and not table().keys().isdisjoint(_TRACED_FUNCTIONS):
