@@ -161,6 +161,18 @@ def test_a_failing_call_is_made_once(owner: Any, name: str) -> None:
     assert mode.calls == 1
 
 
+@as_users_run_it
+def test_an_option_passed_by_keyword_decides_what_runs(kernel_calls: KernelCalls) -> None:
+    x = torch.zeros(1 << 18)
+    assert pyfused.explain(F.gelu, x, approximate="tanh").backend == "cpu"
+    assert pyfused.explain(F.gelu, x).backend == "torch"
+    with pyfused.patch():
+        F.gelu(x)
+        assert not kernel_calls
+        F.gelu(x, approximate="tanh"), F.gelu(input=x, approximate="tanh"), nn.GELU("tanh")(x)
+    assert kernel_calls["gelu"] == 3
+
+
 def test_errors_of_checks_that_torch_does_not_raise_become_warnings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
