@@ -168,6 +168,8 @@ def test_nan_in_rows_that_do_not_count(
     example: Example, why: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "small":
+        if why == "ignored" and example.id in ("cross_entropy", "linear_cross_entropy"):
+            pytest.skip("torch's call, bit for bit: its gradient is NaN")
         monkeypatch.setattr(sizes, "FORCED", None)
     for rows in (slice(2), slice(None)):
         found = []
