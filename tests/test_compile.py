@@ -40,6 +40,9 @@ def lacks_2_11(feature: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(torch.__version__ < "2.12", reason=f"torch 2.11 lacks {feature}")
 
 
+lacks_linear_cross_entropy = pytest.mark.skipif(
+    not hasattr(nn.functional, "linear_cross_entropy"), reason="this torch lacks the function"
+)
 N, C = 12, 7
 INDICES = torch.arange(N) % C
 SOFT = torch.linspace(-2, 2, N * C).view(N, C).softmax(1)
@@ -549,6 +552,22 @@ def test_an_exported_program_needs_no_pyfused(strict: bool) -> None:
     for count in (2, 10):
         x, target = torch.randn(count, C), INDICES[:count]
         close(exported.module()(x, target), torchs_loss(model, x, target))
+
+
+class Head(nn.Module):
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.linear_cross_entropy(x, torch.ones(1000, 1), target)
+
+
+@lacks_linear_cross_entropy
+def test_the_warning_about_large_logits_limits_no_exported_program() -> None:
+    """Logits of 32 MiB or more warn, without a comparison of sizes in the program."""
+    rows = torch.export.Dim("rows")
+    example = torch.randn(N, 1), INDICES
+    with pyfused.patch():
+        exported = torch.export.export(Head(), example, dynamic_shapes=({0: rows}, {0: rows}))
+    large = torch.randn(9000, 1), torch.zeros(9000, dtype=torch.int64)
+    close(exported.module()(*large), Head()(*large))
 
 
 @pytest.mark.slow
