@@ -902,6 +902,14 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
     close(tangent, expected.sum())
     compiled = torch.compile(lambda x: of_one(x) * 2, backend="aot_eager", fullgraph=True)
     close(torch.autograd.grad(compiled(x), x)[0], 2 * expected)
+    compiled = torch.compile(log_cosh, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(x, other), log_cosh(x, other))
+    for strict in (True, False):
+        program = torch.export.export(
+            log_cosh.module(), (x.detach(), other.detach()), strict=strict
+        )
+        close(program.module()(x, other), log_cosh(x, other))
     smooth = [y.double()[:9].requires_grad_() for y in operands_of("wing")]
     assert torch.autograd.gradcheck(log_cosh, smooth)
     assert torch.autograd.gradgradcheck(log_cosh, smooth)
@@ -1102,6 +1110,51 @@ def test_module_pickle_and_copy() -> None:
         wing.module(omga=5.0)
     with pytest.raises(TypeError, match="reduction"):
         mish.module(reduction="sum")
+
+
+def test_pickles_by_name_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like a function: cloudpickle sends what is defined in __main__ or locally by value."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    x, y = operands_of("wing", 20)
+    renamed = pyfused.loss(halved_error)
+    for pickler in (pickle, cloudpickle):
+        assert pickle.loads(pickler.dumps(wing)) is wing
+        same = pickle.loads(pickler.dumps(renamed.module()))
+        assert torch.equal(same(x, y), renamed(x, y))
+    k = 3.0
+    local = pyfused.loss(lambda input, target: k * (input - target))
+    local.gradient(lambda input, target: (input, None))
+    assert copy.deepcopy(local) is local
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(local)
+    main = pyfused.loss(halved_error)
+    main.gradient(lambda input, target: (input, None))
+    monkeypatch.setattr(main, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "halved_error", main, raising=False)
+    assert pickle.loads(pickle.dumps(main)) is main
+    for formula in (local, main):
+        sent = pickle.loads(cloudpickle.dumps(formula))
+        assert sent is not formula
+        leaf = x.clone().requires_grad_()
+        assert torch.equal(sent(leaf, y), formula(x, y))
+        (gradient,) = torch.autograd.grad(sent(leaf, y, reduction="sum"), leaf)
+        assert torch.equal(gradient, x)
+
+
+def halved_error(input: Tensor, target: Tensor) -> Tensor:
+    return (input - target).abs() / 2
+
+
+@pytest.mark.cpu
+@pytest.mark.thresholds
+def test_reports_count_small_and_large_calls() -> None:
+    mine = pyfused.loss(halved_error)
+    with pyfused.report() as report:
+        for n in (8, 8, 1 << 15):
+            mine(torch.randn(n), torch.zeros(n))
+    counts = report.to_dict()
+    assert list(counts["left_to_torch"][mine.op.name].values()) == [2]
+    assert counts["operators"][mine.op.name]["calls"] == 1
 
 
 def test_signature_and_arguments() -> None:
