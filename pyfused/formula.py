@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial, update_wrapper
 from itertools import product
 from numbers import Integral, Real
@@ -76,7 +76,7 @@ class FormulaOperator(PointwiseLoss):
 
         def compute(*arguments: Any) -> Tensor:
             *tensors, weight = arguments[: count + 1]
-            value = formula.function(*tensors, **named(arguments[count + 1 : -1]))
+            value = formula.by_torch(tensors, named(arguments[count + 1 : -1]))
             return reduced(value, arguments[-1], weight)
 
         operands = zip(formula.operands, masks, strict=True)
@@ -370,7 +370,7 @@ class Formula:
         self.outside: Outside | None = None
         self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
-        _, static = self._split(self.defaults.values())
+        _, static = self._split(self.defaults)
         self.op = self.operator(floats, static)
         for masks in (floats, *masked):
             op = self.operator(masks, static)
@@ -414,13 +414,13 @@ class Formula:
             op = self.operators.setdefault((masks, static, outside), op)
         return op
 
-    def _split(self, parameters: Iterable[Any]) -> tuple[Numbers, tuple[Any, ...]]:
+    def _split(self, parameters: dict[str, Any]) -> tuple[Numbers, tuple[Any, ...]]:
         """Returns the numbers, and the name, the type and the value of each static parameter."""
         numbers, static = list[Any](), list[Any]()
-        for (name, default), value in zip(self.defaults.items(), parameters, strict=True):
+        for name, value in parameters.items():
             if isinstance(value, Tensor):
                 numbers.append(value)
-            elif _is_number(value, default):
+            elif _is_number(value, self.defaults[name]):
                 numbers.append(float(value))
             else:
                 static.append((name, type(value), value))
@@ -429,11 +429,10 @@ class Formula:
     # ---- calls -----------------------------------------------------------------------------------
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
-        if not is_dynamo_compiling():
-            return dispatch.run(*self.call_of(operands, named))
-        operands, parameters, (reduction, weight) = self._bind(operands, named)
-        named = dict(zip(self.defaults, parameters, strict=True))
-        return reduced(self.function(*operands, **named), reduction, weight)
+        operands, parameters, reduction, weight = self._bind(operands, named)
+        if is_dynamo_compiling() or dispatch.is_small(self.op, (*operands, weight), (reduction,)):
+            return reduced(self.by_torch(operands, parameters), reduction, weight)
+        return dispatch.run(*self._call(operands, parameters, reduction, weight))
 
     def function(self, *operands: Tensor, **named: Any) -> Tensor:
         """Returns the loss of each element, computed by torch's operators without kernels.
@@ -442,8 +441,13 @@ class Formula:
         ``torch.compile`` and other devices. The user's function receives floats as 0-d tensors on
         the operands' device, in float64 if an operand is, else in float32.
         """
-        operands = (*operands, *[named.pop(name) for name in self.operands[len(operands) :]])
-        parameters = self.with_tensors(operands, self.defaults | named)
+        operands, parameters, *_ = self._bind(operands, named)
+        return self.by_torch(operands, parameters)
+
+    def by_torch(self, operands: Sequence[Any], parameters: dict[str, Any]) -> Tensor:
+        """Returns the loss of each element, given all parameters by name."""
+        if parameters:
+            parameters = self.with_tensors(operands, parameters)
         is_compiled = is_dynamo_compiling()
         if not self.kinds or (is_compiled and not _needs_grad(operands)):
             return self.written(*operands, **parameters)
@@ -456,9 +460,8 @@ class Formula:
         if not tensors:
             return parameters
         is_double = any(x.dtype is torch.float64 for x in tensors)
-        number = partial(
-            tensors[0].new_full, (), dtype=torch.float64 if is_double else torch.float32
-        )
+        dtype = torch.float64 if is_double else torch.float32
+        number = partial(torch.full, (), dtype=dtype, device=tensors[0].device)
         return {
             name: number(float(value))
             if not isinstance(value, Tensor) and _is_number(value, self.defaults[name])
@@ -474,7 +477,11 @@ class Formula:
         Raises:
             TypeError: The arguments do not match the formula's signature, or an operand is integer.
         """
-        operands, parameters, (reduction, weight) = self._bind(operands, named)
+        return self._call(*self._bind(operands, named))
+
+    def _call(
+        self, operands: tuple[Any, ...], parameters: dict[str, Any], reduction: str, weight: Any
+    ) -> tuple[FormulaOperator, Tensors, Numbers, Case]:
         numbers, static = self._split(parameters)
         masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
         if _KINDS.issuperset([kind for _, kind, _ in static]):
@@ -487,8 +494,8 @@ class Formula:
 
     def _bind(
         self, operands: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
-        """Returns the operands, the parameters, and the reduction and the weight of a call."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any], str, Tensor | None]:
+        """Returns the operands, the parameters, the reduction and the weight of a call."""
         if len(operands) != len(self.operands) or not named.keys() <= self.keywords:
             try:
                 named = self.__signature__.bind(*operands, **named).arguments  # slow: microseconds
@@ -501,8 +508,8 @@ class Formula:
                     f"{name}: expected a floating-point tensor or a bool mask, got {x.dtype}; "
                     f"convert it by {name}.to(dtype), or compare it, such as {name} == 1"
                 )
-        *parameters, reduction, weight = (self.arguments | named).values()
-        return operands, parameters, [reduction, weight]
+        parameters = self.arguments | named
+        return operands, parameters, parameters.pop("reduction"), parameters.pop("weight")
 
     def module(self, **named: Any) -> FormulaModule:
         """Returns a module that calls the formula with these parameters.
@@ -523,7 +530,7 @@ class Formula:
         """
         if operands or named:
             return path_of(*self.call_of(operands, named))
-        numbers, _ = self._split(self.defaults.values())
+        numbers, _ = self._split(self.defaults)
         cases = self.op.cases(numbers)
         if isinstance(cases, str):
             return f"{self.__name__}: torch: {cases}"
@@ -555,7 +562,7 @@ class Formula:
                 f"{self.__name__}: expected keywords from {sorted(self.defaults)}, "
                 f"got {sorted(unknown)}"
             )
-        numbers, static = self._split((self.defaults | parameters).values())
+        numbers, static = self._split(self.defaults | parameters)
         op = self.operator(tuple([k in self.op.masks for k in range(len(self.operands))]), static)
         check(op, numbers)
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -126,8 +125,6 @@ class Operator(ABC):
     plans: dict[Any, Any] = field(init=False, default_factory=dict)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
-    to_number: ClassVar[Callable[..., Any]] = float  # of a tensor with one element, or any number
-    number_types: ClassVar[tuple[type, ...]] = (float, int, Real)  # the common ones first
 
     def __post_init__(self) -> None:
         self.in_torch = hasattr(originals.F, self.name)  # stored, because Dynamo cannot trace it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any
 
@@ -98,9 +98,9 @@ def as_floats(op: Operator, numbers: Sequence[Any]) -> Numbers | str:
             is_readable = value.is_cpu and not value.requires_grad and value.numel() == 1
             if not is_readable or layout_reason(name, value) is not None:
                 return f"{name} is a tensor"
-        elif value is not None and not isinstance(value, op.number_types):
+        elif value is not None and not isinstance(value, (float, int, Real)):
             return f"{name} is a {type(value).__name__}"
-        floats.append(None if value is None else op.to_number(value))
+        floats.append(None if value is None else float(value))
     return tuple(floats)
 
 
