@@ -21,7 +21,7 @@ from torch.nn.modules.loss import _Loss, _WeightedLoss
 from typing_extensions import Unpack
 
 import pyfused.functional as F
-from pyfused import checks, submodules
+from pyfused import checks
 from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     Approximate,
@@ -79,8 +79,6 @@ if not TYPE_CHECKING:  # without __all__, type checkers export the classes of th
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__path__":  # a submodule is being imported
-        return submodules.path()
     if name.startswith("_") or not hasattr(torch.nn, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(torch.nn, name)

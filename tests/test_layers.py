@@ -9,14 +9,15 @@ from pathlib import Path
 import pyfused
 
 LAYERS = (  # each layer may import from itself and from earlier layers
-    ("types", "layout", "torch_internals", "submodules"),
+    ("types", "layout", "torch_internals"),
     ("checks",),
     ("formula_compiler",),
     ("kernels",),
     ("backends",),
+    ("memory",),
     ("dispatch",),
     ("ops",),
-    ("functional", "nn", "formula", "memory"),
+    ("functional", "nn", "formula"),
     ("adopt",),
     ("integrations",),
     ("__init__",),

@@ -164,11 +164,7 @@ class _BuiltIn:
             if (
                 is_dynamo_compiling()
                 or torch_alone.depth
-                or (
-                    len(args) >= needed
-                    and not (kwargs and op.case)  # the size may depend on these options
-                    and dispatch.is_small(op, args[:count], args[count:])
-                )
+                or (len(args) >= needed and dispatch.is_small(op, args[:count], args[count:]))
             ):
                 return torch_function(*args, **kwargs)
             bound = dict(zip(by_place, args, strict=False)) | kwargs

@@ -218,29 +218,19 @@ def test_a_pure_installation_uses_torch_on_cpus_and_has_triton_kernels(tmp_path:
     result = run_installed("-m", "pyfused", site=pure)
     assert "cpu: torch's operators: pyfused was installed without" in result.stdout
     result = run_installed("-m", "pyfused", site=pure, PYFUSED_BACKEND="cpu")
-    assert result.stderr.startswith("pyfused: PYFUSED_BACKEND: expected triton or torch, as ")
+    assert "ImportError: PYFUSED_BACKEND: expected triton or torch, as " in result.stderr
     pytest.importorskip("triton")
     forced = {"PYFUSED_BACKEND": "triton", "TRITON_INTERPRET": "1"}
     result = run_installed("-c", INTERPRETED, site=pure, **forced)
     assert result.stdout == "triton triton\n", result.stderr
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_checkout_imports_the_installed_package(installed: bool, tmp_path: Path) -> None:
-    tree, site = copy_of_package(tmp_path / "tree"), tmp_path / "site"
+def test_a_checkout_that_is_not_built_says_so(tmp_path: Path) -> None:
+    tree = copy_of_package(tmp_path / "tree")
     (tree / "csrc").mkdir()
-    if installed:
-        copy_of_package(site, modules=True)
-    path = [site, *(Path(sysconfig.get_path(lib)) for lib in ("purelib", "platlib"))]
+    path = [Path(sysconfig.get_path(lib)) for lib in ("purelib", "platlib")]
     result = run("-S", "-m", "pyfused", folder=tree, path=path)
-    assert ("cpu: C++ kernels" in result.stdout) == installed
-    for printed in (result.stdout, result.stderr):
-        assert ("run 'pip install .' or 'make build' in" in printed) == (not installed)
-    warning = f"the checkout {tree} is not built, so the installed package in {site}/pyfused is"
-    assert result.stderr.count(warning) == installed
-    file = "import pyfused.functional as F; print(F.__file__)"
-    file = run("-S", "-c", file, folder=tree, path=path).stdout
-    assert Path(file).is_relative_to(site) == installed
+    assert "run 'pip install .' or 'make build' in" in result.stdout
 
 
 # ---- the build -----------------------------------------------------------------------------------
