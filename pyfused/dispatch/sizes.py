@@ -101,7 +101,7 @@ ON_CPU: dict[str, Limits] = {
     "Gated": Limits(LARGE, without_gradient=MEDIUM),
     "silu": Limits(LARGE, without_gradient=MEDIUM),
     "sigmoid": Limits(HUGE, without_gradient=MEDIUM),
-    "Contrastive": Limits(HUGE),  # logits
+    "Contrastive": Limits(PAGES),  # logits
     "hardshrink": Limits(PAGES),
     "hardsigmoid": Limits(PAGES),
     "hardswish": Limits(PAGES),
