@@ -28,6 +28,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 BATCHES, CLASSES = (6, 7, 8, 12, 16, 24), 5
+OF_ONE_SIZE = (
+    *("binary_cross_entropy-everything", "cross_entropy-probabilities"),
+    "linear_cross_entropy-probabilities",
+)
 close = torch.testing.assert_close
 
 
@@ -42,6 +46,8 @@ class Batches:
     def __init__(self, example: Example) -> None:
         if SAMPLES.get(example.op.name, Sample()).branches:
             pytest.skip("torch cannot trace its function")
+        if torch.__version__ < "2.12" and example.id in OF_ONE_SIZE:
+            pytest.skip("torch 2.11 traces its function for one batch size")
         self.calls = [example.call(shape=(batch, CLASSES)) for batch in BATCHES]
         if example.op is L1_LOSS:  # torch drops the weight in traced programs
             for call in self.calls:
