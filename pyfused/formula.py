@@ -357,7 +357,7 @@ class Formula:
 
         If the function does not support float operands, tries masks for some of them.
 
-        Warns if ``strict`` is True, and the function reads objects from outside.
+        Warns if ``strict`` is True, and the function reads objects from outside or from defaults.
 
         Raises:
             UntraceableError: ``strict`` is True, and no kernel can compute the function.
@@ -381,9 +381,7 @@ class Formula:
                 return
         message = f"{self.__name__}: {self.op.generic}"
         if self.strict and self.op.problem:
-            warnings.warn(
-                f"{message}; until then it runs unfused", RuntimeWarning, stacklevel=stacklevel()
-            )
+            warnings.warn(f"{message}. It runs unfused", RuntimeWarning, stacklevel=stacklevel())
         elif self.strict:
             raise UntraceableError(f"{message}. Pass strict=False to run it unfused")
 
@@ -393,6 +391,10 @@ class Formula:
         Args:
             static: The name, the type and the value of each static parameter.
         """
+        for name, kind, _ in static:
+            if kind not in _KINDS:
+                values = {name: value for name, _, value in static}
+                return FormulaOperator(self, masks, values, f"{name} is a {kind.__name__}")
         outside = () if self.outside is None else self.outside.values()
         op = self.operators.get((masks, static, outside))
         return self._new_operator(masks, static) if op is None else op
@@ -484,13 +486,7 @@ class Formula:
     ) -> tuple[FormulaOperator, Tensors, Numbers, Case]:
         numbers, static = self._split(parameters)
         masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
-        if _KINDS.issuperset([kind for _, kind, _ in static]):
-            op = self.operator(masks, static)
-        else:
-            name, kind = next((name, kind) for name, kind, _ in static if kind not in _KINDS)
-            values = {name: value for name, _, value in static}
-            op = FormulaOperator(self, masks, values, f"{name} is a {kind.__name__}")
-        return op, (*operands, weight), numbers, (reduction,)
+        return self.operator(masks, static), (*operands, weight), numbers, (reduction,)
 
     def _bind(
         self, operands: tuple[Any, ...], named: dict[str, Any]
@@ -567,6 +563,9 @@ class Formula:
         check(op, numbers)
 
     # ---- copies ----------------------------------------------------------------------------------
+
+    def __copy__(self) -> Formula:
+        return self
 
     def __deepcopy__(self, _: Any) -> Formula:
         return self

@@ -1124,7 +1124,7 @@ def test_pickles_by_name_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     k = 3.0
     local = pyfused.loss(lambda input, target: k * (input - target))
     local.gradient(lambda input, target: (input, None))
-    assert copy.deepcopy(local) is local
+    assert copy.deepcopy(local) is copy.copy(local) is local
     with pytest.raises((pickle.PicklingError, AttributeError)):
         pickle.dumps(local)
     main = pyfused.loss(halved_error)
@@ -1312,6 +1312,16 @@ def test_objects_from_outside(held: Any) -> None:
         assert formula.explain(x).backend == "torch"
         if not isinstance(held, tuple):
             assert torch.equal(formula(x), function(x))
+
+
+def test_a_parameter_of_another_type() -> None:
+    for kind, default in (("list", [1.0]), ("tuple", (1.0,))):
+        with pytest.warns(RuntimeWarning, match=f"<lambda>: factors is a {kind}. It runs unfused"):
+            mine = pyfused.activation(lambda input, *, factors=default: input * factors[0])
+        x = torch.randn(50)
+        assert torch.equal(mine(x), x)
+        assert torch.equal(mine(x, factors=[2.0]), 2 * x)
+        assert mine.explain(x, factors=[2.0]).reason == "factors is a list"
 
 
 def test_imports_in_a_formula() -> None:
