@@ -212,12 +212,16 @@ def test_other_errors_pass_through(
 
 @as_users_run_it
 @pytest.mark.parametrize("call", [F.softmax, F.log_softmax, nn.Softmax(), nn.LogSoftmax()])
-def test_the_warning_about_a_missing_dim_names_the_same_line_as_in_torch(call: Any) -> None:
+@pytest.mark.parametrize("rows", [5, 4000])
+def test_the_warning_about_a_missing_dim_names_the_same_line_as_in_torch(
+    call: Any, rows: int
+) -> None:
+    x = torch.zeros(rows, 500)
     lines = []
     for context in (contextlib.nullcontext(), pyfused.patch()):
         with context, warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            call(X)
+            call(x)
         lines.append([(warning.filename, warning.lineno) for warning in seen])
     assert lines[0] == lines[1] != []
 

@@ -65,7 +65,16 @@ class _Function:
         deprecated = [i for i, name in enumerate(parameters) if name in ("size_average", "reduce")]
         pick, defaults = _picker(op, [name.lstrip("_") for name in parameters])
 
-        def torch_call(arguments: Any, *inplace: Any) -> Any:
+        level = parameters.index("_stacklevel") if "_stacklevel" in parameters else None
+
+        def torch_call(arguments: Any, *inplace: Any, frames: int = 3) -> Any:
+            """Calls torch's function; ``frames`` are between its frame and the user's."""
+            if level is not None:
+                arguments = (
+                    *arguments[:level],
+                    arguments[level] + frames,
+                    *arguments[level + 1 :],
+                )
             named = dict(zip(parameters[by_place:], arguments[by_place:], strict=True))
             return torch_function(*arguments[:by_place], *inplace, **named)
 
@@ -86,7 +95,7 @@ class _Function:
                     return op.fast(*flat)
                 with torch_alone:
                     return torch_call(arguments)
-            unbound = functools.partial(torch_call, arguments)
+            unbound = functools.partial(torch_call, arguments, frames=4)
             return _run(op, tensors, numbers, case, unbound)
 
         inplace = ", inplace" * ("inplace" in names)
