@@ -171,9 +171,7 @@ def test_a_module_that_does_not_load_gives_a_helpful_error(
     site.joinpath(f"{MODULES[0].replace('.', '/')}.of-another-python.so").touch()
     result = run_installed(*arguments, site=site)
     assert result.returncode == 1
-    lines = result.stderr.splitlines()
-    assert "pip install --force-reinstall pyfused" in lines[-1]
-    assert len(lines) == 1 or arguments[0] == "-c"
+    assert "pip install --force-reinstall pyfused" in result.stderr.splitlines()[-1]
 
 
 # ---- without the compiled modules ----------------------------------------------------------------
