@@ -137,7 +137,8 @@ struct FocalFactors {
     nll = nll < 0 ? 0 : nll;  // rounding can make it negative
     const double complement = -std::expm1(-nll), p = 1 - complement;
     loss = std::pow(complement, gamma);
-    gradient = loss * (1 + gamma * p * (complement > 0 ? nll / complement : 1));
+    const double ratio = complement > 0 ? nll / complement : 1;
+    gradient = loss * (1 + (p > 0 ? gamma * p * ratio : 0));  // 0 * inf is NaN
   }
 };
 

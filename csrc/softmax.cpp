@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "row_groups.h"
 #include "rows.h"
+#include "subnormals.h"
 
 namespace pyfused {
 
@@ -66,9 +67,10 @@ template <class T> class SoftmaxRow {
         for (int64_t i = 0; i < n; ++i) buffer[i] = (x[i] - high) - low;
         write(buffer, y, n, streams);
       } else if (keeps) {
-        scaled(row.kept + first, A(factor * row.rescale(chunk)), buffer, y, n);
+        probabilities_of_kept(row.kept + first, A(factor * row.rescale(chunk)), input + first, high,
+                              A(factor), buffer, y, n);
       } else {
-        scaled_exponentials(input + first, high, A(factor), buffer, y, n, streams);
+        probabilities(input + first, high, A(factor), buffer, y, n, streams);
       }
     });
   }
@@ -149,8 +151,17 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
         } else {
           if (!kept) exponentials(logits, max, e[i], kColumns);
           const A* const powers = e[i];
-          PYFUSED_SIMD()
-          for (int64_t b = 0; b < kColumns; ++b) y[b] = powers[b] * last[b];
+          A lowest = 1;
+          PYFUSED_SIMD(reduction(min : lowest))
+          for (int64_t b = 0; b < kColumns; ++b) {
+            y[b] = powers[b] * last[b];
+            lowest = y[b] < lowest ? y[b] : lowest;
+          }
+          if (lowest < kExact<A>) {
+            add_subnormals(
+                y, kColumns, [=](int64_t b) { return logits[b] - max[b]; },
+                [&](int64_t b) { return last[b]; });
+          }
         }
       });
     });
@@ -308,15 +319,17 @@ template <class T> class SoftmaxGroup : RowGroup<T> {
     Base::template find_normalizer<true>(input);
     row_of_tile(sum) = 1.0f / row_of_tile(sum);
     for_rows(
-        [&](int64_t r, T* y) {
-          const float factor = sum[r];
+        [&](int64_t r, const T* x, T* y) {
+          const float factor = sum[r], high = max[r];
           const float* const kept = e + r * width;
           Base::for_registers([&](int64_t c, auto mask) {
             PYFUSED_PREFETCH(y + c + kPrefetchDistance<T>);
-            store_row(row_of_tile(kept + c) * factor, y + c, mask);
+            Register value = row_of_tile(kept + c) * factor;
+            value = with_subnormals<T>(value, load_row(x + c, mask) - high, factor);
+            store_row(value, y + c, mask);
           });
         },
-        output);
+        input, output);
   }
 
   void log_softmax() {

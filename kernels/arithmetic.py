@@ -19,24 +19,22 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def exp_nonpositive(x, EXACT: tl.constexpr = True, SUBNORMAL: tl.constexpr = False):
     """Returns exp(x) for x <= 89 to 2 ULP; exp2 alone has a relative error of x 2**-24.
 
-    GPUs flush subnormal results of exp2 to 0. With EXACT and SUBNORMAL, they are scaled to be kept.
+    GPUs flush subnormal results of exp2 to 0. With SUBNORMAL, they are scaled to be kept.
     """
     if x.dtype == tl.float64:
         power = tl.exp(x)
-    elif EXACT:
-        x = tl.where(x < -150.0, -150.0, x)  # exp(-150) underflows to 0; keeps NaN
-        high = x * 1.4426950408889634
-        # Add the rounding error of the product, and the low part of log2(e).
-        low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-08
-        correction = 1.0 + low * 0.6931471805599453
-        if SUBNORMAL:
-            is_small = high < -64.0
-            power = tl.exp2(tl.where(is_small, high + 64.0, high)) * correction
-            power *= tl.where(is_small, 5.421010862427522e-20, 1.0)  # 2**-64
-        else:
-            power = tl.exp2(high) * correction
     else:
-        power = tl.exp2(x * 1.4426950408889634)
+        if EXACT:
+            x = tl.where(x < -150.0, -150.0, x)  # exp(-150) underflows to 0; keeps NaN
+        high = x * 1.4426950408889634
+        is_small = high < -64.0
+        power = tl.exp2(tl.where(is_small, high + 64.0, high) if SUBNORMAL else high)
+        if EXACT:
+            # Add the rounding error of the product, and the low part of log2(e).
+            low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-08
+            power *= 1.0 + low * 0.6931471805599453
+        if SUBNORMAL:
+            power *= tl.where(is_small, 5.421010862427522e-20, 1.0)  # 2**-64
     return power
 
 
@@ -45,7 +43,7 @@ def exp(x, EXACT: tl.constexpr = True):
     """Returns exp(x) to 2 ULP."""
     if EXACT and x.dtype != tl.float64:
         x = tl.where(x > 89.0, 89.0, x)  # exp(89) overflows to inf
-    return exp_nonpositive(x, EXACT, SUBNORMAL=True)
+    return exp_nonpositive(x, EXACT, SUBNORMAL=EXACT)
 
 
 @triton.jit
@@ -156,7 +154,7 @@ def log1p(x, EXACT: tl.constexpr = True):
 @triton.jit
 def softplus_nonpositive(x, EXACT: tl.constexpr = True):
     """Returns log(1 + exp(x)) for x <= 0 to 2 ULP; cheaper than log1p, as exp(x) is in [0, 1]."""
-    y = exp_nonpositive(x, EXACT, SUBNORMAL=True)
+    y = exp_nonpositive(x, EXACT, SUBNORMAL=EXACT)
     if x.dtype == tl.float64:
         log = log1p(y)
     elif not EXACT:

@@ -62,7 +62,8 @@ def focal(nll, gamma):
     miss = 2.0 * half / (1.0 + half)  # 1 - p without cancellation
     power = exp_nonpositive(gamma * log(miss))
     ratio = tl.where(miss > 0.0, nll / miss, 1.0)
-    return power, power * (1.0 + gamma * (1.0 - miss) * ratio)
+    p = 1.0 - miss
+    return power, power * (1.0 + tl.where(p > 0.0, gamma * p * ratio, 0.0))  # 0 * inf is NaN
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from .rows import DROP, class_block, first_pass, load_tile, row_block, store_til
 def normalize(x, maximum, total, LOGARITHM: tl.constexpr, EXACT: tl.constexpr):
     if LOGARITHM:
         return (x - maximum[:, None]) - log(total)[:, None]
-    return exp_nonpositive(x - maximum[:, None], EXACT) / total[:, None]
+    return exp_nonpositive(x - maximum[:, None], EXACT, SUBNORMAL=True) / total[:, None]
 
 
 @triton.jit

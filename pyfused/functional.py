@@ -1151,7 +1151,7 @@ def rmse_loss(
 ) -> Tensor:
     """Returns the square root of the mean squared error, which has the unit of the target.
 
-    torch has no such loss; it is equivalent to::
+    torch has no such loss; it is equivalent to the following, in float32 for half precision::
 
         (mse_loss(input, target, reduction=reduction, weight=weight) + eps).sqrt()
 
@@ -1184,6 +1184,9 @@ def multilabel_soft_margin_loss(
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Returns the mean of :func:`binary_cross_entropy_with_logits` over the classes of each row.
+
+    Half precision is computed in float32. torch's function computes other shapes and dtypes than
+    these. :func:`pyfused.patch` does not replace torch's function.
 
     Args:
         input: Logits, of shape (C), (N, C) or (N, d1, ..., C).

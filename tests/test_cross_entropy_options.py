@@ -102,6 +102,22 @@ def test_only_ignored_targets() -> None:
 
 
 @pytest.mark.thresholds
+@pytest.mark.parametrize("n", [4, 4000])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}])
+def test_uint8_indices_that_torch_does_not_support(n: int, options: dict[str, Any]) -> None:
+    """torch raises for images, and for a weight with label smoothing, at every size."""
+    x, w, target = torch.randn(n, 5, 3, 2), torch.randn(5, 3, 2, 8), torch.randint(5, (n, 3, 2))
+    target = target.to(torch.uint8)
+    with pytest.raises(RuntimeError):
+        fused.cross_entropy(x, target, **options)
+    with pytest.raises(RuntimeError):
+        fused.linear_cross_entropy(torch.randn(n, 8), w, target, **options)
+    if not options:
+        with pytest.raises(RuntimeError):
+            fused.cross_entropy(x[..., 0, 0], target[:, 0, 0], torch.rand(5), label_smoothing=0.1)
+
+
+@pytest.mark.thresholds
 def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -> None:
     x, target = torch.randn(8, 4), torch.arange(8)
     for classes in (10, 4000):

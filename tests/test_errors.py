@@ -164,6 +164,7 @@ OWN: Wrong = {
     "cross_entropy(X, Y, gamma=-1.0)": "ValueError|gamma: expected a number of at least 0.0, got",
     "cross_entropy(X, Y, gamma=None)": "TypeError|gamma: expected a float, got NoneType None",
     "cross_entropy(X, Y, gamma=2.0, label_smoothing=0.1)": "ValueError|gamma: expected 0.0 with",
+    "cross_entropy(X, Y, ignore_index=None, z_loss=0.5)": "TypeError|ignore_index: expected an int",
     "cross_entropy(X, P, gamma=2.0)": "ValueError|gamma: expected 0.0 with class prob",
     "cross_entropy(X, Y, denominator=-1.5)": "ValueError|denominator: expected a positive|-1.5",
     "cross_entropy(X, Y, denominator=-Y[1])": "ValueError|denominator: expected a number of at lea",

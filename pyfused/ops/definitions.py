@@ -213,7 +213,7 @@ def log_probs(
         p = log_p.exp()
         entropy = -(p * log_p.where(p != 0, 0)).sum(dim)
         results = torch.stack(
-            [result.where(valid, 0) for result in (at_target, entropy, x.logsumexp(dim))]
+            [result.where(valid, 0) for result in (at_target, entropy, metrics.log_sum_exp(x, dim))]
         ).reshape(3, *shape)
     if not options.with_metrics:
         return results

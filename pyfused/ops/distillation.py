@@ -393,10 +393,11 @@ def _topk(
     p, k = log_p.exp(), indices.shape[1]
     gradient = _gradient_by_log_p(log_p, log_q, options.beta) * factor[:, None]
     gradient = gradient.where(factor[:, None] != 0, 0)
+    no_rest = state[SUM] == 0
+    gradient[:, k:].masked_fill_(no_rest[:, None], 0)
     total = gradient.sum(1, keepdim=True)
     grad_results = state.new_zeros(len(RESULTS), n)
     grad_results[LSE] = gradient[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
-    no_rest = state[SUM] == 0
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
     launch = backend.row_gradients(logits, rows, class_range, len(RESULTS))

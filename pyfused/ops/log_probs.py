@@ -73,7 +73,7 @@ class LogProbs(_Results, _Values):
     Attributes:
         log_probability: ``log p_target``, in nats, at most 0.
         entropy: ``-sum_c p_c log p_c``.
-        log_sum_exp: ``log sum_c exp(logit_c)``.
+        log_sum_exp: ``log sum_c exp(logit_c)``; NaN if a logit is inf.
 
     Raises:
         AttributeError: The attribute was not requested in the call; its item is None.

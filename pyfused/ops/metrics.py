@@ -20,7 +20,7 @@ class Metrics(NamedTuple):
     Attributes:
         log_probability: ``input[target] - log_sum_exp``, in nats, without smoothing or weights;
             with class probabilities ``sum_c target_c * log p_c``.
-        log_sum_exp: ``log sum_c exp(input_c)``.
+        log_sum_exp: ``log sum_c exp(input_c)``; NaN if a logit is inf.
         prediction: The first class with the largest logit, int64; ``ignore_index`` where the target
             is ignored.
         correct: Whether the prediction is the target, or the target's most probable class; False
@@ -42,11 +42,16 @@ def of_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtyp
     return _of_rows(rows, target, ignore_index, dtype)
 
 
+def log_sum_exp(input: Tensor, dim: int) -> Tensor:
+    """Returns the log-sum-exp; as in the kernels, it is NaN if an element is inf."""
+    return input.masked_fill(input == torch.inf, torch.nan).logsumexp(dim)
+
+
 def of_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
     """Returns the metrics of logits, computed by torch's operators."""
     dim, dtype = min(input.dim() - 1, 1), accumulate_dtype(input.dtype)
     input, target = input.detach().to(dtype), target.detach()
-    lse = input.logsumexp(dim)
+    lse = log_sum_exp(input, dim)
     log_p = input - lse.unsqueeze(dim)
     entropy = torch.special.entr(log_p.exp()).sum(dim)
     if target.is_floating_point():
