@@ -161,10 +161,6 @@ class Operator(ABC):
         """Returns an example value of each number without a default."""
         return {x.name: x.example for x in self.numbers if x.example is not None}
 
-    def examples(self) -> Numbers:
-        """Returns valid numbers."""
-        return tuple([None if x.optional else 1.0 for x in self.numbers])
-
     # ---- numbers ---------------------------------------------------------------------------------
 
     def _cases(self, numbers: Numbers) -> tuple[Any, ...] | str:
@@ -187,38 +183,7 @@ class Operator(ABC):
         checks.scalar(scalar, value)
         return None
 
-    # ---- kernels of formulas ---------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> tuple[Scalar | Choice, ...]:
-        """Returns a formula's parameters: the numbers, and the choices with their own kernels."""
-        return *self.numbers, *[choice for choice in self.case if choice.values]
-
-    def kernel_of(self, cases: Sequence[Any]) -> str:
-        """Returns the name of the kernel for these cases of the formula's parameters."""
-        name = self.name
-        for parameter, case in zip(self.parameters, cases, strict=True):
-            if isinstance(parameter, Scalar):
-                name += f"_{parameter.name}_{case:g}" if case in parameter.special else ""
-            elif isinstance(parameter.values[0], bool):
-                name += f"_{parameter.name}" if case else ""
-            else:
-                name += f"_{case}" if case != parameter.values[0] else ""
-        return name
-
-    def kernel_cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields the name of each kernel and the cases of the parameters that it supports."""
-        parameters = self.parameters
-        kinds = [x.cases if isinstance(x, Scalar) else x.values for x in parameters]
-        for values in product(*kinds):
-            names = [parameter.name for parameter in parameters]
-            yield self.kernel_of(values), dict(zip(names, values, strict=True))
-
     # ---- sizes -----------------------------------------------------------------------------------
-
-    def contiguous_classes(self, tensors: Tensors, case: Case) -> int:
-        """Returns the number of classes of a row, if they are contiguous, for losses of rows."""
-        raise NotImplementedError
 
     def needs_no_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs no gradient."""
@@ -262,11 +227,6 @@ class Operator(ABC):
             if x is not None or not operand.optional:
                 checks.tensor(operand.name, x, operand.number)
 
-    def check_numbers(self, arguments: Arguments) -> None:
-        numbers = arguments[len(self.operands) :]
-        for scalar, value in zip(self.numbers, numbers, strict=False):
-            self.invalid_number(scalar, value)
-
     def local_shard_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
         """Returns this process' shard of a call with DTensors, None if there is none."""
         return None
@@ -274,6 +234,41 @@ class Operator(ABC):
     def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
         """Describes how a CPU kernel traverses the arguments of a call."""
         return "blocks of logits" if self.is_linear else self.strategy
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class SpecializedOperator(Operator):
+    """An operator with a kernel for each combination of special values of its parameters."""
+
+    @property
+    def parameters(self) -> tuple[Scalar | Choice, ...]:
+        """Returns a formula's parameters: the numbers, and the choices with their own kernels."""
+        return *self.numbers, *[choice for choice in self.case if choice.values]
+
+    def kernel_of(self, cases: Sequence[Any]) -> str:
+        """Returns the name of the kernel for these cases of the formula's parameters."""
+        name = self.name
+        for parameter, case in zip(self.parameters, cases, strict=True):
+            if isinstance(parameter, Scalar):
+                name += f"_{parameter.name}_{case:g}" if case in parameter.special else ""
+            elif isinstance(parameter.values[0], bool):
+                name += f"_{parameter.name}" if case else ""
+            else:
+                name += f"_{case}" if case != parameter.values[0] else ""
+        return name
+
+    def kernel_cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the name of each kernel and the cases of the parameters that it supports."""
+        parameters = self.parameters
+        kinds = [x.cases if isinstance(x, Scalar) else x.values for x in parameters]
+        for values in product(*kinds):
+            names = [parameter.name for parameter in parameters]
+            yield self.kernel_of(values), dict(zip(names, values, strict=True))
+
+    def check_numbers(self, arguments: Arguments) -> None:
+        numbers = arguments[len(self.operands) :]
+        for scalar, value in zip(self.numbers, numbers, strict=False):
+            self.invalid_number(scalar, value)
 
 
 def grad_enabled() -> bool:

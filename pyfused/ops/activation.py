@@ -12,12 +12,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import (
-    Arguments,
-    Numbers,
-    Operator,
-    Tensors,
-)
+from pyfused.dispatch.operator import Arguments, Numbers, SpecializedOperator, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
@@ -27,7 +22,7 @@ from pyfused.types import Kernels, Scalar
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class Activation(Operator):
+class Activation(SpecializedOperator):
     """An elementwise function of one tensor.
 
     Attributes:

@@ -24,6 +24,7 @@ from pyfused.dispatch.operator import (
     Arguments,
     Numbers,
     Operand,
+    SpecializedOperator,
     Tensors,
 )
 from pyfused.dispatch.originals import F
@@ -77,7 +78,7 @@ def weight_or_elements(
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class TensorLoss(CompiledOperator):
+class TensorLoss(CompiledOperator, SpecializedOperator):
     """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:
@@ -329,12 +330,11 @@ class TensorLoss(CompiledOperator):
         ones: list[Any] = [1.0 if operand.number else None for operand in self.operands]
         for i, dtype, dim in kinds:
             ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
+        numbers = [None if number.optional else 1.0 for number in self.numbers]
         flags = [choice.values[0] for choice in self.case if choice.values]
         reduction = ("none" if unreduced else "sum",) if self.reduces else ()
         with torch.no_grad():
-            dtype_of_result: torch.dtype = self.torch(
-                *ones, *self.examples(), *flags, *reduction
-            ).dtype
+            dtype_of_result: torch.dtype = self.torch(*ones, *numbers, *flags, *reduction).dtype
         return dtype_of_result
 
 
