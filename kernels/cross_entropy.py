@@ -132,7 +132,10 @@ def row_kernel(
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     grad, classes = gradients[0], multiple(classes, UNITS[1])
-    denominator = mean_divisor(denominator, target, weight, token_weight, n, ignore_index, classes)
+    if denominator is not None:
+        denominator = mean_divisor(
+            denominator, target, weight, token_weight, n, ignore_index, classes
+        )
     smoothing, by = scalar(smoothing, A), scalar(logit_scale, A) if SCALED else None
     smooth_weight = smoothing / classes
     c = tl.arange(0, BLOCK)
@@ -255,7 +258,10 @@ def two_pass_kernel(
     indices = target if INDICES else None
     y_rows = None if INDICES else strided_rows(target, outer, lanes, strides, 6, UNITS)
     n = tl.num_programs(0) // tl.cdiv(inner, ROWS) * inner
-    denominator = mean_divisor(denominator, indices, weight, token_weight, n, ignore_index, classes)
+    if denominator is not None:
+        denominator = mean_divisor(
+            denominator, indices, weight, token_weight, n, ignore_index, classes
+        )
     label, valid, invalid, target_weight, scale = read_rows(
         indices, weight, token_weight, denominator, rows, in_bounds, classes, ignore_index, A
     )
@@ -353,7 +359,8 @@ def nll_kernel(
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_bounds = rows < n
-    denominator = mean_divisor(denominator, target, weight, None, n, ignore_index, classes)
+    if denominator is not None:
+        denominator = mean_divisor(denominator, target, weight, None, n, ignore_index, classes)
     label, valid, invalid, target_weight, scale = read_rows(
         target, weight, None, denominator, rows, in_bounds, classes, ignore_index, A
     )

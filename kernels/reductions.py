@@ -48,7 +48,7 @@ def add_up(part, reduced):
     """Adds up the partial sums of all programs.
 
     reduced: the sum, of any dtype. With several programs, also the partial sums of programs and of
-        groups, and zeroed counters: one for all groups and one for each group. If the sum is None,
+        groups, and zeroed counters: one for all groups and one for each group. Without counters,
         the partial sums are only stored.
     """
     out = reduced[0]
@@ -57,7 +57,7 @@ def add_up(part, reduced):
     else:
         parts, programs = reduced[1], tl.num_programs(0)
         tl.store(parts + tl.program_id(0), part)
-        if out is not None:
+        if len(reduced) == 3:
             groups, group = tl.cdiv(programs, GROUP), tl.program_id(0) // GROUP
             first = group * GROUP
             members = tl.minimum(programs - first, GROUP)
@@ -161,13 +161,12 @@ def mean_divisor(denominator, target, weight, token_weight, n, ignore_index, cla
 
     If there are few targets, this takes less time than another kernel launch.
     """
-    if denominator is not None:
-        if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
-            total = tl.zeros([256], tl.float64)  # a larger block would need more registers
-            for start in range(0, n, 256):
-                i = start + tl.arange(0, 256)
-                total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
-            denominator = tl.sum(total)
+    if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
+        total = tl.zeros([256], tl.float64)  # a larger block would need more registers
+        for start in range(0, n, 256):
+            i = start + tl.arange(0, 256)
+            total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
+        denominator = tl.sum(total)
     return denominator
 
 

@@ -136,7 +136,7 @@ def _with_loss(
             kernel(programs, *inputs, (loss, parts, _counters(loss.device)), *outputs)
         else:
             parts = loss.new_empty(programs, dtype=torch.float64)
-            kernel(programs, *inputs, (None, parts), *outputs)
+            kernel(programs, *inputs, (loss, parts), *outputs)
             loss.copy_(parts.sum())
         return loss
 
