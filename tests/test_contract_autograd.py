@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import interpreter
@@ -621,11 +622,14 @@ def test_vmap(example: Example) -> None:
 
 @every_operator
 def test_batched_gradients(example: Example) -> None:
-    """is_grads_batched runs backward under vmap."""
+    """is_grads_batched runs backward under vmap, and so does torch.func.vmap."""
     call, found = example.call(), []
     for function in (ours, of_torch):
         value = function(call)
         batch = random_grad_output((4, *value.shape)).to(value)
         leaves = [*call.leaves.values()]
-        found.append(torch.autograd.grad(value, leaves, batch, is_grads_batched=True))
-    close(*found)
+        gradient = partial(torch.autograd.grad, value, leaves, retain_graph=True)
+        found.append(gradient(batch, is_grads_batched=True))
+        found.append(torch.func.vmap(gradient)(batch))
+    for other in found[1:]:
+        close(other, found[0])
