@@ -453,6 +453,13 @@ class Formula:
         is_compiled = is_dynamo_compiling()
         if not self.kinds or (is_compiled and not _needs_grad(operands)):
             return self.written(*operands, **parameters)
+        for name, value in parameters.items():
+            if torch.is_grad_enabled() and getattr(value, "requires_grad", False):
+                raise TypeError(
+                    f"{self.__name__}: {name}: expected a number without a gradient, which "
+                    f"{self.__name__}.gradient does not compute, got a Tensor that requires grad; "
+                    "make it an operand"
+                )
         result: Tensor = self.kinds[not is_compiled].apply(parameters, *operands)
         return result
 

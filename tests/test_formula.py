@@ -1519,3 +1519,21 @@ def test_random_programs(
     check(op, (), kernels, torch.float32)
     if kernels is not cpu.pointwise_loss:
         check(op, (), kernels, torch.float64)
+
+
+def test_a_learnable_parameter_of_a_formula_with_its_own_gradient() -> None:
+    """Its gradient is unknown, so it must be an operand."""
+
+    @pyfused.loss
+    def scaled(x: Tensor, y: Tensor, *, k: float = 2.0) -> Tensor:
+        return k * (x - y)
+
+    @scaled.gradient
+    def slopes(x: Tensor, y: Tensor, *, k: float = 2.0) -> Any:
+        return k * torch.ones_like(x), None
+
+    x, k = torch.randn(50, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(TypeError, match=r"k: expected a number without .*an operand"):
+        scaled(x, x.detach(), k=k)
+    with torch.no_grad():
+        assert scaled(x, x.detach() + 1, k=k) == -2

@@ -32,9 +32,9 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.adopt import deferred, subclass
 from pyfused.adopt.deferred import LOSS, modes_of
-from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.dispatch.signature import PLAIN, layout_reason
+from pyfused.dispatch.sizes import is_small
 from pyfused.memory import physical_memory
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.ops.shards import is_dtensor
@@ -150,7 +150,7 @@ class _Call:
         if not (self.always or hooked or is_dynamo_compiling()) and (
             type(head) is _HEAD
             and head.weight.numel()
-            and dispatch.is_small(LINEAR_CROSS_ENTROPY, (hidden, head.weight), _MEAN)
+            and is_small(LINEAR_CROSS_ENTROPY, (hidden, head.weight), _MEAN)
         ):
             return None  # torch would compute the loss from all logits
         modes, reason = modes_of(hidden.device.type), _reason(head, None if hooked else hidden)

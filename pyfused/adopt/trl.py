@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.reasons import SMALL, first_time
-from pyfused.dispatch.run import fallback_reason, is_small
+from pyfused.dispatch.run import fallback_reason
 from pyfused.functional import linear_log_probs
 from pyfused.ops.operators import LINEAR_LOG_PROBS
 from pyfused.types import LogProbsOptions
@@ -146,7 +147,7 @@ def _original_reason(
     """
     hidden, weight, bias, target = tensors
     call = LINEAR_LOG_PROBS.call_of((hidden, weight, bias, target), LogProbsOptions())
-    if not is_dynamo_compiling() and is_small(LINEAR_LOG_PROBS, call[0], call[2]):
+    if not is_dynamo_compiling() and dispatch.is_small(LINEAR_LOG_PROBS, call[0], call[2]):
         return SMALL
     if hasattr(weight, "ds_id"):
         return "the weight is partitioned by ZeRO-3"
