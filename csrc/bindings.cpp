@@ -332,8 +332,7 @@ void run_program(const Program& program, int dtype, int64_t n,
                  const std::array<OperandTuple, kOperands>& operands,
                  const std::vector<double>& parameters, const OperandTuple& weight,
                  double denominator, const OperandTuple& grad_output, int64_t each, int64_t reduced,
-                 const std::array<int64_t, kOperands>& gradients, int threads,
-                 int64_t columns) {
+                 const std::array<int64_t, kOperands>& gradients, int threads, int64_t columns) {
   if (n > 0) check_gradients(program, gradients);  // empty tensors have no address
   run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands, {},
                      weight, denominator, grad_output, each, reduced, gradients, threads, columns);

@@ -25,8 +25,8 @@ template <class A> constexpr A kExact = kIsFloat<A> ? A(0x1p-102) : A(0x1p-968);
 template <class A> A small_probability(double x, double factor) {
   constexpr int kMantissa = kIsFloat<A> ? 23 : 52, kLift = kBias<A> - 1 + kMantissa;
   // In units of the smallest subnormal number; kLift log(2) in two parts, the first without error.
-  const double units = std::exp(x + kLift * 0.69314718036912382) *
-                       std::exp(kLift * 1.9082149292705877e-10) * factor;
+  const double units =
+      std::exp(x + kLift * 0.69314718036912382) * std::exp(kLift * 1.9082149292705877e-10) * factor;
   if (units >= double(Bits<A>(1) << kMantissa)) return A(std::exp(x) * factor);
   return bit_cast<A>(Bits<A>(units + 0.5));
 }
@@ -44,7 +44,8 @@ void add_subnormals(A* y, int64_t n, const Exponent& x, const Factor& factor) {
 }
 
 template <class U, class A, class T>
-void probabilities(const U* x, A pivot, A factor, A* buffer, T* out, int64_t n, bool /* streams */) {
+void probabilities(const U* x, A pivot, A factor, A* buffer, T* out, int64_t n,
+                   bool /* streams */) {
   A* const wide = staged(out, buffer);
   scaled_exponentials(x, pivot, factor, buffer, wide, n, false);
   add_subnormals(
@@ -87,8 +88,7 @@ PYFUSED_INLINE __m256 or_subnormal(__m256 x, __m256 y) {
 // The lanes after the end of a row may be negative.
 PYFUSED_INLINE bool any_zero(Pair x) { return any_zero(x.low) || any_zero(x.high); }
 PYFUSED_INLINE bool any_zero(Quad x) {
-  return any_zero(
-      smaller(smaller(x.low.low, x.low.high), smaller(x.high.low, x.high.high)));
+  return any_zero(smaller(smaller(x.low.low, x.low.high), smaller(x.high.low, x.high.high)));
 }
 template <int N> PYFUSED_INLINE Registers<N> or_subnormal(Registers<N> x, Registers<N> y) {
   return {or_subnormal(x.low, y.low), or_subnormal(x.high, y.high)};
