@@ -28,7 +28,7 @@ template <class A> A small_probability(double x, double factor) {
   const double units =
       std::exp(x + kLift * 0.69314718036912382) * std::exp(kLift * 1.9082149292705877e-10) * factor;
   if (units >= double(Bits<A>(1) << kMantissa)) return A(std::exp(x) * factor);
-  return bit_cast<A>(Bits<A>(units + 0.5));
+  return bit_cast<A>(Bits<A>(std::nearbyint(units)));
 }
 
 // Recomputes results y = exp(x) factor that are inexact.
