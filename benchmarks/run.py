@@ -120,7 +120,8 @@ def steps(out: Path, built: bool = False) -> list[Step]:
     # Triton's compiler takes most of a test's time.
     workers = ("-n", str(min(12, os.cpu_count() or 1)))
     parallel = (*pytest, *workers) if importlib.util.find_spec("xdist") else pytest
-    shared = [ROOT / "tests" / name for name in SHARED]
+    files = [ROOT / "tests" / name for name in SHARED]
+    shared = ("--maxfail=60", "--tb=short", *files)  # a step out of time reports no failure
 
     def measured(name: str, command: str, file: str, seconds: int) -> Step:
         """Returns a step that starts no new case after some time, and gets 30 seconds more."""
