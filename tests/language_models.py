@@ -51,8 +51,8 @@ def sizes_of(known: Any) -> dict[str, Any]:
     return given | {key: sizes_of(part) for key, part in parts.items() if part is not None}
 
 
-def tiny(name: str) -> Any:
-    """Returns a model of this class with random weights.
+def tiny(name: str, **more: Any) -> Any:
+    """Returns a model of this class with random weights, and with more options.
 
     Raises:
         Exception: The configuration does not accept these sizes.
@@ -60,7 +60,7 @@ def tiny(name: str) -> Any:
     import transformers
 
     kind = getattr(transformers, name)
-    of_config, given = kind.config_class, sizes_of(kind.config_class())
+    of_config, given = kind.config_class, sizes_of(kind.config_class()) | more
     config = of_config(**given)
     for types in ("layer_types", "mlp_layer_types"):
         if len(getattr(config, types, None) or (0, 0)) != 2:

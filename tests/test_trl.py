@@ -65,10 +65,14 @@ def exact(tensors: list[Any], options: tuple[Any, ...]) -> tuple[Tensor, Tensor,
     return log_p[range(TOKENS), target], entropy, (logits / temperature).mean(1)
 
 
+def apply(function: Any, tensors: list[Any], options: tuple[Any, ...] = OPTIONS["plain"]) -> Any:
+    temperature, softcap, scale = options
+    return function.apply(*tensors, temperature, CHUNK, softcap, scale, KNOWN)
+
+
 def evaluate(function: Any, tensors: list[Any], options: tuple[Any, ...]) -> list[Any]:
     """Returns all results of a function, and the gradients of two of them."""
-    temperature, softcap, scale = options
-    results = function.apply(*tensors, temperature, CHUNK, softcap, scale, KNOWN)
+    results = apply(function, tensors, options)
     return [*results, *gradients(results, tensors)]
 
 
@@ -131,41 +135,44 @@ def test_every_choice_of_outputs(
     """Log-probabilities are bitwise equal, whichever other results are returned."""
     tensors, original = draw(torch.float32), getattr(utils, NAME)
     pyfused.patch_trl()
-    function = getattr(utils, NAME)
+    function, options = getattr(utils, NAME), (1.0, CHUNK, None, 1.0)
     if "log_sum_sq_probs" in outputs:
         with pytest.warns(RuntimeWarning, match="because log_sum_sq_probs is requested"):
-            found = function.apply(*tensors, 1.0, CHUNK, None, 1.0, ("log_probs", *outputs))
+            found = function.apply(*tensors, *options, ("log_probs", *outputs))
         assert not kernel_calls
     else:
-        found = function.apply(*tensors, 1.0, CHUNK, None, 1.0, ("log_probs", *outputs))
-        alone = function.apply(*tensors, 1.0, CHUNK, outputs=())
-        assert torch.equal(found[0], alone[0])
+        found = function.apply(*tensors, *options, ("log_probs", *outputs))
+        assert torch.equal(found[0], function.apply(*tensors, *options[:2], outputs=())[0])
         assert kernel_calls["row_state"] == 2
-    expected = original.apply(*tensors, 1.0, CHUNK, None, 1.0, outputs)
+    expected = original.apply(*tensors, *options, outputs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert [x is not None for x in found[1:]] == [name in outputs for name in OUTPUTS]
 
 
-def partitioned(tensors: list[Any]) -> None:
-    tensors[1].ds_id = 0
+def subclass(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(type("Buffer", (Tensor,), {}))
 
 
-def of_two_dtypes(tensors: list[Any]) -> None:
-    tensors[1] = tensors[1].detach().bfloat16().requires_grad_()
+def bfloat16(tensor: Tensor) -> Tensor:
+    return tensor.detach().bfloat16().requires_grad_()
 
 
 NOT_POSITIVE = "the temperature, the scale or the softcap is not positive"
 FALLBACKS: dict[str, tuple[str, Any, tuple[Any, float]]] = {
-    "ZeRO-3": ("the weight is partitioned by ZeRO-3", partitioned, (None, 1.0)),
-    "two dtypes": ("the hidden states and the layer differ in dtype", of_two_dtypes, (None, 1.0)),
+    "ZeRO-3": (
+        "the weight is partitioned by ZeRO-3",
+        lambda x: setattr(x[1], "ds_id", 0),
+        (None, 1.0),
+    ),
+    "two dtypes": (
+        "the hidden states and the layer differ in dtype",
+        lambda x: x.__setitem__(1, bfloat16(x[1])),
+        (None, 1.0),
+    ),
     "subclass": ("input is a Buffer", lambda x: x.__setitem__(0, subclass(x[0])), (None, 1.0)),
     "zero scale": (NOT_POSITIVE, lambda _: None, (3.0, 0.0)),
     "negative scale": (NOT_POSITIVE, lambda _: None, (3.0, -0.5)),
 }
-
-
-def subclass(tensor: Tensor) -> Tensor:
-    return tensor.detach().as_subclass(type("Buffer", (Tensor,), {}))
 
 
 @pytest.mark.parametrize(("reason", "change", "factors"), FALLBACKS.values(), ids=FALLBACKS)
@@ -177,17 +184,16 @@ def test_unsupported_calls_use_the_original(
     kernel_calls: KernelCalls,
 ) -> None:
     """Each reason is reported by one warning."""
-    tensors, original = draw(torch.float32), getattr(utils, NAME)
+    tensors, original, options = draw(torch.float32), getattr(utils, NAME), (1.0, *factors)
     change(tensors)
     pyfused.patch_trl()
-    arguments = *tensors, 1.0, CHUNK, *factors, KNOWN
     with pytest.warns(RuntimeWarning, match=f"patch_trl: TRL's own function ran, because {reason}"):
-        found = getattr(utils, NAME).apply(*arguments)
+        found = apply(getattr(utils, NAME), tensors, options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = getattr(utils, NAME).apply(*arguments)
+        again = apply(getattr(utils, NAME), tensors, options)
     for results in (found, again):
-        torch.testing.assert_close(results, original.apply(*arguments), rtol=0, atol=0)
+        torch.testing.assert_close(results, apply(original, tensors, options), rtol=0, atol=0)
     assert not kernel_calls
 
 
@@ -200,9 +206,8 @@ def test_a_small_call_uses_the_original_without_a_warning(
     pyfused.patch_trl()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = getattr(utils, NAME).apply(*tensors, 1.0, CHUNK, None, 1.0, KNOWN)
-    expected = original.apply(*tensors, 1.0, CHUNK, None, 1.0, KNOWN)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        found = apply(getattr(utils, NAME), tensors)
+    torch.testing.assert_close(found, apply(original, tensors), rtol=0, atol=0)
     assert not kernel_calls
 
 
@@ -211,7 +216,7 @@ def test_compiled(utils: ModuleType) -> None:
     pyfused.patch_trl()
 
     def step(*tensors: Any) -> Any:
-        return getattr(utils, NAME).apply(*tensors, 0.7, CHUNK, 4.0, 0.5, KNOWN)
+        return apply(getattr(utils, NAME), [*tensors], (0.7, 4.0, 0.5))
 
     torch.compiler.reset()
     found = torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors)
@@ -234,32 +239,26 @@ def test_unpatch_restores_the_original(utils: ModuleType) -> None:
         pyfused.unpatch_trl()
 
 
-class OtherArguments(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class OtherOrder(torch.autograd.Function):
+def in_another_order(
+    ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, temperature: float,
+    chunk_size: int, final_logit_softcapping: Any = None, logit_scale: float = 1.0,
+    outputs: Any = OUTPUTS[::-1],
+) -> Any:  # fmt: skip
     """Returns the outputs in another order than TRL 1.16."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Any,
-        weight: Any,
-        bias: Any,
-        targets: Any,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: Any = None,
-        logit_scale: float = 1.0,
-        outputs: Any = OUTPUTS[::-1],
-    ) -> Any:
-        raise NotImplementedError
+
+def of_forward(forward: Any) -> Any:
+    return type("Other", (torch.autograd.Function,), {"forward": staticmethod(forward)})
 
 
-@pytest.mark.parametrize("other", [None, OtherArguments, OtherOrder])
+OTHERS = {
+    "none": None,
+    "other arguments": of_forward(lambda ctx, hidden, weight, targets: None),
+    "another order": of_forward(in_another_order),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_an_unknown_function_is_not_replaced(
     other: Any, utils: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,19 +316,11 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(text))) for text in completions]
 
 
-# The numbers of words of the texts, options, and other arguments of the trainer.
+SAMPLED = {"num_generations": 4, "max_completion_length": 6}
 KINDS: dict[str, tuple[dict[str, int], dict[str, Any], Any]] = {
     "SFT": ({"text": 9}, {}, dict),
-    "GRPO": (
-        {"prompt": 3},
-        {"num_generations": 4, "max_completion_length": 6, "temperature": 0.9},
-        lambda: {"reward_funcs": reward},
-    ),
-    "RLOO": (
-        {"prompt": 3},
-        {"num_generations": 4, "max_completion_length": 6, "beta": 0.0},
-        lambda: {"reward_funcs": reward},
-    ),
+    "GRPO": ({"prompt": 3}, SAMPLED | {"temperature": 0.9}, lambda: {"reward_funcs": reward}),
+    "RLOO": ({"prompt": 3}, SAMPLED | {"beta": 0.0}, lambda: {"reward_funcs": reward}),
     "DPO": ({"prompt": 3, "chosen": 5, "rejected": 4}, {}, lambda: {"ref_model": model()}),
 }
 
@@ -339,22 +330,15 @@ def trained(kind: str, folder: Path) -> dict[str, Tensor]:
     import trl
     from datasets import Dataset
 
-    common = {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
     data, options, arguments = KINDS[kind]
+    arguments_of_step = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
+        report_to=[], use_cpu=True, bf16=False, save_strategy="no", gradient_checkpointing=False,
+        disable_tqdm=True, **options,
+    )  # fmt: skip
     trainer = getattr(trl, f"{kind}Trainer")(
         model=model(),
-        args=getattr(trl, f"{kind}Config")(**common, **options),
+        args=arguments_of_step,
         train_dataset=Dataset.from_dict({name: texts(n) for name, n in data.items()}),
         processing_class=tokenizer(),
         **arguments(),
