@@ -19,23 +19,6 @@ from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.types import CrossEntropyOptions
 
 
-@pytest.mark.cpu
-def test_capped_logits_with_unsupported_options() -> None:
-    """Probabilities, focal loss and second derivatives fall back to torch's operators."""
-    x = torch.randn(4, 30, dtype=torch.float64, requires_grad=True)
-    target, probabilities = torch.tensor([3, -100, 7, 1]), torch.rand(4, 30).double()
-    loss = fused.cross_entropy(x, target, softcap=2.0, gamma=1.5)
-    torch.testing.assert_close(loss, fused.cross_entropy(fused.softcap(x, 2.0), target, gamma=1.5))
-    got = fused.cross_entropy(x, probabilities, softcap=2.0)
-    torch.testing.assert_close(got, textbook.cross_entropy(x, probabilities, softcap=2.0))
-    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
-        assert torch.autograd.gradgradcheck(
-            lambda x, options=options: fused.cross_entropy(x, target, softcap=2.0, **options), x
-        )
-    with pytest.raises(IndexError, match="target: expected class indices"):
-        fused.cross_entropy(x, torch.full((4,), 30), softcap=2.0)
-
-
 @grid(
     shape=[(6, 5), (6, 300), (6, 5000), (2, 150, 3)],
     dtype=HALF,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import Call, Example, every_example, every_family, every_operator
+from catalogue import Call, Example, every_family, every_operator
 from compare import evaluate
 from test_contract_torch import steps
 from torch import Tensor
@@ -122,11 +122,6 @@ def assert_same_bits(way: Any, call: Call) -> None:
 @every_way
 def test_results_are_bitwise_identical_while_torch_is_patched(example: Example, way: Any) -> None:
     assert_same_bits(way, example.call())
-
-
-@every_example
-def test_second_derivatives_with_each_option(example: Example) -> None:
-    assert_same_bits(second, example.call())
 
 
 @pytest.mark.thresholds

@@ -10,7 +10,6 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from compare import products
 from conftest import backend
 from grid import FULL
 from hypothesis import given, settings
@@ -98,36 +97,11 @@ def test_the_dimension_of_the_classes() -> None:
 # ---- ignored, empty, special values --------------------------------------------------------------
 
 
-@pytest.mark.cpu
-def test_ignored_rows_have_no_products() -> None:
-    with products() as found:
-        log_probs = fused.linear_log_probs(**draw("linear_log_probs", rows=90))
-        log_probs.log_probability.sum().backward()
-    assert found.count((60, FEATURES, 70)) == 1  # these logits are kept for backward
-    assert not any(90 in sizes for sizes in found)
-
-
 def test_a_layer_without_features() -> None:
     x, weight, target = torch.randn(3, 0), torch.randn(5, 0), torch.tensor([4, 0, -100])
     found = fused.linear_log_probs(x, weight, target)
     expected = torch.tensor([-math.log(5), -math.log(5), 0])
     torch.testing.assert_close(found.log_probability, expected)
-
-
-@every_operator
-def test_log_probabilities_are_never_above_0(op: str) -> None:
-    """The target has probability 1, up to rounding."""
-    n, classes = 50, 130
-    logits = torch.randn(n, classes) * torch.logspace(-3, 3, n)[:, None]
-    logits[:, 7] = logits.amax(1) + torch.linspace(0, 40, n)
-    target = torch.full((n,), 7)
-    tensors = {"logits": logits}
-    if op != "log_probs":
-        tensors = {"input": logits, "linear_weight": torch.eye(classes)}
-    found = all_results(op, **tensors, target=target)
-    assert (found.log_probability <= 0).all()
-    assert (found.log_probability > -10).all()
-    assert (found.entropy >= 0).all()
 
 
 @pytest.mark.interpreted
@@ -167,26 +141,6 @@ def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
     (gradient,) = torch.autograd.grad(found.log_probability.sum(), leaf)
     torch.testing.assert_close(gradient, expected, equal_nan=True)
     assert found.log_sum_exp.isnan().tolist()[3:] == [False, True]
-
-
-# ---- gradients -----------------------------------------------------------------------------------
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [("input", [(8, 70, FEATURES)]), ("linear_weight", [(70, 8, FEATURES)]), ("linear_bias", [])],
-)
-def test_no_products_for_unneeded_gradients(name: str, sizes: list[tuple[int, int, int]]) -> None:
-    tensors = draw("linear_log_probs")
-    frozen = {n: x.detach() for n, x in tensors.items()} | {name: tensors[name]}
-    with products() as found:
-        results = all_results("linear_log_probs", **frozen)
-        gradient = torch.autograd.grad(sum(x.sum() for x in results), tensors[name])
-    whole = all_results("linear_log_probs", **tensors)
-    expected = torch.autograd.grad(sum(x.sum() for x in whole), tensors[name])
-    torch.testing.assert_close(gradient, expected)
-    assert found == [(8, FEATURES, 70), *sizes]
 
 
 # ---- independence of rows ------------------------------------------------------------------------
@@ -257,22 +211,6 @@ def test_chunks_are_bitwise_identical(
     given = {"input": input, "linear_weight": head, "target": target, "memory_budget": budget}
     found = all_results("linear_log_probs", **given)
     assert torch.equal(bits(found), expected)
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-@pytest.mark.cpu
-def test_rows_beyond_2_31_elements() -> None:
-    """The last row starts beyond 2**31 elements; the memory before it is not touched."""
-    classes, stride = 1000, (1 << 31) + 8
-    memory = torch.empty(stride + classes, dtype=torch.bfloat16)
-    logits = memory.as_strided((2, classes), (stride, 1))
-    logits.copy_(torch.randn(2, classes))
-    target = torch.tensor([3, 999])
-    found = all_results("log_probs", logits=logits, target=target)
-    expected = all_results("log_probs", logits=logits.clone(), target=target)
-    assert torch.equal(bits(found), bits(expected))
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from compare import FLOATS
 from conftest import ISAS, KernelCalls, backend
 from grid import grid
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
@@ -143,21 +142,6 @@ def test_metrics_of_linear_cross_entropy_in_half_precision(
     assert metrics.entropy.dtype is torch.float32
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
-def test_definition(probabilities: bool) -> None:
-    """Calls that fall back also have metrics."""
-    options: dict[str, Any] = {"z_loss": Z_LOSS, "reduction": "sum"}
-    for shape in SHAPES[:5]:
-        input, target = case(shape, torch.float32, probabilities)
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(input.detach(), torch.ones_like(input))
-            loss, metrics = fused.cross_entropy_with_metrics(dual, target, **options)
-            assert forward_ad.unpack_dual(loss).tangent is not None
-            assert all(forward_ad.unpack_dual(each).tangent is None for each in metrics)
-        assert_metrics(metrics, exact(input, target), torch.float32)
-
-
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("linear", [False, True], ids=["cross_entropy", "linear_cross_entropy"])
@@ -179,18 +163,6 @@ def test_compiled(linear: bool, kernel_calls: KernelCalls) -> None:
     plain, expected = both(input)
     close(metrics, expected)
     close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))
-
-
-@pytest.mark.interpreted
-def test_out_of_range() -> None:
-    input, target = case((6, 5), torch.float32, False)
-    target[2] = 9
-    if backend is cpu:
-        with pytest.raises(IndexError, match="got 9 at position"):
-            fused.cross_entropy_with_metrics(input, target)
-    else:
-        _, metrics = fused.cross_entropy_with_metrics(input, target)
-        assert metrics.log_probability.isnan().tolist() == [i == 2 for i in range(6)]
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])

@@ -24,14 +24,11 @@ from torch_reference import torch_function
 
 import pyfused
 from pyfused import functional, nn
-from pyfused.dispatch.operator import Operand, Scalar
-from pyfused.dispatch.run import forget_plans, run
+from pyfused.dispatch.run import forget_plans
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
-from pyfused.ops.elementwise import INPUT, TARGET, WEIGHT
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
 from pyfused.types import Outputs
 
 INF, NAN = float("inf"), float("nan")
@@ -213,12 +210,6 @@ def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: Ker
     assert kernel_calls["gaussian_nll_loss"]
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2, 3)], ids=str)
-def test_a_variance_that_is_a_float(shape: tuple[int, ...]) -> None:
-    x, t = (torch.randn(shape).requires_grad_() for _ in range(2))
-    assert_matches_torch(gaussian_nll_loss, F.gaussian_nll_loss, x, t, 0.5)
-
-
 # ---- arguments -----------------------------------------------------------------------------------
 
 
@@ -288,50 +279,3 @@ def test_gradients_of_broadcast_operands_are_rounded_once(name: str) -> None:
 
 
 # ---- declarations --------------------------------------------------------------------------------
-
-
-class Interpreted(PointwiseLoss):
-    """An operator without compiled kernels."""
-
-    def kernel(self, *arguments: Any) -> Any:
-        kernel, parameters = super().kernel(*arguments)
-        return kernel.program(arguments[-1]), parameters
-
-
-def _scaled_error(input: Tensor, target: Tensor, scale: Tensor | None, margin: Tensor) -> Tensor:
-    size = ((input - target).abs() - margin).clamp(min=0)
-    return size if scale is None else scale * size
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("passed", [(), ("weight",), ("scale",), ("weight", "scale")])
-def test_optional_operands_without_a_definition(
-    passed: tuple[str, ...], reduction: str, kernel_calls: KernelCalls
-) -> None:
-    op = Interpreted(
-        name="scaled_error",
-        module="",
-        operands=(INPUT, TARGET, WEIGHT, Operand("scale", optional=True)),
-        numbers=(Scalar("margin", low=0.0),),
-        case=("reduction",),
-        denominators={"mean": weight_or_elements},
-        formula=_scaled_error,
-    )
-    input, target = torch.randn(2, 6, 5, dtype=torch.float64).unbind()
-    weight, scale = (
-        torch.rand(6, 5).double() + 0.1 if x in passed else None for x in ("weight", "scale")
-    )
-    leaves = [x.requires_grad_() for x in (input, target, scale) if x is not None]
-    loss = _scaled_error(input, target, scale, torch.tensor(0.3))
-    loss = loss if weight is None else loss * weight
-    expected = loss if reduction == "none" else loss.sum()
-    if reduction == "mean":
-        expected = expected / (loss.numel() if weight is None else weight.sum())
-    tensors = input, target, weight, scale
-    fused = run(op, tensors, (0.3,), (reduction,))
-    assert kernel_calls.total() == 1
-    for result in (fused, op.torch(*tensors, 0.3, reduction)):
-        close(result, expected)
-        close(
-            *(torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (result, expected))
-        )
