@@ -74,8 +74,7 @@ def test_matrix_products(has_bias: bool) -> None:
 
 @pytest.mark.thresholds
 def test_large_calls_use_the_kernels() -> None:
-    paths = {16: ("torch", "torch"), 1024: ("torch", "cpu"), 4096: ("cpu", "cpu")}
-    for n, (of_softmax, of_sigmoid) in paths.items():
+    for n, backend in ((16, "torch"), (4096, "cpu")):
         x = torch.randn(n, D)
-        assert pyfused.explain("contrastive_loss", x, x).backend == of_softmax
-        assert pyfused.explain(pyfused.nn.ContrastiveLoss(), x, x, 20, -10).backend == of_sigmoid
+        assert pyfused.explain("contrastive_loss", x, x).backend == backend
+        assert pyfused.explain(pyfused.nn.ContrastiveLoss(), x, x, 20, -10).backend == backend

@@ -1,4 +1,4 @@
-"""Training in two processes equals training in one: DDP, FSDP2 and DTensor over gloo."""
+"""Training in two processes equals training in one: DDP and FSDP2 over gloo."""
 
 from __future__ import annotations
 
@@ -56,23 +56,6 @@ def in_one_process() -> list[float]:
     return train(build(), nn.CrossEntropyLoss(), slice(None))
 
 
-def dtensor_losses(mesh: Any) -> list[float]:
-    """Falls back to torch's operators, by DTensor's own rules."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    x, target = batches()[0]
-    logits = torch.cat([x, x], 1)
-    found = []
-    for placement in (Shard(0), Replicate()):
-        leaf = distribute_tensor(logits, mesh, [placement]).requires_grad_()
-        targets = distribute_tensor(target, mesh, [placement])
-        assert "DTensor" in pyfused.explain("cross_entropy", leaf, targets).reason
-        loss = pyfused.functional.cross_entropy(leaf, targets) + pyfused.functional.relu(leaf).sum()
-        loss.backward()
-        found += [loss.full_tensor().item(), leaf.grad.full_tensor().norm().item()]
-    return found
-
-
 def rank_of_two(rank: int, folder: str, pipe: Any) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -90,7 +73,6 @@ def rank_of_two(rank: int, folder: str, pipe: Any) -> None:
         results["FSDP2"] = train(fully_shard(sharded, mesh=mesh), criterion, part)
         x, target = batches()[0]
         results["backend"] = pyfused.explain(F.cross_entropy, build()(x), target).backend
-        results["DTensor"] = dtensor_losses(mesh)
     dist.barrier()
     dist.destroy_process_group()
     pipe.send_bytes(pickle.dumps(results))
@@ -107,12 +89,3 @@ def test_two_processes_train_like_one(wrapper: str, ranks: list[dict[str, Any]])
     halves = zip(*(found[wrapper] for found in ranks), strict=True)
     assert [sum(half) / 2 for half in halves] == pytest.approx(in_one_process(), rel=1e-4)
     assert all(found["backend"] == "cpu" for found in ranks)
-
-
-def test_dtensors_fall_back_to_torch(ranks: list[dict[str, Any]]) -> None:
-    x, target = batches()[0]
-    logits = torch.cat([x, x], 1).requires_grad_()
-    loss = F.cross_entropy(logits, target) + logits.relu().sum()
-    (gradient,) = torch.autograd.grad(loss, logits)
-    for found in ranks:
-        assert found["DTensor"] == pytest.approx([loss.item(), gradient.norm().item()] * 2)

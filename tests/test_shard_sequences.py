@@ -1,4 +1,4 @@
-"""Random calls with sharded classes, compared with one process; collectives stay paired."""
+"""Random sequences of calls with sharded classes: collectives stay paired, errors are shared."""
 
 from __future__ import annotations
 
@@ -8,135 +8,39 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
+import test_vocab_parallel
 import torch
 import torch.distributed as dist
 from conftest import fused_always
 from processes import in_processes
+from test_vocab_parallel import CLASSES, DERIVED, METRICS, SIZE, Case, flat
 from torch import Tensor, nn
 
 from pyfused import VocabShard, functional
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
-    pytest.mark.cpu,
-]
-
-SIZE, STEPS = 4, 24
+pytestmark = test_vocab_parallel.pytestmark
+STEPS = 24
 GROUPS = ([0, 1, 2, 3], [0, 1], [2, 3], [1, 3], [0, 1, 2], [1, 2, 3])
-NAMES = ("cross_entropy", "cross_entropy_with_metrics", "log_probs")
-OPTIONS: dict[str, Callable[[random.Random], Any]] = {
-    "softcap": lambda rng: rng.uniform(1, 9),
-    "temperature": lambda rng: rng.uniform(0.5, 2),
-    "ignore_index": lambda rng: rng.randint(-3, 3),
-}
-OF_LOSSES: dict[str, Callable[[random.Random], Any]] = {
-    "reduction": lambda rng: rng.choice(["none", "sum", "mean"]),
-    "label_smoothing": lambda rng: rng.uniform(0, 0.9),
-    "z_loss": lambda rng: rng.uniform(0, 0.5),
-    "scale": lambda rng: rng.uniform(0.5, 2),
-}
+CASES = [*DERIVED.values(), *METRICS.values()]
 
 
-class Call(NamedTuple):
-    """A call with all classes.
-
-    Attributes:
-        tensors: Tensors by name, which may require grad; the first is the input or the logits.
-        options: The other arguments.
-    """
-
-    name: str
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-
-    @property
-    def classes(self) -> int:
-        tensors = [*self.tensors.values()]
-        return tensors[1].shape[0] if "linear" in self.name else tensors[0].shape[1]
-
-    def ignored(self) -> Tensor:
-        """Returns which rows do not count."""
-        ignored: Tensor = self.options["target"] == self.options.get("ignore_index", -100)
-        weight = self.options.get("token_weight")
-        return ignored if weight is None else ignored | (weight == 0)
-
-    def part(self, name: str, tensor: Tensor, own: slice) -> Tensor:
-        """Returns the classes of this process of a tensor or of its gradient."""
-        if "linear" in self.name:
-            return tensor if name == "input" else tensor[own]
-        return tensor[:, own]
-
-    def leaves(self, own: slice = slice(None), frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        return {
-            name: self.part(name, tensor, own).clone().requires_grad_(name not in frozen)
-            for name, tensor in self.tensors.items()
-        }
-
-    def results(self, leaves: dict[str, Tensor], **shard: Any) -> list[Tensor]:
-        return flat(getattr(functional, self.name)(**leaves, **self.options, **shard))
-
-    def total(self, results: list[Tensor]) -> Tensor:
-        """Returns a scalar that depends on all differentiable results."""
-        differentiated = results[: 3 if "log_probs" in self.name else 1]
-        terms = [x * torch.linspace(-1, 2, x.numel()).view_as(x) for x in differentiated]
-        return torch.cat([term.flatten() for term in terms]).sum()
+def leaves_of(case: Case, own: slice, frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Returns the tensors of a call with the classes of one process."""
+    whole, _ = case.tensors()
+    return {n: case.part(n, x, own).requires_grad_(n not in frozen) for n, x in whole.items()}
 
 
-def flat(found: Any) -> list[Tensor]:
-    if found is None or isinstance(found, Tensor):
-        return [] if found is None else [found]
-    return [x for each in found for x in flat(each)]
+def results_of(case: Case, leaves: dict[str, Tensor], **changed: Any) -> list[Tensor]:
+    given = leaves | {"target": case.tensors()[1]} | case.options | changed
+    return flat(getattr(functional, case.name)(**given))
 
 
-def random_call(rng: random.Random, dtype: torch.dtype, infinite: bool) -> Call:
-    generator = torch.Generator().manual_seed(rng.getrandbits(32))
-    linear, name, rows = rng.random() < 0.5, rng.choice(NAMES), rng.randint(1, 6)
-    classes, more = rng.randint(1, 30), (2,) * (rng.random() < 0.3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype) * rng.choice([1, 5])
-
-    tensors, options = {}, {}
-    if linear:
-        features, several = rng.randint(1, 5), rng.random() < 0.5
-        leading, positions = ((rows,), more) if several else ((*more, rows), ())
-        tensors["input"] = normal(*leading, features)
-        tensors["linear_weight"] = normal(classes, *positions, features)
-        if rng.random() < 0.5:
-            tensors["linear_bias"] = normal(classes, *positions)
-        shape = *leading, *positions
-    else:
-        logits, shape = normal(rows, classes, *more), (rows, *more)
-        if infinite and classes > 1 and rng.random() < 0.2:  # torch has NaN for one class
-            logits[0, rng.randrange(classes)] = rng.choice([-1, 1, torch.nan]) * torch.inf
-        tensors["logits" if name == "log_probs" else "input"] = logits
-    chosen = dict(OPTIONS) if name == "log_probs" else OPTIONS | OF_LOSSES
-    options = {key: draw(rng) for key, draw in chosen.items() if rng.random() < 0.3}
-    target = torch.randint(0, classes, shape, generator=generator)
-    target[torch.rand(shape, generator=generator) < 0.2] = options.get("ignore_index", -100)
-    options["target"] = target
-    if name == "log_probs":
-        options |= {"return_entropy": True, "return_lse": True}
-        options |= {} if linear else {"dim": 1}
-        options["return_metrics"] = rng.random() < 0.3
-    else:
-        if rng.random() < 0.3:
-            options["weight"] = normal(classes).abs()
-        if rng.random() < 0.3:
-            options["token_weight"] = normal(*shape).relu()
-        if rng.random() < 0.3 and options.get("reduction", "mean") == "mean":
-            denominator = rng.uniform(1, 9)
-            options["denominator"] = rng.choice([denominator, torch.tensor(denominator)])
-    call = Call(f"{'linear_' * linear}{name}", tensors, options)
-    if rng.random() < 0.3:
-        scores, ignored = next(iter(tensors.values())), call.ignored()
-        rows = scores if linear else scores.movedim(1, -1)
-        positions = ignored.dim() >= rows.dim()
-        rows[ignored.flatten(rows.dim() - 1).all(-1) if positions else ignored] = torch.nan
-    return call
+def total_of(results: list[Tensor]) -> Tensor:
+    """Returns a scalar that depends on all results that require grad."""
+    terms = [x * torch.linspace(-1, 2, x.numel()).view_as(x) for x in results if x.requires_grad]
+    return torch.cat([torch.zeros(1), *[term.flatten() for term in terms]]).sum()
 
 
 def random_shards(rng: random.Random, classes: int, size: int) -> list[slice]:
@@ -175,48 +79,43 @@ class Process:
         self.rng, self.rank = random.Random(seed), dist.get_rank()
         self.groups = [(ranks, dist.new_group(ranks)) for ranks in GROUPS]
         self.model = nn.parallel.DistributedDataParallel(nn.Linear(3, 5, dtype=torch.float64))
-        self.mesh = dist.device_mesh.init_device_mesh("cpu", (SIZE,))
         self.errors: dict[int, tuple[str, str]] = {}
         self.step = self.calls = 0
 
-    def draw(
-        self, dtype: torch.dtype = torch.float64, infinite: bool = False
-    ) -> tuple[Call, list[slice], Any, int]:
+    def draw(self) -> tuple[Case, list[slice], Any, int]:
         """Returns a call, the classes of each process of a group, the group and this one's rank."""
-        call = random_call(self.rng, dtype, infinite)
-        ranks, group = self.rng.choice(self.groups)
+        case, (ranks, group) = self.rng.choice(CASES), self.rng.choice(self.groups)
         self.calls += 1
         rank = ranks.index(self.rank) if self.rank in ranks else -1
-        return call, random_shards(self.rng, call.classes, len(ranks)), group, rank
+        return case, random_shards(self.rng, CLASSES, len(ranks)), group, rank
 
     def differentiated_together(self) -> None:
         """Runs some calls in several groups, and one backward pass for the sum of their results."""
         rng, total, calls, alone = self.rng, torch.zeros((), dtype=torch.float64), [], False
         grad, create_graph = rng.random() < 0.9, rng.random() < 0.2
         for _ in range(rng.randint(1, 3)):
-            dtype = rng.choice([torch.float64] * 9 + [torch.float32])
-            autocast = dtype is torch.float64 and rng.random() < 0.2  # not affected by autocast
-            call, shards, group, mine = self.draw(dtype, not create_graph)
-            frozen = [tuple(x for x in call.tensors if rng.random() < 0.3) for _ in shards]
+            case, shards, group, mine = self.draw()
+            names = [*case.tensors()[0]]
+            frozen = [tuple(x for x in names if rng.random() < 0.3) for _ in shards]
             frozen = frozen if rng.random() < 0.3 else frozen[:1] * len(shards)
-            totals, alike = [rng.choice([None, call.classes]) for _ in shards], rng.random() < 0.3
+            totals, alike = [rng.choice([None, CLASSES]) for _ in shards], rng.random() < 0.3
             totals = totals[:1] * len(shards) if alike else totals  # otherwise compared
             if mine < 0:
                 continue
-            own, leaves = shards[mine], call.leaves(shards[mine], frozen[mine])
-            modes = torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(grad)
-            with modes[0], modes[1], comparing(not alike):
-                results = call.results(leaves, shard=VocabShard(own.start, totals[mine], group))
-            whole = call.leaves()
-            expected = call.results(whole)
+            own, leaves = shards[mine], leaves_of(case, shards[mine], frozen[mine])
+            shard = VocabShard(own.start, totals[mine], group)
+            with torch.set_grad_enabled(grad), comparing(not alike):
+                results = results_of(case, leaves, shard=shard)
+            whole = leaves_of(case, slice(None))
+            expected = results_of(case, whole)
             for result, exact in zip(results, expected, strict=True):
                 close(result, exact)
             assert results[0].requires_grad == grad
             if grad:
-                total = total + call.total(results)
+                total = total + total_of(results)
                 alone |= len(frozen[mine]) == len(leaves)
-                exact = torch.autograd.grad(call.total(expected), [*whole.values()])
-                calls.append((call, own, leaves, exact))
+                exact = torch.autograd.grad(total_of(expected), [*whole.values()])
+                calls.append((case, own, leaves, exact))
         if not total.requires_grad:
             return
         asked = [x for _, _, leaves, _ in calls for x in leaves.values() if x.requires_grad]
@@ -225,28 +124,10 @@ class Process:
             found = [x.grad for x in asked]
         else:
             found = [*torch.autograd.grad(total, asked, create_graph=create_graph)]
-        for call, own, leaves, exact in calls:
+        for case, own, leaves, exact in calls:
             for (name, leaf), whole_gradient in zip(leaves.items(), exact, strict=True):
                 if leaf.requires_grad:
-                    close(found.pop(0), call.part(name, whole_gradient, own))
-
-    def second_derivatives(self) -> None:
-        call, shards, group, mine = self.draw()
-        if mine < 0:
-            return
-        own, alike, found = shards[mine], self.rng.random() < 0.5, []
-        for part, shard in ((slice(None), None), (own, VocabShard(own.start, None, group))):
-            leaves, generator = call.leaves(part), torch.Generator().manual_seed(1)
-            with comparing(not alike):
-                total = call.total(call.results(leaves, shard=shard))
-            first = torch.autograd.grad(total, [*leaves.values()], create_graph=True)
-            factors = [
-                call.part(name, torch.randn(x.shape, generator=generator, dtype=x.dtype), part)
-                for name, x in call.tensors.items()
-            ]
-            found.append(torch.autograd.grad(first, [*leaves.values()], factors))
-        for name, expected, got in zip(call.tensors, *found, strict=True):
-            close(got, call.part(name, expected, own))
+                    close(found.pop(0), case.part(name, whole_gradient, own))
 
     def data_parallel(self) -> None:
         """The input is the output of a model whose gradients are averaged, or accumulated."""
@@ -275,90 +156,26 @@ class Process:
 
     def refused(self) -> None:
         """One process has an argument that does not match the others: all processes raise."""
-        (call, shards, group, mine), kind = self.draw(), self.rng.choice([*REFUSED])
+        (case, shards, group, mine), kind = self.draw(), self.rng.choice([*REFUSED])
+        classes = self.rng.choice([None, CLASSES])
         if mine < 0:
             return
-        own, classes = shards[mine], self.rng.choice([None, call.classes])
-        given, leaves = call.options | {"first": own.start, "classes": classes}, call.leaves(own)
-        if mine == largest(shards):
+        own, changed = shards[mine], {"first": shards[mine].start, "classes": classes}
+        changed |= {"target": case.tensors()[1]}
+        leaves, is_wrong = leaves_of(case, own), mine == largest(shards)
+        if is_wrong:
             for name, change in REFUSED[kind].items():
-                given[name] = change(given.get(name))
+                changed[name] = change(changed.get(name))
             if kind == "no tensor":
-                leaves[[*leaves]["linear" in call.name]] = None  # type: ignore[assignment]
-        shard = VocabShard(given.pop("first"), given.pop("classes"), group)
+                leaves[[*leaves]["linear" in case.name]] = None  # type: ignore[assignment]
+        shard = VocabShard(changed.pop("first"), changed.pop("classes"), group)
         try:
-            grad = kind != "grad mode" or mine != largest(shards)
-            with torch.set_grad_enabled(grad), comparing():
-                call._replace(options=given).results(leaves, shard=shard)
+            with torch.set_grad_enabled(not (is_wrong and kind == "grad mode")), comparing():
+                results_of(case, leaves, shard=shard, **changed)
         except (RuntimeError, TypeError, ValueError) as error:
             self.errors[self.step] = kind, f"{type(error).__name__}: {error}"
         else:
-            raise AssertionError(f"no error of {kind}: {call}")
-
-    def run_on_dtensors(self) -> None:
-        """Tests few classes, of which some processes have none, and frozen tensors."""
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-        self.calls += 1
-        generator = torch.Generator().manual_seed(self.rng.getrandbits(32))
-        input, weight = (
-            torch.randn(rows, 3, generator=generator, dtype=torch.float64)
-            for rows in (5, self.rng.randint(1, 9))
-        )
-        target = torch.arange(5) % len(weight)
-        frozen = [self.rng.random() < 0.5 for _ in range(2)]
-        given = [
-            distribute_tensor(tensor, self.mesh, [placement]).detach().requires_grad_(not constant)
-            for tensor, placement, constant in zip(
-                (input, weight), (Replicate(), Shard(0)), frozen, strict=True
-            )
-        ]
-        loss = functional.linear_cross_entropy(*given, target)
-        whole = input.requires_grad_(), weight.requires_grad_()
-        expected = functional.linear_cross_entropy(*whole, target)
-        close(loss.full_tensor(), expected)
-        exact = torch.autograd.grad(expected, whole)
-        if loss.requires_grad:
-            loss.backward()
-        for tensor, constant, gradient in zip(given, frozen, exact, strict=True):
-            assert (tensor.grad is None) == constant
-            if not constant:
-                close(tensor.grad.full_tensor(), gradient)
-
-    def under_autocast(self) -> None:
-        """Results equal those of input, weight and bias converted to half precision."""
-        call = random_call(self.rng, torch.float32, False)
-        own = random_shards(self.rng, call.classes, SIZE)[self.rank]
-        self.calls += 1
-        if "linear" not in call.name:
-            return
-        # Processors without bfloat16 products do not round the weight. These values are exact in
-        # both dtypes.
-        tensors = {name: x.bfloat16().float() for name, x in call.tensors.items()}
-        call = call._replace(tensors=tensors)
-        shard = VocabShard(own.start)
-        leaves = call.leaves(own)
-        with torch.autocast("cpu", torch.bfloat16):
-            results = call.results(leaves, shard=shard)
-            whole = call.leaves()
-            alike = call.results(whole)
-        assert [x.dtype for x in results] == [x.dtype for x in alike]
-        call.total(results).backward()
-        call.total(alike).backward()
-        for name, leaf in leaves.items():
-            assert leaf.grad.dtype is torch.float32
-            exact = call.part(name, whole[name].grad, own)
-            largest = max(1.0, float(whole[name].grad.abs().max()))
-            torch.testing.assert_close(
-                leaf.grad, exact, rtol=0.05, atol=0.05 * largest, equal_nan=True
-            )
-        halves = {name: tensor.detach().bfloat16() for name, tensor in leaves.items()}
-        if "weight" in call.options:
-            call.options["weight"] = call.options["weight"].bfloat16()
-        if "log_probs" not in call.name:
-            call.options["loss_dtype"] = torch.float32
-        for got, expected in zip(results, call.results(halves, shard=shard), strict=True):
-            torch.testing.assert_close(got, expected, rtol=0.01, atol=1e-4, equal_nan=True)
+            raise AssertionError(f"no error of {kind}: {case}")
 
 
 REFUSED: dict[str, dict[str, Callable[[Any], Any]]] = {
@@ -385,9 +202,7 @@ def sequence(rank: int, seed: int, steps: int, folder: str, pipe: Any) -> None:
         timeout=datetime.timedelta(seconds=120),
     )
     process = Process(seed)
-    kinds = [process.differentiated_together] * 6 + [process.refused] * 2
-    kinds += [process.second_derivatives, process.data_parallel]
-    kinds += [process.run_on_dtensors, process.under_autocast]
+    kinds = [process.differentiated_together] * 6 + [process.refused] * 2 + [process.data_parallel]
     warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
     with fused_always():
         for step in range(steps):

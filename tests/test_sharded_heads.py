@@ -50,27 +50,15 @@ class Block(nn.Module):
         return x + self.down(self.up(x).tanh())
 
 
-class Double(torch.autograd.Function):
-    """An operator that C++ calls, which holds the logits that are passed to it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return 2 * gradient
-
-
 class Model(nn.Module):
     """A language model.
 
     Args:
         tied: Whether the embedding and the head share a parameter.
         saves: Whether the blocks are checkpointed.
-        reads: What the forward does in addition: "maximum" reads the logits, "function" passes them
-            to C++, "twice" calls the head for a second loss, "DTensor" needs DTensor logits, and
-            "sequence" passes a part of the sequence to the head.
+        reads: What the forward does in addition: "maximum" reads the logits, "twice" calls the head
+            for a second loss, "DTensor" needs DTensor logits, and "sequence" passes a part of the
+            sequence to the head.
     """
 
     def __init__(self, tied: bool = False, saves: bool = True, reads: str = "") -> None:
@@ -91,8 +79,6 @@ class Model(nn.Module):
         if self.reads == "sequence":
             x = x.tensor_split(2, dim=1)[dist.get_rank()]
         logits = self.lm_head(x)
-        if self.reads == "function":
-            logits = Double.apply(logits)
         if self.reads == "DTensor":
             targets = distribute_tensor(targets, logits.device_mesh, [Replicate()])
         elif len(logits) < len(targets):  # its rows are sharded
@@ -260,7 +246,6 @@ WRAPPERS = {
     "unit, bf16 head": Wrapper(fsdp2(head=HALF), "fused", "refused", {}, 2e-2),
     "unit, two calls": Wrapper(fsdp2(), "warned", "refused", {"reads": "twice"}),
     "unit, read": Wrapper(fsdp2(), "warned", "refused", {"reads": "maximum"}),
-    "unit, in C++": Wrapper(fsdp2(), "warned", "refused", {"reads": "function"}),
     "unit, torch.compile": Wrapper(lambda x: compiled(fsdp2()(x)), "warned", "refused"),
     "unit, offloaded": Wrapper(fsdp2(offload=True), "fused", "refused"),
     "unit with a hook": Wrapper(fsdp2("hooked"), "warned", "refused"),
@@ -270,7 +255,6 @@ WRAPPERS = {
     "TP, tied": tensor_parallel("fused", {"tied": True}),
     "TP, sharded input": tensor_parallel("fused", {"reads": "sequence"}, input_layouts=Shard(1)),
     "TP, read": tensor_parallel("warned", {"reads": "maximum"}),
-    "TP, in C++": tensor_parallel("warned", {"reads": "function"}),
     "TP, torch.compile": Wrapper(
         lambda x: compiled(tensor_parallel("").wrap(x)), "warned", "left", same_batch=True
     ),

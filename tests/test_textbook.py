@@ -1,11 +1,11 @@
 """Losses that torch lacks: their definitions equal textbook formulas in float64.
 
-`test_contract.py` and `test_fuzz.py` compare the kernels with these definitions.
+`test_contract.py` and `test_fuzz.py` compare the kernels with these definitions;
+`test_contract_options.py` compares others with closed forms.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import catalogue
@@ -85,110 +85,6 @@ def linear_cross_entropy(
     **options: Any,
 ) -> Any:
     return cross_entropy(layer(input, linear_weight, linear_bias), target, **options)
-
-
-def log_probs(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    return_entropy: bool = False,
-    return_lse: bool = False,
-    return_metrics: bool = False,
-    **_: Any,
-) -> Any:
-    logits, valid = capped(logits, softcap) / temperature, target != ignore_index
-    at_target, lse, _, is_top1, entropy = metrics(logits, target, valid, ignore_index)
-    results = at_target, *[entropy] * return_entropy, *[lse] * return_lse
-    mean_logit = logits.mean(min(logits.dim() - 1, 1)).where(valid, 0)
-    stacked = torch.stack(results)
-    return (stacked, (is_top1, mean_logit)) if return_metrics else stacked
-
-
-def linear_log_probs(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None = None,
-    **options: Any,
-) -> Any:
-    return log_probs(layer(input, linear_weight, linear_bias), target, **options)
-
-
-def divergence(
-    log_p: Tensor,
-    log_q: Tensor,
-    *,
-    beta: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | None = None,
-    reduction: str = "mean",
-    **_: Any,
-) -> Tensor:
-    """Returns Jensen-Shannon's divergence of a student p and a teacher q, or Kullback-Leibler's."""
-
-    def kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
-        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-
-    if beta in (0, 1):
-        each = kl_div(log_p, log_q) if beta else kl_div(log_q, log_p)
-    else:
-        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
-        each = beta * kl_div(log_q, log_m) + (1 - beta) * kl_div(log_p, log_m)
-    counts = torch.ones_like(each) if token_weight is None else token_weight
-    each, divisor = each * counts, counts.sum() if denominator is None else denominator
-    return {"none": each, "sum": each.sum(), "mean": each.sum() / divisor}[reduction]
-
-
-def kl_div_with_logits(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    temperature: float = 1.0,
-    **options: Any,
-) -> Tensor:
-    both = capped(logits, softcap), capped(teacher_logits, teacher_softcap)
-    return divergence(*[F.log_softmax(x / temperature, -1) for x in both], **options)
-
-
-def linear_kl_div(
-    input: Tensor,
-    linear_weight: Tensor,
-    teacher_input: Tensor,
-    teacher_linear_weight: Tensor,
-    linear_bias: Tensor | None = None,
-    teacher_linear_bias: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    teacher = layer(teacher_input, teacher_linear_weight, teacher_linear_bias)
-    return kl_div_with_logits(layer(input, linear_weight, linear_bias), teacher, **options)
-
-
-def linear_topk_kl_div(
-    input: Tensor,
-    linear_weight: Tensor,
-    teacher_indices: Tensor,
-    teacher_log_probs: Tensor,
-    linear_bias: Tensor | None = None,
-    *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    remainder: str = "bucket",
-    **options: Any,
-) -> Tensor:
-    logits = capped(layer(input, linear_weight, linear_bias), softcap)
-    log_p, log_q = F.log_softmax(logits / temperature, -1), teacher_log_probs
-    others = torch.ones_like(log_p).scatter(-1, teacher_indices, 0).bool()
-    rest = log_p.where(others, -math.inf).logsumexp(-1, keepdim=True)
-    log_p = log_p.gather(-1, teacher_indices)
-    if remainder == "bucket":
-        log_p = torch.cat((log_p, rest), -1)
-        log_q = torch.cat((log_q, (1 - log_q.exp().sum(-1, keepdim=True)).log()), -1)
-    return divergence(log_p, log_q, **options)
 
 
 def contrastive_loss(

@@ -335,22 +335,21 @@ def missing_derivatives(process: Process, case: None) -> None:
         )
 
 
+TOTAL = 5 * SIZE
+
+
 def ranges(shift: int, end: int) -> str:
     parts = ", ".join(f"[{5 * i + shift}, {5 * i + 5 + shift})" for i in range(SIZE))
-    expected = f"each class of [0, {end}) in exactly one process"
-    return f"ValueError: shard: expected {expected}, got {parts}"
+    return (
+        f"ValueError: shard: expected each class of [0, {end}) in exactly one process, got {parts}"
+    )
 
 
-TOTAL = 5 * SIZE
 BAD: dict[str, tuple[Callable[[int], Any], dict[str, Any], str]] = {
     "late": (lambda first: VocabShard(first + 1, TOTAL), {}, ranges(1, TOTAL)),
     "early": (lambda first: VocabShard(first - 1), {}, ranges(-1, TOTAL)),
     "short": (lambda first: VocabShard(first, TOTAL + 1), {}, ranges(0, TOTAL + 1)),
-    "target": (
-        lambda first: VocabShard(first, TOTAL),
-        {},
-        f"IndexError: target: expected class indices in [0, {TOTAL})",
-    ),
+    "target": (VocabShard, {}, f"IndexError: target: expected class indices in [0, {TOTAL})"),
     "weight": (
         lambda first: VocabShard(first, TOTAL),
         {"weight": torch.ones(3)},
@@ -370,13 +369,31 @@ BAD: dict[str, tuple[Callable[[int], Any], dict[str, Any], str]] = {
 @check(**BAD)
 def bad_input(process: Process, case: Any) -> None:
     shard, options, expected = case
-    logits, target = torch.zeros(2, 5), torch.tensor([0, TOTAL])
-    options = options | {"shard": shard(5 * process.rank)}
+    given = options | {"shard": shard(5 * process.rank)}
     dist.set_debug_level(dist.DebugLevel.INFO)
-    try:
-        assert error_of(lambda: cross_entropy(logits, target, **options)).startswith(expected)
-    finally:
-        dist.set_debug_level(dist.DebugLevel.OFF)
+    error = error_of(lambda: cross_entropy(torch.zeros(2, 5), torch.tensor([0, TOTAL]), **given))
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    assert error.startswith(expected)
+
+
+@check(linear_cross_entropy=linear_cross_entropy, linear_log_probs=linear_log_probs)
+def under_autocast(process: Process, case: Any) -> None:
+    """Results and gradients equal those of one process, and results those of converted tensors."""
+    *tensors, target = draw(torch.bfloat16)  # processors without bfloat16 products do not round
+    own, found = process.classes(), []
+    for classes, shard in ((own, VocabShard(own.start)), (slice(None), None)):
+        given = [tensors[0].clone(), *[x[classes].clone() for x in tensors[1:]]]
+        leaves = [x.float().requires_grad_() for x in given]
+        with torch.autocast("cpu", torch.bfloat16):
+            value = flat(case(*leaves[:2], target, linear_bias=leaves[2], shard=shard))[0]
+        found.append((value, *torch.autograd.grad(value.sum(), leaves)))
+        of_half = flat(case(*given[:2], target, linear_bias=given[2], shard=shard))[0]
+        torch.testing.assert_close(value, of_half.to(value.dtype), rtol=0.01, atol=1e-4)
+    (got, *gradients), (expected, of_input, *others) = found
+    torch.testing.assert_close(got, expected, rtol=0.01, atol=1e-4)
+    for gradient, exact in zip(gradients, (of_input, *[x[own] for x in others]), strict=True):
+        largest = max(1.0, *[float(x.abs().max()) for x in (of_input, *others)])
+        torch.testing.assert_close(gradient, exact, rtol=0.05, atol=0.05 * largest)
 
 
 # ---- DTensors ------------------------------------------------------------------------------------
@@ -388,6 +405,7 @@ class Distributed(NamedTuple):
     Attributes:
         tensors: The dimension along which each tensor is sharded, by name; None if replicated.
         plain: The names of tensors that are plain.
+        frozen: The name of a tensor that does not require grad.
     """
 
     name: str
@@ -395,6 +413,7 @@ class Distributed(NamedTuple):
     options: dict[str, Any]
     plain: tuple[str, ...] = ()
     mesh: tuple[int, ...] = (2, SIZE // 2)
+    frozen: str = ""
 
 
 @cache
@@ -447,13 +466,18 @@ def distributed_calls() -> dict[str, Distributed]:
             ("linear_log_probs", biased, {"temperature": 2.0}),
         ):
             found[f"{name}_{len(found)}"] = Distributed(name, tensors, options, plain)
+    few = layer | {"linear_weight": (head[:3], 0), "target": (target % 3, None)}
+    for frozen in ("", "input", "linear_weight"):  # one process has no class
+        call = Distributed("linear_cross_entropy", few, {}, (), (SIZE,), frozen)
+        found[f"few_classes_{frozen}"] = call
     return found
 
 
-def outcome_of(name: str, tensors: dict[str, Tensor], options: Any) -> tuple[list[Tensor], Any]:
+def outcome_of(case: Distributed, tensors: dict[str, Tensor]) -> tuple[list[Tensor], Any]:
     """Returns results of a function, and the gradients of first and second order."""
-    leaves = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
-    found = flat(getattr(functional, name)(**tensors, **options))
+    differentiated = [x for n, x in tensors.items() if x.is_floating_point() and n != case.frozen]
+    leaves = [x.requires_grad_() for x in differentiated]
+    found = flat(getattr(functional, case.name)(**tensors, **case.options))
     total = sum(x.square().sum() for x in found if x.requires_grad)
     gradients = torch.autograd.grad(total, leaves, retain_graph=True)
     again = torch.autograd.grad(total, leaves, create_graph=True)
@@ -478,8 +502,8 @@ def dtensors(process: Process, case: Distributed) -> None:
         cross_entropy(**tensors, **case.options)
         rows = whole["target"].numel()
         assert process.sent() == ([rows, 3 * rows], [])
-    found, gradients = outcome_of(case.name, tensors, case.options)
-    expected, exact = outcome_of(case.name, whole, case.options)
+    found, gradients = outcome_of(case, tensors)
+    expected, exact = outcome_of(case, whole)
     leaves = [x for x in tensors.values() if x.requires_grad] * 2
     assert [x.placements for x in gradients] == [x.placements for x in leaves]
     for result, value in zip([*found, *gradients], [*expected, *exact], strict=True):
@@ -511,8 +535,16 @@ def refused_dtensors(process: Process, case: None) -> None:
         assert explain(call.__name__, input, weight, target).reason == "linear_weight is a DTensor"
         error = error_of(lambda call=call: call(input, weight, target))
         assert "mixed torch.Tensor and DTensor" in error
-    rows = distribute(torch.randn(4, 5), 0)
-    assert explain("cross_entropy", rows, torch.arange(4)).reason == "input is a DTensor"
+    plain = logits, labels = torch.randn(4, 5), torch.arange(4)
+    for dim in (0, None):
+        rows, targets = (distribute(x, dim) for x in plain)
+        assert explain("cross_entropy", rows, targets).reason == "input is a DTensor"
+        loss, expected = cross_entropy(rows.requires_grad_(), targets), cross_entropy(*plain)
+        torch.testing.assert_close(loss.full_tensor(), expected)
+        (gradient,) = torch.autograd.grad(loss, rows)
+        (exact,) = torch.autograd.grad(cross_entropy(logits.requires_grad_(), labels), logits)
+        torch.testing.assert_close(gradient.full_tensor(), exact)
+        logits.requires_grad_(False)
 
 
 @check(none="none", mean="mean")
@@ -603,4 +635,3 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_debug_level", lambda: dist.DebugLevel.INFO)
     with pytest.raises(RuntimeError, match="meta"):
         cross_entropy(logits, target, shard=VocabShard(0, 5))
-    assert gathered == [logits.device]
