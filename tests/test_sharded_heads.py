@@ -7,7 +7,6 @@ losses, the gradient of an input, parameters after the steps and collectives.
 from __future__ import annotations
 
 import contextlib
-import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -468,14 +467,6 @@ def test_wrapped_models_train_like_unconverted_ones(
         if "TP" not in name:
             order = sorted if schedule == "joint" else list  # the root is gathered later
             assert order(found.collectives) == order(found.expected_collectives)
-
-
-def test_a_unit_is_gathered_and_reduced_once(ranks: list[dict[Any, Compared]]) -> None:
-    rows = 2 * math.ceil(VOCABULARY / 2)
-    for found in (rank["unit, gathered once", "before", ""] for rank in ranks):
-        for names in (GATHERS, REDUCTIONS):
-            calls = [(name, rows * (FEATURES + 1)) for name in names]
-            assert sum(map(found.collectives.count, calls)) == STEPS - 1
 
 
 def test_tensor_parallel_heads_do_not_exchange_logits(ranks: list[dict[Any, Compared]]) -> None:
