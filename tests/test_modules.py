@@ -46,10 +46,7 @@ MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("Softmax", {"dim": 1}),
     "log_softmax": ("LogSoftmax", {"dim": 0}),
     **{op.name: (op.module, op.required) for op in ACTIVATIONS},
-    **{
-        f"{loss.id}_sum": (loss.op.module, loss.parameters | {"reduction": "sum"})
-        for loss in LOSSES
-    },
+    **{x.id + "_sum": (x.op.module, x.parameters | {"reduction": "sum"}) for x in LOSSES},
 }
 every_module = pytest.mark.parametrize(("name", "options"), MODULES.values(), ids=MODULES.keys())
 
@@ -217,18 +214,11 @@ def test_weights_move_with_the_module(name: str) -> None:
         assert getattr(module.to("meta"), name).is_meta
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        x.module
-        for n, x in OPERATORS.items()
-        if "reduce" in parameters(getattr(fused_functional, n))
-    ],
-)
-def test_legacy_arguments(name: str) -> None:
-    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
-        module = getattr(fused, name)(size_average=False)
-    assert module.reduction == "sum"
+def test_legacy_arguments() -> None:
+    for name, op in OPERATORS.items():
+        if "reduce" in parameters(getattr(fused_functional, name)):
+            with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+                assert getattr(fused, op.module)(size_average=False).reduction == "sum"
 
 
 @pytest.mark.parametrize("kind", ["function", "module"])
