@@ -210,12 +210,18 @@ def test_other_errors_pass_through(
                 call(X)
 
 
+WARNS = [
+    *(F.softmax, F.log_softmax, nn.Softmax(), nn.LogSoftmax()),  # dim is missing
+    lambda x: F.kl_div(x, x.exp()),  # the mean of all elements
+    lambda x: F.mse_loss(x, x[:, :1], weight=x),  # shapes differ
+    lambda x: F.l1_loss(x, x[:, :1].long()),
+]
+
+
 @as_users_run_it
-@pytest.mark.parametrize("call", [F.softmax, F.log_softmax, nn.Softmax(), nn.LogSoftmax()])
+@pytest.mark.parametrize("call", WARNS)
 @pytest.mark.parametrize("rows", [5, 4000])
-def test_the_warning_about_a_missing_dim_names_the_same_line_as_in_torch(
-    call: Any, rows: int
-) -> None:
+def test_warnings_name_the_same_line_as_in_torch(call: Any, rows: int) -> None:
     x = torch.zeros(rows, 500)
     lines = []
     for context in (contextlib.nullcontext(), pyfused.patch()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from types import FunctionType
@@ -11,9 +12,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyfused.dispatch import reasons
 from pyfused.torch_internals import trace_instead
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Warnings:
+    """Python's ``warnings`` for copies of torch's functions: a warning names the user's line."""
+
+    @staticmethod
+    def warn(message: str, category: Any = None, stacklevel: int = 1) -> None:  # noqa: ARG004
+        warnings.warn(message, category, reasons.stacklevel())
 
 
 @cache
@@ -26,7 +36,10 @@ def original(function: Callable[..., Any]) -> Callable[..., Tensor]:
     """
     if not isinstance(function, FunctionType):
         return function
-    copy = _copied(function, function.__globals__)
+    names = function.__globals__
+    if "warnings" in function.__code__.co_names:
+        names = names | {"warnings": _Warnings}
+    copy = _copied(function, names)
     # The compiler puts torch's functions into graphs, but it would trace the copy.
     trace_instead(copy, function)
     return copy
