@@ -412,17 +412,19 @@ def test_saved_tensor_hooks(example: Example) -> None:
         packed.append(tensor.detach().clone())
         return len(packed) - 1
 
-    def unpack(index: int) -> Tensor:
+    def transposed(index: int) -> Tensor:
         found = packed[index].clone()
         return found.t().contiguous().t() if found.dim() == 2 else found
 
-    with saved_tensors_hooks(pack, unpack):
-        value = call.ours()
-    for _ in range(2):
-        close(
-            torch.autograd.grad(value, [*call.leaves.values()], above(value), retain_graph=True),
-            expected,
-        )
+    def with_gaps(index: int) -> Tensor:
+        return torch.stack([packed[index]] * 2, -1)[..., 0]
+
+    leaves = [*call.leaves.values()]
+    for unpack in (transposed, with_gaps):
+        with saved_tensors_hooks(pack, unpack):
+            value = call.ours()
+        for retain_graph in (True, False):
+            close(torch.autograd.grad(value, leaves, above(value), retain_graph), expected)
     with save_on_cpu():
         close(gradients(call), expected)
 
@@ -576,6 +578,14 @@ def test_double_backward(example: Example) -> None:
         return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
 
     assert_alike(second)
+
+
+@every_operator
+def test_gradients_with_create_graph_require_grad(example: Example) -> None:
+    """Constant gradients, too, as in torch: their derivative is 0."""
+    call = example.call()
+    gradients = torch.autograd.grad(call.ours().sum(), [*call.leaves.values()], create_graph=True)
+    assert all(gradient.requires_grad for gradient in gradients)
 
 
 @every_example

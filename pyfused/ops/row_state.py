@@ -125,7 +125,9 @@ class LogitRows:
             copies = rows.data_ptr() != logits.data_ptr()
             prepared = self.launches[key] = launch, rows is not logits, copies
         launch, views, copies = prepared
-        target, state = target.contiguous(), state.contiguous()  # hooks may have changed them
+        # Hooks for saved tensors may have changed their layouts.
+        target, state = target.contiguous(), state.contiguous()
+        weight = None if weight is None else weight.contiguous()
         if not views:
             return (launch(numbers, logits, target, weight, state, grad_results),)
         rows, dim = as_rows(logits), min(logits.dim() - 1, 1)
