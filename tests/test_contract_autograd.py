@@ -217,7 +217,14 @@ def test_inference_tensors_among_the_arguments(example: Example) -> None:
         assert str(error) == str(of_torch_too.value)  # noqa: PT017
         return
     (expected, *_) = gradients(call, of_torch, torch.tensor(1.0))
-    close(torch.autograd.grad(value, call.leaves[first])[0], expected)
+    leaf = call.leaves[first]
+    close(torch.autograd.grad(value, leaf, retain_graph=True)[0], expected)
+    try:
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    except RuntimeError as error:  # no copy was saved, because backward reads only the gradients
+        assert "expected operands created outside of inference mode" in str(error)  # noqa: PT017
+    else:
+        close(gradient, expected)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,9 @@ import torch
 from catalogue import EXAMPLES
 from catalogue import TORCH as F
 from samples import FIRST, Loss
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointError
 from torch_reference import torch_function
 
 import pyfused
@@ -458,3 +461,20 @@ def test_code_whose_globals_have_no_name(code: str, monkeypatch: pytest.MonkeyPa
         outcomes.append([str(each) for each in seen])
     assert outcomes[0] == outcomes[1]
     assert bool(outcomes[0]) == (code != WARNING_OR_FAILING["a formula"])
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, CheckpointError])
+def test_errors_with_other_causes_are_not_explained(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checking the arguments might allocate memory, or synchronise a GPU."""
+
+    def fail(*_: Any) -> Tensor:
+        raise kind("of a hook")
+
+    checked: list[Any] = []
+    monkeypatch.setattr(OPERATORS["mse_loss"], "check", checked.append)
+    x = torch.ones(3, requires_grad=True)
+    with saved_tensors_hooks(fail, fail), pytest.raises(kind, match=r"^of a hook$"):
+        fused.mse_loss(x, X.flatten()[:3])
+    assert not checked
