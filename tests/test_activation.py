@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from compare import DEVICE, FLOATS
@@ -66,10 +67,12 @@ def test_nan_infinities_and_signed_zeros(op: Activation, dtype: torch.dtype, rep
         tolerance = {"rtol": 2 * eps, "atol": 16 * eps * normal}  # softcap scales a rounding error
         rounded_to_zero = (got == 0) & (expected == 0) & (x != 0)  # either sign
         got = got.where(~rounded_to_zero, expected)
+    subnormal = (expected != 0) & (expected.abs() < torch.finfo(dtype).tiny)
     if op.name in ("softcap", "elu", "selu", "celu"):
-        subnormal = (expected != 0) & (expected.abs() < torch.finfo(dtype).tiny)
         largest = expected.abs() + torch.finfo(dtype).tiny * torch.finfo(dtype).eps
         assert (got.abs() <= largest)[subnormal].all()  # may be flushed to 0
+        got = got.where(~subnormal, expected)
+    if interpreter.ON and dtype is torch.bfloat16:  # Triton's interpreter rounds them wrongly
         got = got.where(~subnormal, expected)
     if DEVICE != "cpu" and op.name == "relu":  # torch's relu(-0.0) is 0.0 on GPUs
         got = got + 0.0

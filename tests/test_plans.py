@@ -26,6 +26,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.plan import Plan
+from pyfused.ops.operators import OPERATORS
 from pyfused.types import NUMBER
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
@@ -199,6 +200,10 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls_of(range(20, 320)) - calls_of(range(1, 20)) < 1 << 16
     finally:
         tracemalloc.stop()
+    plans = OPERATORS["mse_loss"].plans
+    newest = [*plans][-1]
+    calls_of(range(320, 320 + dispatch.MOST_PLANS // 2))
+    assert newest in plans  # a full cache drops its older half
 
 
 # ---- overhead of a call --------------------------------------------------------------------------
