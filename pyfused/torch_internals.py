@@ -44,7 +44,6 @@ is_functorch_wrapped: Callable[[Tensor], bool] = _required(
 )
 is_batched: Callable[[Tensor], bool] = _required("torch._C._functorch.is_legacy_batchedtensor")
 is_zero_tensor: Callable[[Tensor], bool] = _required("torch.Tensor._is_zerotensor")
-is_view: Callable[[Tensor], bool] = _required("torch.Tensor._is_view")
 # Named dimensions, which torch 2.13 has removed.
 has_names: Callable[[Tensor], bool] = getattr(torch.Tensor, "has_names", is_zero_tensor)
 # These two are documented in torch's notes "Extending PyTorch".
@@ -136,20 +135,6 @@ def saved_tensors_from(ctx: Any, first: int) -> list[Any]:
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )
-
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: 0)
-_profiler_is_on: Callable[[], bool] = getattr(torch._C._autograd, "_profiler_enabled", lambda: True)
-
-
-def is_observed() -> bool:
-    """Returns whether repeating a call would have visible effects, for example in a profile."""
-    return (
-        _graph_task() != -1  # a backward pass is running
-        or saved_tensors_hooks(True) is not None
-        or torch.is_anomaly_enabled()
-        or _profiler_is_on()
-    )
-
 
 # If a mode makes a call fall back to torch in the forward pass of a checkpoint, the recomputation,
 # which runs without the mode, also falls back, because it must save the same tensors.

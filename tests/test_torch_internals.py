@@ -59,7 +59,6 @@ def test_missing_optional_attribute(owner: str, name: str, monkeypatch: pytest.M
     assert other.MISSING is None
     assert other.active_mode() is None
     assert other.graph_is_retained() in (False, True)
-    assert other.is_observed() in (False, True)
     assert other.has_amx() in (False, True)
 
 

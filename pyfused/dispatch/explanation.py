@@ -41,13 +41,12 @@ class Explanation(NamedTuple):
 
 def path_of(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Explanation:
     """Returns the path that :func:`pyfused.dispatch.run.run` would choose for a call."""
-    arguments = op.arguments_of(tensors, numbers, case)
-    is_left = not is_dynamo_compiling() and is_small(op, tensors, case)
-    if is_left:
+    if not is_dynamo_compiling() and is_small(op, tensors, case):
         return Explanation(op.name, "torch", why_small(op, tensors, case))
     reason = fallback_reason(op, tensors, numbers, case)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
+    arguments = op.arguments_of(tensors, numbers, case)
     plain = op.local_shard_of(arguments) is None
     return by_kernel(op.name, tensors[0], op.strategy_of(arguments) if plain else BY_SHARDS)
 
