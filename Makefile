@@ -44,7 +44,7 @@ formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the decl
 	$(MAKE) build
 
 test: $(BUILD) $(TOOLS) ## run the tests of the library (PYTEST_ARGS="-k relu" selects some)
-	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/test_completeness.py
+	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/contract/test_completeness.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/repo $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected
 
@@ -114,7 +114,7 @@ lint: $(TOOLS) ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp tests/*.cpp
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp tests/kernels/*.cpp
 	printf '%s\n' csrc/*.cpp | xargs -P 2 -I{} $(BIN)/clang-tidy --quiet {} -- $(TIDY_FLAGS)
 
 TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf16c) \
@@ -143,10 +143,10 @@ sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the k
 		|| { echo 'The sanitizer missed an overrun: the kernels are not instrumented'; exit 1; }
 	@$(SANITIZED) -c '$(AFTER_FREE)' 2>&1 | grep -q use-after-poison \
 		|| { echo 'The sanitizer missed a use after free: free blocks are not poisoned'; exit 1; }
-	$(SANITIZED) -m pytest -n 2 --dist loadfile $(CHECKED:%=$(CURDIR)/tests/test_%.py) \
-		--deselect tests/test_softmax.py::test_as_accurate_as_torch $(PYTEST_ARGS)
+	$(SANITIZED) -m pytest -n 2 --dist loadfile $(wildcard $(CHECKED:%=$(CURDIR)/tests/*/test_%.py)) \
+		--deselect tests/ops/test_softmax.py::test_as_accurate_as_torch $(PYTEST_ARGS)
 	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp-simd -fsanitize=thread -I$(CURDIR)/csrc \
-		-c $(CURDIR)/tests/threads.cpp $(filter-out %/bindings.cpp,$(wildcard $(CURDIR)/csrc/*.cpp))
+		-c $(CURDIR)/tests/kernels/threads.cpp $(filter-out %/bindings.cpp,$(wildcard $(CURDIR)/csrc/*.cpp))
 	$(CXX) -fsanitize=thread -rdynamic $(SANITIZE)/*.o -ldl -lpthread -o $(SANITIZE)/threads
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads
 

@@ -20,7 +20,7 @@
 //   load            every value of T                 exact
 //   store           every value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
 //
-// NaN stays NaN. tests/test_vec.py measures these errors.
+// NaN stays NaN. tests/kernels/test_vec.py measures these errors.
 #pragma once
 
 #include <cmath>

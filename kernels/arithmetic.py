@@ -3,7 +3,7 @@
 Errors are in units in the last place (ULP) of float32; float64 uses Triton's functions. EXACT is
 False if the result is rounded to half precision, for which a relative error of 2e-5 suffices.
 
-torch: the functions of the same names (tests/test_arithmetic.py compares with them in float64)
+torch: the functions of the same names (test_arithmetic.py compares with them in float64)
 """
 
 from __future__ import annotations

@@ -16,16 +16,17 @@ from shared import SHARED
 from pyfused import backends
 
 ON = backends.FORCED == "triton"
+TESTS = Path(__file__).parent
 # Files whose tests all run interpreted; other files of SHARED run tests marked `interpreted`.
 WHOLE = (
-    *("test_contract.py", "test_fuzz.py", "test_totals.py"),
+    *("test_values.py", "test_fuzz.py", "test_totals.py"),
     *("test_arithmetic.py", "test_backends.py", "test_formula.py", "test_gated.py"),
 )
 # Files that do not apply to every backend.
 OTHERS = sorted(
-    path.name
-    for path in Path(__file__).parent.iterdir()
-    if (path.name.startswith("test_") or path.is_dir()) and path.name not in SHARED
+    path
+    for path in (each.relative_to(TESTS).as_posix() for each in TESTS.rglob("test_*.py"))
+    if path not in SHARED
 )
 
 

@@ -21,7 +21,7 @@ from pyfused.backends import cpu
 
 TESTS = Path(__file__).parent
 PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel metrics distributed"
-KERNELS = """accuracy activation contract class_losses cross_entropy cross_entropy_options formula
+KERNELS = """accuracy activation values class_losses cross_entropy cross_entropy_options formula
     inplace log_probs margin metrics pointwise_loss softmax"""
 COMPILED = "compile"
 THREADS = "threads parallel processes recycle distributed training"
@@ -79,7 +79,7 @@ def run(variables: dict[str, str], files: list[str], arguments: list[str], folde
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
     if "MKL_CBWR" in variables and sys.platform == "linux":
         environment["LD_PRELOAD"] = intels_code(folder)
-    paths = [str(TESTS / f"test_{name}.py") for name in files]
+    paths = [str(path) for name in files for path in TESTS.rglob(f"test_{name}.py")]
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
     rc = subprocess.run([*pytest, *paths, *arguments], env=environment, check=False).returncode
     return rc in (0, 5)  # 5: no tests selected

@@ -48,7 +48,7 @@ from pyfused.formula_compiler.trace import expressions_of, gradients_of
 from pyfused.ops.elementwise import kernels
 from pyfused.types import Outputs
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import formulas
 from formulas import FORMULAS, charbonnier, mish, wing
 

@@ -40,7 +40,7 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def examples_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "disabled", True)
 
@@ -497,7 +497,7 @@ def test_a_compiled_model_that_creates_its_loss_module_warns(name: str) -> None:
 
 def test_every_causal_language_model_of_the_list() -> None:
     """The page's list of supported models is correct, and gradients are equal."""
-    page = (Path(__file__).parents[1] / "docs" / "causal-language-models.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "causal-language-models.md").read_text()
     listed = {
         name: reason.strip()
         for name, reason in re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)

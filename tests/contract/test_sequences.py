@@ -1,7 +1,7 @@
 """Random sequences of calls that share a few layouts, but nothing else, compared with torch.
 
 Plans are cached across calls, so a plan that wrongly keeps state of an earlier call gives wrong
-results. ``python tests/test_sequences.py 100000`` runs 100,000 calls.
+results. ``python tests/contract/test_sequences.py 100000`` runs 100,000 calls.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ def test_a_default_device_keeps_kernels_enabled(
 
 
 @every_operator
-@pytest.mark.parametrize("mode", ["real", "fake"])  # test_contract_compile.py: symbolic
+@pytest.mark.parametrize("mode", ["real", "fake"])  # test_compiled_calls.py: symbolic
 def test_make_fx_leaves_no_constants(example: Example, mode: str) -> None:
     ours, of_torch, x = steps(example)
     if mode == "real" and example.op is LINEAR_TOPK_KL_DIV:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from catalogue import Call, Example, every_family, every_operator
 from compare import evaluate
-from test_contract_torch import steps
+from test_torch_modes import steps
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F

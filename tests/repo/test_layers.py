@@ -24,7 +24,7 @@ LAYERS = (  # each layer may import from itself and from earlier layers
     ("__main__",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def imports(in_functions: bool) -> dict[str, set[str]]:

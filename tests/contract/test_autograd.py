@@ -103,7 +103,7 @@ def test_backward_twice_through_a_retained_graph(example: Example, dtype: torch.
     value = call.ours()
     grad_output = above(value)
     before, first = grad_output.clone(), None
-    if dtype is torch.float32:  # test_contract.py checks other dtypes
+    if dtype is torch.float32:  # test_values.py checks other dtypes
         first = gradients(call, of_torch)
     for _ in range(3):
         found = torch.autograd.grad(value, [*call.leaves.values()], grad_output, retain_graph=True)

@@ -14,7 +14,7 @@ from processes import python
 
 from pyfused.backends import cpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPILERS = {
     name: [path] for name in ("g++", "clang++", "clang++-14") if (path := shutil.which(name))
 }
@@ -41,7 +41,7 @@ before = threads()
 
 def built(folder: Path, compiler: list[str], *flags: str) -> Path:
     library = folder / "parallel.so"
-    sources = ROOT / "tests/parallel.cpp", ROOT / "csrc/parallel.cpp"
+    sources = ROOT / "tests/kernels/parallel.cpp", ROOT / "csrc/parallel.cpp"
     command = [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{ROOT}/csrc", *sources]
     libraries = ["-ldl", "-lpthread"]
     subprocess.run([*command, *libraries, "-o", library, *flags], check=True, capture_output=True)
@@ -175,5 +175,11 @@ print(cpu.native.runtime_file == "", before == threads(), bool(total.isfinite())
 
 @pytest.mark.skipif("g++" not in COMPILERS, reason="needs g++")
 def test_the_program_for_the_thread_sanitizer_compiles() -> None:
-    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/csrc", ROOT / "tests/threads.cpp"]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{ROOT}/csrc",
+        ROOT / "tests/kernels/threads.cpp",
+    ]
     subprocess.run(command, check=True)

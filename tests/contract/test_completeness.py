@@ -21,7 +21,7 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 from pyfused.ops.vocab_operator import VocabOperator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs"))
 import gallery  # noqa: E402
 from entries import ENTRIES, GALLERY  # noqa: E402

@@ -1,8 +1,7 @@
 """Random calls of every operator, with any of its arguments, compared with torch in float64.
 
 Hypothesis draws options, shapes, strides, dtypes and values together, which covers combinations
-that other tests lack. `HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py` draws 5000 calls of
-each operator.
+that other tests lack. `HYPOTHESIS_PROFILE=search` draws 5000 calls of each operator.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from pyfused.backends import cpu
 
 from distutils.core import run_setup  # isort: skip  # setuptools provides it for Python 3.12 and later
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHUNK = 1 << 20  # inputs per call
 # The stride over float32 inputs; an odd one covers every pattern of the last bits.
 STRIDE = 61 if grid.FULL else 1999
@@ -31,7 +31,7 @@ Reference = Callable[[np.ndarray], np.ndarray]
 
 
 class Vec:
-    """tests/vec.cpp, compiled for one instruction set."""
+    """tests/kernels/vec.cpp, compiled for one instruction set."""
 
     def __init__(self, path: str) -> None:
         self.library = ctypes.CDLL(path)
@@ -54,7 +54,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         kernels.ext_modules = [
             Extension(
                 module.name.rpartition(".")[2],
-                ["tests/vec.cpp"],
+                ["tests/kernels/vec.cpp"],
                 include_dirs=["csrc"],
                 language="c++",
             )
