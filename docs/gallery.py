@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -200,15 +201,48 @@ def heads() -> Figure:
 
 
 def gpu() -> Figure:
-    """Draws time and peak memory of the same on an H100, and the speed-up of large losses."""
-    text = (H100 / "heads.md").read_text(encoding="utf-8")
-    cells = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines()]
-    rows = [row for row in cells if row[:2] == ["(8192, 1024, 151936)", "cross-entropy"]]
-    shown = ("torch", "torch.compile", "Liger", "cut-cross-entropy", "pyfused")
-    rows = sorted((r for r in rows if r[2] in shown), key=lambda row: shown.index(row[2]))
-    times, peaks = [float(row[5].split()[0]) for row in rows], [float(row[4]) for row in rows]
+    """Draws time and peak memory of the same on an H100, for the sizes of Llama 3 8B."""
+    ways = _gpu_heads()["cross-entropy"]["(8192, 4096, 128256)"]
+    shown = ["torch", "torch.compile", "Liger", "cut-cross-entropy", "pyfused"]
+    times = [ways[way][0] / ways["three products"][0] for way in shown]
+    peaks = [ways[way][1] for way in shown]
     panels = ("time / time of the matrix products", times), ("peak memory, GiB", peaks)
-    return _bars([row[2] for row in rows], panels)
+    return _bars(shown, panels)
+
+
+def curves() -> Figure:
+    """Draws the training of `make demo`'s GPT: losses, time of a step, and peak memory."""
+    rows = _of_cpus("demo")[-1]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    by_way = [[row for row in rows if row["way"] == way] for way in ways]
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    losses, times, peaks = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
+    for way, run, width in zip(ways, by_way, (5, 2.5, 1.2), strict=True):  # all remain visible
+        values = [float(row["loss"]) for row in run]
+        losses.plot(values, color=STYLES[way][0], linewidth=width, label=way)
+    losses.set_title("training loss", fontsize=10)
+    losses.set_xlabel("step", fontsize=9)
+    losses.legend(frameon=False, fontsize=9)
+    names = [way.replace(", ", ",\n") for way in ways]
+    bars = (
+        (times, "ms for a step", [median(float(row["step_ms"]) for row in run) for run in by_way]),
+        (peaks, "peak of the process, MiB", [float(run[-1]["peak_mib"]) for run in by_way]),
+    )
+    for axes, title, values in bars:
+        drawn = axes.bar(names, values, color=[STYLES[way][0] for way in ways])
+        axes.bar_label(drawn, [f"{value:,.0f}" for value in values], padding=3, fontsize=9)
+        axes.margins(y=0.15)
+        axes.set_title(title, fontsize=10)
+    return figure
+
+
+def curves_machine() -> str:
+    """Returns the caption of this picture."""
+    (row, *_) = _of_cpus("demo")[-1]
+    return (
+        f"*`make demo`: a GPT of 4 layers and {int(row['classes']):,} classes, trained with torch,"
+        f" `pyfused.functional`, and its `linear_cross_entropy`. {_short(row['machine'])}*"
+    )
 
 
 def _bars(names: list[str], panels: Any) -> Figure:
@@ -236,7 +270,8 @@ def _with_grid(figure: Figure) -> Figure:
 def _of_cpus(name: str) -> list[list[dict[str, str]]]:
     """Returns the tables of CPUs in files of this name, the newest last."""
     files = [file for file in report.RESULTS.glob(f"*/{name}.csv") if file.parent != H100]
-    return sorted(map(report.read_csv, files), key=lambda table: _date(table[0]["machine"]))
+    tables = map(report.read_csv, sorted(files))
+    return sorted(tables, key=lambda table: (_date(table[0]["machine"]), len(table)))
 
 
 def _date(machine: str) -> str:
@@ -441,20 +476,20 @@ PEERS = {
 }
 
 
-def _losses() -> tuple[str, dict[str, list[float]]]:
-    """Returns the newest machine, and its ratios of large losses over each peer."""
+def _losses() -> tuple[str, dict[str, list[float]], list[int]]:
+    """Returns the newest machine, its ratios of large losses over each peer, and their sizes."""
     table = _of_cpus("results")[-1]
     rows = [row for row in map(report.row_of, table) if row.op in OPERATORS]
     rows = [row for row in rows if row.headline and row.mode == "forward+backward"]
     rows = [row for row in rows if row.op.endswith(("loss", "entropy", "kl_div", "logits"))]
     each = {peer: [row.peers[peer] for row in rows if peer in row.peers] for peer in PEERS}
     ratios = {peer: [known.ratio[1] for known in each[peer]] for peer in PEERS}
-    return table[0]["machine"], ratios
+    return table[0]["machine"], ratios, [row.elements for row in rows]
 
 
 def headline() -> str:
     """Returns the speed-up of the headline losses over each way to run torch, on CPUs."""
-    machine, ratios = _losses()
+    machine, ratios, _ = _losses()
     lines = [[name, *_middle_and_range(ratios[peer])] for peer, name in PEERS.items()]
     table = report.tabulated(["compared with", "median", "range"], lines, names=1)
     counted = f"{len(ratios['torch'])} large losses, forward and backward, on"
@@ -464,40 +499,181 @@ def headline() -> str:
 def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
     if not ratios:
         return "n/a", ""
-    middle, low, high = (
-        f"{x:.1f}" if x < 10 else f"{x:.0f}" for x in (median(ratios), min(ratios), max(ratios))
-    )
-    return middle, f"{low} to {high}"
+    middle = median(ratios)
+    return f"{middle:.1f}" if middle < 10 else f"{middle:.0f}", _range(ratios)
 
 
 def summary() -> str:
-    """Returns the table at the top of README.md."""
-    _, on_cpu = _losses()
-    text = (H100 / "large.md").read_text(encoding="utf-8")
-    cells = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][2:]
+    """Returns the table of large losses in README.md, with the sizes of its calls."""
+    _, on_cpu, of_cpu = _losses()
+    _, *cells = _markdown_rows("large")
     on_gpu = {"torch": [float(row[2]) for row in cells], "torch, THP": []}
-    on_gpu["torch.compile"] = [float(row[3]) for row in cells if row[3].strip()]
+    on_gpu["torch.compile"] = [float(row[3]) for row in cells if row[3]]
     lines = []
-    for name, ratios in (("CPU, 2 threads", on_cpu), ("H100", on_gpu)):
+    for place, ratios in (("a CPU, 2 threads", on_cpu), ("an H100", on_gpu)):
         spreads = ("{} ({})".format(*_middle_and_range(ratios[peer])) for peer in PEERS)
         each = [text.replace("n/a ()", "n/a") for text in spreads]
-        lines.append([f"{len(ratios['torch'])} large losses, {name}", *each])
-    for table in _of_cpus("steps"):
-        rows = [row for row in table if row["model"] == "GPT-2 small" and row["dtype"] == "float32"]
-        ways = {row["way"]: [float(row[name]) for name in steps.RATIO] for row in rows}
-        if "linear_cross_entropy" in ways:
-            low, middle, high = ways["linear_cross_entropy"]
-            over_compiled = middle / ways["torch.compile"][1]
-            cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})", "n/a", f"{over_compiled:.2f}"]
-            lines.append(["a training step of GPT-2 small, CPU", *cells])
+        lines.append([f"{len(ratios['torch'])} losses on {place}", *each])
     columns = ["times as fast as", *PEERS.values()]
-    return report.tabulated(columns, lines, names=1)
+    shapes = [re.findall(r"\(([\d, ]+)( M)?\)", row[0])[0] for row in cells]
+    of_gpu = [math.prod(map(int, shape.split(","))) << 20 * bool(m) for shape, m in shapes]
+    sizes = [f"{min(x) / 1e6:.1f} to {max(x) / 1e6:.0f}" for x in (of_cpu, of_gpu)]
+    return (
+        f"{report.tabulated(columns, lines, names=1)}\n\n"
+        "*Medians and ranges, forward and backward. Large are inputs of"
+        f" {sizes[0]} million elements on the CPU, and of {sizes[1]} million on the H100.*"
+    )
+
+
+BY_MODEL = {
+    "patch": "`patch`",
+    "convert": "`convert`",
+    "linear_cross_entropy": "`linear_cross_entropy`",
+    "torch.compile": "`torch.compile`",
+    "convert, torch.compile": "`convert`, then `torch.compile`",
+}
+
+
+def _steps() -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the newest training steps of each model, dtype and machine, by way."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for table in (*_of_cpus("steps"), report.read_csv(H100 / "steps.csv")):
+        newer: dict[str, dict[str, dict[str, str]]] = {}
+        for row in table:
+            gpu = ", H100" if row["machine"].startswith("NVIDIA") else ""
+            name = f"{row['model']}, {row['dtype']}, {row['batch']}{gpu}"
+            newer.setdefault(name, {})[row["way"]] = row
+        found |= newer
+    return found
+
+
+def by_model() -> str:
+    """Returns the table of training steps in README.md."""
+    lines = []
+    for name, rows in _steps().items():
+        ms = median(float(row["torch, ms"]) for row in rows.values())
+        cells = {way: f"{float(row[steps.RATIO[1]]):.2f}" for way, row in rows.items()}
+        eager = f"{ms:,.0f}" if ms > 100 else f"{ms:.3g}"
+        lines.append([name, eager, *(cells.get(way, "") for way in BY_MODEL)])
+    columns = ["training step of model, dtype, batch", "torch, ms", *BY_MODEL.values()]
+    machines = {_short(next(iter(rows.values()))["machine"]): None for rows in _steps().values()}
+    return (
+        f"{report.tabulated(columns, lines, names=1)}\n\n"
+        "*Times as fast as eager torch, medians. Empty cells: not measured, or no linear head."
+        f" {slower()} {' '.join(machines)}*"
+    )
+
+
+def slower() -> str:
+    """Returns a sentence with the ways whose steps are slower than torch's beyond the spread."""
+    named = []
+    for name, rows in _steps().items():
+        ways = [way for way in BY_MODEL if way in rows and float(rows[way][steps.RATIO[2]]) < 1]
+        if ways:
+            named.append(f"{', '.join(BY_MODEL[way] for way in ways)} for {name.partition(',')[0]}")
+    return f"Slower than eager torch, with an upper quartile below 1: {'; '.join(named) or 'none'}."
+
+
+def _short(machine: str) -> str:
+    """Returns processor, threads, version of torch and date of a machine's description."""
+    words = re.split("[,;] ", machine)
+    kept = [words[0], *(w for w in words[1:] if re.match(r"\d+ threads|torch |\d{4}-|revision", w))]
+    return f"{', '.join(kept)}."
+
+
+def _markdown_rows(name: str) -> list[list[str]]:
+    """Returns the rows of a table of the H100, its heading first."""
+    lines = (H100 / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")]
+    return [rows[0], *rows[2:]]
+
+
+def gpu_table(name: str) -> str:
+    """Returns a table of the H100, without its column of checks."""
+    columns, *rows = _markdown_rows(name)
+    shown = [i for i, column in enumerate(columns) if column]
+    table = [[row[i] for i in shown] for row in rows]
+    return report.tabulated([columns[i] for i in shown], table, names=1)
+
+
+def _gpu_heads() -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
+    """Returns milliseconds and GiB, by loss, sizes and implementation."""
+    found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for sizes, loss, way, ms, gib, *_ in _markdown_rows("heads")[1:]:
+        found.setdefault(loss, {}).setdefault(sizes, {})[way] = float(ms), float(gib)
+    return found
+
+
+GPU_HEADS = {
+    "three products": "three products",
+    "pyfused": "pyfused",
+    "torch": "torch",
+    "torch.compile": "`torch.compile`",
+    "pyfused's cross_entropy, torch.compile": "`F.cross_entropy`, compiled",
+    "Liger": "Liger",
+    "cut-cross-entropy": "cut-cross-entropy",
+}
+
+
+def gpu_heads() -> str:
+    """Returns the table of heads with cross-entropy on the H100."""
+    lines = [
+        [sizes, *(f"{ways[way][0]:.3g} ms, {ways[way][1]:.2f} GiB" for way in GPU_HEADS)]
+        for sizes, ways in _gpu_heads()["cross-entropy"].items()
+    ]
+    return report.tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
+
+
+def gpu_steps() -> str:
+    """Returns a sentence with the training steps on the H100."""
+    rows = report.read_csv(H100 / "steps.csv")
+    (first, *_) = rows
+    each = [("eager torch", first["torch, ms"], first["torch, peak"])]
+    each += [(f"`{row['way']}`", row["ms"], row["peak"]) for row in rows]
+    lines = [[way, f"{float(ms):.1f}", f"{int(peak) / 2**30:.1f}"] for way, ms, peak in each]
+    title = f"{first['model']}, {first['batch']} {first['unit']}, {first['dtype']} autocast, AdamW"
+    return report.tabulated([f"a training step of {title}", "ms", "GiB"], lines, names=1)
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(f"{x:.1f}" if x < 10 else f"{x:.0f}" for x in (min(values), max(values)))
+
+
+def gpu_summary() -> str:
+    """Returns the gain of losses, heads and steps on the H100, in sentences."""
+    sentences = []
+    losses = _markdown_rows("large")[1:]
+    for title, chosen in (
+        ("`cross_entropy` of 268 million logits is", True),
+        ("Other losses of 67 million elements are", False),
+    ):
+        rows = [row for row in losses if row[0].startswith("cross_entropy") == chosen]
+        eager, compiled = (_range([float(row[column]) for row in rows]) for column in (2, 3))
+        sentences.append(
+            f"{title} {eager} times as fast as eager torch, {compiled} times as compiled."
+        )
+    heads = _gpu_heads()
+    for title, loss in (
+        ("Heads with cross-entropy", "cross-entropy"),
+        ("Log-probabilities of heads", "log-probabilities"),
+        ("KL divergences of heads", "KL divergence"),
+    ):
+        for way, name in (("torch", "eager torch"), ("torch.compile", "compiled torch")):
+            pairs = [(ways[way], ways["pyfused"]) for ways in heads[loss].values() if way in ways]
+            if pairs:
+                times = _range([theirs[0] / ours[0] for theirs, ours in pairs])
+                memory = [ours[1] / theirs[1] for theirs, ours in pairs]
+                sentences.append(
+                    f"{title}: {times} times as fast as {name}, with {min(memory):.2f} to"
+                    f" {max(memory):.2f} of the memory."
+                )
+    return "On an H100, forward and backward:\n\n" + "\n".join(f"- {each}" for each in sentences)
 
 
 def training_steps() -> str:
     """Returns the tables of training steps, one for each CPU."""
-    tables = _of_cpus("steps")
-    return "\n\n".join(f"{rows[0]['machine']}.\n\n{steps.table(rows)}" for rows in tables)
+    tables = [f"{rows[0]['machine']}.\n\n{steps.table(rows)}" for rows in _of_cpus("steps")]
+    return "\n\n".join([slower(), *tables])
 
 
 def memory() -> str:
@@ -529,10 +705,24 @@ WRITTEN = {
     "sizes": sizes,
     "headline": headline,
     "summary": summary,
+    "by model": by_model,
+    "gpu losses": lambda: gpu_table("large"),
+    "gpu kernels": lambda: gpu_table("kernels"),
+    "gpu heads": gpu_heads,
+    "gpu steps": gpu_steps,
+    "gpu summary": gpu_summary,
+    "curves machine": curves_machine,
     "training steps": training_steps,
     "memory": memory,
 }
-DRAWN = {"ratios": ratios, "gain": gain, "formulas": formulas, "heads": heads, "gpu": gpu}
+DRAWN = {
+    "ratios": ratios,
+    "gain": gain,
+    "formulas": formulas,
+    "heads": heads,
+    "gpu": gpu,
+    "curves": curves,
+}
 PART = re.compile(r"(?s)(<!-- written: ([\w ]+) -->\n).*?(?=<!-- end -->)")
 PICTURE = re.compile(
     r'(?s)<picture>\s*<source[^>]*srcset="(.*?)">\s*<img alt="(.*?)" src="(.*?)">\s*</picture>'
