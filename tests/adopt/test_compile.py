@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -40,13 +36,9 @@ def lacks_2_11(feature: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(torch.__version__ < "2.12", reason=f"torch 2.11 lacks {feature}")
 
 
-lacks_linear_cross_entropy = pytest.mark.skipif(
-    not hasattr(nn.functional, "linear_cross_entropy"), reason="this torch lacks the function"
-)
 N, C = 12, 7
 INDICES = torch.arange(N) % C
 SOFT = torch.linspace(-2, 2, N * C).view(N, C).softmax(1)
-WEIGHT = torch.linspace(0.5, 1.5, C)
 close = torch.testing.assert_close
 Step = Callable[[Any, Tensor], Tensor]
 
@@ -201,28 +193,6 @@ def test_the_first_compiled_call_of_a_process() -> None:
 # ---- cross-entropy -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
-def test_metrics_of_log_probs(op: str, graphs: Graphs) -> None:
-    """The metrics come from the same operator as the other results, and have no gradient."""
-    target = INDICES.where(INDICES > 1, -100)
-    tensors = {"logits": torch.randn(N, C)}
-    if op == "linear_log_probs":
-        tensors = {"input": torch.randn(N, 3), "linear_weight": torch.randn(C, 3)}
-    leaves = [x.requires_grad_() for x in tensors.values()]
-
-    def step() -> Any:
-        function = getattr(fused, op)
-        return function(**tensors, target=target, return_entropy=True, return_metrics=True)
-
-    results = torch.compile(step, fullgraph=True, backend=graphs.backend)(), step()
-    assert torch.equal(*[x.is_top1 for x in results])
-    close(*[x.mean_logit for x in results])
-    assert not results[0].mean_logit.requires_grad
-    totals = [x.log_probability.sum() + x.entropy.sum() for x in results]
-    close(*[torch.autograd.grad(total, leaves) for total in totals])
-    assert graphs.operators == [op, f"{op}_backward"]
-
-
 GPU_CALLS: dict[str, tuple[int, Any, str | None]] = {
     "cross_entropy": (1 << 14, fused.cross_entropy, "cross_entropy"),
     "kl_div": (1 << 14, lambda x, _: fused.kl_div_with_logits(x, x), "kl_div_with_logits"),
@@ -301,43 +271,15 @@ def test_warnings_cause_no_graph_break(name: str, graphs: Graphs) -> None:
     assert not graphs.operators or name not in ("mean", "legacy")
 
 
-@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weight"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype: torch.dtype, weight: Tensor | None) -> None:
-    def step(functional: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return functional.cross_entropy(x, INDICES, weight)
+@pytest.mark.parametrize("op", sizes.LINEAR)
+def test_heads_with_float32_weights_under_autocast(op: str) -> None:
+    call = EXAMPLES[op].call(shape=(N, C))
 
-    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend="aot_eager")
-    x = torch.randn(N, C, dtype=dtype)
-    close(compiled(x), step(F, x))
-
-
-HEADS: dict[str, Callable[..., Tensor]] = {
-    "linear_cross_entropy": lambda x, w, b: fused.linear_cross_entropy(
-        x, w, INDICES, linear_bias=b
-    ),
-    "class weights": lambda x, w: fused.linear_cross_entropy(
-        x, w, INDICES, weight=torch.linspace(0.5, 1.5, C)
-    ),
-    "linear_kl_div": lambda x, w, b: fused.linear_kl_div(x, w, x + 1, w * 2, linear_bias=b),
-    "linear_topk_kl_div": lambda x, w, b: fused.linear_topk_kl_div(
-        x, w, INDICES[:, None], SOFT[:, :1].log(), linear_bias=b
-    ),
-    "linear_log_probs": lambda x, w, b: (
-        fused.linear_log_probs(x, w, INDICES, linear_bias=b).log_probability
-    ),
-}
-
-
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
-def test_heads_with_float32_weights_under_autocast(head: Callable[..., Tensor]) -> None:
     @torch.autocast("cpu", torch.bfloat16)
     def step(*tensors: Tensor) -> Tensor:
-        return head(*tensors)
+        return call.ours(**dict(zip(call.leaves, tensors, strict=True)))
 
-    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((N, C), (C, C), (C,))]
-    leaves = leaves[:2] if head is HEADS["class weights"] else leaves
+    leaves = [*call.leaves.values()]
     got = evaluate(torch.compile(step, fullgraph=True, backend="aot_eager"), *leaves)
     expected = evaluate(step, *leaves)
     close(got.value, expected.value, rtol=0.02, atol=0.02)
@@ -356,14 +298,6 @@ def test_function_transforms_use_torchs_function(transform: Any, graphs: Graphs)
     x = torch.randn(N, C)
     close(compiled(x), step(F, x))
     assert not graphs.operators
-
-
-def test_a_lazily_negated_input() -> None:
-    z = torch.randn(N, C, dtype=torch.complex64)
-    compiled = torch.compile(
-        lambda z: fused.cross_entropy(z.conj().imag, INDICES), fullgraph=True, backend="aot_eager"
-    )
-    close(compiled(z), F.cross_entropy(-z.imag, INDICES))
 
 
 # ---- calls without a custom operator -------------------------------------------------------------
@@ -403,14 +337,6 @@ def test_a_second_derivative_where_the_compiler_leaves_autograd_alone(op: str) -
     close(second(compiled), second(lambda x: step(F, x)))
 
 
-def test_gradients_of_both_operands() -> None:
-    x, target = torch.randn(N, C, requires_grad=True), TARGET.t().contiguous().t().requires_grad_()
-    compiled = torch.compile(fused.mse_loss, fullgraph=True, backend="aot_eager")
-    got, expected = evaluate(compiled, x, target), evaluate(F.mse_loss, x, target)
-    close(got.gradients, expected.gradients)
-    assert [g.stride() for g in got.gradients] == [x.stride(), target.stride()]
-
-
 @pytest.mark.parametrize("op", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"])
 def test_a_number_that_changes_between_calls(op: str) -> None:
     """Dynamo traces the second value as a symbol."""
@@ -433,15 +359,6 @@ def test_errors_of_values_in_compiled_calls() -> None:
         compiled(torch.rand(N, C, requires_grad=True), torch.full((N, C), 2.0))
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
-@pytest.mark.parametrize("name", ["log_probs", "kl_div_with_logits"])
-def test_errors_of_types_in_compiled_calls(name: str) -> None:
-    compiled = torch.compile(getattr(fused, name), backend="eager")
-    for arguments in (torch.randn(N, C), [1.0]), ([1.0], torch.randn(N, C)):
-        with pytest.raises(TypeError, match=": expected a Tensor, got list"):
-            compiled(*arguments)
-
-
 def test_inductor(kernel_calls: KernelCalls) -> None:
     model = nn.Linear(C, C)
 
@@ -453,76 +370,6 @@ def test_inductor(kernel_calls: KernelCalls) -> None:
     compiled = torch.compile(lambda x: step(fused, x), fullgraph=True)
     assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x), x))
     assert kernel_calls == {"mse_loss": 2, "smooth_l1_loss": 2}
-
-
-@pytest.mark.large
-def test_a_program_of_another_version_is_not_reused(tmp_path: Path) -> None:
-    """Inductor and AOTAutograd cache programs on disk, with keys that depend on their graphs."""
-    code = """
-        import torch
-        from importlib.machinery import SourceFileLoader
-
-        class Loader(SourceFileLoader):
-            def get_data(self, path):
-                return super().get_data(path).replace(b'__version__ = "', b'__version__ = "VERSION')
-
-        import importlib.util, sys
-        spec = importlib.util.find_spec("pyfused")
-        spec.loader = Loader(spec.name, spec.origin)
-        sys.modules["pyfused"] = pyfused = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(pyfused)
-        from pyfused.dispatch import sizes
-
-        sizes.COMPILED["cross_entropy"] = 0, 0
-        x, target = torch.linspace(-1, 1, 40).view(8, 5), torch.arange(8) % 5
-        torch.compile(pyfused.functional.cross_entropy)(x, target)
-        counters = torch._dynamo.utils.counters
-        hits = counters["inductor"]["fxgraph_cache_hit"]
-        print(pyfused.__version__, bool(hits + counters["aot_autograd"]["autograd_cache_hit"]))
-    """
-    caches = {
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
-    lines = []
-    for version in ("", "", "9."):
-        done = subprocess.run(
-            [sys.executable, "-c", dedent(code.replace("VERSION", version))],
-            env=os.environ | caches,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        lines.append(done.stdout.split()[-2:])
-    assert [hit for _, hit in lines] == ["False", "True", "False"]
-    assert lines[2][0] == f"9.{lines[0][0]}"
-
-
-# ---- patched code -------------------------------------------------------------------------------
-
-
-def patched_step(x: Tensor, target: Tensor) -> Tensor:
-    loss = nn.functional.cross_entropy(x.relu(), target)
-    return loss + torch.relu(x).sum() + F.mse_loss(x, F.relu(x))
-
-
-def operators_of_patched_step() -> set[str]:
-    graphs = Graphs()
-    torch.compiler.reset()
-    for rows in (5, 6, 7):
-        x, target = torch.randn(rows, 4, requires_grad=True), torch.ones(rows).long()
-        compiled = torch.compile(patched_step, fullgraph=True, backend=graphs.backend)
-        assert_same(evaluate(compiled, x, target), evaluate(patched_step, x, target))
-    return {*graphs.operators}
-
-
-def test_patched_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.COMPILED, "mse_loss", (sizes.NEVER, sizes.NEVER))
-    with pyfused.patch():
-        assert operators_of_patched_step() == {"cross_entropy", "cross_entropy_backward"}
-    assert not operators_of_patched_step()
 
 
 # ---- export -------------------------------------------------------------------------------------
@@ -552,22 +399,6 @@ def test_an_exported_program_needs_no_pyfused(strict: bool) -> None:
     for count in (2, 10):
         x, target = torch.randn(count, C), INDICES[:count]
         close(exported.module()(x, target), torchs_loss(model, x, target))
-
-
-class Head(nn.Module):
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.linear_cross_entropy(x, torch.ones(1000, 1), target)
-
-
-@lacks_linear_cross_entropy
-def test_the_warning_about_large_logits_limits_no_exported_program() -> None:
-    """Logits of 32 MiB or more warn, without a comparison of sizes in the program."""
-    rows = torch.export.Dim("rows")
-    example = torch.randn(N, 1), INDICES
-    with pyfused.patch():
-        exported = torch.export.export(Head(), example, dynamic_shapes=({0: rows}, {0: rows}))
-    large = torch.randn(9000, 1), torch.zeros(9000, dtype=torch.int64)
-    close(exported.module()(*large), Head()(*large))
 
 
 @pytest.mark.slow

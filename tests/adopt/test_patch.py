@@ -6,13 +6,11 @@ import contextlib
 import copy
 import inspect
 import itertools
-import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from operator import attrgetter
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
@@ -31,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyfused
 from pyfused import checks
 from pyfused.dispatch import reasons
-from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.torch_internals import dynamo_table
 
@@ -161,21 +158,6 @@ def test_a_failing_call_is_made_once(owner: Any, name: str) -> None:
     assert mode.calls == 1
 
 
-@as_users_run_it
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_explained_and_run(
-    approximate: str, requires_grad: bool, kernel_calls: KernelCalls
-) -> None:
-    """The size may depend on options that a built-in gets by keyword."""
-    x = torch.zeros(1 << 18, requires_grad=requires_grad)
-    explained = pyfused.explain(F.gelu, x, approximate=approximate)
-    with pyfused.patch():
-        F.gelu(x, approximate=approximate), F.gelu(input=x, approximate=approximate)
-        nn.GELU(approximate)(x)
-    assert kernel_calls.total() == 3 * (explained.backend == "cpu")
-
-
 def test_errors_of_checks_that_torch_does_not_raise_become_warnings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -232,50 +214,13 @@ def test_warnings_name_the_same_line_as_in_torch(call: Any, rows: int) -> None:
     assert lines[0] == lines[1] != []
 
 
-OVERWRITING = [
-    name for name in NAMES if "inplace" in inspect.signature(getattr(F, name)).parameters
-]
-
-
-@pytest.mark.parametrize("name", OVERWRITING)
-def test_inplace_may_be_any_object(name: str) -> None:
-    """torch uses its truth value, for example of an element of a tensor or array."""
-    call, required = getattr(F, name), OPERATORS[name].required
-    no_number = torch.tensor([1, 2])
-
-    def outcomes() -> list[Any]:
-        found: list[Any] = []
-        for inplace in (None, 0, 2, -1.5, "", "yes", [], [0], torch.tensor(1), no_number):
+@pytest.mark.parametrize("inplace", [None, 0, -1.5, "yes", [], [0], torch.tensor(1)])
+def test_inplace_may_be_any_object(inplace: Any) -> None:
+    """torch uses its truth value."""
+    for patch in (contextlib.nullcontext(), pyfused.patch()):
+        with patch:
             x = X.clone()
-            try:
-                y = call(x, *required.values(), inplace=inplace)
-                found += [y, x, y is x]
-            except Exception as error:
-                found += [type(error), str(error)]
-        return found
-
-    expected = outcomes()
-    with pyfused.patch():
-        got = outcomes()
-    for one, another in zip(got, expected, strict=True):
-        if isinstance(another, Tensor):
-            torch.testing.assert_close(one, another)
-        else:
-            assert one == another
-
-
-@pytest.mark.parametrize("name", OVERWRITING)
-def test_inplace_may_be_symbolic(name: str) -> None:
-    def step(x: Tensor, inplace: bool) -> Tensor:
-        return getattr(F, name)(x, **OPERATORS[name].required, inplace=inplace)
-
-    def graph() -> list[Any]:
-        nodes = torch.fx.symbolic_trace(step).graph.nodes
-        return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes]
-
-    expected = graph()
-    with pyfused.patch():
-        assert graph() == expected
+            assert (F.relu(x, inplace=inplace) is x) == bool(inplace)
 
 
 # ---- __torch_function__ --------------------------------------------------------------------------
@@ -424,74 +369,15 @@ def test_torch_function_receives_the_same_calls_as_without_patch(
         assert got[case] == (kind, pytest.approx(values, rel=1e-4, abs=1e-6), seen), case
 
 
-class WithTable(Tensor):
-    """A subclass that implements the torch functions in its table."""
-
-    seen: list[Any] = []  # noqa: RUF012
-    table: dict[Any, str] = {}  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.seen.append(func)
-        return cls.table.get(func, NotImplemented)
-
-
-def named(name: str) -> Any:
-    return attrgetter(name.removeprefix("torch."))(torch)
-
-
-OVERRIDABLE = {
-    name: max(1, len(inspect.signature(override).parameters))
-    for function, override in get_testing_overrides().items()
-    if (name := resolve_name(function)) and not name.endswith("__")
-}
-
-
-def reached() -> dict[str, tuple[list[Any], str]]:
-    """Returns the torch functions that a subclass with a table receives."""
-    found = {}
-    for name, most in OVERRIDABLE.items():
-        x = torch.ones(1).as_subclass(WithTable)
-        # Try until all required parameters are passed, as tensors or numbers.
-        for count, other in itertools.product(range(most), (x, 0)):
-            WithTable.seen.clear()
-            with contextlib.suppress(Exception):
-                result: Any = named(name)(x, *(other,) * count)
-                if isinstance(result, str):
-                    found[name] = list(WithTable.seen), result
-                    break
-    return found
-
-
-@as_users_run_it
-@pytest.mark.filterwarnings("ignore")
-def test_tables_of_torchs_functions_made_before_or_after_patching(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_tables_of_torchs_functions_made_before_or_after_patching() -> None:
     """Subclasses with ``__torch_function__`` look up the function that they receive."""
-
-    def table() -> dict[Any, str]:
-        return {named(name): name.rpartition(".")[-1] for name in OVERRIDABLE}
-
-    before = table()
-    monkeypatch.setattr(WithTable, "table", before)
-    expected = reached()
-    assert len(expected) > 900
-    assert {f"torch.{name}" for name in ("relu", "softmax", "Tensor.tanh")} <= expected.keys()
+    before = dict(zip(standing(), OWNERS, strict=True))
     with pyfused.patch():
-        while_patched = table()
-        for keys in (before, while_patched):
-            monkeypatch.setattr(WithTable, "table", keys)
-            got = reached()
-            assert got.keys() == expected.keys()
-            for name, (seen, result) in expected.items():
-                assert got[name][1] == result
-                assert got[name][0] == seen, name
-                for function, original in zip(got[name][0], seen, strict=True):
-                    replaced = getattr(Tensor, original.__name__, None)
-                    assert function is original or function is replaced, name
-        assert {resolve_name(named(name)) for name in expected} == {*expected}
-    assert reached().keys() == expected.keys()  # with the table made while patched
+        while_patched = dict(zip(standing(), OWNERS, strict=True))
+        assert [before[function] for function in standing()] == [*before.values()]
+        for function in TORCHS:
+            assert while_patched[function] == before[function]
+    assert [while_patched[function] for function in standing()] == [*before.values()]
 
 
 def test_a_built_in_stored_in_a_class_is_not_bound() -> None:
@@ -503,48 +389,15 @@ def test_a_built_in_stored_in_a_class_is_not_bound() -> None:
         assert torch.relu != torch.tanh
 
 
-@pytest.fixture
-def in_seconds() -> Iterator[None]:
-    """Ends a hang, for example of a function that calls itself through torch."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 class Forms(nn.Module):
-    """An operator called by all its names."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        module = getattr(nn, OPERATORS[name].module, None)
-        options = (1,) if "softmax" in name else (5, 5) if name == "linear_cross_entropy" else ()
-        self.required = tuple(OPERATORS[name].required.values())
-        self.module = module(*options, *self.required) if module else None
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        dim = (1,) if "softmax" in self.name else self.required
-        owners = [owner for owner, name in OWNERS if name == self.name]
-        results = [getattr(owner, self.name)(*tensors, *dim) for owner in owners]
-        if self.module:
-            of_module = tensors[::2] if self.name == "linear_cross_entropy" else tensors
-            results.append(self.module(*of_module))
-        return results
-
-
-class AllForms(nn.Module):
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.forms = nn.ModuleDict({name: Forms(name) for name in names})
+    """All operators called by all their names."""
 
     def forward(self, tensors: dict[str, tuple[Tensor, ...]]) -> list[Tensor]:
-        return [y for name, form in self.forms.items() for y in form(*tensors[name])]
+        options = {
+            name: (1,) if "softmax" in name else OPERATORS[name].required.values()
+            for name in tensors
+        }
+        return [getattr(o, n)(*tensors[n], *options[n]) for o, n in OWNERS if n in tensors]
 
 
 CANNOT = "gaussian_nll_loss"  # torch.export fails for torch's function
@@ -552,12 +405,11 @@ EXPORTED = sorted({name for _, name in OWNERS if name in OPERATORS} - {CANNOT})
 
 
 @as_users_run_it
-@pytest.mark.usefixtures("in_seconds")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_has_torchs_operators(strict: bool) -> None:
     names = BUILT_IN if strict else EXPORTED
-    model, tensors = AllForms(names), {name: tuple(tensors_of(name).values()) for name in names}
+    model, tensors = Forms(), {name: tuple(tensors_of(name).values()) for name in names}
 
     def exported() -> tuple[list[str], nn.Module]:
         program = torch.export.export(model, (tensors,), strict=strict)
@@ -676,7 +528,7 @@ def test_a_compiler_that_is_imported_while_patched() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(OPERATORS[n], Activation)])
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu"])
 def test_a_compiled_activation_is_named_by_torchs_function(name: str) -> None:
     """torch's graph passes search for this name in compiled and exported graphs."""
 
@@ -696,9 +548,6 @@ def test_a_compiled_activation_is_named_by_torchs_function(name: str) -> None:
         exported = torch.export.export(Model(), (X,), strict=True)
         return [*graphs, *[node.meta.get("source_fn_stack") for node in exported.graph.nodes]]
 
-    if name == "threshold":
-        pytest.skip("torch calls F._threshold, which the compiler does not name")
-
     expected = sources()
     with pyfused.patch():
         assert sources() == expected
@@ -717,26 +566,6 @@ def test_script_compiles_torchs_source() -> None:
         layer(X)
     torch.testing.assert_close(compiled(X), expected)
     torch.testing.assert_close(torch.jit.script(scripted)(X), expected)
-
-
-@pytest.mark.parametrize("fails", range(0, len(OWNERS), 4))
-def test_a_patch_that_fails_is_undone(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = sys.modules["pyfused.adopt.patch"]._SITES[fails]
-    put, failed = type(site).put, []
-
-    def fail_once(self: Any, function: Any) -> None:
-        if self is site and not failed:
-            failed.append(site)
-            raise KeyboardInterrupt
-        put(self, function)
-
-    monkeypatch.setattr(type(site), "put", fail_once)
-    with pytest.raises(KeyboardInterrupt):
-        pyfused.patch()
-    assert failed
-    assert not patched()
-    with pyfused.patch():
-        assert patched()
 
 
 def decorated() -> None:
@@ -795,24 +624,18 @@ def test_calls_and_nested_blocks() -> None:
     """Blocks nest, calls do not. unpatch() does not end a block, and a block ends no call."""
     for _ in range(2):
         pyfused.patch()
-        assert patched()
     with pyfused.patch():
         pass
     assert patched()
     pyfused.unpatch()
     assert not patched()
     again = pyfused.patch()
-    for _ in range(2):
-        with pyfused.patch():
-            with again, again:
-                assert patched()
+    with pyfused.patch():
+        with again, again:
             assert patched()
-            pyfused.patch()
+        pyfused.unpatch()
         assert patched()
-        with pyfused.patch():
-            pyfused.unpatch()
-            assert patched()
-        assert not patched()
+    assert not patched()
     with pytest.raises(KeyError), pyfused.patch():
         raise KeyError
 
@@ -821,13 +644,12 @@ def test_calls_and_nested_blocks() -> None:
 def test_a_decorated_function(decorator: Any) -> None:
     @decorator
     def step(more: int) -> bool:
-        """A decorated function."""
         return step(more - 1) if more else patched()
 
     assert not patched()
     assert step(2)
     assert not patched()
-    assert (step.__name__, step.__doc__) == ("step", "A decorated function.")
+    assert step.__name__ == "step"
 
 
 def test_several_threads() -> None:
@@ -857,12 +679,7 @@ def test_several_threads() -> None:
 def test_unpatch_without_patch() -> None:
     with pytest.raises(RuntimeError, match=r"^unpatch\(\) called without patch\(\)$"):
         pyfused.unpatch()
-    with (
-        pyfused.patch(),
-        pytest.raises(
-            RuntimeError, match=r"without patch\(\); 'with patch\(\)' ends with its block"
-        ),
-    ):
+    with pyfused.patch(), pytest.raises(RuntimeError, match="ends with its block"):
         pyfused.unpatch()
 
 
@@ -885,18 +702,13 @@ def test_functions_patched_by_others_are_not_patched(monkeypatch: pytest.MonkeyP
 
 def test_code_replaced_by_others_is_not_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = (lambda input, inplace=False: input).__code__
-    with monkeypatch.context() as context:
-        context.setattr(F.relu, "__code__", theirs)
-        with pytest.raises(RuntimeError, match=r"functional\.relu, got relu \(.*test_patch\.py"):
-            pyfused.patch()
-        assert F.relu.__code__ is theirs
-    pyfused.patch()
-    with monkeypatch.context() as context:
-        context.setattr(F.relu, "__code__", theirs)
-        with pytest.raises(RuntimeError, match=r"pyfused's function at .* got relu"):
-            pyfused.unpatch()
-        assert F.relu.__code__ is theirs
-    pyfused.unpatch()
+    for change, ours in ((pyfused.patch, "torch"), (pyfused.unpatch, "pyfused")):
+        with monkeypatch.context() as context:
+            context.setattr(F.relu, "__code__", theirs)
+            with pytest.raises(RuntimeError, match=rf"{ours}'s function at .*relu, got relu"):
+                change()
+            assert F.relu.__code__ is theirs
+        change()
 
 
 def test_later_patches_by_others_are_not_undone() -> None:
@@ -911,18 +723,14 @@ def test_later_patches_by_others_are_not_undone() -> None:
     pyfused.unpatch()
 
 
-def test_objects_that_cannot_be_decorated() -> None:
-    async def coroutine() -> None: ...
+async def coroutine() -> None: ...
 
-    def generator() -> Iterator[int]:
-        yield 1
 
-    for function in (coroutine, generator):
-        with pytest.raises(TypeError, match=r"Use 'with pyfused\.patch\(\):'"):
-            pyfused.patch(function)
-    with pytest.raises(TypeError, match="function: expected a function, got 3"):
-        pyfused.patch(3)
-    with pytest.raises(TypeError, match=r"got ReLU\(\).*pyfused.convert\(model\)"):
-        pyfused.patch(nn.ReLU())
-    with pytest.raises(TypeError, match="expected a function, got ReLU"):
-        pyfused.patch(nn.ReLU)
+def generator() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("function", [3, nn.ReLU(), nn.ReLU, coroutine, generator])
+def test_objects_that_cannot_be_decorated(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a function, got|Use 'with pyfused\.patch"):
+        pyfused.patch(function)

@@ -12,7 +12,6 @@ import time
 import zipapp
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from pyfused import __main__ as main
 from pyfused import functional as F
 from pyfused.adopt import report as reports
 from pyfused.dispatch import reasons
-from pyfused.dispatch import run as dispatch
 
 Done = subprocess.CompletedProcess[str]
 SECONDS = 300  # long enough to end only a hang
@@ -213,53 +211,6 @@ def test_exit_status_and_output_of_the_program(
 
 # ---- patching and counting -----------------------------------------------------------------------
 
-SCRIPT = """
-import pickle, sys, torch, torch.nn.functional as F, helper, warnings
-from helper import gated
-warnings.simplefilter("ignore")
-assert __name__ == "__main__" and helper
-x, target = torch.randn(4, 8), torch.zeros(4).long()
-for _ in range(3):
-    torch.nn.CrossEntropyLoss()(x, target)
-F.tanh(torch.zeros(1 << 22))
-torch.relu_(torch.zeros(2))  # not counted
-F.rrelu(x)
-torch.nn.Tanh()(x), torch.nn.TransformerEncoderLayer(8, 2, 8, activation=F.gelu).train()(x)
-x.softmax(1), F.softmax(x, dim=1), torch.softmax(x, 1), F.leaky_relu(x, inplace=True)
-assert "pyfused" not in str(pickle.dumps([F.gelu, F.mse_loss, torch.tanh, torch.Tensor.tanh]))
-assert torch.jit.script(gated)(x).shape == x.shape
-assert torch.compile(gated, fullgraph=True, backend="eager")(x).shape == x.shape
-assert [n.name for n in torch.fx.symbolic_trace(gated).graph.nodes][1] == "gelu"
-try:
-    F.mse_loss(x)
-except TypeError:
-    pass
-print(*sys.argv[1:])
-"""
-
-HELPER = """
-import torch, torch.nn.functional as F
-def gated(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x) * torch.tanh(x) + F.rrelu(x) + F.silu(x)
-"""
-
-
-@pytest.mark.slow
-def test_a_script_runs_patched_and_its_calls_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text(HELPER)
-    (tmp_path / "train.py").write_text(SCRIPT)
-    done = plain("-m", "pyfused", "run", "train.py", "--steps", "5", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "--steps 5\n"), done.stderr
-    assert counts(done.stderr) == {
-        "cross_entropy": 3,
-        "softmax": 3,
-        "tanh": 3,
-        "gelu": 1,
-        "silu": 1,
-    }
-    assert "tanh          1      4,194,304\n" in done.stderr
-    assert re.search(r"\nkernels took [\d.]+ s of [\d.]+ s\n\Z", done.stderr)
-
 
 def test_programs_that_import_patch_or_move(tmp_path: Path) -> None:
     """Programs may import pyfused, patch, and count in a nested block; formulas are counted."""
@@ -341,15 +292,6 @@ def test_the_first_rank_prints(rank: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("pyfused: rank 0 of 2:\n") == (rank == "0")
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    path = script(tmp_path, RANK)
-    done = plain(*launcher, "-m", "pyfused", "run", path, folder=tmp_path)
-    assert sorted(done.stdout.splitlines()) == ["0 True", "1 True"], done.stderr
-    assert counts(done.stderr) == {"calls": 1}
-
-
 # ---- reports -------------------------------------------------------------------------------------
 
 X, TARGET = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -371,30 +313,6 @@ def test_a_report_that_has_not_begun_ends_nothing() -> None:
     assert report.to_dict()["operators"]["relu"]["calls"] == 1
     pyfused.report().__exit__()
     F.relu(X)
-
-
-@pytest.mark.parametrize("name", ["_install", "perf_counter"])
-def test_a_report_that_is_interrupted_while_it_begins(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted() -> Any:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    before, report = (dispatch.decide, dispatch.is_small), pyfused.report()
-    monkeypatch.setattr(reports, name, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        report.__enter__()
-    assert reports._reports == ()
-    assert (dispatch.decide, dispatch.is_small) == before
-
-
-@pytest.mark.parametrize("empty", [(0,), (5, 0, 0)])
-def test_a_call_without_elements_is_counted(empty: tuple[int, ...]) -> None:
-    with pyfused.report() as report:
-        for _ in range(3):
-            assert F.softmax(torch.empty(empty), -1).shape == empty
-    assert report.to_dict()["left_to_torch"] == {"softmax": {reasons.SMALL: 3}}
 
 
 def test_small_calls_and_fallbacks_are_counted() -> None:
@@ -454,34 +372,3 @@ def test_a_report_can_be_read_before_its_end() -> None:
     assert 0 < found["kernel_seconds"] < found["seconds"] - 0.01
     assert found["operators"] == {"relu": {"calls": 2, "largest_input": 30}}
     assert found["left_to_torch"] == {"relu": {"input has dtype torch.int64": 1}}
-
-
-def summary(**found: Any) -> list[str]:
-    report = pyfused.report()
-    report._seconds, report._kernel_seconds = 60.0, 2.125
-    for name, values in found.items():
-        getattr(report, f"_{name}").update(values)
-    return str(report).splitlines()
-
-
-def test_the_summary() -> None:
-    small, dtype = ("relu", reasons.SMALL), ("relu", "input has dtype torch.int64")
-    assert summary(
-        calls={"relu": 20, "cross_entropy": 1000},
-        largest={"relu": 9000, "cross_entropy": 10**6},
-        left={small: 1200, dtype: 1},
-        compiled={"gelu": 3},
-    ) == [
-        "operator       calls  largest input",
-        "cross_entropy  1,000      1,000,000",
-        "relu              20          9,000",
-        f"left to torch: relu (1: {dtype[1]}), relu (1,200: {reasons.SMALL})",
-        "in compiled programs: gelu (3)",
-        "kernels took 2.1 s of 60 s",
-    ]
-    nothing = "pyfused: no kernel ran"
-    assert summary(left={small: 1200}) == [
-        f"{nothing}: all calls (1,200) were too small for one, in 60 s"
-    ]
-    assert summary(left={dtype: 1})[1:] == [f"{nothing}, in 60 s"]
-    assert summary() == ["pyfused: no losses or activations were called"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import builtins
 import math
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from torch_reference import torch_function
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import OPERATORS
 
@@ -41,36 +39,25 @@ Wrong = dict[str, str]
 CROSS_ENTROPY: Wrong = {
     "cross_entropy(X[:3], Y)": "target|3|4",
     "cross_entropy(X, Y[:, None])": "target|(4,)|(4, 1)",
-    "cross_entropy(X, Y[0])": "target|(4,)|()",
-    "cross_entropy(X, torch.zeros(4, 5, dtype=torch.int64))": "target|(4,)|(4, 5)",
     "cross_entropy(X[0], Y[:2])": "target|(2,)",
     "cross_entropy(X[0], P[0, :4])": "target|(5,)|(4,)",
     "cross_entropy(K, KY[:, :3])": "target|(2, 4)|(2, 3)",
-    "cross_entropy(K, KY[:1])": "target|(2, 4)|(1, 4)",
     "cross_entropy(X, P[:, :4])": "target|(4, 5)|(4, 4)",
-    "cross_entropy(X, P[:3])": "target|(4, 5)|(3, 5)",
     "cross_entropy(X, Y.float())": "target|int64|float32|Pass target.long()",
-    "cross_entropy(X[0], Y[0].float())": "Pass target.long()",
     "cross_entropy(X, Y.int())": "target|int64|int32|Pass target.long()",
     "cross_entropy(X, Y.view(2, 2))": "target|(4,)|(2, 2)|Pass target.flatten()",
     "cross_entropy(X, Y.bool())": "target|int64|bool",
     "cross_entropy(X, P.cfloat())": "target|complex64",
     "cross_entropy(X, Y, torch.ones(4))": "weight|(5,)|(4,)",
-    "cross_entropy(X, Y, torch.ones(1, 5))": "weight|(5,)|(1, 5)",
-    "cross_entropy(X, Y, torch.ones(()))": "weight|(5,)|()",
     "cross_entropy(X, Y, torch.ones(5).double())": "weight|float32|float64",
-    "cross_entropy(X.bfloat16(), Y, torch.ones(5))": "weight|bfloat16|float32",
     "cross_entropy(X, Y, [1.0] * 5)": "weight|Tensor|list",
     'cross_entropy(X, Y, reduction="avg")': "reduction|none|mean|sum|avg",
     "cross_entropy(X, Y, reduction=None)": "reduction|none|mean|sum|None",
     "cross_entropy(X, Y, label_smoothing=1.1)": "label_smoothing|0.0|1.0|1.1",
     'cross_entropy(X, Y, label_smoothing="a")': "label_smoothing|float|str",
-    "cross_entropy(X, Y, label_smoothing=None)": "label_smoothing|float|NoneType",
     "cross_entropy(X, P, ignore_index=1)": "ignore_index|target|1",
     "cross_entropy(X, Y, ignore_index=1.5)": "ignore_index|int|float",
-    "cross_entropy(X, Y, ignore_index=None)": "ignore_index|int|NoneType",
     "cross_entropy([1.0], Y)": "input|Tensor|list",
-    "cross_entropy(X.numpy(), Y)": "input|Tensor|ndarray",
     "cross_entropy(X, [0, 1])": "target|Tensor|list",
     "cross_entropy(torch.tensor(1.0), Y[0])": "input|()",
     "cross_entropy(K[:, :0], KY)": "input|one class|(2, 0, 4)",
@@ -88,11 +75,8 @@ BOUNDS: Wrong = {
     "cross_entropy(X, torch.tensor([0, -1, 4, 2]))": "target|[0, 5)|-1|(1,)",
     "cross_entropy(X, torch.tensor([0, 9, 8, -3]))": "[0, 5)|9|(1,)",
     "cross_entropy(X, torch.tensor([0, 2**62, 0, 0]))": "4611686018427387904|(1,)",
-    "cross_entropy(X, torch.tensor([0, -2**63, 0, 0]))": "-9223372036854775808|(1,)",
     "cross_entropy(X, torch.tensor([-100, -1, -1, 0]), ignore_index=-1)": "-100|(0,)|ignore_index",
-    "cross_entropy(X[0], torch.tensor(5))": "[0, 5)|5",
     "cross_entropy(K, torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0]]))": "[0, 3)|3|(1, 2)",
-    "cross_entropy(K[..., None], torch.eye(4)[2:, :, None].long() * 3)": "[0, 3)|3|(0, 2, 0)",
     "cross_entropy(X, torch.tensor([0, 1, 255, 2]).to(torch.uint8))": "[0, 5)|255|(2,)",
     "cross_entropy(X, torch.tensor([0, 9, 1, 9, 5, 9, 2, 9])[::2])": "[0, 5)|5|(2,)",
 }
@@ -105,37 +89,29 @@ OTHERS: Wrong = {
     'mse_loss(X, X, reduction="avg", weight=X)': "reduction|none|mean|sum|avg",
     "binary_cross_entropy_with_logits(X, P[:, :1])": "target|(4, 5)|(4, 1)",
     "binary_cross_entropy_with_logits(X, P, torch.ones(4))": "weight|(4, 5)|(4,)",
-    "binary_cross_entropy_with_logits(X, P, torch.ones(2, 4, 5))": "weight|(4, 5)|(2, 4, 5)",
     "binary_cross_entropy_with_logits(X, P, pos_weight=torch.ones(4))": "pos_weight|(4, 5)|(4,)",
     "binary_cross_entropy_with_logits(X, P, GRAD)": "weight",
     "gaussian_nll_loss(X, X, torch.ones(5))": "var|(4, 5)|(5,)",
-    "gaussian_nll_loss(X, X, X)": "var|0.0",
     "gaussian_nll_loss(X[0], X[0], torch.tensor([NAN, 1, 1, -2.0, 1]))": "var|0.0|-2.0",
     "gaussian_nll_loss(X, X, -1.0)": "var|0.0|-1.0",
     "gaussian_nll_loss(X, X[:3], P)": "target|(4, 5)|(3, 5)",
     "smooth_l1_loss(X, X, beta=NAN)": "beta|0.0|nan",
-    "smooth_l1_loss(X, X, beta=torch.ones(2))": "beta|(2,)",
     'mse_loss(X, X.to("meta"))': "target|cpu|meta",
     "mse_loss(X.long(), X.long())": "input|floating|int64",
     "binary_cross_entropy(P, P.long())": "target|floating|int64|Pass target.float()",
-    "binary_cross_entropy_with_logits(X, P.long())": "target|floating|int64|Pass target.float()",
     "binary_cross_entropy_with_logits(X.bfloat16(), P.long())": "Pass target.to(torch.bfloat16)",
     "nll_loss(X, Y.float())": "target|int64|float32|Pass target.long()",
     "linear_cross_entropy(torch.ones(9, 5), X, Y)": "(9,)|Pass input, linear_weight, target",
     "nll_loss(X.long(), Y)": "input|floating|int64",
     "nll_loss(Y, X)": "target|(4, 5)|target swapped?",
-    "nll_loss(K.mT, KY)": "target|(2, 3)|(2, 4)|movedim(-1, 1)|flatten(0, -2)",
     "gelu(X.long())": "input|floating|int64",
     'gelu(X, approximate="foo")': "approximate|'none' or 'tanh'|'foo'",
     "binary_cross_entropy(P, P.cfloat())": "target|floating|complex64",
     "relu(X.bool())": "input|floating|bool",
-    "relu(X.cfloat())": "input|floating|complex64",
     # classes
     "nll_loss(X[0, 0], Y[0])": "input: expected shape",
     "nll_loss(X, Y[:3])": "target: expected class indices of shape (4,)",
     "nll_loss(X[0], Y[:2])": "target: |shape (), got shape (2,)",
-    "nll_loss(K, KY[:, :3])": "target: ",
-    "nll_loss(X, Y[:, None])": "target: ",
     "nll_loss(X, Y.int())": "target: |got torch.int32",
     "nll_loss(X, Y + 2)": "target: |got 5 at position (3,)",
     "nll_loss(X, Y - 1)": "target: |got -1 at position (0,)",
@@ -144,7 +120,6 @@ OTHERS: Wrong = {
     'nll_loss(X, Y, reduction="avg")': "reduction: expected 'none'",
     "nll_loss(X, Y, ignore_index=1.5)": "ignore_index: expected an int",
     "softmax(X, 2)": "dim: expected -2 to 1 for an input of shape (4, 5), got 2",
-    "log_softmax(X, -3)": "got -3",
     "softmax(X, 1.0)": "dim: expected an int, got float 1.0",
     # gates and embeddings
     "hardtanh(X, 0.5, -0.5)": "min_val",
@@ -163,28 +138,19 @@ OWN: Wrong = {
     "cross_entropy(X, Y, scale=0.0)": "ValueError|scale: expected a positive number, got 0.0",
     "cross_entropy(X, Y, scale=torch.ones(2))": "ValueError|scale: expected one number|(2,)",
     "cross_entropy(X, Y, softcap=0.0)": "ValueError|softcap: expected a positive number",
-    "cross_entropy(X, Y, temperature=-1.0)": "ValueError|temperature: expected a positive number",
     "cross_entropy(X, Y, gamma=-1.0)": "ValueError|gamma: expected a number of at least 0.0, got",
-    "cross_entropy(X, Y, gamma=None)": "TypeError|gamma: expected a float, got NoneType None",
     "cross_entropy(X, Y, gamma=2.0, label_smoothing=0.1)": "ValueError|gamma: expected 0.0 with",
-    "cross_entropy(X, Y, ignore_index=None, z_loss=0.5)": "TypeError|ignore_index: expected an int",
     "cross_entropy(X, P, gamma=2.0)": "ValueError|gamma: expected 0.0 with class prob",
     "cross_entropy(X, Y, denominator=-1.5)": "ValueError|denominator: expected a positive|-1.5",
     "cross_entropy(X, Y, denominator=-Y[1])": "ValueError|denominator: expected a number of at lea",
     "cross_entropy(X, Y, denominator=torch.ones(2))": "ValueError|denominator: expected one|(2,)",
     'cross_entropy(X, Y, denominator=2, reduction="sum")': "ValueError|with reduction 'sum', got a",
-    'cross_entropy(X, Y, denominator=Y[2], reduction="none")': "ValueError|'none', got a tensor",
     "cross_entropy(X, Y, token_weight=torch.ones(5))": "ValueError|token_weight: expected shape",
     "cross_entropy(X, Y, token_weight=-torch.ones(4))": "ValueError|token_weight: |[0.0, inf]",
-    "cross_entropy(X, Y, token_weight=1.0)": "TypeError|token_weight: expected a Tensor, got float",
     "cross_entropy(X, Y, loss_dtype=torch.int32)": "ValueError|loss_dtype: expected a floating",
-    'cross_entropy(X, Y, loss_dtype="float32")': "ValueError|loss_dtype: expected a floating dtype",
     # linear layers
     "linear_cross_entropy(X, W, Y, memory_budget=0)": "ValueError|memory_budget: |of bytes, got 0",
-    "linear_cross_entropy(X, W, Y, memory_budget=1.5)": "TypeError|memory_budget: expected an int",
     "linear_cross_entropy(X, W, Y, filter_eps=-0.5)": "ValueError|filter_eps: expected",
-    'linear_cross_entropy(X, W, Y, filter_eps="1")': "TypeError|filter_eps: expected",
-    "linear_cross_entropy(X, W, Y, softcap=0.0)": "ValueError|softcap: expected a positive number",
     "linear_cross_entropy(X, W, Y, token_weight=W[:3, 0])": "ValueError|token_weight: |shape (4,)",
     "linear_cross_entropy(X, W, Y, linear_bias=W[:3, 0])": "RuntimeError|linear_bias|(7,)|(3,)",
     "linear_cross_entropy(X, W[:, :4], Y)": "RuntimeError|linear_weight",
@@ -192,14 +158,9 @@ OWN: Wrong = {
     "linear_cross_entropy(X, LAYER, Y)": "TypeError|linear_weight: |got Linear; pass head.weight",
     "linear_cross_entropy(X[None], W, Y)": "RuntimeError|target: expected shape (1, 4), with|(4,)",
     "linear_cross_entropy(X[None], W, Y[None], token_weight=P[:, 0])": "ValueError|(1, 4), with",
-    "linear_cross_entropy(X[None], W, P[None, :, 0])": "RuntimeError|expected class indices",
-    "linear_cross_entropy(X.long(), W, Y)": "RuntimeError|input: expected a floating dtype",
-    "linear_cross_entropy(X, W, Y[:3])": "ValueError|",
     "linear_cross_entropy(X, W, Y, weight=torch.ones(5))": "RuntimeError|weight",
     "log_probs(X, Y, temperature=0.0)": "ValueError|temperature: expected a positive number",
-    "log_probs(X, Y, temperature=None)": "TypeError|temperature: expected a float, got None",
     "log_probs(X, Y, softcap=-1.0)": "ValueError|softcap: expected a positive number, got -1.0",
-    "log_probs(X, Y, ignore_index=0.5)": "TypeError|ignore_index: expected an int",
     "log_probs(X, P[0])": "RuntimeError|target: expected|int64|(4,)|got torch.float32|(5,)",
     "log_probs(X[0, 0], Y[0])": "RuntimeError|logits",
     "log_probs(X.long(), Y)": "RuntimeError|logits|floating dtype",
@@ -207,21 +168,15 @@ OWN: Wrong = {
     "log_probs(X, Y[:3])": "ValueError|target|(4,)|(3,)",
     "log_probs(X, Y.int())": "RuntimeError|int32|Pass target.long()",
     "linear_log_probs(X, W, Y.view(2, 2))": "ValueError|(4,)|(2, 2)|Pass target.flatten",
-    "linear_log_probs(X, W, Y, memory_budget=0)": "ValueError|memory_budget: expected a positive",
-    "linear_log_probs(X, W, Y, linear_bias=W[:3, 0])": "RuntimeError|linear_bias|(7,)",
     "linear_log_probs(X, W[:, :4], Y)": "RuntimeError|linear_weight",
     "linear_log_probs(X, W.T, Y)": "RuntimeError|Is it transposed",
-    "linear_log_probs(X, LAYER, Y)": "TypeError|pass head.weight",
     "linear_log_probs(X[None], W, P[None, :, 0])": "RuntimeError|torch.float32 of shape (1, 4)",
-    "linear_log_probs(X[None], W, Y[None].int())": "RuntimeError|torch.int32|Pass target.long()",
     "linear_log_probs(X, W.double(), Y)": "RuntimeError|linear_weight: expected the input's dtype",
     # another device: torch multiplies CPU tensors with meta tensors, and returns unwritten memory
     "linear_cross_entropy(X, W.to(META), Y)": "RuntimeError|linear_weight: |device cpu, got meta",
-    "linear_cross_entropy(X, W.to(META), Y, z_loss=0.1)": "RuntimeError|linear_weight: |got meta",
     "linear_cross_entropy(X, W, Y, linear_bias=B.to(META))": "RuntimeError|linear_bias: |got meta",
     "linear_cross_entropy_with_metrics(X, W.to(META), Y)": "RuntimeError|linear_weight: |got meta",
     "linear_log_probs(X, W.to(META), Y)": "RuntimeError|linear_weight: |device cpu, got meta",
-    "linear_log_probs(X, W, Y, linear_bias=B.to(META))": "RuntimeError|linear_bias: |got meta",
     "linear_topk_kl_div(X, W.to(META), TOP, LOGP)": "RuntimeError|linear_weight: |got meta",
     "linear_kl_div(X, W, X, W.to(META))": "RuntimeError|teacher_linear_weight: |got meta",
     "cross_entropy(X.to(META), Y.to(META), denominator=B[0])": "RuntimeError|input's device meta",
@@ -234,8 +189,6 @@ OWN: Wrong = {
     "kl_div_with_logits(X, X, token_weight=torch.ones(3))": "ValueError|token_weight|(4,)",
     "kl_div_with_logits(X, X, token_weight=-torch.ones(4))": "ValueError|token_weight|inf",
     "kl_div_with_logits(X.long(), X)": "RuntimeError|logits|floating",
-    "linear_kl_div(X, W, X, W, memory_budget=0)": "ValueError|memory_budget: expected a positive",
-    "linear_kl_div(X, W, X, W, linear_bias=W[:3, 0])": "RuntimeError|linear_bias|(7,)",
     "linear_kl_div(X, W[:, :3], X, W)": "RuntimeError|linear_weight|C, ..., 5",
     "linear_kl_div(X, W[:, None].expand(7, 2, 5), X, W)": "RuntimeError|weight|(C, 5)",
     "linear_kl_div(X, W.double(), X, W)": "RuntimeError|linear_weight: |float32, got torch.float64",
@@ -254,21 +207,15 @@ OWN: Wrong = {
     "contrastive_loss(X.long(), X)": "RuntimeError|a: expected a float",
     "contrastive_loss(X, X, X)": "ValueError|scale: expected one number",
     'contrastive_loss(X, X, 1.0, "x")': "TypeError|bias: expected a Tensor or a float, got str 'x'",
-    "contrastive_loss(X, X, memory_budget=0)": "ValueError|memory_budget: expected a positive",
     'contrastive_loss(X, X, reduction="max")': "ValueError|reduction: expected",
     "additive_margin(P, Y, margin=-0.1)": "ValueError|margin: expected a number of at least 0.0",
-    'additive_margin(P, Y, margin="1")': "TypeError|margin: expected a float, got str '1'",
     'additive_margin(P, Y, kind="sphere")': "ValueError|kind: expected 'cosface' or 'arcface', got",
     "additive_margin(P, P)": "ValueError|target: expected class indices, got torch.float32",
     "additive_margin(P, Y[:3])": "ValueError|target: expected class indices of shape (4,)",
-    "additive_margin(1.0, Y)": "TypeError|input: expected a Tensor, got float",
     'geglu(X, X, "tan")': "RuntimeError|approximate: expected 'none' or 'tanh', got 'tan'",
     "reglu(X, torch.ones(4))": "RuntimeError|",
     "rmse_loss(X, X, eps=-1.0)": "RuntimeError|eps: expected",
-    'rmse_loss(X, X, eps="1")': "TypeError|eps: expected",
-    "rmse_loss(1.0, X)": "TypeError|input: expected a Tensor",
     'multilabel_soft_margin_loss(X, P, reduction="max")': "ValueError|max",
-    "multilabel_soft_margin_loss(X, P[:3])": "RuntimeError|",
 }
 
 
@@ -347,16 +294,6 @@ def test_errors_of_every_loss(loss: Loss, given: dict[str, Any], words: list[str
     check_error(lambda f: getattr(f, loss.op.name)(**given), words)
 
 
-@pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
-def test_types_list_the_accepted_strings(op: Operator) -> None:
-    hints = get_type_hints(getattr(fused, op.name))
-    if "reduction" in hints:
-        batchmean = {"batchmean"} if op.name == "kl_div" else set()
-        assert set(get_args(hints["reduction"])) == {"none", "mean", "sum"} | batchmean
-    if "approximate" in hints:
-        assert set(get_args(hints["approximate"])) == {"none", "tanh"}
-
-
 NO_TENSORS: dict[str, tuple[Any, str]] = {
     "list": ([1.0], "list"),
     "None": (None, "NoneType"),
@@ -407,22 +344,6 @@ def test_an_out_of_range_target_has_no_side_effects(reduction: str) -> None:
 
 
 OUTSIDE, NEGATIVE = torch.tensor([0, 1, 2, 5]), torch.tensor([1.0, 1, 1, -1])
-VALUES: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
-    "target": (lambda: fused.cross_entropy(X, OUTSIDE), IndexError),
-    "token_weight": (lambda: fused.cross_entropy(X, Y, token_weight=NEGATIVE), ValueError),
-    "var": (lambda: fused.gaussian_nll_loss(X, X, -1.0), ValueError),
-    "probabilities": (lambda: fused.binary_cross_entropy(X.abs() + 2, X.sigmoid()), RuntimeError),
-}
-
-
-@pytest.mark.parametrize(("call", "expected"), VALUES.values(), ids=VALUES)
-def test_a_default_device_does_not_change_errors(
-    call: Callable[[], Any], expected: type[Exception]
-) -> None:
-    raised = error(call)
-    assert isinstance(raised, expected)
-    with torch.device("meta"):
-        assert repr(error(call)) == repr(raised)
 
 
 @pytest.mark.thresholds
@@ -430,37 +351,6 @@ def test_a_default_device_does_not_change_errors(
 def test_errors_are_the_same_in_calls_that_fall_back(code: str, words: str) -> None:
     raised = error(lambda: called(code))
     assert not [word for word in words.split("|") if word not in str(raised)], raised
-
-
-# exec(code, globals) and timeit run code whose globals have no __name__.
-WARNING_OR_FAILING = {
-    "a small call that broadcasts": "F.mse_loss(x[:3, :1], x[:3, 0])",
-    "a large call that broadcasts": "F.l1_loss(x, x[:, :1])",
-    "a mean of divergences": "F.kl_div(x, x)",
-    "a linear layer on a mode": "F.linear_cross_entropy(x, w, t, denominator=w.sum())",
-    "a missing dimension": "F.softmax(x)",
-    "a formula": "pyfused.activation(lambda input: 2 * input)(x)",
-    "an unsupported formula": "pyfused.loss(lambda x, y: x if x.is_leaf else y)(x, x)",
-}
-
-
-@pytest.mark.thresholds
-@pytest.mark.parametrize("code", WARNING_OR_FAILING.values(), ids=WARNING_OR_FAILING.keys())
-def test_code_whose_globals_have_no_name(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {"x": torch.rand(1 << 19, 2), "w": GRAD.new_ones(30, 2, requires_grad=True)}
-    tensors["t"] = torch.zeros(1 << 19, dtype=torch.int64)
-    outcomes = []
-    for name in ({"__name__": "user"}, {}):
-        monkeypatch.setattr(reasons, "_reported", set())
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            try:
-                exec(code, name | tensors | {"F": fused, "pyfused": pyfused})
-            except Exception as raised:
-                seen.append(raised)  # type: ignore[arg-type]
-        outcomes.append([str(each) for each in seen])
-    assert outcomes[0] == outcomes[1]
-    assert bool(outcomes[0]) == (code != WARNING_OR_FAILING["a formula"])
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, CheckpointError])

@@ -9,9 +9,9 @@ import logging
 import math
 import pickle
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -44,12 +44,10 @@ from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula, check
 from pyfused.formula_compiler import program as programs
 from pyfused.formula_compiler.program import UntraceableError
-from pyfused.formula_compiler.trace import expressions_of, gradients_of
 from pyfused.ops.elementwise import kernels
 from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import formulas
 from formulas import FORMULAS, charbonnier, mish, wing
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -174,17 +172,24 @@ def kinks(input: Tensor, target: Tensor, *, low: float = -1.0, high: float = 2.0
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, math.inf, -math.inf, math.nan]
 
 
-def test_kinks_and_nan_match_torch() -> None:
-    values = torch.tensor(SPECIAL, dtype=torch.float64)
-    pairs = [x.flatten().requires_grad_() for x in torch.meshgrid(values, values, indexing="ij")]
-    check_formula(kinks, *pairs, rtol=1e-7)
+def special_pairs(dtype: torch.dtype, *more: float) -> list[Tensor]:
+    """Returns all pairs of special values, in two tensors."""
+    values = torch.tensor([*SPECIAL, *more], dtype=dtype)
+    return [x.flatten() for x in torch.meshgrid(values, values, indexing="ij")]
+
+
+def nan_to_num(a: Tensor, b: Tensor) -> Tensor:
+    return torch.nan_to_num(a, posinf=5.0, neginf=-7.0) + b.nan_to_num(1.5, 5.0, 6.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("formula", [kinks, pyfused.activation(nan_to_num)])
+def test_kinks_and_nan_match_torch(formula: Formula, dtype: torch.dtype) -> None:
+    pairs = [x.requires_grad_() for x in special_pairs(dtype)]
+    check_formula(formula, *pairs, rtol=1e-7 if dtype is torch.float64 else None)
 
 
 LOGIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "logical_and": torch.logical_and,
-    "logical_or": torch.logical_or,
-    "logical_xor": torch.logical_xor,
-    "logical_not": lambda a, _: torch.logical_not(a),
     "twice": lambda a, _: torch.logical_not(torch.logical_not(a)),
     "bool": lambda a, b: a.bool() & ~b.bool(),
     "type_as_bool": lambda a, b: a.type_as(b > 0),
@@ -197,57 +202,30 @@ LOGIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "copy": lambda a, b: (a > b).copy_(b),
     "masked_fill": lambda a, b: (a > b).masked_fill(a < 0, True),
     "in_place": lambda a, b: (2 * a).logical_and_(b).bool(),
+    "assigned": lambda a, b: _assigned(a, b > 0).bool(),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LOGIC)
+@grid(name=LOGIC, dtype=[torch.float32, torch.float64])
 def test_logic_of_floats(name: str, dtype: torch.dtype, kernel_calls: KernelCalls) -> None:
     logic = LOGIC[name]
-
-    @pyfused.activation
-    def mine(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(logic(a, b), a + 2 * b, 0.25)
-
-    values = torch.tensor([*SPECIAL, 1e-25, -1e-30], dtype=dtype)
-    check_formula(mine, *[x.flatten() for x in torch.meshgrid(values, values, indexing="ij")])
+    mine = pyfused.activation(lambda a, b: torch.where(logic(a, b), a + 2 * b, 0.25))
+    check_formula(mine, *special_pairs(dtype, 1e-25, -1e-30))
     assert kernel_calls[mine.op.name] == 1
-
-
-def test_products_and_quotients_of_extreme_numbers() -> None:
-    """Constants are not folded into numbers that overflow float32."""
-
-    @pyfused.activation
-    def mine(input: Tensor, *, large: float = 1.5e30, small: float = 1.5e-30) -> Tensor:
-        literals = input / 2**-130 + input * 1e30 * 1e30 + input * 1e-30 * 1e-30 * 1e20
-        return literals + input * large * large + input * small * small * 1e20
-
-    for dtype in (torch.float32, torch.float64):
-        input = torch.tensor([0.0, -0.0, 2.0**-140, -(2.0**-50), 1.0, 3e38], dtype=dtype)
-        for named in ({}, {"large": 3e35, "small": 1e-33}, {"large": 2.0, "small": 0.0}):
-            close(mine(input, **named), mine.function(input, **named), equal_nan=True)
-            assert (mine(input, **named)[:2] == 0).all()
-    quotient = pyfused.activation(lambda input: input / 2.0**-1060)
-    input = torch.tensor([2.0**-1070, -(2.0**-1074), 1.0], dtype=torch.float64)
-    assert torch.equal(quotient(input), quotient.function(input))
-    tiny = pyfused.activation(lambda input: input * 1e-30 * 1e-30 + 0.0 * input)
-    input = torch.tensor([1e38, -3e38])
-    close(tiny(input) * 1e30, tiny.function(input) * 1e30, rtol=1e-5, atol=0)
 
 
 FACTORS = st.sampled_from([0.0, -0.0, 1.0, 2.0**-60, 1e-15, -1e-9, 3e4, 1e15, -1e17, 2.0**60])
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("*/+-wsg"), st.integers(0, 3)), min_size=2, max_size=6),
+    st.lists(st.tuples(st.sampled_from("*/+-wsg"), st.integers(0, 7)), min_size=2, max_size=6),
     st.tuples(*[FACTORS] * 4),
 )
 @settings(max_examples=5 if interpreter.ON else max(50, settings().max_examples))
-def test_parameters_never_overflow_first(
+def test_numbers_never_overflow_first(
     steps: list[tuple[str, int]], numbers: tuple[float, ...]
 ) -> None:
-    """Where torch's float32 result is accurate, so is the kernel's."""
-
+    """Where torch's float32 result is accurate, so is the kernel's. Half of them are literals."""
     steps = tuple(steps)
 
     @pyfused.activation(strict=False)
@@ -255,9 +233,9 @@ def test_parameters_never_overflow_first(
         x: Tensor, *, a: float = 1.5, b: float = 0.7, c: float = 3.0, d: float = 1.25
     ) -> Tensor:
         for op, k in steps:
-            p = (a, b, c, d)[k]
+            p = (a, b, c, d, *numbers)[k]
             if op in "*/":
-                x = x * p if op == "*" else x / p
+                x = x * p if op == "*" or (k > 3 and not p) else x / p
             elif op in "+-":
                 x = p + x if op == "+" else p - x
             elif op == "w":
@@ -327,39 +305,24 @@ def test_a_masked_loss(kernel_calls: KernelCalls) -> None:
     """A mask as an operand and as the weight, in graphs of first and second order."""
 
     @pyfused.loss
-    def mine(input: Tensor, target: Tensor, mask: Tensor, label: Tensor) -> Tensor:
-        return torch.where(mask, (input - target) ** 2, 0.0) * label
+    def mine(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, (input - target) ** 2, 0.0)
 
-    assert "3 tensors" not in mine.explain()
-    assert "grad_mask" not in mine.explain()
     x, y = torch.randn(2, 60, dtype=torch.float64)
-    mask, label = torch.rand(60) > 0.3, torch.randint(5, 9, (60,)) != 7
-    x.requires_grad_()
-    ours = mine(x, y, mask, label, weight=mask)
-    theirs = (mine.function(x, y, mask, label) * mask).sum() / mask.sum()
+    mask = torch.rand(60) > 0.3
+    ours = mine(x.requires_grad_(), y, mask, weight=mask)
+    theirs = (mine.function(x, y, mask) * mask).sum() / mask.sum()
     close(ours, theirs)
     first = [torch.autograd.grad(loss, x, create_graph=True)[0] for loss in (ours, theirs)]
     close(*first)
     close(*[torch.autograd.grad(gradient.sum(), x)[0] for gradient in first])
     assert kernel_calls[mine.op.name]
-    with pytest.raises(RuntimeError, match="size of tensor"):  # not the dtype of the mask
-        mine(x, y, mask[:7], label)
 
 
 def _assigned(x: Tensor, m: Tensor) -> Tensor:
     y = 2 * x
     y[m] = 0.25
     return y
-
-
-def test_masks_that_torch_computes() -> None:
-    x, m, square = torch.randn(6), torch.rand(6) < 0.5, torch.randn(6, 6)
-    changed = pyfused.activation(strict=False)(lambda x, m: x * m.logical_not_())
-    assert "logical_not_ changes an operand in place" in changed.explain(x, m).reason
-    assigned = pyfused.activation(_assigned)
-    close(assigned(x, m), _assigned(x, m))
-    assert torch.equal(assigned(square, m), _assigned(square, m))  # a row for each element
-    assert "a mask is an index" in assigned.explain(square, m).reason
 
 
 SUBNORMAL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -411,44 +374,24 @@ def test_operations() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nan_to_num_matches_torch(dtype: torch.dtype, kernel_calls: KernelCalls) -> None:
-    @pyfused.activation
-    def mine(input: Tensor) -> Tensor:
-        return torch.nan_to_num(input, posinf=5.0, neginf=-7.0) + input.nan_to_num(1.5, 5.0, 6.0)
-
-    input = torch.tensor(SPECIAL, dtype=dtype, requires_grad=True)
-    assert torch.equal(check_formula(mine, input).value, mine.function(input))
-    assert kernel_calls[mine.op.name]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_powers_match_torch(dtype: torch.dtype) -> None:
     @pyfused.activation
     def power(a: Tensor, b: Tensor, *, exponent: float = 1.7, base: float = 2.5) -> Tensor:
         return torch.pow(a, b) + a**exponent + base**b
 
-    @pyfused.activation
-    def alone(a: Tensor, b: Tensor) -> Tensor:
-        return torch.pow(a, b)
-
-    @pyfused.activation
-    def root(a: Tensor, *, exponent: float = 0.7) -> Tensor:
-        return a**exponent
-
-    values = torch.tensor([*SPECIAL, 3.0, -3.0, 1.5, -1.5, 1e-40, 1e30], dtype=dtype)
-    a, b = (x.flatten() for x in torch.meshgrid(values, values, indexing="ij"))
+    alone = pyfused.activation(lambda a, b: torch.pow(a, b))
+    root = pyfused.activation(lambda a, *, exponent=0.7: a**exponent)
+    a, b = special_pairs(dtype, 3.0, -3.0, 1.5, -1.5, 1e-40, 1e30)
     for named in ({}, {"exponent": 5.0}, {"exponent": -7.0, "base": 0.7}):
         close(power(a, b, **named), power.function(a, b, **named), equal_nan=True)
     got, expected = alone(a, b), torch.pow(a, b)
     close(got, expected, equal_nan=True)
     assert torch.equal(*[x.nan_to_num().signbit() for x in (got, expected)])  # includes -0.0
-    for x in (values, values.abs().nan_to_num().clamp(0.1, 9)):  # the gradient divides by x
+    for x in (a, a.abs().nan_to_num().clamp(0.1, 9)):  # the gradient divides by x
         for exponent in (0.7, -2.5, 5.0):
-            found = [
-                evaluate(f, x.clone().requires_grad_(), exponent=exponent).gradients
-                for f in (root, root.function)
-            ]
-            close(*found, equal_nan=True)
+            leaf = x.clone().requires_grad_()
+            found = [evaluate(f, leaf, exponent=exponent) for f in (root, root.function)]
+            close(*[each.gradients for each in found], equal_nan=True)
 
 
 def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> None:
@@ -457,17 +400,9 @@ def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> Non
     got = check_formula(wing, input, target, rtol=1e-6)
     assert (got.value.dtype, got.value.shape) == (torch.float64, (6, 4, 5))
     assert kernel_calls[wing.op.name]
-
-
-def test_four_operands() -> None:
-    @pyfused.activation
-    def four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        return a * b + torch.exp(-(c**2)) * d - b * d
-
-    operands = [torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    check_formula(four, *operands)
-    operands[1].requires_grad_(False)
-    assert len(check_formula(four, *operands).gradients) == 3
+    four = pyfused.activation(lambda a, b, c, d: a * b + torch.exp(-(c**2)) * d - b * d)
+    check_formula(four, input, target.double(), input.detach()[0], torch.rand(5).double())
+    assert kernel_calls[four.op.name]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -475,22 +410,14 @@ def test_dtypes_match_torch(dtype: torch.dtype) -> None:
     operands = [x.to(dtype) for x in operands_of("wing", 20)]
     assert wing(*operands).dtype == wing.function(*operands).mean().dtype
     assert wing(operands[0], operands[1].double()).dtype == torch.float64
-
-    @pyfused.activation
-    def masked(input: Tensor) -> Tensor:
-        return input * (input > 0).float()
-
+    masked = pyfused.activation(lambda input: input * (input > 0).float())
     assert masked(operands[0]).dtype == masked.function(operands[0]).dtype
     with torch.autocast("cpu", torch.bfloat16):
         assert wing(*operands).dtype == wing.function(*operands).mean().dtype
 
 
 def test_the_default_dtype_of_each_call() -> None:
-    @pyfused.activation
-    def halved(input: Tensor) -> Tensor:
-        return input * ((input > 0) / 2)
-
-    x = torch.randn(20)
+    halved, x = pyfused.activation(lambda input: input * ((input > 0) / 2)), torch.randn(20)
     try:
         for dtype in (torch.float32, torch.float64, torch.float32):
             torch.set_default_dtype(dtype)
@@ -515,37 +442,29 @@ def traces(formula: Formula) -> int:
 
 
 def test_parameters_need_no_new_trace() -> None:
+    """Their names may be those of torch's deprecated arguments."""
+
     @pyfused.loss
     def mine(
-        input: Tensor, target: Tensor, *, omega: float = 10.0, power: float = 1.5, flag: Any = False
+        input: Tensor,
+        target: Tensor,
+        *,
+        reduce: float = 10.0,
+        power: float = 1.5,
+        flag: Any = False,
     ) -> Tensor:
         d = (input - target).abs()
-        value = omega * torch.log1p(omega) * d**power + omega
-        return value * (2.0 - omega) if flag else value
+        value = reduce * torch.log1p(reduce) * d**power + reduce
+        return value * (2.0 - reduce) if flag else value
 
     operands = [x.double() for x in operands_of("wing")]
-    for omega, power in product((0.5, 1, 2.0, 7), (1.25, 1.5, 2.5)):
-        check_formula(mine, *operands, omega=omega, power=power)
+    for reduce, power in product((0.5, 1, 2.0, 7), (1.25, 1.5, 2.5)):
+        check_formula(mine, *operands, reduce=reduce, power=power)
     assert traces(mine) == 1
     named: dict[str, Any]
-    for named in ({"power": 2.0}, {"power": 2}, {"flag": True}, {"power": 2.0, "omega": 3.0}):
+    for named in ({"power": 2.0}, {"power": 2}, {"flag": True}, {"power": 2.0, "reduce": 3.0}):
         check_formula(mine, *operands, **named)
     assert traces(mine) == 3  # one for squares, and one for the flag
-
-
-def test_exponents_that_are_computed_from_parameters() -> None:
-    """Their special values have their own kernels, which are as fast as literal exponents."""
-
-    @pyfused.activation
-    def mine(input: Tensor, *, power: float = 2.0, k: float = 2.0) -> Tensor:
-        return k * (input.abs() + 1) ** (power / 2 + 1)
-
-    body = mine.explain()
-    assert "pow" not in body
-    x = torch.randn(40, dtype=torch.float64, requires_grad=True)
-    for power in (2.0, 4, 0.5, -1.0, 0.3, math.inf, math.nan):
-        check_formula(mine, x, power=power)
-    assert traces(mine) == 7  # k has no special values
 
 
 @pytest.mark.thresholds
@@ -606,14 +525,6 @@ def test_options_may_change_the_dtype() -> None:
         assert mine(x, 0 * x, wide=wide).dtype is (torch.float64 if wide else torch.float32)
 
 
-def test_parameters_named_like_deprecated_arguments_of_torch() -> None:
-    @pyfused.loss
-    def mine(input: Tensor, *, size_average: float = 0.0, reduce: float = 2.0) -> Tensor:
-        return reduce * input + size_average
-
-    check_formula(mine, torch.linspace(0, 1, 1000).requires_grad_())
-
-
 def test_a_parameter_that_only_changes_gradients() -> None:
     """The operations of the value are the same."""
 
@@ -627,23 +538,6 @@ def test_a_parameter_that_only_changes_gradients() -> None:
     for flag in (False, True, False):
         check_formula(mine, input, both=flag)
         assert mine.explain(input, both=flag).backend != "torch"
-
-    def scaled(input: Tensor, *, k: float = 2.0) -> Tensor:
-        class Scaled(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-                return x.exp()
-
-            @staticmethod
-            def backward(ctx: Any, g: Tensor) -> Tensor:  # noqa: ARG004
-                return k * g
-
-        return 2 * Scaled.apply(input)
-
-    formula = pyfused.activation(scaled)
-    for k in (2.0, 3.0):
-        check_formula(formula, input, k=k)
-    assert traces(formula) == 1
 
 
 @pytest.mark.cpu  # the interpreter warns of NaN in the check
@@ -710,37 +604,11 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_definition_and_a_trace_in_each_mode(mode: str) -> None:
-    detached, state = operands_of("wing", 50), torch.get_rng_state()
-    with MODES[mode]():
-
-        @pyfused.loss
-        def mine(input: Tensor, target: Tensor, *, squared: bool = False) -> Tensor:
-            d = input - target
-            return d**2 / 2 if squared else torch.log1p(d.abs()) + torch.log(1 + torch.exp(d))
-
-        for squared in (False, True):
-            mine(*detached, squared=squared)
-    assert torch.equal(torch.get_rng_state(), state)
-    operands = [x.clone().requires_grad_() for x in detached]
-    for squared in (False, True):
-        check_formula(mine, *operands, squared=squared, rtol=1e-5)
-        assert mine.explain(*operands, squared=squared).backend != "torch"
-
-
 def test_the_number_of_traces_is_limited() -> None:
-    @pyfused.activation
-    def mine(input: Tensor, *, power: int = 2) -> Tensor:
-        return input**power
-
-    input = torch.randn(100)
+    mine, input = pyfused.activation(lambda input, *, power=2: input**power), torch.randn(100)
     for power in range(40):
         close(mine(input, power=power), mine.function(input, power=power))
-    assert (
-        "have had 32 values; pass numbers that change as float"
-        in mine.explain(input, power=99).reason
-    )
+    assert "have had 32 values" in mine.explain(input, power=99).reason
     assert mine.explain(input, power=2).backend != "torch"
 
 
@@ -755,19 +623,6 @@ def test_equal_parameters_of_different_types_and_signs() -> None:
     for k in (0.0, -0.0, 0.0):
         named = {"flag": True, "k": k}
         assert torch.equal(mine(input, **named).signbit(), mine.function(input, **named).signbit())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_parameters_are_exact_to_the_last_bit(dtype: torch.dtype) -> None:
-    @pyfused.activation
-    def mine(input: Tensor, *, added: float = 0.5, limit: float = 3.0) -> Tensor:
-        return torch.minimum(input, limit) + added
-
-    input = torch.tensor(SPECIAL, dtype=dtype)
-    for added, limit in product(
-        (0.1, -1 / 3, math.pi * 1e30, 7e-38, -0.0), (math.inf, 1.0000001, -5e-30, 65535.0)
-    ):
-        check_formula(mine, input, added=added, limit=limit, rtol=0)
 
 
 class Recording(TorchDispatchMode):
@@ -807,45 +662,31 @@ def test_parameters_are_not_copied_to_tensors() -> None:
 
 
 def test_unsupported_parameters() -> None:
-    @pyfused.activation
-    def mine(input: Tensor, *, rounds: bool = False) -> Tensor:
-        return input.round() if rounds else 2 * input
-
+    mine = pyfused.activation(lambda input, *, rounds=False: input.round() if rounds else 2 * input)
     input = torch.randn(10)
     assert torch.equal(mine(input, rounds=True), input.round())
     assert "round" in mine.explain(input, rounds=True).reason
     assert mine.explain(input).backend != "torch"
-    learnt = torch.tensor(3.0, requires_grad=True)
-    assert wing.explain(input, input, omega=learnt).reason == "omega is a tensor"
 
 
-def test_eight_parameters(kernel_calls: KernelCalls) -> None:
+def test_many_parameters_and_registers(kernel_calls: KernelCalls) -> None:
+    """All sines are needed until the last sum, so each needs a register."""
+
     @pyfused.activation
     def mine(
         input: Tensor, *, a: float = 0.5, b: float = 1.5, c: float = 0.25, d: float = 2.0,
         e: float = 0.75, f: float = 3.0, g: float = 1.25, h: float = 4.0,
     ) -> Tensor:  # fmt: skip
-        return a * input + b * input.tanh() * c + d * (e * input).sigmoid() + f * (g + h * input)
-
-    for k, name in enumerate("abcdefgh"):
-        x = torch.randn(100, dtype=torch.float64, requires_grad=True)
-        check_formula(mine, x, **{name: 0.1 * k})
-    assert kernel_calls[mine.op.name] == 2 * 8
-
-
-def test_many_live_registers(kernel_calls: KernelCalls) -> None:
-    """All sines are needed until the last sum, so each needs a register."""
-
-    @pyfused.activation
-    def mine(input: Tensor) -> Tensor:
-        waves = [torch.sin(k * input) for k in range(1, 21)]
+        factors = a, b, c, d, e, f, g, h, *range(1, 13)
+        waves = [torch.sin(k * input) for k in factors]
         total = sum(waves)
         for wave in reversed(waves):
             total = total * wave + wave
         return total
 
-    check_formula(mine, torch.randn(40, dtype=torch.float64))
-    assert kernel_calls[mine.op.name] == 1
+    for k, name in enumerate("abcdefgh"):
+        check_formula(mine, torch.randn(40, dtype=torch.float64), **{name: 0.1 * k})
+    assert kernel_calls[mine.op.name] == 8
 
 
 # ---- user gradients ------------------------------------------------------------------------------
@@ -916,21 +757,11 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
 
 
 def test_invalid_user_gradients() -> None:
-    @pyfused.activation
-    def mine(input: Tensor, *, k: float = 1.0) -> Tensor:
-        return k * input
-
-    with pytest.raises(TypeError, match=r"other: expected the parameters \['input', 'k'\], got"):
-
-        @mine.gradient
-        def other(input: Tensor) -> Tensor:
-            return input
-
-    with pytest.raises(TypeError, match="two: expected a tensor or None for each of 1 operands"):
-
-        @mine.gradient
-        def two(input: Tensor, *, k: float = 1.0) -> tuple[Tensor, Tensor]:
-            return k * input, input
+    mine = pyfused.activation(lambda input, *, k=1.0: k * input)
+    with pytest.raises(TypeError, match=r"expected the parameters \['input', 'k'\], got"):
+        mine.gradient(lambda input: input)
+    with pytest.raises(TypeError, match="expected a tensor or None for each of 1 operands"):
+        mine.gradient(lambda input, *, k=1.0: (k * input, input))
 
 
 # ---- rewrites ------------------------------------------------------------------------------------
@@ -1044,23 +875,6 @@ def test_fallback(kernel_calls: KernelCalls) -> None:
 
 @pytest.mark.cpu
 @pytest.mark.thresholds
-def test_small_tensors_run_unfused(kernel_calls: KernelCalls) -> None:
-    input, target = operands_of("wing", 20)
-    assert torch.equal(wing(input, target), wing.function(input, target).mean())
-    assert torch.equal(log_cosh(input, target=target), log_cosh(target=target, input=input))
-    assert "faster at this size" in wing.explain(input, target).reason
-    weight = torch.rand(20)
-    close(
-        wing(input, target, weight=weight, reduction="sum"),
-        (wing.function(input, target) * weight).sum(),
-    )
-    assert not kernel_calls
-    wing(*operands_of("wing", 1 << 15))
-    assert kernel_calls[wing.op.name] == 1
-
-
-@pytest.mark.cpu
-@pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls) -> None:
     scalar, big = torch.tensor(0.5), torch.randn(1 << 15)
@@ -1069,24 +883,18 @@ def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls
         close(wing(*operands), wing.function(*operands).mean())
         assert kernel_calls[wing.op.name] == count
         assert wing.explain(*operands).backend != "torch"
-    wing(scalar, target=big)
-    assert kernel_calls[wing.op.name] == 4
     for few in ((scalar, row), (column[:9], row[:9]), (scalar, torch.randn(0))):
-        wing(*few)
-        assert wing.explain(*few).backend == "torch"
+        close(wing(*few), wing.function(*few).mean(), rtol=0, atol=0, equal_nan=True)
+        assert "faster at this size" in wing.explain(*few).reason
     nested = torch.nested.as_nested_tensor([torch.randn(2), torch.randn(3)])
-    multiply = pyfused.activation(lambda a, b: a * b)
-    assert multiply(nested, nested).is_nested
-    assert kernel_calls[wing.op.name] == 4
+    assert pyfused.activation(lambda a, b: a * b)(nested, nested).is_nested
+    assert kernel_calls[wing.op.name] == 3
 
 
 def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
     input, target = operands_of("wing", 20)
-    text = wing.explain()
-    assert " 2 tensors read, 2 written" in text
+    assert " 2 tensors read, 2 written" in wing.explain()
     assert " 1 tensor read, 2 written" in mish.explain()
-    assert "value = where_lt" in text
-    assert "bytes" in text
     assert str(wing.explain(input, target)) == str(pyfused.explain(wing, input, target))
     assert wing.explain(input, target).backend != "torch"
     assert pyfused.explain(wing.module(omega=2.0), input, target).backend != "torch"
@@ -1100,13 +908,11 @@ def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_module_pickle_and_copy() -> None:
     input, target = operands_of("wing", 20)
-    assert pickle.loads(pickle.dumps(wing)) is wing
-    assert copy.deepcopy(wing) is wing
     module = wing.module(omega=5.0, reduction="sum")
     for same in (module, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert torch.equal(same(input, target), wing(input, target, omega=5.0, reduction="sum"))
     assert "omega=5.0" in repr(module)
-    with pytest.raises(TypeError, match=r"expected keywords from .*'omega'.*got \['omga'\]"):
+    with pytest.raises(TypeError, match=r"'omega'.*got \['omga'\]"):
         wing.module(omga=5.0)
     with pytest.raises(TypeError, match="reduction"):
         mish.module(reduction="sum")
@@ -1116,23 +922,20 @@ def test_pickles_by_name_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Like a function: cloudpickle sends what is defined in __main__ or locally by value."""
     cloudpickle = pytest.importorskip("cloudpickle")
     x, y = operands_of("wing", 20)
-    renamed = pyfused.loss(halved_error)
     for pickler in (pickle, cloudpickle):
         assert pickle.loads(pickler.dumps(wing)) is wing
-        same = pickle.loads(pickler.dumps(renamed.module()))
-        assert torch.equal(same(x, y), renamed(x, y))
     k = 3.0
     local = pyfused.loss(lambda input, target: k * (input - target))
-    local.gradient(lambda input, target: (input, None))
-    assert copy.deepcopy(local) is copy.copy(local) is local
+    main = pyfused.loss(halved_error)
+    for formula in (local, main):
+        formula.gradient(lambda input, target: (input, None))
     with pytest.raises((pickle.PicklingError, AttributeError)):
         pickle.dumps(local)
-    main = pyfused.loss(halved_error)
-    main.gradient(lambda input, target: (input, None))
     monkeypatch.setattr(main, "__module__", "__main__")
     monkeypatch.setattr(sys.modules["__main__"], "halved_error", main, raising=False)
     assert pickle.loads(pickle.dumps(main)) is main
     for formula in (local, main):
+        assert copy.deepcopy(formula) is copy.copy(formula) is formula
         sent = pickle.loads(cloudpickle.dumps(formula))
         assert sent is not formula
         leaf = x.clone().requires_grad_()
@@ -1141,20 +944,20 @@ def test_pickles_by_name_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(gradient, x)
 
 
+WRONG: tuple[tuple[Any, str], ...] = (
+    (3, "function: expected a function with a name, got 3"),
+    (lambda input, weight: input * weight, "pyfused adds the parameter weight"),
+    (lambda a, b, c, d, e: a, "1 to 4 tensor operands, got 5"),
+    (lambda *inputs: inputs[0], r"expected named parameters, got \*inputs"),
+    (lambda input: absent(input), r"name 'absent' is not defined\. Pass"),  # noqa: F821
+    (lambda input: (input, input), "expected the function to return one tensor, got tuple"),
+    (lambda input: (input, None)[1], "return a tensor, got None; add a return"),
+    (lambda input: input.flatten(), r"expected an elementwise formula.*\(6,\)"),
+)
+
+
 def halved_error(input: Tensor, target: Tensor) -> Tensor:
     return (input - target).abs() / 2
-
-
-@pytest.mark.cpu
-@pytest.mark.thresholds
-def test_reports_count_small_and_large_calls() -> None:
-    mine = pyfused.loss(halved_error)
-    with pyfused.report() as report:
-        for n in (8, 8, 1 << 15):
-            mine(torch.randn(n), torch.zeros(n))
-    counts = report.to_dict()
-    assert list(counts["left_to_torch"][mine.op.name].values()) == [2]
-    assert counts["operators"][mine.op.name]["calls"] == 1
 
 
 def test_signature_and_arguments() -> None:
@@ -1220,118 +1023,19 @@ def test_untraceable_functions(function: Callable[[Tensor], Tensor], words: str)
     assert torch.equal(*results)
 
 
-def test_wrong_definitions() -> None:
-    for decorate in (pyfused.loss, pyfused.activation):
-        with pytest.raises(TypeError, match="function: expected a function with a name, got 3"):
-            decorate(3)
-    with pytest.raises(TypeError, match="pyfused adds the parameter weight"):
-        pyfused.loss(lambda input, weight: input * weight)
-    with pytest.raises(TypeError, match="1 to 4 tensor operands, got 5"):
-        pyfused.loss(lambda a, b, c, d, e: a)
-    with pytest.raises(TypeError, match=r"expected named parameters, got \*inputs"):
-        pyfused.loss(lambda *inputs: inputs[0])
-    with pytest.raises(TypeError, match="expected a default for the parameter beta"):
-        exec("def f(input, *, beta): return input * beta\npyfused.loss(f)", {"pyfused": pyfused})
-    with pytest.raises(UntraceableError, match=r"name 'absent' is not defined\. Pass"):
-        pyfused.activation(lambda input: absent(input))  # noqa: F821
-    with pytest.raises(
-        UntraceableError, match="expected the function to return one tensor, got tuple"
-    ):
-        pyfused.activation(lambda input: (input, input))
-    with pytest.raises(UntraceableError, match="return a tensor, got None; add a return"):
-        pyfused.activation(lambda input: (input, None)[1])
-    with pytest.raises(UntraceableError, match=r"expected an elementwise formula.*\(6,\)"):
-        pyfused.activation(lambda input: input.flatten())
+@pytest.mark.parametrize(("function", "words"), WRONG)
+def test_wrong_definitions(function: Any, words: str) -> None:
+    with pytest.raises((TypeError, UntraceableError), match=words):
+        pyfused.loss(function)
 
 
-SCALE = 2.0
-
-
-def scaled(input: Tensor) -> Tensor:
-    return SCALE * input
-
-
-class Settings:
-    scale = 2.0
-
-
-@pytest.mark.thresholds
-def test_constants_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may change: all sizes use the new value."""
-    factor, module = 3.0, sys.modules[__name__]
-
-    @pyfused.activation
-    def mine(input: Tensor) -> Tensor:
-        inner = [input * x for x in (1.0, SCALE)]
-        total = factor * inner[1] + scaled(input) + math.pi
-        return total + wing(input, 0 * input, reduction="none")
-
-    @pyfused.activation
-    def nested(input: Tensor) -> Tensor:
-        return mine(input) - formulas.torch.pi
-
-    def check_sizes() -> None:
-        for formula, n in product((mine, nested), (8, 1 << 15)):
-            x = torch.linspace(0, 1, n, dtype=torch.float64)
-            assert (formula.explain(x).backend == "torch") == (n == 8)
-            close(formula(x), formula.written(x))
-
-    check_sizes()
-    for value in (5.0, 5, -1.0, 2.0):
-        monkeypatch.setattr(module, "SCALE", value)
-        factor = -value
-        check_sizes()
-    monkeypatch.setattr(module, "scaled", lambda input: factor + input)
-    monkeypatch.setattr(formulas.torch, "pi", 3)
-    check_sizes()
-
-
-@pytest.mark.thresholds
-@pytest.mark.parametrize(
-    "held",
-    [torch.ones(()), torch.ones(1), [1.0], {-1: 1.0}, (1.0, [1.0]), Settings()],
-    ids=["scalar", "tensor", "list", "dict", "tuple", "object"],
-)
-def test_objects_from_outside(held: Any) -> None:
-    """Their contents may change, so no kernel runs."""
-    words = "it reads held from outside, a .*whose contents may change; pass tensors as operands"
-
-    def function(input: Tensor) -> Tensor:
-        return input * (held.scale if isinstance(held, Settings) else held[-1] if len(held) else 1)
-
-    def captured(input: Tensor) -> Tensor:
-        return input * held
-
-    function = captured if isinstance(held, Tensor) else function
-    with pytest.warns(RuntimeWarning, match=f"{function.__name__}: {words}") as caught:
-        formula = pyfused.activation(function)
-    assert caught[0].filename == __file__
-    assert pyfused.activation(strict=False)(function) is not None
-    for n in (8, 1 << 15):
-        x = torch.randn(n)
-        assert formula.explain(x).backend == "torch"
-        if not isinstance(held, tuple):
-            assert torch.equal(formula(x), function(x))
-
-
-def test_a_parameter_of_another_type() -> None:
-    for kind, default in (("list", [1.0]), ("tuple", (1.0,))):
-        with pytest.warns(RuntimeWarning, match=f"<lambda>: factors is a {kind}. It runs unfused"):
-            mine = pyfused.activation(lambda input, *, factors=default: input * factors[0])
-        x = torch.randn(50)
-        assert torch.equal(mine(x), x)
-        assert torch.equal(mine(x, factors=[2.0]), 2 * x)
-        assert mine.explain(x, factors=[2.0]).reason == "factors is a list"
-
-
-def test_imports_in_a_formula() -> None:
-    def function(input: Tensor) -> Tensor:
-        import random
-
-        return random.random() * input
-
-    with pytest.warns(RuntimeWarning, match="it imports random; import it outside"):
-        pyfused.activation(function)
+@pytest.mark.parametrize("factors", [[1.0], (1.0,)], ids=["list", "tuple"])
+def test_a_parameter_of_another_type(factors: Any) -> None:
+    with pytest.warns(RuntimeWarning, match="factors is a (list|tuple). It runs unfused"):
+        mine = pyfused.activation(lambda input, *, factors=factors: input * factors[0])
+    x = torch.randn(50)
+    assert torch.equal(mine(x, factors=[2.0]), 2 * x)
+    assert mine.explain(x, factors=[2.0]).reason == "factors is a list"
 
 
 def test_formulas_are_freed() -> None:
@@ -1341,10 +1045,7 @@ def test_formulas_are_freed() -> None:
         def helper(input: Tensor) -> Tensor:
             return 2 * input
 
-        @pyfused.loss
-        def mine(input: Tensor, target: Tensor, *, k: float = 1.0) -> Tensor:
-            return k * (helper(input) - target) ** 2
-
+        mine = pyfused.loss(lambda input, target, *, k=1.0: k * (helper(input) - target) ** 2)
         mine.gradient(lambda input, target, *, k=1.0: (2 * k * (input - target), None))
         x = torch.rand(50, requires_grad=True)
         for n in (50, 1):
@@ -1352,37 +1053,26 @@ def test_formulas_are_freed() -> None:
         mine.verify()
         return weakref.ref(helper)
 
-    references = [make() for _ in range(3)]
+    reference = make()
     gc.collect()
-    assert [reference() for reference in references] == [None] * 3
+    assert reference() is None
 
 
-def test_two_threads_trace_at_once() -> None:
+def test_threads_trace_at_once() -> None:
     """The anomaly detection of the program, which is global, stays."""
-    both, errors = threading.Barrier(2), list[Exception]()
 
-    def wait(x: Tensor) -> Tensor:
-        both.wait(10)
-        return x
+    def trace(k: int) -> Tensor:
+        return pyfused.activation(lambda x: k * x.log())(torch.ones(3) * math.e)
 
-    def trace() -> None:
-        try:
-            e, _ = expressions_of(
-                lambda leaves, *_: gradients_of(wait(leaves[0]).log(), leaves, leaves[0]),
-                [torch.float64], {}, False,
-            )  # fmt: skip
-            assert e.nodes
-        except Exception as error:
-            errors.append(error)
-
-    with torch.autograd.set_detect_anomaly(True):
-        threads = [threading.Thread(target=trace) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert torch.is_anomaly_enabled()
-    assert not errors
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with torch.autograd.set_detect_anomaly(True), ThreadPoolExecutor(4) as pool:
+            for k, value in enumerate(pool.map(trace, range(40))):
+                close(value, torch.full((3,), float(k)))
+            assert torch.is_anomaly_enabled()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1394,11 +1084,9 @@ def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(programs.RULES, "pow", [wrong])
     formula = pyfused.activation(mine)
     formula.verify()
-    with pytest.raises(
-        RuntimeError, match=r"mine: its kernel computes .* for the value at input=.*differ"
-    ):
+    with pytest.raises(RuntimeError, match=r"mine: its kernel computes .* for the value at input="):
         formula.verify(flag=True)
-    with pytest.raises(TypeError, match=r"mine: expected keywords from .*'k'.*got \['j'\]"):
+    with pytest.raises(TypeError, match=r"'k'.*got \['j'\]"):
         formula.verify(j=1)
     unfused = pyfused.activation(strict=False)(lambda input: input.round())
     with pytest.raises(UntraceableError, match="no kernel supports round"):
@@ -1523,15 +1211,8 @@ def test_random_programs(
 
 def test_a_learnable_parameter_of_a_formula_with_its_own_gradient() -> None:
     """Its gradient is unknown, so it must be an operand."""
-
-    @pyfused.loss
-    def scaled(x: Tensor, y: Tensor, *, k: float = 2.0) -> Tensor:
-        return k * (x - y)
-
-    @scaled.gradient
-    def slopes(x: Tensor, y: Tensor, *, k: float = 2.0) -> Any:
-        return k * torch.ones_like(x), None
-
+    scaled = pyfused.loss(lambda x, y, *, k=2.0: k * (x - y))
+    scaled.gradient(lambda x, y, *, k=2.0: (k * torch.ones_like(x), None))
     x, k = torch.randn(50, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     with pytest.raises(TypeError, match=r"k: expected a number without .*an operand"):
         scaled(x, x.detach(), k=k)

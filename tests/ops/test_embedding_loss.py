@@ -8,7 +8,6 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,6 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch.run import forget_plans
 from pyfused.formula_compiler import trace
-
-SHAPES = ((5,), (7, 2), (40, 17), (3, 1030), (40, 64))[: 3 if interpreter.ON else 5]
-
 
 # ---- special values ------------------------------------------------------------------------------
 
@@ -78,21 +74,6 @@ def test_a_loss_of_exactly_0(inclusive: bool, monkeypatch: pytest.MonkeyPatch) -
 
 
 # ---- shapes and dtypes ---------------------------------------------------------------------------
-
-
-@grid(
-    shapes=[
-        ((4, 3), (1, 3), (4, 3)),
-        ((4, 1, 3), (1, 5, 3), (1, 1, 3)),
-        ((2, 3, 4),) * 3,
-        ((3,),) * 3,
-    ]
-)
-def test_broadcasting_triplets(shapes: tuple[Any, ...], kernel_calls: KernelCalls) -> None:
-    tensors = [torch.randn(shape) for shape in shapes]
-    assert_equals_torch("triplet_margin_loss", tensors)
-    assert_equals_torch("triplet_margin_loss", tensors, reduction="mean")
-    assert kernel_calls["triplet_margin_loss"] == 3
 
 
 @grid(dtype=[torch.float64, torch.float32, torch.float16, torch.int64])

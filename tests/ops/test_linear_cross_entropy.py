@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from catalogue import TORCH
-from compare import evaluate, products
+from compare import products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -76,76 +75,6 @@ def test_weight_gradients_are_summed_in_float32(classes: int) -> None:
     torch.testing.assert_close(head.grad, expected.bfloat16())
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_probabilities_of_another_dtype(reduction: str) -> None:
-    given = HeadCase(probabilities=True)
-    arguments = given.input, given.head, given.target.detach().double().requires_grad_()
-    got, expected = (
-        evaluate(function, *arguments, reduction=reduction)
-        for function in (fused.linear_cross_entropy, materialised)
-    )
-    assert got.value.dtype == expected.value.dtype == torch.float64
-    found, best = (got.value, *got.gradients), (expected.value, *expected.gradients)
-    torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@grid(budget=[None, 8 << 10], frozen=[False, True], dtype=[torch.float32, torch.float16])
-@pytest.mark.usefixtures("compiler")
-def test_compiled_computes_logits_as_often_as_eager(
-    dtype: torch.dtype, budget: int | None, frozen: bool
-) -> None:
-    given = HeadCase(rows=90)
-    input, head = given.input.detach().to(dtype), given.head.detach().to(dtype)
-    leaves = [input.requires_grad_()] if frozen else [input.requires_grad_(), head.requires_grad_()]
-
-    def loss(input: Tensor, head: Tensor) -> Tensor:
-        return fused.linear_cross_entropy(input, head, given.target, memory_budget=budget)
-
-    sizes, gradients = [], []
-    for call in (loss, torch.compile(loss, fullgraph=True)):
-        with products() as found:
-            gradients.append(torch.autograd.grad(call(input, head) * 3, leaves))
-        sizes.append(sorted(found))
-    assert sizes[1] == sizes[0]
-    for got, expected in zip(*gradients, strict=True):  # rounding before or after the factor of 3
-        assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
-
-
-@pytest.mark.thresholds
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_a_small_call_equals_torchs_operators(reduction: str) -> None:
-    """Common calls, and those whose arguments need the definition's checks: an int is one."""
-    given, bias = HeadCase(), torch.randn(70, requires_grad=True)
-    leaves = given.input, given.head, bias
-    for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(70)}, {"ignore_index": 3}):
-        options = {"reduction": reduction, **options}
-        target = given.target.where(given.target >= 0, options.get("ignore_index", -100))
-        losses = [
-            F.cross_entropy(F.linear(*leaves), target, **options),
-            fused.linear_cross_entropy(*leaves[:2], target, linear_bias=bias, **options),
-            fused.linear_cross_entropy(*leaves[:2], target, linear_bias=bias, scale=1, **options),
-        ]
-        expected, *others = [(x, *torch.autograd.grad(x.sum(), leaves)) for x in losses]
-        assert all(x.equal(y) for found in others for x, y in zip(found, expected, strict=True))
-
-
-def test_as_many_rows_as_classes_with_more_dimensions() -> None:
-    """Targets shaped like linear_weight without features are not mistaken for swapped arguments."""
-    input, weight, target = torch.randn(3, 5), torch.randn(3, 2, 5), torch.randint(3, (3, 2))
-    logits = (input @ weight.flatten(0, 1).T).unflatten(1, (3, 2))
-    loss = fused.linear_cross_entropy(input, weight, target)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
-
-
-def test_uint8_class_indices_with_more_than_256_classes() -> None:
-    input, weight, target = torch.randn(3, 4), torch.randn(1462, 4), torch.tensor([226, 0, 156])
-    expected = F.cross_entropy(input @ weight.t(), target)
-    got = fused.linear_cross_entropy(input, weight, target.byte(), z_loss=0.0, scale=1.0)
-    torch.testing.assert_close(got, expected)
-
-
 # Positions of the largest logit or a NaN, for logits that are computed in blocks of classes.
 BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "rising": lambda row: row.sort().values,
@@ -184,21 +113,6 @@ def test_blocks_of_classes_equal_whole_rows(
         torch.autograd.grad(loss, leaf) for loss, leaf in ((got[0], head), (expected[0], logits))
     )
     torch.testing.assert_close(gradient.t(), best, equal_nan=True)
-
-
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_an_infinite_weight_of_a_class_only_changes_its_rows(value: float) -> None:
-    x, layer, weight = torch.randn(3, 4), torch.randn(192, 4), torch.ones(192)
-    weight[100] = value
-    target = torch.tensor([5, 100, 150])
-    x.requires_grad_()
-    loss = fused.linear_cross_entropy(
-        x, layer, target, weight=weight, reduction="none", memory_budget=1
-    )
-    expected = F.cross_entropy(x @ layer.t(), target, weight, reduction="none")
-    (gradient,), (best,) = (torch.autograd.grad(each.sum(), x) for each in (loss, expected))
-    torch.testing.assert_close(loss, expected, equal_nan=True)
-    torch.testing.assert_close(gradient[[0, 2]], best[[0, 2]])
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------
@@ -276,18 +190,3 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
     assert strategy(torch.bfloat16, memory_budget=1 << 20) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert strategy(torch.float32) == "all logits at once"
-
-
-@pytest.mark.parametrize("function", [fused.linear_cross_entropy, fused.linear_log_probs])
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
-def test_autocast_of_float64(
-    function: Callable[..., Any], dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
-    """Autocast does not convert float64, and torch refuses products of mixed dtypes."""
-    given = HeadCase(rows=40, classes=300)
-    input, head = (x.to(dtype) for x, dtype in zip((given.input, given.head), dtypes, strict=True))
-    with (
-        torch.autocast(given.input.device.type, dtype=torch.bfloat16),
-        pytest.raises(RuntimeError, match="linear_weight: expected the input's"),
-    ):
-        function(input, head, given.target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from typing import Any
 
@@ -58,19 +57,6 @@ def test_results_that_were_not_requested(op: str) -> None:
     assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("ignore_index", [0, -100])
-def test_metrics_of_ties_and_ignored_rows(ignore_index: int) -> None:
-    """The first of equal logits is the largest, and NaN precedes all numbers, as in torch."""
-    logits = torch.tensor([[1.0, 2, 2], [1, 2, 2], [math.nan, 5, 0], [3, 1, 2], [0, 0, 0]])
-    target = torch.tensor([1, 2, 0, ignore_index, ignore_index])
-    found = fused.log_probs(logits, target, ignore_index=ignore_index, return_metrics=True)
-    expected = [True, False, ignore_index != 0, False, False]
-    assert found.is_top1.tolist() == expected
-    means = torch.tensor([5 / 3, 5 / 3, math.nan if ignore_index else 0, 0, 0])
-    torch.testing.assert_close(found.mean_logit, means, equal_nan=True)
-
-
 @every_operator
 def test_metrics_stay_in_copies(op: str) -> None:
     with torch.no_grad():
@@ -92,40 +78,6 @@ def test_the_dimension_of_the_classes() -> None:
     for moved, dim in ((logits, -1), (logits.movedim(-1, 0), 0)):
         got = all_results("log_probs", logits=moved, target=target, dim=dim)
         torch.testing.assert_close([*got], expected)
-
-
-# ---- ignored, empty, special values --------------------------------------------------------------
-
-
-def test_a_layer_without_features() -> None:
-    x, weight, target = torch.randn(3, 0), torch.randn(5, 0), torch.tensor([4, 0, -100])
-    found = fused.linear_log_probs(x, weight, target)
-    expected = torch.tensor([-math.log(5), -math.log(5), 0])
-    torch.testing.assert_close(found.log_probability, expected)
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_an_infinite_probability_is_nan(dtype: torch.dtype, isa: str) -> None:
-    """In rows with +inf or NaN, all results and gradients are NaN; -inf is masked, as in torch."""
-    logits = torch.randn(5, 300, dtype=dtype)
-    logits[:, 5] = -math.inf
-    logits[1, 7] = logits[2, 1] = math.inf
-    logits[4, 7] = math.nan
-    leaf, target = logits.requires_grad_(), torch.tensor([1, 2, 1, 4, 7])
-    found = all_results("log_probs", logits=leaf, target=target)
-    for value in found[:2]:
-        (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
-        assert value.isnan().tolist() == [False, True, True, False, True]
-        assert gradient.isnan().all(1).tolist() == [False, True, True, False, True]
-        assert not gradient[[0, 3]].isnan().any()
-    (expected,) = torch.autograd.grad(logits.log_softmax(1)[range(5), target].sum(), leaf)
-    (gradient,) = torch.autograd.grad(found.log_probability.sum(), leaf)
-    torch.testing.assert_close(gradient, expected, equal_nan=True)
-    assert found.log_sum_exp.isnan().tolist()[3:] == [False, True]
-    log_p = logits.detach().double().log_softmax(1)[[0, 3]]
-    entropy = torch.special.entr(log_p.exp()).sum(1).to(dtype)
-    torch.testing.assert_close(found.entropy[[0, 3]], entropy)
 
 
 # ---- independence of rows ------------------------------------------------------------------------

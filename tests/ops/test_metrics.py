@@ -155,38 +155,6 @@ def test_metrics_of_linear_cross_entropy_in_half_precision(
     assert metrics.entropy.dtype is torch.float32
 
 
-@pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("linear", [False, True], ids=["cross_entropy", "linear_cross_entropy"])
-@pytest.mark.usefixtures("compiler")
-def test_compiled(linear: bool, kernel_calls: KernelCalls) -> None:
-    input, weight, bias, target = linear_case(torch.float32)
-    options: dict[str, Any] = {"z_loss": Z_LOSS, "label_smoothing": 0.1}
-
-    def both(input: Tensor) -> tuple[Tensor, Metrics]:
-        if linear:
-            return fused.linear_cross_entropy_with_metrics(
-                input, weight, target, linear_bias=bias, **options
-            )
-        logits = torch.nn.functional.linear(input, weight, bias)
-        return fused.cross_entropy_with_metrics(logits, target, **options)
-
-    loss, metrics = torch.compile(both, fullgraph=True, backend="aot_eager")(input)
-    assert bool(kernel_calls) == linear
-    plain, expected = both(input)
-    close(metrics, expected)
-    close(torch.autograd.grad(loss, input), torch.autograd.grad(plain, input))
-
-
-@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
-def test_an_infinite_scale_gives_nan(name: str) -> None:
-    layer = (torch.randn(7, 5),) * (name == "linear_cross_entropy")
-    function = getattr(fused, f"{name}_with_metrics")
-    loss, found = function(torch.randn(6, 5), *layer, torch.tensor([0, 1, 2, 3, 4, 0]), scale=1e999)
-    assert loss.isnan()
-    assert found.log_probability.isnan().all()
-
-
 @pytest.mark.thresholds
 def test_metrics_of_a_small_call_do_not_round_scaled_logits() -> None:
     input, target = torch.randn(6, 5).bfloat16(), torch.tensor([0, 1, 2, 3, 4, 0])

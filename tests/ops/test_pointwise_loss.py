@@ -22,8 +22,7 @@ from samples import BROADCASTING, FIRST, LOSSES, SAMPLES, Loss
 from torch import Tensor
 from torch_reference import torch_function
 
-import pyfused
-from pyfused import functional, nn
+from pyfused import functional
 from pyfused.dispatch.run import forget_plans
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
@@ -66,16 +65,6 @@ def test_the_size_of_a_call_is_its_broadcast_size(op: str, kernel_calls: KernelC
         assert kernel_calls.total() == count
     ours(few, few)
     assert kernel_calls.total() == 2
-
-
-@pytest.mark.parametrize("package", [nn, torch.nn], ids=["pyfused", "patched"])
-def test_a_warning_names_the_line_that_calls_the_module(package: Any) -> None:
-    x = torch.rand(3, 5)
-    with pyfused.patch(), warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always", UserWarning)
-        package.MSELoss()(x, x[0])
-        package.KLDivLoss()(x, x)
-    assert [warning.filename for warning in seen] == [__file__] * 2
 
 
 # ---- dtypes --------------------------------------------------------------------------------------
@@ -133,21 +122,6 @@ def test_type_promotion(
             expected = exact.gradients[name]
             errors.add(f"gradient to the {name}", ours, theirs, expected, exact.gradients_terms)
         errors.check(roundings=4 if got.value.dtype == torch.float64 else 2)
-
-
-@grid(loss=BROADCASTING, dtype=[torch.float64, torch.int64], reduction=REDUCTIONS)
-@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-@DIFFERENTIATED
-def test_a_scalar_target_promotes_as_in_torch(
-    loss: Loss, dtype: torch.dtype, reduction: str
-) -> None:
-    given = loss.draw((3, 5)) | {"target": torch.tensor(2, dtype=dtype)}
-    options = loss.parameters | {"reduction": reduction}
-    of_torch = outcome_or_error(loss.reference, given, **options)
-    if isinstance(of_torch, type):
-        assert outcome_or_error(loss.ours, given, **options) is of_torch
-    else:
-        assert_matches_torch(loss.ours, loss.reference, **given, **options)
 
 
 # ---- special values ------------------------------------------------------------------------------
@@ -210,41 +184,7 @@ def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: Ker
     assert kernel_calls["gaussian_nll_loss"]
 
 
-# ---- arguments -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("elements", [2, 1 << 18])
-@pytest.mark.thresholds
-def test_the_gradient_of_smooth_l1_loss_at_nan_without_beta(elements: int) -> None:
-    """torch computes this call by l1_loss, whose gradient at NaN is 0."""
-    x, gradients = torch.randn(elements).index_fill_(0, torch.tensor(1), NAN), []
-    for f in (functional, F):
-        leaf = x.clone().requires_grad_()
-        f.smooth_l1_loss(leaf, torch.zeros(elements), beta=0.0, reduction="sum").backward()
-        gradients.append(leaf.grad)
-    close(*gradients, rtol=0, atol=0)
-    assert gradients[0][1] == 0
-
-
-@pytest.mark.parametrize("elements", [1, 1 << 16])
-@pytest.mark.thresholds
-def test_a_weight_does_not_promote_a_focal_loss(elements: int) -> None:
-    x = torch.zeros(elements)
-    with pytest.raises(RuntimeError, match="weight: expected a shape that broadcasts"):
-        functional.sigmoid_focal_loss(x, x, weight=torch.ones(3, elements))
-
-
 # ---- broadcasting and memory ---------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-@pytest.mark.parametrize("op", ["mse_loss", "l1_loss"])
-def test_a_mean_divides_by_the_weight_before_it_broadcasts(op: str) -> None:
-    x, target = torch.randn(6, 1, requires_grad=True), torch.randn(8, 1, 6, 2)
-    weight = torch.rand(6, 1)
-    got, expected = (getattr(f, op)(x, target, weight=weight) for f in (functional, F))
-    close(got, expected)
-    close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
 
 
 @pytest.mark.cpu
