@@ -12,7 +12,6 @@ from catalogue import EXAMPLES, Call
 from catalogue import TORCH as F
 from compare import Outcome, evaluate
 from conftest import KernelCalls
-from processes import python
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -172,22 +171,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_opcheck_of_strides_and_half_precision(op: str, layout: Callable[[Tensor], Tensor]) -> None:
     given = [layout(x).detach() for x in (torch.randn(N, C), SOFT)]
     assert_registered(getattr(fused, op), given[0].requires_grad_(), given[1])
-
-
-@pytest.mark.slow
-def test_the_first_compiled_call_of_a_process() -> None:
-    """Custom operators are registered while the compiler traces the call."""
-    done = python("""
-        import torch
-        from pyfused import functional as fused
-
-        x, w, target = torch.randn(2000, 4), torch.randn(9000, 4), torch.zeros(2000).long()
-        head = lambda x: fused.linear_cross_entropy(x, w, target)
-        got = torch.compile(head, fullgraph=True, backend="eager")(x)
-        torch.testing.assert_close(got, head(x))
-        print("compiled")
-        """)
-    assert done.stdout == "compiled\n", done.stderr
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -109,34 +108,6 @@ def test_convert_is_idempotent_and_revert_only_undoes_it() -> None:
     assert pyfused.revert(model) == plan.swapped == SWAPPED
     assert types(model) == before
     assert pyfused.revert(model) == ()
-
-
-def test_a_model_that_is_itself_converted() -> None:
-    criterion = nn.CrossEntropyLoss()
-    assert pyfused.plan_conversion(criterion).swapped == (".",)
-    assert type(pyfused.convert(criterion)) is pyfused.nn.CrossEntropyLoss
-    assert pyfused.revert(criterion) == (".",)
-    assert type(criterion) is nn.CrossEntropyLoss
-
-
-def test_conversions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model, nothing = Net(), pyfused.plan_conversion(nn.Linear(2, 2))
-    with caplog.at_level(logging.INFO, "pyfused"):
-        pyfused.plan_conversion(model)
-        assert not caplog.records
-        pyfused.convert(model)
-        with pytest.warns(RuntimeWarning, match="pyfused.convert: Nothing to convert: found no"):
-            pyfused.convert(nn.Linear(2, 2))
-    # One of the modules has two names.
-    counted = "replaced 4 modules (2 ReLU, 1 CrossEntropyLoss, 1 MSELoss); left 1"
-    assert [record.getMessage() for record in caplog.records] == [
-        f"pyfused.convert: {counted}: see pyfused.plan_conversion(model)",
-        f"pyfused.convert: {nothing}",
-    ]
-    assert (nothing.swapped, nothing.left) == ((), ())
-    assert str(nothing).startswith("Nothing to convert: found no loss or activation of torch.nn")
-    with pytest.warns(RuntimeWarning, match="Nothing to convert.*\n0  ReLU  left: its forward was"):
-        pyfused.convert(nn.Sequential(with_forward(nn.ReLU())))
 
 
 def with_forward(module: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from compare import operators_of_torch
 from conftest import KernelCalls
-from layouts import every_second
 from processes import python
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -117,21 +116,6 @@ def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
         assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
         copies.append(sum(shapes[0] == [ROWS, 3] for shapes in casts))
     assert copies[0] == 0 < copies[1]
-
-
-def test_saved_tensors_may_come_back_with_gaps(kernel_calls: KernelCalls) -> None:
-    """Backward overwrites saved logits only if hooks have kept them contiguous."""
-    x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
-
-    def step() -> Tensor:
-        return pyfused.functional.linear_log_probs(x, weight, torch.arange(64)).log_probability
-
-    expected = torch.autograd.grad(step().sum(), (x, weight))
-    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, every_second):
-        log_probability = step()
-    found = torch.autograd.grad(log_probability.sum(), (x, weight))
-    torch.testing.assert_close(found, expected)
-    assert kernel_calls["row_gradients"] == 2
 
 
 @pytest.mark.integrations

@@ -211,20 +211,6 @@ def test_a_small_call_uses_the_original_without_a_warning(
     assert not kernel_calls
 
 
-def test_compiled(utils: ModuleType) -> None:
-    tensors = draw(torch.float32)
-    pyfused.patch_trl()
-
-    def step(*tensors: Any) -> Any:
-        return apply(getattr(utils, NAME), [*tensors], (0.7, 4.0, 0.5))
-
-    torch.compiler.reset()
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors)
-    expected = step(*tensors)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradients(found, tensors), gradients(expected, tensors))
-
-
 # ---- patching ------------------------------------------------------------------------------------
 
 

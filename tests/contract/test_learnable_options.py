@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from catalogue import EXAMPLES, SHAPE
 from torch import Tensor
 
-from pyfused import VocabShard
 from pyfused import functional as fused
 
 N, C = SHAPE
@@ -83,53 +81,8 @@ def test_gradients_of_options(name: str, option: str, value: float, shape: tuple
     check_gradient(lambda x: loss_of(name, **{option: x}), x)
 
 
-@pytest.mark.parametrize("name", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"])
-def test_second_derivative_of_beta(name: str) -> None:
-    def slope(beta: Tensor) -> Tensor:
-        with torch.enable_grad():
-            beta = beta.requires_grad_()
-            return torch.autograd.grad(loss_of(name, beta=beta), beta, create_graph=True)[0]
-
-    check_gradient(slope, number("beta", 0.4))
-
-
 @pytest.mark.cpu
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_beta_is_not_learned_where_the_divergence_jumps(value: float) -> None:
     with pytest.raises(ValueError, match=r"beta: expected a number in \(0.0, 1.0\) to be learned"):
         loss_of("kl_div_with_logits", beta=number("beta", value))
-
-
-@pytest.mark.cpu
-@pytest.mark.filterwarnings("ignore:Converting a tensor")
-@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
-def test_label_smoothing_cannot_be_learned(name: str) -> None:
-    with pytest.raises(TypeError, match="label_smoothing"):
-        loss_of(name, label_smoothing=number("label_smoothing", 0.1))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore")
-@every_case
-def test_compiled_gradients_of_options(name: str, option: str, value: float) -> None:
-    """A compiled call falls back; a check of a value may break the graph."""
-    x, given = number(option, value), tensors(name)  # a compiled program would draw others
-    compiled = torch.compile(lambda x: loss_of(name, given, **{option: x}), backend="aot_eager")
-    expected = torch.autograd.grad(loss_of(name, **{option: x}), x)
-    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), expected)
-
-
-@pytest.mark.cpu
-def test_learnable_options_with_a_shard_raise() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for name in ("cross_entropy", "linear_cross_entropy", "log_probs", "linear_log_probs"):
-            for option in ("scale", "temperature", "softcap", "z_loss", "label_smoothing"):
-                if option in inspect.signature(getattr(fused, name)).parameters:
-                    for value in VALUES.get(option, (0.1,)):
-                        options = {option: number(option, value), "shard": VocabShard(0, C)}
-                        with pytest.raises(RuntimeError, match=f"{option} requires grad"):
-                            loss_of(name, **options)
-    finally:
-        dist.destroy_process_group()

@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import grid
@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import functional as fused
-from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.elementwise import POISSON_NLL_LOSS
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
@@ -38,12 +37,6 @@ every_operator = pytest.mark.parametrize("op", IN_TORCH.values(), ids=IN_TORCH)
 BOTH = [(average, reduce) for average in (None, True, False) for reduce in (None, True, False)]
 # torch warns if it cannot compute in chunks; the kernels ignore these options.
 CHUNKED = "linear_cross_entropy: ``options`` ignored"
-
-
-@pytest.fixture(autouse=True)
-def _every_size_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in sizes.COMPILED:
-        monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
 
 
 @every_operator
@@ -58,18 +51,6 @@ def test_errors(op: Operator) -> None:
     for entry in database()[op.name]:
         for found in entry.error_inputs("cpu") if entry.error_inputs_func else ():
             check(call_of(op, found.sample_input))
-
-
-@every_operator
-def test_compiled(op: Operator) -> None:
-    for call in calls(op, len(samples(op)) if grid.FULL else 1):
-        if isinstance(attempt(call, of_torch)[0], Exception):
-            continue
-        try:
-            check_results(call, compiled)
-        except AssertionError:
-            if is_compiled_by_torch(call):
-                raise
 
 
 # ---- the database --------------------------------------------------------------------------------
@@ -191,18 +172,3 @@ def check_results(call: Call, function: Callable[..., Any]) -> None:
 
 def of_torch(call: Call, **given: Any) -> Any:
     return getattr(F, call.op.name)(**given)
-
-
-def compiled(call: Call, functional: Any = fused, **given: Any) -> Any:
-    torch.compiler.reset()
-    function = getattr(functional, call.op.name)
-    return torch.compile(function, fullgraph=True, backend="aot_eager")(**given)
-
-
-def is_compiled_by_torch(call: Call) -> bool:
-    """Returns whether torch's own compiled function returns the eager results."""
-    try:
-        check_results(call, partial(compiled, functional=F))
-    except AssertionError:
-        return False
-    return True

@@ -7,14 +7,12 @@ import functools
 import gc
 import sys
 import tracemalloc
-import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from catalogue import TORCH
 from conftest import KernelCalls
 from processes import python
@@ -60,13 +58,6 @@ def test_other_kinds_of_tensors_have_other_plans(other: Callable[[Tensor], Tenso
     )
 
 
-@pytest.mark.skipif(not hasattr(Tensor, "rename"), reason="torch 2.13 has no named dimensions")
-@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
-def test_named_dimensions_fall_back() -> None:
-    x = torch.ones(2, 3).rename("N", "C")  # type: ignore[attr-defined]
-    assert fused.relu(x).names == ("N", "C")  # type: ignore[attr-defined]
-
-
 def test_modes_are_in_the_signature() -> None:
     x = torch.randn(6, 5, requires_grad=True)
     modes = (
@@ -82,12 +73,6 @@ def test_modes_are_in_the_signature() -> None:
             return functional.cross_entropy(x.bfloat16(), CLASSES)
 
     assert_each_is_correct(*[functools.partial(step, mode=mode) for mode in modes])
-
-
-def test_meta_tensors_under_autocast() -> None:
-    x = torch.empty(6, 5, device="meta")
-    with torch.autocast("cpu"):
-        assert fused.kl_div_with_logits(x, x).is_meta
 
 
 NUMBERS: dict[str, Callable[[Tensor, float], Any]] = {
@@ -155,34 +140,6 @@ def test_a_plan_cannot_read_a_number() -> None:
         NUMBER > 0  # noqa: B015
     with pytest.raises(TypeError):
         float(NUMBER)  # type: ignore[arg-type]
-
-
-def test_numbers_in_tensors_are_read_in_each_call() -> None:
-    x, beta = torch.zeros(6, 5), torch.tensor(1.0)
-    for value in (1.0, 0.25):
-        beta.fill_(value)
-        got = fused.smooth_l1_loss(x, OTHER, beta=beta)  # type: ignore[arg-type]
-        assert got == pytest.approx(float(F.smooth_l1_loss(x, OTHER, beta=value)))
-
-
-def test_invalid_arguments_raise_each_time() -> None:
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="beta"):
-            fused.smooth_l1_loss(torch.randn(6, 5), OTHER, beta=-1.0)
-        with pytest.raises(IndexError, match="target"):
-            fused.cross_entropy(torch.randn(6, 5), torch.full((6,), 7))
-
-
-def test_a_plan_has_no_references_to_tensors() -> None:
-    x, target = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
-    token_weight = torch.rand(6)
-    fused.mse_loss(x, target).backward()
-    fused.cross_entropy(x, CLASSES, token_weight=token_weight, reduction="none").sum().backward()
-    fused.gelu(x).sum().backward()
-    held = [weakref.ref(tensor) for tensor in (x, target, token_weight)]
-    del x, target, token_weight
-    gc.collect()
-    assert [tensor() for tensor in held] == [None] * 3
 
 
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ from grid import grid
 from processes import python
 
 from pyfused import backends, explain
-from pyfused import functional as fused
-from pyfused.backends import cpu, versions
+from pyfused.backends import cpu
 from pyfused.formula_compiler import program
 from pyfused.functional import cross_entropy
 
@@ -61,14 +60,6 @@ def test_the_reason_names_a_missing_triton() -> None:
 
 
 @pytest.mark.cpu
-def test_the_reason_names_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", "3.5.1")
-    reason = backends._without_triton.__wrapped__(torch.device("cuda"))
-    assert reason == "Triton is 3.5.1, expected 3.6 or later"
-
-
-@pytest.mark.cpu
 def test_the_reason_names_the_error_if_triton_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton compiles its driver's module when it starts; a container may have no C compiler."""
     runtime = pytest.importorskip("triton.runtime")
@@ -83,41 +74,6 @@ def test_the_reason_names_the_error_if_triton_cannot_start(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     reason = backends._without_triton.__wrapped__(torch.device("cuda"))
     assert reason == "Triton cannot start: Failed to find C compiler"
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("version", [*versions.TORCH_OF_TRITON, "3.7.1+gitabcdef", "3.10.0"])
-def test_all_versions_since_the_oldest_supported_triton_are_supported(
-    version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", version)
-    assert versions.unsupported_triton() is None
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("invalid", [-1, 7, 8, 2**62, -(2**62)])
-def test_the_first_class_index_out_of_range_is_named(step: int, invalid: int) -> None:
-    target = torch.arange(14).remainder(8)[::step]
-    target[target == 7] = -100
-    cpu.check_class_indices(target, 7, -100)
-    target[5] = target[6] = invalid
-    with pytest.raises(IndexError, match=rf"got {invalid} at position \(5,\)"):
-        cpu.check_class_indices(target, 7, -100)
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("linear", [False, True])
-def test_an_invalid_class_index_is_named_without_kernels(
-    linear: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "MISSING", "no kernels")
-    monkeypatch.setattr(cpu, "native", object())
-    function = fused.linear_log_probs if linear else fused.log_probs
-    tensors = (torch.ones(3, 4), torch.ones(5, 4)) if linear else (torch.ones(3, 5),)
-    with pytest.raises(IndexError, match=r"target: .*\[0, 5\).*got 9 at position \(1,\)"):
-        function(*tensors, torch.tensor([0, 9, 1]))
 
 
 def test_an_unknown_backend_raises_an_error_that_lists_the_backends() -> None:

@@ -113,15 +113,6 @@ print(library.has_runtime(), library.threads_used(9, 2), threads())
     assert done.stdout == "0 1 1\n", done.stderr
 
 
-def test_a_renamed_torch_library_is_found(library: Path) -> None:
-    """Linux distributions add the version to torch's library; GCC's runtime has none."""
-    done = alone(f"""{COUNT}
-ctypes.CDLL("libgomp.so.1")
-print(ctypes.CDLL({str(library)!r}).threads_used(64, 2), threads())
-""")
-    assert done.stdout == "2 2\n", done.stderr
-
-
 def test_a_runtime_with_clangs_interface_only(tmp_path: Path) -> None:
     library = built(tmp_path, next(iter(COMPILERS.values())), "-DLLVM_RUNTIME")
     done = alone(f"""{COUNT}

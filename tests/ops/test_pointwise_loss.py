@@ -216,6 +216,3 @@ def test_gradients_of_broadcast_operands_are_rounded_once(name: str) -> None:
     exact = target.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(getattr(F, name)(input, exact, reduction="sum"), exact)
     assert torch.equal(gradient, expected.bfloat16())
-
-
-# ---- declarations --------------------------------------------------------------------------------

@@ -40,38 +40,6 @@ def example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def test_digits_learns_with_equal_losses(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "3"])
-    example("digits").main()
-    accuracies = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[:2]]
-    assert accuracies[0] == accuracies[1]
-    assert float(accuracies[1].rstrip("%")) > 80
-
-
-def test_a_minimal_network_learns_the_sum() -> None:
-    regression = example("regression")
-    model = regression.build(pyfused.nn, inputs=2)
-    inputs, targets = regression.SUM_INPUTS, regression.SUM_TARGETS
-    steps = regression.train(model, pyfused.nn.MSELoss(), inputs, targets, regression.STEPS)
-    assert list(steps)[-1] < 1e-3
-    torch.testing.assert_close(model(inputs), targets, rtol=0, atol=0.05)
-
-
-def test_custom_formulas_train_with_equal_losses(
-    kernels_forced: None,
-    kernel_calls: KernelCalls,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["custom_loss.py", "--steps", "20"])
-    example("custom_loss").main()  # exits if losses differ
-    assert "value = mul(" in capsys.readouterr().out
-    assert kernel_calls["custom_loss.squared_error"] >= 20
-    assert kernel_calls["custom_loss.swish"] > 20
-
-
 def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
     gpt = example("gpt")
     path = tmp_path / "tokens.pt"
@@ -120,57 +88,3 @@ def test_distillation_has_equal_losses(
     assert 3 < distillation.size_of(large) / distillation.size_of(small) < 6
     first, last = (float(line.split()[-1]) for line in printed.splitlines()[:2])
     assert first < last  # the teacher has improved
-
-
-def drawing(name: str) -> ModuleType:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("rich")
-    return example(name)
-
-
-@pytest.fixture
-def losses(kernels_forced: None) -> ModuleType:
-    return drawing("losses")
-
-
-@pytest.mark.parametrize("name", ["outliers", "rare", "counts", "spread"])
-def test_experiments_with_losses(name: str, losses: ModuleType, kernel_calls: KernelCalls) -> None:
-    experiment = getattr(losses, name)()
-    results = losses.run(experiment, 10)
-    assert kernel_calls.total() >= len(results) * 10
-    for result in results:
-        assert result.difference <= losses.TOLERANCE
-        assert experiment.judge(experiment, result.choice, result.outputs)
-
-
-def test_each_loss_has_a_rate_that_is_right(
-    kernels_forced: None, kernel_calls: KernelCalls
-) -> None:
-    descents = drawing("gradient_descent")
-    for descent in (*descents.PREDICTIONS, *descents.LOGITS):
-        before = kernel_calls.total()
-        small, right, large = (
-            [loss for _, loss in descents.descend(pyfused.functional, descent, rate)]
-            for rate in descent.rates
-        )
-        assert kernel_calls.total() - before >= 3 * descents.STEPS
-        assert right[-1] < small[-1] < small[0], descent.title
-        assert sum(right) < sum(small), descent.title
-        assert right[-1] < large[-1], descent.title
-        for rate in descent.rates:
-            assert descents.difference(descent, rate) <= descents.TOLERANCE
-
-
-@pytest.mark.parametrize("loss", ["cross-entropy", "log-probabilities", "divergence"])
-def test_implementations_of_a_head_agree(
-    loss: str, kernels_forced: None, kernel_calls: KernelCalls
-) -> None:
-    pytest.importorskip("matplotlib")
-    hidden, weight, teacher = torch.randn(12, 8), torch.randn(50, 8), torch.randn(12, 8)
-    leaves = hidden.requires_grad_(), weight.requires_grad_()
-    arguments = *leaves, torch.randint(50, (12,)), teacher, torch.ones(50, 8)
-    values = [implementation(*arguments) for implementation in example("heads").LOSSES[loss]]
-    expected, *others = [(value, *torch.autograd.grad(value, leaves)) for value in values]
-    for results in others:
-        torch.testing.assert_close(results, expected)
-    assert kernel_calls.total() >= 2
