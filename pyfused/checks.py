@@ -695,7 +695,7 @@ def broadcasts(
 ) -> None:
     """Checks that a shape broadcasts with the input's, or expands to it."""
     pairs = zip(reversed(input), reversed(shape), strict=False)
-    fits = all(b in (1, a) or (a == 1 and not expands) for a, b in pairs)
+    fits = all(b in (a, 1) or (a == 1 and not expands) for a, b in pairs)
     if not fits or (expands and len(shape) > len(input)):
         verb = "broadcasts to" if expands else "broadcasts with"
         raise _error(name, f"a shape that {verb} {owner} of shape {tuple(input)}", shape)

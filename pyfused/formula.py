@@ -22,7 +22,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks, nn
 from pyfused.backends import cpu
-from pyfused.backends.protocol import Parameters
+from pyfused.backends.protocol import Divisor, Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
@@ -166,7 +166,8 @@ class FormulaOperator(PointwiseLoss):
     ) -> None:
         checks.reduction(reduction)
         if weight is not None:
-            shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
+            shape, *others = {operand.shape for operand in operands}
+            shape = torch.broadcast_shapes(shape, *others) if others else shape
             checks.expands("weight", weight.shape, "input", shape)
 
 
@@ -252,9 +253,11 @@ def _differentiated(function: Callable[..., Tensor], slopes: Any) -> tuple[Any, 
     return Differentiated, WithTangents
 
 
-def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any) -> float | Tensor:
+def _mean_of_weights(
+    operands: Sequence[Tensor], weight: Tensor | None, *_: Any
+) -> Tensor | Divisor:
     if weight is None:
-        return elements(operands)
+        return elements()
     return weight.sum(dtype=torch.float64) * (operands[0].numel() / max(weight.numel(), 1))
 
 

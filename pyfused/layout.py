@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.types import DynamicSize, TensorSpec
+
 Strides = tuple[int, int, int]  # the strides of outer rows, of inner rows and of classes
 
 
@@ -35,9 +37,48 @@ def converts_in(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     return any(x is not None and not (x.dtype is dtype and x.is_contiguous()) for x in tensors)
 
 
-def layouts(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Returns the layouts of tensors, as the key of a prepared kernel."""
-    return tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
+def layouts(tensors: Sequence[Any], dynamic_dims: int = 0) -> tuple[Any, ...]:
+    """Returns the layouts of a kernel's tensors and grad_output, as its key.
+
+    Args:
+        dynamic_dims: The number of leading dimensions whose sizes are no part of the key, if the
+            tensors are contiguous and grad_output is contiguous, an expanded scalar or None.
+    """
+    is_scalar = _grad_is_scalar(tensors) if dynamic_dims else None
+    if is_scalar is None:
+        return tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
+    return is_scalar, *[x if x is None else x.dtype for x in tensors]
+
+
+def specs_of_layouts(tensors: Sequence[Any], dynamic_dims: int) -> Sequence[Any]:
+    """Returns the specs that a key of `layouts` describes; the tensors if it has all sizes."""
+    is_scalar = _grad_is_scalar(tensors) if dynamic_dims else None
+    if is_scalar is None:
+        return tensors
+    strides = [None] * (len(tensors) - 1) + [(0,) * tensors[-1].dim() if is_scalar else None]
+    return [
+        x
+        if x is None
+        else TensorSpec(
+            x.dtype,
+            (*[DynamicSize() for _ in x.shape[:dynamic_dims]], *x.shape[dynamic_dims:]),
+            stride,
+            x.device,
+            x.requires_grad,
+        )
+        for x, stride in zip(tensors, strides, strict=True)
+    ]
+
+
+def _grad_is_scalar(tensors: Sequence[Any]) -> bool | None:
+    """Returns whether the last tensor, grad_output, is a scalar, which may have been expanded.
+
+    Returns None if others are not contiguous.
+    """
+    *others, grad_output = tensors
+    is_scalar = grad_output is not None and not any(grad_output.stride())
+    contiguous = all(x is None or x.is_contiguous() for x in (others if is_scalar else tensors))
+    return is_scalar if contiguous else None
 
 
 def broadcast_numel(operands: Sequence[Any]) -> int:
@@ -184,15 +225,21 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def in_rows(
-    order: Tensor, tensors: Sequence[Tensor | None]
+    order: Tensor, tensors: Sequence[Any]
 ) -> tuple[list[int], int | None, tuple[int, ...] | None]:
     """Describes tensors as rows x columns in the memory order of ``order``, which is dense.
 
     Returns:
         The indices of the tensors that must be copied, because they have no such strides; the
-        number of columns; and two strides for each tensor, of rows and of columns. The last two are
-        None if all tensors are dense.
+        number of columns, 0 for one row of all elements; and two strides for each tensor, of rows
+        and of columns. The last two are None if all tensors are dense.
     """
+    if order.is_contiguous():
+        steps = [int(x is None or x.is_contiguous()) for x in tensors]
+        if all(steps):
+            return [], None, None
+        if all(step or not any(x.stride()) for x, step in zip(tensors, steps, strict=True)):
+            return [], 0, tuple([step for step in steps for _ in range(2)])
     stride = order.stride()
     if all(tensor is None or tensor.stride() == stride for tensor in tensors):
         return [], None, None

@@ -25,6 +25,23 @@ MarginKind = Literal["cosface", "arcface"]
 Remainder = Literal["bucket", "ignore"]
 
 
+class DynamicSize:
+    """Stands for a size in a plan, which cannot depend on it: only ``is`` compares it with others.
+
+    It is not 0. Tuples compare their items by ``is`` first, so equal shapes compare equal.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return False if other == 0 else self._unknown()
+
+    def _unknown(self, *_: Any) -> Any:
+        raise TypeError("a plan cannot depend on a dynamic size")
+
+    __hash__ = object.__hash__
+    __bool__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = _unknown
+    __add__ = __sub__ = __mul__ = __rmul__ = __floordiv__ = _unknown
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Describes a tensor without its values.
@@ -32,13 +49,20 @@ class TensorSpec:
     It has a tensor's attributes, and checks accept either.
 
     Attributes:
+        shape: A torch.Size; or a tuple whose first sizes are dynamic, of a contiguous tensor.
+        strides: The strides, None if sizes are dynamic.
     """
 
     dtype: torch.dtype
-    shape: torch.Size
-    strides: tuple[int, ...]
+    shape: Any
+    strides: tuple[int, ...] | None
     device: torch.device
     requires_grad: bool
+
+    @property
+    def dynamic_dims(self) -> int:
+        """Returns the number of dynamic sizes, which come first."""
+        return sum(type(size) is DynamicSize for size in self.shape)
 
     @property
     def is_cpu(self) -> bool:
@@ -53,28 +77,36 @@ class TensorSpec:
         return self.device.type == "meta"
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self.shape[0])
 
     def dim(self) -> int:
         return len(self.shape)
 
-    def numel(self) -> int:
-        return self.shape.numel()
+    def numel(self) -> Any:
+        return DynamicSize() if self.dynamic_dims else self.shape.numel()
 
     def stride(self) -> tuple[int, ...]:
+        if self.strides is None:
+            raise TypeError("a plan cannot depend on the strides of a tensor of dynamic sizes")
         return self.strides
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
     def is_contiguous(self) -> bool:
-        return self.empty().is_contiguous()
+        return self.strides is None or (not self.dynamic_dims and self.empty().is_contiguous())
 
     def to(self, dtype: torch.dtype) -> TensorSpec:
         return replace(self, dtype=dtype)
 
     def empty(self) -> Tensor:
-        """Returns a meta tensor of this layout."""
+        """Returns a meta tensor of this layout, where dynamic sizes are 0."""
+        if self.strides is None:
+            shape = [0 if type(size) is DynamicSize else size for size in self.shape]
+            return torch.empty(shape, dtype=self.dtype, device="meta")
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
-from pyfused.backends.protocol import LossKernel, LossResult, Numbers, Parameters
+from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Numbers, Parameters
 from pyfused.formula_compiler.program import Program
 from pyfused.layout import (
     accumulate_dtype,
@@ -358,7 +358,7 @@ def embedding_loss(
     options: EmbeddingOptions,
     reduction: str,
     outputs: Outputs,
-    denominator: float,
+    divisor: Divisor | None,
 ) -> LossKernel:
     first, kernel, each = inputs[0], getattr(native, name), reduction == "none"
     dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
@@ -371,6 +371,7 @@ def embedding_loss(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
     ) -> LossResult:
         margin, eps = numbers[0], numbers[-1]  # the cosine loss has no eps
+        denominator = 1.0 if divisor is None else float(divisor(tensors[0]))
         views = [feature_rows(x) for x in tensors[:count]]
         (grad_output,) = contiguous_in(accumulate, grad_output)
         loss = new_loss() if outputs.loss else None
@@ -504,10 +505,10 @@ def pointwise_loss(
     parameters: Parameters | None,
     reduction: str,
     outputs: Outputs,
-    divisor: float = 1.0,
+    divisor: Divisor | None = None,
 ) -> LossKernel:
     operands, weight, grad_output = tensors
-    dtype, n, count = DTYPES[operands[0].dtype], operands[0].numel(), len(operands)
+    dtype, count = DTYPES[operands[0].dtype], len(operands)
     order, index = dense_operand(operands)
     steps, columns = _steps((*operands, weight, grad_output), order)
     if isinstance(formula, Program):
@@ -516,8 +517,9 @@ def pointwise_loss(
         kernel, padded = getattr(native, formula.name), True
     each = outputs.loss and reduction == "none"
     scalar = _SCALARS[accumulate_dtype(order.dtype)]
-    new = _allocator(order)
-    output_like = (lambda _: new()) if index is None else _allocator_like(order)
+    contiguous = partial(empty_like, memory_format=torch.contiguous_format)
+    new_like = contiguous if index is None else None
+    recycled = RECYCLED_BYTES // order.element_size()
     no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
 
     def launch(
@@ -527,6 +529,10 @@ def pointwise_loss(
         weight, denominator, *_ = *tensors[count:], None, None
         values = numbers if parameters is None else parameters(numbers)
         like = operands[index or 0]
+        n, by = like.numel(), denominator
+        output_like = new_like or (torch.empty_like if n < recycled else empty_like)
+        if by is None:
+            by = 1.0 if divisor is None else divisor(like)
         views: list[tuple[int, int, int]] = []
         copies = []  # keeps copies alive until the kernel has read them
         for tensor, step in zip((*operands, weight, grad_output), steps, strict=True):
@@ -553,7 +559,7 @@ def pointwise_loss(
             (*views[:count], *no_operands),
             (*values, 0.0, 0.0, 0.0)[:3] if padded else values,
             views[count],
-            float(divisor if denominator is None else denominator),
+            float(by),
             views[count + 1],
             address if each else 0,
             0 if each else address,
@@ -579,7 +585,7 @@ def _steps(
         the number of columns, 0 if there is one row.
     """
     readable = [None if x is None or x.dtype is not order.dtype else x for x in tensors]
-    scalars = [x is not None and not any(x.stride()) for x in readable]
+    scalars = [not (x is None or x.is_contiguous() or any(x.stride())) for x in readable]
     rows = [None if scalar else x for x, scalar in zip(readable, scalars, strict=True)]
     copied, columns, strides = in_rows(order, rows)
     steps: list[tuple[int, int] | None] = []
@@ -588,11 +594,6 @@ def _steps(
         fits = tensor is not None and i not in copied and step[0] in (0, 1)
         steps.append((0, 0) if scalar else step if fits else None)
     return steps, columns or 0
-
-
-def _allocator_like(layout: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns a function that allocates tensors like a tensor of this layout."""
-    return torch.empty_like if layout.nbytes < RECYCLED_BYTES else empty_like
 
 
 def _native_program(program: Program) -> Callable[..., None]:
@@ -605,23 +606,23 @@ def _native_program(program: Program) -> Callable[..., None]:
 def activation(formula: Kernel, input: Tensor) -> Kernels:
     name = formula.name
     kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
-    dtype, n, copies = DTYPES[input.dtype], input.numel(), not is_dense(input)
-    output_like = _allocator_like(input)
+    dtype, copies = DTYPES[input.dtype], not is_dense(input)
+    recycled = RECYCLED_BYTES // input.element_size()
 
     def forward(input: Tensor, numbers: Numbers) -> Tensor:
-        input = input.contiguous() if copies else input
-        output = output_like(input)
+        input, n = input.contiguous() if copies else input, input.numel()
+        output = (torch.empty_like if n < recycled else empty_like)(input)
         pointers = input.data_ptr(), output.data_ptr()
         parameters = (*numbers, 0.0, 0.0, 0.0)[:3]
         kernel(dtype, n, *pointers, parameters, torch.get_num_threads())
         return output
 
     def backward(grad_output: Tensor, saved: Tensor, numbers: Numbers) -> Tensor:
-        saved = dense(saved)
+        saved, n = dense(saved), saved.numel()
         step = 1 if any(grad_output.stride()) else 0
         if step and grad_output.stride() != saved.stride():
             grad_output = torch.empty_like(saved, dtype=grad_output.dtype).copy_(grad_output)
-        grad_input = output_like(saved)
+        grad_input = (torch.empty_like if n < recycled else empty_like)(saved)
         pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
         parameters = (*numbers, 0.0, 0.0, 0.0)[:3]
         backward_kernel(dtype, n, *pointers, parameters, torch.get_num_threads())

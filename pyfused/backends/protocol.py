@@ -1,9 +1,10 @@
 """Declares the interface of a backend, which ``cpu.py`` and ``triton.py`` implement.
 
 Most functions prepare a kernel for the layouts of tensors and return a function that launches it.
-Later calls of the same signature only launch it. Preparation reads no values of tensors and keeps
-no references to tensors. It may depend on whether a number is None or a special value such as 0;
-other numbers are arguments of a launch.
+Later calls of the same signature only launch it. Preparation takes a TensorSpec for a tensor whose
+sizes differ between these calls. It reads no values of tensors and keeps no references to tensors.
+It may depend on whether a number is None or a special value such as 0; other numbers are arguments
+of a launch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 LossResult = tuple[Tensor | None, Gradients]
 Numbers = Sequence[Any]  # floats; None for an option that is not used
 Parameters = Callable[[Numbers], Sequence[float]]
+# Returns the divisor of the sum of losses, given the first operand, of which it reads the shape.
+Divisor = Callable[[Tensor], int]
 # Takes the tensors and the numbers of a call, and grad_output, where None (the default) means ones.
 LossKernel = Callable[..., LossResult]
 
@@ -130,7 +133,7 @@ class Backend(Protocol):
         options: EmbeddingOptions,
         reduction: str,
         outputs: Outputs,
-        denominator: float,
+        divisor: Divisor | None,
     ) -> LossKernel:
         """Prepares a loss of rows of features.
 
@@ -138,7 +141,7 @@ class Backend(Protocol):
             name: ``"triplet_margin_loss"`` or ``"cosine_embedding_loss"``.
             inputs: Three tensors (..., D) of one dtype; or two, and a target (..., 1) of the
                 accumulation dtype.
-            denominator: The divisor of the sum of the losses, and of the gradients.
+            divisor: Returns the divisor of the sum of the losses, and of the gradients; None for 1.
 
         Returns:
             A function that takes tensors, inputs first; the numbers, margin first and eps last; and
@@ -209,7 +212,7 @@ class Backend(Protocol):
         parameters: Parameters | None,
         reduction: str,
         outputs: Outputs,
-        divisor: float = 1.0,
+        divisor: Divisor | None = None,
     ) -> LossKernel:
         """Prepares a pointwise loss.
 
@@ -220,7 +223,8 @@ class Backend(Protocol):
                 None for ones.
             parameters: Returns the parameters of the formula, at most three for a declared formula,
                 given the numbers of a call; None if these are the parameters.
-            divisor: The divisor of the sum of the losses, and of the gradients, if it is a number.
+            divisor: Returns the divisor of the sum of the losses, and of the gradients, if it is a
+                number; None for 1.
 
         Returns:
             A function that takes tensors (the operands, the weight, and the divisor if it is a

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyfused.backends.protocol import LossKernel, LossResult, Numbers, Parameters
+from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Numbers, Parameters
 from pyfused.backends.versions import triton_version
 from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.kernels import reductions
@@ -107,40 +107,32 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 # ---- sums ----------------------------------------------------------------------------------------
 
 
-def _with_loss(
-    kernel: Launch, programs: int, new_loss: Callable[[], Tensor] | None, each: bool = False
-) -> Callable[[tuple[Any, ...], tuple[Any, ...]], Tensor | None]:
-    """Prepares a kernel that stores the loss of each row, or adds up the losses of elements.
+def _run(
+    kernel: Launch,
+    programs: int,
+    inputs: tuple[Any, ...],
+    loss: Tensor | None,
+    outputs: tuple[Any, ...],
+    each: bool = False,
+) -> None:
+    """Launches a kernel that stores the loss of each row, or adds up the losses of elements.
 
     The last of at most MOST_ARRIVALS programs adds up the partial sums; otherwise torch does.
 
     Args:
-        new_loss: Allocates the loss; None if it is not needed.
-
-    Returns:
-        A function of the kernel's arguments before and after the loss. It returns the loss.
+        inputs, outputs: The kernel's arguments before and after the loss.
     """
-    groups = -(-programs // GROUP)
-
-    def launch(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Tensor | None:
-        if new_loss is None:
-            kernel(programs, *inputs, None, *outputs)
-            return None
-        loss = new_loss()
-        if each:
-            kernel(programs, *inputs, loss, *outputs)
-        elif programs == 1:
-            kernel(programs, *inputs, (loss,), *outputs)
-        elif 0 < programs <= MOST_ARRIVALS:
-            parts = loss.new_empty(programs + groups, dtype=torch.float64)
-            kernel(programs, *inputs, (loss, parts, _counters(loss.device)), *outputs)
-        else:
-            parts = loss.new_empty(programs, dtype=torch.float64)
-            kernel(programs, *inputs, (loss, parts), *outputs)
-            loss.copy_(parts.sum())
-        return loss
-
-    return launch
+    if loss is None or each:
+        kernel(programs, *inputs, loss, *outputs)
+    elif programs == 1:
+        kernel(programs, *inputs, (loss,), *outputs)
+    elif 0 < programs <= MOST_ARRIVALS:
+        parts = loss.new_empty(programs - (-programs // GROUP), dtype=torch.float64)
+        kernel(programs, *inputs, (loss, parts, _counters(loss.device)), *outputs)
+    else:
+        parts = loss.new_empty(programs, dtype=torch.float64)
+        kernel(programs, *inputs, (loss, parts), *outputs)
+        loss.copy_(parts.sum())
 
 
 def _counters(device: torch.device) -> Tensor:
@@ -167,12 +159,12 @@ def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
-def _loss_allocator(input: Tensor, reduction: str, outputs: Outputs) -> Any:
-    """Returns the function that allocates the loss of (N, C, d1, ..., dk), None if not needed."""
+def _loss_allocator(input: Tensor, reduction: str, outputs: Outputs) -> Callable[[], Tensor | None]:
+    """Returns the function that allocates the loss of (N, C, d1, ..., dk), if it is needed."""
     shape, dtype = loss_shape(input, reduction), outputs.loss_dtype
     dtype = accumulate_dtype(input.dtype) if dtype is None else dtype
     new_loss = partial(torch.empty, shape, dtype=dtype, device=input.device)
-    return new_loss if outputs.loss else None
+    return new_loss if outputs.loss else lambda: None
 
 
 def _divisor(
@@ -190,7 +182,7 @@ def _divisor(
     is_mean, indices = options.reduction == "mean", target.dtype is torch.int64
     few = n <= COUNTED_BY_PROGRAMS and elements <= HOST_BOUND
     new_count = partial(torch.empty, (), dtype=torch.float64, device=target.device)
-    count = _with_loss(COUNT, min(-(-n // (2 * COUNT.choice.block)), 256), new_count)
+    programs = min(-(-n // (2 * COUNT.choice.block)), 256)
     numbers = n, options.ignore_index, classes
 
     def divisor(
@@ -210,7 +202,11 @@ def _divisor(
             return target.new_full((), number, dtype=torch.float64)
         if not indices:
             return n if token_weight is None else token_weight.sum(dtype=torch.float64)
-        return target if few else count((target, weight, token_weight), numbers)
+        if few:
+            return target
+        total = new_count()
+        _run(COUNT, programs, (target, weight, token_weight), total, numbers)
+        return total
 
     return divisor
 
@@ -265,7 +261,6 @@ def cross_entropy(
     meta = {"FOCAL": options.gamma != 0, "SCALED": scaled, "EACH": each}
     kernel = prepared(function, choice, DENSE=not indices or smooth, **meta)
     new_loss = _loss_allocator(input, reduction, outputs)
-    run = _with_loss(kernel, programs, new_loss, each)
     fixed = inner, classes, tuple(kernel_strides), options.ignore_index
     divisor = _divisor(options, target, n, classes, elements)
     converts = converts_in(accumulate, weight, token_weight, grad_output)
@@ -291,7 +286,9 @@ def cross_entropy(
         gradients = grad, grad_target
         inputs = logits, target, *weights, by, grad_output
         floats = max(0.0, smoothing), *terms, scale / temperature
-        return run(inputs, (gradients, *fixed, *floats)), gradients
+        loss = new_loss()
+        _run(kernel, programs, inputs, loss, (gradients, *fixed, *floats), each)
+        return loss, gradients
 
     return launch
 
@@ -331,7 +328,7 @@ def nll_loss(
     choice, each = choose(input.element_size()), options.reduction == "none"
     kernel = prepared(nll_kernel, choice, EACH=each)
     new_loss = _loss_allocator(input, options.reduction, outputs)
-    run = _with_loss(kernel, -(-n // choice.block), new_loss, each)
+    programs = -(-n // choice.block)
     fixed = n, inner, classes, strides, grad_strides, options.ignore_index
     divisor = _divisor(options, target, n, classes, n)
 
@@ -342,7 +339,9 @@ def nll_loss(
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
         grad = new_grad().zero_() if needs_grad else None
         inputs = input, target, weight, divisor(target, weight, None), grad_output
-        return run(inputs, (grad, *fixed)), (grad, None)
+        loss = new_loss()
+        _run(kernel, programs, inputs, loss, (grad, *fixed), each)
+        return loss, (grad, None)
 
     return launch
 
@@ -353,7 +352,7 @@ def embedding_loss(
     options: EmbeddingOptions,
     reduction: str,
     outputs: Outputs,
-    denominator: float,
+    divisor: Divisor | None,
 ) -> LossKernel:
     triplet, each = name == "triplet_margin_loss", reduction == "none"
     function, count = (triplet_margin_kernel, 3) if triplet else (cosine_embedding_kernel, 2)
@@ -371,10 +370,9 @@ def embedding_loss(
     loss_shape, device = shape[:-1] if each else (), inputs[0].device
     loss_dtype = outputs.loss_dtype or accumulate
     new_loss = partial(torch.empty, loss_shape, dtype=loss_dtype, device=device)
-    run = _with_loss(kernel, programs, new_loss if outputs.loss else None, each)
     fixed = n, features, strides
     needs_grad = outputs.gradients or (False,) * len(inputs)
-    tensor_count, divisor = len(inputs), None if denominator == 1 else int(denominator)
+    tensor_count = len(inputs)
 
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
@@ -386,7 +384,12 @@ def embedding_loss(
             grad_output = grad_output.to(accumulate).contiguous()
         gradients = tuple([first.new_empty(shape) if needed else None for needed in needs_grad])
         floats = (numbers[0], numbers[-1]) if triplet else numbers
-        return run((views, grad_output, divisor), (gradients, *fixed, *floats)), gradients
+        by, loss = None if divisor is None else divisor(first), None
+        if outputs.loss:
+            loss = new_loss()
+        inputs = views, grad_output, by
+        _run(kernel, programs, inputs, loss, (gradients, *fixed, *floats), each)
+        return loss, gradients
 
     return launch
 
@@ -476,7 +479,7 @@ def kl_div_with_logits(
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
     meta = {"KIND": kind, "SCALED": options.temperature != 1, "EACH": each}
     new_loss = _loss_allocator(input, reduction, outputs)
-    run = _with_loss(prepared(kl_div_kernel, choice, **meta), programs, new_loss, each)
+    kernel = prepared(kl_div_kernel, choice, **meta)
     divisor = _divisor(options, input, n, classes, n * classes)
 
     def launch(
@@ -493,7 +496,9 @@ def kl_div_with_logits(
         number, _, temperature, beta, _ = numbers
         by = divisor(input, None, token_weight, denominator, number)
         inputs = input, teacher, token_weight, by, grad_output
-        return run(inputs, (grad, n, classes, strides, beta, 1 / temperature)), (grad,)
+        loss, outs = new_loss(), (grad, n, classes, strides, beta, 1 / temperature)
+        _run(kernel, programs, inputs, loss, outs, each)
+        return loss, (grad,)
 
     return launch
 
@@ -534,14 +539,11 @@ def pointwise_loss(
     parameters: Parameters | None,
     reduction: str,
     outputs: Outputs,
-    divisor: float = 1.0,
+    divisor: Divisor | None = None,
 ) -> LossKernel:
     operands, weight, grad_output = tensors
-    n, count, (order, index) = operands[0].numel(), len(operands), dense_operand(operands)
+    count, (order, index) = len(operands), dense_operand(operands)
     choice, each = choose(order.element_size()), reduction == "none"
-    programs = -(-n // choice.block)
-    if outputs.loss and not each:
-        programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
     needs_grad = outputs.gradients or (False,) * len(operands)
     padding = (None,) * (OPERANDS - len(operands))
     copied, columns, strides = in_rows(order, [*operands, *padding, weight, grad_output])
@@ -549,11 +551,7 @@ def pointwise_loss(
     function = program.kernel("triton", formula_of)
     exact = order.element_size() > 2
     kernel = Launch(elementwise_kernel, choice, FORMULA=function, EACH=each, EXACT=exact)
-    device, loss_dtype = order.device, outputs.loss_dtype or accumulate_dtype(order.dtype)
-    new_sum = partial(torch.empty, (), dtype=loss_dtype, device=device)
-    new_loss = _allocator(order, device) if each else new_sum
-    run = _with_loss(kernel, programs, new_loss if outputs.loss else None, each)
-    fixed_divisor = None if divisor == 1 else int(divisor)  # Triton passes floats as float32
+    loss_dtype = outputs.loss_dtype or accumulate_dtype(order.dtype)
 
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
@@ -566,27 +564,37 @@ def pointwise_loss(
         for i in copied:
             views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
         inputs = tuple(views[:OPERANDS]), *views[OPERANDS:]
-        by = fixed_divisor if denominator is None else denominator
+        n, by, loss = like.numel(), denominator, None
+        programs = -(-n // choice.block)
+        if by is None and divisor is not None:
+            by = divisor(like)
+        if outputs.loss and each:
+            loss = torch.empty_like(like)
+        elif outputs.loss:
+            loss = torch.empty((), dtype=loss_dtype, device=like.device)
+            programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
         values = numbers if parameters is None else parameters(numbers)
         floats = *(*values, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(values[NUMBERS:])
-        outs = (*gradients, *padding)
-        loss = run(inputs, (outs, n, columns, strides, *floats, by))
+        outs, in_row = (*gradients, *padding), n if columns == 0 else columns
+        _run(kernel, programs, inputs, loss, (outs, n, in_row, strides, *floats, by), each)
         return loss, gradients
 
     return launch
 
 
 def activation(formula: Kernel, input: Tensor) -> Kernels:
-    n, choice, padding = input.numel(), choose(input.element_size()), (None,) * OPERANDS
-    programs, constants = -(-n // choice.block), {"EACH": True, "EXACT": input.element_size() > 2}
+    choice, padding = choose(input.element_size()), (None,) * OPERANDS
+    constants = {"EACH": True, "EXACT": input.element_size() > 2}
     forward_kernel, backward_kernel = (
         Launch(elementwise_kernel, choice, FORMULA=p.kernel("triton", formula_of), **constants)
         for p in formula.programs
     )
-    copies, columns, strides = in_rows(torch.empty_like(input, device="meta"), [input])
+    order = input if input.is_contiguous() else torch.empty_like(input, device="meta")
+    copies, columns, strides = in_rows(order, [input])
 
     def forward(input: Tensor, numbers: Numbers) -> Tensor:
-        output = torch.empty_like(input)
+        output, n = torch.empty_like(input), input.numel()
+        programs = -(-n // choice.block)
         x = torch.empty_like(output).copy_(input) if copies else input
         tensors = (x, *padding[1:]), None, None, output, padding
         parameters = (*numbers, 0.0, 0.0, 0.0)[:NUMBERS]
@@ -594,9 +602,10 @@ def activation(formula: Kernel, input: Tensor) -> Kernels:
         return output
 
     def backward(grad_output: Tensor, saved: Tensor, numbers: Numbers) -> Tensor:
-        saved = dense(saved)
-        grad_input = torch.empty_like(saved)
+        saved, n = dense(saved), saved.numel()
+        programs, grad_input = -(-n // choice.block), torch.empty_like(saved)
         copies, columns, strides = in_rows(grad_input, [grad_output, saved])
+        columns = n if columns == 0 else columns
         if copies:
             grad_output = torch.empty_like(saved).copy_(grad_output)
         tensors = (grad_output, saved, *padding[2:]), None, None, grad_input, padding

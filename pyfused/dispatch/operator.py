@@ -47,6 +47,7 @@ class Operand(NamedTuple):
         sign: Whether its values are -1 and 1.
         number: Whether it may be a float instead of a tensor.
         converts: Whether it may be a bool or integer tensor, which kernels take as floats.
+        has_rows: Whether its leading dimensions may be the input's.
         enforced: The error that torch raises on CPUs for values out of bounds, None for no error.
     """
 
@@ -60,11 +61,14 @@ class Operand(NamedTuple):
     sign: bool = False
     number: bool = False
     converts: bool = False
+    has_rows: bool = True
     enforced: type[Exception] | None = None
 
 
 TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
-DENOMINATOR = Operand("denominator", differentiated=False, optional=True, converts=True)
+DENOMINATOR = Operand(
+    "denominator", differentiated=False, optional=True, converts=True, has_rows=False
+)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -184,6 +188,13 @@ class Operator(ABC):
         return None
 
     # ---- sizes -----------------------------------------------------------------------------------
+
+    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+        """Returns how many leading dimensions have sizes that a plan does not depend on.
+
+        This applies to calls whose operands with rows are contiguous and agree in these dimensions.
+        """
+        return 0
 
     def needs_no_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs no gradient."""

@@ -16,12 +16,13 @@ from torch import Tensor
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
 from pyfused.dispatch.operator import Numbers, Tensors, grad_enabled
-from pyfused.layout import accumulate_dtype, layouts
+from pyfused.layout import accumulate_dtype, layouts, specs_of_layouts
 from pyfused.types import Gradients, Outputs
 
 # The result of a forward pass: the output, the tensors to save, and the gradients, () if backward
 # computes them.
 Forward = tuple[Any, Tensors, Gradients]
+MOST_LAYOUTS = 64  # of the tensors of one plan in backward
 
 
 @dataclass(eq=False, kw_only=True)
@@ -84,6 +85,7 @@ def loss_passes(
     in_forward: bool,
     inplace: bool = False,
     loss_dtype: torch.dtype | None = None,
+    dynamic_dims: int = 0,
 ) -> tuple[Callable[[Tensors, Numbers], Forward], Callable[[Tensors, Numbers, Tensor], Gradients]]:
     """Returns the forward and the backward pass of a loss.
 
@@ -95,15 +97,20 @@ def loss_passes(
         in_forward: Whether the forward pass computes the gradients.
         inplace: Whether the gradient of the input overwrites the input.
         loss_dtype: The dtype of the loss, None for the kernels' accumulation dtype.
+        dynamic_dims: The number of leading dimensions whose sizes are no part of the signature.
     """
     launches: dict[Any, LossKernel] = {}
     in_forward = in_forward and True in needs
+
+    def prepared(tensors: Tensors, outputs: Outputs, grad_output: Tensor | None) -> LossKernel:
+        *tensors, grad_output = specs_of_layouts((*tensors, grad_output), dynamic_dims)
+        return prepare(tensors, outputs, grad_output)
 
     def forward(tensors: Tensors, numbers: Numbers) -> Forward:
         launch = launches.get(None)
         if launch is None:
             outputs = Outputs(True, needs if in_forward else (), inplace, loss_dtype)
-            launch = launches[None] = prepare(tensors, outputs, None)
+            launch = launches[None] = prepared(tensors, outputs, None)
         loss, gradients = launch(tensors, numbers)
         if loss_dtype is not None and loss is not None and loss.dtype is not loss_dtype:
             loss = loss.to(loss_dtype)
@@ -112,11 +119,13 @@ def loss_passes(
     def backward(tensors: Tensors, numbers: Numbers, grad_output: Tensor) -> Gradients:
         if loss_dtype is not None:
             grad_output = grad_output.to(accumulate_dtype(tensors[0].dtype))
-        key = layouts(*tensors, grad_output)
+        key = layouts((*tensors, grad_output), dynamic_dims)
         launch = launches.get(key)
         if launch is None:
             outputs = Outputs(False, needs, inplace)
-            launch = launches[key] = prepare(tensors, outputs, grad_output)
+            if len(launches) > MOST_LAYOUTS:
+                launches.clear()
+            launch = launches[key] = prepared(tensors, outputs, grad_output)
         return launch(tensors, numbers, grad_output)[1]
 
     return forward, backward

@@ -152,7 +152,7 @@ def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Deci
     key, numbers = signed
     decision = op.plans.get(key)
     if decision is None:
-        specs, arguments = with_specs(op, tensors, key)
+        specs, arguments = with_specs(op, key)
         reason = _planned_reason(op, specs, arguments)
         decision = reason, None if reason else op.plan(arguments)
         keep_plan(op, key, decision)
@@ -178,7 +178,7 @@ def fallback_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Case
     signed = signature(op, tensors, numbers, case)
     if isinstance(signed, str):
         return _reason_without_plan(op, op.arguments_of(tensors, numbers, case), signed)
-    specs, arguments = with_specs(op, tensors, signed[0])
+    specs, arguments = with_specs(op, signed[0])
     return _planned_reason(op, specs, arguments)
 
 

@@ -20,21 +20,25 @@ from pyfused.torch_internals import (
     is_lazy_clone,
     is_zero_tensor,
 )
-from pyfused.types import NUMBER, TensorSpec
+from pyfused.types import NUMBER, DynamicSize, TensorSpec
 
 PLAIN = (Tensor, Parameter)
 _KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
 _FLOATS = frozenset((float, NoneType))
-_CASES, _CASE = 2, 3  # indices into a key
+_CASES, _CASE, _DYNAMIC_DIMS, _FIRST_TENSOR = 2, 3, 5, 6  # indices into a key
 
 
 def signature(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case
+    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, static: bool = False
 ) -> tuple[Any, Numbers] | str:
     """Returns the key of a call's plan and the call's numbers, or why the call has no plan.
 
     The key has the cases of the numbers, the case, the layout of each tensor and
-    whether it requires grad, grad mode, autocast and the default dtype.
+    whether it requires grad, grad mode, autocast and the default dtype. The layouts of contiguous
+    tensors do not have the sizes that a plan does not depend on.
+
+    Args:
+        static: Whether the key has all sizes.
 
     Raises:
         RuntimeError, TypeError, ValueError: A number is invalid.
@@ -58,7 +62,9 @@ def signature(
             return integers
         case = integers
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    key: list[Any] = [grad, torch.get_default_dtype(), cases, case, kinds]
+    input, leading = tensors[0], None
+    dims = 0 if static or not input.is_contiguous() else op.dynamic_dims(input, case)
+    key: list[Any] = [grad, torch.get_default_dtype(), cases, case, kinds, dims]
     for operand, x in zip(op.all_operands, tensors, strict=True):
         kind = type(x)
         if kind is Tensor or kind is Parameter:
@@ -72,10 +78,23 @@ def signature(
                 or is_lazy_clone(x)
             ):
                 return str(layout_reason(operand.name, x))
-            key.append((x.dtype, x.shape, x.stride(), x.device, x.requires_grad))
+            shape = x.shape
+            if dims and operand.has_rows:
+                if leading is None:
+                    leading = shape[:dims]
+                    is_dynamic = 0 not in shape
+                else:
+                    is_dynamic = shape[:dims] == leading and x.is_contiguous()
+                if not is_dynamic:
+                    return signature(op, tensors, numbers, case, static=True)
+                key.append((x.dtype, shape[dims:], None, x.device, x.requires_grad))
+            else:
+                key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
         elif x is None:
             key.append(x)
         elif kind is float and operand.number:
+            if dims:
+                return signature(op, tensors, numbers, case, static=True)
             key.append(NUMBER)
         else:
             return f"{operand.name} is a {kind.__name__}"
@@ -117,16 +136,30 @@ def _with_integers(op: Operator, case: Case) -> Case | str:
     return tuple(converted)
 
 
-def with_specs(op: Operator, tensors: Tensors, key: Any) -> tuple[Tensors, Arguments]:
-    """Returns the layouts of the tensors, and the arguments for planning.
-
-    A TensorSpec has only the properties that `signature` reads, so a plan cannot depend on others.
-    """
-    specs: list[Any] = [spec_of(x) for x in tensors]
+def with_specs(op: Operator, key: Any) -> tuple[Tensors, Arguments]:
+    """Returns the layouts of the tensors of a key, and the arguments for planning."""
+    specs = specs_of(op, key)
     return specs, op.arguments_of(specs, key[_CASES], key[_CASE])
 
 
+def specs_of(op: Operator, key: Any) -> list[Any]:
+    """Returns the layouts of the tensors of a key.
+
+    A TensorSpec has only the properties that the key has, so a plan cannot depend on others.
+    """
+    leading = tuple([DynamicSize() for _ in range(key[_DYNAMIC_DIMS])])
+    specs = list[Any]()
+    for layout in key[_FIRST_TENSOR : _FIRST_TENSOR + len(op.all_operands)]:
+        if type(layout) is tuple:
+            dtype, shape, strides, *others = layout
+            shape = (*leading, *shape) if strides is None else shape
+            layout = TensorSpec(dtype, shape, strides, *others)
+        specs.append(layout)
+    return specs
+
+
 def spec_of(x: Any) -> Any:
+    """Returns a spec with all sizes of a tensor, None for None, and NUMBER for a number."""
     if not isinstance(x, Tensor):
         return None if x is None else NUMBER
     return TensorSpec(x.dtype, x.shape, x.stride(), x.device, x.requires_grad)

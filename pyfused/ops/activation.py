@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Arguments, Numbers, SpecializedOperator, Tensors
+from pyfused.dispatch.operator import Arguments, Case, Numbers, SpecializedOperator, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
@@ -56,6 +56,9 @@ class Activation(SpecializedOperator):
             if value not in choice.values:
                 return f"{choice.name} is {value!r}"
         return None
+
+    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+        return input.dim()
 
     def invalid_number(self, scalar: Scalar, value: Any) -> str:
         return f"{scalar.name} is {value!r}"
@@ -118,11 +121,12 @@ def activation_plan(
     """
     kernels: list[Kernels] = []
     saves_output = op.saves == "output"
+    spec = input if dtype is None else input.to(dtype)
 
     def forward(tensors: Tensors, numbers: Numbers) -> Forward:
         (input,) = tensors
         if not kernels:
-            kernels.append(prepare(input))
+            kernels.append(prepare(spec if spec.dynamic_dims else input))
         output = kernels[0][0](input, numbers)
         return output, (output if saves_output else input,), ()
 

@@ -167,7 +167,7 @@ def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
     size = max(1, min(n, rows_in_budget(*limits))), b.shape[0]
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
-    divisor = float(n) if options.reduction == "mean" else 1.0
+    divisor = (lambda _: n) if options.reduction == "mean" else None
 
     def step(block: Block, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         z = block.logits.to(wide).add_(bias)

@@ -21,7 +21,7 @@ from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.operator import Arguments, Numbers, Operator, Tensors
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.plan import Plan
-from pyfused.dispatch.signature import signature, spec_of
+from pyfused.dispatch.signature import signature, spec_of, specs_of
 from pyfused.layout import is_dense
 from pyfused.torch_internals import run_while_tracing
 from pyfused.types import Gradients
@@ -145,7 +145,7 @@ class _CustomOperators:
             key, numbers = (*signed[0], "compiled", *needs), signed[1]
         plan: Plan | None = op.plans.get(key)
         if plan is None:
-            specs: list[Any] = [spec_of(x) for x in tensors]
+            specs = [spec_of(x) for x in tensors] if key is None else specs_of(op, key)
             for i, need in enumerate(needs):
                 if specs[i] is not None:
                     specs[i] = replace(specs[i], requires_grad=need)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
+from pyfused.backends.protocol import Divisor
 from pyfused.dispatch.operator import Arguments, Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.formula_compiler.kernel import Kernel
@@ -74,16 +75,16 @@ def _kl_div_warning(arguments: Arguments) -> str | None:
     )
 
 
-def _rows(operands: Sequence[Tensor], *_: Any) -> float:
-    return float(len(operands[0]) if operands[0].dim() else 1)
+def _rows(*_: Any) -> Divisor:
+    return lambda input: input.shape[0] if input.dim() else 1
 
 
 def _counted_elements(
     operands: Sequence[Tensor], _weight: Tensor | None, numbers: Sequence[Any]
-) -> float | Tensor:
+) -> Tensor | Divisor:
     ignored = numbers[-1]
     if ignored is None:
-        return elements(operands)
+        return elements()
     if operands[1].is_meta:  # for a plan; comparing meta tensors would import sympy
         return operands[1].new_empty((), dtype=torch.float64)
     return operands[1].ne(ignored).sum(dtype=torch.float64)

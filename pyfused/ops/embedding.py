@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.backends.protocol import Backend, LossKernel
+from pyfused.backends.protocol import Backend, Divisor, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import Arguments
+from pyfused.dispatch.operator import Arguments, Case
 from pyfused.formula_compiler import trace
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs
 
 
-def rows(operands: Sequence[Tensor], *_: Any) -> float:
-    return float(operands[0].shape[:-1].numel())
+def rows(*_: Any) -> Divisor:
+    return lambda input: input.shape[:-1].numel()
 
 
 def triplet_fallback_reason(
@@ -57,6 +57,9 @@ class EmbeddingLoss(TensorLoss):
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast = tuple(range(1, len(self.inputs)))
+
+    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+        return 0
 
     def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         if self.has_target:
@@ -101,7 +104,7 @@ class EmbeddingLoss(TensorLoss):
         cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
-        divisor: float,
+        divisor: Divisor | None,
         grad_output: Tensor | None,  # noqa: ARG002
     ) -> LossKernel:
         by_name = dict(zip([parameter.name for parameter in self.parameters], cases, strict=True))

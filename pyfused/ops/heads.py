@@ -255,7 +255,7 @@ def kept(prepare: Callable[..., LossKernel]) -> Callable[..., LossResult]:
     def run(
         tensors: Sequence[Any], numbers: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
     ) -> LossResult:
-        key = outputs, layouts(*tensors, grad_output)
+        key = outputs, layouts((*tensors, grad_output))
         launch = launches.get(key)
         if launch is None:
             if len(launches) >= MOST_PREPARED:

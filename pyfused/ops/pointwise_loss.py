@@ -17,11 +17,12 @@ from torch.nn import Parameter
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
-from pyfused.backends.protocol import LossKernel, Parameters
+from pyfused.backends.protocol import Divisor, LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     REDUCTIONS,
     Arguments,
+    Case,
     Numbers,
     Operand,
     SpecializedOperator,
@@ -50,7 +51,9 @@ _BROADCASTING = (
 
 _SCALAR = torch.empty((), device="meta")  # the layout of an operand that is a number
 
-Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], float | Tensor]
+# Takes the operands, the weight and the numbers. Returns the divisor of the sum: a tensor, or a
+# function of the first operand if it depends only on the shape.
+Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], Tensor | Divisor]
 
 
 def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
@@ -67,14 +70,14 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     return total / weight.expand_as(loss).sum() if reduction == "mean" else total
 
 
-def elements(operands: Sequence[Tensor], *_: Any) -> float:
-    return float(operands[0].numel())
+def elements(*_: Any) -> Divisor:
+    return Tensor.numel
 
 
 def weight_or_elements(
-    operands: Sequence[Tensor], weight: Tensor | None, *_: Any
-) -> float | Tensor:
-    return elements(operands) if weight is None else weight.sum(dtype=torch.float64)
+    _: Sequence[Tensor], weight: Tensor | None, *_numbers: Any
+) -> Tensor | Divisor:
+    return Tensor.numel if weight is None else weight.sum(dtype=torch.float64)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -87,8 +90,8 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         warning: Takes the arguments for planning; returns the warning that torch issues, or None.
         nan_on_invalid: Whether operands out of bounds make the loss NaN. Then bounds are checked
             only if the loss is NaN.
-        denominators: A function for each reduction except none and sum. It takes the broadcast
-            operands, the weight and the numbers, and returns the divisor of the sum.
+        denominators: A function for each reduction except none and sum, which takes the broadcast
+            operands.
         arrange: Transforms the operands as torch does before broadcasting.
         variables: The operands of the formula: all except the weight.
         checks_bounds: Whether each call checks the bounds of values, as torch does.
@@ -118,6 +121,9 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         self._weight = self.names.index("weight") if has_weight else None
         self._result_dtype = cache(self._dtype_of_result)
 
+    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+        return input.dim()
+
     def plan(self, arguments: Arguments) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
@@ -136,7 +142,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         arranged, _ = self.arranged(layouts, None, dtype)
         pairs = zip(layouts, arranged, strict=True)
         is_arranged = weight is None and all(x is y is not _SCALAR for x, y in pairs)
-        denominator, divisor = self.denominators.get(reduction), 1.0
+        denominator, divisor = self.denominators.get(reduction), None
         if denominator is not None:
             value = denominator(arranged, layout_of_weight, cases[: len(self.numbers)])
             if not isinstance(value, Tensor):  # the divisor does not depend on tensors' values
@@ -173,7 +179,8 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
 
             def definition(*operands: Tensor) -> Tensor:
                 loss = self.unreduced(operands, values)
-                loss = (loss / (divisor if tensor is None else tensor)).to(loss.dtype)
+                by = divisor(operands[0]) if tensor is None and divisor is not None else tensor
+                loss = loss if by is None else (loss / by).to(loss.dtype)
                 return loss if weight is None else loss * weight
 
             return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
@@ -189,7 +196,13 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         in_forward, each = gradients_in_forward(reduction, dtype), reduction == "none"
         casts = accumulate_dtype(dtype) is not result
         loss_dtype = result if casts and not each else None
-        passes = loss_passes(prepare, needs, in_forward, loss_dtype=loss_dtype)
+        passes = loss_passes(
+            prepare,
+            needs,
+            in_forward,
+            loss_dtype=loss_dtype,
+            dynamic_dims=arguments[0].dynamic_dims,
+        )
         forward, expanded_backward = passes
         is_result_dtype = not each or dtype is result is accumulate_dtype(dtype)
         return Plan(
@@ -228,7 +241,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
-        divisor: float,
+        divisor: Divisor | None,
         grad_output: Tensor | None,
     ) -> LossKernel:
         """Prepares the kernel for the layouts of these tensors."""
@@ -428,7 +441,7 @@ class PointwiseLoss(TensorLoss):
         cases: tuple[Any, ...],
         reduction: str,
         outputs: Outputs,
-        divisor: float,
+        divisor: Divisor | None,
         grad_output: Tensor | None,
     ) -> LossKernel:
         formula, parameters = self.kernel(cases, len(operands), outputs)

@@ -263,13 +263,13 @@ def embedding_cases() -> Iterator[Case]:
             options = EmbeddingOptions(euclidean, swap)
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
             outputs = Outputs(True, (True,) * 3)
-            kernel = backend.embedding_loss(*given, outputs, float(len(x)))
+            kernel = backend.embedding_loss(*given, outputs, len)
             run = partial(kernel, (x, x, x), (1.0, 2.0, 1e-6))
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
             yield case("triplet_margin_loss", dtype, shape, run, kind, **fields)
         given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(), "mean"
         outputs = Outputs(True, (True, True, False))
-        kernel = backend.embedding_loss(*given, outputs, float(len(x)))
+        kernel = backend.embedding_loss(*given, outputs, len)
         run = partial(kernel, (x, x, target), (0.5,))
         yield case("cosine_embedding_loss", dtype, shape, run, **fields)
 
@@ -284,13 +284,11 @@ def pointwise_loss(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> None:
-    tensors, number = (operands, weight, grad_output), divisor
+    tensors, total = (operands, weight, grad_output), None
     if isinstance(divisor, Tensor):
-        number = 1.0
-    else:
-        divisor = None
-    run = backend.pointwise_loss(formula, tensors, None, reduction, outputs, number)
-    run((*operands, weight, divisor), numbers, grad_output)
+        total, divisor = divisor, None
+    run = backend.pointwise_loss(formula, tensors, None, reduction, outputs, divisor)
+    run((*operands, weight, total), numbers, grad_output)
 
 
 def pointwise_cases() -> Iterator[Case]:
@@ -301,11 +299,11 @@ def pointwise_cases() -> Iterator[Case]:
         of, fields = (dtype, (n,)), {"targets": tuple(TARGETS) if dtype in (BF16, F32) else SOME}
         both, after = Outputs(True, (True, True)), Outputs(False, (True, True))
         calls: dict[str, tuple[int, tuple[Any, ...]]] = {
-            "mse_loss forward": (1, ((x, x), (), None, "sum", 1.0, Outputs())),
+            "mse_loss forward": (1, ((x, x), (), None, "sum", None, Outputs())),
             "mse_loss weight": (1, ((x, x), (), x, "mean", total, both)),
-            "mse_loss none": (1, ((x, x), (), None, "none", 1.0, Outputs())),
-            "mse_loss grad_output": (1, ((x, x), (), None, "none", 1.0, after, x)),
-            "mse_loss broadcast": (1, ((rows, row), (), None, "mean", 1.0 * n, both)),
+            "mse_loss none": (1, ((x, x), (), None, "none", None, Outputs())),
+            "mse_loss grad_output": (1, ((x, x), (), None, "none", None, after, x)),
+            "mse_loss broadcast": (1, ((rows, row), (), None, "mean", Tensor.numel, both)),
         }
         kernels: dict[str, Kernel] = {}
         for op in OPERATORS:
@@ -319,7 +317,14 @@ def pointwise_cases() -> Iterator[Case]:
                 for name, kernel in op.kernels.items():
                     variables = op.variables[: len(kernel.methods[0].operands)]
                     outputs = Outputs(True, tuple(v.differentiated for v in variables))
-                    given = (x,) * len(variables), (1.0, 1.0, 1.0), None, "mean", 1.0 * n, outputs
+                    given = (
+                        (x,) * len(variables),
+                        (1.0, 1.0, 1.0),
+                        None,
+                        "mean",
+                        Tensor.numel,
+                        outputs,
+                    )
                     calls[name] = 1, given
         for name, (launches, arguments) in calls.items():
             loss, _, kind = name.partition(" ")
@@ -331,7 +336,7 @@ def pointwise_cases() -> Iterator[Case]:
             numbers = tuple(formula.defaults.values())
             program, parameters = formula.op.kernel(formula.op.cases(numbers), count, outputs)
             numbers = numbers if parameters is None else parameters(numbers)
-            given = program, (x,) * count, numbers, None, "mean", 1.0 * n, outputs
+            given = program, (x,) * count, numbers, None, "mean", Tensor.numel, outputs
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, **fields)
         yield case("scale", *of, partial(backend.scale_, x, total), **fields)

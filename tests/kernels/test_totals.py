@@ -84,7 +84,7 @@ def test_the_last_program_to_arrive_adds_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_sum_of_no_elements_is_zero() -> None:
     out = torch.full((), math.nan)
-    triton._with_loss(Mock(), 0, lambda: out)((), ())
+    triton._run(Mock(), 0, (), out, ())
     assert out.item() == 0
 
 
