@@ -93,8 +93,10 @@ bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/resu
 bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
-bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models, and write benchmarks/results/ (10 to 40 minutes)
+bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models and the demo's, and update README.md and docs/ (15 minutes)
 	$(BIN)/python benchmarks/run.py steps $(BENCH_ARGS)
+	$(BIN)/python docs/curves.py
+	$(BIN)/python docs/gallery.py
 
 bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and 90th percentiles (5 minutes)
 	$(BIN)/python benchmarks/run.py busy

@@ -1,8 +1,8 @@
 """Times whole training steps: torch, torch.compile, and each way to use pyfused.
 
-Each way runs in its own process, which takes turns with a process that only uses torch; on a GPU,
-all ways run at once. With --cpu, the CPU time on one thread is measured, which other load on the
-machine hardly affects.
+Each way runs in its own process, which takes turns with a process that only uses torch: on a GPU,
+with all others; on a CPU, eager ones with each other, and compiled ones. With --cpu, the CPU time
+on one thread is measured, which other load on the machine hardly affects.
 """
 
 from __future__ import annotations
@@ -317,9 +317,11 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
         name = f"{case.name} {case.dtype}"
         if options.only not in name or time.perf_counter() - started > options.seconds:
             continue
-        ways = options.ways or (*WAYS[1:], *(COMPILED_WAYS if on_gpu else ()))
+        ways = options.ways or (*WAYS[1:], *(COMPILED_WAYS if on_gpu else COMPILED_WAYS[1:2]))
         if case.model is UNet:
             ways = [way for way in ways if not way.startswith("linear_cross_entropy")]
+        compiled = [way for way in ways if "torch.compile" in way]
+        eager = [way for way in ways if way not in compiled]
         described = {
             "model": case.name,
             "batch": " x ".join(map(str, case.batch())),
@@ -328,7 +330,7 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
             "unit": case.unit,
         }
         # On CPUs, all models at once may not fit into memory.
-        for group in [ways] if on_gpu else [[way] for way in ways]:
+        for group in [ways] if on_gpu else filter(None, [eager, compiled]):
             found = compare(options.trial, index, group, options.rounds, options.cpu)
             rows += [{**described, **row, "machine": machine} for row in found]
             print(*rows[-len(found) :], sep="\n", flush=True)

@@ -133,7 +133,8 @@ def convert(
             kind = f"head and loss of {kind}"
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    made = f"replaced {kinds.total()} modules ({listed}); left {len(plan.left)}: see "
+    number = "1 module" if kinds.total() == 1 else f"{kinds.total()} modules"
+    made = f"replaced {number} ({listed}); left {len(plan.left)}: see "
     _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
     _warn(plan, modules, head, evaluation or metrics)
     return model
@@ -230,7 +231,7 @@ def revert(model: Module) -> tuple[str, ...]:
         model: The converted model, a copy of it, or one loaded from a file.
 
     Returns:
-        The names of the reverted modules.
+        The names of the reverted modules, as in :attr:`Conversion.swapped`.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
@@ -241,7 +242,7 @@ def revert(model: Module) -> tuple[str, ...]:
             unfuse(module)
             vars(module).pop("__module__", None)
             module.__class__ = _TORCH_CLASSES.get(type(module), type(module))
-    return tuple(name for name, _ in converted)
+    return tuple(name for name, m in converted if not isinstance(m, torch.nn.Linear))  # no heads
 
 
 def _modules(model: Any) -> list[tuple[str, Module]]:

@@ -28,6 +28,7 @@ from pyfused.types import NUMBER
 Function = Callable[[list[Tensor], list[Any], Tensor], Sequence[Tensor | None]]
 
 _SHAPE = (2, 3)  # shape of the example operands
+_REDUCTIONS = ("sum", "mean")  # of losses
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 
 
@@ -103,9 +104,9 @@ class Recorder(DispatchMode):
         with self:
             result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
         if result is NotImplemented:
+            hint = "; to reduce a loss, pass reduction= to its calls"
             raise RuntimeError(
-                f"no kernel supports {self.outer}; use elementwise operations, and for a sum or "
-                "mean of a loss, pass reduction= to its calls"
+                f"no kernel supports {self.outer}{hint if self.outer in _REDUCTIONS else ''}"
             )
         self.outer = outer
         return result
@@ -231,12 +232,13 @@ def elementwise(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise RuntimeError(f"expected the function to return one tensor, got {kind}")
-    if value.shape != _SHAPE or not value.dtype.is_floating_point:
+    if value.shape != _SHAPE:
         raise RuntimeError(
-            f"expected an elementwise formula, got a {value.dtype} tensor of shape "
-            f"{tuple(value.shape)} from operands of shape {_SHAPE}; remove reductions and pass "
-            "reduction="
+            f"expected an elementwise formula, got a tensor of shape {tuple(value.shape)} from "
+            f"operands of shape {_SHAPE}"
         )
+    if not value.dtype.is_floating_point:
+        raise RuntimeError(f"expected a floating-point result, got {value.dtype}")
     return value
 
 

@@ -336,8 +336,8 @@ SUBNORMAL: tuple[Callable[[Tensor], Tensor], ...] = (
 
 NOT_FUSED: dict[str, Callable[..., Tensor]] = {
     "torch.where instead of 'if'": lambda x: x if x > 0 else -x,
-    "no kernel supports sum; use elementwise operations": lambda x: x if x.sum() > 0 else -x,
-    "no kernel supports mean; use elementwise operations": lambda x: x - x.mean(),
+    "no kernel supports sum; to reduce": lambda x: x if x.sum() > 0 else -x,
+    "no kernel supports mean; to reduce": lambda x: x - x.mean(),
     "rand_like": lambda x: x * torch.rand_like(x),
     "the result of shape may differ between calls": lambda x: x / x.shape[0],
     "torch's functions instead of math's": lambda x: x * math.exp(x),
