@@ -93,10 +93,9 @@ bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/resu
 bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
-bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models and the demo's, and update README.md and docs/ (15 minutes)
+bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models and the demo's, and update README.md and docs/ (15 minutes; with BENCH_ARGS, only time)
 	$(BIN)/python benchmarks/run.py steps $(BENCH_ARGS)
-	$(BIN)/python docs/curves.py
-	$(BIN)/python docs/gallery.py
+	$(if $(BENCH_ARGS),,$(BIN)/python docs/curves.py && $(BIN)/python docs/gallery.py)
 
 bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and 90th percentiles (5 minutes)
 	$(BIN)/python benchmarks/run.py busy
@@ -108,7 +107,7 @@ bench-compare: $(BUILD) $(TOOLS) ## compare kernels with another revision: make 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than in torch (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
-docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its spelling; test-repo checks its links and code
+docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its spelling; test-repo checks its links and code (MINUTES)
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +28,14 @@ class Curve:
 
     Attributes:
         others: The logits of the other classes, or the other features, besides the one drawn.
+        function: The loss of one point, instead of a call with these arguments.
     """
 
     label: str
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     others: tuple[float, ...] = ()
+    function: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ OF_HEAD = (
 )
 TARGETS = Curve("target 0", (0.0,)), Curve("target 1", (1.0,))
 UP = Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))
+_EYE = torch.eye(2)
 SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
 
 GALLERY: dict[str, dict[str, Entry]] = {
@@ -237,7 +241,19 @@ GALLERY: dict[str, dict[str, Entry]] = {
             " other pairs of a batch are negatives. A bias selects the sigmoid loss of SigLIP,"
             " which classifies each of the N x N pairs by itself. Logits are never in memory as a"
             " whole, so the batch can be large.",
-            (),
+            (
+                Curve("scale 1", function=lambda x: functional.contrastive_loss(_EYE, x * _EYE)),
+                Curve(
+                    "scale 4", function=lambda x: functional.contrastive_loss(_EYE, x * _EYE, 4.0)
+                ),
+                Curve(
+                    "scale 4, bias -1",
+                    function=lambda x: functional.contrastive_loss(_EYE, x * _EYE, 4.0, -1.0),
+                ),
+            ),
+            low=-1.0,
+            high=1.0,
+            axis="cosine of each of two pairs; others are 0",
         ),
         "hinge_embedding_loss": Entry(
             r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",

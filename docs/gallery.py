@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,6 +59,10 @@ def evaluate(name: str, entry: Entry, curve: Curve) -> tuple[Tensor, Tensor, Ten
 
 def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
+    if curve.function is not None:
+        value = torch.stack([curve.function(each) for each in x])
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), gradient
     others = [torch.full_like(x, other, requires_grad=False) for other in curve.others]
     input = torch.stack([x, *others], 1) if others else x
     input = input[:, None] if "linear_weight" in curve.options else input
@@ -245,6 +250,17 @@ def curves_machine() -> str:
     )
 
 
+def tutorial() -> Figure:
+    """Returns the figure that the tutorial draws."""
+    names: dict[str, Any] = {}
+    text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    with redirect_stdout(io.StringIO()):
+        exec("\n".join(code for code, _ in CELL.findall(text)), names)
+    for line, (colour, _) in zip(names["axes"].lines, SERIES, strict=False):
+        line.set_color(colour)
+    return _with_grid(names["figure"])
+
+
 def _bars(names: list[str], panels: Any) -> Figure:
     """Draws horizontal bars in the colours of the implementations, one panel for each quantity."""
     figure = Figure(figsize=(8, 1.1 + 0.36 * len(names)), layout="constrained")
@@ -368,20 +384,23 @@ def row_of(name: str, rows: dict[str, Row]) -> str:
             entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
             f"{entry.use}\n",
             f"[`F.{name}`, `nn.{op.module}`](../operators/{name}.md)\n",
-            f"torch / pyfused: {_ratio(rows.get(name))}\n",
+            f"{_ratio(rows.get(name))}\n",
             f"</div>\n{picture(name, entry)}\n</div>\n",
         )
     )
 
 
 def _ratio(row: Row | None) -> str:
+    """Returns a sentence with the speed-ups of a case, and the size from which a kernel runs."""
     if row is None:
-        return "-"
+        return ""
     eager, compiled = row.peers["torch"], row.peers.get("torch.compile")
-    text = f"**{eager.ratio[1]:.1f}**"
+    text = f"**{eager.ratio[1]:.1f} times** as fast as eager torch"
     if compiled is not None:
-        text += f", compiled {compiled.ratio[1]:.1f}"
-    return f"{text}, for {row.case.removeprefix(row.op).strip()}"
+        text += f", {compiled.ratio[1]:.1f} times as compiled torch"
+    text += f", for {row.case.removeprefix(row.op).strip()}"
+    smallest = limits(OPERATORS[row.op], True)[0]
+    return f"{text}. Kernels run from {words(smallest)} elements on." if smallest else f"{text}."
 
 
 def shown() -> dict[str, list[str]]:
@@ -394,9 +413,8 @@ def shown() -> dict[str, list[str]]:
 
 LEGEND = (
     "In the formulas, x is the input and t the target. The pictures show the output of the kernels."
-    ' "torch / pyfused" is the time of eager torch divided by pyfused\'s, forward and backward, for'
-    ' the largest size that was [measured](../benchmarks.md) on CPUs; "compiled" is the same for'
-    " `torch.compile`. A ratio above 1 means that pyfused is faster."
+    " Speed-ups are forward and backward, for the largest size that was"
+    " [measured](../benchmarks.md) on CPUs; smaller inputs gain less."
 )
 
 
@@ -589,11 +607,16 @@ def _markdown_rows(name: str) -> list[list[str]]:
 
 
 def gpu_table(name: str) -> str:
-    """Returns a table of the H100, without its column of checks."""
+    """Returns a table of the H100 with its machine, without its column of checks."""
     columns, *rows = _markdown_rows(name)
     shown = [i for i, column in enumerate(columns) if column]
     table = [[row[i] for i in shown] for row in rows]
-    return report.tabulated([columns[i] for i in shown], table, names=1)
+    return f"{_of_h100(name)}\n\n{report.tabulated([columns[i] for i in shown], table, names=1)}"
+
+
+def _of_h100(name: str) -> str:
+    """Returns the first line of a table's file: the machine, versions, date and revision."""
+    return (H100 / f"{name}.md").read_text(encoding="utf-8").partition("\n")[0]
 
 
 def _gpu_heads() -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
@@ -621,18 +644,20 @@ def gpu_heads() -> str:
         [sizes, *(f"{ways[way][0]:.3g} ms, {ways[way][1]:.2f} GiB" for way in GPU_HEADS)]
         for sizes, ways in _gpu_heads()["cross-entropy"].items()
     ]
-    return report.tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
+    table = report.tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
+    return f"{table}\n\n{_of_h100('heads')}"
 
 
 def gpu_steps() -> str:
-    """Returns a sentence with the training steps on the H100."""
+    """Returns the training steps on the H100."""
     rows = report.read_csv(H100 / "steps.csv")
     (first, *_) = rows
     each = [("eager torch", first["torch, ms"], first["torch, peak"])]
     each += [(f"`{row['way']}`", row["ms"], row["peak"]) for row in rows]
     lines = [[way, f"{float(ms):.1f}", f"{int(peak) / 2**30:.1f}"] for way, ms, peak in each]
     title = f"{first['model']}, {first['batch']} {first['unit']}, {first['dtype']} autocast, AdamW"
-    return report.tabulated([f"a training step of {title}", "ms", "GiB"], lines, names=1)
+    table = report.tabulated([f"a training step of {title}", "ms", "GiB"], lines, names=1)
+    return f"{table}\n\n{first['machine']}."
 
 
 def _range(values: Sequence[float]) -> str:
@@ -673,7 +698,7 @@ def gpu_summary() -> str:
 def training_steps() -> str:
     """Returns the tables of training steps, one for each CPU."""
     tables = [f"{rows[0]['machine']}.\n\n{steps.table(rows)}" for rows in _of_cpus("steps")]
-    return "\n\n".join([slower(), *tables])
+    return "\n\n".join(tables)
 
 
 def memory() -> str:
@@ -712,6 +737,7 @@ WRITTEN = {
     "gpu steps": gpu_steps,
     "gpu summary": gpu_summary,
     "curves machine": curves_machine,
+    "slower": slower,
     "training steps": training_steps,
     "memory": memory,
 }
@@ -722,6 +748,7 @@ DRAWN = {
     "heads": heads,
     "gpu": gpu,
     "curves": curves,
+    "tutorial": tutorial,
 }
 PART = re.compile(r"(?s)(<!-- written: ([\w ]+) -->\n).*?(?=<!-- end -->)")
 PICTURE = re.compile(
@@ -729,21 +756,28 @@ PICTURE = re.compile(
 )
 
 
-NOTEBOOKS = ("pretraining", "distillation")
+NOTEBOOKS = ("tutorial", "pretraining", "distillation")
+# A block of Python, and the block of text below it, which is its output.
+CELL = re.compile(r"(?s)```python\n(.*?)\n```(?:\n\n```text\n(.*?)```)?")
 
 
 def notebook(page: str) -> str:
     """Returns a page as a Jupyter notebook: its blocks of Python are the cells of code."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     text = re.sub(r"\n.*\]\(\.\./examples/\w+\.ipynb\).*\n", "", text)  # the link to the notebook
-    text = re.sub(r"\]\((?=[\w-]+\.md)", "](../docs/", text)
+    text = PICTURE.sub("", re.sub(r"\]\((?=[\w-]+\.md)", "](../docs/", text))
     cells: list[dict[str, Any]] = []
-    for index, part in enumerate(re.split(r"(?s)```python\n(.*?)\n```", text)):
-        if source := part.strip():
-            kind = "code" if index % 2 else "markdown"
-            cell = {"cell_type": kind, "id": f"{page}-{index}", "metadata": {}}
-            more = {"execution_count": None, "outputs": []} if index % 2 else {}
-            cells.append({**cell, **more, "source": source.splitlines(keepends=True)})
+    for index, part in enumerate(CELL.split(text)):
+        lines = (part or "").strip().splitlines(keepends=True)
+        if not lines:
+            continue
+        cell = {"cell_type": "markdown", "id": f"{page}-{index}", "metadata": {}, "source": lines}
+        if index % 3 == 1:
+            cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
+        if index % 3 == 2:
+            cells[-1]["outputs"] = [{"name": "stdout", "output_type": "stream", "text": lines}]
+        else:
+            cells.append(dict(sorted(cell.items())))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     found = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}

@@ -74,7 +74,12 @@ def measured(name: str) -> str:
         "Times are medians; brackets contain the quartiles of the ratio. A ratio above 1 means that"
         " pyfused is faster. [Benchmarks](../benchmarks.md) describes the method."
     )
-    return "\n\n".join([*tables, method])
+    return f"{method}\n\n{folded('Times on each machine', *tables)}"
+
+
+def folded(title: str, *parts: str) -> str:
+    """Returns Markdown that a reader opens by a click, because it is long on a phone."""
+    return "\n\n".join([f"<details>\n<summary>{title}</summary>", *parts, "</details>"])
 
 
 def page(name: str) -> str:
