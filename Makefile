@@ -107,7 +107,7 @@ bench-compare: $(BUILD) $(TOOLS) ## compare kernels with another revision: make 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than in torch (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)
 
-docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its spelling; test-repo checks its links and code (MINUTES)
+docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its spelling; test-repo checks its links and code (1 minute)
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 

@@ -231,7 +231,7 @@ def revert(model: Module) -> tuple[str, ...]:
         model: The converted model, a copy of it, or one loaded from a file.
 
     Returns:
-        The names of the reverted modules, as in :attr:`Conversion.swapped`.
+        The names of the reverted modules, as :func:`plan_conversion` lists them.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
