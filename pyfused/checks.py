@@ -304,7 +304,7 @@ def _logits(
 
 def _with_shape(tensor: Any, shape: Sequence[int]) -> Any:
     """Returns the spec of a tensor with another shape."""
-    return TensorSpec(tensor.dtype, torch.Size(shape), (), tensor.device, tensor.requires_grad)
+    return TensorSpec(tensor.dtype, tuple(shape), (), tensor.device, tensor.requires_grad)
 
 
 def _index_dtype(target: Tensor) -> None:

@@ -95,15 +95,17 @@ def row_sizes(input: Tensor) -> tuple[int, int, int]:
     """Returns the sizes of (N, C, d1, ..., dk): outer rows, inner rows and classes."""
     if input.dim() == 2:
         return 1, *input.shape
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    outer = 1 if input.shape[2:].numel() == 1 else input.shape[0]
-    return outer, input.numel() // (outer * classes), classes
+    if input.dim() == 1:
+        return 1, 1, input.shape[0]
+    outer, classes, *others = input.shape
+    inner = math.prod(others)
+    return (1, outer, classes) if inner == 1 else (outer, inner, classes)
 
 
 def feature_rows(tensor: Tensor) -> Tensor:
     """Returns (..., D) as a matrix with contiguous features, copied if necessary."""
     if tensor.dim() != 2:
-        tensor = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+        tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
@@ -137,7 +139,7 @@ def strides_of(tensor: Tensor) -> Strides | None:
     stride = tensor.stride()
     if len(stride) == 1:
         return 0, 0, stride[0]
-    if len(stride) == 2 or tensor.shape[2:].numel() == 1:
+    if len(stride) == 2 or math.prod(tensor.shape[2:]) == 1:
         return 0, stride[0], stride[1]
     inner, size = 0, 1
     for length, step in zip(reversed(tensor.shape[2:]), reversed(stride[2:]), strict=True):
@@ -169,40 +171,43 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
     return tensor, (outer, inner, length), (strides[0], strides[2], strides[1])
 
 
-def class_layout(tensor: Tensor, inplace: bool = False) -> tuple[bool, Strides, Tensor, Strides]:
+def class_layout(
+    tensor: Tensor, inplace: bool = False
+) -> tuple[bool, Strides, torch.memory_format, Strides]:
     """Returns how kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
 
     Returns:
         Whether kernels read a contiguous copy, because they cannot use the strides; the strides of
-        the tensor or the copy; a meta tensor with the layout of the gradient; and the strides of
-        the gradient, which overwrites the tensor if ``inplace``.
+        the tensor or the copy; the memory format of the gradient, for ``torch.empty_like``; and the
+        strides of the gradient, which overwrites the tensor if ``inplace``.
     """
     strides: Any = strides_of(tensor)
-    copies = strides is None
+    copies, memory_format = strides is None, torch.preserve_format
     if copies:
         tensor = tensor.contiguous()
         strides = strides_of(tensor)
+    if inplace or tensor.is_contiguous():
+        return copies, strides, memory_format, strides
     grad = torch.empty_like(tensor, device="meta")
     grad_strides: Any = strides_of(grad)
     if grad_strides is None:
-        grad = grad.contiguous()
-        grad_strides = strides_of(grad)
-    return copies, strides, grad, strides if inplace else grad_strides
+        memory_format = torch.contiguous_format
+        grad_strides = strides_of(grad.contiguous())
+    return copies, strides, memory_format, grad_strides
 
 
-def softmax_layout(
-    input: Tensor, dim: int
-) -> tuple[bool, tuple[int, int, int], Strides, Tensor, Strides]:
+def softmax_layout(input: Tensor, dim: int) -> tuple[bool, tuple[int, int, int], Strides, Strides]:
     """Returns how kernels read an input along a dimension and write the contiguous output.
 
     Returns:
-        Whether kernels read a contiguous copy; the sizes and strides of the input or the copy; a
-        meta tensor with the layout of the output; and the strides of the output.
+        Whether kernels read a contiguous copy; the sizes and strides of the input or the copy; and
+        the strides of the output.
     """
     view, sizes, strides = along(input, dim)
+    if input.is_contiguous():
+        return False, sizes, strides, strides
     output = torch.empty(input.shape, dtype=input.dtype, device="meta")
-    copies = view.data_ptr() != input.data_ptr()
-    return copies, sizes, strides, output, along(output, dim)[2]
+    return view.data_ptr() != input.data_ptr(), sizes, strides, along(output, dim)[2]
 
 
 def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:

@@ -39,7 +39,12 @@ class DynamicSize:
 
     __hash__ = object.__hash__
     __bool__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = _unknown
-    __add__ = __sub__ = __mul__ = __rmul__ = __floordiv__ = _unknown
+    __add__ = __sub__ = __floordiv__ = _unknown
+
+    def __mul__(self, _: object) -> DynamicSize:
+        return DynamicSize()
+
+    __rmul__ = __mul__
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,17 @@ class TensorSpec:
         return len(self.shape)
 
     def numel(self) -> Any:
-        return DynamicSize() if self.dynamic_dims else self.shape.numel()
+        return math.prod(self.shape)
 
-    def stride(self) -> tuple[int, ...]:
-        if self.strides is None:
-            raise TypeError("a plan cannot depend on the strides of a tensor of dynamic sizes")
-        return self.strides
+    def stride(self, dim: int | None = None) -> Any:
+        strides = self.strides
+        if strides is None:
+            strides = tuple([math.prod(self.shape[i + 1 :]) for i in range(self.dim())])
+        return strides if dim is None else strides[dim]
+
+    def reshape(self, *shape: Any) -> TensorSpec:
+        """Returns the spec of a contiguous tensor with another shape."""
+        return replace(self, shape=shape, strides=None)
 
     def element_size(self) -> int:
         return self.dtype.itemsize

@@ -174,16 +174,10 @@ def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve
     return empty(layout.shape, like.dtype, strides=layout.stride())
 
 
-def _allocator(layout: Tensor) -> Callable[[], Tensor]:
-    """Returns a function that allocates tensors with the layout of a tensor."""
-    shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
-    if layout.nbytes < RECYCLED_BYTES:
-        return partial(torch.empty_strided, shape, strides, dtype=dtype, device="cpu")
-    return partial(empty, shape, dtype, strides=strides)
-
-
-def _loss_allocator(shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
-    return partial(empty, shape, dtype) if shape else partial(torch.empty_like, _SCALARS[dtype])
+def _loss_allocator(each: bool, dtype: torch.dtype) -> Callable[[Sequence[int]], Tensor]:
+    """Returns a function that allocates the losses of a shape, or their sum."""
+    scalar = _SCALARS[dtype]
+    return (lambda shape: empty(shape, dtype)) if each else lambda _: torch.empty_like(scalar)
 
 
 def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa: ARG001
@@ -242,25 +236,28 @@ def cross_entropy(
     normalized: bool = False,
 ) -> LossKernel:
     input, target, weight, token_weight, _ = tensors
-    accumulate, sizes = accumulate_dtype(input.dtype), row_sizes(input)
-    kernel = partial(native.cross_entropy, DTYPES[input.dtype], sizes)
-    indices = target.dtype is torch.int64
-    copies, strides, grad_layout, grad_strides = class_layout(input, outputs.inplace)
-    new_grad = _allocator(grad_layout)
+    accumulate, dtype = accumulate_dtype(input.dtype), DTYPES[input.dtype]
+    indices, each = target.dtype is torch.int64, options.reduction == "none"
+    copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
     if indices:
         copies_target = not target.is_contiguous()
     else:
-        copies_target, target_strides, grad_layout, grad_target_strides = class_layout(target)
-        new_grad_target = _allocator(grad_layout)
+        copies_target, target_strides, target_format, grad_target_strides = class_layout(target)
     converts = converts_in(accumulate, weight, token_weight, grad_output)
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
-    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
+    classes, inner = row_sizes(input)[2], math.prod(input.shape[2:])
+    scalar = _SCALARS[accumulate]
+    recycled = RECYCLED_BYTES // input.element_size()
 
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
     ) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
+        elements = input.numel()
+        rows = elements // classes
+        sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
+        like = torch.empty_like if elements < recycled else empty_like
         options = _NO_OPTIONS
         if numbers:
             number, _, temperature, *terms, scale, smoothing, _ = numbers
@@ -275,15 +272,20 @@ def cross_entropy(
         loss = grad = grad_target = None
         grad_view = grad_target_view = _NO_VIEW
         if outputs.loss:
-            loss = new_loss()
+            if each:
+                loss = empty(loss_shape(input, "none"), accumulate)
+            else:
+                loss = torch.empty_like(scalar)
         if grad_of_input:
-            grad = logits.detach() if outputs.inplace else new_grad()
+            grad = logits.detach() if outputs.inplace else like(logits, memory_format=grad_format)
             grad_view = (grad.data_ptr(), *grad_strides)
         if grad_of_target:
-            grad_target = new_grad_target()
+            grad_target = like(targets, memory_format=target_format)
             grad_target_view = (grad_target.data_ptr(), *grad_target_strides)
         address = targets.data_ptr()
-        out_of_range = kernel(
+        out_of_range = native.cross_entropy(
+            dtype,
+            sizes,
             (logits.data_ptr(), *strides),
             address if indices else 0,
             _NO_VIEW if indices else (address, *target_strides),
@@ -300,7 +302,7 @@ def cross_entropy(
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
-            checks.raise_out_of_range(sizes[2], target, ignore_index, out_of_range)
+            checks.raise_out_of_range(classes, target, ignore_index, out_of_range)
         return loss, (grad, grad_target)
 
     return launch
@@ -318,7 +320,7 @@ def kl_div_with_logits(
     input = tensors[0]
     accumulate, reduction = accumulate_dtype(input.dtype), _REDUCTIONS[options.reduction]
     dtype, needs_grad = DTYPES[input.dtype], any(outputs.gradients)
-    new_loss = _loss_allocator(loss_shape(input, options.reduction), accumulate)
+    new_loss = _loss_allocator(options.reduction == "none", accumulate)
 
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
@@ -331,7 +333,7 @@ def kl_div_with_logits(
         if needs_grad:
             grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
         weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
-        loss = new_loss() if outputs.loss else None
+        loss = new_loss(input.shape[:1]) if outputs.loss else None
         native.kl_div_with_logits(
             dtype,
             input.shape,
@@ -362,25 +364,26 @@ def embedding_loss(
 ) -> LossKernel:
     first, kernel, each = inputs[0], getattr(native, name), reduction == "none"
     dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
-    sizes, flags = (first.shape[:-1].numel(), first.shape[-1]), tuple(options)
-    new_loss = _loss_allocator(first.shape[:-1] if each else (), accumulate)
-    new_grad = _allocator(torch.empty(first.shape, dtype=first.dtype, device="meta"))
-    count = len(inputs)
+    flags, count, new_loss = tuple(options), len(inputs), _loss_allocator(each, accumulate)
 
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
     ) -> LossResult:
         margin, eps = numbers[0], numbers[-1]  # the cosine loss has no eps
-        denominator = 1.0 if divisor is None else float(divisor(tensors[0]))
+        first = tensors[0]
+        denominator = 1.0 if divisor is None else float(divisor(first))
         views = [feature_rows(x) for x in tensors[:count]]
         (grad_output,) = contiguous_in(accumulate, grad_output)
-        loss = new_loss() if outputs.loss else None
-        gradients = tuple([new_grad() if needed else None for needed in outputs.gradients])
+        loss = new_loss(first.shape[:-1]) if outputs.loss else None
+        gradients = tuple([
+            empty_like(first, torch.contiguous_format) if needed else None
+            for needed in outputs.gradients
+        ])  # fmt: skip
         addresses = [*map(_address, gradients), 0, 0, 0][:3]
         losses = (_address(loss), 0) if each else (0, _address(loss))
         kernel(
             dtype,
-            sizes,
+            views[0].shape,
             [_rows(x) for x in (*views, None)[:3]],
             (margin, eps, *flags),
             denominator,
@@ -404,8 +407,7 @@ def row_state(
     results: int = 0,
     continues: bool = False,
 ) -> Callable[..., None]:
-    kernel = _logit_rows(native.row_state, logits, classes)
-    n, ignore_index = len(logits), options.ignore_index
+    dtype, ignore_index, first = DTYPES[logits.dtype], options.ignore_index, classes.first
 
     def launch(
         numbers: Numbers,
@@ -416,14 +418,16 @@ def row_state(
         out: Tensor | None = None,
     ) -> None:
         _, softcap, temperature = numbers
-        kernel(
+        native.row_state(
+            dtype,
+            (*logits.shape, first, logits.stride(0)),
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
             (1 / temperature, softcap or 0.0),
             0 if weight is None else weight.data_ptr(),
             (state.data_ptr(), state.stride(0), fields),
-            (0, 0, 0) if out is None else (out.data_ptr(), n, results),
+            (0, 0, 0) if out is None else (out.data_ptr(), logits.shape[0], results),
             continues,
             torch.get_num_threads(),
         )
@@ -434,8 +438,7 @@ def row_state(
 def row_gradients(
     logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
-    kernel, ignore_index = _logit_rows(native.row_gradients, logits, classes), options.ignore_index
-    new_grad = _allocator(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
+    dtype, ignore_index, first = DTYPES[logits.dtype], options.ignore_index, classes.first
 
     def launch(
         numbers: Numbers,
@@ -446,10 +449,14 @@ def row_gradients(
         grad_results: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
-        out = new_grad() if out is None else out
+        if out is None:
+            like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
+            out = like(logits, memory_format=torch.contiguous_format)
         strides = (0, *grad_results.stride())[-2:]
         _, softcap, temperature = numbers
-        kernel(
+        native.row_gradients(
+            dtype,
+            (*logits.shape, first, logits.stride(0)),
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
@@ -465,27 +472,29 @@ def row_gradients(
     return launch
 
 
-def _logit_rows(
-    kernel: Callable[..., Any], logits: Tensor, classes: ClassRange
-) -> Callable[..., Any]:
-    """Returns the kernel for these logits."""
-    return partial(kernel, DTYPES[logits.dtype], (*logits.shape, classes.first, logits.stride(0)))
-
-
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    copies, sizes, strides, layout, out_strides = softmax_layout(input, dim)
-    kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype], sizes)
-    new = _allocator(layout)
+    copies, (_, _, length), strides, out_strides = softmax_layout(input, dim)
+    inner = math.prod(input.shape[dim + 1 :])
+    kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype])
+    recycled = RECYCLED_BYTES // input.element_size()
 
     def forward(input: Tensor, _: Numbers) -> Tensor:
-        view, output = along(input, dim)[0] if copies else input, new()
-        result = output.data_ptr(), *out_strides
-        kernel((view.data_ptr(), *strides), _NO_VIEW, result, torch.get_num_threads())
+        view = along(input, dim)[0] if copies else input
+        elements = input.numel()
+        like = torch.empty_like if elements < recycled else empty_like
+        output, rows = like(input, memory_format=torch.contiguous_format), elements // length
+        sizes = (1, rows, length) if inner == 1 else (rows // inner, inner, length)
+        pointers = (view.data_ptr(), *strides), _NO_VIEW, (output.data_ptr(), *out_strides)
+        kernel(sizes, *pointers, torch.get_num_threads())
         return output
 
     def backward(grad_output: Tensor, output: Tensor, _: Numbers) -> Tensor:
-        grad_output, output, grad_input = grad_output.contiguous(), output.contiguous(), new()
+        grad_output, output = grad_output.contiguous(), output.contiguous()
+        elements = output.numel()
+        grad_input = (torch.empty_like if elements < recycled else empty_like)(output)
+        rows = elements // length
         kernel(
+            (1, rows, length) if inner == 1 else (rows // inner, inner, length),
             (output.data_ptr(), *out_strides),
             (grad_output.data_ptr(), *out_strides),
             (grad_input.data_ptr(), *out_strides),

@@ -7,8 +7,9 @@ depend on values of tensors, so calls can be captured in CUDA graphs.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,39 +154,39 @@ def _new_counters(device: torch.device) -> Tensor:
 _shared_counters = cache(_new_counters)
 
 
-def _allocator(layout: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """Returns a function that allocates tensors with the layout of a tensor, on a device."""
-    shape, strides, dtype = layout.shape, layout.stride(), layout.dtype
-    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+def _loss_allocator(
+    reduction: str, outputs: Outputs, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor | None]:
+    """Returns the function that allocates the loss of logits, if it is needed.
 
+    Args:
+        dtype: The dtype of the logits.
+    """
+    dtype = accumulate_dtype(dtype) if outputs.loss_dtype is None else outputs.loss_dtype
 
-def _loss_allocator(input: Tensor, reduction: str, outputs: Outputs) -> Callable[[], Tensor | None]:
-    """Returns the function that allocates the loss of (N, C, d1, ..., dk), if it is needed."""
-    shape, dtype = loss_shape(input, reduction), outputs.loss_dtype
-    dtype = accumulate_dtype(input.dtype) if dtype is None else dtype
-    new_loss = partial(torch.empty, shape, dtype=dtype, device=input.device)
-    return new_loss if outputs.loss else lambda: None
+    def new_loss(input: Tensor) -> Tensor | None:
+        return input.new_empty(loss_shape(input, reduction), dtype=dtype) if outputs.loss else None
+
+    return new_loss
 
 
 def _divisor(
-    options: VocabOptions, target: Tensor, n: int, classes: int, elements: int
+    options: VocabOptions, indices: bool, classes: int, elements: int = 1
 ) -> Callable[..., Tensor | int | None]:
-    """Prepares the divisor of the sum of n losses, in the form that `read_rows` reads.
+    """Prepares the divisor of the sum of the losses, in the form that `read_rows` reads.
 
     Args:
-        target: Class indices; in other tensors, each row counts.
+        indices: Whether targets are class indices; otherwise each row counts.
+        elements: The number of elements that a kernel reads for each row.
 
     Returns:
-        A function of the target, weight, token_weight, and the denominator, as a tensor or as a
-        number; both may be None.
+        A function of the number of rows, the target, weight, token_weight, and the denominator, as
+        a tensor or as a number; both may be None.
     """
-    is_mean, indices = options.reduction == "mean", target.dtype is torch.int64
-    few = n <= COUNTED_BY_PROGRAMS and elements <= HOST_BOUND
-    new_count = partial(torch.empty, (), dtype=torch.float64, device=target.device)
-    programs = min(-(-n // (2 * COUNT.choice.block)), 256)
-    numbers = n, options.ignore_index, classes
+    is_mean = options.reduction == "mean"
 
     def divisor(
+        n: int,
         target: Tensor,
         weight: Tensor | None,
         token_weight: Tensor | None,
@@ -202,9 +203,13 @@ def _divisor(
             return target.new_full((), number, dtype=torch.float64)
         if not indices:
             return n if token_weight is None else token_weight.sum(dtype=torch.float64)
-        if few:
+        if n <= COUNTED_BY_PROGRAMS and n * elements <= HOST_BOUND:
             return target
-        total = new_count()
+        total = target.new_empty((), dtype=torch.float64)
+        programs, numbers = (
+            min(-(-n // (2 * COUNT.choice.block)), 256),
+            (n, options.ignore_index, classes),
+        )
         _run(COUNT, programs, (target, weight, token_weight), total, numbers)
         return total
 
@@ -227,32 +232,30 @@ def cross_entropy(
     input, target, weight, token_weight, _ = tensors
     indices, reduction = target.dtype is torch.int64, options.reduction
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
-    copies, strides, grad_layout, grad_strides = class_layout(input, outputs.inplace)
-    new_grad = _allocator(grad_layout, input.device)
+    copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
     copies_target, target_strides, grad_target_strides = True, NO_STRIDES, NO_STRIDES
     if not grad_of_input:
         grad_strides = NO_STRIDES
     if not indices:
-        copies_target, target_strides, grad_layout, grad_target_strides = class_layout(target)
-        new_grad_target = _allocator(grad_layout, input.device)
+        copies_target, target_strides, target_format, grad_target_strides = class_layout(target)
         if not grad_of_target:
             grad_target_strides = NO_STRIDES
     all_strides = strides, grad_strides, target_strides, grad_target_strides
     outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
-    n, accumulate = outer * inner, accumulate_dtype(input.dtype)
-    smooth, elements = options.label_smoothing != 0, input.numel()
+    one_outer = type(outer) is int and outer == 1
+    accumulate, smooth = accumulate_dtype(input.dtype), options.label_smoothing != 0
     weighted = not indices or (smooth and weight is not None)  # q is dense
     tiles, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
-    choice, programs = _tiling(sizes, itemsize, *all_strides, tensors=tiles, once=once)
-    each = reduction == "none"
-    contiguous = outer == strides[2] == 1 and grad_strides[2] in (0, 1)
+    choice = _tiling(sizes, itemsize, *all_strides, tensors=tiles, once=once)
+    each, most_programs = reduction == "none", sys.maxsize
+    contiguous = one_outer and strides[2] == 1 and grad_strides[2] in (0, 1)
     shared_stride = choice.rows == 1 and grad_strides[1] in (strides[1], 0)
     function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
     if choice.whole_row and contiguous and not weighted:
         function, kernel_strides = row_kernel, [strides[1], grad_strides[1]]
         if choice.stages > 1:
-            programs = min(programs, resources()[0])
+            most_programs = resources()[0]
     elif not indices:
         kernel_strides += [*target_strides, *grad_target_strides]
     elif contiguous and not smooth and choice.units[1] * itemsize < 8 and shared_stride:
@@ -260,9 +263,9 @@ def cross_entropy(
     scaled = options.scale != 1 or options.temperature != 1
     meta = {"FOCAL": options.gamma != 0, "SCALED": scaled, "EACH": each}
     kernel = prepared(function, choice, DENSE=not indices or smooth, **meta)
-    new_loss = _loss_allocator(input, reduction, outputs)
-    fixed = inner, classes, tuple(kernel_strides), options.ignore_index
-    divisor = _divisor(options, target, n, classes, elements)
+    new_loss = _loss_allocator(reduction, outputs, input.dtype)
+    fixed = classes, tuple(kernel_strides), options.ignore_index
+    divisor = _divisor(options, indices, classes, classes)
     converts = converts_in(accumulate, weight, token_weight, grad_output)
 
     def launch(
@@ -277,17 +280,21 @@ def cross_entropy(
             )
         grad = grad_target = None
         if grad_of_input:
-            grad = logits.detach() if outputs.inplace else new_grad()
+            grad = logits.detach()
+            if not outputs.inplace:
+                grad = torch.empty_like(logits, memory_format=grad_format)
         if grad_of_target:
-            grad_target = new_grad_target()
-        weights = weight, token_weight
+            grad_target = torch.empty_like(target, memory_format=target_format)
+        weights, n = (weight, token_weight), input.numel() // classes
+        inners = n if one_outer else inner
+        programs = min(n // inners * -(-inners // choice.rows), most_programs)
         number, _, temperature, *terms, scale, smoothing, _ = numbers
-        by = divisor(target, *weights, denominator, number)
+        by = divisor(n, target, *weights, denominator, number)
         gradients = grad, grad_target
         inputs = logits, target, *weights, by, grad_output
         floats = max(0.0, smoothing), *terms, scale / temperature
-        loss = new_loss()
-        _run(kernel, programs, inputs, loss, (gradients, *fixed, *floats), each)
+        loss = new_loss(input)
+        _run(kernel, programs, inputs, loss, (gradients, inners, *fixed, *floats), each)
         return loss, gradients
 
     return launch
@@ -301,16 +308,21 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
     return sizes
 
 
+def _tiling(sizes: Sizes, itemsize: int, *strides: Strides, **options: Any) -> Choice:
+    """Returns the tile of a kernel of `rows.py`."""
+    _, inner, classes = sizes
+    # The tile of contiguous classes does not depend on the number of rows.
+    inner = 1 if strides[0][2] == 1 else inner
+    return _tile(inner, classes, itemsize, *strides, **options)
+
+
 @lru_cache(maxsize=4096)
-def _tiling(sizes: Sizes, itemsize: int, *strides: Strides, **options: Any) -> tuple[Choice, int]:
-    """Returns the tile of a kernel of `rows.py`, and its number of programs."""
-    outer, inner, classes = sizes
+def _tile(inner: int, classes: int, itemsize: int, *strides: Strides, **options: Any) -> Choice:
     dim = 2 if strides[0][2] == 1 else 1  # the contiguous dimension
     choice = choose(itemsize, classes, inner, inner_contiguous=dim == 1, **options)
     others = [s for each in strides for i, s in enumerate(each) if i != dim or s != 1]
-    unit = math.gcd(16, sizes[dim], *others)
-    choice = choice._replace(units=(1, unit) if dim == 2 else (unit, 1))
-    return choice, outer * -(-inner // choice.rows)
+    unit = math.gcd(16, (inner, classes)[dim - 1], *others)
+    return choice._replace(units=(1, unit) if dim == 2 else (unit, 1))
 
 
 def nll_loss(
@@ -319,28 +331,30 @@ def nll_loss(
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
-    input, target, weight, *_ = tensors
-    copies, strides, grad_layout, grad_strides = class_layout(input)
-    n, (_, inner, classes) = target.numel(), row_sizes(input)
-    new_grad = _allocator(grad_layout, input.device)
+    input, _, weight, *_ = tensors
+    copies, strides, grad_format, grad_strides = class_layout(input)
+    outer, inner, classes = row_sizes(input)
+    one_outer = type(outer) is int and outer == 1
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts = converts_in(accumulate, weight, grad_output)
     choice, each = choose(input.element_size()), options.reduction == "none"
     kernel = prepared(nll_kernel, choice, EACH=each)
-    new_loss = _loss_allocator(input, options.reduction, outputs)
-    programs = -(-n // choice.block)
-    fixed = n, inner, classes, strides, grad_strides, options.ignore_index
-    divisor = _divisor(options, target, n, classes, n)
+    new_loss = _loss_allocator(options.reduction, outputs, input.dtype)
+    fixed = classes, strides, grad_strides, options.ignore_index
+    divisor = _divisor(options, True, classes)
 
     def launch(tensors: Sequence[Any], _: Numbers, grad_output: Tensor | None = None) -> LossResult:
         input, target, weight, *_ = tensors
         input, target = input.contiguous() if copies else input, target.contiguous()
         if converts:
             weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        grad = new_grad().zero_() if needs_grad else None
-        inputs = input, target, weight, divisor(target, weight, None), grad_output
-        loss = new_loss()
-        _run(kernel, programs, inputs, loss, (grad, *fixed), each)
+        grad = None
+        if needs_grad:
+            grad = torch.empty_like(input, memory_format=grad_format).zero_()
+        n, loss = target.numel(), new_loss(input)
+        inputs = input, target, weight, divisor(n, target, weight, None), grad_output
+        outs = grad, n, n if one_outer else inner, *fixed
+        _run(kernel, -(-n // choice.block), inputs, loss, outs, each)
         return loss, (grad, None)
 
     return launch
@@ -359,18 +373,15 @@ def embedding_loss(
     meta: dict[str, Any] = {"INCLUSIVE": options.inclusive}
     if triplet:
         meta |= {"EUCLIDEAN": options.euclidean, "SWAP": options.swap}
-    views, shape = [feature_rows(x) for x in inputs], inputs[0].shape
+    views = [feature_rows(x) for x in inputs]
     copies = any(view is not x for view, x in zip(views, inputs, strict=True))
-    n, features = views[0].shape
+    features = views[0].shape[1]
     strides = tuple([view.stride(0) for view in views])
     rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
     itemsize, accumulate = inputs[0].element_size(), accumulate_dtype(inputs[0].dtype)
-    choice, programs = _tiling((1, n, features), itemsize, *rows, tensors=2)
+    choice = _tiling((1, 1, features), itemsize, *rows, tensors=2)
     kernel = prepared(function, choice, EACH=each, **meta)
-    loss_shape, device = shape[:-1] if each else (), inputs[0].device
-    loss_dtype = outputs.loss_dtype or accumulate
-    new_loss = partial(torch.empty, loss_shape, dtype=loss_dtype, device=device)
-    fixed = n, features, strides
+    loss_dtype, fixed = outputs.loss_dtype or accumulate, (features, strides)
     needs_grad = outputs.gradients or (False,) * len(inputs)
     tensor_count = len(inputs)
 
@@ -378,7 +389,8 @@ def embedding_loss(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
     ) -> LossResult:
         inputs = tuple(tensors[:tensor_count])
-        first = inputs[0]
+        first, shape = inputs[0], inputs[0].shape
+        n = math.prod(shape[:-1])
         views = tuple([feature_rows(x) for x in inputs]) if copies else inputs
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
@@ -386,9 +398,9 @@ def embedding_loss(
         floats = (numbers[0], numbers[-1]) if triplet else numbers
         by, loss = None if divisor is None else divisor(first), None
         if outputs.loss:
-            loss = new_loss()
-        inputs = views, grad_output, by
-        _run(kernel, programs, inputs, loss, (gradients, *fixed, *floats), each)
+            loss = first.new_empty(shape[:-1] if each else (), dtype=loss_dtype)
+        inputs, outs = (views, grad_output, by), (gradients, n, *fixed, *floats)
+        _run(kernel, -(-n // choice.rows), inputs, loss, outs, each)
         return loss, gradients
 
     return launch
@@ -403,8 +415,7 @@ def row_state(
     continues: bool = False,
 ) -> Callable[..., None]:
     meta = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
-    kernel, programs, fixed = _logit_rows(row_state_kernel, logits, options, classes, meta)
-    shape, stride = logits.shape, logits.stride(0)
+    kernel, rows, fixed = _logit_rows(row_state_kernel, logits, options, classes, meta)
 
     def launch(
         numbers: Numbers,
@@ -416,8 +427,9 @@ def row_state(
     ) -> None:
         tensors = logits, target, weight, state, out
         _, softcap, temperature = numbers
-        strides = stride, state.stride(0)
-        kernel(programs, *tensors, *shape, strides, *fixed, softcap or 0.0, 1 / temperature)
+        shape, strides = logits.shape, (logits.stride(0), state.stride(0))
+        programs, floats = -(-shape[0] // rows), (softcap or 0.0, 1 / temperature)
+        kernel(programs, *tensors, *shape, strides, *fixed, *floats)
 
     return launch
 
@@ -426,8 +438,7 @@ def row_gradients(
     logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
     meta = {"RESULTS": results}
-    kernel, programs, fixed = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
-    shape, stride = logits.shape, logits.stride(0)
+    kernel, rows, fixed = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
 
     def launch(
         numbers: Numbers,
@@ -438,11 +449,13 @@ def row_gradients(
         grad_results: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
+        shape, stride = logits.shape, logits.stride(0)
         out = logits.new_empty(shape) if out is None else out
         strides = stride, out.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:]
         tensors = logits, target, weight, state, grad_results, out
         _, softcap, temperature = numbers
-        kernel(programs, *tensors, *shape, strides, *fixed, softcap or 0.0, 1 / temperature)
+        programs, floats = -(-shape[0] // rows), (softcap or 0.0, 1 / temperature)
+        kernel(programs, *tensors, *shape, strides, *fixed, *floats)
         return out
 
     return launch
@@ -451,12 +464,11 @@ def row_gradients(
 def _logit_rows(
     kernel: Any, logits: Tensor, options: VocabOptions, classes: ClassRange, meta: dict[str, Any]
 ) -> tuple[Launch, int, tuple[int, ...]]:
-    """Returns the prepared kernel, its number of programs, and the arguments that both share."""
-    sizes: Any = (1, *logits.shape)
+    """Returns the prepared kernel, the rows of a program, and the arguments that both share."""
     strides: Any = (0, *logits.stride())
-    choice, programs = _tiling(sizes, logits.element_size(), strides, tensors=2)
+    choice = _tiling((1, 1, logits.shape[1]), logits.element_size(), strides, tensors=2)
     meta |= {"CAPPED": options.softcap is not None, "SCALED": options.temperature != 1}
-    return prepared(kernel, choice, **meta), programs, (*classes, options.ignore_index)
+    return prepared(kernel, choice, **meta), choice.rows, (*classes, options.ignore_index)
 
 
 def kl_div_with_logits(
@@ -468,19 +480,19 @@ def kl_div_with_logits(
     input, teacher, token_weight, *_ = tensors
     student_rows, teacher_rows = feature_rows(input), feature_rows(teacher)
     copies = student_rows is not input or teacher_rows is not teacher
-    (n, classes), reduction = student_rows.shape, options.reduction
+    classes, reduction = student_rows.shape[1], options.reduction
     accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
     converts, each = converts_in(accumulate, token_weight, grad_output), reduction == "none"
     stride = student_rows.stride(0)
     grad_stride = 0 if not needs_grad else stride if outputs.inplace else classes
     strides = stride, teacher_rows.stride(0), grad_stride
     rows = [(0, stride, 1) for stride in strides]
-    choice, programs = _tiling((1, n, classes), input.element_size(), *rows, tensors=2)
+    choice = _tiling((1, 1, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
     meta = {"KIND": kind, "SCALED": options.temperature != 1, "EACH": each}
-    new_loss = _loss_allocator(input, reduction, outputs)
+    new_loss = _loss_allocator(reduction, outputs, input.dtype)
     kernel = prepared(kl_div_kernel, choice, **meta)
-    divisor = _divisor(options, input, n, classes, n * classes)
+    divisor = _divisor(options, False, classes)
 
     def launch(
         tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
@@ -490,41 +502,50 @@ def kl_div_with_logits(
             input, teacher = feature_rows(input), feature_rows(teacher)
         if converts:
             token_weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
-        grad = None
+        grad, n = None, input.shape[0]
         if needs_grad:
             grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
         number, _, temperature, beta, _ = numbers
-        by = divisor(input, None, token_weight, denominator, number)
+        by = divisor(n, input, None, token_weight, denominator, number)
         inputs = input, teacher, token_weight, by, grad_output
-        loss, outs = new_loss(), (grad, n, classes, strides, beta, 1 / temperature)
-        _run(kernel, programs, inputs, loss, outs, each)
+        loss, outs = new_loss(input), (grad, n, classes, strides, beta, 1 / temperature)
+        _run(kernel, -(-n // choice.rows), inputs, loss, outs, each)
         return loss, (grad,)
 
     return launch
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    copies, sizes, strides, _, output_strides = softmax_layout(input, dim)
+    copies, sizes, strides, output_strides = softmax_layout(input, dim)
+    length, inner = input.shape[dim], math.prod(input.shape[dim + 1 :])
 
-    def prepare(kernel: Any, *strides: Strides) -> tuple[Launch, int]:
+    def prepare(kernel: Any, *strides: Strides) -> Launch:
         most = {"most_threads": SOFTMAX_THREADS}
-        choice, programs = _tiling(sizes, input.element_size(), *strides, **most)
-        return Launch(kernel, choice, LOGARITHM=formula == "log_softmax"), programs
+        choice = _tiling(sizes, input.element_size(), *strides, **most)
+        return Launch(kernel, choice, LOGARITHM=formula == "log_softmax")
 
-    forward_kernel, forward_programs = prepare(softmax_kernel, strides, output_strides)
-    backward_kernel, backward_programs = prepare(softmax_backward_kernel, output_strides)
+    def sizes_of(kernel: Launch, tensor: Tensor) -> tuple[int, int]:
+        """Returns the number of programs, and of inner rows."""
+        rows = tensor.numel() // length
+        inners = rows if inner == 1 else inner
+        return rows // inners * -(-inners // kernel.choice.rows), inners
+
+    forward_kernel = prepare(softmax_kernel, strides, output_strides)
+    backward_kernel = prepare(softmax_backward_kernel, output_strides)
 
     def forward(input: Tensor, _: Numbers) -> Tensor:
         output = torch.empty_like(input, memory_format=torch.contiguous_format)
         x = along(input, dim)[0] if copies else input
-        forward_kernel(forward_programs, x, output, *sizes[1:], strides, output_strides)
+        programs, inners = sizes_of(forward_kernel, output)
+        forward_kernel(programs, x, output, inners, length, strides, output_strides)
         return output
 
     def backward(grad_output: Tensor, output: Tensor, _: Numbers) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
         grad_input = torch.empty_like(output)
         tensors = grad_output, output, grad_input
-        backward_kernel(backward_programs, *tensors, *sizes[1:], output_strides)
+        programs, inners = sizes_of(backward_kernel, output)
+        backward_kernel(programs, *tensors, inners, length, output_strides)
         return grad_input
 
     return forward, backward

@@ -103,8 +103,11 @@ def loss_passes(
     in_forward = in_forward and True in needs
 
     def prepared(tensors: Tensors, outputs: Outputs, grad_output: Tensor | None) -> LossKernel:
-        *tensors, grad_output = specs_of_layouts((*tensors, grad_output), dynamic_dims)
-        return prepare(tensors, outputs, grad_output)
+        layouts = *tensors, grad_output
+        *specs, grad_spec = specs_of_layouts(layouts, dynamic_dims)
+        if dynamic_dims and grad_output is None and specs[0] is tensors[0]:
+            raise RuntimeError("expected contiguous tensors in a plan for any sizes")
+        return prepare(specs, outputs, grad_spec)
 
     def forward(tensors: Tensors, numbers: Numbers) -> Forward:
         launch = launches.get(None)

@@ -34,6 +34,9 @@ class ClassLoss(CompiledOperator):
     def contiguous_classes(self, tensors: Tensors, case: Case) -> int:  # noqa: ARG002
         return checks.classes_of(tensors[0])
 
+    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+        return int(input.dim() > 1)
+
     @abstractmethod
     def options_of(self, arguments: Arguments) -> VocabOptions:
         """Returns the options, given the arguments for planning."""
@@ -97,7 +100,9 @@ class ClassLoss(CompiledOperator):
 
         kernel_dtype = accumulate_dtype(dtype)
         loss_dtype = None if kernel_dtype is result_dtype else result_dtype
-        forward, backward = loss_passes(prepare, needs, in_forward, inplace, loss_dtype)
+        forward, backward = loss_passes(
+            prepare, needs, in_forward, inplace, loss_dtype, arguments[0].dynamic_dims
+        )
         return Plan(
             name=self.name,
             backend=backend,

@@ -59,7 +59,7 @@ class EmbeddingLoss(TensorLoss):
         self.broadcast = tuple(range(1, len(self.inputs)))
 
     def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
-        return 0
+        return input.dim() - 1
 
     def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
         if self.has_target:

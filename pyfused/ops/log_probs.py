@@ -20,7 +20,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype, without_autocast
-from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors
+from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
 from pyfused.dispatch.plan import Plan
 from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype
@@ -132,6 +132,9 @@ class LogProbsOperator(ShardedOperator):
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
     has_state = True  # the result of the custom operator
+
+    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+        return input.dim() - 1 if self.is_linear else int(input.dim() > 1)
 
     def plan(
         self,

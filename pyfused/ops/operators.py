@@ -10,7 +10,7 @@ from pyfused.ops.class_loss import NllLoss
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.distillation import HeadDivergence, LogitsDivergence, TopKDivergence
-from pyfused.ops.elementwise import INPUT, WEIGHT
+from pyfused.ops.elementwise import INPUT
 from pyfused.ops.embedding import (
     EmbeddingLoss,
     cosine_fallback_reason,
@@ -26,7 +26,12 @@ from pyfused.ops.softmax import Softmax, softmax_fallback_reason
 from pyfused.types import Choice, Scalar
 
 CLASSES = Operand("target", differentiated=False, indices=True)
-HEAD = (INPUT, Operand("linear_weight"), Operand("linear_bias", optional=True))
+WEIGHT = elementwise.WEIGHT._replace(has_rows=False)
+HEAD = (
+    INPUT,
+    Operand("linear_weight", has_rows=False),
+    Operand("linear_bias", optional=True, has_rows=False),
+)
 
 # ---- losses over classes -------------------------------------------------------------------------
 
@@ -149,8 +154,8 @@ LINEAR_KL_DIV = HeadDivergence(
     operands=(
         *HEAD,
         Operand("teacher_input", differentiated=False),
-        Operand("teacher_linear_weight", differentiated=False),
-        Operand("teacher_linear_bias", differentiated=False, optional=True),
+        Operand("teacher_linear_weight", differentiated=False, has_rows=False),
+        Operand("teacher_linear_bias", differentiated=False, optional=True, has_rows=False),
     ),
     student=3,
     definition=distillation.linear_kl_div,

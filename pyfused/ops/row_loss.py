@@ -63,9 +63,7 @@ class RowLoss(VocabOperator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [operand.name.removeprefix("teacher_") for operand in self.operands]
-        weights = "linear_weight", "linear_bias", "weight"
-        self.row_operands = [i for i, name in enumerate(names) if name not in weights]
+        self.row_operands = [i for i, operand in enumerate(self.operands) if operand.has_rows]
 
     def check(self, arguments: Arguments) -> None:
         self.check_tensors(arguments)

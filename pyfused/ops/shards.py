@@ -25,7 +25,7 @@ from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors, grad
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
-from pyfused.layout import accumulate_dtype, loss_shape
+from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunk_sizes import state_block_size
 from pyfused.ops.collectives import (
@@ -321,9 +321,9 @@ def cross_entropy_plan(
         A function of these tensors, followed by the class weights, token_weight and the denominator
         if it is a tensor; and of the numbers of the options.
     """
-    *layer, target = tensors
+    layer = tensors[:-1]
     input, classes = layer[0], class_range(layer, shard)
-    shape = loss_shape(input, "none") if len(layer) == 1 else target.shape
+    is_scalar = len(layer) == 1 and input.dim() == 1
     loss_dtype = planned.loss_dtype or autocast_dtype(input.dtype, input.device)
     settings = tensors, planned.of_rows(), state_fields(planned), shard
     plan = state_plan("cross_entropy", *settings, entropy=planned.with_metrics)
@@ -333,7 +333,8 @@ def cross_entropy_plan(
         factors = checks.factors(token_weight, denominator)
         options = checks.normalized(planned.of_call(numbers, *factors))
         dtype = layer[0].dtype
-        weight, target = kernel_weight(weight, dtype), target.to(torch.int64).reshape(shape)
+        weight, target = kernel_weight(weight, dtype), target.to(torch.int64)
+        target = target.reshape(()) if is_scalar else target
         plan.backend.check_class_indices(target, classes.total, options.ignore_index)
         counted = counted_target(target, options)
         tensors = *layer, target if options.with_metrics else counted, counted, weight

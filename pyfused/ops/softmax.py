@@ -53,6 +53,10 @@ class Softmax(Operator):
         valid = type(dim) is int and -input.dim() <= dim < input.dim()
         return input.shape[dim] if valid and input.stride(dim) == 1 else sys.maxsize
 
+    def dynamic_dims(self, input: Tensor, case: Case) -> int:
+        dim = case[0]
+        return dim % input.dim() if type(dim) is int and input.dim() else 0
+
     def gradient_in_torch(self, grad_output: Tensor, output: Tensor, dim: int, *_: Any) -> Tensor:
         y, grad = (x.to(accumulate_dtype(output.dtype)) for x in (output, grad_output))
         if self.name == "softmax":

@@ -66,7 +66,7 @@ class Sequence:
 
     def call(self, example: Example) -> Call:
         rng = self.rng
-        call = example.call()
+        call = self.with_rows(example.call())
         for name, x in call.tensors.items():
             if x.is_floating_point() and name in example.options:
                 x.mul_(rng.choice([1.0, 2.0]))
@@ -77,6 +77,19 @@ class Sequence:
         for name, value in given.items():
             if type(value) is float:
                 given[name] = self.number(value * rng.choice([0.5, 1.0]))
+        return replace(call, given=given)
+
+    def with_rows(self, call: Call) -> Call:
+        """Draws another number of rows, where all tensors of the input's rows have it."""
+        first = next(iter(call.tensors.values()))
+        if first.dim() < 2 or self.rng.random() < 0.5:
+            return call
+        rows = torch.randint(len(first), (self.rng.randrange(1, 12),))
+        given = dict(call.given)
+        for operand in call.op.all_operands:
+            x = given.get(operand.name)
+            if isinstance(x, Tensor) and operand.has_rows and x.dim() and len(x) == len(first):
+                given[operand.name] = x.detach()[rows].requires_grad_(x.requires_grad)
         return replace(call, given=given)
 
     def number(self, value: float) -> Any:
