@@ -347,7 +347,7 @@ def test_label_smoothing_as_documented(accumulate: int) -> None:
     """The documented loss equals the loss of Trainer's label_smoothing_factor."""
     import transformers
 
-    class Smoothing(transformers.Trainer):  # as in docs/language-models.md
+    class Smoothing(transformers.Trainer):  # as in docs/transformers.md
         def compute_loss(
             self,
             model: Any,
@@ -376,7 +376,7 @@ def test_label_smoothing_as_documented(accumulate: int) -> None:
 def test_evaluation_and_metrics_with_trainer() -> None:
     import transformers
 
-    class Accuracy(transformers.Trainer):  # as in docs/language-models.md
+    class Accuracy(transformers.Trainer):  # as in docs/transformers.md
         def log(self, logs: dict[str, float], *args: Any) -> None:
             metrics = self.model.pyfused_metrics
             if "loss" in logs and metrics is not None:
