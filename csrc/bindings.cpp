@@ -22,7 +22,6 @@
 #include "embedding_loss.h"
 #include "kl_div_with_logits.h"
 #include "memory.h"
-#include "nll_loss.h"
 #include "parallel.h"
 #include "pointwise_loss.h"
 #include "program.h"

@@ -33,9 +33,9 @@ template <class T> double sum_of_losses(const CrossEntropyBatch<T>& batch, bool 
   }
 #endif
   if (rows && batch.scale == 1) {
-    return sum_in_blocks<RowBlock<T, false>>(batch, rows_of_block(batch.classes));
+    return sum_in_blocks<RowBlock<T, true>>(batch, rows_of_block(batch.classes));
   }
-  if (rows) return sum_in_blocks<RowBlock<T, true>>(batch, rows_of_block(batch.classes));
+  if (rows) return sum_in_blocks<RowBlock<T, false>>(batch, rows_of_block(batch.classes));
   if (batch.classes <= kFewClasses) return sum_in_blocks<Wide>(batch, Wide::kPositions);
   return sum_in_blocks<Tall>(batch, Tall::kPositions);
 }
@@ -52,13 +52,13 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   if (ce.weight && ce.label_smoothing > 0) {
     add_terms<A>(weights, ce.classes, [&](int64_t c) { return ce.weight[c]; });
   }
-  const double uniform_sum = ce.uniform() * (ce.weight ? weights.value() : double(ce.classes));
+  const double weight_sum = ce.weight ? weights.value() : double(ce.classes);
   const bool rows = ce.logits.classes == 1 && ce.classes >= kRowClasses<T> &&
                     (!ce.grad_logits.data || ce.grad_logits.classes == 1);
   T* const grad = ce.grad_logits.data;
   bool streams = bytes >= kStreamBytes;
   if (streams && rows) streams = grad != ce.logits.data && has_pages(grad, bytes);
-  const CrossEntropyBatch<T> batch(ce, uniform_sum, denominator, streams);
+  const CrossEntropyBatch<T> batch(ce, weight_sum, denominator, streams);
   const double loss = sum_of_losses(batch, rows);
   if (ce.loss && !each) *ce.loss = A(loss / denominator);
   return -1;

@@ -1,14 +1,71 @@
-// Cross-entropy of a batch. The arguments and the equations are in cross_entropy_terms.h.
+// Cross-entropy of a batch, and the negative log-likelihood of log-probabilities. The equations are
+// in row_terms.h. With a scale, x is scale times the logits, whose gradient is scale dloss/dx. The
+// gradient of probabilities y is
+//
+//   dloss/dy_c = smooth_weight prob_weight weight_c (lse - x_c)
+//
+// with prob_weight 1, or 0 for smoothing 1.
+//
+// torch: F.cross_entropy(x, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
+//
+// Shapes: x is (N, C, d1, ..., dk). Memory traffic: the logits are read once from memory and the
+// gradient is written once; later reads hit the cache.
 #pragma once
 
 #include <array>
+#include <cstdint>
+#include <optional>
 
-#include "cross_entropy_terms.h"
+#include "positions.h"
+#include "vec.h"
 
 namespace pyfused {
 
+enum class Reduction { none = 0, mean = 1, sum = 2 };
+
+struct CrossEntropyOptions {
+  int64_t ignore_index = -100;
+  Reduction reduction = Reduction::mean;
+  double label_smoothing = 0;
+  double gamma = 0;
+  double z_loss = 0;
+  double scale = 1;
+  bool normalized = false;  // the logits are log-probabilities: nll_loss
+  int64_t token_weight = 0;  // address of one A for each position; 0 for ones
+  std::optional<double> denominator;  // by default, the summed weight of valid targets
+};
+
+template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
+  using A = Accumulate<T>;
+  View<const T> logits;
+  const int64_t* target;  // a class index for each position; null for probabilities
+  View<const T> probabilities;  // a distribution for each position
+  const A* weight;  // one for each class; null for ones
+  const A* grad_output;  // for each position with Reduction::none, else one; null for ones
+  A* loss;  // for each position with Reduction::none, else one; null if not computed
+  View<T> grad_logits;  // data is null if not computed
+  View<T> grad_probabilities;  // data is null if not computed
+  int threads;
+
+  const A* token_weights = reinterpret_cast<const A*>(token_weight);  // factors of the losses
+  bool dense() const { return target == nullptr || label_smoothing > 0; }
+  // Whether the loss and the gradients of a position are 0, whatever its logits are.
+  bool ignored(int64_t position) const {
+    return (target && target[position] == ignore_index) ||
+           (token_weights && token_weights[position] == 0);
+  }
+};
+
 // Returns the first position whose target is out of range, with nothing written, or -1.
 template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce);
+
+// The negative log-likelihood of class indices, of log-probabilities x. The gradient's memory is
+// dense. Memory traffic: one element of each position is read, and the gradient is written once.
+//
+//   loss = -weight_t x_t        dloss/dx_c = -weight_t [c = t]
+//
+// torch: F.nll_loss(x, target, weight, ignore_index=..., reduction=...)
+template <class T> int64_t nll_loss(const CrossEntropy<T>& nll);
 
 // The fewest contiguous classes for the row layout, for float, double, bfloat16 and float16.
 std::array<int64_t, 4> row_classes();

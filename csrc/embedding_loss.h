@@ -19,7 +19,7 @@
 
 #include <array>
 
-#include "cross_entropy_terms.h"
+#include "cross_entropy.h"
 
 namespace pyfused {
 

@@ -68,6 +68,48 @@ PYFUSED_NOINLINE void scaled_exponentials(const U* x, A pivot, A factor, A* buff
   store(wide, out, n);
 }
 
+struct WeightedSum {
+  double sum, weighted;
+};
+
+// The sums of e = exp(x - pivot) and of e (x - pivot). Unbounded as in sum_exponentials. Few terms
+// at a time, because sums in few lanes would lose digits.
+template <bool Unbounded, class T, class A>
+WeightedSum weighted_exponentials(const T* x, A pivot, int64_t n) {
+  constexpr int64_t kTerms = 128;
+  WeightedSum total{};
+  for (int64_t first = 0; first < n; first += kTerms) {
+    const int64_t end = std::min(n, first + kTerms);
+    A sum = 0, weighted = 0;
+    PYFUSED_SIMD(reduction(+ : sum, weighted))
+    for (int64_t i = first; i < end; ++i) {
+      const A shifted = widen(x[i]) - pivot;
+      const A y = Unbounded && shifted > kTop ? A(kTop) : shifted;
+      const A e = exp_shifted(y);
+      sum += e;
+      weighted += e == 0 ? A(0) : e * y;  // 0 * inf is NaN
+    }
+    total.sum += double(sum);
+    total.weighted += double(weighted);
+  }
+  return total;
+}
+
+// out = e (a + b (x - pivot)), where e is 0 below kLeast. Not inlined for the reason of
+// scaled_exponentials.
+template <class U, class A, class T>
+PYFUSED_NOINLINE void linear_exponentials(const U* x, A pivot, A a, A b, A* buffer, T* out,
+                                          int64_t n, bool /* streams */) {
+  constexpr A kLeast = -1000;  // finite, as 0 * inf is NaN; but a NaN among a and b stays
+  A* const wide = staged(out, buffer);
+  PYFUSED_SIMD()
+  for (int64_t i = 0; i < n; ++i) {
+    const A shifted = widen(x[i]) - pivot, y = shifted < kLeast ? kLeast : shifted;
+    wide[i] = exp_shifted(y) * (b * y + a);
+  }
+  store(wide, out, n);
+}
+
 // out = e factor
 template <class A, class T> void scaled(const A* e, A factor, A* buffer, T* out, int64_t n) {
   A* const wide = staged(out, buffer);
@@ -244,21 +286,67 @@ PYFUSED_INLINE void write_each(const F& f, T* out, int64_t n, bool streams, cons
   for (; i < n; i += kPair) store_pair(f(load_pair(x + i, n - i)...), out + i, n - i);
 }
 
-template <class U, class T>
+// `finish` maps a result and x - pivot to what is written.
+struct Unchanged {
+  template <class V> PYFUSED_INLINE V operator()(V y, V /* shifted */) const { return y; }
+};
+template <class U, class T, class Finish = Unchanged>
 void scaled_exponentials(const U* x, float pivot, float factor, float*, T* out, int64_t n,
-                         bool streams) {
+                         bool streams, const Finish& finish = {}) {
   if constexpr (std::is_same_v<T, float>) {
     if (std::isfinite(factor)) {
-      const auto power = [=](auto y) { return exp_floats<T>(y - pivot, factor); };
+      const auto power = [=](auto z) {
+        const auto shifted = z - pivot;
+        return finish(exp_floats<T>(shifted, factor), shifted);
+      };
       return write_each(power, out, n, streams, x);
     }
   } else if (const Base2Pivot base2(pivot); base2.near && std::isfinite(factor)) {
     factor *= base2.correction;
-    const auto power = [=](auto y) { return exp2_floats<T>(y * kLog2E - base2.shift, factor); };
+    const auto power = [=](auto z) {
+      return finish(exp2_floats<T>(z * kLog2E - base2.shift, factor), z - pivot);
+    };
     return write_each(power, out, n, streams, x);
   }
   factor = roundable(factor);
-  write_each([=](auto y) { return exp_floats<T>(y - pivot) * factor; }, out, n, streams, x);
+  const auto power = [=](auto z) { return finish(exp_floats<T>(z - pivot) * factor, z - pivot); };
+  write_each(power, out, n, streams, x);
+}
+
+// exp_floats is 0 at -104, so an infinite x - pivot adds 0.
+template <bool Unbounded, class T>
+WeightedSum weighted_exponentials(const T* x, float pivot, int64_t n) {
+  const auto shifted = [&](auto z) {
+    return maximum(-104.0f, Unbounded ? minimum(kTop, z - pivot) : z - pivot);
+  };
+  Pair sum = broadcast(0), weighted = broadcast(0);
+  int64_t i = 0;
+  for (; i + kQuad <= n; i += kQuad) {
+    prefetch_quad(x + i + kPrefetchDistance<T>);
+    const Quad y = shifted(load_quad(x + i)), e = exp_floats<float>(y), term = e * y;
+    sum = sum + (e.low + e.high);
+    weighted = weighted + (term.low + term.high);
+  }
+  for (; i < n; i += kPair) {
+    const Pair y = shifted(load_pair(x + i, n - i, pivot));
+    const Pair e = zero_after(exp_floats<float>(y), n - i);
+    sum = sum + e;
+    weighted = weighted + e * y;
+  }
+  return {sum_of_lanes(sum), sum_of_lanes(weighted)};
+}
+
+template <class U, class T>
+void linear_exponentials(const U* x, float pivot, float a, float b, float*, T* out, int64_t n,
+                         bool streams) {
+  a = roundable(a);
+  b = roundable(b);
+  write_each(
+      [=](auto z) {
+        const auto y = maximum(-104.0f, z - pivot);
+        return exp_floats<T>(y) * (y * b + a);
+      },
+      out, n, streams, x);
 }
 
 template <class T> void scaled(const float* e, float factor, float*, T* out, int64_t n) {

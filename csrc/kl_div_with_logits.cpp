@@ -15,11 +15,8 @@ template <class T> class LogSoftmax {
  public:
   // A buffer has kChunk elements.
   LogSoftmax(const T* logits, A scale, int64_t classes, A* buffer) : logits(logits), scale(scale) {
-    const A first_max = scale * Normalizer<T>::first_max(logits, classes);
     const auto sum = [&](const auto& at) {
-      normalizer.template read<false>(
-          at, static_cast<T*>(nullptr), classes, first_max, [](int64_t, double) {},
-          [](int64_t, int64_t) {});
+      normalizer.template read<false>(at, static_cast<T*>(nullptr), classes);
     };
     scale == 1 ? sum([&](int64_t first, int64_t) { return logits + first; })
                : sum([&](int64_t first, int64_t n) { return scaled(first, n, buffer); });
@@ -38,7 +35,9 @@ template <class T> class LogSoftmax {
   A log_sum;
 
   const A* scaled(int64_t first, int64_t n, A* buffer) const {
-    return scaled_chunk<true>(logits + first, scale, buffer, n);
+    load(logits + first, buffer, n);
+    for (int64_t i = 0; i < n; ++i) buffer[i] *= scale;
+    return buffer;
   }
 
   template <class U> void read(const U* x, int64_t n, A* probability, A* logarithm) const {

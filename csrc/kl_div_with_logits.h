@@ -20,7 +20,7 @@
 
 #include <optional>
 
-#include "cross_entropy_terms.h"
+#include "cross_entropy.h"
 
 namespace pyfused {
 

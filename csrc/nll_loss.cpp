@@ -1,8 +1,8 @@
-#include "nll_loss.h"
-
 #include <algorithm>
 #include <cstring>
 
+#include "cross_entropy.h"
+#include "loss_rows.h"
 #include "memory.h"
 #include "parallel.h"
 #include "target_statistics.h"
@@ -34,26 +34,25 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
   if (nll.grad_logits.data) {
     clear(nll.grad_logits.data, nll.positions() * nll.classes, nll.threads);
   }
+  constexpr int64_t kBlock = 1024;
   const auto run = [&](int64_t first, int64_t end, auto) {
-    SumOf<A> sum;
+    double loss[kBlock] = {};
     for (int64_t position = first; position < end; ++position) {
-      const bool ignored = nll.ignored(position);
-      const int64_t label = ignored ? 0 : nll.target[position];
-      const double weight = ignored ? 0 : nll.weight ? double(nll.weight[label]) : 1;
+      if (nll.ignored(position)) continue;
+      const int64_t label = nll.target[position];
+      const double weight = nll.weight ? double(nll.weight[label]) : 1;
       if (nll.loss) {
         const T* const x = nll.at(nll.logits, position) + label * nll.logits.classes;
-        const double loss = ignored ? 0 : -weight * double(widen(*x));
-        if (each) nll.loss[position] = A(loss);
-        sum.add(loss);
+        loss[position - first] = -weight * double(widen(*x));
       }
-      if (nll.grad_logits.data && !ignored) {
+      if (nll.grad_logits.data) {
         T* const gradient = nll.at(nll.grad_logits, position) + label * nll.grad_logits.classes;
         *gradient = narrow<T>(A(-weight * batch.row_scale(position)));
       }
     }
-    return sum.value();
+    return batch.finish(first, end - first, loss);
   };
-  const double loss = sum_of_blocks<T, NoBuffers>(nll.positions(), 1024, nll.threads, run);
+  const double loss = sum_of_blocks<T, NoBuffers>(nll.positions(), kBlock, nll.threads, run);
   if (nll.loss && !each) *nll.loss = A(loss / batch.denominator);
   return -1;
 }

@@ -1,17 +1,8 @@
 // The state of each row of logits z with a class index t, and the gradients of the results that are
-// computed from it.
+// computed from it. The equations are in row_terms.h, with
 //
-//   x_c      = scale z_c, or with a softcap  scale softcap tanh(z_c / softcap)
-//   lse      = log sum_c exp(x_c) = pivot + log(sum),      sum = sum_c exp(x_c - pivot)
-//   log_p    = x_t - lse
-//   entropy  = -sum_c p_c log p_c = log(sum) - weighted / sum,      p_c = exp(x_c - lse)
-//   weighted = sum_c exp(x_c - pivot) (x_c - pivot)
-//   smooth   = sum_c w_c x_c, with the class weights w
-//   dz_c     = dx_c/dz_c (p_c (a + b log p_c) - q_c)
-//            = dx_c/dz_c (p_c (g_lse - g_log_p - g_entropy (log p_c + entropy))
-//                         + g_log_p [c = t] + g_smooth w_c)
+//   x_c = scale z_c, or with a softcap  scale softcap tanh(z_c / softcap)
 //
-// g_log_p, g_entropy, g_lse and g_smooth are the gradients of the row's results of these names.
 // Cross-entropy is -log_p, with label smoothing a sum of log_p, lse and smooth.
 //
 // torch: log_softmax(x, 1), and its entropy and logsumexp
@@ -55,7 +46,7 @@ template <class D> struct RowFields {
 };
 
 // The gradients of the first of log_p, entropy, lse and smooth: float or double, at two strides.
-struct ResultGradients {
+struct GradientFields {
   const void* data;
   int64_t stride, row_stride;
   int count, bytes;  // the number of results; the bytes of each number
@@ -80,7 +71,7 @@ template <class T> struct LogitRows {
 
 template <class T> struct RowGradients {
   RowFields<const double> state;  // over all classes
-  ResultGradients grad_results;
+  GradientFields grad_results;
   T* grad;  // may be the logits
   int64_t stride;
 };

@@ -109,9 +109,8 @@ template <class T> class SoftmaxRow {
   alignas(kVectorBytes) A grad_buffer[kChunk];
 
   template <bool Keeps> void read() {
-    const A first_max = Normalizer<T>::first_max(input, classes);
     row.template read<Keeps>([this](int64_t first, int64_t) { return input + first; }, output,
-                             classes, first_max, [](int64_t, double) {}, [](int64_t, int64_t) {});
+                             classes);
   }
 };
 

@@ -106,25 +106,8 @@ template <class T, class V> PYFUSED_INLINE V with_subnormals(V y, V x, float fac
 template <class U, class T>
 void probabilities(const U* x, float pivot, float factor, float* buffer, T* out, int64_t n,
                    bool streams) {
-  const Base2Pivot base2(pivot);
-  if (!base2.near || !std::isfinite(factor)) {
-    factor = roundable(factor);
-    const auto y = [=](auto z) {
-      return with_subnormals<T>(exp_floats<T>(z - pivot) * factor, z - pivot, factor);
-    };
-    return write_each(y, out, n, streams, x);
-  }
-  const float by = factor * base2.correction;
-  write_each(
-      [=](auto z) {
-        if constexpr (std::is_same_v<T, float>) {
-          return with_subnormals<T>(exp_floats<T>(z - pivot, factor), z - pivot, factor);
-        } else {
-          const auto y = exp2_floats<T>(z * kLog2E - base2.shift, by);
-          return with_subnormals<T>(y, z - pivot, factor);
-        }
-      },
-      out, n, streams, x);
+  scaled_exponentials(x, pivot, factor, buffer, out, n, streams,
+                      [=](auto y, auto shifted) { return with_subnormals<T>(y, shifted, factor); });
 }
 
 template <class U, class T>

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cross_entropy_terms.h"
+#include "cross_entropy.h"
 #include "parallel.h"
 
 namespace pyfused {
@@ -27,44 +27,35 @@ struct TargetStatistics {
 };
 
 template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce) {
-  if (!ce.target) {
-    Sum weights;
-    for (int64_t i = 0; ce.token_weights && i < ce.positions(); ++i)
-      weights.add(ce.token_weights[i]);
-    return {ce.token_weights ? weights.value() : double(ce.positions()), -1};
-  }
   constexpr int64_t kBlock = 8192;
   std::vector<TargetStatistics> parts((ce.positions() + kBlock - 1) / kBlock, {0, -1});
   const auto run = [&](int64_t first, int64_t end, auto) {
-    int64_t not_ignored = 0, invalid = 0;
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t counted = ce.target[i] != ce.ignore_index;
-      not_ignored += counted;
-      invalid += counted & int64_t(uint64_t(ce.target[i]) >= uint64_t(ce.classes));
-    }
     TargetStatistics& part = parts[first / kBlock];
-    part.denominator = double(not_ignored);
-    for (int64_t i = first; invalid && part.out_of_range < 0; ++i) {
-      const bool outside = ce.target[i] < 0 || ce.target[i] >= ce.classes;
-      if (ce.target[i] != ce.ignore_index && outside) part.out_of_range = i;
-    }
-    if (invalid || !(ce.weight || ce.token_weights)) return;
+    const int64_t invalid =
+        ce.target ? invalid_class_index(ce.target + first, end - first, ce.classes, ce.ignore_index)
+                  : -1;
+    if (invalid >= 0) return void(part.out_of_range = first + invalid);
+    int64_t counted = 0;
+    for (int64_t i = first; i < end; ++i) counted += !ce.ignored(i);
+    part.denominator = double(counted);
+    if (!(ce.target && ce.weight) && !ce.token_weights) return;
     Sum weights;
     for (int64_t i = first; i < end; ++i) {
       if (ce.ignored(i)) continue;
-      const double weight = ce.weight ? double(ce.weight[ce.target[i]]) : 1;
+      const double weight = ce.target && ce.weight ? double(ce.weight[ce.target[i]]) : 1;
       weights.add(ce.token_weights ? weight * double(ce.token_weights[i]) : weight);
     }
     part.denominator = weights.value();
   };
   for_blocks<NoBuffers>(ce.positions(), kBlock, ce.threads, run);
+  TargetStatistics all{0, -1};
   Sum denominator;
-  int64_t out_of_range = -1;
   for (const TargetStatistics& part : parts) {
     denominator.add(part.denominator);
-    if (out_of_range < 0) out_of_range = part.out_of_range;
+    if (all.out_of_range < 0) all.out_of_range = part.out_of_range;
   }
-  return {denominator.value(), out_of_range};
+  all.denominator = denominator.value();
+  return all;
 }
 
 }  // namespace pyfused

@@ -11,7 +11,6 @@
 #include "activation.h"
 #include "cross_entropy.h"
 #include "embedding_loss.h"
-#include "nll_loss.h"
 #include "pointwise_loss.h"
 #include "softmax.h"
 

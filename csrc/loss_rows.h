@@ -1,0 +1,149 @@
+// The positions of a block of cross-entropy: their targets, losses and terms, for each layout.
+#pragma once
+
+#include <algorithm>
+
+#include "cross_entropy.h"
+#include "parallel.h"
+#include "row_terms.h"
+
+namespace pyfused {
+
+// The arguments, and values that are computed once for the batch. Scalars of a position are
+// doubles; only vectors are rounded to A.
+template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
+  using A = Accumulate<T>;
+  double weight_sum;  // sum_c weight_c
+  double denominator;
+  bool streams;  // gradients larger than the cache use non-temporal stores
+  // The scale of the gradients, computed once if all positions share it: a division costs as much
+  // as an exponential.
+  double common_scale;
+  double prob_weight, smooth_bias;  // w_c = weight_c (prob_weight y_c + smooth_bias)
+  LossOptions options;
+
+  CrossEntropyBatch(const CrossEntropy<T>& ce, double weight_sum, double denominator, bool streams)
+      : CrossEntropy<T>(ce), weight_sum(weight_sum), denominator(denominator), streams(streams),
+        common_scale((ce.grad_output ? double(*ce.grad_output) : 1) / denominator) {
+    const double uniform = ce.label_smoothing / double(ce.classes), rest = 1 - ce.label_smoothing;
+    const bool reads = !ce.target && rest > 0;
+    prob_weight = reads;
+    smooth_bias = reads ? uniform / rest : 1;
+    options = {reads ? rest : uniform, ce.gamma, ce.z_loss};
+  }
+
+  bool has_position_scale() const {
+    return this->token_weights || (this->grad_output && this->reduction == Reduction::none);
+  }
+  double row_scale(int64_t position) const {
+    const bool each = this->grad_output && this->reduction == Reduction::none;
+    const double scale = each ? double(this->grad_output[position]) / denominator : common_scale;
+    return this->token_weights ? scale * double(this->token_weights[position]) : scale;
+  }
+
+  // Multiplies n losses by the token weights, and writes them with Reduction::none. Returns their
+  // sum. Losses of ignored positions are 0.
+  PYFUSED_NOINLINE double finish(int64_t first, int64_t n, double* loss) const {
+    for (int64_t i = 0; this->token_weights && i < n; ++i) {
+      loss[i] *= double(this->token_weights[first + i]);
+    }
+    for (int64_t i = 0; (this->target || this->token_weights) && i < n; ++i)
+      loss[i] = this->ignored(first + i) ? 0 : loss[i];
+    for (int64_t i = 0; this->loss && this->reduction == Reduction::none && i < n; ++i) {
+      this->loss[first + i] = A(loss[i]);
+    }
+    return total<T>(loss, n);
+  }
+};
+
+// At most kRows positions, of which a layout finds the pivots, sums and target logits.
+template <class T, int64_t kRows> struct LossRows {
+  using A = Accumulate<T>;
+  using Lanes = double[kRows];
+  bool any_ignored = false;
+  int64_t label[kRows];  // -1 for a position that is ignored, or without a class index
+  alignas(kVectorBytes) Lanes row_scale;
+  alignas(kVectorBytes) Lanes target_weight;
+  alignas(kVectorBytes) Lanes one_hot;  // times the focal factor, once it is known
+  alignas(kVectorBytes) Lanes slope;  // the derivative of the term with one_hot
+  alignas(kVectorBytes) Lanes distance;  // sum_c w_c (lse - x_c), where it is dense
+  alignas(kVectorBytes) Lanes weight_sum;  // sum_c w_c, where it is dense
+  alignas(kVectorBytes) Lanes log_sum;
+  alignas(kVectorBytes) Lanes loss;
+  alignas(kVectorBytes) A target_logit[kRows];
+  alignas(kVectorBytes) A a[kRows];
+  alignas(kVectorBytes) A s[kRows];
+  alignas(kVectorBytes) A at_target[kRows];
+
+  // Finds the targets of n positions. Later lanes have none.
+  void find_targets(const CrossEntropyBatch<T>& ce, int64_t first, int64_t n,
+                    int64_t lanes = kRows) {
+    std::fill_n(row_scale, lanes, ce.common_scale);
+    for (int64_t i = 0; ce.has_position_scale() && i < n; ++i)
+      row_scale[i] = ce.row_scale(first + i);
+    std::fill_n(label, lanes, -1);
+    int64_t ignored = 0;
+    for (int64_t i = 0; ce.target && i < n; ++i) label[i] = ce.target[first + i];
+    for (int64_t i = 0; i < n; ++i) ignored += ce.ignored(first + i);
+    any_ignored = ignored > 0;
+    for (int64_t i = 0; any_ignored && i < n; ++i) label[i] = ce.ignored(first + i) ? -1 : label[i];
+    const double hard = 1 - ce.label_smoothing;
+    for (int64_t i = 0; i < lanes; ++i) target_weight[i] = label[i] < 0 ? 0 : 1;
+    for (int64_t i = 0; ce.weight && i < n; ++i) {
+      if (label[i] >= 0) target_weight[i] = double(ce.weight[label[i]]);
+    }
+    for (int64_t i = 0; i < lanes; ++i) one_hot[i] = slope[i] = hard * target_weight[i];
+    std::fill_n(target_logit, lanes, A(0));
+    std::fill_n(distance, lanes, 0.0);
+    std::fill_n(weight_sum, lanes, ce.dense() ? ce.weight_sum : 0.0);
+  }
+
+  template <class S> PYFUSED_INLINE void find_log_sums(const S* sum, int64_t n) {
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) log_sum[i] = log_positive(double(sum[i]));
+  }
+
+  // Called once for each position, where there is a gamma.
+  void add_focal_factor(const CrossEntropyBatch<T>& ce, int64_t i, A pivot) {
+    const FocalFactors focal(ce.gamma, log_sum[i] + double(pivot - target_logit[i]));
+    one_hot[i] *= focal.loss;
+    slope[i] *= focal.slope;
+  }
+
+  PYFUSED_INLINE RowTerms find_terms(const LossOptions& options, int64_t i, A pivot, double sum,
+                                     double lse, double scale) {
+    const ResultGradients g = cross_entropy_gradients(options, slope[i], weight_sum[i], lse);
+    const RowTerms terms = row_terms(g, sum, 0, row_scale[i] * scale);
+    const double e = double(exp_shifted(target_logit[i] - pivot));
+    at_target[i] = A(terms.at_target(e, 0, target_weight[i]));
+    return terms;
+  }
+
+  // The terms of all positions, from their log_sum.
+  template <class S> PYFUSED_INLINE void find_terms(const CrossEntropyBatch<T>& ce, int64_t n,
+                                                    const A* pivot, const S* sum) {
+    for (int64_t i = 0; ce.gamma > 0 && i < n; ++i) {
+      if (label[i] >= 0) add_focal_factor(ce, i, pivot[i]);
+    }
+    const LossOptions options = ce.options;
+    const double scale = ce.scale;
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < kRows; ++i) {
+      const double lse = double(pivot[i]) + log_sum[i];
+      const RowTerms terms = find_terms(options, i, pivot[i], double(sum[i]), lse, scale);
+      a[i] = A(terms.a);
+      s[i] = A(terms.s);
+    }
+  }
+
+  PYFUSED_INLINE void find_losses(const CrossEntropyBatch<T>& ce, int64_t n, const A* pivot) {
+    const LossOptions options = ce.options;
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) {
+      loss[i] = cross_entropy_loss(options, one_hot[i], double(target_logit[i] - pivot[i]),
+                                   distance[i], log_sum[i], double(pivot[i]));
+    }
+  }
+};
+
+}  // namespace pyfused
