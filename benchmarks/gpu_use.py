@@ -43,7 +43,6 @@ FAMILIES = (
     Case("cross_entropy", (64, 128_256), BF16),
     Case("cross_entropy", (4, 21, 64, 64)),
     Case("cross_entropy", (256, 1000), probabilities=True),
-    Case("nll_loss", (256, 1000)),
     Case("triplet_margin_loss", (256, 128)),
     Case("cosine_embedding_loss", (256, 128)),
     Case("log_softmax", (256, 1000)),
@@ -182,14 +181,14 @@ SIZES = tuple(1 << n for n in range(8, 27, 2))
 CLASSES = 1000
 SIZED = (
     *("mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div"),
-    *("gaussian_nll_loss", "cross_entropy", "nll_loss", "log_softmax"),
+    *("gaussian_nll_loss", "cross_entropy", "log_softmax"),
     *("softmax", "gelu", "silu", "tanh", "relu", "mish"),
 )
 
 
 def shape_of(op: str, elements: int) -> tuple[int, ...]:
     """Returns a one-dimensional shape, or for losses over classes, rows of 1,000 classes."""
-    of_rows = (*cases.SOFTMAX, "cross_entropy", "nll_loss")
+    of_rows = (*cases.SOFTMAX, "cross_entropy")
     return (max(1, elements // CLASSES), CLASSES) if op in of_rows else (elements,)
 
 

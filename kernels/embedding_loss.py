@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 
 from .program import root, sign
-from .reductions import divided, row_weight, store_loss
-from .rows import class_block, contiguous_rows, load_tile, row_block, scalar, store_rows
+from .reductions import divided, store_loss, weight_at
+from .rows import class_block, contiguous_rows, load_tile, number, row_block, store_rows
 
 EPS = tl.constexpr(9.999999960041972e-13)  # 1e-12 rounded to float32, as in torch
 
@@ -73,8 +73,7 @@ def triplet_margin_kernel(
     n,
     features,
     strides,
-    margin: tl.float64,
-    eps: tl.float64,
+    numbers,
     INCLUSIVE: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     SWAP: tl.constexpr,
@@ -85,11 +84,11 @@ def triplet_margin_kernel(
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
     _, rows, in_bounds, _, features = row_block(n, features, ROWS, UNITS)
-    scale = divided(row_weight(grad_output, rows, in_bounds, A), denominator)
+    scale = divided(weight_at(grad_output, rows, in_bounds, A), denominator)
     x_rows = contiguous_rows(inputs[0], rows, strides[0], UNITS)
     y_rows = contiguous_rows(inputs[1], rows, strides[1], UNITS)
     z_rows = contiguous_rows(inputs[2], rows, strides[2], UNITS)
-    eps = scalar(eps, A)
+    eps = number(numbers[1], A)
     uu = tl.zeros([ROWS, BLOCK], A)
     vv = tl.zeros([ROWS, BLOCK], A)
     ww = tl.zeros([ROWS, BLOCK], A)
@@ -103,7 +102,7 @@ def triplet_margin_kernel(
     v_norm = distance(vv, EUCLIDEAN)
     w_norm = distance(ww, EUCLIDEAN) if SWAP else v_norm
     nearest = tl.where((v_norm < w_norm) | (v_norm != v_norm), v_norm, w_norm)  # NaN if either is
-    excess = scalar(margin, A) + u_norm - nearest
+    excess = number(numbers[0], A) + u_norm - nearest
     if gradients[0] is not None or gradients[1] is not None or gradients[2] is not None:
         active = excess >= 0.0 if INCLUSIVE else excess > 0.0
         slope = tl.where(active, scale, 0.0)
@@ -137,7 +136,7 @@ def cosine_embedding_kernel(
     n,
     features,
     strides,
-    margin: tl.float64,
+    numbers,
     INCLUSIVE: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -146,7 +145,7 @@ def cosine_embedding_kernel(
 ):
     A: tl.constexpr = tl.float64 if inputs[0].dtype.element_ty == tl.float64 else tl.float32
     _, rows, in_bounds, _, features = row_block(n, features, ROWS, UNITS)
-    scale = divided(row_weight(grad_output, rows, in_bounds, A), denominator)
+    scale = divided(weight_at(grad_output, rows, in_bounds, A), denominator)
     x_rows = contiguous_rows(inputs[0], rows, strides[0], UNITS)
     y_rows = contiguous_rows(inputs[1], rows, strides[1], UNITS)
     label = tl.load(inputs[2] + rows.to(tl.int64) * strides[2], mask=in_bounds, other=0.0)
@@ -164,7 +163,7 @@ def cosine_embedding_kernel(
     of_y = tl.sum(yy, 1) + EPS
     norms = root(of_x) * root(of_y)  # root(of_x * of_y) could overflow
     cosine = tl.sum(xy, 1) / norms
-    excess = cosine - scalar(margin, A)
+    excess = cosine - number(numbers[0], A)
     if gradients[0] is not None or gradients[1] is not None:
         active = excess >= 0.0 if INCLUSIVE else excess > 0.0
         other = tl.where((label == -1.0) & active, scale, 0.0)

@@ -23,16 +23,8 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, log
-from .reductions import divided, gradient_scale, row_weight, store_loss
-from .rows import (
-    class_block,
-    contiguous_rows,
-    first_pass,
-    load_tile,
-    row_block,
-    scalar,
-    store_rows,
-)
+from .reductions import divided, gradient_scale, store_loss, weight_at
+from .rows import class_block, contiguous_rows, first_pass, load_tile, number, row_block, store_rows
 
 FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -56,12 +48,11 @@ def terms(student, teacher, c, mask, beta, KIND: tl.constexpr, EXACT: tl.constex
     q, log_q = log_softmax(teacher, c, mask, EXACT, scale)
     s, r = log_q - log_p, log_p - log_q
     if KIND == MIXTURE:
-        low = scalar(-1e30, log_p.dtype)  # -inf - -inf would be NaN
+        low = tl.full([], -1e30, log_p.dtype)  # -inf - -inf would be NaN
         difference = tl.where(log_p < low, low, log_p) - tl.where(log_q < low, low, log_q)
         ratio = exp_nonpositive(-tl.abs(difference), EXACT)
-        share = scalar(beta, log_p.dtype)
         more = difference >= 0.0
-        of_m = tl.where(more, 1.0 - share + share * ratio, share + (1.0 - share) * ratio)
+        of_m = tl.where(more, 1.0 - beta + beta * ratio, beta + (1.0 - beta) * ratio)
         log_of_m = log(of_m, EXACT=EXACT)
         s = tl.where(more, -difference, 0.0) - log_of_m
         r = tl.where(more, 0.0, difference) - log_of_m
@@ -80,10 +71,8 @@ def kl_div_kernel(
     n,
     classes,
     strides,
-    beta: tl.float64,
-    scale: tl.float64,
+    numbers,
     KIND: tl.constexpr,
-    SCALED: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -92,28 +81,28 @@ def kl_div_kernel(
     """Computes the divergence of n rows and its gradient; grad may alias student.
 
     strides: the row strides of student, teacher and grad.
-    SCALED: whether scale is not 1.
+    numbers: beta, and the scale of the logits or None.
     """
     A: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = student.dtype.element_ty.primitive_bitwidth > 16
     _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
-    factor = scalar(scale, A) if SCALED else None
-    loss_scale = row_weight(token_weight, rows, in_bounds, A)
+    beta, scale = number(numbers[0], A), None if numbers[1] is None else number(numbers[1], A)
+    loss_scale = weight_at(token_weight, rows, in_bounds, A)
     counted = in_bounds & (loss_scale != 0.0)
     loss_scale = divided(loss_scale, denominator)
     read = counted if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     x_rows = contiguous_rows(student, rows, strides[0], UNITS)
     y_rows = contiguous_rows(teacher, rows, strides[1], UNITS)
-    of_x = x_rows, first_pass(x_rows, classes, read, BLOCK, factor)
-    of_y = y_rows, first_pass(y_rows, classes, read, BLOCK, factor)
-    grad_scale = loss_scale * factor if SCALED else loss_scale
+    of_x = x_rows, first_pass(x_rows, classes, read, BLOCK, scale)
+    of_y = y_rows, first_pass(y_rows, classes, read, BLOCK, scale)
+    grad_scale = loss_scale if scale is None else loss_scale * scale
     grad_scale = gradient_scale(grad_scale, grad_output, rows, in_bounds, EACH)
     of_teacher = tl.zeros([ROWS, BLOCK], A)
     of_student = tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
-        p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, factor)
+        p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, scale)
         of_teacher += tl.where(q == 0.0, 0.0, q * s)
         of_student += tl.where(p == 0.0, 0.0, p * r)
         if KIND == FORWARD:
@@ -122,12 +111,12 @@ def kl_div_kernel(
     value = tl.sum(of_teacher, 1)
     if KIND != FORWARD:
         mean = tl.sum(of_student, 1)
-        share = scalar(1.0, A) if KIND == REVERSE else 1.0 - scalar(beta, A)
-        value = mean if KIND == REVERSE else scalar(beta, A) * value + share * mean
+        share = 1.0 if KIND == REVERSE else 1.0 - beta
+        value = mean if KIND == REVERSE else beta * value + share * mean
         if grad is not None:
             for start in range(0, classes, BLOCK):
                 c, mask = class_block(start, classes, in_bounds, BLOCK)
-                p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, factor)
+                p, q, s, r = terms(of_x, of_y, c, mask & read[:, None], beta, KIND, EXACT, scale)
                 gradient = p * (r - mean[:, None]) * (share * grad_scale)[:, None]
                 gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
                 store_rows(grad, rows, strides[2], c, mask, gradient, UNITS)

@@ -16,6 +16,7 @@ from triton import knobs
 from triton.runtime import JITFunction, driver
 
 from ..backends.versions import is_tested
+from .program import parts_of
 
 TESTED = is_tested(triton.__version__)
 if TESTED:  # a private function, which may differ in other releases
@@ -146,6 +147,14 @@ class Launch:
         warps = max(1, self.choice.threads // warp_size())
         options = {"num_warps": warps, "enable_fp_fusion": True}
         return self.kernel[(programs,)](*arguments, **self.constants, **options)
+
+
+def encoded(numbers: tuple[float | None, ...]) -> tuple[Any, ...]:
+    """Encodes the numbers of a float64 kernel, because Triton passes floats in tuples as float32.
+
+    `rows.number` decodes them.
+    """
+    return tuple([None if number is None else parts_of((number,)) for number in numbers])
 
 
 def has_hooks() -> bool:

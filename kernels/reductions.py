@@ -92,21 +92,20 @@ def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.con
 
 
 @triton.jit
-def read_target(target, weight, rows, in_bounds, classes, ignore_index):
-    """Returns the class index, whether it is valid, whether it is out of range, and its weight.
+def read_target(targets, rows, in_bounds, classes):
+    """Returns the class index, whether it is valid, and whether it is out of range.
 
     Raising an error for an index out of range would require a synchronisation with the GPU. The
-    loss of such a row is NaN, its gradient zero. If target is None, all rows are valid.
+    loss of such a row is NaN, its gradient zero. If the class indices are None, all rows are valid.
+
+    targets: class indices, weight, token_weight and ignore_index; the first three may be None.
     """
     label, counted, valid = tl.full(rows.shape, -1, tl.int64), in_bounds, in_bounds
-    if target is not None:
-        label = tl.load(target + rows, mask=in_bounds, other=ignore_index)
-        counted = in_bounds & (label != ignore_index)
+    if targets[0] is not None:
+        label = tl.load(targets[0] + rows, mask=in_bounds, other=targets[3])
+        counted = in_bounds & (label != targets[3])
         valid = counted & (label >= 0) & (label < classes)
-    target_weight = tl.where(valid, 1.0, 0.0)
-    if target is not None and weight is not None:
-        target_weight = tl.load(weight + label, mask=valid, other=0.0)
-    return label, valid, counted & (valid == 0), target_weight
+    return label, valid, counted & (valid == 0)
 
 
 @triton.jit
@@ -119,22 +118,12 @@ def class_weight(weight, c, classes, first_class):
 
 
 @triton.jit
-def row_weight(token_weight, rows, counted, A: tl.constexpr):
-    """Returns token_weight, 1 if it is None; 0 in other rows."""
-    weight = tl.where(counted, 1.0, 0.0).to(A)
-    if token_weight is not None:
-        weight = tl.load(token_weight + rows, mask=counted, other=0.0)
-    return weight
-
-
-@triton.jit
-def divided(weight, denominator):
-    """Returns weight / denominator; the denominator is None, an int or a pointer."""
-    if denominator is not None:
-        if denominator.dtype.is_ptr():
-            denominator = tl.load(denominator)
-        weight /= denominator.to(weight.dtype)
-    return weight
+def weight_at(weight, i, mask, A: tl.constexpr):
+    """Returns the weights at indices i, 1 if weight is None; 0 outside of the mask."""
+    found = tl.where(mask, 1.0, 0.0)
+    if weight is not None:
+        found = tl.load(weight + i, mask=mask, other=0.0)
+    return found.to(A)
 
 
 @triton.jit
@@ -146,17 +135,17 @@ def gradient_scale(scale, grad_output, rows, mask, EACH: tl.constexpr):
 
 
 @triton.jit
-def target_weights(target, weight, token_weight, i, n, ignore_index, classes):
+def counted_weights(targets, i, n, classes):
     """Returns the weights of targets i in the denominator of a mean; 0 if ignored or invalid."""
-    _, valid, _, counted = read_target(target, weight, i, i < n, classes, ignore_index)
-    counted = counted.to(tl.float64)
-    if token_weight is not None:
-        counted *= tl.load(token_weight + i, mask=valid, other=0.0).to(tl.float64)
+    label, valid, _ = read_target(targets, i, i < n, classes)
+    counted = weight_at(targets[1], label, valid, tl.float64)
+    if targets[2] is not None:
+        counted *= weight_at(targets[2], i, valid, tl.float64)
     return counted
 
 
 @triton.jit
-def mean_divisor(denominator, target, weight, token_weight, n, ignore_index, classes):
+def mean_divisor(denominator, targets, n, classes):
     """Returns the denominator, or the total weight of all n targets if it is the target.
 
     If there are few targets, this takes less time than another kernel launch.
@@ -164,44 +153,42 @@ def mean_divisor(denominator, target, weight, token_weight, n, ignore_index, cla
     if denominator.dtype.is_ptr() and denominator.dtype.element_ty == tl.int64:
         total = tl.zeros([256], tl.float64)  # a larger block would need more registers
         for start in range(0, n, 256):
-            i = start + tl.arange(0, 256)
-            total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
+            total += counted_weights(targets, start + tl.arange(0, 256), n, classes)
         denominator = tl.sum(total)
     return denominator
 
 
 @triton.jit
-def read_rows(
-    target,
-    weight,
-    token_weight,
-    denominator,
-    rows,
-    in_bounds,
-    classes,
-    ignore_index,
-    A: tl.constexpr,
-):
-    """Returns the results of `read_target`, and the factor of each row's loss.
+def divided(weight, denominator):
+    """Returns weight / denominator; the denominator is None, a number or a pointer."""
+    if denominator is not None:
+        if denominator.dtype.is_ptr():
+            denominator = tl.load(denominator)
+        weight /= denominator.to(weight.dtype)
+    return weight
+
+
+@triton.jit
+def read_rows(targets, denominator, rows, in_bounds, classes, A: tl.constexpr):
+    """Returns the results of `read_target`, the target's weight or 1, and the factor of the loss.
 
     Rows of weight 0 are not valid.
     """
-    label, valid, invalid, target_weight = read_target(
-        target, weight, rows, in_bounds, classes, ignore_index
-    )
-    scale = row_weight(token_weight, rows, valid | invalid, A)
-    if token_weight is not None:
+    label, valid, invalid = read_target(targets, rows, in_bounds, classes)
+    weight = 1.0
+    if targets[0] is not None and targets[1] is not None:
+        weight = weight_at(targets[1], label, valid, A)
+    scale = weight_at(targets[2], rows, valid | invalid, A)
+    if targets[2] is not None:
         valid = valid & (scale != 0.0)
-    return label, valid, invalid, target_weight.to(A), divided(scale, denominator)
+    return label, valid, invalid, weight, divided(scale, denominator)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["ignore_index", "classes"])
-def count_kernel(
-    target, weight, token_weight, counted, n, ignore_index, classes, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["classes"])
+def count_kernel(targets, counted, n, classes, BLOCK: tl.constexpr):
     """Computes the denominator of a mean, the sum of the weights of all targets.
 
     counted: the tensors that `add_up` takes.
@@ -209,8 +196,7 @@ def count_kernel(
     total = tl.zeros([BLOCK], tl.float64)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
-        i = start + tl.arange(0, BLOCK)
-        total += target_weights(target, weight, token_weight, i, n, ignore_index, classes)
+        total += counted_weights(targets, start + tl.arange(0, BLOCK), n, classes)
     add_up(tl.sum(total), counted)
 
 

@@ -1,18 +1,17 @@
 """The state of each row of logits z with a class index t, and gradients of results of the state.
 
     x_c      = scale z_c, or with a cap  scale cap tanh(z_c / cap)
-    lse      = log sum_c exp(x_c) = pivot + log(sum),       sum = sum_c exp(x_c - pivot)
-    log_p    = x_t - lse
-    entropy  = log(sum) - weighted / sum,                   weighted = sum_c exp(x_c - pivot)
-    smooth   = sum_c w_c x_c                                            (x_c - pivot)
-    dz_c     = dx_c/dz_c (p_c (g_lse - g_log_p - g_entropy (log p_c + entropy))
-                          + g_log_p [c = t] + g_smooth w_c),            p_c = exp(x_c - lse)
+    smooth   = sum_c w_c x_c
 
-w are the class weights; g_log_p, g_entropy, g_lse and g_smooth are the gradients of these results.
+`row_terms.py` has the equations of the other results, and of the gradient with respect to x.
+
 Shapes: z has n rows of contiguous classes, which may be a range of all classes. A state is float64
 and has a row of n elements for each field: log_p, entropy, lse, pivot, sum, weighted, x_t; with 9
 fields also the maximum and its index; with 10 also smooth. Bytes: each kernel reads the logits
 once; the second writes the gradient once.
+
+Arguments: `targets` are class indices into all classes or None, class weights or None, None, and
+ignore_index. `numbers` are the cap, scale times the cap, and the scale, each None without it.
 
 torch: log_softmax(x, 1), and its entropy and logsumexp
 """
@@ -22,34 +21,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import exp_nonpositive, log, tanh
+from .arithmetic import exp_nonpositive, tanh
 from .reductions import class_weight, read_target
+from .row_terms import gradient, state_results, state_terms
 from .rows import (
     DROP,
     class_block,
     contiguous_rows,
     finite_or_zero,
     load_scaled,
+    number,
     pointers,
     row_block,
-    scalar,
     store_rows,
 )
 
 
 @triton.jit
-def load_logits(at, mask, A: tl.constexpr, cap, scale, CAPPED: tl.constexpr, SCALED: tl.constexpr):
-    """Returns x and dx/dz; x is -inf outside of the mask.
-
-    CAPPED, SCALED: whether there is a cap, and whether scale is not 1.
-    """
-    slope = scalar(scale, A)
-    if CAPPED:
-        t = tanh(tl.load(at, mask=mask, other=0.0, eviction_policy=DROP).to(A) / scalar(cap, A))
-        x = tl.where(mask, scalar(cap * scale, A) * t, -float("inf"))
+def load_logits(at, mask, numbers, A: tl.constexpr):
+    """Returns x and dx/dz; x is -inf outside of the mask."""
+    slope = tl.full([], 1.0, A) if numbers[2] is None else number(numbers[2], A)
+    if numbers[0] is not None:
+        t = tanh(load_scaled(at, mask, 0.0, None, DROP) / number(numbers[0], A))
+        x = tl.where(mask, number(numbers[1], A) * t, -float("inf"))
         slope *= (1.0 - t) * (1.0 + t)
     else:
-        x = load_scaled(at, mask, -float("inf"), slope if SCALED else None, DROP)
+        x = load_scaled(at, mask, -float("inf"), None if numbers[2] is None else slope, DROP)
     return x, slope
 
 
@@ -64,11 +61,10 @@ def first_of(best, index, classes):
     return tl.where(has_nan, float("nan"), largest), index
 
 
-@triton.jit(do_not_specialize=["first_class", "ignore_index"])
+@triton.jit(do_not_specialize=["first_class"])
 def row_state_kernel(
     logits,
-    target,
-    weight,
+    targets,
     state,
     results,
     n,
@@ -76,11 +72,7 @@ def row_state_kernel(
     strides,
     first_class,
     vocabulary,
-    ignore_index,
-    cap: tl.float64,
-    scale: tl.float64,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
+    numbers,
     FIELDS: tl.constexpr,
     RESULTS: tl.constexpr,
     CONTINUES: tl.constexpr,
@@ -96,18 +88,17 @@ def row_state_kernel(
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
-    label, valid, invalid, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
+    label, valid, invalid = read_target(targets, rows, in_bounds, vocabulary)
     label -= first_class
     has_target = valid & (label >= 0) & (label < classes)
     x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
     at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
     total = tl.zeros([ROWS, BLOCK], A)  # per element of the tile, reduced after the loop
-    weighted = tl.zeros([ROWS, BLOCK], A)
-    smooth = tl.zeros([ROWS, BLOCK], A)
+    weighted, smooth = total, total
     best = tl.full([ROWS, BLOCK], -float("inf"), A)
     index = tl.zeros([ROWS, BLOCK], tl.int32)
-    target_logit, _ = load_logits(x_rows[0] + label, has_target, A, cap, scale, CAPPED, SCALED)
+    target_logit, _ = load_logits(x_rows[0] + label, has_target, numbers, A)
     target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
     if CONTINUES:
         first = (tl.arange(0, BLOCK) == 0)[None, :]
@@ -118,7 +109,7 @@ def row_state_kernel(
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
-        x, _slope = load_logits(pointers(x_rows, c), mask, A, cap, scale, CAPPED, SCALED)
+        x, _slope = load_logits(pointers(x_rows, c), mask, numbers, A)
         higher = tl.maximum(maximum, tl.max(x, 1))
         pivot = finite_or_zero(higher)
         by = tl.where(maximum == -float("inf"), 0.0, maximum - pivot)
@@ -134,26 +125,19 @@ def row_state_kernel(
             best = tl.where(better, x, best)
             index = tl.where(better, c[None, :], index)
         if FIELDS > 9:
-            smooth += tl.where(mask, class_weight(weight, c, classes, first_class) * x, 0.0)
+            smooth += tl.where(mask, class_weight(targets[1], c, classes, first_class) * x, 0.0)
     total_of_row, weighted_of_row = tl.sum(total, 1), tl.sum(weighted, 1)
     pivot_of_row = finite_or_zero(maximum).to(tl.float64)
-    log_total = log(total_of_row, tl.float64)
-    log_p = target_logit - pivot_of_row - log_total
-    entropy = log_total - weighted_of_row / total_of_row
-    # Rounding could make the log-probability positive; NaN is kept.
-    log_p = tl.where(invalid, float("nan"), tl.where(log_p > 0.0, 0.0, log_p))
-    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    log_p, entropy, lse = state_results(pivot_of_row, total_of_row, weighted_of_row, target_logit)
     counted = valid | invalid
-    log_p = tl.where(counted, log_p, 0.0)
-    entropy = tl.where(counted, entropy, 0.0)
-    lse = tl.where(counted, pivot_of_row + log_total, 0.0)
+    log_p = tl.where(counted, tl.where(invalid, float("nan"), log_p), 0.0)
+    entropy, lse = tl.where(counted, entropy, 0.0), tl.where(counted, lse, 0.0)
     target_logit = tl.where(invalid, float("nan"), target_logit)
     fields = (log_p, entropy, lse, maximum, total_of_row, weighted_of_row, target_logit)
     for k in tl.static_range(7):
         tl.store(at + k * step, fields[k], mask=in_bounds)
     for k in tl.static_range(RESULTS):
-        tl.store(results + rows, fields[k], mask=in_bounds)
-        results += n
+        tl.store(results + k * n + rows, fields[k], mask=in_bounds)
     if FIELDS > 7:
         largest, first_class_of_row = first_of(best, index, classes)
         largest = largest.to(tl.float64)
@@ -172,11 +156,10 @@ def row_state_kernel(
         tl.store(at + 9 * step, tl.where(counted, smooth_of_row, 0.0), mask=in_bounds)
 
 
-@triton.jit(do_not_specialize=["first_class", "ignore_index"])
+@triton.jit(do_not_specialize=["first_class"])
 def row_gradients_kernel(
     logits,
-    target,
-    weight,
+    targets,
     state,
     grad_results,
     grad,
@@ -185,11 +168,7 @@ def row_gradients_kernel(
     strides,
     first_class,
     vocabulary,
-    ignore_index,
-    cap: tl.float64,
-    scale: tl.float64,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
+    numbers,
     RESULTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -198,39 +177,35 @@ def row_gradients_kernel(
     """Computes the gradient of n rows of logits.
 
     grad_results: the gradients of the first RESULTS of log_p, entropy, lse and smooth.
-    strides: the row strides of logits and grad, the field stride of state, and both strides of
-        grad_results.
+    strides: the row stride of logits, the field stride of state, both strides of grad_results, and
+        the row stride of grad.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
-    label, valid, _, _ = read_target(target, None, rows, in_bounds, vocabulary, ignore_index)
-    label -= first_class
-    has_target = valid & (label >= 0) & (label < classes)
+    label, valid, _ = read_target(targets, rows, in_bounds, vocabulary)
+    label = tl.where(valid, label - first_class, -1)
     x_rows = contiguous_rows(logits, rows, strides[0], UNITS)
-    at, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[4]
+    at, gradient_at = state + rows.to(tl.int64), grad_results + rows.to(tl.int64) * strides[3]
     g_log_p = tl.load(gradient_at, mask=valid).to(A)
     g_entropy, g_lse = tl.zeros_like(g_log_p), tl.zeros_like(g_log_p)
     if RESULTS > 1:
-        g_entropy = tl.load(gradient_at + strides[3], mask=valid).to(A)
-        g_lse = tl.load(gradient_at + 2 * strides[3], mask=valid).to(A)
-    pivot = tl.load(at + 3 * strides[2], mask=valid).to(A)
-    total = tl.load(at + 4 * strides[2], mask=valid, other=1.0).to(A)
-    weighted = tl.load(at + 5 * strides[2], mask=valid).to(A)
-    # p_c = exp(x_c - pivot) / total, and log p_c + entropy = (x_c - pivot) - weighted / total
-    a = ((g_lse - g_log_p + g_entropy * (weighted / total)) / total)[:, None]
-    b = (-g_entropy / total)[:, None]
+        g_entropy = tl.load(gradient_at + strides[2], mask=valid).to(A)
+        g_lse = tl.load(gradient_at + 2 * strides[2], mask=valid).to(A)
+    pivot = tl.load(at + 3 * strides[1], mask=valid).to(A)
+    total = tl.load(at + 4 * strides[1], mask=valid, other=1.0).to(A)
+    weighted = tl.load(at + 5 * strides[1], mask=valid).to(A)
+    a, b = state_terms(g_log_p, g_entropy, g_lse, total, weighted)
     if RESULTS > 3:
-        g_smooth = tl.load(gradient_at + 3 * strides[3], mask=valid).to(A)[:, None]
+        g_smooth = tl.load(gradient_at + 3 * strides[2], mask=valid).to(A)[:, None]
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
-        x, slope = load_logits(pointers(x_rows, c), mask, A, cap, scale, CAPPED, SCALED)
+        x, slope = load_logits(pointers(x_rows, c), mask, numbers, A)
         y = x - pivot[:, None]
         y = tl.where(y < -1000.0, -1000.0, y)  # 0 * inf would be NaN; keeps NaN of a and b
-        gradient = exp_nonpositive(y, EXACT) * (a + b * y)
-        is_target = has_target[:, None] & (c[None, :] == label[:, None])
-        gradient = tl.where(is_target, gradient + g_log_p[:, None], gradient)
+        s, t = 0.0, tl.where(c[None, :] == label[:, None], -g_log_p[:, None], 0.0)
         if RESULTS > 3:
-            gradient += g_smooth * class_weight(weight, c, classes, first_class)
-        gradient = tl.where(valid[:, None], gradient * slope, 0.0)
-        store_rows(grad, rows, strides[1], c, mask, gradient, UNITS, DROP)
+            s = -g_smooth * class_weight(targets[1], c, classes, first_class)
+        of_x = gradient(exp_nonpositive(y, EXACT), a[:, None], s, t, b[:, None], y)
+        of_logits = tl.where(valid[:, None], of_x * slope, 0.0)
+        store_rows(grad, rows, strides[4], c, mask, of_logits, UNITS, DROP)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_nonpositive, widened
+from .program import parameter
 
 # L2 eviction policies for rows that are read twice: KEEP in the first pass, DROP in the second. On
 # an H100, they reduce the time of cross-entropy to 0.72 to 0.99 times at 32,000 or more classes.
@@ -22,9 +23,9 @@ DEFAULT, KEEP, DROP = tl.constexpr(""), tl.constexpr("evict_last"), tl.constexpr
 
 
 @triton.jit
-def scalar(number, A: tl.constexpr):
-    """Converts an argument, a Python number under Triton's interpreter, to a scalar of a dtype."""
-    return tl.full([], number, A)
+def number(argument, A: tl.constexpr):
+    """Converts a float, which `launch.encoded` encodes if A is float64, to a scalar of dtype A."""
+    return parameter(argument, 0) if tl.float64 == A else tl.full([], argument, A)
 
 
 @triton.jit

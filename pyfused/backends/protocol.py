@@ -97,18 +97,6 @@ class Backend(Protocol):
             loss of the row is NaN and its gradient 0 instead.
         """
 
-    def nll_loss(
-        self,
-        tensors: Sequence[Any],
-        options: VocabOptions,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
-    ) -> LossKernel:
-        """Prepares the loss of log-probabilities and class indices, as ``cross_entropy`` does.
-
-        It uses no numbers.
-        """
-
     def kl_div_with_logits(
         self,
         tensors: Sequence[Any],

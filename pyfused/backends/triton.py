@@ -19,7 +19,7 @@ from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Numbers, 
 from pyfused.backends.versions import triton_version
 from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.kernels import reductions
-from pyfused.kernels.cross_entropy import nll_kernel, row_kernel, two_pass_kernel
+from pyfused.kernels.cross_entropy import row_kernel, two_pass_kernel
 from pyfused.kernels.elementwise import elementwise_kernel
 from pyfused.kernels.embedding_loss import cosine_embedding_kernel, triplet_margin_kernel
 from pyfused.kernels.kl_div_with_logits import FORWARD, MIXTURE, REVERSE, kl_div_kernel
@@ -27,6 +27,7 @@ from pyfused.kernels.launch import (
     Choice,
     Launch,
     choose,
+    encoded,
     on_default_stream,
     prepared,
     resources,
@@ -173,26 +174,25 @@ def _loss_allocator(
 def _divisor(
     options: VocabOptions, indices: bool, classes: int, elements: int = 1
 ) -> Callable[..., Tensor | int | None]:
-    """Prepares the divisor of the sum of the losses, in the form that `read_rows` reads.
+    """Prepares the divisor of the sum of the losses, in the form that the kernels read.
 
     Args:
         indices: Whether targets are class indices; otherwise each row counts.
         elements: The number of elements that a kernel reads for each row.
 
     Returns:
-        A function of the number of rows, the target, weight, token_weight, and the denominator, as
-        a tensor or as a number; both may be None.
+        A function of the logits, the number of rows, the targets of the kernels, and the
+        denominator, as a tensor or as a number; both may be None.
     """
     is_mean = options.reduction == "mean"
 
     def divisor(
+        logits: Tensor,
         n: int,
-        target: Tensor,
-        weight: Tensor | None,
-        token_weight: Tensor | None,
+        targets: tuple[Any, ...],
         denominator: Tensor | None = None,
         number: float | None = None,
-    ) -> Tensor | int | None:
+    ) -> Any:
         if not is_mean:
             return None
         if denominator is not None:
@@ -200,17 +200,14 @@ def _divisor(
         if number is not None:
             if number < 2**63 and float(number).is_integer():
                 return int(number)  # Triton passes floats as float32
-            return target.new_full((), number, dtype=torch.float64)
+            return logits.new_full((), number, dtype=torch.float64)
         if not indices:
-            return n if token_weight is None else token_weight.sum(dtype=torch.float64)
+            return n if targets[2] is None else targets[2].sum(dtype=torch.float64)
         if n <= COUNTED_BY_PROGRAMS and n * elements <= HOST_BOUND:
-            return target
-        total = target.new_empty((), dtype=torch.float64)
-        programs, numbers = (
-            min(-(-n // (2 * COUNT.choice.block)), 256),
-            (n, options.ignore_index, classes),
-        )
-        _run(COUNT, programs, (target, weight, token_weight), total, numbers)
+            return targets[0]
+        total = logits.new_empty((), dtype=torch.float64)
+        programs = min(-(-n // (2 * COUNT.choice.block)), 256)
+        _run(COUNT, programs, (targets,), total, (n, classes))
         return total
 
     return divisor
@@ -230,13 +227,13 @@ def cross_entropy(
     grad_output: Tensor | None = None,
 ) -> LossKernel:
     input, target, weight, token_weight, _ = tensors
-    indices, reduction = target.dtype is torch.int64, options.reduction
+    of_indices, reduction = target.dtype is torch.int64, options.reduction
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
     copies_target, target_strides, grad_target_strides = True, NO_STRIDES, NO_STRIDES
     if not grad_of_input:
         grad_strides = NO_STRIDES
-    if not indices:
+    if not of_indices:
         copies_target, target_strides, target_format, grad_target_strides = class_layout(target)
         if not grad_of_target:
             grad_target_strides = NO_STRIDES
@@ -244,28 +241,27 @@ def cross_entropy(
     outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
     one_outer = type(outer) is int and outer == 1
     accumulate, smooth = accumulate_dtype(input.dtype), options.label_smoothing != 0
-    weighted = not indices or (smooth and weight is not None)  # q is dense
+    weighted = not of_indices or (smooth and weight is not None)  # q is dense
     tiles, once = (2, False) if weighted else (1, not grad_of_input)
     itemsize = input.element_size()
     choice = _tiling(sizes, itemsize, *all_strides, tensors=tiles, once=once)
     each, most_programs = reduction == "none", sys.maxsize
     contiguous = one_outer and strides[2] == 1 and grad_strides[2] in (0, 1)
+    unaligned = choice.units[1] * itemsize < 8
     shared_stride = choice.rows == 1 and grad_strides[1] in (strides[1], 0)
-    function, kernel_strides = two_pass_kernel, [*strides, *grad_strides]
+    function = two_pass_kernel
     if choice.whole_row and contiguous and not weighted:
-        function, kernel_strides = row_kernel, [strides[1], grad_strides[1]]
+        function = row_kernel
         if choice.stages > 1:
             most_programs = resources()[0]
-    elif not indices:
-        kernel_strides += [*target_strides, *grad_target_strides]
-    elif contiguous and not smooth and choice.units[1] * itemsize < 8 and shared_stride:
+    elif of_indices and contiguous and not smooth and unaligned and shared_stride:
         choice = choice._replace(vector=16 // itemsize)
     scaled = options.scale != 1 or options.temperature != 1
-    meta = {"FOCAL": options.gamma != 0, "SCALED": scaled, "EACH": each}
-    kernel = prepared(function, choice, DENSE=not indices or smooth, **meta)
+    focal, squared, encodes = options.gamma != 0, options.z_loss != 0, input.dtype is torch.float64
+    kernel = prepared(function, choice, EACH=each)
     new_loss = _loss_allocator(reduction, outputs, input.dtype)
-    fixed = classes, tuple(kernel_strides), options.ignore_index
-    divisor = _divisor(options, indices, classes, classes)
+    fixed = classes, sum(all_strides[: 2 if of_indices else 4], ())
+    divisor, ignore_index = _divisor(options, of_indices, classes, classes), options.ignore_index
     converts = converts_in(accumulate, weight, token_weight, grad_output)
 
     def launch(
@@ -285,16 +281,23 @@ def cross_entropy(
                 grad = torch.empty_like(logits, memory_format=grad_format)
         if grad_of_target:
             grad_target = torch.empty_like(target, memory_format=target_format)
-        weights, n = (weight, token_weight), input.numel() // classes
+        n = input.numel() // classes
         inners = n if one_outer else inner
         programs = min(n // inners * -(-inners // choice.rows), most_programs)
-        number, _, temperature, *terms, scale, smoothing, _ = numbers
-        by = divisor(n, target, *weights, denominator, number)
-        gradients = grad, grad_target
-        inputs = logits, target, *weights, by, grad_output
-        floats = max(0.0, smoothing), *terms, scale / temperature
-        loss = new_loss(input)
-        _run(kernel, programs, inputs, loss, (gradients, inners, *fixed, *floats), each)
+        number, _, temperature, gamma, z_loss, scale, smoothing, _ = numbers
+        floats: Any = (
+            max(0.0, smoothing) if smooth else None,
+            gamma if focal else None,
+            z_loss if squared else None,
+            scale / temperature if scaled else None,
+        )
+        if encodes:
+            floats = encoded(floats)
+        indices, probabilities = (target, None) if of_indices else (None, target)
+        targets, gradients = (indices, weight, token_weight, ignore_index), (grad, grad_target)
+        by, loss = divisor(logits, n, targets, denominator, number), new_loss(input)
+        inputs = (logits, probabilities), targets, by, grad_output
+        _run(kernel, programs, inputs, loss, (gradients, inners, *fixed, floats), each)
         return loss, gradients
 
     return launch
@@ -325,41 +328,6 @@ def _tile(inner: int, classes: int, itemsize: int, *strides: Strides, **options:
     return choice._replace(units=(1, unit) if dim == 2 else (unit, 1))
 
 
-def nll_loss(
-    tensors: Sequence[Any],
-    options: VocabOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> LossKernel:
-    input, _, weight, *_ = tensors
-    copies, strides, grad_format, grad_strides = class_layout(input)
-    outer, inner, classes = row_sizes(input)
-    one_outer = type(outer) is int and outer == 1
-    accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
-    converts = converts_in(accumulate, weight, grad_output)
-    choice, each = choose(input.element_size()), options.reduction == "none"
-    kernel = prepared(nll_kernel, choice, EACH=each)
-    new_loss = _loss_allocator(options.reduction, outputs, input.dtype)
-    fixed = classes, strides, grad_strides, options.ignore_index
-    divisor = _divisor(options, True, classes)
-
-    def launch(tensors: Sequence[Any], _: Numbers, grad_output: Tensor | None = None) -> LossResult:
-        input, target, weight, *_ = tensors
-        input, target = input.contiguous() if copies else input, target.contiguous()
-        if converts:
-            weight, grad_output = contiguous_in(accumulate, weight, grad_output)
-        grad = None
-        if needs_grad:
-            grad = torch.empty_like(input, memory_format=grad_format).zero_()
-        n, loss = target.numel(), new_loss(input)
-        inputs = input, target, weight, divisor(n, target, weight, None), grad_output
-        outs = grad, n, n if one_outer else inner, *fixed
-        _run(kernel, -(-n // choice.block), inputs, loss, outs, each)
-        return loss, (grad, None)
-
-    return launch
-
-
 def embedding_loss(
     name: str,
     inputs: tuple[Tensor, ...],
@@ -382,6 +350,7 @@ def embedding_loss(
     choice = _tiling((1, 1, features), itemsize, *rows, tensors=2)
     kernel = prepared(function, choice, EACH=each, **meta)
     loss_dtype, fixed = outputs.loss_dtype or accumulate, (features, strides)
+    encodes = accumulate is torch.float64
     needs_grad = outputs.gradients or (False,) * len(inputs)
     tensor_count = len(inputs)
 
@@ -395,11 +364,13 @@ def embedding_loss(
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
         gradients = tuple([first.new_empty(shape) if needed else None for needed in needs_grad])
-        floats = (numbers[0], numbers[-1]) if triplet else numbers
+        floats: Any = (numbers[0], numbers[-1])
+        if encodes:
+            floats = encoded(floats)
         by, loss = None if divisor is None else divisor(first), None
         if outputs.loss:
             loss = first.new_empty(shape[:-1] if each else (), dtype=loss_dtype)
-        inputs, outs = (views, grad_output, by), (gradients, n, *fixed, *floats)
+        inputs, outs = (views, grad_output, by), (gradients, n, *fixed, floats)
         _run(kernel, -(-n // choice.rows), inputs, loss, outs, each)
         return loss, gradients
 
@@ -413,32 +384,30 @@ def row_state(
     fields: int,
     results: int = 0,
     continues: bool = False,
-) -> Callable[..., None]:
-    meta = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
-    kernel, rows, fixed = _logit_rows(row_state_kernel, logits, options, classes, meta)
-
-    def launch(
-        numbers: Numbers,
-        logits: Tensor,
-        target: Tensor | None,
-        weight: Tensor | None,
-        state: Tensor,
-        out: Tensor | None = None,
-    ) -> None:
-        tensors = logits, target, weight, state, out
-        _, softcap, temperature = numbers
-        shape, strides = logits.shape, (logits.stride(0), state.stride(0))
-        programs, floats = -(-shape[0] // rows), (softcap or 0.0, 1 / temperature)
-        kernel(programs, *tensors, *shape, strides, *fixed, *floats)
-
-    return launch
+) -> Callable[..., Any]:
+    constants = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
+    return _of_rows(row_state_kernel, logits, options, classes, constants)
 
 
 def row_gradients(
     logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
-) -> Callable[..., Tensor]:
-    meta = {"RESULTS": results}
-    kernel, rows, fixed = _logit_rows(row_gradients_kernel, logits, options, classes, meta)
+) -> Callable[..., Any]:
+    return _of_rows(row_gradients_kernel, logits, options, classes, {"RESULTS": results})
+
+
+def _of_rows(
+    function: Any,
+    logits: Tensor,
+    options: VocabOptions,
+    classes: ClassRange,
+    constants: dict[str, int],
+) -> Callable[..., Any]:
+    """Returns the function that ``row_state`` or ``row_gradients`` prepares."""
+    strides: Any = (0, *logits.stride())
+    choice = _tiling((1, 1, logits.shape[1]), logits.element_size(), strides, tensors=2)
+    kernel, is_gradient = prepared(function, choice, **constants), function is row_gradients_kernel
+    capped, scaled = options.softcap is not None, options.temperature != 1
+    rows, ignore_index, encodes = choice.rows, options.ignore_index, logits.dtype is torch.float64
 
     def launch(
         numbers: Numbers,
@@ -446,29 +415,25 @@ def row_gradients(
         target: Tensor | None,
         weight: Tensor | None,
         state: Tensor,
-        grad_results: Tensor,
+        results: Any = None,
         out: Tensor | None = None,
-    ) -> Tensor:
-        shape, stride = logits.shape, logits.stride(0)
-        out = logits.new_empty(shape) if out is None else out
-        strides = stride, out.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:]
-        tensors = logits, target, weight, state, grad_results, out
-        _, softcap, temperature = numbers
-        programs, floats = -(-shape[0] // rows), (softcap or 0.0, 1 / temperature)
-        kernel(programs, *tensors, *shape, strides, *fixed, *floats)
+    ) -> Any:
+        _, cap, temperature = numbers
+        scale = 1 / temperature if scaled else None
+        floats: Any = (cap, cap / temperature, scale) if capped else (None, None, scale)
+        if encodes:
+            floats = encoded(floats)
+        outputs: Any = (results,)
+        strides: Any = logits.stride(0), state.stride(0)
+        if is_gradient:
+            out = logits.new_empty(logits.shape) if out is None else out
+            outputs = results, out
+            strides = *strides, *(0, *results.stride())[-2:], out.stride(0)
+        tensors = logits, (target, weight, None, ignore_index), state, *outputs
+        kernel(-(-len(logits) // rows), *tensors, *logits.shape, strides, *classes, floats)
         return out
 
     return launch
-
-
-def _logit_rows(
-    kernel: Any, logits: Tensor, options: VocabOptions, classes: ClassRange, meta: dict[str, Any]
-) -> tuple[Launch, int, tuple[int, ...]]:
-    """Returns the prepared kernel, the rows of a program, and the arguments that both share."""
-    strides: Any = (0, *logits.stride())
-    choice = _tiling((1, 1, logits.shape[1]), logits.element_size(), strides, tensors=2)
-    meta |= {"CAPPED": options.softcap is not None, "SCALED": options.temperature != 1}
-    return prepared(kernel, choice, **meta), choice.rows, (*classes, options.ignore_index)
 
 
 def kl_div_with_logits(
@@ -489,9 +454,9 @@ def kl_div_with_logits(
     rows = [(0, stride, 1) for stride in strides]
     choice = _tiling((1, 1, classes), input.element_size(), *rows, tensors=2)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
-    meta = {"KIND": kind, "SCALED": options.temperature != 1, "EACH": each}
+    scaled, encodes = options.temperature != 1, input.dtype is torch.float64
     new_loss = _loss_allocator(reduction, outputs, input.dtype)
-    kernel = prepared(kl_div_kernel, choice, **meta)
+    kernel = prepared(kl_div_kernel, choice, KIND=kind, EACH=each)
     divisor = _divisor(options, False, classes)
 
     def launch(
@@ -506,9 +471,12 @@ def kl_div_with_logits(
         if needs_grad:
             grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
         number, _, temperature, beta, _ = numbers
-        by = divisor(n, input, None, token_weight, denominator, number)
+        by = divisor(input, n, (None, None, token_weight), denominator, number)
         inputs = input, teacher, token_weight, by, grad_output
-        loss, outs = new_loss(input), (grad, n, classes, strides, beta, 1 / temperature)
+        floats: Any = beta, 1 / temperature if scaled else None
+        if encodes:
+            floats = encoded(floats)
+        loss, outs = new_loss(input), (grad, n, classes, strides, floats)
         _run(kernel, -(-n // choice.rows), inputs, loss, outs, each)
         return loss, (grad,)
 

@@ -140,7 +140,6 @@ PASSES_OF = {
     "l1_loss": 13,
     "kl_div": 13,
     "binary_cross_entropy_with_logits": 22,
-    "nll_loss": 1,
     "softmax": 5,
     "log_softmax": 5,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import backend_of
+from pyfused.backends import backend_of, takes_triton
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
 from pyfused.dispatch.operator import Arguments, Case, Numbers, Tensors
@@ -139,6 +139,10 @@ class ClassLoss(CompiledOperator):
         self.check_tensors(arguments)
         input, target, _, options = self.checked(arguments)
         checks.class_indices(checks.classes_of(input), target, options.ignore_index)
+
+
+def nll_loss_fallback_reason(input: Tensor, *_: Any) -> str | None:
+    return "torch's kernel for GPUs moves as few bytes" if takes_triton(input) else None
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

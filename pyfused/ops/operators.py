@@ -6,7 +6,7 @@ from pyfused import checks
 from pyfused.dispatch.operator import Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.ops import definitions, distillation, elementwise
-from pyfused.ops.class_loss import NllLoss
+from pyfused.ops.class_loss import NllLoss, nll_loss_fallback_reason
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
 from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.distillation import HeadDivergence, LogitsDivergence, TopKDivergence
@@ -79,6 +79,7 @@ NLL_LOSS = NllLoss(
     torch=lambda x, y, weight, ignore_index, reduction: F.nll_loss(
         x, y, weight, None, ignore_index, None, reduction
     ),
+    fallback_reason=nll_loss_fallback_reason,
 )
 
 

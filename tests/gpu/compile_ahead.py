@@ -76,7 +76,6 @@ TARGETS = {
 SOME = ("sm_90", "gfx942")  # for rare cases: one GPU of each vendor
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPILLED = 16  # bytes per thread
-NO_OTHERS = (None,) * 3  # weight, token_weight and denominator
 # At 32,000 classes, softmax spills, but two passes would take 1.3 times as long on an H100.
 # The sine of large numbers needs many digits of pi.
 MAY_SPILL = {"": SPILLED, "softmax_backward_kernel": 80, "formula snake": 40}
@@ -99,7 +98,6 @@ QUICK = (
     "softmax bfloat16 4096x32000 backward",
     "triplet_margin_loss bfloat16 4096x4096 p 2 swap",
     "cosine_embedding_loss float32 4096x128",
-    "nll_loss float32 4096x1000",
     "binary_cross_entropy float32",
     "gelu bfloat16 backward",
 )
@@ -245,11 +243,6 @@ def class_cases() -> Iterator[Case]:
             given = (x, x, None, None), options, Outputs(True, (True,))
             run = partial(backend.kl_div_with_logits(*given), given[0], options.numbers())
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", **fields)
-        outputs = Outputs(True, (True, False))
-        tensors = x, target, *NO_OTHERS
-        kernel = backend.nll_loss(tensors, VocabOptions(-100, "mean"), outputs)
-        run = partial(kernel, tensors, ())
-        yield case("nll_loss", *of, run, vector=0, launches=2, **fields)
 
 
 def embedding_cases() -> Iterator[Case]:
@@ -357,7 +350,7 @@ class Launched(NamedTuple):
 
 def forget_gpu() -> None:
     """Clears the choices that are cached for the active GPU, because the target changes."""
-    for cached in (launch.warp_size, launch.backend, launch.prepared, backend._tiling):
+    for cached in (launch.warp_size, launch.backend, launch.prepared, backend._tile):
         cached.cache_clear()
 
 

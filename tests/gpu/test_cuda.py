@@ -32,7 +32,6 @@ CALLS: dict[str, Call] = {
     "long rows": lambda f, x, t, y: f.cross_entropy(x.view(6, 70_000), 690 * t[:6].clamp(0)),
     "inplace": lambda f, x, t, y: f.cross_entropy(x.view(6, 70_000) * 1, t[:6], **INPLACE[f]),
     "softmax": lambda f, x, t, y: f.softmax(x, 1),
-    "nll": lambda f, x, t, y: f.nll_loss(x, t),
     "mse": lambda f, x, t, y: f.mse_loss(x, y),
     "mse weighted": lambda f, x, t, y: f.mse_loss(x, y, weight=y.abs()),
     "mse none": lambda f, x, t, y: f.mse_loss(x, y, reduction="none"),
