@@ -618,10 +618,10 @@ def slower() -> str:
 
 
 def _short(machine: str) -> str:
-    """Returns processor, threads, version of torch and date of a machine's description."""
+    """Returns processor, threads, version of torch, date and revision of a machine."""
     words = re.split("[,;] ", machine)
-    kept = [words[0], *(w for w in words[1:] if re.match(r"\d+ threads|torch |\d{4}-|revision", w))]
-    return f"{', '.join(kept)}."
+    kept = r"torch |\d{4}-|revision" + r"|\d+ threads" * (not machine.startswith("NVIDIA"))
+    return f"{', '.join([words[0], *(word for word in words[1:] if re.match(kept, word))])}."
 
 
 def _markdown_rows(name: str) -> list[list[str]]:
