@@ -25,7 +25,7 @@ from pyfused import functional as fused
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.plan import Plan
 from pyfused.ops.operators import OPERATORS
-from pyfused.types import NUMBER
+from pyfused.types import NUMBER, DynamicSize
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
@@ -142,13 +142,46 @@ def test_a_plan_cannot_read_a_number() -> None:
         float(NUMBER)  # type: ignore[arg-type]
 
 
+ROWS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "mse_loss": lambda f, x, y: f.mse_loss(x, x.detach() * 0.5),
+    "binary_cross_entropy": lambda f, x, y: f.binary_cross_entropy(x.sigmoid(), 0 * x.detach()),
+    "cross_entropy": lambda f, x, y: f.cross_entropy(x, y),
+    "nll_loss": lambda f, x, y: f.nll_loss(x, y),
+    "log_probs": lambda f, x, y: f.log_probs(x, y)[0].sum(),
+    "linear_log_probs": lambda f, x, y: f.linear_log_probs(x, OTHER, y)[0].mean(),
+    "triplet_margin_loss": lambda f, x, y: f.triplet_margin_loss(x, x.detach() + 1, x.detach()),
+    "gelu": lambda f, x, y: f.gelu(x).mean(),
+    "softmax": lambda f, x, y: f.softmax(x, 1)[:, 0].sum(),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_numbers_of_rows_share_a_plan(name: str) -> None:
+    dispatch.forget_plans()
+    for n in (*range(2, 1000, 1 if name == "mse_loss" else 40), 1):
+        x, y = torch.linspace(-2, 2, 5 * n).view(n, 5).requires_grad_(), torch.arange(n) % 5
+        got, expected = (ROWS[name](f, x, y) for f in (fused, TORCH))
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(loss, x)[0] for loss in (got, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert len(OPERATORS[name].plans) == 1
+
+
+def test_a_plan_cannot_read_a_dynamic_size() -> None:
+    size = DynamicSize()
+    assert (size, 5) == (size, 5)
+    for read in (int, bool, range, lambda x: x == 5, lambda x: x > 1, lambda x: x == DynamicSize()):
+        with pytest.raises(TypeError):
+            read(size)  # type: ignore[operator]
+
+
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with the number of shapes, beyond the plans that are cached."""
     monkeypatch.setattr(dispatch, "MOST_PLANS", 8)
 
     def calls_of(sizes: range) -> int:
         for n in sizes:
-            assert fused.mse_loss(torch.ones(n), torch.zeros(n)) == 1
+            assert fused.mse_loss(torch.ones(2 * n)[::2], torch.zeros(n)) == 1
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 

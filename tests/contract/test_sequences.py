@@ -1,4 +1,4 @@
-"""Random sequences of calls that share a few layouts, but nothing else, compared with torch.
+"""Random sequences of calls that share operators and layouts, compared with torch.
 
 Plans are cached across calls, so a plan that wrongly keeps state of an earlier call gives wrong
 results. ``python tests/contract/test_sequences.py 100000`` runs 100,000 calls.
