@@ -225,15 +225,6 @@ def test_small_and_large_calls_are_compiled_separately(
         assert (graphs.count, len(graphs.operators)) == (count, count - 2)
 
 
-def test_a_compiled_gradient_does_not_alias_other_tensors() -> None:
-    def step(x: Tensor) -> Tensor:
-        return fused.cross_entropy(x * 2, INDICES, inplace=True)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    x = torch.randn(N, C, requires_grad=True)
-    assert_same(evaluate(compiled, x), evaluate(lambda x: F.cross_entropy(x * 2, INDICES), x))
-
-
 COLUMN = torch.linspace(-1, 1, N).view(N, 1)
 WARNING: dict[str, Step] = {
     "broadcast": lambda f, x: f.huber_loss(x, COLUMN),
@@ -271,18 +262,6 @@ def test_heads_with_float32_weights_under_autocast(op: str) -> None:
         close(ours, eager, rtol=0.05, atol=0.02 * float(eager.abs().max()))
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
-def test_function_transforms_use_torchs_function(transform: Any, graphs: Graphs) -> None:
-    def step(functional: Any, x: Tensor) -> Tensor:
-        loss = lambda x: functional.cross_entropy(x, INDICES)  # noqa: E731
-        return transform(loss)(x if transform is not torch.func.vmap else x.expand(2, N, C))
-
-    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend=graphs.backend)
-    x = torch.randn(N, C)
-    close(compiled(x), step(F, x))
-    assert not graphs.operators
-
-
 # ---- calls without a custom operator -------------------------------------------------------------
 
 WEIGHTS = torch.randint(-4, 5, (C, C)).float()  # exact products in any order
@@ -306,18 +285,6 @@ def test_calls_without_a_custom_operator(step: Step, graphs: Graphs) -> None:
 
 
 # ---- derivatives, and compiling with Inductor ----------------------------------------------------
-
-
-@pytest.mark.parametrize("op", ["mse_loss", "nll_loss"])
-def test_a_second_derivative_where_the_compiler_leaves_autograd_alone(op: str) -> None:
-    def second(step: Callable[[Tensor], Tensor]) -> Tensor:
-        x = (example(op).first / 4).requires_grad_()
-        (first,) = torch.autograd.grad(step(x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), x)[0]
-
-    step = step_of(op)
-    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend="eager")
-    close(second(compiled), second(lambda x: step(F, x)))
 
 
 @pytest.mark.parametrize("op", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"])

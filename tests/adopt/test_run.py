@@ -138,22 +138,6 @@ def test_programs_run_as_with_python(arguments: list[str], folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["nowhere.py", "a"],
-        ["pack"],
-        ["-m", "nowhere"],
-        ["-m", "pack"],
-    ],
-)
-def test_errors_of_programs_that_cannot_run(arguments: list[str], folder: Path) -> None:
-    expected = plain(*arguments, folder=folder)
-    got = counted(*arguments, folder=folder)
-    assert expected.returncode == got.returncode > 0
-    assert got.stderr == expected.stderr
-
-
-@pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["--version"], 0, f"pyfused {pyfused.__version__}\n"),
@@ -304,15 +288,6 @@ def test_reports_may_end_in_any_order() -> None:
             end()
             F.relu(X)
     assert counts(str(first)) == counts(str(second)) == {"relu": 2}
-
-
-def test_a_report_that_has_not_begun_ends_nothing() -> None:
-    with fused_always(), pyfused.report() as report:
-        pyfused.report().__exit__()
-        F.relu(X)
-    assert report.to_dict()["operators"]["relu"]["calls"] == 1
-    pyfused.report().__exit__()
-    F.relu(X)
 
 
 def test_small_calls_and_fallbacks_are_counted() -> None:

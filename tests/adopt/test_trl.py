@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,14 +224,6 @@ def test_unpatch_restores_the_original(utils: ModuleType) -> None:
         pyfused.unpatch_trl()
 
 
-def in_another_order(
-    ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, temperature: float,
-    chunk_size: int, final_logit_softcapping: Any = None, logit_scale: float = 1.0,
-    outputs: Any = OUTPUTS[::-1],
-) -> Any:  # fmt: skip
-    """Returns the outputs in another order than TRL 1.16."""
-
-
 def of_forward(forward: Any) -> Any:
     return type("Other", (torch.autograd.Function,), {"forward": staticmethod(forward)})
 
@@ -240,7 +231,6 @@ def of_forward(forward: Any) -> Any:
 OTHERS = {
     "none": None,
     "other arguments": of_forward(lambda ctx, hidden, weight, targets: None),
-    "another order": of_forward(in_another_order),
 }
 
 
@@ -253,14 +243,6 @@ def test_an_unknown_function_is_not_replaced(
         pyfused.patch_trl()
     assert len(warned) == 1
     assert getattr(utils, NAME) is other
-
-
-def test_without_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "trl"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [x for x in sys.path if not Path(x, "trl").is_dir()])
-    with pytest.raises(ImportError, match="patch_trl: TRL is not installed"):
-        pyfused.patch_trl()
 
 
 # ---- trainers ------------------------------------------------------------------------------------

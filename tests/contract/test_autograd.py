@@ -39,7 +39,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from pyfused.dispatch import run as dispatch
 from pyfused.dispatch import sizes
+from pyfused.dispatch.plan import Plan
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.elementwise import SIGMOID_FOCAL_LOSS
@@ -238,14 +240,19 @@ def little_garbage() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_garbage")
 @every_operator
-def test_freeing_the_graph_frees_all_tensors(example: Example) -> None:
+def test_the_graph_holds_all_tensors_and_plans(example: Example) -> None:
+    """Without it, and without the cache of plans, they are freed."""
     call = example.call()
     hidden = through(call, torch.ones(()))
     memory = [weakref.ref(x.untyped_storage()) for x in hidden.values()]
-    call.ours(**hidden).sum().backward()
+    value = call.ours(**hidden)
+    value.sum().backward()
+    plans = [weakref.ref(x) for x in gc.get_objects() if type(x) is Plan]
     hidden.clear()
+    dispatch.forget_plans()
+    del value
     gc.collect()
-    assert [each() for each in memory] == [None] * len(memory)
+    assert [each() for each in (*memory, *plans)] == [None] * len((*memory, *plans))
 
 
 # ---- modified arguments and results --------------------------------------------------------------

@@ -26,12 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
-from pyfused import functional as fused
 from pyfused.ops.elementwise import L1_LOSS
 from pyfused.ops.operators import LINEAR_TOPK_KL_DIV
 
-TARGET = torch.tensor([0, 1, 2, 3, 4, 0])
-OTHER = torch.linspace(-2, 2, 30).view(6, 5)
 close = torch.testing.assert_close
 Step = Callable[[Tensor], Tensor]
 
@@ -286,16 +283,6 @@ def test_make_fx_leaves_no_constants(example: Example, mode: str) -> None:
     close(graph(x), of_torch(x))
 
 
-def test_symbolic_trace_keeps_a_call() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return fused.mse_loss(fused.relu(x), OTHER)
-
-    graph = torch.fx.symbolic_trace(Model())
-    x = torch.randn(6, 5)
-    close(graph(x), F.mse_loss(F.relu(x), OTHER))
-
-
 class Mine(pyfused.nn.ReLU):
     pass
 
@@ -319,18 +306,6 @@ def test_symbolic_trace_of_modules(converted: bool) -> None:
     assert len(seen) == 2
     pyfused.revert(model)
     assert "__module__" not in vars(model[2]) or not converted
-
-
-@every_operator
-def test_export(example: Example) -> None:
-    ours, of_torch, x = steps(example)
-
-    class Model(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return ours(x)
-
-    exported = torch.export.export(Model(), (x * 0.5,))
-    close(exported.module()(x), of_torch(x))
 
 
 @every_operator

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ from catalogue import (
 )
 from check_calls import ERRORS, check_call, converted, forward, largest, natively, run
 from compare import DEVICE, FLOATS, HALF, Errors, evaluate
-from conftest import ISAS, KernelCalls
+from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
 
@@ -97,13 +98,6 @@ def test_explain_matches_the_path_of_the_call(example: Example, kernel_calls: Ke
     call.ours()
     assert explanation.op == call.op.name
     assert (explanation.backend == "torch") == (not kernel_calls.total())
-
-
-@pytest.mark.thresholds
-@every_operator
-def test_calls_below_the_size_limit(example: Example) -> None:
-    call = example.call()
-    close(run(call, ours), natively(call))
 
 
 @every_example
@@ -308,3 +302,24 @@ def test_a_module_and_its_copies(example: Example, kernel_calls: KernelCalls) ->
         if isinstance(found, tuple):
             found = torch.stack([result for result in found[:3] if result is not None])
         close(found, call.ours())
+
+
+@pytest.mark.thresholds
+@every_example
+def test_both_sides_of_the_size_limit(example: Example, kernel_calls: KernelCalls) -> None:
+    """A small call is torch's, bit for bit; a kernel's results are close, with the same dtypes."""
+    call = example.call()
+    small = run(call, ours)
+    bits = {} if kernel_calls.total() else {"rtol": 0.0, "atol": 0.0}  # some kernels run always
+    close(small, run(call, catalogue.reference), **bits, equal_nan=True)
+    with fused_always():
+        close(run(call, ours), small, equal_nan=True)
+
+
+@every_operator
+def test_fresh_shapes(example: Example) -> None:
+    """Plans serve other numbers of rows, in any order; other numbers of classes differ."""
+    shapes = [(rows, classes) for rows in (6, 1, 40, 7) for classes in (5, 9)]
+    for shape in random.Random(0).sample(2 * shapes, 4 if interpreter.ON else 16):
+        call = example.call(shape=shape)
+        close(run(call, ours), natively(call), rtol=1e-4, atol=1e-5)

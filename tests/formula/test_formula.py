@@ -28,8 +28,6 @@ from compare import (
     Outcome,
     evaluate,
     exactly,
-    operators_of_torch,
-    random_grad_output,
     widen,
 )
 from conftest import KernelCalls
@@ -49,7 +47,7 @@ from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import formulas
-from formulas import FORMULAS, charbonnier, mish, wing
+from formulas import FORMULAS, mish, wing
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 close = torch.testing.assert_close
@@ -484,21 +482,6 @@ def test_what_a_formula_receives(n: int) -> None:
             close(got.double(), expected.clamp(min=least), rtol=rtol, atol=1e-6)
 
 
-def test_a_parameter_that_only_changes_gradients() -> None:
-    """The operations of the value are the same."""
-
-    @pyfused.activation
-    def mine(input: Tensor, *, both: bool = False, k: float = 2.0) -> Tensor:
-        with torch.set_grad_enabled(both):
-            factor = torch.exp(-input * input)
-        return k * factor * input
-
-    input = torch.randn(100, dtype=torch.float64, requires_grad=True)
-    for flag in (False, True, False):
-        check_formula(mine, input, both=flag)
-        assert mine.explain(input, both=flag).backend != "torch"
-
-
 USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "times": lambda x, k: k * x, "plus": lambda x, k: x + k, "over": lambda x, k: x / (k * k + 0.5),
     "power": lambda x, k: (x.abs() + 0.5) ** k, "base": lambda x, k: (abs(k) + 0.5) ** x,
@@ -593,23 +576,6 @@ def test_modes_and_hooks_of_the_caller_do_not_see_tracing() -> None:
         assert not recording.names
 
 
-def test_parameters_are_not_copied_to_tensors() -> None:
-    """Kernels take numbers, which need no stream synchronisation."""
-    input, target = operands_of("wing", 40)
-    wing(input, target, omega=3.0, epsilon=0.7)
-    with operators_of_torch("aten::fill_", "aten::tensor") as found:
-        wing(input, target, omega=3.0, epsilon=0.7)
-    assert not found
-
-
-def test_unsupported_parameters() -> None:
-    mine = pyfused.activation(lambda input, *, rounds=False: input.round() if rounds else 2 * input)
-    input = torch.randn(10)
-    assert torch.equal(mine(input, rounds=True), input.round())
-    assert "round" in mine.explain(input, rounds=True).reason
-    assert mine.explain(input).backend != "torch"
-
-
 def test_many_parameters_and_registers(kernel_calls: KernelCalls) -> None:
     """All sines are needed until the last sum, so each needs a register."""
 
@@ -654,17 +620,6 @@ def step(input: Tensor, other: Tensor, *, width: float = 1.0) -> Tensor:
 @step.gradient
 def _through(input: Tensor, other: Tensor, *, width: float = 1.0) -> tuple[Tensor, None]:
     return torch.where(input.abs() < width, 0.5 / width, 0.0) * torch.ones_like(input), None
-
-
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_a_user_gradient(scale: float, reduction: str, kernel_calls: KernelCalls) -> None:
-    operands = [x.double().requires_grad_() for x in operands_of("wing", 200)]
-    got = evaluate(called(log_cosh, scale=scale, reduction=reduction), *operands)
-    slope = scale * (scale * (operands[0] - operands[1]).detach()).tanh()
-    grad_output = random_grad_output(got.value.shape).double()
-    close(got.gradients, [slope * grad_output, -slope * grad_output])
-    assert kernel_calls[log_cosh.op.name] == 1 + (reduction == "none")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # in torch
@@ -731,74 +686,11 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
     close(got.gradients, evaluate(function, moderate).gradients)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda input: input * torch.sigmoid(-input) * torch.exp(input),
-        lambda input: input * input.abs() * torch.sigmoid(-input) * torch.exp(input),
-        lambda input: input / torch.exp(input) * torch.exp(input),
-        lambda input: input / torch.sigmoid(input) * input.abs() * torch.sigmoid(input),
-    ],
-)
-def test_factors_that_overflow_cancel(function: Callable[[Tensor], Tensor]) -> None:
-    """Derivatives of stable formulas have such factors."""
-    input = torch.tensor([-1e4, -500.0, -100.0, 100.0, 500.0, 1e4])
-    assert pyfused.activation(function)(input).isfinite().all()
-
-
-@given(st.floats(0.25, 4), st.floats(-30, 30), st.sampled_from(["value", "log", "where"]))
-@settings(max_examples=4 if interpreter.ON else settings().max_examples)
-def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
-    """Tests values around the threshold in float64, where the difference matters."""
-
-    @pyfused.activation
-    def mine(input: Tensor, *, scale: float = 1.0) -> Tensor:
-        value = scale * F.softplus(input, beta=beta, threshold=threshold)
-        if use == "log":
-            return value + torch.log(1 + torch.exp(input))
-        return torch.where(input < 0, value, 2 * value) if use == "where" else value
-
-    steps = torch.linspace(-1, 1, 101, dtype=torch.float64)
-    input = (torch.cat([steps, steps * 1e-9]) + threshold / beta).requires_grad_()
-    for scale in (1.0, 0.75):
-        check_formula(mine, input, scale=scale, rtol=1e-11)
-
-
 # ---- fallbacks -----------------------------------------------------------------------------------
-
-
-def test_torch_func_and_higher_derivatives() -> None:
-    input, target = (x.double() for x in operands_of("charbonnier", 20))
-
-    def total(input: Tensor) -> Tensor:
-        return charbonnier(input, target)
-
-    def definition(input: Tensor) -> Tensor:
-        return charbonnier.function(input, target).mean()
-
-    for transform in (torch.func.grad, torch.func.hessian):
-        close(transform(total)(input), transform(definition)(input))
-    each = torch.func.vmap(lambda x, t: charbonnier(x, t, reduction="none"))(input, target)
-    close(each, charbonnier.function(input, target))
-    close(*[torch.func.jvp(f, (input,), (torch.ones_like(input),)) for f in (total, definition)])
 
 
 class Sub(Tensor):
     pass
-
-
-def test_fallback(kernel_calls: KernelCalls) -> None:
-    input, target = operands_of("wing", 20)
-    sub = input.as_subclass(Sub)
-    assert type(wing(sub, target, reduction="none")) is Sub
-    assert "Sub" in wing.explain(sub, target).reason
-    assert wing.explain(input.to("meta"), target).backend == "torch"
-    assert wing(input.to("meta"), target.to("meta")).is_meta
-    weight = torch.rand(20, requires_grad=True)
-    assert wing.explain(input, target, weight=weight).reason == "weight requires grad"
-    wing(input, target, weight=weight).backward()
-    assert weight.grad is not None
-    assert not kernel_calls
 
 
 @pytest.mark.cpu

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -20,7 +18,6 @@ import gpu  # noqa: E402
 import gpu_use  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
-import steps as training_steps  # noqa: E402
 from cases import BF16, Case  # noqa: E402
 
 
@@ -85,36 +82,3 @@ def test_benchmarks_of_typical_use(
     assert [row[column] for row in found][:2] == ways.get(name, ["correct", "correct"])
     ours = [row for row in found if "Liger" not in row]  # an installed Liger needs a GPU
     assert not any("Error" in cell for row in ours for cell in row)
-
-
-def test_training_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each way trains like torch, or the command fails."""
-    file = tmp_path / "steps.csv"
-    words = ["steps", str(file), "--trial", "--rounds", "2", "--cpu", "--only", "GPT "]
-    ways = ["linear_cross_entropy"]
-    options = run.parser().parse_args([*words, "--ways", *ways])
-    training_steps.steps(options)
-    text = training_steps.table(report.read_csv(file))
-    assert text in capsys.readouterr().out
-    assert len([line for line in text.splitlines() if line.startswith("| GPT ")]) == 2  # tables
-
-
-# ---- launch choices ------------------------------------------------------------------------------
-
-
-def interpreted(command: str, file: Path) -> list[str]:
-    """Returns the lines of a table that was measured in the interpreter."""
-    pytest.importorskip("triton")
-    subprocess.run(
-        [sys.executable, ROOT / "benchmarks/run.py", command, file, "--trial"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "triton"},
-        check=True,
-        capture_output=True,
-    )
-    return file.read_text().splitlines()
-
-
-def test_launch_choices_in_the_interpreter(tmp_path: Path) -> None:
-    rows = interpreted("gpu-launch", tmp_path / "launch.md")[-2:]
-    assert [row.split(" (")[0] for row in rows] == ["| cross_entropy", "| mse_loss"]
-    assert "Error" not in "".join(rows)
