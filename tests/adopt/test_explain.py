@@ -162,21 +162,6 @@ def test_calls_below_the_limit_fall_back(name: str, column: str, kernel_calls: K
         call_of(op, max(elements, 2), column)(explained)
 
 
-def test_layouts_and_threads(threads: Callable[[int], None]) -> None:
-    def words(logits: Tensor) -> str:
-        target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
-        return pyfused.explain(F.cross_entropy, logits, target).reason
-
-    assert words(torch.zeros(4, 129)) == "row by row"
-    assert words(torch.zeros(4, 95)) == "several rows at a time"
-    assert words(torch.zeros(128, 4).t()) == "several rows at a time"
-    assert words(torch.zeros(2, 200, 3, 3)) == "several rows at a time"
-    assert words(torch.zeros(2, 200, 3, 3).to(memory_format=torch.channels_last)) == "row by row"
-    assert words(torch.zeros(2, 3, 200, 4).permute(0, 2, 3, 1)) == "several rows at a time"
-    threads(2)
-    assert pyfused.explain("relu", X).threads == 2
-
-
 def relu(input: Tensor) -> Tensor:
     return 2 * input
 

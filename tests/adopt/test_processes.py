@@ -111,15 +111,6 @@ def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     assert float(total) == 3.0
 
 
-@pytest.mark.parametrize("asked", ["x86-64-v9", "avx2", "x86-64-v3 "])
-def test_an_unknown_instruction_set(asked: str) -> None:
-    done = python("import pyfused.functional", PYFUSED_CPU_CAPABILITY=asked)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    for word in ("ImportError", "PYFUSED_CPU_CAPABILITY", repr(asked), *cpu.supported):
-        assert word in last
-
-
 @forks
 def test_fork_before_use() -> None:
     """The parent has computed nothing before the fork, so its child may use threads."""

@@ -43,29 +43,11 @@ def checkpointed(reentrant: bool) -> Loss:
     return loss
 
 
-def functional_call(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    parameters = dict(model.named_parameters())
-    return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), target)
-
-
-def offloaded(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    with torch.autograd.graph.save_on_cpu():
-        return plain(model, x, target)
-
-
-def anomaly(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    with torch.autograd.detect_anomaly(check_nan=True):
-        return plain(model, x, target)
-
-
 LOSSES: dict[str, Loss] = {
     "plain": plain,
     "autocast": autocast,
     "checkpoint": checkpointed(False),
     "reentrant checkpoint": checkpointed(True),
-    "functional_call": functional_call,
-    "save_on_cpu": offloaded,
-    "anomaly": anomaly,
 }
 
 
@@ -93,7 +75,6 @@ def train(loss_of: Loss, scaled: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "GradScaler"])
 @pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES.keys())
 def test_patched_training(loss_of: Loss, scaled: bool, kernel_calls: KernelCalls) -> None:

@@ -165,10 +165,3 @@ def test_weights_move_with_the_module(name: str) -> None:
         torch.testing.assert_close(moved.state_dict()[name], weight.double())
         assert moved(x.double(), TARGET).dtype == torch.float64
         assert getattr(module.to("meta"), name).is_meta
-
-
-def test_legacy_arguments() -> None:
-    for name, op in OPERATORS.items():
-        if "reduce" in parameters(getattr(fused_functional, name)):
-            with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
-                assert getattr(fused, op.module)(size_average=False).reduction == "sum"

@@ -131,30 +131,6 @@ def test_special_logits(name: str, classes: int, isa: str) -> None:
     close(found, (log_p[[0, 1], target], entropy), equal_nan=True)
 
 
-def linear_case(dtype: torch.dtype, classes: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns input, weight, bias and target."""
-    shapes = (12, 8), (classes, 8), (classes,)
-    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    target = torch.randint(0, classes, (12,))
-    target[1::3] = -100
-    return *tensors, target
-
-
-@pytest.mark.parametrize("multiplies", [False, True])
-def test_metrics_of_linear_cross_entropy_in_half_precision(
-    multiplies: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Metrics equal those of float32 logits, unless the CPU multiplies half precision."""
-    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", multiplies)
-    input, weight, bias, target = linear_case(torch.bfloat16, 3000)
-    _, metrics = fused.linear_cross_entropy_with_metrics(input, weight, target, linear_bias=bias)
-    logits = torch.nn.functional.linear(input.double(), weight.double(), bias.double())
-    best = exact(logits, target).log_probability.float()
-    atol = 1e-4 if backend is cpu and not multiplies else 0.1
-    close(metrics.log_probability, best, rtol=0, atol=atol)
-    assert metrics.entropy.dtype is torch.float32
-
-
 @pytest.mark.thresholds
 def test_metrics_of_a_small_call_do_not_round_scaled_logits() -> None:
     input, target = torch.randn(6, 5).bfloat16(), torch.tensor([0, 1, 2, 3, 4, 0])

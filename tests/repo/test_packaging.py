@@ -157,17 +157,6 @@ finally:
     assert f"got '{cpu.ISAS[-1]}'" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("-c", "import pyfused"), ("-m", "pyfused")])
-def test_a_module_that_does_not_load_gives_a_helpful_error(
-    tmp_path: Path, arguments: tuple[str, str]
-) -> None:
-    site = copy_of_package(tmp_path)
-    site.joinpath(f"{MODULES[0].replace('.', '/')}.of-another-python.so").touch()
-    result = run_installed(*arguments, site=site)
-    assert result.returncode == 1
-    assert "pip install --force-reinstall pyfused" in result.stderr.splitlines()[-1]
-
-
 # ---- without the compiled modules ----------------------------------------------------------------
 
 
