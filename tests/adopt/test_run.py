@@ -20,7 +20,6 @@ from processes import python
 from torch import Tensor
 
 import pyfused
-from pyfused import __main__ as main
 from pyfused import functional as F
 from pyfused.adopt import report as reports
 from pyfused.dispatch import reasons
@@ -135,29 +134,6 @@ def test_programs_run_as_with_python(arguments: list[str], folder: Path) -> None
     assert len(expected.stdout.splitlines()) == 6
     assert got.stdout == expected.stdout
     assert got.stderr == "pyfused: no losses or activations were called\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--version"], 0, f"pyfused {pyfused.__version__}\n"),
-        (["run", "--help"], 0, "usage: python -m pyfused run [-h] [-m] program ..."),
-        (["run"], 2, "error: the following arguments are required: program\n"),
-        (["run", "--nowhere", "script.py"], 2, "error: unrecognized arguments: --nowhere"),
-    ],
-)
-def test_messages_of_the_command(
-    arguments: list[str],
-    code: int,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["pyfused/__main__.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    assert ended.value.code == code
-    assert words in "".join(capsys.readouterr())
 
 
 ENDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,6 @@ OPTIONS = {
     "softcap": (1.0, 4.0, 1.0),
     "everything": (1.3, 4.0, 0.25),
 }
-CHOICES = [c for n in range(5) for c in itertools.combinations(OUTPUTS, n)]
 
 
 @pytest.fixture
@@ -125,27 +123,6 @@ def test_values_and_gradients(
         elif not is_half:  # logits are rounded to half precision
             assert torch.equal(ours, theirs)
             assert ours.any()
-
-
-@pytest.mark.parametrize("outputs", CHOICES, ids="-".join)
-def test_every_choice_of_outputs(
-    outputs: tuple[str, ...], utils: ModuleType, kernel_calls: KernelCalls
-) -> None:
-    """Log-probabilities are bitwise equal, whichever other results are returned."""
-    tensors, original = draw(torch.float32), getattr(utils, NAME)
-    pyfused.patch_trl()
-    function, options = getattr(utils, NAME), (1.0, CHUNK, None, 1.0)
-    if "log_sum_sq_probs" in outputs:
-        with pytest.warns(RuntimeWarning, match="because log_sum_sq_probs is requested"):
-            found = function.apply(*tensors, *options, ("log_probs", *outputs))
-        assert not kernel_calls
-    else:
-        found = function.apply(*tensors, *options, ("log_probs", *outputs))
-        assert torch.equal(found[0], function.apply(*tensors, *options[:2], outputs=())[0])
-        assert kernel_calls["row_state"] == 2
-    expected = original.apply(*tensors, *options, outputs)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert [x is not None for x in found[1:]] == [name in outputs for name in OUTPUTS]
 
 
 def subclass(tensor: Tensor) -> Tensor:

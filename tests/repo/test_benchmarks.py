@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import cases
 import report
-import run
 import sweep
 from cases import TORCH, Case, assert_correct, draw
 
@@ -52,20 +50,3 @@ def test_a_report_can_be_read(tmp_path: Path) -> None:
     rows += [report.row(Case("mse_loss", (100,), headline=True), cases.TRAINING, {})]
     report.write_csv(tmp_path / "results.csv", [report.cells(row) for row in rows])
     assert [report.row_of(cells) for cells in report.read_csv(tmp_path / "results.csv")] == rows
-
-
-COMMANDS = (
-    *("report", "quick", "memory", "busy", "compare HEAD", "allocators", "compiled", "overhead"),
-    *("sweep", "head", "steps", "filter-eps", "gpu gpu.json", "gpu-launch launch.md"),
-    "gpu-kernels kernels.md",
-    "gpu-check folder",
-)
-
-
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_has_its_function(words: str) -> None:
-    function = run.parser().parse_args(words.split()).function
-    if isinstance(function, str):
-        module, name = function.split(".")
-        function = getattr(importlib.import_module(module), name)
-    assert callable(function)

@@ -11,7 +11,7 @@ from processes import python
 
 import pyfused
 from pyfused import __main__ as main
-from pyfused.backends import cpu, versions
+from pyfused.backends import cpu
 from pyfused.ops.operators import OPERATORS
 
 
@@ -37,21 +37,3 @@ def test_the_report_has_all_entries() -> None:
 def test_the_report_states_that_kernels_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.native, "runtime_file", "")
     assert main.thread_runtime() == "none loaded: kernels run on one thread"
-
-
-@pytest.mark.parametrize(
-    ("found", "reported"),
-    [
-        (None, "not installed; pyfused needs 3.6 or later, torch requires 3.7.1"),
-        ("3.5.1", "3.5.1; pyfused needs 3.6 or later, torch requires 3.7.1"),
-        ("3.7.1", "3.7.1"),
-    ],
-)
-def test_the_report_names_the_installed_and_the_required_triton(
-    found: str | None, reported: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(versions, "triton_version", lambda: found)
-    monkeypatch.setattr(main, "triton_version", lambda: found)
-    monkeypatch.setattr(torch, "__version__", "2.13.0")
-    assert main.report()["triton"] == reported
-    assert ("GPUs: Triton kernels" in main.report()["kernels"]) == (found == reported)
