@@ -69,6 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if interpreter.ON:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
     grid.FULL = config.getoption("full")
+    grid.SLOW = grid.FULL or config.getoption("slow")
     examples = 20 if grid.FULL else 4, 100 if grid.FULL else 16
     hypothesis.settings.register_profile(
         "repeatable",
@@ -98,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if interpreter.ON and not grid.FULL and item.path.name not in interpreter.WHOLE:
             return not item.get_closest_marker("interpreted")
         slow = item.path.stem in SLOW or item.get_closest_marker("slow")
-        return bool(slow) and not (config.getoption("slow") or grid.FULL)
+        return bool(slow) and not grid.SLOW
 
     left_out = {item for item in items if is_left_out(item)}
     config.hook.pytest_deselected(items=[*left_out])

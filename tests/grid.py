@@ -10,6 +10,7 @@ import interpreter
 import pytest
 
 FULL = False  # whether --full was passed
+SLOW = False  # whether --slow or --full was passed
 
 
 def grid(**parameters: Iterable[Any]) -> pytest.MarkDecorator:

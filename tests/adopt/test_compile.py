@@ -309,6 +309,7 @@ def test_errors_of_values_in_compiled_calls() -> None:
         compiled(torch.rand(N, C, requires_grad=True), torch.full((N, C), 2.0))
 
 
+@pytest.mark.slow
 def test_inductor(kernel_calls: KernelCalls) -> None:
     model = nn.Linear(C, C)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import Call, Example, every_family, every_operator
+from catalogue import Call, Example, every_compiled, every_family
 from compare import evaluate
 from samples import SAMPLES, Sample
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Batches:
         return tuple([convert(call.given[name]) for name in self.dims])
 
 
-@every_operator
+@every_compiled
 def test_one_graph_for_all_batch_sizes(example: Example) -> None:
     batches, counter = Batches(example), CompileCounter()
 
@@ -110,7 +110,7 @@ TRACERS: dict[str, Callable[..., Any]] = {
 }
 
 
-@every_operator
+@every_compiled
 @pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_with_another_batch_size(example: Example, trace: Callable[..., Any]) -> None:
@@ -120,7 +120,7 @@ def test_traced_with_another_batch_size(example: Example, trace: Callable[..., A
     close(traced(*last), batches.of(last))
 
 
-@every_operator
+@every_compiled
 def test_export_with_a_dynamic_batch(example: Example) -> None:
     assert_exports(example, strict=False)
 

@@ -59,11 +59,6 @@ def by_torchs_name(call: Call, **changed: Any) -> Tensor:
 # ---- derivatives, transforms and compilation -----------------------------------------------------
 
 
-def first(call: Call, function: Function) -> list[Tensor]:
-    value = function(call)
-    return [value, *torch.autograd.grad(value.square().sum(), [*call.leaves.values()])]
-
-
 def second(call: Call, function: Function) -> list[Tensor]:
     value, leaves = function(call), [*call.leaves.values()]
     gradients = torch.autograd.grad(value.square().sum(), leaves, create_graph=True)
@@ -85,14 +80,7 @@ def vmapped(call: Call, function: Function) -> list[Tensor]:
     return [torch.vmap(step)(batch), torch.vmap(torch.func.grad(lambda x: step(x).sum()))(batch)]
 
 
-def batched(call: Call, function: Function) -> list[Tensor]:
-    value = function(call)
-    batch = torch.stack([value.detach(), value.detach() + 1])
-    leaves = [*call.leaves.values()]
-    return [*torch.autograd.grad(value, leaves, batch, is_grads_batched=True)]
-
-
-WAYS = first, second, forward_mode, vmapped, batched
+WAYS = second, forward_mode, vmapped
 every_way = pytest.mark.parametrize("way", WAYS, ids=[way.__name__ for way in WAYS])
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import Call, Example, every_operator
+from catalogue import Call, Example, every_compiled, every_operator
 from compare import evaluate
 from conftest import KernelCalls
 from torch import Tensor
@@ -273,7 +273,7 @@ def test_a_default_device_keeps_kernels_enabled(
             close((got, *torch.autograd.grad(got.sum(), x)), (expected, *expected_grad))
 
 
-@every_operator
+@every_compiled
 @pytest.mark.parametrize("mode", ["real", "fake"])  # test_compiled_calls.py: symbolic
 def test_make_fx_leaves_no_constants(example: Example, mode: str) -> None:
     ours, of_torch, x = steps(example)
@@ -317,7 +317,7 @@ def test_functionalization(example: Example) -> None:
 # ---- torch.compile ------------------------------------------------------------------------------
 
 
-@every_operator
+@every_compiled
 @pytest.mark.usefixtures("compiled_always")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile_in_one_graph(example: Example) -> None:
