@@ -1,9 +1,7 @@
 """Calls from PyTorch's operator database, compared with torch.
 
-`torch.testing._internal` lists valid and invalid calls of each operator. Each is called
-unchanged, with broadcasting operands, and with the deprecated arguments `size_average` and
-`reduce`. `--full` runs all of these calls eagerly, and one variant of each sample compiled as one
-graph; otherwise, each operator runs some of them.
+`torch.testing._internal` lists valid and invalid calls of each operator. Values, gradients, warnings
+and errors must be torch's. `--full` runs all of them; otherwise, each operator runs some.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -29,20 +26,20 @@ from torch.nn import functional as F
 from pyfused import functional as fused
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.elementwise import POISSON_NLL_LOSS
-from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
+from pyfused.ops.operators import OPERATORS
 
 pytestmark = pytest.mark.cpu
 IN_TORCH = {name: op for name, op in OPERATORS.items() if hasattr(F, name)}
 every_operator = pytest.mark.parametrize("op", IN_TORCH.values(), ids=IN_TORCH)
-BOTH = [(average, reduce) for average in (None, True, False) for reduce in (None, True, False)]
 # torch warns if it cannot compute in chunks; the kernels ignore these options.
 CHUNKED = "linear_cross_entropy: ``options`` ignored"
 
 
 @every_operator
 def test_eager(op: Operator) -> None:
-    every = (variant for call in samples(op) for variant in variants(call))
-    for call in every if grid.FULL else calls(op, 8):
+    found = samples(op)
+    assert found
+    for call in found if grid.FULL else found[:: len(found) // 8 + 1]:
         check(call)
 
 
@@ -73,16 +70,6 @@ def database() -> dict[str, list[Any]]:
     return found
 
 
-def calls(op: Operator, number: int) -> Iterator[Call]:
-    """Returns about `count` samples, each in one of its variants."""
-    found = samples(op)
-    assert found
-    first = [*IN_TORCH].index(op.name)
-    for place, call in enumerate(found[:: len(found) // number + 1]):
-        each = variants(call)
-        yield each[(first + place) % len(each)]
-
-
 @cache
 def samples(op: Operator) -> list[Call]:
     """Returns samples in all dtypes alternately, or in one dtype."""
@@ -103,37 +90,6 @@ def call_of(op: Operator, sample: Any) -> Call:
     if op is POISSON_NLL_LOSS and given.get("full"):  # torch's gradient at 0 is 0 * inf
         given["target"] = given["target"].detach().clamp(min=0.1).requires_grad_()
     return Call(op, given)
-
-
-def variants(call: Call) -> list[Call]:
-    """Returns the unchanged call, in which even a weight may require grad, and its variants."""
-    op = call.op
-    differentiated = [operand.name for operand in op.operands if operand.differentiated]
-    detached = {
-        name: x.detach().requires_grad_(x.requires_grad and name in differentiated)
-        if isinstance(x, Tensor)
-        else x
-        for name, x in call.given.items()
-    }
-    plain = replace(call, given=detached)
-    found = [call, plain]
-    names = inspect.signature(getattr(fused, op.name)).parameters
-    if "reduction" in names and op is not LINEAR_CROSS_ENTROPY:  # torch checks no shapes
-        found += [narrowed(plain, o.name, dim) for o in op.operands[:2] for dim in (0, -1)]
-    if "reduce" in names:
-        for average, reduce in BOTH[1:]:
-            given = detached | {"size_average": average, "reduce": reduce}
-            found.append(replace(call, given=given))
-    return found
-
-
-def narrowed(call: Call, name: str, dim: int) -> Call:
-    """Reduces a dimension of an operand to one element, which then broadcasts."""
-    x = call.given[name]
-    if not x.dim() or not x.shape[dim]:
-        return call
-    x = x.detach().narrow(dim, 0, 1).clone().requires_grad_(x.requires_grad)
-    return replace(call, given=call.given | {name: x})
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""nll_loss, multilabel_soft_margin_loss and losses with gamma."""
+"""Losses that use the kernel of another loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import TORCH
 from compare import FLOATS, HALF, assert_matches_torch
 from conftest import KernelCalls
 from grid import grid
@@ -15,25 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import functional as fused
-
-close = torch.testing.assert_close
-
-
-@pytest.mark.parametrize("gamma", [2.0, 0.5])
-def test_gamma_with_probabilities_of_one_and_zero(gamma: float) -> None:
-    """(1 - p)^gamma is 0 for p = 1; exponentials underflow for p near 0."""
-    x = torch.tensor([[200.0, 0.0, -50.0], [-300.0, 0.0, 1.0]]).requires_grad_()
-    target, wide = torch.tensor([0, 0]), x.detach().double().requires_grad_()
-    each = F.cross_entropy(wide, target, reduction="none")
-    expected = (each * (1 - (-each).exp()) ** gamma).mean()
-    gradient = torch.autograd.grad(expected, wide)[0].nan_to_num(0.0)  # NaN from torch's 0 ** gamma
-    for function in (fused.cross_entropy, TORCH.cross_entropy):
-        loss = function(x, target, gamma=gamma)
-        close(loss, expected.float())
-        close(torch.autograd.grad(loss, x)[0], gradient.float())
-
-
-# ---- losses that use the kernel of another loss --------------------------------------------------
 
 
 @grid(dtype=FLOATS, weight=[None, (3, 5)], reduction=["none", "mean", "sum"])

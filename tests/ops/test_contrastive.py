@@ -13,7 +13,6 @@ from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-import pyfused
 from pyfused import functional as fused
 
 N, D = 37, 6
@@ -87,11 +86,3 @@ def test_matrix_products(has_bias: bool) -> None:
     with products() as found, torch.no_grad():
         fused.contrastive_loss(*arguments)
     assert found == [(N, D, N)]
-
-
-@pytest.mark.thresholds
-def test_large_calls_use_the_kernels() -> None:
-    for n, backend in ((16, "torch"), (4096, "cpu")):
-        x = torch.randn(n, D)
-        assert pyfused.explain("contrastive_loss", x, x).backend == backend
-        assert pyfused.explain(pyfused.nn.ContrastiveLoss(), x, x, 20, -10).backend == backend
