@@ -1,7 +1,7 @@
 """Calls from PyTorch's operator database, compared with torch.
 
-`torch.testing._internal` lists valid and invalid calls. Values, gradients, warnings and errors must be
-torch's. `--full` runs all of them; otherwise, each operator runs some.
+`torch.testing._internal` lists valid and invalid calls. Values, gradients, warnings and errors must
+be torch's. `--full` runs all of them; otherwise, each operator runs some.
 """
 
 from __future__ import annotations
