@@ -63,7 +63,8 @@ def signature(
         case = integers
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     input, leading = tensors[0], None
-    dims = 0 if static or not input.is_contiguous() else op.dynamic_dims(input, case)
+    strided = input.layout is torch.strided and input.is_contiguous()  # others may have no strides
+    dims = op.dynamic_dims(input, case) if strided and not static else 0
     key: list[Any] = [grad, torch.get_default_dtype(), cases, case, kinds, dims]
     for operand, x in zip(op.all_operands, tensors, strict=True):
         kind = type(x)
