@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral, Real
 from traceback import walk_tb
 from typing import Any, NoReturn, TypeVar
@@ -27,10 +26,8 @@ from pyfused.types import (
     Number,
     Scalar,
     TensorSpec,
-    VocabOptions,
 )
 
-Options = TypeVar("Options", bound=CrossEntropyOptions)
 Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 # A tensor may hold 0, because it is not read on GPUs: the mean is NaN then.
 _DENOMINATOR = Scalar("denominator", low=0.0, error=ValueError)
@@ -180,9 +177,15 @@ def dim(value: Any, input: Tensor) -> None:
 
 
 def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: CrossEntropyOptions,
 ) -> None:
-    vocab_options(options, loss_shape(input, "none"), input)
+    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    _loss_options(token_weight, denominator, options, loss_shape(input, "none"), input)
     probabilities = target.is_floating_point()
     if input.dim() == 0:
         expected = "logits of shape (C), (N, C) or (N, C, d1, ...)"
@@ -202,28 +205,34 @@ def cross_entropy(
         raise _error("loss_dtype", "a floating dtype or None", dtype, ValueError)
 
 
-def vocab_options(options: VocabOptions, losses: Sequence[int], input: Tensor) -> None:
-    """Checks the types and values of the options that all functions over a vocabulary share.
+def _vocab_options(options: Any) -> None:
+    """Checks the numbers and the memory budget of a function over a vocabulary."""
+    for name, value in zip(options._fields, options, strict=True):
+        if name in OPTIONS:
+            bounded(OPTIONS[name], value)
+    memory_budget(options.memory_budget)
+
+
+def _loss_options(
+    token_weight: Any, denominator: Any, options: Any, losses: Sequence[int], input: Tensor
+) -> None:
+    """Checks the options of a loss over a vocabulary, and the tensors that belong to them.
 
     Args:
         losses: The shape of the unreduced losses.
     """
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
     reduction(options.reduction)
-    for name, value in options.by_name().items():
-        if name in OPTIONS:
-            is_tensor = name == "denominator" and isinstance(value, TENSORS)
-            bounded(_DENOMINATOR if is_tensor else OPTIONS[name], value)
-    memory_budget(options.memory_budget)
-    if options.denominator is not None and options.reduction != "mean":
-        got = "a tensor" if isinstance(options.denominator, TENSORS) else "a number"
+    _vocab_options(options)
+    if denominator is not None:
+        bounded(_DENOMINATOR, denominator)
+    if not denominator is options.denominator is None and options.reduction != "mean":
+        got = "a number" if denominator is None else "a tensor"
         raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
-    same_device(input, denominator=options.denominator)
-    weight = options.token_weight
-    if weight is not None:
-        tensor("token_weight", weight)
-        _shape("token_weight", weight, losses, "one factor for each loss", ValueError)
-        values("token_weight", weight, 0.0, math.inf, ValueError)
+    same_device(input, denominator=denominator)
+    if token_weight is not None:
+        tensor("token_weight", token_weight)
+        _shape("token_weight", token_weight, losses, "one factor for each loss", ValueError)
+        values("token_weight", token_weight, 0.0, math.inf, ValueError)
 
 
 def factors(token_weight: Any, denominator: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -235,28 +244,37 @@ def factors(token_weight: Any, denominator: Any) -> tuple[Tensor | None, Tensor 
     return token_weight, denominator
 
 
-def normalized(options: Options) -> Options:
+def normalized(options: CrossEntropyOptions) -> CrossEntropyOptions:
     """Makes the temperature a part of the scale, and negative label smoothing 0."""
     changed: dict[str, Any] = {}
     if not options.label_smoothing >= 0:  # NaN too
         changed["label_smoothing"] = 0.0
     if options.temperature != 1:
         changed |= {"scale": options.scale / options.temperature, "temperature": 1.0}
-    return replace(options, **changed) if changed else options
+    return options._replace(**changed) if changed else options
 
 
 def linear_cross_entropy(
-    head: Head, options: CrossEntropyOptions, classes: int | None = None
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: CrossEntropyOptions,
+    classes: int | None = None,
 ) -> None:
     """Checks shapes, dtypes and options.
 
     Args:
         classes: The number of all classes if the layer is a shard of them.
     """
-    logits, target, token_weight = _logits(head, options.token_weight, classes is None, classes)
+    head = Head(input, linear_weight, linear_bias, target, weight)
+    logits, target, token_weight = _logits(head, token_weight, classes is None, classes)
     if classes is not None:
         _class_index_target(logits, target, probabilities=False)
-    cross_entropy(logits, target, head.weight, replace(options, token_weight=token_weight))
+    cross_entropy(logits, target, weight, token_weight, denominator, options)
 
 
 def _logits(
@@ -352,7 +370,7 @@ def same_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
             raise _error(f"{prefix}{name}", expected, value.device)
 
 
-def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: VocabOptions) -> None:
+def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Any) -> None:
     for name, number in (("scale", scale), ("bias", bias)):
         if not isinstance(number, Number) and not (name == "bias" and number is None):
             one_number(name, number)
@@ -372,11 +390,17 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Vocab
     memory_budget(options.memory_budget)
 
 
-def kl_div_with_logits(logits: Tensor, teacher_logits: Tensor, options: DivergenceOptions) -> None:
+def kl_div_with_logits(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: DivergenceOptions,
+) -> None:
     _vectors("logits", logits)
     _vectors("teacher_logits", teacher_logits)
     _shape("teacher_logits", teacher_logits, logits.shape, "the shape of logits")
-    _divergence(logits.shape[:-1], options, logits)
+    _divergence(token_weight, denominator, options, logits)
 
 
 def linear_kl_div(
@@ -386,6 +410,8 @@ def linear_kl_div(
     teacher_input: Tensor,
     teacher_linear_weight: Tensor,
     teacher_linear_bias: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
     options: DivergenceOptions,
 ) -> None:
     _head(input, linear_weight, linear_bias)
@@ -396,7 +422,7 @@ def linear_kl_div(
     _shape(
         "teacher_input", teacher_input, (*input.shape[:-1], features), "with the student's tokens"
     )
-    _divergence(input.shape[:-1], options, input)
+    _divergence(token_weight, denominator, options, input)
 
 
 def linear_topk_kl_div(
@@ -405,6 +431,8 @@ def linear_topk_kl_div(
     linear_bias: Tensor | None,
     teacher_indices: Tensor,
     teacher_log_probs: Tensor,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
     options: DivergenceOptions,
 ) -> None:
     _head(input, linear_weight, linear_bias)
@@ -420,14 +448,16 @@ def linear_topk_kl_div(
     one_of("remainder", options.remainder, ("bucket", "ignore"))
     if options.remainder == "ignore" and options.beta != 0:
         raise _error("beta", "0.0 with remainder 'ignore'", "a positive number", ValueError)
-    _divergence(input.shape[:-1], options, input)
+    _divergence(token_weight, denominator, options, input)
 
 
-def _divergence(tokens: Sequence[int], options: DivergenceOptions, input: Tensor) -> None:
+def _divergence(
+    token_weight: Any, denominator: Any, options: DivergenceOptions, input: Tensor
+) -> None:
     beta: Any = options.beta
     if isinstance(beta, Tensor) and beta.requires_grad and not 0 < beta < 1:
         raise _error("beta", "a number in (0.0, 1.0) to be learned", beta.item(), ValueError)
-    vocab_options(options, tokens, input)
+    _loss_options(token_weight, denominator, options, input.shape[:-1], input)
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
@@ -498,7 +528,8 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
         raise _error("logits", _SCORES, "()")
     _floating("logits", logits, _are_swapped(logits, target))
     _class_index_target(logits, target, probabilities=False)
-    vocab_options(options, (), logits)
+    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    _vocab_options(options)
 
 
 def linear_log_probs(
@@ -557,7 +588,8 @@ def _class_weight(input: Tensor, weight: Tensor | None, same_dtype: bool = True)
         raise _error("weight", f"the input's dtype {input.dtype}", weight.dtype)
 
 
-def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: VocabOptions) -> None:
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> None:
+    reduction(options.reduction)
     number("ignore_index", options.ignore_index, (int, Integral), "an int")
     if input.dim() == 0:
         raise _error("input", _SCORES, "()", ValueError)

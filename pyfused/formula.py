@@ -25,7 +25,7 @@ from pyfused.backends import cpu
 from pyfused.backends.protocol import Divisor, Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
-from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
+from pyfused.dispatch.operator import Operand, Options, Tensors
 from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.formula_compiler.outside import Outside
@@ -75,9 +75,9 @@ class FormulaOperator(PointwiseLoss):
             return function(*operands, **formula.with_tensors(operands, values))
 
         def compute(*arguments: Any) -> Tensor:
-            *tensors, weight = arguments[: count + 1]
-            value = formula.by_torch(tensors, named(arguments[count + 1 : -1]))
-            return reduced(value, arguments[-1], weight)
+            *tensors, weight, options = arguments
+            value = formula.by_torch(tensors, named(options[:-1]))
+            return reduced(value, options.reduction, weight)
 
         operands = zip(formula.operands, masks, strict=True)
         super().__init__(
@@ -88,7 +88,7 @@ class FormulaOperator(PointwiseLoss):
                 Operand("weight", differentiated=False, optional=True, converts=True),
             ),
             numbers=tuple(map(Scalar, numbers)),
-            case=("reduction",),
+            choices=("reduction",),
             fallback_reason=self._reason_of_shapes,
             torch=compute,
             formula=partial(evaluate, formula.written),
@@ -115,7 +115,7 @@ class FormulaOperator(PointwiseLoss):
             ])  # fmt: skip
         return kernel
 
-    def _cases(self, numbers: Numbers) -> tuple[Any, ...] | str:
+    def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
         """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
         if isinstance(self.generic, str):
             return self.generic
@@ -142,7 +142,7 @@ class FormulaOperator(PointwiseLoss):
         cases: tuple[Any, ...],
         operands: int,  # noqa: ARG002
         outputs: Outputs,
-    ) -> tuple[Program, Parameters | None]:
+    ) -> tuple[Program, Parameters]:
         kernel = self.traced(cases)
         assert isinstance(kernel, Kernel)
         return kernel.program(outputs), self._parameters(kernel)
@@ -153,18 +153,12 @@ class FormulaOperator(PointwiseLoss):
             return "a mask is an index, and the operands differ in shape"
         return None
 
-    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         operands = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
-        return super().unreduced(operands, parameters)
+        return super().unreduced(operands, options)
 
-    def _check(
-        self,
-        arguments: Arguments,  # noqa: ARG002
-        operands: Sequence[Any],
-        weight: Tensor | None,
-        reduction: str,
-    ) -> None:
-        checks.reduction(reduction)
+    def _check(self, operands: Sequence[Any], weight: Tensor | None, options: Options) -> None:
+        checks.reduction(options.reduction)
         if weight is not None:
             shape, *others = {operand.shape for operand in operands}
             shape = torch.broadcast_shapes(shape, *others) if others else shape
@@ -419,7 +413,7 @@ class Formula:
             op = self.operators.setdefault((masks, static, outside), op)
         return op
 
-    def _split(self, parameters: dict[str, Any]) -> tuple[Numbers, tuple[Any, ...]]:
+    def _split(self, parameters: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the numbers, and the name, the type and the value of each static parameter."""
         numbers, static = list[Any](), list[Any]()
         for name, value in parameters.items():
@@ -435,7 +429,7 @@ class Formula:
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         operands, parameters, reduction, weight = self._bind(operands, named)
-        if is_dynamo_compiling() or dispatch.is_small(self.op, (*operands, weight), (reduction,)):
+        if is_dynamo_compiling() or dispatch.is_small(self.op, (*operands, weight), ()):
             return reduced(self.by_torch(operands, parameters), reduction, weight)
         return dispatch.run(*self._call(operands, parameters, reduction, weight))
 
@@ -483,8 +477,8 @@ class Formula:
 
     def call_of(
         self, operands: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[FormulaOperator, Tensors, Numbers, Case]:
-        """Returns the operator, the tensors, the numbers and the case of a call.
+    ) -> tuple[FormulaOperator, Tensors, Options]:
+        """Returns the operator, the tensors and the options of a call.
 
         Raises:
             TypeError: The arguments do not match the formula's signature, or an operand is integer.
@@ -493,10 +487,12 @@ class Formula:
 
     def _call(
         self, operands: tuple[Any, ...], parameters: dict[str, Any], reduction: str, weight: Any
-    ) -> tuple[FormulaOperator, Tensors, Numbers, Case]:
+    ) -> tuple[FormulaOperator, Tensors, Options]:
         numbers, static = self._split(parameters)
-        masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
-        return self.operator(masks, static), (*operands, weight), numbers, (reduction,)
+        op = self.operator(
+            tuple([getattr(x, "dtype", None) is torch.bool for x in operands]), static
+        )
+        return op, (*operands, weight), op.options(*numbers, reduction)
 
     def _bind(
         self, operands: tuple[Any, ...], named: dict[str, Any]
@@ -547,7 +543,7 @@ class Formula:
         return "\n  ".join([
             (f"{self.__name__}: {len(program.body)} instructions for an element and its gradients; "
             f"{tensors} read, {written} written: {4 * (read + written)} bytes of float32"),
-            *program.lines(self.operands, parameters(numbers) if parameters else numbers),
+            *program.lines(self.operands, parameters(numbers)),
         ])  # fmt: skip
 
     def verify(self, **parameters: Any) -> None:
@@ -646,10 +642,10 @@ def _points(
     return [*points]
 
 
-def _run(op: FormulaOperator, numbers: tuple[Any, ...], operands: Sequence[Tensor]) -> Tensor:
+def _run(op: FormulaOperator, options: Options, operands: Sequence[Tensor]) -> Tensor:
     """Returns the function's value and gradients, converted to float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
-    value = op.unreduced(leaves, numbers)
+    value = op.unreduced(leaves, options)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
@@ -698,7 +694,7 @@ def check(
         raise UntraceableError(f"{op.name}: {cases}")
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    count, outputs = len(op.variables), op.all_outputs
+    count, outputs, options = len(op.variables), op.all_outputs, op.options(*numbers, "none")
     kernel = op.traced(cases)
     assert isinstance(kernel, Kernel)
     ((_, e, _),) = kernel.methods
@@ -706,13 +702,13 @@ def check(
     points = _points(count, op.masks, literals, dtype)
     program, parameters = op.kernel(cases, count, outputs)
     launch = kernels(program, (tuple(points), None, None), parameters, "none", outputs)
-    value, gradients = launch((*points, None, None), numbers)
+    value, gradients = launch((*points, None, None), options)
     results = torch.stack([value, *gradients]).double()
     wide = [x.double() for x in points]
     varied = [k not in op.masks for k in range(count)]
-    expected = _run(op, numbers, wide)
+    expected = _run(op, options, wide)
     digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
-    nearby = [expected, _run(op, numbers, points)]
+    nearby = [expected, _run(op, options, points)]
     for _ in range(8):
         steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
         near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
@@ -722,7 +718,7 @@ def check(
         ]
         with _Roundings(dtype, generator):
             nearby += [
-                _run(op, numbers, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}
+                _run(op, options, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}
             ]
     bounds = torch.stack(nearby)
     undefined = bounds.isnan()
@@ -735,9 +731,9 @@ def check(
         # The function is unstable where its float32 result is inaccurate; the kernel may be more
         # accurate. Where the function returns NaN for operands that are not NaN, the kernel may
         # return the limit.
-        error = (_run(op, numbers, [x.float() for x in points]) - expected).abs()
+        error = (_run(op, options, [x.float() for x in points]) - expected).abs()
         without_nan = [torch.where(x.isnan(), 0.5, x) for x in wide]
-        lost = expected.isnan() & _run(op, numbers, without_nan).isnan()
+        lost = expected.isnan() & _run(op, options, without_nan).isnan()
         stable = results.isfinite() & ~((results - expected).abs() > 1e-6 * error)
         right |= ~results.isnan() & torch.where(expected.isnan(), lost, stable)
     if not right.all():

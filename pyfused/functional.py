@@ -38,6 +38,7 @@ Other names, such as ``conv2d``, are torch's functions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,6 @@ from pyfused.ops.log_probs import LogProbs, LogProbsWithMetrics, named
 from pyfused.ops.metrics import Metrics
 from pyfused.types import (
     Approximate,
-    CrossEntropyOptions,
     FusedOptions,
     MarginKind,
     Reduction,
@@ -186,10 +186,21 @@ def cross_entropy(
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
-    tensors = input, target, weight, token_weight, tensor
-    numbers = number, softcap, temperature, gamma, z_loss, scale, label_smoothing, 0.0  # filter_eps
-    case = ignore_index, reduction, None, loss_dtype, False, inplace  # memory_budget, with_metrics
-    return run(operators.CROSS_ENTROPY, tensors, numbers, case, shard)
+    op = operators.CROSS_ENTROPY
+    options = op.options(
+        denominator=number,
+        softcap=softcap,
+        temperature=temperature,
+        gamma=gamma,
+        z_loss=z_loss,
+        scale=scale,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        loss_dtype=loss_dtype,
+        inplace=inplace,
+    )
+    return run(op, (input, target, weight, token_weight, tensor), options, shard)
 
 
 def cross_entropy_with_metrics(
@@ -216,19 +227,29 @@ def cross_entropy_with_metrics(
         The loss, and the :class:`~pyfused.ops.metrics.Metrics` of the capped and scaled logits:
         log-probability, log-sum-exp, prediction, whether the prediction is correct, and entropy.
     """
-    checks.keywords("cross_entropy_with_metrics", options)
-    loss_options = CrossEntropyOptions(
-        ignore_index,
-        reduction,
+    op = operators.CROSS_ENTROPY
+    factors, others = _split_factors("cross_entropy_with_metrics", options)
+    loss_options = op.options(
+        ignore_index=ignore_index,
+        reduction=reduction,
         label_smoothing=label_smoothing,
         gamma=gamma,
         with_metrics=True,
         inplace=inplace,
-        **options,
+        **others,
     )
-    op = operators.CROSS_ENTROPY
-    call = op.call_of((input, target, weight), loss_options)
-    return run(op, *call, shard)  # type: ignore[return-value]
+    return run(op, (input, target, weight, *factors), loss_options, shard)  # type: ignore[return-value]
+
+
+def _split_factors(
+    function: str, keywords: Mapping[str, Any]
+) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """Returns token_weight and the denominator if it is a tensor, and the other keywords."""
+    options = dict(checks.keywords(function, keywords))
+    token_weight, denominator = options.pop("token_weight", None), None
+    if isinstance(options.get("denominator"), Tensor):
+        denominator = options.pop("denominator")
+    return (token_weight, denominator), options
 
 
 def additive_margin(
@@ -325,10 +346,23 @@ def linear_cross_entropy(
         As in :func:`cross_entropy`.
     """
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
+    op = operators.LINEAR_CROSS_ENTROPY
     tensors = input, linear_weight, linear_bias, target, weight, token_weight, tensor
-    numbers = number, softcap, temperature, 0.0, z_loss, scale, label_smoothing, filter_eps  # gamma
-    case = ignore_index, reduction, memory_budget, loss_dtype, False, False, options
-    return run(operators.LINEAR_CROSS_ENTROPY, tensors, numbers, case, shard)
+    loss_options = op.options(
+        denominator=number,
+        softcap=softcap,
+        temperature=temperature,
+        z_loss=z_loss,
+        scale=scale,
+        label_smoothing=label_smoothing,
+        filter_eps=filter_eps,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        memory_budget=memory_budget,
+        loss_dtype=loss_dtype,
+        torch_options=options,
+    )
+    return run(op, tensors, loss_options, shard)
 
 
 def linear_cross_entropy_with_metrics(
@@ -358,19 +392,19 @@ def linear_cross_entropy_with_metrics(
         The loss, and the :class:`~pyfused.ops.metrics.Metrics` of the layer's capped and scaled
         output, as in :func:`cross_entropy_with_metrics`.
     """
-    checks.keywords("linear_cross_entropy_with_metrics", options)
-    loss_options = CrossEntropyOptions(
-        ignore_index,
-        reduction,
+    op = operators.LINEAR_CROSS_ENTROPY
+    factors, others = _split_factors("linear_cross_entropy_with_metrics", options)
+    tensors = input, linear_weight, linear_bias, target, weight, *factors
+    loss_options = op.options(
+        ignore_index=ignore_index,
+        reduction=reduction,
         label_smoothing=label_smoothing,
         with_metrics=True,
         memory_budget=memory_budget,
         filter_eps=filter_eps,
-        **options,
+        **others,
     )
-    op, layer = operators.LINEAR_CROSS_ENTROPY, (input, linear_weight, linear_bias)
-    tensors, numbers, case = op.call_of((*layer, target, weight), loss_options)
-    return run(op, tensors, numbers, (*case, None), shard)  # type: ignore[return-value]
+    return run(op, tensors, loss_options, shard)  # type: ignore[return-value]
 
 
 def log_probs(
@@ -412,10 +446,16 @@ def log_probs(
         float64 logits, otherwise float32. With ``return_metrics`` it is a
         :class:`~pyfused.ops.log_probs.LogProbsWithMetrics`, which has two more items.
     """
-    alone = not (return_entropy or return_lse)
+    op, alone = operators.LOG_PROBS, not (return_entropy or return_lse)
     tensors = checks.classes_at(1, "logits", logits, dim), target
-    case = ignore_index, "none", None, alone, return_metrics
-    values = run(operators.LOG_PROBS, tensors, (None, softcap, temperature), case, shard)
+    options = op.options(
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        alone=alone,
+        with_metrics=return_metrics,
+    )
+    values = run(op, tensors, options, shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -454,10 +494,16 @@ def linear_log_probs(
     Returns:
         As in :func:`log_probs`.
     """
-    alone = not (return_entropy or return_lse)
-    tensors, numbers = (input, linear_weight, linear_bias, target), (None, softcap, temperature)
-    case = ignore_index, "none", memory_budget, alone, return_metrics
-    values = run(operators.LINEAR_LOG_PROBS, tensors, numbers, case, shard)
+    op, alone = operators.LINEAR_LOG_PROBS, not (return_entropy or return_lse)
+    options = op.options(
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        alone=alone,
+        with_metrics=return_metrics,
+    )
+    values = run(op, (input, linear_weight, linear_bias, target), options, shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -523,9 +569,16 @@ def kl_div_with_logits(
         teacher_logits = checks.classes_at(-1, "teacher_logits", teacher_logits, dim)
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     teacher_logits = _teacher(teacher_logits, teacher_requires_grad)
-    tensors = logits, teacher_logits, _mask_as_float(token_weight), tensor
-    numbers = number, softcap, temperature, beta, teacher_softcap
-    return run(operators.KL_DIV_WITH_LOGITS, tensors, numbers, (-100, reduction, None, "bucket"))
+    op = operators.KL_DIV_WITH_LOGITS
+    options = op.options(
+        denominator=number,
+        softcap=softcap,
+        temperature=temperature,
+        beta=beta,
+        teacher_softcap=teacher_softcap,
+        reduction=reduction,
+    )
+    return run(op, (logits, teacher_logits, _mask_as_float(token_weight), tensor), options)
 
 
 def _teacher(tensor: Any, requires_grad: bool) -> Any:
@@ -582,11 +635,17 @@ def linear_kl_div(
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     head = teacher_input, teacher_linear_weight, teacher_linear_bias
     teacher = [_teacher(x, teacher_requires_grad) for x in head]
-    student = input, linear_weight, linear_bias
-    tensors = *student, *teacher, _mask_as_float(token_weight), tensor
-    numbers = number, softcap, temperature, beta, teacher_softcap
-    case = -100, reduction, memory_budget, "bucket"
-    return run(operators.LINEAR_KL_DIV, tensors, numbers, case)
+    student, op = (input, linear_weight, linear_bias), operators.LINEAR_KL_DIV
+    options = op.options(
+        denominator=number,
+        softcap=softcap,
+        temperature=temperature,
+        beta=beta,
+        teacher_softcap=teacher_softcap,
+        reduction=reduction,
+        memory_budget=memory_budget,
+    )
+    return run(op, (*student, *teacher, _mask_as_float(token_weight), tensor), options)
 
 
 def linear_topk_kl_div(
@@ -633,11 +692,17 @@ def linear_topk_kl_div(
     """
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     teacher = [_teacher(x, teacher_requires_grad) for x in (teacher_indices, teacher_log_probs)]
-    student = input, linear_weight, linear_bias
-    tensors = *student, *teacher, _mask_as_float(token_weight), tensor
-    numbers = number, softcap, temperature, beta, None
-    case = -100, reduction, memory_budget, remainder
-    return run(operators.LINEAR_TOPK_KL_DIV, tensors, numbers, case)
+    student, op = (input, linear_weight, linear_bias), operators.LINEAR_TOPK_KL_DIV
+    options = op.options(
+        denominator=number,
+        softcap=softcap,
+        temperature=temperature,
+        beta=beta,
+        reduction=reduction,
+        memory_budget=memory_budget,
+        remainder=remainder,
+    )
+    return run(op, (*student, *teacher, _mask_as_float(token_weight), tensor), options)
 
 
 def nll_loss(
@@ -663,7 +728,9 @@ def nll_loss(
             ignored.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(operators.NLL_LOSS, (input, target, weight), (), (ignore_index, reduction))
+    op = operators.NLL_LOSS
+    options = op.options(ignore_index=ignore_index, reduction=reduction)
+    return run(op, (input, target, weight), options)
 
 
 def triplet_margin_loss(
@@ -695,8 +762,9 @@ def triplet_margin_loss(
             between negative and anchor, if it is smaller.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    tensors = anchor, positive, negative
-    return run(operators.TRIPLET_MARGIN_LOSS, tensors, (margin, p, eps), (swap, reduction))
+    op = operators.TRIPLET_MARGIN_LOSS
+    options = op.options(margin=margin, p=p, eps=eps, swap=swap, reduction=reduction)
+    return run(op, (anchor, positive, negative), options)
 
 
 def cosine_embedding_loss(
@@ -720,7 +788,9 @@ def cosine_embedding_loss(
         margin: The cosine below which pairs with target -1 have no loss.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(operators.COSINE_EMBEDDING_LOSS, (input1, input2, target), (margin,), (reduction,))
+    op = operators.COSINE_EMBEDDING_LOSS
+    options = op.options(margin=margin, reduction=reduction)
+    return run(op, (input1, input2, target), options)
 
 
 def contrastive_loss(
@@ -762,8 +832,9 @@ def contrastive_loss(
     """
     scale = float(scale) if isinstance(scale, Real) else scale
     bias = float(bias) if isinstance(bias, Real) else bias
-    case = -100, reduction, memory_budget
-    return run(operators.CONTRASTIVE_LOSS, (a, b, bias, scale), (None, None, 1.0), case)
+    op = operators.CONTRASTIVE_LOSS
+    options = op.options(reduction=reduction, memory_budget=memory_budget)
+    return run(op, (a, b, bias, scale), options)
 
 
 def mse_loss(
@@ -784,7 +855,8 @@ def mse_loss(
         weight: A factor for each element, of the input's shape.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.MSE_LOSS, (input, target, weight), (), (reduction,))
+    op = elementwise.MSE_LOSS
+    return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
 def l1_loss(
@@ -803,7 +875,8 @@ def l1_loss(
         input, target, reduction, weight: As in :func:`mse_loss`.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.L1_LOSS, (input, target, weight), (), (reduction,))
+    op = elementwise.L1_LOSS
+    return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
 def smooth_l1_loss(
@@ -825,7 +898,8 @@ def smooth_l1_loss(
             number raises a RuntimeError.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.SMOOTH_L1_LOSS, (input, target), (beta,), (reduction,))
+    op = elementwise.SMOOTH_L1_LOSS
+    return run(op, (input, target), op.options(beta=beta, reduction=reduction))
 
 
 def huber_loss(
@@ -846,7 +920,8 @@ def huber_loss(
         delta: The error below which the loss is quadratic; more than 0.
         weight: A factor for each element, of the input's shape.
     """
-    return run(elementwise.HUBER_LOSS, (input, target, weight), (delta,), (reduction,))
+    op = elementwise.HUBER_LOSS
+    return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction))
 
 
 def binary_cross_entropy(
@@ -874,7 +949,8 @@ def binary_cross_entropy(
             :func:`binary_cross_entropy_with_logits` then.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.BINARY_CROSS_ENTROPY, (input, target, weight), (), (reduction,))
+    op = elementwise.BINARY_CROSS_ENTROPY
+    return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
 def binary_cross_entropy_with_logits(
@@ -905,8 +981,8 @@ def binary_cross_entropy_with_logits(
         RuntimeError: A weight requires grad.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    tensors = input, target, weight, pos_weight
-    return run(elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS, tensors, (), (reduction,))
+    op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
+    return run(op, (input, target, weight, pos_weight), op.options(reduction=reduction))
 
 
 def kl_div(
@@ -932,7 +1008,8 @@ def kl_div(
     if size_average is not None or reduce is not None:  # torch does not warn, and may divide twice
         legacy = size_average, reduce, reduction, log_target
         return F.kl_div(input, target, *legacy)  # type: ignore[no-any-return]
-    return run(elementwise.KL_DIV, (input, target), (), (log_target, reduction))
+    op = elementwise.KL_DIV
+    return run(op, (input, target), op.options(log_target=log_target, reduction=reduction))
 
 
 def poisson_nll_loss(
@@ -958,7 +1035,9 @@ def poisson_nll_loss(
         eps: Added to the rates before taking the logarithm.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.POISSON_NLL_LOSS, (input, target), (eps,), (log_input, full, reduction))
+    op = elementwise.POISSON_NLL_LOSS
+    options = op.options(eps=eps, log_input=log_input, full=full, reduction=reduction)
+    return run(op, (input, target), options)
 
 
 def gaussian_nll_loss(
@@ -986,7 +1065,8 @@ def gaussian_nll_loss(
         ValueError: A variance is negative (on GPUs it counts as ``eps`` instead), or the shape of
             ``var`` is invalid.
     """
-    return run(elementwise.GAUSSIAN_NLL_LOSS, (input, target, var), (eps,), (full, reduction))
+    op = elementwise.GAUSSIAN_NLL_LOSS
+    return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction))
 
 
 def soft_margin_loss(
@@ -1005,7 +1085,8 @@ def soft_margin_loss(
         target: The classes, -1 or 1, of the input's shape.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.SOFT_MARGIN_LOSS, (input, target), (), (reduction,))
+    op = elementwise.SOFT_MARGIN_LOSS
+    return run(op, (input, target), op.options(reduction=reduction))
 
 
 def hinge_embedding_loss(
@@ -1028,7 +1109,8 @@ def hinge_embedding_loss(
         margin: The distance beyond which dissimilar pairs have no loss.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.HINGE_EMBEDDING_LOSS, (input, target), (margin,), (reduction,))
+    op = elementwise.HINGE_EMBEDDING_LOSS
+    return run(op, (input, target), op.options(margin=margin, reduction=reduction))
 
 
 def margin_ranking_loss(
@@ -1051,7 +1133,9 @@ def margin_ranking_loss(
         margin: How much higher it should be.
     """
     reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    return run(elementwise.MARGIN_RANKING_LOSS, (input1, input2, target), (margin,), (reduction,))
+    op = elementwise.MARGIN_RANKING_LOSS
+    options = op.options(margin=margin, reduction=reduction)
+    return run(op, (input1, input2, target), options)
 
 
 def quantile_loss(
@@ -1071,7 +1155,8 @@ def quantile_loss(
         target: Ground truth, of a shape that broadcasts with the input's.
         quantile: The fraction of the targets that should be below the input, 0.0 to 1.0.
     """
-    return run(elementwise.QUANTILE_LOSS, (input, target), (quantile,), (reduction,))
+    op = elementwise.QUANTILE_LOSS
+    return run(op, (input, target), op.options(quantile=quantile, reduction=reduction))
 
 
 def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -1086,7 +1171,8 @@ def log_cosh_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean") 
     Args:
         input, target: As in :func:`quantile_loss`.
     """
-    return run(elementwise.LOG_COSH_LOSS, (input, target), (), (reduction,))
+    op = elementwise.LOG_COSH_LOSS
+    return run(op, (input, target), op.options(reduction=reduction))
 
 
 def hinge_loss(
@@ -1108,7 +1194,9 @@ def hinge_loss(
         margin: Scores with the correct sign that are at least this far from 0 have no loss.
         squared: Whether to square the loss.
     """
-    return run(elementwise.HINGE_LOSS, (input, target), (margin,), (squared, reduction))
+    op = elementwise.HINGE_LOSS
+    options = op.options(margin=margin, squared=squared, reduction=reduction)
+    return run(op, (input, target), options)
 
 
 def sigmoid_focal_loss(
@@ -1138,8 +1226,9 @@ def sigmoid_focal_loss(
         weight: A factor for each element, of a shape that broadcasts to the inputs'.
         ignore_index: Elements with this target have loss and gradient 0.
     """
-    numbers = alpha, gamma, ignore_index
-    return run(elementwise.SIGMOID_FOCAL_LOSS, (inputs, targets, weight), numbers, (reduction,))
+    op = elementwise.SIGMOID_FOCAL_LOSS
+    options = op.options(alpha=alpha, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
+    return run(op, (inputs, targets, weight), options)
 
 
 def rmse_loss(
@@ -1165,7 +1254,8 @@ def rmse_loss(
     checks.tensor("target", target)
     dtype = autocast_dtype(common_dtype(input, target, weight), input.device)
     tensors = map(_without_halves, (input, target, weight))
-    loss = run(elementwise.MSE_LOSS, (*tensors,), (), (reduction,))
+    op = elementwise.MSE_LOSS
+    loss = run(op, (*tensors,), op.options(reduction=reduction))
     return (loss + eps).sqrt().reshape(loss.shape).to(dtype)
 
 
@@ -1205,7 +1295,7 @@ def multilabel_soft_margin_loss(
     wide = accumulate_dtype(dtype)
     tensors = input.to(wide), target.to(wide), _without_halves(weight), None
     op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
-    loss: Tensor = run(op, tensors, (), (reduction,))
+    loss: Tensor = run(op, tensors, op.options(reduction=reduction))
     if reduction == "none":
         loss = loss.mean(-1)
     elif reduction == "sum":
@@ -1217,7 +1307,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
     if inplace:
         return in_place(elementwise.RELU, input)
-    return run(elementwise.RELU, (input,), (), ())
+    return run(elementwise.RELU, (input,), ())
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -1228,12 +1318,13 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """
     if inplace:
         return in_place(elementwise.LEAKY_RELU, input, negative_slope)
-    return run(elementwise.LEAKY_RELU, (input,), (negative_slope,), ())
+    op = elementwise.LEAKY_RELU
+    return run(op, (input,), op.options(negative_slope=negative_slope))
 
 
 def tanh(input: Tensor) -> Tensor:
     """Returns the hyperbolic tangent."""
-    return run(elementwise.TANH, (input,), (), ())
+    return run(elementwise.TANH, (input,), ())
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
@@ -1245,7 +1336,8 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
     Args:
         cap: More than 0; others raise a ValueError.
     """
-    return run(elementwise.SOFTCAP, (input,), (cap,), ())
+    op = elementwise.SOFTCAP
+    return run(op, (input,), op.options(cap=cap))
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -1255,7 +1347,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if inplace:
         return in_place(elementwise.SILU, input)
-    return run(elementwise.SILU, (input,), (), ())
+    return run(elementwise.SILU, (input,), ())
 
 
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
@@ -1272,12 +1364,13 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
             raise a RuntimeError.
     """
     checks.approximate(approximate)
-    return run(elementwise.GELU, (input,), (), (approximate,))
+    op = elementwise.GELU
+    return run(op, (input,), op.options(approximate=approximate))
 
 
 def sigmoid(input: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-input))``."""
-    return run(elementwise.SIGMOID, (input,), (), ())
+    return run(elementwise.SIGMOID, (input,), ())
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
@@ -1289,14 +1382,15 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
     """
     if inplace:
         return in_place(elementwise.THRESHOLD, input, threshold, value)
-    return run(elementwise.THRESHOLD, (input,), (threshold, value), ())
+    op = elementwise.THRESHOLD
+    return run(op, (input,), op.options(threshold=threshold, value=value))
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input`` clamped to [0, 6]."""
     if inplace:
         return in_place(elementwise.RELU6, input)
-    return run(elementwise.RELU6, (input,), (), ())
+    return run(elementwise.RELU6, (input,), ())
 
 
 def hardtanh(
@@ -1310,21 +1404,22 @@ def hardtanh(
     """
     if inplace:
         return in_place(elementwise.HARDTANH, input, min_val, max_val)
-    return run(elementwise.HARDTANH, (input,), (min_val, max_val), ())
+    op = elementwise.HARDTANH
+    return run(op, (input,), op.options(min_val=min_val, max_val=max_val))
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input / 6 + 1 / 2`` clamped to [0, 1]."""
     if inplace:
         return in_place(elementwise.HARDSIGMOID, input)
-    return run(elementwise.HARDSIGMOID, (input,), (), ())
+    return run(elementwise.HARDSIGMOID, (input,), ())
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * hardsigmoid(input)``."""
     if inplace:
         return in_place(elementwise.HARDSWISH, input)
-    return run(elementwise.HARDSWISH, (input,), (), ())
+    return run(elementwise.HARDSWISH, (input,), ())
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -1333,7 +1428,8 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     Args:
         lambd: 0 or more.
     """
-    return run(elementwise.HARDSHRINK, (input,), (lambd,), ())
+    op = elementwise.HARDSHRINK
+    return run(op, (input,), op.options(lambd=lambd))
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -1342,7 +1438,8 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     Args:
         lambd: 0 or more; others raise a RuntimeError.
     """
-    return run(elementwise.SOFTSHRINK, (input,), (lambd,), ())
+    op = elementwise.SOFTSHRINK
+    return run(op, (input,), op.options(lambd=lambd))
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1353,14 +1450,15 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if inplace:
         return in_place(elementwise.ELU, input, alpha)
-    return run(elementwise.ELU, (input,), (alpha,), ())
+    op = elementwise.ELU
+    return run(op, (input,), op.options(alpha=alpha))
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
     if inplace:
         return in_place(elementwise.SELU, input)
-    return run(elementwise.SELU, (input,), (), ())
+    return run(elementwise.SELU, (input,), ())
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1371,14 +1469,15 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if inplace:
         return in_place(elementwise.CELU, input, alpha)
-    return run(elementwise.CELU, (input,), (alpha,), ())
+    op = elementwise.CELU
+    return run(op, (input,), op.options(alpha=alpha))
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
     if inplace:
         return in_place(elementwise.MISH, input)
-    return run(elementwise.MISH, (input,), (), ())
+    return run(elementwise.MISH, (input,), ())
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -1388,22 +1487,23 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
         beta: The sharpness of the bend at 0.
         threshold: The result is ``input`` where ``beta * input`` is above this value.
     """
-    return run(elementwise.SOFTPLUS, (input,), (beta, threshold), ())
+    op = elementwise.SOFTPLUS
+    return run(op, (input,), op.options(beta=beta, threshold=threshold))
 
 
 def logsigmoid(input: Tensor) -> Tensor:
     """Returns ``-log(1 + exp(-input))``."""
-    return run(elementwise.LOGSIGMOID, (input,), (), ())
+    return run(elementwise.LOGSIGMOID, (input,), ())
 
 
 def softsign(input: Tensor) -> Tensor:
     """Returns ``input / (1 + abs(input))``."""
-    return run(elementwise.SOFTSIGN, (input,), (), ())
+    return run(elementwise.SOFTSIGN, (input,), ())
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """Returns ``input - tanh(input)``."""
-    return run(elementwise.TANHSHRINK, (input,), (), ())
+    return run(elementwise.TANHSHRINK, (input,), ())
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1417,7 +1517,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         A tensor of the broadcast shape and the promoted dtype.
     """
-    return run(elementwise.SWIGLU, (gate, up), (), ())
+    return run(elementwise.SWIGLU, (gate, up), ())
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor:
@@ -1428,7 +1528,8 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor
         approximate: As in :func:`gelu`.
     """
     checks.approximate(approximate)
-    return run(elementwise.GEGLU, (gate, up), (), (approximate,))
+    op = elementwise.GEGLU
+    return run(op, (gate, up), op.options(approximate=approximate))
 
 
 def reglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1437,7 +1538,7 @@ def reglu(gate: Tensor, up: Tensor) -> Tensor:
     Args:
         gate, up: As in :func:`swiglu`.
     """
-    return run(elementwise.REGLU, (gate, up), (), ())
+    return run(elementwise.REGLU, (gate, up), ())
 
 
 def softmax(
@@ -1461,7 +1562,8 @@ def softmax(
     Raises:
         IndexError: The input has no dimension ``dim``.
     """
-    return run(operators.SOFTMAX, (input,), (), (dim, dtype, _stacklevel))
+    op = operators.SOFTMAX
+    return run(op, (input,), op.options(dim=dim, dtype=dtype, stacklevel=_stacklevel))
 
 
 def log_softmax(
@@ -1478,4 +1580,5 @@ def log_softmax(
     Returns:
         As in :func:`softmax`.
     """
-    return run(operators.LOG_SOFTMAX, (input,), (), (dim, dtype, _stacklevel))
+    op = operators.LOG_SOFTMAX
+    return run(op, (input,), op.options(dim=dim, dtype=dtype, stacklevel=_stacklevel))

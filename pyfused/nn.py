@@ -124,7 +124,7 @@ def _changed(module: torch.nn.Module, **defaults: Any) -> str:
     options = {name: getattr(module, name, default) for name, default in defaults.items()}
     if hasattr(module, "fused_options"):
         options |= options_of(module)
-    of_loss = {name: getattr(CrossEntropyOptions, name, None) for name in options}
+    of_loss = dict.fromkeys(options) | CrossEntropyOptions._field_defaults
     return shown(options, of_loss | defaults)
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from typing_extensions import Self
 
 Gradients = tuple[Tensor | None, ...]  # one for each operand
 Kernels = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # forward, backward
@@ -171,7 +166,7 @@ class Scalar(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A part of a call's case, such as the reduction.
+    """An option that is no number, such as the reduction.
 
     Attributes:
         values: The values that have their own kernel of a formula; () if all share one.
@@ -201,98 +196,62 @@ OPTIONS = {
     )
 }
 
+# The options of a call over a vocabulary, one class for each family. Floats come first: they are
+# arguments of a launch, and no part of a plan. The fields are arguments of the custom operators.
 
-@dataclass(eq=False)
-class VocabOptions:
-    """The options that all functions over a vocabulary share, built once from a call's keywords.
 
-    The fields are arguments of the custom operators. A function that lacks an option leaves its
-    default.
+class RowOptions(NamedTuple):
+    """Options of the state of rows.
 
     Attributes:
-        ignore_index: The target of rows that are ignored.
-        reduction: The reduction over rows (tokens): "none", "mean" or "sum".
-        token_weight: The factor of each row's loss, None for ones.
-        denominator: The divisor of a mean, None for the total weight of the valid targets.
         softcap: Replaces the logits with softcap * tanh(logits / softcap); None for no cap.
         temperature: The divisor of the logits, after the softcap.
-        memory_budget: Bytes for the logits in memory at once, None for the default.
+        ignore_index: The target of rows that are ignored.
     """
 
-    ignore_index: int = -100
-    reduction: str = "mean"
-    token_weight: Tensor | None = None
-    denominator: float | Tensor | None = None
     softcap: float | None = None
     temperature: float = 1.0
-    memory_budget: int | None = None
-
-    def by_name(self) -> dict[str, Any]:
-        """Returns the values by name. Unlike ``vars``, torch 2.11's compiler can trace it."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the fields that hold tensors, by name."""
-        return {name: x for name, x in self.by_name().items() if isinstance(x, TENSORS)}
-
-    def plan_tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        """Returns token_weight and denominator, None for a denominator that is not a tensor."""
-        denominator: Any = self.denominator
-        return self.token_weight, denominator if isinstance(denominator, TENSORS) else None
-
-    def numbers(self) -> tuple[Any, ...]:
-        """Returns the fields that hold numbers, in order."""
-        return tuple(map(vars(self).__getitem__, _numbers_of(type(self))))  # type: ignore[arg-type]
-
-    def of_call(
-        self, numbers: Sequence[Any], token_weight: Tensor | None, denominator: Tensor | None
-    ) -> Self:
-        """Returns the options that a plan has kept, with the numbers and tensors of a call."""
-        options = object.__new__(type(self))  # copy.copy makes three Python calls
-        vars(options).update(vars(self))
-        vars(options).update(zip(_numbers_of(type(self)), numbers, strict=True))  # type: ignore[arg-type]
-        options.token_weight = token_weight
-        if denominator is not None:
-            options.denominator = denominator
-        return options
+    ignore_index: int = -100
 
 
-@cache
-def _numbers_of(options: Any) -> tuple[str, ...]:
-    """Returns the names of the fields that hold numbers, in order."""
-    return tuple([name for name in options.__dataclass_fields__ if name in OPTIONS])
-
-
-@dataclass(eq=False)
-class CrossEntropyOptions(VocabOptions):
+class CrossEntropyOptions(NamedTuple):
     """Options of cross-entropy, of logits or of a linear layer's output.
 
     Attributes:
+        denominator: The divisor of a mean, unless a tensor is passed; None for the total weight of
+            the valid targets.
+        softcap, temperature, ignore_index: As in `RowOptions`.
         scale: The factor of the logits, after the softcap.
+        filter_eps: Matrix products of a head skip gradients of logits below this.
+        reduction: The reduction over rows (tokens): "none", "mean" or "sum".
+        memory_budget: Bytes for the logits in memory at once, None for the default.
         loss_dtype: The dtype of the loss, None for torch's.
         with_metrics: Whether the call returns a tuple of the loss and the metrics of each target.
         inplace: Whether the gradient of the logits overwrites them.
-        filter_eps: Matrix products of a head skip gradients of logits below this.
+        torch_options: The options of torch's linear_cross_entropy, which kernels ignore.
     """
 
+    denominator: float | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
     gamma: float = 0.0
     z_loss: float = 0.0
     scale: float = 1.0
     label_smoothing: float = 0.0
+    filter_eps: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    memory_budget: int | None = None
     loss_dtype: torch.dtype | None = None
     with_metrics: bool = False
     inplace: bool = False
-    filter_eps: float = 0.0
+    torch_options: Any = None
 
-    def of_rows(self) -> VocabOptions:
+    def of_rows(self) -> RowOptions:
         """Returns the options of row states, whose temperature includes the scale."""
         temperature = self.temperature / self.scale
-        return VocabOptions(
-            self.ignore_index,
-            softcap=self.softcap,
-            temperature=temperature if temperature != 0 else math.nan,  # of an infinite scale
-            memory_budget=self.memory_budget,
-        )
+        temperature = temperature if temperature != 0 else math.nan  # of an infinite scale
+        return RowOptions(self.softcap, temperature, self.ignore_index)
 
     def is_plain(self) -> bool:
         """Returns whether torch's function supports these options.
@@ -301,8 +260,7 @@ class CrossEntropyOptions(VocabOptions):
         """
         numbers = self.temperature, self.scale, self.gamma, self.z_loss
         return (
-            self.token_weight is self.denominator is self.softcap is None
-            and self.loss_dtype is None
+            self.denominator is self.softcap is None is self.loss_dtype
             and not self.with_metrics
             and _NUMBERS.issuperset(map(type, numbers))
             and numbers == (1, 1, 0, 0)
@@ -312,25 +270,30 @@ class CrossEntropyOptions(VocabOptions):
 _NUMBERS = frozenset((float, int))
 
 
-@dataclass(eq=False)
-class LogProbsOptions(VocabOptions):
+class LogProbsOptions(NamedTuple):
     """Options of log-probabilities.
 
     Attributes:
+        softcap, temperature, ignore_index: As in `RowOptions`.
+        memory_budget: As in `CrossEntropyOptions`.
         alone: Whether only the log-probabilities are returned, without entropy and log-sum-exp.
         with_metrics: Whether the call returns a tuple of these and the metrics of each target.
     """
 
-    reduction: str = "none"
+    softcap: float | None = None
+    temperature: float = 1.0
+    ignore_index: int = -100
+    memory_budget: int | None = None
     alone: bool = False
     with_metrics: bool = False
 
 
-@dataclass(eq=False)
-class DivergenceOptions(VocabOptions):
+class DivergenceOptions(NamedTuple):
     """Options of a student's divergence from a teacher.
 
     Attributes:
+        denominator, reduction, memory_budget: As in `CrossEntropyOptions`.
+        softcap, temperature: As in `RowOptions`.
         beta: The weight of the teacher in the mixture of a generalised Jensen-Shannon divergence;
             0 for KL(teacher || student), 1 for KL(student || teacher).
         teacher_softcap: The softcap of the teacher's logits.
@@ -338,8 +301,13 @@ class DivergenceOptions(VocabOptions):
             drops them.
     """
 
+    denominator: float | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
     beta: float = 0.0
     teacher_softcap: float | None = None
+    reduction: str = "mean"
+    memory_budget: int | None = None
     remainder: str = "bucket"
 
 

@@ -424,7 +424,7 @@ class Loss:
     @property
     def choices(self) -> tuple[str, ...]:
         """Returns the flags in effect; each combination has its own kernel."""
-        flags = [x.name for x in self.op.case if True in x.values]
+        flags = [x.name for x in self.op.choices if True in x.values]
         return tuple(name for name in flags if self.values[name])
 
     @property

@@ -39,9 +39,7 @@ from pyfused.memory import physical_memory
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.ops.shards import is_dtensor
 from pyfused.torch_internals import active_mode, has_compiled_call, has_hooks, is_jit_tracing
-from pyfused.types import CrossEntropyOptions
 
-*_, _MEAN = LINEAR_CROSS_ENTROPY.call_of((), CrossEntropyOptions())  # the case of a mean
 _thread = threading.local()  # its attribute `call` is the model call that is running in the thread
 OUTPUT = "the output"
 ALONE, COMPARED = "only the loss read the logits", "a loss was compared"
@@ -150,7 +148,7 @@ class _Call:
         if not (self.always or hooked or is_dynamo_compiling()) and (
             type(head) is _HEAD
             and head.weight.numel()
-            and is_small(LINEAR_CROSS_ENTROPY, (hidden, head.weight), _MEAN)
+            and is_small(LINEAR_CROSS_ENTROPY, (hidden, head.weight), ())
         ):
             return None  # torch would compute the loss from all logits
         modes, reason = modes_of(hidden.device.type), _reason(head, None if hooked else hidden)

@@ -18,7 +18,7 @@ import pyfused.nn as nn
 from pyfused import checks
 from pyfused.adopt.convert import FUSED
 from pyfused.dispatch.explanation import BY_SHARDS, Explanation, by_kernel, path_of
-from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.originals import redirected
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.signature import PLAIN
@@ -80,24 +80,18 @@ class _Explained(Exception):  # noqa: N818
     """Ends a function of `functional` whose call has been explained."""
 
 
-def _explain_run(
-    op: Operator,
-    tensors: Tensors,
-    numbers: Numbers,
-    case: Case,
-    shard: Any = None,
-) -> None:
+def _explain_run(op: Operator, tensors: Tensors, options: Options, shard: Any = None) -> None:
     """Explains a call in place of `run`, and raises the explanation."""
     if shard is not None:
         raise _Explained(by_kernel(op.name, tensors[0], BY_SHARDS))
     checks.tensor(op.operands[0].name, tensors[0])
-    explanation = path_of(op, tensors, numbers, case)
+    explanation = path_of(op, tensors, options)
     present = [x for x in tensors if isinstance(x, Tensor)]
     reason, by_torch = explanation.reason, explanation.backend == "torch"
     # torch checks the calls that kernels do not support, except for dtypes of indices.
     is_checked = not by_torch or reason.startswith(SMALL) or " has dtype " in reason
     if is_checked and all(type(x) in PLAIN and x.is_cpu for x in present):
-        op.check(op.arguments_of(tensors, numbers, case))
+        op.check(tensors, options)
     raise _Explained(explanation)
 
 

@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyfused import checks, functional
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors, parameters_of
+from pyfused.dispatch.operator import Operator, Options, Tensors, parameters_of
 from pyfused.dispatch.originals import TorchAlone, original, torch_alone
 from pyfused.dispatch.reasons import first_time, stacklevel
 from pyfused.dispatch.sizes import COMPILED
@@ -88,15 +88,14 @@ class _Function:
                 if arguments[i] is not None:
                     with torch_alone:
                         return torch_call(arguments)
-            flat = pick(arguments + defaults)
-            tensors, numbers, case = op.split(flat)
-            if dispatch.is_small(op, tensors, case):
+            tensors, options = pick(arguments + defaults)
+            if dispatch.is_small(op, tensors, options):
                 if op.fast is not None:
-                    return op.fast(*flat)
+                    return op.fast(*tensors, options)
                 with torch_alone:
                     return torch_call(arguments)
             unbound = functools.partial(torch_call, arguments, frames=4)
-            return _run(op, tensors, numbers, case, unbound)
+            return _run(op, tensors, options, unbound)
 
         inplace = ", inplace" * ("inplace" in names)
         return code_calling(call, f"callee(({', '.join(parameters)},){inplace})", self.unpatched)
@@ -181,11 +180,12 @@ class _BuiltIn:
             if not (once and required.issubset(bound) and known.issuperset(bound)):
                 return torch_function(*args, **kwargs)  # raises, or supports these arguments
             bound = defaults | bound
-            tensors, numbers, case = op.split(tuple([bound[name] for name in op.names]))
+            tensors = tuple([bound[operand.name] for operand in op.all_operands])
+            options = op.options(**{name: bound[name] for name in op.fields})
             unbound = functools.partial(torch_function, *args, **kwargs)
-            if dispatch.is_small(op, tensors, case):
+            if dispatch.is_small(op, tensors, options):
                 return unbound()
-            return _run(op, tensors, numbers, case, unbound)
+            return _run(op, tensors, options, unbound)
 
         stand_in = StandIn(call)
         globals()[self.path.replace(".", "_")] = stand_in
@@ -216,23 +216,32 @@ class _BuiltIn:
 def _picker(
     op: Operator, parameters: Sequence[str]
 ) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
-    """Returns a function that picks the tensors, numbers and case of a call from a tuple.
+    """Returns a function that picks the tensors and the options of a call from a tuple.
 
     The tuple holds the arguments of these names, followed by the second result: the defaults of the
     arguments that torch's function lacks.
     """
-    absent = [name for name in op.names if name not in parameters]
-    index = [*parameters, *absent].index
+    given = ["torch_options" if name == "options" else name for name in parameters]
+    absent = [name for name in op.names if name not in given]
+    (kind,) = op.options.args
+    index, count = [*given, *absent].index, len(op.all_operands)
     picked = [index(name) for name in op.names]
-    defaults = tuple([getattr(getattr(op, "options", None), name, None) for name in absent])
-    return itemgetter(*picked if len(picked) > 1 else [slice(1)]), defaults
+    picks = itemgetter(*picked) if len(picked) > 1 else itemgetter(slice(1))
+    ignored = given.index("ignore_index") if op.is_linear else None  # None means -100
+
+    def pick(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
+        if ignored is not None and arguments[ignored] is None:
+            arguments = (*arguments[:ignored], -100, *arguments[ignored + 1 :])
+        flat = picks(arguments)
+        return flat[:count], op.options(*flat[count:])
+
+    return pick, tuple([kind._field_defaults.get(name) for name in absent])
 
 
 def _run(
     op: Operator,
     tensors: Tensors,
-    numbers: Numbers,
-    case: Case,
+    options: Options,
     torch_call: Callable[[], Tensor],
 ) -> Tensor:
     """Returns the result of a kernel, or else of torch's function, which raises torch's errors.
@@ -242,9 +251,9 @@ def _run(
     """
     failure = None
     try:
-        reason, kernel, floats = dispatch.decide(op, tensors, numbers, case)
+        reason, kernel, options = dispatch.decide(op, tensors, options)
         if kernel is not None:
-            return kernel(tensors, floats)  # type: ignore[no-any-return]
+            return kernel(tensors, options)  # type: ignore[no-any-return]
         dispatch.report_fallback(op, tensors, str(reason))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if not checks.raised(error):

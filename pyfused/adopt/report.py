@@ -131,7 +131,7 @@ def _is_small(op: Operator, tensors: Tensors, *rest: Any) -> bool:
 
 
 def _decide(op: Operator, tensors: Tensors, *rest: Any) -> dispatch.Decision:
-    reason, kernel, numbers = decision = _replaced["decide"](op, tensors, *rest)
+    reason, kernel, options = decision = _replaced["decide"](op, tensors, *rest)
     if torch_internals.compiler_traces():
         return decision  # type: ignore[no-any-return]
     for report in _reports:
@@ -141,7 +141,7 @@ def _decide(op: Operator, tensors: Tensors, *rest: Any) -> dispatch.Decision:
             report._calls[op.name] += 1
             largest = report._largest.get(op.name, 0)
             report._largest[op.name] = max(largest, op.elements(tensors))
-    return reason, kernel and partial(_timed, kernel), numbers
+    return reason, kernel and partial(_timed, kernel), options
 
 
 def _compute(name: str, function: Any, *values: Any) -> Any:

@@ -22,7 +22,6 @@ from pyfused.dispatch.reasons import SMALL, first_time
 from pyfused.dispatch.run import fallback_reason
 from pyfused.functional import linear_log_probs
 from pyfused.ops.operators import LINEAR_LOG_PROBS
-from pyfused.types import LogProbsOptions
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
 # The results besides the log-probabilities, and the parameters of TRL's forward, both in order.
@@ -146,8 +145,8 @@ def _original_reason(
         factors: The temperature, scale and softcap.
     """
     hidden, weight, bias, target = tensors
-    call = LINEAR_LOG_PROBS.call_of((hidden, weight, bias, target), LogProbsOptions())
-    if not is_dynamo_compiling() and dispatch.is_small(LINEAR_LOG_PROBS, call[0], call[2]):
+    call = LINEAR_LOG_PROBS, (hidden, weight, bias, target), LINEAR_LOG_PROBS.options()
+    if not is_dynamo_compiling() and dispatch.is_small(*call):
         return SMALL
     if hasattr(weight, "ds_id"):
         return "the weight is partitioned by ZeRO-3"
@@ -159,4 +158,4 @@ def _original_reason(
     casts = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes
     if len(dtypes) > 1 and not casts:
         return "the hidden states and the layer differ in dtype"
-    return fallback_reason(LINEAR_LOG_PROBS, *call)
+    return fallback_reason(*call)

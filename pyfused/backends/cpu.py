@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
-from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Numbers, Parameters
+from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Options, Parameters
 from pyfused.formula_compiler.program import Program
 from pyfused.layout import (
     accumulate_dtype,
@@ -44,11 +44,9 @@ from pyfused.layout import (
 from pyfused.torch_internals import has_amx, has_avx512_bf16
 from pyfused.types import (
     ClassRange,
-    DivergenceOptions,
     EmbeddingOptions,
     Kernels,
     Outputs,
-    VocabOptions,
 )
 
 if TYPE_CHECKING:
@@ -230,7 +228,7 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
 
 def cross_entropy(
     tensors: Sequence[Any],
-    options: VocabOptions,
+    options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,
     normalized: bool = False,
@@ -251,18 +249,18 @@ def cross_entropy(
     recycled = RECYCLED_BYTES // input.element_size()
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
         elements = input.numel()
         rows = elements // classes
         sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
         like = torch.empty_like if elements < recycled else empty_like
-        options = _NO_OPTIONS
-        if numbers:
-            number, _, temperature, *terms, scale, smoothing, _ = numbers
-            options = max(0.0, smoothing), *terms, scale / temperature
-            denominator = number if denominator is None else denominator
+        numbers = _NO_OPTIONS
+        if not normalized:
+            scale = options.scale / options.temperature
+            numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
+            denominator = options.denominator if denominator is None else denominator
         logits = input.contiguous() if copies else input
         targets = target.contiguous() if copies_target else target
         if converts:
@@ -292,7 +290,7 @@ def cross_entropy(
             0 if weight is None else weight.data_ptr(),
             ignore_index,
             reduction,
-            options,
+            numbers,
             normalized,
             0 if token_weight is None else token_weight.data_ptr(),
             None if denominator is None else float(denominator),
@@ -313,7 +311,7 @@ nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabil
 
 def kl_div_with_logits(
     tensors: Sequence[Any],
-    options: DivergenceOptions,
+    options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,  # noqa: ARG001
 ) -> LossKernel:
@@ -323,12 +321,11 @@ def kl_div_with_logits(
     new_loss = _loss_allocator(options.reduction == "none", accumulate)
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         input, teacher, token_weight, denominator, *_ = tensors
-        number, _, temperature, beta, _ = numbers
         input, teacher = feature_rows(input), feature_rows(teacher)
-        denominator = number if denominator is None else denominator
+        denominator = options.denominator if denominator is None else denominator
         grad = None
         if needs_grad:
             grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
@@ -339,8 +336,8 @@ def kl_div_with_logits(
             input.shape,
             _rows(input),
             _rows(teacher),
-            beta,
-            1 / temperature,
+            options.beta,
+            1 / options.temperature,
             _address(weight),
             reduction,
             None if denominator is None else float(denominator),
@@ -367,9 +364,9 @@ def embedding_loss(
     flags, count, new_loss = tuple(options), len(inputs), _loss_allocator(each, accumulate)
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
-        margin, eps = numbers[0], numbers[-1]  # the cosine loss has no eps
+        eps = getattr(options, "eps", 0.0)  # the cosine loss has none
         first = tensors[0]
         denominator = 1.0 if divisor is None else float(divisor(first))
         views = [feature_rows(x) for x in tensors[:count]]
@@ -385,7 +382,7 @@ def embedding_loss(
             dtype,
             views[0].shape,
             [_rows(x) for x in (*views, None)[:3]],
-            (margin, eps, *flags),
+            (options.margin, eps, *flags),
             denominator,
             _address(grad_output),
             (*losses, *addresses),
@@ -401,7 +398,7 @@ def embedding_loss(
 
 def row_state(
     logits: Tensor,
-    options: VocabOptions,
+    options: Options,
     classes: ClassRange,
     fields: int,
     results: int = 0,
@@ -410,21 +407,20 @@ def row_state(
     dtype, ignore_index, first = DTYPES[logits.dtype], options.ignore_index, classes.first
 
     def launch(
-        numbers: Numbers,
+        options: Options,
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
         state: Tensor,
         out: Tensor | None = None,
     ) -> None:
-        _, softcap, temperature = numbers
         native.row_state(
             dtype,
             (*logits.shape, first, logits.stride(0)),
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
-            (1 / temperature, softcap or 0.0),
+            (1 / options.temperature, options.softcap or 0.0),
             0 if weight is None else weight.data_ptr(),
             (state.data_ptr(), state.stride(0), fields),
             (0, 0, 0) if out is None else (out.data_ptr(), logits.shape[0], results),
@@ -436,12 +432,12 @@ def row_state(
 
 
 def row_gradients(
-    logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
+    logits: Tensor, options: Options, classes: ClassRange, results: int
 ) -> Callable[..., Tensor]:
     dtype, ignore_index, first = DTYPES[logits.dtype], options.ignore_index, classes.first
 
     def launch(
-        numbers: Numbers,
+        options: Options,
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -453,14 +449,13 @@ def row_gradients(
             like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
             out = like(logits, memory_format=torch.contiguous_format)
         strides = (0, *grad_results.stride())[-2:]
-        _, softcap, temperature = numbers
         native.row_gradients(
             dtype,
             (*logits.shape, first, logits.stride(0)),
             logits.data_ptr(),
             0 if target is None else target.data_ptr(),
             ignore_index,
-            (1 / temperature, softcap or 0.0),
+            (1 / options.temperature, options.softcap or 0.0),
             0 if weight is None else weight.data_ptr(),
             (state.data_ptr(), state.stride(0), 0),
             (grad_results.data_ptr(), *strides, results, grad_results.itemsize),
@@ -478,7 +473,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype])
     recycled = RECYCLED_BYTES // input.element_size()
 
-    def forward(input: Tensor, _: Numbers) -> Tensor:
+    def forward(input: Tensor, _: Options) -> Tensor:
         view = along(input, dim)[0] if copies else input
         elements = input.numel()
         like = torch.empty_like if elements < recycled else empty_like
@@ -488,7 +483,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
         kernel(sizes, *pointers, torch.get_num_threads())
         return output
 
-    def backward(grad_output: Tensor, output: Tensor, _: Numbers) -> Tensor:
+    def backward(grad_output: Tensor, output: Tensor, _: Options) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
         elements = output.numel()
         grad_input = (torch.empty_like if elements < recycled else empty_like)(output)
@@ -511,7 +506,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 def pointwise_loss(
     formula: Kernel | Program,
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-    parameters: Parameters | None,
+    parameters: Parameters,
     reduction: str,
     outputs: Outputs,
     divisor: Divisor | None = None,
@@ -532,11 +527,11 @@ def pointwise_loss(
     no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         operands = tensors[:count]
         weight, denominator, *_ = *tensors[count:], None, None
-        values = numbers if parameters is None else parameters(numbers)
+        values = parameters(options)
         like = operands[index or 0]
         n, by = like.numel(), denominator
         output_like = new_like or (torch.empty_like if n < recycled else empty_like)
@@ -615,25 +610,25 @@ def _native_program(program: Program) -> Callable[..., None]:
 def activation(formula: Kernel, input: Tensor) -> Kernels:
     name = formula.name
     kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
-    dtype, copies = DTYPES[input.dtype], not is_dense(input)
+    dtype, copies, count = DTYPES[input.dtype], not is_dense(input), len(formula.parameters)
     recycled = RECYCLED_BYTES // input.element_size()
 
-    def forward(input: Tensor, numbers: Numbers) -> Tensor:
+    def forward(input: Tensor, options: Options) -> Tensor:
         input, n = input.contiguous() if copies else input, input.numel()
         output = (torch.empty_like if n < recycled else empty_like)(input)
         pointers = input.data_ptr(), output.data_ptr()
-        parameters = (*numbers, 0.0, 0.0, 0.0)[:3]
+        parameters = (*options[:count], 0.0, 0.0, 0.0)[:3]
         kernel(dtype, n, *pointers, parameters, torch.get_num_threads())
         return output
 
-    def backward(grad_output: Tensor, saved: Tensor, numbers: Numbers) -> Tensor:
+    def backward(grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
         saved, n = dense(saved), saved.numel()
         step = 1 if any(grad_output.stride()) else 0
         if step and grad_output.stride() != saved.stride():
             grad_output = torch.empty_like(saved, dtype=grad_output.dtype).copy_(grad_output)
         grad_input = (torch.empty_like if n < recycled else empty_like)(saved)
         pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
-        parameters = (*numbers, 0.0, 0.0, 0.0)[:3]
+        parameters = (*options[:count], 0.0, 0.0, 0.0)[:3]
         backward_kernel(dtype, n, *pointers, parameters, torch.get_num_threads())
         return grad_input
 

@@ -3,8 +3,8 @@
 Most functions prepare a kernel for the layouts of tensors and return a function that launches it.
 Later calls of the same signature only launch it. Preparation takes a TensorSpec for a tensor whose
 sizes differ between these calls. It reads no values of tensors and keeps no references to tensors.
-It may depend on whether a number is None or a special value such as 0; other numbers are arguments
-of a launch.
+It may depend on whether a number is None or a special value such as 0; other numbers are read from
+the options of a launch.
 """
 
 from __future__ import annotations
@@ -15,27 +15,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from pyfused.types import (
-    ClassRange,
-    CrossEntropyOptions,
-    DivergenceOptions,
-    EmbeddingOptions,
-    Gradients,
-    Kernels,
-    Outputs,
-    VocabOptions,
-)
+from pyfused.types import ClassRange, EmbeddingOptions, Gradients, Kernels, Outputs
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
     from pyfused.formula_compiler.program import Program
 
 LossResult = tuple[Tensor | None, Gradients]
-Numbers = Sequence[Any]  # floats; None for an option that is not used
-Parameters = Callable[[Numbers], Sequence[float]]
+Options = Any  # the NamedTuple of an operator, or one with the fields that a function reads
+Parameters = Callable[[Options], Sequence[float]]
 # Returns the divisor of the sum of losses, given the first operand, of which it reads the shape.
 Divisor = Callable[[Tensor], int]
-# Takes the tensors and the numbers of a call, and grad_output, where None (the default) means ones.
+# Takes the tensors and the options of a call, and grad_output, where None (the default) means ones.
 LossKernel = Callable[..., LossResult]
 
 
@@ -76,7 +67,7 @@ class Backend(Protocol):
     def cross_entropy(
         self,
         tensors: Sequence[Any],
-        options: CrossEntropyOptions,
+        options: Options,
         outputs: Outputs,
         grad_output: Tensor | None = None,
     ) -> LossKernel:
@@ -86,13 +77,13 @@ class Backend(Protocol):
             tensors: Logits of shape (C), (N, C) or (N, C, d1, ..., dk); int64 class indices, or
                 probabilities of the logits' shape and dtype; weight (C); token_weight; and the
                 denominator if it is a tensor. The last three may be None.
-            options: The options, whose tensors and numbers are not used.
+            options: `CrossEntropyOptions`, whose numbers are not used.
             grad_output: The gradient of the loss, of the loss's shape; None means ones. Without
                 reduction, a call computes either the loss, or gradients given a grad_output.
 
         Returns:
-            A function that takes tensors, the numbers of the options, and grad_output. It returns
-            the loss, in the accumulation dtype, and the gradients. For a class index out of range,
+            A function that takes tensors, the options of a call, and grad_output. It returns the
+            loss, in the accumulation dtype, and the gradients. For a class index out of range,
             it raises an IndexError before it computes anything. On an asynchronous backend, the
             loss of the row is NaN and its gradient 0 instead.
         """
@@ -100,14 +91,13 @@ class Backend(Protocol):
     def kl_div_with_logits(
         self,
         tensors: Sequence[Any],
-        options: DivergenceOptions,
+        options: Options,
         outputs: Outputs,
         grad_output: Tensor | None = None,
     ) -> LossKernel:
         """Prepares the divergence of logits (N, C) from the teacher's, and the input's gradient.
 
-        The kernel takes tensors, and the numbers of the options. The loss has the accumulation
-        dtype.
+        The kernel takes tensors and the options of a call. The loss has the accumulation dtype.
 
         Args:
             tensors: Logits; the teacher's, of their dtype and shape; token_weight; and the
@@ -132,15 +122,15 @@ class Backend(Protocol):
             divisor: Returns the divisor of the sum of the losses, and of the gradients; None for 1.
 
         Returns:
-            A function that takes tensors, inputs first; the numbers, margin first and eps last; and
-            the gradient of each row's loss; None means ones. It returns the loss of each row or
+            A function that takes tensors, inputs first; the options of a call, with margin and eps;
+            and the gradient of each row's loss; None means ones. It returns the loss of each row or
             their sum, in the accumulation dtype, and the gradients of the inputs.
         """
 
     def row_state(
         self,
         logits: Tensor,
-        options: VocabOptions,
+        options: Options,
         classes: ClassRange,
         fields: int,
         results: int = 0,
@@ -150,8 +140,8 @@ class Backend(Protocol):
 
         Args:
             logits: (N, C) with contiguous classes.
-            options: The options, whose tensors and numbers are not used. The state and the gradient
-                of rows whose target is ``ignore_index`` are 0.
+            options: `RowOptions`, whose numbers are not used. The state and the gradient of rows
+                whose target is ``ignore_index`` are 0.
             classes: The range of classes that the logits belong to.
             fields: The number of fields of a state.
             results: How many of the first fields are also written in the accumulation dtype.
@@ -160,8 +150,7 @@ class Backend(Protocol):
         Returns:
             A function that takes
 
-            - the numbers of the options: the denominator, which is not used, the softcap and the
-              temperature;
+            - the options of a call;
             - logits of this layout;
             - target: contiguous int64 indices into all classes, in range or ``ignore_index``; None
               if no target is in this range of classes;
@@ -173,7 +162,7 @@ class Backend(Protocol):
         """
 
     def row_gradients(
-        self, logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
+        self, logits: Tensor, options: Options, classes: ClassRange, results: int
     ) -> Callable[..., Tensor]:
         """Prepares the gradient of logits, which has their shape and dtype.
 
@@ -183,7 +172,7 @@ class Backend(Protocol):
                 log-probability, entropy, log-sum-exp, and the weighted sum of the logits.
 
         Returns:
-            A function that takes numbers, logits, target and weight (see ``row_state``), and
+            A function that takes options, logits, target and weight (see ``row_state``), and
 
             - state: the state over all classes;
             - grad_results: the gradients of the results, (N) or (results, N), in the accumulation
@@ -197,7 +186,7 @@ class Backend(Protocol):
         self,
         formula: Kernel | Program,
         tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-        parameters: Parameters | None,
+        parameters: Parameters,
         reduction: str,
         outputs: Outputs,
         divisor: Divisor | None = None,
@@ -210,13 +199,13 @@ class Backend(Protocol):
                 of their shape and dtype, or None; and the gradient of the loss, of their shape, or
                 None for ones.
             parameters: Returns the parameters of the formula, at most three for a declared formula,
-                given the numbers of a call; None if these are the parameters.
+                given the options of a call.
             divisor: Returns the divisor of the sum of the losses, and of the gradients, if it is a
                 number; None for 1.
 
         Returns:
             A function that takes tensors (the operands, the weight, and the divisor if it is a
-            tensor, else None), the numbers of the call, and the gradient of the loss. It returns
+            tensor, else None), the options of the call, and the gradient of the loss. It returns
             the loss of each element in the input's dtype, or the sum in the accumulation dtype, and
             the gradients of the operands.
         """
@@ -227,17 +216,17 @@ class Backend(Protocol):
         Returns:
             Two functions: forward takes the input and returns the output; backward takes
             grad_output and the output, and returns the gradient of the input. Both return
-            contiguous tensors. Their last argument, numbers, is not used.
+            contiguous tensors. Their last argument, the options, is not used.
         """
 
     def activation(self, formula: Kernel, input: Tensor) -> Kernels:
         """Prepares an activation for inputs of this layout.
 
         Returns:
-            Two functions: forward takes the input and the parameters of the formula, at most three,
-            and returns the output, in the input's layout; backward takes grad_output, the saved
-            tensor (the output or the input) and the parameters, and returns the gradient of the
-            input.
+            Two functions: forward takes the input and the options of the call, the parameters of
+            the formula first, at most three, and returns the output, in the input's layout;
+            backward takes grad_output, the saved tensor (the output or the input) and the options,
+            and returns the gradient of the input.
         """
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Numbers, Parameters
+from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Options, Parameters
 from pyfused.backends.versions import triton_version
 from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.kernels import reductions
@@ -53,12 +53,9 @@ from pyfused.layout import (
 )
 from pyfused.types import (
     ClassRange,
-    CrossEntropyOptions,
-    DivergenceOptions,
     EmbeddingOptions,
     Kernels,
     Outputs,
-    VocabOptions,
 )
 
 if TYPE_CHECKING:
@@ -172,7 +169,7 @@ def _loss_allocator(
 
 
 def _divisor(
-    options: VocabOptions, indices: bool, classes: int, elements: int = 1
+    options: Options, indices: bool, classes: int, elements: int = 1
 ) -> Callable[..., Tensor | int | None]:
     """Prepares the divisor of the sum of the losses, in the form that the kernels read.
 
@@ -222,7 +219,7 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
 
 def cross_entropy(
     tensors: Sequence[Any],
-    options: CrossEntropyOptions,
+    options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
@@ -265,7 +262,7 @@ def cross_entropy(
     converts = converts_in(accumulate, weight, token_weight, grad_output)
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
         logits = input.contiguous() if copies else input
@@ -284,18 +281,18 @@ def cross_entropy(
         n = input.numel() // classes
         inners = n if one_outer else inner
         programs = min(n // inners * -(-inners // choice.rows), most_programs)
-        number, _, temperature, gamma, z_loss, scale, smoothing, _ = numbers
         floats: Any = (
-            max(0.0, smoothing) if smooth else None,
-            gamma if focal else None,
-            z_loss if squared else None,
-            scale / temperature if scaled else None,
+            max(0.0, options.label_smoothing) if smooth else None,
+            options.gamma if focal else None,
+            options.z_loss if squared else None,
+            options.scale / options.temperature if scaled else None,
         )
         if encodes:
             floats = encoded(floats)
         indices, probabilities = (target, None) if of_indices else (None, target)
         targets, gradients = (indices, weight, token_weight, ignore_index), (grad, grad_target)
-        by, loss = divisor(logits, n, targets, denominator, number), new_loss(input)
+        by = divisor(logits, n, targets, denominator, options.denominator)
+        loss = new_loss(input)
         inputs = (logits, probabilities), targets, by, grad_output
         _run(kernel, programs, inputs, loss, (gradients, inners, *fixed, floats), each)
         return loss, gradients
@@ -355,7 +352,7 @@ def embedding_loss(
     tensor_count = len(inputs)
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         inputs = tuple(tensors[:tensor_count])
         first, shape = inputs[0], inputs[0].shape
@@ -364,7 +361,7 @@ def embedding_loss(
         if grad_output is not None:
             grad_output = grad_output.to(accumulate).contiguous()
         gradients = tuple([first.new_empty(shape) if needed else None for needed in needs_grad])
-        floats: Any = (numbers[0], numbers[-1])
+        floats: Any = options.margin, getattr(options, "eps", 0.0)  # the cosine loss has none
         if encodes:
             floats = encoded(floats)
         by, loss = None if divisor is None else divisor(first), None
@@ -379,7 +376,7 @@ def embedding_loss(
 
 def row_state(
     logits: Tensor,
-    options: VocabOptions,
+    options: Options,
     classes: ClassRange,
     fields: int,
     results: int = 0,
@@ -390,7 +387,7 @@ def row_state(
 
 
 def row_gradients(
-    logits: Tensor, options: VocabOptions, classes: ClassRange, results: int
+    logits: Tensor, options: Options, classes: ClassRange, results: int
 ) -> Callable[..., Any]:
     return _of_rows(row_gradients_kernel, logits, options, classes, {"RESULTS": results})
 
@@ -398,7 +395,7 @@ def row_gradients(
 def _of_rows(
     function: Any,
     logits: Tensor,
-    options: VocabOptions,
+    options: Options,
     classes: ClassRange,
     constants: dict[str, int],
 ) -> Callable[..., Any]:
@@ -410,7 +407,7 @@ def _of_rows(
     rows, ignore_index, encodes = choice.rows, options.ignore_index, logits.dtype is torch.float64
 
     def launch(
-        numbers: Numbers,
+        options: Options,
         logits: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
@@ -418,7 +415,7 @@ def _of_rows(
         results: Any = None,
         out: Tensor | None = None,
     ) -> Any:
-        _, cap, temperature = numbers
+        cap, temperature = options.softcap, options.temperature
         scale = 1 / temperature if scaled else None
         floats: Any = (cap, cap / temperature, scale) if capped else (None, None, scale)
         if encodes:
@@ -438,7 +435,7 @@ def _of_rows(
 
 def kl_div_with_logits(
     tensors: Sequence[Any],
-    options: DivergenceOptions,
+    options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> LossKernel:
@@ -460,7 +457,7 @@ def kl_div_with_logits(
     divisor = _divisor(options, False, classes)
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         input, teacher, token_weight, denominator, *_ = tensors
         if copies:
@@ -470,10 +467,9 @@ def kl_div_with_logits(
         grad, n = None, input.shape[0]
         if needs_grad:
             grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
-        number, _, temperature, beta, _ = numbers
-        by = divisor(input, n, (None, None, token_weight), denominator, number)
+        by = divisor(input, n, (None, None, token_weight), denominator, options.denominator)
         inputs = input, teacher, token_weight, by, grad_output
-        floats: Any = beta, 1 / temperature if scaled else None
+        floats: Any = options.beta, 1 / options.temperature if scaled else None
         if encodes:
             floats = encoded(floats)
         loss, outs = new_loss(input), (grad, n, classes, strides, floats)
@@ -501,14 +497,14 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     forward_kernel = prepare(softmax_kernel, strides, output_strides)
     backward_kernel = prepare(softmax_backward_kernel, output_strides)
 
-    def forward(input: Tensor, _: Numbers) -> Tensor:
+    def forward(input: Tensor, _: Options) -> Tensor:
         output = torch.empty_like(input, memory_format=torch.contiguous_format)
         x = along(input, dim)[0] if copies else input
         programs, inners = sizes_of(forward_kernel, output)
         forward_kernel(programs, x, output, inners, length, strides, output_strides)
         return output
 
-    def backward(grad_output: Tensor, output: Tensor, _: Numbers) -> Tensor:
+    def backward(grad_output: Tensor, output: Tensor, _: Options) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
         grad_input = torch.empty_like(output)
         tensors = grad_output, output, grad_input
@@ -525,7 +521,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 def pointwise_loss(
     formula: Kernel | Program,
     tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-    parameters: Parameters | None,
+    parameters: Parameters,
     reduction: str,
     outputs: Outputs,
     divisor: Divisor | None = None,
@@ -543,7 +539,7 @@ def pointwise_loss(
     loss_dtype = outputs.loss_dtype or accumulate_dtype(order.dtype)
 
     def launch(
-        tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor | None = None
+        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         operands = tensors[:count]
         weight, denominator, *_ = *tensors[count:], None, None
@@ -562,7 +558,7 @@ def pointwise_loss(
         elif outputs.loss:
             loss = torch.empty((), dtype=loss_dtype, device=like.device)
             programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
-        values = numbers if parameters is None else parameters(numbers)
+        values = parameters(options)
         floats = *(*values, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(values[NUMBERS:])
         outs, in_row = (*gradients, *padding), n if columns == 0 else columns
         _run(kernel, programs, inputs, loss, (outs, n, in_row, strides, *floats, by), each)
@@ -573,6 +569,7 @@ def pointwise_loss(
 
 def activation(formula: Kernel, input: Tensor) -> Kernels:
     choice, padding = choose(input.element_size()), (None,) * OPERANDS
+    count = len(formula.parameters)
     constants = {"EACH": True, "EXACT": input.element_size() > 2}
     forward_kernel, backward_kernel = (
         Launch(elementwise_kernel, choice, FORMULA=p.kernel("triton", formula_of), **constants)
@@ -581,16 +578,16 @@ def activation(formula: Kernel, input: Tensor) -> Kernels:
     order = input if input.is_contiguous() else torch.empty_like(input, device="meta")
     copies, columns, strides = in_rows(order, [input])
 
-    def forward(input: Tensor, numbers: Numbers) -> Tensor:
+    def forward(input: Tensor, options: Options) -> Tensor:
         output, n = torch.empty_like(input), input.numel()
         programs = -(-n // choice.block)
         x = torch.empty_like(output).copy_(input) if copies else input
         tensors = (x, *padding[1:]), None, None, output, padding
-        parameters = (*numbers, 0.0, 0.0, 0.0)[:NUMBERS]
+        parameters = (*options[:count], 0.0, 0.0, 0.0)[:NUMBERS]
         forward_kernel(programs, *tensors, n, columns, strides, *parameters, (), None)
         return output
 
-    def backward(grad_output: Tensor, saved: Tensor, numbers: Numbers) -> Tensor:
+    def backward(grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
         saved, n = dense(saved), saved.numel()
         programs, grad_input = -(-n // choice.block), torch.empty_like(saved)
         copies, columns, strides = in_rows(grad_input, [grad_output, saved])
@@ -598,7 +595,7 @@ def activation(formula: Kernel, input: Tensor) -> Kernels:
         if copies:
             grad_output = torch.empty_like(saved).copy_(grad_output)
         tensors = (grad_output, saved, *padding[2:]), None, None, grad_input, padding
-        parameters = (*numbers, 0.0, 0.0, 0.0)[:NUMBERS]
+        parameters = (*options[:count], 0.0, 0.0, 0.0)[:NUMBERS]
         backward_kernel(programs, *tensors, n, columns, strides, *parameters, (), None)
         return grad_input
 

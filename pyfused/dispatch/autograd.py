@@ -61,9 +61,9 @@ class Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, numbers: Any, *tensors: Tensor | None) -> Any:
-        output, saved, gradients = plan.forward(tensors, numbers)
-        ctx.plan, ctx.numbers = plan, numbers
+    def forward(ctx: Any, plan: Any, options: Any, *tensors: Tensor | None) -> Any:
+        output, saved, gradients = plan.forward(tensors, options)
+        ctx.plan, ctx.options = plan, options
         ctx.first_gradient = len(saved) if gradients else None
         for x in saved:
             if x is not None and x.is_inference() and not x.requires_grad:
@@ -105,7 +105,7 @@ class Fused(torch.autograd.Function):
         if second_order:
             saved = ctx.saved_tensors
             with torch_alone:
-                gradients = plan.define(saved[:first_gradient], ctx.numbers, grad_output)
+                gradients = plan.define(saved[:first_gradient], ctx.options, grad_output)
             if torch.is_grad_enabled():
                 gradients = in_graph(gradients, saved)
         elif first_gradient is None:
@@ -113,7 +113,7 @@ class Fused(torch.autograd.Function):
             if overwrites:
                 increment_version(saved[0])
                 ctx.input_is_overwritten = True
-            gradients = plan.backward(saved, ctx.numbers, grad_output)
+            gradients = plan.backward(saved, ctx.options, grad_output)
         else:
             copies, gradients = graph_is_retained(), saved_tensors_from(ctx, first_gradient)
             for i, gradient in enumerate(gradients):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused.backends import backend_of
-from pyfused.dispatch.operator import Case, Numbers, Operator, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.run import fallback_reason, is_small
 from pyfused.dispatch.sizes import why_small
 
@@ -39,16 +39,16 @@ class Explanation(NamedTuple):
         return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
 
-def path_of(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Explanation:
+def path_of(op: Operator, tensors: Tensors, options: Options) -> Explanation:
     """Returns the path that :func:`pyfused.dispatch.run.run` would choose for a call."""
-    if not is_dynamo_compiling() and is_small(op, tensors, case):
-        return Explanation(op.name, "torch", why_small(op, tensors, case))
-    reason = fallback_reason(op, tensors, numbers, case)
+    if not is_dynamo_compiling() and is_small(op, tensors, options):
+        return Explanation(op.name, "torch", why_small(op, tensors, options))
+    reason = fallback_reason(op, tensors, options)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
-    arguments = op.arguments_of(tensors, numbers, case)
-    plain = op.local_shard_of(arguments) is None
-    return by_kernel(op.name, tensors[0], op.strategy_of(arguments) if plain else BY_SHARDS)
+    is_plain = op.local_shard_of(tensors, options) is None
+    strategy = op.strategy_of(tensors, options) if is_plain else BY_SHARDS
+    return by_kernel(op.name, tensors[0], strategy)
 
 
 def by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:

@@ -1,8 +1,8 @@
 """The base class of operators. ``pyfused/ops/operators.py`` holds the declarations.
 
-A call of an operator consists of tensors, numbers and a case. Numbers are arguments of a kernel;
-the case, such as the reduction, selects one. ``functional.py`` makes these three tuples from the
-arguments of torch's function.
+A call of an operator consists of tensors and options, a NamedTuple, which ``functional.py`` makes
+from the arguments of torch's function. Options that are numbers are arguments of a kernel; the
+others, such as the reduction, select one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,15 +25,13 @@ from pyfused import checks
 from pyfused.dispatch import originals
 from pyfused.layout import broadcast_numel
 from pyfused.torch_internals import legacy_reduction
-from pyfused.types import NUMBER, Choice, Scalar
+from pyfused.types import NUMBER, OPTIONS, Choice, Scalar
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
 # Each is a Tensor or None; or a float, for an operand that may be a number.
 Tensors = Sequence[Any]
-Numbers = tuple[Any, ...]  # for each of `Operator.numbers` a float, or None
-Case = tuple[Any, ...]
-Arguments = tuple[Any, ...]  # the tensors, numbers and case of a call in one tuple
+Options = Any  # the NamedTuple of an operator; () for an operator without options
 
 
 class Operand(NamedTuple):
@@ -69,6 +68,7 @@ TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
 DENOMINATOR = Operand(
     "denominator", differentiated=False, optional=True, converts=True, has_rows=False
 )
+FACTORS = TOKEN_WEIGHT, DENOMINATOR
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -80,15 +80,17 @@ class Operator(ABC):
         module: The name of the module in ``torch.nn`` and ``pyfused.nn``.
         operands: The tensors of a call, the input first.
         factors: The tensors that follow: the factor of each row, and the divisor of a mean.
-        numbers: The numbers of a call, in the order of the kernel's parameters.
-        case: The parts of a call's case, or their names. Those with their own kernels come first,
-            the reduction last.
-        torch: The definition in torch's operators, given tensors, numbers and case.
+        numbers: The options that are numbers, in the order of the kernel's parameters.
+        choices: The other options, or their names. Those with their own kernels come first, the
+            reduction last.
+        options: Makes the options of a call from keywords. It is declared as their NamedTuple
+            class, or None to make one of the numbers and the choices.
+        torch: The definition in torch's operators. Takes the tensors and the options.
         fast: A variant of `torch` with less overhead, for calls that no subclass or mode observes.
             It calls no function that `pyfused.patch` replaces. By default `torch`, if that is
             torch's function.
-        fallback_reason: Takes the arguments for planning; returns why torch's operator has to
-            compute the call, None if a kernel can.
+        fallback_reason: Takes the tensors and the options for planning; returns why torch's
+            operator has to compute the call, None if a kernel can.
         number_reason: Like `fallback_reason`, but takes the numbers.
         built_in: The arguments that torch's built-in functions of this name require; () if users
             do not call them.
@@ -96,6 +98,7 @@ class Operator(ABC):
         in_torch: Whether torch has a function of this name.
         all_operands: The operands and the factors.
         names: The names of the arguments.
+        fields: The names of the options; the numbers come first.
         cases: Takes the numbers of a call, and returns the case of each: None, a special value or
             NUMBER. A plan depends only on these cases. For invalid numbers, it returns a reason to
             fall back or raises an error.
@@ -111,7 +114,8 @@ class Operator(ABC):
     module: str
     operands: tuple[Operand, ...] = (Operand("input"),)
     numbers: tuple[Scalar, ...] = ()
-    case: tuple[Any, ...] = ()
+    choices: tuple[Any, ...] = ()
+    options: Any = None
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     fast: Callable[..., Any] | None = None
     fallback_reason: Callable[..., str | None] | None = None
@@ -121,6 +125,7 @@ class Operator(ABC):
     in_torch: bool = field(init=False)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
+    fields: tuple[str, ...] = field(init=False)
     cases: Callable[[Any], tuple[Any, ...] | str] = field(init=False)
     family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
@@ -132,33 +137,32 @@ class Operator(ABC):
 
     def __post_init__(self) -> None:
         self.in_torch = hasattr(originals.F, self.name)  # stored, because Dynamo cannot trace it
-        self.case = tuple([Choice(x) if isinstance(x, str) else x for x in self.case])
+        self._declare_options()
         self.all_operands = *self.operands, *self.factors
-        parts = (*self.all_operands, *self.numbers, *self.case)
-        self.names = tuple([part.name for part in parts])
+        self.names = *[operand.name for operand in self.all_operands], *self.fields
         self.cases = lru_cache(maxsize=256)(self._cases)
         self.family = type(self).__name__
         self.is_linear = "linear_weight" in self.names
         if self.fast is None and self.in_torch and not self.factors:
             self.fast = self.torch
-        choices = [choice.name for choice in self.case]
-        self._reduction = choices.index("reduction") if "reduction" in choices else None
 
-    # ---- arguments -------------------------------------------------------------------------------
+    # ---- options ---------------------------------------------------------------------------------
 
-    def arguments_of(self, tensors: Tensors, numbers: Numbers, case: Case) -> Arguments:
-        """Returns the arguments of a call in the form that the methods for planning take."""
-        return *tensors, *numbers, *case
-
-    def split(self, arguments: Arguments) -> tuple[Tensors, Numbers, Case]:
-        """Splits the arguments of a call, one tuple, into tensors, numbers and case."""
-        first = len(self.all_operands)
-        end = first + len(self.numbers)
-        return arguments[:first], arguments[first:end], arguments[end:]
-
-    def reduction(self, case: Case) -> str:
-        """Returns the reduction of a call, "none" for an operator without one."""
-        return "none" if self._reduction is None else case[self._reduction]
+    def _declare_options(self) -> None:
+        """Sets the numbers, the choices and the class of the options, which follow each other."""
+        kind: Any = self.options
+        if kind is None:
+            self.choices = tuple([Choice(x) if isinstance(x, str) else x for x in self.choices])
+            names = [option.name for option in (*self.numbers, *self.choices)]
+            kind = namedtuple("Options", names, rename=True)  # type: ignore[misc, no-redef]
+            self.fields = tuple(names)
+        else:
+            self.fields = kind._fields
+            self.numbers = tuple([OPTIONS[name] for name in self.fields if name in OPTIONS])
+            names = [*self.fields[len(self.numbers) :]]
+            assert OPTIONS.keys().isdisjoint(names)
+            self.choices = tuple([Choice(x, of_torch=x == "torch_options") for x in names])
+        self.options = partial(kind.__new__, kind)  # takes half of the time of calling the class
 
     @property
     def required(self) -> dict[str, Any]:
@@ -167,7 +171,7 @@ class Operator(ABC):
 
     # ---- numbers ---------------------------------------------------------------------------------
 
-    def _cases(self, numbers: Numbers) -> tuple[Any, ...] | str:
+    def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
         cases = list[Any]()
         for scalar, value in zip(self.numbers, numbers, strict=True):
             low, special, case, is_valid = scalar.low, scalar.special, None, scalar.optional
@@ -189,7 +193,7 @@ class Operator(ABC):
 
     # ---- sizes -----------------------------------------------------------------------------------
 
-    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
         """Returns how many leading dimensions have sizes that a plan does not depend on.
 
         This applies to calls whose operands with rows are contiguous and agree in these dimensions.
@@ -214,36 +218,36 @@ class Operator(ABC):
     # ---- plans and checks ------------------------------------------------------------------------
 
     @abstractmethod
-    def plan(self, arguments: Arguments) -> Callable[[Tensors, Numbers], Any]:
+    def plan(self, tensors: Tensors, options: Options) -> Callable[[Tensors, Options], Any]:
         """Checks types, shapes and options, and returns the plan of a signature.
 
         Args:
-            arguments: The arguments of the call, with a TensorSpec instead of each tensor, and the
-                case instead of each number.
+            tensors: A TensorSpec instead of each tensor of the call.
+            options: The options, with the case instead of each number.
 
         Returns:
-            A function of the tensors of a call, and of its numbers as floats.
+            A function of the tensors and the options of a call, whose numbers are floats.
         """
 
-    def compiled(self, arguments: Arguments) -> Any:
+    def compiled(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of a call that is being compiled."""
         raise NotImplementedError
 
-    def check(self, arguments: Arguments) -> None:
+    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         """Raises for invalid arguments, including values, after torch's operator has raised."""
-        self.check_tensors(arguments)
+        self.check_tensors(tensors)
 
-    def check_tensors(self, arguments: Sequence[Any]) -> None:
-        for operand, x in zip(self.operands, arguments, strict=False):
+    def check_tensors(self, tensors: Tensors) -> None:
+        for operand, x in zip(self.operands, tensors, strict=False):
             if x is not None or not operand.optional:
                 checks.tensor(operand.name, x, operand.number)
 
-    def local_shard_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
+    def local_shard_of(self, tensors: Tensors, options: Options) -> Any:  # noqa: ARG002
         """Returns this process' shard of a call with DTensors, None if there is none."""
         return None
 
-    def strategy_of(self, arguments: Arguments) -> str:  # noqa: ARG002
-        """Describes how a CPU kernel traverses the arguments of a call."""
+    def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
+        """Describes how a CPU kernel traverses the tensors of a call."""
         return "blocks of logits" if self.is_linear else self.strategy
 
 
@@ -254,7 +258,7 @@ class SpecializedOperator(Operator):
     @property
     def parameters(self) -> tuple[Scalar | Choice, ...]:
         """Returns a formula's parameters: the numbers, and the choices with their own kernels."""
-        return *self.numbers, *[choice for choice in self.case if choice.values]
+        return *self.numbers, *[choice for choice in self.choices if choice.values]
 
     def kernel_of(self, cases: Sequence[Any]) -> str:
         """Returns the name of the kernel for these cases of the formula's parameters."""
@@ -276,9 +280,8 @@ class SpecializedOperator(Operator):
             names = [parameter.name for parameter in parameters]
             yield self.kernel_of(values), dict(zip(names, values, strict=True))
 
-    def check_numbers(self, arguments: Arguments) -> None:
-        numbers = arguments[len(self.operands) :]
-        for scalar, value in zip(self.numbers, numbers, strict=False):
+    def check_numbers(self, options: Options) -> None:
+        for scalar, value in zip(self.numbers, options, strict=False):
             self.invalid_number(scalar, value)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
-from pyfused.dispatch.operator import Numbers, Tensors, grad_enabled
+from pyfused.dispatch.operator import Options, Tensors, grad_enabled
 from pyfused.layout import accumulate_dtype, layouts, specs_of_layouts
 from pyfused.types import Gradients, Outputs
 
@@ -32,12 +32,12 @@ class Plan:
     Attributes:
         name: The operator's name.
         needs: Whether each of the first tensors needs a gradient.
-        arrange: Takes the call's tensors and numbers, and returns the tensors that the other
+        arrange: Takes the call's tensors and options, and returns the tensors that the other
             functions take; None for no conversion.
         forward: Computes the output, the tensors to save, and the gradients of the first tensors,
-            or () to leave them to backward, from the tensors and the numbers of a call. If the
+            or () to leave them to backward, from the tensors and the options of a call. If the
             output is a tuple, only its first item is differentiable.
-        backward: Computes the gradients of the first tensors from the saved ones, the numbers and
+        backward: Computes the gradients of the first tensors from the saved ones, the options and
             grad_output.
         define: Computes the same gradients from torch's definition, which is differentiable.
         finish: Takes the output and the call's tensors, and returns the result of the call; None to
@@ -48,19 +48,19 @@ class Plan:
     name: str
     backend: Backend
     needs: tuple[bool, ...]
-    arrange: Callable[[Tensors, Numbers], Tensors] | None
-    forward: Callable[[Tensors, Numbers], Forward]
-    backward: Callable[[Tensors, Numbers, Tensor], Gradients]
-    define: Callable[[Tensors, Numbers, Tensor], Gradients]
+    arrange: Callable[[Tensors, Options], Tensors] | None
+    forward: Callable[[Tensors, Options], Forward]
+    backward: Callable[[Tensors, Options, Tensor], Gradients]
+    define: Callable[[Tensors, Options, Tensor], Gradients]
     finish: Callable[[Any, Tensors], Any] | None = None
     inplace: bool = False
 
-    def __call__(self, tensors: Tensors, numbers: Numbers) -> Any:
-        arranged = tensors if self.arrange is None else self.arrange(tensors, numbers)
+    def __call__(self, tensors: Tensors, options: Options) -> Any:
+        arranged = tensors if self.arrange is None else self.arrange(tensors, options)
         if True in self.needs:
-            output = apply(self, numbers, *arranged)
+            output = apply(self, options, *arranged)
         else:
-            output = self.forward(arranged, numbers)[0]
+            output = self.forward(arranged, options)[0]
         return output if self.finish is None else self.finish(output, tensors)
 
 
@@ -86,7 +86,7 @@ def loss_passes(
     inplace: bool = False,
     loss_dtype: torch.dtype | None = None,
     dynamic_dims: int = 0,
-) -> tuple[Callable[[Tensors, Numbers], Forward], Callable[[Tensors, Numbers, Tensor], Gradients]]:
+) -> tuple[Callable[[Tensors, Options], Forward], Callable[[Tensors, Options, Tensor], Gradients]]:
     """Returns the forward and the backward pass of a loss.
 
     Kernels are prepared at their first use and cached: one for the forward pass, and one for each
@@ -109,17 +109,17 @@ def loss_passes(
             raise RuntimeError("expected contiguous tensors in a plan for any sizes")
         return prepare(specs, outputs, grad_spec)
 
-    def forward(tensors: Tensors, numbers: Numbers) -> Forward:
+    def forward(tensors: Tensors, options: Options) -> Forward:
         launch = launches.get(None)
         if launch is None:
             outputs = Outputs(True, needs if in_forward else (), inplace, loss_dtype)
             launch = launches[None] = prepared(tensors, outputs, None)
-        loss, gradients = launch(tensors, numbers)
+        loss, gradients = launch(tensors, options)
         if loss_dtype is not None and loss is not None and loss.dtype is not loss_dtype:
             loss = loss.to(loss_dtype)
         return loss, tensors, gradients if in_forward else ()
 
-    def backward(tensors: Tensors, numbers: Numbers, grad_output: Tensor) -> Gradients:
+    def backward(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
         if loss_dtype is not None:
             grad_output = grad_output.to(accumulate_dtype(tensors[0].dtype))
         key = layouts((*tensors, grad_output), dynamic_dims)
@@ -129,6 +129,6 @@ def loss_passes(
             if len(launches) > MOST_LAYOUTS:
                 launches.clear()
             launch = launches[key] = prepared(tensors, outputs, grad_output)
-        return launch(tensors, numbers, grad_output)[1]
+        return launch(tensors, options, grad_output)[1]
 
     return forward, backward

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from numbers import Real
 from typing import Any
 from weakref import WeakSet
@@ -21,7 +20,7 @@ from torch.overrides import has_torch_function
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, sizes
-from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Operator, Tensors
+from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
 from pyfused.dispatch.originals import F, TorchAlone, torch_alone
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
@@ -43,35 +42,29 @@ _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
 
 
-def run(
-    op: Any,
-    tensors: Tensors,
-    numbers: Numbers,
-    case: Case,
-    shard: VocabShard | None = None,
-) -> Tensor:
+def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = None) -> Tensor:
     """Returns an operator's result, from a fused kernel or from torch's operator.
 
     Args:
         shard: The classes of this process, if a process group shards them.
     """
     if shard is not None:
-        return op.run_on_shard(op.arguments_of(tensors, numbers, case), shard)  # type: ignore[no-any-return]
+        return op.run_on_shard(tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
-        return _run_compiled(op, tensors, numbers, case)  # type: ignore[no-any-return]
+        return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
     reason: str | None = SMALL
     try:
-        if not is_small(op, tensors, case):
-            reason, kernel, floats = decide(op, tensors, numbers, case)
+        if not is_small(op, tensors, options):
+            reason, kernel, launched = decide(op, tensors, options)
             if kernel is not None:
-                return kernel(tensors, floats)  # type: ignore[no-any-return]
+                return kernel(tensors, launched)  # type: ignore[no-any-return]
         if reason is SMALL and op.fast is not None:
-            return op.fast(*tensors, *numbers, *case)  # type: ignore[no-any-return]
-        return fall_back(op, str(reason), tensors, numbers, case)  # type: ignore[no-any-return]
+            return op.fast(*tensors, options)  # type: ignore[no-any-return]
+        return fall_back(op, str(reason), tensors, options)  # type: ignore[no-any-return]
     except _ERRORS as error:
         invalid = None
         if type(error) in _ERRORS:
-            invalid = _invalid_arguments(op, op.arguments_of(tensors, numbers, case), error)
+            invalid = _invalid_arguments(op, tensors, options, error)
         if invalid is None:
             raise
         raise invalid.with_traceback(None) from None
@@ -83,36 +76,36 @@ def in_place(op: Operator, input: Tensor, *options: Any) -> Tensor:
     return result
 
 
-def by_torch(op: Operator, tensors: Tensors, numbers: Numbers, case: Case, _: Any = None) -> Any:
+def by_torch(op: Operator, tensors: Tensors, options: Options, _: Any = None) -> Any:
     """Returns an operator's result, from its definition in torch's operators."""
-    return op.torch(*tensors, *numbers, *case)
+    return op.torch(*tensors, options)
 
 
-def fall_back(op: Operator, reason: str, tensors: Tensors, numbers: Numbers, case: Case) -> Any:
+def fall_back(op: Operator, reason: str, tensors: Tensors, options: Options) -> Any:
     """Returns an operator's result, from torch's operator, for a reason."""
     if reason is not SMALL:
         report_fallback(op, tensors, reason)
     # The code of subclasses may call patched functions.
-    if not TorchAlone.needed or has_torch_function((*tensors, *numbers)):
-        return op.torch(*tensors, *numbers, *case)
+    if not TorchAlone.needed or has_torch_function((*tensors, *options)):
+        return op.torch(*tensors, options)
     with torch_alone:
-        return op.torch(*tensors, *numbers, *case)
+        return op.torch(*tensors, options)
 
 
-def _run_compiled(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Any:
+def _run_compiled(op: Operator, tensors: Tensors, options: Options) -> Any:
     """Returns the result of a call that Dynamo traces."""
     op.check_tensors(tensors)
-    if fallback_reason(op, tensors, numbers, case) is not None:
-        return by_torch(op, tensors, numbers, case)
-    return op.compiled(op.arguments_of(tensors, numbers, case))
+    if fallback_reason(op, tensors, options) is not None:
+        return op.torch(*tensors, options)
+    return op.compiled(tensors, options)
 
 
 # ---- decisions -----------------------------------------------------------------------------------
 
 
 # The reason why torch executes the call, or None; the function that executes it, given tensors and
-# numbers, or None; and the numbers that this function takes.
-Decision = tuple[str | None, Callable[[Tensors, Numbers], Any] | None, Numbers]
+# options, or None; and the options that this function takes.
+Decision = tuple[str | None, Callable[[Tensors, Options], Any] | None, Options]
 
 
 MOST_PLANS = 4096  # per operator
@@ -134,35 +127,31 @@ def keep_plan(op: Operator, key: Any, plan: Any) -> None:
     _planned.add(op)
 
 
-def decide(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> Decision:
+def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
     """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
-    signed = signature(op, tensors, numbers, case)
+    signed = signature(op, tensors, options)
     if isinstance(signed, str):
-        arguments = op.arguments_of(tensors, numbers, case)
         if is_traced(tensors[0]):
-            reason = fallback_reason(op, tensors, numbers, case)
-            return reason, None if reason else lambda *_: op.compiled(arguments), numbers
-        reason = _reason_without_plan(op, arguments, signed)
-        if reason is not None:
-            return reason, None, numbers
-        kernel = partial(op.run_on_dtensors, arguments)  # type: ignore[attr-defined]
-        return None, kernel, numbers
+            reason = fallback_reason(op, tensors, options)
+            return reason, None if reason else op.compiled, options
+        reason = _reason_without_plan(op, tensors, options, signed)
+        return reason, None if reason else op.run_on_dtensors, options  # type: ignore[attr-defined]
     if _checkpoints and fell_back_in_checkpoint():
-        return "a torch dispatch or function mode in the checkpoint's forward pass", None, numbers
-    key, numbers = signed
+        return "a torch dispatch or function mode in the checkpoint's forward pass", None, options
+    key, options = signed
     decision = op.plans.get(key)
     if decision is None:
-        specs, arguments = with_specs(op, key)
-        reason = _planned_reason(op, specs, arguments)
-        decision = reason, None if reason else op.plan(arguments)
+        planned = with_specs(op, key)
+        reason = _planned_reason(op, *planned)
+        decision = reason, None if reason else op.plan(*planned)
         keep_plan(op, key, decision)
-    return *decision, numbers
+    return *decision, options
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------
 
 
-def fallback_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> str | None:
+def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
     """Returns why a call of any size falls back to torch's operator, None if a kernel runs.
 
     The kernels compute results and first derivatives, in reverse mode, of plain strided tensors on
@@ -172,23 +161,23 @@ def fallback_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Case
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that does not support this device.
     """
     if is_compiled(tensors[0]):
-        arguments = op.arguments_of(tensors, numbers, case)
-        reason = _compiler_reason(op, tensors, numbers, case)
-        return reason or _planned_reason(op, tensors, arguments)
-    signed = signature(op, tensors, numbers, case)
+        reason = _compiler_reason(op, tensors, options)
+        return reason or _planned_reason(op, tensors, options)
+    signed = signature(op, tensors, options)
     if isinstance(signed, str):
-        return _reason_without_plan(op, op.arguments_of(tensors, numbers, case), signed)
-    specs, arguments = with_specs(op, signed[0])
-    return _planned_reason(op, specs, arguments)
+        return _reason_without_plan(op, tensors, options, signed)
+    return _planned_reason(op, *with_specs(op, signed[0]))
 
 
-def _reason_without_plan(op: Operator, arguments: Arguments, reason: str) -> str | None:
+def _reason_without_plan(
+    op: Operator, tensors: Tensors, options: Options, reason: str
+) -> str | None:
     """Returns the reason of `signature`, or None if kernels run for local shards of DTensors."""
-    is_shard = type(arguments[0]) not in PLAIN and op.local_shard_of(arguments) is not None
+    is_shard = type(tensors[0]) not in PLAIN and op.local_shard_of(tensors, options) is not None
     return active_mode() if is_shard else reason
 
 
-def _planned_reason(op: Operator, tensors: Tensors, arguments: Arguments) -> str | None:
+def _planned_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
     """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
     input = tensors[0]
     for operand, tensor in zip(op.all_operands, tensors, strict=True):
@@ -196,7 +185,7 @@ def _planned_reason(op: Operator, tensors: Tensors, arguments: Arguments) -> str
             continue
         if reason := unsupported(operand, tensor, input):
             return reason
-    return None if op.fallback_reason is None else op.fallback_reason(*arguments)
+    return None if op.fallback_reason is None else op.fallback_reason(*tensors, options)
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
@@ -236,7 +225,7 @@ def is_compiled(tensor: Tensor) -> bool:
     return is_dynamo_compiling() or is_traced(tensor)
 
 
-def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Case) -> str | None:
+def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
     """Returns why a compiled call stays torch's function, None if it becomes a custom operator."""
     if is_exporting():
         return "torch.export: exported programs contain only torch's operators"
@@ -254,9 +243,9 @@ def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Cas
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
         return "torch.func"
-    for scalar, number in zip(op.numbers, numbers, strict=True):
-        if isinstance(number, Tensor):
-            return f"torch.compile: {scalar.name} is a tensor"
+    for name, option in zip(op.fields, options, strict=True):
+        if isinstance(option, Tensor):
+            return f"torch.compile: {name} is a tensor"
     if op.factors and isinstance(tensors[-1], Tensor):
         return "torch.compile: denominator is a tensor"
     if op.name not in sizes.LOSSES:
@@ -264,7 +253,7 @@ def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Cas
     # These have custom operators for common calls only.
     if op.needs_no_gradient(tensors):
         return "torch.compile: Inductor is as fast without a gradient"
-    if op.reduction(case) == "none":
+    if options.reduction == "none":
         return "torch.compile: Inductor fuses what follows an unreduced loss"
     if torch.is_autocast_enabled(input.device.type):
         return "torch.compile: autocast"
@@ -278,7 +267,7 @@ def _compiler_reason(op: Operator, tensors: Tensors, numbers: Numbers, case: Cas
         if not operand.optional and tensor.shape != input.shape:
             return f"torch.compile: {operand.name} differs in shape"
     warning = getattr(op, "warning", None)
-    if warning is not None and warning((*tensors, *numbers, *case)):
+    if warning is not None and warning(tensors, options):
         return "torch.compile: the call warns"
     return None
 
@@ -308,19 +297,21 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
         warnings.warn(message + reason, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
-def _invalid_arguments(op: Operator, arguments: Arguments, error: Exception) -> Exception | None:
+def _invalid_arguments(
+    op: Operator, tensors: Tensors, options: Options, error: Exception
+) -> Exception | None:
     """Returns pyfused's error for the arguments of a call that has raised, None if they are valid.
 
     Tensors on GPUs are not read.
     """
-    tensors = {operand.name: x for operand, x in zip(op.operands, arguments, strict=False)}
-    tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+    pairs = zip(op.operands, tensors, strict=False)
+    by_name = {operand.name: x for operand, x in pairs if isinstance(x, Tensor)}
     try:
         if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
-            checks.devices(tensors, error)
-            op.check(arguments)
+            checks.devices(by_name, error)
+            op.check(tensors, options)
         excluded = [x.name for x in op.operands if x.indices or x.converts]
-        checks.floating(tensors, excluded, error)
+        checks.floating(by_name, excluded, error)
     except _ERRORS as invalid:
         if checks.raised(invalid):
             return invalid

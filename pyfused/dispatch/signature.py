@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pyfused.dispatch.operator import Arguments, Case, Numbers, Operator, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.torch_internals import (
     active_mode,
     any_autocast,
@@ -25,17 +25,18 @@ from pyfused.types import NUMBER, DynamicSize, TensorSpec
 PLAIN = (Tensor, Parameter)
 _KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
 _FLOATS = frozenset((float, NoneType))
-_CASES, _CASE, _DYNAMIC_DIMS, _FIRST_TENSOR = 2, 3, 5, 6  # indices into a key
+_CASES, _CHOICES, _DYNAMIC_DIMS, _FIRST_TENSOR = 2, 3, 5, 6  # indices into a key
 
 
 def signature(
-    op: Operator, tensors: Tensors, numbers: Numbers, case: Case, static: bool = False
-) -> tuple[Any, Numbers] | str:
-    """Returns the key of a call's plan and the call's numbers, or why the call has no plan.
+    op: Operator, tensors: Tensors, options: Options, static: bool = False
+) -> tuple[Any, Options] | str:
+    """Returns the key of a call's plan and the options of its launch, or why it has no plan.
 
-    The key has the cases of the numbers, the case, the layout of each tensor and
-    whether it requires grad, grad mode, autocast and the default dtype. The layouts of contiguous
-    tensors do not have the sizes that a plan does not depend on.
+    The key has the case of each number, the other options, the layout of each tensor and whether it
+    requires grad, grad mode, autocast and the default dtype. The layouts of contiguous tensors do
+    not have the sizes that a plan does not depend on. In the options of the launch, numbers are
+    floats.
 
     Args:
         static: Whether the key has all sizes.
@@ -47,25 +48,27 @@ def signature(
         return f"input is a {type(tensors[0]).__name__}"
     if mode := active_mode():
         return mode
+    count = len(op.numbers)
+    numbers, choices = options[:count], options[count:]
     if not _FLOATS.issuperset(map(type, numbers)):
         floats = as_floats(op, numbers)
         if isinstance(floats, str):
             return floats
-        numbers = floats
+        numbers, options = floats, op.options(*floats, *choices)
     cases = op.cases(numbers)
     if isinstance(cases, str):
         return cases
-    kinds = tuple(map(type, case))  # as True is equal to 1
+    kinds = tuple(map(type, choices))  # as True is equal to 1
     if not _KINDS.issuperset(kinds):
-        integers = _with_integers(op, case)
+        integers = _with_integers(op, choices)
         if isinstance(integers, str):
             return integers
-        case = integers
+        choices, options = integers, op.options(*numbers, *integers)
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     input, leading = tensors[0], None
     strided = input.layout is torch.strided and input.is_contiguous()  # others may have no strides
-    dims = op.dynamic_dims(input, case) if strided and not static else 0
-    key: list[Any] = [grad, torch.get_default_dtype(), cases, case, kinds, dims]
+    dims = op.dynamic_dims(input, options) if strided and not static else 0
+    key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, dims]
     for operand, x in zip(op.all_operands, tensors, strict=True):
         kind = type(x)
         if kind is Tensor or kind is Parameter:
@@ -87,7 +90,7 @@ def signature(
                 else:
                     is_dynamic = shape[:dims] == leading and x.is_contiguous()
                 if not is_dynamic:
-                    return signature(op, tensors, numbers, case, static=True)
+                    return signature(op, tensors, options, static=True)
                 key.append((x.dtype, shape[dims:], None, x.device, x.requires_grad))
             else:
                 key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
@@ -95,17 +98,17 @@ def signature(
             key.append(x)
         elif kind is float and operand.number:
             if dims:
-                return signature(op, tensors, numbers, case, static=True)
+                return signature(op, tensors, options, static=True)
             key.append(NUMBER)
         else:
             return f"{operand.name} is a {kind.__name__}"
     if any_autocast() and not tensors[0].is_meta:  # torch raises for the device "meta"
         device = tensors[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return tuple(key), numbers
+    return tuple(key), options
 
 
-def as_floats(op: Operator, numbers: Sequence[Any]) -> Numbers | str:
+def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
     """Converts the numbers of a call to floats, or returns why one of them cannot be converted.
 
     The value of a tensor of one element is read, unless it requires grad or is on a GPU, where
@@ -124,10 +127,10 @@ def as_floats(op: Operator, numbers: Sequence[Any]) -> Numbers | str:
     return tuple(floats)
 
 
-def _with_integers(op: Operator, case: Case) -> Case | str:
-    """Converts integers of other libraries, or returns why a part of a case has no plan."""
+def _with_integers(op: Operator, choices: Sequence[Any]) -> tuple[Any, ...] | str:
+    """Converts integers of other libraries, or returns why an option has no plan."""
     converted = list[Any]()
-    for choice, value in zip(op.case, case, strict=True):
+    for choice, value in zip(op.choices, choices, strict=True):
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if choice.of_torch:
             value = None
@@ -137,10 +140,9 @@ def _with_integers(op: Operator, case: Case) -> Case | str:
     return tuple(converted)
 
 
-def with_specs(op: Operator, key: Any) -> tuple[Tensors, Arguments]:
-    """Returns the layouts of the tensors of a key, and the arguments for planning."""
-    specs = specs_of(op, key)
-    return specs, op.arguments_of(specs, key[_CASES], key[_CASE])
+def with_specs(op: Operator, key: Any) -> tuple[Tensors, Options]:
+    """Returns the layouts of the tensors of a key, and the options for planning."""
+    return specs_of(op, key), op.options(*key[_CASES], *key[_CHOICES])
 
 
 def specs_of(op: Operator, key: Any) -> list[Any]:

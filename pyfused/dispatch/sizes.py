@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyfused import backends
-from pyfused.dispatch.operator import Case, Operator, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.signature import PLAIN
 
@@ -210,33 +210,33 @@ def _limits(op: Operator, cpu: bool, dtype: torch.dtype) -> Limits:
     return (_row(ON_CPU, op) or Limits(PAGES)).times(HALVES.get(dtype, 1))
 
 
-def limit_of(op: Any, tensors: Tensors, case: Case, found: Limits) -> int:
+def limit_of(op: Any, tensors: Tensors, options: Options, found: Limits) -> int:
     """Returns which of an operator's limits applies to a call."""
     input = tensors[0]
-    if found.unreduced is not None and op.reduction(case) == "none":
+    if found.unreduced is not None and options.reduction == "none":
         return found.unreduced
     if found.without_gradient is not None and op.needs_no_gradient(tensors):
         return found.without_gradient
     if found.few_classes is not None:
         few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
-        if op.contiguous_classes(tensors, case) <= few:
+        if op.contiguous_classes(tensors, options) <= few:
             return found.few_classes
     return found.from_elements
 
 
-def why_small(op: Operator, tensors: Tensors, case: Case) -> str:
+def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
     """Returns why torch computes a small call, with the numbers that decide on GPUs."""
     input = tensors[0]
     found = limits(op, input.is_cpu, input.dtype)
     if input.is_cpu or found.from_elements == NEVER or not input.numel():
         return SMALL_REASON
-    reason = f"{SMALL_REASON}: kernels run from {limit_of(op, tensors, case, found):,} elements"
+    reason = f"{SMALL_REASON}: kernels run from {limit_of(op, tensors, options, found):,} elements"
     if _row(ON_GPU, op):
         return reason
     return f"{reason} ({HOST_US:g} us for a call on the host, {GB_PER_S:g} GB/s on the GPU)"
 
 
-def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = None) -> bool:
+def is_small(op: Operator, tensors: Tensors, options: Options, elements: int | None = None) -> bool:
     """Returns whether a call is dispatched to torch's operator because it is small or empty.
 
     It must not be called during compilation, because the program would depend on the size.
@@ -262,4 +262,4 @@ def is_small(op: Operator, tensors: Tensors, case: Case, elements: int | None = 
     found = op.limits.get((input.is_cpu, input.dtype)) or limits(op, input.is_cpu, input.dtype)
     if elements < found.least or elements >= found.most:  # the common cases
         return elements < found.least
-    return elements < limit_of(op, tensors, case, found)
+    return elements < limit_of(op, tensors, options, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Arguments, Case, Numbers, SpecializedOperator, Tensors
+from pyfused.dispatch.operator import Options, SpecializedOperator, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
@@ -26,9 +26,9 @@ class Activation(SpecializedOperator):
     """An elementwise function of one tensor.
 
     Attributes:
-        formula: The function in torch's operators, of the input, the numbers and the case.
-        gradient: The gradient of the input, given grad_output, the saved tensor, the numbers and
-            the case. None derives it from the formula, if the input is saved.
+        formula: The function in torch's operators, of the input and each option.
+        gradient: The gradient of the input, given grad_output, the saved tensor and each option.
+            None derives it from the formula, if the input is saved.
         checks: Whether torch's Python function raises for numbers that the built-in one accepts.
         saves: The tensor that the gradient is computed from, "input" or "output", as in torch.
     """
@@ -43,43 +43,42 @@ class Activation(SpecializedOperator):
         if self.gradient is None and self.saves != "input":
             raise TypeError(f"{self.name}: expected a gradient with saves={self.saves!r}, got None")
         function = getattr(F, self.name, self.formula)
-        self.torch = function if self.torch is None else self.torch
+        if self.torch is None:
+            self.torch = lambda input, options: function(input, *options)
         super().__post_init__()
         if self.in_torch and not self.checks and self.fast is self.torch:
             # torch's built-in function has less overhead.
-            self.fast = getattr(torch, self.name, None) or built_in(self.name, function)
-        if any(choice.values for choice in self.case) and self.fallback_reason is None:
+            fast = getattr(torch, self.name, None) or built_in(self.name, function)
+            self.fast = lambda input, options: fast(input, *options)
+        if any(choice.values for choice in self.choices) and self.fallback_reason is None:
             self.fallback_reason = self._invalid_word
 
-    def _invalid_word(self, *arguments: Any) -> str | None:
-        for choice, value in zip(self.case, arguments[1 + len(self.numbers) :], strict=True):
+    def _invalid_word(self, _: Any, options: Options) -> str | None:
+        for choice, value in zip(self.choices, options[len(self.numbers) :], strict=True):
             if value not in choice.values:
                 return f"{choice.name} is {value!r}"
         return None
 
-    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
         return input.dim()
 
     def invalid_number(self, scalar: Scalar, value: Any) -> str:
         return f"{scalar.name} is {value!r}"
 
-    def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
+    def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
         """Returns the gradient in torch's operators."""
         if self.saves != "input":
             assert self.gradient is not None
             return self.gradient(grad_output, saved, *options)
-        function = lambda input: self.torch(input, *options)  # noqa: E731
+        function = lambda input: self.torch(input, options)  # noqa: E731
         (gradient,) = differentiate(function, (saved,), (True,), grad_output)
         assert gradient is not None
         return gradient
 
-    def plan(self, arguments: Arguments) -> Plan:
-        input, *cases = arguments
-        kernel, backend = self.kernels[self.kernel_of(cases)], backend_of(input)
-        case = cases[len(self.numbers) :]
-        options = lambda numbers: (*numbers, *case)  # noqa: E731
-        prepare = lambda x: backend.activation(kernel, x)  # noqa: E731
-        return activation_plan(self, input, options, prepare)
+    def plan(self, tensors: Tensors, options: Options) -> Plan:
+        (input,), kernel = tensors, self.kernels[self.kernel_of(options)]
+        backend = backend_of(input)
+        return activation_plan(self, input, lambda x: backend.activation(kernel, x))
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -108,14 +107,12 @@ class Activation(SpecializedOperator):
 def activation_plan(
     op: Any,
     input: Any,
-    options: Callable[[Numbers], Sequence[Any]],
     prepare: Callable[[Tensor], Kernels],
     dtype: torch.dtype | None = None,
 ) -> Plan:
     """Returns the plan of an activation or a softmax, which saves the output or the input.
 
     Args:
-        options: Returns the arguments after the input that `gradient_in_torch` takes.
         prepare: Prepares the forward and the backward kernel for the layout of an input.
         dtype: The dtype that the input is converted to, None to leave it unchanged.
     """
@@ -123,11 +120,11 @@ def activation_plan(
     saves_output = op.saves == "output"
     spec = input if dtype is None else input.to(dtype)
 
-    def forward(tensors: Tensors, numbers: Numbers) -> Forward:
+    def forward(tensors: Tensors, options: Options) -> Forward:
         (input,) = tensors
         if not kernels:
             kernels.append(prepare(spec if spec.dynamic_dims else input))
-        output = kernels[0][0](input, numbers)
+        output = kernels[0][0](input, options)
         return output, (output if saves_output else input,), ()
 
     return Plan(
@@ -136,8 +133,6 @@ def activation_plan(
         needs=needs_grad((input,)),
         arrange=None if dtype is None else lambda tensors, _: (tensors[0].to(dtype),),
         forward=forward,
-        backward=lambda saved, numbers, grad: (kernels[0][1](grad, saved[0], numbers),),
-        define=lambda saved, numbers, grad: (
-            op.gradient_in_torch(grad, saved[0], *options(numbers)),
-        ),
+        backward=lambda saved, options, grad: (kernels[0][1](grad, saved[0], options),),
+        define=lambda saved, options, grad: (op.gradient_in_torch(grad, saved[0], options),),
     )

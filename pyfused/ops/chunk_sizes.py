@@ -28,7 +28,7 @@ import torch
 
 from pyfused.backends import Backend, cpu
 from pyfused.memory import physical_memory
-from pyfused.types import Head, VocabOptions
+from pyfused.types import Head
 
 # For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
 # 1.3 times with 128, and 1.1 times with 256.
@@ -97,14 +97,20 @@ def rows_in_budget(
     return min(max(n * row // 4, MIN_BUDGET) // row, MAX_ROWS)
 
 
-def rows_at_once(head: Head, options: VocabOptions, backend: Backend) -> Callable[[int], int]:
+def rows_at_once(
+    head: Head, budget: int | None, backend: Backend, has_softcap: bool = False
+) -> Callable[[int], int]:
     """Returns the number of rows with all classes per block, as a function of the number of rows.
 
     The number is 0 if blocks of classes are better.
+
+    Args:
+        budget: The option ``memory_budget``.
+        has_softcap: Whether a capped copy of the logits is made.
     """
     dtype, columns = product_dtype(head, backend), head.columns
-    shape, budget = (columns, head.input.shape[-1]), options.memory_budget
-    bytes_per_logit = dtype.itemsize * (1 if options.softcap is None else 3)
+    shape = columns, head.input.shape[-1]
+    bytes_per_logit = dtype.itemsize * (3 if has_softcap else 1)
     has_all_classes = head.linear_weight.dim() > 2 or head.target.is_floating_point()
     min_rows = MIN_ROWS_AMX if has_slow_sums(dtype, backend) else MIN_ROWS
     if backend.ASYNCHRONOUS and dtype.itemsize == 2:
@@ -150,7 +156,7 @@ def state_block_size(
     The result is a function of the number of rows. TILE is a multiple of kChunk, so results do not
     depend on the boundaries between blocks of classes.
     """
-    rows_of = rows_at_once(head, VocabOptions(memory_budget=memory_budget), backend)
+    rows_of = rows_at_once(head, memory_budget, backend)
     dtype, columns, features = product_dtype(head, backend), head.columns, head.input.shape[-1]
 
     def size(n: int) -> tuple[int, int]:

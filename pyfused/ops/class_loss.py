@@ -14,11 +14,11 @@ from pyfused import checks
 from pyfused.backends import backend_of, takes_triton
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, differentiate
-from pyfused.dispatch.operator import Arguments, Case, Numbers, Tensors
+from pyfused.dispatch.operator import Options, Tensors
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes, needs_grad
 from pyfused.layout import accumulate_dtype, is_dense
 from pyfused.ops.custom_operators import CompiledOperator
-from pyfused.types import CrossEntropyOptions, Gradients, Outputs, VocabOptions
+from pyfused.types import Gradients, Outputs
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -31,43 +31,25 @@ class ClassLoss(CompiledOperator):
 
     check_arguments: Callable[..., None]
 
-    def contiguous_classes(self, tensors: Tensors, case: Case) -> int:  # noqa: ARG002
+    def contiguous_classes(self, tensors: Tensors, options: Options) -> int:  # noqa: ARG002
         return checks.classes_of(tensors[0])
 
-    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
         return int(input.dim() > 1)
 
-    @abstractmethod
-    def options_of(self, arguments: Arguments) -> VocabOptions:
-        """Returns the options, given the arguments for planning."""
-
-    def options_of_call(self, options: Any, _: Numbers, *_tensors: Tensor | None) -> Any:
-        """Returns a plan's options with the numbers and tensors of a call."""
-        return options
-
-    def kernel_tensors(self, tensors: Tensors, _: Numbers = ()) -> Tensors:
+    def kernel_tensors(self, tensors: Tensors, _: Options = ()) -> Tensors:
         """Returns the input, the target, and weight, token_weight and denominator or None."""
         return *tensors[:3], None, None
 
-    def arrange_of(self, arguments: Arguments) -> Any:  # noqa: ARG002
-        """Returns the function `arrange` of a plan, given the arguments for planning."""
+    def arrange_of(self, tensors: Tensors) -> Any:  # noqa: ARG002
+        """Returns the function `arrange` of a plan, given the tensors for planning."""
         return self.kernel_tensors
 
-    def checked(self, arguments: Arguments) -> tuple[Any, ...]:
-        """Returns the input, the target, the weight or None, and the options.
-
-        Raises for invalid shapes, dtypes and options. Kernels check class indices.
-        """
-        operands, options = arguments[:3], self.options_of(arguments)
-        checks.reduction(options.reduction)
-        self.check_arguments(*operands, options)
-        return *operands, options
-
-    def plan(self, arguments: Arguments) -> Plan:
+    def plan(self, tensors: Tensors, options: Options) -> Plan:
         """Checks a call, and returns the plan of its signature."""
-        *operands, options = self.checked(arguments)
-        inplace = isinstance(options, CrossEntropyOptions) and options.inplace
-        input, target, _ = operands
+        self.check_arguments(*tensors, options)
+        inplace = getattr(options, "inplace", False)
+        input, target, _ = operands = tensors[:3]
         layouts: list[Any] = [None if x is None else x.empty() for x in operands]
         arranged = self.arranged(layouts)
         converts = any(x is not y for x, y in zip(layouts, arranged, strict=True))
@@ -77,7 +59,7 @@ class ClassLoss(CompiledOperator):
         if inplace and not is_dense(layouts[0]):  # backward could not scale the gradient
             in_forward = False
 
-        def arrange(tensors: Tensors, _: Numbers) -> Tensors:
+        def arrange(tensors: Tensors, _: Options) -> Tensors:
             tensors = self.kernel_tensors(tensors)
             return *self.arranged(tensors[:3]), *tensors[3:]
 
@@ -85,29 +67,29 @@ class ClassLoss(CompiledOperator):
             kernel: LossKernel = getattr(backend, self.name)(tensors, options, outputs, grad_output)
             return kernel
 
-        def define(tensors: Tensors, numbers: Numbers, grad_output: Tensor) -> Gradients:
-            input, target, weight, *of_options = tensors
-            call_options = self.options_of_call(options, numbers, *of_options)
+        def define(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
+            input, target, weight, *factors = tensors
             dtype = kernel_dtype if grad_output.dtype is result_dtype else grad_output.dtype
 
             def definition(input: Tensor, target: Tensor) -> Tensor:
                 wide_target = target.to(dtype) if target.is_floating_point() else target
                 wide_weight = None if weight is None else weight.to(dtype)
                 tensors = input.to(dtype), wide_target, wide_weight
-                return self.definition_loss(*tensors, call_options).reshape(grad_output.shape)
+                loss = self.definition_loss(*tensors, *factors, options)
+                return loss.reshape(grad_output.shape)
 
             return differentiate(definition, (input, target), needs, grad_output.to(dtype))
 
         kernel_dtype = accumulate_dtype(dtype)
         loss_dtype = None if kernel_dtype is result_dtype else result_dtype
         forward, backward = loss_passes(
-            prepare, needs, in_forward, inplace, loss_dtype, arguments[0].dynamic_dims
+            prepare, needs, in_forward, inplace, loss_dtype, tensors[0].dynamic_dims
         )
         return Plan(
             name=self.name,
             backend=backend,
             needs=needs,
-            arrange=arrange if converts else self.arrange_of(arguments),
+            arrange=arrange if converts else self.arrange_of(tensors),
             forward=forward,
             backward=backward,
             define=define,
@@ -130,14 +112,17 @@ class ClassLoss(CompiledOperator):
         return input, target.reshape(()) if input.dim() == 1 else target, weight
 
     @abstractmethod
-    def definition_loss(
-        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
-    ) -> Tensor:
-        """Returns the loss, computed by torch's operators."""
+    def definition_loss(self, input: Tensor, target: Tensor, *others: Any) -> Tensor:
+        """Returns the loss, computed by torch's operators.
 
-    def check(self, arguments: Arguments) -> None:
-        self.check_tensors(arguments)
-        input, target, _, options = self.checked(arguments)
+        Args:
+            others: The weight, token_weight and denominator or None, and the options.
+        """
+
+    def check(self, tensors: Tensors, options: Options) -> None:
+        self.check_tensors(tensors)
+        self.check_arguments(*tensors, options)
+        input, target, *_ = tensors
         checks.class_indices(checks.classes_of(input), target, options.ignore_index)
 
 
@@ -151,11 +136,7 @@ class NllLoss(ClassLoss):
 
     strategy = "one element of a row"
 
-    def options_of(self, arguments: Arguments) -> VocabOptions:
-        return VocabOptions(*arguments[-2:])
-
-    def definition_loss(
-        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
-    ) -> Tensor:
-        loss: Tensor = self.torch(input, target, weight, options.ignore_index, options.reduction)
+    def definition_loss(self, input: Tensor, target: Tensor, *others: Any) -> Tensor:
+        weight, *_, options = others
+        loss: Tensor = self.torch(input, target, weight, options)
         return loss

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors
+from pyfused.dispatch.operator import Operand, Options, Tensors
 from pyfused.dispatch.plan import needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
@@ -38,16 +38,16 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     Outputs,
-    VocabOptions,
+    RowOptions,
 )
 
 
 def contrastive_loss(
     a: Tensor,
     b: Tensor,
-    bias: float | Tensor | None = None,
-    scale: float | Tensor = 1.0,
-    options: VocabOptions = VocabOptions(),  # noqa: B008 never changed
+    bias: float | Tensor | None,
+    scale: float | Tensor,
+    options: Options,
 ) -> Tensor:
     checks.contrastive_loss(a, b, bias, scale, options)
     logits = F.linear(a * _scalar(scale), b)
@@ -72,18 +72,17 @@ class Contrastive(RowLoss):
     Kernels take the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
     """
 
-    options = VocabOptions
     factors: ClassVar[tuple[Operand, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.is_linear = True
 
-    def gradients_needed(self, arguments: Arguments) -> tuple[bool, ...]:
-        needs_a, needs_b, needs_bias, needs_scale = needs_grad(arguments[:4])
+    def gradients_needed(self, tensors: Tensors) -> tuple[bool, ...]:
+        needs_a, needs_b, needs_bias, needs_scale = needs_grad(tensors)
         return needs_a or needs_scale, needs_b, needs_bias
 
-    def to_rows(self, options: Any, tensors: Tensors, _: Numbers = ()) -> tuple[Any, ...]:  # noqa: ARG002
+    def to_rows(self, tensors: Tensors, options: Options) -> tuple[Any, ...]:  # noqa: ARG002
         a, b, bias, scale = tensors
         a = in_autocast_dtype(a)
         x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
@@ -92,7 +91,7 @@ class Contrastive(RowLoss):
             bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
         return x, b, bias, None, None, None
 
-    def definition_loss(self, tensors: Sequence[Any], options: VocabOptions) -> Tensor:
+    def definition_loss(self, tensors: Sequence[Any], options: Options) -> Tensor:
         (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
         return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
 
@@ -107,7 +106,12 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
 
     The gradients of a block and its transpose are added in the accumulation dtype, then rounded.
     """
-    (x, b, *_), (options, outputs, grad_output, *_) = tensors, args
+    (x, b, *_), options, outputs, grad_output = (
+        tensors,
+        args.options,
+        args.outputs,
+        args.grad_output,
+    )
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer thread synchronisations, which are slow on a busy machine, and fewer
     # launches on a GPU.
@@ -115,8 +119,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
     if options.memory_budget is not None:  # the other half is for the transposed block
         size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
     layer = Layer(backend, x, b, None, x.dtype, size)
-    plain = VocabOptions()
-    numbers = plain.numbers()
+    plain = RowOptions()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
 
     def directions(
@@ -135,7 +138,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
         for logits, state, rows, classes in directions(block, x.dtype):
             continues = classes.first > 0
             launch = backend.row_state(logits, plain, classes, STATE_FIELDS, 0, continues)
-            launch(numbers, logits, target[rows], None, state[:, rows])
+            launch(plain, logits, target[rows], None, state[:, rows])
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction)
     if not outputs.gradients:
         return loss, (), None
@@ -148,7 +151,7 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
     def step(block: Block) -> Tensor:
         of_rows, of_columns = (
             backend.row_gradients(logits, plain, classes, 1)(
-                numbers, logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
+                plain, logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
             )
             for logits, state, rows, classes in directions(block, wide)
         )
@@ -160,12 +163,13 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
 
 def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Results:
     """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
-    (x, b, bias, _), (options, outputs, grad_output, *_) = tensors, args
+    (x, b, bias, _), options, outputs = tensors, args.options, args.outputs
     n, dtype, wide = len(x), x.dtype, bias.dtype
     bytes_per_logit = dtype.itemsize + 2 * wide.itemsize
     limits = n, b.shape, options.memory_budget, dtype, backend, bytes_per_logit
     size = max(1, min(n, rows_in_budget(*limits))), b.shape[0]
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
+    kernel_options = SOFT_MARGIN_LOSS.options(reduction=options.reduction)
     kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
     divisor = (lambda _: n) if options.reduction == "mean" else None
 
@@ -174,9 +178,9 @@ def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
         z.diagonal(block.rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z)
         launch = SOFT_MARGIN_LOSS.prepared(
-            backend, operands, None, (), options.reduction, kernel_outputs, divisor, None
+            backend, operands, None, kernel_options, kernel_outputs, divisor, None
         )
-        loss, (gradient, _) = launch(operands, ())
+        loss, (gradient, _) = launch(operands, kernel_options)
         loss = loss.sum(1) if loss is not None and loss.dim() else loss
         if gradient is not None:
             if grad is not None:
@@ -187,7 +191,7 @@ def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
         return loss, gradient
 
     layer = Layer(backend, x, b, None, dtype, size)
-    loss, gradients = loss_over_rows(layer, outputs.gradients, step, (grad_output,))
+    loss, gradients = loss_over_rows(layer, outputs.gradients, step, (args.grad_output,))
     if gradients:
         gradients = *gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None
     return loss, gradients, None

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.dispatch.operator import REDUCTIONS, Arguments, Numbers, Tensors, grad_enabled
+from pyfused.dispatch.operator import FACTORS, REDUCTIONS, Options, Tensors, grad_enabled
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan
 from pyfused.dispatch.reasons import SMALL
@@ -25,9 +25,6 @@ from pyfused.ops.shards import ShardedOperator
 from pyfused.torch_internals import built_in
 from pyfused.types import CrossEntropyOptions
 
-# The defaults of the numbers that torch's function lacks, and their types.
-DEFAULTS = CrossEntropyOptions().numbers()[:-2]
-TYPES = frozenset(map(type, DEFAULTS))
 UINT8_TARGET = "target has dtype torch.uint8, which torch does not support here"
 
 
@@ -35,7 +32,7 @@ UINT8_TARGET = "target has dtype torch.uint8, which torch does not support here"
 class CrossEntropy(ClassLoss, ShardedOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
-    options = CrossEntropyOptions
+    factors = FACTORS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,73 +45,55 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         target: Tensor,
         weight: Tensor | None,
         token_weight: Tensor | None,
-        tensor: Tensor | None,
-        *rest: Any,
+        denominator: Tensor | None,
+        options: CrossEntropyOptions,
     ) -> Any:
-        """Returns the result of a small call: torch's, unless options that torch lacks are set.
-
-        Args:
-            tensor: The denominator, if it is a tensor.
-        """
-        added = rest[:-8]
-        smoothing, _, ignore_index, reduction, _, loss_dtype, with_metrics, inplace = rest[-8:]
-        number = REDUCTIONS.get(reduction)
-        if inplace:
+        """Returns the result of a small call: torch's, unless options that torch lacks are set."""
+        number = REDUCTIONS.get(options.reduction)
+        if options.inplace:
             prepare_inplace(input)
         if (
-            not token_weight is tensor is loss_dtype is None
-            or not TYPES.issuperset(map(type, added))
-            or added != DEFAULTS
-            or with_metrics
+            not token_weight is denominator is None
+            or not options.is_plain()
             or number is None
             or type(target) is not Tensor
         ):
-            call = input, target, weight, token_weight, tensor, *rest
-            return fall_back(self, SMALL, *self.split(call))
-        return self.built_in_loss(input, target, weight, number, ignore_index, smoothing)
+            tensors = input, target, weight, token_weight, denominator
+            return fall_back(self, SMALL, tensors, options)
+        smoothing = options.label_smoothing
+        return self.built_in_loss(input, target, weight, number, options.ignore_index, smoothing)
 
-    def options_of(self, arguments: Arguments) -> CrossEntropyOptions:
-        options: CrossEntropyOptions = arguments[-1]
-        return options
-
-    def options_of_call(self, options: Any, numbers: Numbers, *tensors: Tensor | None) -> Any:
-        return replace(checks.normalized(options.of_call(numbers, *tensors)), with_metrics=False)
-
-    def definition_loss(
-        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Any
-    ) -> Tensor:
+    def definition_loss(self, input: Tensor, target: Tensor, *others: Any) -> Tensor:
+        *tensors, options = others
         if options.is_plain():  # the definition of other options masks ignored rows itself
             input = definitions.without_ignored(input, target, options.ignore_index)
-        loss: Tensor = self.definition(input, target, weight, options)
+        loss: Tensor = self.torch(input, target, *tensors, options._replace(with_metrics=False))
         return loss
 
-    def plan(self, arguments: Arguments) -> Any:
-        options = arguments[-1]
+    def plan(self, tensors: Tensors, options: Options) -> Any:
         if options.softcap is not None:
-            input, target, *_ = self.checked(arguments)
-            plan: Any = shards.cross_entropy_plan((input, target), options, None)
+            self.check_arguments(*tensors, options)
+            plan: Any = shards.cross_entropy_plan(tensors[:2], options, None)
         else:
-            plan = super().plan(arguments)
-            plan = self._with_metrics(plan, arguments) if options.with_metrics else plan
+            plan = super().plan(tensors, options)
+            plan = self._with_metrics(plan, tensors[0], options) if options.with_metrics else plan
         if not options.inplace:
             return plan
         arranged = plan.arrange
 
-        def arrange(tensors: Tensors, numbers: Numbers) -> Tensors:
+        def arrange(tensors: Tensors, options: Options) -> Tensors:
             prepare_inplace(tensors[0])
-            return tensors if arranged is None else arranged(tensors, numbers)
+            return tensors if arranged is None else arranged(tensors, options)
 
         return replace(plan, arrange=arrange)
 
-    def _with_metrics(self, plan: Plan, arguments: Arguments) -> Plan:
+    def _with_metrics(self, plan: Plan, input: Any, options: CrossEntropyOptions) -> Plan:
         """Returns the plan with the state of rows as a second output, from which metrics follow."""
-        *_, options = self.checked(arguments)
-        dtype = accumulate_dtype(arguments[0].dtype)
+        dtype = accumulate_dtype(input.dtype)
 
-        def forward(tensors: Tensors, numbers: Numbers) -> Forward:
-            scaled = self.options_of_call(options, numbers, *tensors[3:])
-            state = metrics_state(plan.backend, tensors[0], tensors[1], scaled)
-            loss, saved, gradients = plan.forward(tensors, numbers)
+        def forward(tensors: Tensors, options: Options) -> Forward:
+            state = metrics_state(plan.backend, tensors[0], tensors[1], options)
+            loss, saved, gradients = plan.forward(tensors, options)
             return (loss, state), saved, gradients
 
         def finish(results: Any, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
@@ -125,31 +104,26 @@ class CrossEntropy(ClassLoss, ShardedOperator):
 
         return replace(plan, forward=forward, finish=finish)
 
-    def arrange_of(self, arguments: Arguments) -> Any:
-        has_factors = any(x is not None for x in arguments[-1].plan_tensors())
-        return self.kernel_tensors if has_factors else None
+    def arrange_of(self, tensors: Tensors) -> Any:
+        return self.kernel_tensors if any(x is not None for x in tensors[3:]) else None
 
-    def kernel_tensors(self, tensors: Tensors, _: Numbers = ()) -> Tensors:
+    def kernel_tensors(self, tensors: Tensors, _: Options = ()) -> Tensors:
         return *tensors[:3], *checks.factors(*tensors[3:])
 
-    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
-        *tensors, options = arguments
-        plan = shards.cross_entropy_plan(tensors[:2], options, shard)
-        return plan((*tensors, *options.plan_tensors()), options.numbers())
+    def compute_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
+        return shards.cross_entropy_plan(tensors[:2], options, shard)(tensors, options)
 
-    def compiled(self, arguments: Arguments) -> Tensor:
-        *operands, options = self.checked(arguments)
-        options = replace(checks.normalized(options), with_metrics=False, inplace=False)
-        tensors = self.arranged(operands)
-        dtype = self.result_dtype(operands[0], options, tensors[0].dtype)
+    def compiled(self, tensors: Tensors, options: Options) -> Tensor:
+        self.check_arguments(*tensors, options)
+        arranged = *self.arranged(tensors[:3]), *tensors[3:]
+        dtype = self.result_dtype(tensors[0], options, arranged[0].dtype)
         # The operator runs without autocast, on which the dtype of the result may depend.
-        options = replace(options, loss_dtype=accumulate_dtype(tensors[0].dtype))
-        tensors, numbers, case = self.call_of(tensors, options)
-        loss: Tensor = self.custom_operator(*tensors, *numbers, *case)
+        options = options._replace(loss_dtype=accumulate_dtype(arranged[0].dtype), inplace=False)
+        loss: Tensor = self.custom_operator(arranged, checks.normalized(options))
         return loss if loss.dtype is dtype else loss.to(dtype)
 
-    def fake(self, arguments: Arguments) -> Tensor:
-        input, *_, options = arguments
+    def fake(self, tensors: Tensors, options: Options) -> Tensor:
+        input = tensors[0]
         shape = loss_shape(input, options.reduction)
         dtype = self.result_dtype(input, options, input.dtype)
         empty: Tensor = input.new_empty(shape, dtype=dtype)
@@ -165,11 +139,11 @@ class CrossEntropy(ClassLoss, ShardedOperator):
         common = common_dtype(input, target, weight)
         return input.to(common), target.to(common), weight
 
-    def local_shard_of(self, arguments: Arguments) -> Any:
-        return None if arguments[-1].gamma != 0 else super().local_shard_of(arguments)
+    def local_shard_of(self, tensors: Tensors, options: Options) -> Any:
+        return None if options.gamma != 0 else super().local_shard_of(tensors, options)
 
-    def strategy_of(self, arguments: Arguments) -> str:
-        rows = backend_of(arguments[0]).supports_rows(arguments[0])
+    def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
+        rows = backend_of(tensors[0]).supports_rows(tensors[0])
         return "row by row" if rows else "several rows at a time"
 
 
@@ -181,9 +155,10 @@ def prepare_inplace(input: Tensor) -> None:
 
 
 def cross_entropy_fallback_reason(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
+    input: Tensor, target: Tensor, weight: Tensor | None, *others: Any
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
+    options = others[-1]
     if input.dim() > 1 and input.shape[1] == 1:
         return "one class"
     smoothes = weight is not None and options.label_smoothing != 0

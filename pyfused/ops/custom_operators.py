@@ -2,7 +2,7 @@
 
 Each operator has two: ``name`` computes the result and ``name_backward`` the gradients, because a
 custom operator must not return what it saved. Both run the functions of the operator's plan. Their
-arguments are the tensors, the numbers and the case of a call.
+arguments are the tensors and the options of a call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch.operator import Arguments, Numbers, Operator, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.plan import Plan
 from pyfused.dispatch.signature import signature, spec_of, specs_of
@@ -32,7 +32,7 @@ PACKAGE = __name__.partition(".")[0]
 _VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
 NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)
-# The types of the parts of a case; the others are bool.
+# The types of the options that are no numbers; the others are bool.
 _TYPES = {
     "reduction": "str",
     "remainder": "str",
@@ -60,13 +60,19 @@ class CompiledOperator(Operator):
     in_forward: ClassVar[bool] = False
     has_state: ClassVar[bool] = False
 
-    def compiled(self, arguments: Arguments) -> Any:
-        return self.custom_operator(*arguments)
+    def compiled(self, tensors: Tensors, options: Options) -> Any:
+        return self.custom_operator(tensors, options)
 
-    def custom_operator(self, *values: Any) -> Any:
-        """Calls the custom operator with the tensors, numbers and case of a call."""
+    def custom_operator(self, tensors: Tensors, options: Options, *needs: Sequence[bool]) -> Any:
+        """Calls the custom operator with the tensors and options of a call.
+
+        Args:
+            needs: As in `_CustomOperators`.
+        """
         self._register()
-        return getattr(TORCH_OPS, self.name)(*values)
+        pairs = zip(self.fields, options, strict=True)
+        values = [value for name, value in pairs if name != "torch_options"]
+        return getattr(TORCH_OPS, self.name)(*tensors, *values, *needs)
 
     @run_while_tracing
     def _register(self) -> None:
@@ -75,20 +81,20 @@ class CompiledOperator(Operator):
             if self.name not in _registered:
                 _registered[self.name] = _CustomOperators(self)
 
-    def compiled_plan(self, arguments: Arguments) -> Plan:
+    def compiled_plan(self, tensors: Tensors, options: Options) -> Plan:
         """Returns the plan of calls of the custom operator."""
-        return self.plan(arguments)  # type: ignore[return-value]
+        return self.plan(tensors, options)  # type: ignore[return-value]
 
     def saved(self, tensors: Tensors, state: Any) -> Tensors:  # noqa: ARG002
         """Returns the tensors that backward takes: forward's tensors and the state."""
         return tensors
 
-    def fake(self, arguments: Arguments) -> Tensor:
+    def fake(self, tensors: Tensors, options: Options) -> Tensor:  # noqa: ARG002
         """Returns an empty tensor like the result of the custom operator, by default a scalar."""
-        empty: Tensor = arguments[0].new_empty(())
+        empty: Tensor = tensors[0].new_empty(())
         return empty
 
-    def fake_state(self, arguments: Arguments) -> Tensor:
+    def fake_state(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns an empty tensor like the state that follows the gradients."""
         raise NotImplementedError
 
@@ -96,8 +102,8 @@ class CompiledOperator(Operator):
 class _CustomOperators:
     """The custom operators of an operator.
 
-    They take the values of the schema: the tensors, numbers and case of a call in one tuple, with
-    the tensors that may need gradients first. If an operator computes gradients, ``needs`` follows:
+    They take the values of the schema: the tensors and the options of a call, with the tensors that
+    may need gradients first. If an operator computes gradients, ``needs`` follows:
     whether each of these tensors needs one.
     """
 
@@ -129,8 +135,8 @@ class _CustomOperators:
 
     def planned(
         self, values: Sequence[Any], needs: Sequence[bool]
-    ) -> tuple[Plan, Tensors, Numbers]:
-        """Returns the plan of a call, the tensors that its forward pass takes, and the numbers.
+    ) -> tuple[Plan, Tensors, Options]:
+        """Returns the plan of a call, the tensors that its forward pass takes, and the options.
 
         The plan is kept with the plans of eager calls.
 
@@ -138,11 +144,11 @@ class _CustomOperators:
             needs: Whether each of the first tensors needs a gradient.
         """
         op = self.op
-        tensors, numbers, case = op.split(tuple(values[: self.count]))
-        signed = signature(op, tensors, numbers, case)
+        tensors, options = self.call_of(values)
+        signed = signature(op, tensors, options)
         key = None  # if a mode is active, for example
         if not isinstance(signed, str):
-            key, numbers = (*signed[0], "compiled", *needs), signed[1]
+            key, options = (*signed[0], "compiled", *needs), signed[1]
         plan: Plan | None = op.plans.get(key)
         if plan is None:
             specs = [spec_of(x) for x in tensors] if key is None else specs_of(op, key)
@@ -154,15 +160,17 @@ class _CustomOperators:
                 if operand.name == "weight" and specs[i] is not None:
                     specs[i] = replace(specs[i], dtype=specs[0].dtype)
             with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
+                numbers = options[: len(op.numbers)]
                 cases: Any = op.cases(numbers)
-                plan = op.compiled_plan(op.arguments_of(specs, cases, case))
+                plan = op.compiled_plan(specs, op.options(*cases, *options[len(numbers) :]))
             if key is not None:
                 dispatch.keep_plan(op, key, plan)
-        return plan, tensors if plan.arrange is None else plan.arrange(tensors, numbers), numbers
+        return plan, tensors if plan.arrange is None else plan.arrange(tensors, options), options
 
-    def arguments(self, values: Sequence[Any]) -> Arguments:
-        """Returns the arguments in the form that the operator's methods for planning take."""
-        return self.op.arguments_of(*self.op.split(tuple(values[: self.count])))
+    def call_of(self, values: Sequence[Any]) -> tuple[Tensors, Options]:
+        """Returns the tensors and the options of a call."""
+        count = len(self.op.all_operands)
+        return values[:count], self.op.options(*values[count : self.count])
 
     def gradients(
         self, values: Sequence[Any], needs: Sequence[bool], grad_output: Tensor, define: bool
@@ -173,28 +181,26 @@ class _CustomOperators:
             values: The values of the schema, followed by the state if the operator has one.
             define: Whether to compute gradients by torch's definition, which is differentiable.
         """
-        plan, tensors, numbers = self.planned(values, needs)
+        plan, tensors, options = self.planned(values, needs)
         saved = self.op.saved(tensors, values[self.count] if self.op.has_state else None)
-        return (plan.define if define else plan.backward)(saved, numbers, grad_output)
+        return (plan.define if define else plan.backward)(saved, options, grad_output)
 
     # ---- kernels, and the layouts of their results -----------------------------------------------
 
     def run(self, *values: Any) -> Any:
         op = self.op
         needs = values[-1] if op.in_forward else (False,) * self.differentiable
-        plan, tensors, numbers = self.planned(values, needs)
-        output, saved, gradients = plan.forward(tensors, numbers)
+        plan, tensors, options = self.planned(values, needs)
+        output, saved, gradients = plan.forward(tensors, options)
         if not op.in_forward:
             return output if plan.finish is None else plan.finish(output, values)
         # The dtype of the finished result depends on autocast, so the caller finishes it.
         result, state = output if isinstance(output, tuple) else (output, None)
         if any(needs) and not gradients:
-            gradients = plan.backward(saved, numbers, result.new_ones(()))
+            gradients = plan.backward(saved, options, result.new_ones(()))
         results = [result, *self.dense_gradients(gradients, values)]
         if op.has_state:
-            results.append(
-                op.fake_state(self.arguments(values)).zero_() if state is None else state
-            )
+            results.append(op.fake_state(*self.call_of(values)).zero_() if state is None else state)
         return tuple(results)
 
     def run_backward(self, grad_output: Tensor, *values: Any) -> Any:
@@ -202,11 +208,11 @@ class _CustomOperators:
         return _packed(self.dense_gradients(gradients, values))
 
     def fake(self, *values: Any) -> Any:
-        op, arguments = self.op, self.arguments(values)
+        op, call = self.op, self.call_of(values)
         if not op.in_forward:
-            return op.fake(arguments)
-        state = [op.fake_state(arguments)] if op.has_state else []
-        return op.fake(arguments), *self.fake_gradients(values, values[-1]), *state
+            return op.fake(*call)
+        state = [op.fake_state(*call)] if op.has_state else []
+        return op.fake(*call), *self.fake_gradients(values, values[-1]), *state
 
     def fake_backward(self, _grad_output: Tensor, *values: Any) -> Any:
         return _packed(self.fake_gradients(values, values[-1]))
@@ -227,7 +233,7 @@ class _CustomOperators:
 
     # ---- autograd --------------------------------------------------------------------------------
 
-    def save(self, ctx: Any, inputs: Arguments, output: Any) -> None:
+    def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         values, results, gradients = inputs[: self.count], (output,), ()
         if self.op.in_forward:
             ctx.mark_non_differentiable(*output[1:])
@@ -284,5 +290,5 @@ def _schema(op: Operator) -> list[str]:
     tensors = [f"{'Tensor?' if x.optional else 'Tensor'} {x.name}" for x in op.operands]
     factors = [f"Tensor? {x.name}_tensor" for x in op.factors]
     numbers = [f"{'float?' if x.optional else 'float'} {x.name}" for x in op.numbers]
-    case = [f"{_TYPES.get(x.name, 'bool')} {x.name}" for x in op.case if not x.of_torch]
-    return [*tensors, *factors, *numbers, *case]
+    choices = [f"{_TYPES.get(x.name, 'bool')} {x.name}" for x in op.choices if not x.of_torch]
+    return [*tensors, *factors, *numbers, *choices]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,29 +26,32 @@ _linear_cross_entropy = (  # from torch 2.13 on
 def cross_entropy(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
-    options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: CrossEntropyOptions,
 ) -> Any:
     if options.with_metrics:
         valid = without_ignored(input, target, options.ignore_index)
-        loss = cross_entropy(valid, target, weight, replace(options, with_metrics=False))
+        of_loss = options._replace(with_metrics=False)
+        loss = cross_entropy(valid, target, weight, token_weight, denominator, of_loss)
         input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
         return loss, metrics.of_logits(input, target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     reduction = options.reduction
-    if options.is_plain():
+    if token_weight is denominator is None and options.is_plain():
         return _cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
-    checks.cross_entropy(input, target, weight, options)
+    checks.cross_entropy(input, target, weight, token_weight, denominator, options)
     soft = target.is_floating_point()
     common = common_dtype(input, *(target, weight) if soft else ())
     result_dtype = options.loss_dtype or autocast_dtype(common, input.device)
     dtype = torch.promote_types(accumulate_dtype(common), result_dtype)
-    options, dim = with_scalars(options, dtype), 0 if input.dim() == 1 else 1
-    input = without_ignored(input, target, ignore_index, options.token_weight)
+    options, dim = with_scalars(options, denominator, dtype), 0 if input.dim() == 1 else 1
+    input = without_ignored(input, target, ignore_index, token_weight)
     if soft:
-        target = without_ignored(target, target, ignore_index, options.token_weight).to(dtype)
+        target = without_ignored(target, target, ignore_index, token_weight).to(dtype)
     input, weight = _scaled(input.to(dtype), options), None if weight is None else weight.to(dtype)
     focal = isinstance(options.gamma, Tensor) or options.gamma
     of_class = None if focal else weight
@@ -67,8 +69,8 @@ def cross_entropy(
     if isinstance(options.z_loss, Tensor) or options.z_loss:
         z_loss = options.z_loss * input.logsumexp(dim).reshape(loss.shape) ** 2
         loss = loss + (z_loss if soft else z_loss.where(valid, 0))
-    if options.token_weight is not None:
-        token_weight = options.token_weight.to(dtype).reshape(loss.shape)
+    if token_weight is not None:
+        token_weight = token_weight.to(dtype).reshape(loss.shape)
         loss, weights = loss * token_weight, weights * token_weight
     if reduction != "none":
         loss = loss.sum()
@@ -77,15 +79,20 @@ def cross_entropy(
     return loss.to(result_dtype)
 
 
-def with_scalars(options: Any, dtype: torch.dtype) -> Any:
+def with_scalars(options: Any, denominator: Tensor | None, dtype: torch.dtype) -> Any:
     """Returns options whose tensors of one number have a dtype and no dimension.
 
     Others could change the dtype or the shape of a result.
+
+    Args:
+        denominator: Replaces the option of this name, if it is a tensor.
     """
-    found = {name: x for name, x in options.by_name().items() if name in OPTIONS}
-    tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+    if denominator is not None:
+        options = options._replace(denominator=denominator)
+    pairs = zip(options._fields, options, strict=True)
+    tensors = {name: x for name, x in pairs if isinstance(x, Tensor)}
     changed = {name: x.reshape(()).to(dtype) for name, x in tensors.items()}
-    return replace(options, **changed) if changed else options
+    return options._replace(**changed) if changed else options
 
 
 def _focal(nll: Tensor, gamma: float | Tensor) -> Tensor:
@@ -134,13 +141,15 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
-    weight: Tensor | None = None,
-    torch_options: Any = None,
-    options: CrossEntropyOptions = CrossEntropyOptions(),  # noqa: B008 never changed
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: CrossEntropyOptions,
 ) -> Any:
     checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
     head = Head(input, linear_weight, linear_bias, target, weight)
-    if options.is_plain() and _linear_cross_entropy is not None and input.dim() < 3:
+    is_plain = token_weight is denominator is None and options.is_plain()
+    if is_plain and _linear_cross_entropy is not None and input.dim() < 3:
         checks.memory_budget(options.memory_budget)  # torch's function does not take these two
         checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
         return _linear_cross_entropy(
@@ -152,30 +161,34 @@ def linear_cross_entropy(
             reduction=options.reduction,
             ignore_index=None if options.ignore_index == -100 else options.ignore_index,
             label_smoothing=options.label_smoothing,
-            options=torch_options,
+            options=options.torch_options,
         )
-    checks.linear_cross_entropy(head, options)
-    return head_cross_entropy(head, options)
+    checks.linear_cross_entropy(*head, token_weight, denominator, options)
+    return head_cross_entropy(head, token_weight, denominator, options)
 
 
-def head_cross_entropy(head: Head, options: CrossEntropyOptions) -> Any:
+def head_cross_entropy(
+    head: Head,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: CrossEntropyOptions,
+) -> Any:
     """Returns the cross-entropy of a linear layer's output, computed from all logits."""
     leading = head.input.shape[:-1]
     if len(leading) > 1:
-        head, token_weight = head.as_rows(options.token_weight)
-        options = replace(options, token_weight=token_weight)
+        head, token_weight = head.as_rows(token_weight)
     input, target, ignore_index = head.input, head.target, options.ignore_index
-    counts = _counts(target, ignore_index, options.token_weight)
+    counts = _counts(target, ignore_index, token_weight)
     if counts is not None:
         counts = counts if counts.dim() < max(input.dim(), 2) else counts.flatten(1).any(1)
         input = input.where(counts.unsqueeze(-1), 0)
     logits = head_logits(input, *head[1:3])
-    of_loss = replace(options, with_metrics=False)
-    loss = cross_entropy(logits, target, head.weight, of_loss)
+    of_loss = options._replace(with_metrics=False)
+    loss = cross_entropy(logits, target, head.weight, token_weight, denominator, of_loss)
     loss = with_leading_dims(loss, leading or (1,))
     if not options.with_metrics:
         return loss
-    if options.token_weight is not None:  # rows of weight 0 also have metrics
+    if token_weight is not None:  # rows of weight 0 also have metrics
         logits = head_logits(head.input.detach(), *head[1:3])
     logits = _scaled(logits.to(accumulate_dtype(logits.dtype)), options)
     fields = metrics.of_logits(logits, target, ignore_index)
@@ -188,11 +201,7 @@ def head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
     return logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
 
 
-def log_probs(
-    logits: Tensor,
-    target: Tensor,
-    options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
-) -> Any:
+def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> Any:
     """Returns the log-probability of each target, stacked with entropy and log-sum-exp.
 
     With metrics it returns a tuple of this tensor, whether the target has the largest logit, and
@@ -200,7 +209,7 @@ def log_probs(
     """
     checks.log_probs(logits, target, options)
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
-    options = with_scalars(options, dtype)
+    options = with_scalars(options, None, dtype)
     shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
     valid = target != options.ignore_index
     x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # NaN would reach gradients
@@ -227,7 +236,7 @@ def linear_log_probs(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
-    options: LogProbsOptions = LogProbsOptions(),  # noqa: B008 never changed
+    options: LogProbsOptions,
 ) -> Any:
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
     positions = linear_weight.shape[1:-1]
@@ -248,14 +257,9 @@ def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
 
 
 def sigmoid_focal_loss(
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: float = 0.25,
-    gamma: float = 2,
-    reduction: str = "none",
-    weight: Tensor | None = None,
-    ignore_index: float | None = None,
+    inputs: Tensor, targets: Tensor, weight: Tensor | None, options: Any
 ) -> Tensor:
+    alpha, gamma, ignore_index, reduction = options
     checks.scalar(Scalar("alpha", high=1.0), alpha)
     checks.scalar(Scalar("gamma", low=0.0), gamma)
     if weight is not None:

@@ -25,7 +25,7 @@ from pyfused import checks
 from pyfused.backends import Backend
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Arguments, Numbers, Tensors
+from pyfused.dispatch.operator import Options, Tensors
 from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
@@ -42,7 +42,7 @@ from pyfused.types import (
     ClassRange,
     DivergenceOptions,
     Outputs,
-    VocabOptions,
+    RowOptions,
 )
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -51,13 +51,15 @@ from pyfused.types import (
 def kl_div_with_logits(
     logits: Tensor,
     teacher_logits: Tensor,
-    options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: DivergenceOptions,
 ) -> Tensor:
-    checks.kl_div_with_logits(logits, teacher_logits, options)
-    options = definitions.with_scalars(options, accumulate_dtype(logits.dtype))
-    log_p = _log_softmax(_masked(logits, options), options, options.softcap)
-    log_q = _log_softmax(_masked(teacher_logits, options), options, options.teacher_softcap)
-    return _reduced(divergence(log_p, log_q, options.beta), logits, options)
+    checks.kl_div_with_logits(logits, teacher_logits, token_weight, denominator, options)
+    options = definitions.with_scalars(options, denominator, accumulate_dtype(logits.dtype))
+    log_p = _log_softmax(_masked(logits, token_weight), options, options.softcap)
+    log_q = _log_softmax(_masked(teacher_logits, token_weight), options, options.teacher_softcap)
+    return _reduced(divergence(log_p, log_q, options.beta), logits, token_weight, options)
 
 
 def linear_kl_div(
@@ -67,13 +69,15 @@ def linear_kl_div(
     teacher_input: Tensor,
     teacher_linear_weight: Tensor,
     teacher_linear_bias: Tensor | None,
-    options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: DivergenceOptions,
 ) -> Tensor:
     student = input, linear_weight, linear_bias
     teacher = teacher_input, teacher_linear_weight, teacher_linear_bias
-    checks.linear_kl_div(*student, *teacher, options)
-    logits = F.linear(_masked(input, options), *student[1:])
-    return kl_div_with_logits(logits, F.linear(*teacher), options)
+    checks.linear_kl_div(*student, *teacher, token_weight, denominator, options)
+    logits = F.linear(_masked(input, token_weight), *student[1:])
+    return kl_div_with_logits(logits, F.linear(*teacher), token_weight, denominator, options)
 
 
 def linear_topk_kl_div(
@@ -82,29 +86,31 @@ def linear_topk_kl_div(
     linear_bias: Tensor | None,
     teacher_indices: Tensor,
     teacher_log_probs: Tensor,
-    options: DivergenceOptions = DivergenceOptions(),  # noqa: B008 never changed
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: DivergenceOptions,
 ) -> Tensor:
     layer, classes = (linear_weight, linear_bias), linear_weight.shape[0]
-    checks.linear_topk_kl_div(input, *layer, teacher_indices, teacher_log_probs, options)
+    topk = teacher_indices, teacher_log_probs
+    checks.linear_topk_kl_div(input, *layer, *topk, token_weight, denominator, options)
     checks.topk_indices(teacher_indices.reshape(-1, teacher_indices.shape[-1]), classes)
-    log_q = _masked(teacher_log_probs, options, -math.log(classes))
+    log_q = _masked(teacher_log_probs, token_weight, -math.log(classes))
     checks.topk_log_probs(log_q)
-    options = definitions.with_scalars(options, accumulate_dtype(input.dtype))
-    log_p = _log_softmax(F.linear(_masked(input, options), *layer), options, options.softcap)
+    options = definitions.with_scalars(options, denominator, accumulate_dtype(input.dtype))
+    log_p = _log_softmax(F.linear(_masked(input, token_weight), *layer), options, options.softcap)
     others = log_p.scatter(-1, teacher_indices, -torch.inf)
     is_empty = (others == -torch.inf).all(-1, keepdim=True)  # a gradient of NaN
     rest = others.where(~is_empty, 0).logsumexp(-1, keepdim=True).where(~is_empty, -torch.inf)
     log_q = log_q.to(log_p.dtype)
     pair = _with_rest(log_p.gather(-1, teacher_indices), rest, log_q, options, classes)
-    return _reduced(divergence(*pair, options.beta), input, options)
+    return _reduced(divergence(*pair, options.beta), input, token_weight, options)
 
 
-def _masked(rows: Tensor, options: DivergenceOptions, value: float = 0.0) -> Tensor:
+def _masked(rows: Tensor, weight: Tensor | None, value: float = 0.0) -> Tensor:
     """Fills rows of weight 0 with a value, because NaN times 0 would be NaN.
 
     If the weight requires grad, these rows are kept, because their loss is its gradient.
     """
-    weight = options.token_weight
     if weight is None or weight.requires_grad:
         return rows
     return rows.where(weight.unsqueeze(-1) != 0, value)
@@ -171,8 +177,10 @@ def _with_rest(
     return torch.cat((log_p, rest), -1), torch.cat((log_q, q_rest.log().to(log_q.dtype)), -1)
 
 
-def _reduced(loss: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
-    weight, loss = options.token_weight, loss.to(accumulate_dtype(input.dtype))
+def _reduced(
+    loss: Tensor, input: Tensor, weight: Tensor | None, options: DivergenceOptions
+) -> Tensor:
+    loss = loss.to(accumulate_dtype(input.dtype))
     if weight is not None:
         loss = loss * weight.to(loss.dtype)
     if weight is not None and not weight.requires_grad:
@@ -180,7 +188,7 @@ def _reduced(loss: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
     if options.reduction == "none":
         return loss
     total_weight = loss.numel() if weight is None else weight.to(loss.dtype).sum()
-    denominator = loss_denominator(options, total_weight)
+    denominator = loss_denominator(options, None, total_weight)
     if isinstance(denominator, Tensor):
         denominator = denominator.to(loss.dtype)
     return loss.sum() / denominator
@@ -193,13 +201,9 @@ def _reduced(loss: Tensor, input: Tensor, options: DivergenceOptions) -> Tensor:
 class Divergence(RowLoss):
     """The divergence of a student's predictions from a teacher's."""
 
-    options = DivergenceOptions
     strategy = "row by row"
 
-    def check(self, arguments: Arguments) -> None:
-        super().check(arguments)
-
-    def to_rows(self, options: Any, tensors: Tensors, _: Numbers = ()) -> tuple[Any, ...]:  # noqa: ARG002
+    def to_rows(self, tensors: Tensors, options: Options) -> tuple[Any, ...]:  # noqa: ARG002
         token_weight, denominator = checks.factors(*tensors[-2:])
         tensors = list(tensors[:-2])
         for i, operand in enumerate(self.operands):
@@ -215,9 +219,9 @@ class Divergence(RowLoss):
 class LogitsDivergence(Divergence):
     """The divergence of logits."""
 
-    def plan(self, arguments: Arguments) -> Plan:
-        plan, options = super().plan(arguments), arguments[-1]
-        in_forward = gradients_in_forward(options.reduction, arguments[0].dtype)
+    def plan(self, tensors: Tensors, options: Options) -> Plan:
+        plan = super().plan(tensors, options)
+        in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
         prepare = partial(divergence_kernel, plan.backend, options)
         forward, backward = loss_passes(prepare, plan.needs, in_forward)
         return replace(plan, forward=forward, backward=backward)
@@ -236,13 +240,15 @@ class HeadDivergence(Divergence):
         copies = 1 if options.teacher_softcap is None else 3  # of the teacher's logits
 
         def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
-            options, (needs_loss, needs, *_), *_ = args
+            needs_loss, needs, *_ = args.outputs
             *_, teacher_input, weight, bias = tensors
             dtype = backend.product_dtype(teacher_input.dtype)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            options = args.options
             if options.reduction == "mean":
-                options.denominator = loss_denominator(options, self.total_weight(tensors, options))
-            numbers, (_, denominator) = options.numbers(), options.plan_tensors()
+                default = self.total_weight(tensors, args.token_weight, options)
+                args = args.divided_by(loss_denominator(options, args.denominator, default))
+            options, denominator = args.options, args.denominator
             outputs = Outputs(needs_loss, (any(needs),) if needs else (), inplace=True)
 
             def step(
@@ -251,7 +257,7 @@ class HeadDivergence(Divergence):
                 teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
                 linear(input.to(dtype), weight, bias, teacher_logits)
                 operands = block.logits, teacher_logits, token_weight, denominator
-                loss, (gradient,) = kernel(operands, numbers, outputs, grad_output)
+                loss, (gradient,) = kernel(operands, options, outputs, grad_output)
                 return loss, gradient
 
             return _by_rows(backend, tensors, args, step, (teacher_input,), copies * dtype.itemsize)
@@ -262,17 +268,17 @@ class HeadDivergence(Divergence):
 class TopKDivergence(Divergence):
     """The divergence of a student's linear layer from a teacher's top k."""
 
-    def check(self, arguments: Arguments) -> None:
-        super().check(arguments)
-        _, weight, _, indices, log_probs, options = arguments
+    def check(self, tensors: Tensors, options: Options) -> None:
+        super().check(tensors, options)
+        _, weight, _, indices, log_probs, token_weight, _ = tensors
         checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(weight))
-        checks.topk_log_probs(_masked(log_probs, options, -torch.inf))
+        checks.topk_log_probs(_masked(log_probs, token_weight, -torch.inf))
 
     def prepare(self, backend: Backend, *_: Any) -> tuple[Callable[..., Results], bool]:
         def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
             _, weight, _, indices, log_probs = tensors
             invalid = checks.topk_indices(indices, len(weight))[:, None]
-            checks.topk_log_probs(_masked(log_probs, args.options, -torch.inf))
+            checks.topk_log_probs(_masked(log_probs, args.token_weight, -torch.inf))
             if backend.ASYNCHRONOUS:  # raising would synchronise, so the loss of the row is NaN
                 log_probs = log_probs.masked_fill(invalid, torch.nan)
                 indices = indices.masked_fill(invalid, 0)
@@ -304,18 +310,18 @@ def divergence_kernel(
         return prepare(tensors, options, outputs, grad_output)
 
     def launch(
-        tensors: Sequence[Any], numbers: Sequence[Any], grad_output: Tensor | None = None
+        tensors: Sequence[Any], call_options: DivergenceOptions, grad_output: Tensor | None = None
     ) -> LossResult:
         logits, teacher_logits, token_weight, *others = tensors
-        _, softcap, _, _, teacher_softcap = numbers
+        softcap = call_options.softcap
         student, cap_backward = capped(backend, logits, softcap)
-        teacher, _ = capped(backend, teacher_logits, teacher_softcap)
+        teacher, _ = capped(backend, teacher_logits, call_options.teacher_softcap)
         common = torch.promote_types(student.dtype, teacher.dtype)
         x, y = student.to(common), teacher.to(common)
         capped_outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
         tensors = x, y, token_weight, *others
         kernel = prepare(tensors, options, capped_outputs, grad_output)
-        loss, (gradient,) = kernel(tensors, numbers, grad_output)
+        loss, (gradient,) = kernel(tensors, call_options, grad_output)
         loss = None if loss is None else loss.to(accumulate_dtype(dtype))
         if gradient is not None:
             gradient = cap_backward(gradient.to(student.dtype))
@@ -342,15 +348,15 @@ def _by_rows(
             follow.
         teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
     """
-    (input, weight, bias, *_), (options, outputs, grad_output, *_) = tensors, args
+    (input, weight, bias, *_), options = tensors, args.options
     n, dtype = len(input), backend.product_dtype(input.dtype)
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
     bytes_per_logit = dtype.itemsize + cap_bytes + teacher_bytes
     limits = n, weight.shape, options.memory_budget, dtype, backend, bytes_per_logit
     size = max(1, min(n, rows_in_budget(*limits))), weight.shape[0]
-    layer = Layer(backend, _masked(input, options), weight, bias, dtype, size)
-    row_tensors = *row_tensors, options.token_weight, grad_output
-    loss, gradients = loss_over_rows(layer, outputs.gradients, step, row_tensors)
+    layer = Layer(backend, _masked(input, args.token_weight), weight, bias, dtype, size)
+    row_tensors = *row_tensors, args.token_weight, args.grad_output
+    loss, gradients = loss_over_rows(layer, args.outputs.gradients, step, row_tensors)
     return loss, gradients, None
 
 
@@ -369,14 +375,14 @@ def _topk(
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
     options, (n, classes) = args.options, logits.shape
-    rows, class_range = VocabOptions(temperature=options.temperature), ClassRange(0, classes)
-    scale, numbers = 1 / options.temperature, rows.numbers()
+    rows, class_range = RowOptions(temperature=options.temperature), ClassRange(0, classes)
+    scale = 1 / options.temperature
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # reduces the rounding error of the log-sum-exp
     topk_logits = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
     source = LogitRows(backend, rows, class_range)
-    state, *_ = source.state(((logits,), None, None, numbers))
+    state, *_ = source.state(((logits,), None, None, rows))
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -401,7 +407,7 @@ def _topk(
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
     launch = backend.row_gradients(logits, rows, class_range, len(RESULTS))
-    launch(numbers, logits, None, None, state, grad_results, logits)
+    launch(rows, logits, None, None, state, grad_results, logits)
     grad_topk = (gradient[:, :k] - total * p[:, :k]) * scale
     logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits

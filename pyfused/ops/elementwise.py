@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends.protocol import Divisor
-from pyfused.dispatch.operator import Arguments, Operand, Operator
+from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.ops import definitions
@@ -40,8 +40,6 @@ WEIGHT = Operand("weight", low=0.0, shape=checks.expands, differentiated=False, 
 FULL_WEIGHT = WEIGHT._replace(shape=checks.equals)
 # torch's functions, unaffected by pyfused.patch.
 _GELU, _SILU = built_in("gelu", F.gelu), built_in("silu", F.silu)
-_SOFTPLUS, _SOFTSHRINK = built_in("softplus", F.softplus), built_in("softshrink", F.softshrink)
-_LOG_SIGMOID = built_in("log_sigmoid", F.logsigmoid)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
 
@@ -65,8 +63,8 @@ def _differ_in_dtype_or_shape(input: Tensor, target: Tensor, *_: Any) -> str | N
     return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
 
 
-def _kl_div_warning(arguments: Arguments) -> str | None:
-    if arguments[-1] != "mean":
+def _kl_div_warning(_: Tensors, options: Options) -> str | None:
+    if options.reduction != "mean":
         return None
     return (
         "reduction: 'mean' divides the total loss by both the batch size and the support size."
@@ -80,9 +78,9 @@ def _rows(*_: Any) -> Divisor:
 
 
 def _counted_elements(
-    operands: Sequence[Tensor], _weight: Tensor | None, numbers: Sequence[Any]
+    operands: Sequence[Tensor], _weight: Tensor | None, options: Options
 ) -> Tensor | Divisor:
-    ignored = numbers[-1]
+    ignored = options.ignore_index
     if ignored is None:
         return elements()
     if operands[1].is_meta:  # for a plan; comparing meta tensors would import sympy
@@ -93,8 +91,8 @@ def _counted_elements(
 MSE_LOSS = PointwiseLoss(
     name="mse_loss",
     module="MSELoss",
-    case=("reduction",),
-    torch=lambda x, y, weight, reduction: F.mse_loss(x, y, None, None, reduction, weight),
+    choices=("reduction",),
+    torch=lambda x, y, weight, options: F.mse_loss(x, y, None, None, options.reduction, weight),
     warns=True,
     operands=(INPUT, TARGET, FULL_WEIGHT),
     denominators={"mean": weight_or_elements},
@@ -104,8 +102,8 @@ MSE_LOSS = PointwiseLoss(
 L1_LOSS = PointwiseLoss(
     name="l1_loss",
     module="L1Loss",
-    case=("reduction",),
-    torch=lambda x, y, weight, reduction: F.l1_loss(x, y, None, None, reduction, weight),
+    choices=("reduction",),
+    torch=lambda x, y, weight, options: F.l1_loss(x, y, None, None, options.reduction, weight),
     warns=True,
     operands=(INPUT, TARGET, FULL_WEIGHT),
     denominators={"mean": weight_or_elements},
@@ -128,8 +126,8 @@ def _gradient_of_smooth_l1_loss(input: Tensor, target: Tensor, beta: Tensor) -> 
 SMOOTH_L1_LOSS = PointwiseLoss(
     name="smooth_l1_loss",
     module="SmoothL1Loss",
-    case=("reduction",),
-    torch=lambda x, y, beta, reduction: F.smooth_l1_loss(x, y, None, None, reduction, beta),
+    choices=("reduction",),
+    torch=lambda x, y, options: F.smooth_l1_loss(x, y, None, None, options.reduction, options.beta),
     warns=True,
     operands=(INPUT, TARGET),
     numbers=(Scalar("beta", low=0.0),),
@@ -152,8 +150,10 @@ def _gradient_of_huber_loss(input: Tensor, target: Tensor, delta: Tensor) -> Gra
 HUBER_LOSS = PointwiseLoss(
     name="huber_loss",
     module="HuberLoss",
-    case=("reduction",),
-    torch=lambda x, y, weight, delta, reduction: F.huber_loss(x, y, reduction, delta, weight),
+    choices=("reduction",),
+    torch=lambda x, y, weight, options: F.huber_loss(
+        x, y, options.reduction, options.delta, weight
+    ),
     warns=True,
     operands=(INPUT, TARGET, FULL_WEIGHT),
     numbers=(Scalar("delta", positive=True),),
@@ -177,9 +177,9 @@ def _gradient_of_binary_cross_entropy(input: Tensor, target: Tensor) -> Gradient
 BINARY_CROSS_ENTROPY = PointwiseLoss(
     name="binary_cross_entropy",
     module="BCELoss",
-    case=("reduction",),
-    torch=lambda x, y, weight, reduction: F.binary_cross_entropy(
-        x, y, weight, None, None, reduction
+    choices=("reduction",),
+    torch=lambda x, y, weight, options: F.binary_cross_entropy(
+        x, y, weight, None, None, options.reduction
     ),
     operands=(
         Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
@@ -215,9 +215,9 @@ def _gradient_of_binary_cross_entropy_with_logits(
 BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     name="binary_cross_entropy_with_logits",
     module="BCEWithLogitsLoss",
-    case=("reduction",),
-    torch=lambda x, y, weight, pos_weight, reduction: F.binary_cross_entropy_with_logits(
-        x, y, weight, None, None, reduction, pos_weight
+    choices=("reduction",),
+    torch=lambda x, y, weight, pos_weight, options: F.binary_cross_entropy_with_logits(
+        x, y, weight, None, None, options.reduction, pos_weight
     ),
     operands=(
         INPUT,
@@ -246,8 +246,8 @@ def _gradient_of_kl_div(input: Tensor, target: Tensor, log_target: bool) -> Grad
 KL_DIV = PointwiseLoss(
     name="kl_div",
     module="KLDivLoss",
-    case=(Choice("log_target", BOTH), "reduction"),
-    torch=lambda x, y, log_target, reduction: F.kl_div(x, y, None, None, reduction, log_target),
+    choices=(Choice("log_target", BOTH), "reduction"),
+    torch=lambda x, y, options: F.kl_div(x, y, None, None, options.reduction, options.log_target),
     operands=(INPUT, Operand("target", low=0.0)),
     warning=_kl_div_warning,
     denominators={"mean": elements, "batchmean": _rows},
@@ -281,9 +281,9 @@ def _gradient_of_poisson_nll_loss(
 POISSON_NLL_LOSS = PointwiseLoss(
     name="poisson_nll_loss",
     module="PoissonNLLLoss",
-    case=(Choice("log_input", BOTH), Choice("full", BOTH), "reduction"),
-    torch=lambda x, y, eps, log_input, full, reduction: F.poisson_nll_loss(
-        x, y, log_input, full, None, eps, None, reduction
+    choices=(Choice("log_input", BOTH), Choice("full", BOTH), "reduction"),
+    torch=lambda x, y, options: F.poisson_nll_loss(
+        x, y, options.log_input, options.full, None, options.eps, None, options.reduction
     ),
     operands=(INPUT, Operand("target", low=0.0)),
     numbers=(Scalar("eps"),),
@@ -322,9 +322,9 @@ def _gradient_of_gaussian_nll_loss(
 GAUSSIAN_NLL_LOSS = PointwiseLoss(
     name="gaussian_nll_loss",
     module="GaussianNLLLoss",
-    case=(Choice("full", BOTH), "reduction"),
-    torch=lambda x, y, var, eps, full, reduction: F.gaussian_nll_loss(
-        x, y, var, full, eps, reduction
+    choices=(Choice("full", BOTH), "reduction"),
+    torch=lambda x, y, var, options: F.gaussian_nll_loss(
+        x, y, var, options.full, options.eps, options.reduction
     ),
     operands=(
         INPUT,
@@ -340,8 +340,8 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
 SOFT_MARGIN_LOSS = PointwiseLoss(
     name="soft_margin_loss",
     module="SoftMarginLoss",
-    case=("reduction",),
-    torch=lambda x, y, reduction: F.soft_margin_loss(x, y, None, None, reduction),
+    choices=("reduction",),
+    torch=lambda x, y, options: F.soft_margin_loss(x, y, None, None, options.reduction),
     operands=(INPUT, SIGNS._replace(shape=partial(checks.equals, error=RuntimeError))),
     fallback_reason=_differ_in_dtype_or_shape,
     formula=lambda input, target: _softplus(-target * input),
@@ -357,9 +357,9 @@ def _hinge_embedding_loss(input: Tensor, target: Tensor, margin: Tensor) -> Tens
 HINGE_EMBEDDING_LOSS = PointwiseLoss(
     name="hinge_embedding_loss",
     module="HingeEmbeddingLoss",
-    case=("reduction",),
-    torch=lambda x, y, margin, reduction: F.hinge_embedding_loss(
-        x, y, margin, None, None, reduction
+    choices=("reduction",),
+    torch=lambda x, y, options: F.hinge_embedding_loss(
+        x, y, options.margin, None, None, options.reduction
     ),
     operands=(INPUT, SIGNS),
     numbers=(Scalar("margin"),),
@@ -370,9 +370,9 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
 MARGIN_RANKING_LOSS = PointwiseLoss(
     name="margin_ranking_loss",
     module="MarginRankingLoss",
-    case=("reduction",),
-    torch=lambda x1, x2, y, margin, reduction: F.margin_ranking_loss(
-        x1, x2, y, margin, None, None, reduction
+    choices=("reduction",),
+    torch=lambda x1, x2, y, options: F.margin_ranking_loss(
+        x1, x2, y, options.margin, None, None, options.reduction
     ),
     operands=(
         Operand("input1"),
@@ -398,7 +398,7 @@ def _gradient_of_quantile_loss(input: Tensor, target: Tensor, quantile: Tensor) 
 QUANTILE_LOSS = PointwiseLoss(
     name="quantile_loss",
     module="QuantileLoss",
-    case=("reduction",),
+    choices=("reduction",),
     operands=(INPUT, TARGET),
     numbers=(Scalar("quantile", low=0.0, high=1.0),),
     formula=lambda input, target, quantile: torch.maximum(
@@ -416,7 +416,7 @@ def _log_cosh_loss(input: Tensor, target: Tensor) -> Tensor:
 LOG_COSH_LOSS = PointwiseLoss(
     name="log_cosh_loss",
     module="LogCoshLoss",
-    case=("reduction",),
+    choices=("reduction",),
     operands=(INPUT, TARGET),
     formula=_log_cosh_loss,
     gradient=lambda input, target: ((input - target).tanh(), (target - input).tanh()),
@@ -431,7 +431,7 @@ def _hinge_loss(input: Tensor, target: Tensor, margin: Tensor, squared: bool) ->
 HINGE_LOSS = PointwiseLoss(
     name="hinge_loss",
     module="HingeLoss",
-    case=(Choice("squared", BOTH), "reduction"),
+    choices=(Choice("squared", BOTH), "reduction"),
     operands=(INPUT, SIGNS),
     numbers=(Scalar("margin"),),
     clamps=True,
@@ -474,7 +474,7 @@ def _gradient_of_sigmoid_focal_loss(input: Tensor, target: Tensor, *numbers: Any
 SIGMOID_FOCAL_LOSS = PointwiseLoss(
     name="sigmoid_focal_loss",
     module="SigmoidFocalLoss",
-    case=("reduction",),
+    choices=("reduction",),
     operands=(
         Operand("inputs"),
         Operand("targets", low=0.0, high=1.0, shape=checks.equals, differentiated=False),
@@ -486,9 +486,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
         Scalar("ignore_index", optional=True),
     ),
     denominators={"mean": _counted_elements},
-    torch=lambda x, y, weight, alpha, gamma, ignore_index, reduction: (
-        definitions.sigmoid_focal_loss(x, y, alpha, gamma, reduction, weight, ignore_index)
-    ),
+    torch=definitions.sigmoid_focal_loss,
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
 )
@@ -532,7 +530,7 @@ TANH = Activation(
 SOFTCAP = Activation(
     name="softcap",
     module="Softcap",
-    torch=definitions.softcap,
+    torch=lambda input, options: definitions.softcap(input, options.cap),
     numbers=(Scalar("cap", positive=True),),
     formula=lambda input, cap: cap * (input / cap).tanh(),
     gradient=lambda grad_output, input, cap: grad_output * (1 - (input / cap).tanh() ** 2),
@@ -552,10 +550,10 @@ SILU = Activation(
 )
 
 
-def _gelu(input: Tensor, approximate: str) -> Tensor:
-    if approximate == "none":  # reading an argument takes 0.2 us
+def _gelu(input: Tensor, options: Options) -> Tensor:
+    if options.approximate == "none":  # reading an argument takes 0.2 us
         return _GELU(input)  # type: ignore[no-any-return]
-    return _GELU(input, approximate=approximate)  # type: ignore[no-any-return]
+    return _GELU(input, approximate=options.approximate)  # type: ignore[no-any-return]
 
 
 def _cdf(x: Tensor, approximate: str) -> Tensor:
@@ -586,9 +584,9 @@ def _gradient_of_gelu(grad_output: Tensor, input: Tensor, approximate: str) -> T
 GELU = Activation(
     name="gelu",
     module="GELU",
-    torch=lambda input, approximate: F.gelu(input, approximate=approximate),
+    torch=lambda input, options: F.gelu(input, approximate=options.approximate),
     fast=_gelu,
-    case=(APPROXIMATE,),
+    choices=(APPROXIMATE,),
     formula=lambda input, approximate: input * _cdf(input, approximate),
     gradient=_gradient_of_gelu,
 )
@@ -672,7 +670,6 @@ SOFTSHRINK = Activation(
     formula=lambda input, lambd: torch.where(
         input > lambd, input - lambd, torch.where(input < -lambd, input + lambd, _zero(input))
     ),
-    fast=_SOFTSHRINK,
     gradient=lambda grad_output, input, lambd: torch.where(_beyond(input, lambd), grad_output, 0),
 )
 
@@ -738,7 +735,6 @@ SOFTPLUS = Activation(
     formula=lambda input, beta, threshold: torch.where(
         input * beta > threshold, input, _softplus(input * beta) / beta
     ),
-    fast=_SOFTPLUS,
     gradient=lambda grad_output, input, beta, threshold: torch.where(
         input * beta > threshold, grad_output, grad_output * (input * beta).sigmoid()
     ),
@@ -747,9 +743,10 @@ SOFTPLUS = Activation(
 LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
-    fallback_reason=lambda input: None if input.is_contiguous() else "torch's result is contiguous",
+    fallback_reason=lambda input, _: (
+        None if input.is_contiguous() else "torch's result is contiguous"
+    ),
     formula=lambda input: 0 - _softplus(-input),  # 0.0 rather than -0.0 at infinity
-    fast=_LOG_SIGMOID,
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )
 
@@ -775,7 +772,7 @@ SWIGLU = Gated(
     module="SwiGLU",
     operands=GATED,
     formula=lambda gate, up: gate * gate.sigmoid() * up,
-    torch=lambda gate, up: _SILU(gate) * up,
+    torch=lambda gate, up, _: _SILU(gate) * up,
     gradient=lambda gate, up: (_gradient_of_silu(up, gate), gate * gate.sigmoid()),
 )
 
@@ -783,9 +780,9 @@ GEGLU = Gated(
     name="geglu",
     module="GEGLU",
     operands=GATED,
-    case=(APPROXIMATE,),
+    choices=(APPROXIMATE,),
     formula=lambda gate, up, approximate: gate * _cdf(gate, approximate) * up,
-    torch=lambda gate, up, approximate: _GELU(gate, approximate=approximate) * up,
+    torch=lambda gate, up, options: _GELU(gate, approximate=options.approximate) * up,
     gradient=lambda gate, up, approximate: (
         _gradient_of_gelu(up, gate, approximate),
         gate * _cdf(gate, approximate),
@@ -797,7 +794,7 @@ REGLU = Gated(
     module="ReGLU",
     operands=GATED,
     formula=lambda gate, up: torch.where(gate < 0, 0, gate) * up,
-    torch=lambda gate, up: torch.relu(gate) * up,
+    torch=lambda gate, up, _: torch.relu(gate) * up,
     gradient=lambda gate, up: (torch.where(gate <= 0, 0, up), torch.where(gate < 0, 0, gate)),
 )
 

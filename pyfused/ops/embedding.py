@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, Divisor, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import Arguments, Case
+from pyfused.dispatch.operator import Options, Tensors
 from pyfused.formula_compiler import trace
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.pointwise_loss import TensorLoss
@@ -24,9 +24,9 @@ def rows(*_: Any) -> Divisor:
 
 
 def triplet_fallback_reason(
-    anchor: Tensor, positive: Tensor, negative: Tensor, _margin: Any, p: Any, *_: Any
+    anchor: Tensor, positive: Tensor, negative: Tensor, options: Options
 ) -> str | None:
-    if p not in (1.0, 2.0):
+    if options.p not in (1.0, 2.0):
         return "p is neither 1 nor 2"
     return _shape_reason(anchor, positive, negative)
 
@@ -58,22 +58,22 @@ class EmbeddingLoss(TensorLoss):
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast = tuple(range(1, len(self.inputs)))
 
-    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
         return input.dim() - 1
 
-    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         if self.has_target:
             operands = *operands[:-1], operands[-1].squeeze(-1)
-        return super().unreduced(operands, parameters)
+        return super().unreduced(operands, options)
 
     def _dtypes(
         self,
-        arguments: Arguments,
+        tensors: Tensors,
         input: Tensor,
         reduction: str,  # noqa: ARG002
     ) -> tuple[torch.dtype, torch.dtype]:
-        tensors = arguments[: len(self.inputs)]
-        dtypes = [autocast_dtype(tensor.dtype, input.device) for tensor in tensors]
+        inputs = tensors[: len(self.inputs)]
+        dtypes = [autocast_dtype(tensor.dtype, input.device) for tensor in inputs]
         dtype = reduce(torch.promote_types, dtypes)
         return dtype, dtype
 
@@ -101,17 +101,15 @@ class EmbeddingLoss(TensorLoss):
         backend: Backend,
         operands: Sequence[Any],
         weight: Any,  # noqa: ARG002
-        cases: tuple[Any, ...],
-        reduction: str,
+        options: Options,
         outputs: Outputs,
         divisor: Divisor | None,
         grad_output: Tensor | None,  # noqa: ARG002
     ) -> LossKernel:
-        by_name = dict(zip([parameter.name for parameter in self.parameters], cases, strict=True))
-        euclidean, swap = by_name.get("p", 2.0) == 2.0, by_name.get("swap", False)
-        options = EmbeddingOptions(euclidean, swap, trace.clamp_is_inclusive())
+        euclidean, swap = getattr(options, "p", 2.0) == 2.0, bool(getattr(options, "swap", False))
+        flags = EmbeddingOptions(euclidean, swap, trace.clamp_is_inclusive())
         return backend.embedding_loss(
-            self.name, tuple(operands), options, reduction, outputs, divisor
+            self.name, tuple(operands), flags, options.reduction, outputs, divisor
         )
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from pyfused.layout import accumulate_dtype, layouts
 from pyfused.ops.chunk_sizes import product_dtype
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.row_state import RowInputs, RowState
-from pyfused.types import ClassRange, Gradients, Head, Outputs, VocabOptions
+from pyfused.types import ClassRange, Gradients, Head, Outputs
 
 # ---- the loop ------------------------------------------------------------------------------------
 
@@ -248,12 +248,12 @@ def kept(prepare: Callable[..., LossKernel]) -> Callable[..., LossResult]:
         prepare: Prepares the kernel for tensors, outputs and grad_output.
 
     Returns:
-        A function of the tensors, the numbers, the outputs, and grad_output or None.
+        A function of the tensors, the options, the outputs, and grad_output or None.
     """
     launches: dict[Any, LossKernel] = {}
 
     def run(
-        tensors: Sequence[Any], numbers: Sequence[Any], outputs: Outputs, grad_output: Tensor | None
+        tensors: Sequence[Any], options: Any, outputs: Outputs, grad_output: Tensor | None
     ) -> LossResult:
         key = outputs, layouts((*tensors, grad_output))
         launch = launches.get(key)
@@ -261,7 +261,7 @@ def kept(prepare: Callable[..., LossKernel]) -> Callable[..., LossResult]:
             if len(launches) >= MOST_PREPARED:
                 launches.clear()
             launch = launches[key] = prepare(tensors, outputs, grad_output)
-        return launch(tensors, numbers, grad_output)
+        return launch(tensors, options, grad_output)
 
     return run
 
@@ -320,7 +320,7 @@ class HeadRows:
 
     backend: Backend
     head: InitVar[Head]
-    options: VocabOptions
+    options: Any
     classes: ClassRange
     fields: int
     size: Callable[[int], tuple[int, int]]
@@ -358,14 +358,14 @@ class HeadRows:
             keeps_logits: Whether the logits of the first block are returned. They are None if the
                 block does not have all classes.
         """
-        (_, target, weight, numbers), fields = inputs, self.fields
+        (_, target, weight, options), fields = inputs, self.fields
         layer, labels, valid, n = self.layer(inputs)
         state = labels.new_empty((fields, labels.shape[0]), dtype=torch.float64)
         for block in blocks(layer, backwards=True):
             logits, targets, classes = self.per_target(block)
-            options = self.options, classes, fields, 0, block.classes.start > 0
-            launch = self.backend.row_state(logits, *options)
-            launch(numbers, logits, labels[targets], weight, state[:, targets])
+            settings = self.options, classes, fields, 0, block.classes.start > 0
+            launch = self.backend.row_state(logits, *settings)
+            launch(options, logits, labels[targets], weight, state[:, targets])
         state = spread_rows(state.view(fields, -1, self.positions), valid, n, 1)
         keeps_logits = keeps_logits and block.logits.shape[1] == self.columns
         return (
@@ -391,7 +391,7 @@ class HeadRows:
             logits: The logits that `state` returned; they are overwritten.
             filter_below: As in `over_blocks`, for all rows of the input.
         """
-        (input, linear_weight, *_), _, weight, numbers = inputs
+        (input, linear_weight, *_), _, weight, options = inputs
         layer, labels, valid, n = self.layer(inputs)
         state, grad_results = (
             take_rows(values.reshape(values.shape[0], n, -1), valid, 1).flatten(1).contiguous()
@@ -402,7 +402,7 @@ class HeadRows:
             logits, targets, classes = self.per_target(block)
             launch = self.backend.row_gradients(logits, self.options, classes, len(grad_results))
             states = state[:, targets], grad_results[:, targets]
-            launch(numbers, logits, labels[targets], weight, *states, logits)
+            launch(options, logits, labels[targets], weight, *states, logits)
             return block.logits
 
         below = take_rows(filter_below, valid)

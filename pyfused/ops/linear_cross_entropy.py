@@ -6,7 +6,7 @@ loss = cross_entropy(input @ linear_weight.T + linear_bias, target)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
-from pyfused.dispatch.operator import REDUCTIONS, Arguments, Case, Numbers, Tensors
+from pyfused.dispatch.operator import REDUCTIONS, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import fall_back, is_compiled
@@ -25,7 +25,7 @@ from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, shards
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, tile_size
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.cross_entropy import DEFAULTS, TYPES, UINT8_TARGET
+from pyfused.ops.cross_entropy import UINT8_TARGET
 from pyfused.ops.heads import (
     Block,
     HeadRows,
@@ -50,17 +50,14 @@ from pyfused.ops.row_state import (
 )
 from pyfused.ops.shards import ShardedOperator
 from pyfused.torch_internals import built_in
-from pyfused.types import Choice, ClassRange, CrossEntropyOptions, Head, Outputs
+from pyfused.types import ClassRange, CrossEntropyOptions, Head, Outputs
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class LinearCrossEntropy(RowLoss, ShardedOperator):
     """Cross-entropy of a linear layer's output."""
 
-    options = CrossEntropyOptions
     has_state = True
-
-    case: tuple[Any, ...] = (Choice("options", of_torch=True),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,16 +65,26 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         self.linear = built_in("linear", F.linear)
         self.built_in_loss = built_in("cross_entropy_loss", F.cross_entropy)
 
-    def compute_small(self, *call: Any) -> Any:
+    def compute_small(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        token_weight: Tensor | None,
+        denominator: Tensor | None,
+        options: CrossEntropyOptions,
+    ) -> Any:
         """Returns the result of a small call, without the definition's checks in common cases."""
-        input, linear_weight, bias, target, weight, *factors = call[:7]
-        *numbers, smoothing, filter_eps = call[7:15]
-        ignore_index, reduction, *others = call[15:]
-        added, number = (*factors, *numbers, filter_eps), REDUCTIONS.get(reduction)
+        number, smoothing = REDUCTIONS.get(options.reduction), options.label_smoothing
         if (
-            not TYPES.issuperset(map(type, (smoothing, *added)))
-            or added != (None, None, *DEFAULTS, 0.0)
-            or others != [None, None, False, False, None]  # from memory_budget to torch's options
+            not token_weight is denominator is None
+            or not options.memory_budget is options.torch_options is None
+            or not options.is_plain()
+            or type(smoothing) not in (float, int)
+            or type(options.filter_eps) is not float
+            or options.filter_eps != 0.0
             or number is None
             or has_torch_function((input, linear_weight, bias, target, weight))
             or not (input.is_cpu and linear_weight.is_cpu and target.dtype is torch.int64)
@@ -85,31 +92,15 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             or linear_weight.shape[1:] != input.shape[1:]
             or not (bias is None or (bias.is_cpu and bias.shape == linear_weight.shape[:1]))
         ):
-            return fall_back(self, SMALL, *self.split(call))
-        ignore_index = -100 if ignore_index is None else ignore_index
+            tensors = input, linear_weight, bias, target, weight, token_weight, denominator
+            return fall_back(self, SMALL, tensors, options)
         logits = self.linear(input, linear_weight, bias)
-        return self.built_in_loss(logits, target, weight, number, ignore_index, smoothing)
-
-    def arguments_of(self, tensors: Tensors, numbers: Numbers, case: Case) -> Arguments:
-        if case[0] is None:  # torch's default of ignore_index
-            case = -100, *case[1:]
-        return super().arguments_of(tensors, numbers, case)
-
-    def compute_by_torch(self, *call: Any) -> Any:
-        *operands, options = self.arguments_of(*self.split(call))
-        return self.definition(*operands, call[-1], options)
-
-    def checked_options(self, arguments: Arguments) -> CrossEntropyOptions:
-        head, options = _head(arguments)
-        self.check_arguments(head, options)
-        return options
+        return self.built_in_loss(logits, target, weight, number, options.ignore_index, smoothing)
 
     def kernel_options(self, options: CrossEntropyOptions) -> CrossEntropyOptions:
         return checks.normalized(options)
 
-    def to_rows(
-        self, options: CrossEntropyOptions, tensors: Tensors, _: Numbers = ()
-    ) -> tuple[Any, ...]:
+    def to_rows(self, tensors: Tensors, options: CrossEntropyOptions) -> tuple[Any, ...]:
         input, *layer, target, weight, token_weight, denominator = tensors
         if not target.is_floating_point():
             target, classes = target.to(torch.int64), layer[0].shape[0]
@@ -131,27 +122,25 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         metrics = of_state(state, target, options.ignore_index, dtype)
         return loss, Metrics(*(with_leading_dims(x, leading) for x in metrics))
 
-    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
-        head, options = _head(arguments)
-        loss_dtype = _result_dtype(head.input, head.target, options)
-        options = replace(options, loss_dtype=loss_dtype)
-        tensors = in_autocast_dtype(head.input), *head[1:3], head.target
-        plan = shards.cross_entropy_plan(tensors, options, shard)
-        return plan((*tensors, head.weight, *options.plan_tensors()), options.numbers())
+    def compute_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
+        input, *layer, target = tensors[:4]
+        options = options._replace(loss_dtype=_result_dtype(input, target, options))
+        head = in_autocast_dtype(input), *layer, target
+        plan = shards.cross_entropy_plan(head, options, shard)
+        return plan((*head, *tensors[4:]), options)
 
-    def check_shapes(self, arguments: Arguments, classes: int) -> None:
-        self.check_arguments(*_head(arguments), classes)
+    def check_shapes(self, tensors: Tensors, options: Options, classes: int) -> None:
+        self.check_arguments(*tensors, options, classes)
 
-    def check(self, arguments: Arguments) -> None:
-        super().check(arguments)
-        head, options = _head(arguments)
-        checks.class_indices(head.linear_weight.shape[0], head.target, options.ignore_index)
+    def check(self, tensors: Tensors, options: Options) -> None:
+        super().check(tensors, options)
+        checks.class_indices(tensors[1].shape[0], tensors[3], options.ignore_index)
 
-    def strategy_of(self, arguments: Arguments) -> str:
-        head, options = _head(arguments)
-        head = head._replace(input=in_autocast_dtype(head.input))
+    def strategy_of(self, tensors: Tensors, options: Options) -> str:
+        head = Head._make((in_autocast_dtype(tensors[0]), *tensors[1:5]))
         n = head.input.shape[:-1].numel()
-        rows = rows_at_once(head, options, backend_of(head.input))(n)
+        capped, backend = options.softcap is not None, backend_of(head.input)
+        rows = rows_at_once(head, options.memory_budget, backend, capped)(n)
         if not rows:
             return "blocks of classes"
         return "all logits at once" if rows >= n else f"blocks of {rows} rows"
@@ -169,27 +158,35 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
         return accumulate_dtype(dtype)
 
     def valid_rows(
-        self, backend: Backend, tensors: Sequence[Any], options: CrossEntropyOptions
+        self,
+        backend: Backend,
+        tensors: Sequence[Any],
+        token_weight: Tensor | None,
+        options: CrossEntropyOptions,
     ) -> tuple[Tensor | None, Tensor | None]:
-        target, weight = tensors[3], options.token_weight
+        target, ignore_index = tensors[3], options.ignore_index
         if target.is_floating_point():
-            if weight is None or not options.with_metrics:
-                return super().valid_rows(backend, tensors, options)
-            rows, valid = None, weight != 0
+            if token_weight is None or not options.with_metrics:
+                return super().valid_rows(backend, tensors, token_weight, options)
+            rows, valid = None, token_weight != 0
         else:
-            valid = counted_target(target, options) != options.ignore_index
-            if weight is None or not options.with_metrics:
+            valid = counted_target(target, token_weight, ignore_index) != ignore_index
+            if token_weight is None or not options.with_metrics:
                 return rows_that_count(valid, backend)
-            rows, _ = rows_that_count(target != options.ignore_index, backend)
+            rows, _ = rows_that_count(target != ignore_index, backend)
         # Rows of weight 0 also have metrics.
         counts = valid.flatten(1).any(1) if valid.dim() > 1 else valid
         return rows, take_rows(counts, rows)
 
-    def total_weight(self, tensors: Sequence[Any], options: CrossEntropyOptions) -> float | Tensor:
+    def total_weight(
+        self,
+        tensors: Sequence[Any],
+        token_weight: Tensor | None,
+        options: CrossEntropyOptions,
+    ) -> float | Tensor:
         *_, target, weight = tensors
         if not target.is_floating_point():
-            return total_weight(target, weight, options)
-        token_weight = options.token_weight
+            return total_weight(target, weight, token_weight, options)
         return target[:, 0].numel() if token_weight is None else token_weight.double().sum()
 
     def prepare(
@@ -197,10 +194,11 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
     ) -> tuple[Callable[..., Results], bool]:
         head = Head(*tensors)
         head = head._replace(input=in_autocast_dtype(head.input))
-        dtype, rows_of = product_dtype(head, backend), rows_at_once(head, options, backend)
+        limits = options.memory_budget, backend, options.softcap is not None
+        dtype, rows_of = product_dtype(head, backend), rows_at_once(head, *limits)
         divides = rows_of(head.input.shape[:-1].numel()) > 0
         if options.reduction != "none" and not divides:
-            options = replace(options, reduction="sum")
+            options = options._replace(reduction="sum")
         kernel = kept(lambda tensors, *outputs: backend.cross_entropy(tensors, options, *outputs))
 
         def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
@@ -211,7 +209,8 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             rows = max(1, rows)
             if is_mean and (rows < n or options.filter_eps):
                 # Otherwise the kernel counts the targets of the only block.
-                options.denominator = loss_denominator(options, self.total_weight(tensors, options))
+                default = self.total_weight(tensors, args.token_weight, options)
+                args = args.divided_by(loss_denominator(options, args.denominator, default))
             return _by_rows(backend, dtype, kernel, rows, tensors, args)
 
         return compute, divides
@@ -223,8 +222,9 @@ class LinearCrossEntropy(RowLoss, ShardedOperator):
             floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
             return tensor.to(dtype) if floating else tensor
 
-        options = replace(options, with_metrics=False)
-        loss: Tensor = definitions.head_cross_entropy(Head(*map(widen, tensors)), options)
+        *operands, token_weight, denominator = tensors
+        head, options = Head(*map(widen, operands)), options._replace(with_metrics=False)
+        loss: Tensor = definitions.head_cross_entropy(head, token_weight, denominator, options)
         return loss
 
 
@@ -234,16 +234,11 @@ def linear_cross_entropy_fallback_reason(
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
     if not input.dim() or linear_weight.dim() < 2:
         return "input or linear_weight has too few dimensions"
-    weight, options = rest
+    weight, *_, options = rest
     smoothes = weight is not None and options.label_smoothing != 0
     if target.dtype is torch.uint8 and (linear_weight.dim() > 2 or smoothes):
         return UINT8_TARGET
     return None
-
-
-def _head(arguments: Arguments) -> tuple[Head, CrossEntropyOptions]:
-    *tensors, options = arguments
-    return Head(*tensors), options
 
 
 def _result_dtype(input: Tensor, target: Tensor, options: CrossEntropyOptions) -> torch.dtype:
@@ -266,9 +261,8 @@ def _by_rows(
 ) -> Results:
     """Computes the results by blocks of rows with all classes."""
     input, linear_weight, bias, target, weight = tensors
-    options, outputs, grad_output, _, counts = args
+    options, token_weight, denominator, outputs, grad_output, _, counts = args
     classes, needs, states = linear_weight.shape[:-1], outputs.gradients, list[Tensor]()
-    numbers, (token_weight, denominator) = options.numbers(), options.plan_tensors()
     grad_target = torch.empty_like(target) if needs and needs[3] else None
     block_needs = (any(needs[:3]), needs[3]) if needs else ()
     block_outputs = Outputs(outputs.loss, block_needs, inplace=True)
@@ -283,7 +277,7 @@ def _by_rows(
             state = metrics_state(backend, logits, targets, options, state_fields(options))
             states.append(state.flatten(1))
         operands = logits, targets, weight, token_weight, denominator
-        loss, (grad_logits, grad_targets) = kernel(operands, numbers, block_outputs, grad_output)
+        loss, (grad_logits, grad_targets) = kernel(operands, options, block_outputs, grad_output)
         if grad_target is not None and grad_targets is not None:
             grad_target[block.rows] = grad_targets
         if grad_logits is None:
@@ -296,7 +290,7 @@ def _by_rows(
     filter_below = None
     if options.filter_eps:
         scale = input.new_ones(()) if grad_output is None else grad_output.abs()
-        divisor = options.denominator if options.reduction == "mean" else 1.0
+        divisor = args.divisor if options.reduction == "mean" else 1.0
         filter_below = options.filter_eps * scale / divisor
     matrix, bias = linear_weight.flatten(0, -2), None if bias is None else bias.flatten()
     layer = Layer(backend, input, matrix, bias, dtype, (rows, matrix.shape[0]), counts)
@@ -317,24 +311,26 @@ def _by_classes(
 
     The gradients need the state over all classes, so the backward pass computes them.
     """
-    options, outputs, grad_output, state, _ = args
+    options, token_weight, _, outputs, grad_output, state, _ = args
     *layer, target, class_weight = tensors
-    counted, classes = counted_target(target, options), layer[1].shape[0]
+    counted = counted_target(target, token_weight, options.ignore_index)
+    classes = layer[1].shape[0]
     weight, fields = kernel_weight(class_weight, dtype), state_fields(options)
     size = tile_size(layer[0].shape, dtype, options.memory_budget, backend)
     of_rows = options.of_rows()
     settings = of_rows, ClassRange(0, classes), fields, lambda _: size, outputs.gradients
-    rows, numbers = HeadRows(backend, Head(*tensors), *settings), of_rows.numbers()
+    rows = HeadRows(backend, Head(*tensors), *settings)
     if state is None:
         with_metrics = target if options.with_metrics else counted
-        state, *_ = rows.state((layer, with_metrics, weight, numbers))
-        loss = state_loss(state, counted, weight, options, classes)
+        state, *_ = rows.state((layer, with_metrics, weight, of_rows))
+        loss = state_loss(state, counted, weight, token_weight, options, classes)
         loss = loss if options.reduction == "none" else loss.sum(dtype=torch.float64)
         return loss, (), state
     assert grad_output is not None
     grad_output = grad_output.expand(target.shape[0])
-    grad_results = state_loss_gradients(state, counted, weight, options, classes, grad_output)
+    weights = weight, token_weight
+    grad_results = state_loss_gradients(state, counted, *weights, options, classes, grad_output)
     filter_below = options.filter_eps * grad_output.abs() if options.filter_eps else None
-    inputs = layer, counted, weight, numbers
+    inputs = layer, counted, weight, of_rows
     gradients = rows.gradients(inputs, state, grad_results, filter_below=filter_below)
     return None, (*gradients, None), state

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype, without_autocast
-from pyfused.dispatch.operator import Arguments, Case, Numbers, Operand, Tensors
+from pyfused.dispatch.operator import Options, Tensors
 from pyfused.dispatch.plan import Plan
 from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype
@@ -128,17 +128,16 @@ class LogProbsOperator(ShardedOperator):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
     check_arguments: Callable[..., None]
-    options = LogProbsOptions
-    factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
     has_state = True  # the result of the custom operator
 
-    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
         return input.dim() - 1 if self.is_linear else int(input.dim() > 1)
 
     def plan(
         self,
-        arguments: Arguments,
+        tensors: Tensors,
+        options: Options,
         shard: LocalShard | None = None,
         results: int | None = None,
     ) -> Plan:
@@ -149,15 +148,15 @@ class LogProbsOperator(ShardedOperator):
             results: As in `state_plan`; None for the results that the options select.
         """
         if shard is None:
-            self.check_arguments(*arguments)
-        *tensors, target, options = arguments
+            self.check_arguments(*tensors, options)
+        *layer, target = tensors
         if self.is_linear:
-            tensors[0] = in_autocast_dtype(tensors[0])
-        classes, ignore_index = class_range(tensors, shard), options.ignore_index
-        check = backend_of(tensors[0]).check_class_indices
+            layer[0] = in_autocast_dtype(layer[0])
+        classes, ignore_index = class_range(layer, shard), options.ignore_index
+        check = backend_of(layer[0]).check_class_indices
         results = _count(options) if results is None else results
 
-        def arrange(tensors: Tensors, _: Numbers) -> Tensors:
+        def arrange(tensors: Tensors, _: Options) -> Tensors:
             *tensors, target = tensors
             if self.is_linear:
                 tensors[0] = in_autocast_dtype(tensors[0])
@@ -170,7 +169,7 @@ class LogProbsOperator(ShardedOperator):
 
         return state_plan(
             self.name,
-            (*tensors, target),
+            (*layer, target),
             options,
             _fields(options),
             shard,
@@ -179,48 +178,47 @@ class LogProbsOperator(ShardedOperator):
             finish=finish if results and options.with_metrics else None,
         )
 
-    def compiled(self, arguments: Arguments) -> Any:
-        *tensors, target, options = arguments
+    def compiled(self, tensors: Tensors, options: Options) -> Any:
+        *layer, target = tensors
         if self.is_linear:  # all tensors are cast, as custom operators check dtypes
-            tensors = [in_autocast_dtype(x) for x in tensors]
+            layer = [in_autocast_dtype(x) for x in layer]
         with without_autocast(target.device.type):
-            self.check((*tensors, target, options))
-            casted, numbers, case = self.call_of((*tensors, target.to(torch.int64)), options)
-            state: Tensor = self.custom_operator(*casted, *numbers, *case)
-            results = state_results(state, _count(options)).to(accumulate_dtype(tensors[0].dtype))
+            self.check((*layer, target), options)
+            state: Tensor = self.custom_operator((*layer, target.to(torch.int64)), options)
+            results = state_results(state, _count(options)).to(accumulate_dtype(layer[0].dtype))
             if not options.with_metrics:
                 return results
-            classes = class_range(tensors).total
+            classes = class_range(layer).total
             return _with_metrics(results, state, target, options.ignore_index, classes)
 
-    def compiled_plan(self, arguments: Arguments) -> Plan:
-        return self.plan(arguments, results=0)
+    def compiled_plan(self, tensors: Tensors, options: Options) -> Plan:
+        return self.plan(tensors, options, results=0)
 
     def saved(self, tensors: Tensors, state: Any) -> Tensors:
         return *tensors, state, None  # without the logits of the forward pass
 
-    def fake(self, arguments: Arguments) -> Tensor:
+    def fake(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns an empty tensor like the state that the custom operator returns."""
-        target, options = arguments[-2:]
+        target = tensors[-1]
         empty: Tensor = target.new_empty((_fields(options), *target.shape), dtype=torch.float64)
         return empty
 
-    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
-        return self.plan(arguments, shard=shard)(arguments[:-1], arguments[-1].numbers())
+    def compute_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
+        return self.plan(tensors, options, shard)(tensors, options)
 
-    def check(self, arguments: Arguments) -> None:
+    def check(self, tensors: Tensors, options: Options) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""
-        *tensors, target, options = arguments
-        self.check_tensors(arguments)
-        self.check_arguments(*arguments)
-        if not (is_compiled(tensors[0]) or backend_of(target).ASYNCHRONOUS):
-            checks.class_indices(class_range(tensors).total, target, options.ignore_index)
+        *layer, target = tensors
+        self.check_tensors(tensors)
+        self.check_arguments(*tensors, options)
+        if not (is_compiled(layer[0]) or backend_of(target).ASYNCHRONOUS):
+            checks.class_indices(class_range(layer).total, target, options.ignore_index)
 
-    def check_shapes(self, arguments: Arguments, classes: int) -> None:
+    def check_shapes(self, tensors: Tensors, options: Options, classes: int) -> None:
         if self.is_linear:
-            self.check_arguments(*arguments, classes=classes)
+            self.check_arguments(*tensors, options, classes=classes)
         else:
-            super().check_shapes(arguments, classes)
+            super().check_shapes(tensors, options, classes)
 
 
 def _fields(options: LogProbsOptions) -> int:

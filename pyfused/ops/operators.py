@@ -23,7 +23,7 @@ from pyfused.ops.linear_cross_entropy import (
 )
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.softmax import Softmax, softmax_fallback_reason
-from pyfused.types import Choice, Scalar
+from pyfused.types import Choice, CrossEntropyOptions, DivergenceOptions, LogProbsOptions, Scalar
 
 CLASSES = Operand("target", differentiated=False, indices=True)
 WEIGHT = elementwise.WEIGHT._replace(has_rows=False)
@@ -40,8 +40,9 @@ CROSS_ENTROPY = CrossEntropy(
     module="CrossEntropyLoss",
     check_arguments=checks.cross_entropy,
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
+    options=CrossEntropyOptions,
     fallback_reason=cross_entropy_fallback_reason,
-    definition=definitions.cross_entropy,
+    torch=definitions.cross_entropy,
 )
 
 LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
@@ -50,8 +51,9 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     check_arguments=checks.linear_cross_entropy,
     student=4,
     operands=(*HEAD, Operand("target", indices=True), WEIGHT),
+    options=CrossEntropyOptions,
     fallback_reason=linear_cross_entropy_fallback_reason,
-    definition=definitions.linear_cross_entropy,
+    torch=definitions.linear_cross_entropy,
 )
 
 LOG_PROBS = LogProbsOperator(
@@ -59,7 +61,8 @@ LOG_PROBS = LogProbsOperator(
     module="LogProbs",
     check_arguments=checks.log_probs,
     operands=(Operand("logits"), CLASSES),
-    definition=definitions.log_probs,
+    options=LogProbsOptions,
+    torch=definitions.log_probs,
 )
 
 LINEAR_LOG_PROBS = LogProbsOperator(
@@ -67,7 +70,8 @@ LINEAR_LOG_PROBS = LogProbsOperator(
     module="LinearLogProbs",
     check_arguments=checks.linear_log_probs,
     operands=(*HEAD, CLASSES),
-    definition=definitions.linear_log_probs,
+    options=LogProbsOptions,
+    torch=definitions.linear_log_probs,
 )
 
 NLL_LOSS = NllLoss(
@@ -75,9 +79,9 @@ NLL_LOSS = NllLoss(
     module="NLLLoss",
     check_arguments=checks.nll_loss,
     operands=(INPUT, CLASSES, WEIGHT),
-    case=("ignore_index", "reduction"),
-    torch=lambda x, y, weight, ignore_index, reduction: F.nll_loss(
-        x, y, weight, None, ignore_index, None, reduction
+    choices=("ignore_index", "reduction"),
+    torch=lambda x, y, weight, options: F.nll_loss(
+        x, y, weight, None, options.ignore_index, None, options.reduction
     ),
     fallback_reason=nll_loss_fallback_reason,
 )
@@ -98,9 +102,9 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
         Scalar("p", special=(1.0, 2.0)),
         Scalar("eps"),
     ),
-    case=(Choice("swap", (False, True)), "reduction"),
-    torch=lambda a, p, n, margin, exponent, eps, swap, reduction: F.triplet_margin_loss(
-        a, p, n, margin, exponent, eps, swap, None, None, reduction
+    choices=(Choice("swap", (False, True)), "reduction"),
+    torch=lambda a, p, n, options: F.triplet_margin_loss(
+        a, p, n, *options[:-1], None, None, options.reduction
     ),
     denominators={"mean": rows},
     fallback_reason=triplet_fallback_reason,
@@ -115,9 +119,9 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
         CLASSES._replace(shape=checks.one_for_each_row, sign=True),
     ),
     numbers=(Scalar("margin"),),
-    case=("reduction",),
-    torch=lambda x1, x2, y, margin, reduction: F.cosine_embedding_loss(
-        x1, x2, y, margin, None, None, reduction
+    choices=("reduction",),
+    torch=lambda x1, x2, y, options: F.cosine_embedding_loss(
+        x1, x2, y, options.margin, None, None, options.reduction
     ),
     denominators={"mean": rows},
     fallback_reason=cosine_fallback_reason,
@@ -134,7 +138,8 @@ CONTRASTIVE_LOSS = Contrastive(
         Operand("scale", number=True),
     ),
     student=3,
-    definition=contrastive_loss,
+    choices=("reduction", "memory_budget"),
+    torch=contrastive_loss,
 )
 
 # ---- distillation --------------------------------------------------------------------------------
@@ -145,7 +150,8 @@ KL_DIV_WITH_LOGITS = LogitsDivergence(
     check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     student=1,
-    definition=distillation.kl_div_with_logits,
+    options=DivergenceOptions,
+    torch=distillation.kl_div_with_logits,
 )
 
 LINEAR_KL_DIV = HeadDivergence(
@@ -159,7 +165,8 @@ LINEAR_KL_DIV = HeadDivergence(
         Operand("teacher_linear_bias", differentiated=False, optional=True, has_rows=False),
     ),
     student=3,
-    definition=distillation.linear_kl_div,
+    options=DivergenceOptions,
+    torch=distillation.linear_kl_div,
 )
 
 LINEAR_TOPK_KL_DIV = TopKDivergence(
@@ -172,7 +179,8 @@ LINEAR_TOPK_KL_DIV = TopKDivergence(
         Operand("teacher_log_probs", high=0.0, differentiated=False),
     ),
     student=3,
-    definition=distillation.linear_topk_kl_div,
+    options=DivergenceOptions,
+    torch=distillation.linear_topk_kl_div,
 )
 
 # ---- along one dimension -------------------------------------------------------------------------

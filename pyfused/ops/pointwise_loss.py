@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, reduce
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +22,8 @@ from pyfused.backends.protocol import Divisor, LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     REDUCTIONS,
-    Arguments,
-    Case,
-    Numbers,
     Operand,
+    Options,
     SpecializedOperator,
     Tensors,
 )
@@ -51,9 +50,9 @@ _BROADCASTING = (
 
 _SCALAR = torch.empty((), device="meta")  # the layout of an operand that is a number
 
-# Takes the operands, the weight and the numbers. Returns the divisor of the sum: a tensor, or a
+# Takes the operands, the weight and the options. Returns the divisor of the sum: a tensor, or a
 # function of the first operand if it depends only on the shape.
-Denominator = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any]], Tensor | Divisor]
+Denominator = Callable[[Sequence[Tensor], Tensor | None, Options], Tensor | Divisor]
 
 
 def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
@@ -87,7 +86,8 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
     Attributes:
         warns: Whether torch warns if the target's shape differs from the input's. Apart from this
             warning and weights, torch's Python function only calls the built-in of its name.
-        warning: Takes the arguments for planning; returns the warning that torch issues, or None.
+        warning: Takes the tensors and the options for planning; returns the warning that torch
+            issues, or None.
         nan_on_invalid: Whether operands out of bounds make the loss NaN. Then bounds are checked
             only if the loss is NaN.
         denominators: A function for each reduction except none and sum, which takes the broadcast
@@ -100,7 +100,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
     """
 
     warns: bool = False
-    warning: Callable[[Arguments], str | None] | None = None
+    warning: Callable[[Tensors, Options], str | None] | None = None
     nan_on_invalid: bool = False
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
@@ -121,20 +121,20 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         self._weight = self.names.index("weight") if has_weight else None
         self._result_dtype = cache(self._dtype_of_result)
 
-    def dynamic_dims(self, input: Tensor, case: Case) -> int:  # noqa: ARG002
+    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
         return input.dim()
 
-    def plan(self, arguments: Arguments) -> Plan:
+    def plan(self, tensors: Tensors, options: Options) -> Plan:
         """Checks a call, and returns the plan of its signature.
 
         The plan's tensors are the operands, the weight, and the divisor of the sum if it depends on
         values. The last two may be None or missing.
         """
-        operands, weight, reduction = self.checked(arguments)
-        dtype, result = self._dtypes(arguments, operands[0], reduction)
-        needs, cases = needs_grad(operands), self.cases_of(arguments)
-        backend = backend_of(operands[0])
-        warning = None if self.warning is None else self.warning(arguments)
+        operands, weight = self.checked(tensors, options)
+        reduction = options.reduction if self.reduces else "none"
+        dtype, result = self._dtypes(tensors, operands[0], reduction)
+        needs, backend = needs_grad(operands), backend_of(operands[0])
+        warning = None if self.warning is None else self.warning(tensors, options)
         *layouts, layout_of_weight = [
             x.empty() if isinstance(x, TensorSpec) else _SCALAR if x is NUMBER else x
             for x in (*operands, weight)
@@ -144,11 +144,11 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         is_arranged = weight is None and all(x is y is not _SCALAR for x, y in pairs)
         denominator, divisor = self.denominators.get(reduction), None
         if denominator is not None:
-            value = denominator(arranged, layout_of_weight, cases[: len(self.numbers)])
+            value = denominator(arranged, layout_of_weight, options)
             if not isinstance(value, Tensor):  # the divisor does not depend on tensors' values
                 denominator, divisor = None, value
 
-        def arrange(tensors: Tensors, numbers: Numbers) -> Tensors:
+        def arrange(tensors: Tensors, options: Options) -> Tensors:
             operands, weight, tensor = self._values(tensors), None, None
             if operands[-1] is None:
                 operands = operands[:-1]
@@ -162,23 +162,22 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
             if not is_arranged:
                 operands, weight = self.arranged(operands, weight, dtype)
             if denominator is not None:
-                tensor = denominator(operands, unexpanded, numbers)
+                tensor = denominator(operands, unexpanded, options)
             return *operands, weight, tensor
 
         def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
             count = len(layouts)
             operands, weight = tensors[:count], tensors[count] if len(tensors) > count else None
-            inputs = backend, operands, weight, cases
-            return self.prepared(*inputs, reduction, outputs, divisor, grad_output)
+            inputs = backend, operands, weight, options
+            return self.prepared(*inputs, outputs, divisor, grad_output)
 
-        def define(tensors: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
+        def define(tensors: Sequence[Any], options: Options, grad_output: Tensor) -> Gradients:
             count = len(layouts)
             operands = tensors[:count]
             weight, tensor, *_ = *tensors[count:], None, None
-            values = *numbers, *cases[len(numbers) :]
 
             def definition(*operands: Tensor) -> Tensor:
-                loss = self.unreduced(operands, values)
+                loss = self.unreduced(operands, options)
                 by = divisor(operands[0]) if tensor is None and divisor is not None else tensor
                 loss = loss if by is None else (loss / by).to(loss.dtype)
                 return loss if weight is None else loss * weight
@@ -201,7 +200,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
             needs,
             in_forward,
             loss_dtype=loss_dtype,
-            dynamic_dims=arguments[0].dynamic_dims,
+            dynamic_dims=tensors[0].dynamic_dims,
         )
         forward, expanded_backward = passes
         is_result_dtype = not each or dtype is result is accumulate_dtype(dtype)
@@ -211,8 +210,8 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
             needs=needs,
             arrange=None if is_unchanged else arrange,
             forward=forward,
-            backward=lambda tensors, numbers, grad_output: expanded_backward(
-                tensors, numbers, self.expanded(grad_output, tensors)
+            backward=lambda tensors, options, grad_output: expanded_backward(
+                tensors, options, self.expanded(grad_output, tensors)
             ),
             define=define,
             finish=None if is_result_dtype and not self.nan_on_invalid else finish,
@@ -238,8 +237,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         backend: Backend,
         operands: Sequence[Any],
         weight: Any,
-        cases: tuple[Any, ...],
-        reduction: str,
+        options: Options,
         outputs: Outputs,
         divisor: Divisor | None,
         grad_output: Tensor | None,
@@ -251,26 +249,24 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         return grad_output.expand_as(operands[0])
 
     def _values(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Returns the variables of the formula among the tensors or the arguments of a call."""
+        """Returns the variables of the formula among the tensors of a call."""
         return [tensors[i] for i in self._indices]
 
-    def cases_of(self, arguments: Arguments) -> tuple[Any, ...]:
-        """Returns the cases of the formula's parameters, given the arguments for planning."""
-        first, count = len(self.operands), len(self.numbers)
-        cases = arguments[first : first + len(self.parameters)]
-        flags = [bool(x) if isinstance(x, int) else x for x in cases[count:]]
-        return *cases[:count], *flags
+    def cases_of(self, options: Options) -> tuple[Any, ...]:
+        """Returns the cases of the formula's parameters, given the options for planning."""
+        cases = options[: len(self.parameters)]
+        return tuple([bool(x) if isinstance(x, int) else x for x in cases])
 
-    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
+    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
         by_name = {v.name: x for v, x in zip(self.variables, operands, strict=False)}
         tensors = [by_name.get(operand.name) for operand in self.operands]
-        loss: Tensor = self.torch(*tensors, *parameters, *("none",) * self.reduces)
+        loss: Tensor = self.torch(*tensors, options._replace(reduction="none"))
         return loss
 
-    def check(self, arguments: Arguments) -> None:
-        super().check(arguments)
-        operands, *_ = self.checked(arguments)
+    def check(self, tensors: Tensors, options: Options) -> None:
+        super().check(tensors, options)
+        operands, _ = self.checked(tensors, options)
         self._bounds(operands)
 
     def _bounds(self, operands: Sequence[Any]) -> None:
@@ -278,26 +274,20 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
             if operand.enforced is not None:
                 checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
 
-    def checked(self, arguments: Arguments) -> tuple[Sequence[Any], Any, str]:
-        """Returns the operands, the weight or None, and the reduction, after checking them."""
-        operands = self._values(arguments)
+    def checked(self, tensors: Tensors, options: Options) -> tuple[Sequence[Any], Any]:
+        """Returns the operands and the weight or None, after checking them and the options."""
+        operands = self._values(tensors)
         if operands[-1] is None:
             operands = operands[:-1]
-        weight = None if self._weight is None else arguments[self._weight]
-        reduction = arguments[-1] if self.reduces else "none"
-        self._check(arguments, operands, weight, reduction)
-        return operands, weight, reduction
+        weight = None if self._weight is None else tensors[self._weight]
+        self._check(operands, weight, options)
+        return operands, weight
 
-    def _check(
-        self,
-        arguments: Arguments,
-        operands: Sequence[Any],
-        weight: Tensor | None,
-        reduction: str,
-    ) -> None:
+    def _check(self, operands: Sequence[Any], weight: Tensor | None, options: Options) -> None:
         """Raises for invalid options and incompatible shapes."""
-        checks.one_of("reduction", reduction, ("none", *self.denominators, "sum"))
-        self.check_numbers(arguments)
+        if self.reduces:
+            checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
+        self.check_numbers(options)
         pairs, shapes = [*zip(self.variables, operands, strict=False)], list[torch.Size]()
         if self._weight is not None and weight is not None:
             pairs.append((self.operands[self._weight], weight))
@@ -308,18 +298,17 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
                 shapes.append(x.shape)
 
     def _dtypes(
-        self, arguments: Arguments, input: Tensor, reduction: str
+        self, tensors: Tensors, input: Tensor, reduction: str
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
         dtype, device = input.dtype, input.device
-        values = [(i, arguments[i]) for i in range(len(self.operands))]
-        tensors = [(i, value) for i, value in values if isinstance(value, TENSORS)]
-        is_equal = all(tensor.dtype is dtype for _, tensor in tensors)
+        indexed = [(i, x) for i, x in enumerate(tensors) if isinstance(x, TENSORS)]
+        is_equal = all(tensor.dtype is dtype for _, tensor in indexed)
         autocast = torch.is_autocast_enabled(device.type)
         if is_equal and not autocast and not self.infers_dtype:
             return dtype, dtype
         to = torch.get_autocast_dtype(device.type) if autocast else None
-        kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in tensors])
+        kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in indexed])
         modes = to, torch.get_default_dtype()
         result = self._result_dtype(kinds, device, modes, reduction == "none")
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
@@ -344,10 +333,11 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         for i, dtype, dim in kinds:
             ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
         numbers = [None if number.optional else 1.0 for number in self.numbers]
-        flags = [choice.values[0] for choice in self.case if choice.values]
+        flags = [choice.values[0] for choice in self.choices if choice.values]
         reduction = ("none" if unreduced else "sum",) if self.reduces else ()
         with torch.no_grad():
-            dtype_of_result: torch.dtype = self.torch(*ones, *numbers, *flags, *reduction).dtype
+            options = self.options(*numbers, *flags, *reduction)
+            dtype_of_result: torch.dtype = self.torch(*ones, options).dtype
         return dtype_of_result
 
 
@@ -392,7 +382,7 @@ class PointwiseLoss(TensorLoss):
 
     def kernel(
         self, cases: tuple[Any, ...], operands: int, outputs: Outputs
-    ) -> tuple[Kernel | Program, Parameters | None]:
+    ) -> tuple[Kernel | Program, Parameters]:
         """Returns the kernel for cases of the parameters, and the function of `_parameters`."""
         kernel = self.kernels[self._kernel_name(self.kernel_of(cases), operands)]
         parameters = self._parameters(kernel)
@@ -400,13 +390,13 @@ class PointwiseLoss(TensorLoss):
             return kernel.program(outputs), parameters
         return kernel, parameters
 
-    def _parameters(self, kernel: Kernel) -> Parameters | None:
-        """Returns the function from numbers to kernel parameters, None if they are the same."""
+    def _parameters(self, kernel: Kernel) -> Parameters:
+        """Returns the function from a call's options, numbers first, to the kernel's parameters."""
         needed = [i for i, x in enumerate(self.numbers) if kernel.case.get(x.name) is NUMBER]
         if len(needed) == len(self.numbers) and not any(x.optional for x in self.numbers):
-            return None
+            return itemgetter(slice(len(needed)))
         nan = math.nan
-        return lambda numbers: tuple([nan if (x := numbers[i]) is None else x for i in needed])
+        return lambda options: tuple([nan if (x := options[i]) is None else x for i in needed])
 
     def _kernel_name(self, stem: str, operands: int) -> str:
         last = self.variables[operands - 1]
@@ -438,34 +428,34 @@ class PointwiseLoss(TensorLoss):
         backend: Backend,
         operands: Sequence[Any],
         weight: Any,
-        cases: tuple[Any, ...],
-        reduction: str,
+        options: Options,
         outputs: Outputs,
         divisor: Divisor | None,
         grad_output: Tensor | None,
     ) -> LossKernel:
-        formula, parameters = self.kernel(cases, len(operands), outputs)
+        formula, parameters = self.kernel(self.cases_of(options), len(operands), outputs)
+        reduction = options.reduction if self.reduces else "none"
         layouts = tuple(operands), weight, grad_output
         return backend.pointwise_loss(formula, layouts, parameters, reduction, outputs, divisor)
 
     def _by_formula(self, *arguments: Any) -> Tensor:
         """Returns the result, for an operator that torch lacks."""
-        self.check_tensors(arguments)
-        self.check_numbers(arguments)
-        first = len(self.operands)
-        parameters = arguments[first : first + len(self.parameters)]
-        result = self.formula(*self._values(arguments), *parameters)
+        *tensors, options = arguments
+        self.check_tensors(tensors)
+        self.check_numbers(options)
+        result = self.formula(*self._values(tensors), *options[: len(self.parameters)])
         if not self.reduces:
             return result
-        weight = None if self._weight is None else arguments[self._weight]
-        return reduced(result, arguments[-1], weight)
+        weight = None if self._weight is None else tensors[self._weight]
+        return reduced(result, options.reduction, weight)
 
     def _without_python(self) -> Callable[..., Tensor]:
         """Returns torch's built-in loss, which issues the warning of torch's Python function."""
         built_in_loss, count = built_in(self.name, getattr(F, self.name)), len(self.operands)
 
         def fast(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-            reduction = REDUCTIONS.get(rest[-1])
+            options = rest[-1]
+            reduction = REDUCTIONS.get(options.reduction)
             has_weight = count > 2 and rest[0] is not None
             if reduction is None or has_weight or type(target) not in (Tensor, Parameter):
                 return self.torch(input, target, *rest)  # type: ignore[no-any-return]
@@ -475,7 +465,7 @@ class PointwiseLoss(TensorLoss):
                 message = _BROADCASTING.format(target.shape, input.shape)
                 warnings.warn(message, stacklevel=stacklevel())
                 input, target = torch.broadcast_tensors(input, target)
-            numbers = rest[count - 2 : -1]
+            numbers = options[:-1]
             # smooth_l1_loss calls l1_loss if beta is 0; a compiler cannot compare a tensor.
             if numbers and (isinstance(numbers[0], Tensor) or numbers[0] == 0.0):
                 return self.torch(input, target, *rest)  # type: ignore[no-any-return]
@@ -490,11 +480,11 @@ class Gated(PointwiseLoss):
 
     reduces = False
 
-    def unreduced(self, operands: Sequence[Tensor], parameters: tuple[Any, ...]) -> Tensor:
-        return self.formula(*operands, *parameters)
+    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+        return self.formula(*operands, *options)
 
 
-def _broadcasting_warning(arguments: Arguments) -> str | None:
-    input, target = arguments[:2]
+def _broadcasting_warning(tensors: Tensors, _: Options) -> str | None:
+    input, target = tensors[:2]
     same = input.shape == target.shape
     return None if same else _BROADCASTING.format(target.shape, input.shape)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend
-from pyfused.backends.protocol import Numbers
 from pyfused.layout import accumulate_dtype, feature_rows
 from pyfused.types import (
     INDEX,
@@ -33,7 +32,6 @@ from pyfused.types import (
     CrossEntropyOptions,
     Gradients,
     Outputs,
-    VocabOptions,
 )
 
 
@@ -58,8 +56,8 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 # The inputs of a row source: logits, or a layer's input, weight and bias; the target; the weights
-# of all classes in the accumulation dtype, or None; and the numbers of the options.
-RowInputs = tuple[Sequence[Any], Any, Tensor | None, Numbers]
+# of all classes in the accumulation dtype, or None; and the options.
+RowInputs = tuple[Sequence[Any], Any, Tensor | None, Any]
 # The states of shape (fields, *target.shape), in float64; the first fields in the accumulation
 # dtype, or None; and logits that the backward pass may overwrite, or None.
 RowState = tuple[Tensor, Tensor | None, Tensor | None]
@@ -80,7 +78,7 @@ class LogitRows:
     """
 
     backend: Backend
-    options: VocabOptions
+    options: Any
     classes: ClassRange
     fields: int = STATE_FIELDS
     results: int = 0
@@ -88,11 +86,12 @@ class LogitRows:
 
     def state(self, inputs: RowInputs, _: bool = False) -> RowState:
         """Computes the state of each row."""
-        (logits,), target, weight, numbers = inputs
+        (logits,), target, weight, options = inputs
         results, prepared = self.results, self.launches.get(None)
         if prepared is None:
-            rows, options = as_rows(logits), (self.options, self.classes, self.fields, results)
-            launch = self.backend.row_state(rows, *options)
+            settings = self.options, self.classes, self.fields, results
+            rows = as_rows(logits)
+            launch = self.backend.row_state(rows, *settings)
             dtype = accumulate_dtype(logits.dtype)
             prepared = self.launches[None] = launch, rows is not logits, dtype
         launch, views, dtype = prepared
@@ -102,7 +101,7 @@ class LogitRows:
         if results:
             shape = (results, *shape) if results > 1 else shape
             out = rows.new_empty(shape, dtype=dtype)
-        launch(numbers, rows, None if target is None else target.contiguous(), weight, state, out)
+        launch(options, rows, None if target is None else target.contiguous(), weight, state, out)
         return state, out, None
 
     def gradients(
@@ -115,7 +114,7 @@ class LogitRows:
             grad_results: The gradients of the first 1, 3 or 4 results, of shape
                 (results, *target.shape); for a single result also of the target's shape.
         """
-        (logits,), target, weight, numbers = inputs
+        (logits,), target, weight, options = inputs
         is_one = grad_results.dim() < state.dim()
         key = logits.stride(), 1 if is_one else grad_results.shape[0]
         prepared = self.launches.get(key)
@@ -129,10 +128,10 @@ class LogitRows:
         target, state = target.contiguous(), state.contiguous()
         weight = None if weight is None else weight.contiguous()
         if not views:
-            return (launch(numbers, logits, target, weight, state, grad_results),)
+            return (launch(options, logits, target, weight, state, grad_results),)
         rows, dim = as_rows(logits), min(logits.dim() - 1, 1)
         grad_rows = grad_results.reshape(*grad_results.shape[: not is_one], -1)
-        out = launch(numbers, rows, target, weight, state, grad_rows, rows if copies else None)
+        out = launch(options, rows, target, weight, state, grad_rows, rows if copies else None)
         return (out.view(logits.movedim(dim, -1).shape).movedim(-1, dim),)
 
 
@@ -145,16 +144,16 @@ def metrics_state(
 ) -> Tensor:
     """Returns the state of each row. For probabilities, LOG_P is ``sum_c target_c log p_c``."""
     dim = min(logits.dim() - 1, 1)
-    rows = options.of_rows()
-    rows.softcap = None  # the logits are capped
+    rows = options.of_rows()._replace(softcap=None)  # the logits are capped
     indices = not target.is_floating_point()
     source = LogitRows(backend, rows, ClassRange(0, logits.shape[dim]), fields)
-    state, *_ = source.state(((logits,), target if indices else None, None, rows.numbers()))
+    state, *_ = source.state(((logits,), target if indices else None, None, rows))
     if indices:
         return state
-    plain = CrossEntropyOptions(reduction="none", scale=options.scale)
+    scale = options.scale / options.temperature
+    plain = CrossEntropyOptions(reduction="none", scale=scale)
     tensors = logits.detach(), target.detach(), None, None, None
-    loss, _ = backend.cross_entropy(tensors, plain, Outputs())(tensors, plain.numbers())
+    loss, _ = backend.cross_entropy(tensors, plain, Outputs())(tensors, plain)
     assert loss is not None
     state[LOG_P] = -loss.flatten()
     return state
@@ -186,6 +185,7 @@ def state_loss(
     state: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    token_weight: Tensor | None,
     options: CrossEntropyOptions,
     classes: int,
 ) -> Tensor:
@@ -202,8 +202,8 @@ def state_loss(
         loss = loss + (of_lse * state[LSE] + of_smooth * state[SMOOTH])
     if options.z_loss:
         loss = loss + options.z_loss * state[LSE].square()
-    if options.token_weight is not None:
-        loss = loss * options.token_weight
+    if token_weight is not None:
+        loss = loss * token_weight
     return loss.where(target != options.ignore_index, 0)
 
 
@@ -211,13 +211,14 @@ def state_loss_gradients(
     state: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    token_weight: Tensor | None,
     options: CrossEntropyOptions,
     classes: int,
     grad_output: Tensor,
 ) -> Tensor:
     """Returns the gradients of the state's results, given the gradient of each row's loss."""
-    if options.token_weight is not None:
-        grad_output = grad_output * options.token_weight
+    if token_weight is not None:
+        grad_output = grad_output * token_weight
     grad_output = grad_output.double().where(target != options.ignore_index, 0)
     of_log_p, of_lse, of_smooth = _factors(target, weight, options, classes)
     gradients = state.new_zeros((4 if options.label_smoothing else 3, *target.shape))
@@ -243,28 +244,40 @@ def _factors(
     return of_log_p, smoothing / classes * weight.double().sum(), -smoothing / classes
 
 
-def counted_target(target: Tensor, options: VocabOptions) -> Tensor:
+def counted_target(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor:
     """Returns class indices, with ignore_index for rows of weight 0, whose logits may be NaN."""
-    weight = options.token_weight
-    return target if weight is None else target.masked_fill(weight == 0, options.ignore_index)
+    return target if token_weight is None else target.masked_fill(token_weight == 0, ignore_index)
 
 
-def total_weight(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> Tensor:
+def total_weight(
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    options: CrossEntropyOptions,
+) -> Tensor:
     """Returns the default denominator of a mean: the total weight of valid targets, in float64."""
     weights = (target != options.ignore_index).double()
     if weight is not None:
         weights *= _target_weight(target, weight, options)
-    if options.token_weight is not None:
-        weights *= options.token_weight
+    if token_weight is not None:
+        weights *= token_weight
     return weights.sum()
 
 
-def loss_denominator(options: VocabOptions, default: float | Tensor) -> float | Tensor:
-    """Returns the divisor of the sum of the losses, given the default denominator of a mean."""
+def loss_denominator(
+    options: Any, denominator: Tensor | None, default: float | Tensor
+) -> float | Tensor:
+    """Returns the divisor of the sum of the losses.
+
+    Args:
+        denominator: The denominator of a mean, if it is a tensor.
+        default: The denominator if none is passed.
+    """
     if options.reduction != "mean":
         return 1.0
-    denominator = default if options.denominator is None else options.denominator
-    return denominator.reshape(()) if isinstance(denominator, Tensor) else denominator
+    divisor = options.denominator if denominator is None else denominator
+    divisor = default if divisor is None else divisor
+    return divisor.reshape(()) if isinstance(divisor, Tensor) else divisor
 
 
 def _target_weight(target: Tensor, weight: Tensor, options: CrossEntropyOptions) -> Tensor:

@@ -10,7 +10,7 @@ import sys
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import autocast_dtype, differentiate, without_autocast
-from pyfused.dispatch.operator import Arguments, Numbers, Operand, Tensors, grad_enabled
+from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
@@ -38,6 +38,7 @@ from pyfused.ops.collectives import (
     gathered,
     reduced,
 )
+from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.ops.heads import HeadRows
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.row_state import (
@@ -53,7 +54,6 @@ from pyfused.ops.row_state import (
     state_results,
     total_weight,
 )
-from pyfused.ops.vocab_operator import VocabOperator
 from pyfused.torch_internals import graph_is_retained
 from pyfused.types import (
     ENTROPY,
@@ -72,7 +72,6 @@ from pyfused.types import (
     Gradients,
     Head,
     Scalar,
-    VocabOptions,
     VocabShard,
 )
 
@@ -163,25 +162,25 @@ class ShardedRows:
 def state_plan(
     name: str,
     tensors: Sequence[Any],
-    options: VocabOptions,
+    options: Any,
     fields: int,
     shard: LocalShard | None,
     *,
     entropy: bool = True,
     results: int = 0,
-    arrange: Callable[[Tensors, Numbers], Tensors] | None = None,
+    arrange: Callable[[Tensors, Options], Tensors] | None = None,
     finish: Callable[[Any, Tensors], Any] | None = None,
 ) -> Plan:
     """Returns the plan of the state of rows, whose classes may be sharded over processes.
 
-    The plan takes the numbers of the options: the denominator, which is not used, the softcap and
-    the temperature. It takes these tensors: the logits, or the input, weight and bias of a layer;
-    the target; the target with ignore_index for rows without a gradient; and the class weights. The
-    logits of a layer's first block are saved. Backward overwrites them and recomputes the others,
-    or recomputes all logits if the graph is retained.
+    The plan takes options like `RowOptions`, and these tensors: the logits, or the input, weight
+    and bias of a layer; the target; the target with ignore_index for rows without a gradient; and
+    the class weights. The logits of a layer's first block are saved. Backward overwrites them and
+    recomputes the others, or recomputes all logits if the graph is retained.
 
     Args:
         tensors: Logits, or the input, weight and bias of a layer; and the target.
+        options: The options for planning.
         fields: The number of fields of the state.
         shard: The classes of this process, None if it has all classes.
         entropy: As in `_merged`.
@@ -192,7 +191,7 @@ def state_plan(
     *layer, target = tensors
     backend, dtype = backend_of(target), accumulate_dtype(layer[0].dtype)
     needs, count, classes = needs_grad(layer), len(layer), class_range(layer, shard)
-    is_logits, needs_any, ignore_index = count == 1, True in needs, options.ignore_index
+    is_logits, needs_any = count == 1, True in needs
     source: Any
     if is_logits:
         ready = results if shard is None else 0  # with shards, computed from the merged state
@@ -205,9 +204,9 @@ def state_plan(
         sizes = layer[0].shape if is_logits else [n for x in layer[:2] for n in x.shape[:-1]]
         source = ShardedRows(source, shard, 0 in sizes, entropy, needs)
 
-    def forward(tensors: Sequence[Any], numbers: Numbers) -> Forward:
+    def forward(tensors: Sequence[Any], options: Options) -> Forward:
         *layer, target, counted, weight = tensors
-        inputs: RowInputs = layer, target, weight, numbers
+        inputs: RowInputs = layer, target, weight, options
         if is_logits:
             state, output, logits = source.state(inputs)
         else:
@@ -220,23 +219,23 @@ def state_plan(
             output = output, state
         return output, (*tensors, state, logits), ()
 
-    def backward(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
+    def backward(saved: Sequence[Any], options: Options, grad_output: Tensor) -> Gradients:
         *layer, _, target, weight, state, logits = saved
         if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
             logits = None  # they would be overwritten
         if not (is_logits and results):
             grad_output = _grad_results(grad_output, state)
-        inputs: RowInputs = layer, target, weight, numbers
+        inputs: RowInputs = layer, target, weight, options
         return source.gradients(inputs, state, grad_output, logits)  # type: ignore[no-any-return]
 
-    def define(saved: Sequence[Any], numbers: Numbers, grad_output: Tensor) -> Gradients:
+    def define(saved: Sequence[Any], options: Options, grad_output: Tensor) -> Gradients:
         # `count` rather than `len(tensors)`: the plan must not keep references to tensors.
         *layer, _, target, weight, state = saved[: count + 4]
         pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
 
         def definition(*layer: Tensor | None) -> Tensor:
-            inputs: RowInputs = layer, target, weight, numbers
-            settings = ignore_index, classes.first, pivot, fields > SMOOTH, shard
+            inputs: RowInputs = layer, target, weight, options
+            settings = classes.first, pivot, fields > SMOOTH, shard
             return _define_results(inputs, *settings)[: len(grad_results)]
 
         return differentiate(definition, layer, needs, grad_results)
@@ -255,7 +254,6 @@ def state_plan(
 
 def _define_results(
     inputs: RowInputs,
-    ignore_index: int,
     first: int,
     pivot: Tensor,
     has_smooth: bool,
@@ -269,18 +267,19 @@ def _define_results(
         first: The index of the first class.
         has_smooth: Whether the field SMOOTH is included.
     """
-    layer, target, weight, (_, softcap, temperature) = inputs
+    layer, target, weight, options = inputs
     x, *parameters = [None if tensor is None else tensor.double() for tensor in layer]
     assert x is not None
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
-    valid = target != ignore_index
+    valid = target != options.ignore_index
     if parameters:
         positions = valid.flatten(x.dim() - 1).any(-1) if valid.dim() >= x.dim() else valid
         x = x.where(positions.unsqueeze(-1), 0)
         x = x if shard is None else Copy.apply(x, shard.group)
         x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
     x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
-    x = 1 / temperature * (x if softcap is None else definitions.softcap(x, softcap))
+    x = x if options.softcap is None else definitions.softcap(x, options.softcap)
+    x = 1 / options.temperature * x
     is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
     shifted = x - pivot.unsqueeze(-1)
     exponentials = shifted.exp()
@@ -308,7 +307,7 @@ def _grad_results(grad_output: Tensor, state: Tensor) -> Tensor:
 
 def cross_entropy_plan(
     tensors: Sequence[Any], planned: CrossEntropyOptions, shard: LocalShard | None
-) -> Callable[[Tensors, Numbers], Any]:
+) -> Callable[[Tensors, Options], Any]:
     """Returns the plan of the loss, or of the loss and the metrics, from the state of rows.
 
     Args:
@@ -319,7 +318,7 @@ def cross_entropy_plan(
 
     Returns:
         A function of these tensors, followed by the class weights, token_weight and the denominator
-        if it is a tensor; and of the numbers of the options.
+        if it is a tensor; and of the options of a call.
     """
     layer = tensors[:-1]
     input, classes = layer[0], class_range(layer, shard)
@@ -328,20 +327,21 @@ def cross_entropy_plan(
     settings = tensors, planned.of_rows(), state_fields(planned), shard
     plan = state_plan("cross_entropy", *settings, entropy=planned.with_metrics)
 
-    def compute(tensors: Tensors, numbers: Numbers) -> Any:
+    def compute(tensors: Tensors, options: Options) -> Any:
         *layer, target, weight, token_weight, denominator = tensors
-        factors = checks.factors(token_weight, denominator)
-        options = checks.normalized(planned.of_call(numbers, *factors))
+        checks.factors(token_weight, denominator)
+        options, rows = checks.normalized(options), options.of_rows()
         dtype = layer[0].dtype
         weight, target = kernel_weight(weight, dtype), target.to(torch.int64)
         target = target.reshape(()) if is_scalar else target
         plan.backend.check_class_indices(target, classes.total, options.ignore_index)
-        counted = counted_target(target, options)
+        counted = counted_target(target, token_weight, options.ignore_index)
         tensors = *layer, target if options.with_metrics else counted, counted, weight
-        state = plan(tensors, options.of_rows().numbers())
-        loss = state_loss(state, counted, weight, options, classes.total)
+        state = plan(tensors, rows)
+        loss = state_loss(state, counted, weight, token_weight, options, classes.total)
         if options.reduction != "none":
-            loss = loss.sum() / loss_denominator(options, total_weight(target, weight, options))
+            default = total_weight(target, weight, token_weight, options)
+            loss = loss.sum() / loss_denominator(options, denominator, default)
         loss = loss.to(loss_dtype)
         if not options.with_metrics:
             return loss
@@ -354,7 +354,7 @@ def cross_entropy_plan(
 # ---- operators -----------------------------------------------------------------------------------
 
 # Options that may differ between processes: they affect neither communication nor the loss.
-_MAY_DIFFER = ("alone", "filter_eps", "memory_budget")
+_MAY_DIFFER = ("alone", "filter_eps", "memory_budget", "torch_options")
 
 
 def _common_part(value: Any) -> Any:
@@ -365,13 +365,13 @@ def _common_part(value: Any) -> Any:
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class ShardedOperator(VocabOperator):
+class ShardedOperator(CompiledOperator):
     """An operator of logits, whose classes may be sharded over processes."""
 
     check_arguments: Callable[..., None]
 
     @abstractmethod
-    def compute_shard(self, arguments: Arguments, shard: LocalShard) -> Any:
+    def compute_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
         """Returns the result of valid arguments with this process' classes.
 
         Raises for class indices out of range, unless reading them synchronises.
@@ -383,58 +383,66 @@ class ShardedOperator(VocabOperator):
         linear = ("linear_weight", "linear_bias"), 0
         return linear if self.is_linear else (self.names[:1], 1)
 
-    def run_on_shard(self, arguments: Arguments, shard: VocabShard) -> Any:
-        """Returns the result of arguments with this process' classes.
+    def by_name(self, tensors: Tensors) -> dict[str, Any]:
+        """Returns the tensors of a call by name."""
+        return {operand.name: x for operand, x in zip(self.all_operands, tensors, strict=True)}
+
+    def run_on_shard(self, tensors: Tensors, options: Options, shard: VocabShard) -> Any:
+        """Returns the result of a call with this process' classes.
 
         In grad mode, all processes take part in backward, because any of them may need gradients.
         """
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
-        group, input, target = shard.group, arguments[0], arguments[self.keywords.index("target")]
+        group, input, target = shard.group, tensors[0], self.by_name(tensors)["target"]
         if dist.get_rank(group) < 0:
             raise ValueError("shard: expected a group that this process is a member of")
         device = communication_device(group, target, input)
         compares = dist.get_debug_level() != dist.DebugLevel.OFF  # type: ignore[attr-defined]
         try:
-            first, size, total = self.checked_shard(arguments, shard)
+            first, size, total = self.checked_shard(tensors, options, shard)
         except Exception:
             if compares:
                 gathered(torch.tensor(Call(), device=device), group)  # makes the others raise
             raise
         if compares:
-            total = compare_calls(self.describe_call(arguments, first, size, total), device, group)
+            call = self.describe_call(tensors, options, first, size, total)
+            total = compare_calls(call, device, group)
         elif total is None:
             total = int(reduced(torch.full((), size, device=device), group))
         if not 0 <= first <= first + size <= total:
             expected = f"classes in [0, {total}) in every process"
             raise ValueError(f"shard: expected {expected}, got [{first}, {first + size})")
         if grad_enabled() and not input.requires_grad:
-            arguments = input.detach().requires_grad_(), *arguments[1:]
-        return self.compute_shard(arguments, LocalShard(ClassRange(first, total), group))
+            tensors = input.detach().requires_grad_(), *tensors[1:]
+        return self.compute_shard(tensors, options, LocalShard(ClassRange(first, total), group))
 
-    def checked_shard(self, arguments: Arguments, shard: VocabShard) -> tuple[int, int, int | None]:
+    def checked_shard(
+        self, tensors: Tensors, options: Options, shard: VocabShard
+    ) -> tuple[int, int, int | None]:
         """Checks the arguments of this process.
 
         Returns the first class, the number of this process' classes, and the number of all classes,
         or None if this process does not know it.
         """
-        kwargs = dict(zip(self.keywords, arguments, strict=True))
+        by_name = self.by_name(tensors)
         (names, dim), (first, total, _) = self.sharded, shard
         checks.number("first", first, (int, Integral), "an int")
         if total is not None:
             checks.number("classes", total, (int, Integral), "an int")
             checks.bounded(Scalar("classes", low=0.0, error=ValueError), total)
-        elif isinstance(weight := kwargs.get("weight"), Tensor):
+        elif isinstance(weight := by_name.get("weight"), Tensor):
             total = weight.numel()
-        self.check_local(kwargs, total)
-        return int(first), kwargs[names[0]].shape[dim], None if total is None else int(total)
+        self.check_local(by_name, options, total)
+        return int(first), by_name[names[0]].shape[dim], None if total is None else int(total)
 
-    def describe_call(self, arguments: Arguments, first: int, size: int, total: int | None) -> Call:
+    def describe_call(
+        self, tensors: Tensors, options: Options, first: int, size: int, total: int | None
+    ) -> Call:
         """Describes the call of this process, for the other processes."""
-        kwargs = dict(zip(self.keywords, arguments, strict=True))
-        names, target = self.sharded[0], kwargs["target"]
-        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        common = tensors | vars(kwargs["options"])
+        by_name = self.by_name(tensors)
+        names, target = self.sharded[0], by_name["target"]
+        common = options._asdict() | {k: x for k, x in by_name.items() if isinstance(x, Tensor)}
         parts = [(k, _common_part(v)) for k, v in common.items() if k not in (*names, *_MAY_DIFFER)]
         modes = torch.is_autocast_enabled(target.device.type), grad_enabled()
         return Call(
@@ -446,11 +454,11 @@ class ShardedOperator(VocabOperator):
             targets=int(target.flatten().cumsum(0).sum()),
         )
 
-    def check_local(self, kwargs: dict[str, Any], total: int | None) -> None:
+    def check_local(self, tensors: dict[str, Any], options: Options, total: int | None) -> None:
         """Raises for arguments that are invalid for any arguments of the other processes."""
-        options, target, ((name, *_), dim) = kwargs["options"], kwargs["target"], self.sharded
-        self.check_tensors((*kwargs.values(),))
-        shape = tuple(kwargs[name].shape)
+        target, ((name, *_), dim) = tensors["target"], self.sharded
+        self.check_tensors((*tensors.values(),))
+        shape = tuple(tensors[name].shape)
         if len(shape) < 2:
             expected = "(N, C, ...)" if dim else "(C, D)"
             raise RuntimeError(f"{name}: expected shape {expected}, got {shape}")
@@ -458,81 +466,74 @@ class ShardedOperator(VocabOperator):
             raise RuntimeError(f"target: expected class indices, got {target.dtype}")
         if getattr(options, "gamma", 0) != 0:
             raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
-        self.check_shapes((*kwargs.values(),), max(1, shape[dim]) if total is None else total)
-        if message := self.unsupported_tensor(kwargs | options.tensors()):
+        classes = max(1, shape[dim]) if total is None else total
+        self.check_shapes((*tensors.values(),), options, classes)
+        if message := self.unsupported_tensor(tensors, options):
             raise RuntimeError(message)
 
-    def unsupported_tensor(self, kwargs: Mapping[str, Any]) -> str | None:
-        """Returns the error message for the first tensor that kernels do not support, or None.
-
-        Args:
-            kwargs: The arguments by name, the input first, including tensors in options.
-        """
-        operands = {operand.name: operand for operand in self.operands}
-        input = next(iter(kwargs.values()))
-        for name, tensor in kwargs.items():
-            if isinstance(tensor, Tensor):
-                operand = operands.get(name) or Operand(name, differentiated=False)
-                reason = unsupported(operand, tensor, input)
-                if reason is not None and reason is not SMALL:
-                    expected = "a tensor that the kernels support with a shard"
-                    return f"{name}: expected {expected}, but {reason}"
+    def unsupported_tensor(self, tensors: Mapping[str, Any], options: Options) -> str | None:
+        """Returns the error message for the first tensor that kernels do not support, or None."""
+        input, *_ = tensors.values()
+        pairs = [(operand, tensors[operand.name]) for operand in self.all_operands]
+        numbers = zip(self.fields, options, strict=True)  # some may be tensors
+        pairs += [(Operand(name, differentiated=False), x) for name, x in numbers]
+        for operand, tensor in pairs:
+            reason = unsupported(operand, tensor, input) if isinstance(tensor, Tensor) else None
+            if reason is not None and reason is not SMALL:
+                expected = "a tensor that the kernels support with a shard"
+                return f"{operand.name}: expected {expected}, but {reason}"
         return None
 
-    def check_shapes(self, arguments: Arguments, classes: int) -> None:
+    def check_shapes(self, tensors: Tensors, options: Options, classes: int) -> None:
         """Raises for invalid shapes, dtypes or options, given the number of all classes."""
-        input, *rest = arguments
+        input, *rest = tensors
         shape = *input.shape[:1], classes, *input.shape[2:]
-        self.check_arguments(input.new_empty(()).expand(shape), *rest)
+        self.check_arguments(input.new_empty(()).expand(shape), *rest, options)
 
-    def run_on_dtensors(self, arguments: Arguments, *_: Any) -> Any:
+    def run_on_dtensors(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of DTensors, whose classes are sharded over processes."""
-        kwargs, shard, mesh = self.local_shard_of(arguments)
-        self.check_local(kwargs, shard.classes.total)
-        return _replicated(self.compute_shard(tuple(kwargs.values()), shard), mesh)
+        local, shard, mesh = self.local_shard_of(tensors, options)
+        self.check_local(local, options, shard.classes.total)
+        return _replicated(self.compute_shard((*local.values(),), options, shard), mesh)
 
-    def local_shard_of(self, arguments: Arguments) -> Any:
+    def local_shard_of(self, tensors: Tensors, options: Options) -> Any:
         """Returns this process' part of a call whose classes are sharded along one mesh dimension.
 
-        The result is a tuple of the arguments by name, the shard and the mesh. It is None for other
+        The result is a tuple of the tensors by name, the shard and the mesh. It is None for other
         calls, and for tensors that the kernels do not support. Tensors without classes have to be
         plain or replicated. A layer's input has to be a DTensor: with FSDP, a plain one may be a
         part of the batch.
         """
-        input = arguments[0]
+        input = tensors[0]
         if type(input) is Tensor or not is_dtensor(input):  # checked first, as all calls come here
             return None
         linear, (names, dim) = self.is_linear, self.sharded
-        sharded = arguments[linear]
+        sharded = tensors[linear]
         if type(sharded) is not type(input) or input.dim() < 2 or sharded.dim() < 2:
             return None
         from torch.distributed.tensor import Replicate, Shard
 
-        kwargs = dict(zip(self.keywords, arguments, strict=True))
+        local = self.by_name(tensors)
         mesh, placements = sharded.device_mesh, sharded.placements
         if (placements.count(Shard(dim)), placements.count(Replicate())) != (1, mesh.ndim - 1):
             return None
-        checks.tensor("target", kwargs["target"])
-        if kwargs["target"].is_floating_point() or (linear and sharded.dim() > 2):
+        checks.tensor("target", local["target"])
+        if local["target"].is_floating_point() or (linear and sharded.dim() > 2):
             return None
-        options = kwargs["options"]
-        tensors = kwargs | options.tensors()
-        for name, tensor in tensors.items():
+        for name, tensor in local.items():
             if is_dtensor(tensor):
                 expected = placements if name in names else (Replicate(),) * mesh.ndim
                 if (tensor.device_mesh, tensor.placements) != (mesh, expected):
                     return None
-                tensors[name] = _ToLocal.apply(tensor)
+                local[name] = _ToLocal.apply(tensor)
             elif name in names and tensor is not None:
                 return None
-        if self.unsupported_tensor(tensors):
+        if self.unsupported_tensor(local, options):
             return None
-        kwargs = {name: tensors[name] for name in kwargs}
-        kwargs["options"] = replace(options, **{name: tensors[name] for name in options.tensors()})
         classes, mesh_dim = sharded.shape[dim], placements.index(Shard(dim))
         first = -(-classes // mesh.size(mesh_dim)) * mesh.get_local_rank(mesh_dim)
         local_classes = ClassRange(min(classes, first), classes)
-        return kwargs, LocalShard(local_classes, mesh.get_group(mesh_dim)), mesh
+        return local, LocalShard(local_classes, mesh.get_group(mesh_dim)), mesh
 
 
 # ---- DTensor -------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from pyfused.dispatch.operator import TOKEN_WEIGHT, Operator, parameters_of
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
-from pyfused.ops.vocab_operator import VocabOperator
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs"))
@@ -112,7 +111,5 @@ def test_generated_files_are_current() -> None:
 @every_operator
 def test_function_has_the_parameters_of_the_declaration(op: Operator) -> None:
     accepted = parameters_of(getattr(functional, op.name)).keys()
-    if isinstance(op, VocabOperator):  # other options of the class have their defaults
-        assert {operand.name for operand in op.operands} <= accepted
-    else:
-        assert {*op.names} - {"stacklevel"} <= accepted
+    (kind,) = op.options.args
+    assert {*op.names} - kind._field_defaults.keys() - {"stacklevel"} <= accepted

@@ -1082,8 +1082,8 @@ def test_random_programs(
 
     def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
         outputs = Outputs(False, wanted)
-        program, _ = op.kernel(cases, operands, outputs)
-        launch = cpu.pointwise_loss(program, (x, None, None), None, "none", outputs)
+        program, parameters = op.kernel(cases, operands, outputs)
+        launch = cpu.pointwise_loss(program, (x, None, None), parameters, "none", outputs)
         return launch((*x, None, None), ())[1]
 
     of_all = gradients((True,) * operands)

@@ -51,6 +51,7 @@ from pyfused.kernels import launch
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.activation import Activation
 from pyfused.ops.elementwise import OPERATORS, PointwiseLoss
+from pyfused.ops.operators import COSINE_EMBEDDING_LOSS, TRIPLET_MARGIN_LOSS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
@@ -64,7 +65,7 @@ from pyfused.types import (
     DivergenceOptions,
     EmbeddingOptions,
     Outputs,
-    VocabOptions,
+    RowOptions,
 )
 
 TARGETS = {
@@ -141,14 +142,15 @@ def run_cross_entropy(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    token_weight: Tensor | None,
     options: CrossEntropyOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
 ) -> None:
     """Prepares and launches the kernel for the current target."""
-    tensors = x, target, weight, *options.plan_tensors()
+    tensors = x, target, weight, token_weight, None
     launch = backend.cross_entropy(tensors, options, outputs, grad_output)
-    launch(tensors, options.numbers(), grad_output)
+    launch(tensors, options, grad_output)
 
 
 def cross_entropy(
@@ -164,20 +166,21 @@ def cross_entropy(
         launches = 2
     names = {"label_smoothing": "smoothing", "gamma": "focal", "z_loss": "z_loss"}
     coefficients = {name: 0.1 * (word in words) for name, word in names.items()}
-    options = CrossEntropyOptions(-100, "mean", **coefficients)
-    options.scale = 16.0 if "scale" in words else 1.0
+    scale = 16.0 if "scale" in words else 1.0
+    options = CrossEntropyOptions(scale=scale, **coefficients)
     outputs = Outputs(True, ("forward" not in words, target is x), "inplace" in words)
     grad_output = None
-    if "z_loss" in words:
-        options.token_weight = empty(F32, *indices.shape)
+    token_weight = empty(F32, *indices.shape) if "z_loss" in words else None
     if "grad_output" in words:
-        options.reduction, outputs, launches = "none", outputs._replace(loss=False), 1
+        options = options._replace(reduction="none")
+        outputs, launches = outputs._replace(loss=False), 1
         grad_output = empty(dtype, *indices.shape)
     fields["instructions"] = 0 if kind else INSTRUCTIONS.get((*shape[1:], dtype), 0)
     if classes == 50_257 and dtype is not F64:
         fields["vector"] = 128  # aligned vectors of unaligned rows
     weight = empty(dtype, classes) if "weight" in words else None
-    run = partial(run_cross_entropy, x, target, weight, options, outputs, grad_output)
+    tensors = x, target, weight, token_weight
+    run = partial(run_cross_entropy, *tensors, options, outputs, grad_output)
     return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
 
 
@@ -216,32 +219,32 @@ def class_cases() -> Iterator[Case]:
         # A thread may load more bits of the state than of 16-bit logits.
         few = {"vector": 0} if dtype.itemsize == 2 else {}
         for cap in (None, 30.0) if len(shape) == 2 else ():
-            kind, rows = "softcap" * bool(cap), VocabOptions(softcap=cap, temperature=0.7)
+            kind, rows = "softcap" * bool(cap), RowOptions(softcap=cap, temperature=0.7)
             range_, weight = ClassRange(0, shape[1]), empty(accumulate_dtype(dtype), shape[1])
             state = empty(F64, STATE_FIELDS, shape[0])
             results = empty(accumulate_dtype(dtype), 3, shape[0])
             given: Any = x, rows, range_, STATE_FIELDS, 3, cap is not None
             tensors: Any = x, target, None, state, results
-            run = partial(backend.row_state(*given), rows.numbers(), *tensors)
+            run = partial(backend.row_state(*given), rows, *tensors)
             yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
             if cap is None:
                 given, tensors = (x, rows, range_, METRICS_FIELDS), (x, target, None)
                 state = empty(F64, METRICS_FIELDS, shape[0])
-                run = partial(backend.row_state(*given), rows.numbers(), *tensors, state)
+                run = partial(backend.row_state(*given), rows, *tensors, state)
                 yield case("row_state", *of, run, "metrics")
             state = empty(F64, SMOOTHING_FIELDS, shape[0])
             given, tensors = (x, rows, range_, SMOOTHING_FIELDS, 0, True), (x, target, weight)
-            run = partial(backend.row_state(*given), rows.numbers(), *tensors, state)
+            run = partial(backend.row_state(*given), rows, *tensors, state)
             yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
             for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
                 given, tensors = (x, rows, range_, len(grads)), (x, target, factors, state)
-                run = partial(backend.row_gradients(*given), rows.numbers(), *tensors, grads, x)
+                run = partial(backend.row_gradients(*given), rows, *tensors, grads, x)
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():
             options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             given = (x, x, None, None), options, Outputs(True, (True,))
-            run = partial(backend.kl_div_with_logits(*given), given[0], options.numbers())
+            run = partial(backend.kl_div_with_logits(*given), given[0], options)
             yield case("kl_div_with_logits", *of, run, f"beta {beta}", **fields)
 
 
@@ -257,13 +260,17 @@ def embedding_cases() -> Iterator[Case]:
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
             outputs = Outputs(True, (True,) * 3)
             kernel = backend.embedding_loss(*given, outputs, len)
-            run = partial(kernel, (x, x, x), (1.0, 2.0, 1e-6))
+            given = TRIPLET_MARGIN_LOSS.options(
+                margin=1.0, p=2.0, eps=1e-6, swap=swap, reduction="mean"
+            )
+            run = partial(kernel, (x, x, x), given)
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
             yield case("triplet_margin_loss", dtype, shape, run, kind, **fields)
         given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(), "mean"
         outputs = Outputs(True, (True, True, False))
         kernel = backend.embedding_loss(*given, outputs, len)
-        run = partial(kernel, (x, x, target), (0.5,))
+        given = COSINE_EMBEDDING_LOSS.options(margin=0.5, reduction="mean")
+        run = partial(kernel, (x, x, target), given)
         yield case("cosine_embedding_loss", dtype, shape, run, **fields)
 
 
@@ -280,7 +287,7 @@ def pointwise_loss(
     tensors, total = (operands, weight, grad_output), None
     if isinstance(divisor, Tensor):
         total, divisor = divisor, None
-    run = backend.pointwise_loss(formula, tensors, None, reduction, outputs, divisor)
+    run = backend.pointwise_loss(formula, tensors, tuple, reduction, outputs, divisor)
     run((*operands, weight, total), numbers, grad_output)
 
 
@@ -328,8 +335,7 @@ def pointwise_cases() -> Iterator[Case]:
             outputs = Outputs(True, (True,) * count)
             numbers = tuple(formula.defaults.values())
             program, parameters = formula.op.kernel(formula.op.cases(numbers), count, outputs)
-            numbers = numbers if parameters is None else parameters(numbers)
-            given = program, (x,) * count, numbers, None, "mean", Tensor.numel, outputs
+            given = program, (x,) * count, parameters(numbers), None, "mean", Tensor.numel, outputs
             run = partial(pointwise_loss, *given)
             yield case(f"formula {name}", *of, run, **fields)
         yield case("scale", *of, partial(backend.scale_, x, total), **fields)

@@ -22,7 +22,7 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     Outputs,
-    VocabOptions,
+    RowOptions,
 )
 
 
@@ -84,10 +84,10 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     """Offsets of rows or classes that are more than 2**31 elements apart are 64-bit."""
     strides = (2**32, 1) if classes_contiguous else (1, 2**32)
     x = torch.empty_strided((2, 4096), strides, dtype=F32, device="meta")
-    options = CrossEntropyOptions(-100, "mean")
+    options = CrossEntropyOptions()
     target = empty(torch.int64, 2)
     with compiling("sm_90") as launched:
-        ahead.run_cross_entropy(x, target, None, options, Outputs())
+        ahead.run_cross_entropy(x, target, None, None, options, Outputs())
     text = launched[0].kernel.asm["ttir"]
     offsets = re.findall(r"tt\.addptr (%\w+),.*ptr<f32>.*, (?:tensor<\w+x)?(i\d+)>? loc", text)
     assert {bits for pointer, bits in offsets if "%loss" not in pointer} == {"i64"}
@@ -100,19 +100,17 @@ def test_numbers_do_not_select_kernels() -> None:
     state, results = empty(F64, STATE_FIELDS, 64), empty(F32, 64)
 
     def run(value: float) -> None:
-        options = CrossEntropyOptions(-100, "sum", scale=value, gamma=value, z_loss=value)
-        ahead.run_cross_entropy(x, target, None, options, Outputs(True, (True, False)))
-        smooth = CrossEntropyOptions(-100, "sum", label_smoothing=value / 8)
-        ahead.run_cross_entropy(x, target, None, smooth, Outputs(True, (True, False)))
+        options = CrossEntropyOptions(reduction="sum", scale=value, gamma=value, z_loss=value)
+        ahead.run_cross_entropy(x, target, None, None, options, Outputs(True, (True, False)))
+        smooth = CrossEntropyOptions(reduction="sum", label_smoothing=value / 8)
+        ahead.run_cross_entropy(x, target, None, None, smooth, Outputs(True, (True, False)))
         divergence = DivergenceOptions(reduction="sum", temperature=value, beta=value / 8)
         kernel = ahead.backend.kl_div_with_logits(both, divergence, Outputs(True, (True,)))
-        kernel(both, divergence.numbers())
-        rows = VocabOptions(softcap=value, temperature=value)
+        kernel(both, divergence)
+        rows = RowOptions(softcap=value, temperature=value)
         launch = ahead.backend.row_state(x, rows, classes, STATE_FIELDS)
-        launch(rows.numbers(), x, target, None, state)
-        ahead.backend.row_gradients(x, rows, classes, 1)(
-            rows.numbers(), x, target, None, state, results, x
-        )
+        launch(rows, x, target, None, state)
+        ahead.backend.row_gradients(x, rows, classes, 1)(rows, x, target, None, state, results, x)
 
     with compiling("sm_90") as launched:
         for value in (0.5, 2.0, 3.0, 7.0):

@@ -17,7 +17,7 @@ if backend is cpu:
 
 from pyfused import functional as fused
 from pyfused.backends import triton
-from pyfused.types import VocabOptions
+from pyfused.types import CrossEntropyOptions
 
 
 def counted(target: Tensor, weights: list[Tensor | None], ignore_index: int) -> float:
@@ -44,7 +44,7 @@ def test_count(n: int, weighted: int, ignore_index: int) -> None:
         torch.rand(n, dtype=torch.float64) if weighted & 2 else None,
     ]
     with patch.object(triton, "COUNTED_BY_PROGRAMS", 0):
-        divisor = triton._divisor(VocabOptions(ignore_index, "mean"), True, 7)
+        divisor = triton._divisor(CrossEntropyOptions(), True, 7)
         got = divisor(target, n, (target, *weights, ignore_index))
     assert (got.dtype, got.shape) == (torch.float64, ())
     assert got.item() == pytest.approx(counted(target, weights, ignore_index), rel=1e-12)

@@ -139,7 +139,7 @@ def test_losses_whose_clamp_has_a_different_derivative_in_torch(
     monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: False)
     outputs = Outputs(True, (True,) * len(loss.op.variables))
     numbers: list[Any] = [None if x.optional else 1.0 for x in loss.op.numbers]
-    numbers += [x.values[0] for x in loss.op.case if x.values]
+    numbers += [x.values[0] for x in loss.op.choices if x.values]
     assert isinstance(loss.op.kernel(numbers, len(loss.op.variables), outputs)[0], Program)
     forget_plans()
     assert_matches_torch(loss.ours, loss.reference, **loss.draw((300,), torch.float64))
