@@ -34,6 +34,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
 ]
 highlight_language = "none"  # blocks without a language are plain text
 python_maximum_signature_line_length = 88  # longer signatures have a line for each parameter
