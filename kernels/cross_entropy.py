@@ -37,7 +37,7 @@ from .reductions import (
     read_rows,
     store_loss,
 )
-from .row_terms import gradient, lse_terms, target_terms
+from .row_terms import gradient, lse_terms, smoothing_terms, target_terms
 from .rows import (
     DROP,
     aligned_part,
@@ -113,12 +113,14 @@ def row_kernel(
         e = exp_nonpositive(x, EXACT)
         total = tl.sum(e, 1)
         log_total = tl.log(total)
-        value, slope, t = target_terms(maximum, log_total, target_logit, target_weight, numbers)
+        value, slope, t = target_terms(
+            maximum, log_total, target_logit, target_weight, targets[1], numbers
+        )
         s = tl.zeros([ROWS], A)
         if smoothing is not None:
-            share = smoothing / classes
-            value += share * (tl.sum(tl.where(mask, -x, 0.0), 1) + classes * log_total)
-            slope += smoothing
+            sum_of_x = tl.sum(tl.where(mask, x, 0.0), 1)
+            of_smoothing, share = smoothing_terms(sum_of_x, log_total, classes, smoothing)
+            value += of_smoothing
         if grad is not None:
             if STAGES > 1:  # after the barriers of the sums
                 tl.store(grad + at_target, of_target, mask=stored)
@@ -221,12 +223,12 @@ def two_pass_kernel(
     maximum, total = first_pass(x_rows, classes, read, BLOCK, scale, edges)
     log_total = tl.log(total)
     if INDICES:
-        value, slope, t = target_terms(maximum, log_total, target_logit, target_weight, numbers)
+        value, slope, t = target_terms(
+            maximum, log_total, target_logit, target_weight, targets[1], numbers
+        )
     else:
         value, slope = lse_terms(maximum + log_total, numbers)
-    if INDICES and DENSE and targets[1] is None:
-        slope += smoothing
-    elif DENSE and grad is not None:
+    if DENSE and grad is not None and not (INDICES and targets[1] is None):
         sums = tl.zeros([ROWS, BLOCK], A)
         for start in range(0, classes, BLOCK):
             c, mask = class_block(start, classes, in_bounds, BLOCK)

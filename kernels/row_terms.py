@@ -47,18 +47,31 @@ def lse_terms(lse, numbers):
 
 
 @triton.jit
-def target_terms(pivot, log_total, target_logit, target_weight, numbers):
-    """Returns the loss of a class index without smoothing, dloss/dlse, and t."""
+def target_terms(pivot, log_total, target_logit, target_weight, weight, numbers):
+    """Returns the loss of a class index and t, both without smoothing, and dloss/dlse.
+
+    weight: the class weights. With them, dloss/dlse lacks smoothing / C sum_c w_c.
+    """
     nll, t = pivot - target_logit + log_total, target_weight
+    of_lse, slope = lse_terms(pivot + log_total, numbers)
     if numbers[0] is not None:
-        t *= 1.0 - number(numbers[0], nll.dtype)
+        smoothing = number(numbers[0], nll.dtype)
+        t *= 1.0 - smoothing
+        if weight is None:
+            slope += smoothing
     loss = t * nll
     if numbers[1] is not None:
         power, derivative = focal(nll, number(numbers[1], nll.dtype))
         loss *= power
         t *= derivative
-    of_lse, slope = lse_terms(pivot + log_total, numbers)
     return loss + of_lse, t + slope, t
+
+
+@triton.jit
+def smoothing_terms(sum_of_y, log_total, classes, smoothing):
+    """Returns the smoothing's loss without class weights, and s; y_c is x_c - pivot."""
+    s = smoothing / classes
+    return s * (classes * log_total - sum_of_y), s
 
 
 @triton.jit
