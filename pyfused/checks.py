@@ -197,7 +197,7 @@ def cross_entropy(
     else:
         _class_index_target(input, target)
     _class_weight(input, weight, same_dtype=not probabilities)
-    if options.gamma != 0 and (probabilities or normalized(options).label_smoothing != 0):
+    if options.gamma != 0 and (probabilities or options.label_smoothing > 0):
         expected = "0.0 with class probabilities or label smoothing"
         raise _error("gamma", expected, "a positive number", ValueError)
     dtype: Any = options.loss_dtype
@@ -242,16 +242,6 @@ def factors(token_weight: Any, denominator: Any) -> tuple[Tensor | None, Tensor 
     if isinstance(denominator, Tensor):
         bounded(_DENOMINATOR, denominator)
     return token_weight, denominator
-
-
-def normalized(options: CrossEntropyOptions) -> CrossEntropyOptions:
-    """Makes the temperature a part of the scale, and negative label smoothing 0."""
-    changed: dict[str, Any] = {}
-    if not options.label_smoothing >= 0:  # NaN too
-        changed["label_smoothing"] = 0.0
-    if options.temperature != 1:
-        changed |= {"scale": options.scale / options.temperature, "temperature": 1.0}
-    return options._replace(**changed) if changed else options
 
 
 def linear_cross_entropy(

@@ -23,7 +23,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def common_dtype(*tensors: Any) -> torch.dtype:
     """Returns the dtype to which torch promotes tensors; other arguments are ignored."""
-    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor)]
+    dtypes = [x.dtype for x in tensors if isinstance(x, (Tensor, TensorSpec))]
     common: torch.dtype = reduce(torch.promote_types, dtypes)
     return common
 

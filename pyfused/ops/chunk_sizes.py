@@ -43,6 +43,7 @@ MEMORY_FRACTION_GPU = 16  # at most 1/16 of the GPU's memory for a block
 MEMORY_FRACTION = 32  # with AMX, all rows at once up to 1/32 of the machine's memory
 MIN_BUDGET = 16 << 20  # bytes
 TILE = 1024  # rows and classes of a block
+MOST_SIZES = 64  # numbers of rows whose block sizes are kept
 
 
 def product_dtype(head: Head, backend: Backend) -> torch.dtype:
@@ -123,7 +124,7 @@ def rows_at_once(
             return max(1, min(n, rows))
         return 0 if converts or rows < min(n, min_rows) else min(n, rows)
 
-    return rows_of
+    return functools.lru_cache(MOST_SIZES)(rows_of)
 
 
 def tile_size(
@@ -172,4 +173,4 @@ def state_block_size(
             return max(1, min(n, memory_budget // (dtype.itemsize * columns))), columns
         return min(rows, TILE), TILE
 
-    return size
+    return functools.lru_cache(MOST_SIZES)(size)

@@ -13,7 +13,7 @@ which differentiates scale * a.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -24,22 +24,17 @@ from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
+from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Operand, Options, Tensors
-from pyfused.dispatch.plan import needs_grad
+from pyfused.dispatch.plan import Forward, needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
-from pyfused.ops.heads import Block, Layer, blocks, loss_over_rows, over_blocks
+from pyfused.ops.heads import NONE, joined, over_blocks
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.ops.row_loss import LossArgs, Results, RowLoss
-from pyfused.types import (
-    LOG_P,
-    STATE_FIELDS,
-    ClassRange,
-    Outputs,
-    RowOptions,
-)
+from pyfused.ops.rows import Passes, Planned, RowLoss
+from pyfused.types import LOG_P, STATE_FIELDS, ClassRange, Gradients, Outputs, RowOptions
 
 
 def contrastive_loss(
@@ -73,82 +68,104 @@ class Contrastive(RowLoss):
     """
 
     factors: ClassVar[tuple[Operand, ...]] = ()
+    in_forward = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.is_linear = True
+        self.is_linear, self.student = True, 3
 
     def gradients_needed(self, tensors: Tensors) -> tuple[bool, ...]:
         needs_a, needs_b, needs_bias, needs_scale = needs_grad(tensors)
         return needs_a or needs_scale, needs_b, needs_bias
 
-    def to_rows(self, tensors: Tensors, options: Options) -> tuple[Any, ...]:  # noqa: ARG002
-        a, b, bias, scale = tensors
-        a = in_autocast_dtype(a)
-        x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
-        if bias is not None:
-            dtype = accumulate_dtype(x.dtype)
-            bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
-        return x, b, bias, None, None, None
+    def input_dtype(self, tensors: Tensors) -> torch.dtype:
+        a = in_autocast_dtype(tensors[0])
+        return backend_of(a).product_dtype(a.dtype)
 
-    def definition_loss(self, tensors: Sequence[Any], options: Options) -> Tensor:
-        (x, b, bias, _), dtype = tensors, accumulate_dtype(tensors[0].dtype)
-        return contrastive_loss(x.to(dtype), b.to(dtype), bias, 1.0, options)
+    def arrangement(self, _: Planned) -> Any:
+        return _scaled
 
-    def prepare(
-        self, backend: Backend, tensors: Sequence[Any], *_: Any
-    ) -> tuple[Callable[..., Results], bool]:
-        return partial(_softmax if tensors[2] is None else _sigmoid, backend), True
+    def define(self, tensors: Tensors, options: Options, *_: Any) -> Tensor:
+        a, b, bias, _ = tensors
+        return contrastive_loss(a, b, bias, 1.0, options)
+
+    def passes(self, call: Planned) -> Passes:
+        tensors, _, _, needs, in_forward = call
+        compute = partial(_softmax if tensors[2] is None else _sigmoid, backend_of(tensors[0]))
+        forward_needs = needs if in_forward else ()
+
+        def forward(tensors: Tensors, options: Options) -> Forward:
+            loss, gradients = compute(tensors, options, forward_needs)
+            return loss, tensors, gradients
+
+        def backward(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
+            return compute(tensors, options, needs, grad_output)[1]
+
+        return forward, backward
 
 
-def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Results:
+def _scaled(tensors: Tensors, _: Options) -> Tensors:
+    """Returns the scaled embeddings a, the embeddings b, and the bias as a tensor or None."""
+    a, b, bias, scale = tensors
+    a = in_autocast_dtype(a)
+    x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
+    if bias is not None:
+        dtype = accumulate_dtype(x.dtype)
+        bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
+    return x, b, bias, None
+
+
+def _softmax(
+    backend: Backend,
+    tensors: Tensors,
+    options: Options,
+    needs: Sequence[bool],
+    grad_output: Tensor | None = None,
+) -> LossResult:
     """Computes the loss of rows and columns, and its gradients, in square blocks of logits.
 
     The gradients of a block and its transpose are added in the accumulation dtype, then rounded.
     """
-    (x, b, *_), options, outputs, grad_output = (
-        tensors,
-        args.options,
-        args.outputs,
-        args.grad_output,
-    )
+    x, b, *_ = tensors
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer thread synchronisations, which are slow on a busy machine, and fewer
     # launches on a GPU.
     size = (SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2,) * 2
     if options.memory_budget is not None:  # the other half is for the transposed block
         size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
-    layer = Layer(backend, x, b, None, x.dtype, size)
-    plain = RowOptions()
+    layer, plain = (backend, (x, b, None), x.dtype, size), RowOptions()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
+    memory: Tensor | None = None
 
     def directions(
-        block: Block, dtype: torch.dtype
+        block: tuple[Any, ...], dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
         """Returns a block and its transpose, each with the states, rows and range of classes."""
-        rows, columns, transposed = block.rows, block.classes, block.logits.t()
+        logits, rows, columns = block
         # The transpose of a single row is contiguous, but must not share its memory.
-        empty = transposed.new_empty(transposed.shape, dtype=dtype)
+        transposed = logits.new_empty((logits.shape[1], logits.shape[0]), dtype=dtype)
         return (
-            (block.logits.to(dtype), states[0], rows, ClassRange(columns.start, n)),
-            (empty.copy_(transposed), states[1], columns, ClassRange(rows.start, n)),
+            (logits.to(dtype), states[0], rows, ClassRange(columns.start, n)),
+            (transposed.copy_(logits.t()), states[1], columns, ClassRange(rows.start, n)),
         )
 
-    for block in blocks(layer):
+    def state_step(*block: Any) -> None:
+        nonlocal memory
+        memory = block[0].view(-1) if n <= min(size) else None  # reuses a single block's logits
         for logits, state, rows, classes in directions(block, x.dtype):
             continues = classes.first > 0
             launch = backend.row_state(logits, plain, classes, STATE_FIELDS, 0, continues)
             launch(plain, logits, target[rows], None, state[:, rows])
-    loss = reduced(-states[:, LOG_P].mean(0), options.reduction)
-    if not outputs.gradients:
-        return loss, (), None
-    factor = -0.5 / n if options.reduction == "mean" else -0.5
-    if grad_output is None:
-        grad_log_p = states.new_full((), factor).expand(n)
-    else:
-        grad_log_p = (grad_output.double() * factor).expand(n)
 
-    def step(block: Block) -> Tensor:
+    over_blocks(*layer, NONE, state_step)
+    loss = reduced(-states[:, LOG_P].mean(0), options.reduction).to(wide)
+    if not needs:
+        return loss, ()
+    factor = -0.5 / n if options.reduction == "mean" else -0.5
+    grad_log_p = states.new_ones(()) if grad_output is None else grad_output.double()
+    grad_log_p = (grad_log_p * factor).expand(n)
+
+    def step(*block: Any) -> Tensor:
         of_rows, of_columns = (
             backend.row_gradients(logits, plain, classes, 1)(
                 plain, logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
@@ -157,41 +174,49 @@ def _softmax(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Result
         )
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
-    memory = block.logits.view(-1) if n <= min(size) else None  # reuses a single block's logits
-    return loss, over_blocks(layer, outputs.gradients, step, memory=memory), None
+    return loss, over_blocks(*layer, needs, step, memory=memory)
 
 
-def _sigmoid(backend: Backend, tensors: Sequence[Any], args: LossArgs) -> Results:
+def _sigmoid(
+    backend: Backend,
+    tensors: Tensors,
+    options: Options,
+    needs: Sequence[bool],
+    grad_output: Tensor | None = None,
+) -> LossResult:
     """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
-    (x, b, bias, _), options, outputs = tensors, args.options, args.outputs
-    n, dtype, wide = len(x), x.dtype, bias.dtype
+    x, b, bias, _ = tensors
+    n, dtype, wide, reduction = len(x), x.dtype, bias.dtype, options.reduction
     bytes_per_logit = dtype.itemsize + 2 * wide.itemsize
     limits = n, b.shape, options.memory_budget, dtype, backend, bytes_per_logit
     size = max(1, min(n, rows_in_budget(*limits))), b.shape[0]
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
-    kernel_options = SOFT_MARGIN_LOSS.options(reduction=options.reduction)
-    kernel_outputs = Outputs(outputs.loss, (bool(outputs.gradients), False))
-    divisor = (lambda _: n) if options.reduction == "mean" else None
+    kernel_options = SOFT_MARGIN_LOSS.options(reduction=reduction)
+    outputs, losses = Outputs(grad_output is None, (bool(needs), False)), list[Tensor]()
+    divisor = (lambda _: n) if reduction == "mean" else None
 
-    def step(block: Block, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        z = block.logits.to(wide).add_(bias)
-        z.diagonal(block.rows.start).neg_()
+    def step(logits: Tensor, rows: slice, _columns: slice) -> Tensor | None:
+        z = logits.to(wide).add_(bias)
+        z.diagonal(rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z)
         launch = SOFT_MARGIN_LOSS.prepared(
-            backend, operands, None, kernel_options, kernel_outputs, divisor, None
+            backend, operands, None, kernel_options, outputs, divisor, None
         )
         loss, (gradient, _) = launch(operands, kernel_options)
-        loss = loss.sum(1) if loss is not None and loss.dim() else loss
-        if gradient is not None:
-            if grad is not None:
-                gradient.mul_(grad.to(wide).unsqueeze(-1))
-            gradient.diagonal(block.rows.start).neg_()
-            grad_bias.add_(gradient.sum(dtype=torch.float64))
-            gradient = gradient.to(dtype)
-        return loss, gradient
+        if loss is not None:
+            losses.append(loss.sum(1) if loss.dim() else loss)
+        if gradient is None:
+            return None
+        if grad_output is not None:
+            grad = grad_output[rows] if grad_output.dim() else grad_output
+            gradient.mul_(grad.to(wide).unsqueeze(-1))
+        gradient.diagonal(rows.start).neg_()
+        grad_bias.add_(gradient.sum(dtype=torch.float64))
+        return gradient.to(dtype)
 
-    layer = Layer(backend, x, b, None, dtype, size)
-    loss, gradients = loss_over_rows(layer, outputs.gradients, step, (args.grad_output,))
-    if gradients:
-        gradients = *gradients[:2], grad_bias.to(wide) if outputs.gradients[2] else None
-    return loss, gradients, None
+    over = backend, (x, b, None), dtype, size, (*needs[:2], False) if needs else NONE
+    gradients = over_blocks(*over, step)
+    loss = joined(losses, reduction == "none")
+    of_bias = grad_bias.to(wide) if needs and needs[2] else None
+    gradients = (*gradients[:2], of_bias) if needs else ()
+    return None if loss is None else loss.to(wide), gradients

@@ -81,14 +81,6 @@ class CompiledOperator(Operator):
             if self.name not in _registered:
                 _registered[self.name] = _CustomOperators(self)
 
-    def compiled_plan(self, tensors: Tensors, options: Options) -> Plan:
-        """Returns the plan of calls of the custom operator."""
-        return self.plan(tensors, options)  # type: ignore[return-value]
-
-    def saved(self, tensors: Tensors, state: Any) -> Tensors:  # noqa: ARG002
-        """Returns the tensors that backward takes: forward's tensors and the state."""
-        return tensors
-
     def fake(self, tensors: Tensors, options: Options) -> Tensor:  # noqa: ARG002
         """Returns an empty tensor like the result of the custom operator, by default a scalar."""
         empty: Tensor = tensors[0].new_empty(())
@@ -113,11 +105,9 @@ class _CustomOperators:
         self.differentiable = sum(operand.differentiated for operand in op.operands)
         self.library = torch.library.Library(NAMESPACE, "FRAGMENT")
         gradients, needs = ["Tensor"] * self.differentiable, f"bool[{self.differentiable}] needs"
-        if op.in_forward:
-            results = ["Tensor", *gradients, *["Tensor"] * op.has_state]
-            self.define(self.name, [*schema, needs], results, self.run, self.fake)
-        else:
-            self.define(self.name, schema, ["Tensor"], self.run, self.fake)
+        results = ["Tensor", *gradients * op.in_forward, *["Tensor"] * op.has_state]
+        forward = [*schema, *[needs] * op.in_forward]
+        self.define(self.name, forward, results, self.run, self.fake)
         schema = ["Tensor grad_output", *schema, *["Tensor state"] * op.has_state, needs]
         passes = self.run_backward, self.fake_backward
         self.define(f"{self.name}_backward", schema, gradients, *passes)
@@ -162,9 +152,11 @@ class _CustomOperators:
             with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
                 numbers = options[: len(op.numbers)]
                 cases: Any = op.cases(numbers)
-                plan = op.compiled_plan(specs, op.options(*cases, *options[len(numbers) :]))
+                planned = op.options(*cases, *options[len(numbers) :])
+                plan = op.plan(specs, planned)  # type: ignore[assignment]
             if key is not None:
                 dispatch.keep_plan(op, key, plan)
+        assert plan is not None
         return plan, tensors if plan.arrange is None else plan.arrange(tensors, options), options
 
     def call_of(self, values: Sequence[Any]) -> tuple[Tensors, Options]:
@@ -182,7 +174,7 @@ class _CustomOperators:
             define: Whether to compute gradients by torch's definition, which is differentiable.
         """
         plan, tensors, options = self.planned(values, needs)
-        saved = self.op.saved(tensors, values[self.count] if self.op.has_state else None)
+        saved = (*tensors, values[self.count]) if self.op.has_state else tensors
         return (plan.define if define else plan.backward)(saved, options, grad_output)
 
     # ---- kernels, and the layouts of their results -----------------------------------------------
@@ -192,15 +184,18 @@ class _CustomOperators:
         needs = values[-1] if op.in_forward else (False,) * self.differentiable
         plan, tensors, options = self.planned(values, needs)
         output, saved, gradients = plan.forward(tensors, options)
-        if not op.in_forward:
+        if not (op.in_forward or op.has_state):
             return output if plan.finish is None else plan.finish(output, values)
         # The dtype of the finished result depends on autocast, so the caller finishes it.
-        result, state = output if isinstance(output, tuple) else (output, None)
-        if any(needs) and not gradients:
-            gradients = plan.backward(saved, options, result.new_ones(()))
-        results = [result, *self.dense_gradients(gradients, values)]
+        results = [output[0] if isinstance(output, tuple) else output]
+        if op.in_forward:
+            if any(needs) and not gradients:
+                gradients = plan.backward(saved, options, results[0].new_ones(()))
+            results += self.dense_gradients(gradients, values)
         if op.has_state:
-            results.append(op.fake_state(*self.call_of(values)).zero_() if state is None else state)
+            has_state = len(saved) > len(tensors)
+            empty = op.fake_state(*self.call_of(values))
+            results.append(saved[len(tensors)] if has_state else empty.zero_())
         return tuple(results)
 
     def run_backward(self, grad_output: Tensor, *values: Any) -> Any:
@@ -209,10 +204,12 @@ class _CustomOperators:
 
     def fake(self, *values: Any) -> Any:
         op, call = self.op, self.call_of(values)
-        if not op.in_forward:
-            return op.fake(*call)
-        state = [op.fake_state(*call)] if op.has_state else []
-        return op.fake(*call), *self.fake_gradients(values, values[-1]), *state
+        results = [op.fake(*call)]
+        if op.in_forward:
+            results += self.fake_gradients(values, values[-1])
+        if op.has_state:
+            results.append(op.fake_state(*call))
+        return tuple(results) if len(results) > 1 else results[0]
 
     def fake_backward(self, _grad_output: Tensor, *values: Any) -> Any:
         return _packed(self.fake_gradients(values, values[-1]))
@@ -234,13 +231,13 @@ class _CustomOperators:
     # ---- autograd --------------------------------------------------------------------------------
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        values, results, gradients = inputs[: self.count], (output,), ()
-        if self.op.in_forward:
+        op, values, gradients = self.op, inputs[: self.count], ()
+        if op.in_forward or op.has_state:
             ctx.mark_non_differentiable(*output[1:])
-            results = output
-            gradients = output[1 : self.differentiable + 1] if any(inputs[-1]) else ()
-        if self.op.has_state:
-            values = *values, results[-1]
+        if op.in_forward and any(inputs[-1]):
+            gradients = output[1 : self.differentiable + 1]
+        if op.has_state:
+            values = *values, output[-1]
         tensors = [value if isinstance(value, Tensor) else None for value in values]
         ctx.save_for_backward(*tensors, *gradients)
         ctx.values = [None if isinstance(value, Tensor) else value for value in values]

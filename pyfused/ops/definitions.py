@@ -17,7 +17,7 @@ from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.types import OPTIONS, CrossEntropyOptions, Head, LogProbsOptions, Scalar
 
-_cross_entropy = original(F.cross_entropy)
+_cross_entropy, _nll_loss = original(F.cross_entropy), original(F.nll_loss)
 _linear_cross_entropy = (  # from torch 2.13 on
     original(F.linear_cross_entropy) if hasattr(F, "linear_cross_entropy") else None
 )
@@ -44,39 +44,91 @@ def cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
     checks.cross_entropy(input, target, weight, token_weight, denominator, options)
+    if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
+        raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
     soft = target.is_floating_point()
     common = common_dtype(input, *(target, weight) if soft else ())
     result_dtype = options.loss_dtype or autocast_dtype(common, input.device)
     dtype = torch.promote_types(accumulate_dtype(common), result_dtype)
     options, dim = with_scalars(options, denominator, dtype), 0 if input.dim() == 1 else 1
     input = without_ignored(input, target, ignore_index, token_weight)
+    x = _scaled(input.to(dtype), options)
+    log_p, shape = x.log_softmax(dim), loss_shape(x, "none")
+    weights = None if weight is None else weight.to(dtype)
+    weighted, of_target, is_valid = log_p, None, None
+    if weights is not None:
+        weighted = log_p * weights.view(-1, *[1] * (x.dim() - dim - 1))
     if soft:
         target = without_ignored(target, target, ignore_index, token_weight).to(dtype)
-    input, weight = _scaled(input.to(dtype), options), None if weight is None else weight.to(dtype)
-    focal = isinstance(options.gamma, Tensor) or options.gamma
-    of_class = None if focal else weight
-    loss = _cross_entropy(
-        input, target, of_class, None, ignore_index, None, "none", label_smoothing
-    )
-    loss = _focal(loss, options.gamma) if focal else loss
-    weights = torch.ones_like(loss)
-    if not soft:
-        valid = target.reshape(loss.shape) != ignore_index
-        if weight is not None:
-            weights = weight[target.where(target != ignore_index, 0).long()].reshape(loss.shape)
-        weights, loss = weights.where(valid, 0), loss.where(valid, 0)
-    loss = loss * weights if focal else loss
-    if isinstance(options.z_loss, Tensor) or options.z_loss:
-        z_loss = options.z_loss * input.logsumexp(dim).reshape(loss.shape) ** 2
-        loss = loss + (z_loss if soft else z_loss.where(valid, 0))
+        at_target = (target * weighted).sum(dim)
+        divisors = torch.ones_like(at_target)
+    else:
+        at_target = -_nll_loss(log_p, target, None, None, ignore_index, None, "none")
+        is_valid = target.reshape(shape) != ignore_index
+        divisors = target_weights(target.reshape(shape), weights, ignore_index, dtype)
+        of_target = None if weights is None else divisors
+    smooth = weighted.sum(dim) if options.label_smoothing > 0 else None
+    has_z_loss = isinstance(options.z_loss, Tensor) or options.z_loss
+    lse = x.logsumexp(dim) if has_z_loss else None
+    loss = row_losses(at_target, smooth, lse, of_target, options, x.shape[dim])
+    loss = loss if is_valid is None else loss.where(is_valid, 0)
     if token_weight is not None:
-        token_weight = token_weight.to(dtype).reshape(loss.shape)
-        loss, weights = loss * token_weight, weights * token_weight
+        token_weight = token_weight.to(dtype).reshape(shape)
+        loss, divisors = loss * token_weight, divisors * token_weight
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
-        loss = loss / (weights.sum() if options.denominator is None else options.denominator)
+        loss = loss / (divisors.sum() if options.denominator is None else options.denominator)
     return loss.to(result_dtype)
+
+
+def row_losses(
+    log_p: Tensor,
+    smooth: Tensor | None,
+    lse: Tensor | None,
+    target_weight: Tensor | None,
+    options: CrossEntropyOptions,
+    classes: int,
+) -> Tensor:
+    """Returns the cross-entropy of each row.
+
+    With class weights w, label smoothing s, and target y or target probabilities q:
+
+        (1 - s) w_y focal(-log p_y) - s / C sum_c w_c log p_c + z_loss lse^2
+
+    Args:
+        log_p: log p_y, or sum_c q_c w_c log p_c.
+        smooth: sum_c w_c log p_c, or None if s is 0.
+        lse: The log-sum-exp of the logits, or None if z_loss is 0.
+        target_weight: w_y, or None for 1.
+        classes: The number of classes C.
+    """
+    if isinstance(options.gamma, Tensor) or options.gamma:
+        log_p = -_focal(-log_p, options.gamma)
+    of_log_p, of_smooth = row_coefficients(target_weight, options, classes)
+    loss: Tensor = of_log_p * log_p
+    loss = loss if smooth is None else loss + of_smooth * smooth
+    return loss if lse is None else loss + options.z_loss * lse.square()
+
+
+def row_coefficients(
+    target_weight: Tensor | None, options: CrossEntropyOptions, classes: int
+) -> tuple[Any, float]:
+    """Returns the coefficients of log p_y and of sum_c w_c log p_c in the loss of a row."""
+    smoothing = max(0.0, options.label_smoothing)
+    of_log_p = smoothing - 1
+    return of_log_p if target_weight is None else of_log_p * target_weight, -smoothing / classes
+
+
+def target_weights(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Returns the class weight of each target, 0 for ignored targets."""
+    valid = target != ignore_index
+    if weight is None:
+        return valid.to(dtype)
+    label = target.where(valid, 0).long().clamp(0, len(weight) - 1)
+    return weight.to(dtype)[label].where(valid, 0)
 
 
 def with_scalars(options: Any, denominator: Tensor | None, dtype: torch.dtype) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,17 +22,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import checks
-from pyfused.backends import Backend
+from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Options, Tensors
-from pyfused.dispatch.plan import Plan, gradients_in_forward, loss_passes
+from pyfused.dispatch.plan import loss_passes
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
-from pyfused.ops.heads import Block, Layer, capped, kept, linear, loss_over_rows
-from pyfused.ops.row_loss import LossArgs, Results, RowLoss
-from pyfused.ops.row_state import LogitRows, loss_denominator
+from pyfused.ops.heads import HeadLoss, capped, linear
+from pyfused.ops.rows import LogitRows, Passes, Planned, keep
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -187,82 +186,108 @@ def _reduced(
         loss = loss.where(weight != 0, 0)
     if options.reduction == "none":
         return loss
+    if options.reduction == "sum":
+        return loss.sum()
     total_weight = loss.numel() if weight is None else weight.to(loss.dtype).sum()
-    denominator = loss_denominator(options, None, total_weight)
+    denominator = total_weight if options.denominator is None else options.denominator
     if isinstance(denominator, Tensor):
         denominator = denominator.to(loss.dtype)
     return loss.sum() / denominator
 
 
-# ---- the operator --------------------------------------------------------------------------------
+# ---- the operators -------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class Divergence(RowLoss):
+class Divergence(HeadLoss):
     """The divergence of a student's predictions from a teacher's."""
 
     strategy = "row by row"
+    in_forward = True
 
-    def to_rows(self, tensors: Tensors, options: Options) -> tuple[Any, ...]:  # noqa: ARG002
-        token_weight, denominator = checks.factors(*tensors[-2:])
-        tensors = list(tensors[:-2])
+    def arrangement(self, _: Planned) -> Any:
+        return self.to_rows
+
+    def to_rows(self, tensors: Tensors, _: Options) -> Tensors:
+        """Returns the operands as rows, and the factors."""
+        *tensors, token_weight, denominator = tensors
+        checks.factors(token_weight, denominator)
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
                 tensors[i] = in_autocast_dtype(tensors[i])
-            if i in self.row_operands:
+            if i in self.row_operands and tensors[i].dim() != 2:
                 tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
         token_weight = None if token_weight is None else token_weight.flatten()
         denominator = None if denominator is None else denominator.reshape(())  # from (1)
         return *tensors, token_weight, denominator
 
+    def finish(self, call: Planned) -> Any:
+        unreduced = call.options.reduction == "none" and call.tensors[0].dim() != 2
+        return (lambda loss, call: loss.reshape(call[0].shape[:-1])) if unreduced else None
+
+    def passes(self, call: Planned) -> Passes:
+        return self.block_passes(call)
+
+    def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
+        backend, shape = backend_of(tensors[0]), tensors[1].shape
+        dtype = backend.product_dtype(self.input_dtype(tensors))
+        bytes_of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
+        bytes_per_logit = dtype.itemsize + bytes_of_cap + self.teacher_bytes(tensors, options)
+        limits = shape, options.memory_budget, dtype, backend, bytes_per_logit
+        return lambda n: max(1, min(n, rows_in_budget(n, *limits)))
+
+    def teacher_bytes(self, tensors: Tensors, options: Options) -> int:  # noqa: ARG002
+        """Returns the number of bytes that a block needs for each of the teacher's logits."""
+        return 0
+
+    def before_blocks(self, backend: Backend, tensors: Tensors, options: Options) -> Tensors:  # noqa: ARG002
+        return _masked(tensors[0], tensors[-2]), *tensors[1:]
+
 
 class LogitsDivergence(Divergence):
     """The divergence of logits."""
 
-    def plan(self, tensors: Tensors, options: Options) -> Plan:
-        plan = super().plan(tensors, options)
-        in_forward = gradients_in_forward(options.reduction, tensors[0].dtype)
-        prepare = partial(divergence_kernel, plan.backend, options)
-        forward, backward = loss_passes(prepare, plan.needs, in_forward)
-        return replace(plan, forward=forward, backward=backward)
-
-    def prepare(self, *_: Any) -> Any:
-        return None, True  # unused: `plan` replaces the passes
+    def passes(self, call: Planned) -> Passes:
+        prepare = partial(divergence_kernel, backend_of(call.tensors[0]), call.options)
+        return loss_passes(prepare, call.needs, call.in_forward)
 
 
 class HeadDivergence(Divergence):
     """The divergence of a student's linear layer from a teacher's."""
 
-    def prepare(
-        self, backend: Backend, _: Sequence[Any], options: DivergenceOptions
-    ) -> tuple[Callable[..., Results], bool]:
-        kernel = kept(partial(divergence_kernel, backend, options))
-        copies = 1 if options.teacher_softcap is None else 3  # of the teacher's logits
+    def teacher_bytes(self, tensors: Tensors, options: Options) -> int:
+        dtype = backend_of(tensors[3]).product_dtype(in_autocast_dtype(tensors[3]).dtype)
+        return (1 if options.teacher_softcap is None else 3) * dtype.itemsize
 
-        def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
-            needs_loss, needs, *_ = args.outputs
-            *_, teacher_input, weight, bias = tensors
-            dtype = backend.product_dtype(teacher_input.dtype)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-            options = args.options
-            if options.reduction == "mean":
-                default = self.total_weight(tensors, args.token_weight, options)
-                args = args.divided_by(loss_denominator(options, args.denominator, default))
-            options, denominator = args.options, args.denominator
-            outputs = Outputs(needs_loss, (any(needs),) if needs else (), inplace=True)
+    def before_blocks(self, backend: Backend, tensors: Tensors, options: Options) -> Tensors:
+        tensors = super().before_blocks(backend, tensors, options)
+        *student, teacher_input, weight, bias, token_weight, denominator = tensors
+        dtype = backend.product_dtype(teacher_input.dtype)
+        teacher = teacher_input, weight.to(dtype), None if bias is None else bias.to(dtype)
+        return *student, *teacher, token_weight, denominator
 
-            def step(
-                block: Block, input: Tensor, token_weight: Tensor | None, grad_output: Tensor | None
-            ) -> tuple[Tensor | None, Tensor | None]:
-                teacher_logits = backend.empty(block.logits.shape, dtype, block.logits)
-                linear(input.to(dtype), weight, bias, teacher_logits)
-                operands = block.logits, teacher_logits, token_weight, denominator
-                loss, (gradient,) = kernel(operands, options, outputs, grad_output)
-                return loss, gradient
+    def block_kernel(
+        self,
+        backend: Backend,
+        specs: Tensors,  # noqa: ARG002
+        planned: Options,
+        outputs: Outputs,
+    ) -> Callable[..., Any]:
+        kernels = dict[Any, LossKernel]()
 
-            return _by_rows(backend, tensors, args, step, (teacher_input,), copies * dtype.itemsize)
+        def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
+            input, weight, bias, token_weight, _, _, grad_output = operands
+            teacher_logits = backend.empty(logits.shape, weight.dtype, logits)
+            linear(input.to(weight.dtype), weight, bias, teacher_logits)
+            tensors, rows = (logits, teacher_logits, token_weight, None), logits.shape[0]
+            kernel = kernels.get(rows)
+            if kernel is None:
+                kernel = divergence_kernel(backend, planned, tensors, outputs, grad_output)
+                keep(kernels, rows, kernel)
+            loss, (gradient,) = kernel(tensors, options, grad_output)
+            return loss, (gradient, None), None
 
-        return compute, True
+        return compute
 
 
 class TopKDivergence(Divergence):
@@ -274,23 +299,28 @@ class TopKDivergence(Divergence):
         checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(weight))
         checks.topk_log_probs(_masked(log_probs, token_weight, -torch.inf))
 
-    def prepare(self, backend: Backend, *_: Any) -> tuple[Callable[..., Results], bool]:
-        def compute(tensors: Sequence[Any], args: LossArgs) -> Results:
-            _, weight, _, indices, log_probs = tensors
-            invalid = checks.topk_indices(indices, len(weight))[:, None]
-            checks.topk_log_probs(_masked(log_probs, args.token_weight, -torch.inf))
-            if backend.ASYNCHRONOUS:  # raising would synchronise, so the loss of the row is NaN
-                log_probs = log_probs.masked_fill(invalid, torch.nan)
-                indices = indices.masked_fill(invalid, 0)
+    def before_blocks(self, backend: Backend, tensors: Tensors, options: Options) -> Tensors:
+        tensors = super().before_blocks(backend, tensors, options)
+        *student, indices, log_probs, token_weight, denominator = tensors
+        invalid = checks.topk_indices(indices, len(student[1]))[:, None]
+        checks.topk_log_probs(_masked(log_probs, token_weight, -torch.inf))
+        if backend.ASYNCHRONOUS:  # raising would synchronise, so the loss of the row is NaN
+            log_probs = log_probs.masked_fill(invalid, torch.nan)
+            indices = indices.masked_fill(invalid, 0)
+        return *student, indices, log_probs, token_weight, denominator
 
-            def step(block: Block, *rows: Any) -> tuple[Tensor | None, Tensor | None]:
-                logits, cap_backward = capped(backend, block.logits, args.options.softcap)
-                loss, gradient = _topk(backend, args, logits, *rows)
-                return loss, None if gradient is None else cap_backward(gradient)
+    def block_kernel(
+        self, backend: Backend, specs: Tensors, planned: Options, outputs: Outputs
+    ) -> Callable[..., Any]:
+        rows = RowOptions(temperature=planned.temperature)
+        source = LogitRows(backend, rows, ClassRange(0, specs[1].shape[0]))
 
-            return _by_rows(backend, tensors, args, step, (indices, log_probs))
+        def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
+            x, cap_backward = capped(backend, logits, options.softcap)
+            loss, gradient = _topk(source, x, operands, options, bool(outputs.gradients))
+            return loss, (None if gradient is None else cap_backward(gradient), None), None
 
-        return compute, False
+        return compute
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -332,57 +362,26 @@ def divergence_kernel(
     return launch
 
 
-def _by_rows(
-    backend: Backend,
-    tensors: Sequence[Any],
-    args: LossArgs,
-    step: Callable[..., tuple[Tensor | None, Tensor | None]],
-    row_tensors: Sequence[Tensor | None],
-    teacher_bytes: int = 0,
-) -> Results:
-    """Computes the divergence and the gradients by blocks of rows.
-
-    Args:
-        step: As in `loss_over_rows`, for a block of the student's logits.
-        row_tensors: The first tensors whose rows ``step`` takes; token_weight and grad_output
-            follow.
-        teacher_bytes: The bytes that ``step`` allocates for each of the student's logits.
-    """
-    (input, weight, bias, *_), options = tensors, args.options
-    n, dtype = len(input), backend.product_dtype(input.dtype)
-    cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
-    bytes_per_logit = dtype.itemsize + cap_bytes + teacher_bytes
-    limits = n, weight.shape, options.memory_budget, dtype, backend, bytes_per_logit
-    size = max(1, min(n, rows_in_budget(*limits))), weight.shape[0]
-    layer = Layer(backend, _masked(input, args.token_weight), weight, bias, dtype, size)
-    row_tensors = *row_tensors, args.token_weight, args.grad_output
-    loss, gradients = loss_over_rows(layer, args.outputs.gradients, step, row_tensors)
-    return loss, gradients, None
-
-
 def _topk(
-    backend: Backend,
-    args: LossArgs,
+    source: LogitRows,
     logits: Tensor,
-    indices: Tensor,
-    log_q: Tensor,
-    weight: Tensor | None,
-    grad_output: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+    operands: Sequence[Any],
+    options: DivergenceOptions,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Computes the divergence of k + 1 classes, the last of which is the sum of all others.
 
     With the gradient g of the k + 1 log-probabilities, and its sum s, the gradient of the logit x_c
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
-    options, (n, classes) = args.options, logits.shape
-    rows, class_range = RowOptions(temperature=options.temperature), ClassRange(0, classes)
-    scale = 1 / options.temperature
+    indices, log_q, weight, _, _, grad_output = operands
+    (n, classes), rows = logits.shape, RowOptions(temperature=options.temperature)
+    scale, inputs = 1 / options.temperature, (logits, None, None)
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # reduces the rounding error of the log-sum-exp
     topk_logits = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
-    source = LogitRows(backend, rows, class_range)
-    state, *_ = source.state(((logits,), None, None, rows))
+    state, *_ = source.state(inputs, rows)
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -392,7 +391,7 @@ def _topk(
         loss = (loss * weight).where(weight != 0, 0)
     factor = torch.ones_like(loss) if weight is None else weight
     loss = loss if options.reduction == "none" else loss.sum()
-    if not args.outputs.gradients:
+    if not needs_gradient:
         return loss, None
     if grad_output is not None:
         factor = (factor * grad_output).where(factor != 0, 0)
@@ -406,8 +405,7 @@ def _topk(
     grad_results[LSE] = gradient[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
-    launch = backend.row_gradients(logits, rows, class_range, len(RESULTS))
-    launch(rows, logits, None, None, state, grad_results, logits)
+    source.gradients(inputs, rows, state, grad_results, logits)
     grad_topk = (gradient[:, :k] - total * p[:, :k]) * scale
     logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits

@@ -1,278 +1,176 @@
-"""Loops over blocks of a linear layer's logits, without all logits in memory.
+"""Losses of a linear layer's output, without all logits in memory.
 
-    for block in blocks(layer):         # logits = input[rows] @ weight[classes].T + bias[classes]
-        grad_logits = step(block)
-        sums.add(block, grad_logits)    # grad_input[rows] += grad_logits @ weight[classes]
-                                        # grad_weight[classes] += grad_logits.T @ input[rows]
-                                        # grad_bias[classes] += grad_logits.sum(0)
+    for rows, classes in blocks:
+        logits = input[rows] @ weight[classes].T + bias[classes]
+        grad_logits = step(logits, rows, classes)
+        grad_input[rows] += grad_logits @ weight[classes]
+        grad_weight[classes] += grad_logits.T @ input[rows]
+        grad_bias[classes] += grad_logits.sum(0)
 
-Each loss has its own step: cross-entropy, a divergence, or log-probabilities. ``chunk_sizes.py``
-chooses the numbers of rows and classes of a block.
+Each loss has its own step. ``chunk_sizes.py`` chooses the numbers of rows and classes of a block.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
-from pyfused.backends import Backend
-from pyfused.backends.protocol import LossKernel, LossResult
-from pyfused.layout import accumulate_dtype, layouts
-from pyfused.ops.chunk_sizes import product_dtype
+from pyfused import checks
+from pyfused.backends import Backend, backend_of
+from pyfused.backends.protocol import LossKernel
+from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
+from pyfused.dispatch.operator import REDUCTIONS, Options, Tensors
+from pyfused.dispatch.originals import F
+from pyfused.dispatch.plan import Forward
+from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.run import fall_back, is_compiled
+from pyfused.layout import accumulate_dtype, with_leading_dims
+from pyfused.ops import definitions, metrics
+from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, state_block_size, tile_size
 from pyfused.ops.elementwise import SOFTCAP
-from pyfused.ops.row_state import RowInputs, RowState
-from pyfused.types import ClassRange, Gradients, Head, Outputs
+from pyfused.ops.rows import (
+    UINT8_TARGET,
+    CrossEntropyOfRows,
+    LogitRows,
+    Passes,
+    Planned,
+    RowLoss,
+    RowState,
+    keep,
+    metrics_state,
+)
+from pyfused.ops.shards import ShardedRows, class_range
+from pyfused.torch_internals import built_in
+from pyfused.types import (
+    STATE_FIELDS,
+    ClassRange,
+    CrossEntropyOptions,
+    Gradients,
+    Head,
+    Outputs,
+    RowOptions,
+)
 
 # ---- the loop ------------------------------------------------------------------------------------
 
+NONE = (False, False, False)  # no gradients of a layer
 
-class Layer(NamedTuple):
-    """A linear layer and its input, whose logits are computed by blocks.
-
-    Attributes:
-        input: (N, D).
-        weight: (C, D).
-        bias: (C), or None.
-        dtype: The dtype of the matrix products.
-        size: The numbers of rows and classes of a block.
-        counts: (N), whether each row counts; None if all rows count. For other rows, the gradient
-            of the logits is 0, and the weight's gradient uses 0 instead of the features, which may
-            be NaN.
-    """
-
-    backend: Backend
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype
-    size: tuple[int, int]
-    counts: Tensor | None = None
+# Computes the gradient of a block's logits, which may overwrite them, or returns None. It takes the
+# logits, and the slices of their rows and classes.
+Step = Callable[[Tensor, slice, slice], Tensor | None]
 
 
-class Block(NamedTuple):
-    """The logits of some rows and classes, and the factors of their matrix product.
+def over_blocks(
+    backend: Backend,
+    layer: Sequence[Any],
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    needs: Sequence[bool],
+    step: Step,
+    *,
+    counts: Tensor | None = None,
+    filter_below: Tensor | None = None,
+    memory: Tensor | None = None,
+    backwards: bool = False,
+) -> Gradients:
+    """Runs the loop over the blocks of a layer's logits, and returns the layer's gradients.
 
-    Attributes:
-        input: The rows of the layer's input, in the dtype of the product.
-        weight: The rows of the weight for these classes, in the same dtype.
-    """
-
-    logits: Tensor
-    input: Tensor
-    weight: Tensor
-    rows: slice
-    classes: slice
-
-
-def blocks(
-    layer: Layer, *, backwards: bool = False, memory: Tensor | None = None
-) -> Iterator[Block]:
-    """Yields blocks of logits, which share their memory: all rows of the first classes first.
+    Blocks share their memory. All rows of the first classes come first. The gradients have the
+    dtypes of the input, the weight and the bias. Sums over blocks are accumulated in float32, or in
+    float64 for float64.
 
     Args:
-        backwards: Whether the blocks of rows come in reverse order.
+        layer: The input (N, D), the weight (C, D), and the bias (C) or None.
+        dtype: The dtype of the matrix products.
+        size: The numbers of rows and classes of a block.
+        needs: Whether the input, the weight and the bias need a gradient.
+        counts: (N), whether each row counts; None if all rows do. For other rows, the gradient of
+            the logits is 0, and the weight's gradient uses 0 for the features, which may be NaN.
+        filter_below: The products skip columns in which all gradients are smaller. A scalar, or one
+            threshold for each row; None to include all columns.
         memory: Holds the logits of the first block, and is overwritten by the next ones. None
             allocates it.
+        backwards: Whether the blocks of rows come in reverse order.
     """
-    backend, input, weight, bias, dtype, size, _ = layer
-    n, all_classes = input.shape[0], weight.shape[0]
-    rows, classes = max(1, min(size[0], n)), max(1, min(size[1], all_classes))
+    input, weight, bias = layer
+    (n, total), wide = (input.shape[0], weight.shape[0]), accumulate_dtype(dtype)
+    rows, classes = max(1, min(size[0], n)), max(1, min(size[1], total))
+    grad_input = grad_weight = grad_bias = sums = None
+    logits: Any = None
+    gradient: Any = None
+    if needs[0]:
+        grad_input = backend.empty(input.shape, dtype if classes == total else wide, input)
+    if needs[1]:
+        is_sum = classes == total and not (n <= rows and weight.dtype is dtype)
+        grad_weight = backend.empty(weight.shape, wide if is_sum else weight.dtype, input)
+    if needs[2] and bias is not None:
+        grad_bias = bias.new_zeros(bias.shape, dtype=wide)
     is_computed = memory is not None
     if memory is None:
         memory = backend.empty((rows * classes,), dtype, input)
-    for first in range(0, all_classes, classes):
-        class_slice = slice(first, min(first + classes, all_classes))
-        w = weight[class_slice].to(dtype)
-        b = None if bias is None else bias[class_slice].to(dtype)
-        starts = range(0, n, rows)
+    starts = range(0, n, rows)
+    for first_class in range(0, total, classes):
+        columns = slice(first_class, min(first_class + classes, total))
+        w = weight[columns].to(dtype)
+        b = None if bias is None else bias[columns].to(dtype)
         for start in reversed(starts) if backwards else starts:
-            row_slice = slice(start, min(start + rows, n))
-            x = input[row_slice].to(dtype)
+            block = slice(start, min(start + rows, n))
+            x = input[block].to(dtype)
             logits = memory[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
             if not is_computed:
                 linear(x, w, b, logits)
             is_computed = False
-            yield Block(logits, x, w, row_slice, class_slice)
-
-
-class LayerGradients:
-    """Accumulates the gradients of a layer over blocks, whose rows come in ascending order.
-
-    Args:
-        needs: Whether the input, the weight and the bias need a gradient.
-    """
-
-    def __init__(self, layer: Layer, needs: Sequence[bool]) -> None:
-        backend, input, weight, bias, dtype, size, _ = layer
-        self.layer, self.sum_dtype = layer, accumulate_dtype(dtype)
-        self.input: Tensor | None = None
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.sums: Any = None  # of the products of the current block of classes
-        all_rows, all_classes = input.shape[0] <= size[0], weight.shape[0] <= size[1]
-        if needs[0]:
-            self.input = backend.empty(input.shape, dtype if all_classes else self.sum_dtype, input)
-        if needs[1]:
-            one_product = all_rows and weight.dtype is dtype
-            sum_dtype = weight.dtype if one_product or not all_classes else self.sum_dtype
-            self.weight = backend.empty(weight.shape, sum_dtype, input)
-        if needs[2] and bias is not None:
-            self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype)
-
-    def add(self, block: Block, grad_logits: Tensor, columns: Tensor | None = None) -> None:
-        """Adds the products of the gradient of a block's logits with its weight and its input.
-
-        Args:
-            columns: The indices of the classes to include, None for all.
-        """
-        _, x, weight, rows, classes = block
-        backend, counts = self.layer.backend, self.layer.counts
-        if self.bias is not None:
-            self.bias[classes] += grad_logits.sum(0, dtype=self.sum_dtype)
-        if columns is not None:
-            grad_logits, weight = grad_logits[:, columns], weight[columns]
-        if self.input is not None:
-            beta = float(classes.start > 0)
-            backend.add_product(self.input[rows], grad_logits, weight, beta)
-        if self.weight is None:
-            return
-        if counts is not None:
-            x = x.where(counts[rows].unsqueeze(-1), 0)
-        first, last = rows.start == 0, rows.stop == self.layer.input.shape[0]
-        out = self.weight[classes]
-        if first:
-            in_place = out.dtype is self.sum_dtype or (last and out.dtype is grad_logits.dtype)
-            self.sums = out if in_place else backend.empty(out.shape, self.sum_dtype, x)
-        if columns is None:
-            backend.add_product(self.sums, grad_logits.t(), x, float(not first))
-        else:
-            sums = self.sums.zero_() if first else self.sums
-            sums.index_add_(0, columns, torch.mm(grad_logits.t(), x).to(sums.dtype))
-        if last and self.sums.data_ptr() != out.data_ptr():
-            out.copy_(self.sums)
-
-    def converted(self) -> Gradients:
-        """Returns the gradients of the input, the weight and the bias, after all blocks.
-
-        They have the dtypes of these tensors.
-        """
-        backend, *tensors = self.layer[:4]
-        gradients: list[Any] = [self.input, self.weight, self.bias]
-        for i, (total, x) in enumerate(zip(gradients, tensors, strict=True)):
-            if total is not None and x is not None and total.dtype is not x.dtype:
-                gradients[i] = backend.empty(total.shape, x.dtype, total).copy_(total)
-        return tuple(gradients)
-
-
-def over_blocks(
-    layer: Layer,
-    needs: Sequence[bool],
-    step: Callable[[Block], Tensor | None],
-    filter_below: Tensor | None = None,
-    memory: Tensor | None = None,
-) -> Gradients:
-    """Runs the loop over the blocks of a layer's logits, and returns the layer's gradients.
-
-    Args:
-        needs: As in `LayerGradients`.
-        step: Computes the gradient of a block's logits, which may overwrite them, or None.
-        filter_below: The products skip columns in which all gradients are smaller. A scalar, or one
-            threshold for each row; None to include all columns.
-        memory: As in `blocks`.
-    """
-    sums = LayerGradients(layer, needs)
-
-    def add(block: Block) -> None:
-        grad_logits = step(block)
-        if grad_logits is not None:
-            columns = None
+            gradient = step(logits, block, columns)
+            if gradient is None:
+                continue
+            if grad_bias is not None:
+                grad_bias[columns] += gradient.sum(0, dtype=wide)
+            factor, large = w, None
             if filter_below is not None:
-                threshold = filter_below[block.rows] if filter_below.dim() else filter_below
-                columns = large_columns(grad_logits, threshold)
-            sums.add(block, grad_logits, columns)
-
-    deque(map(add, blocks(layer, memory=memory)), maxlen=0)
-    return sums.converted()  # after the memory of the logits has been freed
-
-
-def loss_over_rows(
-    layer: Layer,
-    needs: Sequence[bool],
-    step: Callable[..., tuple[Tensor | None, Tensor | None]],
-    row_tensors: Sequence[Tensor | None],
-    filter_below: Tensor | None = None,
-) -> LossResult:
-    """Returns the loss and the layer's gradients, computed by blocks of rows with all classes.
-
-    The loss is a sum in float64, or a tensor with the loss of each row. The gradients come from
-    `LayerGradients`, or are () if ``needs`` is empty.
-
-    Args:
-        step: Takes the block, and the block's rows of ``row_tensors``. Returns the loss and the
-            gradient of the logits, each None if not needed. It may overwrite the logits.
-        row_tensors: Tensors of all rows, scalars, or None.
-        filter_below: As in `over_blocks`.
-    """
-    losses = list[Tensor]()
-
-    def block_step(block: Block) -> Tensor | None:
-        rows = [x[block.rows] if x is not None and x.dim() else x for x in row_tensors]
-        loss, grad_logits = step(block, *rows)
-        if loss is not None:
-            losses.append(loss)
-        return grad_logits
-
-    gradients = over_blocks(layer, needs or (False,) * 3, block_step, filter_below)
-    gradients = gradients if needs else ()
-    if len(losses) < 2:
-        return losses[0] if losses else None, gradients
-    unreduced = losses[0].dim() > 0
-    loss = torch.cat(losses) if unreduced else torch.stack(losses).sum(dtype=torch.float64)
-    return loss, gradients
+                threshold = filter_below[block] if filter_below.dim() else filter_below
+                large = large_columns(gradient, threshold)
+                if large is not None:
+                    gradient, factor = gradient[:, large], w[large]
+            if grad_input is not None:
+                backend.add_product(grad_input[block], gradient, factor, float(first_class > 0))
+            if grad_weight is None:
+                continue
+            if counts is not None:
+                x = x.where(counts[block].unsqueeze(-1), 0)
+            out, is_first, is_last = grad_weight[columns], start == 0, block.stop == n
+            if is_first:
+                in_place = out.dtype is wide or (is_last and out.dtype is gradient.dtype)
+                sums = out if in_place else backend.empty(out.shape, wide, x)
+            assert sums is not None
+            if large is None:
+                backend.add_product(sums, gradient.t(), x, float(not is_first))
+            else:
+                sums = sums.zero_() if is_first else sums
+                sums.index_add_(0, large, torch.mm(gradient.t(), x).to(sums.dtype))
+            if is_last and sums.data_ptr() != out.data_ptr():
+                out.copy_(sums)
+    logits = gradient = memory = sums = None  # frees memory for the conversions
+    gradients: list[Any] = [grad_input, grad_weight, grad_bias]
+    for i, x in enumerate((input, weight, bias)):
+        gradient = gradients[i]
+        if gradient is not None and gradient.dtype is not x.dtype:
+            gradients[i] = backend.empty(gradient.shape, x.dtype, gradient).copy_(gradient)
+    return tuple(gradients)
 
 
-MOST_PREPARED = 64
-
-
-def kept(prepare: Callable[..., LossKernel]) -> Callable[..., LossResult]:
-    """Returns a function that runs a kernel, prepared at the first call with these layouts.
-
-    On CPUs, calls differ in the number of rows, because ignored rows are skipped.
-
-    Args:
-        prepare: Prepares the kernel for tensors, outputs and grad_output.
-
-    Returns:
-        A function of the tensors, the options, the outputs, and grad_output or None.
-    """
-    launches: dict[Any, LossKernel] = {}
-
-    def run(
-        tensors: Sequence[Any], options: Any, outputs: Outputs, grad_output: Tensor | None
-    ) -> LossResult:
-        key = outputs, layouts((*tensors, grad_output))
-        launch = launches.get(key)
-        if launch is None:
-            if len(launches) >= MOST_PREPARED:
-                launches.clear()
-            launch = launches[key] = prepare(tensors, outputs, grad_output)
-        return launch(tensors, options, grad_output)
-
-    return run
-
-
-# ---- valid rows ----------------------------------------------------------------------------------
+# ---- rows that count -----------------------------------------------------------------------------
 
 
 def rows_that_count(valid: Tensor, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the indices of the rows to compute, or None for all, and the mask of `Layer`.
+    """Returns the indices of the rows to compute, and whether each of these counts.
 
-    All rows are computed if reading the mask would synchronise, and if no row counts.
+    Either is None for all rows. All rows are computed if reading the mask would synchronise, and if
+    no row counts.
 
     Args:
         valid: Whether each target of a row is valid, of shape (N, ...).
@@ -303,122 +201,531 @@ def spread_rows(values: Any, rows: Tensor | None, total: int, dim: int = 0) -> A
 # ---- the state of rows ---------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
 class HeadRows:
-    """The rows of a layer's logits, one for each target, planned once for a signature.
+    """The rows of a layer's logits, one for each target; see `rows.RowSource`.
 
     On CPUs, rows without a valid target are skipped.
 
-    Attributes:
+    Args:
         head: Describes the layer by tensors or TensorSpecs; autocast has been applied to the input.
-        options: The options of the kernels, whose numbers are not used.
-        classes: The range of the layer's classes.
-        fields: The number of fields of a state.
+        planned: The options for planning.
         size: Returns the numbers of rows and classes of a block, given the number of rows.
         needs: Whether the input, the weight and the bias need a gradient.
     """
 
-    backend: Backend
-    head: InitVar[Head]
-    options: Any
-    classes: ClassRange
-    fields: int
-    size: Callable[[int], tuple[int, int]]
-    needs: Sequence[bool]
+    layer: ClassVar[int] = 3
 
-    def __post_init__(self, head: Head) -> None:
-        self.dtype, self.columns = product_dtype(head, self.backend), head.columns
+    def __init__(
+        self,
+        backend: Backend,
+        head: Head,
+        planned: RowOptions,
+        classes: ClassRange,
+        size: Callable[[int], tuple[int, int]],
+        needs: Sequence[bool],
+    ) -> None:
+        self.backend, self.planned, self.classes = backend, planned, classes
+        self.size, self.needs = size, needs
+        self.dtype, self.columns = product_dtype(head, backend), head.columns
         self.positions = head.linear_weight.shape[1:-1].numel()
+        self.launches = dict[Any, Any]()
 
-    def layer(self, inputs: RowInputs) -> tuple[Layer, Tensor, Tensor | None, int]:
-        """Returns the layer of the rows to compute, their targets, their indices and N."""
-        layer: list[Any] = [None if x is None else x.detach() for x in inputs[0]]
-        input, weight, bias = layer
-        n, features = input.shape[:-1].numel(), input.shape[-1]
-        input, target = input.reshape(n, features), inputs[1].reshape(n, self.positions)
-        valid, counts = rows_that_count(target != self.options.ignore_index, self.backend)
-        input, target = take_rows(input, valid), take_rows(target, valid)
-        bias = None if bias is None else bias.movedim(0, -1).flatten()
-        weight = weight.movedim(0, -2).reshape(self.columns, -1)  # contiguous classes per target
-        options = bias, self.dtype, self.size(input.shape[0]), counts
-        labels = target.flatten().contiguous()
-        return Layer(self.backend, input, weight, *options), labels, valid, n
+    def rows(self, tensors: Tensors) -> tuple[Tensors, Tensor, Tensor | None, Tensor | None]:
+        """Returns the layer of the rows to compute, their targets, and `rows_that_count`."""
+        input, weight, bias, target, _ = tensors
+        n = input.shape[:-1].numel()
+        input, target = input.reshape(n, -1), target.reshape(n, self.positions)
+        valid = target != self.planned.ignore_index
+        rows, counts = rows_that_count(valid, self.backend)
+        if rows is not None:
+            input, target = take_rows(input, rows), take_rows(target, rows)
+        target = target.flatten()
+        if weight.dim() > 2:  # contiguous classes for each target
+            bias = None if bias is None else bias.movedim(0, -1).flatten()
+            weight = weight.movedim(0, -2).reshape(self.columns, -1)
+        return (input, weight, bias), target.contiguous(), rows, counts
 
-    def per_target(self, block: Block) -> tuple[Tensor, slice, ClassRange]:
-        """Returns a block's logits with a row per target, the targets' slice, and the classes."""
-        targets = slice(block.rows.start * self.positions, block.rows.stop * self.positions)
-        first, total = self.classes
-        logits = block.logits.view(targets.stop - targets.start, -1)
-        return logits, targets, ClassRange(first + block.classes.start, total)
-
-    def state(self, inputs: RowInputs, keeps_logits: bool = False) -> RowState:
-        """Computes the state of each target.
-
-        Args:
-            keeps_logits: Whether the logits of the first block are returned. They are None if the
-                block does not have all classes.
-        """
-        (_, target, weight, options), fields = inputs, self.fields
-        layer, labels, valid, n = self.layer(inputs)
+    def state(
+        self,
+        tensors: Tensors,
+        options: RowOptions,
+        fields: int = STATE_FIELDS,
+        results: int = 0,  # noqa: ARG002
+        keeps_logits: bool = False,
+    ) -> RowState:
+        layer, labels, rows, _ = self.rows(tensors)
+        target, class_weight = tensors[3:]
         state = labels.new_empty((fields, labels.shape[0]), dtype=torch.float64)
-        for block in blocks(layer, backwards=True):
-            logits, targets, classes = self.per_target(block)
-            settings = self.options, classes, fields, 0, block.classes.start > 0
-            launch = self.backend.row_state(logits, *settings)
-            launch(options, logits, labels[targets], weight, state[:, targets])
-        state = spread_rows(state.view(fields, -1, self.positions), valid, n, 1)
-        keeps_logits = keeps_logits and block.logits.shape[1] == self.columns
-        return (
-            state.view(fields, *target.shape),
-            None,
-            block.logits.view(-1) if keeps_logits else None,
-        )
+        kept: Tensor | None = None
+        (first, total), positions = self.classes, self.positions
+
+        def step(logits: Tensor, block: slice, classes: slice) -> None:
+            nonlocal kept
+            if keeps_logits and logits.shape[1] == self.columns:
+                kept = logits.view(-1)
+            targets = block
+            if positions > 1:
+                targets = slice(block.start * positions, block.stop * positions)
+                logits = logits.view(targets.stop - targets.start, -1)
+            key = fields, classes.start, logits.shape[1]
+            launch = self.launches.get(key)
+            if launch is None:
+                settings = ClassRange(first + classes.start, total), fields, 0, classes.start > 0
+                launch = self.backend.row_state(logits, self.planned, *settings)
+                keep(self.launches, key, launch)
+            launch(options, logits, labels[targets], class_weight, state[:, targets], None)
+
+        size = self.size(layer[0].shape[0])
+        over_blocks(self.backend, layer, self.dtype, size, NONE, step, backwards=True)
+        if rows is not None:
+            n = tensors[0].shape[:-1].numel()
+            state = spread_rows(state.view(fields, -1, positions), rows, n, 1)
+        return state.view(fields, *target.shape), None, kept
 
     def gradients(
         self,
-        inputs: RowInputs,
+        tensors: Tensors,
+        options: RowOptions,
         state: Tensor,
         grad_results: Tensor,
         logits: Tensor | None = None,
         filter_below: Tensor | None = None,
     ) -> Gradients:
-        """Computes the gradients of the layer's input, weight and bias.
-
-        Args:
-            state: The state over all classes.
-            grad_results: The gradients of the first 1, 3 or 4 results, of shape
-                (results, *target.shape), in float64.
-            logits: The logits that `state` returned; they are overwritten.
-            filter_below: As in `over_blocks`, for all rows of the input.
-        """
-        (input, linear_weight, *_), _, weight, options = inputs
-        layer, labels, valid, n = self.layer(inputs)
+        layer, labels, rows, counts = self.rows(tensors)
+        input, linear_weight, *_, class_weight = tensors
+        n, (first, total), positions = input.shape[:-1].numel(), self.classes, self.positions
         state, grad_results = (
-            take_rows(values.reshape(values.shape[0], n, -1), valid, 1).flatten(1).contiguous()
+            take_rows(values.reshape(-1, n, positions), rows, 1).flatten(1).contiguous()
             for values in (state, grad_results)
         )
 
-        def step(block: Block) -> Tensor:
-            logits, targets, classes = self.per_target(block)
-            launch = self.backend.row_gradients(logits, self.options, classes, len(grad_results))
+        def step(logits: Tensor, block: slice, classes: slice) -> Tensor:
+            targets, x = block, logits
+            if positions > 1:
+                targets = slice(block.start * positions, block.stop * positions)
+                x = logits.view(targets.stop - targets.start, -1)
+            key = classes.start, logits.shape[1]
+            launch = self.launches.get(key)
+            if launch is None:
+                settings = ClassRange(first + classes.start, total), len(grad_results)
+                launch = self.backend.row_gradients(x, self.planned, *settings)
+                keep(self.launches, key, launch)
             states = state[:, targets], grad_results[:, targets]
-            launch(options, logits, labels[targets], weight, *states, logits)
-            return block.logits
+            launch(options, x, labels[targets], class_weight, *states, x)
+            return logits
 
-        below = take_rows(filter_below, valid)
-        gradients = over_blocks(layer, self.needs, step, below, logits)
+        over = self.backend, layer, self.dtype, self.size(layer[0].shape[0]), self.needs, step
+        below = take_rows(filter_below, rows)
+        gradients = over_blocks(*over, counts=counts, filter_below=below, memory=logits)
         grad_input, grad_weight, grad_bias = gradients
         if grad_input is not None:
-            grad_input = spread_rows(grad_input, valid, n).view(input.shape)
-        classes = *linear_weight.shape[1:-1], linear_weight.shape[0]
+            grad_input = spread_rows(grad_input, rows, n).view(input.shape)
+        if linear_weight.dim() == 2:
+            return grad_input, grad_weight, grad_bias
+        shape = *linear_weight.shape[1:-1], linear_weight.shape[0]
         if grad_weight is not None:
-            grad_weight = grad_weight.view(*classes, -1).movedim(-2, 0)
+            grad_weight = grad_weight.view(*shape, -1).movedim(-2, 0)
         if grad_bias is not None:
-            grad_bias = grad_bias.view(classes).movedim(-1, 0)
+            grad_bias = grad_bias.view(shape).movedim(-1, 0)
         return grad_input, grad_weight, grad_bias
 
 
-# ---- softcap -------------------------------------------------------------------------------------
+# ---- losses of blocks of rows --------------------------------------------------------------------
+
+
+class HeadLoss(RowLoss):
+    """A loss of a linear layer's output, computed in blocks of rows with all classes.
+
+    Kernels compute the rows that count; `arrange` returns the operands with one dimension of rows.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.row_operands = [i for i, operand in enumerate(self.all_operands) if operand.has_rows]
+
+    def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
+        """Returns the number of rows of a block, as a function of the number of rows.
+
+        The number is 0 if the loss has to be computed from blocks of classes.
+        """
+        raise NotImplementedError
+
+    def block_kernel(
+        self, backend: Backend, tensors: Tensors, planned: Any, outputs: Outputs
+    ) -> Callable[..., Any]:
+        """Returns the function that computes a block, whose gradient may overwrite its logits.
+
+        It takes the logits; the operands after the layer, the mask of rows that count or None, and
+        the gradient of the loss or None for ones; and the options. It returns the loss of each row
+        or their sum; the gradients of the logits and the target; and the state of each row for
+        metrics. Each may be None.
+
+        Args:
+            tensors: The layouts of the tensors of a call.
+            planned: The options for planning, with the reduction "none" or "sum".
+        """
+        raise NotImplementedError
+
+    def before_blocks(self, backend: Backend, tensors: Tensors, options: Options) -> Tensors:  # noqa: ARG002
+        """Returns the tensors of the rows to compute in the form that blocks take."""
+        return tensors
+
+    def valid_rows(
+        self, backend: Backend, tensors: Tensors, _: Options
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the indices of the rows to compute, and whether each of these rows counts.
+
+        Either is None for all rows.
+        """
+        weight = tensors[-2]
+        return (None, None) if weight is None else rows_that_count(weight != 0, backend)
+
+    def block_passes(self, call: Planned, by_classes: Passes | None = None) -> Passes:
+        """Returns the passes that compute blocks of rows with all classes.
+
+        Args:
+            by_classes: The passes for calls in which no block has all classes.
+        """
+        specs, planned, _, needs, in_forward = call
+        backend, count = backend_of(specs[0]), len(self.all_operands)
+        wide, rows_of = accumulate_dtype(self.input_dtype(specs)), self.rows_at_once(specs, planned)
+        dtype = backend.product_dtype(self.input_dtype(specs))
+        is_mean, unreduced = planned.reduction == "mean", planned.reduction == "none"
+        filters, has_rows = getattr(planned, "filter_eps", 0) != 0, self.row_operands
+        # Of the operands after the layer, the mask of rows that count, and grad_output.
+        are_rows = [*[i in has_rows for i in range(3, count)], True, unreduced]
+        if is_mean:  # divided here
+            planned = planned._replace(reduction="sum", denominator=None)
+        block_needs = any(needs[:3]), *needs[3:]
+        compute_loss = self.block_kernel(
+            backend, specs, planned, Outputs(True, block_needs if in_forward else (), True)
+        )
+        compute_gradients = self.block_kernel(
+            backend, specs, planned, Outputs(False, block_needs, True)
+        )
+
+        def compute(
+            tensors: Tensors, options: Options, compute: Any, needs: Any, grad_output: Tensor | None
+        ) -> tuple[Tensor | None, Gradients, Tensor | None] | None:
+            n = tensors[0].shape[0]
+            rows, counts = self.valid_rows(backend, tensors, options)
+            if rows is not None:
+                pairs = enumerate(tensors)
+                tensors = [take_rows(x, rows) if i in has_rows else x for i, x in pairs]
+            input, weight, bias, *operands = self.before_blocks(backend, tensors, options)
+            total = input.shape[0]
+            size = rows_of(total)
+            if size == 0:
+                return None
+            divisor = self.divisor(tensors, options, counts is None) if is_mean else None
+            if unreduced:
+                grad_output = take_rows(grad_output, rows)
+            elif needs and divisor is not None:
+                ones = input.new_ones((), dtype=wide)
+                grad_output = ((ones if grad_output is None else grad_output) / divisor).to(wide)
+            below = None
+            if filters and needs:
+                ones = input.new_ones(()) if grad_output is None else grad_output.abs()
+                below = options.filter_eps * ones
+            # Kernels are prepared for contiguous tensors; hooks may have changed saved tensors.
+            values = zip((*operands, counts, grad_output), are_rows, strict=True)
+            operands = [
+                x.contiguous() if x is not None and (is_row or x.dim() < 2) else x
+                for x, is_row in values
+            ]
+            losses, grad_targets, states = list[Tensor](), list[Tensor](), list[Tensor]()
+
+            def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
+                values = operands
+                if size < total:
+                    pairs = zip(values, are_rows, strict=True)
+                    values = [x[block] if is_row and x is not None else x for x, is_row in pairs]
+                loss, gradients, state = compute(logits, values, options)
+                if loss is not None:
+                    losses.append(loss)
+                if state is not None:
+                    states.append(state)
+                if gradients[1] is not None:
+                    grad_targets.append(gradients[1])
+                return gradients[0]  # type: ignore[no-any-return]
+
+            matrix = weight
+            if weight.dim() > 2:
+                matrix, bias = weight.flatten(0, -2), None if bias is None else bias.flatten()
+            over = backend, (input, matrix, bias), dtype, (size, matrix.shape[0])
+            gradients = over_blocks(
+                *over, needs[:3] or NONE, step, counts=counts, filter_below=below
+            )
+            loss = joined(losses, unreduced)
+            if loss is not None:
+                loss = loss if divisor is None else loss / divisor
+                loss = loss.to(wide)
+                if rows is not None and unreduced:
+                    loss = spread_rows(loss, rows, n)
+            state = spread_rows(torch.cat(states, 1), rows, n, 1) if states else None
+            if needs:
+                grad_input, grad_weight, grad_bias = gradients
+                if weight.dim() > 2:
+                    grad_weight = None if grad_weight is None else grad_weight.view_as(weight)
+                    grad_bias = None if grad_bias is None else grad_bias.view(weight.shape[:-1])
+                grad_target = joined(grad_targets, True) if grad_targets else None
+                if rows is not None:
+                    grad_input = spread_rows(grad_input, rows, n)
+                    grad_target = spread_rows(grad_target, rows, n)
+                gradients = grad_input, grad_weight, grad_bias, grad_target
+            return loss, gradients[: len(needs)], state
+
+        def forward(tensors: Tensors, options: Options) -> Forward:
+            computed = compute(tensors, options, compute_loss, needs if in_forward else (), None)
+            if computed is None:
+                assert by_classes is not None
+                return by_classes[0](tensors, options)
+            loss, gradients, state = computed
+            if state is None:
+                return loss, tensors, gradients
+            return (loss, state), (*tensors, state), gradients
+
+        def backward(saved: Tensors, options: Options, grad_output: Tensor) -> Gradients:
+            computed = compute(saved[:count], options, compute_gradients, needs, grad_output)
+            if computed is None:
+                assert by_classes is not None
+                return by_classes[1](saved, options, grad_output)
+            return computed[1]
+
+        return forward, backward
+
+
+def joined(parts: Sequence[Tensor], unreduced: bool) -> Tensor | None:
+    """Returns the concatenation of the parts, or their sum in float64; None for no parts."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.cat([*parts]) if unreduced else torch.stack([*parts]).sum(dtype=torch.float64)
+
+
+# ---- linear cross-entropy ------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
+    """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
+
+    has_state = True
+    in_forward = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.fast = self.compute_small
+        self.linear = built_in("linear", F.linear)
+        self.built_in_loss = built_in("cross_entropy_loss", F.cross_entropy)
+
+    def compute_small(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        token_weight: Tensor | None,
+        denominator: Tensor | None,
+        options: CrossEntropyOptions,
+    ) -> Any:
+        """Returns the result of a small call, without the definition's checks in common cases."""
+        number, smoothing = REDUCTIONS.get(options.reduction), options.label_smoothing
+        if (
+            not token_weight is denominator is None
+            or not options.memory_budget is options.torch_options is None
+            or not options.is_plain()
+            or type(smoothing) not in (float, int)
+            or type(options.filter_eps) is not float
+            or options.filter_eps != 0.0
+            or number is None
+            or has_torch_function((input, linear_weight, bias, target, weight))
+            or not (input.is_cpu and linear_weight.is_cpu and target.dtype is torch.int64)
+            or not (input.dim() == 2 and target.shape == input.shape[:1])
+            or linear_weight.shape[1:] != input.shape[1:]
+            or not (bias is None or (bias.is_cpu and bias.shape == linear_weight.shape[:1]))
+        ):
+            tensors = input, linear_weight, bias, target, weight, token_weight, denominator
+            return fall_back(self, SMALL, tensors, options)
+        logits = self.linear(input, linear_weight, bias)
+        return self.built_in_loss(logits, target, weight, number, options.ignore_index, smoothing)
+
+    def check(self, tensors: Tensors, options: Options) -> None:
+        super().check(tensors, options)
+        checks.class_indices(tensors[1].shape[0], tensors[3], options.ignore_index)
+
+    def reference(self, tensors: Tensors, options: Options) -> Tensor:
+        *head, token_weight, denominator = tensors
+        loss: Tensor = definitions.head_cross_entropy(
+            Head(*head), token_weight, denominator, options
+        )
+        return loss
+
+    def input_dtype(self, tensors: Tensors) -> torch.dtype:
+        dtype, target = in_autocast_dtype(tensors[0]).dtype, tensors[3]
+        return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
+
+    def arrangement(self, call: Planned) -> Any:
+        tensors, _, shard, *_ = call
+        indices, classes = not tensors[3].is_floating_point(), class_range(tensors[:3], shard).total
+        check = None if is_compiled(tensors[0]) else backend_of(tensors[0]).check_class_indices
+        casts = in_autocast_dtype(tensors[0]) is not tensors[0]
+
+        def arrange(tensors: Tensors, options: Options) -> Tensors:
+            input, linear_weight, linear_bias, target, weight, token_weight, denominator = tensors
+            if indices:
+                target = target if target.dtype is torch.int64 else target.to(torch.int64)
+                if check is not None:
+                    check(target, classes, options.ignore_index)
+            if not token_weight is denominator is None:
+                checks.factors(token_weight, denominator)
+            input = in_autocast_dtype(input) if casts else input
+            if input.dim() == 2:
+                return input, linear_weight, linear_bias, target, weight, token_weight, denominator
+            head = Head(input, linear_weight, linear_bias, target, weight)
+            head, token_weight = head.as_rows(token_weight)
+            return *head, token_weight, denominator
+
+        return arrange
+
+    def result_dtype(self, tensors: Tensors, options: Options) -> torch.dtype:
+        """Returns the dtype of the loss."""
+        if options.loss_dtype is not None:
+            return options.loss_dtype  # type: ignore[no-any-return]
+        (input, *_), target = tensors, tensors[3]
+        dtype = autocast_dtype(input.dtype, input.device)
+        return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
+
+    def loss_dtype(self, tensors: Tensors, options: Options) -> torch.dtype:  # noqa: ARG002
+        return accumulate_dtype(self.input_dtype(tensors))
+
+    def finish(self, call: Planned) -> Any:
+        tensors, options, *_ = call
+        dtype, with_metrics = self.result_dtype(tensors, options), options.with_metrics
+        wide, ignore_index = self.loss_dtype(tensors, options), options.ignore_index
+        if tensors[0].dim() == 2 and dtype is wide and not with_metrics:
+            return None
+
+        def finish(results: Any, tensors: Tensors) -> Any:
+            leading = tensors[0].shape[:-1]
+            loss, state = results if with_metrics else (results, None)
+            loss = with_leading_dims(loss, leading).to(dtype)
+            if state is None:
+                return loss
+            target = Head(*tensors[:5]).as_rows(None)[0].target
+            target = target if target.is_floating_point() else target.to(torch.int64)
+            values = metrics.of_state(state, target, ignore_index, wide)
+            return loss, metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
+
+        return finish
+
+    def passes(self, call: Planned) -> Passes:
+        tensors, options, shard, needs, _ = call
+        backend, head, layer = backend_of(tensors[0]), self.head(tensors), tensors[:3]
+        rows, classes, budget = options.of_rows(), class_range(layer, shard), options.memory_budget
+        dtype, features = product_dtype(head, backend), head.input.shape[-1]
+        size = state_block_size(head, budget, backend)
+        if shard is None:  # the loss needs its gradients, too
+            size = lambda n: tile_size((n, features), dtype, budget, backend)  # noqa: E731
+        source: Any = HeadRows(backend, head, rows, classes, size, needs)
+        if shard is not None:
+            source = ShardedRows(source, shard, layer, options.with_metrics, needs)
+            return self.state_passes(source, options, needs)
+        by_classes = self.state_passes(source, options, needs, keeps_logits=False)
+        return self.block_passes(call, by_classes)
+
+    def head(self, tensors: Tensors) -> Head:
+        """Returns the layer and its targets, with the input's dtype under autocast."""
+        return Head(in_autocast_dtype(tensors[0]), *tensors[1:5])
+
+    def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
+        caps, head = options.softcap is not None, self.head(tensors)
+        return rows_at_once(head, options.memory_budget, backend_of(head.input), caps)
+
+    def valid_rows(
+        self, backend: Backend, tensors: Tensors, options: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        *_, target, _, token_weight, _ = tensors
+        if target.is_floating_point():
+            if token_weight is None or not options.with_metrics:
+                return super().valid_rows(backend, tensors, options)
+            return None, token_weight != 0
+        valid = target != options.ignore_index
+        if token_weight is None:
+            return rows_that_count(valid, backend)
+        counts = valid & (token_weight != 0)
+        if not options.with_metrics:
+            return rows_that_count(counts, backend)
+        rows, _ = rows_that_count(valid, backend)  # rows of weight 0 also have metrics
+        return rows, take_rows(counts.flatten(1).any(1) if counts.dim() > 1 else counts, rows)
+
+    def total_weight(self, tensors: Tensors, options: Options, all_count: bool = False) -> Any:
+        *_, target, weight, token_weight, _ = tensors
+        if all_count and weight is token_weight is None and target.dim() == 1:
+            return target.shape[0]
+        return super().total_weight(tensors, options)
+
+    def block_kernel(
+        self, backend: Backend, specs: Tensors, planned: Any, outputs: Outputs
+    ) -> Callable[..., Any]:
+        (classes, *dims), kernels = specs[1].shape[:-1], dict[Any, LossKernel]()
+        dtype = product_dtype(self.head(specs), backend)
+        plain = planned.of_rows()._replace(softcap=None)  # metrics are those of capped logits
+        source = LogitRows(backend, plain, ClassRange(0, classes))
+        fields, with_metrics = self.state_fields(planned), planned.with_metrics and outputs.loss
+        caps, is_soft = planned.softcap is not None, specs[3].is_floating_point()
+
+        def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
+            target, weight, token_weight, _, counts, grad_output = operands
+            x, state = logits, None
+            if caps:
+                x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
+            if dims:
+                x = x.view(-1, classes, *dims)
+            if is_soft and target.dtype is not dtype:
+                target = target.to(dtype)
+            if with_metrics:
+                state = metrics_state(source, x, target, options, fields)
+                state = state.view(fields, -1, *dims)
+            tensors, rows = (x, target, weight, token_weight, None), logits.shape[0]
+            kernel = kernels.get(rows)
+            if kernel is None:
+                kernel = backend.cross_entropy(tensors, planned, outputs, grad_output)
+                keep(kernels, rows, kernel)
+            loss, gradients = kernel(tensors, options, grad_output)
+            gradient, grad_target = gradients
+            if gradient is not None:
+                gradient = gradient.view(logits.shape) if dims else gradient
+                if caps:
+                    gradient = cap_backward(gradient)
+                    if counts is not None:  # 0 times NaN is NaN
+                        gradient.masked_fill_(~counts.unsqueeze(-1), 0)
+            return loss, (gradient, grad_target), state
+
+        return compute
+
+    def strategy_of(self, tensors: Tensors, options: Options) -> str:
+        n = tensors[0].shape[:-1].numel()
+        rows = self.rows_at_once(tensors, options)(n)
+        if not rows:
+            return "blocks of classes"
+        return "all logits at once" if rows >= n else f"blocks of {rows} rows"
+
+    def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
+        return tensors[0].shape[0], *tensors[1].shape[1:-1]  # len would specialise a dynamic size
+
+
+def linear_cross_entropy_fallback_reason(
+    input: Tensor, linear_weight: Tensor, _bias: Any, target: Tensor, *rest: Any
+) -> str | None:
+    """Returns why torch's operator has to compute these arguments, None if a kernel can."""
+    if not input.dim() or linear_weight.dim() < 2:
+        return "input or linear_weight has too few dimensions"
+    weight, *_, options = rest
+    smoothes = weight is not None and options.label_smoothing != 0
+    if target.dtype is torch.uint8 and (linear_weight.dim() > 2 or smoothes):
+        return UINT8_TARGET
+    return None
 
 
 def capped(
@@ -438,9 +745,6 @@ def capped(
     forward, backward = backend.activation(SOFTCAP.kernels["softcap"], wide)
     cap = (softcap,)
     return forward(wide, cap), lambda gradient: backward(gradient, wide, cap).to(logits.dtype)
-
-
-# ---- products ------------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

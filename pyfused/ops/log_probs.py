@@ -10,28 +10,31 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import in_autocast_dtype, without_autocast
-from pyfused.dispatch.operator import Options, Tensors
-from pyfused.dispatch.plan import Plan
+from pyfused.dispatch.autograd import in_autocast_dtype
+from pyfused.dispatch.operator import Operand, Options, Tensors
 from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype
+from pyfused.ops.chunk_sizes import state_block_size
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.row_state import state_metrics, state_results
-from pyfused.ops.shards import ShardedOperator, class_range, is_dtensor, state_plan
+from pyfused.ops.heads import HeadRows
+from pyfused.ops.rows import LogitRows, Passes, Planned, StateLoss
+from pyfused.ops.shards import ShardedRows, class_range, is_dtensor, sharded_results
 from pyfused.types import (
+    INDEX,
+    LOG_P,
     RESULTS,
+    SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
-    LogProbsOptions,
+    Head,
 )
 
 
@@ -124,115 +127,91 @@ def named(
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class LogProbsOperator(ShardedOperator):
+class LogProbsOperator(StateLoss):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
-    check_arguments: Callable[..., None]
+    factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
-    has_state = True  # the result of the custom operator
+    has_state = True
 
-    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
+    def dynamic_dims(self, input: Tensor, _: Options) -> int:
         return input.dim() - 1 if self.is_linear else int(input.dim() > 1)
 
-    def plan(
+    def arrangement(self, call: Planned) -> Any:
+        tensors, _, shard, *_ = call
+        total = class_range(tensors[:-1], shard).total
+        check = None if is_compiled(tensors[0]) else backend_of(tensors[0]).check_class_indices
+        casts = tensors[0].dtype is not self.input_dtype(tensors)
+
+        def arrange(tensors: Tensors, options: Options) -> Tensors:
+            input, *parameters, target = tensors
+            input = in_autocast_dtype(input) if casts else input
+            target = target if target.dtype is torch.int64 else target.to(torch.int64)
+            if check is not None:
+                check(target, total, options.ignore_index)
+            return input, *parameters, target
+
+        return arrange
+
+    def passes(self, call: Planned) -> Passes:
+        tensors, options, shard, needs, _ = call
+        *layer, target = tensors
+        backend, classes = backend_of(target), class_range(layer, shard)
+        source: Any = LogitRows(backend, options, classes)
+        if self.is_linear:
+            head = Head._make((in_autocast_dtype(layer[0]), *layer[1:], target, None))
+            size = state_block_size(head, options.memory_budget, backend)
+            source = HeadRows(backend, head, options, classes, size, needs)
+        if shard is not None:
+            source = ShardedRows(source, shard, layer, True, needs)
+        return self.state_passes(source, options, needs, 1 if options.alone else len(RESULTS))
+
+    def state_fields(self, options: Options) -> int:
+        return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
+
+    def of_state(self, state: Tensor, tensors: Tensors, options: Options, _: int) -> Tensor:
+        dtype = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
+        return (state[LOG_P] if options.alone else state[: len(RESULTS)]).to(dtype)
+
+    def define(
         self,
         tensors: Tensors,
         options: Options,
-        shard: LocalShard | None = None,
-        results: int | None = None,
-    ) -> Plan:
-        """Checks a call, and returns the plan of its signature.
+        shard: LocalShard | None,
+        state: Tensor | None,
+    ) -> Tensor:
+        if shard is None or state is None:
+            result: Tensor = self.torch(*tensors, options._replace(with_metrics=False))
+            return result
+        results = sharded_results((*tensors, None), options, shard, state)
+        return results[LOG_P] if options.alone else results[: len(RESULTS)]
 
-        Args:
-            shard: The classes of this process, for arguments that have been checked.
-            results: As in `state_plan`; None for the results that the options select.
-        """
-        if shard is None:
-            self.check_arguments(*tensors, options)
-        *layer, target = tensors
-        if self.is_linear:
-            layer[0] = in_autocast_dtype(layer[0])
-        classes, ignore_index = class_range(layer, shard), options.ignore_index
-        check = backend_of(layer[0]).check_class_indices
-        results = _count(options) if results is None else results
-
-        def arrange(tensors: Tensors, _: Options) -> Tensors:
-            *tensors, target = tensors
-            if self.is_linear:
-                tensors[0] = in_autocast_dtype(tensors[0])
-            target = target if target.dtype is torch.int64 else target.to(torch.int64)
-            check(target, classes.total, ignore_index)
-            return *tensors, target, target, None
-
-        def finish(outputs: tuple[Tensor, Tensor], tensors: Tensors) -> Any:
-            return _with_metrics(*outputs, tensors[-1], ignore_index, classes.total)
-
-        return state_plan(
-            self.name,
-            (*layer, target),
-            options,
-            _fields(options),
-            shard,
-            results=results,
-            arrange=arrange,
-            finish=finish if results and options.with_metrics else None,
-        )
-
-    def compiled(self, tensors: Tensors, options: Options) -> Any:
-        *layer, target = tensors
-        if self.is_linear:  # all tensors are cast, as custom operators check dtypes
-            layer = [in_autocast_dtype(x) for x in layer]
-        with without_autocast(target.device.type):
-            self.check((*layer, target), options)
-            state: Tensor = self.custom_operator((*layer, target.to(torch.int64)), options)
-            results = state_results(state, _count(options)).to(accumulate_dtype(layer[0].dtype))
-            if not options.with_metrics:
-                return results
-            classes = class_range(layer).total
-            return _with_metrics(results, state, target, options.ignore_index, classes)
-
-    def compiled_plan(self, tensors: Tensors, options: Options) -> Plan:
-        return self.plan(tensors, options, results=0)
-
-    def saved(self, tensors: Tensors, state: Any) -> Tensors:
-        return *tensors, state, None  # without the logits of the forward pass
+    def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
+        return tensors[-1].shape  # type: ignore[no-any-return]
 
     def fake(self, tensors: Tensors, options: Options) -> Tensor:
-        """Returns an empty tensor like the state that the custom operator returns."""
-        target = tensors[-1]
-        empty: Tensor = target.new_empty((_fields(options), *target.shape), dtype=torch.float64)
+        target, dtype = tensors[-1], accumulate_dtype(tensors[0].dtype)
+        shape = target.shape if options.alone else (len(RESULTS), *target.shape)
+        empty: Tensor = target.new_empty(shape, dtype=dtype)
         return empty
-
-    def compute_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
-        return self.plan(tensors, options, shard)(tensors, options)
 
     def check(self, tensors: Tensors, options: Options) -> None:
         """Raises for invalid arguments; class indices are not read if that synchronises."""
+        super().check(tensors, options)
         *layer, target = tensors
-        self.check_tensors(tensors)
-        self.check_arguments(*tensors, options)
         if not (is_compiled(layer[0]) or backend_of(target).ASYNCHRONOUS):
             checks.class_indices(class_range(layer).total, target, options.ignore_index)
 
-    def check_shapes(self, tensors: Tensors, options: Options, classes: int) -> None:
-        if self.is_linear:
-            self.check_arguments(*tensors, options, classes=classes)
-        else:
-            super().check_shapes(tensors, options, classes)
+    def finish(self, call: Planned) -> Any:
+        tensors, options, shard, *_ = call
+        if not options.with_metrics:
+            return None
+        ignore_index, classes = options.ignore_index, class_range(tensors[:-1], shard).total
 
+        def finish(results: Any, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+            values, state = results
+            target, state = tensors[-1], state.detach()
+            is_top1 = (state[INDEX] == target) & (target != ignore_index)
+            return values, is_top1, (state[SMOOTH] / classes).to(values.dtype)
 
-def _fields(options: LogProbsOptions) -> int:
-    """Returns the number of fields of the state."""
-    return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
-
-
-def _count(options: LogProbsOptions) -> int:
-    """Returns the number of results that a call returns."""
-    return 1 if options.alone else len(RESULTS)
-
-
-def _with_metrics(
-    results: Tensor, state: Tensor, target: Tensor, ignore_index: int, classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    is_top1, mean_logit = state_metrics(state, target, ignore_index, classes)
-    return results, is_top1, mean_logit.to(results.dtype)
+        return finish

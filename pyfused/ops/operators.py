@@ -6,9 +6,7 @@ from pyfused import checks
 from pyfused.dispatch.operator import Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.ops import definitions, distillation, elementwise
-from pyfused.ops.class_loss import NllLoss, nll_loss_fallback_reason
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
-from pyfused.ops.cross_entropy import CrossEntropy, cross_entropy_fallback_reason
 from pyfused.ops.distillation import HeadDivergence, LogitsDivergence, TopKDivergence
 from pyfused.ops.elementwise import INPUT
 from pyfused.ops.embedding import (
@@ -17,11 +15,14 @@ from pyfused.ops.embedding import (
     rows,
     triplet_fallback_reason,
 )
-from pyfused.ops.linear_cross_entropy import (
-    LinearCrossEntropy,
-    linear_cross_entropy_fallback_reason,
-)
+from pyfused.ops.heads import LinearCrossEntropy, linear_cross_entropy_fallback_reason
 from pyfused.ops.log_probs import LogProbsOperator
+from pyfused.ops.rows import (
+    CrossEntropy,
+    NllLoss,
+    cross_entropy_fallback_reason,
+    nll_loss_fallback_reason,
+)
 from pyfused.ops.softmax import Softmax, softmax_fallback_reason
 from pyfused.types import Choice, CrossEntropyOptions, DivergenceOptions, LogProbsOptions, Scalar
 
@@ -49,7 +50,6 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     name="linear_cross_entropy",
     module="LinearCrossEntropyLoss",
     check_arguments=checks.linear_cross_entropy,
-    student=4,
     operands=(*HEAD, Operand("target", indices=True), WEIGHT),
     options=CrossEntropyOptions,
     fallback_reason=linear_cross_entropy_fallback_reason,
@@ -137,7 +137,6 @@ CONTRASTIVE_LOSS = Contrastive(
         Operand("bias", optional=True, number=True),
         Operand("scale", number=True),
     ),
-    student=3,
     choices=("reduction", "memory_budget"),
     torch=contrastive_loss,
 )
@@ -149,7 +148,6 @@ KL_DIV_WITH_LOGITS = LogitsDivergence(
     module="KLDivWithLogitsLoss",
     check_arguments=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
-    student=1,
     options=DivergenceOptions,
     torch=distillation.kl_div_with_logits,
 )
@@ -164,7 +162,6 @@ LINEAR_KL_DIV = HeadDivergence(
         Operand("teacher_linear_weight", differentiated=False, has_rows=False),
         Operand("teacher_linear_bias", differentiated=False, optional=True, has_rows=False),
     ),
-    student=3,
     options=DivergenceOptions,
     torch=distillation.linear_kl_div,
 )
@@ -178,7 +175,6 @@ LINEAR_TOPK_KL_DIV = TopKDivergence(
         Operand("teacher_indices", differentiated=False, indices=True),
         Operand("teacher_log_probs", high=0.0, differentiated=False),
     ),
-    student=3,
     options=DivergenceOptions,
     torch=distillation.linear_topk_kl_div,
 )

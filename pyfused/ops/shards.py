@@ -1,4 +1,4 @@
-"""Plans of row states, whose classes may be sharded over processes, and vocabulary parallelism.
+"""Rows whose classes are sharded over processes, and calls with such rows.
 
 Each process computes the state over its classes. States merge by one maximum and a few sums: with
 the pivot m = max_i m_i, SUM = sum_i exp(m_i - m) SUM_i, and TARGET_LOGIT = sum_i TARGET_LOGIT_i.
@@ -10,7 +10,7 @@ import sys
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,15 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import autocast_dtype, differentiate, without_autocast
 from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
-from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
-from pyfused.layout import accumulate_dtype
-from pyfused.ops import definitions, metrics
-from pyfused.ops.chunk_sizes import state_block_size
+from pyfused.ops import definitions
 from pyfused.ops.collectives import (
     Call,
     Copy,
@@ -39,22 +34,7 @@ from pyfused.ops.collectives import (
     reduced,
 )
 from pyfused.ops.custom_operators import CompiledOperator
-from pyfused.ops.heads import HeadRows
 from pyfused.ops.metrics import Metrics
-from pyfused.ops.row_state import (
-    LogitRows,
-    RowInputs,
-    RowState,
-    counted_target,
-    empty_state,
-    kernel_weight,
-    loss_denominator,
-    state_fields,
-    state_loss,
-    state_results,
-    total_weight,
-)
-from pyfused.torch_internals import graph_is_retained
 from pyfused.types import (
     ENTROPY,
     INDEX,
@@ -62,15 +42,12 @@ from pyfused.types import (
     LSE,
     MAXIMUM,
     PIVOT,
-    RESULTS,
     SMOOTH,
     SUM,
     TARGET_LOGIT,
     WEIGHTED,
     ClassRange,
-    CrossEntropyOptions,
     Gradients,
-    Head,
     Scalar,
     VocabShard,
 )
@@ -121,162 +98,81 @@ def class_range(layer: Sequence[Any], shard: LocalShard | None = None) -> ClassR
 
 @dataclass(eq=False)
 class ShardedRows:
-    """The rows of logits whose classes are sharded over processes.
+    """The rows of logits whose classes are sharded over processes; see `rows.RowSource`.
 
     Attributes:
         source: The rows of this process' classes.
-        is_empty: Whether this process has no logits.
+        specs: The layouts of the logits, or of a layer's input, weight and bias.
         entropy: As in `_merged`.
-        needs: Whether the logits, or a layer's input, weight and bias, need a gradient.
+        needs: Whether these tensors need a gradient.
     """
 
-    source: LogitRows | HeadRows
+    source: Any
     shard: LocalShard
-    is_empty: bool
+    specs: InitVar[Sequence[Any]]
     entropy: bool
     needs: Sequence[bool]
 
-    def state(self, inputs: RowInputs, keeps_logits: bool = False) -> RowState:
-        """Computes the states over all classes."""
-        source, target = self.source, inputs[1]
-        if self.is_empty:
-            state, logits = empty_state(source.fields, target), None
-        else:
-            state, _, logits = source.state(inputs, keeps_logits)
-        state = _merged(state, self.shard.group, self.entropy)
-        return state.where(target != source.options.ignore_index, 0), None, logits
+    def __post_init__(self, specs: Sequence[Any]) -> None:
+        self.layer, self.classes = self.source.layer, self.source.classes
+        sizes = specs[0].shape if self.layer == 1 else [n for x in specs[:2] for n in x.shape[:-1]]
+        self.is_empty = 0 in sizes
 
-    def gradients(self, inputs: RowInputs, *arguments: Any) -> Gradients:
+    def state(
+        self,
+        tensors: Tensors,
+        options: Options,
+        fields: int,
+        results: int,  # noqa: ARG002
+        keeps_logits: bool,
+    ) -> tuple[Tensor, None, Tensor | None]:
+        """Computes the states over all classes."""
+        target = tensors[-2]
+        if self.is_empty:
+            state, logits = empty_state(fields, target), None
+        else:
+            state, _, logits = self.source.state(tensors, options, fields, 0, keeps_logits)
+        state = _merged(state, self.shard.group, self.entropy)
+        return state.where(target != options.ignore_index, 0), None, logits
+
+    def gradients(self, tensors: Tensors, *arguments: Any) -> Gradients:
         """Computes the gradients, and sums the gradient of a layer's input over processes."""
         gradients: Gradients
         if self.is_empty:
-            pairs = zip(inputs[0], self.needs, strict=True)
+            pairs = zip(tensors[: self.layer], self.needs, strict=False)
             gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
         else:
-            gradients = self.source.gradients(inputs, *arguments)
-        if len(gradients) > 1 and gradients[0] is not None:
+            gradients = self.source.gradients(tensors, *arguments)
+        if self.layer > 1 and gradients[0] is not None:
             reduced(gradients[0], self.shard.group)
         return gradients
 
 
-def state_plan(
-    name: str,
-    tensors: Sequence[Any],
-    options: Any,
-    fields: int,
-    shard: LocalShard | None,
-    *,
-    entropy: bool = True,
-    results: int = 0,
-    arrange: Callable[[Tensors, Options], Tensors] | None = None,
-    finish: Callable[[Any, Tensors], Any] | None = None,
-) -> Plan:
-    """Returns the plan of the state of rows, whose classes may be sharded over processes.
-
-    The plan takes options like `RowOptions`, and these tensors: the logits, or the input, weight
-    and bias of a layer; the target; the target with ignore_index for rows without a gradient; and
-    the class weights. The logits of a layer's first block are saved. Backward overwrites them and
-    recomputes the others, or recomputes all logits if the graph is retained.
-
-    Args:
-        tensors: Logits, or the input, weight and bias of a layer; and the target.
-        options: The options for planning.
-        fields: The number of fields of the state.
-        shard: The classes of this process, None if it has all classes.
-        entropy: As in `_merged`.
-        results: The number of fields to return, in the accumulation dtype; 0 for the whole state.
-        arrange: As in `Plan`.
-        finish: As in `Plan`; its first argument is a tuple of the results and the state.
-    """
-    *layer, target = tensors
-    backend, dtype = backend_of(target), accumulate_dtype(layer[0].dtype)
-    needs, count, classes = needs_grad(layer), len(layer), class_range(layer, shard)
-    is_logits, needs_any = count == 1, True in needs
-    source: Any
-    if is_logits:
-        ready = results if shard is None else 0  # with shards, computed from the merged state
-        source = LogitRows(backend, options, classes, fields, ready)
-    else:
-        head = Head._make((*layer, target, None))
-        size = state_block_size(head, options.memory_budget, backend)
-        source = HeadRows(backend, head, options, classes, fields, size, needs)
-    if shard is not None:
-        sizes = layer[0].shape if is_logits else [n for x in layer[:2] for n in x.shape[:-1]]
-        source = ShardedRows(source, shard, 0 in sizes, entropy, needs)
-
-    def forward(tensors: Sequence[Any], options: Options) -> Forward:
-        *layer, target, counted, weight = tensors
-        inputs: RowInputs = layer, target, weight, options
-        if is_logits:
-            state, output, logits = source.state(inputs)
-        else:
-            keeps_logits = needs_any and counted is target  # otherwise backward has other rows
-            with without_autocast(target.device.type):
-                state, output, logits = source.state(inputs, keeps_logits)
-        if output is None:
-            output = state_results(state, results).to(dtype) if results else state
-        if finish is not None:
-            output = output, state
-        return output, (*tensors, state, logits), ()
-
-    def backward(saved: Sequence[Any], options: Options, grad_output: Tensor) -> Gradients:
-        *layer, _, target, weight, state, logits = saved
-        if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
-            logits = None  # they would be overwritten
-        if not (is_logits and results):
-            grad_output = _grad_results(grad_output, state)
-        inputs: RowInputs = layer, target, weight, options
-        return source.gradients(inputs, state, grad_output, logits)  # type: ignore[no-any-return]
-
-    def define(saved: Sequence[Any], options: Options, grad_output: Tensor) -> Gradients:
-        # `count` rather than `len(tensors)`: the plan must not keep references to tensors.
-        *layer, _, target, weight, state = saved[: count + 4]
-        pivot, grad_results = _pivot(state[PIVOT]), _grad_results(grad_output, state)
-
-        def definition(*layer: Tensor | None) -> Tensor:
-            inputs: RowInputs = layer, target, weight, options
-            settings = classes.first, pivot, fields > SMOOTH, shard
-            return _define_results(inputs, *settings)[: len(grad_results)]
-
-        return differentiate(definition, layer, needs, grad_results)
-
-    return Plan(
-        name=name,
-        backend=backend,
-        needs=needs,
-        arrange=arrange,
-        forward=forward,
-        backward=backward,
-        define=define,
-        finish=finish,
-    )
+def empty_state(fields: int, target: Tensor) -> Tensor:
+    """Returns the state of rows without classes."""
+    state = target.new_zeros((fields, *target.shape), dtype=torch.float64)
+    for index in (PIVOT, *[MAXIMUM] * (fields > MAXIMUM)):  # a list as index synchronises
+        state[index] = -torch.inf
+    return state
 
 
-def _define_results(
-    inputs: RowInputs,
-    first: int,
-    pivot: Tensor,
-    has_smooth: bool,
-    shard: LocalShard | None,
-) -> Tensor:
+def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state: Tensor) -> Tensor:
     """Computes the differentiable fields of a state by torch's operators, from all local logits.
 
     Rows of ignored targets are filled with 0, as NaN in them would reach the gradients.
 
     Args:
-        first: The index of the first class.
-        has_smooth: Whether the field SMOOTH is included.
+        tensors, options: As `rows.RowSource.state` takes them.
+        state: The state over all classes.
     """
-    layer, target, weight, options = inputs
-    x, *parameters = [None if tensor is None else tensor.double() for tensor in layer]
-    assert x is not None
+    (x, *parameters, target, weight), (first, _), group = tensors, shard.classes, shard.group
+    x, pivot = x.double(), _pivot(state[PIVOT])
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
     valid = target != options.ignore_index
     if parameters:
         positions = valid.flatten(x.dim() - 1).any(-1) if valid.dim() >= x.dim() else valid
-        x = x.where(positions.unsqueeze(-1), 0)
-        x = x if shard is None else Copy.apply(x, shard.group)
-        x = definitions.head_logits(x, *parameters)  # type: ignore[arg-type]
+        x = Copy.apply(x.where(positions.unsqueeze(-1), 0), group)
+        x = definitions.head_logits(x, *parameters)
     x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
     x = x if options.softcap is None else definitions.softcap(x, options.softcap)
     x = 1 / options.temperature * x
@@ -285,70 +181,14 @@ def _define_results(
     exponentials = shifted.exp()
     weighted = exponentials * shifted.where(exponentials != 0, 0)
     terms = [exponentials, weighted, x.where(is_target, 0)]
-    if has_smooth:
+    if len(state) > SMOOTH:
         terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
-    sums = torch.stack([term.sum(-1) for term in terms])
-    sums = sums if shard is None else Sum.apply(sums, shard.group)
+    sums = Sum.apply(torch.stack([term.sum(-1) for term in terms]), group)
     total, weighted, target_logit, *smooth = sums
     log_total = total.log()
     lse = pivot + log_total
     results = torch.stack([target_logit - lse, log_total - weighted / total, lse, *smooth])
     return results.where(valid, 0)
-
-
-def _grad_results(grad_output: Tensor, state: Tensor) -> Tensor:
-    """Returns the gradients of the differentiable fields, given the gradient of the output."""
-    if grad_output.dim() < state.dim():
-        grad_output = grad_output.unsqueeze(0)
-    elif len(grad_output) > len(RESULTS):
-        grad_output = torch.cat([grad_output[: len(RESULTS)], grad_output[SMOOTH:]])
-    return grad_output.double()
-
-
-def cross_entropy_plan(
-    tensors: Sequence[Any], planned: CrossEntropyOptions, shard: LocalShard | None
-) -> Callable[[Tensors, Options], Any]:
-    """Returns the plan of the loss, or of the loss and the metrics, from the state of rows.
-
-    Args:
-        tensors: The logits, or the input, weight and bias of a layer, with this process' classes;
-            and the target.
-        planned: The options for planning.
-        shard: The classes of this process, None if it has all classes.
-
-    Returns:
-        A function of these tensors, followed by the class weights, token_weight and the denominator
-        if it is a tensor; and of the options of a call.
-    """
-    layer = tensors[:-1]
-    input, classes = layer[0], class_range(layer, shard)
-    is_scalar = len(layer) == 1 and input.dim() == 1
-    loss_dtype = planned.loss_dtype or autocast_dtype(input.dtype, input.device)
-    settings = tensors, planned.of_rows(), state_fields(planned), shard
-    plan = state_plan("cross_entropy", *settings, entropy=planned.with_metrics)
-
-    def compute(tensors: Tensors, options: Options) -> Any:
-        *layer, target, weight, token_weight, denominator = tensors
-        checks.factors(token_weight, denominator)
-        options, rows = checks.normalized(options), options.of_rows()
-        dtype = layer[0].dtype
-        weight, target = kernel_weight(weight, dtype), target.to(torch.int64)
-        target = target.reshape(()) if is_scalar else target
-        plan.backend.check_class_indices(target, classes.total, options.ignore_index)
-        counted = counted_target(target, token_weight, options.ignore_index)
-        tensors = *layer, target if options.with_metrics else counted, counted, weight
-        state = plan(tensors, rows)
-        loss = state_loss(state, counted, weight, token_weight, options, classes.total)
-        if options.reduction != "none":
-            default = total_weight(target, weight, token_weight, options)
-            loss = loss.sum() / loss_denominator(options, denominator, default)
-        loss = loss.to(loss_dtype)
-        if not options.with_metrics:
-            return loss
-        dtype = accumulate_dtype(dtype)
-        return loss, metrics.of_state(state, target, options.ignore_index, dtype)
-
-    return compute
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -486,6 +326,9 @@ class ShardedOperator(CompiledOperator):
 
     def check_shapes(self, tensors: Tensors, options: Options, classes: int) -> None:
         """Raises for invalid shapes, dtypes or options, given the number of all classes."""
+        if self.is_linear:
+            self.check_arguments(*tensors, options, classes)
+            return
         input, *rest = tensors
         shape = *input.shape[:1], classes, *input.shape[2:]
         self.check_arguments(input.new_empty(()).expand(shape), *rest, options)

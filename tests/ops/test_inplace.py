@@ -184,3 +184,10 @@ def test_second_derivatives_raise() -> None:
     loss = cross_entropy(logits_of(leaf), torch.randint(10, (6,)), inplace=True)
     with pytest.raises(RuntimeError, match="inplace: expected False for create_graph=True"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_a_softcap_leaves_the_logits() -> None:
+    logits = logits_of(torch.randn(6, 128, requires_grad=True))
+    before = logits.clone()
+    cross_entropy(logits, target_indices((6, 128)), softcap=5.0, inplace=True).backward()
+    assert torch.equal(logits, before)

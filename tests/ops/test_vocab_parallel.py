@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import VocabShard, explain, functional
 from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs
-from pyfused.ops.cross_entropy import CrossEntropy
+from pyfused.ops.rows import CrossEntropy
 from pyfused.ops.shards import _merged
 from pyfused.types import SMOOTHING_FIELDS
 
