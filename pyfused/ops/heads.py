@@ -630,8 +630,8 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         source: Any = HeadRows(backend, head, rows, classes, size, needs)
         if shard is not None:
             source = ShardedRows(source, shard, layer, options.with_metrics, needs)
-            return self.state_passes(source, options, needs)
-        by_classes = self.state_passes(source, options, needs, keeps_logits=False)
+            return self.state_passes(source, call)
+        by_classes = self.state_passes(source, call, keeps_logits=False)
         return self.block_passes(call, by_classes)
 
     def head(self, tensors: Tensors) -> Head:

@@ -164,14 +164,16 @@ class LogProbsOperator(StateLoss):
             source = HeadRows(backend, head, options, classes, size, needs)
         if shard is not None:
             source = ShardedRows(source, shard, layer, True, needs)
-        return self.state_passes(source, options, needs, 1 if options.alone else len(RESULTS))
+        return self.state_passes(source, call, 1 if options.alone else len(RESULTS))
 
     def state_fields(self, options: Options) -> int:
         return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
 
-    def of_state(self, state: Tensor, tensors: Tensors, options: Options, _: int) -> Tensor:
-        dtype = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
-        return (state[LOG_P] if options.alone else state[: len(RESULTS)]).to(dtype)
+    def loss_dtype(self, tensors: Tensors, _: Options) -> torch.dtype:
+        return accumulate_dtype(self.input_dtype(tensors))
+
+    def of_state(self, state: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
+        return state[LOG_P] if options.alone else state[: len(RESULTS)]
 
     def define(
         self,

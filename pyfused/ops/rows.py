@@ -434,15 +434,14 @@ class StateLoss(RowLoss):
         raise NotImplementedError
 
     def grad_results(
-        self,
-        state: Tensor,  # noqa: ARG002
-        tensors: Tensors,  # noqa: ARG002
-        options: Options,  # noqa: ARG002
-        classes: int,  # noqa: ARG002
-        grad_output: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, state: Tensor, tensors: Tensors, options: Options, classes: int, grad_output: Tensor
+    ) -> tuple[Tensor, Any]:
         """Returns the arguments grad_results and filter_below of `RowSource.gradients`."""
-        return grad_output, None
+        raise NotImplementedError
+
+    @abstractmethod
+    def loss_dtype(self, tensors: Tensors, options: Options) -> torch.dtype:
+        """Returns the dtype of the result that a pass returns."""
 
     def fake_state(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns an empty tensor like the state that the custom operator returns."""
@@ -453,21 +452,21 @@ class StateLoss(RowLoss):
     def state_passes(
         self,
         source: RowSource,
-        options: Options,
-        needs: Sequence[bool],
+        call: Planned,
         results: int = 0,
         keeps_logits: bool = True,
     ) -> Passes:
         """Returns the passes that compute the state of each row.
 
         Args:
-            options: The options for planning.
             results: As in `RowSource.state`.
             keeps_logits: Whether to keep logits that have been computed for the backward pass.
         """
+        specs, options, _, needs, _ = call
         count, fields = len(self.all_operands), self.state_fields(options)
         classes, with_metrics = source.classes.total, options.with_metrics
         keeps, has_factors = keeps_logits and True in needs, bool(self.factors)
+        dtype = self.loss_dtype(specs, options)
 
         def forward(tensors: Tensors, options: Options) -> Forward:
             inputs, of_rows, alike = (*tensors, None), options, True
@@ -475,18 +474,20 @@ class StateLoss(RowLoss):
                 inputs, of_rows, alike = self.row_inputs(tensors, options, with_metrics)
             state, result, logits = source.state(inputs, of_rows, fields, results, keeps and alike)
             if result is None:
-                result = self.of_state(state, tensors, options, classes)
+                result = self.of_state(state, tensors, options, classes).to(dtype)
             return (result, state) if with_metrics else result, (*tensors, state, logits), ()
 
         def backward(saved: Tensors, options: Options, grad_output: Tensor) -> Gradients:
             tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
             if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
                 logits = None  # they would be overwritten
-            inputs, of_rows = (*tensors, None), options
+            inputs, of_rows, below = (*tensors, None), options, None
             if has_factors:
                 inputs, of_rows, _ = self.row_inputs(tensors, options, False)
-            grads = self.grad_results(state, tensors, options, classes, grad_output)
-            gradients = source.gradients(inputs, of_rows, state, grads[0], logits, grads[1])
+                grad_output, below = self.grad_results(
+                    state, tensors, options, classes, grad_output
+                )
+            gradients = source.gradients(inputs, of_rows, state, grad_output, logits, below)
             return *gradients, *[None] * (len(needs) - len(gradients))
 
         return forward, backward
@@ -560,14 +561,10 @@ class CrossEntropyOfRows(StateLoss):
         *layer, target, weight, token_weight, _ = tensors
         if weight is not None:
             weight = weight.detach().to(accumulate_dtype(layer[0].dtype)).contiguous()
-        rows = target if all_rows else self.counted(target, token_weight, options)
+        rows = target
+        if token_weight is not None and not all_rows:  # the logits of rows of weight 0 may be NaN
+            rows = target.masked_fill(token_weight == 0, options.ignore_index)
         return (*layer, rows, weight), options.of_rows(), not all_rows or token_weight is None
-
-    def counted(self, target: Tensor, token_weight: Tensor | None, options: Options) -> Tensor:
-        """Returns class indices, with ignore_index for rows of weight 0, which may be NaN."""
-        if token_weight is None:
-            return target
-        return target.masked_fill(token_weight == 0, options.ignore_index)
 
     def state_fields(self, options: Options) -> int:
         if options.label_smoothing != 0:
@@ -584,36 +581,37 @@ class CrossEntropyOfRows(StateLoss):
         if target.is_floating_point():
             total = target[:, 0].numel()
             return total if token_weight is None else token_weight.double().sum()
-        weights = definitions.target_weights(target, weight, options.ignore_index)
+        weights: Tensor = target != options.ignore_index
+        if weight is not None:
+            weights = definitions.target_weights(target, weight, options.ignore_index)
         return (weights if token_weight is None else weights * token_weight).sum()
 
     def of_state(self, state: Tensor, tensors: Tensors, options: Options, classes: int) -> Tensor:
-        loss = self.of_results(results_of(state), tensors, options, classes)
-        return loss.to(self.loss_dtype(tensors, options))
+        smooth = state[SMOOTH] if options.label_smoothing > 0 else None
+        return self.of_results((state[LOG_P], state[LSE], smooth), tensors, options, classes)
 
     @abstractmethod
     def reference(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns the loss of all classes, computed by torch's operators."""
 
-    @abstractmethod
-    def loss_dtype(self, tensors: Tensors, options: Options) -> torch.dtype:
-        """Returns the dtype of the loss that a pass returns."""
-
     def of_results(
-        self, results: Tensor, tensors: Tensors, options: Options, classes: int
+        self, results: Sequence[Any], tensors: Tensors, options: Options, classes: int
     ) -> Tensor:
-        """Returns the loss, in float64, from the differentiable fields of a state."""
+        """Returns the loss, in float64.
+
+        Args:
+            results: The log-probability, the log-sum-exp, and the weighted sum of logits or None.
+        """
         *_, target, weight, token_weight, _ = tensors
-        ignore_index, (log_p, _, lse, *smooth) = options.ignore_index, results
-        valid = self.counted(target, token_weight, options) != ignore_index
-        target_weight = None
+        ignore_index, (log_p, lse, smooth) = options.ignore_index, results
+        valid, target_weight = target != ignore_index, None
+        if token_weight is not None:
+            valid &= token_weight != 0
         if weight is not None:
             target_weight = definitions.target_weights(target, weight, ignore_index)
-        if smooth:  # sum_c w_c x_c becomes sum_c w_c log p_c
-            total = classes if weight is None else weight.double().sum()
-            smooth = [smooth[0] - total * lse]
-        lse = lse if options.z_loss else None
-        terms = log_p, smooth[0] if smooth else None, lse, target_weight
+        if smooth is not None:  # sum_c w_c x_c becomes sum_c w_c log p_c
+            smooth = smooth - lse * (classes if weight is None else weight.double().sum())
+        terms = log_p, smooth, lse if options.z_loss else None, target_weight
         loss = definitions.row_losses(*terms, options, classes)
         loss = (loss if token_weight is None else loss * token_weight).where(valid, 0)
         if options.reduction == "none":
@@ -631,7 +629,9 @@ class CrossEntropyOfRows(StateLoss):
         if shard is None or state is None:
             return self.reference(tensors, options._replace(with_metrics=False))
         inputs, of_rows, _ = self.row_inputs(tensors, options, False)
-        results = sharded_results(inputs, of_rows, shard, state)
+        results: Any = sharded_results(inputs, of_rows, shard, state)
+        log_p, _, lse, *smooth = results
+        results = log_p, lse, smooth[0] if smooth else None
         return self.of_results(results, tensors, options, shard.classes.total)
 
     def grad_results(
@@ -641,13 +641,15 @@ class CrossEntropyOfRows(StateLoss):
         mean, grad = options.reduction == "mean", grad_output.double()
         grad = grad / self.divisor(tensors, options) if mean else grad
         below = options.filter_eps * grad.abs() if options.filter_eps else None
-        valid = self.counted(target, token_weight, options) != options.ignore_index
+        valid = target != options.ignore_index
+        if token_weight is not None:
+            valid &= token_weight != 0
         grad = (grad if token_weight is None else grad * token_weight.double()).where(valid, 0)
         target_weight = None
         if weight is not None:
             target_weight = definitions.target_weights(target, weight, options.ignore_index)
         of_log_p, of_smooth = definitions.row_coefficients(target_weight, options, classes)
-        gradients = state.new_zeros((4 if len(state) > SMOOTH else 3, *target.shape))
+        gradients = state.new_zeros((4 if state.shape[0] > SMOOTH else 3, *target.shape))
         gradients[LOG_P] = of_log_p * grad
         if options.z_loss:
             gradients[LSE] = 2 * options.z_loss * state[LSE] * grad
@@ -656,11 +658,6 @@ class CrossEntropyOfRows(StateLoss):
             gradients[LSE] -= of_smooth * total * grad
             gradients[3] = of_smooth * grad
         return gradients, below
-
-
-def results_of(state: Tensor) -> Tensor:
-    """Returns the differentiable fields of a state."""
-    return state[:3] if len(state) <= SMOOTH else torch.cat([state[:3], state[SMOOTH:]])
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -734,7 +731,8 @@ class CrossEntropy(CrossEntropyOfRows):
             if inplace:
                 prepare_inplace(tensors[0])
             *operands, token_weight, denominator = tensors
-            checks.factors(token_weight, denominator)
+            if not token_weight is denominator is None:
+                checks.factors(token_weight, denominator)
             if converts:
                 operands = [*self.converted(*operands)]
             if check is not None:
@@ -757,7 +755,7 @@ class CrossEntropy(CrossEntropyOfRows):
         if shard is not None:
             source = ShardedRows(source, shard, tensors[:1], options.with_metrics, needs)
         if shard is not None or options.softcap is not None:
-            return self.state_passes(source, options, needs)
+            return self.state_passes(source, call)
         inplace = self.overwrites(call)
         if inplace and not is_dense(input.empty()):  # backward could not scale the gradient
             in_forward = False
