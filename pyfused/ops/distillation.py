@@ -249,7 +249,8 @@ class LogitsDivergence(Divergence):
 
     def passes(self, call: Planned) -> Passes:
         prepare = partial(divergence_kernel, backend_of(call.tensors[0]), call.options)
-        return loss_passes(prepare, call.needs, call.in_forward)
+        dynamic_dims = int(call.tensors[0].dynamic_dims > 0)  # of rows
+        return loss_passes(prepare, call.needs, call.in_forward, dynamic_dims=dynamic_dims)
 
 
 class HeadDivergence(Divergence):

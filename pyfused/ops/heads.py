@@ -343,6 +343,9 @@ class HeadLoss(RowLoss):
         super().__post_init__()
         self.row_operands = [i for i, operand in enumerate(self.all_operands) if operand.has_rows]
 
+    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
+        return input.dim() - 1
+
     def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
         """Returns the number of rows of a block, as a function of the number of rows.
 
