@@ -51,6 +51,24 @@ DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubc
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
 
 
+_swap: Any = getattr(torch._C, "_swap_tensor_impl", None)
+_use_count: Any = getattr(Tensor, "_use_count", None)
+
+
+def becomes(tensor: Any, other: Tensor) -> bool:
+    """Gives the contents of another tensor to this one, which then is a plain tensor.
+
+    Returns:
+        Whether it has done so; False if C++ code refers to one of the tensors.
+    """
+    if _swap is None or _use_count is None or _use_count(tensor) != 1 or _use_count(other) != 1:
+        return False
+    tensor.__class__ = Tensor
+    vars(tensor).clear()
+    _swap(tensor, other)
+    return True
+
+
 # Returns the version counter of a tensor, which in-place operations increment.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
@@ -135,6 +153,15 @@ def saved_tensors_from(ctx: Any, first: int) -> list[Any]:
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )
+
+def apply_of(function: Any) -> Any:
+    """Returns ``function.apply`` of an autograd function, with less overhead.
+
+    It must not be called while transforms of torch.func are active.
+    """
+    apply = vars(getattr(torch._C, "_FunctionBase", object)).get("apply")
+    return function.apply if apply is None else apply.__get__(None, function)
+
 
 # If a mode makes a call fall back to torch in the forward pass of a checkpoint, the recomputation,
 # which runs without the mode, also falls back, because it must save the same tensors.

@@ -13,8 +13,8 @@ from torch.nn import Module
 
 import pyfused.nn as nn
 from pyfused import torch_internals
-from pyfused.adopt import causal_lm, gated_mlp
-from pyfused.adopt.subclass import MARK, has_original_forward, unfuse
+from pyfused.adopt import gated_mlp, heads
+from pyfused.adopt.heads import MARK, has_original_forward
 from pyfused.dispatch.reasons import stacklevel
 
 Model = TypeVar("Model", bound=Module)
@@ -30,7 +30,7 @@ _NOTHING = (
     "and no transformers language model. For another language model, pass head=, the name of "
     "the linear layer that computes its logits."
 )
-_ALREADY = causal_lm.ALREADY, "is already a module of pyfused.nn"
+_ALREADY = heads.ALREADY, "is already a module of pyfused.nn"
 _MANY_OUTPUTS = 4096  # a layer with at least this many may be a head
 
 
@@ -64,7 +64,12 @@ class Conversion(NamedTuple):
 
 
 def convert(
-    model: Model, *, head: str | None = None, evaluation: bool = False, metrics: bool = False
+    model: Model,
+    *,
+    head: str | None = None,
+    evaluation: bool = False,
+    metrics: bool = False,
+    check: Any = None,
 ) -> Model:
     """Replaces supported torch modules with pyfused's, in place.
 
@@ -72,13 +77,13 @@ def convert(
     flag, names and references are kept. Subclasses are not replaced.
 
     In transformers' language models whose head is a plain linear layer, at any depth, head and loss
-    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, a call with labels
-    returns the loss and no logits. torch computes logits and loss of the first call, and the loss
-    is compared with pyfused's: if they differ, the model's original ``forward`` is restored. If
-    other code reads the logits, they are computed.
+    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, the head returns
+    logits that are computed only if something other than their loss reads them. Outputs of the
+    model contain them as before; in a compiled model, using them raises an error.
 
-    In transformers' MLPs, ``act(gate_proj(x)) * up_proj(x)`` becomes
-    :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``.
+    In MLPs, ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` becomes
+    :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``, if a small random input gives the
+    same result.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
     ``convert`` warns if nothing was replaced, and if a language model keeps its head, with the
@@ -94,15 +99,16 @@ def convert(
         model: Any module; its submodules are replaced, and the module itself if it is supported.
         head: The name of the :class:`torch.nn.Linear` that computes the logits, with dots for a
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
-            any library whose ``forward`` calls this layer and torch's cross-entropy. In training
-            mode, the logits in its output are None if only the loss reads them, unless they are so
-            few that torch computes the loss. By default, it is the head of a transformers model, or
-            the head that an earlier call has named.
-        evaluation: Whether a language model's calls with labels return no logits in evaluation mode
-            either, with gradients, in ``no_grad`` or in inference mode.
+            any library whose loss is torch's cross-entropy of this layer's output. By default, it
+            is the head of a transformers model, or the head that an earlier call has named.
+        evaluation: Whether the head returns such logits in evaluation mode, too: for losses without
+            logits, with gradients, in ``no_grad`` or in inference mode.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
             to None if that cross-entropy was not fused.
+        check: A batch, as a dictionary of the model's keyword arguments or a tuple of its
+            arguments. The model, in training mode, computes its loss and gradients before and after
+            the conversion, which have to be equal but for rounding.
 
     Returns:
         The same model.
@@ -111,14 +117,16 @@ def convert(
         TypeError: ``model`` is not a module.
         ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head. Nothing has been
             changed.
+        RuntimeError: The loss or a gradient of ``check`` differs; the model has been reverted.
     """
+    expected = None if check is None else _step(model, check)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     kinds: Counter[str] = Counter()
     for name, module in modules.items():
         kind, head_name = type(module).__qualname__, head if name == "." else None
-        if causal_lm.is_converted(module):
-            if head_name or evaluation or metrics or causal_lm.has_head(module):
-                causal_lm.fuse(module, head_name, evaluation, metrics)
+        if heads.is_converted(module):
+            if head_name or evaluation or metrics or heads.has_head(module):
+                heads.fuse(module, head_name, evaluation, metrics)
             continue
         if name not in plan.swapped or MARK in vars(module):  # a module may have several names
             continue
@@ -126,18 +134,58 @@ def convert(
             module.__class__ = FUSED[type(module)]
             nn.keep_in_graphs(module)
             setattr(module, MARK, True)
-        elif gated_mlp.is_known(module):
-            gated_mlp.fuse(module)
-        else:
-            causal_lm.fuse(module, head_name, evaluation, metrics)
+        elif head_name or heads.has_head(module):
+            heads.fuse(module, head_name, evaluation, metrics)
             kind = f"head and loss of {kind}"
+        elif function := gated_mlp.function_of(module):
+            gated_mlp.fuse(module, function)
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     number = "1 module" if kinds.total() == 1 else f"{kinds.total()} modules"
     made = f"replaced {number} ({listed}); left {len(plan.left)}: see "
     _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
     _warn(plan, modules, head, evaluation or metrics)
+    if expected is not None and (difference := _difference(_step(model, check), expected)):
+        revert(model)
+        raise RuntimeError(f"check: expected an equal loss and equal gradients, got {difference}")
     return model
+
+
+def _step(model: Module, batch: Any) -> dict[str, torch.Tensor]:
+    """Returns the loss of a batch and the gradients of the parameters, by name.
+
+    Raises:
+        TypeError: The model returns no loss for this batch.
+    """
+    before = model.training
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # for dropout
+        output = model.train()(**batch) if isinstance(batch, dict) else model(*batch)
+    model.train(before)
+    entries = output.values() if isinstance(output, dict) else output
+    parts = [entries] if isinstance(entries, torch.Tensor) else list(entries)
+    tensors = [x for x in parts if isinstance(x, torch.Tensor)]
+    losses = [x for x in tensors if x.dim() == 0 and x.requires_grad]
+    if not losses:
+        raise TypeError("check: expected a batch for which the model returns a loss, got none")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(losses[0], [*named.values()], allow_unused=True)
+    found = {name: x for name, x in zip(named, gradients, strict=True) if x is not None}
+    return {"the loss": losses[0].detach()} | found
+
+
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """Returns what differs by more than rounding, None if nothing does."""
+    largest = max(float(x.abs().max()) for x in expected.values())
+    for name in expected.keys() | found.keys():
+        x, y = found.get(name), expected.get(name)
+        if x is None or y is None:
+            return f"a gradient of {name} only {'before' if x is None else 'after'} the conversion"
+        tolerance = max(1e-3, 16 * torch.finfo(y.dtype).eps)
+        error = float((x - y).float().norm())
+        if not error <= tolerance * float(y.float().norm()) + 1e-6 * largest:
+            return f"a difference of {error:.2g} in {name}"
+    return None
 
 
 def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, options: bool) -> None:
@@ -145,11 +193,11 @@ def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, option
     messages = []
     for name, kind, reason in plan.left:
         module, named = modules[name], head is not None and name == "."
-        if named or (causal_lm.has_head(module) and not causal_lm.shares_head(module)):
+        if named or (heads.has_head(module) and not heads.shares_head(module)):
             messages += [f"{kind} computes all of its logits: {reason}"] * (reason not in _ALREADY)
     if not messages and plan.is_empty():
         messages = [str(plan)]
-    elif not messages and options and not any(map(causal_lm.is_converted, modules.values())):
+    elif not messages and options and not any(map(heads.is_converted, modules.values())):
         messages = ["evaluation and metrics have no effect, because no head was converted"]
     for message in messages:
         warnings.warn(f"pyfused.convert: {message}", RuntimeWarning, stacklevel=stacklevel())
@@ -170,21 +218,22 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
         TypeError, ValueError: As in :func:`convert`.
     """
     modules = _modules(model)
-    heads = {} if head else _possible_heads(dict(modules))
+    possible = {} if head else _possible_heads(dict(modules))
     swapped, left, rows = [], [], []
     for name, module in modules:
         head_name, kind = head if name == "." else None, type(module).__qualname__
-        if head_name is not None or causal_lm.has_head(module) or causal_lm.is_converted(module):
+        if head_name is not None or heads.has_head(module) or heads.is_converted(module):
             replacement = "linear_cross_entropy"
-            reason = causal_lm.reason_to_leave(module, head_name)
-        elif name in heads:
+            reason = heads.reason_to_leave_model(module, head_name)
+        elif name in possible:
             left.append(Left(name, kind, f"pass head={name!r} to fuse it with its loss"))
-            rows.append((name, f"{kind}({heads[name]})", left[-1].reason))
+            rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
             continue
         else:
             reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
             if type(module) not in FUSED:
-                replacement = "a fused gated activation" if gated_mlp.is_known(module) else ""
+                is_gated = gated_mlp.function_of(module) is not None
+                replacement = "a fused gated activation" if is_gated else ""
         if reason:
             left.append(Left(name, kind, reason))
             rows.append((name, kind, f"left: {reason}"))
@@ -206,7 +255,7 @@ def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
     known = [
         submodule
         for module in modules.values()
-        if causal_lm.has_head(module) or causal_lm.is_converted(module)
+        if heads.has_head(module) or heads.is_converted(module)
         for submodule in module.modules()
     ]
     linear = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
@@ -238,11 +287,18 @@ def revert(model: Module) -> tuple[str, ...]:
     """
     converted = [(name, module) for name, module in _modules(model) if MARK in vars(module)]
     for _, module in converted:
-        if MARK in vars(module):  # a module may have several names
-            unfuse(module)
+        if isinstance(module, heads.LazyLinear):
+            heads.unfuse_head(module)
+        elif heads.is_converted(module):
+            heads.unfuse_model(module)
+        elif type(module) in _TORCH_CLASSES:
+            module.__class__ = _TORCH_CLASSES[type(module)]
             vars(module).pop("__module__", None)
-            module.__class__ = _TORCH_CLASSES.get(type(module), type(module))
-    return tuple(name for name, m in converted if not isinstance(m, torch.nn.Linear))  # no heads
+        elif MARK in vars(module):  # a module may have several names
+            gated_mlp.unfuse(module)
+        vars(module).pop(MARK, None)
+    return tuple(name for name, _ in converted)
+>>>>>>> b0a3393 (Return lazy logits from the heads of converted models, and compare gated MLPs by value)
 
 
 def _modules(model: Any) -> list[tuple[str, Module]]:

@@ -1,86 +1,125 @@
-"""Fuses the gated activation of transformers' MLPs, act(gate_proj(x)) * up_proj(x)."""
+"""Fuses the gated activation of MLPs that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``.
+
+`convert` finds them by their values: for a small random input, the module's ``forward`` and the
+fused one have to give the same result.
+"""
 
 from __future__ import annotations
 
 import inspect
-import re
-import sys
 from collections.abc import Callable
 from functools import cache, partial
+from types import new_class
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Linear, Module
 
 from pyfused import functional as F
-from pyfused import nn
-from pyfused.adopt import subclass
+from pyfused.adopt.heads import MARK
 from pyfused.torch_internals import has_hooks
 
-_PRODUCT = r"self\.down_proj\(self\.act_fn\(self\.gate_proj\(x\)\) \* self\.up_proj\(x\)\)"
-_FORWARD = re.compile(
-    rf"\s*def forward\(self, x[^)]*\)[^:]*:\s+(return {_PRODUCT}|(\w+) = {_PRODUCT}\s+return \2)\s*"
-)
 _geglu_tanh = partial(F.geglu, approximate="tanh")
-_Functions = dict[Any, Callable[..., Tensor]]
-_OF_TORCH: _Functions = {"SiLU": F.swiglu, "ReLU": F.reglu, "GELU": F.geglu}
-_OF_TRANSFORMERS: _Functions = {
-    "SiLUActivation": F.swiglu,
-    "GELUTanh": _geglu_tanh,
-    "PytorchGELUTanh": _geglu_tanh,
-}
+_FUNCTIONS: tuple[Callable[..., Tensor], ...] = F.swiglu, F.geglu, _geglu_tanh, F.reglu
+_PROJECTIONS = "gate_proj", "up_proj", "down_proj"
+# Raised by a forward or an activation that does not accept such an input.
+_ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def is_known(module: Any) -> bool:
-    """Returns whether a layer computes only this product, with an activation that pyfused has."""
-    kind: Any = type(module)
-    if not kind.__module__.startswith("transformers.") or subclass.is_fused(module):
-        return False
-    return (
-        "forward" not in vars(module)
-        and _is_product(kind.forward)
-        and subclass.has_original_forward(module.act_fn)
-        and _function_of(module, _functions()) is not None
-    )
-
-
-def fuse(module: Any) -> None:
-    """Changes the class of a layer to its fused subclass."""
-    subclass.fuse(module, _fused_forward)
-
-
-@cache
-def _is_product(forward: Any) -> bool:
-    # inspect.getsource returns the source of the function below a decorator.
-    is_decorated = hasattr(forward, "__wrapped__")
-    return not is_decorated and _FORWARD.fullmatch(inspect.getsource(forward)) is not None
-
-
-@cache
-def _functions() -> _Functions:
-    """Returns the gated activation of each class of activations, when transformers is imported."""
-    activations = sys.modules["transformers.activations"]
-    theirs = {getattr(activations, name, None): f for name, f in _OF_TRANSFORMERS.items()}
-    return theirs | {getattr(of, name): f for name, f in _OF_TORCH.items() for of in (torch.nn, nn)}
-
-
-def _function_of(module: Any, functions: Any) -> Callable[..., Tensor] | None:
-    """Returns the gated activation, None if hooks or a replaced ``forward`` need its inputs."""
-    act: Any = module.act_fn
-    if "forward" in vars(act) or has_hooks(act):
+def function_of(module: Any) -> Callable[..., Tensor] | None:
+    """Returns the gated activation of an MLP, None if it is no MLP of this kind."""
+    projections = [getattr(module, name, None) for name in _PROJECTIONS]
+    activation = getattr(module, "act_fn", None)
+    if isinstance(module, _Fused) or not isinstance(activation, Module):
         return None
-    function: Callable[..., Tensor] | None = functions.get(type(act))
-    return partial(F.geglu, approximate=act.approximate) if function is F.geglu else function
+    parts = [module, activation, *projections]
+    if any(type(x) is not Linear or type(x.weight) is not torch.nn.Parameter for x in projections):
+        return None
+    if any(has_hooks(part) or "forward" in vars(part) for part in parts):
+        return None
+    weight = projections[0].weight
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [each for each in parameters if each.default is each.empty]
+    if weight.is_meta or len(required) != 1:
+        return None
+    grid = torch.linspace(-9, 9, 99, dtype=torch.float64, device=weight.device)
+    x = torch.randn(1, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            found, expected = activation(grid.clone()), module(x)
+            for function in _FUNCTIONS:
+                if _equal(found, function(grid, torch.ones_like(grid)), torch.float32) and _equal(
+                    expected, _product(module, function, x), weight.dtype
+                ):
+                    return function
+    except _ERRORS:
+        return None
+    return None
 
 
-def _fused_forward(kind: Any) -> Any:
-    """Returns the ``forward`` of a layer's subclass."""
-    functions = _functions()
+def _product(module: Any, function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    result: Tensor = module.down_proj(function(module.gate_proj(x), module.up_proj(x)))
+    return result
 
-    def forward(layer: Any, x: Tensor) -> Any:
-        function = _function_of(layer, functions)
-        if function is None:  # the activation was changed after the conversion
-            return kind.forward(layer, x)
-        return layer.down_proj(function(layer.gate_proj(x), layer.up_proj(x)))
 
-    return forward
+def _equal(value: Any, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether two results are equal but for rounding to a dtype."""
+    if not isinstance(value, Tensor) or value.shape != expected.shape:
+        return False
+    error, largest = (value - expected).abs().max(), expected.abs().max()
+    return bool(error <= 8 * torch.finfo(dtype).eps * largest)
+
+
+class _Fused:
+    """The first base of the classes of fused MLPs, which cannot be imported by pickle."""
+
+    _original: Any
+
+    def __init_subclass__(cls) -> None:
+        """Does not call the method of the original class, which may register its subclasses."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Reduces the module as its original class does, and appends the change of its class."""
+        kind: Any = type(self)
+        self.__class__ = kind._original
+        try:
+            reduced = self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = kind
+        function, args, *state = reduced
+        return _restored, (function, args), *state
+
+
+def _restored(function: Any, args: Any) -> Any:
+    """Returns a module whose class is the subclass again, for pickle and copy."""
+    module = function(*args)
+    module.__class__ = _subclass(type(module))
+    return module
+
+
+@cache
+def _subclass(kind: Any) -> Any:
+    """Returns a subclass of the same name with a fused ``forward``."""
+
+    def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        activation, function = vars(layer).get(MARK, (None, None))
+        changed = layer.act_fn is not activation or has_hooks(activation)
+        if changed or args or kwargs or "forward" in vars(activation):
+            return kind.forward(layer, x, *args, **kwargs)
+        return _product(layer, function, x)
+
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members = names | {"forward": forward, "_original": kind}
+    return new_class(kind.__name__, (_Fused, kind), {}, lambda body: body.update(members))
+
+
+def fuse(module: Any, function: Callable[..., Tensor]) -> None:
+    """Changes the class of an MLP to its fused subclass."""
+    vars(module)[MARK] = module.act_fn, function
+    module.__class__ = _subclass(type(module))
+
+
+def unfuse(module: Any) -> None:
+    vars(module).pop(MARK, None)
+    module.__class__ = type(module)._original

@@ -1,0 +1,275 @@
+"""Makes the head of a language model return lazy logits (`lazy_logits.py`).
+
+`fuse` changes the class of the head, and adds forward hooks to the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Linear, Module
+from torch.nn import functional as F
+
+from pyfused import nn, torch_internals
+from pyfused.adopt.lazy_logits import HeadCall, LazyLogits, autocast_of, tell
+from pyfused.dispatch.signature import PLAIN
+from pyfused.torch_internals import active_mode, has_compiled_call
+
+MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved models keep it
+ALREADY = "is already converted"
+SILENT = ""  # a reason without a warning
+_CAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # dtypes that autocast casts
+
+
+class LazyLinear(Linear):
+    """A linear layer that returns lazy logits in training, and in evaluation if the user asks.
+
+    Attributes:
+        evaluation, metrics: The options of `convert`.
+        model_name: The name of the model's class, for warnings.
+        pyfused_metrics: The metrics of the last call's loss, None if it was not fused.
+    """
+
+    # Class attributes, because `fuse` only changes the class of a torch.nn.Linear.
+    evaluation: bool = False
+    metrics: bool = False
+    model_name: str = ""
+    pyfused_metrics: Any = None
+
+    def forward(self, input: Tensor) -> Any:
+        """Returns lazy logits, or computes them if a later loss could not be fused.
+
+        Args:
+            input: The hidden states, of shape (..., D).
+
+        Returns:
+            The logits, of shape (..., C).
+        """
+        weight, bias = self.weight, self.bias
+        if MARK in vars(self) and (self.training or self.evaluation):
+            if self.metrics:
+                self.pyfused_metrics = None
+            traced, autocast = is_dynamo_compiling(), autocast_of(input.device.type)
+            reason = _reason(self, input, weight, bias, autocast, traced)
+            if reason is None:
+                return HeadCall(self, autocast, traced, input, weight, bias).logits()
+            if reason is not SILENT:
+                tell(self.model_name, reason)
+        return F.linear(input, weight, bias)
+
+
+def _reason(
+    head: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: Any, traced: bool
+) -> str | None:
+    """Returns why a call of a converted head computes its logits, None if they are lazy."""
+    if "forward" in vars(head) or (
+        head._forward_hooks
+        or head._forward_pre_hooks
+        or head._backward_hooks
+        or head._backward_pre_hooks
+    ):
+        return reason_to_leave(head)
+    if not traced:
+        for value in (weight,) if bias is None else (weight, bias):
+            name = "weight" if value is weight else "bias"
+            if type(value) not in PLAIN:
+                return f"the {name} of its head is a {type(value).__name__}"
+            if value.device != input.device:
+                return f"the {name} of its head is on {value.device}, its input on {input.device}"
+            if value.is_inference():
+                return SILENT
+        if type(input) not in PLAIN or input.layout is not torch.strided or input.is_nested:
+            return SILENT
+        if input.is_inference() != torch.is_inference_mode_enabled():
+            return SILENT
+    if weight.numel() == 0:
+        return "the weight of its head has no elements"
+    dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
+    valid = dtypes <= _CAST_DTYPES if autocast else len(dtypes) == 1
+    if not valid or input.numel() == 0 or input.shape[-1:] != weight.shape[-1:]:
+        return SILENT
+    return None if traced or active_mode() is None else SILENT
+
+
+def reason_to_leave(head: Any) -> str | None:
+    """Returns why a head keeps computing its logits, None if it can return lazy ones."""
+    kind = type(head)
+    if kind is not Linear and not isinstance(head, LazyLinear):
+        adapter = isinstance(getattr(head, "base_layer", None), Module)
+        is_a = "has an adapter," if adapter else "is a"
+        end = "" if adapter else ", not a plain torch.nn.Linear"
+        return f"its head {is_a} {kind.__module__}.{kind.__name__}{end}"
+    if "forward" in vars(head):
+        return "the forward of its head was replaced, for example by accelerate's offloading"
+    if torch_internals.fsdp_policy(head) is not None:
+        return "its head is a unit of fully_shard. Leave the head in the root unit"
+    if (
+        head._forward_hooks
+        or head._forward_pre_hooks
+        or head._backward_hooks
+        or head._backward_pre_hooks
+    ):
+        return "its head has hooks"
+    if has_compiled_call(head):
+        return "its head is compiled separately"
+    if not has_original_forward(head):
+        return "the forward of its head was replaced"
+    return None
+
+
+def has_original_forward(module: Any) -> bool:
+    """Returns whether a module's ``forward`` is the one that its class was defined with."""
+    forward, defined_in = type(module).forward, sys.modules.get(type(module).__module__)
+    return (
+        "forward" not in vars(module)
+        and defined_in is not None
+        and getattr(forward, "__globals__", None) is vars(defined_in)
+    )
+
+
+# ---- a model's output ----------------------------------------------------------------------------
+
+
+class _Unread:
+    """Takes the place of logits in the output of a compiled model, which did not compute them."""
+
+    def __getattr__(self, name: str) -> Any:
+        _refuse()
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        _refuse()
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __array__ = lambda *_: _refuse()
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __getitem__
+    __neg__ = __lt__ = __gt__ = __le__ = __ge__ = __matmul__ = __getitem__
+
+
+def _refuse() -> Any:
+    raise AttributeError(  # which hasattr expects
+        "pyfused.convert: a compiled model does not compute the logits of its loss. For metrics of "
+        "training steps pass metrics=True to convert; for logits call pyfused.revert(model)"
+    )
+
+
+_UNREAD = _Unread()
+
+
+def _drop_unread(_: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+    """A forward hook that removes logits which only their loss has read from a compiled model."""
+    return _without_unread(output) if is_dynamo_compiling() else None
+
+
+def _without_unread(output: Any) -> Any:
+    if isinstance(output, LazyLogits) and output.value is not None:
+        call = output.value.call
+        return _UNREAD if call.bypassed and not call.computed else output
+    if isinstance(output, dict):
+        for name, entry in output.items():
+            if isinstance(entry, (LazyLogits, tuple, dict)):
+                output[name] = _without_unread(entry)
+    if type(output) in (tuple, list):
+        return type(output)([_without_unread(entry) for entry in output])
+    return output
+
+
+def _set_metrics(model: Any, *_: Any) -> None:
+    """A forward hook that copies the metrics of a head to its model."""
+    heads = _heads_of(model, vars(model)[MARK])
+    model.pyfused_metrics = next((h.pyfused_metrics for h in heads if h.pyfused_metrics), None)
+
+
+# ---- models and their heads ----------------------------------------------------------------------
+
+
+def has_head(module: Any) -> bool:
+    """Returns whether a module is a transformers model with a head for logits."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return False
+    return module.get_output_embeddings() is not None
+
+
+def _heads_of(model: Any, name: str | None) -> list[Any]:
+    """Returns the head of a model, and its copies in PEFT's ``modules_to_save``.
+
+    Args:
+        name: The name of the head if the user passed one; None for a transformers model.
+    """
+    head = model.get_submodule(name) if name else model.get_output_embeddings()
+    if type(head) is getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", None):
+        return [head.original_module, *head.modules_to_save.values()]
+    return [head]
+
+
+def reason_to_leave_model(model: Any, name: str | None) -> str | None:
+    """Returns why a model with a head is left as it is, None if it can be converted.
+
+    Raises:
+        ValueError: There is no head of this name.
+    """
+    if name is not None:
+        names = [each for each, module in model.named_modules() if _may_be_head(module)]
+        if name not in names:
+            known = f"one of {names[-5:]}" if names else "but it has none"
+            raise ValueError(f"head: expected the name of a torch.nn.Linear, {known}, got {name!r}")
+    if is_converted(model):
+        return ALREADY
+    return next(filter(None, map(reason_to_leave, _heads_of(model, name))), None)
+
+
+def _may_be_head(module: Any) -> bool:
+    is_adapter = isinstance(getattr(module, "base_layer", None), Module)
+    return type(module) in (Linear, LazyLinear) or hasattr(module, "modules_to_save") or is_adapter
+
+
+def is_converted(model: Any) -> bool:
+    """Returns whether `fuse` has changed a model."""
+    return _drop_unread in model._forward_hooks.values()
+
+
+def shares_head(model: Any) -> bool:
+    """Returns whether a transformers model shares its head with a converted model."""
+    return MARK in vars(_heads_of(model, None)[0])
+
+
+def fuse(model: Any, name: str | None, evaluation: bool, metrics: bool) -> None:
+    """Makes the head of a model return lazy logits, or changes the options of a converted model.
+
+    Args:
+        name: The name of the head; None for a transformers model or the head of the last call.
+        evaluation, metrics: The options of `convert`.
+    """
+    name = name or vars(model).get(MARK)
+    unfuse_model(model)
+    vars(model)[MARK] = name
+    model.register_forward_hook(_drop_unread)
+    if metrics:
+        model.register_forward_hook(_set_metrics)
+    for head in _heads_of(model, name):
+        if type(head) is Linear:
+            head.__class__ = LazyLinear
+            nn.keep_in_graphs(head)
+        if MARK not in vars(head):
+            vars(head).update({MARK: None, "model_name": type(model).__name__})
+        vars(head).update(evaluation=evaluation, metrics=metrics)
+
+
+def unfuse_model(model: Any) -> None:
+    for key, hook in list(model._forward_hooks.items()):
+        if hook in (_drop_unread, _set_metrics):
+            del model._forward_hooks[key]
+    for name in (MARK, "pyfused_metrics"):
+        vars(model).pop(name, None)
+
+
+def unfuse_head(head: Any) -> None:
+    """Restores the class of a head, unless a parametrisation has made a subclass of it."""
+    for name in (MARK, "evaluation", "metrics", "model_name", "pyfused_metrics", "__module__"):
+        vars(head).pop(name, None)
+    if type(head) is LazyLinear:
+        head.__class__ = Linear

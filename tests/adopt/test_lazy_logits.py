@@ -1,0 +1,1026 @@
+"""A converted head does not change results, whatever a model's forward does with its logits.
+
+`python tests/adopt/test_lazy_logits.py 2500` compares 2500 random models, in four calls each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import operator
+import pickle
+import random
+import sys
+import warnings
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import pyfused
+from pyfused.adopt.lazy_logits import HeadCall, LazyLogits
+from pyfused.dispatch import reasons
+
+CLASSES, FEATURES = 23, 6
+
+
+class Doubled(torch.autograd.Function):
+    """An autograd function of another library, which ``__torch_function__`` does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # noqa: ARG004
+        return 3 * grad_output
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    loss: Tensor
+
+
+class Stop(Exception):  # noqa: N818
+    """Raised by a forward that has computed what it needs."""
+
+
+def disturb(model: Any, hidden: Tensor, kind: str) -> None:
+    """Changes the head's input or weight in place."""
+    with torch.no_grad():
+        (model.head.weight if kind == "weight" else hidden).mul_(0.97)
+
+
+class Drawn(nn.Module):
+    """A model with random forwards: views, in-place changes, reads, and losses of its logits.
+
+    Most calls run the same forward.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = self.draw = random.Random(seed)
+        torch.manual_seed(seed)
+        self.emb = nn.Embedding(11, FEATURES)
+        self.head = nn.Linear(FEATURES, CLASSES, bias=draw.random() < 0.5)
+        if draw.random() < 0.15:
+            self.head.requires_grad_(False)
+        elif draw.random() < 0.1:
+            self.emb.requires_grad_(False)
+        self.to(draw.choice([torch.float64, torch.float64, torch.float32]))
+        self.disturbed = draw.choice([""] * 16 + ["hidden", "weight"])
+        self.programs = [draw.getrandbits(60) for _ in range(3)]
+        self.kinds = PROVEN if draw.random() < 0.6 else PROVEN + ANY
+        self.seen: list[Any] = []
+        self.kept: Any = None
+
+    def forward(self, tokens: Tensor, program: int = 0) -> Any:
+        draw = random.Random(self.programs[program])
+        self.seen, losses, self.kept = [], [], None
+        hidden = self.emb(tokens).tanh()
+        logits = self.head(hidden)
+        if self.disturbed:
+            disturb(self, hidden, self.disturbed)
+        family = [logits]
+        steps = draw.choice([0, 1, 2, 3, 5, 8])
+        kinds = self.kinds
+        for _ in range(steps):
+            place = draw.randrange(len(family))
+            change = draw.choice(kinds)
+            family.append(change(family[place], draw, self.seen))
+            if draw.random() < 0.3:
+                family[place] = family[-1]
+            if draw.random() < 0.1:
+                family.append(self.head(self.emb(tokens)))
+            if draw.random() < 0.2:
+                losses.append(loss_of(draw.choice(family), draw, False))
+            if draw.random() < 0.01:
+                self.kept = draw.choice(family)
+                raise Stop
+        losses += [
+            loss_of(draw.choice(family), draw, kinds is not PROVEN)
+            for _ in range(draw.choice([1, 1, 2]))
+        ]
+        loss = torch.stack([each.double() for each in losses]).sum()
+        kept, kind = draw.choice(family), draw.randrange(12)
+        if kind < 2:
+            self.kept = kept
+        output: list[Any] = [
+            {"logits": kept, "loss": loss},
+            Output(kept, loss),
+            [kept, loss],
+            OrderedDict(logits=kept, loss=loss),
+        ]
+        return output[kind] if kind < len(output) else (kept if kind < 8 else None, loss)
+
+
+def number(draw: random.Random) -> float:
+    return draw.choice([2, 0.5, 3.0, 1.25, 1, 0.1])
+
+
+def one_of(*changes: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, draw, _: draw.choice(changes)(x)
+
+
+view = one_of(
+    lambda x: x.view(-1, *x.shape[-1:]),
+    lambda x: x.view(size=(-1, *x.shape[-1:])),
+    lambda x: x.reshape(*x.shape[:-1], -1) if x.numel() else x,
+    lambda x: x.reshape((-1, *x.shape[-1:])),
+    lambda x: torch.reshape(x, (-1, *x.shape[-1:])),
+    lambda x: x.flatten(0, -2) if x.dim() > 1 else x,
+    lambda x: x.flatten(start_dim=0, end_dim=-2) if x.dim() > 1 else x,
+    lambda x: x.unsqueeze(0),
+    lambda x: x.squeeze(0),
+    lambda x: x.contiguous(),
+    lambda x: x.view(x.shape),
+)
+cast = one_of(
+    lambda x: x.float(),
+    lambda x: x.to(torch.float32),
+    lambda x: x.to(dtype=torch.float32),
+    lambda x: x.to(x.device),
+    lambda x: x.to(x.dtype),
+    lambda x: x.double(),
+)
+rows = one_of(
+    lambda x: x[..., :-1, :],
+    lambda x: x[1:],
+    lambda x: x[:, :-1],
+    lambda x: x[:, :2, ...],
+    lambda x: x[0],
+    lambda x: x[-1:, ...],
+    lambda x: x[..., :, :],
+    lambda x: x[:],
+    lambda x: x[::2],
+)
+
+
+def sliced(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    return x if x.dim() < 2 or min(x.shape) < 2 else rows(x, draw, seen)
+
+
+def selected(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    if x.dim() < 2 or min(x.shape) < 2:
+        return x
+    leading = x.shape[: draw.randrange(1, x.dim())]
+    mask = torch.arange(leading.numel()).view(leading) % 4 != 1
+    index = torch.tensor([1, 0, 1])
+    return draw.choice(
+        [
+            lambda: x[mask],
+            lambda: x[index],
+            lambda: x[index, index] if x.dim() > 2 else x[(index,)],
+            lambda: x[index.view(1, 3).expand(2, 3)],
+            lambda: x[mask.nonzero(as_tuple=True)],
+        ]
+    )()
+
+
+def shifted(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    bias = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype)
+    bias = bias.view((1,) * draw.randrange(x.dim()) + bias.shape)
+    return draw.choice([lambda: x + bias, lambda: x.add(bias), lambda: torch.add(x, bias)])()
+
+
+def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    by = number(draw)
+    return draw.choice(
+        [
+            lambda: x * by,
+            lambda: by * x,
+            lambda: x / by,
+            lambda: x.mul(by),
+            lambda: torch.div(x, by),
+            lambda: torch.mul(x, by),
+            lambda: torch.tanh(x / by) * by,
+            lambda: (x / by).tanh() * by,
+            lambda: torch.tanh(x),
+        ]
+    )()
+
+
+def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    by = number(draw)
+    changes: list[Callable[[], Any]] = [
+        lambda: x.mul_(by),
+        lambda: x.add_(by),
+        lambda: x.div_(by),
+        lambda: x.clamp_(-2, 2),
+        lambda: x.masked_fill_(x > 1, 0.5),
+        lambda: torch.nn.functional.relu_(x),
+        lambda: operator.setitem(x, (..., 0), -1.5) or x,
+        lambda: operator.imul(x, by),
+        lambda: torch.no_grad()(x.mul_)(by),
+    ]
+    return draw.choice(changes)()
+
+
+def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    def hooked(x: Tensor) -> Tensor:
+        if x.grad_fn is not None:  # torch crashes for views changed under no_grad
+            x.register_hook(lambda grad: grad * 2)
+        return x
+
+    def kept(x: Tensor) -> Tensor:
+        x.retain_grad()
+        seen.append(x)
+        return x
+
+    result: Tensor = draw.choice(
+        [
+            lambda: x.argmax(-1),
+            lambda: x.detach().sum(),
+            lambda: x.clone(),
+            lambda: x.transpose(-1, -2) if x.dim() > 1 else x,
+            lambda: x[..., :-2],
+            lambda: x * torch.tensor(1.5),
+            lambda: -x,
+            lambda: x * -2,
+            lambda: x + 1,
+            lambda: x.log_softmax(-1),
+            lambda: x[None, ..., None],
+            lambda: x[..., torch.tensor([0, 2])],
+            lambda: torch.cat([x, x]),
+            lambda: Doubled.apply(x),
+            lambda: checkpoint(torch.sigmoid, x, use_reentrant=draw.random() < 0.5),
+            lambda: torch.func.vmap(torch.sigmoid)(x),
+            lambda: hooked(x),
+            lambda: kept(x),
+        ]
+    )()
+    if result.requires_grad:
+        return result
+    seen.append(result)
+    return x
+
+
+def without_gradient(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
+    change = draw.choice(PROVEN + ANY[:2])
+    with torch.no_grad() if draw.random() < 0.7 else torch.inference_mode():
+        seen.append(change(x, draw, seen).clone())
+    return x
+
+
+PROVEN: list[Callable[..., Tensor]] = [view, view, sliced, selected, shifted, scaled, cast]
+ANY: list[Callable[..., Tensor]] = [read, read, in_place, without_gradient]
+
+
+def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    classes = x.shape[-1]
+    generator = torch.Generator().manual_seed(draw.getrandbits(30))
+    index = torch.randint(classes, (len(rows),), generator=generator)
+    options: dict[str, Any] = {"reduction": draw.choice(["mean", "mean", "sum", "none"])}
+    if draw.random() < 0.5:
+        options["ignore_index"] = draw.choice([-100, 0])
+        index[::3] = options["ignore_index"]
+    if draw.random() < 0.3:
+        options["label_smoothing"] = 0.1
+    weight = torch.linspace(0.5, 1.5, classes, dtype=rows.dtype)
+    if draw.random() < 0.2:
+        options["weight"] = weight
+    if anything and draw.random() < 0.5:
+        return draw.choice(
+            [
+                lambda: F.cross_entropy(rows, index, weight=weight),
+                lambda: F.cross_entropy(rows.t()[None], index[None], **options).sum(),
+                lambda: rows.logsumexp(-1).sum(),
+                lambda: F.cross_entropy(rows, rows.detach().softmax(-1)),
+                lambda: F.cross_entropy(rows[0], index[0].clamp(min=0)),
+                lambda: pyfused.functional.cross_entropy(rows, index, z_loss=0.1),
+                lambda: checkpoint(F.cross_entropy, rows, index, use_reentrant=draw.random() < 0.5),
+            ]
+        )()
+    more: list[Callable[[], Tensor]] = []
+    if "label_smoothing" not in options:
+        more += [
+            lambda: F.nll_loss(F.log_softmax(rows, -1), index, **options).sum(),
+            lambda: nn.NLLLoss(**options)(nn.LogSoftmax(-1)(rows), index).sum(),
+            lambda: F.nll_loss(x.log_softmax(-1).view(-1, classes), index, **options).sum(),
+        ]
+    if x.dim() > 2:
+        places = index.view(x.shape[:-1])
+        more += [
+            lambda: F.cross_entropy(x.movedim(-1, 1), places, **options).sum(),
+            lambda: (
+                (F.cross_entropy(x.transpose(1, 2), places, **options) * 2).sum()
+                if x.dim() == 3
+                else x.sum()
+            ),
+        ]
+    return draw.choice(
+        [
+            lambda: F.cross_entropy(rows, index, **options).sum(),
+            lambda: nn.CrossEntropyLoss(**options)(rows, index).sum(),
+            lambda: F.cross_entropy(input=rows, target=index, **options).sum(),
+            lambda: pyfused.functional.cross_entropy(rows, index, **options).sum(),
+            *more,
+        ]
+    )()
+
+
+@contextlib.contextmanager
+def drawn_modes(draw: random.Random, model: Drawn) -> Any:
+    """Draws the modes of a call: training, gradients, autocast and hooks of saved tensors."""
+    model.train(draw.random() < 0.8)
+    mode = draw.choice([torch.enable_grad] * 3 + [torch.no_grad, torch.inference_mode])
+    saved = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    without = torch.autograd.graph.disable_saved_tensors_hooks("disabled")
+    nothing = contextlib.nullcontext()
+    hooked = draw.choice([nothing] * 10 + [saved, without])
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=draw.random() < 0.1)
+    with mode() if not model.training else nothing, hooked, autocast:
+        yield hooked is nothing
+
+
+def step(model: Drawn, draw: random.Random, is_reference: bool) -> tuple[Any, list[Any]]:
+    """Returns the error of a call, or its loss, outputs and gradients."""
+    model.zero_grad()
+    tokens = torch.arange(12).view(3, 4) % draw.choice([7, 11])
+    program = draw.choice([0, 0, 0, 1, 2])
+    # A checkpoint hides from torch that a saved tensor was changed in place.
+    outer = draw.random() < 0.1 and not is_reference
+    total: Any = None
+    try:
+        with drawn_modes(draw, model) as unhooked:
+            autocast = torch.is_autocast_enabled("cpu")
+            try:
+                whole = partial(checkpoint, model, use_reentrant=False)
+                call = whole if outer and unhooked and not model.disturbed else model
+                output = call(tokens, program)
+                if isinstance(output, Output):
+                    output = output.logits, output.loss
+                logits, loss = output.values() if isinstance(output, dict) else output
+            except Stop:
+                logits = loss = None
+            read, kept = model.seen, model.kept  # a checkpoint's recomputation replaces them
+            seen = [loss, logits, *read, kept]
+            terms = [x for x in (loss, kept) if x is not None and x.requires_grad]
+            total = sum(x.double().square().mean() for x in terms) if terms else None
+            if total is not None and kept is not None and kept.grad_fn is not None:
+                if draw.random() < 0.5:
+                    seen += torch.autograd.grad(total, kept, retain_graph=True, allow_unused=True)
+                elif draw.random() < 0.5:
+                    total.backward(inputs=[kept], retain_graph=True)
+                    seen.append(kept.grad)
+        if total is not None:
+            total.backward()
+        seen = [x if x is None else x.clone() for x in seen]  # a read after backward
+    except Exception as error:
+        return error, []
+    leaves = [p.grad for p in model.parameters()]
+    seen += [x.grad for x in read if x.requires_grad and not x.is_leaf]
+    return None, [autocast, leaves, seen]
+
+
+def compare(seed: int, calls: int = 4) -> Counter[str]:
+    """Compares calls of a drawn model with its conversion; counts how losses were computed."""
+    plain, model = Drawn(seed), Drawn(seed)
+    options = {"evaluation": seed % 3 > 0, "metrics": seed % 4 == 0}
+    pyfused.convert(model, head="head", **options)
+    found: Counter[str] = Counter()
+    for number in range(calls):
+        found[compare_call(plain, model, 1000 * seed + number)] += 1
+        model.load_state_dict(plain.state_dict())
+    return found
+
+
+def compare_call(plain: Drawn, model: Drawn, seed: int) -> str:
+    """Compares one call; returns how its loss was computed."""
+    fused: list[HeadCall] = []
+    loss = HeadCall.loss
+
+    def counted(call: HeadCall, *args: Any) -> Tensor:
+        fused.append(call)
+        return loss(call, *args)
+
+    expected_error, expected = step(plain, random.Random(seed), True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeadCall, "loss", counted)
+        error, found = step(model, random.Random(seed), False)
+    if str(error).startswith("pyfused.convert: expected"):
+        return "refused"  # unsupported uses of logits
+    where = f"call {seed}: {expected_error!r} became {error!r}"
+    if "modified by an inplace operation" in str(expected_error) and error is None:
+        return "error"  # a fused loss saves fewer tensors than torch's
+    assert type(error) is type(expected_error), where
+    if error is not None:
+        return "error"
+    coarse = found[0] or any(p.dtype is torch.float32 for p in model.parameters())
+    rtol, atol = (0.05, 0.02) if found[0] else (1e-3, 1e-4) if coarse else (1e-4, 1e-5)
+    for ours, theirs in zip(found[1] + found[2], expected[1] + expected[2], strict=True):
+        if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+            assert ours.dtype is theirs.dtype, where
+            assert ours.requires_grad == theirs.requires_grad, where
+            largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+            scaled = atol * max(1.0, largest if found[0] else 1.0)  # bfloat16 rounds terms
+            torch.testing.assert_close(
+                *(ours.detach().clone(), theirs.detach().clone()),
+                rtol=rtol,
+                atol=scaled,
+                equal_nan=True,
+                msg=lambda text: f"{where}: {text}",
+            )
+        else:
+            assert ours is theirs is None, where
+    return "without logits" if any(not call.computed for call in fused) else "with logits"
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("first", range(0, 120, 40))
+def test_drawn_forwards(first: int) -> None:
+    found = sum((compare(seed) for seed in range(first, first + 40)), Counter())
+    assert found["without logits"] >= 15, found
+    assert found["with logits"] >= 40, found
+    assert found["refused"] <= 40, found
+
+
+# ---- heads and models ----------------------------------------------------------------------------
+
+X, TARGET = torch.arange(64).view(4, 16) % 50, torch.arange(64) % 40
+PLACES = TARGET.view(4, 16)
+
+
+def _keep(_: Any, logits: Tensor) -> Tensor:
+    return logits
+
+
+class Model(nn.Module):
+    """A model whose forward calls the given function with itself and its logits."""
+
+    def __init__(self, change: Any = _keep) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.emb, self.head = nn.Embedding(50, 8), nn.Linear(8, 40)
+        self.bias, self.change = nn.Buffer(torch.linspace(-1, 1, 40)[None]), change
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
+        self.hidden: Tensor = 1 * self.emb(x)
+        logits = self.change(self, self.head(self.hidden))
+        if target is None:
+            return logits
+        return logits, F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target)
+
+
+@pytest.fixture(autouse=True)
+def untold() -> None:
+    """Lets each test receive the warnings that other tests have received."""
+    reasons._reported.clear()
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Counts the losses that were computed without logits."""
+    found: list[Tensor] = []
+    loss = HeadCall.loss
+    monkeypatch.setattr(HeadCall, "loss", lambda *args: found.append(loss(*args)) or found[-1])
+    return found
+
+
+def results(model: nn.Module) -> tuple[Tensor, ...]:
+    """Returns the loss and the gradients of a batch."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = model(X, TARGET)[1]
+    loss.backward()
+    return loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)
+
+
+class DropConnect(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.dropout(weight, 0.5)
+
+
+class Twice(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def parametrised(head: Any) -> None:
+    nn.utils.parametrize.register_parametrization(head, "weight", DropConnect())
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "forward": (lambda h: setattr(h, "forward", lambda x: 9 * x @ h.weight.t()), "replaced"),
+    "hook": (lambda h: h.register_forward_hook(lambda *a: 2 * a[-1]), "hooks"),
+    "pre-hook": (lambda h: h.register_forward_pre_hook(lambda _, a: (2 * a[0],)), "hooks"),
+    "backward": (lambda h: h.register_full_backward_hook(lambda *a: (3 * a[1][0],)), "hooks"),
+    "pruned": (lambda h: nn.utils.prune.l1_unstructured(h, "weight", 0.5), "hooks"),
+    "class": (lambda h: setattr(h, "__class__", Twice), f"is a {__name__}.Twice, not a plain"),
+    "parametrised": (parametrised, "ParametrizedLinear, not a plain torch.nn.Linear"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
+    change, reason = CHANGES[name]
+    plain, model = Model(), Model()
+    change(plain.head)
+    silent = name in ("parametrised", "class")  # a subclass replaces the forward or its weight
+    warned = pytest.warns(RuntimeWarning, match=f"Model computes all of its logits:.*{reason}")
+    if when == "after":
+        pyfused.convert(model, head="head")
+        change(model.head)
+        with contextlib.nullcontext() if silent else warned:
+            results(model)
+    elif silent:
+        change(model.head)
+        with pytest.raises(ValueError, match=r"name of a torch\.nn\.Linear, .* none, got"):
+            pyfused.convert(model, head="head")
+    else:
+        change(model.head)
+        assert reason in pyfused.plan_conversion(model, head="head").left[0].reason
+        with warned:
+            pyfused.convert(model, head="head")
+    torch.testing.assert_close(results(model), results(plain))  # without a second warning
+
+
+def test_a_global_hook() -> None:
+    plain, model = Model(), pyfused.convert(Model(), head="head")
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: 2 * output if isinstance(module, nn.Linear) else None
+    )
+    try:
+        torch.testing.assert_close(results(model), results(plain))
+    finally:
+        hook.remove()
+
+
+def test_unsupported_weights() -> None:
+    """Tries a weight without elements, as in ZeRO-3, of another class, or on meta."""
+
+    class Quantised(Tensor):
+        pass
+
+    model = pyfused.convert(Model(), head="head")
+    weight = model.head.weight.detach()
+    for other, reason in (
+        (weight[:0], "has no elements"),
+        (weight.as_subclass(Quantised), "is a Quantised"),
+        (weight.to("meta"), "is on meta, its input on cpu"),
+    ):
+        model.head.weight = nn.Parameter(other)
+        warned = pytest.warns(RuntimeWarning, match=f"weight of its head {reason}")
+        with warned, contextlib.suppress(RuntimeError):  # raised by torch, because of the bias
+            model(X)
+
+
+def test_converting_again_changes_the_options() -> None:
+    model: Any = Model()
+    with pytest.raises(ValueError, match=r"head: expected the name .* one of \['head'\], got 'x'"):
+        pyfused.convert(model, head="x")
+    assert pyfused.plan_conversion(model).swapped == ()
+    assert pyfused.plan_conversion(model, head="head").swapped == (".",)
+    pyfused.convert(model, head="head")
+    pyfused.convert(model)
+    pyfused.convert(model, evaluation=True, metrics=True)
+    assert type(model.eval()(X, TARGET)[0]) is LazyLogits
+    assert model.pyfused_metrics is not None
+    assert pyfused.plan_conversion(model).left[0] == (".", "Model", "is already converted")
+    pyfused.convert(model, head="head")
+    assert type(model(X, TARGET)[0]) is Tensor
+    assert set(pyfused.revert(model)) == {".", "head"}
+    assert type(model.head) is nn.Linear
+    assert vars(model).keys() == vars(Model()).keys() | {"hidden"}
+    assert vars(model.head).keys() == vars(Model().head).keys()
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+@pytest.mark.parametrize("part", ["loss", "head", "model"])
+def test_checkpoints(part: str, kind: str, losses: list[Tensor]) -> None:
+    class Checkpointed(Model):
+        def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
+            def loss_of(hidden: Tensor) -> Tensor:
+                return F.cross_entropy(self.head(hidden).flatten(0, 1), target)
+
+            reentrant = kind == "reentrant"
+            if part == "model":
+                return None, checkpoint(loss_of, self.emb(x), use_reentrant=reentrant)
+            if part == "loss":
+                logits = self.head(self.emb(x)).flatten(0, 1)
+                return None, checkpoint(F.cross_entropy, logits, target, use_reentrant=reentrant)
+            logits = checkpoint(self.head, self.emb(x), use_reentrant=reentrant)
+            return None, F.cross_entropy(logits.flatten(0, 1), target)
+
+    expected, model = results(Checkpointed()), pyfused.convert(Checkpointed(), head="head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(results(model), expected)
+    assert losses or part != "model"
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda model: model,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies(name: str, losses: list[Tensor]) -> None:
+    plain, model = Model(), pyfused.convert(Model(), head="head")
+    model = COPIES[name](model)
+    torch.testing.assert_close(results(model), results(plain))
+    assert losses
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert set(pyfused.revert(model)) == {".", "head"}
+    assert type(model(X, TARGET)[0]) is Tensor
+
+
+def test_several_threads_call_one_model(losses: list[Tensor]) -> None:
+    model, expected = pyfused.convert(Model(), head="head"), Model()(X, TARGET)[1].detach()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: model(X, TARGET)[1].detach(), range(80)))
+    torch.testing.assert_close(torch.stack(found), expected.expand(80))
+    assert len(losses) == 80
+
+
+def test_a_call_keeps_no_references() -> None:
+    """Logits, hidden states and the model are freed without garbage collection."""
+    kept: list[Any] = []
+
+    def keep(model: Any, logits: Tensor) -> Tensor:
+        kept.extend((weakref.ref(logits), weakref.ref(model.hidden)))
+        del model.hidden
+        return logits.view(-1, 40)
+
+    model = pyfused.convert(Model(keep), head="head")
+    gc.disable()
+    try:
+        results(model)
+        assert [each() for each in kept] == [None, None]
+        freed = weakref.ref(model)
+        del model
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+# ---- operators -----------------------------------------------------------------------------------
+
+
+def of_rows(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda m, x: F.cross_entropy(change(m, x).reshape(-1, 40), TARGET)
+
+
+# Losses of a model's logits, and the operator that reads the logits; None if the loss is fused.
+OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
+    "bias": (of_rows(lambda m, x: x + m.bias), None),
+    "class weights": (
+        lambda m, x: F.cross_entropy(
+            x.view(-1, 40), TARGET, 1.5 + m.bias[0], ignore_index=3, label_smoothing=0.1
+        ),
+        None,
+    ),
+    "mask": (lambda m, x: F.cross_entropy(x[X % 3 == 0], PLACES[X % 3 == 0]), None),
+    "rows": (lambda m, x: F.cross_entropy(x[torch.arange(4), TARGET[:4]], TARGET[:4]), None),
+    "log_softmax": (lambda m, x: F.nll_loss(x.log_softmax(-1).view(-1, 40), TARGET), None),
+    "mul": (of_rows(lambda m, x: x.mul(other=0.5)), None),
+    "div": (of_rows(lambda m, x: torch.true_divide(x, other=2.0)), None),
+    "to": (of_rows(lambda m, x: x.to(x.device, x.dtype, non_blocking=True)), None),
+    "channels": (lambda m, x: F.cross_entropy(x.permute(0, 2, 1), PLACES), "permute"),
+    "mul of keywords": (of_rows(lambda m, x: torch.mul(input=x, other=0.5)), "mul"),
+    "rounded": (of_rows(lambda m, x: x.div(2.0, rounding_mode="trunc") + x), "div"),
+    "alpha": (of_rows(lambda m, x: torch.add(x, m.bias, alpha=2)), "add"),
+    "NumPy": (of_rows(lambda m, x: np.float32(0.5) * x), "r?mul"),
+    "unpacked": (of_rows(lambda m, x: torch.cat([*x])), ""),
+    "add of a gradient": (of_rows(lambda m, x: x + m.emb.weight[:40, 0]), "add"),
+    "nll_loss": (lambda m, x: F.nll_loss(x.view(-1, 40), TARGET), "nll_loss"),
+    "cross_entropy": (of_rows(lambda m, x: x.log_softmax(-1)), "cross_entropy"),
+    "log_softmax of positions": (of_rows(lambda m, x: x.log_softmax(1)), "log_softmax"),
+    "view": (of_rows(lambda m, x: x.view(torch.int64).view(torch.float64)), "view"),
+    "indexing": (of_rows(lambda m, x: x[:, :, None][:, :, 0] + x[..., :40]), "indexing"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(name: str, losses: list[Tensor]) -> None:
+    """An operator keeps the logits lazy, or reads them, which one warning reports."""
+    change, reader = OPERATORS[name]
+
+    def loss_of(model: Any) -> list[Tensor]:
+        loss = change(model, model(X))
+        leaves = [*model.parameters()]
+        return [loss, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+    plain = Model().double()
+    model = pyfused.convert(copy.deepcopy(plain), head="head")
+    for number in range(2):
+        warns = reader is not None and number == 0
+        warned: Any = contextlib.nullcontext([])
+        if warns:
+            warned = pytest.warns(RuntimeWarning, match=f"its logits are read by {reader}")
+        with warned as messages:
+            found = loss_of(model)
+        torch.testing.assert_close(found, loss_of(plain), rtol=1e-9, atol=1e-9)
+        assert not warns or messages[0].filename == __file__
+    assert bool(losses) == (reader is None)
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": None}], ids=["dtype", "ignore_index"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_torchs_errors(options: dict[str, Any], dtype: torch.dtype) -> None:
+    errors = []
+    for model in (Model(), pyfused.convert(Model(), head="head")):
+        with pytest.raises((RuntimeError, TypeError)) as raised:
+            F.cross_entropy(model(X).flatten(0, 1), TARGET.to(dtype), **options)
+        errors.append((raised.type, str(raised.value)))
+    assert errors[0] == errors[1]
+
+
+# ---- reads of logits after their loss ------------------------------------------------------------
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # noqa: ARG004
+        return 2 * grad_output
+
+
+READS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "argmax": lambda logits, _: logits.argmax(-1),
+    "slice": lambda logits, _: logits[:, :3] * 1,
+    "pickle": lambda logits, _: pickle.loads(pickle.dumps(logits)) * 1,
+    "NumPy": lambda logits, _: torch.from_numpy(logits.detach().numpy()),
+    "after backward": lambda logits, loss: (loss.backward(), logits.argmax(-1))[1],
+    "sum": lambda logits, loss: loss + logits.square().sum(),
+    "autograd.Function": lambda logits, loss: loss + Doubled.apply(logits).sum(),
+    "vmap": lambda logits, _: torch.vmap(torch.sin)(logits),
+    "detached": lambda logits, _: logits.detach().clone(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("name", READS)
+def test_reads_after_the_loss(name: str) -> None:
+    found = []
+    for model in (Model(), pyfused.convert(Model(), head="head")):
+        result = READS[name](*model(X, TARGET)) * 1
+        found.append([result])
+        if result.requires_grad:
+            found[-1] += torch.autograd.grad(result.sum(), [*model.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_read_after_the_loss_warns_once() -> None:
+    model = pyfused.convert(Model(), head="head")
+    with pytest.warns(RuntimeWarning, match=r"read by argmax after their loss.* metrics=True"):
+        model(X, TARGET)[0].argmax(-1)
+    model(X, TARGET)[0].argmax(-1)
+
+
+all_of = torch.autograd.graph.register_multi_grad_hook
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "register_hook": lambda logits, _: logits.register_hook(print),
+    "retain_grad": lambda logits, _: logits.retain_grad(),
+    "grad": lambda logits, loss: torch.autograd.grad(loss, logits),
+    "grad of a sum": lambda logits, loss: torch.autograd.grad(loss + logits.sum(), [logits]),
+    "backward": lambda logits, loss: (loss.backward(inputs=[logits]), logits.grad),
+    "multi-grad hook": lambda logits, _: all_of((logits,), print),
+    "edge": lambda logits, _: torch.autograd.graph.get_gradient_edge(logits),
+}
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_logits_after_their_loss(name: str, read: bool) -> None:
+    logits, loss = pyfused.convert(Model(), head="head")(X, TARGET)
+    if read:
+        logits.argmax()
+    with pytest.raises(RuntimeError, match=r"pyfused.convert: .* before their loss, got it after"):
+        GRADIENTS[name](logits, loss)
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_gradients_of_logits_before_their_loss() -> None:
+    found = []
+    for model in (Model(), pyfused.convert(Model(), head="head")):
+        logits, seen = model(X), []
+        logits.register_hook(seen.append)
+        logits.retain_grad()
+        loss = F.cross_entropy(Dirty.apply(logits * 1).flatten(0, 1), TARGET)
+        loss.backward()
+        found.append([logits.grad, *seen, loss, model.emb.weight.grad])
+        assert type(logits) is Tensor
+    torch.testing.assert_close(found[1], found[0])
+
+
+CHANGED: dict[str, Callable[[Any], Any]] = {
+    "hidden": lambda model: model.hidden.mul_(2),
+    "weight": lambda model: model.head.weight.mul_(2),
+    "freed": lambda model: model.head.weight.untyped_storage().resize_(0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changes_before_the_logits_are_read(name: str) -> None:
+    model = pyfused.convert(Model(), head="head")
+    for read in (lambda x: F.cross_entropy(x.flatten(0, 1), TARGET), Tensor.argmax):
+        logits = model(X)
+        with torch.no_grad():
+            CHANGED[name](model)
+        with pytest.raises(RuntimeError, match=r"pyfused.convert: .* got one changed"):
+            read(logits)
+        if name == "freed":
+            return
+
+
+# ---- modes, metrics and warnings -----------------------------------------------------------------
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_evaluation(mode: str, evaluation: bool, losses: list[Tensor]) -> None:
+    model = pyfused.convert(Model(), head="head", evaluation=evaluation).eval()
+    with MODES[mode](), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, (logits, loss) = Model()(X, TARGET), model(X, TARGET)
+        assert bool(losses) == evaluation
+        assert loss.requires_grad == (mode == "grad")
+        torch.testing.assert_close(loss, expected[1])
+        torch.testing.assert_close(logits * 1, expected[0])
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast(outside: bool, losses: list[Tensor]) -> None:
+    """The loss may be computed after autocast, as accelerate wraps the model's forward."""
+    found = []
+    for model in (Model(), pyfused.convert(Model(), head="head")):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(X)
+            assert logits.dtype is torch.bfloat16
+            loss = F.cross_entropy(logits.flatten(0, 1), TARGET)
+        if outside:
+            loss = F.cross_entropy(logits.float().flatten(0, 1), TARGET)
+        assert loss.dtype is torch.float32
+        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=2e-3)
+    assert len(losses) == 1 + outside
+
+
+def test_metrics() -> None:
+    """The metrics equal the function's, for the model's last call."""
+    plain = Model()
+    model: Any = pyfused.convert(Model(), head="head", evaluation=True, metrics=True)
+    _, expected = pyfused.functional.linear_cross_entropy_with_metrics(
+        plain.emb(X).flatten(0, 1), plain.head.weight, TARGET, linear_bias=plain.head.bias
+    )
+    for each in (model, copy.deepcopy(model), model.eval()):
+        with torch.no_grad() if not each.training else torch.enable_grad():
+            each(X, TARGET)
+        torch.testing.assert_close(each.pyfused_metrics, expected)
+        assert not any(x.requires_grad for x in each.pyfused_metrics)
+    torch.testing.assert_close(results(model), results(Model()))
+    model(X)
+    assert model.pyfused_metrics is None  # without a loss
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    pyfused.revert(model)
+    assert not hasattr(model, "pyfused_metrics")
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+def view_first(_: Any, logits: Tensor) -> Tensor:
+    view = logits.view(-1, 40)
+    logits.mul_(9.0)
+    return view
+
+
+def without_gradient_first(_: Any, logits: Tensor) -> Tensor:
+    with torch.no_grad():
+        view = logits.view(-1, 40)
+        logits.argmax(-1)
+    return view + 2 * logits.view(-1, 40)
+
+
+def broken(_: Any, logits: Tensor) -> Tensor:
+    view = 2 * logits
+    torch._dynamo.graph_break()
+    logits.mul_(3)
+    return view + logits
+
+
+def residual(model: Any, logits: Tensor) -> Tensor:
+    """Changes the head's input in place, for another call of the head."""
+    model.hidden += 2.0
+    return logits + 0 * model.head(model.hidden).sum()
+
+
+COMPILED: list[tuple[Callable[..., Tensor], bool | None]] = [
+    (_keep, True),
+    (lambda _, x: 3 * torch.tanh(x.float().view(size=(-1, 40)) / 3), True),
+    (lambda model, x: x[:, 1:].reshape(-1, 40).repeat(2, 1)[:64] * 1.25, False),
+    (view_first, False),
+    (without_gradient_first, False),
+    (broken, False),
+    (residual, None),
+    (lambda _, x: np.float32(0.5) * x, None),
+    (lambda _, x: torch.cat([*x]), None),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+@pytest.mark.parametrize(("change", "is_fused"), COMPILED)
+def test_a_compiled_model(change: Callable[..., Tensor], is_fused: bool | None) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    names: list[str] = []
+
+    def forward(program: Any, _: Any) -> Any:
+        names.extend(str(node.target) for node in program.graph.nodes)
+        return program
+
+    torch.compiler.reset()
+    expected = results(Model(change))
+    model = pyfused.convert(Model(change), head="head")
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda program, _: program)
+    fullgraph = change is not broken and is_fused is not None
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    logits, loss = compiled(X, TARGET)
+    loss.backward()
+    found = loss.detach(), *(p.grad for p in model.parameters())
+    torch.testing.assert_close(found, expected)
+    fused = any("linear_cross_entropy" in name for name in names)
+    assert fused == is_fused or is_fused is None
+    if is_fused:
+        assert not any("addmm" in name for name in names), names
+        assert not hasattr(logits, "shape")
+        with pytest.raises(AttributeError, match=r"pyfused.convert: a compiled model does not"):
+            logits.argmax(-1)
+        with pytest.raises(AttributeError, match=r"pyfused.convert: a compiled model does not"):
+            torch.argmax(logits)
+
+
+def test_a_compiled_loss(compiler: None, losses: list[Tensor]) -> None:
+    """The compiled loss of a model that is not compiled gets computed logits."""
+    model = pyfused.convert(Model(), head="head")
+    loss_of = torch.compile(lambda x: F.cross_entropy(x.flatten(0, 1), TARGET), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = loss_of(model(X))
+    expected = Model()
+    plain = F.cross_entropy(expected(X).flatten(0, 1), TARGET)
+    gradients = [
+        torch.autograd.grad(x, [*m.parameters()]) for x, m in ((loss, model), (plain, expected))
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_compiled_model_warns_once(compiler: None) -> None:
+    model = pyfused.convert(Model(), head="head")
+    model.head.register_forward_hook(lambda *_: None)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.warns(RuntimeWarning, match="Model computes all of its logits: its head has hooks"):
+        compiled(X, TARGET)
+    torch.compiler.reset()
+    compiled(X, TARGET)  # a second warning would be an error
+
+
+def test_torch_jit_trace() -> None:
+    model = pyfused.convert(Model(), head="head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (X,))
+    torch.testing.assert_close(traced(X), Model()(X))
+
+
+if __name__ == "__main__":
+    from pyfused.dispatch import sizes
+
+    sizes.FORCED = "every size"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    total: Counter[str] = Counter()
+    for seed in range(first, first + count):
+        try:
+            total += compare(seed)
+        except AssertionError as difference:  # noqa: PERF203
+            print(f"seed {seed} differs: {str(difference)[:300]}", flush=True)
+    print(f"{count} models from {first}: {dict(total)}")
