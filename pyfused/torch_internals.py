@@ -154,6 +154,7 @@ saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )
 
+
 def apply_of(function: Any) -> Any:
     """Returns ``function.apply`` of an autograd function, with less overhead.
 

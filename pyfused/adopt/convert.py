@@ -14,7 +14,8 @@ from torch.nn import Module
 import pyfused.nn as nn
 from pyfused import torch_internals
 from pyfused.adopt import gated_mlp, heads
-from pyfused.adopt.heads import MARK, has_original_forward
+from pyfused.adopt.heads import has_original_forward
+from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.reasons import stacklevel
 
 Model = TypeVar("Model", bound=Module)
@@ -287,18 +288,13 @@ def revert(model: Module) -> tuple[str, ...]:
     """
     converted = [(name, module) for name, module in _modules(model) if MARK in vars(module)]
     for _, module in converted:
-        if isinstance(module, heads.LazyLinear):
-            heads.unfuse_head(module)
-        elif heads.is_converted(module):
-            heads.unfuse_model(module)
-        elif type(module) in _TORCH_CLASSES:
+        if type(module) in _TORCH_CLASSES:
             module.__class__ = _TORCH_CLASSES[type(module)]
             vars(module).pop("__module__", None)
         elif MARK in vars(module):  # a module may have several names
-            gated_mlp.unfuse(module)
+            heads.unfuse(module)
         vars(module).pop(MARK, None)
-    return tuple(name for name, _ in converted)
->>>>>>> b0a3393 (Return lazy logits from the heads of converted models, and compare gated MLPs by value)
+    return tuple(name for name, m in converted if not isinstance(m, torch.nn.Linear))  # no heads
 
 
 def _modules(model: Any) -> list[tuple[str, Module]]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
-from types import new_class
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from pyfused import functional as F
-from pyfused.adopt.heads import MARK
+from pyfused.adopt import subclass
+from pyfused.adopt.subclass import MARK
 from pyfused.torch_internals import has_hooks
 
 _geglu_tanh = partial(F.geglu, approximate="tanh")
@@ -29,9 +29,9 @@ _ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeEr
 
 def function_of(module: Any) -> Callable[..., Tensor] | None:
     """Returns the gated activation of an MLP, None if it is no MLP of this kind."""
-    projections = [getattr(module, name, None) for name in _PROJECTIONS]
+    projections: list[Any] = [getattr(module, name, None) for name in _PROJECTIONS]
     activation = getattr(module, "act_fn", None)
-    if isinstance(module, _Fused) or not isinstance(activation, Module):
+    if isinstance(module, subclass.Fused) or not isinstance(activation, Module):
         return None
     parts = [module, activation, *projections]
     if any(type(x) is not Linear or type(x.weight) is not torch.nn.Parameter for x in projections):
@@ -71,55 +71,20 @@ def _equal(value: Any, expected: Tensor, dtype: torch.dtype) -> bool:
     return bool(error <= 8 * torch.finfo(dtype).eps * largest)
 
 
-class _Fused:
-    """The first base of the classes of fused MLPs, which cannot be imported by pickle."""
-
-    _original: Any
-
-    def __init_subclass__(cls) -> None:
-        """Does not call the method of the original class, which may register its subclasses."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Reduces the module as its original class does, and appends the change of its class."""
-        kind: Any = type(self)
-        self.__class__ = kind._original
-        try:
-            reduced = self.__reduce_ex__(protocol)
-        finally:
-            self.__class__ = kind
-        function, args, *state = reduced
-        return _restored, (function, args), *state
-
-
-def _restored(function: Any, args: Any) -> Any:
-    """Returns a module whose class is the subclass again, for pickle and copy."""
-    module = function(*args)
-    module.__class__ = _subclass(type(module))
-    return module
-
-
-@cache
-def _subclass(kind: Any) -> Any:
-    """Returns a subclass of the same name with a fused ``forward``."""
+def _forward_of(kind: Any) -> Any:
+    """Returns the fused ``forward`` of a class of MLPs."""
 
     def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         activation, function = vars(layer).get(MARK, (None, None))
-        changed = layer.act_fn is not activation or has_hooks(activation)
-        if changed or args or kwargs or "forward" in vars(activation):
+        if layer.act_fn is not activation or has_hooks(activation) or args or kwargs:
             return kind.forward(layer, x, *args, **kwargs)
+        if "forward" in vars(activation):
+            return kind.forward(layer, x)
         return _product(layer, function, x)
 
-    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    members = names | {"forward": forward, "_original": kind}
-    return new_class(kind.__name__, (_Fused, kind), {}, lambda body: body.update(members))
+    return forward
 
 
 def fuse(module: Any, function: Callable[..., Tensor]) -> None:
-    """Changes the class of an MLP to its fused subclass."""
-    vars(module)[MARK] = module.act_fn, function
-    module.__class__ = _subclass(type(module))
-
-
-def unfuse(module: Any) -> None:
-    vars(module).pop(MARK, None)
-    module.__class__ = type(module)._original
+    """Makes an MLP use a gated activation."""
+    subclass.fuse(module, _forward_of, (module.act_fn, function))

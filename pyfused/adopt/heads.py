@@ -1,11 +1,12 @@
 """Makes the head of a language model return lazy logits (`lazy_logits.py`).
 
-`fuse` changes the class of the head, and adds forward hooks to the model.
+`fuse` changes the classes of the head and of the model.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch.nn import Linear, Module
 from torch.nn import functional as F
 
 from pyfused import nn, torch_internals
-from pyfused.adopt.lazy_logits import HeadCall, LazyLogits, autocast_of, tell
+from pyfused.adopt import subclass
+from pyfused.adopt.lazy_logits import HeadCall, Logits, tell
+from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.signature import PLAIN
 from pyfused.torch_internals import active_mode, has_compiled_call
 
-MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved models keep it
 ALREADY = "is already converted"
 SILENT = ""  # a reason without a warning
 _CAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # dtypes that autocast casts
@@ -53,7 +55,10 @@ class LazyLinear(Linear):
         if MARK in vars(self) and (self.training or self.evaluation):
             if self.metrics:
                 self.pyfused_metrics = None
-            traced, autocast = is_dynamo_compiling(), autocast_of(input.device.type)
+            traced, device = is_dynamo_compiling(), input.device.type
+            autocast = None
+            if torch.is_autocast_enabled(device):
+                autocast = torch.get_autocast_dtype(device)
             reason = _reason(self, input, weight, bias, autocast, traced)
             if reason is None:
                 return HeadCall(self, autocast, traced, input, weight, bias).logits()
@@ -159,28 +164,33 @@ def _refuse() -> Any:
 _UNREAD = _Unread()
 
 
-def _drop_unread(_: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
-    """A forward hook that removes logits which only their loss has read from a compiled model."""
-    return _without_unread(output) if is_dynamo_compiling() else None
+def _forward_of(kind: Any) -> Any:
+    """Returns the ``forward`` of a converted model's class."""
+
+    @wraps(kind.forward)
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        output = kind.forward(model, *args, **kwargs)
+        name, metrics = vars(model).get(MARK, (None, False))
+        if metrics:
+            found = [head.pyfused_metrics for head in _heads_of(model, name)]
+            model.pyfused_metrics = next((each for each in found if each is not None), None)
+        return _without_unread(output) if is_dynamo_compiling() else output
+
+    return forward
 
 
 def _without_unread(output: Any) -> Any:
-    if isinstance(output, LazyLogits) and output.value is not None:
+    """Removes logits that only their loss has read from the output of a compiled model."""
+    if isinstance(output, Logits) and output.value is not None:
         call = output.value.call
         return _UNREAD if call.bypassed and not call.computed else output
     if isinstance(output, dict):
         for name, entry in output.items():
-            if isinstance(entry, (LazyLogits, tuple, dict)):
+            if isinstance(entry, (Logits, tuple, dict)):
                 output[name] = _without_unread(entry)
     if type(output) in (tuple, list):
         return type(output)([_without_unread(entry) for entry in output])
     return output
-
-
-def _set_metrics(model: Any, *_: Any) -> None:
-    """A forward hook that copies the metrics of a head to its model."""
-    heads = _heads_of(model, vars(model)[MARK])
-    model.pyfused_metrics = next((h.pyfused_metrics for h in heads if h.pyfused_metrics), None)
 
 
 # ---- models and their heads ----------------------------------------------------------------------
@@ -229,7 +239,7 @@ def _may_be_head(module: Any) -> bool:
 
 def is_converted(model: Any) -> bool:
     """Returns whether `fuse` has changed a model."""
-    return _drop_unread in model._forward_hooks.values()
+    return subclass.is_fused(model, _forward_of) and MARK in vars(model)
 
 
 def shares_head(model: Any) -> bool:
@@ -244,12 +254,9 @@ def fuse(model: Any, name: str | None, evaluation: bool, metrics: bool) -> None:
         name: The name of the head; None for a transformers model or the head of the last call.
         evaluation, metrics: The options of `convert`.
     """
-    name = name or vars(model).get(MARK)
-    unfuse_model(model)
-    vars(model)[MARK] = name
-    model.register_forward_hook(_drop_unread)
-    if metrics:
-        model.register_forward_hook(_set_metrics)
+    name = name or vars(model).get(MARK, (None,))[0]
+    subclass.fuse(model, _forward_of, (name, metrics))
+    vars(model).pop("pyfused_metrics", None)
     for head in _heads_of(model, name):
         if type(head) is Linear:
             head.__class__ = LazyLinear
@@ -259,17 +266,11 @@ def fuse(model: Any, name: str | None, evaluation: bool, metrics: bool) -> None:
         vars(head).update(evaluation=evaluation, metrics=metrics)
 
 
-def unfuse_model(model: Any) -> None:
-    for key, hook in list(model._forward_hooks.items()):
-        if hook in (_drop_unread, _set_metrics):
-            del model._forward_hooks[key]
-    for name in (MARK, "pyfused_metrics"):
-        vars(model).pop(name, None)
-
-
-def unfuse_head(head: Any) -> None:
-    """Restores the class of a head, unless a parametrisation has made a subclass of it."""
+def unfuse(module: Any) -> None:
+    """Restores a head or a model, unless a wrapper has made another subclass of its class."""
     for name in (MARK, "evaluation", "metrics", "model_name", "pyfused_metrics", "__module__"):
-        vars(head).pop(name, None)
-    if type(head) is LazyLinear:
-        head.__class__ = Linear
+        vars(module).pop(name, None)
+    if type(module) is LazyLinear:
+        module.__class__ = Linear  # type: ignore[assignment]
+    elif not isinstance(module, LazyLinear):
+        subclass.unfuse(module)

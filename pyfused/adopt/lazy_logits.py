@@ -49,7 +49,7 @@ _OF_GRADIENTS = {
     *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
     *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn")),
 }
-_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+_WRAPPERS_USE = {Tensor.register_hook, getattr(Tensor, "grad_fn").__get__}  # noqa: B009
 _INDEX_DTYPES = (torch.bool, torch.int64)
 
 
@@ -68,9 +68,9 @@ def _warn_while_tracing(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
-def autocast_of(device: str) -> torch.dtype | None:
-    """Returns the dtype of autocast on a device, None if it is disabled."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def _id_of_hooks() -> int:
+    """Returns a number for the active hooks of saved tensors, for example a checkpoint's."""
+    return hash(torch_internals.saved_tensors_hooks(True))
 
 
 def _without_hooks() -> AbstractContextManager[Any]:
@@ -97,6 +97,7 @@ class HeadCall:
         head: The head, which receives the metrics.
         inputs: The hidden states, of shape (..., D), the weight (C, D), and the bias (C) or None.
         autocast: The dtype of autocast, None if it was disabled.
+        hooks: A number for the active hooks of saved tensors.
         traced: Whether torch.compile traces the call.
         computed: Whether an operator has read the logits.
         bypassed: Whether gradients pass around the logits: in their loss, or in C++ code.
@@ -105,6 +106,8 @@ class HeadCall:
     """
 
     def __init__(self, head: Any, autocast: torch.dtype | None, traced: bool, *inputs: Any) -> None:
+        if traced:  # the compiler removes the copies if nothing changes the tensors
+            inputs = tuple([x if x is None else x.clone() for x in inputs])
         hidden, weight, bias = inputs
         self.head, self.inputs, self.autocast, self.traced = head, inputs, autocast, traced
         self.has_gradients = torch.is_grad_enabled()
@@ -119,9 +122,12 @@ class HeadCall:
         if not traced:
             self.is_inference = torch.is_inference_mode_enabled()
             self.address = weight.data_ptr()
-            self.watched = [
-                (x, version_of(x)) for x in inputs if x is not None and not x.is_inference()
-            ]
+            self.hooks = _id_of_hooks()
+            self.watched = [(weight, version_of(weight))]
+            if not hidden.is_inference():
+                self.watched.append((hidden, version_of(hidden)))
+            if bias is not None:
+                self.watched.append((bias, version_of(bias)))
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
@@ -214,6 +220,7 @@ class _Value:
         cast: The dtype that x was cast to, None without a cast.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
+        hooked: Whether FSDP has hooks on the tensor's node, through which gradients then pass.
         real: The computed tensor.
     """
 
@@ -228,13 +235,14 @@ class _Value:
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
+    hooked: bool = False
     real: Any = None
 
     def tensor(self) -> Any:
         """Returns the lazy tensor with this value."""
         call = self.call
         if call.traced:
-            tensor = self.example.as_subclass(LazyLogits)
+            tensor = self.example.as_subclass(Logits)
         else:
             tensor = _attached(self, *call.inputs) if self.needs_grad else _without_memory(self)
             call.tensors.append(weakref.ref(tensor))
@@ -243,9 +251,11 @@ class _Value:
 
     def compute(self) -> Any:
         """Returns the tensor, computed by torch in the graph of the head's inputs."""
-        if self.real is None and self.parent is None:
+        if self.real is not None:
+            return self.real
+        if self.parent is None:
             self.real = F.linear(*self.call.inputs)
-        elif self.real is None:
+        else:
             function, args, kwargs = self.operation
             self.real = function(self.parent.compute(), *args, **kwargs)
         return self.real
@@ -273,7 +283,8 @@ class _Value:
         """Returns whether C++ code has given a tensor another node of the graph."""
         if tensor.is_inference():
             return False
-        return bool(tensor.requires_grad != self.needs_grad or version_of(tensor))
+        is_other = tensor.requires_grad != self.needs_grad or version_of(tensor)
+        return bool(self.hooked or is_other)
 
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
@@ -325,6 +336,8 @@ class _Value:
             return None
         if reduction not in ("none", "mean", "sum"):
             return None
+        if not call.traced and call.hooks != _id_of_hooks():  # a checkpoint of the loss alone
+            return None
         if weight is not None and not self.is_constant(weight, self.dtype_of_loss()):
             return None
         options = {
@@ -333,9 +346,9 @@ class _Value:
             "reduction": reduction,
             "label_smoothing": label_smoothing,
         }
-        device = self.rows.device.type
-        gradients = torch.is_grad_enabled()
-        if autocast_of(device) == call.autocast and (self.needs_grad or not gradients):
+        device, gradients = self.rows.device.type, torch.is_grad_enabled()
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if autocast == call.autocast and (self.needs_grad or not gradients):
             return call.loss(self, target, options)
         dtype = self.dtype_of_loss()
         cast = torch.autocast(device, call.autocast, call.autocast is not None)
@@ -345,7 +358,7 @@ class _Value:
     def dtype_of_loss(self) -> torch.dtype:
         """Returns the dtype of torch's loss, which autocast computes in float32."""
         dtype: torch.dtype = self.example.dtype
-        is_cast = dtype is not torch.float64 and autocast_of(self.rows.device.type) is not None
+        is_cast = dtype is not torch.float64 and torch.is_autocast_enabled(self.rows.device.type)
         return torch.float32 if is_cast else dtype
 
 
@@ -498,8 +511,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
 # ---- the tensor subclass -------------------------------------------------------------------------
 
 
-class LazyLogits(Tensor):
-    """The output of a converted head, or the result of an operator on it that is lazy as well."""
+class Logits(Tensor):
+    """The output of a converted head, or of an operator on it; torch.compile sees this class."""
 
     value: Any = None
 
@@ -509,18 +522,27 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs, tensor = kwargs or {}, args[0] if args else None
         with DisableTorchFunctionSubclass():
-            if isinstance(tensor, LazyLogits) and tensor.value is not None:
+            if isinstance(tensor, Logits) and tensor.value is not None:
                 value: _Value = tensor.value
-                if value.real is None and (function in _METADATA or _is_of_ddp(function)):
+                if value.real is None and function in _METADATA:
+                    return function(*args, **kwargs)
+                if value.call.bypassed and function in _WRAPPERS_USE and _is_of_wrapper():
+                    value.hooked = value.hooked or function is Tensor.register_hook
                     return function(*args, **kwargs)
                 if not value.call.computed:
                     result = value.apply(tensor, function, args[1:], kwargs)
                     if result is not None:
                         return result
+        if type(tensor).__module__ == "numpy" and is_dynamo_compiling():
+            args = torch.as_tensor(tensor), *args[1:]  # a NumPy scalar times logits
         _check_gradient(function, args)
         name = _name_of(function)
         args, kwargs = tree_map(lambda x: _read(x, name), (args, kwargs))
         return function(*args, **kwargs)
+
+
+class LazyLogits(Logits):
+    """Logits without memory."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -537,7 +559,7 @@ class LazyLogits(Tensor):
 
 
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
-reasons.not_logged.add(f"input is a {LazyLogits.__name__}")
+reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (Logits, LazyLogits))
 
 
 def _without_memory(value: _Value) -> Any:
@@ -557,7 +579,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: _Value, *inputs: Any) -> Any:  # noqa: ARG004
         ctx.value = value
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         return _without_memory(value)
 
     @staticmethod
@@ -569,7 +591,7 @@ class _Node(torch.autograd.Function):
         value.call.check()
         with DisableTorchFunctionSubclass(), value.call.modes():
             # The hidden states may also depend on the weight: paths through them end at a view.
-            inputs = [x if x is None else x.view_as(x) for x in value.call.inputs]
+            inputs: list[Any] = [x if x is None else x.view_as(x) for x in value.call.inputs]
             logits = value.compute_from(inputs)
         leaves = [x for x, need in zip(inputs, needed, strict=True) if need]
         gradients = iter(torch.autograd.grad(logits, leaves, grad, create_graph=create_graph))
@@ -592,7 +614,7 @@ def _detached(tensor: Any) -> Any:
 
 def _read(tensor: Any, reader: str) -> Any:
     """Returns the computed logits for an operator that reads them; returns others unchanged."""
-    if not isinstance(tensor, LazyLogits):
+    if not isinstance(tensor, Logits):
         return tensor
     value: _Value | None = tensor.value
     if value is None:  # torch.compile iterates over logits without __torch_function__
@@ -620,7 +642,11 @@ def _check_gradient(function: Any, args: Any) -> None:
     elif function is torch.autograd.grad:
         tensors = args[1] if isinstance(args[1], (tuple, list)) else args[1:2]
     for tensor in tensors:
-        if type(tensor) is LazyLogits and tensor.value.call.bypassed and tensor.requires_grad:
+        if not isinstance(tensor, LazyLogits) or not tensor.value.call.bypassed:
+            continue
+        with DisableTorchFunctionSubclass():
+            has_gradient = tensor.requires_grad  # not of a detached tensor
+        if has_gradient:
             raise RuntimeError(
                 "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
                 "before their loss, got it after. Call it before the loss, or call "
@@ -628,11 +654,15 @@ def _check_gradient(function: Any, args: Any) -> None:
             )
 
 
-def _is_of_ddp(function: Any) -> bool:
-    """Returns whether DistributedDataParallel reads ``grad_fn``, only to see that there is one."""
-    if function != _GRAD_FN or is_dynamo_compiling():
+def _is_of_wrapper() -> bool:
+    """Returns whether DDP or FSDP visits a model's outputs, among which is the loss."""
+    if is_dynamo_compiling():
         return False
-    return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.nn.parallel.")
+    frame: Any = sys._getframe(2)
+    while frame.f_globals.get("__name__") in ("torch.overrides", "torch._tensor"):
+        frame = frame.f_back
+    name = str(frame.f_globals.get("__name__"))
+    return name.startswith(("torch.nn.parallel.", "torch.distributed."))
 
 
 def _name_of(function: Any) -> str:

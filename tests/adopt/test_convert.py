@@ -233,26 +233,3 @@ def test_a_sharded_model_is_not_changed(tmp_path: Path) -> None:
         assert types(model) == before
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize(("rows", "is_left"), [(64, True), (4096, False)])
-def test_a_head_with_few_logits_is_left_to_torch(rows: int, is_left: bool) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(4, 10)
-
-        def forward(self, x: Tensor, target: Tensor) -> Tensor:
-            logits = self.head(x)
-            self.kind = type(logits)
-            return nn.functional.cross_entropy(logits, target)
-
-    model, plain = pyfused.convert(Model(), head="head"), Model()
-    plain.load_state_dict(model.state_dict())
-    x, target = torch.randn(rows, 4), torch.randint(10, (rows,))
-    for _ in range(2):
-        loss = model(x, target)
-        loss.backward()
-        assert (model.kind is Tensor) == is_left
-    torch.testing.assert_close(loss, plain(x, target))

@@ -531,7 +531,8 @@ def test_a_head_with_a_modified_forward(name: str, when: str) -> None:
     change, reason = CHANGES[name]
     plain, model = Model(), Model()
     change(plain.head)
-    silent = name in ("parametrised", "class")  # a subclass replaces the forward or its weight
+    # A subclass replaces the forward or its weight, an attribute the call of the forward.
+    silent = name in ("parametrised", "class") or (name, when) == ("forward", "after")
     warned = pytest.warns(RuntimeWarning, match=f"Model computes all of its logits:.*{reason}")
     if when == "after":
         pyfused.convert(model, head="head")
@@ -594,7 +595,7 @@ def test_converting_again_changes_the_options() -> None:
     assert pyfused.plan_conversion(model).left[0] == (".", "Model", "is already converted")
     pyfused.convert(model, head="head")
     assert type(model(X, TARGET)[0]) is Tensor
-    assert set(pyfused.revert(model)) == {".", "head"}
+    assert pyfused.revert(model) == (".",)
     assert type(model.head) is nn.Linear
     assert vars(model).keys() == vars(Model()).keys() | {"hidden"}
     assert vars(model.head).keys() == vars(Model().head).keys()
@@ -639,7 +640,7 @@ def test_copies(name: str, losses: list[Tensor]) -> None:
     torch.testing.assert_close(results(model), results(plain))
     assert losses
     assert model.state_dict().keys() == plain.state_dict().keys()
-    assert set(pyfused.revert(model)) == {".", "head"}
+    assert pyfused.revert(model) == (".",)
     assert type(model(X, TARGET)[0]) is Tensor
 
 
@@ -715,7 +716,7 @@ def test_operators(name: str, losses: list[Tensor]) -> None:
     change, reader = OPERATORS[name]
 
     def loss_of(model: Any) -> list[Tensor]:
-        loss = change(model, model(X))
+        loss = change(model, model(X)) + model.head.weight.sum()
         leaves = [*model.parameters()]
         return [loss, *torch.autograd.grad(loss, leaves, allow_unused=True)]
 
@@ -734,7 +735,7 @@ def test_operators(name: str, losses: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"ignore_index": None}], ids=["dtype", "ignore_index"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
 def test_torchs_errors(options: dict[str, Any], dtype: torch.dtype) -> None:
     errors = []
@@ -762,7 +763,7 @@ class Dirty(torch.autograd.Function):
 READS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "argmax": lambda logits, _: logits.argmax(-1),
     "slice": lambda logits, _: logits[:, :3] * 1,
-    "pickle": lambda logits, _: pickle.loads(pickle.dumps(logits)) * 1,
+    "pickle": lambda logits, _: pickle.loads(pickle.dumps(logits)).detach(),
     "NumPy": lambda logits, _: torch.from_numpy(logits.detach().numpy()),
     "after backward": lambda logits, loss: (loss.backward(), logits.argmax(-1))[1],
     "sum": lambda logits, loss: loss + logits.square().sum(),
@@ -926,10 +927,11 @@ def broken(_: Any, logits: Tensor) -> Tensor:
     return view + logits
 
 
-def residual(model: Any, logits: Tensor) -> Tensor:
-    """Changes the head's input in place, for another call of the head."""
-    model.hidden += 2.0
-    return logits + 0 * model.head(model.hidden).sum()
+def doubled_input(model: Any, logits: Tensor) -> Tensor:
+    """Changes the head's input in place after the head's call."""
+    with torch.no_grad():
+        model.hidden.mul_(2.0)
+    return logits
 
 
 COMPILED: list[tuple[Callable[..., Tensor], bool | None]] = [
@@ -939,7 +941,6 @@ COMPILED: list[tuple[Callable[..., Tensor], bool | None]] = [
     (view_first, False),
     (without_gradient_first, False),
     (broken, False),
-    (residual, None),
     (lambda _, x: np.float32(0.5) * x, None),
     (lambda _, x: torch.cat([*x]), None),
 ]
@@ -975,6 +976,14 @@ def test_a_compiled_model(change: Callable[..., Tensor], is_fused: bool | None) 
             logits.argmax(-1)
         with pytest.raises(AttributeError, match=r"pyfused.convert: a compiled model does not"):
             torch.argmax(logits)
+
+
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+def test_a_compiled_model_that_changes_its_hidden_states(compiler: None) -> None:
+    """The loss uses the values of the head's call."""
+    model = pyfused.convert(Model(doubled_input), head="head")
+    found = torch.compile(model, backend="aot_eager")(X, TARGET)[1]
+    torch.testing.assert_close(found, Model(doubled_input)(X, TARGET)[1])
 
 
 def test_a_compiled_loss(compiler: None, losses: list[Tensor]) -> None:

@@ -1,0 +1,68 @@
+"""Replaces the ``forward`` of other libraries' modules by changing their class to a subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import new_class
+from typing import Any
+
+MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved models keep it
+ForwardOf = Callable[[Any], Callable[..., Any]]  # returns the forward of a class's subclass
+
+
+class Fused:
+    """The first base of the subclasses, which pickle cannot import."""
+
+    _original: Any
+    _forward_of: Any
+
+    def __init_subclass__(cls) -> None:
+        """Does not call the method of the original class, which may register its subclasses."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Reduces the module as its original class does, and appends the change of its class."""
+        kind: Any = type(self)
+        self.__class__ = kind._original
+        try:
+            reduced = self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = kind
+        function, args, *state = reduced
+        return _restored, (function, args, kind._original, kind._forward_of[0]), *state
+
+
+def _restored(function: Any, args: Any, kind: Any, forward_of: ForwardOf) -> Any:
+    """Returns a module whose class is the subclass again, for pickle and copy."""
+    module = function(*args)
+    if type(module) is kind:
+        object.__setattr__(module, "__class__", _subclass(kind, forward_of))
+    return module
+
+
+@cache
+def _subclass(kind: Any, forward_of: ForwardOf) -> Any:
+    """Returns a subclass of the same name, whose forward is ``forward_of(kind)``."""
+    forward: Any = forward_of(kind)
+    # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
+    forward.__code__ = forward.__code__.replace()
+    members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members |= {"forward": forward, "_original": kind, "_forward_of": (forward_of,)}
+    return new_class(kind.__name__, (Fused, kind), {}, lambda body: body.update(members))
+
+
+def fuse(module: Any, forward_of: ForwardOf, mark: Any) -> None:
+    """Changes the class of a module to a subclass, and marks the module."""
+    vars(module)[MARK] = mark
+    if not isinstance(module, Fused):
+        module.__class__ = _subclass(type(module), forward_of)
+
+
+def is_fused(module: Any, forward_of: ForwardOf) -> bool:
+    return isinstance(module, Fused) and type(module)._forward_of[0] is forward_of
+
+
+def unfuse(module: Any) -> None:
+    """Restores the class of a module, unless a wrapper has made another subclass of it."""
+    vars(module).pop(MARK, None)
+    module.__class__ = vars(type(module)).get("_original", type(module))
