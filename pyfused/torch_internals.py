@@ -91,10 +91,6 @@ _TracingContext: Any = _required("torch._guards.TracingContext")
 _required("torch.autograd.forward_ad._current_level")
 
 
-def is_jit_tracing() -> bool:
-    return not is_dynamo_compiling() and _tracing_state() is not None
-
-
 def active_mode() -> str | None:
     """Returns the active mode that requires torch's operators instead of a kernel, or None."""
     if MISSING:
@@ -253,38 +249,15 @@ _has_any_global_hook: Callable[[], bool] = getattr(
 )
 
 
-def is_distributed(hook: Any) -> bool:
-    """Returns whether torch.distributed defines a function."""
-    return str(hook.__module__).startswith("torch.distributed.")
-
-
-def has_hooks(module: Any, distributed: bool = True) -> bool:
-    """Returns whether calling a module runs hooks, with or without torch.distributed's."""
-    forward = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+def has_hooks(module: Any) -> bool:
+    """Returns whether calling a module runs hooks."""
     return bool(
-        module._backward_hooks
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
         or module._backward_pre_hooks
         or _has_any_global_hook()
-        or (forward and (distributed or not all(map(is_distributed, forward))))
     )
-
-
-def run_pre_hooks(module: Any, args: Any) -> Any:
-    """Returns the arguments for a module's ``forward``, after its forward pre-hooks."""
-    for key, hook in module._forward_pre_hooks.items():
-        if key in module._forward_pre_hooks_with_kwargs:
-            args, _ = hook(module, args, {}) or (args, {})
-        elif (result := hook(module, args)) is not None:
-            args = result if isinstance(result, tuple) else (result,)
-    return args
-
-
-def run_forward_hooks(module: Any, args: Any, output: Any) -> Any:
-    """Returns a module's output after its forward hooks."""
-    for hook in module._forward_hooks.values():
-        result = hook(module, args, output)
-        output = output if result is None else result
-    return output
 
 
 def fsdp_policy(module: Any) -> Any:
