@@ -35,7 +35,8 @@ class Fused:
 def _restored(function: Any, args: Any, kind: Any, forward_of: ForwardOf) -> Any:
     """Returns a module whose class is the subclass again, for pickle and copy."""
     module = function(*args)
-    if type(module) is kind:
+    is_original = type(module) is kind
+    if is_original:
         object.__setattr__(module, "__class__", _subclass(kind, forward_of))
     return module
 
@@ -55,7 +56,8 @@ def fuse(module: Any, forward_of: ForwardOf, mark: Any) -> None:
     """Changes the class of a module to a subclass, and marks the module."""
     vars(module)[MARK] = mark
     if not isinstance(module, Fused):
-        module.__class__ = _subclass(type(module), forward_of)
+        kind: Any = type(module)
+        module.__class__ = _subclass(kind, forward_of)
 
 
 def is_fused(module: Any, forward_of: ForwardOf) -> bool:
