@@ -40,10 +40,17 @@ from pyfused.torch_internals import DisableTorchFunctionSubclass, tree_map, vers
 
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
-    *(Tensor.is_floating_point, Tensor.element_size, Tensor.get_device, Tensor.__hash__),
+    *(
+        torch.is_floating_point,
+        Tensor.is_floating_point,
+        Tensor.element_size,
+        Tensor.get_device,
+        Tensor.__hash__,
+    ),
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_nested")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "_base")),
     *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_sparse", "is_meta")),
+    getattr(Tensor, "is_nested").__get__,  # noqa: B009
 }
 _OF_GRADIENTS = {
     *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
