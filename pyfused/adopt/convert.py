@@ -178,7 +178,7 @@ def _step(model: Module, batch: Any) -> dict[str, torch.Tensor]:
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
     """Returns what differs by more than rounding, None if nothing does."""
     largest = max(float(x.abs().max()) for x in expected.values())
-    for name in expected.keys() | found.keys():
+    for name in dict.fromkeys((*expected, *found)):
         x, y = found.get(name), expected.get(name)
         if x is None or y is None:
             return f"a gradient of {name} only {'before' if x is None else 'after'} the conversion"

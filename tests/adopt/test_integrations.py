@@ -269,7 +269,7 @@ def test_compiled_language_models(name: str) -> None:
         warnings.simplefilter("always")
         found = language_models.step(torch.compile(model, backend="aot_eager"))
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-4, atol=1e-5)
-    assert not found[2]
+    assert found[2] == (name != "LlamaForCausalLM")  # the others create loss modules, or break
     assert "pyfused" not in str([*counters["graph_break"], *(str(w.message) for w in warned)])
 
 
