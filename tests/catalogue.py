@@ -133,7 +133,7 @@ def reference(call: Call, **given: Any) -> Any:
     if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not supported by all options
         given["target"] = given["target"].long()
     name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
-    in_torch = call.op.in_torch and call.op not in WITH_OPTIONS
+    in_torch = hasattr(torch.nn.functional, call.op.name) and call.op not in WITH_OPTIONS
     return stacked(call, torch_function(call.op, "" if in_torch else name), given)
 
 

@@ -20,7 +20,7 @@ def torch_function(op: Operator, name: str = "") -> Callable[..., Any]:
     Args:
         name: The name of a function that torch lacks, if it differs from the operator's.
     """
-    if op.in_torch and not name:
+    if hasattr(F, op.name) and not name:
         return original(getattr(F, op.name))
     return redirected(getattr(fused, name or op.name), run=by_torch)
 

@@ -156,11 +156,12 @@ class _BuiltIn:
     @cached_property
     def ours(self) -> Any:
         op, torch_function = self.op, self.unpatched
-        method, needed, count = self.owner is Tensor, len(op.built_in), len(op.operands)
         defaults = parameters_of(getattr(functional, op.name))
+        first = [name for name, default in defaults.items() if default is ... or name == "dim"]
+        method, needed, count = self.owner is Tensor, len(first), len(op.operands)
         by_name = [name for name in [*defaults][1:] if name != "inplace" and name[0] != "_"]
-        by_place = (*op.built_in, *by_name[needed - 1 :]) if needed > 1 else op.built_in
-        required, known = {*op.built_in}, {*op.built_in, *by_name}
+        by_place = (*first, *by_name[needed - 1 :]) if needed > 1 else first
+        required, known = {*first}, {*first, *by_name}
         defaults |= {"stacklevel": defaults.get("_stacklevel")}
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -297,7 +298,7 @@ def _sites() -> Iterator[_Function | _BuiltIn]:
     for op in OPERATORS.values():
         if not isinstance(getattr(F, op.name, None), (*C_FUNCTIONS, NoneType)):
             yield _Function(op)
-        for owner in (F, torch, Tensor) if op.built_in else ():
+        for owner in () if "reduction" in op.fields else (F, torch, Tensor):
             if isinstance(getattr(owner, op.name, None), C_FUNCTIONS):
                 yield _BuiltIn(owner, op)
 

@@ -91,11 +91,7 @@ class Operator(ABC):
             torch's function.
         fallback_reason: Takes the tensors and the options for planning; returns why torch's
             operator has to compute the call, None if a kernel can.
-        number_reason: Like `fallback_reason`, but takes the numbers.
-        built_in: The arguments that torch's built-in functions of this name require; () if users
-            do not call them.
 
-        in_torch: Whether torch has a function of this name.
         all_operands: The operands and the factors.
         names: The names of the arguments.
         fields: The names of the options; the numbers come first.
@@ -119,10 +115,7 @@ class Operator(ABC):
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     fast: Callable[..., Any] | None = None
     fallback_reason: Callable[..., str | None] | None = None
-    number_reason: Callable[..., str | None] | None = None
-    built_in: tuple[str, ...] = ()
 
-    in_torch: bool = field(init=False)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
@@ -136,14 +129,13 @@ class Operator(ABC):
     strategy: ClassVar[str] = "element by element"
 
     def __post_init__(self) -> None:
-        self.in_torch = hasattr(originals.F, self.name)  # stored, because Dynamo cannot trace it
         self._declare_options()
         self.all_operands = *self.operands, *self.factors
         self.names = *[operand.name for operand in self.all_operands], *self.fields
         self.cases = lru_cache(maxsize=256)(self._cases)
         self.family = type(self).__name__
         self.is_linear = "linear_weight" in self.names
-        if self.fast is None and self.in_torch and not self.factors:
+        if self.fast is None and not self.factors and hasattr(originals.F, self.name):
             self.fast = self.torch
 
     # ---- options ---------------------------------------------------------------------------------
@@ -182,8 +174,6 @@ class Operator(ABC):
             if not is_valid and (reason := self.invalid_number(scalar, value)):
                 return reason
             cases.append(case)
-        if self.number_reason is not None and (reason := self.number_reason(*numbers)):
-            return reason
         return tuple(cases)
 
     def invalid_number(self, scalar: Scalar, value: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,14 +30,16 @@ class Activation(SpecializedOperator):
         gradient: The gradient of the input, given grad_output, the saved tensor and each option.
             None derives it from the formula, if the input is saved.
         checks: Whether torch's Python function raises for numbers that the built-in one accepts.
+        number_reason: Takes the numbers; returns why torch's operator has to compute the call, None
+            if a kernel can.
         saves: The tensor that the gradient is computed from, "input" or "output", as in torch.
     """
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Tensor] | None = None
     saves: str = "input"
-    built_in: tuple[str, ...] = ("input",)
     checks: bool = False
+    number_reason: Callable[..., str | None] = lambda *_: None
 
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves != "input":
@@ -46,7 +48,7 @@ class Activation(SpecializedOperator):
         if self.torch is None:
             self.torch = lambda input, options: function(input, *options)
         super().__post_init__()
-        if self.in_torch and not self.checks and self.fast is self.torch:
+        if function is not self.formula and not self.checks and self.fast is self.torch:
             # torch's built-in function has less overhead.
             fast = getattr(torch, self.name, None) or built_in(self.name, function)
             self.fast = lambda input, options: fast(input, *options)
@@ -61,6 +63,9 @@ class Activation(SpecializedOperator):
 
     def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
         return input.dim()
+
+    def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
+        return self.number_reason(*numbers) or super()._cases(numbers)
 
     def invalid_number(self, scalar: Scalar, value: Any) -> str:
         return f"{scalar.name} is {value!r}"

@@ -601,7 +601,6 @@ def _between(low: Tensor | float, input: Tensor, high: Tensor | float) -> Tensor
 THRESHOLD = Activation(
     name="threshold",
     module="Threshold",
-    built_in=("input", "threshold", "value"),
     numbers=(Scalar("threshold", 0.25), Scalar("value", -1.5)),
     formula=lambda input, threshold, value: torch.where(input <= threshold, value, input),
     gradient=lambda grad_output, input, threshold, _: torch.where(

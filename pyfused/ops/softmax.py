@@ -24,7 +24,6 @@ class Softmax(Operator):
     """Softmax or log-softmax along one dimension."""
 
     choices: tuple[Any, ...] = ("dim", "dtype", "stacklevel")
-    built_in: tuple[str, ...] = ("input", "dim")
     saves: ClassVar[str] = "output"
     strategy = "row by row, or several rows at a time"
 

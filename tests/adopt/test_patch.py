@@ -28,11 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyfused
 from pyfused import checks
 from pyfused.dispatch import reasons
+from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.softmax import Softmax
 from pyfused.torch_internals import dynamo_table
 
 NAMES = [name for name in OPERATORS if isinstance(getattr(F, name, None), FunctionType)]
-BUILT_IN = [name for name, op in OPERATORS.items() if op.built_in]
+BUILT_IN = [name for name, op in OPERATORS.items() if isinstance(op, (Activation, Softmax))]
 OWNERS = (
     *((F, name) for name in NAMES),
     *(
