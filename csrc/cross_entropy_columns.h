@@ -63,7 +63,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     for (int64_t i = 0; i < k; ++i) {
       const A weight = ce.weight ? ce.weight[c + i] : A(1);
       for (int64_t b = 0; b < kColumns; ++b) {
-        w[i][b] = weight * (prob_weight * (ce.target ? A(0) : w[i][b]) + smooth_bias);
+        w[i][b] = soft_target(weight, ce.target ? A(0) : w[i][b], prob_weight, smooth_bias);
       }
     }
   }

@@ -86,7 +86,7 @@ template <class T, bool kInPlace> class RowBlock {
     }
     load(y, stride, w, n);
     for (int64_t k = 0; !plain && k < n; ++k) {
-      w[k] = (weight ? weight[k] : A(1)) * (prob_weight * w[k] + smooth_bias);
+      w[k] = soft_target(weight ? weight[k] : A(1), w[k], prob_weight, smooth_bias);
     }
     return w;
   }

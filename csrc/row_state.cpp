@@ -52,13 +52,11 @@ template <class T, bool kInPlace> class LogitRow {
       if (kFindsMaximum) raise_maximum(x, first, n);
       if (smooths) add_weighted(smooth, x, first, n);
     });
-    const double log_sum = std::log(state.sum), pivot = double(state.pivot);
-    const double log_p = (target_logit - pivot) - log_sum;
-    const double entropy = log_sum - state.weighted / state.sum;
-    // Rounding could make the log-probability positive; NaN is kept.
-    value(kLogP) = log_p > 0 ? 0 : log_p;
-    value(kEntropy) = entropy < 0 ? 0 : entropy;
-    value(kLse) = pivot + log_sum;
+    const double pivot = double(state.pivot);
+    const RowResults results(pivot, state.sum, state.weighted, target_logit);
+    value(kLogP) = results.log_p;
+    value(kEntropy) = results.entropy;
+    value(kLse) = results.lse;
     value(kPivot) = pivot;
     value(kSum) = state.sum;
     value(kWeighted) = state.weighted;

@@ -15,15 +15,15 @@
 //   s    = -g_smooth
 //   t    = -g_log_p
 //
-// Cross-entropy, with F = 1 without gamma:
+// Cross-entropy:
 //
-//   loss  = one_hot F(-log_p) + smooth_weight sum_c w_c (lse - x_c) + z_loss lse^2
+//   loss   = one_hot F(-log_p) + smooth_weight sum_c w_c (lse - x_c) + z_loss lse^2
 //   F(nll) = (1 - exp(-nll))^gamma nll
 //
-//                  smooth_weight  w_c                                  one_hot
-//   class indices  smoothing / C  weight_c                             (1 - smoothing) weight_t
-//   probabilities  1 - smoothing  weight_c (y_c + smoothing / C / smooth_weight)     0
-//   smoothing 1    1 / C          weight_c                             0
+//                  smooth_weight  w_c                                         one_hot
+//   class indices  smoothing / C  weight_c                                    (1 - smoothing) w_t
+//   probabilities  1 - smoothing  weight_c (y_c + smoothing/C/smooth_weight)  0
+//   smoothing 1    1 / C          weight_c                                    0
 //
 // The last line is for probabilities y with smoothing 1.
 // smooth_weight multiplies sums in double; rounded to a float, it would bias all terms alike.
@@ -34,6 +34,20 @@
 #include "vec.h"
 
 namespace pyfused {
+
+struct RowResults {
+  double log_p, entropy, lse;
+
+  // Rounding could make log_p positive or the entropy negative; NaN is kept.
+  RowResults(double pivot, double sum, double weighted, double target_logit) {
+    const double log_sum = std::log(sum);
+    log_p = (target_logit - pivot) - log_sum;
+    log_p = log_p > 0 ? 0 : log_p;
+    entropy = log_sum - weighted / sum;
+    entropy = entropy < 0 ? 0 : entropy;
+    lse = pivot + log_sum;
+  }
+};
 
 // The derivatives of a loss by the results of a row.
 struct ResultGradients {
@@ -62,6 +76,12 @@ PYFUSED_INLINE RowTerms row_terms(const ResultGradients& g, double sum, double w
 struct LossOptions {
   double smooth_weight, gamma, z_loss;
 };
+
+// w_c, with prob_weight 0 for class indices and for smoothing 1.
+template <class A>
+PYFUSED_INLINE A soft_target(A weight, A probability, A prob_weight, A smooth_bias) {
+  return weight * (prob_weight * probability + smooth_bias);
+}
 
 // The factors of the focal loss and of its derivative.
 struct FocalFactors {
