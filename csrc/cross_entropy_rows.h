@@ -25,7 +25,6 @@ template <class T, bool kInPlace> class RowBlock {
   double run() {
     rows.find_targets(ce, first, n, n);
     if (ce.target && ce.dense() && !ce.weight) std::fill_n(w, std::min(kChunk, ce.classes), A(1));
-    const auto ignore = [](const auto*, int64_t, int64_t) {};
     A next_max = first_max(0);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t position = first + i;
@@ -41,8 +40,7 @@ template <class T, bool kInPlace> class RowBlock {
         continue;
       }
       if (rows.label[i] >= 0) rows.target_logit[i] = widen(*row.chunk(rows.label[i], 1));
-      keeps ? row.template read<true, false>(grad, ignore, row_max)
-            : row.template read<false, false>(grad, ignore, row_max);
+      keeps ? read<true>(row, i, grad, row_max) : read<false>(row, i, grad, row_max);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
     }
@@ -91,15 +89,35 @@ template <class T, bool kInPlace> class RowBlock {
     return w;
   }
 
-  void find_distance(OneRow& row, int64_t i) {
-    const A high = pivot[i], low = A(rows.log_sum[i]);
+  void add_weights(Sum& to, int64_t i, int64_t at, int64_t n) {
+    const A* const w = weights(i, at, n);
+    add_terms<A>(to, n, [=](int64_t k) { return w[k]; });
+  }
+
+  // Adds w (pivot - x + shift).
+  template <class U>
+  void add_distance(Sum& to, const U* x, A pivot, A shift, int64_t i, int64_t at, int64_t n) {
+    const A* const w = weights(i, at, n);
+    add_terms<A>(to, n, [=](int64_t k) { return w[k] * ((pivot - widen(x[k])) + shift); });
+  }
+
+  // Finds the state of a row, and its distance relative to the pivot.
+  template <bool Keeps> void read(OneRow& row, int64_t i, T* grad, A row_max) {
     Sum distance, weight_sum;
-    for_chunks(ce.classes, [&](int64_t, int64_t at, int64_t n) {
-      const auto* const x = row.chunk(at, n);
-      const A* const w = weights(i, at, n);
-      add_terms<A>(distance, n, [=](int64_t k) { return w[k] * ((high - widen(x[k])) + low); });
-      if (!ce.target) add_terms<A>(weight_sum, n, [=](int64_t k) { return w[k]; });
-    });
+    A previous = 0;
+    const auto add_chunk = [&](const auto* x, int64_t at, int64_t n) {
+      const A high = row.state.pivot;
+      if (!ce.dense()) return;
+      if (at > 0 && high != previous) {
+        Sum before;
+        for_chunks(at, [&](int64_t, int64_t at, int64_t n) { add_weights(before, i, at, n); });
+        distance.add((double(high) - double(previous)) * before.value());
+      }
+      previous = high;
+      add_distance(distance, x, high, 0, i, at, n);
+      if (!ce.target) add_weights(weight_sum, i, at, n);
+    };
+    row.template read<Keeps, false>(grad, add_chunk, row_max);
     rows.distance[i] = distance.value();
     if (!ce.target) rows.weight_sum[i] = weight_sum.value();
   }
@@ -113,9 +131,22 @@ template <class T, bool kInPlace> class RowBlock {
       rows.log_sum[i] = std::log(sum[i]);
       lse = double(high) + rows.log_sum[i];
     }
-    if (ce.dense()) find_distance(row, i);
+    if (ce.dense()) rows.distance[i] += rows.weight_sum[i] * rows.log_sum[i];
+    if (ce.dense() && std::isnan(rows.distance[i])) {
+      // An infinite weight times a pivot - x of 0 is NaN, but times lse - x it is not.
+      Sum distance;
+      const A low = A(rows.log_sum[i]);
+      for_chunks(ce.classes, [&](int64_t, int64_t at, int64_t n) {
+        add_distance(distance, row.chunk(at, n), high, low, i, at, n);
+      });
+      rows.distance[i] = distance.value();
+    }
     if (ce.gamma > 0) rows.add_focal_factor(ce, i, high);
-    const RowTerms terms = rows.find_terms(ce.options, i, high, sum[i], lse, ce.scale);
+    const double* const slopes = ce.gamma > 0 ? rows.slope : rows.target_weight;
+    const auto find = [&](auto dense) {
+      return rows.template find_terms<dense>(ce.options, slopes, i, high, sum[i], lse, ce.scale);
+    };
+    const RowTerms terms = ce.dense() ? find(std::true_type()) : find(std::false_type());
     if (ce.grad_probabilities.data) write_probability_gradient(row, i);
     if (!grad) return;
     row.write_gradient(terms, keeps, grad, ce.streams,

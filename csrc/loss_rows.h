@@ -29,7 +29,7 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
     const bool reads = !ce.target && rest > 0;
     prob_weight = reads;
     smooth_bias = reads ? uniform / rest : 1;
-    options = {reads ? rest : uniform, ce.gamma, ce.z_loss};
+    options = {ce.target ? rest : 0, reads ? rest : uniform, ce.gamma, ce.z_loss};
   }
 
   bool has_position_scale() const {
@@ -63,9 +63,8 @@ template <class T, int64_t kRows> struct LossRows {
   bool any_ignored = false;
   int64_t label[kRows];  // -1 for a position that is ignored, or without a class index
   alignas(kVectorBytes) Lanes row_scale;
-  alignas(kVectorBytes) Lanes target_weight;
-  alignas(kVectorBytes) Lanes one_hot;  // times the focal factor, once it is known
-  alignas(kVectorBytes) Lanes slope;  // the derivative of the term with one_hot
+  alignas(kVectorBytes) Lanes target_weight;  // with gamma: times the focal factor
+  alignas(kVectorBytes) Lanes slope;  // with gamma: target_weight times the factor's slope
   alignas(kVectorBytes) Lanes distance;  // sum_c w_c (lse - x_c), where it is dense
   alignas(kVectorBytes) Lanes weight_sum;  // sum_c w_c, where it is dense
   alignas(kVectorBytes) Lanes log_sum;
@@ -87,15 +86,12 @@ template <class T, int64_t kRows> struct LossRows {
     for (int64_t i = 0; i < n; ++i) ignored += ce.ignored(first + i);
     any_ignored = ignored > 0;
     for (int64_t i = 0; any_ignored && i < n; ++i) label[i] = ce.ignored(first + i) ? -1 : label[i];
-    const double hard = 1 - ce.label_smoothing;
     for (int64_t i = 0; i < lanes; ++i) target_weight[i] = label[i] < 0 ? 0 : 1;
     for (int64_t i = 0; ce.weight && i < n; ++i) {
       if (label[i] >= 0) target_weight[i] = double(ce.weight[label[i]]);
     }
-    for (int64_t i = 0; i < lanes; ++i) one_hot[i] = slope[i] = hard * target_weight[i];
     std::fill_n(target_logit, lanes, A(0));
-    std::fill_n(distance, lanes, 0.0);
-    std::fill_n(weight_sum, lanes, ce.dense() ? ce.weight_sum : 0.0);
+    if (ce.dense()) std::fill_n(weight_sum, lanes, ce.weight_sum);
   }
 
   template <class S> PYFUSED_INLINE void find_log_sums(const S* sum, int64_t n) {
@@ -106,13 +102,16 @@ template <class T, int64_t kRows> struct LossRows {
   // Called once for each position, where there is a gamma.
   void add_focal_factor(const CrossEntropyBatch<T>& ce, int64_t i, A pivot) {
     const FocalFactors focal(ce.gamma, log_sum[i] + double(pivot - target_logit[i]));
-    one_hot[i] *= focal.loss;
-    slope[i] *= focal.slope;
+    slope[i] = target_weight[i] * focal.slope;
+    target_weight[i] *= focal.loss;
   }
 
-  PYFUSED_INLINE RowTerms find_terms(const LossOptions& options, int64_t i, A pivot, double sum,
-                                     double lse, double scale) {
-    const ResultGradients g = cross_entropy_gradients(options, slope[i], weight_sum[i], lse);
+  // kDense: without smoothing or probabilities, w is 0.
+  template <bool kDense>
+  PYFUSED_INLINE RowTerms find_terms(const LossOptions& options, const double* slope, int64_t i,
+                                     A pivot, double sum, double lse, double scale) {
+    const double weights = kDense ? weight_sum[i] : 0;
+    const ResultGradients g = cross_entropy_gradients(options, slope[i], weights, lse);
     const RowTerms terms = row_terms(g, sum, 0, row_scale[i] * scale);
     const double e = double(exp_shifted(target_logit[i] - pivot));
     at_target[i] = A(terms.at_target(e, 0, target_weight[i]));
@@ -120,28 +119,37 @@ template <class T, int64_t kRows> struct LossRows {
   }
 
   // The terms of all positions, from their log_sum.
-  template <class S> PYFUSED_INLINE void find_terms(const CrossEntropyBatch<T>& ce, int64_t n,
-                                                    const A* pivot, const S* sum) {
+  template <class S>
+  void find_terms(const CrossEntropyBatch<T>& ce, int64_t n, const A* pivot, const S* sum) {
     for (int64_t i = 0; ce.gamma > 0 && i < n; ++i) {
       if (label[i] >= 0) add_focal_factor(ce, i, pivot[i]);
     }
-    const LossOptions options = ce.options;
+    const double* const slopes = ce.gamma > 0 ? slope : target_weight;
+    ce.dense() ? find_all_terms<true>(ce, ce.options, slopes, pivot, sum)
+               : find_all_terms<false>(ce, {1, 0, ce.gamma, ce.z_loss}, slopes, pivot, sum);
+  }
+
+  template <bool kDense, class S>
+  PYFUSED_INLINE void find_all_terms(const CrossEntropyBatch<T>& ce, const LossOptions options,
+                                     const double* slopes, const A* pivot, const S* sum) {
     const double scale = ce.scale;
     PYFUSED_SIMD()
     for (int64_t i = 0; i < kRows; ++i) {
       const double lse = double(pivot[i]) + log_sum[i];
-      const RowTerms terms = find_terms(options, i, pivot[i], double(sum[i]), lse, scale);
+      const RowTerms terms =
+          find_terms<kDense>(options, slopes, i, pivot[i], double(sum[i]), lse, scale);
       a[i] = A(terms.a);
-      s[i] = A(terms.s);
+      if (kDense) s[i] = A(terms.s);
     }
   }
 
   PYFUSED_INLINE void find_losses(const CrossEntropyBatch<T>& ce, int64_t n, const A* pivot) {
     const LossOptions options = ce.options;
+    const bool dense = ce.dense();
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) {
-      loss[i] = cross_entropy_loss(options, one_hot[i], double(target_logit[i] - pivot[i]),
-                                   distance[i], log_sum[i], double(pivot[i]));
+      loss[i] = cross_entropy_loss(options, target_weight[i], double(target_logit[i] - pivot[i]),
+                                   dense ? distance[i] : 0, log_sum[i], double(pivot[i]));
     }
   }
 };

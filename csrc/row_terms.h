@@ -74,7 +74,7 @@ PYFUSED_INLINE RowTerms row_terms(const ResultGradients& g, double sum, double w
 }
 
 struct LossOptions {
-  double smooth_weight, gamma, z_loss;
+  double hard, smooth_weight, gamma, z_loss;  // one_hot is hard times the target's weight
 };
 
 // w_c, with prob_weight 0 for class indices and for smoothing 1.
@@ -96,19 +96,19 @@ struct FocalFactors {
   }
 };
 
-// one_hot includes the focal factor. shifted = x_t - pivot; distance = sum_c w_c (lse - x_c), where
-// lse - x_c is added before it is multiplied: the product of an infinite weight with 0 is NaN.
-PYFUSED_INLINE double cross_entropy_loss(const LossOptions& options, double one_hot, double shifted,
-                                         double distance, double log_sum, double pivot) {
+// weight_t includes the focal factor. shifted = x_t - pivot; distance = sum_c w_c (lse - x_c).
+PYFUSED_INLINE double cross_entropy_loss(const LossOptions& options, double weight_t,
+                                         double shifted, double distance, double log_sum,
+                                         double pivot) {
   const double lse = pivot + log_sum;
-  return one_hot * (log_sum - shifted) + options.smooth_weight * distance +
+  return options.hard * weight_t * (log_sum - shifted) + options.smooth_weight * distance +
          options.z_loss * lse * lse;
 }
 
-// slope is one_hot times the derivative of F.
+// slope is weight_t times the derivative of F.
 PYFUSED_INLINE ResultGradients cross_entropy_gradients(const LossOptions& options, double slope,
                                                        double weight_sum, double lse) {
-  return {-slope, 0, options.smooth_weight * weight_sum + 2 * options.z_loss * lse,
+  return {-options.hard * slope, 0, options.smooth_weight * weight_sum + 2 * options.z_loss * lse,
           -options.smooth_weight};
 }
 
