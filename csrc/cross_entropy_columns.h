@@ -78,6 +78,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   void find_distance() {
     alignas(kVectorBytes) A low[kColumns];
     double weight_sum[kColumns] = {};
+    std::fill_n(rows.distance, kColumns, 0.0);
     for (int64_t b = 0; b < kColumns; ++b) low[b] = A(rows.log_sum[b]);
     for_tiles([&](int64_t c, int64_t k) {
       load_weights(c, k);
