@@ -22,7 +22,6 @@ from compare import DEVICE, Extended, extended
 from torch import Tensor
 from torch_reference import parameters, torch_function
 
-from pyfused import checks
 from pyfused import functional as fused
 from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.activation import Activation
@@ -415,36 +414,12 @@ class Loss:
         return tuple(o.name for o in self.operands if o.optional)
 
     @property
-    def values(self) -> dict[str, Any]:
-        """Returns the options by name."""
-        return parameters(self.op) | self.parameters
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """Returns the flags in effect; each combination has its own kernel."""
-        flags = [x.name for x in self.op.choices if True in x.values]
-        return tuple(name for name in flags if self.values[name])
-
-    @property
-    def kernel(self) -> str:
-        name = self.op.kernel_of([self.values[x.name] for x in self.op.parameters])
-        return "_".join([name, *self.further])
-
-    @property
     def bounded(self) -> tuple[Operand, ...]:
         """Returns the operands with bounds that depend on the parameters."""
         if self.parameters.get("log_input") is not False:
             return self.operands
         rate, *others = self.operands
         return rate._replace(low=0.0), *others
-
-    @property
-    def broadcasts(self) -> bool:
-        """Returns whether the kernel supports inputs and targets of different shapes."""
-        against = self.op.fallback_reason
-        reason = against and against(*(torch.empty(n) for n in range(1, 1 + len(self.operands))))
-        any_shape = all(o.shape is checks.broadcasts for o in self.op.variables[1:])
-        return any_shape and not reason
 
     @property
     def takes_weight(self) -> bool:
@@ -514,6 +489,5 @@ def losses() -> list[Loss]:
 
 LOSSES = losses()
 FIRST = list({loss.op: loss for loss in reversed(LOSSES)}.values())[::-1]  # one per operator
-BROADCASTING = [loss for loss in LOSSES if loss.broadcasts]
 GATED = [OPERATORS[name] for name in ("swiglu", "geglu", "reglu")]
 ACTIVATIONS = [op for op in OPERATORS.values() if isinstance(op, Activation)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import logging
 import math
 import pickle
 import sys
@@ -689,10 +688,6 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
 # ---- fallbacks -----------------------------------------------------------------------------------
 
 
-class Sub(Tensor):
-    pass
-
-
 @pytest.mark.cpu
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -709,18 +704,6 @@ def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls
     nested = torch.nested.as_nested_tensor([torch.randn(2), torch.randn(3)])
     assert pyfused.activation(lambda a, b: a * b)(nested, nested).is_nested
     assert kernel_calls[wing.op.name] == 3
-
-
-def test_explain_and_log(caplog: pytest.LogCaptureFixture) -> None:
-    input, target = operands_of("wing", 20)
-    assert " 2 tensors read, 2 written" in wing.explain()
-    assert " 1 tensor read, 2 written" in mish.explain()
-    assert str(wing.explain(input, target)) == str(pyfused.explain(wing, input, target))
-    assert wing.explain(input, target).backend != "torch"
-    assert pyfused.explain(wing.module(omega=2.0), input, target).backend != "torch"
-    caplog.set_level(logging.INFO, "pyfused")
-    wing(input.as_subclass(Sub), target)
-    assert "formulas.wing: torch: input is a Sub" in caplog.text
 
 
 # ---- formulas as objects -------------------------------------------------------------------------
@@ -925,16 +908,6 @@ def test_objects_from_outside(held: Any) -> None:
         assert formula.explain(x).backend == "torch"
         if not isinstance(held, tuple):
             assert torch.equal(formula(x), function(x))
-
-
-def test_imports_in_a_formula() -> None:
-    def function(input: Tensor) -> Tensor:
-        import random
-
-        return random.random() * input
-
-    with pytest.warns(RuntimeWarning, match="it imports random; import it outside"):
-        pyfused.activation(function)
 
 
 def test_formulas_are_freed() -> None:

@@ -9,7 +9,7 @@ import runpy
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grid
 import mpmath
@@ -110,50 +110,51 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-FLOAT32 = [
-    Row("exp_float32", np.exp, -87.33, -0.0, 1.01),
-    Row("exponentials_float32", np.exp, -87.33, -0.0, 1.9, growth=1 / 30),
-    Row("exp_float32", np.exp, 0.0, 7.0, 1.01),
-    Row("exponentials_float32", np.exp, 0.0, 7.0, 2.0, growth=1 / 30),
-    Row("third_of_exponentials_float32", third_of_exp, -85.0, -0.0, 3.2, growth=1 / 30),
-    Row("log_of_float32", np.log, 2.0**-126, 2.0**127, 1.5),
-    Row("log1p_of_float32", np.log1p, -1.0 + 2.0**-22, -(2.0**-126), 3.0),
-    Row("log1p_of_float32", np.log1p, 0.0, 2.0**127, 3.0),
-    Row("exp_of_float32", np.exp, -200.0, -0.0, 1.5),
-    Row("exp_of_float32", np.exp, 0.0, 88.72, 1.01),
-    Row("softplus_float32", softplus, -200.0, -0.0, 3.0),
-    Row("softplus_float32", softplus, 0.0, 100.0, 3.0),
-    Row("sigmoid_float32", sigmoid, -200.0, -0.0, 3.0),
-    Row("tanh_of_float32", np.tanh, 0.0, 100.0, 3.0),
-    Row("tanh_of_float32", np.tanh, -100.0, -0.0, 3.0),
-    Row("sigmoid_float32", sigmoid, 0.0, 100.0, 3.0),
-    Row("expm1_of_float32", np.expm1, -100.0, -0.0, 2.0, least=2.0**-126),
-    Row("expm1_of_float32", np.expm1, 0.0, 88.72, 2.0, least=2.0**-126),
-    Row("sine_float32", np.sin, 0.0, 8192.0, 2.5, least=2.0**-12),
-    Row("cosine_float32", np.cos, -8192.0, -0.0, 2.5, least=2.0**-12),
-    Row("power_float32", lambda x: x ** float(np.float32(0.7)), 2.0**-126, 2.0**127, 1.3),
-    Row("steep_power_float32", lambda x: x ** float(np.float32(-12.3)), 1e-3, 1e5, 1.8),
-]
-FLOAT64 = [
-    Row("exp_float64", np.exp, -708.0, -0.0, 1.0),
-    Row("log_float64", np.log, 1.0, 2.0**60, 1.5, least=1.0),
-    Row("exp_float64", np.exp, 0.0, 7.0, 1.0),
-    Row("log_of_float64", np.log, 2.0**-1022, 2.0**1023, 1.5),
-    Row("log1p_of_float64", np.log1p, -1.0 + 2.0**-50, -(2.0**-1022), 3.0),
-    Row("log1p_of_float64", np.log1p, 0.0, 2.0**1023, 3.0),
-    Row("exp_of_float64", np.exp, -800.0, -0.0, 1.5),
-    Row("exp_of_float64", np.exp, 0.0, 709.78, 1.0),
-    Row("softplus_float64", softplus, -800.0, -0.0, 3.0),
-    Row("softplus_float64", softplus, 0.0, 800.0, 3.0),
-    Row("sigmoid_float64", sigmoid, -800.0, -0.0, 3.0),
-    Row("tanh_of_float64", np.tanh, 0.0, 100.0, 3.0),
-    Row("tanh_of_float64", np.tanh, -100.0, -0.0, 3.0),
-    Row("sigmoid_float64", sigmoid, 0.0, 800.0, 3.0),
-    Row("expm1_of_float64", np.expm1, -800.0, -0.0, 2.0, least=2.0**-1022),
-    Row("expm1_of_float64", np.expm1, 0.0, 709.78, 2.0, least=2.0**-1022),
-    Row("sine_float64", np.sin, 0.0, 2.0**20, 2.5, least=2.0**-12),
-    Row("cosine_float64", np.cos, -(2.0**20), -0.0, 2.5, least=2.0**-12),
-]
+def rows(dtype: str, *given: tuple[Any, ...]) -> list[Row]:
+    """Returns rows for the nonpositive and the nonnegative numbers of each range."""
+    found = []
+    for name, reference, low, high, *limits in given:
+        parts = [(low, -0.0), (0.0, high)] if low < 0 < high else [(low, high)]
+        found += [Row(f"{name}_{dtype}", reference, *part, *limits) for part in parts]
+    return found
+
+
+FLOAT32 = rows(
+    "float32",
+    ("exp", np.exp, -87.33, 7.0, 1.01),
+    ("exponentials", np.exp, -87.33, -0.0, 1.9, 1 / 30),
+    ("exponentials", np.exp, 0.0, 7.0, 2.0, 1 / 30),
+    ("third_of_exponentials", third_of_exp, -85.0, -0.0, 3.2, 1 / 30),
+    ("log_of", np.log, 2.0**-126, 2.0**127, 1.5),
+    ("log1p_of", np.log1p, -1.0 + 2.0**-22, -(2.0**-126), 3.0),
+    ("log1p_of", np.log1p, 0.0, 2.0**127, 3.0),
+    ("exp_of", np.exp, -200.0, -0.0, 1.5),
+    ("exp_of", np.exp, 0.0, 88.72, 1.01),
+    ("softplus", softplus, -200.0, 100.0, 3.0),
+    ("sigmoid", sigmoid, -200.0, 100.0, 3.0),
+    ("tanh_of", np.tanh, -100.0, 100.0, 3.0),
+    ("expm1_of", np.expm1, -100.0, 88.72, 2.0, 0.0, 2.0**-126),
+    ("sine", np.sin, 0.0, 8192.0, 2.5, 0.0, 2.0**-12),
+    ("cosine", np.cos, -8192.0, -0.0, 2.5, 0.0, 2.0**-12),
+    ("power", lambda x: x ** float(np.float32(0.7)), 2.0**-126, 2.0**127, 1.3),
+    ("steep_power", lambda x: x ** float(np.float32(-12.3)), 1e-3, 1e5, 1.8),
+)
+FLOAT64 = rows(
+    "float64",
+    ("exp", np.exp, -708.0, 7.0, 1.0),
+    ("log", np.log, 1.0, 2.0**60, 1.5, 0.0, 1.0),
+    ("log_of", np.log, 2.0**-1022, 2.0**1023, 1.5),
+    ("log1p_of", np.log1p, -1.0 + 2.0**-50, -(2.0**-1022), 3.0),
+    ("log1p_of", np.log1p, 0.0, 2.0**1023, 3.0),
+    ("exp_of", np.exp, -800.0, -0.0, 1.5),
+    ("exp_of", np.exp, 0.0, 709.78, 1.0),
+    ("softplus", softplus, -800.0, 800.0, 3.0),
+    ("sigmoid", sigmoid, -800.0, 800.0, 3.0),
+    ("tanh_of", np.tanh, -100.0, 100.0, 3.0),
+    ("expm1_of", np.expm1, -800.0, 709.78, 2.0, 0.0, 2.0**-1022),
+    ("sine", np.sin, 0.0, 2.0**20, 2.5, 0.0, 2.0**-12),
+    ("cosine", np.cos, -(2.0**20), -0.0, 2.5, 0.0, 2.0**-12),
+)
 
 
 def every_float32(row: Row, stride: int) -> Iterator[np.ndarray]:

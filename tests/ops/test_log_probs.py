@@ -54,7 +54,9 @@ def test_results_that_were_not_requested(op: str) -> None:
     ):
         with pytest.raises(AttributeError, match=f"{name}: expected a call with {option}"):
             getattr(found, name)
-    assert getattr(fused, op)(**draw(op), return_lse=True).log_sum_exp is not None
+    found = getattr(fused, op)(**draw(op), return_lse=True, return_metrics=True)
+    assert found.log_sum_exp.requires_grad
+    assert not found.mean_logit.requires_grad
 
 
 @every_operator

@@ -17,7 +17,7 @@ from compare import (
 )
 from conftest import KernelCalls
 from grid import grid
-from samples import BROADCASTING, FIRST, LOSSES, SAMPLES, Loss
+from samples import FIRST, LOSSES, SAMPLES, Loss
 from torch import Tensor
 from torch_reference import torch_function
 
@@ -39,7 +39,7 @@ close = torch.testing.assert_close
 
 @pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
 @pytest.mark.parametrize(
-    "loss", [loss for loss in BROADCASTING if loss.op.warns], ids=lambda loss: loss.id
+    "loss", [loss for loss in LOSSES if loss.op.warns], ids=lambda loss: loss.id
 )
 def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss, small: bool) -> None:
     given, caught, values = loss.draw([(3, 5), (5,)]), [], []
@@ -123,7 +123,7 @@ def test_special_values_match_torch(
     for operand, value in zip(loss.operands[:2], values, strict=True):
         if not operand.sign:
             given[operand.name] = value.requires_grad_(operand.name in loss.differentiated)
-    if "full" in loss.choices:  # torch's gradient is NaN where the approximation is masked
+    if loss.parameters.get("full"):  # torch's gradient is NaN where the approximation is masked
         given["target"] = given["target"].detach()
     if "pos_weight" in given:  # torch's gradient is NaN where their product overflows
         given["pos_weight"] /= 2
