@@ -197,6 +197,7 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     newest = [*plans][-1]
     calls_of(range(320, 320 + dispatch.MOST_PLANS // 2))
     assert newest in plans  # a full cache drops its older half
+    assert len(plans) <= dispatch.MOST_PLANS
 
 
 # ---- overhead of a call --------------------------------------------------------------------------
