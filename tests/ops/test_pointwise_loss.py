@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from compare import (
     FLOATS,
+    Errors,
     assert_matches_torch,
     evaluate,
-    exactly,
     operators_of_torch,
+    random_grad_output,
 )
 from conftest import KernelCalls
 from grid import grid
@@ -84,29 +85,43 @@ def outcome_or_error(operator: Any, given: dict[str, Any], **options: Any) -> An
 @DIFFERENTIATED
 @grid(loss=FIRST, other=PROMOTED, dtype=FLOATS, reduction=REDUCTIONS, swapped=[False, False, True])
 def test_type_promotion(
-    loss: Loss, dtype: torch.dtype, other: torch.dtype, swapped: bool, reduction: str
+    loss: Loss,
+    dtype: torch.dtype,
+    other: torch.dtype,
+    swapped: bool,
+    reduction: str,
+    kernel_calls: KernelCalls,
 ) -> None:
-    """Results have torch's dtype or error, and are as accurate as that dtype."""
-    names = [operand.name for operand in loss.operands[:2]]
-    dtypes = dict(zip(names[:: -1 if swapped else 1], (dtype, other), strict=True))
-    given = loss.draw((60, 5), torch.float64, requiring=())
-    for name, x in given.items():
-        given[name] = x.abs().to(dtypes.get(name, torch.float32))
-        is_leaf = given[name].is_floating_point() and name in loss.differentiated
-        given[name].requires_grad_(is_leaf)
-    of_torch = outcome_or_error(loss.reference, given, reduction=reduction)
-    got = outcome_or_error(loss.ours, given, reduction=reduction)
-    if isinstance(of_torch, type):
-        assert isinstance(got, type)
-        assert issubclass(got, of_torch)
-        return
-    exact = evaluate(loss.reference, **given, convert=exactly, reduction=reduction)
-    results = [(each.value, *each.gradients) for each in (got, of_torch, exact)]
-    for ours, theirs, right in zip(*results, strict=True):
-        assert ours.dtype is theirs.dtype
-        error = 8 * torch.finfo(ours.dtype).eps
-        largest = max(1.0, float(right.abs().max()))
-        close(ours.double(), right, rtol=error, atol=error * largest)
+    """Results have torch's dtype or error, and are more accurate than torch."""
+    values = loss.draw((60, 5), torch.float64, requiring=())
+    first_two = [operand.name for operand in loss.operands[:2]]
+    dtypes = dict(zip(first_two[:: -1 if swapped else 1], (dtype, other), strict=True))
+    given = {name: x.abs().to(dtypes.get(name, torch.float32)) for name, x in values.items()}
+    for name, tensor in given.items():
+        tensor.requires_grad_(tensor.is_floating_point() and name in loss.differentiated)
+    weights: list[dict[str, Tensor]] = [{}]
+    if loss.takes_weight:
+        weight = torch.tensor([1, 0, 2, 1, 3]).expand(60, 5)
+        weights += [{"weight": weight.to(dtype)} for dtype in (*FLOATS, torch.int64)]
+    for weight_ in weights:
+        got = outcome_or_error(loss.ours, given | weight_, reduction=reduction)
+        of_torch = outcome_or_error(loss.reference, given | weight_, reduction=reduction)
+        if isinstance(of_torch, type):
+            assert isinstance(got, type)
+            assert issubclass(got, of_torch)
+            continue
+        grad_output = random_grad_output(got.value.shape).to(got.value.dtype)
+        if not kernel_calls.total():
+            assert got.value.dtype is of_torch.value.dtype
+            continue
+        exact = loss.exact(given | weight_, reduction, grad_output)
+        errors = Errors()
+        errors.add("value", got.value, of_torch.value, exact.value, exact.terms)
+        asked = [name for name in loss.differentiated if given[name].requires_grad]
+        for name, ours, theirs in zip(asked, got.gradients, of_torch.gradients, strict=True):
+            expected = exact.gradients[name]
+            errors.add(f"gradient to the {name}", ours, theirs, expected, exact.gradients_terms)
+        errors.check(roundings=4 if got.value.dtype == torch.float64 else 2)
 
 
 # ---- special values ------------------------------------------------------------------------------
