@@ -75,10 +75,13 @@ def _grad_is_scalar(tensors: Sequence[Any]) -> bool | None:
 
     Returns None if others are not contiguous.
     """
-    *others, grad_output = tensors
-    is_scalar = grad_output is not None and not any(grad_output.stride())
-    contiguous = all(x is None or x.is_contiguous() for x in (others if is_scalar else tensors))
-    return is_scalar if contiguous else None
+    for x in tensors[:-1]:
+        if x is not None and not x.is_contiguous():
+            return None
+    grad_output = tensors[-1]
+    if grad_output is not None and not any(grad_output.stride()):
+        return True
+    return False if grad_output is None or grad_output.is_contiguous() else None
 
 
 def broadcast_numel(operands: Sequence[Any]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,9 @@ DENOMINATOR = Operand(
 )
 FACTORS = TOKEN_WEIGHT, DENOMINATOR
 
+# The values of `Operator.dynamic`.
+NO_DIMS, FIRST_DIM, LEADING_DIMS, ALL_DIMS = (0, 0), (1, 1), (sys.maxsize, 1), (sys.maxsize, 0)
+
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Operator(ABC):
@@ -104,6 +108,10 @@ class Operator(ABC):
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         limits: The limits of sizes.py, by device and dtype.
         strategy: Describes how CPU kernels traverse an input.
+        dynamic: The maximum number of leading dimensions whose sizes a plan does not depend on, and
+            the number of other dimensions that the input has at least. This applies to calls whose
+            operands with rows are contiguous and have the same leading dimensions.
+        has_dim: Whether a plan depends on the sizes from the option ``dim`` on.
     """
 
     name: str
@@ -127,6 +135,8 @@ class Operator(ABC):
     plans: dict[Any, Any] = field(init=False, default_factory=dict)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
+    dynamic = NO_DIMS
+    has_dim: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._declare_options()
@@ -182,13 +192,6 @@ class Operator(ABC):
         return None
 
     # ---- sizes -----------------------------------------------------------------------------------
-
-    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
-        """Returns how many leading dimensions have sizes that a plan does not depend on.
-
-        This applies to calls whose operands with rows are contiguous and agree in these dimensions.
-        """
-        return 0
 
     def needs_no_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs no gradient."""

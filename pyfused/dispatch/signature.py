@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.dispatch.operator import NO_DIMS, Operator, Options, Tensors
 from pyfused.torch_internals import (
     active_mode,
     any_autocast,
@@ -28,18 +28,13 @@ _FLOATS = frozenset((float, NoneType))
 _CASES, _CHOICES, _DYNAMIC_DIMS, _FIRST_TENSOR = 2, 3, 5, 6  # indices into a key
 
 
-def signature(
-    op: Operator, tensors: Tensors, options: Options, static: bool = False
-) -> tuple[Any, Options] | str:
+def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Options] | str:
     """Returns the key of a call's plan and the options of its launch, or why it has no plan.
 
     The key has the case of each number, the other options, the layout of each tensor and whether it
     requires grad, grad mode, autocast and the default dtype. The layouts of contiguous tensors do
     not have the sizes that a plan does not depend on. In the options of the launch, numbers are
     floats.
-
-    Args:
-        static: Whether the key has all sizes.
 
     Raises:
         RuntimeError, TypeError, ValueError: A number is invalid.
@@ -67,7 +62,11 @@ def signature(
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     input, leading = tensors[0], None
     strided = input.layout is torch.strided and input.is_contiguous()  # others may have no strides
-    dims = op.dynamic_dims(input, options) if strided and not static else 0
+    most, others = op.dynamic if strided else NO_DIMS
+    dims = min(most, input.dim() - others)
+    if op.has_dim:
+        dim = options.dim
+        dims = min(dims, dim % input.dim()) if dims > 0 and type(dim) is int else 0
     key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, dims]
     for operand, x in zip(op.all_operands, tensors, strict=True):
         kind = type(x)
@@ -83,22 +82,21 @@ def signature(
             ):
                 return str(layout_reason(operand.name, x))
             shape = x.shape
-            if dims and operand.has_rows:
+            if dims > 0 and operand.has_rows:
+                rows, kept = (shape, ()) if len(shape) == dims else (shape[:dims], shape[dims:])
                 if leading is None:
-                    leading = shape[:dims]
-                    is_dynamic = 0 not in shape
+                    leading, is_dynamic = rows, 0 not in shape
                 else:
-                    is_dynamic = shape[:dims] == leading and x.is_contiguous()
-                if not is_dynamic:
-                    return signature(op, tensors, options, static=True)
-                key.append((x.dtype, shape[dims:], None, x.device, x.requires_grad))
-            else:
-                key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
+                    is_dynamic = rows == leading and x.is_contiguous()
+                if is_dynamic:
+                    key.append((x.dtype, kept, None, x.device, x.requires_grad))
+                    continue
+                dims = _make_static(key, tensors)
+            key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
         elif x is None:
             key.append(x)
         elif kind is float and operand.number:
-            if dims:
-                return signature(op, tensors, options, static=True)
+            dims = _make_static(key, tensors) if dims > 0 else 0
             key.append(NUMBER)
         else:
             return f"{operand.name} is a {kind.__name__}"
@@ -106,6 +104,16 @@ def signature(
         device = tensors[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return tuple(key), options
+
+
+def _make_static(key: list[Any], tensors: Tensors) -> int:
+    """Adds all sizes to the layouts of a key, and returns its number of dynamic dimensions, 0."""
+    key[_FIRST_TENSOR:] = [
+        x if x is None else (x.dtype, x.shape, x.stride(), x.device, x.requires_grad)
+        for x in tensors[: len(key) - _FIRST_TENSOR]
+    ]
+    key[_DYNAMIC_DIMS] = 0
+    return 0
 
 
 def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Options, SpecializedOperator, Tensors
+from pyfused.dispatch.operator import ALL_DIMS, Options, SpecializedOperator, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
@@ -40,6 +40,7 @@ class Activation(SpecializedOperator):
     saves: str = "input"
     checks: bool = False
     number_reason: Callable[..., str | None] = lambda *_: None
+    dynamic = ALL_DIMS
 
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves != "input":
@@ -60,9 +61,6 @@ class Activation(SpecializedOperator):
             if value not in choice.values:
                 return f"{choice.name} is {value!r}"
         return None
-
-    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
-        return input.dim()
 
     def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
         return self.number_reason(*numbers) or super()._cases(numbers)

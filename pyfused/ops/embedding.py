@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, Divisor, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import Options, Tensors
+from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors
 from pyfused.formula_compiler import trace
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.pointwise_loss import TensorLoss
@@ -51,15 +51,13 @@ class EmbeddingLoss(TensorLoss):
     """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 
     strategy = "row by row"
+    dynamic = LEADING_DIMS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast = tuple(range(1, len(self.inputs)))
-
-    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
-        return input.dim() - 1
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         if self.has_target:

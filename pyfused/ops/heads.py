@@ -24,7 +24,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
-from pyfused.dispatch.operator import REDUCTIONS, Options, Tensors
+from pyfused.dispatch.operator import LEADING_DIMS, REDUCTIONS, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward
 from pyfused.dispatch.reasons import SMALL
@@ -343,8 +343,7 @@ class HeadLoss(RowLoss):
         super().__post_init__()
         self.row_operands = [i for i, operand in enumerate(self.all_operands) if operand.has_rows]
 
-    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
-        return input.dim() - 1
+    dynamic = LEADING_DIMS
 
     def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
         """Returns the number of rows of a block, as a function of the number of rows.

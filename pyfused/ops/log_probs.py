@@ -19,7 +19,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
 from pyfused.dispatch.run import is_compiled
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import state_block_size
@@ -134,8 +134,9 @@ class LogProbsOperator(StateLoss):
     strategy = "row by row"
     has_state = True
 
-    def dynamic_dims(self, input: Tensor, _: Options) -> int:
-        return input.dim() - 1 if self.is_linear else int(input.dim() > 1)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.dynamic = LEADING_DIMS if self.is_linear else FIRST_DIM
 
     def arrangement(self, call: Planned) -> Any:
         tensors, _, shard, *_ = call

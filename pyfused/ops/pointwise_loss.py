@@ -21,6 +21,7 @@ from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import Divisor, LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
+    ALL_DIMS,
     REDUCTIONS,
     Operand,
     Options,
@@ -106,6 +107,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
     checks_bounds: bool = field(init=False)
+    dynamic = ALL_DIMS
     reduces: ClassVar[bool] = True
     infers_dtype: ClassVar[bool] = False
 
@@ -120,9 +122,6 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
         self._result_dtype = cache(self._dtype_of_result)
-
-    def dynamic_dims(self, input: Tensor, options: Options) -> int:  # noqa: ARG002
-        return input.dim()
 
     def plan(self, tensors: Tensors, options: Options) -> Plan:
         """Checks a call, and returns the plan of its signature.

@@ -30,6 +30,7 @@ from pyfused.dispatch.autograd import (
 )
 from pyfused.dispatch.operator import (
     FACTORS,
+    FIRST_DIM,
     REDUCTIONS,
     Operand,
     Options,
@@ -499,6 +500,7 @@ class NllLoss(RowLoss):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "one element of a row"
+    dynamic = FIRST_DIM
     compiled = CompiledOperator.compiled
     fake = CompiledOperator.fake
 
@@ -508,9 +510,6 @@ class NllLoss(RowLoss):
 
     def contiguous_classes(self, tensors: Tensors, _: Any) -> int:
         return checks.classes_of(tensors[0])
-
-    def dynamic_dims(self, input: Tensor, _: Options) -> int:
-        return int(input.dim() > 1)
 
     def check(self, tensors: Tensors, options: Options) -> None:
         super().check(tensors, options)
@@ -664,6 +663,8 @@ class CrossEntropyOfRows(StateLoss):
 class CrossEntropy(CrossEntropyOfRows):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
+    dynamic = FIRST_DIM
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.fast = self.compute_small
@@ -695,9 +696,6 @@ class CrossEntropy(CrossEntropyOfRows):
 
     def contiguous_classes(self, tensors: Tensors, _: Options) -> int:
         return checks.classes_of(tensors[0])
-
-    def dynamic_dims(self, input: Tensor, _: Options) -> int:
-        return int(input.dim() > 1)
 
     def check(self, tensors: Tensors, options: Options) -> None:
         super().check(tensors, options)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.dispatch.operator import LEADING_DIMS, Operator, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
@@ -26,6 +26,8 @@ class Softmax(Operator):
     choices: tuple[Any, ...] = ("dim", "dtype", "stacklevel")
     saves: ClassVar[str] = "output"
     strategy = "row by row, or several rows at a time"
+    dynamic = LEADING_DIMS
+    has_dim = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,10 +54,6 @@ class Softmax(Operator):
         (input,), (dim, *_) = tensors, options
         valid = type(dim) is int and -input.dim() <= dim < input.dim()
         return input.shape[dim] if valid and input.stride(dim) == 1 else sys.maxsize
-
-    def dynamic_dims(self, input: Tensor, options: Options) -> int:
-        dim = options.dim
-        return dim % input.dim() if type(dim) is int and input.dim() else 0
 
     def gradient_in_torch(self, grad_output: Tensor, output: Tensor, options: Options) -> Tensor:
         dim = options.dim
