@@ -630,7 +630,7 @@ def _hint(input: Tensor, target: Tensor) -> str:
             ". Dimension 1 of the input has to be the classes: pass input.movedim(-1, 1), or "
             "input.flatten(0, -2) and target.flatten()"
         )
-    rows = input.shape[:-1].numel()
+    rows = math.prod(input.shape[:-1])  # the shape of a spec is a tuple
     if not target.is_floating_point() and target.numel() == rows and input.dim() > 1:
         return f". Pass {'target.flatten()' if input.dim() == 2 else 'input.flatten(0, -2)'}"
     return _are_swapped(input, target)
