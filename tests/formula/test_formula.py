@@ -685,6 +685,24 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
     close(got.gradients, evaluate(function, moderate).gradients)
 
 
+@given(st.floats(0.25, 4), st.floats(-30, 30), st.sampled_from(["value", "log", "where"]))
+@settings(max_examples=4 if interpreter.ON else settings().max_examples)
+def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
+    """Tests values around the threshold in float64, where the difference matters."""
+
+    @pyfused.activation
+    def mine(input: Tensor, *, scale: float = 1.0) -> Tensor:
+        value = scale * F.softplus(input, beta=beta, threshold=threshold)
+        if use == "log":
+            return value + torch.log(1 + torch.exp(input))
+        return torch.where(input < 0, value, 2 * value) if use == "where" else value
+
+    steps = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    input = (torch.cat([steps, steps * 1e-9]) + threshold / beta).requires_grad_()
+    for scale in (1.0, 0.75):
+        check_formula(mine, input, scale=scale, rtol=1e-11)
+
+
 # ---- fallbacks -----------------------------------------------------------------------------------
 
 
