@@ -154,6 +154,8 @@ unsigned float_control() { return 0; }
 void set_float_control(unsigned) {}
 #endif
 
+thread_local unsigned flushes = 0;  // the bits that FlushSubnormals has set in this thread
+
 struct Work {
   std::vector<Queue> queues;
   int64_t step;
@@ -161,7 +163,7 @@ struct Work {
   const void* data;
   char* memory;  // all threads' memory, the first thread's first
   size_t bytes;  // per thread
-  unsigned control = float_control();
+  unsigned control = float_control(), callers_control = control & ~flushes;
 };
 
 void run_queues(void* shared) {
@@ -180,7 +182,14 @@ void run_queues(void* shared) {
   set_float_control(previous);
 }
 
-void run_team(Work& work) { runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0); }
+// A thread that the runtime starts inherits the control of its creator: in threads that inherited
+// FlushSubnormals, torch's operators would flush subnormal numbers, too.
+void run_team(Work& work) {
+  const unsigned previous = float_control();
+  set_float_control(work.callers_control);
+  runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0);
+  set_float_control(previous);
+}
 
 // ---- memory of threads --------------------------------------------------------------------------
 
@@ -280,9 +289,13 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
 }
 
 FlushSubnormals::FlushSubnormals() : previous(float_control()) {
+  flushes |= kFlushToZero & ~previous;
   set_float_control(previous | kFlushToZero);
 }
-FlushSubnormals::~FlushSubnormals() { set_float_control(previous); }
+FlushSubnormals::~FlushSubnormals() {
+  flushes &= previous;
+  set_float_control(previous);
+}
 
 std::string runtime_file() { return runtime.file; }
 int runtime_threads() { return runtime.max_threads ? runtime.max_threads() : 1; }

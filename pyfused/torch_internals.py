@@ -52,7 +52,7 @@ make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wra
 
 
 _swap: Any = getattr(torch._C, "_swap_tensor_impl", None)
-_use_count: Any = getattr(Tensor, "_use_count", None)
+_use_count: Any = vars(torch._C.TensorBase).get("_use_count")
 
 
 def becomes(tensor: Any, other: Tensor) -> bool:

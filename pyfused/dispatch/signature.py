@@ -63,7 +63,7 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
     input, leading = tensors[0], None
     strided = input.layout is torch.strided and input.is_contiguous()  # others may have no strides
     most, others = op.dynamic if strided else NO_DIMS
-    dims = min(most, input.dim() - others)
+    dims, broadcasts = min(most, input.dim() - others), others == 0
     if op.has_dim:
         dim = options.dim
         dims = min(dims, dim % input.dim()) if dims > 0 and type(dim) is int else 0
@@ -86,11 +86,13 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
                 rows, kept = (shape, ()) if len(shape) == dims else (shape[:dims], shape[dims:])
                 if leading is None:
                     leading, is_dynamic = rows, 0 not in shape
-                else:
-                    is_dynamic = rows == leading and x.is_contiguous()
+                else:  # shapes with more dimensions than an elementwise input's broadcast
+                    is_dynamic = rows == leading and not (kept and broadcasts) and x.is_contiguous()
                 if is_dynamic:
                     key.append((x.dtype, kept, None, x.device, x.requires_grad))
                     continue
+                dims = _make_static(key, tensors)
+            elif dims > 0 and not x.is_contiguous():
                 dims = _make_static(key, tensors)
             key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
         elif x is None:

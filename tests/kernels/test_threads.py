@@ -14,7 +14,7 @@ import torch
 from catalogue import EXAMPLES
 
 from pyfused.backends import cpu
-from pyfused.functional import cross_entropy, relu
+from pyfused.functional import cross_entropy, relu, softmax
 
 Threads = Callable[[int], None]
 
@@ -31,6 +31,15 @@ def test_any_thread_detects_an_out_of_range_target(count: int, threads: Threads)
     target[[5, 40_000, 70_002]] = torch.tensor([-1, 9, 3])
     with pytest.raises(IndexError, match=r"got -1 at position \(5,\)"):
         cross_entropy(logits, target)
+
+
+def test_threads_that_start_in_a_kernel_do_not_flush_subnormals(threads: Threads) -> None:
+    small = torch.full((1 << 20,), 1e-300, dtype=torch.float64)
+    threads(2)
+    assert (small * 1e-15 != 0).all()
+    threads(5)
+    softmax(torch.zeros(4096, 1000), 1)
+    assert (small * 1e-15 != 0).all()
 
 
 EACH_KIND = (*("cross_entropy", "mse_loss", "nll_loss", "relu", "softmax"),)
