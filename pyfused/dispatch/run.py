@@ -239,7 +239,8 @@ def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | 
 
     # With dynamic sizes, the compiler makes one program for small and one for large sizes. An
     # unknown size counts as large.
-    if limit and guard_or_false(input.numel() < limit):
+    elements = _head_elements(*tensors[:2]) if op.is_linear else input.numel()
+    if limit and guard_or_false(elements < limit):
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
         return "torch.func"
@@ -275,6 +276,11 @@ def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | 
 # ---- fallbacks -----------------------------------------------------------------------------------
 
 
+def _head_elements(input: Tensor, weight: Tensor) -> Any:
+    """Returns the number of a head's logits, which may be symbolic."""
+    return math.prod((*input.shape[:-1], *weight.shape[:-1]))
+
+
 def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
@@ -286,7 +292,7 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     input, weight = tensors[:2]
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         return
-    elements = math.prod((*input.shape[:-1], *weight.shape[:-1]))
+    elements = _head_elements(input, weight)
     if type(elements) is not int:  # comparing a symbolic size would restrict a traced program
         return
     megabytes = elements * input.element_size() >> 20

@@ -257,6 +257,7 @@ def test_outputs_of_language_models() -> None:
 COMPILED = "GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"
 
 
+@pytest.mark.usefixtures("compiled_always")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_language_models(name: str) -> None:
     from torch._dynamo.utils import counters

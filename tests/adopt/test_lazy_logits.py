@@ -947,6 +947,7 @@ COMPILED: list[tuple[Callable[..., Tensor], bool | None]] = [
 
 
 @pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+@pytest.mark.usefixtures("compiled_always")
 @pytest.mark.parametrize(("change", "is_fused"), COMPILED)
 def test_a_compiled_model(change: Callable[..., Tensor], is_fused: bool | None) -> None:
     from torch._dynamo.backends.common import aot_autograd
