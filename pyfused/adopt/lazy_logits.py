@@ -211,7 +211,7 @@ class HeadCall:
 
 @dataclass(eq=False)
 class _Value:
-    """How a lazy tensor is computed.
+    """Describes how a lazy tensor is computed.
 
     It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
     ``x = linear(rows, weight, bias) + shift``.
