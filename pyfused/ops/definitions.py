@@ -116,8 +116,8 @@ def row_coefficients(
 ) -> tuple[Any, float]:
     """Returns the coefficients of log p_y and of sum_c w_c log p_c in the loss of a row."""
     smoothing = max(0.0, options.label_smoothing)
-    of_log_p = smoothing - 1
-    return of_log_p if target_weight is None else of_log_p * target_weight, -smoothing / classes
+    of_log_p, of_smooth = smoothing - 1, -smoothing / (classes or 1)  # without classes, a sum is 0
+    return of_log_p if target_weight is None else of_log_p * target_weight, of_smooth
 
 
 def target_weights(
