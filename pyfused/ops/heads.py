@@ -651,7 +651,7 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         if target.is_floating_point():
             if token_weight is None or not options.with_metrics:
                 return super().valid_rows(backend, tensors, options)
-            return None, token_weight != 0
+            return None, (token_weight != 0).reshape(len(target), -1).any(1)
         valid = target != options.ignore_index
         if token_weight is None:
             return rows_that_count(valid, backend)

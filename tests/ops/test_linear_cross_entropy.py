@@ -190,3 +190,18 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
     assert strategy(torch.bfloat16, memory_budget=1 << 20) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert strategy(torch.float32) == "all logits at once"
+
+
+@pytest.mark.parametrize("positions", [(), (4,)])
+def test_metrics_with_probabilities_and_token_weights(positions: tuple[int, ...]) -> None:
+    weight, token_weight = torch.randn(2, *positions, 3), torch.rand(9, *positions)
+    token_weight[::4] = 0
+    tensors = torch.randn(9, 3), weight, torch.rand(9, 2, *positions)
+    options: dict[str, Any] = {"reduction": "none", "token_weight": token_weight}
+    outcomes = []
+    for function in (fused.linear_cross_entropy_with_metrics, fused.linear_cross_entropy):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        loss = function(*leaves, **options)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        outcomes.append((loss, *torch.autograd.grad(loss.square().sum(), leaves)))
+    torch.testing.assert_close(*outcomes)
