@@ -46,12 +46,13 @@ class Torch:
 
 
 def _by_torch(op: str) -> Callable[..., Tensor]:
-    if hasattr(OPERATORS[op], "reference"):  # in older revisions
+    from pyfused.dispatch import run
+
+    if not hasattr(run, "by_torch"):  # in older revisions
         return OPERATORS[op].reference
     from pyfused.dispatch.originals import redirected
-    from pyfused.dispatch.run import by_torch
 
-    return redirected(getattr(fused, op), run=by_torch)
+    return redirected(getattr(fused, op), run=run.by_torch)
 
 
 TORCH = Torch()

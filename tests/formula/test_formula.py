@@ -431,7 +431,7 @@ def traces(formula: Formula) -> int:
 
 
 def test_parameters_need_no_new_trace() -> None:
-    """Their names may be those of torch's deprecated arguments."""
+    """A parameter may be named like one of torch's deprecated arguments."""
 
     @pyfused.loss
     def mine(
