@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from functools import wraps
 from typing import Any
@@ -164,8 +165,15 @@ def _refuse() -> Any:
 _UNREAD = _Unread()
 
 
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """A loss whose ``forward`` is traced by torch.compile, which knows torch's own class."""
+
+
 def _forward_of(kind: Any) -> Any:
     """Returns the ``forward`` of a converted model's class."""
+    names = inspect.unwrap(kind.forward).__globals__
+    if names.get("CrossEntropyLoss") is torch.nn.CrossEntropyLoss:
+        names["CrossEntropyLoss"] = CrossEntropyLoss  # forward makes one in each call
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -257,6 +265,8 @@ def fuse(model: Any, name: str | None, evaluation: bool, metrics: bool) -> None:
     name = name or vars(model).get(MARK, (None,))[0]
     subclass.fuse(model, _forward_of, (name, metrics))
     vars(model).pop("pyfused_metrics", None)
+    if getattr(model, "loss_type", "") is None:  # torch.compile breaks the graph at a warning
+        model.loss_type = "ForCausalLM"  # what transformers uses after this warning
     for head in _heads_of(model, name):
         if type(head) is Linear:
             head.__class__ = LazyLinear
