@@ -122,7 +122,7 @@ class Struct:
             if op == "operand":
                 return method.operands[arguments[0]]
             if op == "scale":
-                return op
+                return "grad_scale"
             if op == "literal":
                 return literal(arguments[0])
             if self.is_leaf(e, index):
@@ -225,7 +225,8 @@ class Struct:
             titles = ["value", "grad_input", "grad_target", "grad_other"]
             for k, (title, output) in enumerate(zip(titles, method.outputs, strict=False)):
                 if not k or method.expressions.value(output) != 0:
-                    functions.append((title, arguments + ["A scale"] * (k > 0), method, output))
+                    declared = arguments + ["A grad_scale"] * (k > 0)
+                    functions.append((title, declared, method, output))
         printed = [
             f"  A {title}({', '.join(used(arguments, self.body(method, output)))}) const {{\n"
             f"    {self.body(method, output)}\n  }}"
