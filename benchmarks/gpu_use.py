@@ -107,6 +107,8 @@ KERNEL_CASES = (
     *(Case("contrastive_loss", (n, 512), BF16) for n in (8192, 32_768)),
     *(Case("cross_entropy", (n, 1000), BF16) for n in ROWS),
     *(Case("cross_entropy", shape, BF16) for shape in MANY_CLASSES),
+    Case("cross_entropy", (16, 21, 512, 512)),
+    *(Case(op, (8388, 32_000), BF16) for op in ("log_softmax", "softmax")),
     *(Case(op, (64 * M,), BF16) for op in ("binary_cross_entropy", "sigmoid_focal_loss", "kl_div")),
 )
 PROFILED = 5  # calls

@@ -19,22 +19,26 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def exp_nonpositive(x, EXACT: tl.constexpr = True, SUBNORMAL: tl.constexpr = False):
     """Returns exp(x) for x <= 89 to 2 ULP; exp2 alone has a relative error of x 2**-24.
 
-    GPUs flush subnormal results of exp2 to 0. With SUBNORMAL, they are scaled to be kept.
+    GPUs flush subnormal results of exp2 to 0. With SUBNORMAL, they are kept: exp(x) = exp(x / 2)**2
+    for x < -44, to 5 ULP. The compiler would fuse a sum in exp2's argument with the product, which
+    would then have another rounding error than the one that EXACT corrects.
     """
     if x.dtype == tl.float64:
         power = tl.exp(x)
     else:
         if EXACT:
             x = tl.where(x < -150.0, -150.0, x)  # exp(-150) underflows to 0; keeps NaN
+        is_small = x < -44.0
+        if SUBNORMAL:
+            x = tl.where(is_small, 0.5 * x, x)
         high = x * 1.4426950408889634
-        is_small = high < -64.0
-        power = tl.exp2(tl.where(is_small, high + 64.0, high) if SUBNORMAL else high)
+        power = tl.exp2(high)
         if EXACT:
             # Add the rounding error of the product, and the low part of log2(e).
             low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-08
             power *= 1.0 + low * 0.6931471805599453
         if SUBNORMAL:
-            power *= tl.where(is_small, 5.421010862427522e-20, 1.0)  # 2**-64
+            power *= tl.where(is_small, power, 1.0)
     return power
 
 

@@ -566,7 +566,8 @@ class Formula:
             )
         numbers, static = self._split(self.defaults | parameters)
         op = self.operator(tuple([k in self.op.masks for k in range(len(self.operands))]), static)
-        check(op, numbers)
+        with torch.device("cpu"):  # a default device may be set
+            check(op, numbers)
 
     # ---- copies ----------------------------------------------------------------------------------
 

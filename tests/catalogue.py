@@ -17,7 +17,7 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import FLOATS, HALF
+from compare import DEVICE, FLOATS, HALF
 from conftest import backend
 from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
 from samples import (
@@ -246,7 +246,7 @@ def tried(op: Operator, name: str, default: Any) -> list[Any]:
 
 
 # test_completeness.py reports operators without a function.
-_NO_KERNEL = ("nll_loss",) if interpreter.ON else ()  # torch computes it on GPUs
+_NO_KERNEL = ("nll_loss",) if interpreter.ON or DEVICE != "cpu" else ()  # torch computes it on GPUs
 _CALLED = [op for n, op in OPERATORS.items() if hasattr(fused, op.name) and n not in _NO_KERNEL]
 EXAMPLES = {example.id: example for op in _CALLED for example in examples(op)}
 # A few calls of each operator: plain, with probabilities, and with all options. Interpreted

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from compare import DEVICE, Extended, extended
+from compare import Extended, extended
 from torch import Tensor
 from torch_reference import parameters, torch_function
 
@@ -423,8 +423,7 @@ class Loss:
 
     @property
     def takes_weight(self) -> bool:
-        lost = DEVICE != "cpu" and self.op.name == "l1_loss"  # under torch's set_default_device
-        return len(self.op.variables) < len(self.op.operands) and not lost
+        return len(self.op.variables) < len(self.op.operands)
 
     @property
     def differentiated(self) -> tuple[str, ...]:

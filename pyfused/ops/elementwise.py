@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pyfused import checks
 from pyfused.backends.protocol import Divisor
@@ -27,6 +28,7 @@ from pyfused.ops.pointwise_loss import (
     Gated,
     PointwiseLoss,
     elements,
+    reduced,
     weight_or_elements,
 )
 from pyfused.torch_internals import built_in
@@ -99,11 +101,26 @@ MSE_LOSS = PointwiseLoss(
     formula=lambda input, target: (input - target) ** 2,
 )
 
+
+def _l1_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    """Returns torch's loss, also if a mode is active, such as that of a default device.
+
+    torch's function ignores the weight then.
+    """
+    reduction = options.reduction
+    if weight is None or not has_torch_function_variadic(input, target):
+        loss: Tensor = F.l1_loss(input, target, None, None, reduction, weight)
+        return loss
+    if weight.shape != input.shape:
+        raise ValueError("Weights and input must have the same size.")
+    return reduced((input - target).abs(), reduction, weight)
+
+
 L1_LOSS = PointwiseLoss(
     name="l1_loss",
     module="L1Loss",
     choices=("reduction",),
-    torch=lambda x, y, weight, options: F.l1_loss(x, y, None, None, options.reduction, weight),
+    torch=_l1_loss,
     warns=True,
     operands=(INPUT, TARGET, FULL_WEIGHT),
     denominators={"mean": weight_or_elements},

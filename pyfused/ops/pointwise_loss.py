@@ -309,7 +309,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         to = torch.get_autocast_dtype(device.type) if autocast else None
         kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in indexed])
         modes = to, torch.get_default_dtype()
-        result = self._result_dtype(kinds, device, modes, reduction == "none")
+        result = self._result_dtype(kinds, device, modes, reduction)
         return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
 
     def _dtype_of_result(
@@ -317,7 +317,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         kinds: tuple[tuple[int, torch.dtype, int], ...],
         device: torch.device,
         modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG002 part of the key
-        unreduced: bool,
+        reduction: str,
     ) -> torch.dtype:
         """Returns the dtype of torch's result, by calling torch's operator with one element.
 
@@ -333,9 +333,8 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
             ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
         numbers = [None if number.optional else 1.0 for number in self.numbers]
         flags = [choice.values[0] for choice in self.choices if choice.values]
-        reduction = ("none" if unreduced else "sum",) if self.reduces else ()
         with torch.no_grad():
-            options = self.options(*numbers, *flags, *reduction)
+            options = self.options(*numbers, *flags, *([reduction] if self.reduces else ()))
             dtype_of_result: torch.dtype = self.torch(*ones, options).dtype
         return dtype_of_result
 

@@ -32,7 +32,7 @@ from catalogue import (
     parameters,
     result_of,
 )
-from compare import random_grad_output
+from compare import DEVICE, random_grad_output
 from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -509,7 +509,7 @@ def test_concurrent_python_threads(example: Example) -> None:
     factors = [1 + n / 16 for n in range(8)]
 
     def work(factor: float) -> tuple[Tensor, ...]:
-        return gradients(call, ours, torch.tensor(factor))
+        return gradients(call, ours, torch.tensor(factor, device=DEVICE))
 
     expected = [gradients(call, of_torch, torch.tensor(factor)) for factor in factors]
     with ThreadPoolExecutor(4) as pool:

@@ -10,6 +10,7 @@ import interpreter
 import pytest
 from catalogue import random_call
 from check_calls import check_call
+from compare import DEVICE
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,9 @@ pytestmark = [
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
 def test_call(op: Operator) -> None:
     """The call depends on one seed and the size, because hypothesis often repeats other draws."""
+
+    if DEVICE != "cpu" and op.name == "nll_loss":
+        pytest.skip("torch computes it on GPUs, and raises for some strides")
 
     @settings(max_examples=settings().max_examples * (5 if op is CROSS_ENTROPY else 1))
     @given(SEEDS, st.sampled_from(SIZES))

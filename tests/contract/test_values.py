@@ -117,6 +117,10 @@ def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
 def test_autocast(example: Example, dtype: torch.dtype) -> None:
     """Results have torch's dtypes, and at most torch's errors plus roundings."""
     call = example.call(dtype)
+    if DEVICE != "cpu" and example.op.name == "binary_cross_entropy":
+        with torch.autocast(DEVICE), pytest.raises(RuntimeError, match="unsafe to autocast"):
+            run(call, ours)
+        return
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = run(call, ours)
         try:

@@ -46,6 +46,7 @@ def test_scaled_logits_are_not_rounded(
     assert metrics.correct.all()
 
 
+@pytest.mark.cpu
 @pytest.mark.thresholds
 def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -> None:
     x, target = torch.randn(8, 4), torch.arange(8)

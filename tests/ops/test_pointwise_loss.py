@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import (
+    DEVICE,
     FLOATS,
     Errors,
     assert_matches_torch,
@@ -38,6 +39,7 @@ close = torch.testing.assert_close
 # ---- shapes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a default device adds a frame of torch's")
 @pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
 @pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if loss.op.warns], ids=lambda loss: loss.id
@@ -55,6 +57,7 @@ def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss, small:
     close(*values)
 
 
+@pytest.mark.cpu
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @pytest.mark.parametrize("op", ["mse_loss", "huber_loss"])
@@ -65,6 +68,15 @@ def test_the_size_of_a_call_is_its_broadcast_size(op: str, kernel_calls: KernelC
         assert kernel_calls.total() == count
     ours(few, few)
     assert kernel_calls.total() == 2
+
+
+@pytest.mark.thresholds
+def test_a_weight_of_l1_loss_applies_with_a_default_device() -> None:
+    """torch's l1_loss ignores the weight."""
+    x, y, weight = torch.rand(3, 4, 5)
+    expected = (weight * (x - y).abs()).sum() / weight.sum()
+    with torch.device(x.device):
+        close(functional.l1_loss(x, y, weight=weight), expected)
 
 
 # ---- dtypes --------------------------------------------------------------------------------------
