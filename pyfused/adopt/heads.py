@@ -21,6 +21,8 @@ from pyfused.adopt import subclass
 from pyfused.adopt.lazy_logits import HeadCall, Logits, tell
 from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.signature import PLAIN
+from pyfused.dispatch.sizes import is_small
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.torch_internals import active_mode, has_compiled_call
 
 ALREADY = "is already converted"
@@ -94,6 +96,8 @@ def _reason(
             return SILENT
     if weight.numel() == 0:
         return "the weight of its head has no elements"
+    if not (traced or head.metrics) and is_small(LINEAR_CROSS_ENTROPY, (input, weight), ()):
+        return SILENT  # lazy logits would take longer than the loss
     dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     valid = dtypes <= _CAST_DTYPES if autocast else len(dtypes) == 1
     if not valid or input.numel() == 0 or input.shape[-1:] != weight.shape[-1:]:

@@ -581,6 +581,12 @@ def test_unsupported_weights() -> None:
             model(X)
 
 
+@pytest.mark.thresholds
+def test_a_head_of_few_logits_computes_them() -> None:
+    model = pyfused.convert(Model(), head="head")
+    assert type(model(X, TARGET)[0]) is Tensor
+
+
 def test_converting_again_changes_the_options() -> None:
     model: Any = Model()
     with pytest.raises(ValueError, match=r"head: expected the name .* one of \['head'\], got 'x'"):
