@@ -126,7 +126,12 @@ def test_sentences_about_steps() -> None:
     for model in ("GPT-2", "one layer and the head of Llama", "BERT", "recommender"):
         assert gain(model, *ours) > max(1, gain(model, "patch"))
     says("docs/is-it-for-you.md", "steps of less than a millisecond become slower")
+    says("README.md", "The step of digits takes less than a millisecond")
     assert gain("digits", *ours, "patch") < 1
+    (digits,) = (ways for name, ways in STEPS.items() if name.startswith("digits"))
+    assert float(digits["patch"]["torch, ms"]) < 1
+    says("README.md", "which takes a few percent of the steps of BERT and the U-Net.")
+    assert 0.95 < gain("BERT", "patch") < 1.05 > gain("U-Net", "patch") > 0.95
 
 
 def test_sentences_about_compiled_steps_on_gpus() -> None:
