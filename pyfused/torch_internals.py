@@ -51,24 +51,6 @@ DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubc
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
 
 
-_swap: Any = getattr(torch._C, "_swap_tensor_impl", None)
-_use_count: Any = vars(torch._C.TensorBase).get("_use_count")
-
-
-def becomes(tensor: Any, other: Tensor) -> bool:
-    """Gives the contents of another tensor to this one, which then is a plain tensor.
-
-    Returns:
-        Whether it has done so; False if C++ code refers to one of the tensors.
-    """
-    if _swap is None or _use_count is None or _use_count(tensor) != 1 or _use_count(other) != 1:
-        return False
-    tensor.__class__ = Tensor
-    vars(tensor).clear()
-    _swap(tensor, other)
-    return True
-
-
 # Returns the version counter of a tensor, which in-place operations increment.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 

@@ -3,12 +3,12 @@
 The head of a converted model returns `LazyLogits`, a tensor without memory. Its cross-entropy is
 ``linear_cross_entropy`` of the hidden states. The results of a few operators are lazy as well,
 because they follow from the hidden states: views that keep rows whole, selections of rows, a cast
-to float32, a constant bias, a positive factor, a cap by tanh, log_softmax. Any other operator makes
-torch compute the logits, in the grad mode and autocast of the head's call: the tensor then becomes
-a plain tensor of torch, with its gradient.
+to float32, a constant bias, a positive factor, a cap by tanh, log_softmax. Any other operator reads
+the logits, which are then computed once.
 
-C++ code does not see ``__torch_function__``. It gets the values by ``__torch_dispatch__``, and its
-gradients pass through the node that `_Node` has given to the tensor.
+The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
+``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
+operators. ``__torch_dispatch__`` computes the values.
 
 While torch.compile traces a program, the tensor holds logits, which the compiler removes if nothing
 reads them.
@@ -20,15 +20,14 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
@@ -38,25 +37,24 @@ from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from pyfused.torch_internals import DisableTorchFunctionSubclass, tree_map, version_of
 
+_ATTRIBUTES = (
+    *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "_base"),
+    *("is_cuda", "is_cpu", "is_sparse", "is_meta", "is_nested"),
+)
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
-    *(
-        torch.is_floating_point,
-        Tensor.is_floating_point,
-        Tensor.element_size,
-        Tensor.get_device,
-        Tensor.__hash__,
-    ),
-    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "_base")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_sparse", "is_meta")),
-    getattr(Tensor, "is_nested").__get__,  # noqa: B009
+    *(torch.is_floating_point, Tensor.is_floating_point, Tensor.element_size, Tensor.get_device),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    getattr(Tensor, "_backward_hooks").__set__,  # noqa: B009  # called by autograd
+    Tensor.__hash__,
 }
-_OF_GRADIENTS = {
+# They act on the node of the tensor, which its views do not have.
+_OF_NODES = {
     *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
     *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn")),
 }
-_WRAPPERS_USE = {Tensor.register_hook, getattr(Tensor, "grad_fn").__get__}  # noqa: B009
+_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+_WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 _INDEX_DTYPES = (torch.bool, torch.int64)
 
 
@@ -80,23 +78,6 @@ def _id_of_hooks() -> int:
     return hash(torch_internals.saved_tensors_hooks(True))
 
 
-def _without_hooks() -> AbstractContextManager[Any]:
-    """Hides tensors that are saved for backward from active hooks, for example a checkpoint's."""
-    if torch_internals.saved_tensors_hooks(True) is None:
-        return nullcontext()
-
-    def unpack(saved: tuple[Tensor, int]) -> Tensor:
-        tensor, version = saved
-        if version_of(tensor) != version:
-            raise RuntimeError(
-                "pyfused.convert: expected the tensors saved for the backward pass of logits to "
-                "stay the same, got one changed in place"
-            )
-        return tensor
-
-    return saved_tensors_hooks(lambda tensor: (tensor.detach(), version_of(tensor)), unpack)
-
-
 class HeadCall:
     """One call of a converted head, whose logits are lazy.
 
@@ -106,44 +87,51 @@ class HeadCall:
         autocast: The dtype of autocast, None if it was disabled.
         hooks: A number for the active hooks of saved tensors.
         traced: Whether torch.compile traces the call.
+        needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
-        bypassed: Whether gradients pass around the logits: in their loss, or in C++ code.
-        tensors: Weak references to the lazy tensors of this call.
+        bypassed: Whether a loss was computed without the logits.
+        keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
+        values: Weak references to the values of the lazy tensors of this call.
         watched: Tensors that must not change until the logits are read, with their versions.
     """
 
     def __init__(self, head: Any, autocast: torch.dtype | None, traced: bool, *inputs: Any) -> None:
-        if traced:  # the compiler removes the copies if nothing changes the tensors
-            inputs = tuple([x if x is None else x.clone() for x in inputs])
-        hidden, weight, bias = inputs
-        self.head, self.inputs, self.autocast, self.traced = head, inputs, autocast, traced
-        self.has_gradients = torch.is_grad_enabled()
-        self.needs_grad = self.has_gradients and (
-            hidden.requires_grad
-            or weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-        )
-        self.computed = self.bypassed = False
-        self.tensors: list[Callable[[], Any]] = []
+        self.head, self.autocast, self.traced = head, autocast, traced
+        self.computed = self.bypassed = self.keeps_lazy = False
+        self.values: list[Callable[[], _Value | None]] = []
         self.watched: list[tuple[Tensor, int]] = []
-        if not traced:
-            self.is_inference = torch.is_inference_mode_enabled()
-            self.address = weight.data_ptr()
-            self.hooks = _id_of_hooks()
-            self.watched = [(weight, version_of(weight))]
-            if not hidden.is_inference():
-                self.watched.append((hidden, version_of(hidden)))
-            if bias is not None:
-                self.watched.append((bias, version_of(bias)))
+        if traced:  # the compiler removes the copies if nothing changes the tensors
+            self.inputs = tuple([x if x is None else x.clone() for x in inputs])
+            return
+        hidden, weight, bias = inputs
+        if hidden.is_inference():  # it has no version
+            hidden = hidden.clone()
+        else:
+            self.watch(hidden)
+        self.watch(weight)
+        if bias is not None:
+            self.watch(bias)
+        self.inputs = hidden, weight, bias
+        self.address, self.hooks = weight.data_ptr(), _id_of_hooks()
+
+    def watch(self, tensor: Tensor) -> None:
+        self.watched.append((tensor, version_of(tensor)))
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
         hidden, weight, _ = self.inputs
         if self.traced:
-            return _Value(self, hidden, F.linear(*self.inputs), needs_grad=self.needs_grad).tensor()
+            logits = F.linear(*self.inputs)
+            self.needs_grad = logits.requires_grad
+            tensor: Any = logits.as_subclass(Logits)
+            tensor.value = _Value(self, hidden, logits, self.needs_grad)
+            return tensor
         shape = *hidden.shape[:-1], weight.shape[0]
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        return _Value(self, hidden, example, needs_grad=self.needs_grad).tensor()
+        value = _Value(self, hidden, example)
+        tensor = _head(value, *self.inputs)
+        self.needs_grad = value.needs_grad = tensor.requires_grad
+        return tensor
 
     def check(self) -> None:
         """Checks that the tensors from which the logits are computed have not changed.
@@ -162,36 +150,21 @@ class HeadCall:
                 "pyfused.revert(model)"
             )
 
-    @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Restores the modes of the head's call."""
-        device = self.inputs[0].device.type
-        cast = torch.autocast(device, self.autocast, self.autocast is not None)
-        mode = torch.inference_mode(self.is_inference)  # must precede grad mode, which it sets
-        with mode, torch.set_grad_enabled(self.has_gradients), cast, _without_hooks():
-            yield
-
     def compute(self, reader: str) -> None:
         """Computes all lazy tensors of this call, because an operator reads one of them."""
         if self.computed:
             return
-        if self.traced:
-            tell(self.head.model_name, f"its logits are read by {reader}")
-            self.computed = True
-            return
         self.check()
-        if self.bypassed:
+        if self.bypassed and not self.traced:
             reason = f"they are read by {reader} after their loss, which has not computed them. "
             reason += "For the accuracy of training steps pass metrics=True to convert; or call "
             tell(self.head.model_name, f"{reason}pyfused.revert(model)")
-        elif self.needs_grad:
+        elif self.needs_grad or self.traced:
             tell(self.head.model_name, f"its logits are read by {reader}")
         self.computed = True
-        with DisableTorchFunctionSubclass(), self.modes():
-            for reference in self.tensors:  # parents precede the results of their operators
-                tensor = reference()
-                if type(tensor) is LazyLogits:
-                    tensor.value.settle(tensor)
+        for reference in self.values:  # before an operator changes one of them in place
+            if (value := reference()) is not None:
+                value.compute()
 
     def loss(self, value: _Value, target: Tensor, options: dict[str, Any]) -> Any:
         """Returns the cross-entropy of the rows of a value."""
@@ -200,13 +173,14 @@ class HeadCall:
         options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
         options["softcap"], options["scale"] = value.cap, value.scale
         options["loss_dtype"] = value.cast
-        self.bypassed = True
         if self.head.metrics:
             loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(
                 value.rows, weight, target, **options
             )
-            return loss
-        return linear_cross_entropy(value.rows, weight, target, **options)
+        else:
+            loss = linear_cross_entropy(value.rows, weight, target, **options)
+        self.bypassed = self.bypassed or self.traced or loss.requires_grad
+        return loss
 
 
 @dataclass(eq=False)
@@ -220,99 +194,115 @@ class _Value:
         call: The head's call.
         rows: The hidden states, in the shape of the tensor.
         example: A meta tensor of the same shape, strides and dtype; in a traced call, the logits.
+        needs_grad: Whether the result of the operator required a gradient.
         parent: The value from which an operator has made this one, None for the head's output.
-        operation: torch's operator, and its arguments and keyword arguments after the parent.
-        needs_grad: Whether gradients pass through the tensor.
+        operation: The operator of ATen, and its arguments and keyword arguments after the parent.
         shift: A tensor of one number for each class, None without an addition.
         cast: The dtype that x was cast to, None without a cast.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
-        hooked: Whether FSDP has hooks on the tensor's node, through which gradients then pass.
-        real: The computed tensor.
+        real: The computed values, without an autograd graph.
     """
 
     call: HeadCall
     rows: Tensor
     example: Any
+    needs_grad: bool = False
     parent: _Value | None = None
     operation: tuple[Any, Any, Any] = (None, (), {})
-    needs_grad: bool = False
     shift: Tensor | None = None
     cast: torch.dtype | None = None
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
-    hooked: bool = False
     real: Any = None
 
     def tensor(self) -> Any:
-        """Returns the lazy tensor with this value."""
-        call = self.call
-        if call.traced:
-            tensor = self.example.as_subclass(Logits)
-        else:
-            tensor = _attached(self, *call.inputs) if self.needs_grad else _without_memory(self)
-            call.tensors.append(weakref.ref(tensor))
+        """Returns a lazy tensor with this value."""
+        example = self.example
+        tensor: Any = torch_internals.make_wrapper_subclass(
+            LazyLogits,
+            example.shape,
+            strides=example.stride(),
+            dtype=example.dtype,
+            device=self.rows.device,
+        )
         tensor.value = self
+        self.call.values.append(weakref.ref(self))
         return tensor
 
-    def compute(self) -> Any:
-        """Returns the tensor, computed by torch in the graph of the head's inputs."""
-        if self.real is not None:
-            return self.real
-        if self.parent is None:
-            self.real = F.linear(*self.call.inputs)
-        else:
-            function, args, kwargs = self.operation
-            self.real = function(self.parent.compute(), *args, **kwargs)
-        return self.real
+    def compute(self) -> Tensor:
+        """Returns the values."""
+        if self.real is None:
+            mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
+            autocast = torch.autocast(self.rows.device.type, enabled=False)
+            with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
+                if self.parent is None:
+                    self.call.check()
+                    dtype = self.example.dtype
+                    inputs = [x if x is None else x.to(dtype) for x in self.call.inputs]
+                    self.real = F.linear(*inputs)  # type: ignore[arg-type]
+                else:
+                    function, args, kwargs = self.operation
+                    self.real = function(self.parent.compute(), *args, **kwargs)
+            self.parent, self.operation = None, (None, (), {})
+        return self.real  # type: ignore[no-any-return]
 
-    def compute_from(self, inputs: Any) -> Any:
-        """Returns the tensor for other hidden states, weight and bias."""
-        if self.parent is None:
-            return F.linear(*inputs)
-        function, args, kwargs = self.operation
-        return function(self.parent.compute_from(inputs), *args, **kwargs)
-
-    def settle(self, tensor: Any) -> None:
-        """Computes a lazy tensor, and makes it plain unless its gradients may pass elsewhere."""
-        if self.is_elsewhere(tensor):
-            with torch.inference_mode(False), torch.enable_grad():
-                self.real = tensor.clone()  # passes gradients to its node
-        real = self.compute()
-        if not self.call.bypassed:
-            if torch_internals.becomes(tensor, real):
-                self.real = tensor
-            else:
-                self.call.bypassed = True  # C++ code uses the tensor
-
-    def is_elsewhere(self, tensor: Any) -> bool:
-        """Returns whether C++ code has given a tensor another node of the graph."""
-        if tensor.is_inference():
-            return False
-        is_other = tensor.requires_grad != self.needs_grad or version_of(tensor)
-        return bool(self.hooked or is_other)
+    def result(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the lazy result of an operator of ATen."""
+        others = tree_map(_to_meta, args) if function in _WITH_TENSORS else args
+        example = function(self.example, *others, **kwargs)
+        operation = function, args, kwargs
+        return replace(self, parent=self, operation=operation, example=example).tensor()
 
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
-        if not self.call.traced and self.is_elsewhere(tensor):
-            return None
+        call, before = self.call, self.example
+        if not call.traced:
+            inference = tensor.is_inference()
+            if inference != torch.is_inference_mode_enabled():
+                return None
+            # An autograd function changes these if it returns the tensor.
+            if tensor.requires_grad != self.needs_grad or (not inference and version_of(tensor)):
+                return None
         if function is (F.nll_loss if self.log else F.cross_entropy):
             return self.cross_entropy(*args, **kwargs)
         rule = _RULES.get(function)
         if rule is None or (self.log and rule not in _MOVES):
             return None
-        if rule not in _WITHOUT_GRADIENTS and self.needs_grad and not torch.is_grad_enabled():
-            return None
         changes = rule(self, function, args, kwargs)
         if changes is None:
             return None
-        changes = {"operation": (function, args, kwargs)} | changes
-        if "example" not in changes:
-            changes["example"] = function(self.example, *args, **kwargs)
-        if changes["example"] is self.example and "needs_grad" not in changes:
-            return tensor
-        return replace(self, parent=self, **changes).tensor()
+        function, args, kwargs = changes.pop("operation", (function, args, kwargs))
+        if call.traced:
+            example = function(before, *args, **kwargs)
+            if example is before:
+                return tensor
+            needs_grad = self.needs_grad and torch.is_grad_enabled()
+            result = example.as_subclass(Logits)
+            result.value = value = replace(self, example=example)
+        else:
+            call.keeps_lazy = True
+            try:
+                result = function(tensor, *args, **kwargs)
+            finally:
+                call.keeps_lazy = False
+            if result is tensor:
+                return tensor
+            value, needs_grad = result.value, result.requires_grad
+            example = value.example
+        shape = example.shape
+        if "rows" not in changes and shape != before.shape:
+            # Views in the same order keep rows whole if they keep the last dimension.
+            if shape[-1:] != before.shape[-1:]:
+                return None
+            changes["rows"] = self.rows.reshape(*shape[:-1], self.rows.shape[-1])
+        if example.dtype is not changes.get("cast", before.dtype):
+            return None
+        for name, attribute in changes.items():
+            setattr(value, name, attribute)
+        value.needs_grad = needs_grad
+        return result
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
@@ -371,8 +361,8 @@ class _Value:
 
 # ---- operators that keep logits lazy -------------------------------------------------------------
 
-# A rule returns the attributes of a value that an operator changes, and its example if it is not
-# the operator's result on the example. It returns None if the operator reads the logits.
+# A rule returns the attributes of a value that an operator changes, and "operation" if it is called
+# with other arguments. It returns None if the operator reads the logits.
 
 
 def _operand(args: Any, kwargs: Any) -> Any:
@@ -381,13 +371,8 @@ def _operand(args: Any, kwargs: Any) -> Any:
     return values[0] if len(values) == 1 and kwargs.keys() <= {"other"} else None
 
 
-def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """Views in the same order keep rows whole if they keep the last dimension."""
-    example = function(value.example, *args, **kwargs)
-    if example.shape[-1:] != value.example.shape[-1:] or example.dtype is not value.example.dtype:
-        return None
-    rows = value.rows.reshape(*example.shape[:-1], value.rows.shape[-1])
-    return {"example": example, "rows": rows}
+def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    return {}
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -399,10 +384,11 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
     if call.traced or not _selects_rows(parts, dimensions):
         return None
     call.check()  # the selected rows are a copy
-    rows = value.rows[parts]
-    call.watched += [(part, version_of(part)) for part in parts]
-    shape = *rows.shape[:-1], value.example.shape[-1]
-    return {"rows": rows, "example": value.example.new_empty(shape)}
+    rows, indices = value.rows[parts], []
+    for part in parts:  # a meta tensor does not know the number of rows in a mask
+        indices += part.nonzero(as_tuple=True) if part.dtype is torch.bool else [part]
+        call.watch(part)
+    return {"rows": rows, "operation": (function, (tuple(indices),), {})}
 
 
 def _keeps_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
@@ -421,22 +407,22 @@ def _selects_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
     """Returns whether an index consists of masks and int64 tensors for the leading dimensions."""
     if not parts or not all(type(x) in PLAIN and x.dtype in _INDEX_DTYPES for x in parts):
         return False
-    if any(x.is_inference() for x in parts):
+    if any(x.is_inference() or (x.dtype is torch.bool and not x.dim()) for x in parts):
         return False
     return sum(x.dim() if x.dtype is torch.bool else 1 for x in parts) < dimensions
 
 
-def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A log_softmax over the classes whose result has the dtype of its input."""
     dim, *others = args or (kwargs.get("dim"),)
     is_last = type(dim) is int and dim in (-1, value.example.dim() - 1)
     keeps_dtype = value.dtype_of_loss() is value.example.dtype
     if others or not is_last or not keeps_dtype or kwargs.get("dtype") is not None:
         return None
-    return {"log": True, "operation": (function, (), {"dim": -1})}
+    return {"log": True}
 
 
-def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """The sum with a constant bias, which autocast would round."""
     bias, call = _operand(args, kwargs), value.call
     if value.scale != 1 or value.cap is not None or call.autocast or value.cast:
@@ -448,11 +434,9 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     elif bias.is_inference():
         return None
     else:
-        call.watched.append((bias, version_of(bias)))
+        call.watch(bias)
     bias = bias.reshape(-1)
-    example = function(value.example, bias.to(value.example.device))
-    shift = bias if value.shift is None else value.shift + bias
-    return {"shift": shift, "example": example, "operation": (function, (bias,), {})}
+    return {"shift": bias if value.shift is None else value.shift + bias}
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -464,11 +448,12 @@ def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
             dtype = option
         elif not isinstance(option, (str, torch.device)) or torch.device(option) != device:
             return None
+    operation = Tensor.to, (dtype,), {}
     if dtype is before:
-        return {"example": value.example}
+        return {"operation": operation}
     if dtype is not torch.float32 or before is torch.float64:
         return None
-    return {"cast": dtype, "example": value.example.float(), "operation": (Tensor.float, (), {})}
+    return {"cast": dtype, "operation": operation}
 
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -486,18 +471,15 @@ def _tanh(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
 
 
 def _detach(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    return None if args or kwargs or value.call.traced else {"needs_grad": False}
+    return None if value.call.traced else {}
 
 
 def _clone(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A copy without a gradient, as DistributedDataParallel makes of a model's outputs."""
-    if args or kwargs or value.call.traced or torch.is_grad_enabled():
-        return None
-    return {"needs_grad": False, "operation": (lambda x: x.detach().clone(), (), {})}
+    return None if value.call.traced or torch.is_grad_enabled() else {}
 
 
 _MOVES = (_view, _index)
-_WITHOUT_GRADIENTS = (_detach, _clone)
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous), _view),
@@ -530,22 +512,29 @@ class Logits(Tensor):
         kwargs, tensor = kwargs or {}, args[0] if args else None
         with DisableTorchFunctionSubclass():
             if isinstance(tensor, Logits) and tensor.value is not None:
-                value: _Value = tensor.value
-                if value.real is None and function in _METADATA:
+                if function in _METADATA:
                     return function(*args, **kwargs)
-                if value.call.bypassed and function in _WRAPPERS_USE and _is_of_wrapper():
-                    value.hooked = value.hooked or function is Tensor.register_hook
-                    return function(*args, **kwargs)
-                if not value.call.computed:
-                    result = value.apply(tensor, function, args[1:], kwargs)
+                if not tensor.value.call.computed:
+                    result = tensor.value.apply(tensor, function, args[1:], kwargs)
                     if result is not None:
                         return result
-        if type(tensor).__module__ == "numpy" and is_dynamo_compiling():
-            args = torch.as_tensor(tensor), *args[1:]  # a NumPy scalar times logits
-        _check_gradient(function, args)
-        name = _name_of(function)
-        args, kwargs = tree_map(lambda x: _read(x, name), (args, kwargs))
-        return function(*args, **kwargs)
+            name = _name_of(function)
+            is_lazy = isinstance(tensor, LazyLogits)
+            if is_lazy and function in _OF_NODES:
+                _expect_gradient(tensor, name)
+                with torch.inference_mode(tensor.is_inference()):
+                    return function(*args, **kwargs)
+            if is_lazy and _is_in_place(function):
+                tensor.value.call.compute(name)
+                return function(*args, **kwargs)
+            if function in _BACKWARD and not is_dynamo_compiling():
+                others, kwargs = tree_map(lambda x: _edge_of(x, function), (args[1:], kwargs))
+                args = *args[:1], *others
+            if type(tensor).__module__ == "numpy" and is_dynamo_compiling():
+                args = torch.as_tensor(tensor), *args[1:]  # a NumPy scalar times logits
+            args, kwargs = tree_map(lambda x: _view_of(x, name), (args, kwargs))
+        result = function(*args, **kwargs)
+        return tensor if is_lazy and result is args[0] else result
 
 
 class LazyLogits(Logits):
@@ -555,121 +544,122 @@ class LazyLogits(Logits):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Computes an operator that C++ called. Its gradient passes through `_Node`."""
-        if torch_internals.is_mutable(function):
+        kwargs, tensor = kwargs or {}, args[0] if args else None
+        if isinstance(tensor, LazyLogits) and tensor.value.call.keeps_lazy:
+            return tensor.value.result(function, args[1:], kwargs)
+        values, kwargs = tree_map(_values_of, (args, kwargs))
+        result = function(*values, **kwargs)
+        if result is not values[0]:
+            return result
+        if result.shape != tensor.shape:
             raise RuntimeError(
-                "pyfused.convert: expected no C++ operator that changes a model's logits in place, "
-                f"got {function}. Call pyfused.revert(model)"
+                "pyfused.convert: expected no operator that changes the shape of a model's logits "
+                f"in place, got {function}. Call pyfused.revert(model)"
             )
-        args, kwargs = tree_map(_detached, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return tensor
 
 
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
 reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (Logits, LazyLogits))
 
 
-def _without_memory(value: _Value) -> Any:
-    example = value.example
-    return torch_internals.make_wrapper_subclass(
-        LazyLogits,
-        example.shape,
-        strides=example.stride(),
-        dtype=example.dtype,
-        device=value.rows.device,
-    )
-
-
-class _Node(torch.autograd.Function):
-    """Passes gradients that C++ code computes for lazy logits to the inputs of their head."""
+class _Head(torch.autograd.Function):
+    """The linear layer, whose output is lazy."""
 
     @staticmethod
-    def forward(ctx: Any, value: _Value, *inputs: Any) -> Any:  # noqa: ARG004
-        ctx.value = value
+    def forward(ctx: Any, value: _Value, *inputs: Any) -> Any:
+        ctx.save_for_backward(*inputs)
         ctx.materialize_grads = False
-        return _without_memory(value)
+        return value.tensor()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
             return (None,) * 4
-        value: _Value = ctx.value
-        needed, create_graph = ctx.needs_input_grad[1:], torch.is_grad_enabled()
-        value.call.check()
-        with DisableTorchFunctionSubclass(), value.call.modes():
-            # The hidden states may also depend on the weight: paths through them end at a view.
-            inputs: list[Any] = [x if x is None else x.view_as(x) for x in value.call.inputs]
-            logits = value.compute_from(inputs)
-        leaves = [x for x, need in zip(inputs, needed, strict=True) if need]
-        gradients = iter(torch.autograd.grad(logits, leaves, grad, create_graph=create_graph))
-        return None, *(next(gradients) if need else None for need in needed)
+        hidden, weight, bias = ctx.saved_tensors
+        _, *needed = ctx.needs_input_grad
+        rows, dtype = grad.reshape(-1, grad.shape[-1]), grad.dtype
+        gradients: list[Tensor | None] = [None, None, None]
+        with torch.autocast(grad.device.type, enabled=False):
+            if needed[0]:
+                gradients[0] = (grad @ weight.to(dtype)).to(hidden.dtype)
+            if needed[1]:
+                inputs = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+                gradients[1] = (rows.t() @ inputs).to(weight.dtype)
+            if needed[2]:
+                gradients[2] = rows.sum(0).to(bias.dtype)
+        return None, *gradients
 
 
-_attached: Any = torch_internals.apply_of(_Node)
+_head: Any = torch_internals.apply_of(_Head)
 
 
-def _detached(tensor: Any) -> Any:
-    """Returns the values of lazy logits for C++ code, and other arguments unchanged."""
-    if not isinstance(tensor, LazyLogits):
-        return tensor
-    value: _Value = tensor.value
-    value.call.bypassed = True
-    value.call.compute("C++ code")
-    with DisableTorchFunctionSubclass(), value.call.modes():
-        return value.compute().detach()
+def _to_meta(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, Tensor) else x
 
 
-def _read(tensor: Any, reader: str) -> Any:
-    """Returns the computed logits for an operator that reads them; returns others unchanged."""
-    if not isinstance(tensor, Logits):
-        return tensor
-    value: _Value | None = tensor.value
+def _values_of(x: Any) -> Any:
+    """Returns the values of a lazy tensor, and other arguments unchanged."""
+    if not isinstance(x, LazyLogits):
+        return x
+    x.value.call.compute("C++ code")
+    return x.value.compute()
+
+
+def _view_of(x: Any, reader: str) -> Any:
+    """Returns a plain view of a lazy tensor for an operator; returns others unchanged."""
+    if not isinstance(x, Logits):
+        return x
+    value: _Value | None = x.value
     if value is None:  # torch.compile iterates over logits without __torch_function__
-        return tensor.as_subclass(Tensor)
+        return x.as_subclass(Tensor)
     value.call.compute(reader)
     if value.call.traced:
         return value.example
-    if type(tensor) is not LazyLogits:
-        return tensor
-    if value.real is None:  # an error has ended the computation
-        with DisableTorchFunctionSubclass(), value.call.modes():
-            value.compute()
-    return value.real
+    with torch.inference_mode(x.is_inference()):
+        return x.view_as(x)
 
 
-def _check_gradient(function: Any, args: Any) -> None:
-    """Raises for a gradient of logits, if gradients pass around them.
+def _edge_of(x: Any, function: Any) -> Any:
+    """Returns the node of lazy logits for a backward pass; returns other arguments unchanged."""
+    if not isinstance(x, LazyLogits):
+        return x
+    _expect_gradient(x, "autograd.grad")
+    if function is not torch.autograd.grad:
+        x.retain_grad()
+    return get_gradient_edge(x)
+
+
+def _expect_gradient(x: Any, reader: str) -> None:
+    """Computes logits, so that their gradient passes through their node.
 
     Raises:
-        RuntimeError: The loss was computed without the logits, so their gradient would lack it.
+        RuntimeError: Their loss was computed without them, so the gradient would lack it.
     """
-    tensors: Any = ()
-    if function in _OF_GRADIENTS:
-        tensors = args[:1]
-    elif function is torch.autograd.grad:
-        tensors = args[1] if isinstance(args[1], (tuple, list)) else args[1:2]
-    for tensor in tensors:
-        if not isinstance(tensor, LazyLogits) or not tensor.value.call.bypassed:
-            continue
-        with DisableTorchFunctionSubclass():
-            has_gradient = tensor.requires_grad  # not of a detached tensor
-        if has_gradient:
-            raise RuntimeError(
-                "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
-                "before their loss, got it after. Call it before the loss, or call "
-                "pyfused.revert(model)"
-            )
+    if not x.value.call.bypassed or not x.requires_grad:
+        x.value.call.compute(reader)
+    elif not _is_of_wrapper():
+        raise RuntimeError(
+            "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
+            "before their loss, got it after. Call it before the loss, or call "
+            "pyfused.revert(model)"
+        )
+
+
+def _is_in_place(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return name.startswith(("__i", "__set")) or (name.endswith("_") and name[:2] != "__")
 
 
 def _is_of_wrapper() -> bool:
     """Returns whether DDP or FSDP visits a model's outputs, among which is the loss."""
-    if is_dynamo_compiling():
-        return False
     frame: Any = sys._getframe(2)
-    while frame.f_globals.get("__name__") in ("torch.overrides", "torch._tensor"):
+    while frame.f_globals["__name__"] in (__name__, *_CALLERS):
         frame = frame.f_back
-    name = str(frame.f_globals.get("__name__"))
-    return name.startswith(("torch.nn.parallel.", "torch.distributed."))
+    return str(frame.f_globals["__name__"]).startswith(("torch.nn.parallel.", "torch.distributed."))
+
+
+_CALLERS = "torch.overrides", "torch._tensor", "torch.utils._pytree"
 
 
 def _name_of(function: Any) -> str:

