@@ -90,6 +90,10 @@ class Drawn(nn.Module):
     def forward(self, tokens: Tensor, program: int = 0) -> Any:
         draw = random.Random(self.programs[program])
         self.seen, losses, self.kept = [], [], None
+        if self.head.bias is not None:
+            # For more dimensions, the reference is a view. If it is changed in place, torch drops
+            # its hooks, and parts of its gradient.
+            tokens = tokens.flatten()
         hidden = self.emb(tokens).tanh()
         logits = self.head(hidden)
         if self.disturbed:
@@ -215,8 +219,6 @@ def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
 
 def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     by = number(draw)
-    if getattr(draw, "hooked", False):
-        return x  # torch drops hooks of views that change, and linear with a bias returns a view
     changes: list[Callable[[], Any]] = [
         lambda: x.mul_(by),
         lambda: x.add_(by),
@@ -233,13 +235,11 @@ def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
 
 def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
     def hooked(x: Tensor) -> Tensor:
-        draw.hooked = True  # type: ignore[attr-defined]
         if x.grad_fn is not None:  # torch crashes for views changed under no_grad
             x.register_hook(lambda grad: grad * 2)
         return x
 
     def kept(x: Tensor) -> Tensor:
-        draw.hooked = True  # type: ignore[attr-defined]
         x.retain_grad()
         seen.append(x)
         return x
