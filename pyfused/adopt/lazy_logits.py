@@ -101,7 +101,7 @@ class HeadCall:
         self.values: list[Callable[[], _Value | None]] = []
         self.watched: list[tuple[Tensor, int]] = []
         if traced:  # the compiler removes the copies if nothing changes the tensors
-            self.inputs = tuple([x if x is None else x.clone() for x in inputs])
+            self.inputs: tuple[Any, ...] = tuple([x if x is None else x.clone() for x in inputs])
             return
         hidden, weight, bias = inputs
         if hidden.is_inference():  # it has no version
@@ -384,7 +384,8 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
     if call.traced or not _selects_rows(parts, dimensions):
         return None
     call.check()  # the selected rows are a copy
-    rows, indices = value.rows[parts], []
+    rows = value.rows[parts]
+    indices: list[Tensor] = []
     for part in parts:  # a meta tensor does not know the number of rows in a mask
         indices += part.nonzero(as_tuple=True) if part.dtype is torch.bool else [part]
         call.watch(part)
@@ -448,7 +449,7 @@ def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
             dtype = option
         elif not isinstance(option, (str, torch.device)) or torch.device(option) != device:
             return None
-    operation = Tensor.to, (dtype,), {}
+    operation: Any = Tensor.to, (dtype,), {}
     if dtype is before:
         return {"operation": operation}
     if dtype is not torch.float32 or before is torch.float64:
@@ -509,7 +510,8 @@ class Logits(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs, tensor = kwargs or {}, args[0] if args else None
+        kwargs = kwargs or {}
+        tensor: Any = args[0] if args else None
         with DisableTorchFunctionSubclass():
             if isinstance(tensor, Logits) and tensor.value is not None:
                 if function in _METADATA:
@@ -544,7 +546,8 @@ class LazyLogits(Logits):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs, tensor = kwargs or {}, args[0] if args else None
+        kwargs = kwargs or {}
+        tensor: Any = args[0] if args else None
         if isinstance(tensor, LazyLogits) and tensor.value.call.keeps_lazy:
             return tensor.value.result(function, args[1:], kwargs)
         values, kwargs = tree_map(_values_of, (args, kwargs))
