@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyfused import functional as fused
 from pyfused.ops.elementwise import L1_LOSS
 
 pytestmark = [
@@ -84,6 +85,14 @@ def test_one_graph_for_all_batch_sizes(example: Example) -> None:
         got, expected = evaluate(step, *tensors), evaluate(lambda *x: batches.of(x), *tensors)
         close((got.value, *got.gradients), (expected.value, *expected.gradients))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("module", [torch.nn.functional, fused])
+def test_gaussian_nll_loss_breaks_the_graph_as_in_torch(module: Any) -> None:
+    x = torch.ones(4)
+    compiled = torch.compile(module.gaussian_nll_loss, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        compiled(x, x, x)
 
 
 class Program(nn.Module):

@@ -13,7 +13,7 @@ import pytest
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-PAGES += ["csrc/README.md", "tests/README.md", "benchmarks/README.md"]
+PAGES += ["csrc/README.md", "kernels/README.md", "tests/README.md", "benchmarks/README.md"]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md"))]
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")
