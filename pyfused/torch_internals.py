@@ -233,12 +233,16 @@ _has_any_global_hook: Callable[[], bool] = getattr(
 
 def has_hooks(module: Any) -> bool:
     """Returns whether calling a module runs hooks."""
+    return has_own_hooks(module) or _has_any_global_hook()
+
+
+def has_own_hooks(module: Any) -> bool:
+    """Returns whether a module has hooks, apart from those of all modules."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _has_any_global_hook()
     )
 
 

@@ -23,7 +23,7 @@ from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.signature import PLAIN
 from pyfused.dispatch.sizes import is_small
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
-from pyfused.torch_internals import active_mode, has_compiled_call
+from pyfused.torch_internals import active_mode, has_compiled_call, has_own_hooks
 
 ALREADY = "is already converted"
 SILENT = ""  # a reason without a warning
@@ -74,12 +74,7 @@ def _reason(
     head: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: Any, traced: bool
 ) -> str | None:
     """Returns why a call of a converted head computes its logits, None if they are lazy."""
-    if "forward" in vars(head) or (
-        head._forward_hooks
-        or head._forward_pre_hooks
-        or head._backward_hooks
-        or head._backward_pre_hooks
-    ):
+    if "forward" in vars(head) or has_own_hooks(head):
         return reason_to_leave(head)
     if not traced:
         for value in (weight,) if bias is None else (weight, bias):
@@ -117,12 +112,7 @@ def reason_to_leave(head: Any) -> str | None:
         return "the forward of its head was replaced, for example by accelerate's offloading"
     if torch_internals.fsdp_policy(head) is not None:
         return "its head is a unit of fully_shard. Leave the head in the root unit"
-    if (
-        head._forward_hooks
-        or head._forward_pre_hooks
-        or head._backward_hooks
-        or head._backward_pre_hooks
-    ):
+    if has_own_hooks(head):
         return "its head has hooks"
     if has_compiled_call(head):
         return "its head is compiled separately"

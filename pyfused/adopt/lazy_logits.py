@@ -58,17 +58,10 @@ _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 _INDEX_DTYPES = (torch.bool, torch.int64)
 
 
+@torch_internals.run_while_tracing  # the compiler breaks the graph at a warning
 def tell(model: str, reason: str) -> None:
     """Warns once that a converted model computes its logits."""
     message = f"pyfused.convert: {model} computes all of its logits: {reason}"
-    if is_dynamo_compiling():
-        _warn_while_tracing(message)
-    elif reasons.first_time("convert", message):
-        warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
-
-
-@torch_internals.run_while_tracing  # the compiler breaks the graph at a warning
-def _warn_while_tracing(message: str) -> None:
     if reasons.first_time("convert", message):
         warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
 
@@ -528,6 +521,8 @@ class Logits(Tensor):
                     return function(*args, **kwargs)
             if is_lazy and _is_in_place(function):
                 tensor.value.call.compute(name)
+                if name == "data":
+                    raise _error_in_place("memory", name)
                 return function(*args, **kwargs)
             if function in _BACKWARD and not is_dynamo_compiling():
                 others, kwargs = tree_map(lambda x: _edge_of(x, function), (args[1:], kwargs))
@@ -555,10 +550,7 @@ class LazyLogits(Logits):
         if result is not values[0]:
             return result
         if result.shape != tensor.shape:
-            raise RuntimeError(
-                "pyfused.convert: expected no operator that changes the shape of a model's logits "
-                f"in place, got {function}. Call pyfused.revert(model)"
-            )
+            raise _error_in_place("shape", str(function))
         return tensor
 
 
@@ -650,8 +642,16 @@ def _expect_gradient(x: Any, reader: str) -> None:
 
 
 def _is_in_place(function: Any) -> bool:
+    """Returns whether a function changes its first argument, by an operator of ATen."""
     name = getattr(function, "__name__", "")
-    return name.startswith(("__i", "__set")) or (name.endswith("_") and name[:2] != "__")
+    if name.startswith("__"):
+        return name.startswith(("__i", "__set"))
+    return name.endswith("_") and hasattr(torch.ops.aten, name)
+
+
+def _error_in_place(part: str, name: str) -> RuntimeError:
+    message = f"expected no operator that changes the {part} of a model's logits in place"
+    return RuntimeError(f"pyfused.convert: {message}, got {name}. Call pyfused.revert(model)")
 
 
 def _is_of_wrapper() -> bool:
