@@ -129,7 +129,7 @@ def convert(
             if head_name or evaluation or metrics or heads.has_head(module):
                 heads.fuse(module, head_name, evaluation, metrics)
             continue
-        if name not in plan.swapped or MARK in vars(module):  # a module may have several names
+        if name not in plan.swapped:
             continue
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
@@ -213,7 +213,7 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
 
     Returns:
         The modules that would be replaced (``"."`` is the model itself), and the language models,
-        losses and activations that would not be, with reasons.
+        losses and activations that would not be, with reasons, each under its first name.
 
     Raises:
         TypeError, ValueError: As in :func:`convert`.
@@ -291,17 +291,17 @@ def revert(model: Module) -> tuple[str, ...]:
         if type(module) in _TORCH_CLASSES:
             module.__class__ = _TORCH_CLASSES[type(module)]
             vars(module).pop("__module__", None)
-        elif MARK in vars(module):  # a module may have several names
+        else:
             heads.unfuse(module)
         vars(module).pop(MARK, None)
     return tuple(name for name, m in converted if not isinstance(m, torch.nn.Linear))  # no heads
 
 
 def _modules(model: Any) -> list[tuple[str, Module]]:
-    """Returns the modules, each under all of its names; raises for a wrapped module."""
+    """Returns the modules, each under its first name; raises for a wrapped module."""
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    modules = [(name or ".", m) for name, m in model.named_modules(remove_duplicate=False)]
+    modules = [(name or ".", module) for name, module in model.named_modules()]
     for name, module in modules:
         wrapper = _wrapper(module)
         if wrapper:
