@@ -602,19 +602,31 @@ def by_model() -> str:
     machines = {_short(next(iter(rows.values()))["machine"]): None for rows in _steps().values()}
     return (
         f"{report.tabulated(columns, lines, names=1)}\n\n"
-        "*Times as fast as eager torch, medians. Empty cells: not measured, or no linear head."
+        "*Medians. Empty cells: not measured, or no linear head."
         f" {slower()} {' '.join(machines)}*"
     )
 
 
 def slower() -> str:
-    """Returns a sentence with the ways whose steps are slower than torch's beyond the spread."""
-    named = []
-    for name, rows in _steps().items():
-        ways = [way for way in BY_MODEL if way in rows and float(rows[way][steps.RATIO[2]]) < 1]
-        if ways:
-            named.append(f"{', '.join(BY_MODEL[way] for way in ways)} for {name.partition(',')[0]}")
-    return f"Slower than eager torch, with an upper quartile below 1: {'; '.join(named) or 'none'}."
+    """Returns a sentence with the ways whose steps took longer than eager torch's."""
+    beyond, within = list[str](), list[str]()
+    for rows in _steps().values():
+        for named, is_slower in ((beyond, True), (within, False)):
+            ways = [
+                BY_MODEL[way]
+                for way in BY_MODEL
+                if way in rows
+                and float(rows[way][steps.RATIO[1]]) < 1
+                and (float(rows[way][steps.RATIO[2]]) < 1) == is_slower
+            ]
+            if ways:
+                row = next(iter(rows.values()))
+                model = row["model"].partition(",")[0]
+                named.append(f"{', '.join(ways)} for {model} ({row['dtype']})")
+    return (
+        "Slower than eager torch, with an upper quartile below 1:"
+        f" {'; '.join(beyond) or 'none'}. Slower within the spread: {'; '.join(within) or 'none'}."
+    )
 
 
 def _short(machine: str) -> str:
