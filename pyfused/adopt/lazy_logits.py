@@ -35,7 +35,12 @@ from pyfused import torch_internals
 from pyfused.dispatch import reasons
 from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
-from pyfused.torch_internals import DisableTorchFunctionSubclass, tree_map, version_of
+from pyfused.torch_internals import (
+    DisableTorchFunctionSubclass,
+    saved_tensors_hooks,
+    tree_map,
+    version_of,
+)
 
 _ATTRIBUTES = (
     *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "_base"),
@@ -66,11 +71,6 @@ def tell(model: str, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
-def _id_of_hooks() -> int:
-    """Returns a number for the active hooks of saved tensors, for example a checkpoint's."""
-    return hash(torch_internals.saved_tensors_hooks(True))
-
-
 class HeadCall:
     """One call of a converted head, whose logits are lazy.
 
@@ -92,23 +92,20 @@ class HeadCall:
         self.head, self.autocast, self.traced = head, autocast, traced
         self.computed = self.bypassed = self.keeps_lazy = False
         self.values: list[Callable[[], _Value | None]] = []
-        self.watched: list[tuple[Tensor, int]] = []
         if traced:  # the compiler removes the copies if nothing changes the tensors
+            self.watched: list[tuple[Tensor, int]] = []
             self.inputs: tuple[Any, ...] = tuple([x if x is None else x.clone() for x in inputs])
             return
         hidden, weight, bias = inputs
+        self.watched = [(weight, version_of(weight))]
         if hidden.is_inference():  # it has no version
             hidden = hidden.clone()
         else:
-            self.watch(hidden)
-        self.watch(weight)
+            self.watched.append((hidden, version_of(hidden)))
         if bias is not None:
-            self.watch(bias)
+            self.watched.append((bias, version_of(bias)))
         self.inputs = hidden, weight, bias
-        self.address, self.hooks = weight.data_ptr(), _id_of_hooks()
-
-    def watch(self, tensor: Tensor) -> None:
-        self.watched.append((tensor, version_of(tensor)))
+        self.address, self.hooks = weight.data_ptr(), hash(saved_tensors_hooks(True))
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
@@ -153,6 +150,8 @@ class HeadCall:
             reason += "For the accuracy of training steps pass metrics=True to convert; or call "
             tell(self.head.model_name, f"{reason}pyfused.revert(model)")
         elif self.needs_grad or self.traced:
+            if self.traced and not is_dynamo_compiling():
+                reader = "code after a graph break"
             tell(self.head.model_name, f"its logits are read by {reader}")
         self.computed = True
         for reference in self.values:  # before an operator changes one of them in place
@@ -326,7 +325,9 @@ class _Value:
             return None
         if reduction not in ("none", "mean", "sum"):
             return None
-        if not call.traced and call.hooks != _id_of_hooks():  # a checkpoint of the loss alone
+        if not call.traced and call.hooks != hash(
+            saved_tensors_hooks(True)
+        ):  # a checkpoint of the loss alone
             return None
         if weight is not None and not self.is_constant(weight, self.dtype_of_loss()):
             return None
@@ -381,7 +382,7 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
     indices: list[Tensor] = []
     for part in parts:  # a meta tensor does not know the number of rows in a mask
         indices += part.nonzero(as_tuple=True) if part.dtype is torch.bool else [part]
-        call.watch(part)
+        call.watched.append((part, version_of(part)))
     return {"rows": rows, "operation": (function, (tuple(indices),), {})}
 
 
@@ -428,7 +429,7 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
     elif bias.is_inference():
         return None
     else:
-        call.watch(bias)
+        call.watched.append((bias, version_of(bias)))
     bias = bias.reshape(-1)
     return {"shift": bias if value.shift is None else value.shift + bias}
 

@@ -17,7 +17,6 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -613,28 +612,18 @@ def test_converting_again_changes_the_options() -> None:
     assert vars(model.head).keys() == vars(Model().head).keys()
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
-@pytest.mark.parametrize("part", ["loss", "head", "model"])
-def test_checkpoints(part: str, kind: str, losses: list[Tensor]) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint(reentrant: bool, losses: list[Tensor]) -> None:
     class Checkpointed(Model):
         def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
             def loss_of(hidden: Tensor) -> Tensor:
                 return F.cross_entropy(self.head(hidden).flatten(0, 1), target)
 
-            reentrant = kind == "reentrant"
-            if part == "model":
-                return None, checkpoint(loss_of, self.emb(x), use_reentrant=reentrant)
-            if part == "loss":
-                logits = self.head(self.emb(x)).flatten(0, 1)
-                return None, checkpoint(F.cross_entropy, logits, target, use_reentrant=reentrant)
-            logits = checkpoint(self.head, self.emb(x), use_reentrant=reentrant)
-            return None, F.cross_entropy(logits.flatten(0, 1), target)
+            return None, checkpoint(loss_of, self.emb(x), use_reentrant=reentrant)
 
     expected, model = results(Checkpointed()), pyfused.convert(Checkpointed(), head="head")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.testing.assert_close(results(model), expected)
-    assert losses or part != "model"
+    torch.testing.assert_close(results(model), expected)
+    assert losses
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -654,14 +643,6 @@ def test_copies(name: str, losses: list[Tensor]) -> None:
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert pyfused.revert(model) == (".",)
     assert type(model(X, TARGET)[0]) is Tensor
-
-
-def test_several_threads_call_one_model(losses: list[Tensor]) -> None:
-    model, expected = pyfused.convert(Model(), head="head"), Model()(X, TARGET)[1].detach()
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: model(X, TARGET)[1].detach(), range(80)))
-    torch.testing.assert_close(torch.stack(found), expected.expand(80))
-    assert len(losses) == 80
 
 
 def test_a_call_keeps_no_references() -> None:
@@ -761,26 +742,11 @@ def test_torchs_errors(options: dict[str, Any], dtype: torch.dtype) -> None:
 # ---- reads of logits after their loss ------------------------------------------------------------
 
 
-class Dirty(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # noqa: ARG004
-        return 2 * grad_output
-
-
 READS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "argmax": lambda logits, _: logits.argmax(-1),
-    "slice": lambda logits, _: logits[:, :3] * 1,
     "pickle": lambda logits, _: pickle.loads(pickle.dumps(logits)).detach(),
     "NumPy": lambda logits, _: torch.from_numpy(logits.detach().numpy()),
     "after backward": lambda logits, loss: (loss.backward(), logits.argmax(-1))[1],
-    "sum": lambda logits, loss: loss + logits.square().sum(),
-    "autograd.Function": lambda logits, loss: loss + Doubled.apply(logits).sum(),
-    "vmap": lambda logits, _: torch.vmap(torch.sin)(logits),
     "detached": lambda logits, _: logits.detach().clone(),
 }
 
@@ -825,19 +791,6 @@ def test_gradients_of_logits_after_their_loss(name: str, read: bool) -> None:
         logits.argmax()
     with pytest.raises(RuntimeError, match=r"pyfused.convert: .* before their loss, got it after"):
         GRADIENTS[name](logits, loss)
-
-
-@pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_gradients_of_logits_before_their_loss() -> None:
-    found = []
-    for model in (Model(), pyfused.convert(Model(), head="head")):
-        logits, seen = model(X), []
-        logits.register_hook(seen.append)
-        logits.retain_grad()
-        loss = F.cross_entropy(Dirty.apply(logits * 1).flatten(0, 1), TARGET)
-        loss.backward()
-        found.append([logits.grad, *seen, loss, model.emb.weight.grad])
-    torch.testing.assert_close(found[1], found[0])
 
 
 CHANGED: dict[str, Callable[[Any], Any]] = {
