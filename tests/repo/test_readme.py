@@ -80,6 +80,15 @@ def test_excerpts_are_parts_of_the_sources(indent: str, code: str) -> None:
     assert any(code in file.read_text("utf-8") for file in files)
 
 
+def test_the_files_of_an_option_of_cross_entropy_are_named() -> None:
+    section = CONTRIBUTING.partition("## Adding an option to a loss over classes")[2]
+    named = set(re.findall(r"`([\w/]+\.\w+)`", section.partition("\n## ")[0]))
+    patterns = "pyfused/**/*.py", "kernels/*.py", "csrc/*.[hc]*"
+    files = (path for pattern in patterns for path in ROOT.glob(pattern))
+    using = {str(path.relative_to(ROOT)) for path in files if "z_loss" in path.read_text("utf-8")}
+    assert using <= named
+
+
 def test_files_of_the_layout_exist() -> None:
     layout = CONTRIBUTING.partition("```text")[2].partition("```")[0]
     folders = [ROOT / name for name in re.findall(r"^(\w+)/", layout, re.MULTILINE)]
