@@ -79,8 +79,9 @@ def convert(
 
     In transformers' language models whose head is a plain linear layer, at any depth, head and loss
     become :func:`pyfused.functional.linear_cross_entropy`: in training mode, the head returns
-    logits that are computed only if something other than their loss reads them. Outputs of the
-    model contain them as before; in a compiled model, using them raises an error.
+    logits that are computed only if something other than their loss reads them, unless they are so
+    few that torch's loss is faster. Outputs of the model contain them as before; in a compiled
+    model, using them raises an error.
 
     In MLPs, ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` becomes
     :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``, if a small random input gives the
