@@ -397,74 +397,66 @@ def embedding_loss(
 
 
 def row_state(
-    logits: Tensor,
     options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor,
     classes: ClassRange,
-    fields: int,
-    results: int = 0,
+    results: Tensor | None = None,
     continues: bool = False,
-) -> Callable[..., None]:
-    dtype, ignore_index, first = DTYPES[logits.dtype], options.ignore_index, classes.first
-
-    def launch(
-        options: Options,
-        logits: Tensor,
-        target: Tensor | None,
-        weight: Tensor | None,
-        state: Tensor,
-        out: Tensor | None = None,
-    ) -> None:
-        native.row_state(
-            dtype,
-            (*logits.shape, first, logits.stride(0)),
-            logits.data_ptr(),
-            0 if target is None else target.data_ptr(),
-            ignore_index,
-            (1 / options.temperature, options.softcap or 0.0),
-            0 if weight is None else weight.data_ptr(),
-            (state.data_ptr(), state.stride(0), fields),
-            (0, 0, 0) if out is None else (out.data_ptr(), logits.shape[0], results),
-            continues,
-            torch.get_num_threads(),
+) -> None:
+    copied = _NO_OPERAND
+    if results is not None:
+        copied = (
+            results.data_ptr(),
+            logits.shape[0],
+            1 if results.dim() < state.dim() else len(results),
         )
-
-    return launch
+    native.row_state(
+        DTYPES[logits.dtype],
+        (*logits.shape, classes.first, logits.stride(0)),
+        logits.data_ptr(),
+        0 if target is None else target.data_ptr(),
+        options.ignore_index,
+        (1 / options.temperature, options.softcap or 0.0),
+        0 if weight is None else weight.data_ptr(),
+        (state.data_ptr(), state.stride(0), state.shape[0]),
+        copied,
+        continues,
+        torch.get_num_threads(),
+    )
 
 
 def row_gradients(
-    logits: Tensor, options: Options, classes: ClassRange, results: int
-) -> Callable[..., Tensor]:
-    dtype, ignore_index, first = DTYPES[logits.dtype], options.ignore_index, classes.first
-
-    def launch(
-        options: Options,
-        logits: Tensor,
-        target: Tensor | None,
-        weight: Tensor | None,
-        state: Tensor,
-        grad_results: Tensor,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if out is None:
-            like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
-            out = like(logits, memory_format=torch.contiguous_format)
-        strides = (0, *grad_results.stride())[-2:]
-        native.row_gradients(
-            dtype,
-            (*logits.shape, first, logits.stride(0)),
-            logits.data_ptr(),
-            0 if target is None else target.data_ptr(),
-            ignore_index,
-            (1 / options.temperature, options.softcap or 0.0),
-            0 if weight is None else weight.data_ptr(),
-            (state.data_ptr(), state.stride(0), 0),
-            (grad_results.data_ptr(), *strides, results, grad_results.itemsize),
-            (out.data_ptr(), out.stride(0)),
-            torch.get_num_threads(),
-        )
-        return out
-
-    return launch
+    options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor,
+    classes: ClassRange,
+    grad_results: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    if out is None:
+        like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
+        out = like(logits, memory_format=torch.contiguous_format)
+    strides = (0, *grad_results.stride())[-2:]
+    results = 1 if grad_results.dim() == 1 else grad_results.shape[0]
+    native.row_gradients(
+        DTYPES[logits.dtype],
+        (*logits.shape, classes.first, logits.stride(0)),
+        logits.data_ptr(),
+        0 if target is None else target.data_ptr(),
+        options.ignore_index,
+        (1 / options.temperature, options.softcap or 0.0),
+        0 if weight is None else weight.data_ptr(),
+        (state.data_ptr(), state.stride(0), 0),
+        (grad_results.data_ptr(), *strides, results, grad_results.itemsize),
+        (out.data_ptr(), out.stride(0)),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:

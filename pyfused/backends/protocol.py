@@ -129,57 +129,53 @@ class Backend(Protocol):
 
     def row_state(
         self,
-        logits: Tensor,
         options: Options,
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
         classes: ClassRange,
-        fields: int,
-        results: int = 0,
+        results: Tensor | None = None,
         continues: bool = False,
-    ) -> Callable[..., None]:
-        """Prepares the state of each row of logits.
+    ) -> None:
+        """Computes the state of each row of logits.
 
         Args:
+            options: `RowOptions`. The state and the gradient of rows whose target is
+                ``ignore_index`` are 0.
             logits: (N, C) with contiguous classes.
-            options: `RowOptions`, whose numbers are not used. The state and the gradient of rows
-                whose target is ``ignore_index`` are 0.
+            target: Contiguous int64 indices into all classes, in range or ``ignore_index``; None if
+                no target is in this range of classes. The state for other indices has NaN.
+            weight: Contiguous weights of all classes, in the accumulation dtype, or None.
+            state: (fields, ...), float64, each field contiguous; it is overwritten.
             classes: The range of classes that the logits belong to.
-            fields: The number of fields of a state.
-            results: How many of the first fields are also written in the accumulation dtype.
+            results: (N) or (results, N), contiguous, in the accumulation dtype; receives the first
+                fields of the state.
             continues: Whether to continue from the state of the preceding classes.
-
-        Returns:
-            A function that takes
-
-            - the options of a call;
-            - logits of this layout;
-            - target: contiguous int64 indices into all classes, in range or ``ignore_index``; None
-              if no target is in this range of classes;
-            - weight: contiguous weights of all classes, in the accumulation dtype, or None;
-            - state: (fields, ...), float64, each field contiguous; it is overwritten;
-            - out: (results, ...), contiguous; receives the results of all classes so far.
-
-            For an index out of range, the state contains NaN.
         """
 
     def row_gradients(
-        self, logits: Tensor, options: Options, classes: ClassRange, results: int
-    ) -> Callable[..., Tensor]:
-        """Prepares the gradient of logits, which has their shape and dtype.
+        self,
+        options: Options,
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        state: Tensor,
+        classes: ClassRange,
+        grad_results: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the gradient of logits, which has their shape and dtype.
+
+        It is 0 in rows whose target is out of range.
 
         Args:
-            logits, options, classes: See ``row_state``.
-            results: How many results have a gradient: 1, 3 or 4. They are the first of:
-                log-probability, entropy, log-sum-exp, and the weighted sum of the logits.
-
-        Returns:
-            A function that takes options, logits, target and weight (see ``row_state``), and
-
-            - state: the state over all classes;
-            - grad_results: the gradients of the results, (N) or (results, N), in the accumulation
-              dtype or float64, with any strides;
-            - out: a contiguous tensor for the gradient, possibly the logits; None to allocate one.
-
-            It returns the gradient, which is 0 in rows whose index is out of range.
+            options, logits, target, weight, classes: See ``row_state``.
+            state: The state over all classes.
+            grad_results: The gradients of the first 1, 3 or 4 results: log-probability, entropy,
+                log-sum-exp, and the weighted sum of the logits. (N) or (results, N), in the
+                accumulation dtype or float64, with any strides.
+            out: A contiguous tensor for the gradient, possibly the logits; None to allocate one.
         """
 
     def pointwise_loss(

@@ -375,62 +375,67 @@ def embedding_loss(
 
 
 def row_state(
-    logits: Tensor,
     options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor,
     classes: ClassRange,
-    fields: int,
-    results: int = 0,
+    results: Tensor | None = None,
     continues: bool = False,
-) -> Callable[..., Any]:
-    constants = {"FIELDS": fields, "RESULTS": results, "CONTINUES": continues}
-    return _of_rows(row_state_kernel, logits, options, classes, constants)
+) -> None:
+    count = 0 if results is None else 1 if results.dim() < state.dim() else len(results)
+    constants = ("FIELDS", len(state)), ("RESULTS", count), ("CONTINUES", continues)
+    tensors, strides = (target, weight, state, results), (logits.stride(0), state.stride(0))
+    _run_rows(row_state_kernel, constants, options, logits, tensors, strides, classes)
 
 
 def row_gradients(
-    logits: Tensor, options: Options, classes: ClassRange, results: int
-) -> Callable[..., Any]:
-    return _of_rows(row_gradients_kernel, logits, options, classes, {"RESULTS": results})
-
-
-def _of_rows(
-    function: Any,
-    logits: Tensor,
     options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor,
     classes: ClassRange,
-    constants: dict[str, int],
-) -> Callable[..., Any]:
-    """Returns the function that ``row_state`` or ``row_gradients`` prepares."""
-    strides: Any = (0, *logits.stride())
-    choice = _tiling((1, 1, logits.shape[1]), logits.element_size(), strides, tensors=2)
-    kernel, is_gradient = prepared(function, choice, **constants), function is row_gradients_kernel
-    capped, scaled = options.softcap is not None, options.temperature != 1
-    rows, ignore_index, encodes = choice.rows, options.ignore_index, logits.dtype is torch.float64
+    grad_results: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = logits.new_empty(logits.shape) if out is None else out
+    tensors = target, weight, state, grad_results, out
+    steps = logits.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:], out.stride(0)
+    constants = (("RESULTS", 1 if grad_results.dim() == 1 else len(grad_results)),)
+    _run_rows(row_gradients_kernel, constants, options, logits, tensors, steps, classes)
+    return out
 
-    def launch(
-        options: Options,
-        logits: Tensor,
-        target: Tensor | None,
-        weight: Tensor | None,
-        state: Tensor,
-        results: Any = None,
-        out: Tensor | None = None,
-    ) -> Any:
-        cap, temperature = options.softcap, options.temperature
-        scale = 1 / temperature if scaled else None
-        floats: Any = (cap, cap / temperature, scale) if capped else (None, None, scale)
-        if encodes:
-            floats = encoded(floats)
-        outputs: Any = (results,)
-        strides: Any = logits.stride(0), state.stride(0)
-        if is_gradient:
-            out = logits.new_empty(logits.shape) if out is None else out
-            outputs = results, out
-            strides = *strides, *(0, *results.stride())[-2:], out.stride(0)
-        tensors = logits, (target, weight, None, ignore_index), state, *outputs
-        kernel(-(-len(logits) // rows), *tensors, *logits.shape, strides, *classes, floats)
-        return out
 
-    return launch
+def _run_rows(
+    function: Any,
+    constants: tuple[tuple[str, int], ...],
+    options: Options,
+    logits: Tensor,
+    tensors: tuple[Any, ...],
+    strides: tuple[int, ...],
+    classes: ClassRange,
+) -> None:
+    target, weight, *outputs = tensors
+    n, columns = logits.shape
+    kernel = _row_kernel(function, logits.element_size(), columns, strides[0], constants)
+    cap, temperature = options.softcap, options.temperature
+    scale = None if temperature == 1 else 1 / temperature
+    floats: Any = (None, None, scale) if cap is None else (cap, cap / temperature, scale)
+    if logits.dtype is torch.float64:
+        floats = encoded(floats)
+    targets = target, weight, None, options.ignore_index
+    sizes = n, columns, strides, *classes
+    kernel(-(-n // kernel.choice.rows), logits, targets, *outputs, *sizes, floats)
+
+
+@lru_cache(maxsize=4096)
+def _row_kernel(
+    function: Any, itemsize: int, classes: int, stride: int, constants: tuple[tuple[str, int], ...]
+) -> Launch:
+    choice = _tile(1, classes, itemsize, (0, stride, 1), tensors=2)
+    return Launch(function, choice, **dict(constants))
 
 
 def kl_div_with_logits(

@@ -153,9 +153,8 @@ def _softmax(
         nonlocal memory
         memory = block[0].view(-1) if n <= min(size) else None  # reuses a single block's logits
         for logits, state, rows, classes in directions(block, x.dtype):
-            continues = classes.first > 0
-            launch = backend.row_state(logits, plain, classes, STATE_FIELDS, 0, continues)
-            launch(plain, logits, target[rows], None, state[:, rows])
+            of_rows = plain, logits, target[rows], None, state[:, rows], classes
+            backend.row_state(*of_rows, continues=classes.first > 0)
 
     over_blocks(*layer, NONE, state_step)
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction).to(wide)
@@ -167,8 +166,10 @@ def _softmax(
 
     def step(*block: Any) -> Tensor:
         of_rows, of_columns = (
-            backend.row_gradients(logits, plain, classes, 1)(
-                plain, logits, target[rows], None, state[:, rows], grad_log_p[rows], logits
+            backend.row_gradients(
+                *(plain, logits, target[rows], None, state[:, rows], classes),
+                grad_log_p[rows],
+                logits,
             )
             for logits, state, rows, classes in directions(block, wide)
         )

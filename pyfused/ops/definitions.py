@@ -105,19 +105,20 @@ def row_losses(
     """
     if isinstance(options.gamma, Tensor) or options.gamma:
         log_p = -_focal(-log_p, options.gamma)
-    of_log_p, of_smooth = row_coefficients(target_weight, options, classes)
+    of_log_p, of_smooth, of_squared_lse = row_coefficients(target_weight, options, classes)
     loss: Tensor = of_log_p * log_p
     loss = loss if smooth is None else loss + of_smooth * smooth
-    return loss if lse is None else loss + options.z_loss * lse.square()
+    return loss if lse is None else loss + of_squared_lse * lse.square()
 
 
 def row_coefficients(
     target_weight: Tensor | None, options: CrossEntropyOptions, classes: int
-) -> tuple[Any, float]:
-    """Returns the coefficients of log p_y and of sum_c w_c log p_c in the loss of a row."""
+) -> tuple[Any, float, Any]:
+    """Returns the coefficients of log p_y, sum_c w_c log p_c and lse^2 in the loss of a row."""
     smoothing = max(0.0, options.label_smoothing)
     of_log_p, of_smooth = smoothing - 1, -smoothing / (classes or 1)  # without classes, a sum is 0
-    return of_log_p if target_weight is None else of_log_p * target_weight, of_smooth
+    of_log_p = of_log_p if target_weight is None else of_log_p * target_weight
+    return of_log_p, of_smooth, options.z_loss
 
 
 def target_weights(

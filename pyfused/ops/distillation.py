@@ -27,11 +27,11 @@ from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Options, Tensors
 from pyfused.dispatch.plan import loss_passes
-from pyfused.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype, specs_of_layouts
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
 from pyfused.ops.heads import HeadLoss, capped, linear
-from pyfused.ops.rows import LogitRows, Passes, Planned, keep
+from pyfused.ops.rows import LogitRows, Passes, Planned
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -274,17 +274,17 @@ class HeadDivergence(Divergence):
         planned: Options,
         outputs: Outputs,
     ) -> Callable[..., Any]:
-        kernels = dict[Any, LossKernel]()
+        kernel: LossKernel | None = None
 
         def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
+            nonlocal kernel
             input, weight, bias, token_weight, _, _, grad_output = operands
             teacher_logits = backend.empty(logits.shape, weight.dtype, logits)
             linear(input.to(weight.dtype), weight, bias, teacher_logits)
-            tensors, rows = (logits, teacher_logits, token_weight, None), logits.shape[0]
-            kernel = kernels.get(rows)
+            tensors = logits, teacher_logits, token_weight, None
             if kernel is None:
-                kernel = divergence_kernel(backend, planned, tensors, outputs, grad_output)
-                keep(kernels, rows, kernel)
+                *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
+                kernel = divergence_kernel(backend, planned, layouts, outputs, of_grad)
             loss, (gradient,) = kernel(tensors, options, grad_output)
             return loss, (gradient, None), None
 
@@ -311,10 +311,13 @@ class TopKDivergence(Divergence):
         return *student, indices, log_probs, token_weight, denominator
 
     def block_kernel(
-        self, backend: Backend, specs: Tensors, planned: Options, outputs: Outputs
+        self,
+        backend: Backend,
+        specs: Tensors,
+        planned: Options,  # noqa: ARG002
+        outputs: Outputs,
     ) -> Callable[..., Any]:
-        rows = RowOptions(temperature=planned.temperature)
-        source = LogitRows(backend, rows, ClassRange(0, specs[1].shape[0]))
+        source = LogitRows(backend, ClassRange(0, specs[1].shape[0]))
 
         def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
             x, cap_backward = capped(backend, logits, options.softcap)

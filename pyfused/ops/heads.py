@@ -22,14 +22,13 @@ from torch.overrides import has_torch_function
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
-from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
 from pyfused.dispatch.operator import LEADING_DIMS, REDUCTIONS, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import fall_back, is_compiled
-from pyfused.layout import accumulate_dtype, with_leading_dims
+from pyfused.layout import accumulate_dtype, specs_of_layouts, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, state_block_size, tile_size
 from pyfused.ops.elementwise import SOFTCAP
@@ -41,7 +40,6 @@ from pyfused.ops.rows import (
     Planned,
     RowLoss,
     RowState,
-    keep,
     metrics_state,
 )
 from pyfused.ops.shards import ShardedRows, class_range
@@ -208,7 +206,6 @@ class HeadRows:
 
     Args:
         head: Describes the layer by tensors or TensorSpecs; autocast has been applied to the input.
-        planned: The options for planning.
         size: Returns the numbers of rows and classes of a block, given the number of rows.
         needs: Whether the input, the weight and the bias need a gradient.
     """
@@ -219,24 +216,22 @@ class HeadRows:
         self,
         backend: Backend,
         head: Head,
-        planned: RowOptions,
         classes: ClassRange,
         size: Callable[[int], tuple[int, int]],
         needs: Sequence[bool],
     ) -> None:
-        self.backend, self.planned, self.classes = backend, planned, classes
-        self.size, self.needs = size, needs
+        self.backend, self.classes, self.size, self.needs = backend, classes, size, needs
         self.dtype, self.columns = product_dtype(head, backend), head.columns
         self.positions = head.linear_weight.shape[1:-1].numel()
-        self.launches = dict[Any, Any]()
 
-    def rows(self, tensors: Tensors) -> tuple[Tensors, Tensor, Tensor | None, Tensor | None]:
+    def rows(
+        self, tensors: Tensors, ignore_index: int
+    ) -> tuple[Tensors, Tensor, Tensor | None, Tensor | None]:
         """Returns the layer of the rows to compute, their targets, and `rows_that_count`."""
         input, weight, bias, target, _ = tensors
         n = input.shape[:-1].numel()
         input, target = input.reshape(n, -1), target.reshape(n, self.positions)
-        valid = target != self.planned.ignore_index
-        rows, counts = rows_that_count(valid, self.backend)
+        rows, counts = rows_that_count(target != ignore_index, self.backend)
         if rows is not None:
             input, target = take_rows(input, rows), take_rows(target, rows)
         target = target.flatten()
@@ -253,7 +248,7 @@ class HeadRows:
         results: int = 0,  # noqa: ARG002
         keeps_logits: bool = False,
     ) -> RowState:
-        layer, labels, rows, _ = self.rows(tensors)
+        layer, labels, rows, _ = self.rows(tensors, options.ignore_index)
         target, class_weight = tensors[3:]
         state = labels.new_empty((fields, labels.shape[0]), dtype=torch.float64)
         kept: Tensor | None = None
@@ -267,13 +262,9 @@ class HeadRows:
             if positions > 1:
                 targets = slice(block.start * positions, block.stop * positions)
                 logits = logits.view(targets.stop - targets.start, -1)
-            key = fields, classes.start, logits.shape[1]
-            launch = self.launches.get(key)
-            if launch is None:
-                settings = ClassRange(first + classes.start, total), fields, 0, classes.start > 0
-                launch = self.backend.row_state(logits, self.planned, *settings)
-                keep(self.launches, key, launch)
-            launch(options, logits, labels[targets], class_weight, state[:, targets], None)
+            of_rows = options, logits, labels[targets], class_weight, state[:, targets]
+            classes_of = ClassRange(first + classes.start, total)
+            self.backend.row_state(*of_rows, classes_of, continues=classes.start > 0)
 
         size = self.size(layer[0].shape[0])
         over_blocks(self.backend, layer, self.dtype, size, NONE, step, backwards=True)
@@ -291,7 +282,7 @@ class HeadRows:
         logits: Tensor | None = None,
         filter_below: Tensor | None = None,
     ) -> Gradients:
-        layer, labels, rows, counts = self.rows(tensors)
+        layer, labels, rows, counts = self.rows(tensors, options.ignore_index)
         input, linear_weight, *_, class_weight = tensors
         n, (first, total), positions = input.shape[:-1].numel(), self.classes, self.positions
         state, grad_results = (
@@ -304,14 +295,9 @@ class HeadRows:
             if positions > 1:
                 targets = slice(block.start * positions, block.stop * positions)
                 x = logits.view(targets.stop - targets.start, -1)
-            key = classes.start, logits.shape[1]
-            launch = self.launches.get(key)
-            if launch is None:
-                settings = ClassRange(first + classes.start, total), len(grad_results)
-                launch = self.backend.row_gradients(x, self.planned, *settings)
-                keep(self.launches, key, launch)
-            states = state[:, targets], grad_results[:, targets]
-            launch(options, x, labels[targets], class_weight, *states, x)
+            of_rows = options, x, labels[targets], class_weight, state[:, targets]
+            classes_of = ClassRange(first + classes.start, total)
+            self.backend.row_gradients(*of_rows, classes_of, grad_results[:, targets], x)
             return logits
 
         over = self.backend, layer, self.dtype, self.size(layer[0].shape[0]), self.needs, step
@@ -598,9 +584,6 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         dtype = autocast_dtype(input.dtype, input.device)
         return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
-    def loss_dtype(self, tensors: Tensors, options: Options) -> torch.dtype:  # noqa: ARG002
-        return accumulate_dtype(self.input_dtype(tensors))
-
     def finish(self, call: Planned) -> Any:
         tensors, options, *_ = call
         dtype, with_metrics = self.result_dtype(tensors, options), options.with_metrics
@@ -624,12 +607,12 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
     def passes(self, call: Planned) -> Passes:
         tensors, options, shard, needs, _ = call
         backend, head, layer = backend_of(tensors[0]), self.head(tensors), tensors[:3]
-        rows, classes, budget = options.of_rows(), class_range(layer, shard), options.memory_budget
+        classes, budget = class_range(layer, shard), options.memory_budget
         dtype, features = product_dtype(head, backend), head.input.shape[-1]
         size = state_block_size(head, budget, backend)
         if shard is None:  # the loss needs its gradients, too
             size = lambda n: tile_size((n, features), dtype, budget, backend)  # noqa: E731
-        source: Any = HeadRows(backend, head, rows, classes, size, needs)
+        source: Any = HeadRows(backend, head, classes, size, needs)
         if shard is not None:
             source = ShardedRows(source, shard, layer, options.with_metrics, needs)
             return self.state_passes(source, call)
@@ -670,14 +653,14 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
     def block_kernel(
         self, backend: Backend, specs: Tensors, planned: Any, outputs: Outputs
     ) -> Callable[..., Any]:
-        (classes, *dims), kernels = specs[1].shape[:-1], dict[Any, LossKernel]()
+        (classes, *dims), kernel = specs[1].shape[:-1], None
         dtype = product_dtype(self.head(specs), backend)
-        plain = planned.of_rows()._replace(softcap=None)  # metrics are those of capped logits
-        source = LogitRows(backend, plain, ClassRange(0, classes))
+        source = LogitRows(backend, ClassRange(0, classes))
         fields, with_metrics = self.state_fields(planned), planned.with_metrics and outputs.loss
         caps, is_soft = planned.softcap is not None, specs[3].is_floating_point()
 
         def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
+            nonlocal kernel
             target, weight, token_weight, _, counts, grad_output = operands
             x, state = logits, None
             if caps:
@@ -689,11 +672,10 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
             if with_metrics:
                 state = metrics_state(source, x, target, options, fields)
                 state = state.view(fields, -1, *dims)
-            tensors, rows = (x, target, weight, token_weight, None), logits.shape[0]
-            kernel = kernels.get(rows)
+            tensors = x, target, weight, token_weight, None
             if kernel is None:
-                kernel = backend.cross_entropy(tensors, planned, outputs, grad_output)
-                keep(kernels, rows, kernel)
+                *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
+                kernel = backend.cross_entropy(layouts, planned, outputs, of_grad)
             loss, gradients = kernel(tensors, options, grad_output)
             gradient, grad_target = gradients
             if gradient is not None:

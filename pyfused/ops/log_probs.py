@@ -21,7 +21,6 @@ from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
 from pyfused.dispatch.run import is_compiled
-from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import state_block_size
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.heads import HeadRows
@@ -158,20 +157,17 @@ class LogProbsOperator(StateLoss):
         tensors, options, shard, needs, _ = call
         *layer, target = tensors
         backend, classes = backend_of(target), class_range(layer, shard)
-        source: Any = LogitRows(backend, options, classes)
+        source: Any = LogitRows(backend, classes)
         if self.is_linear:
             head = Head._make((in_autocast_dtype(layer[0]), *layer[1:], target, None))
             size = state_block_size(head, options.memory_budget, backend)
-            source = HeadRows(backend, head, options, classes, size, needs)
+            source = HeadRows(backend, head, classes, size, needs)
         if shard is not None:
             source = ShardedRows(source, shard, layer, True, needs)
         return self.state_passes(source, call, 1 if options.alone else len(RESULTS))
 
     def state_fields(self, options: Options) -> int:
         return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
-
-    def loss_dtype(self, tensors: Tensors, _: Options) -> torch.dtype:
-        return accumulate_dtype(self.input_dtype(tensors))
 
     def of_state(self, state: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
         return state[LOG_P] if options.alone else state[: len(RESULTS)]
@@ -193,9 +189,8 @@ class LogProbsOperator(StateLoss):
         return tensors[-1].shape  # type: ignore[no-any-return]
 
     def fake(self, tensors: Tensors, options: Options) -> Tensor:
-        target, dtype = tensors[-1], accumulate_dtype(tensors[0].dtype)
-        shape = target.shape if options.alone else (len(RESULTS), *target.shape)
-        empty: Tensor = target.new_empty(shape, dtype=dtype)
+        shape = self.loss_shape(tensors) if options.alone else (len(RESULTS), *tensors[-1].shape)
+        empty: Tensor = tensors[0].new_empty(shape, dtype=self.loss_dtype(tensors, options))
         return empty
 
     def check(self, tensors: Tensors, options: Options) -> None:

@@ -10,8 +10,8 @@ fields. The sources are `LogitRows`, ``heads.HeadRows`` and ``shards.ShardedRows
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -117,18 +117,13 @@ class RowSource(Protocol):
         """
 
 
-MOST_LAUNCHES = 64
-
-
 @dataclass(eq=False)
 class LogitRows:
     """The rows of logits (C), (N, C) or (N, C, d1, ..., dk)."""
 
     backend: Backend
-    planned: RowOptions
     classes: ClassRange
     layer: ClassVar[int] = 1
-    launches: dict[Any, Any] = field(default_factory=dict)
 
     def state(
         self,
@@ -140,19 +135,15 @@ class LogitRows:
     ) -> RowState:
         logits, target, weight = tensors
         rows = logits if logits.dim() == 2 and logits.stride(1) == 1 else as_rows(logits)
-        key = fields, results, rows.shape[1], rows.stride()
-        launch = self.launches.get(key)
-        if launch is None:
-            settings = self.planned, self.classes, fields, results
-            launch = self.backend.row_state(rows, *settings)
-            keep(self.launches, key, launch)
-        shape, out = rows.shape[:1] if target is None else target.shape, None
+        out = None
+        shape = rows.shape[:1] if target is None else target.shape
         state = rows.new_empty((fields, *shape), dtype=torch.float64)
         if results:
             shape = (results, *shape) if results > 1 else shape
             dtype = torch.float64 if rows.dtype is torch.float64 else torch.float32
             out = rows.new_empty(shape, dtype=dtype)
-        launch(options, rows, None if target is None else target.contiguous(), weight, state, out)
+        target = None if target is None else target.contiguous()
+        self.backend.row_state(options, rows, target, weight, state, self.classes, out)
         return state, out, None
 
     def gradients(
@@ -166,31 +157,20 @@ class LogitRows:
     ) -> Gradients:
         input, target, weight = tensors
         rows = input if input.dim() == 2 and input.stride(1) == 1 else as_rows(input)
-        results = 1 if grad_results.dim() < state.dim() else grad_results.shape[0]
-        key = results, rows.shape[1], rows.stride()
-        launch = self.launches.get(key)
-        if launch is None:
-            settings = self.planned, self.classes, results
-            launch = self.backend.row_gradients(rows, *settings)
-            keep(self.launches, key, launch)
+        out = logits
         # Hooks for saved tensors may have changed their layouts.
         target = None if target is None else target.contiguous()
         weight, state = None if weight is None else weight.contiguous(), state.contiguous()
-        if rows is input:
-            return (launch(options, rows, target, weight, state, grad_results, logits),)
-        leading = grad_results.shape[: grad_results.dim() + 1 - state.dim()]
-        grad_results = grad_results.reshape(*leading, -1)
-        copies, dim = rows.data_ptr() != input.data_ptr(), min(input.dim() - 1, 1)
-        out = rows if copies else None
-        gradient = launch(options, rows, target, weight, state, grad_results, out)
-        return (gradient.view(input.movedim(dim, -1).shape).movedim(-1, dim),)
-
-
-def keep(launches: dict[Any, Any], key: Any, launch: Any) -> None:
-    """Keeps a prepared kernel; a full dict drops all others, as sizes may never repeat."""
-    if len(launches) >= MOST_LAUNCHES:
-        launches.clear()
-    launches[key] = launch
+        if rows is not input:
+            leading = grad_results.shape[: grad_results.dim() + 1 - state.dim()]
+            grad_results = grad_results.reshape(*leading, -1)
+            out = rows if rows.data_ptr() != input.data_ptr() else None
+        of_rows = options, rows, target, weight, state, self.classes, grad_results, out
+        gradient = self.backend.row_gradients(*of_rows)
+        if rows is not input:
+            dim = min(input.dim() - 1, 1)
+            gradient = gradient.view(input.movedim(dim, -1).shape).movedim(-1, dim)
+        return (gradient,)
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -395,10 +375,13 @@ class RowLoss(ShardedOperator):
         """Returns the shape of the unreduced loss."""
         return tensors[0].shape[:-1]  # type: ignore[no-any-return]
 
+    def loss_dtype(self, tensors: Tensors, options: Options) -> torch.dtype:  # noqa: ARG002
+        """Returns the dtype of the result that a pass returns."""
+        return accumulate_dtype(self.input_dtype(tensors))
+
     def fake(self, tensors: Tensors, options: Options) -> Tensor:
         shape = self.loss_shape(tensors) if options.reduction == "none" else ()
-        dtype = accumulate_dtype(self.input_dtype(tensors))
-        empty: Tensor = tensors[0].new_empty(shape, dtype=dtype)
+        empty: Tensor = tensors[0].new_empty(shape, dtype=self.loss_dtype(tensors, options))
         return empty
 
     # ---- shards ----------------------------------------------------------------------------------
@@ -436,13 +419,9 @@ class StateLoss(RowLoss):
 
     def grad_results(
         self, state: Tensor, tensors: Tensors, options: Options, classes: int, grad_output: Tensor
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns the arguments grad_results and filter_below of `RowSource.gradients`."""
         raise NotImplementedError
-
-    @abstractmethod
-    def loss_dtype(self, tensors: Tensors, options: Options) -> torch.dtype:
-        """Returns the dtype of the result that a pass returns."""
 
     def fake_state(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns an empty tensor like the state that the custom operator returns."""
@@ -466,8 +445,8 @@ class StateLoss(RowLoss):
         specs, options, _, needs, _ = call
         count, fields = len(self.all_operands), self.state_fields(options)
         classes, with_metrics = source.classes.total, options.with_metrics
-        keeps, has_factors = keeps_logits and True in needs, bool(self.factors)
-        dtype = self.loss_dtype(specs, options)
+        keeps, dtype = keeps_logits and True in needs, self.loss_dtype(specs, options)
+        has_factors = bool(self.factors)
 
         def forward(tensors: Tensors, options: Options) -> Forward:
             inputs, of_rows, alike = (*tensors, None), options, True
@@ -482,13 +461,11 @@ class StateLoss(RowLoss):
             tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
             if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
                 logits = None  # they would be overwritten
-            inputs, of_rows, below = (*tensors, None), options, None
+            inputs, of_rows, grads, below = (*tensors, None), options, grad_output, None
             if has_factors:
                 inputs, of_rows, _ = self.row_inputs(tensors, options, False)
-                grad_output, below = self.grad_results(
-                    state, tensors, options, classes, grad_output
-                )
-            gradients = source.gradients(inputs, of_rows, state, grad_output, logits, below)
+                grads, below = self.grad_results(state, tensors, options, classes, grad_output)
+            gradients = source.gradients(inputs, of_rows, state, grads, logits, below)
             return *gradients, *[None] * (len(needs) - len(gradients))
 
         return forward, backward
@@ -587,32 +564,48 @@ class CrossEntropyOfRows(StateLoss):
 
     def of_state(self, state: Tensor, tensors: Tensors, options: Options, classes: int) -> Tensor:
         smooth = state[SMOOTH] if options.label_smoothing > 0 else None
-        return self.of_results((state[LOG_P], state[LSE], smooth), tensors, options, classes)
+        return self.of_results(state[LOG_P], state[LSE], smooth, tensors, options, classes)
+
+    def row_weights(
+        self, tensors: Tensors, options: Options, classes: int
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """Returns which rows count, the class weight of each target, and the sum of all weights.
+
+        The class weight is None for 1.
+        """
+        *_, target, weight, token_weight, _ = tensors
+        counts, of_target, total = target != options.ignore_index, None, classes
+        if token_weight is not None:
+            counts &= token_weight != 0
+        if weight is not None:
+            of_target = definitions.target_weights(target, weight, options.ignore_index)
+            total = weight.double().sum() if options.label_smoothing > 0 else classes
+        return counts, of_target, total
 
     @abstractmethod
     def reference(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns the loss of all classes, computed by torch's operators."""
 
     def of_results(
-        self, results: Sequence[Any], tensors: Tensors, options: Options, classes: int
+        self,
+        log_p: Tensor,
+        lse: Tensor,
+        smooth: Tensor | None,
+        tensors: Tensors,
+        options: Options,
+        classes: int,
     ) -> Tensor:
         """Returns the loss, in float64.
 
         Args:
-            results: The log-probability, the log-sum-exp, and the weighted sum of logits or None.
+            smooth: The weighted sum of logits, None without smoothing.
         """
-        *_, target, weight, token_weight, _ = tensors
-        ignore_index, (log_p, lse, smooth) = options.ignore_index, results
-        valid, target_weight = target != ignore_index, None
-        if token_weight is not None:
-            valid &= token_weight != 0
-        if weight is not None:
-            target_weight = definitions.target_weights(target, weight, ignore_index)
-        if smooth is not None:  # sum_c w_c x_c becomes sum_c w_c log p_c
-            smooth = smooth - lse * (classes if weight is None else weight.double().sum())
-        terms = log_p, smooth, lse if options.z_loss else None, target_weight
-        loss = definitions.row_losses(*terms, options, classes)
-        loss = (loss if token_weight is None else loss * token_weight).where(valid, 0)
+        token_weight = tensors[-2]
+        counts, target_weight, total = self.row_weights(tensors, options, classes)
+        smooth = None if smooth is None else smooth - lse * total  # sum_c w_c log p_c
+        terms = log_p, smooth, lse if options.z_loss else None
+        loss = definitions.row_losses(*terms, target_weight, options, classes)
+        loss = (loss if token_weight is None else loss * token_weight).where(counts, 0)
         if options.reduction == "none":
             return loss
         loss = loss.sum()
@@ -628,32 +621,25 @@ class CrossEntropyOfRows(StateLoss):
         if shard is None or state is None:
             return self.reference(tensors, options._replace(with_metrics=False))
         inputs, of_rows, _ = self.row_inputs(tensors, options, False)
-        results: Any = sharded_results(inputs, of_rows, shard, state)
-        log_p, _, lse, *smooth = results
+        log_p, _, lse, *smooth = sharded_results(inputs, of_rows, shard, state)
         results = log_p, lse, smooth[0] if smooth else None
-        return self.of_results(results, tensors, options, shard.classes.total)
+        return self.of_results(*results, tensors, options, shard.classes.total)
 
     def grad_results(
         self, state: Tensor, tensors: Tensors, options: Options, classes: int, grad_output: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        *_, target, weight, token_weight, _ = tensors
-        mean, grad = options.reduction == "mean", grad_output.double()
-        grad = grad / self.divisor(tensors, options) if mean else grad
+        grad, token_weight = grad_output.double(), tensors[-2]
+        grad = grad / self.divisor(tensors, options) if options.reduction == "mean" else grad
         below = options.filter_eps * grad.abs() if options.filter_eps else None
-        valid = target != options.ignore_index
-        if token_weight is not None:
-            valid &= token_weight != 0
-        grad = (grad if token_weight is None else grad * token_weight.double()).where(valid, 0)
-        target_weight = None
-        if weight is not None:
-            target_weight = definitions.target_weights(target, weight, options.ignore_index)
-        of_log_p, of_smooth = definitions.row_coefficients(target_weight, options, classes)
-        gradients = state.new_zeros((4 if state.shape[0] > SMOOTH else 3, *target.shape))
+        counts, target_weight, total = self.row_weights(tensors, options, classes)
+        grad = (grad if token_weight is None else grad * token_weight.double()).where(counts, 0)
+        coefficients = definitions.row_coefficients(target_weight, options, classes)
+        of_log_p, of_smooth, of_squared_lse = coefficients
+        gradients = state.new_zeros((4 if len(state) > SMOOTH else 3, *grad.shape))
         gradients[LOG_P] = of_log_p * grad
-        if options.z_loss:
-            gradients[LSE] = 2 * options.z_loss * state[LSE] * grad
-        if options.label_smoothing > 0:  # sum_c w_c log p_c = sum_c w_c x_c - lse sum_c w_c
-            total = classes if weight is None else weight.double().sum()
+        if of_squared_lse:
+            gradients[LSE] = 2 * of_squared_lse * state[LSE] * grad
+        if of_smooth:
             gradients[LSE] -= of_smooth * total * grad
             gradients[3] = of_smooth * grad
         return gradients, below
@@ -749,7 +735,7 @@ class CrossEntropy(CrossEntropyOfRows):
     def passes(self, call: Planned) -> Passes:
         tensors, options, shard, needs, in_forward = call
         input, backend = tensors[0], backend_of(tensors[0])
-        source: Any = LogitRows(backend, options.of_rows(), class_range(tensors[:1], shard))
+        source: Any = LogitRows(backend, class_range(tensors[:1], shard))
         if shard is not None:
             source = ShardedRows(source, shard, tensors[:1], options.with_metrics, needs)
         if shard is not None or options.softcap is not None:
@@ -807,11 +793,8 @@ class CrossEntropy(CrossEntropyOfRows):
         loss: Tensor = self.custom_operator(tensors, options)
         return loss if loss.dtype is dtype else loss.to(dtype)
 
-    def fake(self, tensors: Tensors, options: Options) -> Tensor:
-        shape = loss_shape(tensors[0], options.reduction)
-        dtype = self.loss_dtype(tensors, options)
-        empty: Tensor = tensors[0].new_empty(shape, dtype=dtype)
-        return empty
+    def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
+        return loss_shape(tensors[0], "none")
 
     def local_shard_of(self, tensors: Tensors, options: Options) -> Any:
         return None if options.gamma != 0 else super().local_shard_of(tensors, options)

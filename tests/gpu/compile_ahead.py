@@ -223,22 +223,19 @@ def class_cases() -> Iterator[Case]:
             range_, weight = ClassRange(0, shape[1]), empty(accumulate_dtype(dtype), shape[1])
             state = empty(F64, STATE_FIELDS, shape[0])
             results = empty(accumulate_dtype(dtype), 3, shape[0])
-            given: Any = x, rows, range_, STATE_FIELDS, 3, cap is not None
-            tensors: Any = x, target, None, state, results
-            run = partial(backend.row_state(*given), rows, *tensors)
+            run = partial(backend.row_state, rows, x, target, None, state, range_, results)
+            run = partial(run, continues=cap is not None)
             yield case("row_state", *of, run, kind, **fields, **(few if cap else {}))
             if cap is None:
-                given, tensors = (x, rows, range_, METRICS_FIELDS), (x, target, None)
                 state = empty(F64, METRICS_FIELDS, shape[0])
-                run = partial(backend.row_state(*given), rows, *tensors, state)
+                run = partial(backend.row_state, rows, x, target, None, state, range_)
                 yield case("row_state", *of, run, "metrics")
             state = empty(F64, SMOOTHING_FIELDS, shape[0])
-            given, tensors = (x, rows, range_, SMOOTHING_FIELDS, 0, True), (x, target, weight)
-            run = partial(backend.row_state(*given), rows, *tensors, state)
+            run = partial(backend.row_state, rows, x, target, weight, state, range_, continues=True)
             yield case("row_state", *of, run, f"all {kind}".strip(), **fields, **few)
             for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
-                given, tensors = (x, rows, range_, len(grads)), (x, target, factors, state)
-                run = partial(backend.row_gradients(*given), rows, *tensors, grads, x)
+                tensors = x, target, factors, state, range_, grads, x
+                run = partial(backend.row_gradients, rows, *tensors)
                 words = " ".join(filter(None, ("backward", word, kind)))
                 yield case("row_state", *of, run, words, **fields, **few)
         for beta in (0.0, 0.5) if len(shape) == 2 else ():

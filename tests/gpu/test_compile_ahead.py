@@ -108,9 +108,8 @@ def test_numbers_do_not_select_kernels() -> None:
         kernel = ahead.backend.kl_div_with_logits(both, divergence, Outputs(True, (True,)))
         kernel(both, divergence)
         rows = RowOptions(softcap=value, temperature=value)
-        launch = ahead.backend.row_state(x, rows, classes, STATE_FIELDS)
-        launch(rows, x, target, None, state)
-        ahead.backend.row_gradients(x, rows, classes, 1)(rows, x, target, None, state, results, x)
+        ahead.backend.row_state(rows, x, target, None, state, classes)
+        ahead.backend.row_gradients(rows, x, target, None, state, classes, results, x)
 
     with compiling("sm_90") as launched:
         for value in (0.5, 2.0, 3.0, 7.0):
