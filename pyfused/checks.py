@@ -369,7 +369,7 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Any) 
     _floating("a", a)
     if b.shape != a.shape:
         hint = ". For more candidates, call linear_cross_entropy(scale * a, b, target)"
-        hint *= b.dim() == 2 and len(b) > len(a)
+        hint *= b.dim() == 2 and b.shape[1:] == a.shape[1:] and len(b) > len(a)
         raise _error("b", f"the shape of a, {tuple(a.shape)}", f"{tuple(b.shape)}{hint}")
     autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
     same_dtype = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))

@@ -98,7 +98,7 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
         elif x is None:
             key.append(x)
         elif kind is float and operand.number:
-            dims = _make_static(key, tensors) if dims > 0 else 0
+            dims = _make_static(key, tensors) if dims > 0 and operand.has_rows else dims
             key.append(NUMBER)
         else:
             return f"{operand.name} is a {kind.__name__}"

@@ -46,15 +46,6 @@ TILE = 1024  # rows and classes of a block
 MOST_SIZES = 64  # numbers of rows whose block sizes are kept
 
 
-def product_dtype(head: Head, backend: Backend) -> torch.dtype:
-    """Returns the dtype of the matrix products."""
-    dtype = head.input.dtype
-    if head.target.is_floating_point():
-        dtype = torch.promote_types(dtype, head.target.dtype)
-    best: torch.dtype = backend.product_dtype(dtype)
-    return best
-
-
 def has_slow_sums(dtype: torch.dtype, backend: Backend) -> bool:
     """Returns whether adding products of a dtype takes longer than computing them."""
     return dtype is torch.bfloat16 and backend is cpu and cpu.HAS_AMX
@@ -99,18 +90,22 @@ def rows_in_budget(
 
 
 def rows_at_once(
-    head: Head, budget: int | None, backend: Backend, has_softcap: bool = False
+    head: Head,
+    dtype: torch.dtype,
+    budget: int | None,
+    backend: Backend,
+    has_softcap: bool = False,
 ) -> Callable[[int], int]:
     """Returns the number of rows with all classes per block, as a function of the number of rows.
 
     The number is 0 if blocks of classes are better.
 
     Args:
+        dtype: The dtype of the matrix products.
         budget: The option ``memory_budget``.
         has_softcap: Whether a capped copy of the logits is made.
     """
-    dtype, columns = product_dtype(head, backend), head.columns
-    shape = columns, head.input.shape[-1]
+    shape = head.columns, head.input.shape[-1]
     bytes_per_logit = dtype.itemsize * (3 if has_softcap else 1)
     has_all_classes = head.linear_weight.dim() > 2 or head.target.is_floating_point()
     min_rows = MIN_ROWS_AMX if has_slow_sums(dtype, backend) else MIN_ROWS
@@ -150,15 +145,15 @@ MIN_TILE_ROWS = 16  # fewer rows with all classes take no more memory
 
 
 def state_block_size(
-    head: Head, memory_budget: int | None, backend: Backend
+    head: Head, dtype: torch.dtype, memory_budget: int | None, backend: Backend
 ) -> Callable[[int], tuple[int, int]]:
     """Returns the rows and the columns of the blocks over which row states are computed.
 
     The result is a function of the number of rows. TILE is a multiple of kChunk, so results do not
     depend on the boundaries between blocks of classes.
     """
-    rows_of = rows_at_once(head, memory_budget, backend)
-    dtype, columns, features = product_dtype(head, backend), head.columns, head.input.shape[-1]
+    rows_of = rows_at_once(head, dtype, memory_budget, backend)
+    columns, features = head.columns, head.input.shape[-1]
 
     def size(n: int) -> tuple[int, int]:
         rows = rows_of(n)

@@ -26,7 +26,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.operator import FIRST_DIM, Operand, Options, Tensors
 from pyfused.dispatch.plan import Forward, needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
@@ -69,6 +69,7 @@ class Contrastive(RowLoss):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     in_forward = True
+    dynamic = FIRST_DIM
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,17 +32,15 @@ def cross_entropy(
     options: CrossEntropyOptions,
 ) -> Any:
     if options.with_metrics:
-        valid = without_ignored(input, target, options.ignore_index)
         of_loss = options._replace(with_metrics=False)
-        loss = cross_entropy(valid, target, weight, token_weight, denominator, of_loss)
+        factors = weight, token_weight, denominator
+        loss = masked_cross_entropy(input, target, *factors, of_loss)
         input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
         return loss, metrics.of_logits(input, target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
-    reduction = options.reduction
     if token_weight is denominator is None and options.is_plain():
-        return _cross_entropy(
-            input, target, weight, None, ignore_index, None, reduction, label_smoothing
-        )
+        others = None, ignore_index, None, options.reduction, label_smoothing
+        return _cross_entropy(input, target, weight, *others)
     checks.cross_entropy(input, target, weight, token_weight, denominator, options)
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
@@ -55,13 +53,12 @@ def cross_entropy(
     x = _scaled(input.to(dtype), options)
     log_p, shape = x.log_softmax(dim), loss_shape(x, "none")
     weights = None if weight is None else weight.to(dtype)
-    weighted, of_target, is_valid = log_p, None, None
+    weighted, of_target, is_valid, divisors = log_p, None, None, None
     if weights is not None:
         weighted = log_p * weights.view(-1, *[1] * (x.dim() - dim - 1))
     if soft:
         target = without_ignored(target, target, ignore_index, token_weight).to(dtype)
         at_target = (target * weighted).sum(dim)
-        divisors = torch.ones_like(at_target)
     else:
         at_target = -_nll_loss(log_p, target, None, None, ignore_index, None, "none")
         is_valid = target.reshape(shape) != ignore_index
@@ -72,14 +69,35 @@ def cross_entropy(
     lse = x.logsumexp(dim) if has_z_loss else None
     loss = row_losses(at_target, smooth, lse, of_target, options, x.shape[dim])
     loss = loss if is_valid is None else loss.where(is_valid, 0)
+    return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
+
+
+def masked_cross_entropy(input: Tensor, target: Tensor, *others: Any) -> Any:
+    """Returns `cross_entropy`, without gradients of NaN in ignored rows."""
+    input = without_ignored(input, target, others[-1].ignore_index)
+    return cross_entropy(input, target, *others)
+
+
+def reduced_rows(
+    loss: Tensor, token_weight: Tensor | None, options: Any, divisors: Tensor | None = None
+) -> Tensor:
+    """Multiplies the losses of rows by the token weights, and reduces them.
+
+    Args:
+        divisors: The weights of the rows in the default divisor of a mean, None for ones.
+    """
     if token_weight is not None:
-        token_weight = token_weight.to(dtype).reshape(shape)
-        loss, divisors = loss * token_weight, divisors * token_weight
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / (divisors.sum() if options.denominator is None else options.denominator)
-    return loss.to(result_dtype)
+        token_weight = token_weight.to(loss.dtype).reshape(loss.shape)
+        loss = loss * token_weight
+        divisors = token_weight if divisors is None else divisors * token_weight
+    if options.reduction == "none":
+        return loss
+    if options.reduction == "sum":
+        return loss.sum()
+    divisor = options.denominator
+    if divisor is None:
+        divisor = loss.numel() if divisors is None else divisors.sum()
+    return loss.sum() / divisor
 
 
 def row_losses(
@@ -162,7 +180,7 @@ def without_ignored(
     input: Tensor, target: Tensor, ignore_index: int, token_weight: Tensor | None = None
 ) -> Tensor:
     """Fills logits of rows that do not count with 0, because NaN in them would reach gradients."""
-    counts = _counts(target, ignore_index, token_weight)
+    counts = counted(target, ignore_index, token_weight)
     if counts is None:
         return input
     if counts.dim() != input.dim() - 1:
@@ -170,7 +188,7 @@ def without_ignored(
     return input.masked_fill(~counts.unsqueeze(min(input.dim() - 1, 1)), 0)
 
 
-def _counts(target: Tensor, ignore_index: int, token_weight: Tensor | None) -> Tensor | None:
+def counted(target: Tensor, ignore_index: int, token_weight: Tensor | None) -> Tensor | None:
     """Returns whether each target is neither ignored nor of weight 0; None if all count.
 
     If the weight requires grad, rows of weight 0 count, because their loss is its gradient.
@@ -217,21 +235,18 @@ def linear_cross_entropy(
             options=options.torch_options,
         )
     checks.linear_cross_entropy(*head, token_weight, denominator, options)
-    return head_cross_entropy(head, token_weight, denominator, options)
+    return head_cross_entropy(*head, token_weight, denominator, options)
 
 
-def head_cross_entropy(
-    head: Head,
-    token_weight: Tensor | None,
-    denominator: Tensor | None,
-    options: CrossEntropyOptions,
-) -> Any:
-    """Returns the cross-entropy of a linear layer's output, computed from all logits."""
+def head_cross_entropy(*call: Any) -> Any:
+    """Returns `linear_cross_entropy` of valid arguments, computed from all logits."""
+    *operands, token_weight, denominator, options = call
+    head = Head(*operands)
     leading = head.input.shape[:-1]
     if len(leading) > 1:
         head, token_weight = head.as_rows(token_weight)
     input, target, ignore_index = head.input, head.target, options.ignore_index
-    counts = _counts(target, ignore_index, token_weight)
+    counts = counted(target, ignore_index, token_weight)
     if counts is not None:
         counts = counts if counts.dim() < max(input.dim(), 2) else counts.flatten(1).any(1)
         input = input.where(counts.unsqueeze(-1), 0)

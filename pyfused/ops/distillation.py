@@ -58,7 +58,8 @@ def kl_div_with_logits(
     options = definitions.with_scalars(options, denominator, accumulate_dtype(logits.dtype))
     log_p = _log_softmax(_masked(logits, token_weight), options, options.softcap)
     log_q = _log_softmax(_masked(teacher_logits, token_weight), options, options.teacher_softcap)
-    return _reduced(divergence(log_p, log_q, options.beta), logits, token_weight, options)
+    loss = divergence(log_p, log_q, options.beta).to(accumulate_dtype(logits.dtype))
+    return definitions.reduced_rows(loss, token_weight, options)
 
 
 def linear_kl_div(
@@ -102,7 +103,8 @@ def linear_topk_kl_div(
     rest = others.where(~is_empty, 0).logsumexp(-1, keepdim=True).where(~is_empty, -torch.inf)
     log_q = log_q.to(log_p.dtype)
     pair = _with_rest(log_p.gather(-1, teacher_indices), rest, log_q, options, classes)
-    return _reduced(divergence(*pair, options.beta), input, token_weight, options)
+    loss = divergence(*pair, options.beta).to(accumulate_dtype(input.dtype))
+    return definitions.reduced_rows(loss, token_weight, options)
 
 
 def _masked(rows: Tensor, weight: Tensor | None, value: float = 0.0) -> Tensor:
@@ -176,25 +178,6 @@ def _with_rest(
     return torch.cat((log_p, rest), -1), torch.cat((log_q, q_rest.log().to(log_q.dtype)), -1)
 
 
-def _reduced(
-    loss: Tensor, input: Tensor, weight: Tensor | None, options: DivergenceOptions
-) -> Tensor:
-    loss = loss.to(accumulate_dtype(input.dtype))
-    if weight is not None:
-        loss = loss * weight.to(loss.dtype)
-    if weight is not None and not weight.requires_grad:
-        loss = loss.where(weight != 0, 0)
-    if options.reduction == "none":
-        return loss
-    if options.reduction == "sum":
-        return loss.sum()
-    total_weight = loss.numel() if weight is None else weight.to(loss.dtype).sum()
-    denominator = total_weight if options.denominator is None else options.denominator
-    if isinstance(denominator, Tensor):
-        denominator = denominator.to(loss.dtype)
-    return loss.sum() / denominator
-
-
 # ---- the operators -------------------------------------------------------------------------------
 
 
@@ -230,7 +213,7 @@ class Divergence(HeadLoss):
 
     def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
         backend, shape = backend_of(tensors[0]), tensors[1].shape
-        dtype = backend.product_dtype(self.input_dtype(tensors))
+        dtype = self.product_dtype(tensors)
         bytes_of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
         bytes_per_logit = dtype.itemsize + bytes_of_cap + self.teacher_bytes(tensors, options)
         limits = shape, options.memory_budget, dtype, backend, bytes_per_logit

@@ -30,7 +30,7 @@ from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import fall_back, is_compiled
 from pyfused.layout import accumulate_dtype, specs_of_layouts, with_leading_dims
 from pyfused.ops import definitions, metrics
-from pyfused.ops.chunk_sizes import product_dtype, rows_at_once, state_block_size, tile_size
+from pyfused.ops.chunk_sizes import rows_at_once, state_block_size, tile_size
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.rows import (
     UINT8_TARGET,
@@ -205,7 +205,8 @@ class HeadRows:
     On CPUs, rows without a valid target are skipped.
 
     Args:
-        head: Describes the layer by tensors or TensorSpecs; autocast has been applied to the input.
+        head: Describes the layer by tensors or TensorSpecs.
+        dtype: The dtype of the matrix products.
         size: Returns the numbers of rows and classes of a block, given the number of rows.
         needs: Whether the input, the weight and the bias need a gradient.
     """
@@ -216,12 +217,13 @@ class HeadRows:
         self,
         backend: Backend,
         head: Head,
+        dtype: torch.dtype,
         classes: ClassRange,
         size: Callable[[int], tuple[int, int]],
         needs: Sequence[bool],
     ) -> None:
         self.backend, self.classes, self.size, self.needs = backend, classes, size, needs
-        self.dtype, self.columns = product_dtype(head, backend), head.columns
+        self.dtype, self.columns = dtype, head.columns
         self.positions = head.linear_weight.shape[1:-1].numel()
 
     def rows(
@@ -240,6 +242,15 @@ class HeadRows:
             weight = weight.movedim(0, -2).reshape(self.columns, -1)
         return (input, weight, bias), target.contiguous(), rows, counts
 
+    def part(
+        self, logits: Tensor, block: slice, classes: slice
+    ) -> tuple[Tensor, slice, ClassRange]:
+        """Returns the rows of a block of logits, their targets, and the range of their classes."""
+        targets = slice(block.start * self.positions, block.stop * self.positions)
+        first, total = self.classes
+        rows = logits.view(targets.stop - targets.start, -1)
+        return rows, targets, ClassRange(first + classes.start, total)
+
     def state(
         self,
         tensors: Tensors,
@@ -252,25 +263,20 @@ class HeadRows:
         target, class_weight = tensors[3:]
         state = labels.new_empty((fields, labels.shape[0]), dtype=torch.float64)
         kept: Tensor | None = None
-        (first, total), positions = self.classes, self.positions
 
         def step(logits: Tensor, block: slice, classes: slice) -> None:
             nonlocal kept
             if keeps_logits and logits.shape[1] == self.columns:
                 kept = logits.view(-1)
-            targets = block
-            if positions > 1:
-                targets = slice(block.start * positions, block.stop * positions)
-                logits = logits.view(targets.stop - targets.start, -1)
-            of_rows = options, logits, labels[targets], class_weight, state[:, targets]
-            classes_of = ClassRange(first + classes.start, total)
+            x, targets, classes_of = self.part(logits, block, classes)
+            of_rows = options, x, labels[targets], class_weight, state[:, targets]
             self.backend.row_state(*of_rows, classes_of, continues=classes.start > 0)
 
         size = self.size(layer[0].shape[0])
         over_blocks(self.backend, layer, self.dtype, size, NONE, step, backwards=True)
         if rows is not None:
             n = tensors[0].shape[:-1].numel()
-            state = spread_rows(state.view(fields, -1, positions), rows, n, 1)
+            state = spread_rows(state.view(fields, -1, self.positions), rows, n, 1)
         return state.view(fields, *target.shape), None, kept
 
     def gradients(
@@ -284,19 +290,15 @@ class HeadRows:
     ) -> Gradients:
         layer, labels, rows, counts = self.rows(tensors, options.ignore_index)
         input, linear_weight, *_, class_weight = tensors
-        n, (first, total), positions = input.shape[:-1].numel(), self.classes, self.positions
+        n, positions = input.shape[:-1].numel(), self.positions
         state, grad_results = (
             take_rows(values.reshape(-1, n, positions), rows, 1).flatten(1).contiguous()
             for values in (state, grad_results)
         )
 
         def step(logits: Tensor, block: slice, classes: slice) -> Tensor:
-            targets, x = block, logits
-            if positions > 1:
-                targets = slice(block.start * positions, block.stop * positions)
-                x = logits.view(targets.stop - targets.start, -1)
+            x, targets, classes_of = self.part(logits, block, classes)
             of_rows = options, x, labels[targets], class_weight, state[:, targets]
-            classes_of = ClassRange(first + classes.start, total)
             self.backend.row_gradients(*of_rows, classes_of, grad_results[:, targets], x)
             return logits
 
@@ -377,7 +379,7 @@ class HeadLoss(RowLoss):
         specs, planned, _, needs, in_forward = call
         backend, count = backend_of(specs[0]), len(self.all_operands)
         wide, rows_of = accumulate_dtype(self.input_dtype(specs)), self.rows_at_once(specs, planned)
-        dtype = backend.product_dtype(self.input_dtype(specs))
+        dtype = self.product_dtype(specs)
         is_mean, unreduced = planned.reduction == "mean", planned.reduction == "none"
         filters, has_rows = getattr(planned, "filter_eps", 0) != 0, self.row_operands
         # Of the operands after the layer, the mask of rows that count, and grad_output.
@@ -499,6 +501,7 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
 
     has_state = True
     in_forward = True
+    reference = staticmethod(definitions.head_cross_entropy)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -541,13 +544,6 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
     def check(self, tensors: Tensors, options: Options) -> None:
         super().check(tensors, options)
         checks.class_indices(tensors[1].shape[0], tensors[3], options.ignore_index)
-
-    def reference(self, tensors: Tensors, options: Options) -> Tensor:
-        *head, token_weight, denominator = tensors
-        loss: Tensor = definitions.head_cross_entropy(
-            Head(*head), token_weight, denominator, options
-        )
-        return loss
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         dtype, target = in_autocast_dtype(tensors[0]).dtype, tensors[3]
@@ -608,11 +604,11 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         tensors, options, shard, needs, _ = call
         backend, head, layer = backend_of(tensors[0]), self.head(tensors), tensors[:3]
         classes, budget = class_range(layer, shard), options.memory_budget
-        dtype, features = product_dtype(head, backend), head.input.shape[-1]
-        size = state_block_size(head, budget, backend)
+        dtype, features = self.product_dtype(tensors), head.input.shape[-1]
+        size = state_block_size(head, dtype, budget, backend)
         if shard is None:  # the loss needs its gradients, too
             size = lambda n: tile_size((n, features), dtype, budget, backend)  # noqa: E731
-        source: Any = HeadRows(backend, head, classes, size, needs)
+        source: Any = HeadRows(backend, head, dtype, classes, size, needs)
         if shard is not None:
             source = ShardedRows(source, shard, layer, options.with_metrics, needs)
             return self.state_passes(source, call)
@@ -624,37 +620,31 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         return Head(in_autocast_dtype(tensors[0]), *tensors[1:5])
 
     def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
-        caps, head = options.softcap is not None, self.head(tensors)
-        return rows_at_once(head, options.memory_budget, backend_of(head.input), caps)
+        head, dtype, budget = self.head(tensors), self.product_dtype(tensors), options.memory_budget
+        return rows_at_once(
+            head, dtype, budget, backend_of(head.input), options.softcap is not None
+        )
 
     def valid_rows(
         self, backend: Backend, tensors: Tensors, options: Any
     ) -> tuple[Tensor | None, Tensor | None]:
         *_, target, _, token_weight, _ = tensors
-        if target.is_floating_point():
-            if token_weight is None or not options.with_metrics:
-                return super().valid_rows(backend, tensors, options)
-            return None, (token_weight != 0).reshape(len(target), -1).any(1)
-        valid = target != options.ignore_index
-        if token_weight is None:
-            return rows_that_count(valid, backend)
-        counts = valid & (token_weight != 0)
-        if not options.with_metrics:
-            return rows_that_count(counts, backend)
-        rows, _ = rows_that_count(valid, backend)  # rows of weight 0 also have metrics
-        return rows, take_rows(counts.flatten(1).any(1) if counts.dim() > 1 else counts, rows)
-
-    def total_weight(self, tensors: Tensors, options: Options, all_count: bool = False) -> Any:
-        *_, target, weight, token_weight, _ = tensors
-        if all_count and weight is token_weight is None and target.dim() == 1:
-            return target.shape[0]
-        return super().total_weight(tensors, options)
+        counts = definitions.counted(target, options.ignore_index, token_weight)
+        computed = counts
+        if options.with_metrics:  # rows of weight 0 also have metrics
+            computed = definitions.counted(target, options.ignore_index, None)
+        rows = mask = None
+        if computed is not None:
+            rows, mask = rows_that_count(computed, backend)
+        if computed is not counts and counts is not None:
+            mask = take_rows(counts.reshape(len(target), -1).any(1), rows)
+        return rows, mask
 
     def block_kernel(
         self, backend: Backend, specs: Tensors, planned: Any, outputs: Outputs
     ) -> Callable[..., Any]:
         (classes, *dims), kernel = specs[1].shape[:-1], None
-        dtype = product_dtype(self.head(specs), backend)
+        dtype = self.product_dtype(specs)
         source = LogitRows(backend, ClassRange(0, classes))
         fields, with_metrics = self.state_fields(planned), planned.with_metrics and outputs.loss
         caps, is_soft = planned.softcap is not None, specs[3].is_floating_point()

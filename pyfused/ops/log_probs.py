@@ -160,8 +160,9 @@ class LogProbsOperator(StateLoss):
         source: Any = LogitRows(backend, classes)
         if self.is_linear:
             head = Head._make((in_autocast_dtype(layer[0]), *layer[1:], target, None))
-            size = state_block_size(head, options.memory_budget, backend)
-            source = HeadRows(backend, head, classes, size, needs)
+            dtype = self.product_dtype(tensors)
+            size = state_block_size(head, dtype, options.memory_budget, backend)
+            source = HeadRows(backend, head, dtype, classes, size, needs)
         if shard is not None:
             source = ShardedRows(source, shard, layer, True, needs)
         return self.state_passes(source, call, 1 if options.alone else len(RESULTS))

@@ -134,8 +134,8 @@ CONTRASTIVE_LOSS = Contrastive(
     operands=(
         Operand("a"),
         Operand("b"),
-        Operand("bias", optional=True, number=True),
-        Operand("scale", number=True),
+        Operand("bias", optional=True, number=True, has_rows=False),
+        Operand("scale", number=True, has_rows=False),
     ),
     choices=("reduction", "memory_budget"),
     torch=contrastive_loss,

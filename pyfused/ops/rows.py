@@ -284,6 +284,11 @@ class RowLoss(ShardedOperator):
         input = in_autocast_dtype(tensors[0]) if self.is_linear else tensors[0]
         return input.dtype  # type: ignore[no-any-return]
 
+    def product_dtype(self, tensors: Tensors) -> torch.dtype:
+        """Returns the dtype of the matrix products of a linear layer."""
+        best: torch.dtype = backend_of(tensors[0]).product_dtype(self.input_dtype(tensors))
+        return best
+
     def total_weight(self, tensors: Tensors, options: Options, all_count: bool = False) -> Any:  # noqa: ARG002
         """Returns the default divisor of a mean.
 
@@ -531,7 +536,14 @@ UINT8_TARGET = "target has dtype torch.uint8, which torch does not support here"
 
 
 class CrossEntropyOfRows(StateLoss):
-    """Cross-entropy of logits, or of a linear layer's output."""
+    """Cross-entropy of logits, or of a linear layer's output.
+
+    Attributes:
+        reference: Computes the loss by torch's operators, from the tensors and the options of a
+            call. NaN in rows that do not count does not reach gradients.
+    """
+
+    reference: ClassVar[Callable[..., Any]]
 
     def row_inputs(self, tensors: Tensors, options: Options, all_rows: bool) -> Any:
         *layer, target, weight, token_weight, _ = tensors
@@ -547,16 +559,13 @@ class CrossEntropyOfRows(StateLoss):
             return SMOOTHING_FIELDS
         return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
 
-    def total_weight(
-        self,
-        tensors: Tensors,
-        options: Options,
-        all_count: bool = False,  # noqa: ARG002
-    ) -> Any:
+    def total_weight(self, tensors: Tensors, options: Options, all_count: bool = False) -> Any:
         *_, target, weight, token_weight, _ = tensors
         if target.is_floating_point():
             total = target[:, 0].numel()
             return total if token_weight is None else token_weight.double().sum()
+        if all_count and weight is token_weight is None and target.dim() == 1:
+            return target.shape[0]
         weights: Tensor = target != options.ignore_index
         if weight is not None:
             weights = definitions.target_weights(target, weight, options.ignore_index)
@@ -581,10 +590,6 @@ class CrossEntropyOfRows(StateLoss):
             of_target = definitions.target_weights(target, weight, options.ignore_index)
             total = weight.double().sum() if options.label_smoothing > 0 else classes
         return counts, of_target, total
-
-    @abstractmethod
-    def reference(self, tensors: Tensors, options: Options) -> Tensor:
-        """Returns the loss of all classes, computed by torch's operators."""
 
     def of_results(
         self,
@@ -619,7 +624,8 @@ class CrossEntropyOfRows(StateLoss):
         state: Tensor | None = None,
     ) -> Tensor:
         if shard is None or state is None:
-            return self.reference(tensors, options._replace(with_metrics=False))
+            loss: Tensor = self.reference(*tensors, options._replace(with_metrics=False))
+            return loss
         inputs, of_rows, _ = self.row_inputs(tensors, options, False)
         log_p, _, lse, *smooth = sharded_results(inputs, of_rows, shard, state)
         results = log_p, lse, smooth[0] if smooth else None
@@ -650,6 +656,7 @@ class CrossEntropy(CrossEntropyOfRows):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
     dynamic = FIRST_DIM
+    reference = staticmethod(definitions.masked_cross_entropy)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -691,13 +698,6 @@ class CrossEntropy(CrossEntropyOfRows):
     def overwrites(self, call: Planned) -> bool:
         is_none = call.options.softcap is call.shard is None
         return is_none and call.options.inplace
-
-    def reference(self, tensors: Tensors, options: Options) -> Tensor:
-        input, target, *others = tensors
-        # The definition of options that torch lacks masks ignored rows itself.
-        input = definitions.without_ignored(input, target, options.ignore_index)
-        loss: Tensor = self.torch(input, target, *others, options)
-        return loss
 
     def arrangement(self, call: Planned) -> Any:
         tensors, options, shard, *_ = call

@@ -150,6 +150,7 @@ ROWS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "log_probs": lambda f, x, y: f.log_probs(x, y)[0].sum(),
     "linear_log_probs": lambda f, x, y: f.linear_log_probs(x, OTHER, y)[0].mean(),
     "linear_cross_entropy": lambda f, x, y: f.linear_cross_entropy(x, OTHER, y),
+    "contrastive_loss": lambda f, x, y: f.contrastive_loss(x, 1 - x.detach(), 0.5, 2.0),
     "kl_div_with_logits": lambda f, x, y: f.kl_div_with_logits(x, 1 - x.detach()),
     "linear_kl_div": lambda f, x, y: f.linear_kl_div(x, OTHER, -x.detach(), OTHER),
     "triplet_margin_loss": lambda f, x, y: f.triplet_margin_loss(x, x.detach() + 1, x.detach()),
