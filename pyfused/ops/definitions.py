@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -87,8 +86,11 @@ def reduced_rows(
         divisors: The weights of the rows in the default divisor of a mean, None for ones.
     """
     if token_weight is not None:
-        token_weight = token_weight.to(loss.dtype).reshape(loss.shape)
+        is_constant, token_weight = not token_weight.requires_grad, token_weight.reshape(loss.shape)
+        token_weight = token_weight.to(loss.dtype)
         loss = loss * token_weight
+        if is_constant:  # NaN times 0 is NaN
+            loss = loss.where(token_weight != 0, 0)
         divisors = token_weight if divisors is None else divisors * token_weight
     if options.reduction == "none":
         return loss
@@ -241,29 +243,35 @@ def linear_cross_entropy(
 def head_cross_entropy(*call: Any) -> Any:
     """Returns `linear_cross_entropy` of valid arguments, computed from all logits."""
     *operands, token_weight, denominator, options = call
-    head = Head(*operands)
-    leading = head.input.shape[:-1]
+    head, leading = Head(*operands), operands[0].shape[:-1] or (1,)
     if len(leading) > 1:
         head, token_weight = head.as_rows(token_weight)
-    input, target, ignore_index = head.input, head.target, options.ignore_index
-    counts = counted(target, ignore_index, token_weight)
-    if counts is not None:
-        counts = counts if counts.dim() < max(input.dim(), 2) else counts.flatten(1).any(1)
-        input = input.where(counts.unsqueeze(-1), 0)
-    logits = head_logits(input, *head[1:3])
+    counts = counted(head.target, options.ignore_index, token_weight)
+    logits = head_logits(*head[:3], counts)
     of_loss = options._replace(with_metrics=False)
-    loss = cross_entropy(logits, target, head.weight, token_weight, denominator, of_loss)
-    loss = with_leading_dims(loss, leading or (1,))
+    loss = cross_entropy(logits, *head[3:], token_weight, denominator, of_loss)
+    loss = with_leading_dims(loss, leading)
     if not options.with_metrics:
         return loss
     if token_weight is not None:  # rows of weight 0 also have metrics
         logits = head_logits(head.input.detach(), *head[1:3])
     logits = _scaled(logits.to(accumulate_dtype(logits.dtype)), options)
-    fields = metrics.of_logits(logits, target, ignore_index)
-    return loss, metrics.Metrics(*(with_leading_dims(x, leading or (1,)) for x in fields))
+    fields = metrics.of_logits(logits, head.target, options.ignore_index)
+    return loss, metrics.Metrics(*(with_leading_dims(x, leading) for x in fields))
 
 
-def head_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+def head_logits(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, counts: Tensor | None = None
+) -> Tensor:
+    """Returns the logits of a linear layer.
+
+    Args:
+        counts: Whether each target counts; the inputs of other rows may be NaN. None if all do.
+    """
+    if counts is not None:
+        dims = max(input.dim() - 1, 1)
+        counts = counts if counts.dim() <= dims else counts.flatten(dims).any(-1)
+        input = input.where(counts.unsqueeze(-1), 0)
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
     return logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
@@ -307,13 +315,9 @@ def linear_log_probs(
     options: LogProbsOptions,
 ) -> Any:
     checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
-    positions = linear_weight.shape[1:-1]
-    rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    row_targets = target.reshape(rows.shape[0], *positions)
-    valid = row_targets != options.ignore_index
-    valid = valid.flatten(1).any(1) if positions else valid
-    logits = head_logits(rows.where(valid.unsqueeze(-1), 0), linear_weight, linear_bias)
-    results = log_probs(logits, row_targets, options)
+    head, _ = Head(input, linear_weight, linear_bias, target, None).as_rows(None)
+    counts = counted(head.target, options.ignore_index, None)
+    results = log_probs(head_logits(*head[:3], counts), head.target, options)
     results, *metrics = results if options.with_metrics else (results,)
     results = results.reshape((*results.shape[: not options.alone], *target.shape))
     return (results, *[x.reshape(target.shape) for x in metrics]) if metrics else results

@@ -695,14 +695,17 @@ class CrossEntropy(CrossEntropyOfRows):
         input, target, *_ = tensors
         checks.class_indices(checks.classes_of(input), target, options.ignore_index)
 
+    def needs_state(self, call: Planned) -> bool:
+        """Returns whether only the kernels of row states support a call."""
+        return call.shard is not None or call.options.softcap is not None
+
     def overwrites(self, call: Planned) -> bool:
-        is_none = call.options.softcap is call.shard is None
-        return is_none and call.options.inplace
+        return call.options.inplace and not self.needs_state(call)
 
     def arrangement(self, call: Planned) -> Any:
-        tensors, options, shard, *_ = call
+        tensors, _, shard, *_ = call
         inplace, check = self.overwrites(call), None
-        if shard is not None or options.softcap is not None:  # other kernels check class indices
+        if self.needs_state(call):  # other kernels check class indices
             check = backend_of(tensors[0]).check_class_indices
         layouts: list[Any] = [None if x is None else x.empty() for x in tensors[:3]]
         pairs = zip(layouts, self.converted(*layouts), strict=True)
@@ -738,7 +741,7 @@ class CrossEntropy(CrossEntropyOfRows):
         source: Any = LogitRows(backend, class_range(tensors[:1], shard))
         if shard is not None:
             source = ShardedRows(source, shard, tensors[:1], options.with_metrics, needs)
-        if shard is not None or options.softcap is not None:
+        if self.needs_state(call):
             return self.state_passes(source, call)
         inplace = self.overwrites(call)
         if inplace and not is_dense(input.empty()):  # backward could not scale the gradient
