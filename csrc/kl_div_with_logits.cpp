@@ -8,46 +8,6 @@
 
 namespace pyfused {
 
-// The softmax of a row of logits times a scale.
-template <class T> class LogSoftmax {
-  using A = Accumulate<T>;
-
- public:
-  // A buffer has kChunk elements.
-  LogSoftmax(const T* logits, A scale, int64_t classes, A* buffer) : logits(logits), scale(scale) {
-    const auto sum = [&](const auto& at) {
-      normalizer.template read<false>(at, static_cast<T*>(nullptr), classes);
-    };
-    scale == 1 ? sum([&](int64_t first, int64_t) { return logits + first; })
-               : sum([&](int64_t first, int64_t n) { return scaled(first, n, buffer); });
-    log_sum = A(std::log(normalizer.sum));
-  }
-
-  void read(int64_t first, int64_t n, A* probability, A* logarithm) const {
-    scale == 1 ? read(logits + first, n, probability, logarithm)
-               : read(scaled(first, n, logarithm), n, probability, logarithm);
-  }
-
- private:
-  const T* const logits;
-  const A scale;
-  Normalizer<T> normalizer;
-  A log_sum;
-
-  const A* scaled(int64_t first, int64_t n, A* buffer) const {
-    load(logits + first, buffer, n);
-    for (int64_t i = 0; i < n; ++i) buffer[i] *= scale;
-    return buffer;
-  }
-
-  template <class U> void read(const U* x, int64_t n, A* probability, A* logarithm) const {
-    const A high = normalizer.pivot, low = log_sum;
-    scaled_exponentials(x, high, A(1 / normalizer.sum), probability, probability, n, false);
-    PYFUSED_SIMD()
-    for (int64_t i = 0; i < n; ++i) logarithm[i] = (widen(x[i]) - high) - low;
-  }
-};
-
 // log p - log m and log q - log m from log p and log q. exp(-|log p - log q|) does not overflow.
 template <class A> PYFUSED_NOINLINE void divide_by_mixture(A beta, A* log_p, A* log_q, int64_t n) {
   constexpr A kLow = A(-1e30);  // -inf - -inf would be NaN
@@ -63,13 +23,17 @@ template <class A> PYFUSED_NOINLINE void divide_by_mixture(A beta, A* log_p, A* 
   }
 }
 
-template <class T> class KlDivRow {
+template <class T, bool kInPlace> class KlDivRow {
   using A = Accumulate<T>;
+  using OneRow = Row<T, kInPlace>;
 
  public:
   KlDivRow(const KlDiv<T>& kl, int64_t row)
-      : kl(kl), student(kl.student + row * kl.student_stride, A(kl.scale), kl.classes, log_p),
-        teacher(kl.teacher + row * kl.teacher_stride, A(kl.scale), kl.classes, log_q) {}
+      : kl(kl), student(kl.student + row * kl.student_stride, kl.classes, kl.scale, 0),
+        teacher(kl.teacher + row * kl.teacher_stride, kl.classes, kl.scale, 0) {
+    find_normalizer(student);
+    find_normalizer(teacher);
+  }
 
   // Returns the loss, and writes the gradient times `scale` where there is one.
   double run(T* grad, double scale, bool streams) {
@@ -101,7 +65,7 @@ template <class T> class KlDivRow {
 
  private:
   const KlDiv<T>& kl;
-  const LogSoftmax<T> student, teacher;
+  OneRow student, teacher;
   alignas(kVectorBytes) A p[kChunk];
   alignas(kVectorBytes) A q[kChunk];
   alignas(kVectorBytes) A log_p[kChunk];  // less log q, or log m
@@ -112,9 +76,21 @@ template <class T> class KlDivRow {
     return probability == 0 ? A(0) : term;
   }
 
+  static void find_normalizer(OneRow& row) {
+    row.template read<false, false>(nullptr, [](const auto*, int64_t, int64_t) {});
+  }
+
+  static void log_softmax(OneRow& row, int64_t first, int64_t n, A* probability, A* logarithm) {
+    const auto* const x = row.chunk(first, n);
+    const A high = row.state.pivot, low = A(std::log(row.state.sum));
+    scaled_exponentials(x, high, A(1 / row.state.sum), probability, probability, n, false);
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) logarithm[i] = (widen(x[i]) - high) - low;
+  }
+
   void read(int64_t first, int64_t n) {
-    student.read(first, n, p, log_p);
-    teacher.read(first, n, q, log_q);
+    log_softmax(student, first, n, p, log_p);
+    log_softmax(teacher, first, n, q, log_q);
     if (kl.beta == 0) {
       for (int64_t i = 0; i < n; ++i) log_q[i] -= log_p[i];
     } else if (kl.beta == 1) {
@@ -160,7 +136,10 @@ template <class T> void kl_div_with_logits(const KlDiv<T>& kl) {
     return sum.value();
   };
   const int64_t size = rows_of_block(kl.classes);
-  const double loss = sum_of_blocks<T, KlDivRow<T>>(kl.rows, size, kl.threads, run);
+  const auto sum_of = [&](auto in_place) {
+    return sum_of_blocks<T, KlDivRow<T, in_place>>(kl.rows, size, kl.threads, run);
+  };
+  const double loss = kl.scale == 1 ? sum_of(std::true_type()) : sum_of(std::false_type());
   if (kl.loss && !each) *kl.loss = A(loss / denominator);
 }
 
