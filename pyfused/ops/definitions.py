@@ -99,7 +99,8 @@ def reduced_rows(
     divisor = options.denominator
     if divisor is None:
         divisor = loss.numel() if divisors is None else divisors.sum()
-    return loss.sum() / divisor
+    mean: Tensor = loss.sum() / divisor
+    return mean
 
 
 def row_losses(
@@ -136,7 +137,8 @@ def row_coefficients(
 ) -> tuple[Any, float, Any]:
     """Returns the coefficients of log p_y, sum_c w_c log p_c and lse^2 in the loss of a row."""
     smoothing = max(0.0, options.label_smoothing)
-    of_log_p, of_smooth = smoothing - 1, -smoothing / (classes or 1)  # without classes, a sum is 0
+    of_log_p: Any = smoothing - 1
+    of_smooth = -smoothing / (classes or 1)  # without classes, a sum is 0
     of_log_p = of_log_p if target_weight is None else of_log_p * target_weight
     return of_log_p, of_smooth, options.z_loss
 

@@ -170,7 +170,7 @@ def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
     valid = target != options.ignore_index
     if parameters:
-        x = definitions.head_logits(Copy.apply(x, group), *parameters, valid)
+        x = definitions.head_logits(Copy.apply(x, group), parameters[0], parameters[1], valid)
     x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
     x = x if options.softcap is None else definitions.softcap(x, options.softcap)
     x = 1 / options.temperature * x
