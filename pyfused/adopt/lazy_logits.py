@@ -60,7 +60,6 @@ _OF_NODES = {
 }
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
-_INDEX_DTYPES = (torch.bool, torch.int64)
 
 
 @torch_internals.run_while_tracing  # the compiler breaks the graph at a warning
@@ -371,19 +370,16 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """Slices of rows, or a selection of rows by masks or int64 tensors."""
-    (index,), dimensions, call = args, value.example.dim(), value.call
+    (index,), shape, call = args, value.example.shape, value.call
     parts = index if type(index) is tuple else (index,)
-    if _keeps_rows(parts, dimensions):
+    if _keeps_rows(parts, len(shape)):
         return {"rows": value.rows[parts]}
-    if call.traced or not _selects_rows(parts, dimensions):
+    indices = None if call.traced else _indices(parts, shape)
+    if indices is None:
         return None
     call.check()  # the selected rows are a copy
-    rows = value.rows[parts]
-    indices: list[Tensor] = []
-    for part in parts:  # a meta tensor does not know the number of rows in a mask
-        indices += part.nonzero(as_tuple=True) if part.dtype is torch.bool else [part]
-        call.watched.append((part, version_of(part)))
-    return {"rows": rows, "operation": (function, (tuple(indices),), {})}
+    call.watched += [(part, version_of(part)) for part in parts]
+    return {"rows": value.rows[indices], "operation": (function, (indices,), {})}
 
 
 def _keeps_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
@@ -398,13 +394,20 @@ def _keeps_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
     return parts[-1:] == (slice(None),) or (leads and indexed < dimensions)
 
 
-def _selects_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
-    """Returns whether an index consists of masks and int64 tensors for the leading dimensions."""
-    if not parts or not all(type(x) in PLAIN and x.dtype in _INDEX_DTYPES for x in parts):
-        return False
-    if any(x.is_inference() or (x.dtype is torch.bool and not x.dim()) for x in parts):
-        return False
-    return sum(x.dim() if x.dtype is torch.bool else 1 for x in parts) < dimensions
+def _indices(parts: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, ...] | None:
+    """Returns int64 tensors that select the same rows as masks and int64 tensors, or None."""
+    indices: list[Tensor] = []
+    for part in parts:
+        if type(part) not in PLAIN or part.is_inference():
+            return None
+        dimensions = shape[len(indices) :][: part.dim()]
+        if part.dtype is torch.int64:
+            indices.append(part)
+        elif part.dtype is torch.bool and part.dim() and part.shape == dimensions:
+            indices += part.nonzero(as_tuple=True)
+        else:
+            return None
+    return tuple(indices) if 0 < len(indices) < len(shape) else None
 
 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
