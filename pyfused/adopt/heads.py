@@ -8,15 +8,14 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Linear, Module
-from torch.nn import functional as F
 
-from pyfused import nn, torch_internals
+from pyfused import torch_internals
 from pyfused.adopt import subclass
 from pyfused.adopt.lazy_logits import HeadCall, Logits, tell
 from pyfused.adopt.subclass import MARK
@@ -30,44 +29,36 @@ SILENT = ""  # a reason without a warning
 _CAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # dtypes that autocast casts
 
 
-class LazyLinear(Linear):
-    """A linear layer that returns lazy logits in training, and in evaluation if the user asks.
+class Options(NamedTuple):
+    """The mark of a converted head: options of `convert`, and the name of the model's class."""
 
-    Attributes:
-        evaluation, metrics: The options of `convert`.
-        model_name: The name of the model's class, for warnings.
-        pyfused_metrics: The metrics of the last call's loss, None if it was not fused.
-    """
+    evaluation: bool
+    metrics: bool
+    model_name: str
 
-    # Class attributes, because `fuse` only changes the class of a torch.nn.Linear.
-    evaluation: bool = False
-    metrics: bool = False
-    model_name: str = ""
-    pyfused_metrics: Any = None
 
-    def forward(self, input: Tensor) -> Any:
-        """Returns lazy logits, or computes them if a later loss could not be fused.
+def _linear_of(kind: Any) -> Any:
+    """Returns the ``forward`` of a head, whose output is lazy if a later loss could be fused."""
 
-        Args:
-            input: The hidden states, of shape (..., D).
+    def forward(head: Any, input: Tensor) -> Any:
+        options = vars(head).get(MARK)
+        if options is None or not (head.training or options.evaluation):
+            return kind.forward(head, input)
+        if options.metrics:
+            head.pyfused_metrics = None
+        weight, bias = head.weight, head.bias
+        traced, device = is_dynamo_compiling(), input.device.type
+        autocast = None
+        if torch.is_autocast_enabled(device):
+            autocast = torch.get_autocast_dtype(device)
+        reason = _reason(head, input, weight, bias, autocast, traced)
+        if reason is None:
+            return HeadCall(head, options, autocast, traced, input, weight, bias).logits()
+        if reason is not SILENT:
+            tell(options.model_name, reason)
+        return kind.forward(head, input)
 
-        Returns:
-            The logits, of shape (..., C).
-        """
-        weight, bias = self.weight, self.bias
-        if MARK in vars(self) and (self.training or self.evaluation):
-            if self.metrics:
-                self.pyfused_metrics = None
-            traced, device = is_dynamo_compiling(), input.device.type
-            autocast = None
-            if torch.is_autocast_enabled(device):
-                autocast = torch.get_autocast_dtype(device)
-            reason = _reason(self, input, weight, bias, autocast, traced)
-            if reason is None:
-                return HeadCall(self, autocast, traced, input, weight, bias).logits()
-            if reason is not SILENT:
-                tell(self.model_name, reason)
-        return F.linear(input, weight, bias)
+    return forward
 
 
 def _reason(
@@ -91,7 +82,9 @@ def _reason(
             return SILENT
     if weight.numel() == 0:
         return "the weight of its head has no elements"
-    if not (traced or head.metrics) and is_small(LINEAR_CROSS_ENTROPY, (input, weight), ()):
+    if not (traced or vars(head)[MARK].metrics) and is_small(
+        LINEAR_CROSS_ENTROPY, (input, weight), ()
+    ):
         return SILENT  # lazy logits would take longer than the loss
     dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     valid = dtypes <= _CAST_DTYPES if autocast else len(dtypes) == 1
@@ -103,7 +96,7 @@ def _reason(
 def reason_to_leave(head: Any) -> str | None:
     """Returns why a head keeps computing its logits, None if it can return lazy ones."""
     kind = type(head)
-    if kind is not Linear and not isinstance(head, LazyLinear):
+    if kind is not Linear and not subclass.is_fused(head, _linear_of):
         adapter = isinstance(getattr(head, "base_layer", None), Module)
         is_a = "has an adapter," if adapter else "is a"
         end = "" if adapter else ", not a plain torch.nn.Linear"
@@ -123,7 +116,8 @@ def reason_to_leave(head: Any) -> str | None:
 
 def has_original_forward(module: Any) -> bool:
     """Returns whether a module's ``forward`` is the one that its class was defined with."""
-    forward, defined_in = type(module).forward, sys.modules.get(type(module).__module__)
+    kind = vars(type(module)).get("_original", type(module))
+    forward, defined_in = kind.forward, sys.modules.get(kind.__module__)
     return (
         "forward" not in vars(module)
         and defined_in is not None
@@ -236,7 +230,8 @@ def reason_to_leave_model(model: Any, name: str | None) -> str | None:
 
 def _may_be_head(module: Any) -> bool:
     is_adapter = isinstance(getattr(module, "base_layer", None), Module)
-    return type(module) in (Linear, LazyLinear) or hasattr(module, "modules_to_save") or is_adapter
+    is_linear = type(module) is Linear or subclass.is_fused(module, _linear_of)
+    return is_linear or hasattr(module, "modules_to_save") or is_adapter
 
 
 def is_converted(model: Any) -> bool:
@@ -262,19 +257,11 @@ def fuse(model: Any, name: str | None, evaluation: bool, metrics: bool) -> None:
     if getattr(model, "loss_type", "") is None:  # torch.compile breaks the graph at a warning
         model.loss_type = "ForCausalLM"  # what transformers uses after this warning
     for head in _heads_of(model, name):
-        if type(head) is Linear:
-            head.__class__ = LazyLinear
-            nn.keep_in_graphs(head)
-        if MARK not in vars(head):
-            vars(head).update({MARK: None, "model_name": type(model).__name__})
-        vars(head).update(evaluation=evaluation, metrics=metrics)
+        subclass.fuse(head, _linear_of, Options(evaluation, metrics, type(model).__name__))
+        vars(head)["pyfused_metrics"] = None
 
 
 def unfuse(module: Any) -> None:
     """Restores a head or a model, unless a wrapper has made another subclass of its class."""
-    for name in (MARK, "evaluation", "metrics", "model_name", "pyfused_metrics", "__module__"):
-        vars(module).pop(name, None)
-    if type(module) is LazyLinear:
-        module.__class__ = Linear  # type: ignore[assignment]
-    elif not isinstance(module, LazyLinear):
-        subclass.unfuse(module)
+    vars(module).pop("pyfused_metrics", None)
+    subclass.unfuse(module)

@@ -75,6 +75,7 @@ class HeadCall:
 
     Attributes:
         head: The head, which receives the metrics.
+        options: The options of the head.
         inputs: The hidden states, of shape (..., D), the weight (C, D), and the bias (C) or None.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: A number for the active hooks of saved tensors.
@@ -87,8 +88,10 @@ class HeadCall:
         watched: Tensors that must not change until the logits are read, with their versions.
     """
 
-    def __init__(self, head: Any, autocast: torch.dtype | None, traced: bool, *inputs: Any) -> None:
-        self.head, self.autocast, self.traced = head, autocast, traced
+    def __init__(
+        self, head: Any, options: Any, autocast: torch.dtype | None, traced: bool, *inputs: Any
+    ) -> None:
+        self.head, self.options, self.autocast, self.traced = head, options, autocast, traced
         self.computed = self.bypassed = self.keeps_lazy = False
         self.values: list[Callable[[], _Value | None]] = []
         if traced:  # the compiler removes the copies if nothing changes the tensors
@@ -147,11 +150,11 @@ class HeadCall:
         if self.bypassed and not self.traced:
             reason = f"they are read by {reader} after their loss, which has not computed them. "
             reason += "For the accuracy of training steps pass metrics=True to convert; or call "
-            tell(self.head.model_name, f"{reason}pyfused.revert(model)")
+            tell(self.options.model_name, f"{reason}pyfused.revert(model)")
         elif self.needs_grad or self.traced:
             if self.traced and not is_dynamo_compiling():
                 reader = "code after a graph break"
-            tell(self.head.model_name, f"its logits are read by {reader}")
+            tell(self.options.model_name, f"its logits are read by {reader}")
         self.computed = True
         for reference in self.values:  # before an operator changes one of them in place
             if (value := reference()) is not None:
@@ -164,7 +167,7 @@ class HeadCall:
         options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
         options["softcap"], options["scale"] = value.cap, value.scale
         options["loss_dtype"] = value.cast
-        if self.head.metrics:
+        if self.options.metrics:
             loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(
                 value.rows, weight, target, **options
             )
