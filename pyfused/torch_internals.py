@@ -44,8 +44,8 @@ is_functorch_wrapped: Callable[[Tensor], bool] = _required(
 )
 is_batched: Callable[[Tensor], bool] = _required("torch._C._functorch.is_legacy_batchedtensor")
 is_zero_tensor: Callable[[Tensor], bool] = _required("torch.Tensor._is_zerotensor")
-# Named dimensions, which torch 2.13 has removed.
-has_names: Callable[[Tensor], bool] = getattr(torch.Tensor, "has_names", is_zero_tensor)
+# None since torch 2.13, which has removed named dimensions.
+has_names: Callable[[Tensor], bool] | None = getattr(torch.Tensor, "has_names", None)
 # These two are documented in torch's notes "Extending PyTorch".
 DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubclass")
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")

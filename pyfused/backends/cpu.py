@@ -247,6 +247,7 @@ def cross_entropy(
     classes, inner = row_sizes(input)[2], math.prod(input.shape[2:])
     scalar = _SCALARS[accumulate]
     recycled = RECYCLED_BYTES // input.element_size()
+    preserves = grad_format is torch.preserve_format  # the default, which takes less time
 
     def launch(
         tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
@@ -275,7 +276,10 @@ def cross_entropy(
             else:
                 loss = torch.empty_like(scalar)
         if grad_of_input:
-            grad = logits.detach() if outputs.inplace else like(logits, memory_format=grad_format)
+            if outputs.inplace:
+                grad = logits.detach()
+            else:
+                grad = like(logits) if preserves else like(logits, memory_format=grad_format)
             grad_view = (grad.data_ptr(), *grad_strides)
         if grad_of_target:
             grad_target = like(targets, memory_format=target_format)
@@ -463,13 +467,14 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     copies, (_, _, length), strides, out_strides = softmax_layout(input, dim)
     inner = math.prod(input.shape[dim + 1 :])
     kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype])
-    recycled = RECYCLED_BYTES // input.element_size()
+    recycled, contiguous = RECYCLED_BYTES // input.element_size(), input.is_contiguous()
 
     def forward(input: Tensor, _: Options) -> Tensor:
         view = along(input, dim)[0] if copies else input
         elements = input.numel()
         like = torch.empty_like if elements < recycled else empty_like
-        output, rows = like(input, memory_format=torch.contiguous_format), elements // length
+        output = like(input) if contiguous else like(input, memory_format=torch.contiguous_format)
+        rows = elements // length
         sizes = (1, rows, length) if inner == 1 else (rows // inner, inner, length)
         pointers = (view.data_ptr(), *strides), _NO_VIEW, (output.data_ptr(), *out_strides)
         kernel(sizes, *pointers, torch.get_num_threads())
@@ -506,39 +511,35 @@ def pointwise_loss(
     operands, weight, grad_output = tensors
     dtype, count = DTYPES[operands[0].dtype], len(operands)
     order, index = dense_operand(operands)
-    steps, columns = _steps((*operands, weight, grad_output), order)
+    copied, steps, columns = _steps((*operands, weight, grad_output), order)
+    padding: tuple[float, ...] = (0.0, 0.0, 0.0)
     if isinstance(formula, Program):
-        kernel, padded = formula.kernel(native, _native_program), False
+        kernel, padding, length = formula.kernel(native, _native_program), (), formula.parameters
     else:
-        kernel, padded = getattr(native, formula.name), True
+        kernel, length = getattr(native, formula.name), 3
     each = outputs.loss and reduction == "none"
     scalar = _SCALARS[accumulate_dtype(order.dtype)]
     contiguous = partial(empty_like, memory_format=torch.contiguous_format)
-    new_like = contiguous if index is None else None
+    new_like, first = (contiguous, 0) if index is None else (None, index)
     recycled = RECYCLED_BYTES // order.element_size()
     no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
 
     def launch(
         tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
-        operands = tensors[:count]
-        weight, denominator, *_ = *tensors[count:], None, None
-        values = parameters(options)
-        like = operands[index or 0]
-        n, by = like.numel(), denominator
+        like = tensors[first]
+        n = like.numel()
         output_like = new_like or (torch.empty_like if n < recycled else empty_like)
+        weight = tensors[count] if len(tensors) > count else None
+        by = tensors[count + 1] if len(tensors) > count + 1 else None
         if by is None:
             by = 1.0 if divisor is None else divisor(like)
+        inputs = [*tensors[:count], weight, grad_output]
+        for i in copied:
+            inputs[i] = output_like(like).copy_(inputs[i])
         views: list[tuple[int, int, int]] = []
-        copies = []  # keeps copies alive until the kernel has read them
-        for tensor, step in zip((*operands, weight, grad_output), steps, strict=True):
-            if tensor is None:
-                views.append(_NO_OPERAND)
-            elif step is None:
-                copies.append(copy := output_like(like).copy_(tensor))
-                views.append((copy.data_ptr(), 1, columns))
-            else:
-                views.append((tensor.data_ptr(), *step))
+        for i, x in enumerate(inputs):
+            views.append(_NO_OPERAND if x is None else (x.data_ptr(), *steps[i]))
         loss = None
         if outputs.loss:
             loss = output_like(like) if each else torch.empty_like(scalar)
@@ -553,7 +554,7 @@ def pointwise_loss(
             dtype,
             n,
             (*views[:count], *no_operands),
-            (*values, 0.0, 0.0, 0.0)[:3] if padded else values,
+            (*parameters(options), *padding)[:length],
             views[count],
             float(by),
             views[count + 1],
@@ -570,26 +571,30 @@ def pointwise_loss(
 
 def _steps(
     tensors: Sequence[Tensor | None], order: Tensor
-) -> tuple[list[tuple[int, int] | None], int]:
-    """Returns the strides with which a kernel reads tensors in the memory order of a dense one.
+) -> tuple[list[int], list[tuple[int, int]], int]:
+    """Returns how a kernel reads tensors in the memory order of a dense one.
 
     Args:
         order: The dense tensor.
 
     Returns:
-        For each tensor, its strides along columns and rows, or None if the kernel reads a copy; and
-        the number of columns, 0 if there is one row.
+        The indices of the tensors of which the kernel reads a copy; the strides of each tensor or
+        copy along columns and rows; and the number of columns, 0 if there is one row.
     """
     readable = [None if x is None or x.dtype is not order.dtype else x for x in tensors]
     scalars = [not (x is None or x.is_contiguous() or any(x.stride())) for x in readable]
     rows = [None if scalar else x for x, scalar in zip(readable, scalars, strict=True)]
-    copied, columns, strides = in_rows(order, rows)
-    steps: list[tuple[int, int] | None] = []
-    for i, (tensor, scalar) in enumerate(zip(readable, scalars, strict=True)):
+    in_copies, columns, strides = in_rows(order, rows)
+    columns = columns or 0
+    copied: list[int] = []
+    steps: list[tuple[int, int]] = []
+    for i, scalar in enumerate(scalars):
         step = (1, 0) if strides is None else (strides[2 * i + 1], strides[2 * i])
-        fits = tensor is not None and i not in copied and step[0] in (0, 1)
-        steps.append((0, 0) if scalar else step if fits else None)
-    return steps, columns or 0
+        fits = readable[i] is not None and i not in in_copies and step[0] in (0, 1)
+        if not (fits or scalar or tensors[i] is None):
+            copied.append(i)
+        steps.append((0, 0) if scalar else step if fits else (1, columns))
+    return copied, steps, columns
 
 
 def _native_program(program: Program) -> Callable[..., None]:

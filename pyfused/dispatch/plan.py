@@ -100,6 +100,7 @@ def loss_passes(
         dynamic_dims: The number of leading dimensions whose sizes are no part of the signature.
     """
     launches: dict[Any, LossKernel] = {}
+    launch_forward: LossKernel | None = None
     in_forward = in_forward and True in needs
 
     def prepared(tensors: Tensors, outputs: Outputs, grad_output: Tensor | None) -> LossKernel:
@@ -110,11 +111,11 @@ def loss_passes(
         return prepare(specs, outputs, grad_spec)
 
     def forward(tensors: Tensors, options: Options) -> Forward:
-        launch = launches.get(None)
-        if launch is None:
+        nonlocal launch_forward
+        if launch_forward is None:
             outputs = Outputs(True, needs if in_forward else (), inplace, loss_dtype)
-            launch = launches[None] = prepared(tensors, outputs, None)
-        loss, gradients = launch(tensors, options)
+            launch_forward = prepared(tensors, outputs, None)
+        loss, gradients = launch_forward(tensors, options)
         if loss_dtype is not None and loss is not None and loss.dtype is not loss_dtype:
             loss = loss.to(loss_dtype)
         return loss, tensors, gradients if in_forward else ()

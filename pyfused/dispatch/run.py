@@ -145,7 +145,8 @@ def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
         reason = _planned_reason(op, *planned)
         decision = reason, None if reason else op.plan(*planned)
         keep_plan(op, key, decision)
-    return *decision, options
+    reason, kernel = decision
+    return reason, kernel, options
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------

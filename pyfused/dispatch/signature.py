@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pyfused.dispatch.operator import NO_DIMS, Operator, Options, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.torch_internals import (
     active_mode,
     any_autocast,
@@ -25,6 +25,7 @@ from pyfused.types import NUMBER, DynamicSize, TensorSpec
 PLAIN = (Tensor, Parameter)
 _KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
 _FLOATS = frozenset((float, NoneType))
+_STRIDED = torch.strided
 _CASES, _CHOICES, _DYNAMIC_DIMS, _FIRST_TENSOR = 2, 3, 5, 6  # indices into a key
 
 
@@ -60,48 +61,55 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
             return integers
         choices, options = integers, op.options(*numbers, *integers)
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    input, leading = tensors[0], None
-    strided = input.layout is torch.strided and input.is_contiguous()  # others may have no strides
-    most, others = op.dynamic if strided else NO_DIMS
-    dims, broadcasts = min(most, input.dim() - others), others == 0
-    if op.has_dim:
-        dim = options.dim
-        dims = min(dims, dim % input.dim()) if dims > 0 and type(dim) is int else 0
-    key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, dims]
-    for operand, x in zip(op.all_operands, tensors, strict=True):
+    key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, 0]
+    operands, leading, dims, broadcasts = op.all_operands, None, 0, False
+    for i, x in enumerate(tensors):
+        if x is None:
+            key.append(x)
+            continue
         kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if (  # the conditions of layout_reason, without a call for each tensor
-                x.layout is not torch.strided
-                or x.is_neg()
-                or is_zero_tensor(x)
-                or x.is_nested
-                or has_names(x)
-                or is_functorch_wrapped(x)
-                or is_lazy_clone(x)
-            ):
-                return str(layout_reason(operand.name, x))
-            shape = x.shape
-            if dims > 0 and operand.has_rows:
-                rows, kept = (shape, ()) if len(shape) == dims else (shape[:dims], shape[dims:])
-                if leading is None:
-                    leading, is_dynamic = rows, 0 not in shape
+        if kind is not Tensor and kind is not Parameter:
+            if kind is not float or not operands[i].number:
+                return f"{operands[i].name} is a {kind.__name__}"
+            dims = _make_static(key, tensors) if dims > 0 and operands[i].has_rows else dims
+            key.append(NUMBER)
+            continue
+        if (  # the conditions of layout_reason, without a call for each tensor
+            x.layout is not _STRIDED
+            or x.is_neg()
+            or is_zero_tensor(x)
+            or x.is_nested
+            or (has_names is not None and has_names(x))
+            or is_functorch_wrapped(x)
+            or is_lazy_clone(x)
+        ):
+            return str(layout_reason(operands[i].name, x))
+        shape = x.shape
+        if i == 0 and x.is_contiguous():
+            most, others = op.dynamic
+            dims, broadcasts = min(most, len(shape) - others), others == 0
+            if op.has_dim:
+                dim = options.dim
+                dims = min(dims, dim % len(shape)) if dims > 0 and type(dim) is int else 0
+            dims = key[_DYNAMIC_DIMS] = 0 if 0 in shape else dims
+        if dims > 0:
+            if not operands[i].has_rows:
+                is_static = not x.is_contiguous()
+            else:
+                rows, kept = shape, ()
+                if len(shape) != dims:
+                    sizes = tuple(shape)  # a slice of a torch.Size takes longer
+                    rows, kept = sizes[:dims], sizes[dims:]
+                if i == 0:
+                    leading, is_static = rows, False
                 else:  # shapes with more dimensions than an elementwise input's broadcast
-                    is_dynamic = rows == leading and not (kept and broadcasts) and x.is_contiguous()
-                if is_dynamic:
+                    is_static = rows != leading or (kept and broadcasts) or not x.is_contiguous()
+                if not is_static:
                     key.append((x.dtype, kept, None, x.device, x.requires_grad))
                     continue
+            if is_static:
                 dims = _make_static(key, tensors)
-            elif dims > 0 and not x.is_contiguous():
-                dims = _make_static(key, tensors)
-            key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
-        elif x is None:
-            key.append(x)
-        elif kind is float and operand.number:
-            dims = _make_static(key, tensors) if dims > 0 and operand.has_rows else dims
-            key.append(NUMBER)
-        else:
-            return f"{operand.name} is a {kind.__name__}"
+        key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
     if any_autocast() and not tensors[0].is_meta:  # torch raises for the device "meta"
         device = tensors[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -111,8 +119,8 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
 def _make_static(key: list[Any], tensors: Tensors) -> int:
     """Adds all sizes to the layouts of a key, and returns its number of dynamic dimensions, 0."""
     key[_FIRST_TENSOR:] = [
-        x if x is None else (x.dtype, x.shape, x.stride(), x.device, x.requires_grad)
-        for x in tensors[: len(key) - _FIRST_TENSOR]
+        (x.dtype, x.shape, x.stride(), x.device, x.requires_grad) if isinstance(x, Tensor) else kept
+        for x, kept in zip(tensors, key[_FIRST_TENSOR:], strict=False)
     ]
     key[_DYNAMIC_DIMS] = 0
     return 0
@@ -188,7 +196,7 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
         return f"{name} is lazily negated or zero"
     if tensor.is_nested:
         return f"{name} is nested"
-    if has_names(tensor):
+    if has_names is not None and has_names(tensor):
         return f"{name} has named dimensions"
     if is_functorch_wrapped(tensor):
         return f"{name} is used outside of its torch.func transform"
