@@ -318,28 +318,28 @@ class _Value:
         label_smoothing: float = 0.0,
     ) -> Any:
         """Returns the result of torch's function if it can be fused, or else None."""
-        call = self.call
-        plain = isinstance(target, Tensor) and (call.traced or type(target) in PLAIN)
-        legacy = size_average is not None or reduce is not None or type(ignore_index) is not int
-        if legacy or not plain or target.dtype is not torch.int64:
+        call, rows = self.call, self.rows
+        if not (
+            isinstance(target, Tensor)
+            and (call.traced or type(target) in PLAIN)
+            and target.dtype is torch.int64
+            and rows.dim() == 2
+            and target.shape == rows.shape[:1]
+            and (weight is None or self.is_constant(weight, self.dtype_of_loss()))
+            and size_average is reduce is None
+            and type(ignore_index) is int
+            and reduction in ("none", "mean", "sum")
+            # A checkpoint of the loss alone has other hooks.
+            and (call.traced or call.hooks == hash(saved_tensors_hooks(True)))
+        ):
             return None
-        if self.rows.dim() != 2 or target.shape != self.rows.shape[:1]:
-            return None
-        if reduction not in ("none", "mean", "sum"):
-            return None
-        if not call.traced and call.hooks != hash(
-            saved_tensors_hooks(True)
-        ):  # a checkpoint of the loss alone
-            return None
-        if weight is not None and not self.is_constant(weight, self.dtype_of_loss()):
-            return None
-        options = {
+        options: dict[str, Any] = {
             "weight": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
-            "label_smoothing": label_smoothing,
         }
-        device, gradients = self.rows.device.type, torch.is_grad_enabled()
+        options["label_smoothing"] = label_smoothing
+        device, gradients = rows.device.type, torch.is_grad_enabled()
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if autocast == call.autocast and (self.needs_grad or not gradients):
             return call.loss(self, target, options)
