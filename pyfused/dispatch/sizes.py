@@ -180,6 +180,7 @@ COMPILED: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LINEAR, (LARGE, PAGES)),
     **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),
     **dict.fromkeys(LOSSES, (PAGES, NEVER)),
+    "gaussian_nll_loss": (ALWAYS, NEVER),  # torch's function breaks the graph
 }
 
 

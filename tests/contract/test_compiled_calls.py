@@ -87,12 +87,17 @@ def test_one_graph_for_all_batch_sizes(example: Example) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("module", [torch.nn.functional, fused])
-def test_gaussian_nll_loss_breaks_the_graph_as_in_torch(module: Any) -> None:
-    x = torch.ones(4)
-    compiled = torch.compile(module.gaussian_nll_loss, fullgraph=True, backend="eager")
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        compiled(x, x, x)
+def test_gaussian_nll_loss_breaks_the_graph_only_in_torch() -> None:
+    options = {"fullgraph": True, "backend": "aot_eager"}
+    x, target, var = torch.randn(3, 8).unbind()
+    operands = x.requires_grad_(), target, var.exp()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):  # it branches on the variance
+        torch.compile(torch.nn.functional.gaussian_nll_loss, **options)(*operands)
+    compiled = torch.compile(fused.gaussian_nll_loss, **options)
+    got, expected = (evaluate(f, *operands) for f in (compiled, fused.gaussian_nll_loss))
+    close((got.value, *got.gradients), (expected.value, *expected.gradients))
+    with pytest.raises(ValueError, match="var: expected values in"):
+        compiled(x, target, -var.exp())
 
 
 class Program(nn.Module):
