@@ -72,7 +72,8 @@ DENOMINATOR = Operand(
 FACTORS = TOKEN_WEIGHT, DENOMINATOR
 
 # The values of `Operator.dynamic`.
-NO_DIMS, FIRST_DIM, LEADING_DIMS, ALL_DIMS = (0, 0), (1, 1), (sys.maxsize, 1), (sys.maxsize, 0)
+FIRST_DIM, LEADING_DIMS, ALL_DIMS = (1, 1, False), (sys.maxsize, 1, False), (sys.maxsize, 0, False)
+BEFORE_DIM = sys.maxsize, 1, True
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -108,10 +109,10 @@ class Operator(ABC):
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         limits: The limits of sizes.py, by device and dtype.
         strategy: Describes how CPU kernels traverse an input.
-        dynamic: The maximum number of leading dimensions whose sizes a plan does not depend on, and
-            the number of other dimensions that the input has at least. This applies to calls whose
-            operands with rows are contiguous and have the same leading dimensions.
-        has_dim: Whether a plan depends on the sizes from the option ``dim`` on.
+        dynamic: The maximum number of leading dimensions whose sizes a plan does not depend on; the
+            number of other dimensions that the input has at least; and whether the option ``dim``
+            is one of the others. This applies to calls whose operands with rows are contiguous and
+            have the same leading dimensions.
     """
 
     name: str
@@ -135,8 +136,7 @@ class Operator(ABC):
     plans: dict[Any, Any] = field(init=False, default_factory=dict)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
-    dynamic = NO_DIMS
-    has_dim: ClassVar[bool] = False
+    dynamic = 0, 0, False
 
     def __post_init__(self) -> None:
         self._declare_options()

@@ -76,11 +76,6 @@ def in_place(op: Operator, input: Tensor, *options: Any) -> Tensor:
     return result
 
 
-def by_torch(op: Operator, tensors: Tensors, options: Options, _: Any = None) -> Any:
-    """Returns an operator's result, from its definition in torch's operators."""
-    return op.torch(*tensors, options)
-
-
 def fall_back(op: Operator, reason: str, tensors: Tensors, options: Options) -> Any:
     """Returns an operator's result, from torch's operator, for a reason."""
     if reason is not SMALL:

@@ -86,9 +86,9 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
             return str(layout_reason(operands[i].name, x))
         shape = x.shape
         if i == 0 and x.is_contiguous():
-            most, others = op.dynamic
+            most, others, before_dim = op.dynamic
             dims, broadcasts = min(most, len(shape) - others), others == 0
-            if op.has_dim:
+            if before_dim:
                 dim = options.dim
                 dims = min(dims, dim % len(shape)) if dims > 0 and type(dim) is int else 0
             dims = key[_DYNAMIC_DIMS] = 0 if 0 in shape else dims
@@ -158,13 +158,8 @@ def _with_integers(op: Operator, choices: Sequence[Any]) -> tuple[Any, ...] | st
     return tuple(converted)
 
 
-def with_specs(op: Operator, key: Any) -> tuple[Tensors, Options]:
-    """Returns the layouts of the tensors of a key, and the options for planning."""
-    return specs_of(op, key), op.options(*key[_CASES], *key[_CHOICES])
-
-
-def specs_of(op: Operator, key: Any) -> list[Any]:
-    """Returns the layouts of the tensors of a key.
+def with_specs(op: Operator, key: Any) -> tuple[list[Any], Options]:
+    """Returns the layouts of the tensors of a key, and the options for planning.
 
     A TensorSpec has only the properties that the key has, so a plan cannot depend on others.
     """
@@ -176,7 +171,7 @@ def specs_of(op: Operator, key: Any) -> list[Any]:
             shape = (*leading, *shape) if strides is None else shape
             layout = TensorSpec(dtype, shape, strides, *others)
         specs.append(layout)
-    return specs
+    return specs, op.options(*key[_CASES], *key[_CHOICES])
 
 
 def spec_of(x: Any) -> Any:

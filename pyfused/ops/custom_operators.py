@@ -21,7 +21,7 @@ from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.plan import Plan
-from pyfused.dispatch.signature import signature, spec_of, specs_of
+from pyfused.dispatch.signature import signature, spec_of, with_specs
 from pyfused.layout import is_dense
 from pyfused.torch_internals import run_while_tracing
 from pyfused.types import Gradients
@@ -141,7 +141,9 @@ class _CustomOperators:
             key, options = (*signed[0], "compiled", *needs), signed[1]
         plan: Plan | None = op.plans.get(key)
         if plan is None:
-            specs = [spec_of(x) for x in tensors] if key is None else specs_of(op, key)
+            specs, planned = [spec_of(x) for x in tensors], options
+            if key is not None:
+                specs, planned = with_specs(op, key)
             for i, need in enumerate(needs):
                 if specs[i] is not None:
                     specs[i] = replace(specs[i], requires_grad=need)
@@ -150,9 +152,6 @@ class _CustomOperators:
                 if operand.name == "weight" and specs[i] is not None:
                     specs[i] = replace(specs[i], dtype=specs[0].dtype)
             with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
-                numbers = options[: len(op.numbers)]
-                cases: Any = op.cases(numbers)
-                planned = op.options(*cases, *options[len(numbers) :])
                 plan = op.plan(specs, planned)  # type: ignore[assignment]
             if key is not None:
                 dispatch.keep_plan(op, key, plan)

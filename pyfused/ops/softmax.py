@@ -12,7 +12,7 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import LEADING_DIMS, Operator, Options, Tensors
+from pyfused.dispatch.operator import BEFORE_DIM, Operator, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
@@ -26,8 +26,7 @@ class Softmax(Operator):
     choices: tuple[Any, ...] = ("dim", "dtype", "stacklevel")
     saves: ClassVar[str] = "output"
     strategy = "row by row, or several rows at a time"
-    dynamic = LEADING_DIMS
-    has_dim = True
+    dynamic = BEFORE_DIM
 
     def __post_init__(self) -> None:
         super().__post_init__()

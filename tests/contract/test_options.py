@@ -20,11 +20,11 @@ import torch
 from compare import FLOATS
 from conftest import fused_always
 from torch import Tensor
+from torch_reference import by_torch
 
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
 from pyfused.dispatch.originals import redirected
-from pyfused.dispatch.run import by_torch
 
 INF, NAN = math.inf, math.nan
 CALLS = int(os.environ.get("PYFUSED_TEST_CALLS", "3" if interpreter.ON else "40"))
