@@ -130,7 +130,7 @@ def test_sentences_about_steps() -> None:
     assert gain("digits", *ours, "patch") < 1
     (digits,) = (ways for name, ways in STEPS.items() if name.startswith("digits"))
     assert float(digits["patch"]["torch, ms"]) < 1
-    says("README.md", "which takes a few percent of the steps of BERT and the U-Net.")
+    says("README.md", "which takes at most a few percent of the steps of BERT and the U-Net.")
     assert 0.95 < gain("BERT", "patch") < 1.05 > gain("U-Net", "patch") > 0.95
 
 
