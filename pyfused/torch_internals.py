@@ -209,6 +209,17 @@ def run_while_tracing(function: Any) -> Any:
     return function
 
 
+def skip_frames(function: Any) -> None:
+    """Makes torch.compile leave the frames of a function, and of what it calls, as they are.
+
+    It still traces calls of the function in a compiled program.
+    """
+    frames: Any = getattr(torch._C._dynamo, "eval_frame", None)
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
 def dynamo_table() -> Any:
     """Returns the cached function with torch.compile's table of torch's functions, or None."""
     rules = sys.modules.get("torch._dynamo.trace_rules")

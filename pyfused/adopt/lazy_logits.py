@@ -561,6 +561,7 @@ class LazyLogits(Logits):
         return tensor
 
 
+torch_internals.skip_frames(Logits.__torch_function__)
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
 reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (Logits, LazyLogits))
 
