@@ -149,11 +149,6 @@ def reduction(value: Any) -> None:
     one_of("reduction", value, ("none", "mean", "sum"))
 
 
-def approximate(value: Any) -> None:
-    error = RuntimeError if isinstance(value, str) else TypeError
-    one_of("approximate", value, ("none", "tanh"), error)
-
-
 def keywords(function: str, options: Keywords) -> Keywords:
     unknown = options.keys() - ModuleOptions.__annotations__.keys()
     if unknown:

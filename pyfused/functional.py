@@ -1363,7 +1363,6 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
             ``input * (1 + tanh(sqrt(2 / pi) * (input + 0.044715 * input ** 3))) / 2``; others
             raise a RuntimeError.
     """
-    checks.approximate(approximate)
     op = elementwise.GELU
     return run(op, (input,), op.options(approximate=approximate))
 
@@ -1527,7 +1526,6 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "none") -> Tensor
         gate, up: As in :func:`swiglu`.
         approximate: As in :func:`gelu`.
     """
-    checks.approximate(approximate)
     op = elementwise.GEGLU
     return run(op, (gate, up), op.options(approximate=approximate))
 

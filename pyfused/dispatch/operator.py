@@ -273,9 +273,13 @@ class SpecializedOperator(Operator):
             names = [parameter.name for parameter in parameters]
             yield self.kernel_of(values), dict(zip(names, values, strict=True))
 
-    def check_numbers(self, options: Options) -> None:
-        for scalar, value in zip(self.numbers, options, strict=False):
-            self.invalid_number(scalar, value)
+    def check_parameters(self, options: Options) -> None:
+        for parameter, value in zip(self.parameters, options, strict=False):
+            if isinstance(parameter, Scalar):
+                self.invalid_number(parameter, value)
+            elif isinstance(parameter.values[0], str):
+                error = RuntimeError if isinstance(value, str) else TypeError
+                checks.one_of(parameter.name, value, parameter.values, error)
 
 
 def grad_enabled() -> bool:

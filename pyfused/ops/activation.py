@@ -65,6 +65,10 @@ class Activation(SpecializedOperator):
     def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
         return self.number_reason(*numbers) or super()._cases(numbers)
 
+    def check(self, tensors: Tensors, options: Options) -> None:
+        super().check(tensors, options)
+        self.check_parameters(options)
+
     def invalid_number(self, scalar: Scalar, value: Any) -> str:
         return f"{scalar.name} is {value!r}"
 

@@ -286,7 +286,7 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         """Raises for invalid options and incompatible shapes."""
         if self.reduces:
             checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
-        self.check_numbers(options)
+        self.check_parameters(options)
         pairs, shapes = [*zip(self.variables, operands, strict=False)], list[torch.Size]()
         if self._weight is not None and weight is not None:
             pairs.append((self.operands[self._weight], weight))
@@ -440,7 +440,7 @@ class PointwiseLoss(TensorLoss):
         """Returns the result, for an operator that torch lacks."""
         *tensors, options = arguments
         self.check_tensors(tensors)
-        self.check_numbers(options)
+        self.check_parameters(options)
         result = self.formula(*self._values(tensors), *options[: len(self.parameters)])
         if not self.reduces:
             return result
