@@ -813,6 +813,18 @@ def test_changes_before_the_logits_are_read(name: str) -> None:
             return
 
 
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_changes_of_the_shape_or_the_memory() -> None:
+    model = pyfused.convert(Model(), head="head")
+    changes: list[Callable[[Tensor], Any]] = [
+        lambda x: x.unsqueeze_(0),
+        lambda x: setattr(x, "data", x.detach() * 2),
+    ]
+    for change in changes:
+        with pytest.raises(RuntimeError, match=r"pyfused.convert: .* of a model's logits in place"):
+            change(model(X))
+
+
 # ---- modes, metrics and warnings -----------------------------------------------------------------
 
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
