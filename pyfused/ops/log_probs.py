@@ -51,22 +51,23 @@ class _ValuesWithMetrics(NamedTuple):
     mean_logit: Tensor
 
 
+def _result(index: int, name: str, option: str) -> Any:
+    """Returns a property that raises if the call did not return this result."""
+
+    def value(results: tuple[Tensor | None, ...]) -> Tensor:
+        found = results[index] if index < len(results) else None
+        if found is None:
+            raise AttributeError(f"{name}: expected a call with {option}=True")
+        return found
+
+    return property(value)
+
+
 class _Results:
-    """Raises if a result is read that the call did not return."""
-
-    @property
-    def entropy(self) -> Tensor:
-        return self._returned(1, "entropy: expected a call with return_entropy=True")
-
-    @property
-    def log_sum_exp(self) -> Tensor:
-        return self._returned(2, "log_sum_exp: expected a call with return_lse=True")
-
-    def _returned(self: Any, index: int, message: str) -> Tensor:
-        value: Tensor | None = self[index]
-        if value is None:
-            raise AttributeError(message)
-        return value
+    entropy: Tensor = _result(1, "entropy", "return_entropy")
+    log_sum_exp: Tensor = _result(2, "log_sum_exp", "return_lse")
+    is_top1: Tensor = _result(3, "is_top1", "return_metrics")
+    mean_logit: Tensor = _result(4, "mean_logit", "return_metrics")
 
 
 class LogProbs(_Results, _Values):
@@ -80,14 +81,6 @@ class LogProbs(_Results, _Values):
     Raises:
         AttributeError: The attribute was not requested in the call; its item is None.
     """
-
-    @property
-    def is_top1(self) -> Tensor:
-        raise AttributeError("is_top1: expected a call with return_metrics=True")
-
-    @property
-    def mean_logit(self) -> Tensor:
-        raise AttributeError("mean_logit: expected a call with return_metrics=True")
 
 
 class LogProbsWithMetrics(_Results, _ValuesWithMetrics):
