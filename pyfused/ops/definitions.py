@@ -57,6 +57,10 @@ def cross_entropy(
         weighted = log_p * weights.view(-1, *[1] * (x.dim() - dim - 1))
     if soft:
         target = without_ignored(target, target, ignore_index, token_weight).to(dtype)
+        if options.label_smoothing > 0:  # as torch does: a class of target 0 may have x_c = -inf
+            smoothing, classes = options.label_smoothing, x.shape[dim]
+            target = target * (1 - smoothing) + smoothing / classes
+            options = options._replace(label_smoothing=0.0)
         at_target = (target * weighted).sum(dim)
     else:
         at_target = -_nll_loss(log_p, target, None, None, ignore_index, None, "none")
@@ -101,6 +105,21 @@ def reduced_rows(
         divisor = loss.numel() if divisors is None else divisors.sum()
     mean: Tensor = loss.sum() / divisor
     return mean
+
+
+def row_results(
+    pivot: Tensor, total: Tensor, weighted: Tensor, target_logit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the log-probability, the entropy and the log-sum-exp of each row of logits x.
+
+    Args:
+        pivot: A number near the largest logit.
+        total: sum_c exp(x_c - pivot).
+        weighted: sum_c exp(x_c - pivot) (x_c - pivot).
+    """
+    log_total = total.log()
+    log_p = target_logit - pivot - log_total
+    return log_p, log_total - weighted / total, pivot + log_total
 
 
 def row_losses(

@@ -82,10 +82,10 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
         maxima, indices = gathered(state[MAXIMUM : INDEX + 1], group).unbind(1)
         is_largest = (maxima == maxima.amax(0)) | maxima.isnan()
         state[MAXIMUM], state[INDEX] = maxima.amax(0), indices.where(is_largest, torch.inf).amin(0)
-    log_total = state[SUM].log()
-    state[LOG_P] = (state[TARGET_LOGIT] - pivot - log_total).clamp(max=0)
-    state[LSE] = pivot + log_total
-    state[ENTROPY] = (log_total - state[WEIGHTED] / state[SUM]).clamp(min=0) if entropy else 0
+    merged = state[SUM], state[WEIGHTED], state[TARGET_LOGIT]
+    log_p, of_entropy, state[LSE] = definitions.row_results(pivot, *merged)
+    state[LOG_P] = log_p.clamp(max=0)
+    state[ENTROPY] = of_entropy.clamp(min=0) if entropy else 0
     return state
 
 
@@ -182,10 +182,7 @@ def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state
     if len(state) > SMOOTH:
         terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
     sums = Sum.apply(torch.stack([term.sum(-1) for term in terms]), group)
-    total, weighted, target_logit, *smooth = sums
-    log_total = total.log()
-    lse = pivot + log_total
-    results = torch.stack([target_logit - lse, log_total - weighted / total, lse, *smooth])
+    results = torch.stack([*definitions.row_results(pivot, *sums[:3]), *sums[3:]])
     return results.where(valid, 0)
 
 
