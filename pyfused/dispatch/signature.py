@@ -92,23 +92,19 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
                 dim = options.dim
                 dims = min(dims, dim % len(shape)) if dims > 0 and type(dim) is int else 0
             dims = key[_DYNAMIC_DIMS] = 0 if 0 in shape else dims
-        if dims > 0:
-            if not operands[i].has_rows:
-                is_static = not x.is_contiguous()
-            else:
-                rows, kept = shape, ()
-                if len(shape) != dims:
-                    sizes = tuple(shape)  # a slice of a torch.Size takes longer
-                    rows, kept = sizes[:dims], sizes[dims:]
-                if i == 0:
-                    leading, is_static = rows, False
-                else:  # shapes with more dimensions than an elementwise input's broadcast
-                    is_static = rows != leading or (kept and broadcasts) or not x.is_contiguous()
-                if not is_static:
-                    key.append((x.dtype, kept, None, x.device, x.requires_grad))
-                    continue
-            if is_static:
-                dims = _make_static(key, tensors)
+        if dims > 0 and operands[i].has_rows:
+            rows, kept = shape, ()
+            if len(shape) != dims:
+                sizes = tuple(shape)  # a slice of a torch.Size takes longer
+                rows, kept = sizes[:dims], sizes[dims:]
+            leading = leading or rows
+            # Shapes with more dimensions than an elementwise input's broadcast.
+            if rows == leading and not (kept and broadcasts) and (i == 0 or x.is_contiguous()):
+                key.append((x.dtype, kept, None, x.device, x.requires_grad))
+                continue
+            dims = _make_static(key, tensors)
+        elif dims > 0 and not x.is_contiguous():
+            dims = _make_static(key, tensors)
         key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
     if any_autocast() and not tensors[0].is_meta:  # torch raises for the device "meta"
         device = tensors[0].device.type
