@@ -58,7 +58,7 @@ def cross_entropy(
     if soft:
         target = without_ignored(target, target, ignore_index, token_weight).to(dtype)
         if options.label_smoothing > 0:  # as torch does: a class of target 0 may have x_c = -inf
-            smoothing, classes = options.label_smoothing, x.shape[dim]
+            smoothing, classes = options.label_smoothing, x.shape[dim] or 1
             target = target * (1 - smoothing) + smoothing / classes
             options = options._replace(label_smoothing=0.0)
         at_target = (target * weighted).sum(dim)

@@ -423,46 +423,36 @@ class HeadLoss(RowLoss):
                 x.contiguous() if x is not None and (is_row or x.dim() < 2) else x
                 for x, is_row in values
             ]
-            losses, grad_targets, states = list[Tensor](), list[Tensor](), list[Tensor]()
+            losses, states, grad_targets = parts = [list[Tensor](), list[Tensor](), list[Tensor]()]
 
             def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
                 values = operands
                 if size < total:
                     pairs = zip(values, are_rows, strict=True)
                     values = [x[block] if is_row and x is not None else x for x, is_row in pairs]
-                loss, gradients, state = compute(logits, values, options)
-                if loss is not None:
-                    losses.append(loss)
-                if state is not None:
-                    states.append(state)
-                if gradients[1] is not None:
-                    grad_targets.append(gradients[1])
-                return gradients[0]  # type: ignore[no-any-return]
+                loss, (gradient, grad_target), state = compute(logits, values, options)
+                for part, value in zip(parts, (loss, state, grad_target), strict=True):
+                    if value is not None:
+                        part.append(value)
+                return gradient  # type: ignore[no-any-return]
 
             matrix = weight
             if weight.dim() > 2:
                 matrix, bias = weight.flatten(0, -2), None if bias is None else bias.flatten()
             over = backend, (input, matrix, bias), dtype, (size, matrix.shape[0])
-            gradients = over_blocks(
+            grad_input, grad_weight, grad_bias = over_blocks(
                 *over, needs[:3] or NONE, step, counts=counts, filter_below=below
             )
+            if weight.dim() > 2:
+                grad_weight = None if grad_weight is None else grad_weight.view_as(weight)
+                grad_bias = None if grad_bias is None else grad_bias.view(weight.shape[:-1])
             loss = joined(losses, unreduced)
             if loss is not None:
-                loss = loss if divisor is None else loss / divisor
-                loss = loss.to(wide)
-                if rows is not None and unreduced:
-                    loss = spread_rows(loss, rows, n)
+                loss = (loss if divisor is None else loss / divisor).to(wide)
+            loss = spread_rows(loss, rows, n) if unreduced else loss
             state = spread_rows(torch.cat(states, 1), rows, n, 1) if states else None
-            if needs:
-                grad_input, grad_weight, grad_bias = gradients
-                if weight.dim() > 2:
-                    grad_weight = None if grad_weight is None else grad_weight.view_as(weight)
-                    grad_bias = None if grad_bias is None else grad_bias.view(weight.shape[:-1])
-                grad_target = joined(grad_targets, True) if grad_targets else None
-                if rows is not None:
-                    grad_input = spread_rows(grad_input, rows, n)
-                    grad_target = spread_rows(grad_target, rows, n)
-                gradients = grad_input, grad_weight, grad_bias, grad_target
+            grad_target = spread_rows(joined(grad_targets, True), rows, n)
+            gradients = spread_rows(grad_input, rows, n), grad_weight, grad_bias, grad_target
             return loss, gradients[: len(needs)], state
 
         def forward(tensors: Tensors, options: Options) -> Forward:
