@@ -457,7 +457,8 @@ class Formula:
                     f"{self.__name__}.gradient does not compute, got a Tensor that requires grad; "
                     "make it an operand"
                 )
-        result: Tensor = self.kinds[not is_compiled].apply(parameters, *operands)
+        kind = self.kinds[0 if is_compiled else 1]
+        result: Tensor = kind.apply(parameters, *operands)
         return result
 
     def with_tensors(self, operands: Sequence[Any], parameters: dict[str, Any]) -> dict[str, Any]:
