@@ -173,9 +173,8 @@ ON_GPU: dict[str, Limits] = {
 # Heads avoid materialising the logits: on CPUs a training step took 2.1 times as long as Inductor's
 # at 2^16 logits, 1.2 times at 2^18, and 0.8 times at 2^20. For logits and large losses on CPUs, a
 # kernel moves less memory than Inductor's code, which allocates its outputs. A custom operator
-# costs about 30 us per pass. No compiled call has been measured on a GPU: from 2^24 logits on,
-# launching should take no longer than the kernels, which are 1.1 to 2.5 times as fast as Inductor's
-# code (benchmarks/results/nvidia-h100-80gb-hbm3/results.csv).
+# costs about 30 us per pass. On GPUs, launching should take no longer than the kernels from 2^24
+# logits on; the limit has not been measured.
 COMPILED: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LINEAR, (LARGE, PAGES)),
     **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),

@@ -30,7 +30,7 @@ from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import fall_back, is_compiled
 from pyfused.layout import accumulate_dtype, specs_of_layouts, with_leading_dims
 from pyfused.ops import definitions, metrics
-from pyfused.ops.chunk_sizes import rows_at_once, state_block_size, tile_size
+from pyfused.ops.chunk_sizes import CLASSES_GPU, rows_at_once, state_block_size, tile_size
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.rows import (
     UINT8_TARGET,
@@ -75,6 +75,7 @@ def over_blocks(
     filter_below: Tensor | None = None,
     memory: Tensor | None = None,
     backwards: bool = False,
+    pads: bool = False,
 ) -> Gradients:
     """Runs the loop over the blocks of a layer's logits, and returns the layer's gradients.
 
@@ -94,10 +95,14 @@ def over_blocks(
         memory: Holds the logits of the first block, and is overwritten by the next ones. None
             allocates it.
         backwards: Whether the blocks of rows come in reverse order.
+        pads: Whether to add classes of weight 0 on GPUs, if a block has all classes. In half
+            precision, products whose sizes are no multiples of 8 take several times as long.
     """
     input, weight, bias = layer
     (n, total), wide = (input.shape[0], weight.shape[0]), accumulate_dtype(dtype)
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], total))
+    pads = pads and backend.ASYNCHRONOUS and dtype.itemsize == 2 and classes == total
+    padding = -total % CLASSES_GPU if pads else 0
     grad_input = grad_weight = grad_bias = sums = None
     logits: Any = None
     gradient: Any = None
@@ -105,17 +110,21 @@ def over_blocks(
         grad_input = backend.empty(input.shape, dtype if classes == total else wide, input)
     if needs[1]:
         is_sum = classes == total and not (n <= rows and weight.dtype is dtype)
-        grad_weight = backend.empty(weight.shape, wide if is_sum else weight.dtype, input)
+        shape = total + padding, weight.shape[1]
+        grad_weight = backend.empty(shape, wide if is_sum else weight.dtype, input)
     if needs[2] and bias is not None:
         grad_bias = bias.new_zeros(bias.shape, dtype=wide)
     is_computed = memory is not None
     if memory is None:
-        memory = backend.empty((rows * classes,), dtype, input)
+        memory = backend.empty((rows * (classes + padding),), dtype, input)
     starts = range(0, n, rows)
     for first_class in range(0, total, classes):
         columns = slice(first_class, min(first_class + classes, total))
         w = weight[columns].to(dtype)
         b = None if bias is None else bias[columns].to(dtype)
+        if padding:
+            w = torch.constant_pad_nd(w, (0, 0, 0, padding))
+            b = None if b is None else torch.constant_pad_nd(b, (0, padding))
         for start in reversed(starts) if backwards else starts:
             block = slice(start, min(start + rows, n))
             x = input[block].to(dtype)
@@ -123,11 +132,16 @@ def over_blocks(
             if not is_computed:
                 linear(x, w, b, logits)
             is_computed = False
-            gradient = step(logits, block, columns)
+            gradient = step(logits[:, :total] if padding else logits, block, columns)
             if gradient is None:
                 continue
             if grad_bias is not None:
                 grad_bias[columns] += gradient.sum(0, dtype=wide)
+            if padding:
+                if gradient.data_ptr() != logits.data_ptr():
+                    logits[:, :total] = gradient
+                logits[:, total:] = 0
+                gradient = logits
             factor, large = w, None
             if filter_below is not None:
                 threshold = filter_below[block] if filter_below.dim() else filter_below
@@ -140,7 +154,8 @@ def over_blocks(
                 continue
             if counts is not None:
                 x = x.where(counts[block].unsqueeze(-1), 0)
-            out, is_first, is_last = grad_weight[columns], start == 0, block.stop == n
+            out = grad_weight if padding else grad_weight[columns]
+            is_first, is_last = start == 0, block.stop == n
             if is_first:
                 in_place = out.dtype is wide or (is_last and out.dtype is gradient.dtype)
                 sums = out if in_place else backend.empty(out.shape, wide, x)
@@ -153,6 +168,8 @@ def over_blocks(
             if is_last and sums.data_ptr() != out.data_ptr():
                 out.copy_(sums)
     logits = gradient = memory = sums = None  # frees memory for the conversions
+    if padding and grad_weight is not None:
+        grad_weight = grad_weight[:total]
     gradients: list[Any] = [grad_input, grad_weight, grad_bias]
     for i, x in enumerate((input, weight, bias)):
         gradient = gradients[i]
@@ -267,13 +284,14 @@ class HeadRows:
         def step(logits: Tensor, block: slice, classes: slice) -> None:
             nonlocal kept
             if keeps_logits and logits.shape[1] == self.columns:
-                kept = logits.view(-1)
+                kept = logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
             x, targets, classes_of = self.part(logits, block, classes)
             of_rows = options, x, labels[targets], class_weight, state[:, targets]
             self.backend.row_state(*of_rows, classes_of, continues=classes.start > 0)
 
         size = self.size(layer[0].shape[0])
-        over_blocks(self.backend, layer, self.dtype, size, NONE, step, backwards=True)
+        over = self.backend, layer, self.dtype, size, NONE, step
+        over_blocks(*over, backwards=True, pads=self.positions == 1)
         if rows is not None:
             n = tensors[0].shape[:-1].numel()
             state = spread_rows(state.view(fields, -1, self.positions), rows, n, 1)
@@ -304,7 +322,8 @@ class HeadRows:
 
         over = self.backend, layer, self.dtype, self.size(layer[0].shape[0]), self.needs, step
         below = take_rows(filter_below, rows)
-        gradients = over_blocks(*over, counts=counts, filter_below=below, memory=logits)
+        pads = positions == 1
+        gradients = over_blocks(*over, counts=counts, filter_below=below, memory=logits, pads=pads)
         grad_input, grad_weight, grad_bias = gradients
         if grad_input is not None:
             grad_input = spread_rows(grad_input, rows, n).view(input.shape)
@@ -441,7 +460,12 @@ class HeadLoss(RowLoss):
                 matrix, bias = weight.flatten(0, -2), None if bias is None else bias.flatten()
             over = backend, (input, matrix, bias), dtype, (size, matrix.shape[0])
             grad_input, grad_weight, grad_bias = over_blocks(
-                *over, needs[:3] or NONE, step, counts=counts, filter_below=below
+                *over,
+                needs[:3] or NONE,
+                step,
+                counts=counts,
+                filter_below=below,
+                pads=weight.dim() == 2,
             )
             if weight.dim() > 2:
                 grad_weight = None if grad_weight is None else grad_weight.view_as(weight)

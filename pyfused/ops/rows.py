@@ -44,6 +44,7 @@ from pyfused.dispatch.run import fall_back, is_compiled
 from pyfused.dispatch.signature import spec_of
 from pyfused.layout import accumulate_dtype, common_dtype, feature_rows, is_dense, loss_shape
 from pyfused.ops import definitions, metrics
+from pyfused.ops.chunk_sizes import CLASSES_GPU
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.ops.shards import ShardedOperator, ShardedRows, class_range, sharded_results
@@ -824,6 +825,9 @@ def cross_entropy_fallback_reason(
     smoothes = weight is not None and options.label_smoothing != 0
     if target.dtype is torch.uint8 and (input.dim() > 2 or smoothes):
         return UINT8_TARGET
+    pads = input.dim() == 2 and input.element_size() == 2 and takes_triton(input)
+    if pads and input.shape[1] % CLASSES_GPU and is_compiled(input):
+        return "torch.compile: Inductor pads the layer before these logits"
     if options.with_metrics and is_compiled(input):
         return "torch.compile: Inductor fuses the metrics"
     if options.softcap is not None:

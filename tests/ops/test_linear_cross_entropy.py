@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import TORCH
-from compare import products
+from compare import HALF, products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -151,6 +151,27 @@ def test_filtered_gradients_are_within_the_documented_error(
         off = (mine.float() - best.float()).abs()
         assert off.max() > 0
         assert (off <= least * of_all + rounding * (best.float().abs() + least)).all()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("dtype", HALF)
+def test_classes_that_gpus_pad(dtype: torch.dtype, cap: float | None) -> None:
+    """The products of 37 classes have 40 on a GPU; rows that do not count may be NaN."""
+    x, head = torch.randn(9, 16, dtype=dtype), torch.randn(37, 16, dtype=dtype)
+    bias, target = torch.randn(37, dtype=dtype), torch.randint(37, (9,))
+    x[2], target[2] = math.nan, -100
+    leaves = [tensor.requires_grad_() for tensor in (x, head, bias)]
+    loss = fused.linear_cross_entropy(x, head, target, linear_bias=bias, softcap=cap)
+    wide = [tensor.detach().double().nan_to_num().requires_grad_() for tensor in leaves]
+    logits = torch.nn.functional.linear(*wide)[target >= 0]
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = torch.nn.functional.cross_entropy(logits, target[target >= 0])
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-2, atol=0)
+    pairs = zip(torch.autograd.grad(loss, leaves), wide, strict=True)
+    for gradient, leaf in pairs:
+        (exact,) = torch.autograd.grad(expected, leaf, retain_graph=True)
+        assert (gradient.double() - exact).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.cpu
