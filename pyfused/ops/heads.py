@@ -263,9 +263,10 @@ class HeadRows:
         self, logits: Tensor, block: slice, classes: slice
     ) -> tuple[Tensor, slice, ClassRange]:
         """Returns the rows of a block of logits, their targets, and the range of their classes."""
-        targets = slice(block.start * self.positions, block.stop * self.positions)
-        first, total = self.classes
-        rows = logits.view(targets.stop - targets.start, -1)
+        rows, targets, (first, total) = logits, block, self.classes
+        if self.positions > 1:
+            targets = slice(block.start * self.positions, block.stop * self.positions)
+            rows = logits.view(targets.stop - targets.start, -1)
         return rows, targets, ClassRange(first + classes.start, total)
 
     def state(
