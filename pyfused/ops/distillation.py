@@ -193,7 +193,7 @@ class Divergence(HeadLoss):
 
     def to_rows(self, tensors: Tensors, _: Options) -> Tensors:
         """Returns the operands as rows, and the factors."""
-        *tensors, token_weight, denominator = tensors
+        tensors, (token_weight, denominator) = list(tensors[:-2]), tensors[-2:]
         checks.factors(token_weight, denominator)
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):

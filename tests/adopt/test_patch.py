@@ -513,7 +513,7 @@ USES = (
 @pytest.mark.parametrize("use", USES, ids=["decorated", "block", "calls"])
 def test_an_interrupt_while_functions_are_replaced_leaves_none_patched(use: Any) -> None:
     module = sys.modules["pyfused.adopt.patch"]
-    changes = "_set_users", "_expect", "_restore", "put"
+    changes = "_expect", "_restore", "put"
     lines = 0
 
     def interrupt_at(number: int) -> None:
