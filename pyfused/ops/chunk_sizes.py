@@ -89,7 +89,9 @@ def rows_in_budget(
         return rows if rows * row + sums < n * row else n
     if has_slow_sums(dtype, backend) and n * row <= physical_memory() // MEMORY_FRACTION:
         return n
-    return min(max(n * row // 4, MIN_BUDGET) // row, MAX_ROWS)
+    quarter = max(n * row, classes * features * itemsize) // 4
+    rows = min(max(quarter, MIN_BUDGET) // row, MAX_ROWS)
+    return n if n <= 2 * rows else rows
 
 
 def rows_at_once(
