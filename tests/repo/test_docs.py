@@ -130,8 +130,9 @@ def test_sentences_about_steps() -> None:
     assert gain("digits", *ours, "patch") < 1
     (digits,) = (ways for name, ways in STEPS.items() if name.startswith("digits"))
     assert float(digits["patch"]["torch, ms"]) < 1
-    says("README.md", "which takes at most a few percent of the steps of BERT and the U-Net.")
-    assert 0.95 < gain("BERT", "patch") < 1.05 > gain("U-Net", "patch") > 0.95
+    says("README.md", "With it, the step of GPT-2 in bfloat16 was slower")
+    (gpt,) = (w for name, w in ON_CPU.items() if name.startswith("GPT-2") and "bfloat16" in name)
+    assert float(gpt["patch"]["ratio, upper quartile"]) < 1
 
 
 def test_sentences_about_compiled_steps_on_gpus() -> None:
