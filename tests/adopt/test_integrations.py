@@ -7,10 +7,12 @@ results.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
 import logging
+import math
 import pickle
 import re
 import warnings
@@ -589,3 +591,22 @@ def liger() -> None:
     gain = torch.minimum(ratio * each, ratio.clamp(0.8, 1.2) * each)
     loss = ((0.04 * (away.exp() - away - 1) - gain) * mask).sum() / mask.sum()
     assert_same(loss, expected, [hidden, weight])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_head_whose_trained_copy_is_disabled() -> None:
+    """PEFT then calls the original head, whose logits are lazy, too."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
+    pyfused.convert(model.eval(), evaluation=True)
+    copied = model.base_model.model.lm_head.modules_to_save["default"]
+    tokens, losses = torch.arange(24).view(2, 12), []
+    for disabled in (model.disable_adapter(), contextlib.nullcontext()):
+        copied.weight.data.zero_()
+        with torch.no_grad(), disabled:
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+        assert not are_computed(output.logits)
+        losses.append(output.loss.item())
+    assert losses[1] == pytest.approx(math.log(300))
+    assert losses[0] != pytest.approx(losses[1])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Callable
 
-import language_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,26 +94,6 @@ def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
         assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
         copies.append(sum(shapes[0] == [ROWS, 3] for shapes in casts))
     assert copies[0] == 0 < copies[1]
-
-
-@pytest.mark.integrations
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_head_whose_trained_copy_is_disabled() -> None:
-    """PEFT then calls the original head, whose logits are lazy, too."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
-    pyfused.convert(model.eval(), evaluation=True)
-    copied = model.base_model.model.lm_head.modules_to_save["default"]
-    tokens, losses = torch.arange(24).view(2, 12), []
-    for disabled in (model.disable_adapter(), contextlib.nullcontext()):
-        copied.weight.data.zero_()
-        with torch.no_grad(), disabled:
-            output = model(input_ids=tokens, labels=tokens, use_cache=False)
-        assert not language_models.are_computed(output.logits)
-        losses.append(output.loss.item())
-    assert losses[1] == pytest.approx(math.log(300))
-    assert losses[0] != pytest.approx(losses[1])
 
 
 # ---- imports -------------------------------------------------------------------------------------
