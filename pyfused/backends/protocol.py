@@ -175,7 +175,8 @@ class Backend(Protocol):
             grad_results: The gradients of the first 1, 3 or 4 results: log-probability, entropy,
                 log-sum-exp, and the weighted sum of the logits. (N) or (results, N), in the
                 accumulation dtype or float64, with any strides.
-            out: A contiguous tensor for the gradient, possibly the logits; None to allocate one.
+            out: A tensor for the gradient, with contiguous classes, possibly the logits; None to
+                allocate one.
         """
 
     def pointwise_loss(

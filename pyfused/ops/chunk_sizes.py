@@ -89,6 +89,8 @@ def rows_in_budget(
         return rows if rows * row + sums < n * row else n
     if has_slow_sums(dtype, backend) and n * row <= physical_memory() // MEMORY_FRACTION:
         return n
+    # The weight's gradient takes memory anyway. With 256 of 256 rows, (256, 768, 50257) in float32
+    # took 0.71 times as long as in blocks of classes, and (256, 2048, 128256) 0.76 times.
     quarter = max(n * row, classes * features * itemsize) // 4
     rows = min(max(quarter, MIN_BUDGET) // row, MAX_ROWS)
     return n if n <= 2 * rows else rows

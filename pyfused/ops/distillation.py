@@ -193,6 +193,7 @@ class Divergence(HeadLoss):
 
     def to_rows(self, tensors: Tensors, _: Options) -> Tensors:
         """Returns the operands as rows, and the factors."""
+        # Dynamo of torch 2.11 makes a tuple of a starred name.
         tensors, (token_weight, denominator) = list(tensors[:-2]), tensors[-2:]
         checks.factors(token_weight, denominator)
         for i, operand in enumerate(self.operands):

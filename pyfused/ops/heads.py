@@ -154,7 +154,7 @@ def over_blocks(
                 continue
             if counts is not None:
                 x = x.where(counts[block].unsqueeze(-1), 0)
-            out = grad_weight if padding else grad_weight[columns]
+            out = grad_weight[first_class : first_class + w.shape[0]]
             is_first, is_last = start == 0, block.stop == n
             if is_first:
                 in_place = out.dtype is wide or (is_last and out.dtype is gradient.dtype)
