@@ -230,13 +230,12 @@ def _loss_options(
         values("token_weight", token_weight, 0.0, math.inf, ValueError)
 
 
-def factors(token_weight: Any, denominator: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns token_weight and denominator, after a check of their values."""
+def factors(token_weight: Any, denominator: Any) -> None:
+    """Checks the values of token_weight and denominator, if they are tensors."""
     if isinstance(token_weight, Tensor):
         values("token_weight", token_weight, 0.0, math.inf, ValueError)
     if isinstance(denominator, Tensor):
         bounded(_DENOMINATOR, denominator)
-    return token_weight, denominator
 
 
 def linear_cross_entropy(

@@ -579,18 +579,13 @@ def kl_div_with_logits(
         teacher_softcap=teacher_softcap,
         reduction=reduction,
     )
-    return run(op, (logits, teacher_logits, _mask_as_float(token_weight), tensor), options)
+    return run(op, (logits, teacher_logits, token_weight, tensor), options)
 
 
 def _teacher(tensor: Any, requires_grad: bool) -> Any:
     """Returns a teacher's tensor, detached unless ``requires_grad``."""
     is_detached = isinstance(tensor, Tensor) and tensor.requires_grad and not requires_grad
     return tensor.detach() if is_detached else tensor
-
-
-def _mask_as_float(weight: Any) -> Any:
-    is_mask = isinstance(weight, Tensor) and not weight.is_floating_point()
-    return weight.float() if is_mask else weight
 
 
 def linear_kl_div(
@@ -646,7 +641,7 @@ def linear_kl_div(
         reduction=reduction,
         memory_budget=memory_budget,
     )
-    return run(op, (*student, *teacher, _mask_as_float(token_weight), tensor), options)
+    return run(op, (*student, *teacher, token_weight, tensor), options)
 
 
 def linear_topk_kl_div(
@@ -703,7 +698,7 @@ def linear_topk_kl_div(
         memory_budget=memory_budget,
         remainder=remainder,
     )
-    return run(op, (*student, *teacher, _mask_as_float(token_weight), tensor), options)
+    return run(op, (*student, *teacher, token_weight, tensor), options)
 
 
 def nll_loss(

@@ -65,7 +65,7 @@ class Operand(NamedTuple):
     enforced: type[Exception] | None = None
 
 
-TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True)
+TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True, converts=True)
 DENOMINATOR = Operand(
     "denominator", differentiated=False, optional=True, converts=True, has_rows=False
 )

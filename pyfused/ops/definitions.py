@@ -107,6 +107,21 @@ def reduced_rows(
     return mean
 
 
+def factors(token_weight: Any, denominator: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Checks the token weights and the denominator of a call, and returns them for kernels.
+
+    Token weights have the accumulation dtype of the operands or a wider one, and the denominator is
+    a float64 scalar. In half precision, their products and sums would overflow or be rounded.
+    """
+    checks.factors(token_weight, denominator)
+    if token_weight is not None:
+        wide = torch.promote_types(token_weight.dtype, accumulate_dtype(dtype))
+        token_weight = token_weight.to(wide)
+    if denominator is not None:
+        denominator = denominator.reshape(()).to(torch.float64)
+    return token_weight, denominator
+
+
 def row_results(
     pivot: Tensor, total: Tensor, weighted: Tensor, target_logit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ from pyfused.dispatch.plan import loss_passes
 from pyfused.layout import accumulate_dtype, specs_of_layouts
 from pyfused.ops import definitions
 from pyfused.ops.chunk_sizes import rows_in_budget
-from pyfused.ops.heads import HeadLoss, capped, linear
+from pyfused.ops.heads import HeadLoss, capped, linear, prepared_weight
 from pyfused.ops.rows import LogitRows, Passes, Planned
 from pyfused.types import (
     ENTROPY,
@@ -195,14 +195,15 @@ class Divergence(HeadLoss):
         """Returns the operands as rows, and the factors."""
         # Dynamo of torch 2.11 makes a tuple of a starred name.
         tensors, (token_weight, denominator) = list(tensors[:-2]), tensors[-2:]
-        checks.factors(token_weight, denominator)
+        if not token_weight is denominator is None:
+            dtype = self.input_dtype(tensors)
+            token_weight, denominator = definitions.factors(token_weight, denominator, dtype)
         for i, operand in enumerate(self.operands):
             if operand.name.endswith("input"):
                 tensors[i] = in_autocast_dtype(tensors[i])
             if i in self.row_operands and tensors[i].dim() != 2:
                 tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
         token_weight = None if token_weight is None else token_weight.flatten()
-        denominator = None if denominator is None else denominator.reshape(())  # from (1)
         return *tensors, token_weight, denominator
 
     def finish(self, call: Planned) -> Any:
@@ -248,7 +249,8 @@ class HeadDivergence(Divergence):
         tensors = super().before_blocks(backend, tensors, options)
         *student, teacher_input, weight, bias, token_weight, denominator = tensors
         dtype = backend.product_dtype(teacher_input.dtype)
-        teacher = teacher_input, weight.to(dtype), None if bias is None else bias.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        teacher = teacher_input.to(dtype), prepared_weight(weight, dtype), bias
         return *student, *teacher, token_weight, denominator
 
     def block_kernel(
@@ -263,8 +265,8 @@ class HeadDivergence(Divergence):
         def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
             nonlocal kernel
             input, weight, bias, token_weight, _, _, grad_output = operands
-            teacher_logits = backend.empty(logits.shape, weight.dtype, logits)
-            linear(input.to(weight.dtype), weight, bias, teacher_logits)
+            teacher_logits = backend.empty(logits.shape, input.dtype, logits)
+            linear(input, weight, bias, teacher_logits)
             tensors = logits, teacher_logits, token_weight, None
             if kernel is None:
                 *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)

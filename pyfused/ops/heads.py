@@ -30,7 +30,7 @@ from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import fall_back, is_compiled
 from pyfused.layout import accumulate_dtype, specs_of_layouts, with_leading_dims
 from pyfused.ops import definitions, metrics
-from pyfused.ops.chunk_sizes import CLASSES_GPU, rows_at_once, state_block_size, tile_size
+from pyfused.ops.chunk_sizes import CLASSES_GPU, TILE, rows_at_once, state_block_size, tile_size
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.rows import (
     UINT8_TARGET,
@@ -103,13 +103,14 @@ def over_blocks(
     rows, classes = max(1, min(size[0], n)), max(1, min(size[1], total))
     pads = pads and backend.ASYNCHRONOUS and dtype.itemsize == 2 and classes == total
     padding = -total % CLASSES_GPU if pads else 0
-    grad_input = grad_weight = grad_bias = sums = None
+    grad_input = grad_weight = grad_bias = None
     logits: Any = None
     gradient: Any = None
+    sums: Any = None
     if needs[0]:
         grad_input = backend.empty(input.shape, dtype if classes == total else wide, input)
     if needs[1]:
-        is_sum = classes == total and not (n <= rows and weight.dtype is dtype)
+        is_sum = classes == total and n > rows
         shape = total + padding, weight.shape[1]
         grad_weight = backend.empty(shape, wide if is_sum else weight.dtype, input)
     if needs[2] and bias is not None:
@@ -120,7 +121,7 @@ def over_blocks(
     starts = range(0, n, rows)
     for first_class in range(0, total, classes):
         columns = slice(first_class, min(first_class + classes, total))
-        w = weight[columns].to(dtype)
+        w = prepared_weight(weight[columns], dtype)
         b = None if bias is None else bias[columns].to(dtype)
         if padding:
             w = torch.constant_pad_nd(w, (0, 0, 0, padding))
@@ -149,7 +150,10 @@ def over_blocks(
                 if large is not None:
                     gradient, factor = gradient[:, large], w[large]
             if grad_input is not None:
-                backend.add_product(grad_input[block], gradient, factor, float(first_class > 0))
+                out, beta = grad_input[block], float(first_class > 0)
+                for part in parts_to_convert(factor, dtype):
+                    backend.add_product(out, gradient[:, part], factor[part].to(dtype), beta)
+                    beta = 1.0
             if grad_weight is None:
                 continue
             if counts is not None:
@@ -157,9 +161,7 @@ def over_blocks(
             out = grad_weight[first_class : first_class + w.shape[0]]
             is_first, is_last = start == 0, block.stop == n
             if is_first:
-                in_place = out.dtype is wide or (is_last and out.dtype is gradient.dtype)
-                sums = out if in_place else backend.empty(out.shape, wide, x)
-            assert sums is not None
+                sums = out if out.dtype is wide or is_last else backend.empty(out.shape, wide, x)
             if large is None:
                 backend.add_product(sums, gradient.t(), x, float(not is_first))
             else:
@@ -322,7 +324,9 @@ class HeadRows:
             return logits
 
         over = self.backend, layer, self.dtype, self.size(layer[0].shape[0]), self.needs, step
-        below = take_rows(filter_below, rows)
+        below = filter_below
+        if below is not None and below.dim():
+            below = take_rows(below, rows)
         pads = positions == 1
         gradients = over_blocks(*over, counts=counts, filter_below=below, memory=logits, pads=pads)
         grad_input, grad_weight, grad_bias = gradients
@@ -428,15 +432,15 @@ class HeadLoss(RowLoss):
             if size == 0:
                 return None
             divisor = self.divisor(tensors, options, counts is None) if is_mean else None
+            ones = input.new_ones((), dtype=wide)
             if unreduced:
                 grad_output = take_rows(grad_output, rows)
             elif needs and divisor is not None:
-                ones = input.new_ones((), dtype=wide)
-                grad_output = ((ones if grad_output is None else grad_output) / divisor).to(wide)
+                grad_output = ones if grad_output is None else grad_output
+                grad_output = (grad_output / divisor).to(wide)
             below = None
             if filters and needs:
-                ones = input.new_ones(()) if grad_output is None else grad_output.abs()
-                below = options.filter_eps * ones
+                below = options.filter_eps * (ones if grad_output is None else grad_output.abs())
             # Kernels are prepared for contiguous tensors; hooks may have changed saved tensors.
             values = zip((*operands, counts, grad_output), are_rows, strict=True)
             operands = [
@@ -568,7 +572,7 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         tensors, _, shard, *_ = call
         indices, classes = not tensors[3].is_floating_point(), class_range(tensors[:3], shard).total
         check = None if is_compiled(tensors[0]) else backend_of(tensors[0]).check_class_indices
-        casts = in_autocast_dtype(tensors[0]) is not tensors[0]
+        casts, dtype = in_autocast_dtype(tensors[0]) is not tensors[0], self.input_dtype(tensors)
 
         def arrange(tensors: Tensors, options: Options) -> Tensors:
             input, linear_weight, linear_bias, target, weight, token_weight, denominator = tensors
@@ -577,7 +581,7 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
                 if check is not None:
                     check(target, classes, options.ignore_index)
             if not token_weight is denominator is None:
-                checks.factors(token_weight, denominator)
+                token_weight, denominator = definitions.factors(token_weight, denominator, dtype)
             input = in_autocast_dtype(input) if casts else input
             if input.dim() == 2:
                 return input, linear_weight, linear_bias, target, weight, token_weight, denominator
@@ -736,11 +740,30 @@ def capped(
     return forward(wide, cap), lambda gradient: backward(gradient, wide, cap).to(logits.dtype)
 
 
+def prepared_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts a weight to the dtype of the products, unless they convert it in parts."""
+    in_parts = weight.shape[0] > TILE and weight.dtype.itemsize < dtype.itemsize
+    return weight if in_parts else weight.to(dtype)
+
+
+def parts_to_convert(weight: Tensor, dtype: torch.dtype) -> Sequence[slice]:
+    """Returns the parts of the classes in which a product converts a weight to its dtype.
+
+    A weight of half precision that has to be converted to float32 is converted in small parts,
+    because a copy of all classes would take more memory than the logits of a few rows.
+    """
+    if weight.dtype is dtype:
+        return (slice(None),)
+    return [slice(first, first + TILE) for first in range(0, weight.shape[0], TILE)]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+    for classes in parts_to_convert(weight, x.dtype):
+        w = weight[classes].to(x.dtype).t()
+        if bias is None:
+            torch.mm(x, w, out=out[:, classes])
+        else:
+            torch.addmm(bias[classes], x, w, out=out[:, classes])
 
 
 MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copying

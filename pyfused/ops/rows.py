@@ -302,7 +302,7 @@ class RowLoss(ShardedOperator):
     def divisor(self, tensors: Tensors, options: Options, all_count: bool = False) -> Any:
         """Returns the divisor of a mean, a number or a scalar tensor."""
         if tensors[-1] is not None:
-            return tensors[-1].reshape(())
+            return tensors[-1]
         if options.denominator is not None:
             return options.denominator
         return self.total_weight(tensors, options, all_count)
@@ -460,7 +460,8 @@ class StateLoss(RowLoss):
                 inputs, of_rows, alike = self.row_inputs(tensors, options, with_metrics)
             state, result, logits = source.state(inputs, of_rows, fields, results, keeps and alike)
             if result is None:
-                result = self.of_state(state, tensors, options, classes).to(dtype)
+                # Users may change the result in place, so it does not share the state's memory.
+                result = self.of_state(state, tensors, options, classes).to(dtype, copy=True)
             return (result, state) if with_metrics else result, (*tensors, state, logits), ()
 
         def backward(saved: Tensors, options: Options, grad_output: Tensor) -> Gradients:
@@ -564,13 +565,14 @@ class CrossEntropyOfRows(StateLoss):
         *_, target, weight, token_weight, _ = tensors
         if target.is_floating_point():
             total = target[:, 0].numel()
-            return total if token_weight is None else token_weight.double().sum()
+            return total if token_weight is None else token_weight.sum(dtype=torch.float64)
         if all_count and weight is token_weight is None and target.dim() == 1:
             return target.shape[0]
         weights: Tensor = target != options.ignore_index
         if weight is not None:
             weights = definitions.target_weights(target, weight, options.ignore_index)
-        return (weights if token_weight is None else weights * token_weight).sum()
+        weights = weights if token_weight is None else weights * token_weight
+        return weights.sum(dtype=torch.float64)
 
     def of_state(self, state: Tensor, tensors: Tensors, options: Options, classes: int) -> Tensor:
         smooth = state[SMOOTH] if options.label_smoothing > 0 else None
@@ -639,7 +641,7 @@ class CrossEntropyOfRows(StateLoss):
         grad = grad / self.divisor(tensors, options) if options.reduction == "mean" else grad
         below = options.filter_eps * grad.abs() if options.filter_eps else None
         counts, target_weight, total = self.row_weights(tensors, options, classes)
-        grad = (grad if token_weight is None else grad * token_weight.double()).where(counts, 0)
+        grad = (grad if token_weight is None else grad * token_weight).where(counts, 0)
         coefficients = definitions.row_coefficients(target_weight, options, classes)
         of_log_p, of_smooth, of_squared_lse = coefficients
         gradients = state.new_zeros((4 if len(state) > SMOOTH else 3, *grad.shape))
@@ -705,7 +707,7 @@ class CrossEntropy(CrossEntropyOfRows):
 
     def arrangement(self, call: Planned) -> Any:
         tensors, _, shard, *_ = call
-        inplace, check = self.overwrites(call), None
+        inplace, check, dtype = self.overwrites(call), None, self.input_dtype(tensors)
         if self.needs_state(call):  # other kernels check class indices
             check = backend_of(tensors[0]).check_class_indices
         layouts: list[Any] = [None if x is None else x.empty() for x in tensors[:3]]
@@ -720,7 +722,7 @@ class CrossEntropy(CrossEntropyOfRows):
                 prepare_inplace(tensors[0])
             *operands, token_weight, denominator = tensors
             if not token_weight is denominator is None:
-                checks.factors(token_weight, denominator)
+                token_weight, denominator = definitions.factors(token_weight, denominator, dtype)
             if converts:
                 operands = [*self.converted(*operands)]
             if check is not None:
