@@ -108,7 +108,8 @@ def named(
         # The backward of unbind makes plain zeros for unused results; DTensors reject these.
         log_p, entropy, lse = values[0], values[1], values[2]
     else:
-        log_p, entropy, lse = [x.clone() for x in values.unbind()]  # views of unbind cannot change in place
+        # Views that unbind returns cannot be changed in place.
+        log_p, entropy, lse = [x.clone() for x in values.unbind()]
     entropy, lse = entropy if return_entropy else None, lse if return_lse else None
     if metrics:
         return LogProbsWithMetrics(log_p, entropy, lse, *metrics)

@@ -1,8 +1,10 @@
 """Options that torch lacks, compared with closed forms in float64.
 
 Rows are drawn with masked classes, a certain class, an infinite logit, a target that is ignored, or
-a weight of 0; logits of rows that do not count may be NaN. Each call runs as a small one and by the
-kernels.
+a weight of 0; logits of rows that do not count may be NaN. Weights, masks and divisors have any
+dtype, operands any strides, and heads any memory budget. Each call runs as a small one, by the
+kernels and by the definition, and its backward pass runs twice. With ``HYPOTHESIS_PROFILE=search``,
+1,500 calls of each function are drawn.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import pytest
 import torch
 from compare import FLOATS
 from conftest import fused_always
+from layouts import SAME_VALUES
 from torch import Tensor
 from torch_reference import by_torch
 
@@ -27,8 +30,10 @@ from pyfused.dispatch import sizes
 from pyfused.dispatch.originals import redirected
 
 INF, NAN = math.inf, math.nan
-CALLS = int(os.environ.get("PYFUSED_TEST_CALLS", "3" if interpreter.ON else "40"))
-CLASSES = (2, 5, 19) if interpreter.ON else (2, 5, 19, 300)
+SEARCHES = os.environ.get("HYPOTHESIS_PROFILE") == "search"
+CALLS = 1500 if SEARCHES else 3 if interpreter.ON else 40
+CLASSES = (2, 5, 19) if interpreter.ON else (2, 5, 19, 300, 1100)
+ROWS = (0, 1, 2, 5) if interpreter.ON else (0, 1, 2, 5, 5, 37, 130)
 
 
 class Logits:
@@ -96,7 +101,7 @@ def cross_entropy(z: Tensor, given: dict[str, Any]) -> RowResults:
         slope = slope + 2 * z_loss * s.lse[:, None] * s.p
     of_row = given.get("token_weight", torch.ones(len(z))).double()
     counts = counts & (of_row != 0)
-    total_weight = (total_weight * of_row).where(counts, 0)
+    total_weight = (total_weight * of_row).where(counts, 0)  # float64
     loss, slope = (loss * of_row).where(counts, 0), slope * of_row[:, None]
     return reduced(loss, slope * s.slope, counts, total_weight.sum(), given)
 
@@ -106,7 +111,7 @@ def reduced(
 ) -> RowResults:
     reduction, divisor = given.get("reduction", "mean"), 1.0
     if reduction == "mean":
-        divisor = total if given.get("denominator") is None else given["denominator"]
+        divisor = total if given.get("denominator") is None else float(given["denominator"])
     value = loss if reduction == "none" else loss.sum() / divisor
 
     def gradient(grad: Tensor) -> Tensor:
@@ -122,7 +127,8 @@ def log_probs(z: Tensor, given: dict[str, Any]) -> RowResults:
     target = target.where(counts, 0)
     log_p, entropy = s.at(target), s.entropy
     results = [log_p, entropy, s.lse]
-    results += [(s.x.argmax(1) == target).double(), s.x.mean(1)]
+    if given["return_metrics"]:
+        results += [(s.x.argmax(1) == target).double(), s.x.mean(1)]
 
     def gradient(*grads: Tensor) -> Tensor:
         of_log_p, of_entropy, of_lse, *_ = grads
@@ -210,11 +216,20 @@ def draw_options(rng: Random, name: str, rows: int, classes: int) -> dict[str, A
     if "log_probs" not in name:
         given["reduction"] = rng.choice(["none", "mean", "sum"])
         if given["reduction"] == "mean" and rng.random() < 0.3:
-            given["denominator"] = rng.choice([2.5, torch.tensor([2.5]).double()])
+            shape, dtype = rng.choice([(), (1,)]), rng.choice(FACTOR_DTYPES)
+            given["denominator"] = rng.choice([2.5, torch.full(shape, 2.5).to(dtype)])
         if rng.random() < 0.5:
-            given["token_weight"] = (torch.rand(rows) - 0.3).clamp(min=0)
+            weight = (torch.rand(rows) - 0.3).clamp(min=0)
+            dtype = rng.choice(FACTOR_DTYPES)
+            given["token_weight"] = (weight if dtype.is_floating_point else weight > 0).to(dtype)
+    if name.startswith("linear"):
+        row = classes * 8
+        given["memory_budget"] = rng.choice([None, None, 1, row, 3 * row, rows * row // 2 + 1])
+        if name == "linear_cross_entropy" and rng.random() < 0.3:
+            given["filter_eps"] = 1e-12  # skips only gradients of 0
     if of_logits == "log_probs":
-        given |= {"return_entropy": True, "return_lse": True, "return_metrics": True}
+        given |= {"return_entropy": True, "return_lse": True}
+        given["return_metrics"] = "softcap" not in given  # rounded, capped logits may tie
     if of_logits in ("cross_entropy", "log_probs"):
         given["ignore_index"] = rng.choice([-100, 0])
         given["target"] = torch.randint(classes, (rows,))
@@ -250,6 +265,8 @@ def counted(given: dict[str, Any], rows: int) -> Tensor:
         return counts
     return counts & (target != given["ignore_index"])
 
+
+FACTOR_DTYPES = *FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64
 
 FORMS: dict[str, Callable[..., RowResults]] = {
     "cross_entropy": cross_entropy,
@@ -288,10 +305,10 @@ OF_ROWS += "teacher_indices", "teacher_log_probs"
 def check(name: str, seed: int) -> None:
     rng, is_linear = Random(seed), name.startswith("linear")
     torch.manual_seed(seed)
-    rows, classes, features = rng.choice([0, 1, 2, 5]), rng.choice(CLASSES), 4
+    rows, classes, features = rng.choice(ROWS), rng.choice(CLASSES), 4
     dtype = rng.choice(FLOATS[:2] if is_linear else FLOATS)
     given = draw_options(rng, name, rows, classes)
-    for option in ("token_weight", "weight", "target"):
+    for option in ("weight", "target"):
         if option in given and given[option].is_floating_point():
             given[option] = given[option].to(dtype)
     z, teacher = (draw_logits(rng, rows, classes).to(dtype) for _ in range(2))
@@ -319,12 +336,13 @@ def check(name: str, seed: int) -> None:
     results, gradient_of = FORMS[name](z.double(), given | operands | {"teacher": teacher})
     grad_results = [torch.randn(x.shape).to(dtype) for x in results]
     exact = [gradient_of(*[x.double() for x in grad_results])]
+    layout = rng.choice([*SAME_VALUES.values()])
     if is_linear:
         input = wide["input"].where(counts[:, None], 0)
         exact = [exact[0] @ wide["linear_weight"], exact[0].T @ input, exact[0].sum(0)]
     dtypes, flat = set[Any](), rows == 1 and rng.random() < 0.5  # without a dimension of rows
     for way in WAYS:
-        copies = [x.clone().requires_grad_() for x in leaves.values()]
+        copies = [layout(x.clone()).requires_grad_() for x in leaves.values()]
         named = dict(zip([*leaves][1:], copies[1:], strict=True)) | operands | given
         input = copies[0]
         if flat:
@@ -336,10 +354,12 @@ def check(name: str, seed: int) -> None:
             dtypes.add(tuple(x.dtype for x in found))
             pairs = zip(found, grad_results, strict=True)
             pairs = [(x, g.to(x.dtype).view_as(x)) for x, g in pairs if x.requires_grad]
-            gradients = torch.autograd.grad([x for x, _ in pairs], copies, [g for _, g in pairs])
+            graph = [x for x, _ in pairs], copies, [g for _, g in pairs]
+            gradients = torch.autograd.grad(*graph, retain_graph=True)
+            again = torch.autograd.grad(*graph)
         for x, y in zip(found, results, strict=True):
             assert_near(x.detach().reshape(y.shape), y, dtype, False, way.__name__)
-        for x, y in zip(gradients, exact, strict=True):
+        for x, y in zip((*gradients, *again), exact * 2, strict=True):
             assert_near(x, y, dtype, True, way.__name__)
     assert len(dtypes) == 1, dtypes
 
