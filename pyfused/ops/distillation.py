@@ -97,7 +97,8 @@ def linear_topk_kl_div(
     log_q = _masked(teacher_log_probs, token_weight, -math.log(classes))
     checks.topk_log_probs(log_q)
     options = definitions.with_scalars(options, denominator, accumulate_dtype(input.dtype))
-    log_p = _log_softmax(F.linear(_masked(input, token_weight), *layer), options, options.softcap)
+    logits = _masked(F.linear(_masked(input, token_weight), *layer), token_weight)
+    log_p = _log_softmax(logits, options, options.softcap)
     others = log_p.scatter(-1, teacher_indices, -torch.inf)
     is_empty = (others == -torch.inf).all(-1, keepdim=True)  # a gradient of NaN
     rest = others.where(~is_empty, 0).logsumexp(-1, keepdim=True).where(~is_empty, -torch.inf)
@@ -385,14 +386,15 @@ def _topk(
         return loss, None
     if grad_output is not None:
         factor = (factor * grad_output).where(factor != 0, 0)
-    p, k = log_p.exp(), indices.shape[1]
+    counts, k = factor[:, None] != 0, indices.shape[1]  # other rows may be NaN
+    p, p_rest = (log.exp().where(counts, 0) for log in (log_p, log_p_rest))
     gradient = _gradient_by_log_p(log_p, log_q, options.beta) * factor[:, None]
-    gradient = gradient.where(factor[:, None] != 0, 0)
+    gradient = gradient.where(counts, 0)
     no_rest = state[SUM] == 0
     gradient[:, k:].masked_fill_(no_rest[:, None], 0)
     total = gradient.sum(1, keepdim=True)
     grad_results = state.new_zeros(len(RESULTS), n)
-    grad_results[LSE] = gradient[:, k:].sum(1) - (total * log_p_rest.exp()).squeeze(1)
+    grad_results[LSE] = gradient[:, k:].sum(1) - (total * p_rest).squeeze(1)
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
     source.gradients(inputs, rows, state, grad_results, logits)

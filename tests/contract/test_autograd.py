@@ -39,12 +39,15 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from pyfused import functional as fused
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch import sizes
 from pyfused.dispatch.plan import Plan
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.elementwise import SIGMOID_FOCAL_LOSS
+from pyfused.ops.log_probs import LogProbsOperator
+from pyfused.ops.softmax import Softmax
 
 # torch compiles its forward-mode decompositions with torch.jit at their first use.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -331,6 +334,37 @@ def test_modifying_a_result_before_backward(example: Example) -> None:
         assert value.dim() == 2
     else:
         close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_example
+def test_results_can_be_changed_in_place(example: Example, dtype: torch.dtype) -> None:
+    """Each result has its own memory, and autograd records the change."""
+    call = example.call(dtype)
+    given = dict(call.given)
+    function = getattr(fused, call.op.name + "_with_metrics" * given.pop("with_metrics", False))
+    expected, results = gradients(call), flattened(function(**given))
+    memory = [x.untyped_storage().data_ptr() for x in (*results, *call.tensors.values())]
+    assert len({*memory[: len(results)]} - {*memory[len(results) :]}) == len(results)
+    for x in results:
+        x.masked_fill_(torch.ones_like(x, dtype=torch.bool), 0)
+    results = [x for x in flattened(function(**given)) if x.requires_grad]
+    for x in results:
+        x.mul_(2)
+    value = torch.stack(results) if isinstance(call.op, LogProbsOperator) else results[0]
+    try:
+        got = torch.autograd.grad(value, [*call.leaves.values()], above(value) / 2)
+    except RuntimeError as error:
+        assert CHANGED in str(error)  # noqa: PT017
+        assert isinstance(call.op, (Activation, Softmax))
+    else:
+        close(got, expected)
+
+
+def flattened(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    return [x for each in results if each is not None for x in flattened(each)]
 
 
 # ---- options that are tensors --------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""Weights, masks and divisors of any dtype, in every function that takes one.
+
+The mean of 70,000 rows divides by the sum of their weights. In half precision, a sum of 70,000 ones
+is infinite or rounded, and so is its product with a small number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from catalogue import Call, Example, Function
+from compare import FLOATS
+from samples import declared
+from torch import Tensor
+
+from pyfused.dispatch.operator import Operator
+from pyfused.ops.operators import OPERATORS
+
+ROWS = 70_000
+DTYPES = *FLOATS, torch.bool, torch.uint8, torch.int64
+pytestmark = pytest.mark.cpu  # large for the interpreter
+
+
+def weighted(op: Operator, name: str, dtype: torch.dtype) -> tuple[Call, Call]:
+    """Returns a call with a weight of a dtype, and the same call in float64.
+
+    Weights of rows are 0 or 1; half of them are 0.
+    """
+    call = Example(op, "", {"reduction": "mean"}, (name,)).call(torch.float32, (ROWS, 3))
+    weight = call.given[name]
+    weight = torch.arange(weight.numel()).view(weight.shape) % 2
+    call.given[name] = weight.to(dtype)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in call.tensors.items()}
+    wide = {n: x.detach().requires_grad_(n in call.leaves) for n, x in wide.items()}
+    return call, replace(call, given=call.given | wide | {name: weight.double()})
+
+
+def step(call: Call, function: Function = Call.ours) -> list[Tensor]:
+    """Returns the loss and the gradients, for the grad_output of a scaled loss."""
+    loss = function(call)
+    gradients = torch.autograd.grad(loss, [*call.leaves.values()], loss.new_tensor(64.0))
+    return [loss.detach(), *gradients]
+
+
+def cases() -> Iterator[Any]:
+    for op in OPERATORS.values():
+        for name in {"token_weight", "weight"} & declared(op).keys():
+            of_classes = name == "weight" and any(o.indices for o in op.operands)
+            converts = next(o for o in op.all_operands if o.name == name).converts
+            dtypes = DTYPES if converts else FLOATS  # others are torch's
+            for dtype in [torch.float32] if of_classes else dtypes:  # that of the logits
+                yield pytest.param(op, name, dtype, id=f"{op.name}-{name}-{dtype}")
+
+
+@pytest.mark.parametrize(("op", "name", "dtype"), [*cases()])
+def test_means_of_many_rows(op: Operator, name: str, dtype: torch.dtype) -> None:
+    call, exact = weighted(op, name, dtype)
+    expected = step(exact, Call.reference)
+    compare(step(call), expected)
+    if name == "token_weight":  # an argument that torch lacks
+        compare(step(call, Call.reference), expected)
+
+
+def compare(found: list[Tensor], expected: list[Tensor]) -> None:
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_denominators(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for op in OPERATORS.values():
+        if not op.factors:
+            continue
+        call = Example(op, "", {"reduction": "mean"}).call()
+        given: dict[str, Any] = {"denominator": torch.ones(shape).to(dtype)}
+        total = replace(call, given=call.given | {"reduction": "sum"})
+        compare(step(replace(call, given=call.given | given)), [x.double() for x in step(total)])
