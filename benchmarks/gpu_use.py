@@ -25,6 +25,7 @@ from cases import BF16, Case, HeadCase, M, Step, interleaved, ratios
 from gpu import Clock, Table, peak
 from report import spread
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
 from pyfused import functional as fused
@@ -295,9 +296,26 @@ def peers_of(case: HeadCase) -> dict[str, Step]:
         peers["quack"] = lambda: case.gradients(quack(*head))
     compiled = torch.compile(lambda *head: F.cross_entropy(F.linear(*head[:2]), head[2]))
     peers["torch.compile"] = lambda: case.gradients(compiled(*head))
-    of_logits = torch.compile(lambda *head: fused.cross_entropy(F.linear(*head[:2]), head[2]))
-    peers["pyfused's cross_entropy, torch.compile"] = lambda: case.gradients(of_logits(*head))
+    if hasattr(inductor_config, "auto_chunker"):
+        options = {"auto_chunker.enable": True}
+        chunked = torch.compile(
+            lambda *head: F.cross_entropy(F.linear(*head[:2]), head[2]),
+            options=options,
+            dynamic=False,
+        )
+        peers["torch.compile, auto_chunker"] = lambda: case.gradients(chunked(*head))
     return peers
+
+
+def budgets_of(case: HeadCase) -> dict[str, Step]:
+    """Returns pyfused with memory budgets, given by the number of classes of a block."""
+    classes, column = case.head.shape[0], case.input.nbytes // case.input.shape[1]
+    blocks = {f"{part} of the classes": classes // int(part[2:]) for part in ("1/4", "1/64")}
+    blocks |= {"6,144 classes": 6144, "6,103 classes": 6103}  # a multiple of 64, and none
+    return {
+        f"pyfused, memory for {name}": partial(case.ours, memory_budget=size * column)
+        for name, size in blocks.items()
+    }
 
 
 def error_of(step: Step, expected: tuple[Tensor, ...] | None) -> str:
@@ -318,7 +336,7 @@ def head_rows(
     case = HeadCase(*shape, dtype=BF16, device=device)
     steps: dict[str, Step] = {**case.implementations()[loss]}
     if loss == "cross-entropy":
-        steps |= peers_of(case)
+        steps |= budgets_of(case) | peers_of(case)
     expected, errors = steps["torch"](), {}
     for name, step in steps.items():
         is_comparable = "products" not in name and "ignored" not in name
