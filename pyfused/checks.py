@@ -274,6 +274,8 @@ def _logits(
     _vectors("input", input)
     linear_layer(input, linear_weight, linear_bias)
     features, shape = input.shape[-1], linear_weight.shape[:-1]
+    if classes is not None and len(shape) > 1:
+        raise _error("linear_weight", f"shape (C, {features}) with a shard", linear_weight.shape)
     if input.dim() == 1 and len(shape) > 1:
         of_weight = f"linear_weight of shape {tuple(linear_weight.shape)}"
         raise _error("input", f"shape (N, {features}) with {of_weight}", input.shape)

@@ -312,8 +312,9 @@ def linear_cross_entropy(
 
     Args:
         input: The layer's input, of shape (..., D): torch's (D) and (N, D), or a model's (B, T, D).
-        linear_weight: The layer's weight, of the input's dtype and shape (C, D); or of shape
-            (C, d1, ..., dk, D) if each row of the input has logits of shape (C, d1, ..., dk).
+        linear_weight: The layer's weight, of the input's dtype and shape (C, D). A weight of shape
+            (C, d1, ..., dk, D), for logits of shape (C, d1, ..., dk) in each row of the input,
+            falls back to torch's operators, which compute all logits.
         target: Class indices in [0, C) or ``ignore_index``, of shape (...) or (..., d1, ..., dk),
             int64 or uint8; or class probabilities of shape (..., C) or (..., C, d1, ..., dk) and
             any floating dtype.

@@ -114,7 +114,7 @@ def rows_at_once(
     """
     shape = head.columns, head.input.shape[-1]
     bytes_per_logit = dtype.itemsize * (3 if has_softcap else 1)
-    has_all_classes = head.linear_weight.dim() > 2 or head.target.is_floating_point()
+    has_all_classes = head.target.is_floating_point()
     min_rows = MIN_ROWS_AMX if has_slow_sums(dtype, backend) else MIN_ROWS
     if backend.ASYNCHRONOUS and dtype.itemsize == 2:
         min_rows = MIN_ROWS_GPU

@@ -190,15 +190,14 @@ def rows_that_count(valid: Tensor, backend: Backend) -> tuple[Tensor | None, Ten
     no row counts.
 
     Args:
-        valid: Whether each target of a row is valid, of shape (N, ...).
+        valid: Whether each row is valid.
     """
-    counts = valid.flatten(1).any(1) if valid.dim() > 1 else valid
     if backend.ASYNCHRONOUS:
-        return None, counts
-    rows = counts.nonzero().flatten()
-    if rows.shape[0] == counts.shape[0]:
+        return None, valid
+    rows = valid.nonzero().flatten()
+    if rows.shape[0] == valid.shape[0]:
         return None, None
-    return (rows, None) if rows.shape[0] else (None, counts)
+    return (rows, None) if rows.shape[0] else (None, valid)
 
 
 def take_rows(values: Any, rows: Tensor | None, dim: int = 0) -> Any:
@@ -219,7 +218,7 @@ def spread_rows(values: Any, rows: Tensor | None, total: int, dim: int = 0) -> A
 
 
 class HeadRows:
-    """The rows of a layer's logits, one for each target; see `rows.RowSource`.
+    """The rows of a layer's logits; see `rows.RowSource`.
 
     On CPUs, rows without a valid target are skipped.
 
@@ -243,7 +242,6 @@ class HeadRows:
     ) -> None:
         self.backend, self.classes, self.size, self.needs = backend, classes, size, needs
         self.dtype, self.columns = dtype, head.columns
-        self.positions = head.linear_weight.shape[1:-1].numel()
 
     def rows(
         self, tensors: Tensors, ignore_index: int
@@ -251,25 +249,15 @@ class HeadRows:
         """Returns the layer of the rows to compute, their targets, and `rows_that_count`."""
         input, weight, bias, target, _ = tensors
         n = input.shape[:-1].numel()
-        input, target = input.reshape(n, -1), target.reshape(n, self.positions)
+        input, target = input.reshape(n, -1), target.flatten()
         rows, counts = rows_that_count(target != ignore_index, self.backend)
         if rows is not None:
             input, target = take_rows(input, rows), take_rows(target, rows)
-        target = target.flatten()
-        if weight.dim() > 2:  # contiguous classes for each target
-            bias = None if bias is None else bias.movedim(0, -1).flatten()
-            weight = weight.movedim(0, -2).reshape(self.columns, -1)
         return (input, weight, bias), target.contiguous(), rows, counts
 
-    def part(
-        self, logits: Tensor, block: slice, classes: slice
-    ) -> tuple[Tensor, slice, ClassRange]:
-        """Returns the rows of a block of logits, their targets, and the range of their classes."""
-        rows, targets, (first, total) = logits, block, self.classes
-        if self.positions > 1:
-            targets = slice(block.start * self.positions, block.stop * self.positions)
-            rows = logits.view(targets.stop - targets.start, -1)
-        return rows, targets, ClassRange(first + classes.start, total)
+    def range_of(self, classes: slice) -> ClassRange:
+        """Returns the range of a block's classes among all classes."""
+        return ClassRange(self.classes.first + classes.start, self.classes.total)
 
     def state(
         self,
@@ -288,16 +276,14 @@ class HeadRows:
             nonlocal kept
             if keeps_logits and logits.shape[1] == self.columns:
                 kept = logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
-            x, targets, classes_of = self.part(logits, block, classes)
-            of_rows = options, x, labels[targets], class_weight, state[:, targets]
-            self.backend.row_state(*of_rows, classes_of, continues=classes.start > 0)
+            of_rows = options, logits, labels[block], class_weight, state[:, block]
+            range_of = self.range_of(classes)
+            self.backend.row_state(*of_rows, range_of, continues=classes.start > 0)
 
         size = self.size(layer[0].shape[0])
         over = self.backend, layer, self.dtype, size, NONE, step
-        over_blocks(*over, backwards=True, pads=self.positions == 1)
-        if rows is not None:
-            n = tensors[0].shape[:-1].numel()
-            state = spread_rows(state.view(fields, -1, self.positions), rows, n, 1)
+        over_blocks(*over, backwards=True, pads=True)
+        state = spread_rows(state, rows, target.numel(), 1)
         return state.view(fields, *target.shape), None, kept
 
     def gradients(
@@ -310,36 +296,27 @@ class HeadRows:
         filter_below: Tensor | None = None,
     ) -> Gradients:
         layer, labels, rows, counts = self.rows(tensors, options.ignore_index)
-        input, linear_weight, *_, class_weight = tensors
-        n, positions = input.shape[:-1].numel(), self.positions
+        input, *_, class_weight = tensors
+        n = input.shape[:-1].numel()
         state, grad_results = (
-            take_rows(values.reshape(-1, n, positions), rows, 1).flatten(1).contiguous()
+            take_rows(values.reshape(-1, n), rows, 1).contiguous()
             for values in (state, grad_results)
         )
 
         def step(logits: Tensor, block: slice, classes: slice) -> Tensor:
-            x, targets, classes_of = self.part(logits, block, classes)
-            of_rows = options, x, labels[targets], class_weight, state[:, targets]
-            self.backend.row_gradients(*of_rows, classes_of, grad_results[:, targets], x)
-            return logits
+            of_rows = options, logits, labels[block], class_weight, state[:, block]
+            range_of = self.range_of(classes)
+            return self.backend.row_gradients(*of_rows, range_of, grad_results[:, block], logits)
 
         over = self.backend, layer, self.dtype, self.size(layer[0].shape[0]), self.needs, step
         below = filter_below
         if below is not None and below.dim():
             below = take_rows(below, rows)
-        pads = positions == 1
-        gradients = over_blocks(*over, counts=counts, filter_below=below, memory=logits, pads=pads)
-        grad_input, grad_weight, grad_bias = gradients
+        gradients = over_blocks(*over, counts=counts, filter_below=below, memory=logits, pads=True)
+        grad_input, *others = gradients
         if grad_input is not None:
             grad_input = spread_rows(grad_input, rows, n).view(input.shape)
-        if linear_weight.dim() == 2:
-            return grad_input, grad_weight, grad_bias
-        shape = *linear_weight.shape[1:-1], linear_weight.shape[0]
-        if grad_weight is not None:
-            grad_weight = grad_weight.view(*shape, -1).movedim(-2, 0)
-        if grad_bias is not None:
-            grad_bias = grad_bias.view(shape).movedim(-1, 0)
-        return grad_input, grad_weight, grad_bias
+        return grad_input, *others
 
 
 # ---- losses of blocks of rows --------------------------------------------------------------------
@@ -460,21 +437,10 @@ class HeadLoss(RowLoss):
                         part.append(value)
                 return gradient  # type: ignore[no-any-return]
 
-            matrix = weight
-            if weight.dim() > 2:
-                matrix, bias = weight.flatten(0, -2), None if bias is None else bias.flatten()
-            over = backend, (input, matrix, bias), dtype, (size, matrix.shape[0])
+            over = backend, (input, weight, bias), dtype, (size, weight.shape[0]), needs[:3] or NONE
             grad_input, grad_weight, grad_bias = over_blocks(
-                *over,
-                needs[:3] or NONE,
-                step,
-                counts=counts,
-                filter_below=below,
-                pads=weight.dim() == 2,
+                *over, step, counts=counts, filter_below=below, pads=True
             )
-            if weight.dim() > 2:
-                grad_weight = None if grad_weight is None else grad_weight.view_as(weight)
-                grad_bias = None if grad_bias is None else grad_bias.view(weight.shape[:-1])
             loss = joined(losses, unreduced)
             if loss is not None:
                 loss = (loss if divisor is None else loss / divisor).to(wide)
@@ -656,15 +622,14 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         if computed is not None:
             rows, mask = rows_that_count(computed, backend)
         if computed is not counts and counts is not None:
-            mask = take_rows(counts.reshape(len(target), -1).any(1), rows)
+            mask = take_rows(counts, rows)
         return rows, mask
 
     def block_kernel(
         self, backend: Backend, specs: Tensors, planned: Any, outputs: Outputs
     ) -> Callable[..., Any]:
-        (classes, *dims), kernel = specs[1].shape[:-1], None
-        dtype = self.product_dtype(specs)
-        source = LogitRows(backend, ClassRange(0, classes))
+        kernel, dtype = None, self.product_dtype(specs)
+        source = LogitRows(backend, ClassRange(0, specs[1].shape[0]))
         fields, with_metrics = self.state_fields(planned), planned.with_metrics and outputs.loss
         caps, is_soft = planned.softcap is not None, specs[3].is_floating_point()
 
@@ -674,25 +639,20 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
             x, state = logits, None
             if caps:
                 x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
-            if dims:
-                x = x.view(-1, classes, *dims)
             if is_soft and target.dtype is not dtype:
                 target = target.to(dtype)
             if with_metrics:
                 state = metrics_state(source, x, target, options, fields)
-                state = state.view(fields, -1, *dims)
             tensors = x, target, weight, token_weight, None
             if kernel is None:
                 *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
                 kernel = backend.cross_entropy(layouts, planned, outputs, of_grad)
             loss, gradients = kernel(tensors, options, grad_output)
             gradient, grad_target = gradients
-            if gradient is not None:
-                gradient = gradient.view(logits.shape) if dims else gradient
-                if caps:
-                    gradient = cap_backward(gradient)
-                    if counts is not None:  # 0 times NaN is NaN
-                        gradient.masked_fill_(~counts.unsqueeze(-1), 0)
+            if caps and gradient is not None:
+                gradient = cap_backward(gradient)
+                if counts is not None:  # 0 times NaN is NaN
+                    gradient.masked_fill_(~counts.unsqueeze(-1), 0)
             return loss, (gradient, grad_target), state
 
         return compute
@@ -705,18 +665,24 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
         return "all logits at once" if rows >= n else f"blocks of {rows} rows"
 
     def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
-        return tensors[0].shape[0], *tensors[1].shape[1:-1]  # len would specialise a dynamic size
+        return (tensors[0].shape[0],)  # len would specialise a dynamic size
+
+
+def head_fallback_reason(input: Tensor, linear_weight: Tensor, *_: Any) -> str | None:
+    """Returns why torch's operators have to compute the logits of a layer, None if a kernel can."""
+    if not input.dim() or linear_weight.dim() < 2:
+        return "input or linear_weight has too few dimensions"
+    return "linear_weight has more than two dimensions" if linear_weight.dim() > 2 else None
 
 
 def linear_cross_entropy_fallback_reason(
     input: Tensor, linear_weight: Tensor, _bias: Any, target: Tensor, *rest: Any
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
-    if not input.dim() or linear_weight.dim() < 2:
-        return "input or linear_weight has too few dimensions"
+    if reason := head_fallback_reason(input, linear_weight):
+        return reason
     weight, *_, options = rest
-    smoothes = weight is not None and options.label_smoothing != 0
-    if target.dtype is torch.uint8 and (linear_weight.dim() > 2 or smoothes):
+    if target.dtype is torch.uint8 and weight is not None and options.label_smoothing != 0:
         return UINT8_TARGET
     return None
 

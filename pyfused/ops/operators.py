@@ -15,7 +15,11 @@ from pyfused.ops.embedding import (
     rows,
     triplet_fallback_reason,
 )
-from pyfused.ops.heads import LinearCrossEntropy, linear_cross_entropy_fallback_reason
+from pyfused.ops.heads import (
+    LinearCrossEntropy,
+    head_fallback_reason,
+    linear_cross_entropy_fallback_reason,
+)
 from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.rows import (
     CrossEntropy,
@@ -71,6 +75,7 @@ LINEAR_LOG_PROBS = LogProbsOperator(
     check_arguments=checks.linear_log_probs,
     operands=(*HEAD, CLASSES),
     options=LogProbsOptions,
+    fallback_reason=head_fallback_reason,
     torch=definitions.linear_log_probs,
 )
 
