@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyfused import explain
 from pyfused import functional as fused
+from pyfused.ops.chunk_sizes import TILE
 from pyfused.ops.operators import OPERATORS
 
 N, D, E, C, K = 7, 6, 5, 150, 9
@@ -167,3 +168,31 @@ def test_rounded_log_probabilities(dtype: torch.dtype) -> None:
     never = torch.full((N, K), -math.inf)
     arguments = given("linear_topk_kl_div") | {"teacher_log_probs": never}
     assert fused.linear_topk_kl_div(**arguments, remainder="ignore") == 0
+
+
+@pytest.mark.cpu  # GPUs multiply half precision
+@pytest.mark.parametrize("op", OPS[1:])
+def test_weights_of_half_precision_are_converted_in_parts(op: str) -> None:
+    """A float32 copy of all classes would take more memory than the logits of a few rows."""
+    classes, arguments = 2 * TILE + 100, given(op)
+    arguments["linear_weight"] = torch.randn(classes, D).requires_grad_()
+    arguments["linear_bias"] = torch.randn(classes).requires_grad_()
+    if op == "linear_kl_div":
+        arguments["teacher_linear_weight"] = torch.randn(classes, E)
+        arguments["teacher_linear_bias"] = torch.randn(classes)
+
+    def step(dtype: torch.dtype) -> list[Tensor]:
+        exact = {
+            n: x.half().to(dtype) if x.is_floating_point() else x for n, x in arguments.items()
+        }
+        exact = {n: x.detach().requires_grad_(arguments[n].requires_grad) for n, x in exact.items()}
+        loss = getattr(fused, op)(**exact, memory_budget=8 * classes)  # rows one by one
+        gradients = torch.autograd.grad(loss, [x for x in exact.values() if x.requires_grad])
+        return [loss.detach(), *gradients]
+
+    with products() as found:
+        results = step(torch.float16)
+    assert max(n for _, _, n in found) <= TILE
+    for x, y in zip(results, step(torch.float64), strict=True):
+        size = float(y.abs().max())
+        torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=2e-3 * size + 1e-6)
