@@ -334,19 +334,18 @@ class ClassRange(NamedTuple):
 class VocabShard(NamedTuple):
     """The classes of this process, if a group of processes shards the vocabulary.
 
-    Processes may have different numbers of classes, or none. Logits are not gathered. For each row,
-    the processes reduce three numbers: the largest logit, the sum of exponentials, and the target
-    logit. Label smoothing adds a fourth number, log-probabilities and metrics another. For metrics,
-    two more numbers are gathered from each process. The gradient of logits needs no communication.
+    Processes may have different numbers of classes, or none. Tensors have to be plain: pass
+    ``dtensor.to_local()`` for a DTensor. Logits are not gathered. For each row, the processes
+    reduce three numbers: the largest logit, the sum of exponentials, and the target logit. Label
+    smoothing adds a fourth number, log-probabilities and metrics another. For metrics, two more
+    numbers are gathered from each process. The gradient of logits needs no communication.
 
-    Processes have to make the same calls, with the same targets, options, shapes and modes, and
-    their shards have to cover each class once. A process raises an error for arguments that are
-    invalid for any arguments of the other processes. Other mismatches are undefined, as for torch's
-    collectives: results may be wrong, and processes may hang. If the environment variable
-    ``TORCH_DISTRIBUTED_DEBUG`` is ``INFO`` or ``DETAIL`` in all processes, they compare their calls
-    first, on CPUs and on GPUs, and all of them raise the same error for calls that do not match, or
-    if the arguments of one of them are invalid. This synchronises GPUs. DTensors are not compared,
-    because their placements are the same in every process.
+    All processes have to make the same calls, with the same targets, options, shapes and modes, and
+    their shards have to cover each class once. Each process checks its own arguments and raises an
+    error if they are invalid, whatever the other processes pass. Mismatches between processes are
+    undefined, as for torch's collectives: results may be wrong, and processes may hang. With the
+    environment variable ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, torch raises an error for collectives
+    that differ in kind or shape.
 
     In grad mode, the result requires grad in all processes, and all of them have to call backward;
     use ``torch.no_grad()`` for evaluation. With ``create_graph=True`` torch's operators compute the

@@ -46,9 +46,7 @@ def path_of(op: Operator, tensors: Tensors, options: Options) -> Explanation:
     reason = fallback_reason(op, tensors, options)
     if reason is not None:
         return Explanation(op.name, "torch", reason)
-    is_plain = op.local_shard_of(tensors, options) is None
-    strategy = op.strategy_of(tensors, options) if is_plain else BY_SHARDS
-    return by_kernel(op.name, tensors[0], strategy)
+    return by_kernel(op.name, tensors[0], op.strategy_of(tensors, options))
 
 
 def by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:

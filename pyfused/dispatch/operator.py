@@ -235,10 +235,6 @@ class Operator(ABC):
             if x is not None or not operand.optional:
                 checks.tensor(operand.name, x, operand.number)
 
-    def local_shard_of(self, tensors: Tensors, options: Options) -> Any:  # noqa: ARG002
-        """Returns this process' shard of a call with DTensors, None if there is none."""
-        return None
-
     def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
         """Describes how a CPU kernel traverses the tensors of a call."""
         return "blocks of logits" if self.is_linear else self.strategy

@@ -26,7 +26,6 @@ from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
 from pyfused.torch_internals import (
     _checkpoints,
-    active_mode,
     compiler_traces,
     fell_back_in_checkpoint,
     functorch_is_active,
@@ -129,8 +128,7 @@ def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
         if is_traced(tensors[0]):
             reason = fallback_reason(op, tensors, options)
             return reason, None if reason else op.compiled, options
-        reason = _reason_without_plan(op, tensors, options, signed)
-        return reason, None if reason else op.run_on_dtensors, options  # type: ignore[attr-defined]
+        return signed, None, options
     if _checkpoints and fell_back_in_checkpoint():
         return "a torch dispatch or function mode in the checkpoint's forward pass", None, options
     key, options = signed
@@ -161,16 +159,8 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
         return reason or _planned_reason(op, tensors, options)
     signed = signature(op, tensors, options)
     if isinstance(signed, str):
-        return _reason_without_plan(op, tensors, options, signed)
+        return signed
     return _planned_reason(op, *with_specs(op, signed[0]))
-
-
-def _reason_without_plan(
-    op: Operator, tensors: Tensors, options: Options, reason: str
-) -> str | None:
-    """Returns the reason of `signature`, or None if kernels run for local shards of DTensors."""
-    is_shard = type(tensors[0]) not in PLAIN and op.local_shard_of(tensors, options) is not None
-    return active_mode() if is_shard else reason
 
 
 def _planned_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:

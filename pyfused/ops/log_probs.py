@@ -25,7 +25,7 @@ from pyfused.ops.chunk_sizes import state_block_size
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.heads import HeadRows
 from pyfused.ops.rows import LogitRows, Passes, Planned, StateLoss
-from pyfused.ops.shards import ShardedRows, class_range, is_dtensor, sharded_results
+from pyfused.ops.shards import ShardedRows, class_range, sharded_results
 from pyfused.types import (
     INDEX,
     LOG_P,
@@ -104,9 +104,6 @@ def named(
     values, *metrics = results if return_metrics else (results,)
     if alone:
         log_p, entropy, lse = values, None, None
-    elif is_dtensor(values):
-        # The backward of unbind makes plain zeros for unused results; DTensors reject these.
-        log_p, entropy, lse = values[0], values[1], values[2]
     else:
         # Views that unbind returns cannot be changed in place.
         log_p, entropy, lse = [x.clone() for x in values.unbind()]

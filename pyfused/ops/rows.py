@@ -802,9 +802,6 @@ class CrossEntropy(CrossEntropyOfRows):
     def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
         return loss_shape(tensors[0], "none")
 
-    def local_shard_of(self, tensors: Tensors, options: Options) -> Any:
-        return None if options.gamma != 0 else super().local_shard_of(tensors, options)
-
     def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
         rows = backend_of(tensors[0]).supports_rows(tensors[0])
         return "row by row" if rows else "several rows at a time"

@@ -6,12 +6,10 @@ the pivot m = max_i m_i, SUM = sum_i exp(m_i - m) SUM_i, and TARGET_LOGIT = sum_
 
 from __future__ import annotations
 
-import sys
-import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,18 +21,8 @@ from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
 from pyfused.ops import definitions
-from pyfused.ops.collectives import (
-    Call,
-    Copy,
-    LocalShard,
-    Sum,
-    communication_device,
-    compare_calls,
-    gathered,
-    reduced,
-)
+from pyfused.ops.collectives import Copy, LocalShard, Sum, gathered, reduced
 from pyfused.ops.custom_operators import CompiledOperator
-from pyfused.ops.metrics import Metrics
 from pyfused.types import (
     ENTROPY,
     INDEX,
@@ -188,16 +176,6 @@ def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state
 
 # ---- operators -----------------------------------------------------------------------------------
 
-# Options that may differ between processes: they affect neither communication nor the loss.
-_MAY_DIFFER = ("alone", "filter_eps", "memory_budget", "torch_options")
-
-
-def _common_part(value: Any) -> Any:
-    """Returns the part of an argument that has to be equal in all processes."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
-    return float(value) if isinstance(value, Real) else str(value)
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ShardedOperator(CompiledOperator):
@@ -229,22 +207,12 @@ class ShardedOperator(CompiledOperator):
         """
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
-        group, input, target = shard.group, tensors[0], self.by_name(tensors)["target"]
+        group, input = shard.group, tensors[0]
         if dist.get_rank(group) < 0:
             raise ValueError("shard: expected a group that this process is a member of")
-        device = communication_device(group, target, input)
-        compares = dist.get_debug_level() != dist.DebugLevel.OFF  # type: ignore[attr-defined]
-        try:
-            first, size, total = self.checked_shard(tensors, options, shard)
-        except Exception:
-            if compares:
-                gathered(torch.tensor(Call(), device=device), group)  # makes the others raise
-            raise
-        if compares:
-            call = self.describe_call(tensors, options, first, size, total)
-            total = compare_calls(call, device, group)
-        elif total is None:
-            total = int(reduced(torch.full((), size, device=device), group))
+        first, size, total = self.checked_shard(tensors, options, shard)
+        if total is None:
+            total = int(reduced(torch.full((), size, device=input.device), group))
         if not 0 <= first <= first + size <= total:
             expected = f"classes in [0, {total}) in every process"
             raise ValueError(f"shard: expected {expected}, got [{first}, {first + size})")
@@ -270,24 +238,6 @@ class ShardedOperator(CompiledOperator):
             total = weight.numel()
         self.check_local(by_name, options, total)
         return int(first), by_name[names[0]].shape[dim], None if total is None else int(total)
-
-    def describe_call(
-        self, tensors: Tensors, options: Options, first: int, size: int, total: int | None
-    ) -> Call:
-        """Describes the call of this process, for the other processes."""
-        by_name = self.by_name(tensors)
-        names, target = self.sharded[0], by_name["target"]
-        common = options._asdict() | {k: x for k, x in by_name.items() if isinstance(x, Tensor)}
-        parts = [(k, _common_part(v)) for k, v in common.items() if k not in (*names, *_MAY_DIFFER)]
-        modes = torch.is_autocast_enabled(target.device.type), grad_enabled()
-        return Call(
-            is_valid=1,
-            first=first,
-            size=size,
-            total=-1 if total is None else total,
-            common=zlib.crc32(repr((self.name, *modes, parts)).encode()),
-            targets=int(target.flatten().cumsum(0).sum()),
-        )
 
     def check_local(self, tensors: dict[str, Any], options: Options, total: int | None) -> None:
         """Raises for arguments that are invalid for any arguments of the other processes."""
@@ -327,107 +277,3 @@ class ShardedOperator(CompiledOperator):
         input, *rest = tensors
         shape = *input.shape[:1], classes, *input.shape[2:]
         self.check_arguments(input.new_empty(()).expand(shape), *rest, options)
-
-    def run_on_dtensors(self, tensors: Tensors, options: Options) -> Any:
-        """Returns the result of DTensors, whose classes are sharded over processes."""
-        local, shard, mesh = self.local_shard_of(tensors, options)
-        self.check_local(local, options, shard.classes.total)
-        return _replicated(self.compute_shard((*local.values(),), options, shard), mesh)
-
-    def local_shard_of(self, tensors: Tensors, options: Options) -> Any:
-        """Returns this process' part of a call whose classes are sharded along one mesh dimension.
-
-        The result is a tuple of the tensors by name, the shard and the mesh. It is None for other
-        calls, and for tensors that the kernels do not support. Tensors without classes have to be
-        plain or replicated. A layer's input has to be a DTensor: with FSDP, a plain one may be a
-        part of the batch.
-        """
-        input = tensors[0]
-        if type(input) is Tensor or not is_dtensor(input):  # checked first, as all calls come here
-            return None
-        linear, (names, dim) = self.is_linear, self.sharded
-        sharded = tensors[linear]
-        if type(sharded) is not type(input) or input.dim() < 2 or sharded.dim() < 2:
-            return None
-        from torch.distributed.tensor import Replicate, Shard
-
-        local = self.by_name(tensors)
-        mesh, placements = sharded.device_mesh, sharded.placements
-        if (placements.count(Shard(dim)), placements.count(Replicate())) != (1, mesh.ndim - 1):
-            return None
-        checks.tensor("target", local["target"])
-        if local["target"].is_floating_point() or (linear and sharded.dim() > 2):
-            return None
-        for name, tensor in local.items():
-            if is_dtensor(tensor):
-                expected = placements if name in names else (Replicate(),) * mesh.ndim
-                if (tensor.device_mesh, tensor.placements) != (mesh, expected):
-                    return None
-                local[name] = _ToLocal.apply(tensor)
-            elif name in names and tensor is not None:
-                return None
-        if self.unsupported_tensor(local, options):
-            return None
-        classes, mesh_dim = sharded.shape[dim], placements.index(Shard(dim))
-        first = -(-classes // mesh.size(mesh_dim)) * mesh.get_local_rank(mesh_dim)
-        local_classes = ClassRange(min(classes, first), classes)
-        return local, LocalShard(local_classes, mesh.get_group(mesh_dim)), mesh
-
-
-# ---- DTensor -------------------------------------------------------------------------------------
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Returns whether it is a DTensor, without importing the module."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return type(tensor) is getattr(module, "DTensor", None)  # None while another thread imports it
-
-
-class _ToLocal(torch.autograd.Function):
-    """``DTensor.to_local`` with a differentiable backward, which torch 2.11 lacks."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Any) -> Tensor:
-        ctx.set_materialize_grads(False)  # autograd would materialise plain tensors
-        ctx.layout = tensor.device_mesh, tensor.placements, tensor.shape
-        local: Tensor = tensor.to_local()
-        return local.view_as(local)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> Any:
-        return None if grad_output is None else _FromLocal.apply(grad_output, *ctx.layout)
-
-
-class _FromLocal(torch.autograd.Function):
-    """``DTensor.from_local`` with a differentiable backward."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, mesh: Any, placements: Any, shape: torch.Size) -> Any:
-        from torch.distributed.tensor import DTensor
-
-        ctx.set_materialize_grads(False)
-        ctx.layout = mesh, placements
-        return DTensor.from_local(
-            local.contiguous(),
-            mesh,
-            placements,
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any) -> tuple[Tensor | None, None, None, None]:
-        if grad_output is not None:
-            grad_output = _ToLocal.apply(grad_output.redistribute(*ctx.layout))
-        return grad_output, None, None, None
-
-
-def _replicated(result: Any, mesh: Any) -> Any:
-    """Converts a result, which is equal in all processes, to replicated DTensors."""
-    if isinstance(result, tuple):
-        items = [_replicated(item, mesh) for item in result]
-        return Metrics(*items) if isinstance(result, Metrics) else tuple(items)
-    from torch.distributed.tensor import Replicate
-
-    return _FromLocal.apply(result, mesh, (Replicate(),) * mesh.ndim, result.shape)

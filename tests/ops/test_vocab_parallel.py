@@ -5,12 +5,13 @@ Every process runs all checks; a test fails if a check fails in one of them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import pickle
 import traceback
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import VocabShard, explain, functional
-from pyfused.functional import cross_entropy, linear_cross_entropy, linear_log_probs
+from pyfused.functional import cross_entropy, linear_cross_entropy
 from pyfused.ops.rows import CrossEntropy
 from pyfused.ops.shards import _merged
 from pyfused.types import SMOOTHING_FIELDS
@@ -37,8 +38,6 @@ ROWS, FEATURES, CLASSES = 13, 6, 150
 CUTS = [0, 1, 70, 70, CLASSES]  # uneven shards, one of them empty
 SIZE = len(CUTS) - 1
 WIDE = (torch.float32, torch.float64)
-REDUCTIONS = ("none", "mean", "sum")
-BY_SHARDS = "each process computes its classes"
 
 
 class Process:
@@ -263,7 +262,6 @@ def results(process: Process, case: Case) -> None:
     torch.testing.assert_close(found[1:], [*best], equal_nan=True)
 
 
-# test_shard_sequences.py draws arguments that do not match those of other processes.
 TOTAL = 5 * SIZE
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weight": (TOTAL, {"weight": torch.ones(3)}, "RuntimeError: weight: expected shape"),
@@ -275,142 +273,57 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gamma": (None, {"gamma": 2.0}, "ValueError: gamma: expected 0.0 with a shard, got 2.0"),
     "negative": (-1, {}, "ValueError: classes: expected"),
     "no_shard": (None, {"shard": 0}, "TypeError: shard: expected a VocabShard, got int"),
+    "first": (None, {"shard": VocabShard(0.5)}, "TypeError: first: expected an int"),  # type: ignore[arg-type]
+    "shape": (None, {"target": torch.zeros(1, 2, 3).long()}, "ValueError: target: expected"),
+    "type": (None, {"target": None}, "TypeError: target: expected a Tensor"),
 }
 
 
 @check(**BAD)
 def bad_input(process: Process, case: Any) -> None:
     classes, options, expected = case
-    given = {"shard": VocabShard(5 * process.rank, classes)} | options
-    error = error_of(lambda: cross_entropy(torch.zeros(2, 5), torch.tensor([0, 1]), **given))
+    shard, target = VocabShard(5 * process.rank, classes), torch.tensor([0, 1])
+    given = {"target": target, "shard": shard} | options
+    process.sent()
+    error = error_of(lambda: cross_entropy(torch.zeros(2, 5), **given))
     assert error.startswith(expected)
+    assert process.sent() == ([], [])
 
 
 # ---- DTensors ------------------------------------------------------------------------------------
 
 
-class Distributed(NamedTuple):
-    """A call with DTensors.
-
-    Attributes:
-        tensors: The dimension along which each tensor is sharded, by name; None if replicated.
-        plain: The names of tensors that are plain.
-        frozen: The name of a tensor that does not require grad.
-    """
-
-    name: str
-    tensors: dict[str, tuple[Tensor, int | None]]
-    options: dict[str, Any]
-    plain: tuple[str, ...] = ()
-    mesh: tuple[int, ...] = (2, SIZE // 2)
-    frozen: str = ""
-
-
-@cache
-def mesh_of(shape: tuple[int, ...]) -> Any:
-    return dist.device_mesh.init_device_mesh("cpu", shape)
-
-
-def distribute(tensor: Tensor, dim: int | None, shape: tuple[int, ...] = (SIZE,)) -> Any:
-    """Shards a dimension of a tensor along the last one of a mesh, or replicates it for None."""
+@check(replicated_loss=False, parallel_loss=True)
+def dtensors(process: Process, case: bool) -> None:
+    """DTensors take the path of tensor subclasses: torch's function, or the definition."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
 
-    placements = [*[Replicate()] * len(shape)][1:]
-    last = Replicate() if dim is None else Shard(dim)
-    return distribute_tensor(tensor, mesh_of(shape), [*placements, last])
-
-
-def distributed_calls() -> dict[str, Distributed]:
-    found: dict[str, Distributed] = {}
-    for dtype, plain in itertools.product(WIDE, (("target",), ())):
-        input, head, bias, target = draw(dtype)
-        logits = torch.randn(6, CLASSES, 2, generator=torch.Generator().manual_seed(7)).to(dtype)
-        labels = torch.arange(12).view(6, 2) * 13
-        labels[0] = -100
-        scores = {"input": (logits, 1), "target": (labels, None)}
-        tokens = {"logits": (logits, 1), "target": (labels, None)}
-        layer: Any = {"input": (input, None), "linear_weight": (head, 0), "target": (target, None)}
-        shaped = layer | {"input": (input[None], None), "target": (target[None], None)}
-        biased = layer | {"linear_bias": (bias, 0)}
-        none = {"reduction": "none"}
-        smoothed = {"label_smoothing": 0.1, "weight": WEIGHT.to(dtype)}
-        for name, tensors, options in (
-            *(("cross_entropy", scores, smoothed | {"reduction": x}) for x in REDUCTIONS),
-            ("cross_entropy_with_metrics", scores, {"scale": 0.5}),
-            ("log_probs", tokens, {"dim": 1, "softcap": 4, **RESULTS}),
-            ("linear_cross_entropy", layer, {"softcap": 4, "token_weight": TOKEN_WEIGHT}),
-            ("linear_cross_entropy_with_metrics", shaped, none),
-            ("linear_log_probs", shaped, RESULTS),
-            ("linear_log_probs", layer, {"memory_budget": 4000, **RESULTS}),
-            ("linear_log_probs", shaped, LOGIT_METRICS),
-            ("log_probs", tokens, {"dim": 1, **RESULTS, **LOGIT_METRICS}),
-            ("linear_cross_entropy_with_metrics", biased, {"label_smoothing": 0.1, **none}),
-            ("linear_log_probs", biased, {"temperature": 2.0}),
-        ):
-            found[f"{name}_{len(found)}"] = Distributed(name, tensors, options, plain)
-    few = layer | {"linear_weight": (head[:3], 0), "target": (target % 3, None)}
-    for frozen in ("", "input", "linear_weight"):  # one process has no class
-        call = Distributed("linear_cross_entropy", few, {}, (), (SIZE,), frozen)
-        found[f"few_classes_{frozen}"] = call
-    return found
-
-
-def outcome_of(case: Distributed, tensors: dict[str, Tensor]) -> tuple[list[Tensor], Any]:
-    """Returns results of a function, and the gradients of first and second order."""
-    differentiated = [x for n, x in tensors.items() if x.is_floating_point() and n != case.frozen]
-    leaves = [x.requires_grad_() for x in differentiated]
-    found = flat(getattr(functional, case.name)(**tensors, **case.options))
-    total = sum(x.square().sum() for x in found if x.requires_grad)
-    gradients = torch.autograd.grad(total, leaves, retain_graph=True)
-    again = torch.autograd.grad(total, leaves, create_graph=True)
-    assert all(gradient.requires_grad for gradient in again)
-    second = torch.autograd.grad(sum(x.square().sum() for x in again), leaves)
-    return found, [*gradients, *second]
-
-
-@check(**distributed_calls())
-def dtensors(process: Process, case: Distributed) -> None:
-    """Gradients have the placements of their tensors; results are replicated DTensors."""
-    tensors = {
-        name: tensor.clone() if name in case.plain else distribute(tensor, dim, case.mesh)
-        for name, (tensor, dim) in case.tensors.items()
-    }
-    whole = {name: tensor.clone() for name, (tensor, _) in case.tensors.items()}
-    kept = {key: value for key, value in case.options.items() if key == "dim"}
-    path = explain(case.name.removesuffix("_with_metrics"), **tensors, **kept)
-    assert (path.backend, path.reason) == ("cpu", BY_SHARDS)
-    if case.name == "cross_entropy":  # with smoothing
-        process.sent()
-        cross_entropy(**tensors, **case.options)
-        rows = whole["target"].numel()
-        assert process.sent() == ([rows, 3 * rows], [])
-    found, gradients = outcome_of(case, tensors)
-    expected, exact = outcome_of(case, whole)
-    leaves = [x for x in tensors.values() if x.requires_grad] * 2
-    assert [x.placements for x in gradients] == [x.placements for x in leaves]
-    for result, value in zip([*found, *gradients], [*expected, *exact], strict=True):
-        close = {}
-        if value.is_floating_point():  # the error of a sum is relative to its largest term
-            rounding = 1e-5 if value.dtype is torch.float32 else 1e-11
-            close = {"rtol": rounding, "atol": rounding * max(1.0, float(value.abs().max()))}
-        torch.testing.assert_close(result.full_tensor(), value, **close)
-
-
-@check(plain_input=None)
-def refused_dtensors(process: Process, case: None) -> None:
-    """As with FSDP, which shards the batch, or with rows as shards."""
-    input, head, _, target = draw(torch.float32)
-    weight = distribute(head, 0)
-    for call in (linear_cross_entropy, linear_log_probs):
-        assert explain(call.__name__, input, weight, target).reason == "linear_weight is a DTensor"
-        error = error_of(lambda call=call: call(input, weight, target))
-        assert "mixed torch.Tensor and DTensor" in error
-    plain = torch.linspace(-1, 1, 20).view(4, 5), torch.arange(4)
-    for dim in (0, None):
-        rows, targets = (distribute(x, dim) for x in plain)
-        assert explain("cross_entropy", rows, targets).reason == "input is a DTensor"
-        loss = cross_entropy(rows, targets)
-        torch.testing.assert_close(loss.full_tensor(), cross_entropy(*plain))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (SIZE,))
+    input, head, _, target = draw(torch.float64)
+    whole, part = input @ head.t(), CLASSES // SIZE * process.rank
+    features, target_of_all = (distribute_tensor(x, mesh, [Replicate()]) for x in (input, target))
+    with loss_parallel() if case else contextlib.nullcontext():
+        logits = distribute_tensor(whole, mesh, [Shard(1)]).requires_grad_()
+        assert explain("cross_entropy", logits, target_of_all).reason == "input is a DTensor"
+        of_torch = torch.nn.functional.cross_entropy(logits, target_of_all)
+        gradients = [torch.autograd.grad(of_torch, logits, retain_graph=True)[0]]
+        loss = cross_entropy(logits, target_of_all)
+        gradients += torch.autograd.grad(loss, logits)
+        assert torch.equal(*[x.full_tensor() for x in (loss, of_torch)])
+        assert torch.equal(*[x.full_tensor() for x in gradients])
+        weight = distribute_tensor(head, mesh, [Shard(0)]).requires_grad_()
+        linear = linear_cross_entropy(features, weight, target_of_all, z_loss=0.1)
+        linear_gradient = torch.autograd.grad(linear, weight)[0]
+    leaf = head.clone().requires_grad_()
+    expected = linear_cross_entropy(input, leaf, target, z_loss=0.1)
+    torch.testing.assert_close(linear.full_tensor(), expected)
+    exact = torch.autograd.grad(expected, leaf)[0]
+    torch.testing.assert_close(linear_gradient.full_tensor(), exact)
+    error = error_of(lambda: linear_cross_entropy(input, weight, target))  # as with FSDP
+    assert "mixed torch.Tensor and DTensor" in error
+    error = error_of(lambda: cross_entropy(logits, target, shard=VocabShard(part, CLASSES)))
+    assert error.endswith("that the kernels support with a shard, but input is a DTensor")
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -455,7 +368,6 @@ class NoIndices(TorchDispatchMode):
 
 def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of meta tensors cannot be read."""
-    gathered: list[torch.device] = []
 
     def merged(*_: Any) -> Tensor:
         state = torch.empty(SMOOTHING_FIELDS, 2, device="meta", dtype=torch.float64)
@@ -463,15 +375,11 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, function in (
         ("all_reduce", lambda *_: None),
-        ("all_gather", lambda _, tensor, group: gathered.append(tensor.device)),
         ("get_rank", lambda _: 0),
-        ("get_world_size", lambda _: 1),
-        ("get_backend", lambda _: "gloo"),
     ):
         monkeypatch.setattr(dist, name, function)
     monkeypatch.setattr(CrossEntropy, "compute_shard", merged)
     monkeypatch.setattr(CrossEntropy, "unsupported_tensor", lambda *_: None)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, device="meta").long()
     with NoIndices():
         cross_entropy(logits, target, shard=VocabShard(0, 5))
@@ -480,7 +388,3 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         cross_entropy(logits, target, shard=VocabShard(1, 5))
     with pytest.raises(RuntimeError, match="meta"):  # the sum over the processes is read
         cross_entropy(logits, target, shard=VocabShard(0))
-    assert not gathered
-    monkeypatch.setattr(dist, "get_debug_level", lambda: dist.DebugLevel.INFO)
-    with pytest.raises(RuntimeError, match="meta"):
-        cross_entropy(logits, target, shard=VocabShard(0, 5))
