@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import pickle
 import random
+import traceback
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import test_vocab_parallel
 import torch
 import torch.distributed as dist
@@ -173,3 +176,142 @@ def test_sequences_of_calls(tmp_path: Any) -> None:
     print(f"seed {seed}")
     found = [pickle.loads(x) for x in in_processes(sequence, SIZE, seed, STEPS, str(tmp_path))]
     assert len({*found}) == 1
+
+
+# ---- weights of other dtypes ---------------------------------------------------------------------
+
+# A sum of as many weights in half precision is inf, or loses most of its digits.
+TOKENS = 70000
+# The relative errors of gradients by the dtype of the input. Losses are float32 or float64.
+TOLERANCES = {
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+}
+
+
+class Weighted(NamedTuple):
+    """A call whose weights have a dtype; `names` are the arguments that are given."""
+
+    function: str
+    input_dtype: torch.dtype
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    reduction: str = "mean"
+
+    @property
+    def id(self) -> str:
+        dtypes = [str(x).removeprefix("torch.") for x in (self.input_dtype, self.dtype)]
+        return "-".join([self.function, *dtypes, *self.names, self.reduction])
+
+
+def weighted_calls() -> list[Weighted]:
+    """Class weights have the dtype of the input; other weights may have any."""
+    halves, functions = (torch.float16, torch.bfloat16), ("cross_entropy", "linear_cross_entropy")
+    found: list[Weighted] = []
+    for function, input_dtype in itertools.product(functions, (torch.float32, torch.float64)):
+        call = Weighted(function, input_dtype, torch.bool, ("token_weight",))
+        found += [call._replace(dtype=dtype) for dtype in (*TOLERANCES, torch.bool)]
+        found += [call._replace(dtype=dtype, names=("denominator",)) for dtype in halves]
+        if input_dtype is torch.float32:
+            unreduced = call._replace(reduction="none")
+            found += [unreduced._replace(dtype=dtype) for dtype in (*halves, torch.bool)]
+    for function, dtype in itertools.product(functions, TOLERANCES):
+        call = Weighted(function, dtype, dtype, ("weight",))
+        found += [call, call._replace(names=("weight", "token_weight"))]
+    return found
+
+
+def draw_weights(call: Weighted, generator: torch.Generator) -> dict[str, Tensor]:
+    kept = torch.rand(TOKENS, generator=generator) < 0.97
+    factors = torch.rand(TOKENS, generator=generator)
+    weights = {
+        "weight": torch.rand(8, generator=generator) + 0.5,
+        "token_weight": kept if call.dtype is torch.bool else kept * (1 + factors),
+        "denominator": torch.tensor(3001.0),
+    }
+    return {name: weights[name].to(call.dtype) for name in call.names}
+
+
+def weighted_loss(
+    logits: Tensor, target: Tensor, weights: dict[str, Tensor], reduction: str
+) -> Tensor:
+    """Returns the loss with smoothing of float64 logits, computed in float64."""
+    weights = {name: weight.double() for name, weight in weights.items()}
+    class_weight, token_weight = weights.get("weight"), weights.get("token_weight", 1.0)
+    rows = token_weight * nn.functional.cross_entropy(
+        logits, target, class_weight, reduction="none", label_smoothing=0.1
+    )
+    if reduction == "none":
+        return rows
+    divisors = (target != -100) * token_weight
+    if class_weight is not None:
+        divisors = divisors * class_weight[target.clamp(0)]
+    return rows.sum() / weights.get("denominator", divisors.sum())
+
+
+def check_weights(call: Weighted, own: slice, group: Any) -> None:
+    """Compares the loss and the gradients of a process with those of all classes in float64."""
+    generator = torch.Generator().manual_seed(8)
+    x, head = (torch.randn(n, 4, generator=generator).to(call.input_dtype) for n in (TOKENS, 8))
+    target = torch.randint(8, (TOKENS,), generator=generator)
+    target[::7] = -100
+    weights = draw_weights(call, generator)
+    if call.function == "linear_cross_entropy":
+        parts, whole = [x, head[own]], [x.double(), head.double()]
+        take = [slice(None), own]
+    else:
+        logits = x @ head.t()
+        parts, whole, take = [logits[:, own]], [logits.double()], [(slice(None), own)]
+    whole = [x.requires_grad_() for x in whole]
+    scores = whole[0] @ whole[1].t() if len(whole) > 1 else whole[0]
+    exact = weighted_loss(scores, target, weights, call.reduction)
+    grad = 4096 * torch.linspace(1, 2, exact.numel(), dtype=torch.float64).view_as(exact)
+    gradients = torch.autograd.grad(exact, whole, grad)
+    expected = [x[part] for x, part in zip(gradients, take, strict=True)]
+    tolerance = TOLERANCES[call.input_dtype]
+    dtype = torch.float64 if call.input_dtype is torch.float64 else torch.float32
+    options: Any = {"label_smoothing": 0.1, "reduction": call.reduction, "loss_dtype": dtype}
+    options["shard"] = VocabShard(own.start, 8, group)
+    for create_graph in (False, True):
+        leaves = [x.clone().requires_grad_() for x in parts]
+        given = (*leaves, target)
+        loss = getattr(functional, call.function)(*given, **options, **weights)
+        got = torch.autograd.grad(loss, leaves, grad.to(dtype), create_graph=create_graph)
+        bounds = min(tolerance, 1e-6), *[tolerance] * len(got)
+        for value, right, bound in zip((loss, *got), (exact, *expected), bounds, strict=True):
+            error = (value.double() - right).norm() / right.norm()
+            assert error <= bound, f"{error:.3g} with create_graph={create_graph}"
+
+
+def weights_in_processes(rank: int, folder: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    alone = [dist.new_group([i]) for i in range(2)][rank]
+    sizes = {1: (slice(0, 8), alone), 2: (slice(4 * rank, 4 * rank + 4), None)}
+    failures = {}
+    with fused_always():
+        for call, size in itertools.product(weighted_calls(), sizes):
+            try:
+                check_weights(call, *sizes[size])
+            except Exception:  # noqa: PERF203
+                failures[call.id, size] = traceback.format_exc()
+    dist.barrier()
+    dist.destroy_process_group()
+    pipe.send_bytes(pickle.dumps(failures))
+
+
+@pytest.fixture(scope="module")
+def failures_of_weights(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, str]]:
+    folder = str(tmp_path_factory.mktemp("store"))
+    return [pickle.loads(found) for found in in_processes(weights_in_processes, 2, folder)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", [call.id for call in weighted_calls()])
+def test_weights_of_other_dtypes(
+    name: str, size: int, failures_of_weights: list[dict[Any, str]]
+) -> None:
+    for rank, failures in enumerate(failures_of_weights):
+        assert (name, size) not in failures, f"rank {rank}: {failures[name, size]}"
