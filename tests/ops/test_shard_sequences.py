@@ -87,6 +87,10 @@ class Process:
             frozen = frozen if rng.random() < 0.3 else frozen[:1] * len(shards)
             classes = rng.choice([None, CLASSES])
             if mine < 0:
+                with pytest.raises(ValueError, match="a group that this process is a member of"):
+                    results_of(
+                        case, leaves_of(case, shards[0]), shard=VocabShard(0, classes, group)
+                    )
                 continue
             own, leaves = shards[mine], leaves_of(case, shards[mine], frozen[mine])
             shard = VocabShard(own.start, classes, group)

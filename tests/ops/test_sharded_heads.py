@@ -54,8 +54,7 @@ class Model(nn.Module):
         tied: Whether the embedding and the head share a parameter.
         saves: Whether the blocks are checkpointed.
         reads: What the forward does in addition: "maximum" reads the logits, "twice" calls the head
-            for a second loss, "DTensor" needs DTensor logits, and "sequence" passes a part of the
-            sequence to the head.
+            for a second loss, and "DTensor" needs DTensor logits.
     """
 
     def __init__(self, tied: bool = False, saves: bool = True, reads: str = "") -> None:
@@ -73,13 +72,9 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x) if self.saves else checkpoint(block, x, use_reentrant=False)
         x = self.norm(x)
-        if self.reads == "sequence":
-            x = x.tensor_split(2, dim=1)[dist.get_rank()]
         logits = self.lm_head(x)
         if self.reads == "DTensor":
             targets = distribute_tensor(targets, logits.device_mesh, [Replicate()])
-        elif len(logits) < len(targets):  # its rows are sharded
-            targets = targets.tensor_split(2)[dist.get_rank()]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         if self.reads == "maximum":
             loss = loss + 0.01 * logits.max()
@@ -145,8 +140,6 @@ def fsdp2(units: str = "head", **policy: Any) -> Any:
             given["mp_policy"] = MixedPrecisionPolicy(**policy)
         for block in model.blocks:
             fully_shard(block, **given)
-        if units == "hooked":
-            model.lm_head.register_forward_hook(lambda *arguments: 2 * arguments[-1])
         if units == "group":
             fully_shard([model.norm, model.lm_head], **given)
         elif units:
@@ -208,8 +201,6 @@ WRAPPERS = {
     "root unit, tied": Wrapper(fsdp2(""), "fused", "refused", {"tied": True}),
     "root unit, bf16": Wrapper(fsdp2("", **HALF), "fused", "refused", {}, 2e-2),
     "unit": Wrapper(fsdp2(), "warned", "refused"),
-    "unit, bf16": Wrapper(fsdp2(**HALF), "warned", "refused", {}, 2e-2),
-    "unit with a hook": Wrapper(fsdp2("hooked"), "warned", "refused"),
     "unit of norm and head": Wrapper(fsdp2("group"), "warned", "refused"),
     "TP": tensor_parallel("warned"),
     "TP, loss_parallel": tensor_parallel(
