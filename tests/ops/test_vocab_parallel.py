@@ -317,9 +317,13 @@ def dtensors(process: Process, case: bool) -> None:
     torch.testing.assert_close(linear_gradient.full_tensor(), exact)
     error = error_of(lambda: linear_cross_entropy(input, weight, target))  # as with FSDP
     assert "mixed torch.Tensor and DTensor" in error
-    shard = VocabShard(CLASSES // SIZE * process.rank, CLASSES)
+    shard = VocabShard(-(-CLASSES // SIZE) * process.rank, CLASSES)
     error = error_of(lambda: cross_entropy(logits, target, shard=shard))
     assert error.endswith("that the kernels support with a shard, but input is a DTensor")
+    local_loss = cross_entropy(logits.to_local(), target, shard=shard)
+    torch.testing.assert_close(local_loss, of_torch.full_tensor())
+    gradient = torch.autograd.grad(local_loss, logits)[0]
+    torch.testing.assert_close(gradient.full_tensor(), gradients[0].full_tensor())
 
 
 # ---- processes -----------------------------------------------------------------------------------
