@@ -17,7 +17,7 @@ from torch.nn import Linear, Module
 
 from pyfused import torch_internals
 from pyfused.adopt import subclass
-from pyfused.adopt.lazy_logits import HeadCall, Logits, tell
+from pyfused.adopt.lazy_logits import HeadCall, Logits, forwards, tell
 from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.signature import PLAIN
 from pyfused.dispatch.sizes import is_small
@@ -77,6 +77,8 @@ def _reason(
             if value.is_inference():
                 return SILENT
         if type(input) not in PLAIN or input.layout is not torch.strided or input.is_nested:
+            return SILENT
+        if input.is_meta:  # it has no elements to compare
             return SILENT
         if input.is_inference() != torch.is_inference_mode_enabled():
             return SILENT
@@ -165,12 +167,18 @@ def _forward_of(kind: Any) -> Any:
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        output = kind.forward(model, *args, **kwargs)
+        if is_dynamo_compiling():
+            return _without_unread(kind.forward(model, *args, **kwargs))
+        outer, forwards.current = forwards.current, object()
+        try:
+            output = kind.forward(model, *args, **kwargs)
+        finally:
+            forwards.current = outer
         name, metrics = vars(model).get(MARK, (None, False))
         if metrics:
             found = [head.pyfused_metrics for head in _heads_of(model, name)]
             model.pyfused_metrics = next((each for each in found if each is not None), None)
-        return _without_unread(output) if is_dynamo_compiling() else output
+        return output
 
     return forward
 

@@ -18,18 +18,23 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
@@ -70,8 +75,82 @@ def tell(model: str, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
+class Forwards(threading.local):
+    """The forward passes of converted models.
+
+    Attributes:
+        current: An object for the innermost forward pass in this thread, None outside of them.
+    """
+
+    current: object = None
+
+
+forwards = Forwards()
+_calls: set[weakref.ref[HeadCall]] = set()  # all calls whose logits are still referenced
+_hooks: list[Any] = []  # handles of the hooks of all optimizers, registered by the first call
+
+
+def _end_calls(optimizer: Any, *_: Any) -> None:
+    """Ends the calls whose weight or bias an optimizer changes in its step."""
+    if is_dynamo_compiling() or not _calls:  # a compiled step increments versions
+        return
+    parameters = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    for reference in _calls.copy():
+        call = reference()
+        if call is not None and not parameters.isdisjoint(map(id, call.inputs)):
+            call.ended = True
+
+
+class _Watched(NamedTuple):
+    """A tensor that must not change until the logits are read.
+
+    Attributes:
+        tensor: The tensor.
+        version: Its version, which operators in place increment.
+        address: The address of its memory, which ``x.data = y`` changes; None if not compared.
+        sample: Some of its elements, which operators on ``x.data`` change; None if not compared.
+    """
+
+    tensor: Tensor
+    version: int
+    address: int | None = None
+    sample: Tensor | None = None
+
+    def has_moved(self) -> bool:
+        """Returns whether the version or the address has changed."""
+        moved = self.address is not None and self.tensor.data_ptr() != self.address
+        return moved or version_of(self.tensor) != self.version
+
+    def differs(self) -> bool:
+        """Returns whether an element of the sample has changed, bit by bit."""
+        if self.sample is None:
+            return False
+        with torch.no_grad():
+            now = _sample(self.tensor)
+        return not torch.equal(now.view(torch.uint8), self.sample.view(torch.uint8))
+
+
+def _watch(x: Tensor) -> _Watched:
+    """Watches a weight, or another tensor with numbers for each class."""
+    return _Watched(x, version_of(x), x.data_ptr(), _sample(x))
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Returns a copy of at most 256 elements, at even distances in most rows and columns."""
+    step = -(-x.numel() // 256) | 1  # odd, because most widths are even
+    return torch.as_strided_copy(x.contiguous(), (-(-x.numel() // step),), (step,))
+
+
 class HeadCall:
     """One call of a converted head, whose logits are lazy.
+
+    Logits can be computed as long as their inputs stay the same. Changes are detected in three
+    ways. Operators in place increment a tensor's version. Fused optimizers do not, so a hook of all
+    `torch.optim.Optimizer` ends the calls whose weight or bias they change. Other libraries write
+    ``weight.data``, so a read after the model's forward compares 256 elements of the weight and of
+    the bias with those of the call. This does not detect a change of ``weight.data`` that misses
+    all of these elements, for example of a few rows. On a GPU, the first loss does not compare,
+    because that would synchronise.
 
     Attributes:
         head: The head, which receives the metrics.
@@ -83,31 +162,34 @@ class HeadCall:
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
+        ended: Whether an optimizer has changed the weight or the bias in a step.
+        forward: The forward pass of the model that made the call, None if there was none.
         keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
         values: Weak references to the values of the lazy tensors of this call.
-        watched: Tensors that must not change until the logits are read, with their versions.
+        watched: Tensors that must not change until the logits are read.
     """
 
     def __init__(
         self, head: Any, options: Any, autocast: torch.dtype | None, traced: bool, *inputs: Any
     ) -> None:
         self.head, self.options, self.autocast, self.traced = head, options, autocast, traced
-        self.computed = self.bypassed = self.keeps_lazy = False
+        self.computed = self.bypassed = self.ended = self.keeps_lazy = False
         self.values: list[Callable[[], _Value | None]] = []
+        self.watched: list[_Watched] = []
         if traced:  # the compiler removes the copies if nothing changes the tensors
-            self.watched: list[tuple[Tensor, int]] = []
             self.inputs: tuple[Any, ...] = tuple([x if x is None else x.clone() for x in inputs])
             return
         hidden, weight, bias = inputs
-        self.watched = [(weight, version_of(weight))]
         if hidden.is_inference():  # it has no version
             hidden = hidden.clone()
         else:
-            self.watched.append((hidden, version_of(hidden)))
-        if bias is not None:
-            self.watched.append((bias, version_of(bias)))
+            self.watched.append(_Watched(hidden, version_of(hidden)))
         self.inputs = hidden, weight, bias
-        self.address, self.hooks = weight.data_ptr(), hash(saved_tensors_hooks(True))
+        self.hooks, self.forward = hash(saved_tensors_hooks(True)), forwards.current
+        if not _hooks:  # the second hook is for calls in an optimizer's closure
+            _hooks.append(register_optimizer_step_pre_hook(_end_calls))
+            _hooks.append(register_optimizer_step_post_hook(_end_calls))
+        _calls.add(weakref.ref(self, _calls.discard))
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
@@ -125,21 +207,28 @@ class HeadCall:
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
 
-    def check(self) -> None:
+    def check(self, compares: bool = True) -> None:
         """Checks that the tensors from which the logits are computed have not changed.
 
+        Args:
+            compares: Whether elements may be compared, for which a GPU synchronises.
+
         Raises:
-            RuntimeError: One has been changed in place, or FSDP has freed the weight.
+            RuntimeError: One has been changed, or FSDP has freed the weight.
         """
-        unchanged = self.traced or self.inputs[1].data_ptr() == self.address
-        for tensor, version in self.watched:
-            unchanged = unchanged and version_of(tensor) == version
-        if not unchanged:
+        changed = " by an optimizer's step" if self.ended else None
+        if changed is None and any(each.has_moved() for each in self.watched):
+            changed = ""
+        # Nothing changes weights while the model's forward runs.
+        in_forward = self.traced or (self.forward and self.forward is forwards.current)
+        if changed is None and compares and not in_forward:
+            changed = "" if any(each.differs() for each in self.watched) else None
+        if changed is not None:
             raise RuntimeError(
                 "pyfused.convert: expected the head's input, weight and bias, and tensors that are "
                 "added to its logits or select their rows, to stay the same until the logits are "
-                "read, got one changed. Read the logits before the change, or call "
-                "pyfused.revert(model)"
+                f"read, got one changed{changed}. Read the logits before. For the accuracy of "
+                "training steps pass metrics=True to convert; or call pyfused.revert(model)"
             )
 
     def compute(self, reader: str) -> None:
@@ -162,7 +251,7 @@ class HeadCall:
 
     def loss(self, value: _Value, target: Tensor, options: dict[str, Any]) -> Any:
         """Returns the cross-entropy of the rows of a value."""
-        self.check()
+        self.check(compares=self.bypassed or self.inputs[0].device.type == "cpu")
         (_, weight, bias), shift = self.inputs, value.shift
         options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
         options["softcap"], options["scale"] = value.cap, value.scale
@@ -253,6 +342,8 @@ class _Value:
         """Returns the result of an operator if it is known without the logits, or else None."""
         call, before = self.call, self.example
         if not call.traced:
+            if call.ended:
+                call.check()
             inference = tensor.is_inference()
             if inference != torch.is_inference_mode_enabled():
                 return None
@@ -381,7 +472,7 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
     if indices is None:
         return None
     call.check()  # the selected rows are a copy
-    call.watched += [(part, version_of(part)) for part in parts]
+    call.watched += [_Watched(part, version_of(part)) for part in parts]
     return {"rows": value.rows[indices], "operation": (function, (indices,), {})}
 
 
@@ -435,7 +526,7 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
     elif bias.is_inference():
         return None
     else:
-        call.watched.append((bias, version_of(bias)))
+        call.watched.append(_watch(bias))
     bias = bias.reshape(-1)
     return {"shift": bias if value.shift is None else value.shift + bias}
 
@@ -573,6 +664,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, value: _Value, *inputs: Any) -> Any:
         ctx.save_for_backward(*inputs)
         ctx.materialize_grads = False
+        value.call.watched += [_watch(x) for x in inputs[1:] if x is not None]  # without a graph
         return value.tensor()
 
     @staticmethod

@@ -63,6 +63,37 @@ def disturb(model: Any, hidden: Tensor, kind: str) -> None:
         (model.head.weight if kind == "weight" else hidden).mul_(0.97)
 
 
+def averaged(model: nn.Module) -> None:
+    """Exchanges the weights for averages, as libraries do for an evaluation."""
+    for p in model.parameters():
+        p.data = 0.9 * p.data
+
+
+def written(model: nn.Module) -> None:
+    """Changes the weights without a new version, as the optimizers of other libraries do."""
+    for p in model.parameters():
+        p.data.mul_(0.9)
+
+
+def step_of(kind: Any, **options: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: kind(model.parameters(), 0.1, **options).step()
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: 0.9 * x for name, x in model.state_dict().items()})
+
+
+# Changes of all weights between two steps.
+UPDATES: dict[str, Callable[[nn.Module], Any]] = {
+    "fused": step_of(torch.optim.AdamW, fused=True),
+    "foreach": step_of(torch.optim.AdamW, foreach=True),
+    "plain": step_of(torch.optim.SGD, foreach=False),
+    ".data": written,
+    "average": averaged,
+    "load_state_dict": loaded,
+}
+
+
 class Drawn(nn.Module):
     """A model with random forwards: views, in-place changes, reads, and losses of its logits.
 
@@ -382,6 +413,9 @@ def step(model: Drawn, draw: random.Random, is_reference: bool) -> tuple[Any, li
                     seen.append(kept.grad)
         if total is not None:
             total.backward()
+            if draw.random() < 0.25:
+                seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+                UPDATES[draw.choice([*UPDATES])](model)
         seen = [x if x is None else x.clone() for x in seen]  # a read after backward
     except Exception as error:
         return error, []
@@ -811,6 +845,71 @@ def test_changes_before_the_logits_are_read(name: str) -> None:
             read(logits)
         if name == "freed":
             return
+
+
+def one_element(model: Any) -> None:
+    """Changes an element that is not compared."""
+    weight = model.head.weight
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[0, 1] = 1.0
+    torch.optim.SGD([weight], 0.1, fused=True).step()
+
+
+UPDATED: dict[str, Callable[[Any], Any]] = {
+    **UPDATES,
+    "bias": lambda model: model.head.bias.data.mul_(2),
+    "one element": one_element,
+    "one column": lambda model: model.head.weight.data[:, 3].mul_(2),
+}
+READERS: dict[str, Callable[[Tensor], Any]] = {
+    "argmax": lambda logits: logits.argmax(-1),
+    "a loss": lambda logits: F.cross_entropy(logits.flatten(0, 1), TARGET),
+    "a lazy result": lambda logits: (logits.detach() * 2).argmax(-1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", UPDATED)
+def test_reads_after_the_weights_have_changed(name: str, reader: str) -> None:
+    """Logits that were not computed before an optimizer's step raise an error after it."""
+    model = pyfused.convert(Model(), head="head")
+    logits, loss = model(X, TARGET)
+    computed, _ = model(X, TARGET)
+    expected = computed.argmax(-1)
+    loss.backward()
+    UPDATED[name](model)
+    with pytest.raises(RuntimeError, match=r"pyfused.convert: .* got one changed.* metrics=True"):
+        READERS[reader](logits)
+    assert torch.equal(computed.argmax(-1), expected)
+    model(X, TARGET)[0].argmax(-1)
+
+
+def test_a_call_in_the_closure_of_an_optimizer() -> None:
+    model = pyfused.convert(Model(), head="head")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    outputs: list[Tensor] = []
+
+    def closure() -> float:
+        outputs.append(model(X))
+        return 0.0
+
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="changed by an optimizer's step"):
+        outputs[0].argmax()
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_the_step_of_another_model_and_frozen_weights() -> None:
+    """The logits stay readable if their weights have not changed, even if they are NaN."""
+    model, other = (pyfused.convert(Model(), head="head") for _ in range(2))
+    model.head.weight.data[0] = float("nan")
+    logits = model(X)
+    for each in (other, model.emb):
+        torch.optim.SGD(each.parameters(), 0.1, fused=True).step()
+    torch.testing.assert_close(
+        logits.detach().clone(), F.linear(model.hidden, *model.head.parameters()), equal_nan=True
+    )
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")

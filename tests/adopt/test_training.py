@@ -103,6 +103,7 @@ import sys, torch
 before = set(sys.modules)
 import pyfused
 pyfused.convert(torch.nn.ReLU())
+assert not sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks
 print(*sorted(set(sys.modules) - before))
 """
 
