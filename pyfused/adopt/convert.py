@@ -6,6 +6,8 @@ import logging
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -109,8 +111,10 @@ def convert(
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
             to None if that cross-entropy was not fused.
         check: A batch, as a dictionary of the model's keyword arguments or a tuple of its
-            arguments. The model, in training mode, computes its loss and gradients before and after
-            the conversion, which have to be equal but for rounding.
+            arguments. The model computes its loss and gradients before and after the conversion,
+            which have to be equal up to rounding. A model in evaluation mode is checked in
+            training mode. Afterwards the modes of all modules, the buffers and torch's random state
+            are what they were.
 
     Returns:
         The same model.
@@ -153,26 +157,45 @@ def convert(
     return model
 
 
+@contextmanager
+def _unchanged(model: Module) -> Iterator[None]:
+    """Restores a model's training modes and buffers, and torch's random state."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(name, x, x.clone()) for name, x in model.named_buffers(remove_duplicate=False)]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for name, buffer, values in buffers:
+            *path, attribute = name.split(".")
+            setattr(model.get_submodule(".".join(path)), attribute, buffer)
+            if not torch.equal(buffer, values):
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
 def _step(model: Module, batch: Any) -> dict[str, torch.Tensor]:
     """Returns the loss of a batch and the gradients of the parameters, by name.
 
     Raises:
         TypeError: The model returns no loss for this batch.
     """
-    before = model.training
-    with torch.random.fork_rng():
+    with _unchanged(model):
+        if not model.training:  # otherwise each submodule keeps its mode
+            model.train()
         torch.manual_seed(0)  # for dropout
-        output = model.train()(**batch) if isinstance(batch, dict) else model(*batch)
-    model.train(before)
-    entries = output.values() if isinstance(output, dict) else output
-    parts = [entries] if isinstance(entries, torch.Tensor) else list(entries)
-    tensors = [x for x in parts if isinstance(x, torch.Tensor)]
-    losses = [x for x in tensors if x.dim() == 0 and x.requires_grad]
-    if not losses:
-        raise TypeError("check: expected a batch for which the model returns a loss, got none")
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(losses[0], [*named.values()], allow_unused=True)
-    found = {name: x for name, x in zip(named, gradients, strict=True) if x is not None}
+        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+        entries = output.values() if isinstance(output, dict) else output
+        parts = [entries] if isinstance(entries, torch.Tensor) else list(entries)
+        tensors = [x for x in parts if isinstance(x, torch.Tensor)]
+        losses = [x for x in tensors if x.dim() == 0 and x.requires_grad]
+        if not losses:
+            raise TypeError("check: expected a batch for which the model returns a loss, got none")
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(losses[0], [*named.values()], allow_unused=True)
+        found = {name: x for name, x in zip(named, gradients, strict=True) if x is not None}
     return {"the loss": losses[0].detach()} | found
 
 
