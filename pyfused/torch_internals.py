@@ -237,16 +237,6 @@ def is_compiled_module(module: Any) -> bool:
     return has_compiled_call(module) or isinstance(module, kind)
 
 
-_has_any_global_hook: Callable[[], bool] = getattr(
-    torch.nn.modules.module, "_has_any_global_hook", lambda: False
-)
-
-
-def has_hooks(module: Any) -> bool:
-    """Returns whether calling a module runs hooks."""
-    return has_own_hooks(module) or _has_any_global_hook()
-
-
 def has_own_hooks(module: Any) -> bool:
     """Returns whether a module has hooks, apart from those of all modules."""
     return bool(

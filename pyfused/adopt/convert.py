@@ -15,7 +15,7 @@ from torch.nn import Module
 
 import pyfused.nn as nn
 from pyfused import torch_internals
-from pyfused.adopt import gated_mlp, heads
+from pyfused.adopt import heads
 from pyfused.adopt.heads import has_original_forward
 from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.reasons import stacklevel
@@ -29,9 +29,9 @@ FUSED: dict[type[Module], type[Module]] = {
 _TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
 _LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}
 _NOTHING = (
-    "Nothing to convert: found no loss or activation of torch.nn that pyfused has, no gated MLP, "
-    "and no transformers language model. For another language model, pass head=, the name of "
-    "the linear layer that computes its logits."
+    "Nothing to convert: found no loss or activation of torch.nn that pyfused has, and no "
+    "transformers language model. For another language model, pass head=, the name of the linear "
+    "layer that computes its logits."
 )
 _ALREADY = heads.ALREADY, "is already a module of pyfused.nn"
 _MANY_OUTPUTS = 4096  # a layer with at least this many may be a head
@@ -82,12 +82,10 @@ def convert(
     In transformers' language models whose head is a plain linear layer, at any depth, head and loss
     become :func:`pyfused.functional.linear_cross_entropy`: in training mode, the head returns
     logits that are computed only if something other than their loss reads them, unless they are so
-    few that torch's loss is faster. Outputs of the model contain them as before; in a compiled
-    model, using them raises an error.
-
-    In MLPs, ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` becomes
-    :func:`pyfused.functional.swiglu`, ``geglu`` or ``reglu``, if a small random input gives the
-    same result.
+    few that torch's loss is faster. Outputs of the model contain them as before. Read them before
+    the optimizer's step: afterwards it is an error. In programs that ``torch.compile`` or
+    ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
+    there.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
     ``convert`` warns if nothing was replaced, and if a language model keeps its head, with the
@@ -140,11 +138,9 @@ def convert(
             module.__class__ = FUSED[type(module)]
             nn.keep_in_graphs(module)
             setattr(module, MARK, True)
-        elif head_name or heads.has_head(module):
+        else:
             heads.fuse(module, head_name, evaluation, metrics)
             kind = f"head and loss of {kind}"
-        elif function := gated_mlp.function_of(module):
-            gated_mlp.fuse(module, function)
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     number = "1 module" if kinds.total() == 1 else f"{kinds.total()} modules"
@@ -255,10 +251,8 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
             continue
         else:
-            reason, replacement = _reason_to_leave(module), f"pyfused.nn.{kind}"
-            if type(module) not in FUSED:
-                is_gated = gated_mlp.function_of(module) is not None
-                replacement = "a fused gated activation" if is_gated else ""
+            reason = _reason_to_leave(module)
+            replacement = f"pyfused.nn.{kind}" if type(module) in FUSED else ""
         if reason:
             left.append(Left(name, kind, reason))
             rows.append((name, kind, f"left: {reason}"))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from functools import wraps
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch.nn import Linear, Module
 
 from pyfused import torch_internals
 from pyfused.adopt import subclass
-from pyfused.adopt.lazy_logits import HeadCall, Logits, forwards, tell
+from pyfused.adopt.lazy_logits import HeadCall, forwards, tell
 from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.signature import PLAIN
 from pyfused.dispatch.sizes import is_small
@@ -46,14 +45,15 @@ def _linear_of(kind: Any) -> Any:
             return kind.forward(head, input)
         if options.metrics:
             head.pyfused_metrics = None
-        weight, bias = head.weight, head.bias
-        traced, device = is_dynamo_compiling(), input.device.type
+        if is_dynamo_compiling():
+            return kind.forward(head, input)
+        weight, bias, device = head.weight, head.bias, input.device.type
         autocast = None
         if torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
-        reason = _reason(head, input, weight, bias, autocast, traced)
+        reason = _reason(head, input, weight, bias, autocast)
         if reason is None:
-            return HeadCall(head, options, autocast, traced, input, weight, bias).logits()
+            return HeadCall(head, options, autocast, input, weight, bias).logits()
         if reason is not SILENT:
             tell(options.model_name, reason)
         return kind.forward(head, input)
@@ -62,37 +62,35 @@ def _linear_of(kind: Any) -> Any:
 
 
 def _reason(
-    head: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: Any, traced: bool
+    head: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: Any
 ) -> str | None:
     """Returns why a call of a converted head computes its logits, None if they are lazy."""
+    if active_mode() is not None:
+        return SILENT
     if "forward" in vars(head) or has_own_hooks(head):
         return reason_to_leave(head)
-    if not traced:
-        for value in (weight,) if bias is None else (weight, bias):
-            name = "weight" if value is weight else "bias"
-            if type(value) not in PLAIN:
-                return f"the {name} of its head is a {type(value).__name__}"
-            if value.device != input.device:
-                return f"the {name} of its head is on {value.device}, its input on {input.device}"
-            if value.is_inference():
-                return SILENT
-        if type(input) not in PLAIN or input.layout is not torch.strided or input.is_nested:
+    for value in (weight,) if bias is None else (weight, bias):
+        name = "weight" if value is weight else "bias"
+        if type(value) not in PLAIN:
+            return f"the {name} of its head is a {type(value).__name__}"
+        if value.device != input.device:
+            return f"the {name} of its head is on {value.device}, its input on {input.device}"
+        if value.is_inference():
             return SILENT
-        if input.is_meta:  # it has no elements to compare
-            return SILENT
-        if input.is_inference() != torch.is_inference_mode_enabled():
-            return SILENT
+    if type(input) not in PLAIN or input.layout is not torch.strided or input.is_nested:
+        return SILENT
+    # Tensors on meta have no elements to compare.
+    if input.is_meta or input.is_inference() != torch.is_inference_mode_enabled():
+        return SILENT
     if weight.numel() == 0:
         return "the weight of its head has no elements"
-    if not (traced or vars(head)[MARK].metrics) and is_small(
-        LINEAR_CROSS_ENTROPY, (input, weight), ()
-    ):
+    if not vars(head)[MARK].metrics and is_small(LINEAR_CROSS_ENTROPY, (input, weight), ()):
         return SILENT  # lazy logits would take longer than the loss
     dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     valid = dtypes <= _CAST_DTYPES if autocast else len(dtypes) == 1
     if not valid or input.numel() == 0 or input.shape[-1:] != weight.shape[-1:]:
         return SILENT
-    return None if traced or active_mode() is None else SILENT
+    return None
 
 
 def reason_to_leave(head: Any) -> str | None:
@@ -127,53 +125,18 @@ def has_original_forward(module: Any) -> bool:
     )
 
 
-# ---- a model's output ----------------------------------------------------------------------------
-
-
-class _Unread:
-    """Takes the place of logits in the output of a compiled model, which did not compute them."""
-
-    def __getattr__(self, name: str) -> Any:
-        _refuse()
-
-    @classmethod
-    def __torch_function__(cls, *_: Any) -> Any:
-        _refuse()
-
-    __getitem__ = __iter__ = __len__ = __bool__ = __array__ = lambda *_: _refuse()
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __getitem__
-    __neg__ = __lt__ = __gt__ = __le__ = __ge__ = __matmul__ = __getitem__
-
-
-def _refuse() -> Any:
-    raise AttributeError(  # which hasattr expects
-        "pyfused.convert: a compiled model does not compute the logits of its loss. For metrics of "
-        "training steps pass metrics=True to convert; for logits call pyfused.revert(model)"
-    )
-
-
-_UNREAD = _Unread()
-
-
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """A loss whose ``forward`` is traced by torch.compile, which knows torch's own class."""
+# ---- models and their heads ----------------------------------------------------------------------
 
 
 def _forward_of(kind: Any) -> Any:
     """Returns the ``forward`` of a converted model's class."""
-    names = inspect.unwrap(kind.forward).__globals__
-    if names.get("CrossEntropyLoss") is torch.nn.CrossEntropyLoss:
-        names["CrossEntropyLoss"] = CrossEntropyLoss  # forward makes one in each call
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return _without_unread(kind.forward(model, *args, **kwargs))
-        outer, forwards.current = forwards.current, object()
-        try:
             output = kind.forward(model, *args, **kwargs)
-        finally:
-            forwards.current = outer
+        else:
+            output = forwards.run(kind.forward, model, *args, **kwargs)
         name, metrics = vars(model).get(MARK, (None, False))
         if metrics:
             found = [head.pyfused_metrics for head in _heads_of(model, name)]
@@ -181,23 +144,6 @@ def _forward_of(kind: Any) -> Any:
         return output
 
     return forward
-
-
-def _without_unread(output: Any) -> Any:
-    """Removes logits that only their loss has read from the output of a compiled model."""
-    if isinstance(output, Logits) and output.value is not None:
-        call = output.value.call
-        return _UNREAD if call.bypassed and not call.computed else output
-    if isinstance(output, dict):
-        for name, entry in output.items():
-            if isinstance(entry, (Logits, tuple, dict)):
-                output[name] = _without_unread(entry)
-    if type(output) in (tuple, list):
-        return type(output)([_without_unread(entry) for entry in output])
-    return output
-
-
-# ---- models and their heads ----------------------------------------------------------------------
 
 
 def has_head(module: Any) -> bool:
@@ -262,8 +208,6 @@ def fuse(model: Any, name: str | None, evaluation: bool, metrics: bool) -> None:
     name = name or vars(model).get(MARK, (None,))[0]
     subclass.fuse(model, _forward_of, (name, metrics))
     vars(model).pop("pyfused_metrics", None)
-    if getattr(model, "loss_type", "") is None:  # torch.compile breaks the graph at a warning
-        model.loss_type = "ForCausalLM"  # what transformers uses after this warning
     for head in _heads_of(model, name):
         subclass.fuse(head, _linear_of, Options(evaluation, metrics, type(model).__name__))
         vars(head)["pyfused_metrics"] = None

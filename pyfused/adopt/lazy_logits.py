@@ -10,8 +10,7 @@ The tensor is a wrapper subclass with torch's own autograd graph, which begins w
 ``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
 operators. ``__torch_dispatch__`` computes the values.
 
-While torch.compile traces a program, the tensor holds logits, which the compiler removes if nothing
-reads them.
+In a program that torch.compile or torch.export traces, a converted head computes its logits.
 """
 
 from __future__ import annotations
@@ -67,7 +66,6 @@ _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
 
-@torch_internals.run_while_tracing  # the compiler breaks the graph at a warning
 def tell(model: str, reason: str) -> None:
     """Warns once that a converted model computes its logits."""
     message = f"pyfused.convert: {model} computes all of its logits: {reason}"
@@ -83,6 +81,14 @@ class Forwards(threading.local):
     """
 
     current: object = None
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a model's forward."""
+        outer, self.current = self.current, object()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.current = outer
 
 
 forwards = Forwards()
@@ -158,7 +164,6 @@ class HeadCall:
         inputs: The hidden states, of shape (..., D), the weight (C, D), and the bias (C) or None.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: A number for the active hooks of saved tensors.
-        traced: Whether torch.compile traces the call.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
@@ -169,16 +174,11 @@ class HeadCall:
         watched: Tensors that must not change until the logits are read.
     """
 
-    def __init__(
-        self, head: Any, options: Any, autocast: torch.dtype | None, traced: bool, *inputs: Any
-    ) -> None:
-        self.head, self.options, self.autocast, self.traced = head, options, autocast, traced
+    def __init__(self, head: Any, options: Any, autocast: torch.dtype | None, *inputs: Any) -> None:
+        self.head, self.options, self.autocast = head, options, autocast
         self.computed = self.bypassed = self.ended = self.keeps_lazy = False
         self.values: list[Callable[[], _Value | None]] = []
         self.watched: list[_Watched] = []
-        if traced:  # the compiler removes the copies if nothing changes the tensors
-            self.inputs: tuple[Any, ...] = tuple([x if x is None else x.clone() for x in inputs])
-            return
         hidden, weight, bias = inputs
         if hidden.is_inference():  # it has no version
             hidden = hidden.clone()
@@ -194,12 +194,6 @@ class HeadCall:
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
         hidden, weight, _ = self.inputs
-        if self.traced:
-            logits = F.linear(*self.inputs)
-            self.needs_grad = logits.requires_grad
-            tensor: Any = logits.as_subclass(Logits)
-            tensor.value = _Value(self, hidden, logits, self.needs_grad)
-            return tensor
         shape = *hidden.shape[:-1], weight.shape[0]
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
         value = _Value(self, hidden, example)
@@ -220,7 +214,7 @@ class HeadCall:
         if changed is None and any(each.has_moved() for each in self.watched):
             changed = ""
         # Nothing changes weights while the model's forward runs.
-        in_forward = self.traced or (self.forward and self.forward is forwards.current)
+        in_forward = self.forward is not None and self.forward is forwards.current
         if changed is None and compares and not in_forward:
             changed = "" if any(each.differs() for each in self.watched) else None
         if changed is not None:
@@ -236,18 +230,16 @@ class HeadCall:
         if self.computed:
             return
         self.check()
-        if self.bypassed and not self.traced:
+        if self.bypassed:
             reason = f"they are read by {reader} after their loss, which has not computed them. "
             reason += "For the accuracy of training steps pass metrics=True to convert; or call "
             tell(self.options.model_name, f"{reason}pyfused.revert(model)")
-        elif self.needs_grad or self.traced:
-            if self.traced and not is_dynamo_compiling():
-                reader = "code after a graph break"
+        elif self.needs_grad:
             tell(self.options.model_name, f"its logits are read by {reader}")
-        self.computed = True
         for reference in self.values:  # before an operator changes one of them in place
             if (value := reference()) is not None:
                 value.compute()
+        self.computed = True
 
     def loss(self, value: _Value, target: Tensor, options: dict[str, Any]) -> Any:
         """Returns the cross-entropy of the rows of a value."""
@@ -262,7 +254,7 @@ class HeadCall:
             )
         else:
             loss = linear_cross_entropy(value.rows, weight, target, **options)
-        self.bypassed = self.bypassed or self.traced or loss.requires_grad
+        self.bypassed = self.bypassed or loss.requires_grad
         return loss
 
 
@@ -276,7 +268,7 @@ class _Value:
     Attributes:
         call: The head's call.
         rows: The hidden states, in the shape of the tensor.
-        example: A meta tensor of the same shape, strides and dtype; in a traced call, the logits.
+        example: A meta tensor of the same shape, strides and dtype.
         needs_grad: Whether the result of the operator required a gradient.
         parent: The value from which an operator has made this one, None for the head's output.
         operation: The operator of ATen, and its arguments and keyword arguments after the parent.
@@ -321,7 +313,6 @@ class _Value:
             autocast = torch.autocast(self.rows.device.type, enabled=False)
             with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
                 if self.parent is None:
-                    self.call.check()
                     dtype = self.example.dtype
                     inputs = [x if x is None else x.to(dtype) for x in self.call.inputs]
                     self.real = F.linear(*inputs)  # type: ignore[arg-type]
@@ -341,57 +332,48 @@ class _Value:
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
         call, before = self.call, self.example
-        if not call.traced:
-            if call.ended:
-                call.check()
-            inference = tensor.is_inference()
-            if inference != torch.is_inference_mode_enabled():
-                return None
-            # An autograd function changes these if it returns the tensor.
-            if tensor.requires_grad != self.needs_grad or (not inference and version_of(tensor)):
-                return None
-        if function is (F.nll_loss if self.log else F.cross_entropy):
+        if call.ended:
+            call.check()
+        inference = tensor.is_inference()
+        if inference != torch.is_inference_mode_enabled():
+            return None
+        # An autograd function changes these if it returns the tensor.
+        if tensor.requires_grad != self.needs_grad or (not inference and version_of(tensor)):
+            return None
+        original = _original(function)
+        if original is (_NLL_LOSS if self.log else _CROSS_ENTROPY):
             return self.cross_entropy(*args, **kwargs)
-        rule = _RULES.get(function)
+        rule = _RULES.get(original)
         if rule is None or (self.log and rule not in _MOVES):
             return None
         changes = rule(self, function, args, kwargs)
         if changes is None:
             return None
         function, args, kwargs = changes.pop("operation", (function, args, kwargs))
-        if call.traced:
-            example = function(before, *args, **kwargs)
-            if example is before:
-                return tensor
-            needs_grad = self.needs_grad and torch.is_grad_enabled()
-            result = example.as_subclass(Logits)
-            result.value = value = replace(self, example=example)
-        else:
-            call.keeps_lazy = True
-            try:
-                result = function(tensor, *args, **kwargs)
-            finally:
-                call.keeps_lazy = False
-            if result is tensor:
-                return tensor
-            value, needs_grad = result.value, result.requires_grad
-            example = value.example
-        shape = example.shape
+        call.keeps_lazy = True
+        try:
+            result = function(tensor, *args, **kwargs)
+        finally:
+            call.keeps_lazy = False
+        if result is tensor:
+            return tensor
+        value: _Value = result.value
+        shape = value.example.shape
         if "rows" not in changes and shape != before.shape:
             # Views in the same order keep rows whole if they keep the last dimension.
             if shape[-1:] != before.shape[-1:]:
                 return None
             changes["rows"] = self.rows.reshape(*shape[:-1], self.rows.shape[-1])
-        if example.dtype is not changes.get("cast", before.dtype):
+        if value.example.dtype is not changes.get("cast", before.dtype):
             return None
         for name, attribute in changes.items():
             setattr(value, name, attribute)
-        value.needs_grad = needs_grad
+        value.needs_grad = result.requires_grad
         return result
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
-        if not isinstance(tensor, Tensor) or not (self.call.traced or type(tensor) in PLAIN):
+        if type(tensor) not in PLAIN:
             return False
         classes = len(self.call.inputs[1])
         shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
@@ -411,8 +393,7 @@ class _Value:
         """Returns the result of torch's function if it can be fused, or else None."""
         call, rows = self.call, self.rows
         if not (
-            isinstance(target, Tensor)
-            and (call.traced or type(target) in PLAIN)
+            type(target) in PLAIN
             and target.dtype is torch.int64
             and rows.dim() == 2
             and target.shape == rows.shape[:1]
@@ -421,7 +402,7 @@ class _Value:
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
             # A checkpoint of the loss alone has other hooks.
-            and (call.traced or call.hooks == hash(saved_tensors_hooks(True)))
+            and call.hooks == hash(saved_tensors_hooks(True))
         ):
             return None
         options: dict[str, Any] = {
@@ -468,7 +449,7 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
     parts = index if type(index) is tuple else (index,)
     if _keeps_rows(parts, len(shape)):
         return {"rows": value.rows[parts]}
-    indices = None if call.traced else _indices(parts, shape)
+    indices = _indices(parts, shape)
     if indices is None:
         return None
     call.check()  # the selected rows are a copy
@@ -521,12 +502,9 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
         return None
     if not value.is_constant(bias, value.rows.dtype) or bias.dim() > value.example.dim():
         return None
-    if call.traced:
-        bias = bias.clone()  # it may change before the loss; the compiler removes other copies
-    elif bias.is_inference():
+    if bias.is_inference():  # it has no version
         return None
-    else:
-        call.watched.append(_watch(bias))
+    call.watched.append(_watch(bias))
     bias = bias.reshape(-1)
     return {"shift": bias if value.shift is None else value.shift + bias}
 
@@ -562,40 +540,41 @@ def _tanh(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     return None if value.cap or args or kwargs else {"cap": 1 / value.scale}
 
 
-def _detach(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    return None if value.call.traced else {}
-
-
 def _clone(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A copy without a gradient, as DistributedDataParallel makes of a model's outputs."""
-    return None if value.call.traced or torch.is_grad_enabled() else {}
+    return None if torch.is_grad_enabled() else {}
 
 
+def _original(function: Any) -> Any:
+    """Returns torch's function for one that :func:`pyfused.patch` has put in its place."""
+    return getattr(function, "__wrapped__", function)
+
+
+_CROSS_ENTROPY, _NLL_LOSS = _original(F.cross_entropy), _original(F.nll_loss)
 _MOVES = (_view, _index)
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
-_RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous), _view),
-    **dict.fromkeys((Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze), _view),
-    **dict.fromkeys((Tensor.squeeze, torch.squeeze), _view),
-    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
-    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _add),
-    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _scale),
-    **dict.fromkeys(_QUOTIENTS, _scale),
-    **dict.fromkeys((Tensor.float, Tensor.to), _cast),
-    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
-    **dict.fromkeys((Tensor.detach, torch.detach), _detach),
-    **dict.fromkeys((Tensor.clone, torch.clone), _clone),
-    Tensor.__getitem__: _index,
-}
+_FUNCTIONS_OF_RULES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+    (_view, (Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous)),
+    (_view, (Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze)),
+    (_view, (Tensor.squeeze, torch.squeeze, Tensor.detach, torch.detach)),
+    (_index, (Tensor.__getitem__,)),
+    (_log_softmax, (F.log_softmax, torch.log_softmax, Tensor.log_softmax)),
+    (_add, (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)),
+    (_scale, (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, *_QUOTIENTS)),
+    (_cast, (Tensor.float, Tensor.to)),
+    (_tanh, (Tensor.tanh, torch.tanh)),
+    (_clone, (Tensor.clone, torch.clone)),
+)
+_RULES = {_original(each): rule for rule, functions in _FUNCTIONS_OF_RULES for each in functions}
 
 
 # ---- the tensor subclass -------------------------------------------------------------------------
 
 
-class Logits(Tensor):
-    """The output of a converted head, or of an operator on it; torch.compile sees this class."""
+class LazyLogits(Tensor):
+    """The output of a converted head, or of an operator on it, without memory."""
 
-    value: Any = None
+    value: _Value
 
     @classmethod
     def __torch_function__(
@@ -603,16 +582,15 @@ class Logits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         tensor: Any = args[0] if args else None
+        is_lazy = isinstance(tensor, LazyLogits)
         with DisableTorchFunctionSubclass():
-            if isinstance(tensor, Logits) and tensor.value is not None:
-                if function in _METADATA:
-                    return function(*args, **kwargs)
-                if not tensor.value.call.computed:
-                    result = tensor.value.apply(tensor, function, args[1:], kwargs)
-                    if result is not None:
-                        return result
+            if is_lazy and function in _METADATA:
+                return function(*args, **kwargs)
+            if is_lazy and not tensor.value.call.computed:
+                result = tensor.value.apply(tensor, function, args[1:], kwargs)
+                if result is not None:
+                    return result
             name = _name_of(function)
-            is_lazy = isinstance(tensor, LazyLogits)
             if is_lazy and function in _OF_NODES:
                 _expect_gradient(tensor, name)
                 with torch.inference_mode(tensor.is_inference()):
@@ -622,18 +600,12 @@ class Logits(Tensor):
                 if name == "data":
                     raise _error_in_place("memory", name)
                 return function(*args, **kwargs)
-            if function in _BACKWARD and not is_dynamo_compiling():
+            if function in _BACKWARD:
                 others, kwargs = tree_map(lambda x: _edge_of(x, function), (args[1:], kwargs))
                 args = *args[:1], *others
-            if type(tensor).__module__ == "numpy" and is_dynamo_compiling():
-                args = torch.as_tensor(tensor), *args[1:]  # a NumPy scalar times logits
             args, kwargs = tree_map(lambda x: _view_of(x, name), (args, kwargs))
         result = function(*args, **kwargs)
         return tensor if is_lazy and result is args[0] else result
-
-
-class LazyLogits(Logits):
-    """Logits without memory."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -652,9 +624,10 @@ class LazyLogits(Logits):
         return tensor
 
 
-torch_internals.skip_frames(Logits.__torch_function__)
+# A compiled function breaks its graph at operators of lazy logits; they run uncompiled.
+torch_internals.skip_frames(LazyLogits.__torch_function__)
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
-reasons.not_logged.update(f"input is a {kind.__name__}" for kind in (Logits, LazyLogits))
+reasons.not_logged.add(f"input is a {LazyLogits.__name__}")
 
 
 class _Head(torch.autograd.Function):
@@ -703,14 +676,9 @@ def _values_of(x: Any) -> Any:
 
 def _view_of(x: Any, reader: str) -> Any:
     """Returns a plain view of a lazy tensor for an operator; returns others unchanged."""
-    if not isinstance(x, Logits):
+    if not isinstance(x, LazyLogits):
         return x
-    value: _Value | None = x.value
-    if value is None:  # torch.compile iterates over logits without __torch_function__
-        return x.as_subclass(Tensor)
-    value.call.compute(reader)
-    if value.call.traced:
-        return value.example
+    x.value.call.compute(reader)
     with torch.inference_mode(x.is_inference()):
         return x.view_as(x)
 
@@ -766,8 +734,6 @@ _CALLERS = "torch.overrides", "torch._tensor", "torch.utils._pytree"
 
 
 def _name_of(function: Any) -> str:
-    if is_dynamo_compiling():
-        return "an operator"
     name = getattr(function, "__name__", str(function))
     name = function.__self__.__name__ if name in ("__get__", "__set__") else name.strip("_")
     return "indexing" if name == "getitem" else name

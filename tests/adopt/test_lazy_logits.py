@@ -679,6 +679,18 @@ def test_copies(name: str, losses: list[Tensor]) -> None:
     assert type(model(X, TARGET)[0]) is Tensor
 
 
+@pytest.mark.parametrize("loss_of", ["cross_entropy", "nll_loss of log_softmax"])
+def test_a_patched_loss(loss_of: str, losses: list[Tensor]) -> None:
+    model = pyfused.convert(Model(), head="head")
+    with pyfused.patch():
+        logits = model(X).flatten(0, 1)
+        if loss_of == "cross_entropy":
+            F.cross_entropy(logits, TARGET)
+        else:
+            F.nll_loss(F.log_softmax(logits, -1), TARGET)
+    assert losses
+
+
 def test_a_call_keeps_no_references() -> None:
     """Logits, hidden states and the model are freed without garbage collection."""
     kept: list[Any] = []
@@ -982,84 +994,59 @@ def test_metrics() -> None:
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-def view_first(_: Any, logits: Tensor) -> Tensor:
-    view = logits.view(-1, 40)
-    logits.mul_(9.0)
-    return view
-
-
-def without_gradient_first(_: Any, logits: Tensor) -> Tensor:
-    with torch.no_grad():
-        view = logits.view(-1, 40)
-        logits.argmax(-1)
-    return view + 2 * logits.view(-1, 40)
-
-
 def broken(_: Any, logits: Tensor) -> Tensor:
-    view = 2 * logits
     torch._dynamo.graph_break()
-    logits.mul_(3)
-    return view + logits
+    return 2 * logits
 
 
-def doubled_input(model: Any, logits: Tensor) -> Tensor:
-    """Changes the head's input in place after the head's call."""
-    with torch.no_grad():
-        model.hidden.mul_(2.0)
-    return logits
+class BrokenBody(Model):
+    """A model whose graph breaks before the head, whose forward is then compiled separately."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
+        hidden = self.emb(x)
+        torch._dynamo.graph_break()
+        logits = self.head(hidden)
+        return logits, F.cross_entropy(logits.flatten(0, 1), target)
 
 
-COMPILED: list[tuple[Callable[..., Tensor], bool | None]] = [
-    (_keep, True),
-    (lambda _, x: 3 * torch.tanh(x.float().view(size=(-1, 40)) / 3), True),
-    (lambda model, x: x[:, 1:].reshape(-1, 40).repeat(2, 1)[:64] * 1.25, False),
-    (view_first, False),
-    (without_gradient_first, False),
-    (broken, False),
-    (lambda _, x: np.float32(0.5) * x, None),
-    (lambda _, x: torch.cat([*x]), None),
-]
+COMPILED = {"": Model, "a break after the head": partial(Model, broken), "before": BrokenBody}
 
 
 @pytest.mark.filterwarnings("ignore")  # raised by Dynamo
-@pytest.mark.usefixtures("compiled_always")
-@pytest.mark.parametrize(("change", "is_fused"), COMPILED)
-def test_a_compiled_model(change: Callable[..., Tensor], is_fused: bool | None) -> None:
-    from torch._dynamo.backends.common import aot_autograd
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_model_is_that_of_torch(name: str) -> None:
+    """The graphs, logits, loss and gradients are those of the model before its conversion."""
+    found: list[Any] = []
+    for convert in (False, True):
+        torch.compiler.reset()
+        graphs: list[str] = []
 
-    names: list[str] = []
+        def backend(program: Any, _: Any, graphs: list[str] = graphs) -> Any:
+            graphs.append(str([(node.op, str(node.target)) for node in program.graph.nodes]))
+            return program.forward
 
-    def forward(program: Any, _: Any) -> Any:
-        names.extend(str(node.target) for node in program.graph.nodes)
-        return program
-
-    torch.compiler.reset()
-    expected = results(Model(change))
-    model = pyfused.convert(Model(change), head="head")
-    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda program, _: program)
-    fullgraph = change is not broken and is_fused is not None
-    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
-    logits, loss = compiled(X, TARGET)
-    loss.backward()
-    found = loss.detach(), *(p.grad for p in model.parameters())
-    torch.testing.assert_close(found, expected)
-    fused = any("linear_cross_entropy" in name for name in names)
-    assert fused == is_fused or is_fused is None
-    if is_fused:
-        assert not any("addmm" in name for name in names), names
-        assert not hasattr(logits, "shape")
-        with pytest.raises(AttributeError, match=r"pyfused.convert: a compiled model does not"):
-            logits.argmax(-1)
-        with pytest.raises(AttributeError, match=r"pyfused.convert: a compiled model does not"):
-            torch.argmax(logits)
+        model: Any = COMPILED[name]()
+        if convert:
+            pyfused.convert(model, head="head", metrics=True)
+            model(X, TARGET)
+            assert model.pyfused_metrics is not None
+        logits, loss = torch.compile(model, backend=backend, fullgraph=not name)(X, TARGET)
+        assert type(logits) is Tensor
+        gradients = torch.autograd.grad(loss, [*model.parameters()])
+        calls = [graph.count("call_function") for graph in graphs]
+        found.append((logits.detach(), loss.detach(), gradients, calls))
+    assert model.pyfused_metrics is None
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
-def test_a_compiled_model_that_changes_its_hidden_states(compiler: None) -> None:
-    """The loss uses the values of the head's call."""
-    model = pyfused.convert(Model(doubled_input), head="head")
-    found = torch.compile(model, backend="aot_eager")(X, TARGET)[1]
-    torch.testing.assert_close(found, Model(doubled_input)(X, TARGET)[1])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the attribute `hidden`
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_is_that_of_torch(strict: bool) -> None:
+    plain, model = Model(), pyfused.convert(Model(), head="head")
+    programs = [torch.export.export(m, (X, TARGET), strict=strict) for m in (plain, model)]
+    assert programs[0].graph_module.code == programs[1].graph_module.code
+    found = [program.module()(X, TARGET) for program in programs]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_a_compiled_loss(compiler: None, losses: list[Tensor]) -> None:
@@ -1074,16 +1061,6 @@ def test_a_compiled_loss(compiler: None, losses: list[Tensor]) -> None:
         torch.autograd.grad(x, [*m.parameters()]) for x, m in ((loss, model), (plain, expected))
     ]
     torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_a_compiled_model_warns_once(compiler: None) -> None:
-    model = pyfused.convert(Model(), head="head")
-    model.head.register_forward_hook(lambda *_: None)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with pytest.warns(RuntimeWarning, match="Model computes all of its logits: its head has hooks"):
-        compiled(X, TARGET)
-    torch.compiler.reset()
-    compiled(X, TARGET)  # a second warning would be an error
 
 
 def test_torch_jit_trace() -> None:
