@@ -789,11 +789,9 @@ def test_torchs_errors(options: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 READS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "argmax": lambda logits, _: logits.argmax(-1),
     "pickle": lambda logits, _: pickle.loads(pickle.dumps(logits)).detach(),
     "NumPy": lambda logits, _: torch.from_numpy(logits.detach().numpy()),
     "after backward": lambda logits, loss: (loss.backward(), logits.argmax(-1))[1],
-    "detached": lambda logits, _: logits.detach().clone(),
 }
 
 
@@ -841,7 +839,6 @@ def test_gradients_of_logits_after_their_loss(name: str, read: bool) -> None:
 
 CHANGED: dict[str, Callable[[Any], Any]] = {
     "hidden": lambda model: model.hidden.mul_(2),
-    "weight": lambda model: model.head.weight.mul_(2),
     "freed": lambda model: model.head.weight.untyped_storage().resize_(0),
 }
 
@@ -873,17 +870,16 @@ UPDATED: dict[str, Callable[[Any], Any]] = {
     "one element": one_element,
     "one column": lambda model: model.head.weight.data[:, 3].mul_(2),
 }
-READERS: dict[str, Callable[[Tensor], Any]] = {
-    "argmax": lambda logits: logits.argmax(-1),
-    "a loss": lambda logits: F.cross_entropy(logits.flatten(0, 1), TARGET),
-    "a lazy result": lambda logits: (logits.detach() * 2).argmax(-1),
-}
+READERS: list[Callable[[Tensor], Any]] = [
+    lambda logits: logits.argmax(-1),
+    lambda logits: F.cross_entropy(logits.flatten(0, 1), TARGET),
+    lambda logits: (logits.detach() * 2).argmax(-1),
+]
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", UPDATED)
-def test_reads_after_the_weights_have_changed(name: str, reader: str) -> None:
+def test_reads_after_the_weights_have_changed(name: str) -> None:
     """Logits that were not computed before an optimizer's step raise an error after it."""
     model = pyfused.convert(Model(), head="head")
     logits, loss = model(X, TARGET)
@@ -891,8 +887,10 @@ def test_reads_after_the_weights_have_changed(name: str, reader: str) -> None:
     expected = computed.argmax(-1)
     loss.backward()
     UPDATED[name](model)
-    with pytest.raises(RuntimeError, match=r"pyfused.convert: .* got one changed.* metrics=True"):
-        READERS[reader](logits)
+    for reader in READERS:
+        error = r"pyfused.convert: .* got one changed.* metrics=True"
+        with pytest.raises(RuntimeError, match=error):
+            reader(logits)
     assert torch.equal(computed.argmax(-1), expected)
     model(X, TARGET)[0].argmax(-1)
 
