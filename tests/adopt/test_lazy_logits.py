@@ -429,10 +429,11 @@ def compare(seed: int, calls: int = 4) -> Counter[str]:
     plain, model = Drawn(seed), Drawn(seed)
     options = {"evaluation": seed % 3 > 0, "metrics": seed % 4 == 0}
     pyfused.convert(model, head="head", **options)
-    found: Counter[str] = Counter()
+    found, state = Counter[str](), copy.deepcopy(plain.state_dict())
     for number in range(calls):
         found[compare_call(plain, model, 1000 * seed + number)] += 1
-        model.load_state_dict(plain.state_dict())
+        plain.load_state_dict(state)
+        model.load_state_dict(state)
     return found
 
 
