@@ -49,6 +49,8 @@ _BROADCASTING = (
     "incorrect results due to broadcasting. Please ensure they have the same size."
 )
 
+# Weights of these dtypes are converted to float32, because half precision would round them.
+_INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 _SCALAR = torch.empty((), device="meta")  # the layout of an operand that is a number
 
 # Takes the operands, the weight and the options. Returns the divisor of the sum: a tensor, or a
@@ -57,7 +59,11 @@ Denominator = Callable[[Sequence[Tensor], Tensor | None, Options], Tensor | Divi
 
 
 def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    """Reduces losses; a weighted mean divides by the sum of the weights."""
+    """Reduces losses; a weighted mean divides by the sum of the weights.
+
+    The weights are summed in float64. Half precision is weighted and summed in float32, and rounded
+    once. The result has the dtype of torch's ``(loss * weight).sum() / weight.sum()``.
+    """
     if weight is not None:
         checks.tensor("weight", weight)
         checks.expands("weight", weight.shape, "input", loss.shape)
@@ -66,8 +72,17 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     checks.reduction(reduction)
     if weight is None:
         return loss.mean() if reduction == "mean" else loss.sum()
-    total = (loss * weight).sum()
-    return total / weight.expand_as(loss).sum() if reduction == "mean" else total
+    # Empty tensors give torch's dtypes; torch.compile cannot trace torch.result_type.
+    product = loss.new_empty((0,) * min(loss.dim(), 1)) * weight.new_empty((0,) * weight.dim())
+    result = product.sum()
+    wide = loss.float() if product.dtype in (torch.float16, torch.bfloat16) else loss
+    total = (wide * weight).sum()
+    if reduction == "mean":
+        result = result / weight.new_empty(()).sum()
+        exact = torch.float32 if weight.device.type == "mps" else torch.float64  # it lacks float64
+        dtype = torch.promote_types(weight.dtype, exact)
+        total = total / weight.expand_as(loss).sum(dtype=dtype)
+    return total.to(result.dtype)
 
 
 def elements(*_: Any) -> Divisor:
@@ -310,7 +325,11 @@ class TensorLoss(CompiledOperator, SpecializedOperator):
         kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in indexed])
         modes = to, torch.get_default_dtype()
         result = self._result_dtype(kinds, device, modes, reduction)
-        return reduce(torch.promote_types, [kind[1] for kind in kinds], result), result
+        dtypes = [
+            torch.float32 if i == self._weight and dtype in _INTEGERS else dtype
+            for i, dtype, _ in kinds
+        ]
+        return reduce(torch.promote_types, dtypes, result), result
 
     def _dtype_of_result(
         self,

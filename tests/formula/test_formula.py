@@ -152,6 +152,49 @@ def test_reductions(name: str, reduction: str, weighted: bool, kernel_calls: Ker
 
 
 @pyfused.loss
+def squared(input: Tensor, target: Tensor) -> Tensor:
+    return (input - target) ** 2
+
+
+@grid(
+    kind=[torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATS],
+    dtype=FLOATS,
+    shape=[(30, N), (N,), ()],
+    reduction=["mean", "sum", "none"],
+    by_kernel=[True, False],
+)
+def test_weights_of_every_dtype(
+    kind: torch.dtype,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    reduction: str,
+    by_kernel: bool,
+    kernel_calls: KernelCalls,
+) -> None:
+    """Half precision represents the losses, but neither the sums nor the integer weights."""
+    input, target = torch.randint(-7, 8, (2, 30, N)).to(dtype)
+    weight = torch.randint(1, 2000, shape).to(kind)
+    leaf, scale = input.requires_grad_(), 1024.0 if reduction == "mean" else 0.125
+
+    def definition(input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        each = (input - target) ** 2 * weight
+        total = each.sum()
+        by = weight.expand_as(each).sum()
+        return {"none": each, "sum": total, "mean": total / by}[reduction]
+
+    with contextlib.nullcontext() if by_kernel else Recording():
+        got = squared(leaf, target, weight=weight, reduction=reduction)
+        (gradient,) = torch.autograd.grad(got, leaf, torch.full_like(got, scale))
+    wide = input.detach().double().requires_grad_()
+    expected = definition(wide, target.double(), weight.double())
+    (best,) = torch.autograd.grad(expected, wide, torch.full_like(expected, scale))
+    assert got.dtype is definition(input, target, weight).dtype
+    for result, exact in ((got, expected), (gradient, best)):
+        close(result, exact.to(result.dtype), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    assert bool(kernel_calls[squared.op.name]) == by_kernel
+
+
+@pyfused.loss
 def kinks(input: Tensor, target: Tensor, *, low: float = -1.0, high: float = 2.0) -> Tensor:
     d = input - target
     return (
@@ -314,6 +357,8 @@ def test_a_masked_loss(kernel_calls: KernelCalls) -> None:
     close(*first)
     close(*[torch.autograd.grad(gradient.sum(), x)[0] for gradient in first])
     assert kernel_calls[mine.op.name]
+    compiled = torch.compile(mine, backend="eager", fullgraph=True)
+    close(compiled(x, y, mask, weight=mask.half()), theirs)
 
 
 def _assigned(x: Tensor, m: Tensor) -> Tensor:
