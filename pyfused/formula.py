@@ -27,6 +27,7 @@ from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Operand, Options, Tensors
 from pyfused.dispatch.reasons import stacklevel
+from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.formula_compiler.outside import Outside
 from pyfused.formula_compiler.program import (
@@ -99,6 +100,7 @@ class FormulaOperator(PointwiseLoss):
         self.family = formula.family
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by the cases of the numbers
+        self.broadcasts = lru_cache(_MOST_TRACES)(self._broadcasts)
 
     @cached_property
     def generic(self) -> Kernel | str:
@@ -129,8 +131,8 @@ class FormulaOperator(PointwiseLoss):
     def _traced(self, cases: tuple[Any, ...]) -> Kernel | str:
         """Returns the kernel for the cases of the numbers, or why there is none."""
         names = [scalar.name for scalar in self.numbers]
-        trace = partial(self._trace_kernel, len(self.variables))
-        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), trace, stabilize=True)
+        method = partial(self._trace_kernel, len(self.variables))
+        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), method, stabilize=True)
         try:
             kernel.program(self.all_outputs)
         except Exception as error:  # the user's function may raise anything; torch then runs it
@@ -148,10 +150,24 @@ class FormulaOperator(PointwiseLoss):
         return kernel.program(outputs), self._parameters(kernel)
 
     def _reason_of_shapes(self, *arguments: Any) -> str | None:
-        shapes, kernel = {x.shape for x in arguments[: len(self.variables)]}, self.generic
-        if len(shapes) > 1 and isinstance(kernel, Kernel) and kernel.methods[0].expressions.indexed:
-            return "a mask is an index, and the operands differ in shape"
+        """Returns why a kernel, which broadcasts all operands, cannot compute the result."""
+        shapes = [x.shape for x in arguments[: len(self.variables)]]
+        if shapes.count(shapes[0]) == len(shapes) or isinstance(self.generic, str):
+            return None
+        try:
+            torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            return "the operands do not broadcast"
+        if not self.broadcasts(tuple([_small_shape(shape) for shape in shapes])):
+            return "the function does not broadcast all operands"
         return None
+
+    def _broadcasts(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
+        """Returns whether the function broadcasts operands of these shapes."""
+        functions = [f for f in (self.formula, self.gradient) if f is not None]
+        numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
+        shape = trace.result_shape(functions, shapes, dtypes, numbers)
+        return shape == torch.broadcast_shapes(*shapes)
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         operands = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
@@ -163,6 +179,11 @@ class FormulaOperator(PointwiseLoss):
             shape, *others = {operand.shape for operand in operands}
             shape = torch.broadcast_shapes(shape, *others) if others else shape
             checks.expands("weight", weight.shape, "input", shape)
+
+
+def _small_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns a shape that broadcasts in the same way, with a different size in each dimension."""
+    return tuple([1 if n == 1 else len(shape) - dim + 1 for dim, n in enumerate(shape)])
 
 
 def _exponents(kernel: Kernel) -> set[int]:

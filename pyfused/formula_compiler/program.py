@@ -169,11 +169,10 @@ class Expressions:
         scalars: Whether each expression has the same value for all elements.
         masks: Whether each expression is always 0 or 1.
         stabilized: Whether a rewrite has made results finite or accurate that were not.
-        indexed: Whether a mask is an index; operands then do not broadcast.
     """
 
     def __init__(self, stabilize: bool = True) -> None:
-        self.stabilize, self.stabilized, self.indexed = stabilize, False, False
+        self.stabilize, self.stabilized = stabilize, False
         self.nodes: list[Node] = []
         self.scalars: list[bool] = []
         self.masks: list[bool] = []

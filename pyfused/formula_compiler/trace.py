@@ -27,7 +27,7 @@ from pyfused.types import NUMBER
 # Takes the operands, the arguments and the scale of the gradients.
 Function = Callable[[list[Tensor], list[Any], Tensor], Sequence[Tensor | None]]
 
-_SHAPE = (2, 3)  # shape of the example operands
+_SHAPE = (5, 1, 7)  # of the example operands; formulas hardly have these sizes in their code
 _REDUCTIONS = ("sum", "mean")  # of losses
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 
@@ -195,7 +195,7 @@ def _expressions_of(
 ) -> tuple[Expressions, list[int]]:
     recorder, count = Recorder(stabilize), 0
     e = recorder.e
-    values = torch.linspace(0.25, 0.75, 6, dtype=torch.float64, device="cpu").view(_SHAPE)
+    values = torch.linspace(0.25, 0.75, 35, dtype=torch.float64, device="cpu").view(_SHAPE)
     leaves, arguments = list[Tensor](), list[Any]()
     for k, dtype in enumerate(dtypes):
         is_float = dtype.is_floating_point
@@ -219,6 +219,31 @@ def _expressions_of(
     with recorder, _TensorsOnly():
         results = function(leaves, arguments, scale)
     return e, [recorder.read(0.0 if each is None else each) for each in results]
+
+
+def result_shape(
+    functions: Sequence[Callable[..., Any]],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[torch.dtype],
+    numbers: Sequence[float],
+) -> tuple[int, ...] | None:
+    """Returns the shape of the first function's result for operands of these shapes.
+
+    Calls the functions, in a new thread. Returns None if one of them does not take the shapes, for
+    example because it changes a smaller tensor in place, or because a mask is an index.
+    """
+
+    def call() -> tuple[int, ...] | None:
+        pairs = zip(shapes, dtypes, strict=True)
+        operands = [torch.ones(shape, dtype=dtype, device="cpu") for shape, dtype in pairs]
+        try:
+            value, *_ = [function(*operands, *numbers) for function in functions]
+        except (IndexError, RuntimeError, ValueError, UserWarning):
+            return None
+        return tuple(value.shape)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
 
 
 def elementwise(value: Any) -> Tensor:
@@ -317,7 +342,6 @@ def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
 
 
 def _index_put(e: E, a: int, indices: list[int], values: int) -> int:
-    e.indexed = True
     return e.where(indices[0], values, a)
 
 

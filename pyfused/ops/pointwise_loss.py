@@ -434,11 +434,14 @@ class PointwiseLoss(TensorLoss):
             pairs = zip(gradients, variables, strict=True)
             return [value, *(g if variable.differentiated else None for g, variable in pairs)]
 
-        dtypes = [torch.bool if k in self.masks else torch.float64 for k in range(operands)]
-        e, (value, *gradients) = kernel.expressions(run, dtypes)
+        e, (value, *gradients) = kernel.expressions(run, self.dtypes(operands))
         if self.gradient is not None:
             gradients = [e.scaled(gradient) for gradient in gradients]
         return [Method([variable.name for variable in variables], e, [value, *gradients])]
+
+    def dtypes(self, operands: int) -> list[torch.dtype]:
+        """Returns the dtypes of the first operands in a trace."""
+        return [torch.bool if k in self.masks else torch.float64 for k in range(operands)]
 
     def prepared(
         self,

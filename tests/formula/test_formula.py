@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -457,6 +458,82 @@ def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> Non
     assert kernel_calls[four.op.name]
 
 
+@pyfused.loss
+def partly_used(input: Tensor, target: Tensor, *, use_target: bool = False) -> Tensor:
+    return (input - target) ** 2 if use_target else input * input
+
+
+@pyfused.loss
+def changed_in_place(input: Tensor, target: Tensor) -> Tensor:
+    value = 2 * input
+    value += target
+    return value
+
+
+@pyfused.loss
+def indexed(input: Tensor, target: Tensor) -> Tensor:
+    value = input - 2
+    value[target > 0] = 0.25
+    return value
+
+
+@pyfused.loss
+def indexed_in_its_gradient(input: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * input * input + 0 * target
+
+
+@indexed_in_its_gradient.gradient
+def _(input: Tensor, target: Tensor) -> tuple[Tensor, None]:
+    slope = 1 * input
+    slope[target > 0] = 0
+    return slope, None
+
+
+SHAPES = [
+    *(((6,), (6,)), ((6,), (6, 6)), ((6, 6), (6,)), ((6, 6), (6, 1)), ((6, 1), (6,))),
+    *(((6,), ()), ((6,), (4,))),
+]
+
+
+@grid(
+    shapes=SHAPES,
+    formula=[
+        partly_used,
+        partial(partly_used, use_target=True),
+        changed_in_place,
+        indexed,
+        indexed_in_its_gradient,
+    ],
+    weighted=[False, True],
+)
+def test_broadcasting_is_the_functions(
+    shapes: tuple[tuple[int, ...], ...],
+    formula: Callable[..., Tensor],
+    weighted: bool,
+    kernel_calls: KernelCalls,
+) -> None:
+    """Kernels broadcast all operands; a function may ignore some, or be unable to."""
+    input, target = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    weight = torch.rand(6, 6) if weighted else None
+
+    def outcome(mode: Any) -> Any:
+        leaf = input.clone().requires_grad_()
+        with mode:
+            try:
+                value = formula(leaf, target, weight=weight, reduction="sum")
+                value.backward()
+            except (IndexError, RuntimeError) as error:
+                return type(error)
+        return value, leaf.grad
+
+    got, expected = outcome(contextlib.nullcontext()), outcome(Recording())
+    if isinstance(expected, type):
+        assert got is expected
+    else:
+        close(got, expected)
+    assert shapes[0] != shapes[1] or weighted or kernel_calls.total()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes_match_torch(dtype: torch.dtype) -> None:
     operands = [x.to(dtype) for x in operands_of("wing", 20)]
@@ -819,7 +896,8 @@ WRONG: tuple[tuple[Any, str], ...] = (
     (lambda input: absent(input), r"name 'absent' is not defined\. Pass"),  # noqa: F821
     (lambda input: (input, input), "expected the function to return one tensor, got tuple"),
     (lambda input: (input, None)[1], "return a tensor, got None; add a return"),
-    (lambda input: input.flatten(), r"expected an elementwise formula.*\(6,\)"),
+    (lambda input: input.flatten(), r"expected an elementwise formula.*\(35,\)"),
+    (lambda input: input * torch.ones(3), "size of tensor"),
 )
 
 
