@@ -6,7 +6,6 @@ import importlib
 import inspect
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial, update_wrapper
 from itertools import product
@@ -26,10 +25,9 @@ from pyfused.backends.protocol import Divisor, Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Operand, Options, Tensors
-from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler import trace
+from pyfused.formula_compiler.capture import Capture
 from pyfused.formula_compiler.kernel import Kernel
-from pyfused.formula_compiler.outside import Outside
 from pyfused.formula_compiler.program import (
     EXPONENTS,
     OPERANDS,
@@ -52,7 +50,7 @@ class FormulaOperator(PointwiseLoss):
     """The operator of a user's formula; an activation is a loss without reduction.
 
     A formula has an operator for each choice of masks among its operands, and for each value of its
-    static parameters and of what it reads from outside. Its numbers are the other parameters.
+    static parameters. Its numbers are the other parameters.
 
     Attributes:
         problem: Why the formula is not traced, "" if it is.
@@ -92,7 +90,7 @@ class FormulaOperator(PointwiseLoss):
             choices=("reduction",),
             fallback_reason=self._reason_of_shapes,
             torch=compute,
-            formula=partial(evaluate, formula.written),
+            formula=partial(evaluate, formula.captured),
             gradient=partial(evaluate, formula.slopes_of) if formula.slopes is not None else None,
             denominators={"mean": _mean_of_weights},
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
@@ -166,8 +164,8 @@ class FormulaOperator(PointwiseLoss):
         """Returns whether the function broadcasts operands of these shapes."""
         functions = [f for f in (self.formula, self.gradient) if f is not None]
         numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
-        shape = trace.result_shape(functions, shapes, dtypes, numbers)
-        return shape == torch.broadcast_shapes(*shapes)
+        expected = torch.broadcast_shapes(*shapes)
+        return trace.result_shape(functions, shapes, dtypes, numbers) == tuple(expected)
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         operands = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
@@ -315,17 +313,19 @@ class Formula:
 
     Attributes:
         written: The user's function.
+        captured: The copy of it that is traced, and that torch computes.
         slopes: The user's gradient, None for torch's derivative.
         op: The operator for the default parameters.
+        is_called: Whether another formula calls this one.
     """
 
     __name__: str
     __qualname__: str
 
-    def __init__(self, function: Callable[..., Tensor], loss: bool, strict: bool) -> None:
+    def __init__(self, function: Callable[..., Tensor], loss: bool) -> None:
         if not hasattr(function, "__name__"):
             raise TypeError(f"function: expected a function with a name, got {function!r}")
-        self.written, self.loss, self.strict = function, loss, strict
+        self.written, self.loss, self.is_called = function, loss, False
         self.slopes: Callable[..., Any] | None = None
         update_wrapper(self, function)
         self.operands, self.defaults = _read_signature(function)
@@ -362,7 +362,13 @@ class Formula:
         Raises:
             TypeError: The parameters of ``slopes`` are not the formula's, or as for
                 :func:`pyfused.loss`.
+            RuntimeError: Another formula, which calls this one, is defined already.
         """
+        if self.is_called:
+            raise RuntimeError(
+                f"{self.__name__}.gradient: expected no other formula that calls {self.__name__}; "
+                "define the gradient first"
+            )
         expected, names = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
         if names != expected:
             raise TypeError(f"{slopes.__name__}: expected the parameters {expected}, got {names}")
@@ -375,33 +381,42 @@ class Formula:
 
         If the function does not support float operands, tries masks for some of them.
 
-        Warns if ``strict`` is True, and the function reads objects from outside or from defaults.
-
         Raises:
-            UntraceableError: ``strict`` is True, and no kernel can compute the function.
+            TypeError: A default is no number, bool, str or None.
+            UntraceableError: The function reads an object that it may not read, or no kernel can
+                compute it.
         """
         self.kinds: tuple[Any, ...] = ()
-        if self.slopes is not None:
-            self.slopes_of = _returning_slopes(self.slopes, len(self.operands))
-            self.kinds = _differentiated(self.written, self.slopes_of)
+        capture = Capture(Formula)
+        try:
+            self.captured = capture.copy(self.written)
+            slopes = None if self.slopes is None else capture.copy(self.slopes)
+        except UntraceableError as error:
+            raise UntraceableError(f"{self.__name__}: {error}") from None
+        if slopes is not None:
+            self.slopes_of = _returning_slopes(slopes, len(self.operands))
+            self.kinds = _differentiated(self.captured, self.slopes_of)
         self.operators: dict[Any, FormulaOperator] = {}
-        self.outside: Outside | None = None
         self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
         _, static = self._split(self.defaults)
+        for name, kind, _ in static:
+            if kind not in _KINDS:
+                raise TypeError(
+                    f"{self.__name__}: {name}: expected a default that is a number, a bool, a str "
+                    f"or None, got a {kind.__name__}"
+                )
         self.op = self.operator(floats, static)
         for masks in (floats, *masked):
             op = self.operator(masks, static)
             if isinstance(kernel := op.generic, Kernel):
                 self.op = op
+                for formula in capture.formulas:
+                    formula.is_called = True
                 if len(kernel.program(op.all_outputs).body) >= _LONG:
                     op.family = self.family = "LongFormula"
                 return
-        message = f"{self.__name__}: {self.op.generic}"
-        if self.strict and self.op.problem:
-            warnings.warn(f"{message}. It runs unfused", RuntimeWarning, stacklevel=stacklevel())
-        elif self.strict:
-            raise UntraceableError(f"{message}. Pass strict=False to run it unfused")
+        raise UntraceableError(f"{self.__name__}: {self.op.generic}")
 
     def operator(self, masks: tuple[bool, ...], static: tuple[Any, ...]) -> FormulaOperator:
         """Returns the operator for a choice of masks and static parameters.
@@ -409,30 +424,18 @@ class Formula:
         Args:
             static: The name, the type and the value of each static parameter.
         """
-        for name, kind, _ in static:
-            if kind not in _KINDS:
-                values = {name: value for name, _, value in static}
-                return FormulaOperator(self, masks, values, f"{name} is a {kind.__name__}")
-        outside = () if self.outside is None else self.outside.values()
-        op = self.operators.get((masks, static, outside))
-        return self._new_operator(masks, static) if op is None else op
-
-    def _new_operator(self, masks: tuple[bool, ...], static: tuple[Any, ...]) -> FormulaOperator:
-        problem = ""
-        try:
-            self.outside = Outside(*self.functions_of_formula)
-        except RuntimeError as error:
-            self.outside, problem = None, str(error)
-        outside = () if self.outside is None else self.outside.values()
-        if len(self.operators) >= _MOST_TRACES:
-            problem = (
-                f"its static parameters and what it reads from outside have had {_MOST_TRACES} "
-                "values; pass numbers that change as float parameters"
-            )
-        op = FormulaOperator(self, masks, {name: value for name, _, value in static}, problem)
-        if len(self.operators) < _MOST_TRACES:
-            op = self.operators.setdefault((masks, static, outside), op)
-        return op
+        problems = [f"{x} is a {kind.__name__}" for x, kind, _ in static if kind not in _KINDS]
+        if not problems:
+            if (op := self.operators.get((masks, static))) is not None:
+                return op
+            if len(self.operators) >= _MOST_TRACES:
+                problems.append(
+                    f"its static parameters have had {_MOST_TRACES} values; pass numbers that "
+                    "change as float parameters"
+                )
+        values = {name: value for name, _, value in static}
+        op = FormulaOperator(self, masks, values, "; ".join(problems))
+        return op if problems else self.operators.setdefault((masks, static), op)
 
     def _split(self, parameters: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the numbers, and the name, the type and the value of each static parameter."""
@@ -470,7 +473,8 @@ class Formula:
             parameters = self.with_tensors(operands, parameters)
         is_compiled = is_dynamo_compiling()
         if not self.kinds or (is_compiled and not _needs_grad(operands)):
-            return self.written(*operands, **parameters)
+            value: Tensor = self.captured(*operands, **parameters)
+            return value
         for name, value in parameters.items():
             if torch.is_grad_enabled() and getattr(value, "requires_grad", False):
                 raise TypeError(
@@ -611,7 +615,7 @@ class Formula:
                 return self.__qualname__
             names = _Names(self.__module__, self.__qualname__)
             functions = tuple([MethodType(function, names) for function in functions])
-        return _unpickled, (self.loss, self.strict, *functions)
+        return _unpickled, (self.loss, *functions)
 
     def __repr__(self) -> str:
         return f"<pyfused.{'loss' if self.loss else 'activation'} {self.__name__}>"
@@ -796,11 +800,11 @@ class _Names:
         return _named(*self.path)
 
 
-def _unpickled(loss: bool, strict: bool, *functions: Any) -> Formula:
+def _unpickled(loss: bool, *functions: Any) -> Formula:
     if isinstance(functions[0], Formula):
         return functions[0]
     written, *slopes = [getattr(function, "__func__", function) for function in functions]
-    formula = Formula(written, loss, strict)
+    formula = Formula(written, loss)
     for function in slopes:
         formula.gradient(function)
     return formula
@@ -809,18 +813,19 @@ def _unpickled(loss: bool, strict: bool, *functions: Any) -> Formula:
 # ---- decorators ----------------------------------------------------------------------------------
 
 
-def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) -> Any:
+def loss(function: Callable[..., Tensor]) -> Formula:
     """Compiles an elementwise formula to a fused loss; use it as a decorator.
+
+    The function reads only its arguments, literals, and elementwise functions of torch and math. It
+    may call other formulas, and Python functions that follow the same rule; it keeps those that it
+    calls now, even if their names are bound to others later. It runs for tracing, and for calls
+    that no kernel supports.
 
     Args:
         function: Takes one to four positional tensors, which broadcast, and parameters with
             defaults. Floats, and ints for a parameter whose default is a float, are 0-d tensors
             inside the function, float64 if an operand is, else float32; bools, other ints, strings
-            and None are unchanged. Returns the loss of each element, computed by torch's
-            elementwise operations. The function is called for tracing, and for calls that no kernel
-            supports. If it reads objects from outside whose contents may change, it runs unfused,
-            and ``strict`` warns.
-        strict: Raise an error if the function cannot be compiled. If False, it runs unfused.
+            and None are unchanged. Returns the loss of each element.
 
     Returns:
         A function that takes the operands, the parameters by keyword, and two more keywords:
@@ -832,18 +837,18 @@ def loss(function: Callable[..., Tensor] | None = None, *, strict: bool = True) 
         ``.verify()`` compares the kernel's results with the function's.
 
     Raises:
-        TypeError: The function's signature is not supported, or, with ``strict``, the function
-            reads the value of a tensor or a float, or uses reductions, random numbers or shapes.
+        TypeError: The function's signature is not supported; it reads another object, such as a
+            global number, an attribute or the grad mode, or the value of a tensor or a float; or it
+            uses reductions, random numbers or shapes. Use the function without the decorator then.
     """
-    return partial(loss, strict=strict) if function is None else Formula(function, True, strict)
+    return Formula(function, True)
 
 
-def activation(function: Callable[..., Tensor] | None = None, *, strict: bool = True) -> Any:
+def activation(function: Callable[..., Tensor]) -> Formula:
     """Compiles an elementwise formula to a fused activation; use it as a decorator.
 
     Args:
         function: Takes one to four tensors, and parameters with defaults; see :func:`loss`.
-        strict: See :func:`loss`.
 
     Returns:
         A function of the same arguments. The result has the operands' broadcast shape and the
@@ -853,5 +858,4 @@ def activation(function: Callable[..., Tensor] | None = None, *, strict: bool = 
     Raises:
         TypeError: As :func:`loss`.
     """
-    made = partial(activation, strict=strict)
-    return made if function is None else Formula(function, False, strict)
+    return Formula(function, False)

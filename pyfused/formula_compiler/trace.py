@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import NoneType
 from typing import Any
 
 import torch
@@ -150,11 +151,11 @@ class _TensorsOnly(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        if not all(x is None or isinstance(x, Tensor) for x in results):
+        results, name = result if isinstance(result, (tuple, list)) else (result,), func.__name__
+        accepted = Tensor if name == "__get__" else (Tensor, NoneType)  # input.grad is None
+        if not all(isinstance(x, accepted) for x in results):
             caller = str(sys._getframe(1).f_globals.get("__name__"))
             if not caller.startswith("pyfused."):
-                name = func.__name__
                 if name == "__get__":
                     name = getattr(func.__self__, "__name__", "a property")
                 raise RuntimeError(

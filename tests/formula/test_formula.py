@@ -89,6 +89,14 @@ def unreduced(formula: Formula) -> dict[str, str]:
     return {"reduction": "none"} if formula.loss else {}
 
 
+def defined(parameters: str, lines: Sequence[str], **names: Any) -> Formula:
+    """Returns an activation with this code, which calls functions by these names."""
+    body = "".join(f"    {line}\n" for line in lines)
+    names |= {"torch": torch, "F": F}
+    exec(f"def mine({parameters}):\n{body}", names)
+    return pyfused.activation(names["mine"])
+
+
 # ---- results -------------------------------------------------------------------------------------
 
 
@@ -268,24 +276,18 @@ def test_numbers_never_overflow_first(
     steps: list[tuple[str, int]], numbers: tuple[float, ...]
 ) -> None:
     """Where torch's float32 result is accurate, so is the kernel's. Half of them are literals."""
-    steps = tuple(steps)
-
-    @pyfused.activation(strict=False)
-    def mine(
-        x: Tensor, *, a: float = 1.5, b: float = 0.7, c: float = 3.0, d: float = 1.25
-    ) -> Tensor:
-        for op, k in steps:
-            p = (a, b, c, d, *numbers)[k]
-            if op in "*/":
-                x = x * p if op == "*" or (k > 3 and not p) else x / p
-            elif op in "+-":
-                x = p + x if op == "+" else p - x
-            elif op == "w":
-                x = torch.where(x > 0, p, -1.0) * x
-            else:
-                x = p * (x * x) if op == "s" else x * torch.sigmoid(x) * p
-        return x
-
+    lines = list[str]()
+    for op, k in steps:
+        p = (*"abcd", *map(repr, numbers))[k]
+        if op in "*/":
+            lines.append(f"x = x {'*' if k > 3 and not numbers[k - 4] else op} {p}")
+        elif op in "+-":
+            lines.append(f"x = {p} {op} x")
+        elif op == "w":
+            lines.append(f"x = torch.where(x > 0, {p}, -1.0) * x")
+        else:
+            lines.append(f"x = {p} * (x * x)" if op == "s" else f"x = x * torch.sigmoid(x) * {p}")
+    mine = defined("x, *, a=1.5, b=0.7, c=3.0, d=1.25", [*lines, "return x"])
     x = torch.tensor([0.0, 1.0, -1.5, 1e-30, -3e-15, 1e15, 2e30]).requires_grad_()
     named = dict(zip("abcd", numbers, strict=True))
     got, of_torch = evaluate(mine, x, **named), evaluate(mine.function, x, **named)
@@ -382,7 +384,7 @@ NOT_FUSED: dict[str, Callable[..., Tensor]] = {
     "torch.where instead of 'if'": lambda x: x if x > 0 else -x,
     "no kernel supports sum; to reduce": lambda x: x if x.sum() > 0 else -x,
     "no kernel supports mean; to reduce": lambda x: x - x.mean(),
-    "rand_like": lambda x: x * torch.rand_like(x),
+    "no kernel supports bernoulli": lambda x: x * F.dropout(x),
     "the result of shape may differ between calls": lambda x: x / x.shape[0],
     "torch's functions instead of math's": lambda x: x * math.exp(x),
     "nan_to_num: posinf and neginf depend on the dtype": lambda x: x.nan_to_num() * 0.5,
@@ -627,15 +629,9 @@ def test_random_uses_of_parameters(
     uses: list[tuple[str, bool]], values: list[tuple[float, float]]
 ) -> None:
     """Tries parameter values that the definition has not traced."""
-    functions = tuple([(USES[use], second) for use, second in uses])
-
-    @pyfused.activation
-    def mine(input: Tensor, *, j: float = 0.7, k: float = 1.3) -> Tensor:
-        total = input
-        for function, second in functions:
-            total = total + function(input, k if second else j)
-        return total
-
+    lines = [f"total = total + {use}(input, {'k' if second else 'j'})" for use, second in uses]
+    lines = ["total = input", *lines, "return total"]
+    mine = defined("input, *, j=0.7, k=1.3", lines, **{use: USES[use] for use, _ in uses})
     input = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
     for j, k in values:
         check_formula(mine, input, j=j, k=k)
@@ -813,13 +809,15 @@ def test_stable_where_torch_overflows(function: Callable[[Tensor], Tensor]) -> N
 def test_softplus_is_linear_from_torchs_threshold(beta: float, threshold: float, use: str) -> None:
     """Tests values around the threshold in float64, where the difference matters."""
 
-    @pyfused.activation
-    def mine(input: Tensor, *, scale: float = 1.0) -> Tensor:
-        value = scale * F.softplus(input, beta=beta, threshold=threshold)
-        if use == "log":
-            return value + torch.log(1 + torch.exp(input))
-        return torch.where(input < 0, value, 2 * value) if use == "where" else value
-
+    lines = [
+        f"value = scale * F.softplus(input, beta={beta!r}, threshold={threshold!r})",
+        {
+            "log": "return value + torch.log(1 + torch.exp(input))",
+            "where": "return torch.where(input < 0, value, 2 * value)",
+            "value": "return value",
+        }[use],
+    ]
+    mine = defined("input, *, scale=1.0", lines)
     steps = torch.linspace(-1, 1, 101, dtype=torch.float64)
     input = (torch.cat([steps, steps * 1e-9]) + threshold / beta).requires_grad_()
     for scale in (1.0, 0.75):
@@ -868,8 +866,7 @@ def test_pickles_by_name_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = operands_of("wing", 20)
     for pickler in (pickle, cloudpickle):
         assert pickle.loads(pickler.dumps(wing)) is wing
-    k = 3.0
-    local = pyfused.loss(lambda input, target: k * (input - target))
+    local = pyfused.loss(lambda input, target: 3 * (input - target))
     main = pyfused.loss(halved_error)
     for formula in (local, main):
         formula.gradient(lambda input, target: (input, None))
@@ -893,7 +890,8 @@ WRONG: tuple[tuple[Any, str], ...] = (
     (lambda input, weight: input * weight, "pyfused adds the parameter weight"),
     (lambda a, b, c, d, e: a, "1 to 4 tensor operands, got 5"),
     (lambda *inputs: inputs[0], r"expected named parameters, got \*inputs"),
-    (lambda input: absent(input), r"name 'absent' is not defined\. Pass"),  # noqa: F821
+    (lambda input: absent(input), r"name 'absent' is not defined"),  # noqa: F821
+    (lambda input, *, factors=(1.0,): input * factors[0], "factors: expected a default .* a tuple"),
     (lambda input: (input, input), "expected the function to return one tensor, got tuple"),
     (lambda input: (input, None)[1], "return a tensor, got None; add a return"),
     (lambda input: input.flatten(), r"expected an elementwise formula.*\(35,\)"),
@@ -944,12 +942,6 @@ def test_untraceable_functions(words: str) -> None:
         pyfused.activation(function)
     for part in (words, "mine", f"line {function.__code__.co_firstlineno} of"):
         assert part in str(error.value)
-    unfused, results = pyfused.activation(strict=False)(function), []
-    assert words in unfused.explain(torch.ones(1)).reason
-    for each in (unfused, function):
-        torch.manual_seed(3)
-        results.append(each(torch.full((1,), 0.75)))
-    assert torch.equal(*results)
 
 
 @pytest.mark.thresholds
@@ -973,83 +965,135 @@ def test_wrong_definitions(function: Any, words: str) -> None:
         pyfused.loss(function)
 
 
-@pytest.mark.parametrize("factors", [[1.0], (1.0,)], ids=["list", "tuple"])
-def test_a_parameter_of_another_type(factors: Any) -> None:
-    with pytest.warns(RuntimeWarning, match="factors is a (list|tuple). It runs unfused"):
-        mine = pyfused.activation(lambda input, *, factors=factors: input * factors[0])
-    x = torch.randn(50)
-    assert torch.equal(mine(x, factors=[2.0]), 2 * x)
-    assert mine.explain(x, factors=[2.0]).reason == "factors is a list"
+SCALE, HALF_PI = 2.0, [math.pi / 2]
 
 
-SCALE = 2.0
+class Settings:
+    scale = 2.0
+
+    def double(self, input: Tensor) -> Tensor:
+        return 2 * input
 
 
 def scaled(input: Tensor) -> Tensor:
     return SCALE * input
 
 
-class Settings:
-    scale = 2.0
+def with_attribute(input: Tensor) -> Tensor:
+    return input * helper.scale  # type: ignore[attr-defined]
+
+
+def with_list(input: Tensor, factors: list[float] = HALF_PI) -> Tensor:
+    return input * factors[0]
+
+
+def importing(input: Tensor) -> Tensor:
+    import cmath
+
+    return input * cmath.pi
+
+
+def assigning(input: Tensor) -> Tensor:
+    global SCALE
+    SCALE = 3.0
+    return 2 * input
+
+
+def of_a_class(input: Tensor) -> Tensor:
+    class Local:
+        scale = 2.0
+
+    return Local.scale * input
+
+
+REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "number": (lambda x: x * SCALE, r"SCALE, a float; pass it as an argument .* SCALE=2\.0\."),
+    "in a lambda": (lambda x: (lambda y: y * SCALE)(x), "SCALE, a float"),
+    "in a function": (lambda x: scaled(x), "SCALE, a float"),
+    "list": (lambda x: x * HALF_PI[0], r"HALF_PI, a list; .* HALF_PI=\.\.\."),
+    "default": (lambda x: with_list(x), "with_list has a default that may change, a list"),
+    "attribute": (with_attribute, "the attribute helper.scale; pass it as an argument"),
+    "of a class": (lambda x: x * Settings.scale, r"Settings\.scale, a float; .* scale=2\.0"),
+    "of a module": (lambda x: formulas.wing(x, 0 * x), r"reads formulas\.wing\. A formula"),
+    "of torch": (lambda x: x if torch.backends.mkldnn.enabled else -x, "enabled, a bool"),
+    "of a formula": (lambda x: wing.defaults["omega"] * x, r"the attribute wing\.defaults"),
+    "getattr": (lambda x: x * getattr(Settings, "scale"), "reads getattr"),  # noqa: B009
+    "globals": (lambda x: x * globals()["SCALE"], "reads globals"),
+    "grad mode": (lambda x: x if torch.is_grad_enabled() else -x, r"reads torch\.is_grad_enabled"),
+    "random": (lambda x: x * torch.rand_like(x), r"reads torch\.rand_like"),
+    "module": (lambda x: (lambda library: library.relu(x))(torch), r"reads torch\."),
+    "missing": (lambda x: torch.absent(x), "torch has no attribute 'absent'"),
+    "other library": (lambda x: x * copy.copy(2.0), r"reads copy\.copy"),
+    "method": (Settings().double, "expected a Python function, got a method"),
+    "import": (importing, "imports cmath; import it outside"),
+    "global": (assigning, "assigns to SCALE"),
+    "class": (of_a_class, "defines a class"),
+    "gradient": (lambda x: x if x.grad is None else -x, "the result of grad may differ"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_formula_may_not_read(name: str) -> None:
+    function, words = REFUSED[name]
+    with pytest.raises(UntraceableError, match=words) as error:
+        pyfused.activation(function)
+    if function.__name__ == "<lambda>" and name != "in a function":
+        assert f"line {function.__code__.co_firstlineno} of {__file__}: " in str(error.value)
+
+
+def test_a_closure_may_not_hold_a_number() -> None:
+    number, unbound = 2.0, None
+    with pytest.raises(UntraceableError, match="number, a float; pass it as an argument"):
+        pyfused.activation(lambda x: x * number)
+    del unbound
+    with pytest.raises(UntraceableError, match="name 'unbound' is not defined"):
+        pyfused.activation(lambda x: unbound(x))  # noqa: F821
+
+    mine = pyfused.activation(lambda x: 2 * x)
+    with pytest.raises(UntraceableError, match="number, a float"):
+        mine.gradient(lambda x: number * torch.ones_like(x))
+
+
+def helper(input: Tensor, power: int = 2) -> Tensor:
+    return input if power == 0 else input * helper(input, power - 1)
 
 
 @pytest.mark.thresholds
-def test_constants_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may change: all sizes use the new value."""
-    factor, module = 3.0, sys.modules[__name__]
+@pytest.mark.parametrize("compiled", [False, True])
+def test_names_are_looked_up_when_a_formula_is_defined(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of functions that are bound to others later change no call, of any size."""
+    sign, inner = torch.sign, pyfused.loss(lambda a, b, *, k=2.0: k * (a - b).abs())
 
-    @pyfused.activation
-    def mine(input: Tensor) -> Tensor:
-        inner = [input * x for x in (1.0, SCALE)]
-        total = factor * inner[1] + scaled(input) + math.pi
-        return total + wing(input, 0 * input, reduction="none")
+    def local(x: Tensor) -> Tensor:
+        return sum(map(abs, [x * k for k in (1.0, math.log(4))])) * torch.pi
 
-    @pyfused.activation
-    def nested(input: Tensor) -> Tensor:
-        return mine(input) - formulas.torch.pi
+    def function(x: Tensor) -> Tensor:
+        return helper(x) + local(x) + torch.nn.functional.softplus(x) * sign(x) + Tensor.abs(x)
 
-    def check_sizes() -> None:
-        for formula, n in product((mine, nested), (8, 1 << 15)):
-            x = torch.linspace(0, 1, n, dtype=torch.float64)
-            assert (formula.explain(x).backend == "torch") == (n == 8)
-            close(formula(x), formula.written(x))
+    def rebind() -> None:
+        nonlocal local, function, sign
+        local = function = sign = scaled
 
-    check_sizes()
-    for value in (5.0, 5, -1.0, 2.0):
-        monkeypatch.setattr(module, "SCALE", value)
-        factor = -value
-        check_sizes()
-    monkeypatch.setattr(module, "scaled", lambda input: factor + input)
-    monkeypatch.setattr(formulas.torch, "pi", 3)
-    check_sizes()
+    mine = pyfused.activation(lambda x: function(x) + inner(x, 0 * x, k=3.0, reduction="none"))
+    call = torch.compile(mine, backend="eager", fullgraph=True) if compiled else mine
+    expected = {n: mine.written(torch.linspace(-1, 1, n)) for n in (8, 1 << 15)}
+    monkeypatch.setattr(helper, "__defaults__", (3,))
+    monkeypatch.setattr(sys.modules[__name__], "helper", scaled)
+    rebind()
+    for n, value in expected.items():
+        x = torch.linspace(-1, 1, n)
+        assert compiled or (mine.explain(x).backend == "torch") == (n == 8)
+        close(call(x), value)
+    with pytest.raises(RuntimeError, match="no other formula that calls"):
+        inner.gradient(lambda a, b, *, k=2.0: (a, b))
 
 
-@pytest.mark.thresholds
-@pytest.mark.parametrize(
-    "held",
-    [torch.ones(()), torch.ones(1), [1.0], {-1: 1.0}, (1.0, [1.0]), Settings()],
-    ids=["scalar", "tensor", "list", "dict", "tuple", "object"],
-)
-def test_objects_from_outside(held: Any) -> None:
-    """Their contents may change, so no kernel runs."""
-    words = "it reads held from outside, a .*whose contents may change; pass tensors as operands"
-
-    def function(input: Tensor) -> Tensor:
-        return input * (held.scale if isinstance(held, Settings) else held[-1] if len(held) else 1)
-
-    def captured(input: Tensor) -> Tensor:
-        return input * held
-
-    function = captured if isinstance(held, Tensor) else function
-    with pytest.warns(RuntimeWarning, match=f"{function.__name__}: {words}") as caught:
-        formula = pyfused.activation(function)
-    assert caught[0].filename == __file__
-    assert pyfused.activation(strict=False)(function) is not None
-    for n in (8, 1 << 15):
-        x = torch.randn(n)
-        assert formula.explain(x).backend == "torch"
-        if not isinstance(held, tuple):
-            assert torch.equal(formula(x), function(x))
+def test_a_parameter_of_another_type() -> None:
+    mine, x = pyfused.activation(lambda input, *, kind="x": input * len(kind)), torch.randn(50)
+    assert torch.equal(mine(x, kind=[1, 2]), 2 * x)
+    assert mine.explain(x, kind=[1, 2]).reason == "kind is a list"
 
 
 def test_formulas_are_freed() -> None:
@@ -1077,7 +1121,7 @@ def test_threads_trace_at_once() -> None:
     """The anomaly detection of the program, which is global, stays."""
 
     def trace(k: int) -> Tensor:
-        return pyfused.activation(lambda x: k * x.log())(torch.ones(3) * math.e)
+        return pyfused.activation(lambda x, *, k=1.0: k * x.log())(torch.ones(3) * math.e, k=k)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -1103,9 +1147,9 @@ def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         formula.verify(flag=True)
     with pytest.raises(TypeError, match=r"'k'.*got \['j'\]"):
         formula.verify(j=1)
-    unfused = pyfused.activation(strict=False)(lambda input: input.round())
+    unfused = pyfused.activation(lambda x, *, flag=False: x.round() if flag else x)
     with pytest.raises(UntraceableError, match="no kernel supports round"):
-        unfused.verify()
+        unfused.verify(flag=True)
 
 
 # ---- random programs -----------------------------------------------------------------------------
@@ -1152,27 +1196,6 @@ def random_formulas(draw: st.DrawFn) -> tuple[int, list[tuple[str, int, int]]]:
     return operands, steps
 
 
-Steps = tuple[tuple[Callable[..., Tensor], int, int | None], ...]
-
-
-def compute(
-    steps: Steps, *operands: Tensor, mask: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    *first, last = operands
-    operands = operands if mask is None else (*first, mask(last))
-    values = list(operands)
-    for function, i, j in steps:
-        values.append(function(values[i]) if j is None else function(values[i], values[j]))
-    return values[-1] + 0.125 * sum(operands)
-
-
-HEADS: dict[int, Callable[..., Callable[..., Tensor]]] = {
-    1: lambda compute, steps, mask: lambda a: compute(steps, a, mask=mask),
-    2: lambda compute, steps, mask: lambda a, b: compute(steps, a, b, mask=mask),
-    3: lambda compute, steps, mask: lambda a, b, c: compute(steps, a, b, c, mask=mask),
-}
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="compares kernels for tensors of the CPU")
 @given(random_formulas(), st.sampled_from([*MODES]), st.sampled_from([None, None, *MASKS]))
 @settings(max_examples=20 if interpreter.ON else max(80, settings().max_examples))
@@ -1181,15 +1204,16 @@ def test_random_programs(
 ) -> None:
     """Compares kernels with torch's operators."""
     operands, drawn_steps = drawn
-    function = None if mask is None or operands == 1 else MASKS[mask]
-    steps = tuple([
-        (UNARY[op], i, None) if op in UNARY else (BINARY[op], i, j) for op, i, j in drawn_steps
-    ])  # fmt: skip
-    compute_function = compute
-    evaluated = HEADS[operands](compute_function, steps, function)
+    names = [f"v{k}" for k in range(operands)]
+    is_masked = mask is not None and operands > 1
+    lines = [f"{names[-1]} = masked({names[-1]})"] if is_masked else []
+    for k, (op, i, j) in enumerate(drawn_steps, operands):
+        lines.append(f"v{k} = op_{op}(v{i}{'' if op in UNARY else f', v{j}'})")
+    lines.append(f"return v{operands + len(drawn_steps) - 1} + 0.125 * ({' + '.join(names)})")
+    functions = {f"op_{op}": (UNARY | BINARY)[op] for op, *_ in drawn_steps}
     with MODES[mode]():
-        formula = pyfused.activation(evaluated)
-    masks = (*[False] * (operands - 1), function is not None)
+        formula = defined(", ".join(names), lines, **functions, masked=MASKS.get(str(mask)))
+    masks = (*[False] * (operands - 1), is_masked)
     op = formula.operator(masks, ())
     check(op, ())
     x = tuple(torch.randn(operands, 7, dtype=torch.float64))
