@@ -813,7 +813,7 @@ def _unpickled(loss: bool, *functions: Any) -> Formula:
 # ---- decorators ----------------------------------------------------------------------------------
 
 
-def loss(function: Callable[..., Tensor]) -> Formula:
+def loss(function: Callable[..., Tensor]) -> Any:
     """Compiles an elementwise formula to a fused loss; use it as a decorator.
 
     The function reads only its arguments, literals, and elementwise functions of torch and math. It
@@ -844,7 +844,7 @@ def loss(function: Callable[..., Tensor]) -> Formula:
     return Formula(function, True)
 
 
-def activation(function: Callable[..., Tensor]) -> Formula:
+def activation(function: Callable[..., Tensor]) -> Any:
     """Compiles an elementwise formula to a fused activation; use it as a decorator.
 
     Args:

@@ -72,17 +72,19 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     checks.reduction(reduction)
     if weight is None:
         return loss.mean() if reduction == "mean" else loss.sum()
-    # Empty tensors give torch's dtypes; torch.compile cannot trace torch.result_type.
-    product = loss.new_empty((0,) * min(loss.dim(), 1)) * weight.new_empty((0,) * weight.dim())
-    result = product.sum()
-    wide = loss.float() if product.dtype in (torch.float16, torch.bfloat16) else loss
+    mean, wide, result = reduction == "mean", loss, loss.dtype
+    if weight.dtype is not result or result not in (torch.float32, torch.float64):
+        # Empty tensors give torch's dtypes; torch.compile cannot trace torch.result_type.
+        product = loss.new_empty((0,) * min(loss.dim(), 1)) * weight.new_empty((0,) * weight.dim())
+        wide = loss.float() if product.dtype in (torch.float16, torch.bfloat16) else loss
+        total = product.sum()
+        result = (total / weight.new_empty(()).sum() if mean else total).dtype
     total = (wide * weight).sum()
-    if reduction == "mean":
-        result = result / weight.new_empty(()).sum()
+    if mean:
         exact = torch.float32 if weight.device.type == "mps" else torch.float64  # it lacks float64
         dtype = torch.promote_types(weight.dtype, exact)
         total = total / weight.expand_as(loss).sum(dtype=dtype)
-    return total.to(result.dtype)
+    return total.to(result)
 
 
 def elements(*_: Any) -> Divisor:
