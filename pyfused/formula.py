@@ -98,7 +98,6 @@ class FormulaOperator(PointwiseLoss):
         self.family = formula.family
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by the cases of the numbers
-        self.broadcasts = lru_cache(_MOST_TRACES)(self._broadcasts)
 
     @cached_property
     def generic(self) -> Kernel | str:
@@ -152,20 +151,11 @@ class FormulaOperator(PointwiseLoss):
         shapes = [x.shape for x in arguments[: len(self.variables)]]
         if shapes.count(shapes[0]) == len(shapes) or isinstance(self.generic, str):
             return None
-        try:
-            torch.broadcast_shapes(*shapes)
-        except RuntimeError:
-            return "the operands do not broadcast"
-        if not self.broadcasts(tuple([_small_shape(shape) for shape in shapes])):
-            return "the function does not broadcast all operands"
-        return None
-
-    def _broadcasts(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
-        """Returns whether the function broadcasts operands of these shapes."""
         functions = [f for f in (self.formula, self.gradient) if f is not None]
         numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
-        expected = torch.broadcast_shapes(*shapes)
-        return trace.result_shape(functions, shapes, dtypes, numbers) == tuple(expected)
+        if trace.broadcasts(functions, shapes, dtypes, numbers):
+            return None
+        return "the function does not broadcast all operands"
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         operands = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
@@ -177,11 +167,6 @@ class FormulaOperator(PointwiseLoss):
             shape, *others = {operand.shape for operand in operands}
             shape = torch.broadcast_shapes(shape, *others) if others else shape
             checks.expands("weight", weight.shape, "input", shape)
-
-
-def _small_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Returns a shape that broadcasts in the same way, with a different size in each dimension."""
-    return tuple([1 if n == 1 else len(shape) - dim + 1 for dim, n in enumerate(shape)])
 
 
 def _exponents(kernel: Kernel) -> set[int]:
@@ -372,8 +357,13 @@ class Formula:
         expected, names = (list(inspect.signature(f).parameters) for f in (self.written, slopes))
         if names != expected:
             raise TypeError(f"{slopes.__name__}: expected the parameters {expected}, got {names}")
+        before = self.__dict__.copy()
         self.slopes = slopes
-        self._declare()
+        try:
+            self._declare()
+        except TypeError:
+            self.__dict__.update(before)
+            raise
         return slopes
 
     def _declare(self) -> None:

@@ -35,16 +35,10 @@ _RULE = (
 
 
 class _Read(NamedTuple):
-    """An object that a function reads.
+    """An object that a function reads."""
 
-    Attributes:
-        path: The names in the code, such as "torch.nn.functional.relu".
-        root: The object of the first name.
-        value: The object.
-    """
-
-    path: str
-    root: Any
+    path: str  # the names in the code, such as "torch.nn.functional.relu"
+    root: Any  # the object of the first name
     value: Any
 
     @property
@@ -78,10 +72,8 @@ class Capture:
             return self._copies[function]
         code, names = function.__code__, {"__builtins__": builtins.__dict__}
         cells = {name: CellType() for name in code.co_freevars}
-        kept = FunctionType(
-            code, names, function.__name__, function.__defaults__, (*cells.values(),)
-        )
-        kept.__kwdefaults__ = function.__kwdefaults__
+        kept = FunctionType(code, names, function.__name__, closure=(*cells.values(),))
+        kept.__defaults__, kept.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
         kept.__module__, kept.__qualname__ = function.__module__, function.__qualname__
         self._copies[function] = kept
         for line, read in _reads(function):
@@ -108,11 +100,7 @@ class Capture:
             return self.copy(value)
         message = f"it reads {path}"
         if not callable(value) and not isinstance(value, ModuleType):
-            default = f"{value!r}" if isinstance(value, _CONSTANTS) else "..."
-            message += (
-                f", a {type(value).__name__}; pass it as an argument with a default, such as "
-            )
-            message += f"{path.rpartition('.')[2]}={default}"
+            message += f", a {type(value).__name__}; pass it as an argument with a default"
         raise _refusal(function, line, f"{message}. {_RULE}")
 
 
@@ -172,11 +160,7 @@ def _library(module: Any) -> str:
 
 
 def _reads(function: FunctionType) -> Iterator[tuple[int, _Read]]:
-    """Yields what a function and the functions inside it read by name, with the line.
-
-    Raises:
-        UntraceableError: The function imports, assigns to a name outside, or defines a class.
-    """
+    """Yields what a function and the functions inside it read by name, with the line."""
     closure = function.__closure__ or ()
     cells = dict(zip(function.__code__.co_freevars, closure, strict=True))
     for code in _with_inner(function.__code__):
@@ -193,13 +177,8 @@ def _reads(function: FunctionType) -> Iterator[tuple[int, _Read]]:
             if op in ("LOAD_GLOBAL", "LOAD_NAME") or (op == "LOAD_DEREF" and name in cells):
                 value = _value(function, line, name, cells)
                 read = _Read(name, value, value)
-            elif op.endswith("_GLOBAL") or (op.endswith("_DEREF") and name in cells):
-                raise _refusal(function, line, f"it assigns to {name} outside of the function")
-            elif op == "IMPORT_NAME":
-                message = f"it imports {name}; import it outside of the function"
-                raise _refusal(function, line, message)
-            elif op == "LOAD_BUILD_CLASS":
-                raise _refusal(function, line, f"it defines a class. {_RULE}")
+            elif op in ("IMPORT_NAME", "STORE_GLOBAL") or (op == "STORE_DEREF" and name in cells):
+                raise _refusal(function, line, f"it imports or assigns {name}; do so outside")
 
 
 def _value(function: FunctionType, line: int, name: str, cells: dict[str, CellType]) -> Any:

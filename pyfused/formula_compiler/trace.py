@@ -222,26 +222,28 @@ def _expressions_of(
     return e, [recorder.read(0.0 if each is None else each) for each in results]
 
 
-def result_shape(
+def broadcasts(
     functions: Sequence[Callable[..., Any]],
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[Sequence[int]],
     dtypes: Sequence[torch.dtype],
     numbers: Sequence[float],
-) -> tuple[int, ...] | None:
-    """Returns the shape of the first function's result for operands of these shapes.
+) -> bool:
+    """Returns whether functions broadcast all operands; the first one's result has their shape.
 
-    Calls the functions, in a new thread. Returns None if one of them does not take the shapes, for
-    example because it changes a smaller tensor in place, or because a mask is an index.
+    Calls the functions in a new thread, with small operands that broadcast in the same way. They
+    may not use all operands, change a smaller one in place, or take a mask as an index.
     """
+    small = [[1 if n == 1 else len(x) - dim + 1 for dim, n in enumerate(x)] for x in shapes]
 
-    def call() -> tuple[int, ...] | None:
-        pairs = zip(shapes, dtypes, strict=True)
+    def call() -> bool:
+        pairs = zip(small, dtypes, strict=True)
         operands = [torch.ones(shape, dtype=dtype, device="cpu") for shape, dtype in pairs]
         try:
+            torch.broadcast_shapes(*shapes)
             value, *_ = [function(*operands, *numbers) for function in functions]
         except (IndexError, RuntimeError, ValueError, UserWarning):
-            return None
-        return tuple(value.shape)
+            return False
+        return bool(value.shape == torch.broadcast_shapes(*small))
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(call).result()

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -460,79 +459,56 @@ def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> Non
     assert kernel_calls[four.op.name]
 
 
-@pyfused.loss
-def partly_used(input: Tensor, target: Tensor, *, use_target: bool = False) -> Tensor:
-    return (input - target) ** 2 if use_target else input * input
-
-
-@pyfused.loss
-def changed_in_place(input: Tensor, target: Tensor) -> Tensor:
+def in_place(input: Tensor, target: Tensor) -> Tensor:
     value = 2 * input
     value += target
     return value
 
 
-@pyfused.loss
 def indexed(input: Tensor, target: Tensor) -> Tensor:
     value = input - 2
     value[target > 0] = 0.25
     return value
 
 
-@pyfused.loss
-def indexed_in_its_gradient(input: Tensor, target: Tensor) -> Tensor:
-    return 0.5 * input * input + 0 * target
-
-
-@indexed_in_its_gradient.gradient
-def _(input: Tensor, target: Tensor) -> tuple[Tensor, None]:
-    slope = 1 * input
-    slope[target > 0] = 0
-    return slope, None
-
-
-SHAPES = [
-    *(((6,), (6,)), ((6,), (6, 6)), ((6, 6), (6,)), ((6, 6), (6, 1)), ((6, 1), (6,))),
-    *(((6,), ()), ((6,), (4,))),
-]
+BROADCAST: dict[str, Callable[..., Tensor]] = {
+    "one": lambda input, target, *, both=False: input - target if both else input * input,
+    "both": lambda input, target, *, both=True: input - target if both else input * input,
+    "in_place": in_place,
+    "indexed": indexed,
+    "gradient": lambda input, target: 0.5 * input * input + 0 * target,
+}
 
 
 @grid(
-    shapes=SHAPES,
-    formula=[
-        partly_used,
-        partial(partly_used, use_target=True),
-        changed_in_place,
-        indexed,
-        indexed_in_its_gradient,
+    shapes=[
+        *(((6,), (6,)), ((6,), (6, 6)), ((6, 6), (6,)), ((6, 6), (6, 1)), ((6, 1), (6,))),
+        *(((6,), ()), ((6,), (4,))),
     ],
+    name=BROADCAST,
     weighted=[False, True],
 )
 def test_broadcasting_is_the_functions(
-    shapes: tuple[tuple[int, ...], ...],
-    formula: Callable[..., Tensor],
-    weighted: bool,
-    kernel_calls: KernelCalls,
+    shapes: tuple[tuple[int, ...], ...], name: str, weighted: bool, kernel_calls: KernelCalls
 ) -> None:
-    """Kernels broadcast all operands; a function may ignore some, or be unable to."""
+    """Kernels broadcast all operands; a function may not use one, or raise."""
+    mine = pyfused.loss(BROADCAST[name])
+    if name == "gradient":
+        mine.gradient(lambda input, target: (indexed(input, target), None))
     input, target = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    weight = torch.rand(6, 6) if weighted else None
-
-    def outcome(mode: Any) -> Any:
+    weight, found = torch.rand(6, 6) if weighted else None, list[Any]()
+    for mode in (contextlib.nullcontext(), Recording()):
         leaf = input.clone().requires_grad_()
-        with mode:
-            try:
-                value = formula(leaf, target, weight=weight, reduction="sum")
-                value.backward()
-            except (IndexError, RuntimeError) as error:
-                return type(error)
-        return value, leaf.grad
-
-    got, expected = outcome(contextlib.nullcontext()), outcome(Recording())
-    if isinstance(expected, type):
-        assert got is expected
+        try:
+            with mode:
+                value = mine(leaf, target, weight=weight, reduction="sum")
+                found.append((value, *torch.autograd.grad(value, leaf)))
+        except (IndexError, RuntimeError) as error:
+            found.append(type(error))
+    if isinstance(found[1], type):
+        assert found[0] is found[1]
     else:
-        close(got, expected)
+        close(*found)
     assert shapes[0] != shapes[1] or weighted or kernel_calls.total()
 
 
@@ -776,6 +752,11 @@ def test_invalid_user_gradients() -> None:
         mine.gradient(lambda input: input)
     with pytest.raises(TypeError, match="expected a tensor or None for each of 1 operands"):
         mine.gradient(lambda input, *, k=1.0: (k * input, input))
+    with pytest.raises(UntraceableError, match="SCALE, a float"):
+        mine.gradient(lambda input, *, k=1.0: k * SCALE)
+    x = torch.ones(5, requires_grad=True)
+    for function in (mine, mine.function):
+        assert torch.equal(torch.autograd.grad(function(x, k=3.0).sum(), x)[0], 3 * x)
 
 
 # ---- rewrites ------------------------------------------------------------------------------------
@@ -979,10 +960,6 @@ def scaled(input: Tensor) -> Tensor:
     return SCALE * input
 
 
-def with_attribute(input: Tensor) -> Tensor:
-    return input * helper.scale  # type: ignore[attr-defined]
-
-
 def with_list(input: Tensor, factors: list[float] = HALF_PI) -> Tensor:
     return input * factors[0]
 
@@ -999,59 +976,38 @@ def assigning(input: Tensor) -> Tensor:
     return 2 * input
 
 
-def of_a_class(input: Tensor) -> Tensor:
-    class Local:
-        scale = 2.0
-
-    return Local.scale * input
-
-
-REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "number": (lambda x: x * SCALE, r"SCALE, a float; pass it as an argument .* SCALE=2\.0\."),
-    "in a lambda": (lambda x: (lambda y: y * SCALE)(x), "SCALE, a float"),
-    "in a function": (lambda x: scaled(x), "SCALE, a float"),
-    "list": (lambda x: x * HALF_PI[0], r"HALF_PI, a list; .* HALF_PI=\.\.\."),
-    "default": (lambda x: with_list(x), "with_list has a default that may change, a list"),
-    "attribute": (with_attribute, "the attribute helper.scale; pass it as an argument"),
-    "of a class": (lambda x: x * Settings.scale, r"Settings\.scale, a float; .* scale=2\.0"),
-    "of a module": (lambda x: formulas.wing(x, 0 * x), r"reads formulas\.wing\. A formula"),
-    "of torch": (lambda x: x if torch.backends.mkldnn.enabled else -x, "enabled, a bool"),
-    "of a formula": (lambda x: wing.defaults["omega"] * x, r"the attribute wing\.defaults"),
-    "getattr": (lambda x: x * getattr(Settings, "scale"), "reads getattr"),  # noqa: B009
-    "globals": (lambda x: x * globals()["SCALE"], "reads globals"),
-    "grad mode": (lambda x: x if torch.is_grad_enabled() else -x, r"reads torch\.is_grad_enabled"),
-    "random": (lambda x: x * torch.rand_like(x), r"reads torch\.rand_like"),
-    "module": (lambda x: (lambda library: library.relu(x))(torch), r"reads torch\."),
-    "missing": (lambda x: torch.absent(x), "torch has no attribute 'absent'"),
-    "other library": (lambda x: x * copy.copy(2.0), r"reads copy\.copy"),
-    "method": (Settings().double, "expected a Python function, got a method"),
-    "import": (importing, "imports cmath; import it outside"),
-    "global": (assigning, "assigns to SCALE"),
-    "class": (of_a_class, "defines a class"),
-    "gradient": (lambda x: x if x.grad is None else -x, "the result of grad may differ"),
-}
+NO_ARGUMENT: tuple[tuple[Callable[..., Tensor], str], ...] = (
+    (lambda x: x * SCALE, "reads SCALE, a float; pass it as an argument with a default"),
+    (lambda x: (lambda y: y * SCALE)(x), "reads SCALE, a float"),
+    (lambda x: scaled(x), "reads SCALE, a float"),
+    ((lambda k: lambda x: x * k)(2.0), "reads k, a float"),
+    (lambda x: x * HALF_PI[0], "reads HALF_PI, a list"),
+    (lambda x: with_list(x), "with_list has a default that may change, a list"),
+    (lambda x: x * helper.scale, r"the attribute helper\.scale; pass"),  # type: ignore[attr-defined]
+    (lambda x: x * Settings.scale, r"reads Settings\.scale, a float"),
+    (lambda x: formulas.wing(x, 0 * x), r"reads formulas\.wing\. A formula reads only"),
+    (lambda x: x if torch.backends.mkldnn.enabled else -x, "enabled, a bool"),
+    (lambda x: wing.defaults["omega"] * x, r"the attribute wing\.defaults"),
+    (lambda x: x * getattr(Settings, "scale"), "reads getattr"),  # noqa: B009
+    (lambda x: x if torch.is_grad_enabled() else -x, r"reads torch\.is_grad_enabled"),
+    (lambda x: x * torch.rand_like(x), r"reads torch\.rand_like"),
+    (lambda x: (lambda library: library.relu(x))(torch), r"reads torch\."),
+    (lambda x: torch.absent(x), "torch has no attribute 'absent'"),
+    (lambda x: x * copy.copy(2.0), r"reads copy\.copy"),
+    (lambda x: x if x.grad is None else -x, "the result of grad may differ"),
+    (Settings().double, "expected a Python function, got a method"),
+    (importing, "imports or assigns cmath"),
+    (assigning, "imports or assigns SCALE"),
+)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_a_formula_may_not_read(name: str) -> None:
-    function, words = REFUSED[name]
+@pytest.mark.parametrize(("function", "words"), NO_ARGUMENT)
+def test_a_formula_reads_only_its_arguments(function: Any, words: str) -> None:
     with pytest.raises(UntraceableError, match=words) as error:
         pyfused.activation(function)
-    if function.__name__ == "<lambda>" and name != "in a function":
-        assert f"line {function.__code__.co_firstlineno} of {__file__}: " in str(error.value)
-
-
-def test_a_closure_may_not_hold_a_number() -> None:
-    number, unbound = 2.0, None
-    with pytest.raises(UntraceableError, match="number, a float; pass it as an argument"):
-        pyfused.activation(lambda x: x * number)
-    del unbound
-    with pytest.raises(UntraceableError, match="name 'unbound' is not defined"):
-        pyfused.activation(lambda x: unbound(x))  # noqa: F821
-
-    mine = pyfused.activation(lambda x: 2 * x)
-    with pytest.raises(UntraceableError, match="number, a float"):
-        mine.gradient(lambda x: number * torch.ones_like(x))
+    if function is assigning:
+        line = function.__code__.co_firstlineno + 2
+        assert f"assigning: line {line} of {__file__}: " in str(error.value)
 
 
 def helper(input: Tensor, power: int = 2) -> Tensor:
