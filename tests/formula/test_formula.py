@@ -950,7 +950,7 @@ SCALE, HALF_PI = 2.0, [math.pi / 2]
 
 
 class Settings:
-    scale = 2.0
+    scale, absolute = 2.0, torch.abs
 
     def double(self, input: Tensor) -> Tensor:
         return 2 * input
@@ -985,13 +985,16 @@ NO_ARGUMENT: tuple[tuple[Callable[..., Tensor], str], ...] = (
     (lambda x: with_list(x), "with_list has a default that may change, a list"),
     (lambda x: x * helper.scale, r"the attribute helper\.scale; pass"),  # type: ignore[attr-defined]
     (lambda x: x * Settings.scale, r"reads Settings\.scale, a float"),
+    (lambda x: Settings.absolute(x), r"reads Settings\.absolute"),
     (lambda x: formulas.wing(x, 0 * x), r"reads formulas\.wing\. A formula reads only"),
+    (lambda x: formulas.F.relu(x), r"reads formulas\.F\.relu"),
     (lambda x: x if torch.backends.mkldnn.enabled else -x, "enabled, a bool"),
     (lambda x: wing.defaults["omega"] * x, r"the attribute wing\.defaults"),
     (lambda x: x * getattr(Settings, "scale"), "reads getattr"),  # noqa: B009
     (lambda x: x if torch.is_grad_enabled() else -x, r"reads torch\.is_grad_enabled"),
     (lambda x: x * torch.rand_like(x), r"reads torch\.rand_like"),
     (lambda x: (lambda library: library.relu(x))(torch), r"reads torch\."),
+    (lambda x: (lambda library: x * library.pi)(math), r"reads math\."),
     (lambda x: torch.absent(x), "torch has no attribute 'absent'"),
     (lambda x: x * copy.copy(2.0), r"reads copy\.copy"),
     (lambda x: x if x.grad is None else -x, "the result of grad may differ"),
@@ -1044,6 +1047,15 @@ def test_names_are_looked_up_when_a_formula_is_defined(
         close(call(x), value)
     with pytest.raises(RuntimeError, match="no other formula that calls"):
         inner.gradient(lambda a, b, *, k=2.0: (a, b))
+
+
+def test_a_formula_may_be_defined_under_patch(kernel_calls: KernelCalls) -> None:
+    x = torch.randn(100)
+    with pyfused.patch():
+        mine = pyfused.activation(lambda x: F.mish(x) + F.softplus(x) + torch.relu(x))
+        close(mine(x), mine.written(x))
+    close(mine(x), mine.written(x))
+    assert kernel_calls[mine.op.name] == 2
 
 
 def test_a_parameter_of_another_type() -> None:
