@@ -20,6 +20,7 @@ from pyfused.types import (
     TENSORS,
     CrossEntropyOptions,
     DivergenceOptions,
+    DynamicSize,
     Head,
     LogProbsOptions,
     ModuleOptions,
@@ -365,7 +366,8 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Any) 
     _floating("a", a)
     if b.shape != a.shape:
         hint = ". For more candidates, call linear_cross_entropy(scale * a, b, target)"
-        hint *= b.dim() == 2 and b.shape[1:] == a.shape[1:] and len(b) > len(a)
+        fits = _sizes_are_known(a, b) and b.dim() == 2 and b.shape[1:] == a.shape[1:]
+        hint *= fits and len(b) > len(a)
         raise _error("b", f"the shape of a, {tuple(a.shape)}", f"{tuple(b.shape)}{hint}")
     autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
     same_dtype = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
@@ -621,6 +623,8 @@ def _is_single(input: Tensor, target: Tensor) -> bool:
 
 def _hint(input: Tensor, target: Tensor) -> str:
     """Returns a hint for a common mistake in the target's shape, else ""."""
+    if not _sizes_are_known(input, target):
+        return ""
     if input.dim() > 2 and target.shape == input.shape[:-1]:
         return (
             ". Dimension 1 of the input has to be the classes: pass input.movedim(-1, 1), or "
@@ -630,6 +634,11 @@ def _hint(input: Tensor, target: Tensor) -> str:
     if not target.is_floating_point() and target.numel() == rows and input.dim() > 1:
         return f". Pass {'target.flatten()' if input.dim() == 2 else 'input.flatten(0, -2)'}"
     return _are_swapped(input, target)
+
+
+def _sizes_are_known(*tensors: Tensor) -> bool:
+    """Returns whether a hint may compare sizes; planning a call does not know all of them."""
+    return not any(isinstance(size, DynamicSize) for x in tensors for size in x.shape)
 
 
 def classes_of(input: Tensor) -> int:

@@ -41,6 +41,9 @@ class DynamicSize:
 
     __rmul__ = __mul__
 
+    def __repr__(self) -> str:
+        return "any"
+
 
 @dataclass(frozen=True)
 class TensorSpec:

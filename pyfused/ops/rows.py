@@ -515,8 +515,14 @@ class NllLoss(RowLoss):
         return loss_passes(prepare, needs, in_forward, loss_dtype=loss_dtype, dynamic_dims=dims)
 
 
-def nll_loss_fallback_reason(input: Tensor, *_: Any) -> str | None:
+def nll_loss_fallback_reason(
+    input: Tensor, target: Tensor, weight: Tensor | None, *_: Any
+) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
+    if target.dtype is torch.uint8 and input.dim() > 2:
+        return UINT8_TARGET
+    if weight is not None and weight.dim() != 1:
+        return "weight has not one dimension"
     return "torch's kernel for GPUs moves as few bytes" if takes_triton(input) else None
 
 

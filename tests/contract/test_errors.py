@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import builtins
 import math
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from catalogue import EXAMPLES
+from catalogue import EXAMPLES, Example
 from catalogue import TORCH as F
 from samples import FIRST, Loss
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch_reference import torch_function
 import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch.operator import Operator
-from pyfused.ops.operators import OPERATORS
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 
 X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 P = X.softmax(1)
@@ -327,3 +329,75 @@ def test_errors_with_other_causes_are_not_explained(
     with saved_tensors_hooks(fail, fail), pytest.raises(kind, match=r"^of a hook$"):
         fused.mse_loss(x, X.flatten()[:3])
     assert not checked
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+
+def reshaped(x: Tensor) -> Iterator[Tensor]:
+    """Yields a tensor in other shapes: a dimension more, one less, and other sizes."""
+    yield from (x.unsqueeze(0), x.unsqueeze(-1), x.flatten(), x.mT if x.dim() > 1 else x[None])
+    for dim in range(x.dim()):
+        size = x.shape[dim]
+        yield from (x.select(dim, 0), x.narrow(dim, 0, size - 1), x.narrow(dim, 0, 1))
+        yield torch.cat([x, x.narrow(dim, 0, 1)], dim)
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """Returns the error of a call, or the shapes of its results."""
+    try:
+        found = call()
+    except Exception as raised:
+        return raised
+    return [x.shape for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+
+
+def calls_of_other_shapes(example: Example) -> Iterator[dict[str, Any]]:
+    """Yields arguments, each with another operand than the first in another shape."""
+    for shape in ((6, 5), (4, 3, 2)):
+        call = example.call(shape=shape)
+        given = {n: x.detach() if isinstance(x, Tensor) else x for n, x in call.given.items()}
+        first, *others = call.tensors
+        for operand in others or (first,):
+            yield from (given | {operand: x} for x in reshaped(given[operand]))
+
+
+def check_shapes(example: Example) -> None:
+    """Compares results and errors with torch's, without and with `pyfused.patch`."""
+    name, calls = example.op.name, [*calls_of_other_shapes(example)]
+    outcomes = [outcome(partial(getattr(fused, name), **given)) for given in calls]
+    functions = torch.nn.functional
+    is_own = not hasattr(functions, name) or example.op is LINEAR_CROSS_ENTROPY
+    if is_own or "token_weight" in calls[0]:
+        for error in outcomes:
+            if isinstance(error, Exception):
+                assert type(error) in (IndexError, RuntimeError, ValueError), repr(error)
+                assert re.match("[a-z_0-9]+: expected ", str(error)), repr(error)
+        return
+    expected = [outcome(partial(getattr(functions, name), **given)) for given in calls]
+    with pyfused.patch():
+        patched = [outcome(partial(getattr(functions, name), **given)) for given in calls]
+    assert [*map(repr, patched)] == [*map(repr, expected)]
+    for ours, theirs in zip(outcomes, expected, strict=True):
+        if isinstance(theirs, Exception):
+            assert isinstance(ours, type(theirs)), f"{ours!r}, {theirs!r}"
+        else:
+            assert ours == theirs
+
+
+SHAPED = {e.id: e for e in EXAMPLES.values() if e.name in ("", "probabilities", "none_of_all")}
+every_shaped = pytest.mark.parametrize("example", SHAPED.values(), ids=SHAPED)
+ignore_warnings = pytest.mark.filterwarnings("ignore")
+
+
+@every_shaped
+@ignore_warnings
+def test_errors_of_shapes(example: Example) -> None:
+    check_shapes(example)
+
+
+@pytest.mark.thresholds
+@every_shaped
+@ignore_warnings
+def test_errors_of_shapes_of_small_calls(example: Example) -> None:
+    check_shapes(example)
