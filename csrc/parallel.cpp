@@ -2,8 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <mutex>
+#include <functional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -222,44 +221,9 @@ thread_local Memory memory;
 
 // ---- fork ---------------------------------------------------------------------------------------
 
-#ifndef _WIN32
-// OpenMP's threads do not survive a fork. If the thread that forked had a team, it would wait
-// forever in the child, and no runtime reports whether it had one. A new thread gets a new team, so
-// in the child a new thread starts the parallel regions.
-class Substitute {
- public:
-  Substitute() { std::thread(&Substitute::serve, this).detach(); }
-
-  void run(Work& work) {
-    std::unique_lock<std::mutex> lock(mutex);
-    task = &work;
-    changed.notify_all();
-    changed.wait(lock, [this] { return !task; });
-  }
-
- private:
-  void serve() {
-    std::unique_lock<std::mutex> lock(mutex);
-    while (true) {
-      changed.wait(lock, [this] { return task; });
-      run_team(*task);
-      task = nullptr;
-      changed.notify_all();
-    }
-  }
-
-  std::mutex mutex;
-  std::condition_variable changed;
-  Work* task = nullptr;
-};
-
 thread_local bool forked = false;  // whether this is the thread that a fork left in the child
-thread_local Substitute* substitute = nullptr;  // never destroyed, as its thread waits in it
-
-const int fork_watch = pthread_atfork(nullptr, nullptr, [] {
-  forked = true;
-  substitute = nullptr;  // its thread exists in the parent only
-});
+#ifndef _WIN32
+const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
 }  // namespace
@@ -279,12 +243,11 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
     work.queues[i].next = blocks * i / threads;
     work.queues[i].end = blocks * (i + 1) / threads;
   }
-#ifndef _WIN32
-  if (forked) {
-    if (!substitute) substitute = new Substitute;
-    return substitute->run(work);
-  }
-#endif
+  // OpenMP's threads do not survive a fork: if the thread that forked had a team, it would wait for
+  // that team forever in the child, and no runtime reports whether it had one. A new thread gets a
+  // new team, and both end with the call: threads that stayed could have the handles of the parent's
+  // threads, which torch joins at exit.
+  if (forked) return std::thread(run_team, std::ref(work)).join();
   run_team(work);
 }
 

@@ -121,3 +121,57 @@ def test_fork_before_use() -> None:
         "assert relu(-torch.ones(2**20)).count_nonzero() == 0; os._exit(17)"
     )
     assert done.returncode == 17, done.stderr
+
+
+ENDINGS = {
+    "exit": "sys.exit(17)",
+    "os._exit": "os._exit(17)",
+    "an error": "raise RuntimeError",
+    "threads set": "torch.set_num_threads(2); compute(); sys.exit(17)",
+    "a grandchild": "child = fork(); child and wait(child, 17); sys.exit(17)",
+}
+
+
+@forks
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_forked_children_end(ending: str) -> None:
+    """torch joins the threads of its pool at exit, in a forked child those of its parent, too.
+
+    With three threads or more, torch's own children may crash there.
+    """
+    status = 1 if "raise" in ending else 17
+    done = python(f"""
+import os, sys, time, torch
+from pyfused.functional import cross_entropy
+torch.set_num_threads(2)
+logits, target = torch.randn(4000, 1000), torch.zeros(4000, dtype=torch.int64)
+def compute():
+    cross_entropy(logits, target)
+def tasks():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 1
+def fork():
+    child = os.fork()
+    if not child:
+        before = tasks()
+        compute()
+        while tasks() > before:  # OpenMP's threads may still be ending
+            time.sleep(0.01)
+    return child
+def wait(child, status):
+    for _ in range(3000):
+        found, ended = os.waitpid(child, os.WNOHANG)
+        if found:
+            assert os.waitstatus_to_exitcode(ended) == status, ended
+            return
+        time.sleep(0.02)
+    os.kill(child, 9)
+    raise AssertionError("the child hangs")
+compute()
+for _ in range(2):
+    child = fork()
+    if not child:
+        {ending}
+    wait(child, {status})
+os._exit(3)
+""")
+    assert done.returncode == 3, done.stderr
