@@ -104,7 +104,7 @@ else:
     if (_FOLDERS[0].parent / "csrc").is_dir():
         MISSING = (
             "pyfused is imported from its source folder, whose CPU kernels are not built; run "
-            f"'pip install .' or 'make build' in {_FOLDERS[0].parent}"
+            f"'make build' in {_FOLDERS[0].parent}, or use an installed pyfused in another folder"
         )
         logging.getLogger("pyfused").warning("calls on CPUs run torch's operators: %s", MISSING)
 RECYCLES = hasattr(native, "recycled")  # Linux only

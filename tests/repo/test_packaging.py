@@ -206,6 +206,16 @@ def test_a_pure_installation_uses_torch_on_cpus_and_has_triton_kernels(tmp_path:
     assert result.stdout == "triton triton\n", result.stderr
 
 
+def test_an_unbuilt_clone_says_how_to_get_kernels(tmp_path: Path) -> None:
+    """Even if pyfused is installed, Python imports the folder."""
+    clone = copy_of_package(tmp_path)
+    (clone / "csrc").mkdir()
+    result = run_installed("-m", "pyfused", site=clone)
+    message = f"run 'make build' in {clone}, or use an installed pyfused in another folder"
+    assert message in result.stdout
+    assert message in result.stderr
+
+
 # ---- the build -----------------------------------------------------------------------------------
 
 
