@@ -18,7 +18,9 @@ from grid import grid
 from torch import Tensor
 from torch.nn import functional as F
 
+import pyfused
 from pyfused import functional as fused
+from pyfused.backends import cpu
 
 INF, NAN = float("inf"), float("nan")
 NAMES = "softmax", "log_softmax"
@@ -138,6 +140,17 @@ def test_subnormal_results(
     if isa != "generic":  # subnormal numbers are not flushed in this build
         assert not ((gradient != 0) & (gradient.double().abs() < least)).any()
     assert torch.tensor(1e-30) * 1e-10 > 0  # torch's denormals are not flushed
+
+
+@pytest.mark.cpu
+@grid(name=NAMES, isa=["x86-64-v3", "x86-64-v4"], dtype=FLOATS, dim=[0, 1])
+def test_avx2_leaves_strided_bfloat16_to_torch(
+    name: str, isa: str, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "capability", isa)
+    by_torch = isa == "x86-64-v3" and dtype is torch.bfloat16 and dim == 0
+    backend = pyfused.explain(name, torch.randn(5, 7).to(dtype), dim).backend
+    assert backend == ("torch" if by_torch else "cpu")
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a default device adds a frame of torch's")
