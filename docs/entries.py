@@ -385,49 +385,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"\tanh\, x",
             "For outputs between -1 and 1: recurrent networks, bounded actions.",
         ),
-        "relu6": Entry(
-            r"\min(\max(x, 0), 6)",
-            "Like relu with bounded outputs, for networks that will be quantized.",
-            low=-3.0,
-            high=8.0,
-        ),
-        "hardtanh": Entry(
-            r"\min(\max(x, a), b)",
-            "For outputs between two bounds, without an exponential.",
-            (Curve(""), Curve("max_val 2", options={"max_val": 2.0})),
-        ),
-        "hardsigmoid": Entry(
-            r"\frac{\min(\max(x + 3, 0), 6)}{6}",
-            "A piecewise linear sigmoid, for gates of networks on small devices.",
-            low=-6.0,
-            high=6.0,
-        ),
-        "hardswish": Entry(
-            r"x \, \frac{\min(\max(x + 3, 0), 6)}{6}",
-            "A piecewise approximation of silu, as in MobileNetV3.",
-            low=-6.0,
-            high=6.0,
-        ),
-        "hardshrink": Entry(
-            r"\begin{cases} x & |x| > \lambda \\"
-            r" 0 & \text{else} \end{cases}",
-            "For sparse codes: small values become 0.",
-            (Curve(""), Curve("lambd 1", options={"lambd": 1.0})),
-        ),
-        "softshrink": Entry(
-            r"\mathrm{sign}(x) \, \max(|x| - \lambda, 0)",
-            "For sparse codes, and as the proximal operator of an L1 penalty.",
-            (Curve(""), Curve("lambd 1", options={"lambd": 1.0})),
-        ),
-        "threshold": Entry(
-            r"\begin{cases} x & x > \theta \\"
-            r" v & \text{else} \end{cases}",
-            "Replaces small values with a constant.",
-            (
-                Curve("threshold 1, value 0.5", (), {"threshold": 1.0, "value": 0.5}),
-                Curve("threshold -1, value -2", (), {"threshold": -1.0, "value": -2.0}),
-            ),
-        ),
         "elu": Entry(
             r"\begin{cases} x & x > 0 \\"
             r" \alpha (e^x - 1) & \text{else} \end{cases}",
@@ -700,10 +657,6 @@ y.sum().backward()
 OPTIONS = {
     "leaky_relu": "negative_slope=0.2",
     "gelu": 'approximate="tanh"',
-    "hardtanh": "-2.0, 2.0",
-    "hardshrink": "lambd=0.1",
-    "softshrink": "lambd=0.1",
-    "threshold": "0.1, 20.0",
     "elu": "alpha=0.5",
     "celu": "alpha=0.5",
     "softplus": "beta=2.0",

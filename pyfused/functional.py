@@ -51,7 +51,7 @@ from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import reduction_of
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.run import in_place, run
-from pyfused.layout import accumulate_dtype, common_dtype
+from pyfused.layout import common_dtype
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
 from pyfused.ops.log_probs import LogProbs, LogProbsWithMetrics, named
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 
 _OTHERS = (
     *("additive_margin", "cross_entropy_with_metrics", "linear_cross_entropy_with_metrics"),
-    *("multilabel_soft_margin_loss", "rmse_loss"),
+    "rmse_loss",
 )
 _NAMES = sorted([*operators.OPERATORS, *_OTHERS])
 if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
@@ -1262,44 +1262,6 @@ def _without_halves(tensor: Tensor | None) -> Tensor | None:
     return tensor.float() if halves else tensor  # type: ignore[union-attr]
 
 
-def multilabel_soft_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Returns the mean of :func:`binary_cross_entropy_with_logits` over the classes of each row.
-
-    Half precision is computed in float32. torch's function computes other shapes and dtypes than
-    these. :func:`pyfused.patch` does not replace torch's function.
-
-    Args:
-        input: Logits, of shape (C), (N, C) or (N, d1, ..., C).
-        target: Probabilities of the classes, usually 0.0 or 1.0, of the input's shape.
-        weight: A factor for each class, of shape (C), or for each element.
-    """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
-    checks.tensor("input", input)
-    checks.tensor("target", target)
-    shapes = None, input.shape, input.shape[-1:]
-    is_row = input.dim() > 0 and input.is_floating_point() and target.shape == input.shape
-    if not is_row or getattr(weight, "shape", None) not in shapes:
-        options = {"weight": weight, "reduction": reduction}
-        return F.multilabel_soft_margin_loss(input, target, **options)  # type: ignore[no-any-return]
-    dtype = common_dtype(input, target, weight)
-    wide = accumulate_dtype(dtype)
-    tensors = input.to(wide), target.to(wide), _without_halves(weight), None
-    op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
-    loss: Tensor = run(op, tensors, op.options(reduction=reduction))
-    if reduction == "none":
-        loss = loss.mean(-1)
-    elif reduction == "sum":
-        loss = loss / input.shape[-1]
-    return loss.to(dtype)
-
-
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
     if inplace:
@@ -1367,75 +1329,6 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
 def sigmoid(input: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-input))``."""
     return run(elementwise.SIGMOID, (input,), ())
-
-
-def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
-    """Returns ``input`` where it is above a threshold or NaN, elsewhere ``value``.
-
-    Args:
-        threshold: The largest value that is replaced.
-        value: The replacement.
-    """
-    if inplace:
-        return in_place(elementwise.THRESHOLD, input, threshold, value)
-    op = elementwise.THRESHOLD
-    return run(op, (input,), op.options(threshold=threshold, value=value))
-
-
-def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``input`` clamped to [0, 6]."""
-    if inplace:
-        return in_place(elementwise.RELU6, input)
-    return run(elementwise.RELU6, (input,), ())
-
-
-def hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Tensor:
-    """Returns ``input`` clamped to [``min_val``, ``max_val``].
-
-    Args:
-        min_val: The lower bound.
-        max_val: The upper bound; a number below ``min_val`` raises a ValueError.
-    """
-    if inplace:
-        return in_place(elementwise.HARDTANH, input, min_val, max_val)
-    op = elementwise.HARDTANH
-    return run(op, (input,), op.options(min_val=min_val, max_val=max_val))
-
-
-def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``input / 6 + 1 / 2`` clamped to [0, 1]."""
-    if inplace:
-        return in_place(elementwise.HARDSIGMOID, input)
-    return run(elementwise.HARDSIGMOID, (input,), ())
-
-
-def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns ``input * hardsigmoid(input)``."""
-    if inplace:
-        return in_place(elementwise.HARDSWISH, input)
-    return run(elementwise.HARDSWISH, (input,), ())
-
-
-def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """Returns ``input`` where its absolute value is above ``lambd``, elsewhere 0.
-
-    Args:
-        lambd: 0 or more.
-    """
-    op = elementwise.HARDSHRINK
-    return run(op, (input,), op.options(lambd=lambd))
-
-
-def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """Returns ``input`` moved towards 0 by ``lambd``, or 0 between ``-lambd`` and ``lambd``.
-
-    Args:
-        lambd: 0 or more; others raise a RuntimeError.
-    """
-    op = elementwise.SOFTSHRINK
-    return run(op, (input,), op.options(lambd=lambd))
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:

@@ -39,11 +39,18 @@ if TYPE_CHECKING:
     from torch.nn import parallel as parallel
     from torch.nn import utils as utils
     from torch.nn.modules.activation import GLU as GLU
+    from torch.nn.modules.activation import Hardshrink as Hardshrink
+    from torch.nn.modules.activation import Hardsigmoid as Hardsigmoid
+    from torch.nn.modules.activation import Hardswish as Hardswish
+    from torch.nn.modules.activation import Hardtanh as Hardtanh
     from torch.nn.modules.activation import MultiheadAttention as MultiheadAttention
     from torch.nn.modules.activation import PReLU as PReLU
+    from torch.nn.modules.activation import ReLU6 as ReLU6
     from torch.nn.modules.activation import RReLU as RReLU
     from torch.nn.modules.activation import Softmax2d as Softmax2d
     from torch.nn.modules.activation import Softmin as Softmin
+    from torch.nn.modules.activation import Softshrink as Softshrink
+    from torch.nn.modules.activation import Threshold as Threshold
     from torch.nn.modules.adaptive import *
     from torch.nn.modules.batchnorm import *
     from torch.nn.modules.channelshuffle import *
@@ -57,6 +64,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.linear import *
     from torch.nn.modules.loss import CTCLoss as CTCLoss
     from torch.nn.modules.loss import MultiLabelMarginLoss as MultiLabelMarginLoss
+    from torch.nn.modules.loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
     from torch.nn.modules.loss import MultiMarginLoss as MultiMarginLoss
     from torch.nn.modules.loss import NLLLoss2d as NLLLoss2d
     from torch.nn.modules.loss import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
@@ -72,7 +80,7 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DataParallel as DataParallel
     from torch.nn.parameter import *
 
-_OTHERS = "AdditiveMargin", "MultiLabelSoftMarginLoss", "RMSELoss"
+_OTHERS = "AdditiveMargin", "RMSELoss"
 _NAMES = [*_OTHERS, *(op.module for op in OPERATORS.values())]
 if not TYPE_CHECKING:  # without __all__, type checkers export the classes of this file
     __all__ = _NAMES
@@ -402,11 +410,6 @@ class NLLLoss(torch.nn.NLLLoss, _Module):
         )
 
 
-class MultiLabelSoftMarginLoss(torch.nn.MultiLabelSoftMarginLoss, _Module):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.multilabel_soft_margin_loss(input, target, self.weight, reduction=self.reduction)
-
-
 class TripletMarginLoss(torch.nn.TripletMarginLoss, _Module):
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         options = self.margin, self.p, self.eps, self.swap
@@ -615,41 +618,6 @@ class SiLU(torch.nn.SiLU, _Module):
 class GELU(torch.nn.GELU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.gelu(input, approximate=self.approximate)
-
-
-class Threshold(torch.nn.Threshold, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.threshold(input, self.threshold, self.value, self.inplace)
-
-
-class ReLU6(torch.nn.ReLU6, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu6(input, self.inplace)
-
-
-class Hardtanh(torch.nn.Hardtanh, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
-
-
-class Hardsigmoid(torch.nn.Hardsigmoid, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.hardsigmoid(input, self.inplace)
-
-
-class Hardswish(torch.nn.Hardswish, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.hardswish(input, self.inplace)
-
-
-class Hardshrink(torch.nn.Hardshrink, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.hardshrink(input, self.lambd)
-
-
-class Softshrink(torch.nn.Softshrink, _Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.softshrink(input, self.lambd)
 
 
 class ELU(torch.nn.ELU, _Module):

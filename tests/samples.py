@@ -148,16 +148,9 @@ SAMPLES = {
     "softcap": Sample(softcap, cancels=True),
     "silu": Sample(cancels=True),
     "gelu": Sample(cancels=True),
-    "relu6": Sample(rounds=False),
-    "hardtanh": Sample(rounds=False),
-    "hardsigmoid": Sample(cancels=True),
-    "hardswish": Sample(cancels=True),
-    "hardshrink": Sample(tried=({}, {"lambd": 0.0}), rounds=False),
-    "softshrink": Sample(cancels=True),
     "mish": Sample(cancels=True),
     "softplus": Sample(tried=({}, {"beta": 2.5, "threshold": 10.0})),
     "tanhshrink": Sample(cancels=True),
-    "threshold": Sample(tried=({"threshold": 0.25, "value": -1.5},), rounds=False),
     "swiglu": Sample(cancels=True),
     "geglu": Sample(cancels=True),
 }
@@ -175,7 +168,7 @@ DEPRECATED = ("reduce", "size_average")
 OPTIONS: dict[str, list[Any]] = {
     name: values
     for names, values in (
-        ("alpha lambd negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
+        ("alpha negative_slope quantile z_loss", [0.0, 0.125, 1.0]),
         ("approximate", ["none", "tanh"]),
         ("beta", [0.25, 1.0, 0.5, 1.5]),
         ("cap delta margin scale softcap teacher_softcap", [n / 8 for n in range(1, 16)]),
@@ -192,8 +185,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("inplace with_metrics", [True]),  # with_metrics is a function of its own
         ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
         ("memory_budget", [1000, 1, 10000]),
-        ("max_val threshold value", [0.5, 1.0, 2.0]),
-        ("min_val", [-1.0, -0.25, 0.5]),
+        ("threshold", [0.5, 1.0, 2.0]),
         ("p", [1, 2]),
         ("reduction", ["none", "mean", "sum"] * 4 + ["batchmean"]),
         ("remainder", ["bucket", "ignore"]),

@@ -102,15 +102,8 @@ ON_CPU: dict[str, Limits] = {
     "silu": Limits(LARGE, without_gradient=MEDIUM),
     "sigmoid": Limits(HUGE, without_gradient=MEDIUM),
     "Contrastive": Limits(PAGES),  # logits
-    "hardshrink": Limits(PAGES),
-    "hardsigmoid": Limits(PAGES),
-    "hardswish": Limits(PAGES),
-    "hardtanh": Limits(PAGES),
     "leaky_relu": Limits(PAGES),
     "relu": Limits(PAGES),
-    "relu6": Limits(PAGES),
-    "softshrink": Limits(PAGES),
-    "threshold": Limits(PAGES),
     "nll_loss": Limits(PAGES, without_gradient=NEVER),  # forward reads one element of each row
 }
 # In half precision torch processes the same number of bytes per second, so limits double. For

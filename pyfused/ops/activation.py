@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,17 +29,12 @@ class Activation(SpecializedOperator):
         formula: The function in torch's operators, of the input and each option.
         gradient: The gradient of the input, given grad_output, the saved tensor and each option.
             None derives it from the formula, if the input is saved.
-        checks: Whether torch's Python function raises for numbers that the built-in one accepts.
-        number_reason: Takes the numbers; returns why torch's operator has to compute the call, None
-            if a kernel can.
         saves: The tensor that the gradient is computed from, "input" or "output", as in torch.
     """
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Tensor] | None = None
     saves: str = "input"
-    checks: bool = False
-    number_reason: Callable[..., str | None] = lambda *_: None
     dynamic = ALL_DIMS
 
     def __post_init__(self) -> None:
@@ -49,7 +44,7 @@ class Activation(SpecializedOperator):
         if self.torch is None:
             self.torch = lambda input, options: function(input, *options)
         super().__post_init__()
-        if function is not self.formula and not self.checks and self.fast is self.torch:
+        if function is not self.formula and self.fast is self.torch:
             # torch's built-in function has less overhead.
             fast = getattr(torch, self.name, None) or built_in(self.name, function)
             self.fast = lambda input, options: fast(input, *options)
@@ -61,9 +56,6 @@ class Activation(SpecializedOperator):
             if value not in choice.values:
                 return f"{choice.name} is {value!r}"
         return None
-
-    def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
-        return self.number_reason(*numbers) or super()._cases(numbers)
 
     def check(self, tensors: Tensors, options: Options) -> None:
         super().check(tensors, options)

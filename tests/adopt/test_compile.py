@@ -228,7 +228,6 @@ def test_small_and_large_calls_are_compiled_separately(
 COLUMN = torch.linspace(-1, 1, N).view(N, 1)
 WARNING: dict[str, Step] = {
     "broadcast": lambda f, x: f.huber_loss(x, COLUMN),
-    "of_labels": lambda f, x: f.multilabel_soft_margin_loss(x, SOFT, size_average=False),
     "deprecated": lambda f, x: f.cross_entropy(x, INDICES, size_average=True, reduce=True),
     "mean": lambda f, x: f.kl_div(x, SOFT),
     "legacy": lambda f, x: f.mse_loss(x, TARGET, reduce=False),

@@ -53,17 +53,13 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "one class": ("cross_entropy", (X[:, :1], TARGET * 0), {}, "one class"),
     "metrics": ("cross_entropy_with_metrics", (X, TARGET), {"z_loss": 0.1}, None),
     "metrics of one class": ("cross_entropy_with_metrics", (X[:, :1], TARGET * 0), {}, "one class"),
-    "labels": ("multilabel_soft_margin_loss", (X, X.sigmoid()), {}, None),
     "root": ("rmse_loss", (X, X), {}, None),
     "margin": ("additive_margin", (X, TARGET), {}, "a composition of torch's operators"),
     "subclass": ("relu", (X.as_subclass(Mine),), {}, "input is a Mine"),
 }
 
 
-MADE_OF = {
-    "multilabel_soft_margin_loss": "binary_cross_entropy_with_logits",
-    "rmse_loss": "mse_loss",
-}
+MADE_OF = {"rmse_loss": "mse_loss"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

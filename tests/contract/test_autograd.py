@@ -569,8 +569,7 @@ def test_gradients_by_finite_differences(example: Example, kernel_calls: KernelC
     leaves = [*call.leaves.values()]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
     assert kernel_calls.total()
-    if call.op.name != "hardsigmoid":  # it has no second derivative in torch
-        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=1e-9)
 
 
 @every_operator

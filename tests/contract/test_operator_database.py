@@ -16,8 +16,7 @@ from typing import Any
 import grid
 import hypothesis
 import pytest
-import torch
-from catalogue import INEXACT_IN_TORCH, Call, ours
+from catalogue import Call, ours
 from check_calls import check_call, run
 from compare import FLOATS
 from torch import Tensor
@@ -76,8 +75,6 @@ def samples(op: Operator) -> list[Call]:
     turn, found = [*IN_TORCH].index(op.name), []
     for entry in database()[op.name]:
         dtypes = [dtype for dtype in FLOATS if dtype in entry.dtypes]
-        if op.name in INEXACT_IN_TORCH:
-            dtypes.remove(torch.float64)
         for dtype in dtypes if grid.FULL or not dtypes else [dtypes[turn % len(dtypes)]]:
             given = entry.sample_inputs("cpu", dtype, requires_grad=True)
             found += [call_of(op, sample) for sample in given]

@@ -65,8 +65,6 @@ def test_values_and_gradients(
     example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
 ) -> None:
     """Kernels return torch's dtypes, and are as accurate as torch."""
-    if example.op.name == "hardsigmoid" and dtype is torch.float64:
-        pytest.skip("torch's slope is 1 / 6 rounded to float32")
     call = example.call(dtype)
     check_call(call)
     assert kernel_calls.total()

@@ -23,22 +23,19 @@ def test_losses_made_of_another_loss(
     x, y = torch.randn(3, 5).to(dtype).requires_grad_(), torch.rand(3, 5).to(dtype)
     given: dict[str, Any] = {"reduction": reduction}
     given["weight"] = None if weight is None else torch.rand(weight).to(dtype)
-    ours, of_torch = (f.multilabel_soft_margin_loss for f in (fused, F))
-    assert_matches_torch(ours, of_torch, x, y, **given)
 
     def rmse_loss(x: Tensor, y: Tensor, **given: Any) -> Tensor:
         return (F.mse_loss(x, y, **given) + 0.5).sqrt()
 
     eps = torch.tensor([0.5]).double()
     assert_matches_torch(partial(fused.rmse_loss, eps=eps), rmse_loss, x, y, **given)
-    assert kernel_calls.keys() >= {"mse_loss", "binary_cross_entropy_with_logits"}
+    assert "mse_loss" in kernel_calls
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_losses_made_of_another_loss_do_not_overflow(dtype: torch.dtype) -> None:
     x, zero = torch.full((2, 60_000), 300.0).to(dtype), torch.zeros(2, 60_000).to(dtype)
     assert fused.rmse_loss(x, zero) == 300
-    assert fused.multilabel_soft_margin_loss(x, zero, reduction="sum") == 600
 
 
 X, Y = torch.linspace(-2, 2, 15).view(3, 5), torch.linspace(0, 1, 15).view(3, 5)
