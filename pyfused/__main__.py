@@ -48,7 +48,7 @@ def report() -> dict[str, str]:
         "compiler": cpu.native.compiler,
         "ISAs built": ", ".join(built) or "none",
         "ISAs supported": ", ".join(cpu.supported) or "none",
-        "ISA chosen": cpu.capability,
+        "ISA chosen": "that of torch's operators" if cpu.MISSING else cpu.capability,
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
