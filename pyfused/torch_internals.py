@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map as tree_map  # no public equivalent
@@ -121,9 +122,10 @@ def saved_tensors_from(ctx: Any, first: int) -> list[Any]:
     """Unpacks the tensors that were saved for backward, starting at an index.
 
     If torch can unpack tensors separately, it neither runs the hooks of earlier ones nor checks
-    whether these were modified.
+    whether these were modified. The context of a backward pass that torch compiles has only
+    ``saved_tensors``.
     """
-    if _unpack is None:
+    if _unpack is None or not isinstance(ctx, BackwardCFunction):
         return list(ctx.saved_tensors[first:])
     return [*map(_unpack, ctx._raw_saved_tensors[first:])]
 
@@ -218,6 +220,16 @@ def skip_frames(function: Any) -> None:
     if hasattr(frames, "set_code_exec_strategy"):
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def never_traced(function: Any) -> Any:
+    """Makes torch.compile neither trace a function nor what it calls.
+
+    Like ``torch.compiler.disable``, without importing torch's compiler.
+    """
+    function._torchdynamo_disable = True
+    skip_frames(function)
+    return function
 
 
 def dynamo_table() -> Any:

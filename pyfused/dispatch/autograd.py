@@ -20,6 +20,7 @@ from pyfused.torch_internals import (
     is_batched,
     is_lazy_clone,
     is_zero_tensor,
+    never_traced,
     saved_tensors_from,
 )
 from pyfused.types import Gradients
@@ -78,6 +79,7 @@ class Fused(torch.autograd.Function):
         return output
 
     @staticmethod
+    @never_traced  # torch's compiled autograd traces backward passes
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
         plan, first_gradient = ctx.plan, ctx.first_gradient
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
