@@ -67,8 +67,6 @@ def installed(package: str) -> str:
 def peers_of(case: Case) -> dict[str, Any]:
     """Returns eager and compiled torch, and Liger if it supports the case."""
     peers: dict[str, Any] = {"torch": cases.TORCH, "torch.compile": cases.Compiled()}
-    if case.op == "cross_entropy" and case.headline:
-        peers["pyfused, compiled"] = cases.Compiled(pyfused.functional)
     plain = case.op == "cross_entropy" and len(case.shape) == 2 and not case.probabilities
     if plain and case.reduction == "mean":
         with contextlib.suppress(ImportError):

@@ -207,49 +207,6 @@ def allocators(options: Namespace) -> None:
         options.json.write_text(json.dumps({"allocators": found}, indent=1), encoding="utf-8")
 
 
-# ---- compiled programs ---------------------------------------------------------------------------
-
-
-# Operations on the input before the operator: the description and the function.
-BEFORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "": lambda x: x,
-    ", after x / 2 + 1 / 4": lambda x: x * 0.5 + 0.25,
-    ", cast to float32": torch.Tensor.float,
-}
-
-
-def program(operators: Any, case: Case, before: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns the operator applied to the preprocessed input."""
-    function = getattr(operators, case.op)
-    call = lambda x, *rest, **given: function(before(x), *rest, **given)  # noqa: E731
-    return SimpleNamespace(**{case.op: call})
-
-
-def compiled(options: Namespace) -> None:
-    """Times programs with torch's and with pyfused's operators, both under torch.compile.
-
-    If COMPILED in dispatch/sizes.py leaves a call to Inductor, both programs are the same. Inductor
-    cannot fuse a custom operator with preceding arithmetic or casts.
-    """
-    cases.settle_allocator()
-    rows = []
-    for case in cases.chosen(CASES, options.k):
-        logits = case.op == "cross_entropy"
-        for words, before in BEFORE.items():
-            if case.autocast or ("float32" in words) > (logits and case.dtype is cases.BF16):
-                continue
-            arguments = draw(case)
-            both = [program(each, case, before) for each in (TORCH, pyfused.functional)]
-            cases.assert_correct(case, arguments, cases.Compiled(both[1]), both[0])
-            for mode in MODES:
-                torch.compiler.reset()
-                steps = [step(cases.Compiled(each), case, arguments, mode) for each in both]
-                times = cases.measure(timers_of(steps), options.seconds)
-                rows.append([case.name + words, mode, *cells(times)])
-    names = ["under torch.compile", "mode", "torch, ms", "pyfused, ms", "torch / pyfused"]
-    print(tabulated(names, rows, names=2))
-
-
 # ---- the overhead of a call ----------------------------------------------------------------------
 
 

@@ -281,9 +281,6 @@ def parser() -> argparse.ArgumentParser:
     add = command("allocators", "pairs.allocators", words, named)
     add("--seconds", type=float, default=12, help="time per case")
     add("--json", type=Path, help="also write the results to this file, for the report")
-    words = "time programs under torch.compile, with torch's operators and with pyfused's"
-    add = command("compiled", "pairs.compiled", words, named)
-    add("--seconds", type=float, default=3, help="time per case and mode")
     words = "measure the overhead of calls on 80 elements, compared with torch"
     add = command("overhead", "pairs.overhead", words, named)
     add("--rounds", type=int, default=101, help="rounds of 200 calls")
@@ -302,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="the seed of another run, to repeat its shapes")
     add(
         "--how",
-        choices=("called", "patched", "compiled"),
+        choices=("called", "patched"),
         default="called",
         help="how calls are made",
     )

@@ -27,7 +27,7 @@ LARGEST_CHECKED = 1 << 22  # checking the results of larger calls takes seconds
 ALLOWED = 0.6e-3  # milliseconds by which a call that runs torch's operator may be slower
 OF_CLASSES = ("cross_entropy", "nll_loss")
 VECTORS = torch.backends.cpu.get_cpu_capability()
-CALLED, PATCHED, COMPILED = "called", "patched", "compiled"
+CALLED, PATCHED = "called", "patched"
 
 
 @lru_cache(maxsize=1)
@@ -46,16 +46,11 @@ def timers_of_both(case: Case, mode: str, how: str = CALLED) -> list[cases.Timer
             ours = cases.step(cases.Torch(), case, arguments, mode)
         (theirs,) = cases.timers_of([cases.step(cases.TORCH, case, arguments, mode)])
         return [theirs, partial(timed_patched, ours)]
-    if how == COMPILED:
-        torch._dynamo.reset()  # otherwise the second shape would compile with dynamic shapes
-        operators = tuple(map(cases.Compiled, operators))
     return cases.timers_of([cases.step(each, case, arguments, mode) for each in operators])
 
 
-def backend_of(case: Case, mode: str, how: str) -> str:
-    """Returns "torch" or "a kernel", whichever an eager call runs, or COMPILED."""
-    if how == COMPILED:
-        return COMPILED
+def backend_of(case: Case, mode: str) -> str:
+    """Returns "torch" or "a kernel", whichever the call runs."""
     arguments = drawn_and_checked(case)
     leaf = arguments.input.detach().requires_grad_(mode == cases.TRAINING)
     explanation = pyfused.explain(case.op, leaf, *arguments.others, **arguments.options)
@@ -169,7 +164,7 @@ def sweep(options: Namespace) -> None:
             times = cases.remeasured(timers, options.seconds, options.margin, fewest=4)
         except NotImplementedError:  # torch lacks the operator for this dtype
             continue
-        found.append((case, mode, threads, times, backend_of(case, mode, how)))
+        found.append((case, mode, threads, times, backend_of(case, mode)))
     found.sort(key=lambda each: ratios(*each[3])[1])
     rows = [
         [
