@@ -18,7 +18,7 @@ import torch
 from entries import ENTRIES, EXAMPLES
 
 import pyfused.functional
-from pyfused.dispatch.sizes import LINEAR, OF_LOGITS
+from pyfused.dispatch.sizes import LINEAR
 from pyfused.ops.operators import OPERATORS
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
@@ -60,7 +60,7 @@ def measured(name: str) -> str:
         if rows:
             tables.append(f"{found[0]['machine']}:\n\n{report.markdown(rows)}")
     if not tables:
-        if name in LINEAR + OF_LOGITS:
+        if name in (*LINEAR, "cross_entropy", "log_probs", "kl_div_with_logits"):
             return (
                 "[Language models](../language-models.md) compares time and peak memory of heads"
                 " with torch's and with bare matrix products."

@@ -132,7 +132,7 @@ def compiler() -> None:
 
 @pytest.fixture
 def compiled_always(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uses custom operators for all sizes; by default, most calls are left to Inductor."""
+    """Makes heads of all sizes custom operators; by default, small ones are torch's operators."""
     for op in sizes.COMPILED:
         monkeypatch.setitem(sizes.COMPILED, op, (0, 0))
 

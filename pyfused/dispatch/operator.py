@@ -222,10 +222,6 @@ class Operator(ABC):
             A function of the tensors and the options of a call, whose numbers are floats.
         """
 
-    def compiled(self, tensors: Tensors, options: Options) -> Any:
-        """Returns the result of a call that is being compiled."""
-        raise NotImplementedError
-
     def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         """Raises for invalid arguments, including values, after torch's operator has raised."""
         self.check_tensors(tensors)

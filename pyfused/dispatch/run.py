@@ -26,7 +26,6 @@ from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
 from pyfused.torch_internals import (
     _checkpoints,
-    compiler_traces,
     fell_back_in_checkpoint,
     functorch_is_active,
     is_exporting,
@@ -86,10 +85,10 @@ def fall_back(op: Operator, reason: str, tensors: Tensors, options: Options) -> 
         return op.torch(*tensors, options)
 
 
-def _run_compiled(op: Operator, tensors: Tensors, options: Options) -> Any:
-    """Returns the result of a call that Dynamo traces."""
+def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
+    """Returns the result of a call that Dynamo traces: torch's, or a head's custom operator."""
     op.check_tensors(tensors)
-    if fallback_reason(op, tensors, options) is not None:
+    if _compiler_reason(op, tensors, options) is not None:
         return op.torch(*tensors, options)
     return op.compiled(tensors, options)
 
@@ -125,9 +124,6 @@ def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
     """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
     signed = signature(op, tensors, options)
     if isinstance(signed, str):
-        if is_traced(tensors[0]):
-            reason = fallback_reason(op, tensors, options)
-            return reason, None if reason else op.compiled, options
         return signed, None, options
     if _checkpoints and fell_back_in_checkpoint():
         return "a torch dispatch or function mode in the checkpoint's forward pass", None, options
@@ -154,9 +150,8 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
     Raises:
         RuntimeError: ``PYFUSED_BACKEND`` names a backend that does not support this device.
     """
-    if is_compiled(tensors[0]):
-        reason = _compiler_reason(op, tensors, options)
-        return reason or _planned_reason(op, tensors, options)
+    if is_dynamo_compiling():
+        return _compiler_reason(op, tensors, options)
     signed = signature(op, tensors, options)
     if isinstance(signed, str):
         return signed
@@ -180,8 +175,9 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     if not isinstance(tensor, TENSORS):
         is_number = operand.number and isinstance(tensor, (Number, Real))
         return None if is_number else f"{name} is a {type(tensor).__name__}"
-    traced = is_traced(tensor) or (is_dynamo_compiling() and type(tensor) in PLAIN)
-    if not (isinstance(tensor, TensorSpec) or traced) and (reason := layout_reason(name, tensor)):
+    is_traced = is_dynamo_compiling() and type(tensor) in PLAIN
+    has_spec = is_traced or isinstance(tensor, TensorSpec)
+    if not has_spec and (reason := layout_reason(name, tensor)):
         return reason
     if reason := unsupported_device(name, tensor, input):
         return reason
@@ -190,73 +186,33 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
         return f"{name} has dtype {tensor.dtype}"
     if not operand.differentiated and tensor.requires_grad:
         return f"{name} requires grad"
+    if is_traced:
+        return None  # a comparison would restrict the sizes of the program
     return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts
 
 
 # ---- programs that are compiled ------------------------------------------------------------------
 
 
-def is_traced(tensor: Tensor) -> bool:
-    """Returns whether the compiler calls code with a fake tensor, without tracing it.
-
-    It does so for functions in its table of torch's functions, which includes pyfused's functions
-    if ``pyfused.patch`` was active when it filled the table.
-    """
-    stands_in = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
-    return stands_in and compiler_traces()
-
-
-def is_compiled(tensor: Tensor) -> bool:
-    """Returns whether the call becomes part of a compiled program, traced or as one function."""
-    return is_dynamo_compiling() or is_traced(tensor)
-
-
 def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
     """Returns why a compiled call stays torch's function, None if it becomes a custom operator."""
+    limits = sizes.COMPILED.get(op.name)
+    if limits is None:
+        return FUSED
     if is_exporting():
         return "torch.export: exported programs contain only torch's operators"
-    input = tensors[0]
-    limits = sizes.COMPILED.get(op.name)
-    limit = sizes.NEVER if limits is None else limits[int(takes_triton(input))]
-    if limit == sizes.NEVER:
-        return FUSED
     # Imported late because it is slow to import; the compiler has imported it already.
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    # With dynamic sizes, the compiler makes one program for small and one for large sizes. An
-    # unknown size counts as large.
-    elements = _head_elements(*tensors[:2]) if op.is_linear else input.numel()
-    if limit and guard_or_false(elements < limit):
+    # An unknown size counts as large: a guard would restrict the sizes of the program.
+    if statically_known_true(_head_elements(*tensors[:2]) < limits[int(takes_triton(tensors[0]))]):
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
         return "torch.func"
     for name, option in zip(op.fields, options, strict=True):
         if isinstance(option, Tensor):
             return f"torch.compile: {name} is a tensor"
-    if op.factors and isinstance(tensors[-1], Tensor):
-        return "torch.compile: denominator is a tensor"
-    if op.name not in sizes.LOSSES:
-        return None
-    # These have custom operators for common calls only.
-    if op.needs_no_gradient(tensors):
-        return "torch.compile: Inductor is as fast without a gradient"
-    if options.reduction == "none":
-        return "torch.compile: Inductor fuses what follows an unreduced loss"
-    if torch.is_autocast_enabled(input.device.type):
-        return "torch.compile: autocast"
-    for operand, tensor in zip(op.operands, tensors, strict=True):
-        if tensor is None or operand.indices:
-            continue
-        if not isinstance(tensor, Tensor):
-            return f"torch.compile: {operand.name} is not a tensor"
-        if tensor.dtype is not input.dtype:
-            return f"torch.compile: {operand.name} differs in dtype"
-        if not operand.optional and tensor.shape != input.shape:
-            return f"torch.compile: {operand.name} differs in shape"
-    warning = getattr(op, "warning", None)
-    if warning is not None and warning(tensors, options):
-        return "torch.compile: the call warns"
-    return None
+    return _planned_reason(op, tensors, options)
 
 
 # ---- fallbacks -----------------------------------------------------------------------------------

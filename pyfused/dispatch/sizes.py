@@ -24,15 +24,7 @@ from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.signature import PLAIN
 
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
-OF_LOGITS = ("cross_entropy", "log_probs", "kl_div_with_logits")
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
-LOSSES = (
-    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss"),
-    *("gaussian_nll_loss", "hinge_embedding_loss", "hinge_loss", "huber_loss", "kl_div"),
-    *("l1_loss", "log_cosh_loss", "margin_ranking_loss", "mse_loss", "nll_loss"),
-    *("poisson_nll_loss", "quantile_loss", "sigmoid_focal_loss", "smooth_l1_loss"),
-    *("soft_margin_loss", "triplet_margin_loss"),
-)
 ALWAYS, NEVER = 0, sys.maxsize
 TINY, SMALL, MEDIUM, LARGE, HUGE, PAGES = (1 << n for n in (10, 14, 17, 19, 22, 24))
 
@@ -161,18 +153,15 @@ ON_GPU: dict[str, Limits] = {
     "Activation": Limits(NEVER),
 }
 
-# In compiled programs, on CPUs and on GPUs: the sizes from which a call becomes a custom operator,
-# which Inductor cannot fuse with its neighbours. Inductor compiles operators without a row.
+# In compiled programs, on CPUs and on GPUs: the number of logits from which a call becomes a custom
+# operator. All other operators are torch's functions, which Inductor fuses with their neighbours.
 # Heads avoid materialising the logits: on CPUs a training step took 2.1 times as long as Inductor's
-# at 2^16 logits, 1.2 times at 2^18, and 0.8 times at 2^20. For logits and large losses on CPUs, a
-# kernel moves less memory than Inductor's code, which allocates its outputs. A custom operator
-# costs about 30 us per pass. On GPUs, launching should take no longer than the kernels from 2^24
-# logits on; the limit has not been measured.
+# at 2^16 logits, 1.2 times at 2^18, and 0.8 times at 2^20. A custom operator costs about 30 us per
+# pass. On GPUs, launching should take no longer than the kernels from 2^24 logits on; the limit has
+# not been measured.
 COMPILED: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LINEAR, (LARGE, PAGES)),
-    **dict.fromkeys(OF_LOGITS, (2 * MEDIUM, PAGES)),
-    **dict.fromkeys(LOSSES, (PAGES, NEVER)),
-    "gaussian_nll_loss": (ALWAYS, NEVER),  # torch's function breaks the graph
+    "contrastive_loss": (PAGES, PAGES),
 }
 
 

@@ -27,14 +27,15 @@ from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, Operand, Options, Tensors
-from pyfused.dispatch.plan import Forward, needs_grad
+from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
+from pyfused.ops.collectives import LocalShard
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
 from pyfused.ops.heads import NONE, joined, over_blocks
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.ops.rows import Passes, Planned, RowLoss
-from pyfused.types import LOG_P, STATE_FIELDS, ClassRange, Gradients, Outputs, RowOptions
+from pyfused.types import LOG_P, NUMBER, STATE_FIELDS, ClassRange, Gradients, Outputs, RowOptions
 
 
 def contrastive_loss(
@@ -68,7 +69,6 @@ class Contrastive(RowLoss):
     """
 
     factors: ClassVar[tuple[Operand, ...]] = ()
-    in_forward = True
     dynamic = FIRST_DIM
 
     def __post_init__(self) -> None:
@@ -82,6 +82,11 @@ class Contrastive(RowLoss):
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         a = in_autocast_dtype(tensors[0])
         return backend_of(a).product_dtype(a.dtype)
+
+    def plan(self, tensors: Tensors, options: Options, shard: LocalShard | None = None) -> Plan:
+        a, b, bias, scale = tensors
+        # The custom operator takes a scaled a, and no scale.
+        return super().plan((a, b, bias, NUMBER if scale is None else scale), options, shard)
 
     def arrangement(self, _: Planned) -> Any:
         return _scaled
@@ -106,10 +111,14 @@ class Contrastive(RowLoss):
 
 
 def _scaled(tensors: Tensors, _: Options) -> Tensors:
-    """Returns the scaled embeddings a, the embeddings b, and the bias as a tensor or None."""
+    """Returns the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
+
+    Without a scale, a has been scaled.
+    """
     a, b, bias, scale = tensors
     a = in_autocast_dtype(a)
-    x = a.to(backend_of(a).product_dtype(a.dtype)) * _scalar(scale)
+    x = a.to(backend_of(a).product_dtype(a.dtype))
+    x = x if scale is None else x * _scalar(scale)
     if bias is not None:
         dtype = accumulate_dtype(x.dtype)
         bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)

@@ -1,18 +1,18 @@
-"""Custom operators for torch.compile, which cannot trace into the kernels.
+"""The custom operators of heads, which torch.compile puts into its graphs.
 
-Each operator has two: ``name`` computes the result and ``name_backward`` the gradients, because a
-custom operator must not return what it saved. Both run the functions of the operator's plan. Their
-arguments are the tensors and the options of a call.
+Each head has two: ``name`` computes the result and ``name_backward`` the gradients, because a
+custom operator must not return what it saved. Both run the functions of the head's plan. Their
+arguments are the tensors and the options of a call, with the tensors that may need gradients first.
+They are registered when pyfused is imported, as saved programs call them by name.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from pyfused.dispatch.originals import torch_alone
 from pyfused.dispatch.plan import Plan
 from pyfused.dispatch.signature import signature, spec_of, with_specs
 from pyfused.layout import is_dense
-from pyfused.torch_internals import run_while_tracing
 from pyfused.types import Gradients
 
 PACKAGE = __name__.partition(".")[0]
@@ -32,16 +31,16 @@ PACKAGE = __name__.partition(".")[0]
 _VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
 NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)
-# The types of the options that are no numbers; the others are bool.
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+# The types of the options that are no numbers; the others are bool. The compiler specialises a
+# program to the value of an int, but not of a SymInt.
 _TYPES = {
     "reduction": "str",
     "remainder": "str",
-    "ignore_index": "int",
-    "memory_budget": "int?",
+    "ignore_index": "SymInt",
+    "memory_budget": "SymInt?",
     "loss_dtype": "ScalarType?",
 }
-_registered: dict[str, _CustomOperators] = {}
-_registering = threading.Lock()
 
 
 def compute(name: str, function: Callable[..., Any], *values: Any) -> Any:  # noqa: ARG001
@@ -49,77 +48,47 @@ def compute(name: str, function: Callable[..., Any], *values: Any) -> Any:  # no
     return function(*values)
 
 
-class CompiledOperator(Operator):
-    """An operator that compiled programs call as a custom operator.
+def call(op: Operator, tensors: Tensors, options: Options, needs: Sequence[bool]) -> Any:
+    """Calls the custom operator of a head.
 
-    Attributes:
-        in_forward: Whether the custom operator also returns the gradients of the sum of its result.
-        has_state: Whether the last result is the state of the rows, which backward takes.
+    Args:
+        needs: Whether to compute the gradient of each of the first tensors in the forward pass.
+
+    Returns:
+        The result; the gradients of its sum, empty tensors for those that are not computed; and the
+        state of the rows, an empty tensor if there is none.
+    """
+    pairs = zip(op.fields, options, strict=True)
+    values = [value for name, value in pairs if name != "torch_options"]
+    return getattr(TORCH_OPS, op.name)(*tensors, *values, needs)
+
+
+class CustomOperator:
+    """Registers the two custom operators of a head.
+
+    Their values are those of the schema, followed by ``needs``: whether each of the tensors that
+    may need a gradient needs one.
     """
 
-    in_forward: ClassVar[bool] = False
-    has_state: ClassVar[bool] = False
-
-    def compiled(self, tensors: Tensors, options: Options) -> Any:
-        return self.custom_operator(tensors, options)
-
-    def custom_operator(self, tensors: Tensors, options: Options, *needs: Sequence[bool]) -> Any:
-        """Calls the custom operator with the tensors and options of a call.
-
-        Args:
-            needs: As in `_CustomOperators`.
-        """
-        self._register()
-        pairs = zip(self.fields, options, strict=True)
-        values = [value for name, value in pairs if name != "torch_options"]
-        return getattr(TORCH_OPS, self.name)(*tensors, *values, *needs)
-
-    @run_while_tracing
-    def _register(self) -> None:
-        """Registers the custom operators at their first use, as this takes milliseconds."""
-        with _registering:
-            if self.name not in _registered:
-                _registered[self.name] = _CustomOperators(self)
-
-    def fake(self, tensors: Tensors, options: Options) -> Tensor:  # noqa: ARG002
-        """Returns an empty tensor like the result of the custom operator, by default a scalar."""
-        empty: Tensor = tensors[0].new_empty(())
-        return empty
-
-    def fake_state(self, tensors: Tensors, options: Options) -> Tensor:
-        """Returns an empty tensor like the state that follows the gradients."""
-        raise NotImplementedError
-
-
-class _CustomOperators:
-    """The custom operators of an operator.
-
-    They take the values of the schema: the tensors and the options of a call, with the tensors that
-    may need gradients first. If an operator computes gradients, ``needs`` follows:
-    whether each of these tensors needs one.
-    """
-
-    def __init__(self, op: CompiledOperator) -> None:
+    def __init__(self, op: Any) -> None:
         self.op, self.name, schema = op, op.name, _schema(op)
-        self.count = len(schema)
-        self.differentiable = sum(operand.differentiated for operand in op.operands)
-        self.library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        gradients, needs = ["Tensor"] * self.differentiable, f"bool[{self.differentiable}] needs"
-        results = ["Tensor", *gradients * op.in_forward, *["Tensor"] * op.has_state]
-        forward = [*schema, *[needs] * op.in_forward]
-        self.define(self.name, forward, results, self.run, self.fake)
-        schema = ["Tensor grad_output", *schema, *["Tensor state"] * op.has_state, needs]
+        self.count, self.student = len(schema), op.student
+        gradients, needs = ["Tensor"] * op.student, f"bool[{op.student}] needs"
+        self.define(
+            op.name, [*schema, needs], ["Tensor", *gradients, "Tensor"], self.run, self.fake
+        )
+        schema = ["Tensor grad_output", *schema, "Tensor state", needs]
         passes = self.run_backward, self.fake_backward
-        self.define(f"{self.name}_backward", schema, gradients, *passes)
+        self.define(f"{op.name}_backward", schema, gradients, *passes)
         torch.library.register_autograd(
-            f"{NAMESPACE}::{self.name}", self.backward, setup_context=self.save, lib=self.library
+            f"{NAMESPACE}::{op.name}", self.backward, setup_context=self.save, lib=_LIBRARY
         )
 
     def define(self, name: str, schema: list[str], results: list[str], run: Any, fake: Any) -> None:
-        self.library.define(f"{name}({', '.join(schema)}) -> ({', '.join(results)})")
+        _LIBRARY.define(f"{name}({', '.join(schema)}) -> ({', '.join(results)})")
         for device in ("CPU", "CUDA"):
-            self.library.impl(name, lambda *values: compute(name, run, *values), device)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=self.library)
+            _LIBRARY.impl(name, lambda *values: compute(name, run, *values), device)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
     # ---- the call and its plan -------------------------------------------------------------------
 
@@ -152,7 +121,7 @@ class _CustomOperators:
                 if operand.name == "weight" and specs[i] is not None:
                     specs[i] = replace(specs[i], dtype=specs[0].dtype)
             with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
-                plan = op.plan(specs, planned)  # type: ignore[assignment]
+                plan = op.plan(specs, planned)
             if key is not None:
                 dispatch.keep_plan(op, key, plan)
         assert plan is not None
@@ -169,49 +138,52 @@ class _CustomOperators:
         """Returns the gradients, from the backward kernel or from torch's definition.
 
         Args:
-            values: The values of the schema, followed by the state if the operator has one.
+            values: The values of the schema, followed by the state.
             define: Whether to compute gradients by torch's definition, which is differentiable.
         """
         plan, tensors, options = self.planned(values, needs)
-        saved = (*tensors, values[self.count]) if self.op.has_state else tensors
-        return (plan.define if define else plan.backward)(saved, options, grad_output)
+        state = values[self.count]
+        saved = (*tensors, state) if state.numel() else tensors
+        if define:
+            return plan.define(saved, options, grad_output)
+        if not tensors[0].numel():  # a number of rows that was unknown while tracing
+            pairs = zip(values, needs, strict=False)
+            return tuple([torch.zeros_like(x) if need else None for x, need in pairs])
+        return plan.backward(saved, options, grad_output)
 
     # ---- kernels, and the layouts of their results -----------------------------------------------
 
     def run(self, *values: Any) -> Any:
-        op = self.op
-        needs = values[-1] if op.in_forward else (False,) * self.differentiable
+        op, needs = self.op, values[-1]
         plan, tensors, options = self.planned(values, needs)
-        output, saved, gradients = plan.forward(tensors, options)
-        if not (op.in_forward or op.has_state):
-            return output if plan.finish is None else plan.finish(output, values)
+        saved = tensors
+        gradients: Gradients = ()
+        if tensors[0].numel():
+            result, saved, gradients = plan.forward(tensors, options)
+            result = result[0] if isinstance(result, tuple) else result
+        else:
+            result = op.define(tensors, options, None, None).to(op.fake(tensors, options).dtype)
+        if len(saved) > len(tensors):
+            state = saved[len(tensors)]
+        else:
+            state = op.fake_state(*self.call_of(values)).zero_()
+        if any(needs) and not gradients:
+            ones = result.new_ones(())
+            gradients = self.gradients((*values[:-1], state), needs, ones, define=False)
         # The dtype of the finished result depends on autocast, so the caller finishes it.
-        results = [output[0] if isinstance(output, tuple) else output]
-        if op.in_forward:
-            if any(needs) and not gradients:
-                gradients = plan.backward(saved, options, results[0].new_ones(()))
-            results += self.dense_gradients(gradients, values)
-        if op.has_state:
-            has_state = len(saved) > len(tensors)
-            empty = op.fake_state(*self.call_of(values))
-            results.append(saved[len(tensors)] if has_state else empty.zero_())
-        return tuple(results)
+        return result, *self.dense_gradients(gradients, values), state
 
     def run_backward(self, grad_output: Tensor, *values: Any) -> Any:
         gradients = self.gradients(values, values[-1], grad_output, define=False)
-        return _packed(self.dense_gradients(gradients, values))
+        return tuple(self.dense_gradients(gradients, values))
 
     def fake(self, *values: Any) -> Any:
-        op, call = self.op, self.call_of(values)
-        results = [op.fake(*call)]
-        if op.in_forward:
-            results += self.fake_gradients(values, values[-1])
-        if op.has_state:
-            results.append(op.fake_state(*call))
-        return tuple(results) if len(results) > 1 else results[0]
+        tensors, options = self.call_of(values)
+        gradients = self.fake_gradients(values, values[-1])
+        return self.op.fake(tensors, options), *gradients, self.op.fake_state(tensors, options)
 
     def fake_backward(self, _grad_output: Tensor, *values: Any) -> Any:
-        return _packed(self.fake_gradients(values, values[-1]))
+        return tuple(self.fake_gradients(values, values[-1]))
 
     def fake_gradients(self, values: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
         return [
@@ -221,32 +193,27 @@ class _CustomOperators:
 
     def dense_gradients(self, gradients: Gradients, values: Sequence[Any]) -> list[Tensor]:
         """Returns gradients with the layouts of `fake_gradients`, and empty tensors for None."""
-        gradients = gradients or (None,) * self.differentiable
+        gradients = gradients or (None,) * self.student
         return [
             values[0].new_empty(0) if gradient is None else _dense_like(gradient, tensor)
-            for gradient, tensor in zip(gradients, values[: self.differentiable], strict=False)
+            for gradient, tensor in zip(gradients, values[: self.student], strict=False)
         ]
 
     # ---- autograd --------------------------------------------------------------------------------
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        op, values, gradients = self.op, inputs[: self.count], ()
-        if op.in_forward or op.has_state:
-            ctx.mark_non_differentiable(*output[1:])
-        if op.in_forward and any(inputs[-1]):
-            gradients = output[1 : self.differentiable + 1]
-        if op.has_state:
-            values = *values, output[-1]
+        _, *gradients, state = output
+        ctx.mark_non_differentiable(*output[1:])
+        values = *inputs[:-1], state
         tensors = [value if isinstance(value, Tensor) else None for value in values]
-        ctx.save_for_backward(*tensors, *gradients)
+        ctx.save_for_backward(*tensors, *(gradients if any(inputs[-1]) else ()))
         ctx.values = [None if isinstance(value, Tensor) else value for value in values]
-        ctx.inputs = len(inputs)
 
     def backward(self, ctx: Any, grad_output: Tensor, *_: Tensor) -> Gradients:
         saved, count = ctx.saved_tensors, len(ctx.values)
         pairs = zip(saved[:count], ctx.values, strict=True)
         values = [value if tensor is None else tensor for tensor, value in pairs]
-        needs = ctx.needs_input_grad[: self.differentiable]
+        needs = ctx.needs_input_grad[: self.student]
         gradients: Any
         if torch.is_grad_enabled():
             with torch_alone:
@@ -257,14 +224,9 @@ class _CustomOperators:
             gradients = [gradient * grad_output for gradient in saved[count:]]
         else:
             gradients = getattr(TORCH_OPS, f"{self.name}_backward")(grad_output, *values, needs)
-            gradients = gradients if self.differentiable > 1 else (gradients,)
         pairs = zip(gradients, needs, strict=False)
         gradients = [gradient if need else None for gradient, need in pairs]
-        return *gradients, *[None] * (ctx.inputs - len(gradients))
-
-
-def _packed(gradients: list[Tensor]) -> Tensor | list[Tensor]:
-    return gradients if len(gradients) > 1 else gradients[0]
+        return *gradients, *[None] * (count - len(gradients))
 
 
 def _empty_dense(tensor: Tensor) -> Tensor:
@@ -283,7 +245,8 @@ def _dense_like(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _schema(op: Operator) -> list[str]:
-    tensors = [f"{'Tensor?' if x.optional else 'Tensor'} {x.name}" for x in op.operands]
+    types = ["Tensor?" if x.optional or x.number else "Tensor" for x in op.operands]
+    tensors = [f"{kind} {x.name}" for kind, x in zip(types, op.operands, strict=True)]
     factors = [f"Tensor? {x.name}_tensor" for x in op.factors]
     numbers = [f"{'float?' if x.optional else 'float'} {x.name}" for x in op.numbers]
     choices = [f"{_TYPES.get(x.name, 'bool')} {x.name}" for x in op.choices if not x.of_torch]

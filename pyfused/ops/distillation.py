@@ -187,7 +187,6 @@ class Divergence(HeadLoss):
     """The divergence of a student's predictions from a teacher's."""
 
     strategy = "row by row"
-    in_forward = True
 
     def arrangement(self, _: Planned) -> Any:
         return self.to_rows

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 from pyfused import checks
@@ -27,7 +28,7 @@ from pyfused.dispatch.operator import LEADING_DIMS, REDUCTIONS, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward
 from pyfused.dispatch.reasons import SMALL
-from pyfused.dispatch.run import fall_back, is_compiled
+from pyfused.dispatch.run import fall_back
 from pyfused.layout import accumulate_dtype, specs_of_layouts, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunk_sizes import CLASSES_GPU, TILE, rows_at_once, state_block_size, tile_size
@@ -484,8 +485,6 @@ def joined(parts: Sequence[Tensor], unreduced: bool) -> Tensor | None:
 class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
-    has_state = True
-    in_forward = True
     reference = staticmethod(definitions.head_cross_entropy)
 
     def __post_init__(self) -> None:
@@ -537,7 +536,7 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
     def arrangement(self, call: Planned) -> Any:
         tensors, _, shard, *_ = call
         indices, classes = not tensors[3].is_floating_point(), class_range(tensors[:3], shard).total
-        check = None if is_compiled(tensors[0]) else backend_of(tensors[0]).check_class_indices
+        check = None if is_dynamo_compiling() else backend_of(tensors[0]).check_class_indices
         casts, dtype = in_autocast_dtype(tensors[0]) is not tensors[0], self.input_dtype(tensors)
 
         def arrange(tensors: Tensors, options: Options) -> Tensors:

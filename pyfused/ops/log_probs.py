@@ -15,12 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
-from pyfused.dispatch.run import is_compiled
 from pyfused.ops.chunk_sizes import state_block_size
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.heads import HeadRows
@@ -122,7 +122,6 @@ class LogProbsOperator(StateLoss):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
-    has_state = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +130,7 @@ class LogProbsOperator(StateLoss):
     def arrangement(self, call: Planned) -> Any:
         tensors, _, shard, *_ = call
         total = class_range(tensors[:-1], shard).total
-        check = None if is_compiled(tensors[0]) else backend_of(tensors[0]).check_class_indices
+        check = None if is_dynamo_compiling() else backend_of(tensors[0]).check_class_indices
         casts = tensors[0].dtype is not self.input_dtype(tensors)
 
         def arrange(tensors: Tensors, options: Options) -> Tensors:
@@ -189,7 +188,7 @@ class LogProbsOperator(StateLoss):
         """Raises for invalid arguments; class indices are not read if that synchronises."""
         super().check(tensors, options)
         *layer, target = tensors
-        if not (is_compiled(layer[0]) or backend_of(target).ASYNCHRONOUS):
+        if not backend_of(target).ASYNCHRONOUS:
             checks.class_indices(class_range(layer).total, target, options.ignore_index)
 
     def finish(self, call: Planned) -> Any:

@@ -7,6 +7,7 @@ from pyfused.dispatch.operator import Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
+from pyfused.ops.custom_operators import CustomOperator
 from pyfused.ops.distillation import HeadDivergence, LogitsDivergence, TopKDivergence
 from pyfused.ops.elementwise import INPUT
 from pyfused.ops.embedding import (
@@ -190,6 +191,17 @@ SOFTMAX = Softmax(name="softmax", module="Softmax", fallback_reason=softmax_fall
 LOG_SOFTMAX = Softmax(
     name="log_softmax", module="LogSoftmax", fallback_reason=softmax_fallback_reason
 )
+
+# ---- heads in compiled programs ------------------------------------------------------------------
+
+for _head in (
+    LINEAR_CROSS_ENTROPY,
+    LINEAR_LOG_PROBS,
+    LINEAR_KL_DIV,
+    LINEAR_TOPK_KL_DIV,
+    CONTRASTIVE_LOSS,
+):
+    CustomOperator(_head)
 
 _declared = [value for value in globals().values() if isinstance(value, Operator)]
 OPERATORS: dict[str, Operator] = {op.name: op for op in (*_declared, *elementwise.OPERATORS)}

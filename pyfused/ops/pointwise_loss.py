@@ -40,7 +40,6 @@ from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.torch_internals import built_in
 from pyfused.types import NUMBER, TENSORS, Gradients, Outputs, TensorSpec
 
@@ -98,7 +97,7 @@ def weight_or_elements(
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class TensorLoss(CompiledOperator, SpecializedOperator):
+class TensorLoss(SpecializedOperator):
     """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:

@@ -40,13 +40,11 @@ from pyfused.dispatch.operator import (
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, loss_passes, needs_grad
 from pyfused.dispatch.reasons import SMALL
-from pyfused.dispatch.run import fall_back, is_compiled
+from pyfused.dispatch.run import fall_back
 from pyfused.dispatch.signature import spec_of
-from pyfused.layout import accumulate_dtype, common_dtype, feature_rows, is_dense, loss_shape
-from pyfused.ops import definitions, metrics
-from pyfused.ops.chunk_sizes import CLASSES_GPU
+from pyfused.layout import accumulate_dtype, common_dtype, feature_rows, is_dense
+from pyfused.ops import custom_operators, definitions, metrics
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.ops.shards import ShardedOperator, ShardedRows, class_range, sharded_results
 from pyfused.torch_internals import built_in, graph_is_retained
 from pyfused.types import (
@@ -361,6 +359,7 @@ class RowLoss(ShardedOperator):
     # ---- compiled programs -----------------------------------------------------------------------
 
     def compiled(self, tensors: Tensors, options: Options) -> Any:
+        """Returns the result of a head in a compiled program, from its custom operator."""
         self.check_arguments(*tensors, options)
         call = Planned(tensors, options)
         arrange, finish = self.arrangement(call), self.finish(call)
@@ -368,13 +367,12 @@ class RowLoss(ShardedOperator):
         for i, operand in enumerate(self.operands):  # custom operators check dtypes
             if operand.name.endswith(("_weight", "_bias")):
                 arranged[i] = in_autocast_dtype(arranged[i])
-        needs = []
-        if self.in_forward:
-            in_forward = gradients_in_forward(options.reduction, arranged[0].dtype)
-            needs = [[in_forward and need for need in needs_grad(arranged[: self.student])]]
+        reduction = getattr(options, "reduction", "none")
+        in_forward = gradients_in_forward(reduction, arranged[0].dtype)
+        needs = [in_forward and need for need in needs_grad(arranged[: self.student])]
         with without_autocast(arranged[0].device.type):
-            result, *others = self.custom_operator(arranged, options, *needs)
-        result = (result, others[-1]) if getattr(options, "with_metrics", False) else result
+            result, *_, state = custom_operators.call(self, arranged, options, needs)
+        result = (result, state) if getattr(options, "with_metrics", False) else result
         return result if finish is None else finish(result, tensors)
 
     def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
@@ -386,8 +384,14 @@ class RowLoss(ShardedOperator):
         return accumulate_dtype(self.input_dtype(tensors))
 
     def fake(self, tensors: Tensors, options: Options) -> Tensor:
+        """Returns an empty tensor like the result of the custom operator."""
         shape = self.loss_shape(tensors) if options.reduction == "none" else ()
         empty: Tensor = tensors[0].new_empty(shape, dtype=self.loss_dtype(tensors, options))
+        return empty
+
+    def fake_state(self, tensors: Tensors, options: Options) -> Tensor:  # noqa: ARG002
+        """Returns an empty tensor like the state that the custom operator returns."""
+        empty: Tensor = tensors[0].new_empty(0)
         return empty
 
     # ---- shards ----------------------------------------------------------------------------------
@@ -430,7 +434,6 @@ class StateLoss(RowLoss):
         raise NotImplementedError
 
     def fake_state(self, tensors: Tensors, options: Options) -> Tensor:
-        """Returns an empty tensor like the state that the custom operator returns."""
         shape = self.state_fields(options), *self.loss_shape(tensors)
         empty: Tensor = tensors[0].new_empty(shape, dtype=torch.float64)
         return empty
@@ -485,8 +488,6 @@ class NllLoss(RowLoss):
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "one element of a row"
     dynamic = FIRST_DIM
-    compiled = CompiledOperator.compiled
-    fake = CompiledOperator.fake
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -796,18 +797,6 @@ class CrossEntropy(CrossEntropyOfRows):
 
         return finish
 
-    def compiled(self, tensors: Tensors, options: Options) -> Tensor:
-        self.check_arguments(*tensors, options)
-        tensors = *self.converted(*tensors[:3]), *tensors[3:]
-        dtype, wide = self.loss_dtype(tensors, options), accumulate_dtype(tensors[0].dtype)
-        # The operator runs without autocast, on which the dtype of the result may depend.
-        options = options._replace(loss_dtype=wide, inplace=False)
-        loss: Tensor = self.custom_operator(tensors, options)
-        return loss if loss.dtype is dtype else loss.to(dtype)
-
-    def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
-        return loss_shape(tensors[0], "none")
-
     def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
         rows = backend_of(tensors[0]).supports_rows(tensors[0])
         return "row by row" if rows else "several rows at a time"
@@ -830,14 +819,6 @@ def cross_entropy_fallback_reason(
     smoothes = weight is not None and options.label_smoothing != 0
     if target.dtype is torch.uint8 and (input.dim() > 2 or smoothes):
         return UINT8_TARGET
-    pads = input.dim() == 2 and input.element_size() == 2 and takes_triton(input)
-    if pads and input.shape[1] % CLASSES_GPU and is_compiled(input):
-        return "torch.compile: Inductor pads the layer before these logits"
-    if options.with_metrics and is_compiled(input):
-        return "torch.compile: Inductor fuses the metrics"
-    if options.softcap is not None:
-        if is_compiled(input):
-            return "torch.compile: Inductor fuses the softcap"
-        if options.gamma != 0 or target.is_floating_point():
-            return "softcap with gamma or class probabilities"
+    if options.softcap is not None and (options.gamma != 0 or target.is_floating_point()):
+        return "softcap with gamma or class probabilities"
     return None

@@ -17,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
+from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, grad_enabled
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
 from pyfused.ops import definitions
 from pyfused.ops.collectives import Copy, LocalShard, Sum, gathered, reduced
-from pyfused.ops.custom_operators import CompiledOperator
 from pyfused.types import (
     ENTROPY,
     INDEX,
@@ -178,7 +177,7 @@ def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class ShardedOperator(CompiledOperator):
+class ShardedOperator(Operator):
     """An operator of logits, whose classes may be sharded over processes."""
 
     check_arguments: Callable[..., None]

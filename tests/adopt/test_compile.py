@@ -1,19 +1,22 @@
-"""torch.compile uses custom operators where they are faster, without graph breaks; torch.export."""
+"""torch.compile: losses and activations are torch's, heads are custom operators; torch.export."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from catalogue import EXAMPLES, Call
+from catalogue import EXAMPLES, Call, Example, every_compiled
 from catalogue import TORCH as F
 from compare import Outcome, evaluate
 from conftest import KernelCalls
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
@@ -27,33 +30,34 @@ from pyfused.ops.custom_operators import NAMESPACE
 pytestmark = [
     # torch 2.13's compiler uses functions that are deprecated in Python 3.11 and later.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # Raised by opcheck, and by Dynamo where it reads a tensor's attributes.
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
     pytest.mark.usefixtures("compiled_always"),
 ]
 
-
-def lacks_2_11(feature: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(torch.__version__ < "2.12", reason=f"torch 2.11 lacks {feature}")
-
-
 N, C = 12, 7
 INDICES = torch.arange(N) % C
-SOFT = torch.linspace(-2, 2, N * C).view(N, C).softmax(1)
+WEIGHTS = torch.randint(-4, 5, (C, C)).float()  # exact products in any order
+TARGET = torch.randint(-4, 5, (N, C)).float()
 close = torch.testing.assert_close
 Step = Callable[[Any, Tensor], Tensor]
 
 
 class Graphs:
-    """A compiler backend like Inductor without code generation; records custom operators."""
+    """A compiler backend like Inductor without code generation; records operators."""
 
     def __init__(self) -> None:
-        self.operators: list[str] = []
-        self.count = 0
+        self.targets: list[str] = []
         self.backend = aot_autograd(fw_compiler=self.compile, decompositions=select_decomp_table())
 
+    @property
+    def operators(self) -> list[str]:
+        """Returns the names of pyfused's operators."""
+        targets = [target.split(".") for target in self.targets]
+        return [target[1] for target in targets if target[0] == NAMESPACE]
+
     def compile(self, graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        self.count += 1
-        targets = [str(node.target).split(".") for node in graph.graph.nodes]
-        self.operators += [target[1] for target in targets if target[0] == NAMESPACE]
+        self.targets += [str(node.target) for node in graph.graph.nodes]
         return make_boxed_func(graph.forward)
 
 
@@ -63,7 +67,7 @@ def graphs() -> Graphs:
 
 
 def assert_same(got: Outcome, expected: Outcome) -> None:
-    close((got.value, *got.gradients), (expected.value, *expected.gradients))
+    close((got.value, *got.gradients), (expected.value, *expected.gradients), equal_nan=True)
 
 
 def assert_equals_eager(step: Step, x: Tensor, backend: Any = "aot_eager", **options: Any) -> None:
@@ -73,43 +77,66 @@ def assert_equals_eager(step: Step, x: Tensor, backend: Any = "aot_eager", **opt
     assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x), x))
 
 
-# ---- every operator ------------------------------------------------------------------------------
-
-# Losses whose large calls are a custom operator, and the operator's name.
-CUSTOM = {name: name for name in sizes.COMPILED if name not in (*sizes.OF_LOGITS, *sizes.LINEAR)}
-CUSTOM["cross_entropy"] = "cross_entropy"
-# The mean of kl_div warns; losses without reduction are left to Inductor.
-WITH_REDUCTION = {"kl_div": "kl_div-batchmean", "sigmoid_focal_loss": "sigmoid_focal_loss-sum"}
-FAMILIES = "cross_entropy", "mse_loss", "nll_loss", "triplet_margin_loss"
+# ---- losses and activations ----------------------------------------------------------------------
 
 
-def example(op: str) -> Call:
-    return EXAMPLES[WITH_REDUCTION.get(op, op)].call(shape=(N, C))
+@every_compiled
+def test_losses_and_activations_are_torchs_functions(example: Example) -> None:
+    """The graphs are torch's own, operator by operator."""
+    name, call = example.op.name, example.call(shape=(N, C))
+    if name in sizes.COMPILED or not hasattr(nn.functional, name) or "token_weight" in call.given:
+        pytest.skip("torch lacks it")
+    first, *_ = names = [*call.tensors]
+    tensors = [x.detach().requires_grad_(name == first) for name, x in call.tensors.items()]
+    graphs = []
+    for module in (fused, nn.functional):
+        graphs.append(Graphs())
+        torch.compiler.reset()
+        function = getattr(module, name)
+
+        @torch.compile(backend=graphs[-1].backend)
+        def step(*tensors: Tensor, function: Any = function) -> Any:
+            return function(**call.given | dict(zip(names, tensors, strict=True)))
+
+        evaluate(step, *tensors)
+    assert graphs[0].targets == graphs[1].targets
 
 
-def step_of(op: str) -> Step:
-    ours, theirs = (example(op).of_first(f, bounded=False) for f in (Call.ours, Call.reference))
-    return lambda functional, x: (ours if functional is fused else theirs)(x)
+DEPRECATED: dict[str, Step] = {
+    "mean": lambda f, x: f.cross_entropy(x, INDICES, size_average=True, reduce=True),
+    "none": lambda f, x: f.mse_loss(x, TARGET, reduce=False),
+}
 
 
-@pytest.mark.parametrize(
-    ("op", "dynamic"), [*((op, False) for op in CUSTOM), *((op, True) for op in FAMILIES)]
-)
-def test_a_large_loss_is_an_operator(
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("step", DEPRECATED.values(), ids=DEPRECATED)
+def test_deprecated_arguments_cause_no_graph_break(step: Step) -> None:
+    """They warn, which the compiler cannot trace."""
+    assert_equals_eager(step, torch.randn(N, C))
+
+
+# ---- heads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", sizes.COMPILED)
+def test_a_large_head_is_an_operator(
     op: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls
 ) -> None:
-    step = step_of(op)
-    assert_equals_eager(
-        lambda f, x: 3 * step(f, x * 0.5 + 0.25), example(op).first, graphs.backend, dynamic=dynamic
+    assert hasattr(getattr(torch.ops, NAMESPACE), op)  # saved programs call it by name
+    call = EXAMPLES[op].call(shape=(N, C))
+    steps = [call.of_first(f, bounded=False) for f in (Call.ours, Call.reference)]
+    compiled = torch.compile(
+        lambda x: 3 * steps[0](x * 0.5 + 0.25),
+        fullgraph=True,
+        backend=graphs.backend,
+        dynamic=dynamic,
     )
-    assert sorted(graphs.operators) == [CUSTOM[op], f"{CUSTOM[op]}_backward"]
-    assert kernel_calls.total() == 2
-
-
-@pytest.mark.parametrize("op", ["relu", "swiglu", "softmax"])
-def test_an_activation_is_never_an_operator(op: str, graphs: Graphs) -> None:
-    assert_equals_eager(step_of(op), example(op).first, graphs.backend)
-    assert not graphs.operators
+    x = call.first.requires_grad_()
+    assert_same(evaluate(compiled, x), evaluate(lambda x: 3 * steps[1](x * 0.5 + 0.25), x))
+    assert op in graphs.operators
+    assert {*graphs.operators} <= {op, f"{op}_backward"}
+    assert kernel_calls
 
 
 class Checked(torch.fx.Interpreter):
@@ -142,13 +169,9 @@ def assert_registered(step: Callable[..., Any], *inputs: Tensor) -> None:
     assert found
 
 
-CHECKED = (
-    *(*FAMILIES[1:], *sizes.OF_LOGITS, *sizes.LINEAR, "linear_cross_entropy-none"),
-    *("cross_entropy-probabilities", "linear_kl_div-none"),
-)
+CHECKED = *sizes.COMPILED, "linear_cross_entropy-none", "linear_kl_div-none"
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised by opcheck
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(name: str) -> None:
     call = EXAMPLES[name].call(shape=(N, C))
@@ -165,28 +188,22 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("op", ["cross_entropy", "huber_loss"])
-def test_opcheck_of_strides_and_half_precision(op: str, layout: Callable[[Tensor], Tensor]) -> None:
-    given = [layout(x).detach() for x in (torch.randn(N, C), SOFT)]
-    assert_registered(getattr(fused, op), given[0].requires_grad_(), given[1])
-
-
-# ---- cross-entropy -------------------------------------------------------------------------------
+def test_opcheck_of_strides_and_half_precision(layout: Callable[[Tensor], Tensor]) -> None:
+    x, weight = [layout(x).detach().requires_grad_() for x in (torch.randn(N, C), WEIGHTS)]
+    assert_registered(lambda x, w: fused.linear_cross_entropy(x, w, INDICES), x, weight)
 
 
 GPU_CALLS: dict[str, tuple[int, Any, str | None]] = {
-    "cross_entropy": (1 << 14, fused.cross_entropy, "cross_entropy"),
-    "kl_div": (1 << 14, lambda x, _: fused.kl_div_with_logits(x, x), "kl_div_with_logits"),
-    "small": ((1 << 14) - 1, fused.cross_entropy, None),
-    "elementwise": (1 << 14, lambda x, _: fused.mse_loss(x, x), None),
+    "large": (1 << 14, fused.linear_cross_entropy, "linear_cross_entropy"),
+    "small": ((1 << 14) - 1, fused.linear_cross_entropy, None),
+    "logits": (1 << 14, lambda x, _, target: fused.cross_entropy(x, target), None),
 }
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(("rows", "call", "operator"), GPU_CALLS.values(), ids=GPU_CALLS.keys())
-def test_large_logits_on_a_gpu_use_the_operator(
+def test_large_heads_on_a_gpu_use_the_operator(
     rows: int, call: Any, operator: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traces with fake tensors, which need no GPU."""
@@ -198,50 +215,15 @@ def test_large_logits_on_a_gpu_use_the_operator(
 
     with FakeTensorMode():
         x = torch.empty(rows, 1 << 10, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(1 << 10, 1 << 10, dtype=torch.bfloat16, device="cuda")
         target = torch.empty(rows, dtype=torch.int64, device="cuda")
-        torch.compile(call, fullgraph=True, backend=backend)(x, target)
+        torch.compile(call, fullgraph=True, backend=backend)(x, weight, target)
         assert not found  # without a GPU
-        for name, limit in (("cross_entropy", 1 << 24), ("mse_loss", sizes.NEVER)):
-            monkeypatch.setitem(sizes.COMPILED, name, (0, limit))
+        monkeypatch.setitem(sizes.COMPILED, "linear_cross_entropy", (0, 1 << 24))
         monkeypatch.setattr(backends, "_without_triton", lambda _: None)
         torch.compiler.reset()
-        torch.compile(call, fullgraph=True, backend=backend)(x, target)
+        torch.compile(call, fullgraph=True, backend=backend)(x, weight, target)
     assert found == ({f"{NAMESPACE}.{operator}"} if operator else set())
-
-
-@pytest.mark.parametrize(
-    "op",
-    [pytest.param("cross_entropy", marks=lacks_2_11("dynamic sizes in cross_entropy")), "mse_loss"],
-)
-def test_small_and_large_calls_are_compiled_separately(
-    op: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sizes.COMPILED, op, (5 * C, sizes.NEVER))
-    options = {"fullgraph": True, "dynamic": True, "backend": graphs.backend}
-    compiled = torch.compile(getattr(fused, op), **options)
-    for rows, count in ((3, 2), (4, 2), (5, 4), (12, 4), (2, 4)):  # forward and backward
-        x, target = torch.randn(rows, C, requires_grad=True), SOFT[:rows]
-        assert_same(evaluate(compiled, x, target), evaluate(getattr(F, op), x, target))
-        assert (graphs.count, len(graphs.operators)) == (count, count - 2)
-
-
-COLUMN = torch.linspace(-1, 1, N).view(N, 1)
-WARNING: dict[str, Step] = {
-    "broadcast": lambda f, x: f.huber_loss(x, COLUMN),
-    "deprecated": lambda f, x: f.cross_entropy(x, INDICES, size_average=True, reduce=True),
-    "mean": lambda f, x: f.kl_div(x, SOFT),
-    "legacy": lambda f, x: f.mse_loss(x, TARGET, reduce=False),
-}
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", WARNING)
-def test_warnings_cause_no_graph_break(name: str, graphs: Graphs) -> None:
-    """Broadcasting operands and deprecated arguments warn, which the compiler cannot trace."""
-    x, step = torch.randn(N, C, requires_grad=True), WARNING[name]
-    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend=graphs.backend)
-    assert_same(evaluate(compiled, x), evaluate(lambda x: step(nn.functional, x), x))
-    assert not graphs.operators or name not in ("mean", "legacy")
 
 
 @pytest.mark.parametrize("op", sizes.LINEAR)
@@ -261,29 +243,125 @@ def test_heads_with_float32_weights_under_autocast(op: str) -> None:
         close(ours, eager, rtol=0.05, atol=0.02 * float(eager.abs().max()))
 
 
-# ---- calls without a custom operator -------------------------------------------------------------
-
-WEIGHTS = torch.randint(-4, 5, (C, C)).float()  # exact products in any order
-TARGET = torch.randint(-4, 5, (N, C)).float()
-HALF = TARGET.bfloat16()
-NONE: dict[str, Step] = {
-    "none": lambda f, x: f.mse_loss(x, TARGET, reduction="none"),
-    "another dtype": lambda f, x: f.l1_loss(x, TARGET.double()),
-    "another shape": lambda f, x: f.margin_ranking_loss(x, TARGET[:, :1], TARGET.sign()),
-    "a number": lambda f, x: f.gaussian_nll_loss(x, TARGET, 0.7),
-    "a number in a tensor": lambda f, x: f.huber_loss(x, TARGET, delta=torch.tensor(0.5)),
-    "no gradient": lambda f, x: f.mse_loss(x.detach(), TARGET) + x.sum(),
-    "autocast": lambda f, x: torch.autocast("cpu", torch.bfloat16)(f.mse_loss)(x @ WEIGHTS, HALF),
+OPTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "denominator": lambda x, y: fused.linear_cross_entropy(
+        x, y, INDICES, denominator=y.detach().exp().sum()
+    ),
+    "metrics": lambda x, y: fused.linear_cross_entropy_with_metrics(x, y, INDICES)[0],
+    "entropy": lambda x, y: torch.stack(
+        fused.linear_log_probs(x, y, INDICES, return_entropy=True)[:2]
+    ),
+    "softmax": lambda x, y: fused.contrastive_loss(x, x.roll(1), y.sum()),
+    "sigmoid": lambda x, y: fused.contrastive_loss(x, x.roll(1), 2.0, y.sum(), reduction="none"),
 }
 
 
-@pytest.mark.parametrize("step", NONE.values(), ids=NONE.keys())
-def test_calls_without_a_custom_operator(step: Step, graphs: Graphs) -> None:
-    assert_equals_eager(step, torch.randn(N, C), graphs.backend)
-    assert not graphs.operators
+@pytest.mark.parametrize("step", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_options_of_heads(step: Callable[..., Any], backend: str) -> None:
+    x, y = torch.randn(N, C, requires_grad=True), (WEIGHTS / 8).requires_grad_()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    assert_same(evaluate(compiled, x, y), evaluate(step, x, y))
 
 
-# ---- derivatives, and compiling with Inductor ----------------------------------------------------
+def test_metrics_of_a_head() -> None:
+    x, target = torch.randn(N, C), INDICES.where(INDICES != 3, -100)
+    compiled = torch.compile(
+        fused.linear_cross_entropy_with_metrics, fullgraph=True, backend="aot_eager"
+    )
+    arguments = x, WEIGHTS, target
+    close(compiled(*arguments)[1], fused.linear_cross_entropy_with_metrics(*arguments)[1])
+
+
+def test_second_derivatives_of_a_head() -> None:
+    def gradient_norm(head: Callable[..., Tensor], x: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(head(x, WEIGHTS, INDICES), x, create_graph=True)
+        return gradient.square().sum()
+
+    compiled = torch.compile(fused.linear_cross_entropy, fullgraph=True, backend="eager")
+    x = torch.randn(N, C, requires_grad=True)
+    heads = compiled, lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target)
+    assert_same(*(evaluate(lambda x, head=head: gradient_norm(head, x), x) for head in heads))
+
+
+def test_errors_of_a_compiled_head() -> None:
+    compiled = torch.compile(fused.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(IndexError, match=r"got 9 at position \(0,\)"):
+        compiled(torch.randn(N, C), WEIGHTS, torch.full((N,), 9))
+    weight = torch.ones(N, 1)  # as many elements as rows
+    for head in (compiled, fused.linear_cross_entropy):
+        with pytest.raises(Exception, match="token_weight: expected"):
+            head(torch.randn(N, C), WEIGHTS, INDICES, token_weight=weight)
+        with pytest.raises(Exception, match="target: expected"):
+            head(torch.randn(3, 4, C), WEIGHTS, INDICES.view(4, 3))
+
+
+# ---- sizes and numbers that change ---------------------------------------------------------------
+
+
+def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> int:
+    """Returns the number of graphs that are compiled for some calls, forward and backward."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for tensors in calls:
+        compiled(*tensors).backward()
+    return counter.frame_count
+
+
+def loss_of_logits(module: Any) -> Callable[..., Tensor]:
+    def loss(x: Tensor, target: Tensor, ignored: int = -100, smoothing: float = 0.0) -> Tensor:
+        options = {"ignore_index": ignored, "label_smoothing": smoothing}
+        return module.cross_entropy(x, target, **options)
+
+    return loss
+
+
+def head(x: Tensor, target: Tensor, ignored: int = -100, smoothing: float = 0.0) -> Tensor:
+    options = {"ignore_index": ignored, "label_smoothing": smoothing}
+    return fused.linear_cross_entropy(x, WEIGHTS, target, **options)
+
+
+def torchs_head(x: Tensor, *arguments: Any) -> Tensor:
+    return loss_of_logits(nn.functional)(nn.functional.linear(x, WEIGHTS), *arguments)
+
+
+X = torch.randn(N, C, requires_grad=True)
+CHANGES: dict[str, list[tuple[Any, ...]]] = {
+    "batch size": [(X[:n], INDICES[:n]) for n in (3, 4, 5, 8, 12)],
+    "ignore_index": [(X, INDICES, ignored) for ignored in (-100, 0, 1, 5)],
+    "label_smoothing": [(X, INDICES, -100, smoothing) for smoothing in (0.0, 0.1, 0.2)],
+}
+PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "logits": (loss_of_logits(fused), loss_of_logits(nn.functional)),
+    "head": (head, torchs_head),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("calls", CHANGES.values(), ids=CHANGES)
+def test_compiled_no_more_often_than_torchs(pair: Any, calls: list[tuple[Any, ...]]) -> None:
+    ours, torchs = (graphs_of(function, calls) for function in pair)
+    assert ours <= torchs
+
+
+@pytest.mark.parametrize("op", sizes.COMPILED)
+def test_heads_are_compiled_once_for_all_batch_sizes(op: str) -> None:
+    calls = [EXAMPLES[op].call(shape=(rows, C)) for rows in (3, 4, 6, 12)]
+    names = [*calls[0].tensors]
+    tensors = [(*call.tensors.values(),) for call in calls]
+
+    def step(*tensors: Tensor) -> Tensor:
+        return calls[0].ours(**dict(zip(names, tensors, strict=True))).sum()
+
+    assert graphs_of(step, tensors) <= 2  # the first batch size, and all others
+
+
+def test_a_memory_budget_that_changes() -> None:
+    def step(budget: int) -> Tensor:
+        return fused.linear_cross_entropy(X, WEIGHTS, INDICES, memory_budget=budget)
+
+    assert graphs_of(step, [(1000,), (2000,), (3000,), (4000,)]) == 2
 
 
 @pytest.mark.parametrize("op", ["kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"])
@@ -299,13 +377,67 @@ def test_a_number_that_changes_between_calls(op: str) -> None:
         close(compiled(beta), step(beta))
 
 
-def test_errors_of_values_in_compiled_calls() -> None:
-    compiled = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
-    with pytest.raises(IndexError, match=r"got 9 at position \(0,\)"):
-        compiled(torch.randn(N, C), torch.full((N,), 9))
-    compiled = torch.compile(fused.binary_cross_entropy, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="target"):
-        compiled(torch.rand(N, C, requires_grad=True), torch.full((N, C), 2.0))
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_marked_sizes_are_not_restricted(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in sizes.COMPILED:  # a limit within the range of sizes
+        monkeypatch.setitem(sizes.COMPILED, op, (8 * C, 8 * C))
+    x, target = torch.randn(N, C, requires_grad=True), INDICES.clone()
+    for tensor in (x, target):
+        torch._dynamo.mark_dynamic(tensor, 0, min=2, max=4096)
+    compiled = torch.compile(pair[0], fullgraph=True, backend="aot_eager")
+    for rows in (N, 3):
+        got, expected = (evaluate(f, x[:rows], target[:rows]) for f in (compiled, pair[1]))
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("name", CHECKED)
+def test_rows_selected_by_a_mask(name: str, rows: int) -> None:
+    """The number of rows is known only when the program runs, and may be 0."""
+    call = EXAMPLES[name].call(shape=(N, C))
+    by_row = [n for n, x in call.tensors.items() if x.shape[:1] == (N,)]
+    leaves = [*call.leaves]
+
+    def step(mask: Tensor, *tensors: Tensor) -> Tensor:
+        given = call.tensors | dict(zip(leaves, tensors, strict=True))
+        return call.ours(**given | {n: given[n][mask] for n in by_row})
+
+    arguments = torch.arange(N) < rows, *call.leaves.values()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert_same(evaluate(compiled, *arguments), evaluate(step, *arguments))
+
+
+# ---- compiled autograd, Inductor, saved programs -------------------------------------------------
+
+
+EAGER: dict[str, Step] = {
+    "cross_entropy": lambda f, x: f.cross_entropy(x, INDICES),
+    "gelu": lambda f, x: f.gelu(x).sum(),
+    "head": lambda f, x: f.linear_cross_entropy(x, WEIGHTS, INDICES),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_an_eager_call_in_a_compiled_backward_pass(name: str, kernel_calls: KernelCalls) -> None:
+    """torch's compiled autograd traces the backward pass of calls that were not compiled."""
+    layer = nn.Linear(C, C)
+
+    def loss_of(x: Tensor) -> Tensor:
+        return EAGER[name](fused, layer(x))
+
+    def step(x: Tensor) -> None:
+        loss = eager(x)
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    x, eager = torch.randn(N, C), torch.compiler.disable(loss_of)
+    expected = torch.autograd.grad(loss_of(x), [*layer.parameters()])
+    kernel_calls.clear()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend="aot_eager")(x)
+    assert kernel_calls
+    close([x.grad for x in layer.parameters()], [2 * gradient for gradient in expected])
 
 
 @pytest.mark.slow
@@ -313,13 +445,46 @@ def test_inductor(kernel_calls: KernelCalls) -> None:
     model = nn.Linear(C, C)
 
     def step(f: Any, x: Tensor) -> Tensor:
-        loss = f.mse_loss(F.linear(f.gelu(model(x)), WEIGHTS), TARGET)
-        return loss + f.smooth_l1_loss(2 * x + 1, TARGET)
+        return f.mse_loss(f.gelu(x), TARGET) + f.linear_cross_entropy(model(x), WEIGHTS, INDICES)
 
     x = torch.randn(N, C, requires_grad=True)
     compiled = torch.compile(lambda x: step(fused, x), fullgraph=True)
-    assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x), x))
-    assert kernel_calls == {"mse_loss": 2, "smooth_l1_loss": 2}
+    got, expected = evaluate(compiled, x), evaluate(lambda x: step(fused, x), x)
+    assert_same(got, expected)
+    assert kernel_calls["cross_entropy"] == 2
+
+
+SAVED = """
+import sys
+import torch
+from pyfused import functional
+from pyfused.dispatch import sizes
+
+torch.manual_seed(0)
+sizes.COMPILED["linear_cross_entropy"] = 0, 0
+x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+call = x, weight, torch.arange(8) % 5
+head = functional.linear_cross_entropy
+action, path = sys.argv[1:]
+if action == "save":
+    compiled = torch.compile(lambda x, w, t: head(x, w, t), fullgraph=True).aot_compile((call, {}))
+    compiled.save_compiled_function(path)
+else:
+    with open(path, "rb") as file:
+        loaded = torch.compiler.load_compiled_function(file)
+    (got, expected) = (torch.autograd.grad(f(*call), (x, weight)) for f in (loaded, head))
+    torch.testing.assert_close(got, expected)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 is not tested")
+def test_a_saved_program_loads_in_another_process(tmp_path: Path) -> None:
+    for action in ("save", "load"):
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SAVED, action, str(tmp_path / "program")],
+            check=True,
+        )
 
 
 # ---- export -------------------------------------------------------------------------------------

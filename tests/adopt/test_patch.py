@@ -464,8 +464,8 @@ def test_functions_are_compiled_once_with_the_patch_and_once_without() -> None:
         torch.testing.assert_close(compiled(X), expected)
         tables.append(dynamo_table()())
     while_patched, without = graphs
-    assert F.mse_loss not in while_patched  # only the functions that pyfused's function calls
-    assert without >= {F.mse_loss, torch.relu, "sigmoid", F.gelu}
+    for targets in (while_patched, without):
+        assert targets >= {F.mse_loss, torch.relu, "sigmoid", F.gelu}
     assert tables[0] is tables[1] is tables[2]
 
 
@@ -483,7 +483,7 @@ def test_a_compiler_that_is_imported_while_patched() -> None:
             with pyfused.patch():
                 assert compiled(x) == 1
             assert compiled(x) == 1
-        assert [F.mse_loss in graph for graph in graphs] == [False, True]
+        assert [F.mse_loss in graph for graph in graphs] == [True, True]
     """)
     assert done.returncode == 0, done.stderr
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import Call, Example, every_compiled, every_operator
-from compare import evaluate
 from conftest import KernelCalls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -305,18 +304,3 @@ def test_symbolic_trace_of_modules(converted: bool) -> None:
 def test_functionalization(example: Example) -> None:
     ours, of_torch, x = steps(example)
     close(torch.func.functionalize(ours)(x), of_torch(x))
-
-
-# ---- torch.compile ------------------------------------------------------------------------------
-
-
-@every_compiled
-@pytest.mark.usefixtures("compiled_always")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_in_one_graph(example: Example) -> None:
-    ours, of_torch, x = steps(example)
-    x.requires_grad_()
-    compiled = torch.compile(lambda x: ours(x * 2), fullgraph=True, backend="aot_eager")
-    got, expected = evaluate(compiled, x), evaluate(lambda x: of_torch(x * 2), x)
-    close(got.value, expected.value)
-    close(got.gradients, expected.gradients)
