@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -48,10 +49,12 @@ class Torch:
 def _by_torch(op: str) -> Callable[..., Tensor]:
     if hasattr(OPERATORS["mse_loss"], "reference"):  # in older revisions
         return OPERATORS[op].reference
-    from pyfused.dispatch.originals import redirected
-
+    function = getattr(fused, op)
     definition = lambda op, tensors, *options: op.torch(*tensors, *options)  # noqa: E731
-    return redirected(getattr(fused, op), run=definition)
+    names = {**vars(fused), "run": definition}
+    copy = FunctionType(function.__code__, names, op, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 TORCH = Torch()

@@ -17,7 +17,6 @@ from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import cases
 import torch
@@ -66,7 +65,7 @@ def smoke_row(name: str, call: Step, check: Callable[[Any], None]) -> list[str]:
 def smoke_rows(case: Case, device: str) -> list[list[str]]:
     arguments = cases.draw(case, device)
     call = partial(cases.evaluate, getattr(fused, case.op), arguments)
-    with mock.patch.object(sizes, "FORCED", "every size"):
+    with sizes.every_size():
         return [smoke_row(case.name, call, lambda _: cases.assert_correct(case, arguments))]
 
 
@@ -173,7 +172,7 @@ def gpu_kernels(options: Namespace) -> None:
     table = Table(options, description, [*columns, "launches"], names=2)
     clock, rounds = Clock(table.device), 3 if options.trial else 15
     tiny = (Case("contrastive_loss", (8, 4), BF16), Case("cross_entropy", (4, 10), BF16))
-    with mock.patch.object(sizes, "FORCED", "every size"):
+    with sizes.every_size():
         for case in cases.chosen(tiny if options.trial else KERNEL_CASES, options.k):
             table.add(case.name, partial(kernel_rows, case, clock, table.device, rounds))
 
@@ -210,7 +209,7 @@ MIN_SPEEDUP = 0.95  # a smaller difference is noise
 
 
 def size_rows(op: str, clock: Clock, device: str, rounds: int) -> list[list[str]]:
-    with mock.patch.object(sizes, "FORCED", "every size"):  # also small calls run kernels
+    with sizes.every_size():  # also small calls run kernels
         times = [times_of(op, elements, clock, device, rounds) for elements in SIZES]
     speedups = [median(of_torch) / median(of_pyfused) for of_torch, of_pyfused in times]
     slower = [size for size, speedup in zip(SIZES, speedups, strict=True) if speedup < MIN_SPEEDUP]
@@ -256,7 +255,7 @@ def host_rows(op: str, device: str, rounds: int) -> list[list[str]]:
 
         return seconds
 
-    with mock.patch.object(sizes, "FORCED", "every size"):
+    with sizes.every_size():
         timers = [timer(operators) for operators in (cases.TORCH, fused)]
         interleaved(timers, 1, WARM_UP)
         of_torch, of_pyfused = interleaved(timers, rounds, HOST_CALLS)

@@ -25,6 +25,7 @@ from pyfused.backends.protocol import Divisor, Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
 from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.capture import Capture
 from pyfused.formula_compiler.kernel import Kernel
@@ -443,7 +444,7 @@ class Formula:
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         operands, parameters, reduction, weight = self._bind(operands, named)
-        if is_dynamo_compiling() or dispatch.is_small(self.op, (*operands, weight), ()):
+        if is_dynamo_compiling() or is_small(self.op, (*operands, weight), ()):
             return reduced(self.by_torch(operands, parameters), reduction, weight)
         return dispatch.run(*self._call(operands, parameters, reduction, weight))
 

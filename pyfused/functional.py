@@ -36,6 +36,9 @@ Fallback
 Other names, such as ``conv2d``, are torch's functions.
 """
 
+# mypy: disable-error-code="no-any-return, comparison-overlap"
+# The functions of torch that are called have the type Any; arguments are None in any combination.
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -48,9 +51,9 @@ from typing_extensions import Unpack
 
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import reduction_of
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.run import in_place, run
+from pyfused.dispatch.run import run
+from pyfused.dispatch.sizes import head_left_to_torch, left_to_torch
 from pyfused.layout import common_dtype
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
@@ -92,6 +95,9 @@ _OTHERS = (
     "rmse_loss",
 )
 _NAMES = sorted([*operators.OPERATORS, *_OTHERS])
+# Defaults of arguments that torch lacks. Identity tells that an argument was not passed: comparing
+# a tensor would read its value.
+_ZERO, _ONE = 0.0, 1.0
 if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
     __all__ = _NAMES
 
@@ -117,11 +123,11 @@ def cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     *,
-    gamma: float = 0.0,
-    z_loss: float = 0.0,
-    scale: float = 1.0,
+    gamma: float = _ZERO,
+    z_loss: float = _ZERO,
+    scale: float = _ONE,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float = _ONE,
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
@@ -184,9 +190,22 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` is set and
             ``input`` is a leaf or has overlapping elements.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
+    op, is_legacy = operators.CROSS_ENTROPY, not size_average is reduce is None
+    if (
+        (is_legacy or left_to_torch(op, input))
+        and softcap is token_weight is denominator is loss_dtype is shard is None
+        and gamma is z_loss is _ZERO
+        and scale is temperature is _ONE
+        and not inplace
+    ):
+        others = size_average, ignore_index, reduce, reduction, label_smoothing
+        return F.cross_entropy(input, target, weight, *others)
+    if is_legacy:
+        raise TypeError(
+            "size_average, reduce: expected None with arguments that torch lacks, got "
+            f"{size_average} and {reduce}; pass reduction"
+        )
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
-    op = operators.CROSS_ENTROPY
     options = op.options(
         denominator=number,
         softcap=softcap,
@@ -289,10 +308,10 @@ def linear_cross_entropy(
     options: Any = None,
     memory_budget: int | None = None,
     softcap: float | None = None,
-    filter_eps: float = 0.0,
-    z_loss: float = 0.0,
-    scale: float = 1.0,
-    temperature: float = 1.0,
+    filter_eps: float = _ZERO,
+    z_loss: float = _ZERO,
+    scale: float = _ONE,
+    temperature: float = _ONE,
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
@@ -347,8 +366,25 @@ def linear_cross_entropy(
     Returns:
         As in :func:`cross_entropy`.
     """
-    tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     op = operators.LINEAR_CROSS_ENTROPY
+    if (
+        head_left_to_torch(op, input, linear_weight, linear_bias)
+        and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
+        and filter_eps is z_loss is _ZERO
+        and scale is temperature is _ONE
+    ):
+        return F.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+    tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     tensors = input, linear_weight, linear_bias, target, weight, token_weight, tensor
     loss_options = op.options(
         denominator=number,
@@ -724,10 +760,12 @@ def nll_loss(
         reduction: ``"mean"`` divides by the sum of ``weight[target]`` over the rows that are not
             ignored.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = operators.NLL_LOSS
-    options = op.options(ignore_index=ignore_index, reduction=reduction)
-    return run(op, (input, target, weight), options)
+    if not size_average is reduce is None or left_to_torch(op, input):
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    return run(
+        op, (input, target, weight), op.options(ignore_index=ignore_index, reduction=reduction)
+    )
 
 
 def triplet_margin_loss(
@@ -758,10 +796,16 @@ def triplet_margin_loss(
         swap: Whether to use the distance between negative and positive instead of the distance
             between negative and anchor, if it is smaller.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = operators.TRIPLET_MARGIN_LOSS
-    options = op.options(margin=margin, p=p, eps=eps, swap=swap, reduction=reduction)
-    return run(op, (anchor, positive, negative), options)
+    if not size_average is reduce is None or left_to_torch(op, anchor):
+        return F.triplet_margin_loss(
+            anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
+        )
+    return run(
+        op,
+        (anchor, positive, negative),
+        op.options(margin=margin, p=p, eps=eps, swap=swap, reduction=reduction),
+    )
 
 
 def cosine_embedding_loss(
@@ -784,10 +828,12 @@ def cosine_embedding_loss(
         target: 1 or -1 for each row, of shape () or (N) and any dtype.
         margin: The cosine below which pairs with target -1 have no loss.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = operators.COSINE_EMBEDDING_LOSS
-    options = op.options(margin=margin, reduction=reduction)
-    return run(op, (input1, input2, target), options)
+    if not size_average is reduce is None or left_to_torch(op, input1):
+        return F.cosine_embedding_loss(
+            input1, input2, target, margin, size_average, reduce, reduction
+        )
+    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
 
 
 def contrastive_loss(
@@ -851,8 +897,9 @@ def mse_loss(
         reduction: ``"mean"`` divides by the number of elements, or by the sum of ``weight``.
         weight: A factor for each element, of the input's shape.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.MSE_LOSS
+    if not size_average is reduce is None or left_to_torch(op, input, target):
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
@@ -871,8 +918,9 @@ def l1_loss(
     Args:
         input, target, reduction, weight: As in :func:`mse_loss`.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.L1_LOSS
+    if not size_average is reduce is None or left_to_torch(op, input, target):
+        return F.l1_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
@@ -894,8 +942,9 @@ def smooth_l1_loss(
         beta: The error below which the loss is quadratic; 0.0 gives :func:`l1_loss`, and a negative
             number raises a RuntimeError.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.SMOOTH_L1_LOSS
+    if not size_average is reduce is None or left_to_torch(op, input, target):
+        return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
     return run(op, (input, target), op.options(beta=beta, reduction=reduction))
 
 
@@ -918,6 +967,8 @@ def huber_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.HUBER_LOSS
+    if left_to_torch(op, input, target):
+        return F.huber_loss(input, target, reduction, delta, weight)
     return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction))
 
 
@@ -945,8 +996,9 @@ def binary_cross_entropy(
             requires grad, or autocast is enabled on a GPU; use
             :func:`binary_cross_entropy_with_logits` then.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.BINARY_CROSS_ENTROPY
+    if not size_average is reduce is None or left_to_torch(op, input):
+        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
@@ -977,8 +1029,11 @@ def binary_cross_entropy_with_logits(
     Raises:
         RuntimeError: A weight requires grad.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
+    if not size_average is reduce is None or left_to_torch(op, input):
+        return F.binary_cross_entropy_with_logits(
+            input, target, weight, size_average, reduce, reduction, pos_weight
+        )
     return run(op, (input, target, weight, pos_weight), op.options(reduction=reduction))
 
 
@@ -1002,10 +1057,9 @@ def kl_div(
             elements.
         log_target: Whether ``target`` holds log-probabilities.
     """
-    if size_average is not None or reduce is not None:  # torch does not warn, and may divide twice
-        legacy = size_average, reduce, reduction, log_target
-        return F.kl_div(input, target, *legacy)  # type: ignore[no-any-return]
     op = elementwise.KL_DIV
+    if not size_average is reduce is None or (reduction != "mean" and left_to_torch(op, input)):
+        return F.kl_div(input, target, size_average, reduce, reduction, log_target)
     return run(op, (input, target), op.options(log_target=log_target, reduction=reduction))
 
 
@@ -1031,10 +1085,16 @@ def poisson_nll_loss(
         full: Adds Stirling's approximation of ``log(target!)`` where the target is more than 1.
         eps: Added to the rates before taking the logarithm.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.POISSON_NLL_LOSS
-    options = op.options(eps=eps, log_input=log_input, full=full, reduction=reduction)
-    return run(op, (input, target), options)
+    if not size_average is reduce is None or left_to_torch(op, input):
+        return F.poisson_nll_loss(
+            input, target, log_input, full, size_average, eps, reduce, reduction
+        )
+    return run(
+        op,
+        (input, target),
+        op.options(eps=eps, log_input=log_input, full=full, reduction=reduction),
+    )
 
 
 def gaussian_nll_loss(
@@ -1063,6 +1123,8 @@ def gaussian_nll_loss(
             ``var`` is invalid.
     """
     op = elementwise.GAUSSIAN_NLL_LOSS
+    if left_to_torch(op, input):
+        return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
     return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction))
 
 
@@ -1081,8 +1143,9 @@ def soft_margin_loss(
         input: Scores, of any shape.
         target: The classes, -1 or 1, of the input's shape.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.SOFT_MARGIN_LOSS
+    if not size_average is reduce is None or left_to_torch(op, input):
+        return F.soft_margin_loss(input, target, size_average, reduce, reduction)
     return run(op, (input, target), op.options(reduction=reduction))
 
 
@@ -1105,8 +1168,9 @@ def hinge_embedding_loss(
             input's.
         margin: The distance beyond which dissimilar pairs have no loss.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.HINGE_EMBEDDING_LOSS
+    if not size_average is reduce is None or left_to_torch(op, input):
+        return F.hinge_embedding_loss(input, target, margin, size_average, reduce, reduction)
     return run(op, (input, target), op.options(margin=margin, reduction=reduction))
 
 
@@ -1129,10 +1193,12 @@ def margin_ranking_loss(
             broadcasts with theirs.
         margin: How much higher it should be.
     """
-    reduction = reduction if size_average is reduce is None else reduction_of(size_average, reduce)
     op = elementwise.MARGIN_RANKING_LOSS
-    options = op.options(margin=margin, reduction=reduction)
-    return run(op, (input1, input2, target), options)
+    if not size_average is reduce is None or left_to_torch(op, input1):
+        return F.margin_ranking_loss(
+            input1, input2, target, margin, size_average, reduce, reduction
+        )
+    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
 
 
 def quantile_loss(
@@ -1264,9 +1330,10 @@ def _without_halves(tensor: Tensor | None) -> Tensor | None:
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
-    if inplace:
-        return in_place(elementwise.RELU, input)
-    return run(elementwise.RELU, (input,), ())
+    op = elementwise.RELU
+    if inplace or left_to_torch(op, input):
+        return F.relu(input, inplace)
+    return run(op, (input,), ())
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -1275,15 +1342,18 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Args:
         negative_slope: The slope below 0.
     """
-    if inplace:
-        return in_place(elementwise.LEAKY_RELU, input, negative_slope)
     op = elementwise.LEAKY_RELU
+    if inplace or left_to_torch(op, input):
+        return F.leaky_relu(input, negative_slope, inplace)
     return run(op, (input,), op.options(negative_slope=negative_slope))
 
 
 def tanh(input: Tensor) -> Tensor:
     """Returns the hyperbolic tangent."""
-    return run(elementwise.TANH, (input,), ())
+    op = elementwise.TANH
+    if left_to_torch(op, input):
+        return F.tanh(input)
+    return run(op, (input,), ())
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
@@ -1304,9 +1374,10 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
-    if inplace:
-        return in_place(elementwise.SILU, input)
-    return run(elementwise.SILU, (input,), ())
+    op = elementwise.SILU
+    if inplace or left_to_torch(op, input):
+        return F.silu(input, inplace)
+    return run(op, (input,), ())
 
 
 def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
@@ -1323,12 +1394,17 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
             raise a RuntimeError.
     """
     op = elementwise.GELU
+    if left_to_torch(op, input):
+        return F.gelu(input, approximate=approximate)
     return run(op, (input,), op.options(approximate=approximate))
 
 
 def sigmoid(input: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-input))``."""
-    return run(elementwise.SIGMOID, (input,), ())
+    op = elementwise.SIGMOID
+    if left_to_torch(op, input):
+        return F.sigmoid(input)
+    return run(op, (input,), ())
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1337,17 +1413,18 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     Args:
         alpha: The result at minus infinity is ``-alpha``.
     """
-    if inplace:
-        return in_place(elementwise.ELU, input, alpha)
     op = elementwise.ELU
+    if inplace or left_to_torch(op, input):
+        return F.elu(input, alpha, inplace)
     return run(op, (input,), op.options(alpha=alpha))
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
-    if inplace:
-        return in_place(elementwise.SELU, input)
-    return run(elementwise.SELU, (input,), ())
+    op = elementwise.SELU
+    if inplace or left_to_torch(op, input):
+        return F.selu(input, inplace)
+    return run(op, (input,), ())
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1356,17 +1433,18 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     Args:
         alpha: The result at minus infinity is ``-alpha``; not 0.
     """
-    if inplace:
-        return in_place(elementwise.CELU, input, alpha)
     op = elementwise.CELU
+    if inplace or left_to_torch(op, input):
+        return F.celu(input, alpha, inplace)
     return run(op, (input,), op.options(alpha=alpha))
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
-    if inplace:
-        return in_place(elementwise.MISH, input)
-    return run(elementwise.MISH, (input,), ())
+    op = elementwise.MISH
+    if inplace or left_to_torch(op, input):
+        return F.mish(input, inplace)
+    return run(op, (input,), ())
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -1377,22 +1455,33 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
         threshold: The result is ``input`` where ``beta * input`` is above this value.
     """
     op = elementwise.SOFTPLUS
+    if left_to_torch(op, input):
+        return F.softplus(input, beta, threshold)
     return run(op, (input,), op.options(beta=beta, threshold=threshold))
 
 
 def logsigmoid(input: Tensor) -> Tensor:
     """Returns ``-log(1 + exp(-input))``."""
-    return run(elementwise.LOGSIGMOID, (input,), ())
+    op = elementwise.LOGSIGMOID
+    if left_to_torch(op, input):
+        return F.logsigmoid(input)
+    return run(op, (input,), ())
 
 
 def softsign(input: Tensor) -> Tensor:
     """Returns ``input / (1 + abs(input))``."""
-    return run(elementwise.SOFTSIGN, (input,), ())
+    op = elementwise.SOFTSIGN
+    if left_to_torch(op, input):
+        return F.softsign(input)
+    return run(op, (input,), ())
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """Returns ``input - tanh(input)``."""
-    return run(elementwise.TANHSHRINK, (input,), ())
+    op = elementwise.TANHSHRINK
+    if left_to_torch(op, input):
+        return F.tanhshrink(input)
+    return run(op, (input,), ())
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1451,7 +1540,9 @@ def softmax(
         IndexError: The input has no dimension ``dim``.
     """
     op = operators.SOFTMAX
-    return run(op, (input,), op.options(dim=dim, dtype=dtype, stacklevel=_stacklevel))
+    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input):
+        return F.softmax(input, dim, _stacklevel + 1, dtype)
+    return run(op, (input,), op.options(dim=dim, dtype=dtype))
 
 
 def log_softmax(
@@ -1469,4 +1560,6 @@ def log_softmax(
         As in :func:`softmax`.
     """
     op = operators.LOG_SOFTMAX
-    return run(op, (input,), op.options(dim=dim, dtype=dtype, stacklevel=_stacklevel))
+    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input):
+        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
+    return run(op, (input,), op.options(dim=dim, dtype=dtype))

@@ -192,6 +192,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
         set_options(self, checks.keywords("CrossEntropyLoss", options))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        options, gamma = options_of(self), getattr(self, "gamma", 0.0)
+        if isinstance(gamma, Tensor) or gamma != 0:  # small calls with defaults are torch's
+            options["gamma"] = gamma
         return F.cross_entropy(
             input,
             target,
@@ -199,9 +202,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            gamma=getattr(self, "gamma", 0.0),
             inplace=self.inplace,
-            **options_of(self),
+            **options,
         )
 
     def extra_repr(self) -> str:
@@ -262,7 +264,9 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         shape = self.num_classes, *self.out_features
-        bias = self.linear.bias
+        bias, options = self.linear.bias, options_of(self)
+        if self.filter_eps != 0:  # small calls with defaults are torch's
+            options["filter_eps"] = self.filter_eps
         return F.linear_cross_entropy(
             input,
             self.linear.weight.reshape(*shape, self.linear.in_features),
@@ -274,8 +278,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
             label_smoothing=self.label_smoothing,
             options=self.options,
             memory_budget=self.memory_budget,
-            filter_eps=self.filter_eps,
-            **options_of(self),
+            **options,
         )
 
     def extra_repr(self) -> str:

@@ -84,14 +84,14 @@ def active_mode() -> str | None:
         return "torch.func"
     if forward_ad._current_level >= 0:
         return "forward-mode AD"
-    if dispatch_modes() or (_function_modes() and _has_function_mode()):
+    if dispatch_modes() or (_function_modes() and has_function_mode()):
         if (checkpoint := _checkpoint()) is not None:
             _checkpoints.add(weakref.ref(checkpoint, _checkpoints.discard))
         return "a torch dispatch or function mode"
     return None
 
 
-def _has_function_mode() -> bool:
+def has_function_mode() -> bool:
     """Returns whether a function mode is active, other than the mode of a default device."""
     return any(type(_function_mode_at(i)) is not _DefaultDevice for i in range(_function_modes()))
 
@@ -177,31 +177,6 @@ def _checkpoint() -> Any:
 # ---- functions -----------------------------------------------------------------------------------
 
 
-def built_in(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the C++ function of ``torch._C._nn`` with this name, without its Python wrapper."""
-    function: Callable[..., Any] = getattr(torch._C._nn, name, otherwise)
-    return function
-
-
-# Converts size_average and reduce to a reduction, with torch's deprecation warning.
-legacy_reduction: Callable[..., str] = _required("torch.nn._reduction.legacy_get_string")
-
-
-def register_with_jit(built_in: Callable[..., Any], function: Callable[..., Any]) -> None:
-    """Registers a function with torch.jit.script as another name of a built-in."""
-    table = getattr(torch.jit, "_builtins", None)
-    if table is not None:
-        table._register_builtin(function, table._find_builtin(built_in))
-
-
-def trace_instead(function: Any, traced: Any) -> None:
-    """Makes torch.compile trace ``traced`` in place of a function; None undoes it."""
-    if traced is None:
-        vars(function).pop("_torchdynamo_inline", None)
-    else:
-        function._torchdynamo_inline = traced
-
-
 def run_while_tracing(function: Any) -> Any:
     """Makes torch.compile run a function once while it traces a call, instead of tracing it.
 
@@ -230,12 +205,6 @@ def never_traced(function: Any) -> Any:
     function._torchdynamo_disable = True
     skip_frames(function)
     return function
-
-
-def dynamo_table() -> Any:
-    """Returns the cached function with torch.compile's table of torch's functions, or None."""
-    rules = sys.modules.get("torch._dynamo.trace_rules")
-    return getattr(rules, "get_torch_obj_rule_map", None)
 
 
 def has_compiled_call(module: Any) -> bool:

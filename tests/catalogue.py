@@ -37,7 +37,7 @@ from torch_reference import parameters, torch_function
 from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.dispatch.operator import Operator, reduction_of
+from pyfused.dispatch.operator import Operator
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.contrastive import Contrastive
@@ -300,16 +300,13 @@ def random_call(
     given = {
         name: rng.choice(values_of(op, name))
         for name in options(op)
-        if name != "inplace"  # test_inplace.py
-        if name in ("dim", "reduction") or rng.once_in(12 if name in (*ROUNDED, *DEPRECATED) else 4)
+        if name not in ("inplace", *DEPRECATED)  # test_inplace.py, test_values.py
+        if name in ("dim", "reduction") or rng.once_in(12 if name in ROUNDED else 4)
     }
     given = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
-    if given.keys() & {*ROUNDED, *DEPRECATED} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
+    if given.keys() & {*ROUNDED} or (op is LINEAR_CROSS_ENTROPY and dtype in HALF):
         given = without_metrics(given)  # rounding causes ties
-    deprecated = given.get("size_average"), given.get("reduce")
     reduction = given.get("reduction", "mean")
-    if deprecated != (None, None):
-        reduction = reduction_of(*deprecated)
     if reduction != "mean":
         given.pop("denominator", None)
     if given.get("negative_slope") == 0.0:

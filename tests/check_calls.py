@@ -11,7 +11,7 @@ import pytest
 import torch
 from catalogue import ROUNDED, Call, ours
 from compare import DEVICE, HALF
-from samples import DEPRECATED, OF_CLASSES
+from samples import OF_CLASSES
 from torch import Tensor
 
 from pyfused.layout import loss_shape
@@ -63,7 +63,7 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
     linear = call.op.is_linear
     few = 64 if linear or precision(call) < EPS else 4
     mean = call.given.get("reduction") in ("mean", "batchmean")
-    mean = mean and not call.given.keys() & {*DEPRECATED, "denominator"}
+    mean = mean and "denominator" not in call.given
     lost = [EPS / max(native[-1].numel(), 1) if mean else EPS] * len(native)
     if isinstance(call.op, Divergence):  # equal rows leave a rounding error
         first, lost[0] = next(iter(call.given.values())), EPS

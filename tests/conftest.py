@@ -109,8 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @contextlib.contextmanager
 def fused_always() -> Iterator[None]:
     """Runs kernels for tensors of any size; by default, torch's operators compute tiny tensors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "FORCED", "every size")
+    with sizes.every_size():
         yield
 
 

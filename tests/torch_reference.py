@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
-import torch.nn.functional as F
 from compare import DEVICE
 
 from pyfused import functional as fused
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.originals import original, redirected
+from pyfused.dispatch.originals import F
 
 
 def by_torch(op: Operator, tensors: Tensors, options: Options, *_: Any) -> Any:
@@ -27,8 +27,17 @@ def torch_function(op: Operator, name: str = "") -> Callable[..., Any]:
     """
     lost = DEVICE != "cpu" and op.name == "l1_loss"  # its weight, if a default device is set
     if hasattr(F, op.name) and not name and not lost:
-        return original(getattr(F, op.name))
-    return redirected(getattr(fused, name or op.name), run=by_torch)
+        return getattr(F, op.name)  # type: ignore[no-any-return]
+    return defined_by_torch(name or op.name)
+
+
+def defined_by_torch(name: str) -> Callable[..., Any]:
+    """Returns pyfused's function of this name, running definitions in torch's operators."""
+    function = getattr(fused, name)
+    names = {**vars(fused), "run": by_torch}
+    copy = FunctionType(function.__code__, names, name, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def parameters(op: Operator) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from types import SimpleNamespace
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor
@@ -17,12 +17,23 @@ import pyfused.functional as functional
 import pyfused.nn as nn
 from pyfused import checks
 from pyfused.adopt.convert import FUSED
-from pyfused.dispatch.explanation import BY_SHARDS, Explanation, by_kernel, path_of
+from pyfused.dispatch import observers
+from pyfused.dispatch.explanation import (
+    BY_SHARDS,
+    Explanation,
+    by_kernel,
+    explanation_of,
+    path_of,
+)
+from pyfused.dispatch.observers import Observer
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.originals import redirected
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.signature import PLAIN
+from pyfused.dispatch.sizes import dispatching_small_calls
 from pyfused.formula import Formula, FormulaModule
+from pyfused.ops.activation import Activation
+from pyfused.ops.operators import OPERATORS
+from pyfused.ops.softmax import Softmax
 
 _LIBRARIES = ("None", "torch", "torchvision", __name__.partition(".")[0])
 
@@ -62,51 +73,86 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     function = getattr(functional, name)
     signature = inspect.signature(function)
     try:
-        signature.bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         required = [p.name for p in signature.parameters.values() if p.default is p.empty]
         example = f"pyfused.explain({name!r}, {', '.join(required)})"
         raise TypeError(f"{name}: {error}. Pass the call's arguments: {example}") from None
-    if name == "additive_margin":
-        return Explanation(name, "torch", "a composition of torch's operators")
-    try:
-        redirected(function, run=_explain_run, in_place=_explain_in_place)(*args, **kwargs)
-    except _Explained as explained:
-        return explained.args[0]  # type: ignore[no-any-return]
-    return Explanation(name, "torch", "size_average and reduce are deprecated")
+    return _explained(name, bound.arguments, function, *args, **kwargs)
+
+
+def _reason_before_dispatch(name: str, arguments: Mapping[str, Any]) -> str | None:
+    """Returns why a function calls torch's without dispatch, whatever the size."""
+    if name in ("additive_margin", "AdditiveMargin"):
+        return "a composition of torch's operators"
+    if isinstance(OPERATORS.get(name), Activation) and arguments.get("inplace"):
+        return "torch computes activations in place"
+    if isinstance(OPERATORS.get(name), Softmax) and arguments.get("dim") is None:
+        return "dim is not given"
+    if not arguments.get("size_average") is arguments.get("reduce") is None:
+        return "size_average and reduce are deprecated"
+    return None
 
 
 class _Explained(Exception):  # noqa: N818
-    """Ends a function of `functional` whose call has been explained."""
+    """Ends a call whose decision has been read."""
 
 
-def _explain_run(op: Operator, tensors: Tensors, options: Options, shard: Any = None) -> None:
-    """Explains a call in place of `run`, and raises the explanation."""
-    if shard is not None:
-        raise _Explained(by_kernel(op.name, tensors[0], BY_SHARDS))
+class _Explainer(Observer):
+    """Ends the calls of this thread when they have been decided."""
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+
+    def decided(self, op: Operator, tensors: Tensors, options: Options, reason: str | None) -> None:
+        if get_ident() == self.thread:
+            raise _Explained(op, tensors, options, reason)
+
+
+def _explained(
+    name: str, arguments: Mapping[str, Any], call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Explanation:
+    """Explains a call of a function of `functional`, which ends when it has been decided.
+
+    Args:
+        name: The name of the function.
+        arguments: Its arguments by name, or the attributes of a module.
+        call: The function, or the ``forward`` of the module.
+    """
+    if reason := _reason_before_dispatch(name, arguments):
+        return Explanation(name, "torch", reason)
+    if arguments.get("shard") is not None:
+        input = [*args, *kwargs.values()][0]
+        return by_kernel(name.removesuffix("_with_metrics"), input, BY_SHARDS)
+    explainer = _Explainer()
+    observers.begin(explainer)
+    try:
+        with dispatching_small_calls():
+            call(*args, **kwargs)
+    except _Explained as explained:
+        op, tensors, options, reason = explained.args
+    else:
+        return Explanation(name, "torch", "torch's function computes these arguments")
+    finally:
+        observers.end(explainer)
     checks.tensor(op.operands[0].name, tensors[0])
-    explanation = path_of(op, tensors, options)
     present = [x for x in tensors if isinstance(x, Tensor)]
-    reason, by_torch = explanation.reason, explanation.backend == "torch"
     # torch checks the calls that kernels do not support, except for dtypes of indices.
-    is_checked = not by_torch or reason.startswith(SMALL) or " has dtype " in reason
+    is_checked = reason is None or reason is SMALL or " has dtype " in reason
     if is_checked and all(type(x) in PLAIN and x.is_cpu for x in present):
         op.check(tensors, options)
-    raise _Explained(explanation)
-
-
-def _explain_in_place(op: Operator, *_: Any) -> None:
-    raise _Explained(Explanation(op.name, "torch", "torch computes activations in place"))
+    return explanation_of(op, tensors, options, reason)
 
 
 def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Explains a module's call, by running ``forward`` with an ``F`` whose functions explain."""
+    """Explains a module's call."""
     if type(module) in FUSED:
         module = copy.copy(module)
         module.__class__ = FUSED[type(module)]
     forward: Any = type(module).forward
     if forward.__globals__ is not vars(nn):
         raise ValueError(f"op: expected a module of pyfused.nn, got {module}")
-    explaining = SimpleNamespace(**{name: partial(explain, name) for name in functional.__all__})
-    explanation: Explanation = redirected(forward, F=explaining)(module, *args, **kwargs)
-    return explanation
+    kind = type(module).__name__
+    name = next((op.name for op in OPERATORS.values() if op.module == kind), kind)
+    options = {**vars(module), **getattr(module, "fused_options", {})}
+    return _explained(name, options, partial(forward, module), *args, **kwargs)

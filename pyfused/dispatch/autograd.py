@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from pyfused.dispatch.originals import torch_alone
+from pyfused.dispatch.observers import timed
 from pyfused.dispatch.reasons import log_once
 from pyfused.layout import is_dense
 from pyfused.torch_internals import (
@@ -80,7 +80,12 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     @never_traced  # torch's compiled autograd traces backward passes
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Gradients:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+        return timed(Fused.gradients, ctx, grad_output)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor) -> Gradients:
+        """Returns a gradient for each argument of `forward`."""
         plan, first_gradient = ctx.plan, ctx.first_gradient
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
@@ -106,8 +111,7 @@ class Fused(torch.autograd.Function):
         gradients: Any
         if second_order:
             saved = ctx.saved_tensors
-            with torch_alone:
-                gradients = plan.define(saved[:first_gradient], ctx.options, grad_output)
+            gradients = plan.define(saved[:first_gradient], ctx.options, grad_output)
             if torch.is_grad_enabled():
                 gradients = in_graph(gradients, saved)
         elif first_gradient is None:

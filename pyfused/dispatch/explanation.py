@@ -9,8 +9,9 @@ from torch.compiler import is_dynamo_compiling
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.run import fallback_reason, is_small
-from pyfused.dispatch.sizes import why_small
+from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.run import fallback_reason
+from pyfused.dispatch.sizes import is_small, why_small
 
 BY_SHARDS = "each process computes its classes"
 
@@ -41,10 +42,17 @@ class Explanation(NamedTuple):
 
 def path_of(op: Operator, tensors: Tensors, options: Options) -> Explanation:
     """Returns the path that :func:`pyfused.dispatch.run.run` would choose for a call."""
-    if not is_dynamo_compiling() and is_small(op, tensors, options):
-        return Explanation(op.name, "torch", why_small(op, tensors, options))
-    reason = fallback_reason(op, tensors, options)
+    is_small_call = not is_dynamo_compiling() and is_small(op, tensors, options)
+    reason = SMALL if is_small_call else fallback_reason(op, tensors, options)
+    return explanation_of(op, tensors, options, reason)
+
+
+def explanation_of(
+    op: Operator, tensors: Tensors, options: Options, reason: str | None
+) -> Explanation:
+    """Returns the path of a call, given the reason why torch computes it, None for a kernel."""
     if reason is not None:
+        reason = why_small(op, tensors, options) if reason is SMALL else reason
         return Explanation(op.name, "torch", reason)
     return by_kernel(op.name, tensors[0], op.strategy_of(tensors, options))
 

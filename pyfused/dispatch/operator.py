@@ -23,9 +23,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.dispatch import originals
 from pyfused.layout import broadcast_numel
-from pyfused.torch_internals import legacy_reduction
 from pyfused.types import NUMBER, OPTIONS, Choice, Scalar
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
@@ -91,9 +89,6 @@ class Operator(ABC):
         options: Makes the options of a call from keywords. It is declared as their NamedTuple
             class, or None to make one of the numbers and the choices.
         torch: The definition in torch's operators. Takes the tensors and the options.
-        fast: A variant of `torch` with less overhead, for calls that no subclass or mode observes.
-            It calls no function that `pyfused.patch` replaces. By default `torch`, if that is
-            torch's function.
         fallback_reason: Takes the tensors and the options for planning; returns why torch's
             operator has to compute the call, None if a kernel can.
 
@@ -108,6 +103,7 @@ class Operator(ABC):
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         limits: The limits of sizes.py, by device and dtype.
+        least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
         dynamic: The maximum number of leading dimensions whose sizes a plan does not depend on; the
             number of other dimensions that the input has at least; and whether the option ``dim``
@@ -122,7 +118,6 @@ class Operator(ABC):
     choices: tuple[Any, ...] = ()
     options: Any = None
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
-    fast: Callable[..., Any] | None = None
     fallback_reason: Callable[..., str | None] | None = None
 
     all_operands: tuple[Operand, ...] = field(init=False)
@@ -133,6 +128,7 @@ class Operator(ABC):
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
     limits: dict[Any, Any] = field(init=False, default_factory=dict)
+    least: tuple[int, int] = field(init=False, default=(0, 0))
     plans: dict[Any, Any] = field(init=False, default_factory=dict)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
@@ -145,8 +141,6 @@ class Operator(ABC):
         self.cases = lru_cache(maxsize=256)(self._cases)
         self.family = type(self).__name__
         self.is_linear = "linear_weight" in self.names
-        if self.fast is None and not self.factors and hasattr(originals.F, self.name):
-            self.fast = self.torch
 
     # ---- options ---------------------------------------------------------------------------------
 
@@ -285,12 +279,3 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the parameters of a function with their defaults, `...` for no default."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: ... if p.default is p.empty else p.default for p in parameters}
-
-
-def reduction_of(size_average: bool | None, reduce: bool | None) -> Any:
-    """Returns the reduction that torch's two deprecated arguments mean."""
-    if not is_dynamo_compiling():  # Dynamo cannot trace torch's function, nor a warning
-        return legacy_reduction(size_average, reduce)
-    if reduce is not None and not reduce:
-        return "none"
-    return "mean" if size_average is None or size_average else "sum"

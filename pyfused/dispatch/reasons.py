@@ -33,6 +33,8 @@ def log_once(op: str, reason: str) -> None:
 def stacklevel() -> int:
     """Returns the stacklevel of the first frame outside pyfused's and torch's modules."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and str(frame.f_globals.get("__name__")).startswith(_OURS_AND_TORCHS):
+    while frame.f_back and str(frame.f_globals.get("__name__", __name__)).startswith(
+        _OURS_AND_TORCHS
+    ):
         frame, level = frame.f_back, level + 1
     return level

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 from weakref import WeakSet
@@ -15,27 +16,26 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function
 
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
-from pyfused.dispatch import reasons, sizes
+from pyfused.dispatch import observers, reasons, sizes
 from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
-from pyfused.dispatch.originals import F, TorchAlone, torch_alone
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
+from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
     _checkpoints,
+    compiler_traces,
     fell_back_in_checkpoint,
     functorch_is_active,
     is_exporting,
 )
 from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
 
-is_small = sizes.is_small
 # The errors that torch raises for invalid arguments. Subclasses, such as OutOfMemoryError and
 # CheckpointError, have other causes.
-_ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
 
@@ -50,39 +50,17 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         return op.run_on_shard(tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
-    reason: str | None = SMALL
     try:
-        if not is_small(op, tensors, options):
-            reason, kernel, launched = decide(op, tensors, options)
-            if kernel is not None:
-                return kernel(tensors, launched)  # type: ignore[no-any-return]
-        if reason is SMALL and op.fast is not None:
-            return op.fast(*tensors, options)  # type: ignore[no-any-return]
-        return fall_back(op, str(reason), tensors, options)  # type: ignore[no-any-return]
-    except _ERRORS as error:
-        invalid = None
-        if type(error) in _ERRORS:
-            invalid = _invalid_arguments(op, tensors, options, error)
+        reason, kernel, launched = decide(op, tensors, options)
+        if kernel is not None:
+            return kernel(tensors, launched)  # type: ignore[no-any-return]
+        report_fallback(op, tensors, str(reason))
+        return op.torch(*tensors, options)  # type: ignore[no-any-return]
+    except ERRORS as error:
+        invalid = invalid_arguments(op, tensors, options, error)
         if invalid is None:
             raise
         raise invalid.with_traceback(None) from None
-
-
-def in_place(op: Operator, input: Tensor, *options: Any) -> Tensor:
-    """Returns the result of an activation in place, which torch's function computes."""
-    result: Tensor = getattr(F, op.name)(input, *options, inplace=True)
-    return result
-
-
-def fall_back(op: Operator, reason: str, tensors: Tensors, options: Options) -> Any:
-    """Returns an operator's result, from torch's operator, for a reason."""
-    if reason is not SMALL:
-        report_fallback(op, tensors, reason)
-    # The code of subclasses may call patched functions.
-    if not TorchAlone.needed or has_torch_function((*tensors, *options)):
-        return op.torch(*tensors, options)
-    with torch_alone:
-        return op.torch(*tensors, options)
 
 
 def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
@@ -121,7 +99,19 @@ def keep_plan(op: Operator, key: Any, plan: Any) -> None:
 
 
 def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
-    """Decides whether a kernel runs a call of any size; decisions are cached by signature."""
+    """Decides whether a kernel runs a call, and tells observers."""
+    reason, kernel, options = decision = _decide(op, tensors, options)
+    if not observers.active or compiler_traces():
+        return decision
+    for observer in observers.active:
+        observer.decided(op, tensors, options, reason)
+    return reason, kernel and partial(observers.timed, kernel), options
+
+
+def _decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
+    """Decides whether a kernel runs a call; decisions are cached by signature."""
+    if is_small(op, tensors, options):
+        return SMALL, None, options
     signed = signature(op, tensors, options)
     if isinstance(signed, str):
         return signed, None, options
@@ -226,8 +216,12 @@ def _head_elements(input: Tensor, weight: Tensor) -> Any:
 def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
+    Small calls are neither logged nor warned about.
+
     Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB.
     """
+    if reason is SMALL:
+        return
     reasons.log_once(op.name, reason)
     if not op.is_linear:
         return
@@ -245,13 +239,15 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
         warnings.warn(message + reason, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
-def _invalid_arguments(
+def invalid_arguments(
     op: Operator, tensors: Tensors, options: Options, error: Exception
 ) -> Exception | None:
     """Returns pyfused's error for the arguments of a call that has raised, None if they are valid.
 
     Tensors on GPUs are not read.
     """
+    if type(error) not in ERRORS:
+        return None
     pairs = zip(op.operands, tensors, strict=False)
     by_name = {operand.name: x for operand, x in pairs if isinstance(x, Tensor)}
     try:
@@ -260,7 +256,7 @@ def _invalid_arguments(
             op.check(tensors, options)
         excluded = [x.name for x in op.operands if x.indices or x.converts]
         checks.floating(by_name, excluded, error)
-    except _ERRORS as invalid:
+    except ERRORS as invalid:
         if checks.raised(invalid):
             return invalid
     return error if checks.raised(error) else None

@@ -17,7 +17,6 @@ from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
-from pyfused.torch_internals import built_in
 from pyfused.types import Kernels, Scalar
 
 
@@ -44,10 +43,6 @@ class Activation(SpecializedOperator):
         if self.torch is None:
             self.torch = lambda input, options: function(input, *options)
         super().__post_init__()
-        if function is not self.formula and self.fast is self.torch:
-            # torch's built-in function has less overhead.
-            fast = getattr(torch, self.name, None) or built_in(self.name, function)
-            self.fast = lambda input, options: fast(input, *options)
         if any(choice.values for choice in self.choices) and self.fallback_reason is None:
             self.fallback_reason = self._invalid_word
 

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, Operand, Options, Tensors
+from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size

@@ -6,20 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.originals import original
+from pyfused.dispatch.originals import F
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.types import OPTIONS, CrossEntropyOptions, Head, LogProbsOptions, Scalar
-
-_cross_entropy, _nll_loss = original(F.cross_entropy), original(F.nll_loss)
-_linear_cross_entropy = (  # from torch 2.13 on
-    original(F.linear_cross_entropy) if hasattr(F, "linear_cross_entropy") else None
-)
 
 
 def cross_entropy(
@@ -39,7 +33,7 @@ def cross_entropy(
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     if token_weight is denominator is None and options.is_plain():
         others = None, ignore_index, None, options.reduction, label_smoothing
-        return _cross_entropy(input, target, weight, *others)
+        return F.cross_entropy(input, target, weight, *others)
     checks.cross_entropy(input, target, weight, token_weight, denominator, options)
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
@@ -63,7 +57,7 @@ def cross_entropy(
             options = options._replace(label_smoothing=0.0)
         at_target = (target * weighted).sum(dim)
     else:
-        at_target = -_nll_loss(log_p, target, None, None, ignore_index, None, "none")
+        at_target = -F.nll_loss(log_p, target, None, None, ignore_index, None, "none")
         is_valid = target.reshape(shape) != ignore_index
         divisors = target_weights(target.reshape(shape), weights, ignore_index, dtype)
         of_target = None if weights is None else divisors
@@ -258,10 +252,10 @@ def linear_cross_entropy(
     checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
     head = Head(input, linear_weight, linear_bias, target, weight)
     is_plain = token_weight is denominator is None and options.is_plain()
-    if is_plain and _linear_cross_entropy is not None and input.dim() < 3:
+    if is_plain and hasattr(F, "linear_cross_entropy") and input.dim() < 3:  # from torch 2.13 on
         checks.memory_budget(options.memory_budget)  # torch's function does not take these two
         checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
-        return _linear_cross_entropy(
+        return F.linear_cross_entropy(
             input,
             linear_weight,
             target,
@@ -309,7 +303,7 @@ def head_logits(
         counts = counts if counts.dim() <= dims else counts.flatten(dims).any(-1)
         input = input.where(counts.unsqueeze(-1), 0)
     bias = None if linear_bias is None else linear_bias.flatten()
-    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+    logits: Tensor = F.linear(input, linear_weight.flatten(0, -2), bias)
     return logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
 
 
@@ -381,7 +375,7 @@ def sigmoid_focal_loss(
     inputs, targets = (x.to(dtype) if x.is_floating_point() else x for x in (inputs, targets))
     alpha, gamma = (x.reshape(()).to(dtype) if isinstance(x, Tensor) else x for x in (alpha, gamma))
     error = inputs.sigmoid() * (1 - targets) + (-inputs).sigmoid() * targets
-    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    loss: Tensor = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     loss = loss * error.where(error != 0, 1) ** gamma  # the loss is 0 where this is
     if alpha >= 0:
         loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Options, Tensors
+from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import loss_passes
 from pyfused.layout import accumulate_dtype, specs_of_layouts
 from pyfused.ops import definitions
@@ -159,7 +159,8 @@ def _kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, options: DivergenceOptions, cap: float | None) -> Tensor:
     logits = logits.to(accumulate_dtype(logits.dtype))
     logits = logits if cap is None else definitions.softcap(logits, cap)
-    return F.log_softmax(logits / options.temperature, -1)
+    log_p: Tensor = F.log_softmax(logits / options.temperature, -1)
+    return log_p
 
 
 def _with_rest(

@@ -9,6 +9,7 @@ written gradient is more accurate or shorter, or where torch's operator defines 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,8 +20,9 @@ from torch.overrides import has_torch_function_variadic
 
 from pyfused import checks
 from pyfused.backends.protocol import Divisor
-from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
+from pyfused.dispatch.operator import REDUCTIONS, Operand, Operator, Options
 from pyfused.dispatch.originals import F
+from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
@@ -28,10 +30,10 @@ from pyfused.ops.pointwise_loss import (
     Gated,
     PointwiseLoss,
     elements,
+    is_unobserved,
     reduced,
     weight_or_elements,
 )
-from pyfused.torch_internals import built_in
 from pyfused.types import Choice, Gradients, Scalar
 
 BOTH = (False, True)
@@ -40,8 +42,6 @@ INPUT, TARGET = Operand("input"), Operand("target")
 SIGNS = Operand("target", differentiated=False, sign=True)
 WEIGHT = Operand("weight", low=0.0, shape=checks.expands, differentiated=False, optional=True)
 FULL_WEIGHT = WEIGHT._replace(shape=checks.equals)
-# torch's functions, unaffected by pyfused.patch.
-_GELU, _SILU = built_in("gelu", F.gelu), built_in("silu", F.silu)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
 
@@ -65,14 +65,11 @@ def _differ_in_dtype_or_shape(input: Tensor, target: Tensor, *_: Any) -> str | N
     return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
 
 
-def _kl_div_warning(_: Tensors, options: Options) -> str | None:
-    if options.reduction != "mean":
-        return None
-    return (
-        "reduction: 'mean' divides the total loss by both the batch size and the support size."
-        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
-        "'mean' will be changed to behave the same as 'batchmean' in the next major release."
-    )
+_MEAN_OF_KL_DIV = (
+    "reduction: 'mean' divides the total loss by both the batch size and the support size."
+    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+    "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+)
 
 
 def _rows(*_: Any) -> Divisor:
@@ -260,13 +257,23 @@ def _gradient_of_kl_div(input: Tensor, target: Tensor, log_target: bool) -> Grad
     return -target, target.log() + target / target - input  # NaN if the target is 0
 
 
+def _torch_kl_div(input: Tensor, target: Tensor, options: Options) -> Tensor:
+    """Returns torch's loss, with a warning that names the line of the call, not one of pyfused."""
+    reduction, log_target = options.reduction, options.log_target
+    if reduction != "mean" or not is_unobserved(input, target):
+        loss: Tensor = F.kl_div(input, target, None, None, reduction, log_target)
+        return loss
+    warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
+    return torch.kl_div(input, target, REDUCTIONS[reduction], log_target=log_target)
+
+
 KL_DIV = PointwiseLoss(
     name="kl_div",
     module="KLDivLoss",
     choices=(Choice("log_target", BOTH), "reduction"),
-    torch=lambda x, y, options: F.kl_div(x, y, None, None, options.reduction, options.log_target),
+    torch=_torch_kl_div,
     operands=(INPUT, Operand("target", low=0.0)),
-    warning=_kl_div_warning,
+    warning=lambda _, options: _MEAN_OF_KL_DIV if options.reduction == "mean" else None,
     denominators={"mean": elements, "batchmean": _rows},
     fallback_reason=_differ_in_shape,
     formula=_kl_div,
@@ -567,12 +574,6 @@ SILU = Activation(
 )
 
 
-def _gelu(input: Tensor, options: Options) -> Tensor:
-    if options.approximate == "none":  # reading an argument takes 0.2 us
-        return _GELU(input)  # type: ignore[no-any-return]
-    return _GELU(input, approximate=options.approximate)  # type: ignore[no-any-return]
-
-
 def _cdf(x: Tensor, approximate: str) -> Tensor:
     """Returns the normal distribution, or (1 + tanh(u)) / 2 = sigmoid(2 u)."""
     if approximate == "none":
@@ -602,7 +603,6 @@ GELU = Activation(
     name="gelu",
     module="GELU",
     torch=lambda input, options: F.gelu(input, approximate=options.approximate),
-    fast=_gelu,
     choices=(APPROXIMATE,),
     formula=lambda input, approximate: input * _cdf(input, approximate),
     gradient=_gradient_of_gelu,
@@ -707,7 +707,7 @@ SWIGLU = Gated(
     module="SwiGLU",
     operands=GATED,
     formula=lambda gate, up: gate * gate.sigmoid() * up,
-    torch=lambda gate, up, _: _SILU(gate) * up,
+    torch=lambda gate, up, _: F.silu(gate) * up,
     gradient=lambda gate, up: (_gradient_of_silu(up, gate), gate * gate.sigmoid()),
 )
 
@@ -717,7 +717,7 @@ GEGLU = Gated(
     operands=GATED,
     choices=(APPROXIMATE,),
     formula=lambda gate, up, approximate: gate * _cdf(gate, approximate) * up,
-    torch=lambda gate, up, options: _GELU(gate, approximate=options.approximate) * up,
+    torch=lambda gate, up, options: F.gelu(gate, approximate=options.approximate) * up,
     gradient=lambda gate, up, approximate: (
         _gradient_of_gelu(up, gate, approximate),
         gate * _cdf(gate, approximate),

@@ -19,16 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
-from pyfused.dispatch.operator import LEADING_DIMS, REDUCTIONS, Options, Tensors
-from pyfused.dispatch.originals import F
+from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors
 from pyfused.dispatch.plan import Forward
-from pyfused.dispatch.reasons import SMALL
-from pyfused.dispatch.run import fall_back
 from pyfused.layout import accumulate_dtype, specs_of_layouts, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunk_sizes import CLASSES_GPU, TILE, rows_at_once, state_block_size, tile_size
@@ -44,11 +40,9 @@ from pyfused.ops.rows import (
     metrics_state,
 )
 from pyfused.ops.shards import ShardedRows, class_range
-from pyfused.torch_internals import built_in
 from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
-    CrossEntropyOptions,
     Gradients,
     Head,
     Outputs,
@@ -486,44 +480,6 @@ class LinearCrossEntropy(CrossEntropyOfRows, HeadLoss):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
     reference = staticmethod(definitions.head_cross_entropy)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.fast = self.compute_small
-        self.linear = built_in("linear", F.linear)
-        self.built_in_loss = built_in("cross_entropy_loss", F.cross_entropy)
-
-    def compute_small(
-        self,
-        input: Tensor,
-        linear_weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        token_weight: Tensor | None,
-        denominator: Tensor | None,
-        options: CrossEntropyOptions,
-    ) -> Any:
-        """Returns the result of a small call, without the definition's checks in common cases."""
-        number, smoothing = REDUCTIONS.get(options.reduction), options.label_smoothing
-        if (
-            not token_weight is denominator is None
-            or not options.memory_budget is options.torch_options is None
-            or not options.is_plain()
-            or type(smoothing) not in (float, int)
-            or type(options.filter_eps) is not float
-            or options.filter_eps != 0.0
-            or number is None
-            or has_torch_function((input, linear_weight, bias, target, weight))
-            or not (input.is_cpu and linear_weight.is_cpu and target.dtype is torch.int64)
-            or not (input.dim() == 2 and target.shape == input.shape[:1])
-            or linear_weight.shape[1:] != input.shape[1:]
-            or not (bias is None or (bias.is_cpu and bias.shape == linear_weight.shape[:1]))
-        ):
-            tensors = input, linear_weight, bias, target, weight, token_weight, denominator
-            return fall_back(self, SMALL, tensors, options)
-        logits = self.linear(input, linear_weight, bias)
-        return self.built_in_loss(logits, target, weight, number, options.ignore_index, smoothing)
 
     def check(self, tensors: Tensors, options: Options) -> None:
         super().check(tensors, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyfused import checks
 from pyfused.dispatch.operator import Operand, Operator
 from pyfused.dispatch.originals import F
+from pyfused.dispatch.sizes import set_least
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
 from pyfused.ops.custom_operators import CustomOperator
@@ -205,3 +206,5 @@ for _head in (
 
 _declared = [value for value in globals().values() if isinstance(value, Operator)]
 OPERATORS: dict[str, Operator] = {op.name: op for op in (*_declared, *elementwise.OPERATORS)}
+for _op in OPERATORS.values():
+    set_least(_op)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Parameter
+from torch.overrides import has_torch_function_variadic
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
@@ -22,13 +22,11 @@ from pyfused.backends.protocol import Divisor, LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     ALL_DIMS,
-    REDUCTIONS,
     Operand,
     Options,
     SpecializedOperator,
     Tensors,
 )
-from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import (
     Plan,
     gradients_in_forward,
@@ -36,11 +34,11 @@ from pyfused.dispatch.plan import (
     needs_grad,
 )
 from pyfused.dispatch.reasons import stacklevel
+from pyfused.dispatch.signature import PLAIN
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
 from pyfused.layout import accumulate_dtype
-from pyfused.torch_internals import built_in
 from pyfused.types import NUMBER, TENSORS, Gradients, Outputs, TensorSpec
 
 _BROADCASTING = (
@@ -101,8 +99,7 @@ class TensorLoss(SpecializedOperator):
     """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:
-        warns: Whether torch warns if the target's shape differs from the input's. Apart from this
-            warning and weights, torch's Python function only calls the built-in of its name.
+        warns: Whether torch warns if the target's shape differs from the input's.
         warning: Takes the tensors and the options for planning; returns the warning that torch
             issues, or None.
         nan_on_invalid: Whether operands out of bounds make the loss NaN. Then bounds are checked
@@ -385,7 +382,8 @@ class PointwiseLoss(TensorLoss):
             self.torch = self._by_formula
         super().__post_init__()
         if self.warns:
-            self.warning, self.fast = _broadcasting_warning, self._without_python()
+            self.warning = _broadcasting_warning
+            self.torch = self._naming_the_caller(self.torch)
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -470,30 +468,21 @@ class PointwiseLoss(TensorLoss):
         weight = None if self._weight is None else tensors[self._weight]
         return reduced(result, options.reduction, weight)
 
-    def _without_python(self) -> Callable[..., Tensor]:
-        """Returns torch's built-in loss, which issues the warning of torch's Python function."""
-        built_in_loss, count = built_in(self.name, getattr(F, self.name)), len(self.operands)
+    def _naming_the_caller(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Returns torch's function, whose warning about broadcasting names the line of the call.
 
-        def fast(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-            options = rest[-1]
-            reduction = REDUCTIONS.get(options.reduction)
-            has_weight = count > 2 and rest[0] is not None
-            if reduction is None or has_weight or type(target) not in (Tensor, Parameter):
-                return self.torch(input, target, *rest)  # type: ignore[no-any-return]
-            if input.shape != target.shape:
-                if is_dynamo_compiling():  # Dynamo cannot trace a warning
-                    return self.torch(input, target, *rest)  # type: ignore[no-any-return]
+        torch's own warning would name a line of pyfused.
+        """
+
+        def compute(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
+            weight = rest[0] if len(self.operands) > 2 else None
+            if weight is None and is_unobserved(input, target) and input.shape != target.shape:
                 message = _BROADCASTING.format(target.shape, input.shape)
                 warnings.warn(message, stacklevel=stacklevel())
                 input, target = torch.broadcast_tensors(input, target)
-            numbers = options[:-1]
-            # smooth_l1_loss calls l1_loss if beta is 0; a compiler cannot compare a tensor.
-            if numbers and (isinstance(numbers[0], Tensor) or numbers[0] == 0.0):
-                return self.torch(input, target, *rest)  # type: ignore[no-any-return]
-            loss: Tensor = built_in_loss(input, target, reduction, *numbers)
-            return loss
+            return function(input, target, *rest)
 
-        return fast
+        return compute
 
 
 class Gated(PointwiseLoss):
@@ -503,6 +492,12 @@ class Gated(PointwiseLoss):
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         return self.formula(*operands, *options)
+
+
+def is_unobserved(input: Any, target: Any) -> bool:
+    """Returns whether no compiler, mode or subclass has to see the call of torch's function."""
+    is_plain = type(input) in PLAIN and type(target) in PLAIN
+    return is_plain and not (is_dynamo_compiling() or has_torch_function_variadic(input, target))
 
 
 def _broadcasting_warning(tensors: Tensors, _: Options) -> str | None:

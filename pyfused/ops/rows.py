@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of, takes_triton
@@ -31,22 +32,18 @@ from pyfused.dispatch.autograd import (
 from pyfused.dispatch.operator import (
     FACTORS,
     FIRST_DIM,
-    REDUCTIONS,
     Operand,
     Options,
     Tensors,
     grad_enabled,
 )
-from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, loss_passes, needs_grad
-from pyfused.dispatch.reasons import SMALL
-from pyfused.dispatch.run import fall_back
-from pyfused.dispatch.signature import spec_of
+from pyfused.dispatch.signature import PLAIN, spec_of
 from pyfused.layout import accumulate_dtype, common_dtype, feature_rows, is_dense
 from pyfused.ops import custom_operators, definitions, metrics
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.shards import ShardedOperator, ShardedRows, class_range, sharded_results
-from pyfused.torch_internals import built_in, graph_is_retained
+from pyfused.torch_internals import graph_is_retained
 from pyfused.types import (
     LOG_P,
     LSE,
@@ -670,32 +667,14 @@ class CrossEntropy(CrossEntropyOfRows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.fast = self.compute_small
-        self.built_in_loss = built_in("cross_entropy_loss", F.cross_entropy)
+        definition = self.torch
 
-    def compute_small(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        token_weight: Tensor | None,
-        denominator: Tensor | None,
-        options: CrossEntropyOptions,
-    ) -> Any:
-        """Returns the result of a small call: torch's, unless options that torch lacks are set."""
-        number = REDUCTIONS.get(options.reduction)
-        if options.inplace:
-            prepare_inplace(input)
-        if (
-            not token_weight is denominator is None
-            or not options.is_plain()
-            or number is None
-            or type(target) is not Tensor
-        ):
-            tensors = input, target, weight, token_weight, denominator
-            return fall_back(self, SMALL, tensors, options)
-        smoothing = options.label_smoothing
-        return self.built_in_loss(input, target, weight, number, options.ignore_index, smoothing)
+        def compute(input: Tensor, *rest: Any) -> Any:
+            if rest[-1].inplace and type(input) in PLAIN and not is_dynamo_compiling():
+                prepare_inplace(input)  # raises the errors that a kernel's call raises
+            return definition(input, *rest)
+
+        self.torch = compute
 
     def contiguous_classes(self, tensors: Tensors, _: Options) -> int:
         return checks.classes_of(tensors[0])

@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from pyfused import checks
@@ -23,31 +22,15 @@ from pyfused.ops.activation import activation_plan
 class Softmax(Operator):
     """Softmax or log-softmax along one dimension."""
 
-    choices: tuple[Any, ...] = ("dim", "dtype", "stacklevel")
+    choices: tuple[Any, ...] = ("dim", "dtype")
     saves: ClassVar[str] = "output"
     strategy = "row by row, or several rows at a time"
     dynamic = BEFORE_DIM
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        function, built_in_function = getattr(F, self.name), getattr(torch, self.name)
-
-        def compute(input: Tensor, options: Options) -> Tensor:
-            # There are four more frames between torch's function and the user's code.
-            output: Tensor = function(input, options.dim, options.stacklevel + 4, options.dtype)
-            return output
-
-        def fast(input: Tensor, options: Options) -> Tensor:
-            output: Tensor
-            dim, dtype, stacklevel = options
-            if dim is None:
-                output = function(input, dim, stacklevel + 3, dtype)
-            else:
-                output = built_in_function(input, dim, dtype=dtype)
-            return output
-
-        self.torch = self.torch_ = compute
-        self.fast = fast
+        function = getattr(F, self.name)
+        self.torch = lambda input, options: function(input, options.dim, dtype=options.dtype)
 
     def contiguous_classes(self, tensors: Tensors, options: Options) -> int:
         (input,), (dim, *_) = tensors, options
@@ -64,7 +47,7 @@ class Softmax(Operator):
         return grad_input.to(output.dtype)
 
     def plan(self, tensors: Tensors, options: Options) -> Plan:
-        (input,), (dim, dtype, _) = tensors, options
+        (input,), (dim, dtype) = tensors, options
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
         dim, backend, kernel = dim % input.dim(), backend_of(input), self.name
@@ -82,7 +65,7 @@ class Softmax(Operator):
 
 def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
-    dim, dtype, _ = options
+    dim, dtype = options
     if type(dim) is not int:
         return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
     if not -input.dim() <= dim < input.dim():

@@ -1073,7 +1073,7 @@ def test_torch_jit_trace() -> None:
 if __name__ == "__main__":
     from pyfused.dispatch import sizes
 
-    sizes.FORCED = "every size"
+    sizes.every_size().__enter__()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0

@@ -47,7 +47,7 @@ def few_frames() -> Iterator[None]:
 
 def has_torchs_name(call: Call) -> bool:
     """Returns whether torch has a Python function of this name that accepts the arguments."""
-    function = getattr(F, call.op.name, None)
+    function = inspect.unwrap(getattr(F, call.op.name, None))
     names = inspect.signature(function).parameters if inspect.isfunction(function) else ()
     return call.given.keys() <= {*names}
 

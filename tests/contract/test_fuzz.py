@@ -21,7 +21,6 @@ SIZES = [10, 300] if interpreter.ON else [10, 3000]  # the maximum number of ele
 SEEDS = st.integers(0, 2**32)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a target size:UserWarning"),
-    pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning"),
 ]
 
 

@@ -101,3 +101,14 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
     assert reason == f"{SMALL}: kernels run from 16,384 elements"
     assert pyfused.explain("relu", x).reason == SMALL
+
+
+def test_every_size_is_undone() -> None:
+    op = OPERATORS["mse_loss"]
+    before = op.least
+    with sizes.every_size():
+        assert op.least == (0, 0)
+        with sizes.dispatching_small_calls():
+            pass
+        assert op.least == (0, 0)
+    assert op.least == before > (0, 0)

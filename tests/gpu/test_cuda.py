@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -44,8 +44,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "FORCED", "every size")
+def every_size() -> Iterator[None]:
+    with sizes.every_size():
+        yield
 
 
 def inputs(dtype: torch.dtype = torch.float32, device: str = "cuda") -> tuple[Tensor, ...]:

@@ -361,7 +361,7 @@ def cases() -> list[tuple[str, str, str]]:
 
 
 def rank_of_two(rank: int, folder: str, pipe: Any) -> None:
-    sizes.FORCED = "every size"  # as in other tests
+    sizes.every_size().__enter__()  # as in other tests
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     unconverted: dict[tuple[str, str], Trained] = {}
