@@ -113,6 +113,17 @@ def fused_always() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def fused_by_size() -> Iterator[None]:
+    """Leaves small calls to torch, as users do, within `fused_always`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "FORCED", None)
+        patch.setattr(sizes, "_dispatching", 0)
+        for op, least in sizes._least.items():
+            patch.setattr(op, "least", least)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fused(request: pytest.FixtureRequest) -> Iterator[None]:
     measured = request.node.get_closest_marker("thresholds")

@@ -20,13 +20,12 @@ import interpreter
 import pytest
 import torch
 from compare import FLOATS
-from conftest import fused_always
+from conftest import fused_always, fused_by_size
 from layouts import SAME_VALUES
 from torch import Tensor
 from torch_reference import defined_by_torch
 
 from pyfused import functional as fused
-from pyfused.dispatch import sizes
 
 INF, NAN = math.inf, math.nan
 SEARCHES = os.environ.get("HYPOTHESIS_PROFILE") == "search"
@@ -280,8 +279,7 @@ FORMS: dict[str, Callable[..., RowResults]] = {
 
 @contextlib.contextmanager
 def small(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "FORCED", None)
+    with fused_by_size():
         yield function
 
 

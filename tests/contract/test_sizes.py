@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyfused
+from pyfused import functional as fused
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
@@ -112,3 +116,88 @@ def test_every_size_is_undone() -> None:
             pass
         assert op.least == (0, 0)
     assert op.least == before > (0, 0)
+
+
+# ---- small calls ---------------------------------------------------------------------------------
+
+X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+SMALL_CALLS: dict[str, Callable[[Any], torch.Tensor]] = {
+    "relu": lambda f: f.relu(X),
+    "gelu": lambda f: f.gelu(X, approximate="tanh"),
+    "softmax": lambda f: f.softmax(X, -1),
+    "mse_loss": lambda f: f.mse_loss(X, X + 1, weight=X),
+    "kl_div": lambda f: f.kl_div(X, X.exp(), reduction="sum"),
+    "cross_entropy": lambda f: f.cross_entropy(X, TARGET, label_smoothing=0.1),
+    "linear_cross_entropy": lambda f: f.linear_cross_entropy(X, X[:5], TARGET),
+}
+
+
+def python_calls(call: Callable[[], Any]) -> list[str]:
+    names: list[str] = []
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.parametrize("name", SMALL_CALLS)
+def test_a_small_call_is_torchs(name: str) -> None:
+    """It adds the call of pyfused's function and of the comparison, which asks the compiler."""
+    if not hasattr(F, name):
+        pytest.skip("this version of torch lacks the function")
+    call = SMALL_CALLS[name]
+    assert call(fused).equal(call(F))
+    added = len(python_calls(lambda: call(fused))) - len(python_calls(lambda: call(F)))
+    assert added == (5 if name == "linear_cross_entropy" else 3)
+    with pyfused.patch():
+        assert call(F).equal(call(fused))
+        if name != "linear_cross_entropy":  # torch's calls cross_entropy, which is patched
+            assert len(python_calls(lambda: call(F))) == len(python_calls(lambda: call(fused)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": 2.0},
+        {"gamma": 2},
+        {"gamma": torch.tensor(2.0)},
+        {"z_loss": 0.5},
+        {"scale": 2.0},
+        {"softcap": 3.0},
+        {"temperature": 2.0},
+        {"token_weight": torch.arange(6.0)},
+        {"denominator": 3.0},
+        {"denominator": torch.tensor(3.0)},
+        {"loss_dtype": torch.float64},
+    ],
+    ids=repr,
+)
+def test_small_calls_with_options_that_torch_lacks(options: dict[str, Any]) -> None:
+    small = fused.cross_entropy(X, TARGET, **options)
+    with sizes.every_size():
+        by_kernel = fused.cross_entropy(X, TARGET, **options)
+    torch.testing.assert_close(small, by_kernel)
+    assert not torch.isclose(small.float(), F.cross_entropy(X, TARGET)) or "loss_dtype" in options
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
+@pytest.mark.parametrize("size", [6, 60_000])
+def test_deprecated_arguments_are_torchs(size: int) -> None:
+    x, y = X[:1].expand(size, 5).contiguous(), TARGET[:1].expand(size)
+    for given in ({"size_average": False}, {"reduce": False}, {"reduce": True}):
+        for call in (
+            lambda f, given=given: f.mse_loss(x, x + 1, **given),
+            lambda f, given=given: f.cross_entropy(x, y, **given),
+            lambda f, given=given: f.kl_div(x, x.exp(), **given),
+            lambda f, given=given: f.multilabel_soft_margin_loss(x, x.exp(), **given),
+        ):
+            assert call(fused).equal(call(F))
+    with pytest.raises(TypeError, match=r"size_average, reduce: expected None .*; pass reduction"):
+        fused.cross_entropy(x, y, reduce=False, gamma=2.0)
