@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from pyfused import checks

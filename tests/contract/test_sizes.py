@@ -196,7 +196,6 @@ def test_deprecated_arguments_are_torchs(size: int) -> None:
             lambda f, given=given: f.mse_loss(x, x + 1, **given),
             lambda f, given=given: f.cross_entropy(x, y, **given),
             lambda f, given=given: f.kl_div(x, x.exp(), **given),
-            lambda f, given=given: f.multilabel_soft_margin_loss(x, x.exp(), **given),
         ):
             assert call(fused).equal(call(F))
     with pytest.raises(TypeError, match=r"size_average, reduce: expected None .*; pass reduction"):
