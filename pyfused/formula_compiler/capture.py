@@ -111,7 +111,8 @@ def _refusal(function: FunctionType, line: int, message: str) -> UntraceableErro
 @cache
 def _functions_of_torch() -> frozenset[Any]:
     """Returns the functions and methods of tensors, which a trace records or refuses."""
-    known: set[Any] = {torch.Tensor, torch.no_grad, F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh}
+    known: set[Any] = {torch.Tensor, torch.no_grad}
+    known.update(map(_unpatched, (F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh)))
     known |= {torch.full, torch.ones, torch.scalar_tensor, torch.tensor, torch.zeros}
     for functions in get_overridable_functions().values():
         known.update(map(_unpatched, functions))
@@ -124,7 +125,7 @@ def _functions_of_torch() -> frozenset[Any]:
 def _unpatched(function: Any) -> Any:
     """Returns torch's function for one that pyfused.patch has replaced."""
     names = getattr(function, "__globals__", {})
-    is_patched = str(names.get("__name__")).startswith("pyfused.adopt")
+    is_patched = names.get("__package__") == "pyfused"
     return getattr(function, "__wrapped__", function) if is_patched else function
 
 
