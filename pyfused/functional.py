@@ -25,7 +25,7 @@ Errors
     passed: TypeError for an argument that is not a tensor or not a number, RuntimeError or
     ValueError for an invalid shape, dtype or option. The kernels check class indices: on CPUs, an
     index out of range raises an IndexError. On GPUs, where the check would synchronise, the loss of
-    its row is NaN and the gradient is zero.
+    its row is NaN and the gradient is zero. Small calls of torch's functions raise torch's errors.
 
 Fallback
     A call falls back to torch's operator for second derivatives, forward-mode AD, ``torch.func``,
@@ -919,7 +919,9 @@ def l1_loss(
         input, target, reduction, weight: As in :func:`mse_loss`.
     """
     op = elementwise.L1_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input, target):
+    # With a weight, torch's function ignores it if a default device is set.
+    is_torchs = weight is None and left_to_torch(op, input, target)
+    if not size_average is reduce is None or is_torchs:
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 

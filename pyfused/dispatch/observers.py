@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.torch_internals import compiler_traces
 
 
 class Observer:
@@ -39,10 +41,23 @@ def end(observer: Observer) -> None:
         active = tuple([x for x in active if x is not observer])
 
 
+def observed(
+    op: Operator,
+    tensors: Tensors,
+    options: Options,
+    reason: str | None,
+    kernel: Callable[..., Any] | None,
+) -> Callable[..., Any] | None:
+    """Tells the observers a decision, and returns the kernel with its time reported to them."""
+    if compiler_traces():
+        return kernel
+    for observer in active:
+        observer.decided(op, tensors, options, reason)
+    return None if kernel is None else partial(timed, kernel)
+
+
 def timed(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function that runs a kernel, and tells its time to the observers."""
-    if not active:
-        return function(*args)
     start = perf_counter()
     try:
         return function(*args)

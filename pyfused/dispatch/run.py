@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from numbers import Real
 from typing import Any
 from weakref import WeakSet
@@ -26,7 +25,6 @@ from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_spe
 from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
     _checkpoints,
-    compiler_traces,
     fell_back_in_checkpoint,
     functorch_is_active,
     is_exporting,
@@ -52,6 +50,8 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
     try:
         reason, kernel, launched = decide(op, tensors, options)
+        if observers.active:
+            kernel = observers.observed(op, tensors, options, reason, kernel)
         if kernel is not None:
             return kernel(tensors, launched)  # type: ignore[no-any-return]
         report_fallback(op, tensors, str(reason))
@@ -99,16 +99,6 @@ def keep_plan(op: Operator, key: Any, plan: Any) -> None:
 
 
 def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
-    """Decides whether a kernel runs a call, and tells observers."""
-    reason, kernel, options = decision = _decide(op, tensors, options)
-    if not observers.active or compiler_traces():
-        return decision
-    for observer in observers.active:
-        observer.decided(op, tensors, options, reason)
-    return reason, kernel and partial(observers.timed, kernel), options
-
-
-def _decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
     """Decides whether a kernel runs a call; decisions are cached by signature."""
     if is_small(op, tensors, options):
         return SMALL, None, options

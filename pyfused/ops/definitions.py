@@ -104,15 +104,16 @@ def reduced_rows(
 def factors(token_weight: Any, denominator: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     """Checks the token weights and the denominator of a call, and returns them for kernels.
 
-    Token weights have the accumulation dtype of the operands or a wider one, and the denominator is
-    a float64 scalar. In half precision, their products and sums would overflow or be rounded.
+    They have the accumulation dtype of the operands or a wider one. In half precision, their
+    products and sums would overflow or be rounded.
     """
     checks.factors(token_weight, denominator)
+    wide = accumulate_dtype(dtype)
     if token_weight is not None:
-        wide = torch.promote_types(token_weight.dtype, accumulate_dtype(dtype))
-        token_weight = token_weight.to(wide)
+        token_weight = token_weight.to(torch.promote_types(token_weight.dtype, wide))
     if denominator is not None:
-        denominator = denominator.reshape(()).to(torch.float64)
+        exact = wide if denominator.is_floating_point() else torch.float64
+        denominator = denominator.reshape(()).to(torch.promote_types(denominator.dtype, exact))
     return token_weight, denominator
 
 

@@ -391,16 +391,26 @@ every_tensor_option = pytest.mark.parametrize(
 def test_modifying_an_option_before_backward_raises_torchs_error(
     option: str, example: Example, reads: str
 ) -> None:
-    """Covers all calls whose backward pass reads the option."""
+    """Covers all calls whose backward pass reads the option.
+
+    An option of half precision is copied, so that a change has no effect.
+    """
     if reads == "unreduced" and option == "denominator":
         return  # only means have a denominator
     call = example.call(torch.float16 if reads == "float16" else torch.float32)
-    value, leaves = call.given[option].clone(), [*call.leaves.values()]
-    changed = {option: value, "reduction": "none" if reads == "unreduced" else "mean"}
-    loss = call.ours(**changed).sum()
-    value.mul_(2)
-    with pytest.raises(RuntimeError, match=CHANGED):
-        torch.autograd.grad(loss, leaves, create_graph=reads == "create_graph")
+    leaves = [*call.leaves.values()]
+    for dtype in (torch.float32, torch.float16):
+        value = call.given[option].clone().to(dtype)
+        changed = {option: value, "reduction": "none" if reads == "unreduced" else "mean"}
+        loss, again = (call.ours(**changed).sum() for _ in range(2))
+        create_graph = reads == "create_graph"
+        expected = torch.autograd.grad(again, leaves, create_graph=create_graph)
+        value.mul_(2)
+        if dtype is torch.float16:
+            close(torch.autograd.grad(loss, leaves, create_graph=create_graph), expected)
+            continue
+        with pytest.raises(RuntimeError, match=CHANGED):
+            torch.autograd.grad(loss, leaves, create_graph=create_graph)
 
 
 @every_tensor_option

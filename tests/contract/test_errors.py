@@ -23,6 +23,7 @@ from torch_reference import torch_function
 
 import pyfused
 from pyfused import functional as fused
+from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 
@@ -307,8 +308,14 @@ OUTSIDE, NEGATIVE = torch.tensor([0, 1, 2, 5]), torch.tensor([1.0, 1, 1, -1])
 
 @pytest.mark.thresholds
 @parametrize(CROSS_ENTROPY | BOUNDS)
-def test_errors_are_the_same_in_calls_that_fall_back(code: str, words: str) -> None:
+def test_errors_of_small_calls_of_torchs_functions(code: str, words: str) -> None:
+    """A small call of torch's function raises torch's error; others name the argument."""
     raised = error(lambda: called(code))
+    try:
+        called(code, torch.nn.functional)
+    except Exception as expected:
+        if (type(raised), str(raised)) == (type(expected), str(expected)):
+            return
     assert not [word for word in words.split("|") if word not in str(raised)], raised
 
 
@@ -370,7 +377,8 @@ def check_shapes(example: Example) -> None:
         for error in outcomes:
             if isinstance(error, Exception):
                 assert type(error) in (IndexError, RuntimeError, ValueError), repr(error)
-                assert re.match("[a-z_0-9]+: expected ", str(error)), repr(error)
+                is_torchs = example.op is LINEAR_CROSS_ENTROPY and not sizes.FORCED  # a small call
+                assert is_torchs or re.match("[a-z_0-9]+: expected ", str(error)), repr(error)
         return
     expected = [outcome(partial(getattr(functions, name), **given)) for given in calls]
     with pyfused.patch():

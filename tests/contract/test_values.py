@@ -42,7 +42,12 @@ from pyfused.dispatch import sizes
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import LOGSIGMOID
-from pyfused.ops.operators import COSINE_EMBEDDING_LOSS, LINEAR_TOPK_KL_DIV
+from pyfused.ops.operators import (
+    COSINE_EMBEDDING_LOSS,
+    LINEAR_CROSS_ENTROPY,
+    LINEAR_LOG_PROBS,
+    LINEAR_TOPK_KL_DIV,
+)
 
 close = torch.testing.assert_close
 
@@ -189,7 +194,8 @@ def test_layouts(
         for others in names if interpreter.ON else (layout, other):
             check_layout(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
         of_rows = isinstance(example.op, Contrastive) or example.op is COSINE_EMBEDDING_LOSS
-        runs_torch = of_rows and len(shape) == 3
+        of_matrices = example.op in (LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS)
+        runs_torch = (of_rows or of_matrices) and len(shape) == 3
         assert kernel_calls.total() or runs_torch or example.op is LOGSIGMOID
 
 
