@@ -669,7 +669,7 @@ GPU_HEADS = {
     "pyfused": "pyfused",
     "torch": "torch",
     "torch.compile": "`torch.compile`",
-    "pyfused's cross_entropy, torch.compile": "`F.cross_entropy`, compiled",
+    "pyfused, memory_budget of a 16th": "pyfused, a 16th",
     "Liger": "Liger",
     "cut-cross-entropy": "cut-cross-entropy",
 }
