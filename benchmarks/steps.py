@@ -33,7 +33,8 @@ import pyfused
 import pyfused.functional
 
 WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
-COMPILED_WAYS = tuple(f"{way}, torch.compile" for way in WAYS[2:])
+# Patched and converted models run torch's functions in compiled programs.
+COMPILED_WAY = f"{WAYS[-1]}, torch.compile"
 RATIO = ("ratio, lower quartile", "ratio, median", "ratio, upper quartile")
 WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 
@@ -317,7 +318,7 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
         name = f"{case.name} {case.dtype}"
         if options.only not in name or time.perf_counter() - started > options.seconds:
             continue
-        ways = options.ways or (*WAYS[1:], *(COMPILED_WAYS if on_gpu else COMPILED_WAYS[1:2]))
+        ways = options.ways or (*WAYS[1:], COMPILED_WAY)
         if case.model is UNet:
             ways = [way for way in ways if not way.startswith("linear_cross_entropy")]
         compiled = [way for way in ways if "torch.compile" in way]

@@ -573,7 +573,6 @@ BY_MODEL = {
     "convert": "`convert`",
     "linear_cross_entropy": "`linear_cross_entropy`",
     "torch.compile": "`torch.compile`",
-    "convert, torch.compile": "`convert`, then `torch.compile`",
 }
 
 
