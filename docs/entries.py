@@ -677,7 +677,7 @@ def drawn(operand: Operand) -> str:
 def example(op: Activation | PointwiseLoss) -> str:
     first, *others = (operand for operand in op.operands if not operand.optional)
     names = [operand.name for operand in (first, *others)]
-    given = ", ".join(names + [f"{name}={value}" for name, value in op.required.items()])
+    given = ", ".join(names)
     loss = "reduction" in op.names
     lines = [f"{first.name} = {drawn(first)}.requires_grad_()"]
     lines += [f"{operand.name} = {drawn(operand)}" for operand in others]

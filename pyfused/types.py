@@ -143,7 +143,6 @@ class Scalar(NamedTuple):
     """A number of a call, which users may also pass as a tensor of one element.
 
     Attributes:
-        example: A value for tests, if the function has no default.
         low, high: The bounds of valid values, inclusive.
         positive: Whether 0 is excluded.
         clamped: Whether values below ``low``, and NaN, count as ``low``.
@@ -153,7 +152,6 @@ class Scalar(NamedTuple):
     """
 
     name: str
-    example: float | None = None
     low: float = -math.inf
     high: float = math.inf
     positive: bool = False

@@ -10,7 +10,6 @@ states what to add: operands of a new family to `operands`, or values of a new o
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -228,8 +227,7 @@ def values_to_try(op: Operator, name: str) -> list[Any]:
     if isinstance(parameter, Choice):
         return [*parameter.values]
     default = parameters(op)[name]
-    number = parameter.example if default is inspect.Parameter.empty else default
-    values = [x for x in (number / 2, 1.5 * number + 0.25) if x > 0 or not parameter.positive]
+    values = [x for x in (default / 2, 1.5 * default + 0.25) if x > 0 or not parameter.positive]
     return [x for x in values if parameter.low <= x <= parameter.high]
 
 
@@ -238,7 +236,7 @@ def of_torch(op: Activation | PointwiseLoss, sample: Sample) -> Sample:
 
     def define(*operands: Extended, **named: Any) -> tuple[Extended, ...]:
         declared = {operand.name: operand for operand in op.operands}
-        given = op.required | dict(zip(declared, operands, strict=False)) | named
+        given = dict(zip(declared, operands, strict=False)) | named
         for name in given.keys() & declared.keys():
             given[name] = torch.from_numpy(given[name].astype(np.float64))
             given[name].requires_grad_(declared[name].differentiated)

@@ -160,11 +160,6 @@ class Operator(ABC):
             self.choices = tuple([Choice(x, of_torch=x == "torch_options") for x in names])
         self.options = partial(kind.__new__, kind)  # takes half of the time of calling the class
 
-    @property
-    def required(self) -> dict[str, Any]:
-        """Returns an example value of each number without a default."""
-        return {x.name: x.example for x in self.numbers if x.example is not None}
-
     # ---- numbers ---------------------------------------------------------------------------------
 
     def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:

@@ -134,7 +134,7 @@ def call_of(op: Operator, elements: int, column: str) -> Callable[[Any], None]:
 
     operands = [drawn(operand) for operand in op.operands if not operand.optional]
     operands[0].requires_grad_(column != "without_gradient")
-    options: dict[str, Any] = op.required | ({"dim": 1} if isinstance(op, Softmax) else {})
+    options: dict[str, Any] = {"dim": 1} if isinstance(op, Softmax) else {}
     if column == "unreduced":
         options["reduction"] = "none"
     return lambda function: function(*operands, **options)

@@ -222,7 +222,7 @@ def tensors_of(name: str) -> dict[str, Tensor]:
 def calls_of(name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Returns the arguments of calls, by name and by position."""
     x, *others = tensors_of(name).items()
-    needed = dict(others) | OPERATORS[name].required | ({"dim": 1} if "softmax" in name else {})
+    needed = dict(others) | ({"dim": 1} if "softmax" in name else {})
     return [((x[1],), needed), ((x[1], *needed.values()), {})]
 
 
@@ -316,10 +316,7 @@ class Forms(nn.Module):
     """All patched functions."""
 
     def forward(self, tensors: dict[str, tuple[Tensor, ...]]) -> list[Tensor]:
-        options = {
-            name: (1,) if "softmax" in name else OPERATORS[name].required.values()
-            for name in tensors
-        }
+        options = {name: (1,) if "softmax" in name else () for name in tensors}
         return [getattr(F, name)(*tensors[name], *options[name]) for name in tensors]
 
 

@@ -269,9 +269,10 @@ def test_arguments_that_are_not_tensors(op: Operator, wrong: Any, got: str) -> N
     for operand in op.operands:
         if operand.optional and wrong is None:
             continue
-        given: dict[str, Any] = op.required
-        tensors = {o.name: 0.5 if o.number else P for o in op.operands if not o.optional}
-        given |= tensors | {operand.name: wrong}
+        tensors: dict[str, Any] = {
+            o.name: 0.5 if o.number else P for o in op.operands if not o.optional
+        }
+        given = tensors | {operand.name: wrong}
         try:
             torch_function(op)(**given)
         except Warning:  # raised by NumPy for an array minus a tensor

@@ -44,7 +44,7 @@ MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     "rmse_loss": ("RMSELoss", {"eps": 1.0}),
     "softmax": ("Softmax", {"dim": 1}),
     "log_softmax": ("LogSoftmax", {"dim": 0}),
-    **{op.name: (op.module, op.required) for op in ACTIVATIONS},
+    **{op.name: (op.module, {}) for op in ACTIVATIONS},
     **{x.id + "_sum": (x.op.module, x.parameters | {"reduction": "sum"}) for x in LOSSES},
 }
 every_module = pytest.mark.parametrize(("name", "options"), MODULES.values(), ids=MODULES.keys())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import interpreter
 import pytest
@@ -18,7 +17,6 @@ from torch_reference import parameters, torch_function
 
 from pyfused import functional as fused
 from pyfused.ops.activation import Activation
-from pyfused.ops.operators import OPERATORS
 
 INF, NAN = float("inf"), float("nan")
 OVERWRITING = [op.name for op in ACTIVATIONS if "inplace" in parameters(op)]
@@ -26,11 +24,11 @@ close = torch.testing.assert_close
 
 
 def ours(op: Activation) -> Callable[[Tensor], Tensor]:
-    return partial(getattr(fused, op.name), **op.required)
+    return getattr(fused, op.name)
 
 
 def of_torch(op: Activation) -> Callable[[Tensor], Tensor]:
-    return partial(torch_function(op), **op.required)
+    return torch_function(op)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -102,18 +100,18 @@ def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -
 @pytest.mark.parametrize("name", OVERWRITING)
 def test_in_place_is_torchs(name: str, kernel_calls: KernelCalls) -> None:
     """Values, gradients and errors are torch's; the function returns its argument."""
-    options, outcomes = OPERATORS[name].required, []
+    outcomes = []
     for functional in (fused, torch.nn.functional):
         leaf = torch.linspace(-8, 8, 50).requires_grad_()
         x = leaf * 1
-        y = getattr(functional, name)(x, **options, inplace=True)
+        y = getattr(functional, name)(x, inplace=True)
         assert y is x
         try:
             outcomes.append((y, torch.autograd.grad(y.sum(), leaf)))
         except RuntimeError as error:  # of the input, which the gradient needs
             outcomes.append((y, str(error)))
         with pytest.raises(RuntimeError, match="leaf"):
-            getattr(functional, name)(leaf, **options, inplace=True)
+            getattr(functional, name)(leaf, inplace=True)
     close(*[outcome[0] for outcome in outcomes], rtol=0, atol=0)
     assert str(outcomes[0][1]) == str(outcomes[1][1])
     assert not kernel_calls.total()
