@@ -245,8 +245,8 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
   }
   // OpenMP's threads do not survive a fork: if the thread that forked had a team, it would wait for
   // that team forever in the child, and no runtime reports whether it had one. A new thread gets a
-  // new team, and both end with the call: threads that stayed could have the handles of the parent's
-  // threads, which torch joins at exit.
+  // new team, and both end with the call: threads that stayed could have the handles of the
+  // parent's threads, which torch joins at exit.
   if (forked) return std::thread(run_team, std::ref(work)).join();
   run_team(work);
 }
