@@ -20,11 +20,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
+from torch_reference import parameters
 
 import pyfused
 from pyfused import backends
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
+from pyfused.ops.activation import Activation
 from pyfused.ops.custom_operators import NAMESPACE
 
 pytestmark = [
@@ -88,6 +90,9 @@ def test_losses_and_activations_are_torchs_functions(example: Example) -> None:
         pytest.skip("torch lacks it")
     first, *_ = names = [*call.tensors]
     tensors = [x.detach().requires_grad_(name == first) for name, x in call.tensors.items()]
+    numbers: dict[str, Any] = {}
+    if isinstance(example.op, Activation):  # torch's defaults are integers, and 1 * x is x
+        numbers = {n: x for n, x in parameters(example.op).items() if isinstance(x, float)}
     graphs = []
     for module in (fused, nn.functional):
         graphs.append(Graphs())
@@ -96,7 +101,7 @@ def test_losses_and_activations_are_torchs_functions(example: Example) -> None:
 
         @torch.compile(backend=graphs[-1].backend)
         def step(*tensors: Tensor, function: Any = function) -> Any:
-            return function(**call.given | dict(zip(names, tensors, strict=True)))
+            return function(**numbers | call.given | dict(zip(names, tensors, strict=True)))
 
         evaluate(step, *tensors)
     assert graphs[0].targets == graphs[1].targets
