@@ -25,12 +25,15 @@ DTYPES = *FLOATS, torch.bool, torch.uint8, torch.int64
 pytestmark = pytest.mark.cpu  # large for the interpreter
 
 
-def weighted(op: Operator, name: str, dtype: torch.dtype) -> tuple[Call, Call]:
+def weighted(op: Operator, name: str, dtype: torch.dtype, soft: bool) -> tuple[Call, Call]:
     """Returns a call with a weight of a dtype, and the same call in float64.
 
     Weights of rows are 0 or 1; half of them are 0.
+
+    Args:
+        soft: Whether the target is probabilities.
     """
-    call = Example(op, "", {"reduction": "mean"}, (name,)).call(torch.float32, (ROWS, 3))
+    call = Example(op, "", {"reduction": "mean"}, (name,), soft).call(torch.float32, (ROWS, 3))
     weight = call.given[name]
     weight = torch.arange(weight.numel()).view(weight.shape) % 2
     call.given[name] = weight.to(dtype)
@@ -53,12 +56,15 @@ def cases() -> Iterator[Any]:
             converts = next(o for o in op.all_operands if o.name == name).converts
             dtypes = DTYPES if converts else FLOATS  # others are torch's
             for dtype in [torch.float32] if of_classes else dtypes:  # that of the logits
-                yield pytest.param(op, name, dtype, id=f"{op.name}-{name}-{dtype}")
+                yield pytest.param(op, name, dtype, False, id=f"{op.name}-{name}-{dtype}")
+        if op.factors and any(o.indices and o.differentiated for o in op.operands):
+            for dtype in DTYPES:
+                yield pytest.param(op, "token_weight", dtype, True, id=f"{op.name}-soft-{dtype}")
 
 
-@pytest.mark.parametrize(("op", "name", "dtype"), [*cases()])
-def test_means_of_many_rows(op: Operator, name: str, dtype: torch.dtype) -> None:
-    call, exact = weighted(op, name, dtype)
+@pytest.mark.parametrize(("op", "name", "dtype", "soft"), [*cases()])
+def test_means_of_many_rows(op: Operator, name: str, dtype: torch.dtype, soft: bool) -> None:
+    call, exact = weighted(op, name, dtype, soft)
     expected = step(exact, Call.reference)
     compare(step(call), expected)
     if name == "token_weight":  # an argument that torch lacks
