@@ -688,11 +688,11 @@ def example(op: Activation | PointwiseLoss) -> str:
 def entry(op: Activation | PointwiseLoss) -> Entry:
     """Returns an entry that draws the second operand at two values, and the others at 1."""
     first, *others = (operand for operand in op.operands if not operand.optional)
-    curves = [Curve("", (), op.required)]
+    curves = [Curve("", (), {})]
     if others:
         name, ones, ends = others[0].name, (1.0,) * len(others[1:]), (0.0, 1.0)
         ends = (-1.0, 1.0) if others[0].sign else ends
-        curves = [Curve(f"{name} {end:g}", (end, *ones), op.required) for end in ends]
+        curves = [Curve(f"{name} {end:g}", (end, *ones), {}) for end in ends]
     summary = (inspect.getdoc(getattr(functional, op.name)) or "").partition("\n\n")[0]
     low, high = max(first.low + 0.02, -3.0), min(first.high - 0.02, 3.0)
     use = re.sub(r":func:(`\w+`)", r"\1", " ".join(summary.split()))
