@@ -6,6 +6,7 @@ is infinite or rounded, and so is its product with a small number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from compare import FLOATS
 from samples import declared
 from torch import Tensor
 
+from pyfused import functional as fused
 from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import OPERATORS
 
@@ -89,3 +91,16 @@ def test_denominators(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         total = step(replace(call, given=call.given | {"reduction": "sum"}))
         expected = [x.double() / float(denominator) for x in total]
         compare(step(replace(call, given=call.given | given)), expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_of_weight_0_may_be_nan_if_metrics_are_computed(softcap: float | None) -> None:
+    """Metrics read all rows, but the loss of a row of weight 0 is 0."""
+    logits, weight = torch.randn(5, 7), torch.tensor([0.0, 1, 0, 1, 1])
+    logits[0] = math.nan
+    target, options = torch.arange(5), {"softcap": softcap, "token_weight": weight}
+    for reduction in ("none", "mean", "sum"):
+        given: dict[str, Any] = options | {"reduction": reduction}
+        loss, _ = fused.cross_entropy_with_metrics(logits, target, **given)
+        expected = fused.cross_entropy(logits.nan_to_num(), target, **given)
+        torch.testing.assert_close(loss, expected)
