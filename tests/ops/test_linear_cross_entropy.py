@@ -226,3 +226,21 @@ def test_metrics_with_probabilities_and_token_weights(positions: tuple[int, ...]
         loss = loss[0] if isinstance(loss, tuple) else loss
         outcomes.append((loss, *torch.autograd.grad(loss.square().sum(), leaves)))
     torch.testing.assert_close(*outcomes)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_filter_thresholds_are_those_of_rows_that_count(reduction: str) -> None:
+    """The gradient of an ignored row's loss has no effect, however large it is."""
+    input, head = torch.randn(300, 6, requires_grad=True), torch.randn(3000, 6, requires_grad=True)
+    target = torch.randint(3000, (300,))
+    target[::2] = -100
+    options: dict[str, Any] = {"filter_eps": 1e-3, "memory_budget": 1 << 18}
+    found = []
+    for factor in (1.0, 1e6):
+        loss = fused.linear_cross_entropy(input, head, target, reduction=reduction, **options)
+        grad_output = torch.ones_like(loss)
+        if reduction == "none":
+            grad_output[::2] = factor
+        found.append(torch.autograd.grad(loss, (input, head), grad_output))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
