@@ -423,7 +423,7 @@ def test_callback_of_lightning(fails: bool, monkeypatch: pytest.MonkeyPatch) -> 
     import lightning
     from lightning.pytorch.loggers.logger import DummyLogger
 
-    from pyfused.adopt import report
+    from pyfused.dispatch import observers
     from pyfused.integrations.lightning import PyfusedCallback
 
     logged: list[Any] = []
@@ -441,7 +441,7 @@ def test_callback_of_lightning(fails: bool, monkeypatch: pytest.MonkeyPatch) -> 
         assert_equal_and_falling(module.train(False, STEPS), expected)
         assert logged[-1]["pyfused/kernel_calls"] >= 2 * STEPS
         assert logged[-1]["pyfused/left_to_torch"] == 0
-    assert report._reports == ()
+    assert observers.active == ()
 
 
 def test_every_causal_language_model_of_the_list() -> None:
