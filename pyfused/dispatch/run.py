@@ -206,9 +206,8 @@ def _head_elements(input: Tensor, weight: Tensor) -> Any:
 def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
-    Small calls are neither logged nor warned about.
-
-    Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB.
+    Small calls are neither logged nor warned about. Logits of 32 MiB or more are large: kernels
+    would need a quarter of that, or 16 MiB.
     """
     if reason is SMALL:
         return

@@ -520,7 +520,7 @@ def nll_loss_fallback_reason(
     if target.dtype is torch.uint8 and input.dim() > 2:
         return UINT8_TARGET
     if weight is not None and weight.dim() != 1:
-        return "weight has not one dimension"
+        return "weight does not have one dimension"
     return "torch's kernel for GPUs moves as few bytes" if takes_triton(input) else None
 
 
