@@ -101,19 +101,28 @@ class Worker:
 
 
 def worker_of(library: str, folder: Path = ROOT, **variables: str) -> Worker:
-    """Starts a process that times the operators of torch, or of the pyfused in a folder."""
+    """Starts a process that times the operators of torch, or of the pyfused in a folder.
+
+    Args:
+        library: "torch" or "pyfused", followed by ", keep" to call ``pyfused.memory.keep()``.
+    """
     return Worker(__file__, folder, library, PYTHONPATH=str(folder), **variables)
 
 
 def work(folder: Path, library: str) -> None:
     """Reads a case's name, a mode and a number of calls per line; prints their time in seconds."""
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
+    if ", keep" in library:
+        pyfused.memory.keep()
     cases.settle_allocator()
-    operators = pyfused.functional if library == "pyfused" else TORCH
+    operators = pyfused.functional if library.startswith("pyfused") else TORCH
     known = {case.name: case for case in CASES if hasattr(operators, case.op)}
 
     @lru_cache(maxsize=1)
     def prepared(case: Case, mode: str) -> Step:
+        if pyfused.memory.stats().keeps:  # returns what the case before has freed
+            pyfused.memory.keep(False)
+            pyfused.memory.keep()
         arguments = draw(case)
         cases.assert_correct(case, arguments, operators)
         return step(operators, case, arguments, mode)
@@ -175,15 +184,16 @@ def compare(options: Namespace) -> None:
 # ---- allocators ----------------------------------------------------------------------------------
 
 LARGE = 32 << 20  # bytes; glibc maps and unmaps blocks from this size on
-# Makes glibc keep all freed memory, which is the best case for torch.
-KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "42949672960"}
-# Settings that need no code changes; the first is the baseline.
+# The libraries, with variables of the environment. Only pyfused needs a change of code; the first
+# is the baseline.
 SETTINGS: dict[str, dict[str, str]] = {
     "torch": {},
     "torch, THP": {"THP_MEM_ALLOC_ENABLE": "1"},
-    "torch, glibc keeps all": {**KEEP, "MALLOC_TOP_PAD_": "1073741824"},
+    "torch, keep": {},
     "pyfused, PYFUSED_RECYCLE=0": {"PYFUSED_RECYCLE": "0"},
     "pyfused": {},
+    "pyfused, keep, PYFUSED_RECYCLE=0": {"PYFUSED_RECYCLE": "0"},
+    "pyfused, keep": {},
 }
 
 
@@ -191,11 +201,11 @@ def allocators(options: Namespace) -> None:
     """Times large cases with each allocator setting, to measure the cost of new memory."""
     families = ("cross_entropy", "mse_loss", "relu")  # one operator of each family
     large = [case for case in cases.chosen(HEADLINES, options.k) if case.bytes >= LARGE]
-    workers = {
-        name: worker_of(name.partition(",")[0], **variables) for name, variables in SETTINGS.items()
-    }
+    if not options.all:
+        large = [case for case in large if case.op in families]
+    workers = {name: worker_of(name, **variables) for name, variables in SETTINGS.items()}
     found: list[dict[str, Any]] = []
-    for case in track([case for case in large if case.op in families], transient=True):
+    for case in track(large, transient=True):
         timers = [partial(worker.ask, case.name, TRAINING) for worker in workers.values()]
         times = cases.measure(timers, options.seconds)
         for name, taken in zip(workers, times, strict=True):

@@ -281,6 +281,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("allocators", "pairs.allocators", words, named)
     add("--seconds", type=float, default=12, help="time per case")
     add("--json", type=Path, help="also write the results to this file, for the report")
+    add("--all", action="store_true", help="all operators, not one of each family")
     words = "measure the overhead of calls on 80 elements, compared with torch"
     add = command("overhead", "pairs.overhead", words, named)
     add("--rounds", type=int, default=101, help="rounds of 200 calls")

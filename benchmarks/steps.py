@@ -1,8 +1,8 @@
 """Times whole training steps: torch, torch.compile, and each way to use pyfused.
 
-Each way runs in its own process, which takes turns with a process that only uses torch: on a GPU,
-with all others; on a CPU, eager ones with each other, and compiled ones. With --cpu, the CPU time
-on one thread is measured, which other load on the machine hardly affects.
+Each way runs in its own process, which takes turns with a process that only uses torch. On a CPU,
+each way runs with and without ``pyfused.memory.keep()``. With --cpu, the CPU time on one thread is
+measured, which other load on the machine hardly affects.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import pyfused.functional
 WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
 # Patched and converted models run torch's functions in compiled programs.
 COMPILED_WAY = f"{WAYS[-1]}, torch.compile"
+KEEP = ", keep"  # appended to the name of a way
 RATIO = ("ratio, lower quartile", "ratio, median", "ratio, upper quartile")
 WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 
@@ -230,6 +231,8 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.process_time if cpu else time.perf_counter
     before = 0 if device == "cuda" else status("VmRSS")
+    if way.endswith(KEEP):
+        pyfused.memory.keep()
     torch.manual_seed(0)
     model = case.model(*case.sizes, *case.batch())
     input, target = (tensor.to(device) for tensor in model.draw())
@@ -310,6 +313,20 @@ def compare(
     ]
 
 
+def groups_of(ways: Sequence[str], named: bool) -> list[list[str]]:
+    """Returns the ways to measure on a CPU, whose memory may not hold all models at once.
+
+    Args:
+        named: Whether the user has named these ways; otherwise each also runs with `keep`.
+    """
+    compiled = [way for way in ways if "torch.compile" in way]
+    eager = [way for way in ways if way not in compiled]
+    if not named:
+        kept = [way + KEEP for way in ("torch", *eager)]
+        return [eager, kept, [*compiled, *[way + KEEP for way in compiled]]]
+    return [group for group in (eager, compiled) if group]
+
+
 def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[str, Any]]:
     """Returns a row for each case and way, and writes the rows after each case."""
     started, on_gpu = time.perf_counter(), torch.cuda.is_available()
@@ -318,11 +335,10 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
         name = f"{case.name} {case.dtype}"
         if options.only not in name or time.perf_counter() - started > options.seconds:
             continue
-        ways = options.ways or (*WAYS[1:], COMPILED_WAY)
+        ways = options.ways or [*WAYS[1:], COMPILED_WAY]
         if case.model is UNet:
             ways = [way for way in ways if not way.startswith("linear_cross_entropy")]
-        compiled = [way for way in ways if "torch.compile" in way]
-        eager = [way for way in ways if way not in compiled]
+        groups = [ways] if on_gpu else groups_of(ways, named=bool(options.ways))
         described = {
             "model": case.name,
             "batch": " x ".join(map(str, case.batch())),
@@ -330,8 +346,7 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
             "count": math.prod(case.batch()[: 2 if case.unit == "tokens" else 1]),
             "unit": case.unit,
         }
-        # On CPUs, all models at once may not fit into memory.
-        for group in [ways] if on_gpu else filter(None, [eager, compiled]):
+        for group in groups:
             found = compare(options.trial, index, group, options.rounds, options.cpu)
             rows += [{**described, **row, "machine": machine} for row in found]
             print(*rows[-len(found) :], sep="\n", flush=True)

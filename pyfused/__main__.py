@@ -64,10 +64,14 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
     commands = parser.add_subparsers(dest="command")
-    text = "run a program under pyfused.patch(), and report which calls ran a kernel"
+    text = "run a program under pyfused.patch() and pyfused.memory.keep(), and report which calls "
+    text += "ran a kernel"
     command = commands.add_parser("run", help=text, description=f"{text.capitalize()}.")
     command.add_argument(
         "-m", action="store_true", dest="module", help="the program is the name of a module"
+    )
+    command.add_argument(
+        "--no-keep", action="store_false", dest="keep", help="return freed memory to the system"
     )
     command.add_argument("program", help="a script, a folder or archive with __main__.py")
     rest = command.add_argument(
@@ -76,7 +80,7 @@ def main() -> None:
     rest.required = False  # else the error for a missing program would name the arguments
     options = parser.parse_args()
     if options.command == "run":
-        run(options.program, options.arguments, options.module)
+        run(options.program, options.arguments, options.module, options.keep)
         return
     for key, value in report().items():
         print(f"{key:<24}{value}")

@@ -14,11 +14,12 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
+from pyfused import memory
 from pyfused.adopt.patch import patch
 from pyfused.adopt.report import Report
 
 
-def run(program: str, arguments: Sequence[str], module: bool) -> None:
+def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True) -> None:
     """Runs a program with torch patched, and prints a report to stderr when the process ends.
 
     If ``torchrun`` starts several processes, all are patched, and rank 0 counts and prints.
@@ -26,6 +27,7 @@ def run(program: str, arguments: Sequence[str], module: bool) -> None:
     Args:
         program: The path of a script, a folder or an archive, or the name of a module.
         module: Whether ``program`` is the name of a module.
+        keep: Whether to keep the memory that the program frees, if that is possible.
     """
     report, process, main = Report(), os.getpid(), ModuleType("__main__")
 
@@ -37,7 +39,11 @@ def run(program: str, arguments: Sequence[str], module: bool) -> None:
             if ranks > 1:
                 print(f"pyfused: rank 0 of {ranks}:", file=sys.stderr)
             print(report, file=sys.stderr)
+            if keep:
+                print(_kept(), file=sys.stderr)
 
+    if keep and not memory.why_not_kept():
+        memory.keep()
     patch().__enter__()  # also for threads and exit handlers that outlive the program
     if os.environ.get("RANK", "0") == "0":
         report.__enter__()
@@ -73,3 +79,10 @@ def run(program: str, arguments: Sequence[str], module: bool) -> None:
         sys.exit(2)
     main.__file__, main.__loader__ = str(path), SourceFileLoader("__main__", str(path))
     exec(code, vars(main))
+
+
+def _kept() -> str:
+    """Returns a line of the report about `memory.keep`."""
+    if reason := memory.why_not_kept():
+        return f"pyfused: freed memory was not kept: {reason}"
+    return "pyfused: freed memory was kept; --no-keep returns it to the system"
