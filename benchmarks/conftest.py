@@ -9,6 +9,8 @@ import pytest
 from cases import settle_allocator
 from report import Found, machine_info, markdown
 
+from pyfused import memory
+
 MEMORY = pytest.StashKey[list[Found]]()
 
 
@@ -19,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # its table contains only pyfused's times
     config.option.randomly_reorganize = False  # both modes of a case share arguments
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler processes while timing
+    if os.environ.get("BENCHMARK_KEEP") == "1":
+        memory.keep()
     settle_allocator()
 
 

@@ -31,12 +31,13 @@ Command = Callable[[argparse.Namespace], None] | str
 
 
 def suite(*arguments: str) -> list[Path]:
-    """Runs the benchmarks with torch's default setting and with huge pages, in two processes."""
+    """Runs the benchmarks with torch's default, with huge pages, and with `memory.keep`."""
     FOUND.mkdir(exist_ok=True)
     files = []
     default = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
     huge_pages = default | {"THP_MEM_ALLOC_ENABLE": "1"}
-    for name, variables in (("default", default), ("huge-pages", huge_pages)):
+    keep = default | {"BENCHMARK_KEEP": "1"}
+    for name, variables in (("default", default), ("huge-pages", huge_pages), ("keep", keep)):
         files.append(FOUND / f"{name}.json")
         pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *arguments]
         subprocess.run(pytest, env=variables, cwd=ROOT, check=True)

@@ -365,8 +365,12 @@ def revision() -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns two tables: how many times as fast as torch each way is, and the peak memory."""
-    ways = list(dict.fromkeys(row["way"] for row in rows))
+    """Returns two tables: how many times as fast as torch each way is, and the peak memory.
+
+    Ways with `keep` have a line of their own below the others.
+    """
+    ways = list(dict.fromkeys(row["way"].removesuffix(KEEP) for row in rows))
+    ways = ["torch", *[way for way in ways if way != "torch"]]
     speeds, peaks = [], []
     for head in dict.fromkeys((row["model"], row["batch"], row["dtype"]) for row in rows):
         known = {r["way"]: r for r in rows if (r["model"], r["batch"], r["dtype"]) == head}
@@ -374,19 +378,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ms = median(float(row["torch, ms"]) for row in known.values())
         speed = {way: spread([float(r[name]) for name in RATIO]) for way, r in known.items()}
         peak = {way: f"{int(r['peak']) / 2**30:.2f}" for way, r in known.items()}
-        most = max(int(r["torch, peak"]) for r in known.values())
-        for lines, cells, of_torch in (
-            (speeds, speed, f"{1e3 * int(first['count']) / ms:,.4g} {first['unit']}"),
-            (peaks, peak, f"{most / 2**30:.2f}"),
-        ):
-            lines.append([*head, of_torch, *(cells.get(way, "n/a") for way in ways)])
-    columns = ["model", "batch", "dtype"]
-    named = [f"`{way}`" for way in ways]
+        speed["torch"] = f"{1e3 * int(first['count']) / ms:,.4g} {first['unit']} per second"
+        peak["torch"] = f"{max(int(r['torch, peak']) for r in known.values()) / 2**30:.2f}"
+        model = [", ".join((first["model"], first["dtype"], first["batch"]))]
+        for lines, cells in ((speeds, speed), (peaks, peak)):
+            lines.append([*model, *(cells.get(way, "n/a") for way in ways)])
+            if "torch" + KEEP in known:
+                lines.append(["with `keep`", *(cells.get(way + KEEP, "n/a") for way in ways)])
+    columns = ["model, dtype, batch", *[f"`{way}`" for way in ways]]
     return (
-        f"Times as fast as eager torch:\n\n"
-        f"{tabulated([*columns, 'torch, per second', *named], speeds, names=3)}\n\n"
-        f"Peak memory in GiB, without the libraries:\n\n"
-        f"{tabulated([*columns, 'torch', *named], peaks, names=3)}"
+        f"Speed-up over eager torch:\n\n{tabulated(columns, speeds, names=1)}\n\n"
+        f"Peak memory in GiB, without the libraries:\n\n{tabulated(columns, peaks, names=1)}"
     )
 
 

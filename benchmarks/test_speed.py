@@ -1,6 +1,7 @@
 """Times pyfused and its peers, interleaved, after checking that their results agree.
 
-With THP_MEM_ALLOC_ENABLE=1, the only peer is torch with huge pages, in forward+backward.
+With THP_MEM_ALLOC_ENABLE=1, the only peer is torch with huge pages, and with BENCHMARK_KEEP=1, all
+of them run under ``pyfused.memory.keep()``; both in forward+backward.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from report import peer, row
 import pyfused.functional
 
 HUGE_PAGES = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
-PEERS: dict[str, Any] = (
-    {"torch, THP": TORCH} if HUGE_PAGES else {"torch": TORCH, "torch.compile": cases.Compiled()}
-)
+KEEP = os.environ.get("BENCHMARK_KEEP") == "1"
+COMPILED = cases.Compiled()
+PEERS: dict[str, Any] = {"torch": TORCH, "torch.compile": COMPILED}
+if HUGE_PAGES:
+    PEERS = {"torch, THP": TORCH}
+elif KEEP:
+    PEERS = {"torch, keep": TORCH, "torch.compile, keep": COMPILED}
 SECONDS = 1.5
 # In a virtual machine, the host may also have to allocate memory when it is first touched.
 WARM_UP = 5
@@ -40,7 +45,7 @@ def checked(case: Case) -> Arguments:
 
 def parameters() -> list[object]:
     found = []
-    for case, mode in product(CASES, MODES[1:] if HUGE_PAGES else MODES):
+    for case, mode in product(CASES, MODES[1:] if HUGE_PAGES or KEEP else MODES):
         marks = [pytest.mark.quick] if case.headline and mode == TRAINING else []
         found.append(pytest.param(case, mode, id=f"{case.name} {mode}", marks=marks))
     return found
@@ -56,7 +61,7 @@ def test_speed(
     arguments = checked(case)
     ours = step(pyfused.functional, case, arguments, mode)
     peers = {name: step(operators, case, arguments, mode) for name, operators in PEERS.items()}
-    if case.traffic(mode) and not HUGE_PAGES:
+    if case.traffic(mode) and not (HUGE_PAGES or KEEP):
         peers["copy"] = cases.copy_step(case, mode)
     rounds, calls = cases.plan(cases.timers_of([ours, *peers.values()]), SECONDS)
     times: dict[str, list[float]] = {name: [] for name in peers}

@@ -513,9 +513,10 @@ def words(limit: int | None) -> str:
 
 
 PEERS = {
+    "torch, keep": "eager torch with `keep`",
+    "torch.compile, keep": "`torch.compile` with `keep`",
     "torch": "eager torch",
     "torch, THP": "eager torch with huge pages (`THP_MEM_ALLOC_ENABLE=1`)",
-    "torch.compile": "`torch.compile`",
 }
 
 
@@ -569,10 +570,16 @@ def summary() -> str:
 
 
 BY_MODEL = {
-    "patch": "`patch`",
+    "torch, keep": "`keep`",
+    "convert, keep": "`keep` and `convert`",
+    "torch.compile, keep": "`keep` and `torch.compile`",
+}
+# The models of README.md, by the beginning of their names.
+SHOWN = ("recommender", "GPT-2 small, float32, 2", "U-Net", "digits")
+KEPT = {
+    "torch, keep": "`keep`",
     "convert": "`convert`",
-    "linear_cross_entropy": "`linear_cross_entropy`",
-    "torch.compile": "`torch.compile`",
+    "convert, keep": "`keep` and `convert`",
 }
 
 
@@ -591,18 +598,52 @@ def _steps() -> dict[str, dict[str, dict[str, str]]]:
 
 def by_model() -> str:
     """Returns the table of training steps in README.md."""
-    lines = []
+    found = {name: rows for name, rows in _steps().items() if name.startswith(SHOWN)}
+    lines = [
+        [name, _eager(rows), *(_cell(rows, way) for way in BY_MODEL)]
+        for name, rows in sorted(found.items(), key=lambda x: _rank(x[0]))
+    ]
+    columns = ["model, dtype, batch", "eager torch", *BY_MODEL.values()]
+    machines = {_short(next(iter(rows.values()))["machine"]): None for rows in found.values()}
+    return f"{report.tabulated(columns, lines, names=1)}\n\n*Medians. {' '.join(machines)}*"
+
+
+def _rank(name: str) -> int:
+    return next(i for i, start in enumerate(SHOWN) if name.startswith(start))
+
+
+def _eager(rows: dict[str, dict[str, str]]) -> str:
+    ms = median(float(row["torch, ms"]) for row in rows.values())
+    return f"{ms:,.0f} ms" if ms > 100 else f"{ms:.3g} ms"
+
+
+def _cell(rows: dict[str, dict[str, str]], way: str) -> str:
+    """Returns the median of a ratio, and its quartiles if they are far apart."""
+    if way not in rows:
+        return "n/a"
+    low, middle, high = (float(rows[way][name]) for name in steps.RATIO)
+    return f"{middle:.2f}" if high < 1.5 * low else f"{low:.2f} to {high:.2f}"
+
+
+def kept_steps() -> str:
+    """Returns the table of training steps with and without `keep`, and their peak memory."""
+    columns = ["model, dtype, batch", "eager torch", *KEPT.values()]
+    lines, peaks = [], []
     for name, rows in _steps().items():
-        ms = median(float(row["torch, ms"]) for row in rows.values())
-        cells = {way: f"{float(row[steps.RATIO[1]]):.2f}" for way, row in rows.items()}
-        eager = f"{ms:,.0f}" if ms > 100 else f"{ms:.3g}"
-        lines.append([name, eager, *(cells.get(way, "") for way in BY_MODEL)])
-    columns = ["training step of model, dtype, batch", "torch, ms", *BY_MODEL.values()]
-    machines = {_short(next(iter(rows.values()))["machine"]): None for rows in _steps().values()}
+        if "torch, keep" in rows:
+            lines.append([name, _eager(rows), *(_cell(rows, way) for way in KEPT)])
+            of_torch = max(int(row["torch, peak"]) for row in rows.values())
+            found = [of_torch, *(int(rows[way]["peak"]) for way in KEPT)]
+            peaks.append([name, *(f"{peak / 2**30:.2f}" for peak in found)])
+    machines = {
+        _short(next(iter(rows.values()))["machine"]): None
+        for rows in _steps().values()
+        if "torch, keep" in rows
+    }
     return (
-        f"{report.tabulated(columns, lines, names=1)}\n\n"
-        "*Medians. Empty cells: not measured, or no linear head."
-        f" {slower()} {' '.join(machines)}*"
+        f"Speed-up over eager torch:\n\n{report.tabulated(columns, lines, names=1)}\n\n"
+        f"Peak memory in GiB:\n\n{report.tabulated(columns, peaks, names=1)}\n\n"
+        f"{' '.join(machines)}"
     )
 
 
@@ -610,18 +651,17 @@ def slower() -> str:
     """Returns a sentence with the ways whose steps took longer than eager torch's."""
     beyond, within = list[str](), list[str]()
     for rows in _steps().values():
+        row = next(iter(rows.values()))
+        model = f"{row['model'].partition(',')[0]} ({row['dtype']})"
         for named, is_slower in ((beyond, True), (within, False)):
             ways = [
-                BY_MODEL[way]
-                for way in BY_MODEL
-                if way in rows
-                and float(rows[way][steps.RATIO[1]]) < 1
+                f"`{way}`"
+                for way in rows
+                if float(rows[way][steps.RATIO[1]]) < 1
                 and (float(rows[way][steps.RATIO[2]]) < 1) == is_slower
             ]
             if ways:
-                row = next(iter(rows.values()))
-                model = row["model"].partition(",")[0]
-                named.append(f"{', '.join(ways)} for {model} ({row['dtype']})")
+                named.append(f"{', '.join(ways)} for {model}")
     return (
         "Slower than eager torch, with an upper quartile below 1:"
         f" {'; '.join(beyond) or 'none'}. Slower within the spread: {'; '.join(within) or 'none'}."
@@ -774,6 +814,7 @@ WRITTEN = {
     "gpu steps": gpu_steps,
     "gpu summary": gpu_summary,
     "curves machine": curves_machine,
+    "kept steps": kept_steps,
     "slower": slower,
     "training steps": training_steps,
     "memory": memory,
