@@ -25,7 +25,8 @@ from pyfused.backends import cpu
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-HEADLINE_PEERS = ("torch, keep", "torch.compile, keep", "torch", "torch, THP", "copy")  # in docs/benchmarks.md
+# The peers in docs/benchmarks.md.
+HEADLINE_PEERS = ("torch, keep", "torch.compile, keep", "torch", "torch, THP", "copy")
 BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
 Found = dict[str, Any]  # the JSON output of pytest-benchmark
 

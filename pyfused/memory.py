@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ _lock = threading.Lock()
 # The calls of keep() that have not ended, and the number of active ``with`` blocks.
 _calls: frozenset[Keep] = frozenset()
 _blocks = 0
+on_change: list[Callable[[], None]] = []  # called when `keep` begins or ends to have an effect
 
 
 class Keep:
@@ -147,6 +149,8 @@ def _set_users(calls: frozenset[Keep], blocks: int) -> None:
         _trim_children()
     else:
         libc.malloc_trim(0)
+    for function in on_change:
+        function()
 
 
 @cache

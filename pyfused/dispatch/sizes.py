@@ -4,7 +4,7 @@ A kernel costs a few microseconds more per call than torch's operator and saves 
 element: many if torch runs several operators, few if torch is limited by memory bandwidth.
 
 On CPUs, each operator has a size from which a kernel is clearly faster on AMD EPYC, with AVX-512
-and with AVX2. The largest is the size of outputs whose pages torch gets from the operating system.
+and with AVX2.
 On GPUs, the sizes follow from two numbers of the machine. The environment variable
 ``PYFUSED_HOST_US`` replaces one of them, the host's time for a call in microseconds.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
-from pyfused import backends
+from pyfused import backends, memory
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
@@ -34,7 +34,8 @@ from pyfused.torch_internals import has_function_mode
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
 ALWAYS, NEVER = 0, sys.maxsize
-TINY, SMALL, MEDIUM, LARGE, HUGE, PAGES = (1 << n for n in (10, 14, 17, 19, 22, 24))
+TINY, SMALL, MEDIUM, LARGE, HUGE, LOGITS = (1 << n for n in (10, 14, 17, 19, 22, 24))
+PAGES = -1  # stands for the size whose memory torch gets from the operating system
 
 
 class Limits(NamedTuple):
@@ -101,7 +102,7 @@ ON_CPU: dict[str, Limits] = {
     "Gated": Limits(LARGE, without_gradient=MEDIUM),
     "silu": Limits(LARGE, without_gradient=MEDIUM),
     "sigmoid": Limits(HUGE, without_gradient=MEDIUM),
-    "Contrastive": Limits(PAGES),  # logits
+    "Contrastive": Limits(LOGITS),
     "leaky_relu": Limits(PAGES),
     "relu": Limits(PAGES),
     "nll_loss": Limits(PAGES, without_gradient=NEVER),  # forward reads one element of each row
@@ -168,8 +169,8 @@ ON_GPU: dict[str, Limits] = {
 # pass. On GPUs, launching should take no longer than the kernels from 2^24 logits on; the limit has
 # not been measured.
 COMPILED: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(LINEAR, (LARGE, PAGES)),
-    "contrastive_loss": (PAGES, PAGES),
+    **dict.fromkeys(LINEAR, (LARGE, LOGITS)),
+    "contrastive_loss": (LOGITS, LOGITS),
 }
 
 
@@ -198,7 +199,12 @@ def _limits(op: Operator, cpu: bool, dtype: torch.dtype) -> Limits:
         return row.times(1)
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
         return ON_CPU_OF_HALVES[op.name].times(1)
-    return (_row(ON_CPU, op) or Limits(PAGES)).times(HALVES.get(dtype, 1))
+    row = _row(ON_CPU, op) or Limits(PAGES)
+    # With `keep`, torch's large outputs reuse memory, too.
+    size = NEVER if memory.stats().keeps else LOGITS
+    pages = {name: size for name, x in zip(row._fields, row, strict=True) if x == PAGES}
+    row = row._replace(**pages)
+    return row.times(HALVES.get(dtype, 1))
 
 
 def limit_of(op: Any, tensors: Tensors, options: Options, found: Limits) -> int:
@@ -241,7 +247,17 @@ def set_least(op: Operator) -> None:
         for is_cpu in (False, True)
     )
     _least[op] = gpu, cpu
-    op.least = (gpu, cpu) if FORCED is None else (0, 0)
+    op.least = (gpu, cpu) if FORCED is None and not _dispatching else (0, 0)
+
+
+def _renew_limits() -> None:
+    """Computes all limits again, when `memory.keep` begins or ends."""
+    for op in _least:
+        op.limits.clear()
+        set_least(op)
+
+
+memory.on_change.append(_renew_limits)
 
 
 def left_to_torch(op: Operator, input: Any, target: Any = None) -> bool:

@@ -202,6 +202,22 @@ def test_only_an_explicit_call_keeps_memory() -> None:
     """)
 
 
+@glibc
+@pytest.mark.thresholds
+def test_operators_that_only_save_new_memory_are_torchs() -> None:
+    def backends() -> list[str]:
+        x = torch.empty(1 << 24, requires_grad=True)
+        mse_loss = "mse_loss", x, torch.empty(1 << 24)
+        unreduced = pyfused.explain(*mse_loss, reduction="none")
+        found = pyfused.explain("relu", x), unreduced, pyfused.explain(*mse_loss)
+        return [each.backend for each in found]
+
+    assert backends() == ["cpu", "cpu", "cpu"]
+    with memory.keep():
+        assert backends() == ["torch", "torch", "cpu"]
+    assert backends() == ["cpu", "cpu", "cpu"]
+
+
 # ---- threads and processes -----------------------------------------------------------------------
 
 
