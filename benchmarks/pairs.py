@@ -211,6 +211,7 @@ def allocators(options: Namespace) -> None:
         for name, taken in zip(workers, times, strict=True):
             ms, ratio = median(taken), cases.ratios(times[0], taken)
             found.append({"case": case.name, "setting": name, "ms": ms, "ratio": ratio})
+            print(f"{case.name}, {name}: {ms:.3g} ms, {spread(ratio)}", flush=True)
     rows = [[e["case"], e["setting"], f"{e['ms']:.3g}", spread(e["ratio"])] for e in found]
     print(tabulated(["case", "setting", "ms", "times as fast as torch"], rows, names=2))
     if options.json:

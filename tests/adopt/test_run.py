@@ -21,11 +21,13 @@ from torch import Tensor
 
 import pyfused
 from pyfused import functional as F
+from pyfused import memory
 from pyfused.dispatch import observers, reasons
 
 NO_KERNEL = (
     r"pyfused: no kernel ran, in \d+(\.\d+)? s\n"
     r"calls that are too small for every kernel are torch's, and are not counted\n"
+    r"pyfused: freed memory was .*\n"
 )
 Done = subprocess.CompletedProcess[str]
 SECONDS = 300  # long enough to end only a hang
@@ -333,3 +335,29 @@ def test_a_report_can_be_read_before_its_end() -> None:
     assert 0 < found["kernel_seconds"] < found["seconds"] - 0.01
     assert found["operators"] == {"relu": {"calls": 2, "largest_input": 30}}
     assert found["left_to_torch"] == {"relu": {"input has dtype torch.int64": 1}}
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+KEEPS = "from pyfused import memory; print(memory.stats().keeps)"
+
+
+def test_freed_memory_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    path, can_keep = script(tmp_path, KEEPS), memory.why_not_kept() is None
+    done = counted(path, folder=tmp_path)
+    assert done.stdout == f"{can_keep}\n", done.stderr
+    was_kept = "was kept; --no-keep" if can_keep else "was not kept: "
+    assert f"pyfused: freed memory {was_kept}" in done.stderr
+    done = counted("--no-keep", path, folder=tmp_path)
+    assert done.stdout == "False\n"
+    assert "freed memory" not in done.stderr
+
+
+def test_what_configures_malloc_is_named(tmp_path: Path) -> None:
+    done = plain(
+        *("-m", "pyfused", "run", script(tmp_path, KEEPS)),
+        folder=tmp_path,
+        MALLOC_TOP_PAD_="4096",
+    )
+    assert done.stdout == "False\n", done.stderr
+    assert "pyfused: freed memory was not kept: " in done.stderr
