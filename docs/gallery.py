@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import io
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -520,20 +519,20 @@ PEERS = {
 }
 
 
-def _losses() -> tuple[str, dict[str, list[float]], list[int]]:
-    """Returns the newest machine, its ratios of large losses over each peer, and their sizes."""
+def _losses() -> tuple[str, dict[str, list[float]]]:
+    """Returns the newest machine, and its ratios of large losses over each peer."""
     table = _of_cpus("results")[-1]
     rows = [row for row in map(report.row_of, table) if row.op in OPERATORS]
     rows = [row for row in rows if row.headline and row.mode == "forward+backward"]
     rows = [row for row in rows if row.op.endswith(("loss", "entropy", "kl_div", "logits"))]
     each = {peer: [row.peers[peer] for row in rows if peer in row.peers] for peer in PEERS}
     ratios = {peer: [known.ratio[1] for known in each[peer]] for peer in PEERS}
-    return table[0]["machine"], ratios, [row.elements for row in rows]
+    return table[0]["machine"], ratios
 
 
 def headline() -> str:
     """Returns the speed-up of the headline losses over each way to run torch, on CPUs."""
-    machine, ratios, _ = _losses()
+    machine, ratios = _losses()
     lines = [[name, *_middle_and_range(ratios[peer])] for peer, name in PEERS.items()]
     table = report.tabulated(["compared with", "median", "range"], lines, names=1)
     counted = f"{len(ratios['torch'])} large losses, forward and backward, on"
@@ -545,28 +544,6 @@ def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
         return "n/a", ""
     middle = median(ratios)
     return f"{middle:.1f}" if middle < 10 else f"{middle:.0f}", _range(ratios)
-
-
-def summary() -> str:
-    """Returns the table of large losses in README.md, with the sizes of its calls."""
-    _, on_cpu, of_cpu = _losses()
-    _, *cells = _markdown_rows("large")
-    on_gpu = {"torch": [float(row[2]) for row in cells], "torch, THP": []}
-    on_gpu["torch.compile"] = [float(row[3]) for row in cells if row[3]]
-    lines = []
-    for place, ratios in (("a CPU, 2 threads", on_cpu), ("an H100", on_gpu)):
-        spreads = ("{} ({})".format(*_middle_and_range(ratios[peer])) for peer in PEERS)
-        each = [text.replace("n/a ()", "n/a") for text in spreads]
-        lines.append([f"{len(ratios['torch'])} losses on {place}", *each])
-    columns = ["times as fast as", *PEERS.values()]
-    shapes = [re.findall(r"\(([\d, ]+)( M)?\)", row[0])[0] for row in cells]
-    of_gpu = [math.prod(map(int, shape.split(","))) << 20 * bool(m) for shape, m in shapes]
-    sizes = [f"{min(x) / 1e6:.1f} to {max(x) / 1e6:.0f}" for x in (of_cpu, of_gpu)]
-    return (
-        f"{report.tabulated(columns, lines, names=1)}\n\n"
-        "*Medians and ranges, forward and backward. Large are inputs of"
-        f" {sizes[0]} million elements on the CPU, and of {sizes[1]} million on the H100.*"
-    )
 
 
 BY_MODEL = {
@@ -805,7 +782,6 @@ WRITTEN = {
     "gain machine": lambda: f"*Measured on {_of_cpus('gain')[-1][0]['machine']}.*",
     "sizes": sizes,
     "headline": headline,
-    "summary": summary,
     "by model": by_model,
     "head summary": head_summary,
     "gpu losses": lambda: gpu_table("large"),
