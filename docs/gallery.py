@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import json
 import re
 import sys
@@ -582,7 +583,8 @@ def by_model() -> str:
     ]
     columns = ["model, dtype, batch", "eager torch", *BY_MODEL.values()]
     machines = {_short(next(iter(rows.values()))["machine"]): None for rows in found.values()}
-    return f"{report.tabulated(columns, lines, names=1)}\n\n*Medians. {' '.join(machines)}*"
+    caption = f"*Medians, or quartiles if these are far apart. {' '.join(machines)}*"
+    return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
 
 
 def _rank(name: str) -> int:
@@ -749,8 +751,11 @@ def gpu_summary() -> str:
 
 
 def training_steps() -> str:
-    """Returns the tables of training steps, one for each CPU."""
-    tables = [f"{rows[0]['machine']}.\n\n{steps.table(rows)}" for rows in _of_cpus("steps")]
+    """Returns the tables of training steps, one for each CPU and date."""
+    by_machine: dict[str, list[dict[str, str]]] = {}
+    for row in itertools.chain(*_of_cpus("steps")):
+        by_machine.setdefault(row["machine"], []).append(row)
+    tables = [f"{machine}.\n\n{steps.table(rows)}" for machine, rows in by_machine.items()]
     return "\n\n".join(tables)
 
 
