@@ -224,13 +224,19 @@ def spread(ratio: Sequence[float]) -> str:
 
 
 def allocators_markdown(found: Sequence[Found]) -> str:
-    """Returns a table of speed-ups over torch's default allocator, one row per allocator."""
+    """Returns a table of median speed-ups over torch's default allocator, one row per case."""
     cases = list(dict.fromkeys(entry["case"] for entry in found))
     first, *others = dict.fromkeys(entry["setting"] for entry in found)
     by = {(entry["setting"], entry["case"]): entry for entry in found}
-    rows = [[first, *(f"{by[first, case]['ms']:.3g} ms" for case in cases)]]
-    rows += [[name, *(spread(by[name, case]["ratio"]) for case in cases)] for name in others]
-    return tabulated(["", *cases], rows, names=1)
+    rows = [
+        [
+            case,
+            f"{by[first, case]['ms']:.3g} ms",
+            *(f"{by[name, case]['ratio'][1]:.2f}" for name in others),
+        ]
+        for case in cases
+    ]
+    return tabulated(["case", first, *others], rows, names=1)
 
 
 def fill(page: Path, table: str) -> None:
@@ -267,5 +273,5 @@ def write(
         fill(pages / "docs/benchmarks.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")
         if "allocators" in found:
             table = allocators_markdown(found["allocators"])
-            fill(pages / "docs/memory.md", f"{caption}\n\n{table}")
+            fill(pages / "docs/memory.md", f"{machine(found)}. Medians.\n\n{table}")
     print(markdown(rows), f"written to {folder}", sep="\n\n")
