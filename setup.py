@@ -46,6 +46,8 @@ X86_64 = {
 ELSEWHERE = {"generic": {"unix": "", "msvc": ""}}
 PLATFORM = sysconfig.get_platform()  # the wheel's platform, which may be cross-compiled
 ISAS = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
+if only := os.environ.get("PYFUSED_ONLY_ISA"):  # `make formulas OP=name` tests one
+    ISAS = {only: ISAS[only]}
 
 # Sources without kernels are compiled once, for the oldest instruction set, and linked into all
 # modules.
@@ -60,6 +62,11 @@ def outdated(object_file: Path) -> bool:
         return any(Path(source).stat().st_mtime > compiled for source in sources)
     except FileNotFoundError:
         return True
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")  # in one piece, because the pool's threads log commands
+    sys.stdout.flush()
 
 
 class BuildKernels(build_ext):
@@ -78,6 +85,8 @@ class BuildKernels(build_ext):
         start = time.monotonic()
         # setuptools initialises MSVC lazily, which is not thread-safe.
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
+        compiler = (getattr(self.compiler, "compiler_so_cxx", None) or ["MSVC"])[0]
+        say(f"Compiling the kernels with {compiler} for {PLATFORM}: {', '.join(ISAS)}")
         with ThreadPoolExecutor(jobs) as pool:
             first = self.extensions[0]
             sources = [source for source in first.sources if source in SHARED]
@@ -89,9 +98,7 @@ class BuildKernels(build_ext):
             for number, (isa, extension) in enumerate(zip(ISAS, self.extensions, strict=True), 1):
                 extension.extra_objects = list(extension.extra_objects)
                 seconds = time.monotonic() - start
-                line = f"Compiled {isa} ({number} of {len(ISAS)}) after {seconds:.0f} s\n"
-                sys.stdout.write(line)  # at once, because the pool's threads log commands
-                sys.stdout.flush()
+                say(f"Compiled {isa} ({number} of {len(ISAS)}) after {seconds:.0f} s")
         for extension in self.extensions:
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects

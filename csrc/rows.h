@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <type_traits>
 
 #include "exponentials.h"
@@ -61,10 +60,11 @@ template <class T> class Normalizer {
   // Sums each chunk against the current pivot. If a chunk outweighs the chunks before it, which is
   // rare, the pivot rises to the chunk's largest element. at(first, n) is a chunk in memory, of T
   // or of A; chunk_read(x, first, n) is called after each chunk. `out` is the destination of the
-  // row's result. Continues from the chunks of previous calls.
+  // row's result. `first_max` is the largest element of the first chunk, kLowest if it is unknown.
+  // Continues from the chunks of previous calls.
   template <bool Keeps, bool Weighted = false, class At, class ChunkRead>
   PYFUSED_INLINE void read(const At& at, T* out, int64_t classes, const ChunkRead& chunk_read,
-                           std::optional<A> first_max = {}) {
+                           A first_max = kLowest) {
     for_chunks(classes, [&](int64_t chunk, int64_t first, int64_t n) {
       const auto* const x = at(first, n);
       A* const e = Keeps ? kept + first : nullptr;
@@ -77,7 +77,7 @@ template <class T> class Normalizer {
       WeightedSum terms{};
       if (begun) terms = sums(std::true_type{}, pivot);
       if (!begun || !(terms.sum <= std::min(8 * sum, kMaxTerms))) {
-        const A high = !chunk && first_max ? *first_max : largest(x, n, pivot);
+        const A high = !chunk && first_max > kLowest ? first_max : largest(x, n, pivot);
         // While every element is -inf the shift is 0: -inf - -inf would be NaN.
         const A shift = high == kLowest ? A(0) : high;
         const double by = double(pivot) - double(shift), factor = exp_shifted(A(by));
@@ -138,7 +138,8 @@ template <class T, bool kInPlace> class Row {
 
   // Finds the state. `grad` is the destination of the gradient.
   template <bool Keeps, bool Weighted, class ChunkRead>
-  PYFUSED_INLINE void read(T* grad, const ChunkRead& chunk_read, std::optional<A> first_max = {}) {
+  PYFUSED_INLINE void read(T* grad, const ChunkRead& chunk_read,
+                           A first_max = -std::numeric_limits<A>::infinity()) {
     const auto at = [this](int64_t first, int64_t n) { return chunk(first, n); };
     state.template read<Keeps, Weighted>(at, grad, classes, chunk_read, first_max);
   }

@@ -256,6 +256,18 @@ def test_a_build_only_compiles_changed_sources_with_portable_flags(stub_tree: Pa
         assert flag not in commands
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs GCC or Clang")
+def test_a_warning_is_an_error_in_ci_but_not_for_users(stub_tree: Path) -> None:
+    (stub_tree / "csrc/other.cpp").write_text("void f() { int unused; }\n")
+    build = "setup.py", "--quiet", "build_ext", "--inplace"
+    users = run(*build, folder=stub_tree, CPPFLAGS="")
+    assert users.returncode == 0, users.stderr
+    assert "warning: unused variable" in users.stderr
+    assert users.stdout.count("Compiling the kernels with ") == 1
+    assert "export CPPFLAGS=-Werror" in (ROOT / ".ci/run").read_text()
+    assert run(*build, folder=stub_tree, CPPFLAGS="-Werror").returncode != 0
+
+
 def test_files_named_in_settings_exist() -> None:
     """If a file is missing, pytest's workers run no test and report nothing."""
     checked = re.search(r"^CHECKED = (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
