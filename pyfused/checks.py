@@ -710,7 +710,9 @@ def values(
     within = (value >= low) & (value <= high)
     invalid = value[~(within if high < math.inf else within | value.isnan())]
     if invalid.numel():
-        raise _error(name, f"values in [{low}, {high}]", invalid[0].item(), error)
+        are_logits = name == "input" and high == 1  # of binary_cross_entropy
+        hint = ". For logits, call binary_cross_entropy_with_logits" if are_logits else ""
+        raise _error(name, f"values in [{low}, {high}]", f"{invalid[0].item()}{hint}", error)
 
 
 # Each function checks one rule for shapes, which operands declare. Its arguments are the operand's

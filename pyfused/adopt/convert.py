@@ -323,9 +323,13 @@ def _modules(model: Any) -> list[tuple[str, Module]]:
     for name, module in modules:
         wrapper = _wrapper(module)
         if wrapper:
+            call = "Convert or revert the model before wrapping it"
+            if hasattr(module, "_orig_mod"):  # the result of torch.compile
+                path = "model" if name == "." else f"model.{name}"
+                call = f"Convert or revert the module that was compiled, {path}._orig_mod"
             raise ValueError(
                 f"model: expected a module that is not {wrapper} yet, got {type(module).__name__} "
-                f"at {name!r}. Convert or revert the model before wrapping it"
+                f"at {name!r}. {call}"
             )
     return modules
 

@@ -10,6 +10,7 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -67,8 +68,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     is_known = isinstance(op, str) or library in _LIBRARIES  # built-ins have no module
     name = op if isinstance(op, str) else getattr(op, "__name__", "")
     if not is_known or name not in functional.__all__:
-        close = difflib.get_close_matches(op, functional.__all__, 1) if isinstance(op, str) else []
-        hint = f". Did you mean {close[0]!r}?" if close else ""
+        hint = _hint(name) if is_known else ""
         raise ValueError(f"op: expected a function of pyfused.functional, got {op!r}{hint}")
     function = getattr(functional, name)
     signature = inspect.signature(function)
@@ -79,6 +79,14 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         example = f"pyfused.explain({name!r}, {', '.join(required)})"
         raise TypeError(f"{name}: {error}. Pass the call's arguments: {example}") from None
     return _explained(name, bound.arguments, function, *args, **kwargs)
+
+
+def _hint(name: str) -> str:
+    """Returns the end of a message about a function that pyfused lacks."""
+    if hasattr(torch.nn.functional, name) or hasattr(torch, name):
+        return f". pyfused has no {name}: torch computes it"
+    close = difflib.get_close_matches(name, functional.__all__, 1)
+    return f". Did you mean {close[0]!r}?" if close else ""
 
 
 def _reason_before_dispatch(name: str, arguments: Mapping[str, Any]) -> str | None:
@@ -151,7 +159,10 @@ def _explain_module(module: Module, *args: Any, **kwargs: Any) -> Explanation:
         module.__class__ = FUSED[type(module)]
     forward: Any = type(module).forward
     if forward.__globals__ is not vars(nn):
-        raise ValueError(f"op: expected a module of pyfused.nn, got {module}")
+        class_name = type(module).__name__
+        is_torchs = type(module) is getattr(torch.nn, class_name, None)
+        hint = f". pyfused has no {class_name}: torch computes it" if is_torchs else ""
+        raise ValueError(f"op: expected a module of pyfused.nn, got {module}{hint}")
     kind = type(module).__name__
     name = next((op.name for op in OPERATORS.values() if op.module == kind), kind)
     options = {**vars(module), **getattr(module, "fused_options", {})}

@@ -249,11 +249,26 @@ def test_a_compiled_model_is_not_changed(where: str) -> None:
     else:
         model = torch.compile(model, backend="eager")
     before = types(model)
-    name = "'.'" if where == "whole" else "'layers'"
+    name, call = {
+        "whole": ("'.'", r"was compiled, model\._orig_mod"),
+        "part": ("'layers'", r"was compiled, model\.layers\._orig_mod"),
+        "in place": ("'layers'", "before wrapping it"),
+    }[where]
     for function in (pyfused.convert, pyfused.revert):
-        with pytest.raises(ValueError, match=f"that is not compiled yet, got .* at {name}"):
+        with pytest.raises(ValueError, match=f"is not compiled yet, got .* at {name}.*{call}$"):
             function(model)
     assert types(model) == before
+
+
+def test_the_module_inside_a_compiled_model() -> None:
+    """The compiled model then runs the converted module, whose losses are torch's there."""
+    model: Any = torch.compile(Net(), backend="eager")
+    expected = model(X, TARGET)
+    pyfused.convert(model._orig_mod)
+    assert type(model._orig_mod.activation) is pyfused.nn.ReLU
+    assert torch.equal(model(X, TARGET), expected)
+    pyfused.revert(model._orig_mod)
+    assert types(model._orig_mod) == types(Net())
 
 
 def test_a_sharded_model_is_not_changed(tmp_path: Path) -> None:

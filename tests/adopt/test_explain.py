@@ -210,7 +210,19 @@ def test_each_fallback_is_logged_but_no_small_call(
 # ---- the logger ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["rellu", len, torch.celu_, 3, torch.nn.Linear(2, 2)])
-def test_an_unknown_operator(op: Any) -> None:
-    with pytest.raises(ValueError, match=r"op: expected a .*, got"):
+@pytest.mark.parametrize(
+    ("op", "hint"),
+    [
+        ("rellu", r"\. Did you mean 'relu'\?"),
+        ("layer_norm", r"\. pyfused has no layer_norm: torch computes it"),
+        (torch.nn.functional.layer_norm, r"\. pyfused has no layer_norm: torch computes it"),
+        (torch.nn.Linear(2, 2), r"\. pyfused has no Linear: torch computes it"),
+        (len, ""),
+        (torch.celu_, r"\. pyfused has no celu_: torch computes it"),
+        (3, ""),
+    ],
+    ids=repr,
+)
+def test_an_unknown_operator(op: Any, hint: str) -> None:
+    with pytest.raises(ValueError, match=rf"op: expected a (?s:.*), got (?s:.*){hint}$"):
         pyfused.explain(op, X)

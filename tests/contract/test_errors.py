@@ -94,6 +94,8 @@ OTHERS: Wrong = {
     "gelu(X.long())": "input|floating|int64",
     'gelu(X, approximate="foo")': "approximate|'none' or 'tanh'|'foo'",
     "binary_cross_entropy(P, P.cfloat())": "target|floating|complex64",
+    "binary_cross_entropy(X, P)": "input|[0.0, 1.0]|call binary_cross_entropy_with_logits",
+    "binary_cross_entropy(P, P + 1)": "target: expected values in [0.0, 1.0], got",
     "relu(X.bool())": "input|floating|bool",
     # classes
     "nll_loss(X[0, 0], Y[0])": "input: expected shape",
