@@ -16,12 +16,10 @@ from triton import knobs
 from triton.runtime import JITFunction, driver
 
 from ..backends.versions import is_tested
+from ..torch_internals import triton_specializer
 from .program import parts_of
 
-TESTED = is_tested(triton.__version__)
-if TESTED:  # a private function, which may differ in other releases
-    from triton._C.libtriton import native_specialize_impl as specialize
-
+specialize = triton_specializer() if is_tested(triton.__version__) else None
 # Arguments are not const; they are specialized by value and by alignment.
 SPECIALIZED = repeat(False), repeat(True), repeat(True)
 
@@ -110,7 +108,7 @@ class Launch:
         tile = {name.upper(): value for name, value in choice._asdict().items()}
         constants |= {name: tile[name] for name in tile if name in kernel.arg_names}
         self.kernel, self.choice, self.constants = kernel, choice, constants
-        self.compiles = isinstance(kernel, JITFunction) and TESTED
+        self.compiles = isinstance(kernel, JITFunction) and specialize is not None
         if self.compiles:
             self.last = [constants[each.name] for each in kernel.params if each.is_constexpr]
         self.compiled: dict[Any, Any] = {}  # holds a reference, or Triton would unload the kernel

@@ -250,6 +250,20 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
+# ---- Triton --------------------------------------------------------------------------------------
+
+
+def triton_specializer() -> Any:
+    """Returns Triton's function that specializes an argument of a launch, or None if it lacks it.
+
+    Its arguments may differ in releases that pyfused is not tested with.
+    """
+    try:
+        return pkgutil.resolve_name("triton._C.libtriton:native_specialize_impl")
+    except (ImportError, AttributeError):
+        return None
+
+
 # ---- processors ----------------------------------------------------------------------------------
 
 # Instructions for bfloat16 products; without them, float32 products are faster.
