@@ -35,7 +35,10 @@ using namespace pyfused;
 
 template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
 
-using StridedTuple = std::array<int64_t, 2>;  // address and stride
+// Tuples of Python. Structured bindings name their elements, in the order of these comments.
+using StridedTuple = std::array<int64_t, 2>;  // address, stride
+using RowSizes = std::array<int64_t, 2>;      // rows, classes or features
+using ClassSizes = std::array<int64_t, 3>;    // outer, inner, classes
 
 // Binds the first argument; the types of the others remain visible to pybind11.
 template <class First, class... Arguments>
@@ -59,29 +62,36 @@ template <class Body> auto with_dtype(int dtype, const Body& body) {
 
 // ---- losses over classes ------------------------------------------------------------------------
 
-using ViewTuple = std::array<int64_t, 4>;  // address; strides of outer, inner, class
+using ViewTuple = std::array<int64_t, 4>;           // address; strides of outer, inner, class
+using CrossEntropyNumbers = std::array<double, 4>;  // label_smoothing, gamma, z_loss, scale
 
-template <class T> View<T> view(const ViewTuple& v) { return {pointer<T>(v[0]), v[1], v[2], v[3]}; }
+template <class T> View<T> view(const ViewTuple& v) {
+  const auto& [address, outer, inner, classes] = v;
+  return {pointer<T>(address), outer, inner, classes};
+}
 
-int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTuple& logits,
+int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const ViewTuple& logits,
                           int64_t target, const ViewTuple& probabilities, int64_t weight,
-                          int64_t ignore_index, int reduction, const std::array<double, 4>& numbers,
+                          int64_t ignore_index, int reduction, const CrossEntropyNumbers& numbers,
                           bool normalized, int64_t token_weight, std::optional<double> denominator,
-                          int64_t grad_output, int64_t loss,
-                          const std::array<ViewTuple, 2>& gradients, int threads) {
-  const CrossEntropyOptions options{ignore_index, Reduction(reduction), numbers[0],
-                                    numbers[1],   numbers[2],           numbers[3],
-                                    normalized,   token_weight,         denominator};
+                          int64_t grad_output, int64_t loss, const ViewTuple& grad_logits,
+                          const ViewTuple& grad_probabilities, int threads) {
+  const auto& [label_smoothing, gamma, z_loss, scale] = numbers;
+  const CrossEntropyOptions options{
+      ignore_index, Reduction(reduction), label_smoothing, gamma,      z_loss,
+      scale,        normalized,           token_weight,    denominator};
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const int64_t positions = sizes[0] * sizes[1], elements = positions * sizes[2];
+    const auto& [outer, inner, classes] = sizes;
+    const auto logits_gradient = view<T>(grad_logits);
+    const auto probabilities_gradient = view<T>(grad_probabilities);
+    const int64_t positions = outer * inner, elements = positions * classes;
     const size_t bytes = size_t(elements) * sizeof(T);
-    for (const ViewTuple& gradient : gradients) {
-      prefer_huge_pages(pointer<void>(gradient[0]), bytes);
-    }
-    const bool reads_few = options.normalized && !gradients[0][0];
-    const CrossEntropy<T> ce{{sizes[0], sizes[1], sizes[2]},
+    prefer_huge_pages(logits_gradient.data, bytes);
+    prefer_huge_pages(probabilities_gradient.data, bytes);
+    const bool reads_few = options.normalized && !logits_gradient.data;
+    const CrossEntropy<T> ce{{outer, inner, classes},
                              options,
                              view<const T>(logits),
                              pointer<const int64_t>(target),
@@ -89,8 +99,8 @@ int64_t run_cross_entropy(int dtype, std::array<int64_t, 3> sizes, const ViewTup
                              pointer<const A>(weight),
                              pointer<const A>(grad_output),
                              pointer<A>(loss),
-                             view<T>(gradients[0]),
-                             view<T>(gradients[1]),
+                             logits_gradient,
+                             probabilities_gradient,
                              threads_for(reads_few ? positions : elements, threads)};
     return options.normalized ? nll_loss(ce) : cross_entropy(ce);
   });
@@ -102,29 +112,33 @@ int64_t run_invalid_class_index(int64_t target, int64_t n, int64_t classes, int6
 
 // ---- the state of rows --------------------------------------------------------------------------
 
-using FieldsTuple = std::array<int64_t, 3>;  // address, stride and count
+using BlockSizes = std::array<int64_t, 4>;  // rows, classes, first class, stride of rows
+using RowNumbers = std::array<double, 2>;  // scale, softcap
+using FieldsTuple = std::array<int64_t, 3>;  // address, stride, count
+using GradientFieldsTuple = std::array<int64_t, 5>;  // address, stride, row stride, count, itemsize
 
-template <class D> RowFields<D> row_fields(const FieldsTuple& v) {
-  return {pointer<D>(v[0]), v[1], int(v[2])};
+template <class D> RowFields<D> row_fields(const FieldsTuple& fields) {
+  const auto& [address, stride, count] = fields;
+  return {pointer<D>(address), stride, int(count)};
 }
 
-// sizes: rows, classes, the first class, the logits' stride; numbers: scale, softcap. The gradients
-// of results: address, both strides, count and bytes of a number.
 template <class T>
-LogitRows<T> logit_rows(const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
-                        int64_t ignore_index, const std::array<double, 2>& numbers, int64_t weight,
+LogitRows<T> logit_rows(const BlockSizes& sizes, int64_t logits, int64_t target,
+                        int64_t ignore_index, const RowNumbers& numbers, int64_t weight,
                         int threads) {
-  const int workers = threads_for(sizes[0] * sizes[1], threads);
-  return {sizes[0],     sizes[1],
-          sizes[2],     pointer<const T>(logits),
-          sizes[3],     pointer<const int64_t>(target),
-          ignore_index, numbers[0],
-          numbers[1],   pointer<const Accumulate<T>>(weight),
+  const auto& [rows, classes, first_class, stride] = sizes;
+  const auto& [scale, softcap] = numbers;
+  const int workers = threads_for(rows * classes, threads);
+  return {rows,         classes,
+          first_class,  pointer<const T>(logits),
+          stride,       pointer<const int64_t>(target),
+          ignore_index, scale,
+          softcap,      pointer<const Accumulate<T>>(weight),
           workers};
 }
 
-void run_row_state(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits, int64_t target,
-                   int64_t ignore_index, const std::array<double, 2>& numbers, int64_t weight,
+void run_row_state(int dtype, const BlockSizes& sizes, int64_t logits, int64_t target,
+                   int64_t ignore_index, const RowNumbers& numbers, int64_t weight,
                    const FieldsTuple& state, const FieldsTuple& results, bool continues,
                    int threads) {
   with_dtype(dtype, [&](auto element) {
@@ -134,27 +148,29 @@ void run_row_state(int dtype, const std::array<int64_t, 4>& sizes, int64_t logit
   });
 }
 
-void run_row_gradients(int dtype, const std::array<int64_t, 4>& sizes, int64_t logits,
-                       int64_t target, int64_t ignore_index, const std::array<double, 2>& numbers,
-                       int64_t weight, const FieldsTuple& state,
-                       const std::array<int64_t, 5>& grad_results, const StridedTuple& grad,
-                       int threads) {
+void run_row_gradients(int dtype, const BlockSizes& sizes, int64_t logits, int64_t target,
+                       int64_t ignore_index, const RowNumbers& numbers, int64_t weight,
+                       const FieldsTuple& state, const GradientFieldsTuple& grad_results,
+                       const StridedTuple& grad, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
-    if (grad[0] != logits) prefer_huge_pages(pointer<void>(grad[0]), bytes);
+    const auto rows = logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads);
+    const auto& [grad_address, grad_stride] = grad;
+    if (grad_address != logits) {
+      prefer_huge_pages(pointer<void>(grad_address), size_t(rows.rows * rows.classes) * sizeof(T));
+    }
     const auto& [address, stride, row_stride, count, itemsize] = grad_results;
-    row_gradients(logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads),
+    row_gradients(rows,
                   {row_fields<const double>(state),
                    {pointer<const void>(address), stride, row_stride, int(count), int(itemsize)},
-                   pointer<T>(grad[0]),
-                   grad[1]});
+                   pointer<T>(grad_address),
+                   grad_stride});
   });
 }
 
 // ---- divergences --------------------------------------------------------------------------------
 
-void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const StridedTuple& student,
+void run_kl_div_with_logits(int dtype, const RowSizes& sizes, const StridedTuple& student,
                             const StridedTuple& teacher, double beta, double scale,
                             int64_t token_weight, int reduction, std::optional<double> denominator,
                             int64_t grad_output, int64_t loss, const StridedTuple& grad,
@@ -162,46 +178,52 @@ void run_kl_div_with_logits(int dtype, std::array<int64_t, 2> sizes, const Strid
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const size_t bytes = size_t(sizes[0] * sizes[1]) * sizeof(T);
-    if (grad[0] != student[0]) prefer_huge_pages(pointer<void>(grad[0]), bytes);
-    kl_div_with_logits(KlDiv<T>{
-        sizes[0], sizes[1], pointer<const T>(student[0]), student[1], pointer<const T>(teacher[0]),
-        teacher[1], beta, scale, pointer<const A>(token_weight), Reduction(reduction), denominator,
-        pointer<const A>(grad_output), pointer<A>(loss), pointer<T>(grad[0]), grad[1],
-        threads_for(sizes[0] * sizes[1], threads)});
+    const auto& [rows, classes] = sizes;
+    const auto& [student_address, student_stride] = student;
+    const auto& [teacher_address, teacher_stride] = teacher;
+    const auto& [grad_address, grad_stride] = grad;
+    const size_t bytes = size_t(rows * classes) * sizeof(T);
+    if (grad_address != student_address) prefer_huge_pages(pointer<void>(grad_address), bytes);
+    kl_div_with_logits(KlDiv<T>{rows, classes, pointer<const T>(student_address), student_stride,
+                                pointer<const T>(teacher_address), teacher_stride, beta, scale,
+                                pointer<const A>(token_weight), Reduction(reduction), denominator,
+                                pointer<const A>(grad_output), pointer<A>(loss),
+                                pointer<T>(grad_address), grad_stride,
+                                threads_for(rows * classes, threads)});
   });
 }
 
 // ---- losses of embeddings -----------------------------------------------------------------------
 
-// sizes: rows, features; inputs: x, y, and z or the target; options: see EmbeddingOptions;
-// outputs: the losses, their sum, and the gradients.
+// inputs: x, y, and z or the target; options: see EmbeddingOptions; gradients: of the inputs.
 template <bool kCosine>
-void run_embedding_loss(int dtype, std::array<int64_t, 2> sizes,
-                        const std::array<StridedTuple, 3>& inputs,
+void run_embedding_loss(int dtype, const RowSizes& sizes, const std::array<StridedTuple, 3>& inputs,
                         const std::tuple<double, double, bool, bool, bool>& options,
-                        double denominator, int64_t grad_output,
-                        const std::array<int64_t, 5>& outputs, int threads) {
+                        double denominator, int64_t grad_output, int64_t losses, int64_t sum,
+                        const std::array<int64_t, 3>& gradients, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const auto [margin, eps, euclidean, swap, inclusive] = options;
+    const auto& [margin, eps, euclidean, swap, inclusive] = options;
+    const auto& [rows, features] = sizes;
+    const auto& [target, target_stride] = inputs[2];
     EmbeddingLoss<T> e{{margin, eps, euclidean, swap, inclusive},
-                       sizes[0],
-                       sizes[1],
+                       rows,
+                       features,
                        {},
-                       pointer<const A>(inputs[2][0]),
-                       inputs[2][1],
+                       pointer<const A>(target),
+                       target_stride,
                        denominator,
                        pointer<const A>(grad_output),
-                       pointer<A>(outputs[0]),
-                       pointer<A>(outputs[1]),
+                       pointer<A>(losses),
+                       pointer<A>(sum),
                        {},
-                       threads_for(sizes[0] * sizes[1], threads)};
+                       threads_for(rows * features, threads)};
     for (int i = 0; i < 3; ++i) {
-      e.inputs[i] = {pointer<const T>(inputs[i][0]), inputs[i][1]};
-      e.gradients[i] = pointer<T>(outputs[2 + i]);
-      prefer_huge_pages(e.gradients[i], size_t(sizes[0] * sizes[1]) * sizeof(T));
+      const auto& [address, stride] = inputs[i];
+      e.inputs[i] = {pointer<const T>(address), stride};
+      e.gradients[i] = pointer<T>(gradients[i]);
+      prefer_huge_pages(e.gradients[i], size_t(rows * features) * sizeof(T));
     }
     kCosine ? cosine_embedding_loss(e) : triplet_margin_loss(e);
   });
@@ -210,27 +232,30 @@ void run_embedding_loss(int dtype, std::array<int64_t, 2> sizes,
 // ---- softmax ------------------------------------------------------------------------------------
 
 // The forward pass, or the backward pass where there is a grad_output.
-void run_softmax(bool logarithm, int dtype, std::array<int64_t, 3> sizes, const ViewTuple& input,
+void run_softmax(bool logarithm, int dtype, const ClassSizes& sizes, const ViewTuple& input,
                  const ViewTuple& grad_output, const ViewTuple& output, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t elements = sizes[0] * sizes[1] * sizes[2];
-    prefer_huge_pages(pointer<void>(output[0]), size_t(elements) * sizeof(T));
-    softmax(Softmax<T>{{sizes[0], sizes[1], sizes[2]},
+    const auto& [outer, inner, classes] = sizes;
+    const int64_t elements = outer * inner * classes;
+    const auto written = view<T>(output);
+    prefer_huge_pages(written.data, size_t(elements) * sizeof(T));
+    softmax(Softmax<T>{{outer, inner, classes},
                        logarithm,
                        view<const T>(input),
                        view<const T>(grad_output),
-                       view<T>(output),
+                       written,
                        threads_for(elements, threads)});
   });
 }
 
 // ---- pointwise losses and activations -----------------------------------------------------------
 
-using OperandTuple = std::array<int64_t, 3>;  // address; step; row_step
+using OperandTuple = std::array<int64_t, 3>;  // address, step, row step
 
 template <class T> Operand<T> operand(const OperandTuple& o) {
-  return {pointer<const T>(o[0]), o[1], o[2]};
+  const auto& [address, step, row_step] = o;
+  return {pointer<const T>(address), step, row_step};
 }
 
 template <class Formula>
@@ -352,10 +377,10 @@ void run_activation_backward(const ActivationFormula& formula, int dtype, int64_
                              const Parameters& parameters, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
+    const auto& [grad_address, step] = grad_output;
     prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
-    activation_backward(formula, pointer<const T>(grad_output[0]), grad_output[1],
-                        pointer<const T>(saved), pointer<T>(grad_input), parameters, n,
-                        threads_for(n, threads));
+    activation_backward(formula, pointer<const T>(grad_address), step, pointer<const T>(saved),
+                        pointer<T>(grad_input), parameters, n, threads_for(n, threads));
   });
 }
 

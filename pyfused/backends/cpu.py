@@ -300,7 +300,8 @@ def cross_entropy(
             None if denominator is None else float(denominator),
             0 if grad_output is None else grad_output.data_ptr(),
             0 if loss is None else loss.data_ptr(),
-            (grad_view, grad_target_view),
+            grad_view,
+            grad_target_view,
             torch.get_num_threads(),
         )
         if out_of_range >= 0:
@@ -389,7 +390,8 @@ def embedding_loss(
             (options.margin, eps, *flags),
             denominator,
             _address(grad_output),
-            (*losses, *addresses),
+            *losses,
+            addresses,
             torch.get_num_threads(),
         )
         return loss, gradients
