@@ -32,6 +32,7 @@ from pyfused.formula_compiler.kernel import Kernel
 from pyfused.formula_compiler.program import (
     EXPONENTS,
     OPERANDS,
+    Expressions,
     Program,
     UntraceableError,
     is_moderate,
@@ -158,9 +159,12 @@ class FormulaOperator(PointwiseLoss):
             return None
         return "the function does not broadcast all operands"
 
+    def with_masks(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the operands of the formula, masks as bool."""
+        return [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
+
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        operands = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
-        return super().unreduced(operands, options)
+        return super().unreduced(self.with_masks(operands), options)
 
     def _check(self, operands: Sequence[Any], weight: Tensor | None, options: Options) -> None:
         checks.reduction(options.reduction)
@@ -563,18 +567,23 @@ class Formula:
             *program.lines(self.operands, parameters(numbers)),
         ])  # fmt: skip
 
-    def verify(self, **parameters: Any) -> None:
+    def verify(self, *, same_gradient: bool = True, **parameters: Any) -> None:
         """Compares the kernel's results with the function's, in float64; call it in a test.
 
-        It compares values and gradients at random and special values: large and small ones, ties,
-        infinities and NaN. A difference larger than rounding is an error.
+        It compares values and gradients at random and special values: ties, zeros, the largest
+        number, infinities and NaN, also with a grad_output of infinity, NaN and -0. A difference
+        larger than rounding is an error.
 
         Args:
+            same_gradient: Whether a gradient of :meth:`gradient` has to equal torch's derivative of
+                the function. At NaN it has to be NaN where torch's derivative is; elsewhere it may
+                be a number where torch's derivative is NaN. Derivatives that are None are not
+                compared. Pass False for another gradient, such as a straight-through estimator.
             parameters: The parameters of the formula that differ from their defaults.
 
         Raises:
             TypeError: No kernel can compute the function, or it has no such parameter.
-            RuntimeError: The results differ.
+            RuntimeError: The results differ. The message names the operands and grad_output.
         """
         if unknown := parameters.keys() - self.defaults.keys():
             raise TypeError(
@@ -585,6 +594,8 @@ class Formula:
         op = self.operator(tuple([k in self.op.masks for k in range(len(self.operands))]), static)
         with torch.device("cpu"):  # a default device may be set
             check(op, numbers)
+            if self.slopes is not None and same_gradient:
+                check_gradient(op, numbers)
 
     # ---- copies ----------------------------------------------------------------------------------
 
@@ -639,14 +650,14 @@ class FormulaModule(torch.nn.Module):
 def _points(
     operands: int, masks: Sequence[int], literals: Sequence[float], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Returns test operands: random, large and small values, literals, ties, infinities and NaN.
+    """Returns test operands: random values, ties, literals, the largest number, infinities and NaN.
 
     Args:
         masks: The indices of the operands that are masks, which are 0 or 1.
         dtype: The dtype of the result.
     """
-    generator, n = torch.Generator().manual_seed(0), 256
-    special = [0.0, 0.5, 1.0, 2.0, float("inf"), *map(float, literals)]
+    generator, n, info = torch.Generator().manual_seed(0), 256, torch.finfo(dtype)
+    special = [0.0, 0.5, 1.0, 2.0, info.max, info.tiny, float("inf"), *map(float, literals)]
     special += [-value for value in special]
     values = torch.tensor([*special, float("nan")], dtype=torch.float64)
     chosen = values[torch.randint(len(values), (operands, 4 * n), generator=generator)]
@@ -660,10 +671,12 @@ def _points(
     return [*points]
 
 
-def _run(op: FormulaOperator, options: Options, operands: Sequence[Tensor]) -> Tensor:
-    """Returns the function's value and gradients, converted to float64."""
+def _value_and_gradients(
+    function: Callable[[Sequence[Tensor]], Tensor], operands: Sequence[Tensor]
+) -> Tensor:
+    """Returns a function's value and its gradients with respect to each operand, as float64."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
-    value = op.unreduced(leaves, options)
+    value = function(leaves)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
@@ -692,16 +705,69 @@ class _Roundings(DispatchMode):
         return rounded.masked_fill_(result.abs() < self.limits.tiny, 0)
 
 
+def _compare(
+    results: Tensor,
+    function: Callable[[Sequence[Tensor]], Tensor],
+    points: Sequence[Tensor],
+    masks: Sequence[int],
+    is_stabilized: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compares a value and its gradients at test points with a function's.
+
+    The tolerance at each point follows from the function's values at nearby points and with
+    perturbed roundings, so it is wide next to discontinuities and where terms cancel.
+
+    Args:
+        results: As `_value_and_gradients` returns them.
+        masks: The indices of the operands that are masks.
+        is_stabilized: Whether the results may be more accurate than the function: where its float32
+            result is inaccurate, and where it is NaN for operands that are not NaN.
+
+    Returns:
+        The function's value and gradients, and whether each result is right.
+    """
+    dtype, wide = points[0].dtype, [x.double() for x in points]
+    expected = _value_and_gradients(function, wide)
+    digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
+    nearby = [expected, _value_and_gradients(function, points)]
+    for _ in range(8):
+        steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
+        near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
+        near = [
+            x if k in masks else torch.where(x.isinf(), x, y)
+            for k, (x, y) in enumerate(zip(wide, near, strict=True))
+        ]
+        with _Roundings(dtype, generator):
+            nearby += [
+                _value_and_gradients(function, [x.to(kind) for x in near])
+                for kind in {torch.float64, dtype}
+            ]
+    bounds = torch.stack(nearby)
+    undefined = bounds.isnan()
+    low = bounds.masked_fill(undefined, torch.inf).amin(0)
+    high = bounds.masked_fill(undefined, -torch.inf).amax(0)
+    slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
+    right = (results >= low - slack) & (results <= high + slack)
+    right |= (results == expected) | (undefined.any(0) & results.isnan())
+    # Kernels may round once where the function's intermediate results overflow.
+    right |= ~expected.isfinite() & (torch.stack(wide).abs() == torch.finfo(dtype).max).any(0)
+    if is_stabilized:
+        in_float = _value_and_gradients(function, [x.float() for x in points])
+        without_nan = [torch.where(x.isnan(), 0.5, x) for x in wide]
+        lost = expected.isnan() & _value_and_gradients(function, without_nan).isnan()
+        difference = (results - expected).abs()
+        stable = results.isfinite() & ~(difference > 1e-6 * (in_float - expected).abs())
+        right |= ~results.isnan() & torch.where(expected.isnan(), lost, stable)
+    return expected, right
+
+
 def check(
     op: FormulaOperator,
     numbers: tuple[Any, ...],
     kernels: Callable[..., Any] = cpu.pointwise_loss,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Compares the kernel's results with the function's.
-
-    The tolerance at each point follows from the function's values at nearby points and with
-    perturbed roundings, so it is wide next to discontinuities and where terms cancel.
+    """Compares the kernel's results with the function's, and its gradients for any grad_output.
 
     Raises:
         UntraceableError: No kernel can compute the function.
@@ -712,59 +778,100 @@ def check(
         raise UntraceableError(f"{op.name}: {cases}")
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    count, outputs, options = len(op.variables), op.all_outputs, op.options(*numbers, "none")
+    e, points = _expressions_and_points(op, cases, dtype)
+    options = op.options(*numbers, "none")
+
+    def run(outputs: Outputs, grad_output: Tensor | None) -> list[Tensor]:
+        program, parameters = op.kernel(cases, len(points), outputs)
+        tensors = tuple(points), None, grad_output
+        launch = kernels(program, tensors, parameters, "none", outputs)
+        value, gradients = launch((*points, None, None), options, grad_output)
+        return [value, *gradients]
+
+    results = torch.stack(run(op.all_outputs, None))
+    function = partial(op.unreduced, options=options)
+    expected, right = _compare(results.double(), function, points, op.masks, e.stabilized)
+    ones = torch.ones_like(points[0])
+    sides = "its kernel computes", "the function"
+    _raise_for_differences(op, sides, results, expected, right, [*points, ones])
+    grad_output = torch.tensor([2.0, math.nan, -0.0, math.inf], dtype=dtype).repeat(len(ones) // 4)
+    _, *gradients = run(op.all_outputs._replace(loss=False), grad_output)
+    scaled, info = torch.stack([results[0], *gradients]), torch.finfo(dtype)
+    product = torch.stack([results[0], *results[1:] * grad_output])
+    right = (scaled - product).abs() <= 4 * info.eps * product.abs() + info.tiny
+    right |= (scaled == product) | (scaled.isnan() & product.isnan())
+    _raise_for_differences(op, sides, scaled, product, right, [*points, grad_output])
+
+
+def check_gradient(op: FormulaOperator, numbers: tuple[Any, ...]) -> None:
+    """Compares a user's gradient with torch's derivative of the function, in float64.
+
+    An operand whose derivative is None, such as a target, is not compared. The gradient may be
+    more accurate than torch's derivative, and finite where that is NaN for operands that are not.
+
+    Raises:
+        RuntimeError: The derivatives differ.
+    """
+    cases = op.cases(numbers)
+    assert op.gradient is not None
+    assert not isinstance(cases, str)  # `check` has raised
+    _, points = _expressions_and_points(op, cases, torch.float64)
+    options = op.options(*numbers, "none")
+
+    def function(leaves: Sequence[Tensor]) -> Tensor:
+        return op.formula(*op.with_masks(leaves), *numbers)
+
+    results = _value_and_gradients(partial(op.unreduced, options=options), points)
+    expected, right = _compare(results, function, points, op.masks, is_stabilized=True)
+    slopes = op.gradient(*op.with_masks(points), *numbers)
+    for k, slope in enumerate(slopes, 1):
+        right[k] |= slope is None
+    sides = "its gradient computes", "torch's derivative"
+    hint = ". Pass same_gradient=False if it is meant to be another gradient"
+    _raise_for_differences(
+        op, sides, results, expected, right, [*points, torch.ones_like(points[0])], hint
+    )
+
+
+def _expressions_and_points(
+    op: FormulaOperator, cases: tuple[Any, ...], dtype: torch.dtype
+) -> tuple[Expressions, list[Tensor]]:
+    """Returns the expressions of an operator's kernel, and its test points."""
     kernel = op.traced(cases)
     assert isinstance(kernel, Kernel)
     ((_, e, _),) = kernel.methods
     literals = [arguments[0] for op, arguments in e.nodes if op == "literal"]
-    points = _points(count, op.masks, literals, dtype)
-    program, parameters = op.kernel(cases, count, outputs)
-    launch = kernels(program, (tuple(points), None, None), parameters, "none", outputs)
-    value, gradients = launch((*points, None, None), options)
-    results = torch.stack([value, *gradients]).double()
-    wide = [x.double() for x in points]
-    varied = [k not in op.masks for k in range(count)]
-    expected = _run(op, options, wide)
-    digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
-    nearby = [expected, _run(op, options, points)]
-    for _ in range(8):
-        steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
-        near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
-        near = [
-            torch.where(x.isinf(), x, y) if varies else x
-            for x, y, varies in zip(wide, near, varied, strict=True)
-        ]
-        with _Roundings(dtype, generator):
-            nearby += [
-                _run(op, options, [x.to(kind) for x in near]) for kind in {torch.float64, dtype}
-            ]
-    bounds = torch.stack(nearby)
-    undefined = bounds.isnan()
-    low = bounds.masked_fill(undefined, torch.inf).amin(0)
-    high = bounds.masked_fill(undefined, -torch.inf).amax(0)
-    slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
-    right = (results >= low - slack) & (results <= high + slack)
-    right |= (results == expected) | (undefined.any(0) & results.isnan())
-    if e.stabilized:
-        # The function is unstable where its float32 result is inaccurate; the kernel may be more
-        # accurate. Where the function returns NaN for operands that are not NaN, the kernel may
-        # return the limit.
-        error = (_run(op, options, [x.float() for x in points]) - expected).abs()
-        without_nan = [torch.where(x.isnan(), 0.5, x) for x in wide]
-        lost = expected.isnan() & _run(op, options, without_nan).isnan()
-        stable = results.isfinite() & ~((results - expected).abs() > 1e-6 * error)
-        right |= ~results.isnan() & torch.where(expected.isnan(), lost, stable)
-    if not right.all():
-        wrong = (~right).nonzero()
-        k, i = map(int, wrong[0])
-        names = ["value", *(f"gradient of {operand.name}" for operand in op.variables)]
-        where = zip(op.variables, points, strict=True)
-        at = ", ".join(f"{variable.name}={x[i].item():.6g}" for variable, x in where)
-        raise RuntimeError(
-            f"{op.name}: its kernel computes {results[k, i].item():.9g} for the {names[k]} at "
-            f"{at}, the function {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} "
-            "values differ"
-        )
+    return e, _points(len(op.variables), op.masks, literals, dtype)
+
+
+def _raise_for_differences(
+    op: FormulaOperator,
+    sides: tuple[str, str],
+    results: Tensor,
+    expected: Tensor,
+    right: Tensor,
+    inputs: Sequence[Tensor],
+    hint: str = "",
+) -> None:
+    """Raises a RuntimeError that describes the first result that is not right.
+
+    Args:
+        sides: What computes the results, and what the expected ones.
+        inputs: The operands and grad_output.
+    """
+    if right.all():
+        return
+    wrong = (~right).nonzero()
+    k, i = map(int, wrong[0])
+    names = [variable.name for variable in op.variables]
+    of_result = ["value", *(f"gradient of {name}" for name in names)][k]
+    named = zip([*names, "grad_output"], inputs, strict=True)
+    at = ", ".join(f"{name}={x[i].item():.6g}" for name, x in named)
+    raise RuntimeError(
+        f"{op.name}: {sides[0]} {results[k, i].item():.9g} for the {of_result} at {at}, "
+        f"{sides[1]} {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} values "
+        f"differ{hint}"
+    )
 
 
 # ---- pickling ------------------------------------------------------------------------------------

@@ -1072,7 +1072,7 @@ def test_formulas_are_freed() -> None:
             return 2 * input
 
         mine = pyfused.loss(lambda input, target, *, k=1.0: k * (helper(input) - target) ** 2)
-        mine.gradient(lambda input, target, *, k=1.0: (2 * k * (input - target), None))
+        mine.gradient(lambda input, target, *, k=1.0: (4 * k * (2 * input - target), None))
         x = torch.rand(50, requires_grad=True)
         for n in (50, 1):
             mine(x[:n], torch.zeros(n), k=0.5).backward()
@@ -1118,6 +1118,68 @@ def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     unfused = pyfused.activation(lambda x, *, flag=False: x.round() if flag else x)
     with pytest.raises(UntraceableError, match="no kernel supports round"):
         unfused.verify(flag=True)
+
+
+SOFTPLUS = lambda input: F.softplus(input)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("function", "gradient", "message"),
+    [
+        (lambda x: x * x, lambda x: 3 * x, r"gradient computes .* of x at x=.*, grad_output=1, to"),
+        (
+            lambda x: x * x,
+            lambda x: 2 * x.where(~x.isnan(), 0.0),
+            "computes 0 .* x=nan, grad_output=1, .* nan",
+        ),
+        (torch.relu, lambda x: (x > 0).double() * torch.ones_like(x), r"at x=nan.* derivative 1;"),
+        (SOFTPLUS, lambda x: x.exp() / (1 + x.exp()), r"computes nan .* x=1\.79769e\+308, .* 1;"),
+        (SOFTPLUS, torch.sigmoid, ""),
+        (lambda x: torch.log(torch.sigmoid(x)), lambda x: torch.sigmoid(-x), ""),
+        (lambda x: x.sqrt() * 0, lambda x: torch.where(x.isnan(), x, 0.0), ""),  # NaN in torch
+    ],
+)
+def test_verify_compares_a_users_gradient_with_torchs(
+    function: Any, gradient: Any, message: str
+) -> None:
+    mine = pyfused.activation(lambda x: function(x))
+    mine.gradient(lambda x: gradient(x))
+    if message:
+        with pytest.raises(RuntimeError, match=message + ".*Pass same_gradient=False"):
+            mine.verify()
+    else:
+        mine.verify()
+    mine.verify(same_gradient=False)
+
+
+def test_verify_ignores_derivatives_that_are_none() -> None:
+    mine = pyfused.loss(lambda input, target: (input - target) ** 2)
+    mine.gradient(lambda input, target: (2 * (input - target), None))
+    mine.verify()
+    mine.gradient(lambda input, target: (2 * (input - target), 2 * (input - target)))
+    with pytest.raises(RuntimeError, match="for the gradient of target at input="):
+        mine.verify()
+
+
+@pytest.mark.parametrize("replaced", [math.nan, math.inf])
+def test_kernels_have_to_multiply_by_any_grad_output(replaced: float) -> None:
+    """A kernel that ignores NaN or infinity in grad_output is found."""
+
+    def kernels(program: Any, tensors: Any, *arguments: Any) -> Any:
+        launch = cpu.pointwise_loss(program, tensors, *arguments)
+
+        def wrong(tensors: Any, options: Any, grad_output: Tensor | None = None) -> Any:
+            if grad_output is not None:
+                of_type = grad_output.isnan() if math.isnan(replaced) else grad_output.isinf()
+                grad_output = grad_output.masked_fill(of_type, 1.0)
+            return launch(tensors, options, grad_output)
+
+        return wrong
+
+    op = pyfused.activation(lambda input: input.sigmoid()).op
+    check(op, ())
+    with pytest.raises(RuntimeError, match=f"at input=.*, grad_output={replaced}"):
+        check(op, (), kernels)
 
 
 # ---- random programs -----------------------------------------------------------------------------

@@ -91,7 +91,12 @@ def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -
     expected = expected.to(x)
     roundings = 0 if not SAMPLES[op.name].rounds else 8 if SAMPLES[op.name].cancels else 4
     tolerance = {"rtol": roundings * torch.finfo(dtype).eps, "atol": 0}
-    close(got, expected, **tolerance, equal_nan=True)
+    wrong = ~torch.isclose(got, expected, **tolerance, equal_nan=True)
+    columns = (each[wrong].tolist() for each in (x, grad_output, got, expected))
+    assert not wrong.any(), "\n".join(
+        f"input={point}, grad_output={by}: gradient {result}, torch's {right}"
+        for point, by, result, right in zip(*columns, strict=True)
+    )
 
 
 # ---- in place ------------------------------------------------------------------------------------
