@@ -39,9 +39,19 @@ demo-quick: $(BUILD) ## demo with fewer steps: 90 seconds on two idle cores
 	$(BIN)/python examples/custom_loss.py
 	$(BIN)/python examples/heads.py
 
-formulas: $(BUILD) $(TOOLS) ## generate C++ and lists of operators from the declarations, and rebuild
+formulas: $(if $(and $(OP),$(wildcard $(BUILD))),,$(BUILD)) $(TOOLS) ## generate C++ and lists of operators from the declarations, and rebuild (OP=mse_loss: try one formula, 1 minute)
+ifdef OP # for the oldest instruction set, which compiles in a third of the time of the newest
+	$(BIN)/python tools/formulas.py formulas.inc
+	PYFUSED_ONLY_ISA=$(subst -,_,$(OLDEST)) $(BIN)/python setup.py --quiet build_ext --inplace
+	PYFUSED_CPU_CAPABILITY=$(OLDEST) $(BIN)/python -m pytest -n 0 -p no:randomly $(FORMULA_TESTS) -k "$(OP)"
+else
 	$(BIN)/python tools/formulas.py
 	$(MAKE) build
+endif
+
+OLDEST = $(if $(filter x86_64,$(shell uname -m)),x86-64-v2,generic)
+FORMULA_TESTS = $(addprefix tests/contract/test_,accuracy.py values.py options.py) \
+	tests/ops/test_pointwise_loss.py tests/ops/test_activation.py
 
 test: $(BUILD) $(TOOLS) ## run the tests of the library (PYTEST_ARGS="-k relu" selects some)
 	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/contract/test_completeness.py

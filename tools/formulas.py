@@ -1,5 +1,8 @@
 """Generates files from the declarations of elementwise operators: `make formulas`.
 
+    python tools/formulas.py                all files
+    python tools/formulas.py formulas.inc   one file
+
     csrc/formulas.inc     the formulas in C++; pointwise_loss.cpp and activation.cpp include it
     README.md             the list of operators
     docs/torch-objects.inv    the torch objects that pages link to
@@ -325,6 +328,7 @@ def is_changed(path: Path, text: str) -> bool:
 
 
 if __name__ == "__main__":
-    changed = {path: text for path, text in printed().items() if is_changed(path, text)}
-    for path, text in changed.items():
-        path.write_text(text, "utf-8")
+    names = sys.argv[1:]  # of the files to write; by default, all
+    for path, text in printed().items():
+        if path.name in (names or [path.name]) and is_changed(path, text):
+            path.write_text(text, "utf-8")

@@ -40,6 +40,10 @@ def missing_steps(op: Operator) -> Iterator[str]:
     if op.module not in vars(nn):
         yield f"3. pyfused/nn.py: add a class {op.module}"
     is_printed = isinstance(op, (Activation, PointwiseLoss))
+    if is_printed and op.name not in SAMPLES:
+        yield f"4. tests/samples.py: add a row {op.name} to SAMPLES"
+    elif is_printed and not SAMPLES[op.name].define:
+        yield f"4. tests/samples.py: define the closed form of {op.name}, which torch does not have"
     words = {
         "csrc/formulas.inc": [f'X("{name}", ' for name in (op.kernels if is_printed else ())],
         "README.md": [f"`{op.name}`"],
@@ -48,13 +52,9 @@ def missing_steps(op: Operator) -> Iterator[str]:
     for file, needed in words.items():
         text = (ROOT / file).read_text("utf-8")
         if not all(word in text for word in needed):
-            yield f"4. {file}: run make formulas"
+            yield f"7. {file}: run make formulas"
     if f"`{op.name}`" not in CHANGELOG:
-        yield f"5. CHANGELOG.md: add `{op.name}`"
-    if is_printed and op.name not in SAMPLES:
-        yield f"6. tests/samples.py: add a row {op.name} to SAMPLES"
-    elif is_printed and not SAMPLES[op.name].define:
-        yield f"6. tests/samples.py: define the closed form of {op.name}, which torch does not have"
+        yield f"8. CHANGELOG.md: add `{op.name}`"
 
 
 @every_operator
