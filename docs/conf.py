@@ -74,13 +74,18 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
 
 
 def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Gives each cell the heading of its column, which pages.css shows on narrow screens."""
+    """Gives each cell the heading of its column, which pages.css shows on narrow screens.
+
+    Empty cells, in which Sphinx writes a space, get a class, and are hidden there.
+    """
     for table in doctree.findall(nodes.tgroup):
         for head, body in zip(table.findall(nodes.thead), table.findall(nodes.tbody), strict=False):
             titles = [entry.astext() for entry in head.findall(nodes.entry)]
             for row in body.findall(nodes.row):
-                for title, entry in list(zip(titles, row.children, strict=True))[1:]:
-                    if title and entry.astext():
+                for k, (title, entry) in enumerate(zip(titles, row.children, strict=True)):
+                    if not entry.astext():
+                        entry["classes"].append("empty")
+                    elif k and title:
                         entry.insert(0, nodes.inline("", title, classes=["label"]))
 
 

@@ -45,6 +45,7 @@ COLOURS = [colour for colour, _ in SERIES]
 DOCS = Path(__file__).parent
 CHARTS = DOCS / "charts"
 INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # colours of text and axes
+WIDTH = 5.2  # of charts, in inches: their text is readable on a phone
 H100 = report.RESULTS / "nvidia-h100-80gb-hbm3"
 
 
@@ -92,7 +93,7 @@ def picture(name: str, entry: Entry) -> str:
     """Draws value and gradient of an operator as SVG, "" if it has no curves."""
     if not entry.curves:
         return ""
-    figure = Figure(figsize=(5.2, 2.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
     value, gradient = figure.subplots(1, 2)
     for index, curve in enumerate(entry.curves):
         x, values, gradients = evaluate(name, entry, curve)
@@ -120,7 +121,7 @@ _DRAWN: dict[str, tuple[Any, float, float]] = {
 
 def formulas() -> Figure:
     """Draws value and gradient of each formula of the examples."""
-    figure = Figure(figsize=(5.2, 8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 8), layout="constrained")
     panels = figure.subplots(len(FORMULAS) // 2, 2).flat
     for panel, (name, formula) in zip(panels, FORMULAS.items(), strict=True):
         target, low, high = _DRAWN.get(name, (0.0, -6.0, 6.0))
@@ -140,7 +141,7 @@ def ratios() -> Figure:
     """Draws the speed-up of each operator over torch, in descending order."""
     rows = measured()
     names = sorted(rows, key=lambda name: rows[name].peers["torch"].ratio[1])
-    figure = Figure(figsize=(5.2, 1.2 + 0.15 * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.15 * len(names)), layout="constrained")
     axes = figure.subplots()
     for peer, label in (
         ("torch", "eager torch"),
@@ -165,7 +166,7 @@ def ratios() -> Figure:
 
 def gain() -> Figure:
     """Draws the speed-up of a call over torch, by its size."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     rows = [report.row_of(cells) for cells in _of_cpus("gain")[-1]]
     for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
@@ -244,8 +245,9 @@ def curves() -> Figure:
     rows = _of_cpus("demo")[-1]
     ways = list(dict.fromkeys(row["way"] for row in rows))
     by_way = [[row for row in rows if row["way"] == way] for way in ways]
-    figure = Figure(figsize=(8, 2.6), layout="constrained")
-    losses, times, peaks = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
+    losses, times, peaks = map(figure.add_subplot, (grid[0, :], grid[1, 0], grid[1, 1]))
     for way, run, width in zip(ways, by_way, (5, 2.5, 1.2), strict=True):  # all remain visible
         values = [float(row["loss"]) for row in run]
         losses.plot(values, color=STYLES[way][0], linewidth=width, label=way)
@@ -288,17 +290,15 @@ def tutorial() -> Figure:
 def _bars(names: list[str], panels: Any) -> Figure:
     """Draws horizontal bars in the colours of the implementations, one panel for each quantity."""
     lines = sum(1 + name.count("\n") for name in names)
-    figure = Figure(figsize=(8, 1.1 + 0.3 * lines), layout="constrained")
+    figure = Figure(figsize=(WIDTH, len(panels) * (0.9 + 0.25 * lines)), layout="constrained")
     colours = [STYLES[name.partition("\n")[0]][0] for name in names]
-    for axes, (title, values) in zip(
-        figure.subplots(1, len(panels), sharey=True), panels, strict=True
-    ):
+    for axes, (title, values) in zip(figure.subplots(len(panels)), panels, strict=True):
         bars = axes.barh(names, values, color=colours)
         axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=9)
         axes.margins(x=0.15)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("less is better", fontsize=9)
-    figure.axes[0].invert_yaxis()
+        axes.invert_yaxis()
     return figure
 
 

@@ -127,17 +127,19 @@ def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, flo
     axes.axhline(weights[losses.index(min(losses))].item(), color="0.6", linestyle=":")
     for rate, path, colour in zip(descent.rates, paths, COLOURS, strict=True):
         axes.plot([weight for weight, _ in path], "o-", color=colour, label=f"{rate:g}")
-    axes.set_ylim(-1.5 * descent.reach, descent.reach)  # leaves room for the legend
-    axes.set_title(descent.title, loc="left", fontsize=11)
-    axes.legend(title="learning rate", ncols=3, loc="lower right", edgecolor="none", framealpha=0.9)
+    axes.set_ylim(-descent.reach, descent.reach)
+    axes.set_title(descent.title, loc="left", fontsize=11, pad=30)
+    # Between the title and the lines, because some lines fill the plot.
+    below_title = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.99)}
+    axes.legend(**below_title, ncols=3, frameon=False, columnspacing=1)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> Figure:
     figure = Figure(figsize=(15, 7), layout="constrained")
     figure.suptitle(
-        f"{STEPS} steps of gradient descent, with learning rates that are too small, "
-        "right and too large; dotted: minimum of the loss"
+        f"{STEPS} steps of gradient descent with three learning rates: too small, right and too "
+        "large; dotted: minimum of the loss"
     )
     rows = figure.subplots(2, len(DRAWN[0]), sharex=True, squeeze=False)
     for row, descents in zip(rows, DRAWN, strict=True):

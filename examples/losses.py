@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # By default, torch's operators compute data as small as this.
 os.environ.setdefault("PYFUSED_BACKEND", "cpu")
@@ -25,6 +26,7 @@ import torch
 from common import largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from palette import SERIES
 from rich.console import Console
 from rich.table import Table
@@ -182,14 +184,22 @@ def errors(experiment: Experiment, _: Choice, outputs: Tensor) -> dict[str, str]
     }
 
 
+def style(index: int, count: int) -> dict[str, Any]:
+    """Returns the style of one of several lines, which are all visible where they agree.
+
+    Thinner lines, with white edges, are drawn over broader ones.
+    """
+    width = 1.2 + 1.6 * (count - index - 1)
+    edge = withStroke(linewidth=width + 0.6, foreground="white")
+    return {"color": COLOURS[index], "linewidth": width, "path_effects": [edge]}
+
+
 def draw_lines(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -> None:
     inputs, test_inputs, targets, _ = experiment.data
     axes.plot(inputs[:, 0], targets, ".", color="0.75", markersize=3)
     order = test_inputs[:, 0].argsort()
     for index, (label, out) in enumerate(outputs.items()):
-        # A thinner line is drawn over a broader one: both are visible where they agree.
-        style = {"color": COLOURS[index], "linewidth": 1.2 + 0.8 * (len(outputs) - index - 1)}
-        axes.plot(test_inputs[order, 0], out[order, 0], label=label, **style)
+        axes.plot(test_inputs[order, 0], out[order, 0], label=label, **style(index, len(outputs)))
     axes.set(xlabel="input", ylabel="target")
 
 
@@ -357,9 +367,9 @@ def draw_bands(axes: Axes, experiment: Experiment, outputs: dict[str, Tensor]) -
     _, inputs, _, targets = experiment.data
     axes.plot(inputs[:, 0], targets, ".", color="0.75", markersize=3)
     order = inputs[:, 0].argsort()
-    for (label, out), colour in zip(outputs.items(), COLOURS, strict=False):
+    for index, (label, out) in enumerate(outputs.items()):
         for edge, name in zip(interval(experiment, label, out), (label, None), strict=True):
-            axes.plot(inputs[order, 0], edge[order], color=colour, label=name)
+            axes.plot(inputs[order, 0], edge[order], label=name, **style(index, len(outputs)))
     axes.set(xlabel="input", ylabel="target")
 
 
