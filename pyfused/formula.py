@@ -377,7 +377,7 @@ class Formula:
         If the function does not support float operands, tries masks for some of them.
 
         Raises:
-            TypeError: A default is no number, bool, str or None.
+            TypeError: A default is not a number, bool, str or None.
             UntraceableError: The function reads an object that it may not read, or no kernel can
                 compute it.
         """

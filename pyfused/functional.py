@@ -95,7 +95,7 @@ _OTHERS = (
     "rmse_loss",
 )
 _NAMES = sorted([*operators.OPERATORS, *_OTHERS])
-# Defaults of arguments that torch lacks. Identity tells that an argument was not passed: comparing
+# Defaults of arguments that torch lacks. Identity shows that an argument was not passed: comparing
 # a tensor would read its value.
 _ZERO, _ONE = 0.0, 1.0
 if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file

@@ -167,7 +167,7 @@ class Scalar(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """An option that is no number, such as the reduction.
+    """An option that is not a number, such as the reduction.
 
     Attributes:
         values: The values that have their own kernel of a formula; () if all share one.

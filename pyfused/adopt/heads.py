@@ -167,7 +167,7 @@ def _heads_of(model: Any, name: str | None) -> list[Any]:
 
 
 def reason_to_leave_model(model: Any, name: str | None) -> str | None:
-    """Returns why a model with a head is left as it is, None if it can be converted.
+    """Returns why a model with a head is not converted, None if it can be.
 
     Raises:
         ValueError: There is no head of this name.

@@ -32,7 +32,7 @@ _VERSION = getattr(sys.modules.get(PACKAGE), "__version__", "")
 NAMESPACE = "_".join([PACKAGE, *re.findall(r"\w+", _VERSION)])
 TORCH_OPS = getattr(torch.ops, NAMESPACE)
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-# The types of the options that are no numbers; the others are bool. The compiler specialises a
+# The types of the options that are not numbers; the others are bool. The compiler specialises a
 # program to the value of an int, but not of a SymInt.
 _TYPES = {
     "reduction": "str",
