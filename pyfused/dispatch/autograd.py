@@ -112,12 +112,12 @@ class Fused(torch.autograd.Function):
             )
         gradients: Any
         if second_order:
-            saved = ctx.saved_tensors
+            saved = _saved_tensors(ctx)
             gradients = plan.define(saved[:first_gradient], ctx.options, grad_output)
             if torch.is_grad_enabled():
                 gradients = in_graph(gradients, saved)
         elif first_gradient is None:
-            saved = ctx.saved_tensors
+            saved = _saved_tensors(ctx)
             if overwrites:
                 increment_version(saved[0])
                 ctx.input_is_overwritten = True
@@ -131,6 +131,20 @@ class Fused(torch.autograd.Function):
                     plan.backend.scale_(gradient, grad_output)
         constants = len(ctx.needs_input_grad) - 2 - len(gradients)
         return None, None, *gradients, *(None,) * constants
+
+
+def _saved_tensors(ctx: Any) -> Sequence[Any]:
+    """Returns the saved tensors; if one was changed in place, the error says what to do."""
+    try:
+        saved: Sequence[Any] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}\n{ctx.plan.name}: a tensor that backward reads was changed in place after "
+            "the call. Pass a clone to the call, or change the tensor after backward()"
+        ) from None
+    return saved
 
 
 def _normal_tensors(saved: Sequence[Any], unread: bool) -> Sequence[Any]:

@@ -89,8 +89,12 @@ def test_operands_that_change_in_place() -> None:
         if functional is TF:
             losses.sum().backward()
         else:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation") as error:
                 losses.sum().backward()
+            assert "\ncross_entropy: a tensor that backward reads was changed" in str(error.value)
+            assert str(error.value).endswith(
+                "Pass a clone to the call, or change the tensor after backward()"
+            )
 
 
 @pytest.mark.parametrize(
