@@ -163,7 +163,7 @@ def test_gaussian_nll_loss_breaks_the_graph() -> None:
 
 def test_the_cost_of_a_small_call() -> None:
     """The least of several times, because other programs run on the machine."""
-    says("Each costs a few microseconds more than before", "docs/is-it-for-you.md")
+    says("they take as long as in torch, plus a few microseconds.", "docs/is-it-for-you.md")
     x = torch.randn(64, 10, requires_grad=True)
 
     def microseconds(function: Callable[[Tensor], Tensor]) -> float:
