@@ -1134,6 +1134,7 @@ SOFTPLUS = lambda input: F.softplus(input)  # noqa: E731
         ),
         (torch.relu, lambda x: (x > 0).double() * torch.ones_like(x), r"at x=nan.* derivative 1;"),
         (SOFTPLUS, lambda x: x.exp() / (1 + x.exp()), r"computes nan .* x=1\.79769e\+308, .* 1;"),
+        (SOFTPLUS, lambda x: x.sigmoid() * torch.where(x > 1e300, 2.0, 1.0), r"computes 2 .* 1;"),
         (SOFTPLUS, torch.sigmoid, ""),
         (lambda x: torch.log(torch.sigmoid(x)), lambda x: torch.sigmoid(-x), ""),
         (lambda x: x.sqrt() * 0, lambda x: torch.where(x.isnan(), x, 0.0), ""),  # NaN in torch
