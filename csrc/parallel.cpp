@@ -182,7 +182,7 @@ void run_queues(void* shared) {
 }
 
 // A thread that the runtime starts inherits the control of its creator: in threads that inherited
-// FlushSubnormals, torch's operators would flush subnormal numbers, too.
+// FlushSubnormals, torch's operators would also flush subnormal numbers.
 void run_team(Work& work) {
   const unsigned previous = float_control();
   set_float_control(work.callers_control);

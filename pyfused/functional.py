@@ -319,7 +319,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Returns :func:`cross_entropy` of a linear layer's output, without materialising all logits.
 
-    The result equals that of torch's function of the same name::
+    torch's function of the same name returns the same result::
 
         cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
 

@@ -103,8 +103,8 @@ def convert(
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
             any library whose loss is torch's cross-entropy of this layer's output. By default, it
             is the head of a transformers model, or the head that an earlier call has named.
-        evaluation: Whether the head returns such logits in evaluation mode, too: for losses without
-            logits, with gradients, in ``no_grad`` or in inference mode.
+        evaluation: Whether the head also returns such logits in evaluation mode, for losses without
+            logits: with gradients, in ``no_grad`` or in inference mode.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
             to None if that cross-entropy was not fused.

@@ -35,8 +35,8 @@ _log = logging.getLogger("pyfused")
 def _run(op: Operator, tensors: Tensors, options: Options, shard: Any = None) -> Tensor:
     """Takes the place of `pyfused.dispatch.run.run` in patched functions.
 
-    Errors are torch's: torch's function computes calls with invalid arguments, too, and raises. If
-    it does not raise, its result is returned, and a warning reports pyfused's error once.
+    Errors are torch's: for invalid arguments, torch's function is called, and raises. If it does
+    not raise, its result is returned, and a warning reports pyfused's error once.
     """
     if shard is not None:
         return dispatch.run(op, tensors, options, shard)

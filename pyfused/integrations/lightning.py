@@ -17,7 +17,7 @@ _log = logging.getLogger("pyfused")
 class PyfusedCallback(Callback):  # type: ignore[misc]
     """Converts the LightningModule before it is wrapped, and logs a report when ``fit`` ends.
 
-    Layers that the module makes in ``setup`` and ``configure_model`` are converted, too. The
+    Layers that the module makes in ``setup`` and ``configure_model`` are also converted. The
     trainer's loggers receive the numbers of :func:`pyfused.integrations.metrics`, and the logger
     ``pyfused`` the whole table, at level INFO.
 

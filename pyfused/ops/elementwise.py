@@ -100,9 +100,9 @@ MSE_LOSS = PointwiseLoss(
 
 
 def _l1_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """Returns torch's loss, also if a mode is active, such as that of a default device.
+    """Returns torch's loss with its weight.
 
-    torch's function ignores the weight then.
+    torch's function ignores the weight if a function mode is active, such as for a default device.
     """
     reduction = options.reduction
     if weight is None or not has_torch_function_variadic(input, target):
