@@ -252,6 +252,10 @@ def test_a_build_only_compiles_changed_sources_with_portable_flags(stub_tree: Pa
     assert compiled_after("csrc/stub.h") == {"bindings": 1}
     assert compiled_after(flags="-g") == {"bindings": 1, "other": each}
     assert "-ffp-contract=fast" in commands
+    command = "setup.py", "build_ext", "--inplace"
+    isa = MODULES[0].removeprefix("pyfused._cpu_")
+    one = run(*command, folder=stub_tree, CPPFLAGS="-DONE", PYFUSED_ONLY_ISA=isa).stdout
+    assert Counter(re.findall(r"-c csrc/(\w+)\.cpp", one)) == {"bindings": 1, "other": 1}
     for flag in ("-march=native", "-mtune=native", "-ffast-math", "-ffinite-math-only"):
         assert flag not in commands
 
