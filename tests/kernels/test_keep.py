@@ -97,6 +97,27 @@ def test_freed_blocks_are_kept_and_given_back() -> None:
 
 
 @glibc
+def test_free_pages_are_returned_from_time_to_time() -> None:
+    run("""
+    import time
+    memory._SECONDS = 0.2
+    memory.keep()
+    (thread,) = [each for each in threading.enumerate() if each.name == "keep"]
+    before, used = resident(), torch.ones(MIB)
+    freed()
+    for _ in range(100):
+        time.sleep(0.1)
+        if resident() < before + 16 * MIB:
+            break
+    assert resident() < before + 16 * MIB
+    assert (used == 1).all() and memory.stats().keeps and thread.daemon
+    memory.keep(False)
+    thread.join(10)
+    assert not thread.is_alive()
+    """)
+
+
+@glibc
 @has_mallinfo2
 def test_the_default_thresholds_are_restored() -> None:
     """Blocks of less than 32 MiB come from the heap, larger ones are mapped."""

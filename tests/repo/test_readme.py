@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pyfused import memory
+
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -29,6 +31,7 @@ BLOCKS = [
 def quiet_afterwards() -> Iterator[None]:
     yield
     logging.getLogger("pyfused").setLevel(logging.NOTSET)
+    memory.keep(False)
 
 
 @pytest.mark.thresholds
