@@ -143,7 +143,8 @@ def call_of(op: Operator, elements: int, column: str) -> Callable[[Any], None]:
 @pytest.mark.thresholds
 @pytest.mark.parametrize(("name", "column"), sorted(OF_A_SIZE))
 def test_calls_below_the_limit_fall_back(name: str, column: str, kernel_calls: KernelCalls) -> None:
-    op, limit = OPERATORS[name], getattr(sizes.ON_CPU[name], column)
+    op = OPERATORS[name]
+    limit = getattr(sizes.limits(op, True), column)
 
     def explained(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
         explanation, small = pyfused.explain(name, x, *others, **options), x.numel() < limit
