@@ -14,7 +14,7 @@ import torch
 from torch.nn import Module
 
 import pyfused.nn as nn
-from pyfused import torch_internals
+from pyfused import checks, torch_internals
 from pyfused.adopt import heads
 from pyfused.adopt.heads import has_original_forward
 from pyfused.adopt.subclass import MARK
@@ -72,6 +72,7 @@ def convert(
     head: str | None = None,
     evaluation: bool = False,
     metrics: bool = False,
+    memory_budget: int | None = None,
     check: Any = None,
 ) -> Model:
     """Replaces supported torch modules with pyfused's, in place.
@@ -108,6 +109,8 @@ def convert(
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
             to None if that cross-entropy was not fused.
+        memory_budget: The bytes for the logits that a fused loss has in memory at once, as in
+            :func:`pyfused.functional.linear_cross_entropy`; None for the default.
         check: A batch, as a dictionary of the model's keyword arguments or a tuple of its
             arguments. The model computes its loss and gradients before and after the conversion,
             which have to be equal up to rounding. A model in evaluation mode is checked in
@@ -118,19 +121,21 @@ def convert(
         The same model.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head. Nothing has been
-            changed.
+        TypeError: ``model`` is not a module, or ``memory_budget`` is not an int.
+        ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head, or
+            ``memory_budget`` is not positive. Nothing has been changed.
         RuntimeError: The loss or a gradient of ``check`` differs; the model has been reverted.
     """
+    checks.memory_budget(memory_budget)
+    options = heads.Options(evaluation, metrics, memory_budget)
     expected = None if check is None else _step(model, check)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     kinds: Counter[str] = Counter()
     for name, module in modules.items():
         kind, head_name = type(module).__qualname__, head if name == "." else None
         if heads.is_converted(module):
-            if head_name or evaluation or metrics or heads.has_head(module):
-                heads.fuse(module, head_name, evaluation, metrics)
+            if head_name or any(options) or heads.has_head(module):
+                heads.fuse(module, head_name, options)
             continue
         if name not in plan.swapped:
             continue
@@ -139,14 +144,14 @@ def convert(
             nn.keep_in_graphs(module)
             setattr(module, MARK, True)
         else:
-            heads.fuse(module, head_name, evaluation, metrics)
+            heads.fuse(module, head_name, options)
             kind = f"head and loss of {kind}"
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     number = "1 module" if kinds.total() == 1 else f"{kinds.total()} modules"
     made = f"replaced {number} ({listed}); left {len(plan.left)}: see "
     _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
-    _warn(plan, modules, head, evaluation or metrics)
+    _warn(plan, modules, head, any(options))
     if expected is not None and (difference := _difference(_step(model, check), expected)):
         revert(model)
         raise RuntimeError(f"check: expected an equal loss and equal gradients, got {difference}")
@@ -219,7 +224,8 @@ def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, option
     if not messages and plan.is_empty():
         messages = [str(plan)]
     elif not messages and options and not any(map(heads.is_converted, modules.values())):
-        messages = ["evaluation and metrics have no effect, because no head was converted"]
+        names = "evaluation, metrics and memory_budget"
+        messages = [f"{names} have no effect, because no head was converted"]
     for message in messages:
         warnings.warn(f"pyfused.convert: {message}", RuntimeWarning, stacklevel=stacklevel())
 

@@ -33,7 +33,8 @@ class Options(NamedTuple):
 
     evaluation: bool
     metrics: bool
-    model_name: str
+    memory_budget: int | None
+    model_name: str = ""
 
 
 def _linear_of(kind: Any) -> Any:
@@ -198,18 +199,19 @@ def shares_head(model: Any) -> bool:
     return MARK in vars(_heads_of(model, None)[0])
 
 
-def fuse(model: Any, name: str | None, evaluation: bool, metrics: bool) -> None:
+def fuse(model: Any, name: str | None, options: Options) -> None:
     """Makes the head of a model return lazy logits, or changes the options of a converted model.
 
     Args:
         name: The name of the head; None for a transformers model or the head of the last call.
-        evaluation, metrics: The options of `convert`.
+        options: The options of `convert`.
     """
     name = name or vars(model).get(MARK, (None,))[0]
-    subclass.fuse(model, _forward_of, (name, metrics))
+    subclass.fuse(model, _forward_of, (name, options.metrics))
     vars(model).pop("pyfused_metrics", None)
+    options = options._replace(model_name=type(model).__name__)
     for head in _heads_of(model, name):
-        subclass.fuse(head, _linear_of, Options(evaluation, metrics, type(model).__name__))
+        subclass.fuse(head, _linear_of, options)
         vars(head)["pyfused_metrics"] = None
 
 

@@ -247,7 +247,7 @@ class HeadCall:
         (_, weight, bias), shift = self.inputs, value.shift
         options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
         options["softcap"], options["scale"] = value.cap, value.scale
-        options["loss_dtype"] = value.cast
+        options["loss_dtype"], options["memory_budget"] = value.cast, self.options.memory_budget
         if self.options.metrics:
             loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(
                 value.rows, weight, target, **options

@@ -186,7 +186,7 @@ def test_a_checked_conversion_changes_only_classes(batch: Any, training: bool) -
 
 
 def test_options_without_a_language_model() -> None:
-    with pytest.warns(RuntimeWarning, match="evaluation and metrics have no effect"):
+    with pytest.warns(RuntimeWarning, match="memory_budget have no effect"):
         pyfused.convert(Net(), metrics=True)
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
+from pyfused.adopt import lazy_logits
 from pyfused.adopt.lazy_logits import HeadCall, LazyLogits
 from pyfused.dispatch import reasons
 
@@ -988,6 +989,39 @@ def test_metrics() -> None:
     assert model.state_dict().keys() == plain.state_dict().keys()
     pyfused.revert(model)
     assert not hasattr(model, "pyfused_metrics")
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+def test_memory_budget(metrics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of the last call of convert reaches every loss, and changes no results."""
+    budgets: list[int | None] = []
+    name = "linear_cross_entropy_with_metrics" if metrics else "linear_cross_entropy"
+    function = getattr(pyfused.functional, name)
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        budgets.append(options["memory_budget"])
+        return function(*args, **options)
+
+    monkeypatch.setattr(lazy_logits, name, recorded)
+    expected, model = results(Model()), Model()
+    for budget in (1000, 1, None):
+        pyfused.convert(model, head="head", metrics=metrics, memory_budget=budget)
+        torch.testing.assert_close(results(model), expected)
+    assert budgets == [1000, 1, None]
+
+
+@pytest.mark.parametrize(("budget", "error"), [(1.5, TypeError), ("1", TypeError), (0, ValueError)])
+def test_invalid_memory_budgets(budget: Any, error: type[Exception]) -> None:
+    """The errors are those of linear_cross_entropy, and the model stays as it is."""
+    model = Model()
+    with pytest.raises(error, match="memory_budget: expected ") as raised:
+        pyfused.convert(model, head="head", memory_budget=budget)
+    with pytest.raises(error) as of_function:
+        pyfused.functional.linear_cross_entropy(
+            torch.ones(2, 3), torch.ones(4, 3), torch.ones(2).long(), memory_budget=budget
+        )
+    assert str(raised.value) == str(of_function.value)
+    assert type(model.head) is nn.Linear
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
