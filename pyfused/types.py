@@ -431,11 +431,6 @@ class Head(NamedTuple):
     target: Tensor
     weight: Tensor | None
 
-    @property
-    def columns(self) -> int:
-        """Returns the number of logits of a row: C * d1 * ... * dk."""
-        return self.linear_weight.shape[:-1].numel()
-
     def as_rows(self, token_weight: Tensor | None) -> tuple[Head, Tensor | None]:
         """Flattens inputs (..., D) to rows (N, D), and targets and token weights accordingly."""
         input, target = self.input, self.target

@@ -25,11 +25,12 @@ from pyfused import functional as fused
 from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.activation import Activation
 from pyfused.ops.contrastive import Contrastive
+from pyfused.ops.cross_entropy import CrossEntropy, LinearCrossEntropy, NllLoss
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.embedding import EmbeddingLoss
+from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
-from pyfused.ops.rows import NllLoss, StateLoss
 from pyfused.types import Choice
 
 INF, NAN = float("inf"), float("nan")
@@ -157,7 +158,7 @@ SAMPLES = {
 
 # ---- options -------------------------------------------------------------------------------------
 
-OF_CLASSES = (NllLoss, StateLoss)
+OF_CLASSES = (CrossEntropy, LinearCrossEntropy, LogProbsOperator, NllLoss)
 # These operators have more options and results than torch's functions.
 WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
 LEFT_OUT = ("_stacklevel", "options", "shard", "teacher_requires_grad")

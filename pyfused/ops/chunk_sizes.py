@@ -1,4 +1,4 @@
-"""The sizes of the blocks of logits that `heads.py` loops over.
+"""The sizes of the blocks of logits that ``head_loop.py`` loops over.
 
 There are two loops. The loop over blocks of rows with all classes computes three matrix products:
 the logits, and the gradients of input and weight. The loop over blocks of classes computes the
@@ -22,13 +22,14 @@ are computed at once if this takes no more memory than blocks and sums.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from pyfused.backends import Backend, cpu
 from pyfused.memory import physical_memory
-from pyfused.types import Head
 
 # For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
 # 1.3 times with 128, and 1.1 times with 256.
@@ -49,6 +50,7 @@ MEMORY_FRACTION_GPU = 16  # at most 1/16 of the GPU's memory for a block
 MEMORY_FRACTION = 32  # with AMX, all rows at once up to 1/32 of the machine's memory
 MIN_BUDGET = 16 << 20  # bytes
 TILE = 1024  # rows and classes of a block
+MIN_TILE_ROWS = 16  # fewer rows with all classes take no more memory
 MOST_SIZES = 64  # numbers of rows whose block sizes are kept
 
 
@@ -65,122 +67,112 @@ def device_memory() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def rows_in_budget(
-    n: int,
-    shape: tuple[int, int],
-    memory_budget: int | None,
-    dtype: torch.dtype,
-    backend: Backend,
-    bytes_per_logit: int | None = None,
-) -> int:
-    """Returns the number of rows with all classes of a block, which may exceed n or be 0.
+class BlockSize(NamedTuple):
+    """The size of a block of logits.
 
-    Args:
-        shape: The shape of the weight, whose gradient is a sum over blocks.
-        bytes_per_logit: The memory of a block, for each logit; None for one element.
+    Attributes:
+        rows: The number of rows, which may exceed the number of all rows.
+        classes: The number of classes; None for blocks of rows with all classes.
     """
-    (classes, features), itemsize = shape, dtype.itemsize
-    row = classes * (bytes_per_logit or itemsize)
-    if memory_budget is not None:
-        return memory_budget // row
-    if backend.ASYNCHRONOUS:
-        most = max(LOGITS_GPU // classes, MAX_ROWS_GPU[itemsize] * classes * itemsize // row)
-        most = max(1, min(most, device_memory() // MEMORY_FRACTION_GPU // row))
-        blocks = -(-n // most)
-        rows = -(-n // (blocks * TILE)) * TILE if blocks > 1 else n
-        sums = 4 * classes * features if itemsize == 2 else 0  # for several blocks
-        return rows if rows * row + sums < n * row else n
-    if has_slow_sums(dtype, backend) and n * row <= physical_memory() // MEMORY_FRACTION:
-        return n
-    # The weight's gradient takes memory anyway. With 256 of 256 rows, (256, 768, 50257) in float32
-    # took 0.71 times as long as in blocks of classes, and (256, 2048, 128256) 0.76 times.
-    quarter = max(n * row, classes * features * itemsize) // 4
-    rows = min(max(quarter, MIN_BUDGET) // row, MAX_ROWS)
-    return n if n <= 2 * rows else rows
+
+    rows: int
+    classes: int | None = None
 
 
-def rows_at_once(
-    head: Head,
-    dtype: torch.dtype,
-    budget: int | None,
-    backend: Backend,
-    has_softcap: bool = False,
-) -> Callable[[int], int]:
-    """Returns the number of rows with all classes per block, as a function of the number of rows.
+@dataclass(frozen=True)
+class HeadSizes:
+    """Chooses the sizes of the blocks of a head's logits.
 
-    The number is 0 if blocks of classes are better.
-
-    Args:
+    Attributes:
+        shape: The shape (C, D) of the weight, whose gradient is a sum over blocks.
         dtype: The dtype of the matrix products.
-        budget: The option ``memory_budget``.
-        has_softcap: Whether a capped copy of the logits is made.
+        memory_budget: The option of this name.
+        bytes_per_logit: The memory of a block for each logit; None for one element.
+        converts: Whether the input has another dtype than the products.
     """
-    shape = head.columns, head.input.shape[-1]
-    bytes_per_logit = dtype.itemsize * (3 if has_softcap else 1)
-    has_all_classes = head.target.is_floating_point()
-    min_rows = MIN_ROWS_AMX if has_slow_sums(dtype, backend) else MIN_ROWS
-    if backend.ASYNCHRONOUS and dtype.itemsize == 2:
-        min_rows = MIN_ROWS_GPU
-    converts = dtype is not head.input.dtype
 
-    def rows_of(n: int) -> int:
-        rows = rows_in_budget(n, shape, budget, dtype, backend, bytes_per_logit)
-        if has_all_classes:
-            return max(1, min(n, rows))
-        return 0 if converts or rows < min(n, min_rows) else min(n, rows)
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    backend: Backend
+    memory_budget: int | None
+    bytes_per_logit: int | None = None
+    converts: bool = False
 
-    return functools.lru_cache(MOST_SIZES)(rows_of)
+    def rows_in_budget(self, n: int) -> int:
+        """Returns the number of rows with all classes of a block, which may exceed n or be 0."""
+        (classes, features), itemsize = self.shape, self.dtype.itemsize
+        row = classes * (self.bytes_per_logit or itemsize)
+        if self.memory_budget is not None:
+            return self.memory_budget // row
+        if self.backend.ASYNCHRONOUS:
+            most = max(LOGITS_GPU // classes, MAX_ROWS_GPU[itemsize] * classes * itemsize // row)
+            most = max(1, min(most, device_memory() // MEMORY_FRACTION_GPU // row))
+            blocks = -(-n // most)
+            rows = -(-n // (blocks * TILE)) * TILE if blocks > 1 else n
+            sums = 4 * classes * features if itemsize == 2 else 0  # for several blocks
+            return rows if rows * row + sums < n * row else n
+        is_slow = has_slow_sums(self.dtype, self.backend)
+        if is_slow and n * row <= physical_memory() // MEMORY_FRACTION:
+            return n
+        # The weight's gradient takes memory anyway. With 256 of 256 rows, (256, 768, 50257) in
+        # float32 took 0.71 times as long as in blocks of classes, and (256, 2048, 128256) 0.76.
+        quarter = max(n * row, classes * features * itemsize) // 4
+        rows = min(max(quarter, MIN_BUDGET) // row, MAX_ROWS)
+        return n if n <= 2 * rows else rows
+
+    def of_rows(self, n: int) -> BlockSize:
+        """Returns the size of blocks of rows with all classes."""
+        return BlockSize(max(1, min(n, self.rows_in_budget(n))))
+
+    def of_losses(self, n: int) -> BlockSize:
+        """Returns the size of the blocks of a loss of class indices, and of its gradients."""
+        rows = self._rows_at_once(n)
+        return BlockSize(rows) if rows else self.tile(n)
+
+    def of_states(self, n: int) -> BlockSize:
+        """Returns the size of the blocks over which the states of rows are computed.
+
+        TILE is a multiple of kChunk, so results do not depend on the boundaries between blocks of
+        classes.
+        """
+        rows, budget, itemsize = self._rows_at_once(n), self.memory_budget, self.dtype.itemsize
+        if rows:
+            return BlockSize(rows)
+        if budget is None:
+            return BlockSize(TILE, TILE)
+        if self.backend.ASYNCHRONOUS:
+            return self.tile(n)
+        rows = budget // (itemsize * TILE) - 3 * self.shape[1]
+        if rows < MIN_TILE_ROWS:
+            return BlockSize(max(1, min(n, budget // (itemsize * self.shape[0]))))
+        return BlockSize(min(rows, TILE), TILE)
+
+    def _rows_at_once(self, n: int) -> int:
+        """Returns the rows with all classes of a block, or 0 if blocks of classes are better."""
+        min_rows = MIN_ROWS_AMX if has_slow_sums(self.dtype, self.backend) else MIN_ROWS
+        if self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2:
+            min_rows = MIN_ROWS_GPU
+        rows = self.rows_in_budget(n)
+        return 0 if self.converts or rows < min(n, min_rows) else min(n, rows)
+
+    def tile(self, n: int) -> BlockSize:
+        """Returns the size of a block of classes that fits the budget."""
+        tile, itemsize, budget = TILE, self.dtype.itemsize, self.memory_budget
+        if self.backend.ASYNCHRONOUS and budget is not None:  # makes few partial sums over rows
+            logits = budget // itemsize
+            rows = max(1, min(n, logits // tile))
+            return BlockSize(rows, aligned(max(1, logits // rows)))
+        if budget is not None:
+            while tile > 16 and itemsize * tile * (tile + 3 * self.shape[1]) > budget:
+                tile //= 2
+        return BlockSize(tile, tile)
 
 
-def tile_size(
-    shape: Sequence[int], dtype: torch.dtype, memory_budget: int | None, backend: Backend
-) -> tuple[int, int]:
-    """Returns the number of rows and of classes of a block that fits the budget.
-
-    Args:
-        shape: The shape (N, D) of the input.
-    """
-    (n, features), tile = shape, TILE
-    if backend.ASYNCHRONOUS and memory_budget is not None:  # makes few partial sums over rows
-        logits = memory_budget // dtype.itemsize
-        rows = max(1, min(n, logits // tile))
-        return rows, aligned(max(1, logits // rows))
-    if memory_budget is not None:
-        while tile > 16 and dtype.itemsize * tile * (tile + 3 * features) > memory_budget:
-            tile //= 2
-    return tile, tile
+def kept(size: Callable[[int], BlockSize]) -> Callable[[int], BlockSize]:
+    """Keeps the sizes for some numbers of rows, because computing them takes microseconds."""
+    return functools.lru_cache(MOST_SIZES)(size)
 
 
 def aligned(size: int) -> int:
     """Returns the largest multiple of ALIGNED_GPU up to a size, or the size if it is smaller."""
     return max(size - size % ALIGNED_GPU, min(size, ALIGNED_GPU))
-
-
-MIN_TILE_ROWS = 16  # fewer rows with all classes take no more memory
-
-
-def state_block_size(
-    head: Head, dtype: torch.dtype, memory_budget: int | None, backend: Backend
-) -> Callable[[int], tuple[int, int]]:
-    """Returns the rows and the columns of the blocks over which row states are computed.
-
-    The result is a function of the number of rows. TILE is a multiple of kChunk, so results do not
-    depend on the boundaries between blocks of classes.
-    """
-    rows_of = rows_at_once(head, dtype, memory_budget, backend)
-    columns, features = head.columns, head.input.shape[-1]
-
-    def size(n: int) -> tuple[int, int]:
-        rows = rows_of(n)
-        if rows:
-            return rows, columns
-        if memory_budget is None:
-            return TILE, TILE
-        if backend.ASYNCHRONOUS:
-            return tile_size((n, features), dtype, memory_budget, backend)
-        rows = memory_budget // (dtype.itemsize * TILE) - 3 * features
-        if rows < MIN_TILE_ROWS:
-            return max(1, min(n, memory_budget // (dtype.itemsize * columns))), columns
-        return min(rows, TILE), TILE
-
-    return functools.lru_cache(MOST_SIZES)(size)

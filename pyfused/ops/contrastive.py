@@ -14,7 +14,7 @@ which differentiates scale * a.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,14 +27,15 @@ from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, Operand, Options, Tensors
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.plan import Forward, Plan, needs_grad
+from pyfused.dispatch.plan import Forward, Plan
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, rows_in_budget, tile_size
+from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, BlockSize, HeadSizes
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
-from pyfused.ops.heads import NONE, joined, over_blocks
+from pyfused.ops.head_loop import HeadLoop, Layer
+from pyfused.ops.heads import joined
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.ops.rows import Passes, Planned, RowLoss
+from pyfused.ops.rows import Layouts, Passes, RowOperator
 from pyfused.types import LOG_P, NUMBER, STATE_FIELDS, ClassRange, Gradients, Outputs, RowOptions
 
 
@@ -62,7 +63,7 @@ def _scalar(number: float | Tensor) -> float | Tensor:
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class Contrastive(RowLoss):
+class Contrastive(RowOperator):
     """A loss of the products of all pairs of embeddings.
 
     Kernels take the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
@@ -75,28 +76,22 @@ class Contrastive(RowLoss):
         super().__post_init__()
         self.is_linear, self.student = True, 3
 
-    def gradients_needed(self, tensors: Tensors) -> tuple[bool, ...]:
-        needs_a, needs_b, needs_bias, needs_scale = needs_grad(tensors)
-        return needs_a or needs_scale, needs_b, needs_bias
-
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         a = in_autocast_dtype(tensors[0])
         return backend_of(a).product_dtype(a.dtype)
 
     def plan(self, tensors: Tensors, options: Options, shard: LocalShard | None = None) -> Plan:
         a, b, bias, scale = tensors
+        if getattr(scale, "requires_grad", False):  # kernels take scale * a
+            a = replace(a, requires_grad=True)
         # The custom operator takes a scaled a, and no scale.
         return super().plan((a, b, bias, NUMBER if scale is None else scale), options, shard)
 
-    def arrangement(self, _: Planned) -> Any:
+    def arrangement(self, _: Layouts) -> Any:
         return _scaled
 
-    def define(self, tensors: Tensors, options: Options, *_: Any) -> Tensor:
-        a, b, bias, _ = tensors
-        return contrastive_loss(a, b, bias, 1.0, options)
-
-    def passes(self, call: Planned) -> Passes:
-        tensors, _, _, needs, in_forward = call
+    def passes(self, layouts: Layouts) -> Passes:
+        tensors, _, _, needs, in_forward = layouts
         compute = partial(_softmax if tensors[2] is None else _sigmoid, backend_of(tensors[0]))
         forward_needs = needs if in_forward else ()
 
@@ -107,7 +102,7 @@ class Contrastive(RowLoss):
         def backward(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
             return compute(tensors, options, needs, grad_output)[1]
 
-        return forward, backward
+        return Passes(forward, backward)
 
 
 def _scaled(tensors: Tensors, _: Options) -> Tensors:
@@ -140,15 +135,18 @@ def _softmax(
     n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
     # Larger blocks need fewer thread synchronisations, which are slow on a busy machine, and fewer
     # launches on a GPU.
-    size = (SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2,) * 2
+    square = SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2
+    size = BlockSize(square, square)
     if options.memory_budget is not None:  # the other half is for the transposed block
-        size = tile_size(x.shape, x.dtype, options.memory_budget // 2, backend)
-    layer, plain = (backend, (x, b, None), x.dtype, size), RowOptions()
+        size = HeadSizes(b.shape, x.dtype, backend, options.memory_budget // 2).tile(n)
+    loop = HeadLoop(backend, x.dtype, lambda _: size, needs, pads=False)
+    has_one_block = n <= size.rows and n <= (size.classes or n)
+    layer, plain = Layer(x, b, None), RowOptions()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
     memory: Tensor | None = None
 
     def directions(
-        block: tuple[Any, ...], dtype: torch.dtype
+        block: tuple[Tensor, slice, slice], dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
         """Returns a block and its transpose, each with the states, rows and range of classes."""
         logits, rows, columns = block
@@ -161,12 +159,12 @@ def _softmax(
 
     def state_step(*block: Any) -> None:
         nonlocal memory
-        memory = block[0].view(-1) if n <= min(size) else None  # reuses a single block's logits
+        memory = block[0].view(-1) if has_one_block else None  # reuses its logits
         for logits, state, rows, classes in directions(block, x.dtype):
             of_rows = plain, logits, target[rows], None, state[:, rows], classes
             backend.row_state(*of_rows, continues=classes.first > 0)
 
-    over_blocks(*layer, NONE, state_step)
+    loop.run(layer, state_step)
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction).to(wide)
     if not needs:
         return loss, ()
@@ -185,7 +183,7 @@ def _softmax(
         )
         return of_rows.add_(of_columns.t()).to(x.dtype)
 
-    return loss, over_blocks(*layer, needs, step, memory=memory)
+    return loss, loop.run(layer, step, logits=memory)
 
 
 def _sigmoid(
@@ -199,8 +197,8 @@ def _sigmoid(
     x, b, bias, _ = tensors
     n, dtype, wide, reduction = len(x), x.dtype, bias.dtype, options.reduction
     bytes_per_logit = dtype.itemsize + 2 * wide.itemsize
-    limits = n, b.shape, options.memory_budget, dtype, backend, bytes_per_logit
-    size = max(1, min(n, rows_in_budget(*limits))), b.shape[0]
+    sizes = HeadSizes(b.shape, dtype, backend, options.memory_budget, bytes_per_logit)
+    loop = HeadLoop(backend, dtype, sizes.of_rows, needs, pads=False)
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_options = SOFT_MARGIN_LOSS.options(reduction=reduction)
     outputs, losses = Outputs(grad_output is None, (bool(needs), False)), list[Tensor]()
@@ -225,8 +223,7 @@ def _sigmoid(
         grad_bias.add_(gradient.sum(dtype=torch.float64))
         return gradient.to(dtype)
 
-    over = backend, (x, b, None), dtype, size, (*needs[:2], False) if needs else NONE
-    gradients = over_blocks(*over, step)
+    gradients = loop.run(Layer(x, b, None), step)
     loss = joined(losses, reduction == "none")
     of_bias = grad_bias.to(wide) if needs and needs[2] else None
     gradients = (*gradients[:2], of_bias) if needs else ()

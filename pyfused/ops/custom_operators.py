@@ -165,11 +165,11 @@ class CustomOperator:
             result, saved, gradients = plan.forward(tensors, options)
             result = result[0] if isinstance(result, tuple) else result
         else:
-            result = op.define(tensors, options, None, None).to(op.fake(tensors, options).dtype)
+            result = op.define(tensors, options).to(op.fake(tensors, options)[0].dtype)
         if len(saved) > len(tensors):
             state = saved[len(tensors)]
         else:
-            state = op.fake_state(*self.call_of(values)).zero_()
+            state = op.fake(*self.call_of(values))[1].zero_()
         if any(needs) and not gradients:
             ones = result.new_ones(())
             gradients = self.gradients((*values[:-1], state), needs, ones, define=False)
@@ -182,8 +182,8 @@ class CustomOperator:
 
     def fake(self, *values: Any) -> Any:
         tensors, options = self.call_of(values)
-        gradients = self.fake_gradients(values, values[-1])
-        return self.op.fake(tensors, options), *gradients, self.op.fake_state(tensors, options)
+        result, state = self.op.fake(tensors, options)
+        return result, *self.fake_gradients(values, values[-1]), state
 
     def fake_backward(self, _grad_output: Tensor, *values: Any) -> Any:
         return tuple(self.fake_gradients(values, values[-1]))

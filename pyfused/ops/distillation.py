@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,19 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Options, Tensors
+from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import loss_passes
 from pyfused.layout import accumulate_dtype, specs_of_layouts
 from pyfused.ops import definitions
-from pyfused.ops.chunk_sizes import rows_in_budget
-from pyfused.ops.heads import HeadLoss, capped, linear, prepared_weight
-from pyfused.ops.rows import LogitRows, Passes, Planned
+from pyfused.ops.head_loop import (
+    HeadLoop,
+    Layer,
+    multiply,
+    prepared,
+)
+from pyfused.ops.heads import BlockResults, RowBlocks, capped
+from pyfused.ops.rows import Layouts, LogitRows, Passes, RowLoss, RowOperator
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -180,138 +185,142 @@ def _with_rest(
     return torch.cat((log_p, rest), -1), torch.cat((log_q, q_rest.log().to(log_q.dtype)), -1)
 
 
-# ---- the operators -------------------------------------------------------------------------------
+# ---- the losses ----------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, kw_only=True, repr=False)
-class Divergence(HeadLoss):
-    """The divergence of a student's predictions from a teacher's."""
+class DivergenceLoss(RowLoss):
+    """The divergence of a student's linear layer from a teacher's; see `heads.RowBlocks`."""
 
-    strategy = "row by row"
-
-    def arrangement(self, _: Planned) -> Any:
-        return self.to_rows
-
-    def to_rows(self, tensors: Tensors, _: Options) -> Tensors:
-        """Returns the operands as rows, and the factors."""
-        # Dynamo of torch 2.11 makes a tuple of a starred name.
-        tensors, (token_weight, denominator) = list(tensors[:-2]), tensors[-2:]
-        if not token_weight is denominator is None:
-            dtype = self.input_dtype(tensors)
-            token_weight, denominator = definitions.factors(token_weight, denominator, dtype)
-        for i, operand in enumerate(self.operands):
-            if operand.name.endswith("input"):
-                tensors[i] = in_autocast_dtype(tensors[i])
-            if i in self.row_operands and tensors[i].dim() != 2:
-                tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
-        token_weight = None if token_weight is None else token_weight.flatten()
-        return *tensors, token_weight, denominator
-
-    def finish(self, call: Planned) -> Any:
-        unreduced = call.options.reduction == "none" and call.tensors[0].dim() != 2
-        return (lambda loss, call: loss.reshape(call[0].shape[:-1])) if unreduced else None
-
-    def passes(self, call: Planned) -> Passes:
-        return self.block_passes(call)
-
-    def rows_at_once(self, tensors: Tensors, options: Options) -> Callable[[int], int]:
-        backend, shape = backend_of(tensors[0]), tensors[1].shape
-        dtype = self.product_dtype(tensors)
-        bytes_of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
-        bytes_per_logit = dtype.itemsize + bytes_of_cap + self.teacher_bytes(tensors, options)
-        limits = shape, options.memory_budget, dtype, backend, bytes_per_logit
-        return lambda n: max(1, min(n, rows_in_budget(n, *limits)))
-
-    def teacher_bytes(self, tensors: Tensors, options: Options) -> int:  # noqa: ARG002
-        """Returns the number of bytes that a block needs for each of the teacher's logits."""
-        return 0
-
-    def before_blocks(self, backend: Backend, tensors: Tensors, options: Options) -> Tensors:  # noqa: ARG002
-        return _masked(tensors[0], tensors[-2]), *tensors[1:]
-
-
-class LogitsDivergence(Divergence):
-    """The divergence of logits."""
-
-    def passes(self, call: Planned) -> Passes:
-        prepare = partial(divergence_kernel, backend_of(call.tensors[0]), call.options)
-        dynamic_dims = int(call.tensors[0].dynamic_dims > 0)  # of rows
-        return loss_passes(prepare, call.needs, call.in_forward, dynamic_dims=dynamic_dims)
-
-
-class HeadDivergence(Divergence):
-    """The divergence of a student's linear layer from a teacher's."""
-
-    def teacher_bytes(self, tensors: Tensors, options: Options) -> int:
+    def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:
+        """Returns the bytes that a block needs for each of the teacher's logits."""
         dtype = backend_of(tensors[3]).product_dtype(in_autocast_dtype(tensors[3]).dtype)
         return (1 if options.teacher_softcap is None else 3) * dtype.itemsize
 
-    def before_blocks(self, backend: Backend, tensors: Tensors, options: Options) -> Tensors:
-        tensors = super().before_blocks(backend, tensors, options)
-        *student, teacher_input, weight, bias, token_weight, denominator = tensors
+    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:
+        input, *student, teacher_input, weight, bias, token_weight, denominator = tensors
         dtype = backend.product_dtype(teacher_input.dtype)
-        bias = None if bias is None else bias.to(dtype)
-        teacher = teacher_input.to(dtype), prepared_weight(weight, dtype), bias
-        return *student, *teacher, token_weight, denominator
+        teacher = Layer(teacher_input.to(dtype), weight, bias)
+        parameters = prepared(teacher, slice(None), dtype)
+        input = _masked(input, token_weight)
+        return input, *student, teacher.input, *parameters, token_weight, denominator
 
-    def block_kernel(
+    def kernel(
         self,
         backend: Backend,
-        specs: Tensors,  # noqa: ARG002
-        planned: Options,
+        tensors: Tensors,  # noqa: ARG002
+        options: Options,
         outputs: Outputs,
-    ) -> Callable[..., Any]:
-        kernel: LossKernel | None = None
+    ) -> Callable[..., Tensor | None]:
+        planned, kernel = options, None
 
-        def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
+        def compute(
+            logits: Tensor,
+            operands: Sequence[Any],
+            _counts: Tensor | None,
+            grad_output: Tensor | None,
+            options: Options,
+            results: BlockResults,
+        ) -> Tensor | None:
             nonlocal kernel
-            input, weight, bias, token_weight, _, _, grad_output = operands
+            input, weight, bias, token_weight, _ = operands
             teacher_logits = backend.empty(logits.shape, input.dtype, logits)
-            linear(input, weight, bias, teacher_logits)
+            multiply(input, weight, bias, teacher_logits)
             tensors = logits, teacher_logits, token_weight, None
             if kernel is None:
                 *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
                 kernel = divergence_kernel(backend, planned, layouts, outputs, of_grad)
             loss, (gradient,) = kernel(tensors, options, grad_output)
-            return loss, (gradient, None), None
+            if loss is not None:
+                results.losses.append(loss)
+            return gradient
 
         return compute
 
 
-class TopKDivergence(Divergence):
+class TopKLoss(DivergenceLoss):
     """The divergence of a student's linear layer from a teacher's top k."""
 
-    def check(self, tensors: Tensors, options: Options) -> None:
-        super().check(tensors, options)
+    def check(self, tensors: Tensors) -> Tensor:
+        """Returns whether each row has an invalid index, and raises if reading them is possible."""
         _, weight, _, indices, log_probs, token_weight, _ = tensors
-        checks.topk_indices(indices.reshape(-1, indices.shape[-1]), len(weight))
+        invalid = checks.topk_indices(indices.reshape(-1, indices.shape[-1]), weight.shape[0])
         checks.topk_log_probs(_masked(log_probs, token_weight, -torch.inf))
+        return invalid[:, None]
 
-    def before_blocks(self, backend: Backend, tensors: Tensors, options: Options) -> Tensors:
-        tensors = super().before_blocks(backend, tensors, options)
-        *student, indices, log_probs, token_weight, denominator = tensors
-        invalid = checks.topk_indices(indices, len(student[1]))[:, None]
-        checks.topk_log_probs(_masked(log_probs, token_weight, -torch.inf))
+    def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:  # noqa: ARG002
+        return 0
+
+    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:
+        input, weight, bias, indices, log_probs, token_weight, denominator = tensors
+        invalid = self.check(tensors)
         if backend.ASYNCHRONOUS:  # raising would synchronise, so the loss of the row is NaN
             log_probs = log_probs.masked_fill(invalid, torch.nan)
             indices = indices.masked_fill(invalid, 0)
-        return *student, indices, log_probs, token_weight, denominator
+        input = _masked(input, token_weight)
+        return input, weight, bias, indices, log_probs, token_weight, denominator
 
-    def block_kernel(
+    def kernel(
         self,
         backend: Backend,
-        specs: Tensors,
-        planned: Options,  # noqa: ARG002
+        tensors: Tensors,
+        options: Options,  # noqa: ARG002
         outputs: Outputs,
-    ) -> Callable[..., Any]:
-        source = LogitRows(backend, ClassRange(0, specs[1].shape[0]))
+    ) -> Callable[..., Tensor | None]:
+        source = LogitRows(backend, ClassRange(0, tensors[1].shape[0]))
 
-        def compute(logits: Tensor, operands: Sequence[Any], options: Options) -> Any:
+        def compute(
+            logits: Tensor,
+            operands: Sequence[Any],
+            _counts: Tensor | None,
+            grad_output: Tensor | None,
+            options: Options,
+            results: BlockResults,
+        ) -> Tensor | None:
             x, cap_backward = capped(backend, logits, options.softcap)
-            loss, gradient = _topk(source, x, operands, options, bool(outputs.gradients))
-            return loss, (None if gradient is None else cap_backward(gradient), None), None
+            loss, gradient = _topk(
+                source, x, operands, grad_output, options, bool(outputs.gradients)
+            )
+            results.losses.append(loss)
+            return None if gradient is None else cap_backward(gradient)
 
         return compute
+
+
+# ---- the operators -------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Divergence(RowOperator):
+    """The divergence of a student's predictions from a teacher's: of logits, or a layer's."""
+
+    strategy = "row by row"
+    dynamic = LEADING_DIMS
+    flattens = True
+
+    def check(self, tensors: Tensors, options: Options) -> None:
+        super().check(tensors, options)
+        if isinstance(self.loss, TopKLoss):
+            self.loss.check(tensors)
+
+    def finish(self, layouts: Layouts) -> Any:
+        unreduced = layouts.options.reduction == "none" and layouts.tensors[0].dim() != 2
+        return (lambda loss, call: loss.reshape(call[0].shape[:-1])) if unreduced else None
+
+    def passes(self, layouts: Layouts) -> Passes:
+        tensors, options, _, needs, in_forward = layouts
+        backend = backend_of(tensors[0])
+        if not self.is_linear:
+            prepare = partial(divergence_kernel, backend, options)
+            dynamic_dims = int(tensors[0].dynamic_dims > 0)  # of rows
+            return Passes(*loss_passes(prepare, needs, in_forward, dynamic_dims=dynamic_dims))
+        sizes, wide = self.head_sizes(tensors, options), accumulate_dtype(self.input_dtype(tensors))
+        dtype = sizes.dtype
+        of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
+        bytes_per_logit = dtype.itemsize + of_cap + self.loss.bytes_per_logit(tensors, options)
+        sizes = replace(sizes, bytes_per_logit=bytes_per_logit)
+        loop = HeadLoop(backend, dtype, sizes.of_rows, needs)
+        has_rows = [operand.has_rows for operand in self.all_operands]
+        return RowBlocks(loop, self.loss, layouts, has_rows, wide).passes()
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -357,6 +366,7 @@ def _topk(
     source: LogitRows,
     logits: Tensor,
     operands: Sequence[Any],
+    grad_output: Tensor | None,
     options: DivergenceOptions,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -365,14 +375,14 @@ def _topk(
     With the gradient g of the k + 1 log-probabilities, and its sum s, the gradient of the logit x_c
     is g_c - s p_c for one of the k classes, and (g_rest - s p_rest) exp(x_c - lse_rest) for others.
     """
-    indices, log_q, weight, _, _, grad_output = operands
-    (n, classes), rows = logits.shape, RowOptions(temperature=options.temperature)
-    scale, inputs = 1 / options.temperature, (logits, None, None)
+    indices, log_q, weight, _ = operands
+    (n, classes), scale = logits.shape, 1 / options.temperature
+    of_rows = (logits, None, None), RowOptions(temperature=options.temperature)
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # reduces the rounding error of the log-sum-exp
     topk_logits = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
-    state, *_ = source.state(inputs, rows)
+    state, *_ = source.state(*of_rows)
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -397,7 +407,7 @@ def _topk(
     grad_results[LSE] = gradient[:, k:].sum(1) - (total * p_rest).squeeze(1)
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
-    source.gradients(inputs, rows, state, grad_results, logits)
+    source.gradients(*of_rows, state, grad_results, logits)
     grad_topk = (gradient[:, :k] - total * p[:, :k]) * scale
     logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits

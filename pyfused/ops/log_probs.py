@@ -15,17 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
-from pyfused import checks
-from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
-from pyfused.ops.chunk_sizes import state_block_size
-from pyfused.ops.collectives import LocalShard
-from pyfused.ops.heads import HeadRows
-from pyfused.ops.rows import LogitRows, Passes, Planned, StateLoss
-from pyfused.ops.shards import ShardedRows, class_range, sharded_results
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.heads import row_source
+from pyfused.ops.rows import Layouts, Passes, RowOperator, state_passes
+from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
     LOG_P,
@@ -33,7 +28,6 @@ from pyfused.types import (
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
-    Head,
 )
 
 
@@ -116,8 +110,21 @@ def named(
 # ---- the operators -------------------------------------------------------------------------------
 
 
+class LogProbsLoss:
+    """Log-probabilities, entropies and log-sum-exps from states of rows; see `rows.state_passes`.
+
+    The tensors of a call are the logits, or a layer's input, weight and bias; and the target.
+    """
+
+    def fields(self, options: Options) -> int:
+        return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
+
+    def of_results(self, results: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
+        return results[LOG_P] if options.alone else results[: len(RESULTS)]
+
+
 @dataclass(eq=False, kw_only=True, repr=False)
-class LogProbsOperator(StateLoss):
+class LogProbsOperator(RowOperator):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
     factors: ClassVar[tuple[Operand, ...]] = ()
@@ -127,72 +134,20 @@ class LogProbsOperator(StateLoss):
         super().__post_init__()
         self.dynamic = LEADING_DIMS if self.is_linear else FIRST_DIM
 
-    def arrangement(self, call: Planned) -> Any:
-        tensors, _, shard, *_ = call
-        total = class_range(tensors[:-1], shard).total
-        check = None if is_dynamo_compiling() else backend_of(tensors[0]).check_class_indices
-        casts = tensors[0].dtype is not self.input_dtype(tensors)
+    def passes(self, layouts: Layouts) -> Passes:
+        alone, dtype = layouts.options.alone, accumulate_dtype(self.input_dtype(layouts.tensors))
+        results = 1 if alone else len(RESULTS)
+        source = row_source(self, layouts, entropy=True)
+        return state_passes(source, self.loss, layouts, dtype, results=results)
 
-        def arrange(tensors: Tensors, options: Options) -> Tensors:
-            input, *parameters, target = tensors
-            input = in_autocast_dtype(input) if casts else input
-            target = target if target.dtype is torch.int64 else target.to(torch.int64)
-            if check is not None:
-                check(target, total, options.ignore_index)
-            return input, *parameters, target
+    def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
+        input, rows = tensors[0], tensors[-1].shape
+        dtype = accumulate_dtype(self.input_dtype(tensors))
+        result = input.new_empty(rows if options.alone else (len(RESULTS), *rows), dtype=dtype)
+        return result, input.new_empty((self.loss.fields(options), *rows), dtype=torch.float64)
 
-        return arrange
-
-    def passes(self, call: Planned) -> Passes:
-        tensors, options, shard, needs, _ = call
-        *layer, target = tensors
-        backend, classes = backend_of(target), class_range(layer, shard)
-        source: Any = LogitRows(backend, classes)
-        if self.is_linear:
-            head = Head._make((in_autocast_dtype(layer[0]), *layer[1:], target, None))
-            dtype = self.product_dtype(tensors)
-            size = state_block_size(head, dtype, options.memory_budget, backend)
-            source = HeadRows(backend, head, dtype, classes, size, needs)
-        if shard is not None:
-            source = ShardedRows(source, shard, layer, True, needs)
-        return self.state_passes(source, call, 1 if options.alone else len(RESULTS))
-
-    def state_fields(self, options: Options) -> int:
-        return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
-
-    def of_state(self, state: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
-        return state[LOG_P] if options.alone else state[: len(RESULTS)]
-
-    def define(
-        self,
-        tensors: Tensors,
-        options: Options,
-        shard: LocalShard | None,
-        state: Tensor | None,
-    ) -> Tensor:
-        if shard is None or state is None:
-            result: Tensor = self.torch(*tensors, options._replace(with_metrics=False))
-            return result
-        results = sharded_results((*tensors, None), options, shard, state)
-        return results[LOG_P] if options.alone else results[: len(RESULTS)]
-
-    def loss_shape(self, tensors: Tensors) -> tuple[int, ...]:
-        return tensors[-1].shape  # type: ignore[no-any-return]
-
-    def fake(self, tensors: Tensors, options: Options) -> Tensor:
-        shape = self.loss_shape(tensors) if options.alone else (len(RESULTS), *tensors[-1].shape)
-        empty: Tensor = tensors[0].new_empty(shape, dtype=self.loss_dtype(tensors, options))
-        return empty
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        """Raises for invalid arguments; class indices are not read if that synchronises."""
-        super().check(tensors, options)
-        *layer, target = tensors
-        if not backend_of(target).ASYNCHRONOUS:
-            checks.class_indices(class_range(layer).total, target, options.ignore_index)
-
-    def finish(self, call: Planned) -> Any:
-        tensors, options, shard, *_ = call
+    def finish(self, layouts: Layouts) -> Any:
+        tensors, options, shard, *_ = layouts
         if not options.with_metrics:
             return None
         ignore_index, classes = options.ignore_index, class_range(tensors[:-1], shard).total

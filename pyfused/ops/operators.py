@@ -8,8 +8,18 @@ from pyfused.dispatch.originals import F
 from pyfused.dispatch.sizes import set_least
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.contrastive import Contrastive, contrastive_loss
+from pyfused.ops.cross_entropy import (
+    CrossEntropy,
+    CrossEntropyLoss,
+    LinearCrossEntropy,
+    NllLoss,
+    cross_entropy_fallback_reason,
+    head_fallback_reason,
+    linear_cross_entropy_fallback_reason,
+    nll_loss_fallback_reason,
+)
 from pyfused.ops.custom_operators import CustomOperator
-from pyfused.ops.distillation import HeadDivergence, LogitsDivergence, TopKDivergence
+from pyfused.ops.distillation import Divergence, DivergenceLoss, TopKLoss
 from pyfused.ops.elementwise import INPUT
 from pyfused.ops.embedding import (
     EmbeddingLoss,
@@ -17,18 +27,7 @@ from pyfused.ops.embedding import (
     rows,
     triplet_fallback_reason,
 )
-from pyfused.ops.heads import (
-    LinearCrossEntropy,
-    head_fallback_reason,
-    linear_cross_entropy_fallback_reason,
-)
-from pyfused.ops.log_probs import LogProbsOperator
-from pyfused.ops.rows import (
-    CrossEntropy,
-    NllLoss,
-    cross_entropy_fallback_reason,
-    nll_loss_fallback_reason,
-)
+from pyfused.ops.log_probs import LogProbsLoss, LogProbsOperator
 from pyfused.ops.softmax import Softmax, softmax_fallback_reason
 from pyfused.types import Choice, CrossEntropyOptions, DivergenceOptions, LogProbsOptions, Scalar
 
@@ -48,8 +47,10 @@ CROSS_ENTROPY = CrossEntropy(
     check_arguments=checks.cross_entropy,
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
     options=CrossEntropyOptions,
+    loss=CrossEntropyLoss(),
     fallback_reason=cross_entropy_fallback_reason,
     torch=definitions.cross_entropy,
+    reference=definitions.masked_cross_entropy,
 )
 
 LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
@@ -58,8 +59,10 @@ LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
     check_arguments=checks.linear_cross_entropy,
     operands=(*HEAD, Operand("target", indices=True), WEIGHT),
     options=CrossEntropyOptions,
+    loss=CrossEntropyLoss(),
     fallback_reason=linear_cross_entropy_fallback_reason,
     torch=definitions.linear_cross_entropy,
+    reference=definitions.head_cross_entropy,
 )
 
 LOG_PROBS = LogProbsOperator(
@@ -68,6 +71,7 @@ LOG_PROBS = LogProbsOperator(
     check_arguments=checks.log_probs,
     operands=(Operand("logits"), CLASSES),
     options=LogProbsOptions,
+    loss=LogProbsLoss(),
     torch=definitions.log_probs,
 )
 
@@ -77,6 +81,7 @@ LINEAR_LOG_PROBS = LogProbsOperator(
     check_arguments=checks.linear_log_probs,
     operands=(*HEAD, CLASSES),
     options=LogProbsOptions,
+    loss=LogProbsLoss(),
     fallback_reason=head_fallback_reason,
     torch=definitions.linear_log_probs,
 )
@@ -146,11 +151,12 @@ CONTRASTIVE_LOSS = Contrastive(
     ),
     choices=("reduction", "memory_budget"),
     torch=contrastive_loss,
+    reference=lambda a, b, bias, _, options: contrastive_loss(a, b, bias, 1.0, options),
 )
 
 # ---- distillation --------------------------------------------------------------------------------
 
-KL_DIV_WITH_LOGITS = LogitsDivergence(
+KL_DIV_WITH_LOGITS = Divergence(
     name="kl_div_with_logits",
     module="KLDivWithLogitsLoss",
     check_arguments=checks.kl_div_with_logits,
@@ -159,7 +165,7 @@ KL_DIV_WITH_LOGITS = LogitsDivergence(
     torch=distillation.kl_div_with_logits,
 )
 
-LINEAR_KL_DIV = HeadDivergence(
+LINEAR_KL_DIV = Divergence(
     name="linear_kl_div",
     module="LinearKLDivLoss",
     check_arguments=checks.linear_kl_div,
@@ -170,10 +176,11 @@ LINEAR_KL_DIV = HeadDivergence(
         Operand("teacher_linear_bias", differentiated=False, optional=True, has_rows=False),
     ),
     options=DivergenceOptions,
+    loss=DivergenceLoss(),
     torch=distillation.linear_kl_div,
 )
 
-LINEAR_TOPK_KL_DIV = TopKDivergence(
+LINEAR_TOPK_KL_DIV = Divergence(
     name="linear_topk_kl_div",
     module="LinearTopKKLDivLoss",
     check_arguments=checks.linear_topk_kl_div,
@@ -183,6 +190,7 @@ LINEAR_TOPK_KL_DIV = TopKDivergence(
         Operand("teacher_log_probs", high=0.0, differentiated=False),
     ),
     options=DivergenceOptions,
+    loss=TopKLoss(),
     torch=distillation.linear_topk_kl_div,
 )
 

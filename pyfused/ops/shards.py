@@ -6,8 +6,7 @@ the pivot m = max_i m_i, SUM = sum_i exp(m_i - m) SUM_i, and TARGET_LOGIT = sum_
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from numbers import Integral
 from typing import Any
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, grad_enabled
+from pyfused.dispatch.operator import Operand, Options, Tensors
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
 from pyfused.ops import definitions
@@ -85,7 +84,7 @@ def class_range(layer: Sequence[Any], shard: LocalShard | None = None) -> ClassR
 
 @dataclass(eq=False)
 class ShardedRows:
-    """The rows of logits whose classes are sharded over processes; see `rows.RowSource`.
+    """The rows of logits whose classes are sharded over processes; see `rows.LogitRows`.
 
     Attributes:
         source: The rows of this process' classes.
@@ -101,7 +100,7 @@ class ShardedRows:
     needs: Sequence[bool]
 
     def __post_init__(self, specs: Sequence[Any]) -> None:
-        self.layer, self.classes = self.source.layer, self.source.classes
+        self.classes, self.layer = self.source.classes, len(specs)
         sizes = specs[0].shape if self.layer == 1 else [n for x in specs[:2] for n in x.shape[:-1]]
         self.is_empty = 0 in sizes
 
@@ -114,9 +113,9 @@ class ShardedRows:
         keeps_logits: bool,
     ) -> tuple[Tensor, None, Tensor | None]:
         """Computes the states over all classes."""
-        target = tensors[-2]
+        target, logits = tensors[-2], None
         if self.is_empty:
-            state, logits = empty_state(fields, target), None
+            state = empty_state(fields, target)
         else:
             state, _, logits = self.source.state(tensors, options, fields, 0, keeps_logits)
         state = _merged(state, self.shard.group, self.entropy)
@@ -149,7 +148,7 @@ def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state
     Rows of ignored targets are filled with 0, as NaN in them would reach the gradients.
 
     Args:
-        tensors, options: As `rows.RowSource.state` takes them.
+        tensors, options: As `rows.LogitRows.state` takes them.
         state: The state over all classes.
     """
     (x, *parameters, target, weight), (first, _), group = tensors, shard.classes, shard.group
@@ -173,106 +172,78 @@ def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state
     return results.where(valid, 0)
 
 
-# ---- operators -----------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, kw_only=True, repr=False)
-class ShardedOperator(Operator):
-    """An operator of logits, whose classes may be sharded over processes."""
+def local_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) -> LocalShard:
+    """Checks a call with this process' classes, and returns their range and the group.
 
-    check_arguments: Callable[..., None]
+    Args:
+        op: A `rows.RowOperator`.
+    """
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
+    (first, total, group), device = shard, tensors[0].device
+    if dist.get_rank(group) < 0:
+        raise ValueError("shard: expected a group that this process is a member of")
+    by_name = {operand.name: x for operand, x in zip(op.all_operands, tensors, strict=True)}
+    name, dim = ("linear_weight", 0) if op.is_linear else (op.names[0], 1)
+    checks.number("first", first, (int, Integral), "an int")
+    if total is not None:
+        checks.number("classes", total, (int, Integral), "an int")
+        checks.bounded(Scalar("classes", low=0.0, error=ValueError), total)
+    elif isinstance(weight := by_name.get("weight"), Tensor):
+        total = weight.numel()
+    check_local(op, by_name, options, name, dim, total)
+    first, size = int(first), by_name[name].shape[dim]
+    total = int(reduced(torch.full((), size, device=device), group) if total is None else total)
+    if not 0 <= first <= first + size <= total:
+        expected = f"classes in [0, {total}) in every process"
+        raise ValueError(f"shard: expected {expected}, got [{first}, {first + size})")
+    return LocalShard(ClassRange(first, total), group)
 
-    @abstractmethod
-    def compute_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
-        """Returns the result of valid arguments with this process' classes.
 
-        Raises for class indices out of range, unless reading them synchronises.
-        """
+def check_local(
+    op: Any, tensors: dict[str, Any], options: Options, name: str, dim: int, total: int | None
+) -> None:
+    """Raises for arguments that are invalid for any arguments of the other processes.
 
-    @property
-    def sharded(self) -> tuple[tuple[str, ...], int]:
-        """Returns the names of the tensors with sharded classes, and the classes' dimension."""
-        linear = ("linear_weight", "linear_bias"), 0
-        return linear if self.is_linear else (self.names[:1], 1)
-
-    def by_name(self, tensors: Tensors) -> dict[str, Any]:
-        """Returns the tensors of a call by name."""
-        return {operand.name: x for operand, x in zip(self.all_operands, tensors, strict=True)}
-
-    def run_on_shard(self, tensors: Tensors, options: Options, shard: VocabShard) -> Any:
-        """Returns the result of a call with this process' classes.
-
-        In grad mode, all processes take part in backward, because any of them may need gradients.
-        """
-        if not isinstance(shard, VocabShard):
-            raise TypeError(f"shard: expected a VocabShard, got {type(shard).__name__}")
-        group, input = shard.group, tensors[0]
-        if dist.get_rank(group) < 0:
-            raise ValueError("shard: expected a group that this process is a member of")
-        first, size, total = self.checked_shard(tensors, options, shard)
-        if total is None:
-            total = int(reduced(torch.full((), size, device=input.device), group))
-        if not 0 <= first <= first + size <= total:
-            expected = f"classes in [0, {total}) in every process"
-            raise ValueError(f"shard: expected {expected}, got [{first}, {first + size})")
-        if grad_enabled() and not input.requires_grad:
-            tensors = input.detach().requires_grad_(), *tensors[1:]
-        return self.compute_shard(tensors, options, LocalShard(ClassRange(first, total), group))
-
-    def checked_shard(
-        self, tensors: Tensors, options: Options, shard: VocabShard
-    ) -> tuple[int, int, int | None]:
-        """Checks the arguments of this process.
-
-        Returns the first class, the number of this process' classes, and the number of all classes,
-        or None if this process does not know it.
-        """
-        by_name = self.by_name(tensors)
-        (names, dim), (first, total, _) = self.sharded, shard
-        checks.number("first", first, (int, Integral), "an int")
-        if total is not None:
-            checks.number("classes", total, (int, Integral), "an int")
-            checks.bounded(Scalar("classes", low=0.0, error=ValueError), total)
-        elif isinstance(weight := by_name.get("weight"), Tensor):
-            total = weight.numel()
-        self.check_local(by_name, options, total)
-        return int(first), by_name[names[0]].shape[dim], None if total is None else int(total)
-
-    def check_local(self, tensors: dict[str, Any], options: Options, total: int | None) -> None:
-        """Raises for arguments that are invalid for any arguments of the other processes."""
-        target, ((name, *_), dim) = tensors["target"], self.sharded
-        self.check_tensors((*tensors.values(),))
-        shape = tuple(tensors[name].shape)
-        if len(shape) < 2:
-            expected = "(N, C, ...)" if dim else "(C, D)"
-            raise RuntimeError(f"{name}: expected shape {expected}, got {shape}")
-        if target.is_floating_point():
-            raise RuntimeError(f"target: expected class indices, got {target.dtype}")
-        if getattr(options, "gamma", 0) != 0:
-            raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
-        classes = max(1, shape[dim]) if total is None else total
-        self.check_shapes((*tensors.values(),), options, classes)
-        if message := self.unsupported_tensor(tensors, options):
-            raise RuntimeError(message)
-
-    def unsupported_tensor(self, tensors: Mapping[str, Any], options: Options) -> str | None:
-        """Returns the error message for the first tensor that kernels do not support, or None."""
-        input, *_ = tensors.values()
-        pairs = [(operand, tensors[operand.name]) for operand in self.all_operands]
-        numbers = zip(self.fields, options, strict=True)  # some may be tensors
-        pairs += [(Operand(name, differentiated=False), x) for name, x in numbers]
-        for operand, tensor in pairs:
-            reason = unsupported(operand, tensor, input) if isinstance(tensor, Tensor) else None
-            if reason is not None and reason is not SMALL:
-                expected = "a tensor that the kernels support with a shard"
-                return f"{operand.name}: expected {expected}, but {reason}"
-        return None
-
-    def check_shapes(self, tensors: Tensors, options: Options, classes: int) -> None:
-        """Raises for invalid shapes, dtypes or options, given the number of all classes."""
-        if self.is_linear:
-            self.check_arguments(*tensors, options, classes)
-            return
-        input, *rest = tensors
+    Args:
+        tensors: The tensors of the call by name.
+        name: The name of the tensor with sharded classes.
+        dim: The dimension of its classes.
+        total: The number of all classes, None if this process does not know it.
+    """
+    target, values = tensors["target"], (*tensors.values(),)
+    op.check_tensors(values)
+    shape = tuple(tensors[name].shape)
+    if len(shape) < 2:
+        expected = "(N, C, ...)" if dim else "(C, D)"
+        raise RuntimeError(f"{name}: expected shape {expected}, got {shape}")
+    if target.is_floating_point():
+        raise RuntimeError(f"target: expected class indices, got {target.dtype}")
+    if getattr(options, "gamma", 0) != 0:
+        raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
+    classes = max(1, shape[dim]) if total is None else total
+    if op.is_linear:
+        op.check_arguments(*values, options, classes)
+    else:
+        input, *others = values
         shape = *input.shape[:1], classes, *input.shape[2:]
-        self.check_arguments(input.new_empty(()).expand(shape), *rest, options)
+        op.check_arguments(input.new_empty(()).expand(shape), *others, options)
+    if message := unsupported_tensor(op, tensors, options):
+        raise RuntimeError(message)
+
+
+def unsupported_tensor(op: Any, tensors: dict[str, Any], options: Options) -> str | None:
+    """Returns the error message for the first tensor that kernels do not support, or None."""
+    input, *_ = tensors.values()
+    pairs = [(operand, tensors[operand.name]) for operand in op.all_operands]
+    numbers = zip(op.fields, options, strict=True)  # some may be tensors
+    pairs += [(Operand(name, differentiated=False), x) for name, x in numbers]
+    for operand, tensor in pairs:
+        reason = unsupported(operand, tensor, input) if isinstance(tensor, Tensor) else None
+        if reason is not None and reason is not SMALL:
+            expected = "a tensor that the kernels support with a shard"
+            return f"{operand.name}: expected {expected}, but {reason}"
+    return None
