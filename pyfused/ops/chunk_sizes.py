@@ -68,12 +68,7 @@ def device_memory() -> int:
 
 
 class BlockSize(NamedTuple):
-    """The size of a block of logits.
-
-    Attributes:
-        rows: The number of rows, which may exceed the number of all rows.
-        classes: The number of classes; None for blocks of rows with all classes.
-    """
+    """The numbers of rows and classes of a block; None for all classes of these rows."""
 
     rows: int
     classes: int | None = None

@@ -13,9 +13,7 @@ which differentiates scale * a.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +27,7 @@ from pyfused.dispatch.operator import FIRST_DIM, Operand, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, BlockSize, HeadSizes
+from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, BlockSize, HeadSizes, kept
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
 from pyfused.ops.head_loop import HeadLoop, Layer
@@ -91,16 +89,18 @@ class Contrastive(RowOperator):
         return _scaled
 
     def passes(self, layouts: Layouts) -> Passes:
-        tensors, _, _, needs, in_forward = layouts
-        compute = partial(_softmax if tensors[2] is None else _sigmoid, backend_of(tensors[0]))
-        forward_needs = needs if in_forward else ()
+        tensors, options, _, needs, in_forward = layouts
+        compute, size = (_softmax, _square) if tensors[2] is None else (_sigmoid, _rows)
+        backend, dtype = backend_of(tensors[0]), self.input_dtype(tensors)
+        limits = tensors[1].shape[1], dtype, backend, options.memory_budget
+        loop = HeadLoop(backend, dtype, kept(lambda n: size(n, *limits)), needs, pads=False)
 
         def forward(tensors: Tensors, options: Options) -> Forward:
-            loss, gradients = compute(tensors, options, forward_needs)
+            loss, gradients = compute(loop, tensors, options, in_forward)
             return loss, tensors, gradients
 
         def backward(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
-            return compute(tensors, options, needs, grad_output)[1]
+            return compute(loop, tensors, options, True, grad_output)[1]
 
         return Passes(forward, backward)
 
@@ -120,26 +120,42 @@ def _scaled(tensors: Tensors, _: Options) -> Tensors:
     return x, b, bias, None
 
 
+def _square(
+    n: int, features: int, dtype: torch.dtype, backend: Backend, memory_budget: int | None
+) -> BlockSize:
+    """Returns the size of square blocks.
+
+    Larger blocks need fewer thread synchronisations, which are slow on a busy machine, and fewer
+    launches on a GPU.
+    """
+    if memory_budget is not None:  # the other half is for the transposed block
+        return HeadSizes((n, features), dtype, backend, memory_budget // 2).tile(n)
+    square = SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2
+    return BlockSize(square, square)
+
+
+def _rows(
+    n: int, features: int, dtype: torch.dtype, backend: Backend, memory_budget: int | None
+) -> BlockSize:
+    """Returns the size of blocks of rows with all columns."""
+    bytes_per_logit = dtype.itemsize + 2 * accumulate_dtype(dtype).itemsize
+    return HeadSizes((n, features), dtype, backend, memory_budget, bytes_per_logit).of_rows(n)
+
+
 def _softmax(
-    backend: Backend,
+    loop: HeadLoop,
     tensors: Tensors,
     options: Options,
-    needs: Sequence[bool],
+    differentiates: bool,
     grad_output: Tensor | None = None,
 ) -> LossResult:
     """Computes the loss of rows and columns, and its gradients, in square blocks of logits.
 
     The gradients of a block and its transpose are added in the accumulation dtype, then rounded.
     """
-    x, b, *_ = tensors
-    n, wide, target = len(x), accumulate_dtype(x.dtype), torch.arange(len(x), device=x.device)
-    # Larger blocks need fewer thread synchronisations, which are slow on a busy machine, and fewer
-    # launches on a GPU.
-    square = SQUARE_GPU if backend.ASYNCHRONOUS else TILE * 3 // 2
-    size = BlockSize(square, square)
-    if options.memory_budget is not None:  # the other half is for the transposed block
-        size = HeadSizes(b.shape, x.dtype, backend, options.memory_budget // 2).tile(n)
-    loop = HeadLoop(backend, x.dtype, lambda _: size, needs, pads=False)
+    (x, b, *_), backend, wide = tensors, loop.backend, loop.wide
+    n = x.shape[0]
+    target, size = torch.arange(n, device=x.device), loop.size(n)
     has_one_block = n <= size.rows and n <= (size.classes or n)
     layer, plain = Layer(x, b, None), RowOptions()
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
@@ -166,7 +182,7 @@ def _softmax(
 
     loop.run(layer, state_step)
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction).to(wide)
-    if not needs:
+    if not differentiates:
         return loss, ()
     factor = -0.5 / n if options.reduction == "mean" else -0.5
     grad_log_p = states.new_ones(()) if grad_output is None else grad_output.double()
@@ -187,21 +203,18 @@ def _softmax(
 
 
 def _sigmoid(
-    backend: Backend,
+    loop: HeadLoop,
     tensors: Tensors,
     options: Options,
-    needs: Sequence[bool],
+    differentiates: bool,
     grad_output: Tensor | None = None,
 ) -> LossResult:
     """Computes the loss of each pair, and its gradients, in blocks of rows with all columns."""
-    x, b, bias, _ = tensors
-    n, dtype, wide, reduction = len(x), x.dtype, bias.dtype, options.reduction
-    bytes_per_logit = dtype.itemsize + 2 * wide.itemsize
-    sizes = HeadSizes(b.shape, dtype, backend, options.memory_budget, bytes_per_logit)
-    loop = HeadLoop(backend, dtype, sizes.of_rows, needs, pads=False)
+    (x, b, bias, _), reduction = tensors, options.reduction
+    n, dtype, wide = x.shape[0], loop.dtype, loop.wide
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
     kernel_options = SOFT_MARGIN_LOSS.options(reduction=reduction)
-    outputs, losses = Outputs(grad_output is None, (bool(needs), False)), list[Tensor]()
+    outputs, losses = Outputs(grad_output is None, (differentiates, False)), list[Tensor | None]()
     divisor = (lambda _: n) if reduction == "mean" else None
 
     def step(logits: Tensor, rows: slice, _columns: slice) -> Tensor | None:
@@ -209,11 +222,10 @@ def _sigmoid(
         z.diagonal(rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z)
         launch = SOFT_MARGIN_LOSS.prepared(
-            backend, operands, None, kernel_options, outputs, divisor, None
+            loop.backend, operands, None, kernel_options, outputs, divisor, None
         )
         loss, (gradient, _) = launch(operands, kernel_options)
-        if loss is not None:
-            losses.append(loss.sum(1) if loss.dim() else loss)
+        losses.append(loss if loss is None or not loss.dim() else loss.sum(1))
         if gradient is None:
             return None
         if grad_output is not None:
@@ -223,8 +235,8 @@ def _sigmoid(
         grad_bias.add_(gradient.sum(dtype=torch.float64))
         return gradient.to(dtype)
 
-    gradients = loop.run(Layer(x, b, None), step)
+    grad_x, grad_b, _ = loop.run(Layer(x, b, None), step)
     loss = joined(losses, reduction == "none")
-    of_bias = grad_bias.to(wide) if needs and needs[2] else None
-    gradients = (*gradients[:2], of_bias) if needs else ()
+    of_bias = grad_bias.to(wide) if loop.needs[2] else None
+    gradients = (grad_x, grad_b, of_bias) if differentiates else ()
     return None if loss is None else loss.to(wide), gradients

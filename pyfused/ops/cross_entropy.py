@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of, takes_triton
@@ -17,7 +16,6 @@ from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
 from pyfused.dispatch.plan import Forward, loss_passes
-from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import (
     accumulate_dtype,
     common_dtype,
@@ -28,14 +26,13 @@ from pyfused.layout import (
 from pyfused.ops import definitions, metrics
 from pyfused.ops.chunk_sizes import BlockSize, kept
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
-from pyfused.ops.heads import BlockResults, HeadRows, RowBlocks, capped, row_source
+from pyfused.ops.heads import BlockResult, HeadRows, RowBlocks, capped, row_source
 from pyfused.ops.rows import (
     Layouts,
     LogitRows,
     Passes,
     RowLoss,
     RowOperator,
-    prepare_inplace,
     state_passes,
 )
 from pyfused.ops.shards import class_range
@@ -48,7 +45,6 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     CrossEntropyOptions,
-    Head,
     Outputs,
     RowOptions,
 )
@@ -167,7 +163,7 @@ class CrossEntropyLoss(RowLoss):
 
     def kernel(
         self, backend: Backend, tensors: Tensors, options: Options, outputs: Outputs
-    ) -> Callable[..., Tensor | None]:
+    ) -> Callable[..., BlockResult]:
         kernel: LossKernel | None = None
         planned, caps = options, options.softcap is not None
         source = LogitRows(backend, ClassRange(0, tensors[1].shape[0]))
@@ -179,17 +175,16 @@ class CrossEntropyLoss(RowLoss):
             counts: Tensor | None,
             grad_output: Tensor | None,
             options: Options,
-            results: BlockResults,
-        ) -> Tensor | None:
+        ) -> BlockResult:
             nonlocal kernel
             target, weight, token_weight, _ = operands
-            x = logits
+            x, state = logits, None
             if caps:
                 x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
             if target.is_floating_point():
                 target = target.to(logits.dtype)
             if fields:
-                results.states.append(metrics_state(source, x, target, options, fields))
+                state = metrics_state(source, x, target, options, fields)
             tensors = x, target, weight, token_weight, None
             if kernel is None:
                 *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
@@ -199,11 +194,7 @@ class CrossEntropyLoss(RowLoss):
                 gradient = cap_backward(gradient)
                 if counts is not None:  # 0 times NaN is NaN
                     gradient.masked_fill_(~counts.unsqueeze(-1), 0)
-            if loss is not None:
-                results.losses.append(loss)
-            if grad_target is not None:
-                results.grad_targets.append(grad_target)
-            return gradient
+            return loss, (gradient, grad_target), state
 
         return compute
 
@@ -228,6 +219,13 @@ def metrics_state(
     return state
 
 
+def result_dtype(op: RowOperator, layouts: Layouts) -> torch.dtype:
+    """Returns the dtype of the loss."""
+    tensors, options, *_ = layouts
+    dtype: torch.dtype | None = options.loss_dtype
+    return dtype or autocast_dtype(op.input_dtype(tensors), tensors[0].device)
+
+
 # ---- logits --------------------------------------------------------------------------------------
 
 
@@ -236,17 +234,6 @@ class CrossEntropy(RowOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
     dynamic = FIRST_DIM
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        definition = self.torch
-
-        def compute(input: Tensor, *rest: Any) -> Any:
-            if rest[-1].inplace and type(input) in PLAIN and not is_dynamo_compiling():
-                prepare_inplace(input)  # raises the errors that a kernel's call raises
-            return definition(input, *rest)
-
-        self.torch = compute
 
     def contiguous_classes(self, tensors: Tensors, _: Options) -> int:
         return checks.classes_of(tensors[0])
@@ -273,7 +260,7 @@ class CrossEntropy(RowOperator):
 
         def arrange(tensors: Tensors, options: Options) -> Tensors:
             if inplace:
-                prepare_inplace(tensors[0])
+                definitions.prepare_inplace(tensors[0])
             *operands, token_weight, denominator = tensors
             if not token_weight is denominator is None:
                 token_weight, denominator = definitions.factors(token_weight, denominator, dtype)
@@ -294,10 +281,10 @@ class CrossEntropy(RowOperator):
 
     def passes(self, layouts: Layouts) -> Passes:
         tensors, options, _, needs, in_forward = layouts
-        input, backend, dtype = tensors[0], backend_of(tensors[0]), self.loss_dtype(layouts)
+        input, backend, dtype = tensors[0], backend_of(tensors[0]), result_dtype(self, layouts)
         source = row_source(self, layouts, options.with_metrics)
         if self.needs_state(layouts):
-            return state_passes(source, self.loss, layouts, dtype)
+            return state_passes(self, source, layouts, dtype)
         inplace = self.overwrites(layouts)
         if inplace and not is_dense(input.empty()):  # backward could not scale the gradient
             in_forward = False
@@ -305,7 +292,7 @@ class CrossEntropy(RowOperator):
         def prepare(tensors: Tensors, *outputs: Any) -> LossKernel:
             return backend.cross_entropy(tensors, options, *outputs)
 
-        loss_dtype = None if dtype is accumulate_dtype(self.input_dtype(tensors)) else dtype
+        loss_dtype = None if dtype is self.wide_dtype(tensors) else dtype
         forward, backward = loss_passes(
             prepare, needs, in_forward, inplace, loss_dtype, input.dynamic_dims
         )
@@ -317,13 +304,6 @@ class CrossEntropy(RowOperator):
             return (loss, state), saved, gradients
 
         return Passes(forward_with_state if options.with_metrics else forward, backward, inplace)
-
-    def loss_dtype(self, layouts: Layouts) -> torch.dtype:
-        """Returns the dtype of the loss."""
-        tensors, options, *_ = layouts
-        if options.loss_dtype is not None:
-            return options.loss_dtype  # type: ignore[no-any-return]
-        return autocast_dtype(self.input_dtype(tensors), tensors[0].device)
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         input, target, weight = tensors[:3]
@@ -385,12 +365,8 @@ class LinearCrossEntropy(RowOperator):
 
     def finish(self, layouts: Layouts) -> Any:
         tensors, options, *_ = layouts
-        wide, dtype = accumulate_dtype(self.input_dtype(tensors)), options.loss_dtype
-        with_metrics, ignore_index, target = options.with_metrics, options.ignore_index, tensors[3]
-        if dtype is None:
-            dtype = autocast_dtype(tensors[0].dtype, tensors[0].device)
-            if target.is_floating_point():
-                dtype = torch.promote_types(dtype, target.dtype)
+        wide, dtype = self.wide_dtype(tensors), result_dtype(self, layouts)
+        with_metrics, ignore_index = options.with_metrics, options.ignore_index
         if tensors[0].dim() == 2 and dtype is wide and not with_metrics:
             return None
 
@@ -400,8 +376,11 @@ class LinearCrossEntropy(RowOperator):
             loss = with_leading_dims(loss, leading).to(dtype)
             if state is None:
                 return loss
-            target = Head(*tensors[:5]).as_rows(None)[0].target
-            target = target if target.is_floating_point() else target.to(torch.int64)
+            target = tensors[3]
+            if target.is_floating_point():
+                target = target.reshape(-1, target.shape[-1])
+            else:
+                target = target.to(torch.int64).flatten()
             values = metrics.of_state(state, target, ignore_index, wide)
             return loss, metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
 
@@ -416,19 +395,17 @@ class LinearCrossEntropy(RowOperator):
 
     def passes(self, layouts: Layouts) -> Passes:
         tensors, options, shard, needs, _ = layouts
-        wide = accumulate_dtype(self.input_dtype(tensors))
         if shard is not None:
             # With metrics, the forward pass also has rows of weight 0.
             keeps = not options.with_metrics or tensors[-2] is None
             source = row_source(self, layouts, options.with_metrics)
-            return state_passes(source, self.loss, layouts, wide, keeps_logits=keeps)
+            return state_passes(self, source, layouts, keeps_logits=keeps)
         sizes = self.head_sizes(tensors, options)
         loop = partial(HeadLoop, backend_of(tensors[0]), sizes.dtype, needs=needs)
         rows = HeadRows(loop(sizes.tile), class_range(tensors[:3]))
-        by_classes = state_passes(rows, self.loss, layouts, wide, keeps_logits=False)
-        has_rows = [operand.has_rows for operand in self.all_operands]
+        by_classes = state_passes(self, rows, layouts, keeps_logits=False)
         of_rows = loop(self.block_size(tensors, options))
-        return RowBlocks(of_rows, self.loss, layouts, has_rows, wide, by_classes).passes()
+        return RowBlocks(self, of_rows, layouts, by_classes).passes()
 
     def strategy_of(self, tensors: Tensors, options: Options) -> str:
         n = tensors[0].shape[:-1].numel()
@@ -439,7 +416,7 @@ class LinearCrossEntropy(RowOperator):
 
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         rows = (tensors[0].shape[0],)  # len would specialise a dynamic size
-        dtype = accumulate_dtype(self.input_dtype(tensors))
+        dtype = self.wide_dtype(tensors)
         shape = rows if options.reduction == "none" else ()
         state = tensors[0].new_empty((self.loss.fields(options), *rows), dtype=torch.float64)
         return tensors[0].new_empty(shape, dtype=dtype), state

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
+from pyfused.dispatch.operator import grad_enabled
 from pyfused.dispatch.originals import F
+from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
@@ -24,8 +28,10 @@ def cross_entropy(
     denominator: Tensor | None,
     options: CrossEntropyOptions,
 ) -> Any:
+    if options.inplace and type(input) in PLAIN and not is_dynamo_compiling():
+        prepare_inplace(input)  # raises the errors that a kernel's call raises
     if options.with_metrics:
-        of_loss = options._replace(with_metrics=False)
+        of_loss = options._replace(with_metrics=False, inplace=False)
         factors = weight, token_weight, denominator
         loss = masked_cross_entropy(input, target, *factors, of_loss)
         input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
@@ -67,6 +73,13 @@ def cross_entropy(
     loss = row_losses(at_target, smooth, lse, of_target, options, x.shape[dim])
     loss = loss if is_valid is None else loss.where(is_valid, 0)
     return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
+
+
+def prepare_inplace(input: Tensor) -> None:
+    """Increments the version of logits that their gradient may overwrite."""
+    if grad_enabled() and input.requires_grad:
+        checks.overwritable(input)
+        increment_version(input)
 
 
 def masked_cross_entropy(input: Tensor, target: Tensor, *others: Any) -> Any:

@@ -35,7 +35,7 @@ from pyfused.ops.head_loop import (
     multiply,
     prepared,
 )
-from pyfused.ops.heads import BlockResults, RowBlocks, capped
+from pyfused.ops.heads import BlockResult, RowBlocks, capped
 from pyfused.ops.rows import Layouts, LogitRows, Passes, RowLoss, RowOperator
 from pyfused.types import (
     ENTROPY,
@@ -201,8 +201,8 @@ class DivergenceLoss(RowLoss):
         dtype = backend.product_dtype(teacher_input.dtype)
         teacher = Layer(teacher_input.to(dtype), weight, bias)
         parameters = prepared(teacher, slice(None), dtype)
-        input = _masked(input, token_weight)
-        return input, *student, teacher.input, *parameters, token_weight, denominator
+        student = [_masked(input, token_weight), *student]
+        return *student, teacher.input, *parameters, token_weight, denominator
 
     def kernel(
         self,
@@ -210,7 +210,7 @@ class DivergenceLoss(RowLoss):
         tensors: Tensors,  # noqa: ARG002
         options: Options,
         outputs: Outputs,
-    ) -> Callable[..., Tensor | None]:
+    ) -> Callable[..., BlockResult]:
         planned, kernel = options, None
 
         def compute(
@@ -219,8 +219,7 @@ class DivergenceLoss(RowLoss):
             _counts: Tensor | None,
             grad_output: Tensor | None,
             options: Options,
-            results: BlockResults,
-        ) -> Tensor | None:
+        ) -> BlockResult:
             nonlocal kernel
             input, weight, bias, token_weight, _ = operands
             teacher_logits = backend.empty(logits.shape, input.dtype, logits)
@@ -230,9 +229,7 @@ class DivergenceLoss(RowLoss):
                 *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
                 kernel = divergence_kernel(backend, planned, layouts, outputs, of_grad)
             loss, (gradient,) = kernel(tensors, options, grad_output)
-            if loss is not None:
-                results.losses.append(loss)
-            return gradient
+            return loss, (gradient, None), None
 
         return compute
 
@@ -265,7 +262,7 @@ class TopKLoss(DivergenceLoss):
         tensors: Tensors,
         options: Options,  # noqa: ARG002
         outputs: Outputs,
-    ) -> Callable[..., Tensor | None]:
+    ) -> Callable[..., BlockResult]:
         source = LogitRows(backend, ClassRange(0, tensors[1].shape[0]))
 
         def compute(
@@ -274,14 +271,12 @@ class TopKLoss(DivergenceLoss):
             _counts: Tensor | None,
             grad_output: Tensor | None,
             options: Options,
-            results: BlockResults,
-        ) -> Tensor | None:
+        ) -> BlockResult:
             x, cap_backward = capped(backend, logits, options.softcap)
             loss, gradient = _topk(
                 source, x, operands, grad_output, options, bool(outputs.gradients)
             )
-            results.losses.append(loss)
-            return None if gradient is None else cap_backward(gradient)
+            return loss, (None if gradient is None else cap_backward(gradient), None), None
 
         return compute
 
@@ -313,14 +308,13 @@ class Divergence(RowOperator):
             prepare = partial(divergence_kernel, backend, options)
             dynamic_dims = int(tensors[0].dynamic_dims > 0)  # of rows
             return Passes(*loss_passes(prepare, needs, in_forward, dynamic_dims=dynamic_dims))
-        sizes, wide = self.head_sizes(tensors, options), accumulate_dtype(self.input_dtype(tensors))
+        sizes = self.head_sizes(tensors, options)
         dtype = sizes.dtype
         of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
         bytes_per_logit = dtype.itemsize + of_cap + self.loss.bytes_per_logit(tensors, options)
         sizes = replace(sizes, bytes_per_logit=bytes_per_logit)
         loop = HeadLoop(backend, dtype, sizes.of_rows, needs)
-        has_rows = [operand.has_rows for operand in self.all_operands]
-        return RowBlocks(loop, self.loss, layouts, has_rows, wide).passes()
+        return RowBlocks(self, loop, layouts).passes()
 
 
 # ---- kernels -------------------------------------------------------------------------------------

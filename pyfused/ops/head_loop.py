@@ -30,13 +30,7 @@ Step = Callable[[Tensor, slice, slice], Tensor | None]
 
 
 class Layer(NamedTuple):
-    """A linear layer and its input.
-
-    Attributes:
-        input: (N, D).
-        weight: (C, D).
-        bias: (C), or None.
-    """
+    """The input (N, D), the weight (C, D), and the bias (C) or None of a linear layer."""
 
     input: Tensor
     weight: Tensor
@@ -178,11 +172,14 @@ class Sums:
             if large is not None:
                 gradient, weight = gradient[:, large], weight[large]
         if self.input is not None:
-            beta = float(classes.start > 0)
-            for part in parts_to_convert(weight) if weight.dtype is not loop.dtype else _ALL:
-                factor = weight[part].to(loop.dtype)
-                loop.backend.add_product(self.input[rows], gradient[:, part], factor, beta)
-                beta = 1.0
+            out, beta = self.input[rows], float(classes.start > 0)
+            if weight.dtype is loop.dtype:
+                loop.backend.add_product(out, gradient, weight, beta)
+            else:
+                for part in parts_to_convert(weight):
+                    factor = weight[part].to(loop.dtype)
+                    loop.backend.add_product(out, gradient[:, part], factor, beta)
+                    beta = 1.0
         if self.weight is None:
             return
         if self.counts is not None:
@@ -239,9 +236,6 @@ def prepared(
     return weight, bias
 
 
-_ALL = (slice(None),)
-
-
 def parts_to_convert(weight: Tensor) -> Sequence[slice]:
     """Returns the parts of the classes in which a product converts a weight to its dtype.
 
@@ -253,12 +247,14 @@ def parts_to_convert(weight: Tensor) -> Sequence[slice]:
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Writes ``x @ weight.T + bias`` to ``out``."""
-    for part in parts_to_convert(weight) if weight.dtype is not x.dtype else _ALL:
-        columns, w = out[:, part], weight[part].to(x.dtype).t()
-        if bias is None:
-            torch.mm(x, w, out=columns)
-        else:
-            torch.addmm(bias[part], x, w, out=columns)
+    if weight.dtype is not x.dtype:
+        for part in parts_to_convert(weight):
+            of_part = None if bias is None else bias[part]
+            multiply(x, weight[part].to(x.dtype), of_part, out[:, part])
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def with_padding(step: Step, total: int) -> Step:

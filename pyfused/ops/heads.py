@@ -8,7 +8,7 @@ the loop of ``head_loop.py``, with steps of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -125,19 +125,9 @@ def row_source(op: RowOperator, layouts: Layouts, entropy: bool) -> Any:
 # ---- blocks of rows with all classes -------------------------------------------------------------
 
 
-@dataclass
-class BlockResults:
-    """The results of the blocks of a call.
-
-    Attributes:
-        losses: The losses of the rows of each block, or their sum.
-        grad_targets: The gradients of the targets.
-        states: The states of the rows, for metrics.
-    """
-
-    losses: list[Tensor] = field(default_factory=list)
-    grad_targets: list[Tensor] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
+# The loss of each row of a block, or their sum; the gradients of the logits, which may overwrite
+# them, and of the target; and the states of the rows, for metrics. Each may be None.
+BlockResult = tuple[Tensor | None, Gradients, Tensor | None]
 
 
 @dataclass(eq=False)
@@ -145,28 +135,25 @@ class RowBlocks:
     """Computes a loss, and its gradients, in blocks of rows with all classes.
 
     Attributes:
-        loss: A `rows.RowLoss` with a method `kernel`, which takes the backend, the layouts of the
+        op: Has a `rows.RowLoss` with a method `kernel`, which takes the backend, the layouts of the
             tensors of a call, the options for planning with the reduction "none" or "sum", and the
-            outputs. It returns the function that computes a block. This takes the logits; the
+            outputs. It returns the function that computes a `BlockResult` from the logits; the
             tensors of the call after the layer; whether each row counts, None if all do; the
-            gradient of the loss, None for ones; the options of the call; and the results, to which
-            it adds. It returns the gradient of the logits, which may overwrite them, or None.
-        has_rows: Whether each tensor of a call has a row for each of the input's.
-        wide: The dtype of the loss and of grad_output.
+            gradient of the loss, None for ones; and the options of the call.
         by_classes: The passes for calls for which the loop has blocks of classes.
     """
 
+    op: RowOperator
     loop: HeadLoop
-    loss: Any
     layouts: Layouts
-    has_rows: Sequence[bool]
-    wide: torch.dtype
     by_classes: Any = None
 
     def __post_init__(self) -> None:
         tensors, options, _, needs, self.in_forward = self.layouts
         self.is_mean, self.unreduced = (options.reduction == x for x in ("mean", "none"))
+        self.loss, self.wide = self.op.loss, self.op.wide_dtype(tensors)
         self.count, self.filters = len(tensors), getattr(options, "filter_eps", 0) != 0
+        self.has_rows = [operand.has_rows for operand in self.op.all_operands]
         self.row_operands = [i - 3 for i in range(3, self.count) if self.has_rows[i]]
         if self.is_mean:  # `compute` divides
             options = options._replace(reduction="sum", denominator=None)
@@ -198,7 +185,7 @@ class RowBlocks:
         self,
         tensors: Tensors,
         options: Options,
-        kernel: Callable[..., Tensor | None],
+        kernel: Callable[..., BlockResult],
         grad_output: Tensor | None,
     ) -> tuple[Tensor | None, Gradients, Tensor | None] | None:
         """Returns the loss, the gradients, and the states of all rows for metrics.
@@ -211,7 +198,7 @@ class RowBlocks:
         rows = self.loss.rows(tensors, options, self.loop.backend)
         if rows.indices is not None:
             pairs = zip(tensors, self.has_rows, strict=True)
-            tensors = [rows.take(x) if has_rows else x for x, has_rows in pairs]
+            tensors = [x if x is None or not has else rows.take(x) for x, has in pairs]
             grad_output = rows.take(grad_output) if self.unreduced else grad_output
         input, weight, bias, *operands = self.loss.prepared(tensors, self.loop.backend)
         size = self.loop.size(input.shape[0])
@@ -229,7 +216,7 @@ class RowBlocks:
             if x is not None and (i in self.row_operands or x.dim() < 2):
                 operands[i] = x.contiguous()
         grad_output = None if grad_output is None else grad_output.contiguous()
-        results, slices = BlockResults(), size.rows < input.shape[0]
+        results, slices = list[Any](), size.rows < input.shape[0]
 
         def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
             part, counts, grad = operands, rows.counts, grad_output
@@ -239,33 +226,40 @@ class RowBlocks:
                     part[i] = None if part[i] is None else part[i][block]
                 counts = None if counts is None else counts[block]
                 grad = grad[block] if self.unreduced and grad is not None else grad
-            return kernel(logits, part, counts, grad, options, results)
+            loss, (gradient, grad_target), state = kernel(logits, part, counts, grad, options)
+            results.append((loss, grad_target, state))
+            return gradient
 
         layer = Layer(input, weight, bias)
         gradients = self.loop.run(layer, step, counts=rows.counts, filter_below=below)
-        return self.joined(results, gradients, divisor, rows)
+        return self.collected(results, gradients, divisor, rows)
 
-    def joined(
-        self, results: BlockResults, gradients: Gradients, divisor: Any, rows: Rows
+    def collected(
+        self, results: Sequence[Any], gradients: Gradients, divisor: Any, rows: Rows
     ) -> tuple[Tensor | None, Gradients, Tensor | None]:
-        """Returns the results of all rows, given those of the blocks."""
-        loss, grad_target = joined(results.losses, self.unreduced), None
+        """Returns the results of all rows.
+
+        Args:
+            results: The loss, the gradient of the target and the states of each block.
+            gradients: The gradients of the layer.
+        """
+        losses, grad_targets, states = zip(*results, strict=True)
+        loss = joined(losses, self.unreduced)
         if loss is not None:
             loss = (loss if divisor is None else loss / divisor).to(self.wide)
             loss = rows.spread(loss) if self.unreduced else loss
-        if results.grad_targets:
-            grad_target = rows.spread(joined(results.grad_targets, True))
-        state = rows.spread(torch.cat(results.states, 1), 1) if results.states else None
+        state = None if states[0] is None else rows.spread(torch.cat(states, 1), 1)
+        grad_target = None if grad_targets[0] is None else rows.spread(joined(grad_targets, True))
         grad_input, *others = gradients
         if rows.indices is not None:
             grad_input = rows.spread(grad_input)
         return loss, (grad_input, *others, grad_target)[: len(self.layouts.needs)], state
 
 
-def joined(parts: Sequence[Tensor], unreduced: bool) -> Tensor | None:
-    """Returns the concatenation of the parts, or their sum in float64; None for no parts."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
+def joined(parts: Sequence[Any], unreduced: bool) -> Tensor | None:
+    """Returns the concatenation of the parts, or their sum in float64; None if they are None."""
+    if len(parts) < 2 or parts[0] is None:
+        return parts[0]  # type: ignore[no-any-return]
     return torch.cat([*parts]) if unreduced else torch.stack([*parts]).sum(dtype=torch.float64)
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
-from pyfused.layout import accumulate_dtype
 from pyfused.ops.heads import row_source
 from pyfused.ops.rows import Layouts, Passes, RowOperator, state_passes
 from pyfused.ops.shards import class_range
@@ -135,14 +134,12 @@ class LogProbsOperator(RowOperator):
         self.dynamic = LEADING_DIMS if self.is_linear else FIRST_DIM
 
     def passes(self, layouts: Layouts) -> Passes:
-        alone, dtype = layouts.options.alone, accumulate_dtype(self.input_dtype(layouts.tensors))
-        results = 1 if alone else len(RESULTS)
-        source = row_source(self, layouts, entropy=True)
-        return state_passes(source, self.loss, layouts, dtype, results=results)
+        results = 1 if layouts.options.alone else len(RESULTS)
+        return state_passes(self, row_source(self, layouts, entropy=True), layouts, results=results)
 
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         input, rows = tensors[0], tensors[-1].shape
-        dtype = accumulate_dtype(self.input_dtype(tensors))
+        dtype = self.wide_dtype(tensors)
         result = input.new_empty(rows if options.alone else (len(RESULTS), *rows), dtype=dtype)
         return result, input.new_empty((self.loss.fields(options), *rows), dtype=torch.float64)
 

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
@@ -202,57 +201,6 @@ class Passes(NamedTuple):
     inplace: bool = False
 
 
-def state_passes(
-    source: Any,
-    loss: Any,
-    layouts: Layouts,
-    dtype: torch.dtype,
-    *,
-    results: int = 0,
-    keeps_logits: bool = True,
-) -> Passes:
-    """Returns the passes that compute the state of each row.
-
-    Args:
-        source: A `LogitRows` or another source of rows.
-        loss: Has the methods `fields`, the number of fields of a state, and `of_results`, the
-            result of a call in float64. If the call has factors, `inputs` returns the tensors and
-            the options that the source takes, and `grad_results` its arguments of this name and
-            filter_below; see ``cross_entropy.py``. Otherwise, the source takes the call and
-            grad_output.
-        dtype: The dtype of the result.
-        results: As in `LogitRows.state`.
-        keeps_logits: Whether to keep logits that have been computed for the backward pass.
-    """
-    specs, planned, _, needs, _ = layouts
-    count, classes, fields = len(specs), source.classes.total, loss.fields(planned)
-    with_metrics, keeps = planned.with_metrics, keeps_logits and True in needs
-    has_factors = isinstance(loss, RowLoss)
-
-    def forward(tensors: Tensors, options: Options) -> Forward:
-        inputs, of_rows = [*tensors, None], options
-        if has_factors:
-            inputs, of_rows = loss.inputs(tensors, options, with_metrics)
-        state, result, logits = source.state(inputs, of_rows, fields, results, keeps)
-        if result is None:
-            # Users may change the result in place, so it does not share the state's memory.
-            result = loss.of_results(state, tensors, options, classes).to(dtype, copy=True)
-        return (result, state) if with_metrics else result, (*tensors, state, logits), ()
-
-    def backward(saved: Tensors, options: Options, grad_output: Tensor) -> Gradients:
-        tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
-        if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
-            logits = None  # they would be overwritten
-        inputs, of_rows, grads, below = [*tensors, None], options, grad_output, None
-        if has_factors:
-            inputs, of_rows = loss.inputs(tensors, options, False)
-            grads, below = loss.grad_results(state, tensors, options, classes, grad_output)
-        gradients = source.gradients(inputs, of_rows, state, grads, logits, below)
-        return *gradients, *[None] * (len(needs) - len(gradients))
-
-    return Passes(forward, backward)
-
-
 # ---- operators -----------------------------------------------------------------------------------
 
 
@@ -352,13 +300,17 @@ class RowOperator(Operator):
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         """Returns empty tensors like the result and the state that a custom operator returns."""
         shape = tensors[0].shape[:-1] if options.reduction == "none" else ()
-        dtype = accumulate_dtype(self.input_dtype(tensors))
+        dtype = self.wide_dtype(tensors)
         return tensors[0].new_empty(shape, dtype=dtype), tensors[0].new_empty(0)
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         """Returns the dtype in which kernels take the input."""
         input = in_autocast_dtype(tensors[0]) if self.is_linear else tensors[0]
         return input.dtype  # type: ignore[no-any-return]
+
+    def wide_dtype(self, tensors: Tensors) -> torch.dtype:
+        """Returns the dtype in which kernels accumulate."""
+        return accumulate_dtype(self.input_dtype(tensors))
 
     def head_sizes(self, tensors: Tensors, options: Options) -> HeadSizes:
         """Returns the sizes of the blocks of a layer's logits."""
@@ -432,6 +384,8 @@ class RowOperator(Operator):
         assert self.reference is not None
         if getattr(options, "with_metrics", False):
             options = options._replace(with_metrics=False)
+        if getattr(options, "inplace", False):
+            options = options._replace(inplace=False)
         result: Tensor = self.reference(*tensors, options)
         return result
 
@@ -464,21 +418,58 @@ class RowOperator(Operator):
         local, input = local_shard(self, tensors, options, shard), tensors[0]
         if grad_enabled() and not input.requires_grad:
             tensors = input.detach().requires_grad_(), *tensors[1:]
-        return self.compute_shard(tensors, options, local)
+        return self.plan([spec_of(x) for x in tensors], options, local)(tensors, options)
 
-    def compute_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
-        """Returns the result of valid arguments with this process' classes."""
-        specs = [spec_of(x) for x in tensors]
-        return self.plan(specs, options, shard)(tensors, options)
+
+def state_passes(
+    op: RowOperator,
+    source: Any,
+    layouts: Layouts,
+    dtype: torch.dtype | None = None,
+    *,
+    results: int = 0,
+    keeps_logits: bool = True,
+) -> Passes:
+    """Returns the passes that compute the state of each row.
+
+    Args:
+        op: Its loss computes the result from states, as `cross_entropy.CrossEntropyLoss` does, and,
+            if a call has factors, also the inputs of the source and the gradients of its results.
+        source: A `LogitRows` or another source of rows.
+        dtype: The dtype of the result, None for the accumulation dtype.
+        results: As in `LogitRows.state`.
+        keeps_logits: Whether to keep logits that have been computed for the backward pass.
+    """
+    specs, planned, _, needs, _ = layouts
+    loss, count, classes = op.loss, len(specs), source.classes.total
+    fields, result_dtype = loss.fields(planned), dtype or op.wide_dtype(specs)
+    with_metrics, keeps = planned.with_metrics, keeps_logits and True in needs
+    has_factors = bool(op.factors)
+
+    def forward(tensors: Tensors, options: Options) -> Forward:
+        inputs, of_rows = [*tensors, None], options
+        if has_factors:
+            inputs, of_rows = loss.inputs(tensors, options, with_metrics)
+        state, result, logits = source.state(inputs, of_rows, fields, results, keeps)
+        if result is None:
+            # Users may change the result in place, so it does not share the state's memory.
+            result = loss.of_results(state, tensors, options, classes).to(result_dtype, copy=True)
+        return (result, state) if with_metrics else result, (*tensors, state, logits), ()
+
+    def backward(saved: Tensors, options: Options, grad_output: Tensor) -> Gradients:
+        tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
+        if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
+            logits = None  # they would be overwritten
+        inputs, of_rows, grads, below = [*tensors, None], options, grad_output, None
+        if has_factors:
+            inputs, of_rows = loss.inputs(tensors, options, False)
+            grads, below = loss.grad_results(state, tensors, options, classes, grad_output)
+        gradients = source.gradients(inputs, of_rows, state, grads, logits, below)
+        return *gradients, *[None] * (len(needs) - len(gradients))
+
+    return Passes(forward, backward)
 
 
 def _without_autocast(forward: Callable[..., Any], device: str, *call: Any) -> Any:
     with torch.autocast(device, enabled=False):
         return forward(*call)
-
-
-def prepare_inplace(input: Tensor) -> None:
-    """Increments the version of logits that their gradient may overwrite."""
-    if grad_enabled() and input.requires_grad:
-        checks.overwritable(input)
-        increment_version(input)

@@ -231,19 +231,9 @@ def check_local(
         input, *others = values
         shape = *input.shape[:1], classes, *input.shape[2:]
         op.check_arguments(input.new_empty(()).expand(shape), *others, options)
-    if message := unsupported_tensor(op, tensors, options):
-        raise RuntimeError(message)
-
-
-def unsupported_tensor(op: Any, tensors: dict[str, Any], options: Options) -> str | None:
-    """Returns the error message for the first tensor that kernels do not support, or None."""
-    input, *_ = tensors.values()
-    pairs = [(operand, tensors[operand.name]) for operand in op.all_operands]
-    numbers = zip(op.fields, options, strict=True)  # some may be tensors
-    pairs += [(Operand(name, differentiated=False), x) for name, x in numbers]
-    for operand, tensor in pairs:
-        reason = unsupported(operand, tensor, input) if isinstance(tensor, Tensor) else None
+    numbers = [Operand(name, differentiated=False) for name in op.fields]  # some may be tensors
+    for operand, x in zip((*op.all_operands, *numbers), (*values, *options), strict=True):
+        reason = unsupported(operand, x, values[0]) if isinstance(x, Tensor) else None
         if reason is not None and reason is not SMALL:
             expected = "a tensor that the kernels support with a shard"
-            return f"{operand.name}: expected {expected}, but {reason}"
-    return None
+            raise RuntimeError(f"{operand.name}: expected {expected}, but {reason}")

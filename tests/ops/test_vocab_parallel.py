@@ -376,8 +376,8 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
     monkeypatch.setattr(dist, "get_rank", lambda _: 0)
-    monkeypatch.setattr(CrossEntropy, "compute_shard", merged)
-    monkeypatch.setattr(shards, "unsupported_tensor", lambda *_: None)
+    monkeypatch.setattr(CrossEntropy, "plan", lambda *_: merged)
+    monkeypatch.setattr(shards, "unsupported", lambda *_: None)
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, device="meta").long()
     with NoIndices():
         cross_entropy(logits, target, shard=VocabShard(0, 5))
