@@ -517,6 +517,7 @@ PEERS = {
     "torch.compile, keep": "`torch.compile` with `keep`",
     "torch": "eager torch",
     "torch, THP": "eager torch with huge pages (`THP_MEM_ALLOC_ENABLE=1`)",
+    "torch.compile": "`torch.compile`",
 }
 
 
@@ -534,15 +535,14 @@ def _losses() -> tuple[str, dict[str, list[float]]]:
 def headline() -> str:
     """Returns the speed-up of the headline losses over each way to run torch, on CPUs."""
     machine, ratios = _losses()
-    lines = [[name, *_middle_and_range(ratios[peer])] for peer, name in PEERS.items()]
+    known = {peer: name for peer, name in PEERS.items() if ratios[peer]}
+    lines = [[name, *_middle_and_range(ratios[peer])] for peer, name in known.items()]
     table = report.tabulated(["compared with", "median", "range"], lines, names=1)
     counted = f"{len(ratios['torch'])} large losses, forward and backward, on"
     return f"{table}\n\n{counted} {machine}."
 
 
 def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
-    if not ratios:
-        return "n/a", ""
     middle = median(ratios)
     return f"{middle:.1f}" if middle < 10 else f"{middle:.0f}", _range(ratios)
 
