@@ -304,13 +304,13 @@ class Rows(NamedTuple):
     total: int = 0
 
     def take(self, values: Any, dim: int = 0) -> Any:
-        """Returns the values of the rows that are computed, given those of all rows or None."""
+        """Selects the computed rows from values of all rows; None remains None."""
         if values is None or self.indices is None:
             return values
         return values.index_select(dim, self.indices)
 
     def spread(self, values: Any, dim: int = 0) -> Any:
-        """Returns values of all rows, given those of the computed rows or None; others are 0."""
+        """Scatters values of the computed rows to a tensor of all rows, filled with 0."""
         if values is None or self.indices is None:
             return values
         shape = list(values.shape)
