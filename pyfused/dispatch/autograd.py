@@ -111,40 +111,39 @@ class Fused(torch.autograd.Function):
                 "True, and the gradient has overwritten the logits"
             )
         gradients: Any
-        if second_order:
-            saved = _saved_tensors(ctx)
-            gradients = plan.define(saved[:first_gradient], ctx.options, grad_output)
-            if torch.is_grad_enabled():
-                gradients = in_graph(gradients, saved)
-        elif first_gradient is None:
-            saved = _saved_tensors(ctx)
-            if overwrites:
-                increment_version(saved[0])
-                ctx.input_is_overwritten = True
-            gradients = plan.backward(saved, ctx.options, grad_output)
-        else:
+        if first_gradient is not None and not second_order:
             copies, gradients = graph_is_retained(), saved_tensors_from(ctx, first_gradient)
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
                     if copies or not (gradient.is_contiguous() or is_dense(gradient)):
                         gradients[i] = gradient = gradient.clone()
                     plan.backend.scale_(gradient, grad_output)
+        else:
+            try:
+                saved = ctx.saved_tensors
+            except RuntimeError as error:
+                raise _with_hint(error, plan.name) from None
+            if second_order:
+                gradients = plan.define(saved[:first_gradient], ctx.options, grad_output)
+                if torch.is_grad_enabled():
+                    gradients = in_graph(gradients, saved)
+            else:
+                if overwrites:
+                    increment_version(saved[0])
+                    ctx.input_is_overwritten = True
+                gradients = plan.backward(saved, ctx.options, grad_output)
         constants = len(ctx.needs_input_grad) - 2 - len(gradients)
         return None, None, *gradients, *(None,) * constants
 
 
-def _saved_tensors(ctx: Any) -> Sequence[Any]:
-    """Returns the saved tensors; if one was changed in place, the error says what to do."""
-    try:
-        saved: Sequence[Any] = ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{error}\n{ctx.plan.name}: a tensor that backward reads was changed in place after "
-            "the call. Pass a clone to the call, or change the tensor after backward()"
-        ) from None
-    return saved
+def _with_hint(error: RuntimeError, name: str) -> RuntimeError:
+    """Returns the error of reading saved tensors; if one was changed in place, with what to do."""
+    if "modified by an inplace operation" not in str(error):
+        return error
+    return RuntimeError(
+        f"{error}\n{name}: a tensor that backward reads was changed in place after the call. "
+        "Pass a clone to the call, or change the tensor after backward()"
+    )
 
 
 def _normal_tensors(saved: Sequence[Any], unread: bool) -> Sequence[Any]:
