@@ -184,8 +184,8 @@ def compare(options: Namespace) -> None:
 # ---- allocators ----------------------------------------------------------------------------------
 
 LARGE = 32 << 20  # bytes; glibc maps and unmaps blocks from this size on
-# The libraries, with variables of the environment. Only pyfused needs a change of code; the first
-# is the baseline.
+# The libraries, as `worker_of` takes them, with variables of the environment. The first is the
+# baseline.
 SETTINGS: dict[str, dict[str, str]] = {
     "torch": {},
     "torch, THP": {"THP_MEM_ALLOC_ENABLE": "1"},

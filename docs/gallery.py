@@ -582,8 +582,7 @@ def by_model() -> str:
         for name, rows in sorted(found.items(), key=lambda x: _rank(x[0]))
     ]
     columns = ["model, dtype, batch", "eager torch", *BY_MODEL.values()]
-    machines = {_short(next(iter(rows.values()))["machine"]): None for rows in found.values()}
-    caption = f"*Medians, or quartiles if these are far apart. {' '.join(machines)}*"
+    caption = f"*Medians, or quartiles if these are far apart. {_machines(found)}*"
     return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
 
 
@@ -607,22 +606,17 @@ def _cell(rows: dict[str, dict[str, str]], way: str) -> str:
 def kept_steps() -> str:
     """Returns the table of training steps with and without `keep`, and their peak memory."""
     columns = ["model, dtype, batch", "eager torch", *KEPT.values()]
+    found = {name: rows for name, rows in _steps().items() if "torch, keep" in rows}
     lines, peaks = [], []
-    for name, rows in _steps().items():
-        if "torch, keep" in rows:
-            lines.append([name, _eager(rows), *(_cell(rows, way) for way in KEPT)])
-            of_torch = max(int(row["torch, peak"]) for row in rows.values())
-            found = [of_torch, *(int(rows[way]["peak"]) for way in KEPT)]
-            peaks.append([name, *(f"{peak / 2**30:.2f}" for peak in found)])
-    machines = {
-        _short(next(iter(rows.values()))["machine"]): None
-        for rows in _steps().values()
-        if "torch, keep" in rows
-    }
+    for name, rows in found.items():
+        lines.append([name, _eager(rows), *(_cell(rows, way) for way in KEPT)])
+        of_torch = max(int(row["torch, peak"]) for row in rows.values())
+        peak = [of_torch, *(int(rows[way]["peak"]) for way in KEPT)]
+        peaks.append([name, *(f"{each / 2**30:.2f}" for each in peak)])
     return (
         f"Speed-up over eager torch:\n\n{report.tabulated(columns, lines, names=1)}\n\n"
         f"Peak memory in GiB:\n\n{report.tabulated(columns, peaks, names=1)}\n\n"
-        f"{' '.join(machines)}"
+        f"{_machines(found)}"
     )
 
 
@@ -645,6 +639,12 @@ def slower() -> str:
         "Slower than eager torch, with an upper quartile below 1:"
         f" {'; '.join(beyond) or 'none'}. Slower within the spread: {'; '.join(within) or 'none'}."
     )
+
+
+def _machines(found: dict[str, dict[str, dict[str, str]]]) -> str:
+    """Returns the machines of training steps, each once."""
+    named = {_short(next(iter(rows.values()))["machine"]): None for rows in found.values()}
+    return " ".join(named)
 
 
 def _short(machine: str) -> str:

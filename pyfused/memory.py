@@ -131,8 +131,8 @@ def why_not_kept() -> str | None:
     if library != _library_of(libc.gnu_get_libc_version):
         return f"malloc comes from {library}"
     variables = _environment()
-    names = [f"MALLOC_{name.upper()}_" for name in _VARIABLES]
-    names = [name for name in names if name in variables]
+    known = [f"MALLOC_{name.upper()}_" for name in _VARIABLES]
+    names = [name for name in known if name in variables]
     tunables = variables.get("GLIBC_TUNABLES", "")
     if any(f"glibc.malloc.{name}=" in tunables for name in _VARIABLES):
         names.append("GLIBC_TUNABLES")
