@@ -39,7 +39,7 @@ demo-quick: $(BUILD) ## demo with fewer steps: 90 seconds on two idle cores
 	$(BIN)/python examples/custom_loss.py
 	$(BIN)/python examples/heads.py
 
-formulas: $(if $(and $(OP),$(wildcard $(BUILD))),,$(BUILD)) $(TOOLS) ## generate C++ and lists of operators from the declarations, and rebuild (OP=mse_loss: try one formula, 1 minute)
+formulas: $(if $(and $(OP),$(wildcard $(BUILD))),,$(BUILD)) $(TOOLS) ## generate C++ from the declarations, and rebuild (OP=mse_loss: try one formula, 1 minute)
 ifdef OP # for the oldest instruction set, which compiles in a third of the time of the newest
 	$(BIN)/python tools/formulas.py formulas.inc
 	PYFUSED_ONLY_ISA=$(subst -,_,$(OLDEST)) $(BIN)/python setup.py --quiet build_ext --inplace

@@ -400,6 +400,19 @@ class HeadCase:
         given = self.input, self.head, self.target
         return self.gradients(F.linear_cross_entropy(*given, options=options))
 
+    def compiled(self, **options: Any) -> Callable[[], tuple[Tensor, ...]]:
+        """Returns `reference`, compiled by torch.compile with these options of Inductor."""
+
+        def loss(input: Tensor, head: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(input, head), target)
+
+        step = torch.compile(loss, options=options, dynamic=False)
+        return lambda: self.gradients(step(self.input, self.head, self.target))
+
+    def of_logits(self) -> tuple[Tensor, ...]:
+        """Computes all logits by torch, and their loss by pyfused."""
+        return self.gradients(fused.cross_entropy(F.linear(self.input, self.head), self.target))
+
     def ours(self, target: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
         given = self.input, self.head, self.target if target is None else target
         return self.gradients(fused.linear_cross_entropy(*given, **options))
@@ -431,10 +444,14 @@ class HeadCase:
                 "three products": self.products,
                 "torch": self.reference,
                 "torch, in chunks": self.in_chunks,
+                "pyfused, cross_entropy of logits": self.of_logits,
                 "pyfused": self.ours,
-                "pyfused, memory_budget of a 16th": partial(
-                    self.ours, memory_budget=self.logits // 16
-                ),
+                **{
+                    f"pyfused, memory_budget of a {name}": partial(
+                        self.ours, memory_budget=self.logits // part
+                    )
+                    for name, part in (("quarter", 4), ("16th", 16))
+                },
                 "pyfused, half ignored": partial(self.ours, self.half),
             },
             "log-probabilities": {

@@ -25,7 +25,6 @@ from gpu import Clock, Table, peak
 from report import spread
 from torch import Tensor
 from torch._inductor import config as inductor_config
-from torch.nn import functional as F
 
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
@@ -293,16 +292,9 @@ def peers_of(case: HeadCase) -> dict[str, Step]:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
 
         peers["quack"] = lambda: case.gradients(quack(*head))
-    compiled = torch.compile(lambda *head: F.cross_entropy(F.linear(*head[:2]), head[2]))
-    peers["torch.compile"] = lambda: case.gradients(compiled(*head))
+    peers["torch.compile"] = case.compiled()
     if hasattr(inductor_config, "auto_chunker"):
-        options = {"auto_chunker.enable": True}
-        chunked = torch.compile(
-            lambda *head: F.cross_entropy(F.linear(*head[:2]), head[2]),
-            options=options,
-            dynamic=False,
-        )
-        peers["torch.compile, auto_chunker"] = lambda: case.gradients(chunked(*head))
+        peers["torch.compile, auto_chunker"] = case.compiled(**{"auto_chunker.enable": True})
     return peers
 
 

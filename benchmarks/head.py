@@ -1,7 +1,8 @@
 """Times a language model's head and loss: bare matrix products, torch and pyfused.
 
-Times include forward and backward and the allocation of outputs; calls are interleaved in one
-process. Peak memory excludes arguments and results.
+Times include forward and backward and the allocation of outputs. Calls are interleaved in one
+process: first with torch's defaults, then with ``pyfused.memory.keep()``. Peak memory is without
+`keep`, and excludes arguments and results.
 """
 
 from __future__ import annotations
@@ -20,16 +21,29 @@ from typing import Any
 
 import report
 import torch
-from cases import HeadCase, interleaved, ratios, settle_allocator, timers_of
+from cases import (
+    DTYPES,
+    HeadCase,
+    Step,
+    Times,
+    interleaved,
+    ratios,
+    settle_allocator,
+    timers_of,
+)
 from report import ROOT, spread, tabulated
 from rich.progress import track
-from torch import Tensor
 
 import pyfused.functional
 import pyfused.memory
 
-# (tokens, features, classes)
-CASES = ((1024, 512, 32_000), (2048, 256, 128_256))
+# (tokens, features, classes), and the dtype
+CASES = (
+    ((1024, 512, 32_000), "float32"),
+    ((256, 768, 50_257), "float32"),
+    ((256, 768, 8_000), "bfloat16"),
+    ((2048, 256, 128_256), "float32"),
+)
 ROUNDS = 5
 
 
@@ -51,56 +65,82 @@ def status(key: str) -> int:
     return int(match[1]) << 10
 
 
-def check(case: HeadCase) -> None:
+def implementations(case: HeadCase) -> dict[str, dict[str, Step]]:
+    """Returns the implementations of each loss, and for cross-entropy also compiled torch.
+
+    In half precision, only those of cross-entropy: torch's other losses are too inexact to compare.
+    """
+    found: dict[str, dict[str, Step]] = {**case.implementations()}
+    found["cross-entropy"]["torch.compile"] = case.compiled()
+    if case.input.dtype is not torch.float32:
+        return {"cross-entropy": found["cross-entropy"]}
+    return found
+
+
+def check(case: HeadCase, steps: dict[str, Step]) -> None:
     """Raises an error if gradients differ from torch's."""
-    for steps in case.implementations().values():
-        _, reference, *others = (step for name, step in steps.items() if "ignored" not in name)
-        for step in others:
-            check_gradients(step(), reference())
+    rtol, atol = (1e-3, 1e-5) if case.input.dtype is torch.float32 else (2.0**-6, 2.0**-7)
+    _, reference, *others = (step for name, step in steps.items() if "ignored" not in name)
+    for step in others:
+        for pair in zip(step(), reference(), strict=True):
+            largest = float(pair[1].abs().max())
+            torch.testing.assert_close(*pair, rtol=rtol, atol=atol * largest)
 
 
-def check_gradients(gradients: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for gradient, reference in zip(gradients, expected, strict=True):
-        atol = 1e-5 * float(reference.abs().max())
-        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=atol)
-
-
-def peak(loss: str, implementation: str, shape: tuple[int, ...]) -> int:
+def peak(loss: str, implementation: str, shape: tuple[int, ...], dtype: str) -> int:
     """Returns the peak memory without arguments and gradients, measured in a new process."""
-    command = [sys.executable, __file__, loss, implementation, *map(str, shape)]
+    command = [sys.executable, __file__, loss, implementation, dtype, *map(str, shape)]
     # By default, glibc caches freed memory and reuses it, so the peak would not grow.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     return int(subprocess.check_output(command, env=environment))
 
 
-def measure(shape: tuple[int, ...]) -> list[list[str]]:
-    case = HeadCase(*shape)
-    check(case)
-    rows = []
-    for loss, steps in case.implementations().items():
-        all_times = interleaved(timers_of([*steps.values()]), ROUNDS, 1)
-        products, torch_times, *_ = all_times
-        rows += [
-            [
-                f"({', '.join(map(str, shape))})",
-                loss,
-                name,
-                f"{median(times):.0f} ms",
-                spread(ratios(times, products)),
-                spread(ratios(torch_times, times)),
-                "" if times is products else f"{peak(loss, name, shape) / case.logits:.2f}",
-            ]
-            for name, times in zip(steps, all_times, strict=True)
-        ]
+def times_of(steps: dict[str, Step]) -> Times:
+    timers = timers_of([*steps.values()])
+    interleaved(timers, 1, 1)
+    return interleaved(timers, ROUNDS, 1)
+
+
+def measure(shape: tuple[int, ...], dtype: str) -> list[list[str]]:
+    torch.compiler.reset()  # else the next sizes would compile with dynamic shapes
+    case = HeadCase(*shape, dtype=DTYPES[dtype])
+    name_of_case, rows = f"({', '.join(map(str, shape))}), {dtype}", []
+    for loss, steps in implementations(case).items():
+        check(case, steps)
+        default = times_of(steps)
+        with pyfused.memory.keep():
+            kept = times_of(steps)
+        for name, times, times_kept in zip(steps, default, kept, strict=True):
+            is_products = "products" in name
+            memory = 0 if is_products else peak(loss, name, shape, dtype)
+            rows.append(
+                [
+                    name_of_case,
+                    loss,
+                    name,
+                    f"{median(times):.0f} ms",
+                    spread(ratios(times, default[0])),
+                    spread(ratios(default[1], times)),
+                    f"{median(times_kept):.0f} ms",
+                    spread(ratios(kept[1], times_kept)),
+                    "" if is_products else f"{memory / case.logits:.2f}",
+                ]
+            )
     return rows
+
+
+COLUMNS = (
+    *("tokens, features, classes, dtype", "loss", "", "time", "time / products"),
+    *("times as fast as torch", "time with `keep`", "times as fast as torch, both with `keep`"),
+    "peak / logits",
+)
 
 
 def head(options: Namespace) -> None:
     settle_allocator()
-    shapes = CASES[:1] if options.quick else CASES
-    rows = [row for shape in track(shapes, "Measuring", transient=True) for row in measure(shape)]
-    columns = ["tokens, features, classes", "loss", "", "time", "time / products"]
-    table = tabulated([*columns, "times as fast as torch", "peak / logits"], rows, names=3)
+    cases = CASES[:1] if options.quick else CASES
+    rows = [row for case in track(cases, "Measuring", transient=True) for row in measure(*case)]
+    table = tabulated(COLUMNS, rows, names=3)
     print(table)
     if not options.quick:
         results = report.measured(report.machine_info())
@@ -153,8 +193,8 @@ def filter_eps(options: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    loss, implementation, *sizes = sys.argv[1:]
-    case, kept = HeadCase(*map(int, sizes)), []
-    call = case.implementations()[loss][implementation]
+    loss, implementation, dtype, *sizes = sys.argv[1:]
+    case, kept = HeadCase(*map(int, sizes), dtype=DTYPES[dtype]), []
+    call = implementations(case)[loss][implementation]
     growth = peak_growth(lambda _: kept.append(call()) or kept.clear())
-    print(growth - 4 * (case.input.numel() + case.head.numel()))
+    print(growth - case.input.nbytes - case.head.nbytes)

@@ -73,14 +73,23 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
     raise nodes.SkipNode
 
 
-def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Gives each cell the heading of its column, which pages.css shows on narrow screens.
+MOST_COLUMNS = 5  # that a phone shows as a table
 
+
+def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
+    """Prepares tables that pages.css shows as lists on narrow screens.
+
+    These are tables of sentences and of many columns. Each cell gets the heading of its column.
     Empty cells, in which Sphinx writes a space, get a class, and are hidden there.
     """
     for table in doctree.findall(nodes.tgroup):
         for head, body in zip(table.findall(nodes.thead), table.findall(nodes.tbody), strict=False):
-            titles = [entry.astext() for entry in head.findall(nodes.entry)]
+            headings = [*head.findall(nodes.entry)]
+            has_numbers = any("text-right" in heading["classes"] for heading in headings)
+            if has_numbers and len(headings) <= MOST_COLUMNS:
+                continue
+            table.parent["classes"].append("listed")
+            titles = [heading.astext() for heading in headings]
             for row in body.findall(nodes.row):
                 for k, (title, entry) in enumerate(zip(titles, row.children, strict=True)):
                     if not entry.astext():
@@ -102,11 +111,16 @@ def keep_quartiles_together(_app: Sphinx, doctree: nodes.document, _page: str) -
 
 
 def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Allows line breaks behind the underscores of names in tables."""
+    """Allows line breaks behind the underscores and dots of names in tables."""
     for entry in doctree.findall(nodes.entry):
         for text in list(entry.findall(nodes.Text)):
-            if "_" in text and not isinstance(text.parent, nodes.literal_block):
-                text.parent.replace(text, nodes.Text(text.replace("_", "_\u200b")))
+            first, *others = re.split(r"(?<=_)|(?<=\.)(?=[a-z])", text)
+            if not others or isinstance(text.parent, nodes.literal_block):
+                continue
+            pieces: list[nodes.Node] = [nodes.Text(first)]
+            for piece in others:  # not a zero-width space, which would be copied with the name
+                pieces += [nodes.raw("", "<wbr>", format="html"), nodes.Text(piece)]
+            text.parent.replace(text, pieces)
 
 
 def setup(app: Sphinx) -> None:

@@ -290,8 +290,8 @@ GALLERY: dict[str, dict[str, Entry]] = {
         ),
         "linear_cross_entropy": Entry(
             r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
-            "For many classes, such as the tokens of a language model, without materialising all"
-            " logits.",
+            "For many classes, such as the tokens of a language model: takes blocks of logits, not"
+            " all of them.",
             (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
             low=-6.0,
             high=6.0,

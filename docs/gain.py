@@ -1,7 +1,8 @@
 """Measures the speed-up by size for docs/is-it-for-you.md: `python docs/gain.py`.
 
-Calls of torch and pyfused, forward and backward, are interleaved. Calls below the size limits of
-kernels run torch's operators.
+Calls of torch and pyfused, forward and backward, are interleaved: first with torch's defaults, then
+with ``pyfused.memory.keep()``. Calls below the size limits of kernels run torch's operators; each
+row records the limit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import cases
 import report
 
 import pyfused.functional
+import pyfused.memory
+from pyfused.dispatch.sizes import limits
+from pyfused.ops import operators
 
 # The sizes of the other dimensions; the first dimension grows.
 OPERATORS: dict[str, tuple[int, ...]] = {
@@ -38,15 +42,24 @@ def measure(op: str, others: tuple[int, ...], elements: int) -> report.Row:
     return report.row(case, cases.TRAINING, {"torch": found})
 
 
+def limit(op: str) -> int:
+    """Returns the number of elements from which a kernel runs by default."""
+    return limits(operators.OPERATORS[op], True).from_elements
+
+
 def main() -> None:
     cases.settle_allocator()
     found = report.measured(report.machine_info())
     file, rows = report.RESULTS / report.slug(found) / "gain.csv", []
-    for op, others in OPERATORS.items():
-        for elements in ELEMENTS:
-            row = measure(op, others, elements)
-            rows.append(report.cells(row) | {"machine": report.machine(found)})
-            print(row, flush=True)
+    limit_of = {op: limit(op) for op in OPERATORS}  # without `keep`, which changes some of them
+    for keep in (False, True):
+        pyfused.memory.keep(keep)
+        for op, others in OPERATORS.items():
+            for elements in ELEMENTS:
+                row = report.cells(measure(op, others, elements))
+                also = {"keep": int(keep), "limit": limit_of[op]}
+                rows.append(row | also | {"machine": report.machine(found)})
+                print(rows[-1], flush=True)
     report.write_csv(file, rows)
 
 

@@ -145,8 +145,8 @@ def ratios() -> Figure:
     axes = figure.subplots()
     for peer, label in (
         ("torch", "eager torch"),
-        ("torch, THP", "with huge pages"),
-        ("torch.compile", "compiled"),
+        ("torch, keep", "with keep"),
+        ("torch.compile, keep", "compiled, with keep"),
     ):
         colour, marker = STYLES[peer]
         known = [name for name in names if peer in rows[name].peers]
@@ -165,27 +165,31 @@ def ratios() -> Figure:
 
 
 def gain() -> Figure:
-    """Draws the speed-up of a call over torch, by its size."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots()
-    rows = [report.row_of(cells) for cells in _of_cpus("gain")[-1]]
-    for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
-        known = [row for row in rows if row.op == op]
-        elements = [row.elements for row in known]
-        low, median, high = zip(*(row.peers["torch"].ratio for row in known), strict=True)
-        colour, marker = SERIES[index]
-        axes.fill_between(elements, low, high, color=colour, alpha=0.2, linewidth=0)
-        label = f"{op}, 1,000 classes" if op == "cross_entropy" else op
-        axes.plot(elements, median, marker, ls="-", color=colour, markersize=4, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.axhline(1, color=INK, linewidth=1)
-    label_ratios(axes.yaxis)
+    """Draws the speed-up of a call over torch by its size, with and without `keep`."""
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    panels = figure.subplots(2, sharex=True)
+    table = _of_cpus("gain")[-1]
+    for keep, axes in enumerate(panels):
+        rows = [report.row_of(cells) for cells in table if cells["keep"] == str(keep)]
+        for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
+            known = [row for row in rows if row.op == op]
+            elements = [row.elements for row in known]
+            low, median, high = zip(*(row.peers["torch"].ratio for row in known), strict=True)
+            colour, marker = SERIES[index]
+            axes.fill_between(elements, low, high, color=colour, alpha=0.2, linewidth=0)
+            label = f"{op}, 1,000 classes" if op == "cross_entropy" else op
+            axes.plot(elements, median, marker, ls="-", color=colour, markersize=4, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.axhline(1, color=INK, linewidth=1)
+        label_ratios(axes.yaxis)
+        axes.set_ylabel("time of torch / of pyfused", fontsize=9)
+        axes.set_title("both with keep" if keep else "torch's defaults", fontsize=10)
     ticks = elements[::2]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel("elements of the input", fontsize=9)
-    axes.set_ylabel("time of torch / time of pyfused", fontsize=9)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    labels = axes.get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return _with_grid(figure)
 
 
@@ -201,43 +205,83 @@ def _cpu_heads() -> dict[str, dict[str, list[str]]]:
     return found
 
 
+# Ways to compute a head with cross-entropy: their names in measurements of CPUs and of GPUs.
+WAYS = {
+    "eager torch": ("torch", "torch"),
+    "torch.compile": ("torch.compile", "torch.compile"),
+    "torch.compile, auto_chunker": (None, "torch.compile, auto_chunker"),
+    "torch, in chunks": ("torch, in chunks", None),
+    "Liger": (None, "Liger"),
+    "cut-cross-entropy": (None, "cut-cross-entropy"),
+    "pyfused, of logits": ("pyfused, cross_entropy of logits",) * 2,
+    "pyfused": ("pyfused", "pyfused"),
+    "pyfused, a quarter": (
+        "pyfused, memory_budget of a quarter",
+        "pyfused, memory for 1/4 of the classes",
+    ),
+    "pyfused, a 16th": ("pyfused, memory_budget of a 16th",) * 2,
+}
+LARGE_CPU, LARGE_GPU = "(1024, 512, 32000), float32", "(8192, 4096, 128256)"
+
+
 def heads() -> Figure:
     """Draws time and peak memory of a linear layer and its cross-entropy on a CPU."""
-    names, times, peaks = [], [], []
-    for sizes, ways in _cpu_heads().items():
-        for way in ("torch", "torch, in chunks", "pyfused"):
-            names.append(f"{way}\n{sizes}")
-            times.append(float(ways[way][4].split()[0]))
-            peaks.append(float(ways[way][6]))
+    ways = _cpu_heads()[LARGE_CPU]
+    shown = {name: ways[way] for name, (way, _) in WAYS.items() if way in ways}
+    panels = (
+        (
+            "time / time of the matrix products",
+            [float(row[4].split()[0]) for row in shown.values()],
+        ),
+        ("peak memory / size of the logits", [float(row[-1]) for row in shown.values()]),
+    )
+    return _bars([*shown], panels)
+
+
+def gpu() -> Figure:
+    """Draws time and peak memory of the same on an H100, for the sizes of Llama 3 8B."""
+    ways = _gpu_heads()["cross-entropy"][LARGE_GPU]
+    shown = {name: ways[way] for name, (_, way) in WAYS.items() if way in ways}
+    times = [ms / ways["three products"][0] for ms, _ in shown.values()]
     panels = (
         ("time / time of the matrix products", times),
-        ("peak memory / size of the logits", peaks),
+        ("peak memory, GiB", [gib for _, gib in shown.values()]),
     )
-    return _bars(names, panels)
+    return _bars([*shown], panels)
+
+
+def trade() -> str:
+    """Returns the table of time and peak memory of these ways, on a CPU and on an H100."""
+    on_cpu, on_gpu = _cpu_heads()[LARGE_CPU], _gpu_heads()["cross-entropy"][LARGE_GPU]
+    lines = []
+    for name, (cpu, gpu) in WAYS.items():
+        row, (ms, gib) = on_cpu.get(cpu), on_gpu.get(gpu, (None, None))
+        cells = [row[3], row[6], row[-1]] if row else ["n/a"] * 3
+        cells += [f"{ms:.3g} ms", f"{gib:.2f} GiB"] if ms else ["n/a"] * 2
+        lines.append([f"`{name}`" if name.startswith("torch.compile") else name, *cells])
+    columns = ["", "CPU", "CPU, with `keep`", "peak / logits", "H100", "peak"]
+    return report.tabulated(columns, lines, names=1)
 
 
 def head_summary() -> str:
     """Returns the speed-up and the memory of heads on a CPU, in sentences."""
     sentences = []
     for sizes, ways in _cpu_heads().items():
-        faster, peak = ways["pyfused"][5].split()[0], float(ways["pyfused"][6])
-        tokens, features, classes = (int(size) for size in sizes.strip("()").split(", "))
+        shape, dtype = sizes[1:].split("), ")
+        tokens, features, classes = map(int, shape.split(", "))
+        ours = ways["pyfused"]
+        faster, kept = (float(ours[column].split()[0]) for column in (5, 7))
+        memory = float(ours[-1]) / float(ways["torch"][-1])
         sentences.append(
-            f"For {tokens:,} tokens, {features} features and {classes:,} classes on a CPU, it is"
-            f" {faster} times as fast as torch, with {peak / float(ways['torch'][6]):.2f} of the"
-            " memory."
+            f"- {tokens:,} tokens, {features} features and {classes:,} classes in {dtype}:"
+            f" {_times(faster)} times as fast as torch, {_times(kept)} times if both run with"
+            f" `keep`, with {memory:.2f} of the memory"
         )
     return "\n".join(sentences)
 
 
-def gpu() -> Figure:
-    """Draws time and peak memory of the same on an H100, for the sizes of Llama 3 8B."""
-    ways = _gpu_heads()["cross-entropy"]["(8192, 4096, 128256)"]
-    shown = ["torch", "torch.compile", "Liger", "cut-cross-entropy", "pyfused"]
-    times = [ways[way][0] / ways["three products"][0] for way in shown]
-    peaks = [ways[way][1] for way in shown]
-    panels = ("time / time of the matrix products", times), ("peak memory, GiB", peaks)
-    return _bars(shown, panels)
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def curves() -> Figure:
@@ -287,11 +331,11 @@ def tutorial() -> Figure:
     return _with_grid(names["figure"])
 
 
-def _bars(names: list[str], panels: Any) -> Figure:
+def _bars(names: Sequence[str], panels: Any) -> Figure:
     """Draws horizontal bars in the colours of the implementations, one panel for each quantity."""
-    lines = sum(1 + name.count("\n") for name in names)
-    figure = Figure(figsize=(WIDTH, len(panels) * (0.9 + 0.25 * lines)), layout="constrained")
-    colours = [STYLES[name.partition("\n")[0]][0] for name in names]
+    height = len(panels) * (0.9 + 0.25 * len(names))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    colours = [STYLES[name.removeprefix("eager ").partition(",")[0]][0] for name in names]
     for axes, (title, values) in zip(figure.subplots(len(panels)), panels, strict=True):
         bars = axes.barh(names, values, color=colours)
         axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=9)
@@ -419,10 +463,13 @@ def _ratio(row: Row | None) -> str:
     """Returns a sentence with the speed-ups of a case, and the size from which a kernel runs."""
     if row is None:
         return ""
-    eager, compiled = row.peers["torch"], row.peers.get("torch.compile")
-    text = f"**{eager.ratio[1]:.1f} times** as fast as eager torch"
-    if compiled is not None:
-        text += f", {compiled.ratio[1]:.1f} times as compiled torch"
+    text = f"**{row.peers['torch'].ratio[1]:.1f} times** as fast as eager torch"
+    for peer, name in (
+        ("torch, keep", "if both run with `keep`"),
+        ("torch.compile", "as compiled"),
+    ):
+        if peer in row.peers:
+            text += f", {row.peers[peer].ratio[1]:.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
     smallest = limits(OPERATORS[row.op], True)[0]
     return f"{text}. Kernels run from {words(smallest)} elements on." if smallest else f"{text}."
@@ -471,6 +518,13 @@ def covered() -> str:
         + ", ".join(f"[{name}](operators/{name}.md)" for name in names)
         for group, names in shown().items()
     )
+
+
+def names() -> str:
+    """Returns the names of all operators by group."""
+    each = shown().items()
+    lines = (f"- {group}: {', '.join(f'`{name}`' for name in names)}" for group, names in each)
+    return "\n".join(lines)
 
 
 def thumbnails() -> str:
@@ -786,9 +840,11 @@ WRITTEN = {
     "machines": lambda: f"Measured on: {machines()}.",
     "gain machine": lambda: f"*Measured on {_of_cpus('gain')[-1][0]['machine']}.*",
     "sizes": sizes,
+    "operators": names,
     "headline": headline,
     "by model": by_model,
     "head summary": head_summary,
+    "trade": trade,
     "gpu losses": lambda: gpu_table("large"),
     "gpu kernels": lambda: gpu_table("kernels"),
     "gpu heads": gpu_heads,

@@ -10,9 +10,9 @@ PURPLE, GREY = "#7B61C9", "#808080"
 # The colour and the marker of each implementation that is compared.
 STYLES = {
     "torch": (BLUE, "o"),
-    "torch, THP": (PURPLE, "s"),
-    "torch, in chunks": (PURPLE, "s"),
+    "torch, keep": (PURPLE, "s"),
     "torch.compile": (GREEN, "D"),
+    "torch.compile, keep": (GREEN, "D"),
     "pyfused": (ORANGE, "o"),
     "pyfused, inplace=True": (PINK, "v"),
     "pyfused, linear": (PINK, "v"),

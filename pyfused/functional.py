@@ -317,7 +317,7 @@ def linear_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor:
-    """Returns :func:`cross_entropy` of a linear layer's output, without materialising all logits.
+    """Returns :func:`cross_entropy` of a linear layer's output, in blocks of logits.
 
     torch's function of the same name returns the same result::
 
@@ -514,7 +514,7 @@ def linear_log_probs(
     memory_budget: int | None = None,
     shard: VocabShard | None = None,
 ) -> LogProbs | LogProbsWithMetrics:
-    """Returns :func:`log_probs` of a linear layer's output, without materialising all logits.
+    """Returns :func:`log_probs` of a linear layer's output, in blocks of logits.
 
     The forward pass computes blocks of logits, and the backward pass recomputes them. On CPUs,
     ignored rows are skipped.
@@ -643,7 +643,7 @@ def linear_kl_div(
     memory_budget: int | None = None,
     teacher_requires_grad: bool = False,
 ) -> Tensor:
-    """Returns :func:`kl_div_with_logits` of two linear layers, without materialising all logits.
+    """Returns :func:`kl_div_with_logits` of two linear layers, in blocks of logits.
 
     The logits of both models are computed for blocks of rows and turned into gradients. Weight
     gradients are accumulated in float32, even in half precision.

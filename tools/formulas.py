@@ -4,7 +4,6 @@
     python tools/formulas.py formulas.inc   one file
 
     csrc/formulas.inc     the formulas in C++; pointwise_loss.cpp and activation.cpp include it
-    README.md             the list of operators
     docs/torch-objects.inv    the torch objects that pages link to
 
 These files are committed, so builds need no torch. `test_completeness.py` checks that they are up
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -31,8 +29,6 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "docs"))
-from entries import GALLERY  # noqa: E402
 
 # ---- C++ -----------------------------------------------------------------------------------------
 
@@ -274,19 +270,7 @@ def cpp() -> str:
     return "\n\n".join([header, checksum, text])
 
 
-# ---- lists of operators --------------------------------------------------------------------------
-
-
-def readme() -> str:
-    """Returns README.md with the list of operators, grouped as in the gallery."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    start = text.index("## Operators\n\n") + len("## Operators\n\n")
-    groups = [
-        f"**{group}**: {', '.join(f'`{name}`' for name in names if name in OPERATORS)}."
-        for group, names in GALLERY.items()
-    ]
-    return text[:start] + textwrap.fill(" ".join(groups), 119) + text[text.index("\n\n", start) :]
-
+# ---- the inventory of torch's objects ------------------------------------------------------------
 
 # Other torch objects that pages link to: the name, its kind and its page.
 LINKED = """
@@ -317,7 +301,6 @@ def printed() -> dict[Path, str]:
     """Returns the content of each generated file."""
     return {
         ROOT / "csrc" / "formulas.inc": cpp(),
-        ROOT / "README.md": readme(),
         ROOT / "docs" / "torch-objects.inv": inventory(),
     }
 

@@ -164,7 +164,7 @@ ON_GPU: dict[str, Limits] = {
 
 # In compiled programs, on CPUs and on GPUs: the number of logits from which a call becomes a custom
 # operator. All other operators are torch's functions, which Inductor fuses with their neighbours.
-# Heads avoid materialising the logits: on CPUs a training step took 2.1 times as long as Inductor's
+# Heads do not store all logits: on CPUs a training step took 2.1 times as long as Inductor's
 # at 2^16 logits, 1.2 times at 2^18, and 0.8 times at 2^20. A custom operator costs about 30 us per
 # pass. On GPUs, launching should take no longer than the kernels from 2^24 logits on; the limit has
 # not been measured.

@@ -1,4 +1,4 @@
-"""The loop over blocks of a linear layer's logits, which never stores all of them.
+"""The loop over blocks of a linear layer's logits.
 
     for rows, classes in blocks:
         logits = input[rows] @ weight[classes].T + bias[classes]

@@ -1,4 +1,4 @@
-"""Losses of a linear layer's output, without all logits in memory.
+"""Losses of a linear layer's output, computed in blocks of logits.
 
 `RowBlocks` computes a loss and its gradients in one pass, in blocks of rows with all classes.
 `HeadRows` computes the states of rows, and the gradients from them, in blocks of any size. Both run

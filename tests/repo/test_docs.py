@@ -15,6 +15,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 
+import gain as gains
 import gallery
 import pages
 from entries import EXAMPLES
@@ -46,6 +47,12 @@ def test_committed_charts_are_current(name: str) -> None:
         assert all(title in text for title in titles)
     else:
         assert gallery.rendered(gallery.DRAWN[name](), name) == text, "run python docs/gallery.py"
+
+
+@pytest.mark.parametrize("op", gains.OPERATORS)
+def test_the_chart_of_gains_has_the_current_sizes(op: str) -> None:
+    rows = [row for row in gallery._of_cpus("gain")[-1] if row["op"] == op]
+    assert {int(row["limit"]) for row in rows} == {gains.limit(op)}, "run python docs/gain.py"
 
 
 @pytest.mark.thresholds
