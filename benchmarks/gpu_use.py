@@ -301,7 +301,7 @@ def peers_of(case: HeadCase) -> dict[str, Step]:
 def budgets_of(case: HeadCase) -> dict[str, Step]:
     """Returns pyfused with memory budgets, given by the number of classes of a block."""
     classes, column = case.head.shape[0], case.input.nbytes // case.input.shape[1]
-    blocks = {f"{part} of the classes": classes // int(part[2:]) for part in ("1/4", "1/64")}
+    blocks = {"1/64 of the classes": classes // 64}
     blocks |= {"6,144 classes": 6144, "6,103 classes": 6103}  # a multiple of 64, and none
     return {
         f"pyfused, memory for {name}": partial(case.ours, memory_budget=size * column)

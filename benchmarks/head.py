@@ -79,7 +79,8 @@ def implementations(case: HeadCase) -> dict[str, dict[str, Step]]:
 
 def check(case: HeadCase, steps: dict[str, Step]) -> None:
     """Raises an error if gradients differ from torch's."""
-    rtol, atol = (1e-3, 1e-5) if case.input.dtype is torch.float32 else (2.0**-6, 2.0**-7)
+    # The gradient of torch's divergence in float32 has errors of up to 1e-4 of its largest element.
+    rtol, atol = (1e-3, 2e-4) if case.input.dtype is torch.float32 else (2.0**-6, 2.0**-7)
     _, reference, *others = (step for name, step in steps.items() if "ignored" not in name)
     for step in others:
         for pair in zip(step(), reference(), strict=True):

@@ -346,7 +346,7 @@ def linear_cross_entropy(
             operator.
         memory_budget: Limits the bytes of the logits that exist at once and of the operands of
             their product, down to blocks of 16 rows and 16 classes. The default on CPUs is a
-            quarter of the logits, a quarter of the weight or 16 MiB, whichever is most, but at most
+            quarter of the logits, half of the weight or 16 MiB, whichever is most, but at most
             512 rows; or all rows if they are at most twice as many. For bfloat16 on CPUs with AMX,
             it is all rows if they take at most 1/32 of the machine's memory. It affects only
             rounding.

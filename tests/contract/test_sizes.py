@@ -15,6 +15,7 @@ from pyfused import functional as fused
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.sizes import _limits as compute_limits
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
@@ -65,6 +66,14 @@ def test_calls_without_gradients(needs_grad: bool) -> None:
     with torch.no_grad():
         assert runs_torch("gelu", x)
         assert runs_torch("nll_loss", rows, target)
+
+
+def test_functions_that_mkl_computes() -> None:
+    tanh = OPERATORS["tanh"]
+    for dtype, is_half in ((torch.float32, False), (torch.float64, False), (torch.bfloat16, True)):
+        on_intel, others = (compute_limits(tanh, True, dtype, intel) for intel in (True, False))
+        assert others.from_elements < sizes.LOGITS
+        assert on_intel == (others if is_half else sizes.Limits(sizes.LOGITS).times(1))
 
 
 def test_the_least_and_the_largest_limit() -> None:

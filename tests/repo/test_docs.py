@@ -128,13 +128,9 @@ def test_sentences_about_steps() -> None:
     peaks = [int(r["peak"]) / int(r["torch, peak"]) for w in ON_CPU.values() for r in w.values()]
     assert min(peaks) < 0.95 < 1.05 < max(peaks)
 
-    says(
-        "docs/is-it-for-you.md",
-        "one line that has nothing to do with kernels gains more for most models",
-    )
-    kept = [(w["torch, keep"], w["convert"]) for w in ON_CPU.values() if "torch, keep" in w]
-    gains = [[float(row["ratio, median"]) for row in rows] for rows in kept]
-    assert sum(keep > convert for keep, convert in gains) > len(gains) / 2
+    says("docs/is-it-for-you.md", "has nothing to do with kernels also speeds up most models")
+    kept = [float(w["torch, keep"]["ratio, median"]) for w in ON_CPU.values() if "torch, keep" in w]
+    assert sum(gain > 1 for gain in kept) > len(kept) / 2
 
     ours = "linear_cross_entropy", "convert"
     says("docs/is-it-for-you.md", "most with [`linear_cross_entropy`] or `convert`")
