@@ -110,7 +110,8 @@ ON_CPU: dict[str, Limits] = {
 }
 # MKL computes torch's tanh of float32 and float64, in 0.6 to 0.9 times the kernel's time on Intel's
 # processors, and in 4 times its time on AMD's.
-INTEL = "Intel" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+_capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+INTEL = "Intel" in _capabilities.get("cpu_name", "")
 BY_MKL = ("tanh",)
 # In half precision torch processes the same number of bytes per second, so limits double. For
 # float16 they grow more, because the kernels convert it in a separate step. torch's half-precision
