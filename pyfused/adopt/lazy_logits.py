@@ -154,9 +154,9 @@ class HeadCall:
     ways. Operators in place increment a tensor's version. Fused optimizers do not, so a hook of all
     `torch.optim.Optimizer` ends the calls whose weight or bias they change. Other libraries write
     ``weight.data``, so a read after the model's forward compares 256 elements of the weight and of
-    the bias with those of the call. This does not detect a change of ``weight.data`` that misses
-    all of these elements, for example of a few rows. On a GPU, the first loss does not compare,
-    because that would synchronise.
+    the bias with their values in the call. This does not detect a change of ``weight.data`` that
+    misses all of these elements, for example of a few rows. On a GPU, the first loss does not
+    compare, because that would synchronise.
 
     Attributes:
         head: The head, which receives the metrics.

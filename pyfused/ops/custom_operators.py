@@ -69,8 +69,8 @@ def call(op: Operator, tensors: Tensors, options: Options, needs: Sequence[bool]
 class CustomOperator:
     """Registers the two custom operators of a head.
 
-    Their values are those of the schema, followed by ``needs``: whether each of the tensors that
-    may need a gradient needs one.
+    They take the values of the schema, and ``needs``: whether each of the tensors that may need a
+    gradient needs one.
     """
 
     def __init__(self, op: Any) -> None:
