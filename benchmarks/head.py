@@ -77,10 +77,11 @@ def implementations(case: HeadCase) -> dict[str, dict[str, Step]]:
     return found
 
 
-def check(case: HeadCase, steps: dict[str, Step]) -> None:
+def check(loss: str, case: HeadCase, steps: dict[str, Step]) -> None:
     """Raises an error if gradients differ from torch's."""
-    # The gradient of torch's divergence in float32 has errors of up to 1e-4 of its largest element.
-    rtol, atol = (1e-3, 2e-4) if case.input.dtype is torch.float32 else (2.0**-6, 2.0**-7)
+    rtol, atol = (1e-3, 1e-5) if case.input.dtype is torch.float32 else (2.0**-6, 2.0**-7)
+    if loss == "KL divergence":  # torch's gradient has errors of 1e-4 of its largest element
+        atol = 2e-4
     _, reference, *others = (step for name, step in steps.items() if "ignored" not in name)
     for step in others:
         for pair in zip(step(), reference(), strict=True):
@@ -107,13 +108,14 @@ def measure(shape: tuple[int, ...], dtype: str) -> list[list[str]]:
     case = HeadCase(*shape, dtype=DTYPES[dtype])
     name_of_case, rows = f"({', '.join(map(str, shape))}), {dtype}", []
     for loss, steps in implementations(case).items():
-        check(case, steps)
+        check(loss, case, steps)
         default = times_of(steps)
         with pyfused.memory.keep():
             kept = times_of(steps)
         for name, times, times_kept in zip(steps, default, kept, strict=True):
-            is_products = "products" in name
-            memory = 0 if is_products else peak(loss, name, shape, dtype)
+            memory = ""
+            if "products" not in name:
+                memory = f"{peak(loss, name, shape, dtype) / case.logits:.2f}"
             rows.append(
                 [
                     name_of_case,
@@ -124,7 +126,7 @@ def measure(shape: tuple[int, ...], dtype: str) -> list[list[str]]:
                     spread(ratios(default[1], times)),
                     f"{median(times_kept):.0f} ms",
                     spread(ratios(kept[1], times_kept)),
-                    "" if is_products else f"{memory / case.logits:.2f}",
+                    memory,
                 ]
             )
     return rows

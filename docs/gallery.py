@@ -221,38 +221,35 @@ WAYS = {
 LARGE_CPU, LARGE_GPU = "(1024, 512, 32000), float32", "(8192, 4096, 128256)"
 
 
+def _of_ways(found: dict[str, Any], index: int) -> dict[str, Any]:
+    """Returns the measurements of these ways on a CPU (index 0) or a GPU (1), by shown name."""
+    return {name: found[names[index]] for name, names in WAYS.items() if names[index] in found}
+
+
 def heads() -> Figure:
     """Draws time and peak memory of a linear layer and its cross-entropy on a CPU."""
-    ways = _cpu_heads()[LARGE_CPU]
-    shown = {name: ways[way] for name, (way, _) in WAYS.items() if way in ways}
-    panels = (
-        (
-            "time / time of the matrix products",
-            [float(row[4].split()[0]) for row in shown.values()],
-        ),
-        ("peak memory / size of the logits", [float(row[-1]) for row in shown.values()]),
-    )
-    return _bars([*shown], panels)
+    shown = _of_ways(_cpu_heads()[LARGE_CPU], 0)
+    times = [float(row[4].split()[0]) for row in shown.values()]
+    peaks = [float(row[-1]) for row in shown.values()]
+    return _time_and_peak([*shown], times, peaks, "peak memory / size of the logits")
 
 
 def gpu() -> Figure:
     """Draws time and peak memory of the same on an H100, for the sizes of Llama 3 8B."""
-    ways = _gpu_heads()["cross-entropy"][LARGE_GPU]
-    shown = {name: ways[way] for name, (_, way) in WAYS.items() if way in ways}
-    times = [ms / ways["three products"][0] for ms, _ in shown.values()]
-    panels = (
-        ("time / time of the matrix products", times),
-        ("peak memory, GiB", [gib for _, gib in shown.values()]),
-    )
-    return _bars([*shown], panels)
+    found = _gpu_heads()["cross-entropy"][LARGE_GPU]
+    shown = _of_ways(found, 1)
+    times = [ms / found["three products"][0] for ms, _ in shown.values()]
+    peaks = [gib for _, gib in shown.values()]
+    return _time_and_peak([*shown], times, peaks, "peak memory, GiB")
 
 
 def trade() -> str:
     """Returns the table of time and peak memory of these ways, on a CPU and on an H100."""
-    on_cpu, on_gpu = _cpu_heads()[LARGE_CPU], _gpu_heads()["cross-entropy"][LARGE_GPU]
+    on_cpu = _of_ways(_cpu_heads()[LARGE_CPU], 0)
+    on_gpu = _of_ways(_gpu_heads()["cross-entropy"][LARGE_GPU], 1)
     lines = []
-    for name, (cpu, gpu) in WAYS.items():
-        row, (ms, gib) = on_cpu.get(cpu), on_gpu.get(gpu, (None, None))
+    for name in WAYS:
+        row, (ms, gib) = on_cpu.get(name), on_gpu.get(name, (None, None))
         cells = [row[3], row[6], row[-1]] if row else ["n/a"] * 3
         cells += [f"{ms:.3g} ms", f"{gib:.2f} GiB"] if ms else ["n/a"] * 2
         lines.append([f"`{name}`" if name.startswith("torch.compile") else name, *cells])
@@ -267,18 +264,14 @@ def head_summary() -> str:
         shape, dtype = sizes[1:].split("), ")
         tokens, features, classes = map(int, shape.split(", "))
         ours = ways["pyfused"]
-        faster, kept = (float(ours[column].split()[0]) for column in (5, 7))
+        faster, kept = (ours[column].split()[0] for column in (5, 7))
         memory = float(ours[-1]) / float(ways["torch"][-1])
         sentences.append(
             f"- {tokens:,} tokens, {features} features and {classes:,} classes in {dtype}:"
-            f" {_times(faster)} times as fast as torch, {_times(kept)} times if both run with"
-            f" `keep`, with {memory:.2f} of the memory"
+            f" {faster} times as fast as torch, {kept} times if both run with `keep`, with"
+            f" {memory:.2f} of the memory"
         )
     return "\n".join(sentences)
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def curves() -> Figure:
@@ -328,12 +321,19 @@ def tutorial() -> Figure:
     return _with_grid(names["figure"])
 
 
-def _bars(names: Sequence[str], panels: Any) -> Figure:
-    """Draws horizontal bars in the colours of the implementations, one panel for each quantity."""
-    height = len(panels) * (0.9 + 0.25 * len(names))
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def _time_and_peak(
+    names: Sequence[str], times: Sequence[float], peaks: Sequence[float], of_peaks: str
+) -> Figure:
+    """Draws horizontal bars in the colours of the implementations.
+
+    Args:
+        times: The times, divided by the time of the matrix products.
+        of_peaks: The title of the panel of peaks.
+    """
+    figure = Figure(figsize=(WIDTH, 2 * (0.9 + 0.25 * len(names))), layout="constrained")
     colours = [STYLES[name.removeprefix("eager ").partition(",")[0]][0] for name in names]
-    for axes, (title, values) in zip(figure.subplots(len(panels)), panels, strict=True):
+    panels = ("time / time of the matrix products", times), (of_peaks, peaks)
+    for axes, (title, values) in zip(figure.subplots(2), panels, strict=True):
         bars = axes.barh(names, values, color=colours)
         axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=9)
         axes.margins(x=0.15)
@@ -461,10 +461,8 @@ def _ratio(row: Row | None) -> str:
     if row is None:
         return ""
     text = f"**{row.peers['torch'].ratio[1]:.1f} times** as fast as eager torch"
-    for peer, name in (
-        ("torch, keep", "if both run with `keep`"),
-        ("torch.compile", "as compiled"),
-    ):
+    others = ("torch, keep", "if both run with `keep`"), ("torch.compile", "as compiled torch")
+    for peer, name in others:
         if peer in row.peers:
             text += f", {row.peers[peer].ratio[1]:.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
@@ -517,11 +515,11 @@ def covered() -> str:
     )
 
 
-def names() -> str:
+def operator_names() -> str:
     """Returns the names of all operators by group."""
-    each = shown().items()
-    lines = (f"- {group}: {', '.join(f'`{name}`' for name in names)}" for group, names in each)
-    return "\n".join(lines)
+    return "\n".join(
+        f"- {group}: {', '.join(f'`{name}`' for name in names)}" for group, names in shown().items()
+    )
 
 
 def thumbnails() -> str:
@@ -840,7 +838,7 @@ WRITTEN = {
     "machines": lambda: f"Measured on: {machines()}.",
     "gain machine": lambda: f"*Measured on {_of_cpus('gain')[-1][0]['machine']}.*",
     "sizes": sizes,
-    "operators": names,
+    "operators": operator_names,
     "headline": headline,
     "by model": by_model,
     "head summary": head_summary,
