@@ -2,8 +2,7 @@
 
     value, gradient of each operand = formula(four operands, numbers, parts, scale, EXACT)
 
-Expressions of literals and parameters alone are computed in float64. `numbers` are the first three
-parameters; `parts` are the others, encoded by `parts_of`. EXACT is False if the result is rounded
+`numbers` are the first three parameters; `parts` are the others, encoded by `parts_of`. EXACT is False if the result is rounded
 to half precision.
 """
 
@@ -99,6 +98,7 @@ INSTRUCTIONS = {
     "copy": "{}",
     "neg": "-1.0 * {}",
     "abs": "tl.abs({})",
+    "floor": "tl.floor({})",
     "sign": "sign({})",
     "reciprocal": "1.0 / {}",
     "sqrt": "root({})",
@@ -162,9 +162,11 @@ def source_of(program: Program, name: str) -> str:
     body = [
         *[f"{output} = 0.0" for output in outputs],
         "ONE, ZERO = tl.full([], 1.0, x0.dtype), tl.full([], 0.0, x0.dtype)",
-        *[f"{constant} = {value}" for constant, value in zip(constants, values, strict=True)],
-        *lines(program.prologue, "({}).to(tl.float64)"),
-        *[f"{constant} = {constant}.to(x0.dtype)" for constant in constants],
+        *[
+            f"{name} = ({value}).to(x0.dtype)"
+            for name, value in zip(constants, values, strict=True)
+        ],
+        *lines(program.prologue, "{}"),
         *lines(program.body, "{}"),
         f"return {', '.join(outputs)}",
     ]

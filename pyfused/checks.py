@@ -724,7 +724,8 @@ def broadcasts(
 ) -> None:
     """Checks that a shape broadcasts with the input's, or expands to it."""
     pairs = zip(reversed(input), reversed(shape), strict=False)
-    fits = all(b in (a, 1) or (a == 1 and not expands) for a, b in pairs)
+    # Dynamo evaluates `b in (a, 1)` as False if only one of the sizes is symbolic.
+    fits = all(b is a or b == a or b == 1 or (a == 1 and not expands) for a, b in pairs)
     if not fits or (expands and len(shape) > len(input)):
         verb = "broadcasts to" if expands else "broadcasts with"
         raise _error(name, f"a shape that {verb} {owner} of shape {tuple(input)}", shape)
@@ -763,7 +764,7 @@ def one_for_each_row(name: str, shape: torch.Size, _: str, *inputs: torch.Size) 
 
 
 def variance(name: str, shape: torch.Size, _: str, input: torch.Size, *_others: Any) -> None:
-    if shape in (input, input[:-1]):
+    if shape == input or shape == input[:-1]:
         return
     pairs = zip(input, shape, strict=False)
     if len(shape) != len(input) or [b for a, b in pairs if a != b] != [1]:

@@ -32,10 +32,8 @@ from pyfused.formula_compiler.kernel import Kernel
 from pyfused.formula_compiler.program import (
     EXPONENTS,
     OPERANDS,
-    Expressions,
     Program,
     UntraceableError,
-    is_moderate,
 )
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
@@ -122,8 +120,7 @@ class FormulaOperator(PointwiseLoss):
             return self.generic
         cases = list[Any]()
         for scalar, x in zip(self.numbers, numbers, strict=True):
-            is_literal = x in scalar.special or not is_moderate(x)
-            cases.append((x if x == x else math.nan) if is_literal else NUMBER)  # one NaN
+            cases.append(x if x in scalar.special else NUMBER)
         kernel = self.traced(tuple(cases))
         return kernel if isinstance(kernel, str) else tuple(cases)
 
@@ -131,7 +128,7 @@ class FormulaOperator(PointwiseLoss):
         """Returns the kernel for the cases of the numbers, or why there is none."""
         names = [scalar.name for scalar in self.numbers]
         method = partial(self._trace_kernel, len(self.variables))
-        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), method, stabilize=True)
+        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), method, exact=True)
         try:
             kernel.program(self.all_outputs)
         except Exception as error:  # the user's function may raise anything; torch then runs it
@@ -489,12 +486,13 @@ class Formula:
         is_double = any(x.dtype is torch.float64 for x in tensors)
         dtype = torch.float64 if is_double else torch.float32
         number = partial(torch.full, (), dtype=dtype, device=tensors[0].device)
-        return {
-            name: number(float(value))
-            if not isinstance(value, Tensor) and _is_number(value, self.defaults[name])
-            else value
-            for name, value in parameters.items()
-        }
+
+        def as_tensor(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(dtype)
+            return number(float(value)) if _is_number(value, self.defaults[name]) else value
+
+        return {name: as_tensor(name, value) for name, value in parameters.items()}
 
     def call_of(
         self, operands: tuple[Any, ...], named: dict[str, Any]
@@ -532,7 +530,27 @@ class Formula:
                     f"convert it by {name}.to(dtype), or compare it, such as {name} == 1"
                 )
         parameters = self.arguments | named
+        for name in named.keys() & self.defaults.keys():
+            parameters[name] = self._checked(name, named[name])
         return operands, parameters, parameters.pop("reduction"), parameters.pop("weight")
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Returns the value of a parameter, a tensor of one element as a 0-d tensor.
+
+        Raises:
+            TypeError: It is a tensor of several elements, or no number and its default is a float.
+        """
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        if isinstance(value, Tensor):
+            got = f"a Tensor of shape {tuple(value.shape)}; make it an operand"
+        elif isinstance(self.defaults[name], float) and not isinstance(value, (Real, NoneType)):
+            got = repr(value)
+        else:
+            return value
+        raise TypeError(
+            f"{self.__name__}: {name}: expected a number or a tensor of one element, got {got}"
+        )
 
     def module(self, **named: Any) -> FormulaModule:
         """Returns a module that calls the formula with these parameters.
@@ -710,7 +728,7 @@ def _compare(
     function: Callable[[Sequence[Tensor]], Tensor],
     points: Sequence[Tensor],
     masks: Sequence[int],
-    is_stabilized: bool,
+    is_accurate: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compares a value and its gradients at test points with a function's.
 
@@ -720,7 +738,7 @@ def _compare(
     Args:
         results: As `_value_and_gradients` returns them.
         masks: The indices of the operands that are masks.
-        is_stabilized: Whether the results may be more accurate than the function: where its float32
+        is_accurate: Whether the results may be more accurate than the function: where its float32
             result is inaccurate, and where it is NaN for operands that are not NaN.
 
     Returns:
@@ -751,7 +769,7 @@ def _compare(
     right |= (results == expected) | (undefined.any(0) & results.isnan())
     # Kernels may round once where the function's intermediate results overflow.
     right |= ~expected.isfinite() & (torch.stack(wide).abs() == torch.finfo(dtype).max).any(0)
-    if is_stabilized:
+    if is_accurate:
         is_wider = torch.stack([x.isfinite() & x.float().isinf() for x in points]).any(0)
         in_float = _value_and_gradients(function, [x.float() for x in points])
         error = (in_float - expected).abs().masked_fill(is_wider, 0)  # of numbers that float32 has
@@ -780,7 +798,7 @@ def check(
         raise UntraceableError(f"{op.name}: {cases}")
     if kernels is cpu.pointwise_loss and cpu.MISSING:
         return
-    e, points = _expressions_and_points(op, cases, dtype)
+    points = _points_of(op, cases, dtype)
     options = op.options(*numbers, "none")
 
     def run(outputs: Outputs, grad_output: Tensor | None) -> list[Tensor]:
@@ -792,7 +810,7 @@ def check(
 
     results = torch.stack(run(op.all_outputs, None))
     function = partial(op.unreduced, options=options)
-    expected, right = _compare(results.double(), function, points, op.masks, e.stabilized)
+    expected, right = _compare(results.double(), function, points, op.masks, is_accurate=False)
     ones = torch.ones_like(points[0])
     sides = "its kernel computes", "the function"
     _raise_for_differences(op, sides, results, expected, right, [*points, ones])
@@ -817,14 +835,14 @@ def check_gradient(op: FormulaOperator, numbers: tuple[Any, ...]) -> None:
     cases = op.cases(numbers)
     assert op.gradient is not None
     assert not isinstance(cases, str)  # `check` has raised
-    _, points = _expressions_and_points(op, cases, torch.float64)
+    points = _points_of(op, cases, torch.float64)
     options = op.options(*numbers, "none")
 
     def function(leaves: Sequence[Tensor]) -> Tensor:
         return op.formula(*op.with_masks(leaves), *numbers)
 
     results = _value_and_gradients(partial(op.unreduced, options=options), points)
-    expected, right = _compare(results, function, points, op.masks, is_stabilized=True)
+    expected, right = _compare(results, function, points, op.masks, is_accurate=True)
     slopes = op.gradient(*op.with_masks(points), *numbers)
     for k, slope in enumerate(slopes, 1):
         right[k] |= slope is None
@@ -835,15 +853,13 @@ def check_gradient(op: FormulaOperator, numbers: tuple[Any, ...]) -> None:
     )
 
 
-def _expressions_and_points(
-    op: FormulaOperator, cases: tuple[Any, ...], dtype: torch.dtype
-) -> tuple[Expressions, list[Tensor]]:
-    """Returns the expressions of an operator's kernel, and its test points."""
+def _points_of(op: FormulaOperator, cases: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Returns the test points of an operator's kernel."""
     kernel = op.traced(cases)
     assert isinstance(kernel, Kernel)
     ((_, e, _),) = kernel.methods
     literals = [arguments[0] for op, arguments in e.nodes if op == "literal"]
-    return e, _points(len(op.variables), op.masks, literals, dtype)
+    return _points(len(op.variables), op.masks, literals, dtype)
 
 
 def _raise_for_differences(

@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map as tree_map  # no public equivalent
+from torch.utils._pytree import tree_leaves as tree_leaves  # no public equivalent
+from torch.utils._pytree import tree_map as tree_map
 
 MISSING: str | None = None
 
