@@ -442,6 +442,13 @@ def _pow_of_tensors(e: E, a: int, b: int) -> int:
     return e.where(e.eq(a, e.literal(-math.inf)), of_infinity, e.abs(power))
 
 
+def _smooth_l1_loss_backward(e: E, g: int, a: int, b: int, reduction: int, beta: int) -> int:
+    if e.value(reduction) != 0:
+        raise RefusedError("no kernel supports smooth_l1_loss with a reduction")
+    d = e.sub(a, b)
+    return e.mul(g, e.where(e.le(beta, e.abs(d)), e.sign(d), e.div(d, beta)))  # NaN at NaN
+
+
 def _hypot(e: E, a: int, b: int) -> int:
     a, b = e.abs(a), e.abs(b)
     large, ratio = e.maximum(a, b), e.div(e.minimum(a, b), e.maximum(a, b))
@@ -494,8 +501,8 @@ _ELEMENTWISE = (
     *("binary_cross_entropy", "binary_cross_entropy_with_logits", "elu_backward"),
     *("hardsigmoid_backward", "hardswish", "hardswish_backward", "hardtanh_backward"),
     *("huber_loss", "huber_loss_backward", "leaky_relu_backward", "masked_fill", "mish_backward"),
-    *("mse_loss", "mse_loss_backward", "smooth_l1_loss", "smooth_l1_loss_backward"),
-    *("soft_margin_loss", "soft_margin_loss_backward"),
+    *("mse_loss", "mse_loss_backward", "smooth_l1_loss", "soft_margin_loss"),
+    *("soft_margin_loss_backward",),
 )
 ATEN: dict[str, Callable[..., Any]] = {
     **{name: _operation(name) for name in _SAME_NAME},
@@ -529,6 +536,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "clamp": _clamp,
     "nan_to_num": _nan_to_num,
     "relu": lambda e, a: e.maximum(a, e.literal(0)),
+    "smooth_l1_loss_backward": _smooth_l1_loss_backward,
     "softplus": _softplus,
     "softplus_backward": _softplus_backward,
     "log_sigmoid_forward": lambda e, a: (e.neg(e.softplus(e.neg(a))), a),
