@@ -192,13 +192,13 @@ def cross_entropy(
             raise _error("ignore_index", expected, options.ignore_index)
     else:
         _class_index_target(input, target)
-    _class_weight(input, weight, same_dtype=not probabilities)
-    if options.gamma != 0 and (probabilities or options.label_smoothing > 0):
-        expected = "0.0 with class probabilities or label smoothing"
-        raise _error("gamma", expected, "a positive number", ValueError)
     dtype: Any = options.loss_dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise _error("loss_dtype", "a floating dtype or None", dtype, ValueError)
+    _class_weight(input, weight, dtype, same_dtype=not probabilities)
+    if options.gamma != 0 and (probabilities or options.label_smoothing > 0):
+        expected = "0.0 with class probabilities or label smoothing"
+        raise _error("gamma", expected, "a positive number", ValueError)
 
 
 def _vocab_options(options: Any) -> None:
@@ -566,14 +566,26 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
     _class_index_target(input, target, probabilities=False)
 
 
-def _class_weight(input: Tensor, weight: Tensor | None, same_dtype: bool = True) -> None:
+def _class_weight(
+    input: Tensor,
+    weight: Tensor | None,
+    loss_dtype: torch.dtype | None = None,
+    same_dtype: bool = True,
+) -> None:
     if weight is None:
         return
     _shape("weight", weight, (classes_of(input),), "one factor for each class")
     casts = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     casts = casts and torch.float64 not in (weight.dtype, input.dtype)  # autocast keeps float64
-    if same_dtype and weight.dtype is not input.dtype and not casts:
-        raise _error("weight", f"the input's dtype {input.dtype}", weight.dtype)
+    if not same_dtype or weight.dtype is input.dtype or casts:
+        return
+    expected = f"the input's dtype {input.dtype}"
+    if loss_dtype is not None:
+        wide = torch.promote_types(input.dtype, weight.dtype)
+        if wide is weight.dtype and torch.promote_types(wide, loss_dtype) is loss_dtype:
+            return
+        expected += f", or a wider one up to loss_dtype {loss_dtype}"
+    raise _error("weight", expected, weight.dtype)
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> None:

@@ -43,10 +43,9 @@ def cross_entropy(
     checks.cross_entropy(input, target, weight, token_weight, denominator, options)
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
-    soft = target.is_floating_point()
-    common = common_dtype(input, *(target, weight) if soft else ())
-    result_dtype = options.loss_dtype or autocast_dtype(common, input.device)
-    dtype = torch.promote_types(accumulate_dtype(common), result_dtype)
+    soft, result_dtype = target.is_floating_point(), dtype_of_loss(input, target, weight, options)
+    wide = accumulate_dtype(operand_dtype(input, target, weight))
+    dtype = torch.promote_types(wide, result_dtype)
     options, dim = with_scalars(options, denominator, dtype), 0 if input.dim() == 1 else 1
     input = without_ignored(input, target, ignore_index, token_weight)
     x = _scaled(input.to(dtype), options)
@@ -73,6 +72,28 @@ def cross_entropy(
     loss = row_losses(at_target, smooth, lse, of_target, options, x.shape[dim])
     loss = loss if is_valid is None else loss.where(is_valid, 0)
     return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
+
+
+def dtype_of_loss(input: Any, target: Any, weight: Any, options: Any = None) -> torch.dtype:
+    """Returns the dtype of a loss of logits or log-probabilities: `loss_dtype`, or torch's.
+
+    torch promotes class probabilities with the logits and the class weight. With class indices, the
+    loss has the logits' dtype.
+    """
+    dtype: torch.dtype | None = getattr(options, "loss_dtype", None)
+    tensors = (input, target, weight) if target.is_floating_point() else (input,)
+    return dtype or autocast_dtype(common_dtype(*tensors), input.device)
+
+
+def operand_dtype(input: Any, target: Any, weight: Any) -> torch.dtype:
+    """Returns the dtype in which kernels take the logits and class probabilities.
+
+    Kernels multiply by weights in float32, so a float32 weight does not widen half precision.
+    """
+    if not target.is_floating_point():
+        return input.dtype  # type: ignore[no-any-return]
+    common = common_dtype(input, target, weight)
+    return common if common is torch.float64 else common_dtype(input, target)
 
 
 def prepare_inplace(input: Tensor) -> None:
