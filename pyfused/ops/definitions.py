@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import grad_enabled
+from pyfused.dispatch.operator import grad_enabled, requires_grad
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
@@ -118,7 +118,7 @@ def reduced_rows(
         divisors: The weights of the rows in the default divisor of a mean, None for ones.
     """
     if token_weight is not None:
-        is_constant, token_weight = not token_weight.requires_grad, token_weight.reshape(loss.shape)
+        is_constant, token_weight = not requires_grad(token_weight), token_weight.reshape(loss.shape)
         token_weight = token_weight.to(loss.dtype)
         loss = loss * token_weight
         if is_constant:  # NaN times 0 is NaN
@@ -261,7 +261,7 @@ def counted(target: Tensor, ignore_index: int, token_weight: Tensor | None) -> T
     If the weight requires grad, rows of weight 0 count, because their loss is its gradient.
     """
     counts = None if target.is_floating_point() else target != ignore_index
-    if token_weight is None or token_weight.requires_grad:
+    if token_weight is None or requires_grad(token_weight):
         return counts
     weighted = token_weight != 0
     return weighted if counts is None else counts & weighted.reshape(counts.shape)
