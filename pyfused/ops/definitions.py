@@ -44,6 +44,7 @@ def cross_entropy(
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
     soft, result_dtype = target.is_floating_point(), dtype_of_loss(input, target, weight, options)
+    target = target if soft else target.long()
     wide = accumulate_dtype(operand_dtype(input, target, weight))
     dtype = torch.promote_types(wide, result_dtype)
     options, dim = with_scalars(options, denominator, dtype), 0 if input.dim() == 1 else 1
@@ -260,7 +261,8 @@ def counted(target: Tensor, ignore_index: int, token_weight: Tensor | None) -> T
 
     If the weight requires grad, rows of weight 0 count, because their loss is its gradient.
     """
-    counts = None if target.is_floating_point() else target != ignore_index
+    # uint8 would wrap the index: class 156 is not -100.
+    counts = None if target.is_floating_point() else target.long() != ignore_index
     if token_weight is None or requires_grad(token_weight):
         return counts
     weighted = token_weight != 0
