@@ -53,15 +53,15 @@ def tensor(name: str, value: Any, or_float: bool = False) -> None:
         raise _error(name, expected, f"{type(value).__name__}{hint}", TypeError)
 
 
-def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
-    if not isinstance(value, kind):
-        raise _error(name, expected, f"{type(value).__name__} {value!r}", TypeError)
+def integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise _error(name, "an int", f"{type(value).__name__} {value!r}", TypeError)
 
 
 def one_number(name: str, value: Any, error: type[Exception] = ValueError) -> None:
-    if not isinstance(value, TENSORS):
-        number(name, value, (float, Real), "a float")
-    elif value.numel() != 1:
+    if not isinstance(value, (*TENSORS, float, Real)):
+        raise _error(name, "a float", f"{type(value).__name__} {value!r}", TypeError)
+    if isinstance(value, TENSORS) and value.numel() != 1:
         raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
 
 
@@ -159,7 +159,7 @@ def keywords(function: str, options: Keywords) -> Keywords:
 
 def dim(value: Any, input: Tensor) -> None:
     if value is not None:
-        number("dim", value, (int, Integral), "an int")
+        integer("dim", value)
         most = max(input.dim(), 1)
         if not -most <= value < most:
             expected = f"{-most} to {most - 1} for an input of shape {tuple(input.shape)}"
@@ -180,7 +180,7 @@ def cross_entropy(
     denominator: Tensor | None,
     options: CrossEntropyOptions,
 ) -> None:
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    integer("ignore_index", options.ignore_index)
     _loss_options(token_weight, denominator, options, loss_shape(input, "none"), input)
     probabilities = target.is_floating_point()
     if input.dim() == 0:
@@ -319,7 +319,7 @@ def _index_dtype(target: Tensor) -> None:
 
 def memory_budget(value: Any) -> None:
     if value is not None:
-        number("memory_budget", value, (int, Integral), "an int")
+        integer("memory_budget", value)
         if value <= 0:
             raise _error("memory_budget", "a positive number of bytes", value, ValueError)
 
@@ -516,7 +516,7 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
         raise _error("logits", _SCORES, "()")
     _floating("logits", logits, _are_swapped(logits, target))
     _class_index_target(logits, target, probabilities=False)
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    integer("ignore_index", options.ignore_index)
     _vocab_options(options)
 
 
@@ -590,7 +590,7 @@ def _class_weight(
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> None:
     reduction(options.reduction)
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    integer("ignore_index", options.ignore_index)
     if input.dim() == 0:
         raise _error("input", _SCORES, "()", ValueError)
     _index_shape(input, target)

@@ -368,7 +368,10 @@ def linear_cross_entropy(
     """
     op = operators.LINEAR_CROSS_ENTROPY
     if (
-        head_left_to_torch(op, input, linear_weight, linear_bias)
+        (
+            head_left_to_torch(op, input, linear_weight, linear_bias)
+            or (ignore_index is not None and _torch_refuses_index(input, target))
+        )
         and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
         and filter_eps is z_loss is _ZERO
         and scale is temperature is _ONE
@@ -401,6 +404,14 @@ def linear_cross_entropy(
         torch_options=options,
     )
     return run(op, tensors, loss_options, shard)
+
+
+def _torch_refuses_index(input: Any, target: Any) -> bool:
+    """Returns whether torch's linear_cross_entropy raises for an ignore_index: probabilities."""
+    are_tensors = isinstance(input, Tensor) and isinstance(target, Tensor)
+    if not are_tensors or input.dim() > 2 or not target.is_floating_point():
+        return False
+    return hasattr(F, "linear_cross_entropy")
 
 
 def linear_cross_entropy_with_metrics(
