@@ -274,7 +274,7 @@ class CrossEntropy(RowOperator):
     def passes(self, layouts: Layouts) -> Passes:
         tensors, options, _, needs, in_forward = layouts
         input, backend = tensors[0], backend_of(tensors[0])
-        dtype = definitions.dtype_of_loss(*tensors[:3], options)
+        dtype = definitions.dtype_of_loss(options, *tensors[:3])
         source = row_source(self, layouts, options.with_metrics)
         if self.needs_state(layouts):
             return state_passes(self, source, layouts, dtype)
@@ -357,7 +357,7 @@ class LinearCrossEntropy(RowOperator):
     def finish(self, layouts: Layouts) -> Any:
         tensors, options, *_ = layouts
         logits, wide = in_autocast_dtype(tensors[0]), self.wide_dtype(tensors)
-        dtype = definitions.dtype_of_loss(logits, *tensors[3:5], options)
+        dtype = definitions.dtype_of_loss(options, logits, *tensors[3:5])
         with_metrics, ignore_index = options.with_metrics, options.ignore_index
         if tensors[0].dim() == 2 and dtype is wide and not with_metrics:
             return None
@@ -456,7 +456,7 @@ class NllLoss(RowOperator):
 
     def passes(self, layouts: Layouts) -> Passes:
         (input, *_), options = layouts.tensors, layouts.options
-        backend, dtype = backend_of(input), definitions.dtype_of_loss(*layouts.tensors[:3])
+        backend, dtype = backend_of(input), definitions.dtype_of_loss(options, *layouts.tensors)
         loss_dtype = None if dtype is accumulate_dtype(input.dtype) else dtype
 
         def prepare(tensors: Tensors, *outputs: Any) -> LossKernel:

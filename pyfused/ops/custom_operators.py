@@ -119,9 +119,9 @@ class CustomOperator:
             for i, need in enumerate(needs):
                 if specs[i] is not None:
                     specs[i] = replace(specs[i], requires_grad=need)
-            by_name = dict(zip(op.names, specs, strict=False))
-            weight, target = by_name.get("weight"), by_name.get("target")
-            if weight is not None and not target.is_floating_point():
+            by_name: dict[str, Any] = dict(zip(op.names, specs, strict=False))
+            weight = by_name.get("weight")
+            if weight is not None and not by_name["target"].is_floating_point():
                 # It may differ in dtype under autocast, which is disabled here.
                 specs[op.names.index("weight")] = replace(weight, dtype=specs[0].dtype)
             with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it

@@ -43,7 +43,7 @@ def cross_entropy(
     checks.cross_entropy(input, target, weight, token_weight, denominator, options)
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
-    soft, result_dtype = target.is_floating_point(), dtype_of_loss(input, target, weight, options)
+    soft, result_dtype = target.is_floating_point(), dtype_of_loss(options, input, target, weight)
     target = target if soft else target.long()
     wide = accumulate_dtype(operand_dtype(input, target, weight))
     dtype = torch.promote_types(wide, result_dtype)
@@ -75,7 +75,7 @@ def cross_entropy(
     return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
 
 
-def dtype_of_loss(input: Any, target: Any, weight: Any, options: Any = None) -> torch.dtype:
+def dtype_of_loss(options: Any, input: Any, target: Any, weight: Any) -> torch.dtype:
     """Returns the dtype of a loss of logits or log-probabilities: `loss_dtype`, or torch's.
 
     torch promotes class probabilities with the logits and the class weight. With class indices, the
@@ -119,8 +119,8 @@ def reduced_rows(
         divisors: The weights of the rows in the default divisor of a mean, None for ones.
     """
     if token_weight is not None:
-        is_constant, token_weight = not requires_grad(token_weight), token_weight.reshape(loss.shape)
-        token_weight = token_weight.to(loss.dtype)
+        is_constant = not requires_grad(token_weight)
+        token_weight = token_weight.reshape(loss.shape).to(loss.dtype)
         loss = loss * token_weight
         if is_constant:  # NaN times 0 is NaN
             loss = loss.where(token_weight != 0, 0)

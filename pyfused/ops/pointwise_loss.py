@@ -478,7 +478,7 @@ class PointwiseLoss(TensorLoss):
 
         def compute(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
             *weights, options = rest
-            weight = weights[0] if weights else None
+            weight: Any = weights[0] if weights else None
             is_valid = type(weight) in PLAIN and weight.shape == input.shape
             is_valid = weight is None or (is_valid and options.reduction in REDUCTIONS)
             if not is_unobserved(input, target) or input.shape == target.shape or not is_valid:
@@ -490,7 +490,7 @@ class PointwiseLoss(TensorLoss):
                 return function(input, target, *rest)
             loss = function(input, target, None, options._replace(reduction="none")) * weight
             if options.reduction == "mean" and self.denominators["mean"] is weight_or_elements:
-                return loss.sum() / weight.sum()
+                return loss.sum() / weight.sum()  # type: ignore[no-any-return]
             return reduced(loss, options.reduction)
 
         return compute
