@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -121,12 +122,16 @@ def convert(
         The same model.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``memory_budget`` is not an int.
+        TypeError: ``model`` is not a module, ``memory_budget`` is not an int, or ``check`` is
+            neither a dictionary nor a tuple.
         ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head, or
             ``memory_budget`` is not positive. Nothing has been changed.
         RuntimeError: The loss or a gradient of ``check`` differs; the model has been reverted.
     """
     checks.memory_budget(memory_budget)
+    if not isinstance(check, (Mapping, tuple, list, NoneType)):
+        kind = type(check).__name__
+        raise TypeError(f"check: expected a dict or a tuple, got {kind}; pass check=(batch,)")
     options = heads.Options(evaluation, metrics, memory_budget)
     expected = None if check is None else _step(model, check)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))

@@ -37,6 +37,7 @@ from torch.optim.optimizer import (
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
+from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from pyfused.torch_internals import (
@@ -247,7 +248,7 @@ class HeadCall:
         (_, weight, bias), shift = self.inputs, value.shift
         options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
         options["softcap"], options["scale"] = value.cap, value.scale
-        options["loss_dtype"], options["memory_budget"] = value.cast, self.options.memory_budget
+        options["memory_budget"] = self.options.memory_budget
         if self.options.metrics:
             loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(
                 value.rows, weight, target, **options
@@ -378,7 +379,7 @@ class _Value:
         classes = len(self.call.inputs[1])
         shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
         fits = tensor.dtype is dtype and tensor.device == self.rows.device
-        return bool(shaped and fits and not tensor.requires_grad)
+        return bool(shaped and fits and not requires_grad(tensor))
 
     def cross_entropy(
         self,
@@ -391,13 +392,13 @@ class _Value:
         label_smoothing: float = 0.0,
     ) -> Any:
         """Returns the result of torch's function if it can be fused, or else None."""
-        call, rows = self.call, self.rows
+        call, rows, dtype = self.call, self.rows, self.dtype_of_loss()
         if not (
             type(target) in PLAIN
             and target.dtype is torch.int64
             and rows.dim() == 2
             and target.shape == rows.shape[:1]
-            and (weight is None or self.is_constant(weight, self.dtype_of_loss()))
+            and (weight is None or self.is_constant(weight, dtype))
             and size_average is reduce is None
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
@@ -409,16 +410,16 @@ class _Value:
             "weight": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "loss_dtype": dtype,
         }
-        options["label_smoothing"] = label_smoothing
         device, gradients = rows.device.type, torch.is_grad_enabled()
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if autocast == call.autocast and (self.needs_grad or not gradients):
             return call.loss(self, target, options)
-        dtype = self.dtype_of_loss()
         cast = torch.autocast(device, call.autocast, call.autocast is not None)
         with cast, torch.set_grad_enabled(gradients and self.needs_grad):
-            return call.loss(self, target, options).to(dtype)
+            return call.loss(self, target, options)
 
     def dtype_of_loss(self) -> torch.dtype:
         """Returns the dtype of torch's loss, which autocast computes in float32."""

@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.dispatch import observers, reasons, sizes
-from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
+from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, requires_grad
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
 from pyfused.dispatch.sizes import is_small
@@ -164,7 +164,7 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     others = _CONVERTED_DTYPES if operand.converts else _INDEX_DTYPES if operand.indices else ()
     if tensor.dtype not in (*DTYPES, *others):
         return f"{name} has dtype {tensor.dtype}"
-    if not operand.differentiated and tensor.requires_grad:
+    if not operand.differentiated and requires_grad(tensor):
         return f"{name} requires grad"
     if is_traced:
         return None  # a comparison would restrict the sizes of the program

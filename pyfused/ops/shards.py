@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -188,9 +187,9 @@ def local_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) 
         raise ValueError("shard: expected a group that this process is a member of")
     by_name = {operand.name: x for operand, x in zip(op.all_operands, tensors, strict=True)}
     name, dim = ("linear_weight", 0) if op.is_linear else (op.names[0], 1)
-    checks.number("first", first, (int, Integral), "an int")
+    checks.integer("first", first)
     if total is not None:
-        checks.number("classes", total, (int, Integral), "an int")
+        checks.integer("classes", total)
         checks.bounded(Scalar("classes", low=0.0, error=ValueError), total)
     elif isinstance(weight := by_name.get("weight"), Tensor):
         total = weight.numel()

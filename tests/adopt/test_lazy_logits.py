@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import operator
 import pickle
 import random
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+from compare import FLOATS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -773,6 +775,48 @@ def test_operators(name: str, losses: list[Tensor]) -> None:
         torch.testing.assert_close(found, loss_of(plain), rtol=1e-9, atol=1e-9)
         assert not warns or messages[0].filename == __file__
     assert bool(losses) == (reader is None)
+
+
+def autocast(dtype: torch.dtype | None) -> Any:
+    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@pytest.mark.parametrize("casts", [False, True])
+@pytest.mark.parametrize("of_loss", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_model", [None, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_class_weights_of_any_dtype(
+    of_model: torch.dtype | None,
+    of_loss: torch.dtype | None,
+    casts: bool,
+    losses: list[Tensor],
+) -> None:
+    """Compares dtypes, values and errors; the model and its loss may be in autocast."""
+
+    def outcome(model: Any, weight: Tensor, logs: bool) -> Any:
+        with autocast(of_model):
+            logits = model(X).view(-1, 40)
+        logits = logits.float() if casts else logits
+        with autocast(of_loss):
+            try:
+                if logs:
+                    return F.nll_loss(logits.log_softmax(-1), TARGET, weight)
+                return F.cross_entropy(logits, TARGET, weight)
+            except RuntimeError as error:
+                return str(error)
+
+    for dtype, of_weight in itertools.product((torch.float32, torch.bfloat16), FLOATS):
+        weight = torch.linspace(0.5, 1.5, 40).to(of_weight)
+        models = Model().to(dtype), pyfused.convert(Model().to(dtype), head="head")
+        found = [outcome(model, weight, logs) for model in models for logs in (False, True)]
+        for expected, ours in zip(found[:2], found[2:], strict=True):
+            if isinstance(expected, Tensor):
+                torch.testing.assert_close(ours, expected, rtol=2e-2, atol=1e-2)
+            else:
+                assert ours == expected
+        if of_weight is torch.float32 and (casts or of_loss is not None):
+            assert losses
+        losses.clear()
 
 
 @pytest.mark.parametrize("options", [{}, {"ignore_index": None}], ids=["dtype", "ignore_index"])

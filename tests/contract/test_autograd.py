@@ -147,6 +147,13 @@ def test_without_gradients(example: Example, kernel_calls: KernelCalls) -> None:
     close(value, expected)
     with torch.no_grad():
         assert not call.ours().requires_grad
+    launched, names = +kernel_calls, {operand.name for operand in call.op.all_operands}
+    floats = [x for x in call.tensors if x in names and call.given[x].is_floating_point()]
+    for name in floats:  # kernels may not differentiate this operand
+        kernel_calls.clear()
+        with torch.no_grad():
+            close(call.ours(**kept | {name: call.given[name].detach().requires_grad_()}), expected)
+        assert kernel_calls.keys() == launched.keys()
     with torch.inference_mode():
         value = call.ours(**kept)
         assert value.is_inference()
@@ -191,6 +198,10 @@ def test_nan_in_rows_that_do_not_count(
                 shape = loss_shape(given["input"], "none") if example.soft else shape
                 given["token_weight"] = torch.linspace(0.5, 1, math.prod(shape)).view(shape)
                 given["token_weight"][rows] = 0
+            if path == "small" and "teacher_requires_grad" in parameters(example.op):
+                given["teacher_requires_grad"] = True
+                teacher = {n: x for n, x in call.tensors.items() if n.startswith("teacher")}
+                given |= {n: x.requires_grad_(x.is_floating_point()) for n, x in teacher.items()}
             for name in call.tensors:
                 if name in OF_ROWS or (name == "target" and example.soft):
                     with torch.no_grad():
