@@ -736,7 +736,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "mul": (of_rows(lambda m, x: x.mul(other=0.5)), None),
     "div": (of_rows(lambda m, x: torch.true_divide(x, other=2.0)), None),
     "to": (of_rows(lambda m, x: x.to(x.device, x.dtype, non_blocking=True)), None),
-    "channels": (lambda m, x: F.cross_entropy(x.permute(0, 2, 1), PLACES), "permute"),
+    "channels": (lambda m, x: F.cross_entropy(x.permute(0, 2, 1), PLACES), None),
     "mul of keywords": (of_rows(lambda m, x: torch.mul(input=x, other=0.5)), "mul"),
     "rounded": (of_rows(lambda m, x: x.div(2.0, rounding_mode="trunc") + x), "div"),
     "alpha": (of_rows(lambda m, x: torch.add(x, m.bias, alpha=2)), "add"),
