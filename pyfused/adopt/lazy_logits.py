@@ -68,11 +68,13 @@ _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
 # Operators whose results are slices, and what to write instead of an operator that reads logits.
 _SLICES = (
-    *("chunk", "tensor_split", "split", "split_with_sizes", "unbind", "iter"),
+    *("chunk", "tensor_split", "split", "split_with_sizes", "unbind"),
     *("narrow", "select", "index_select"),
 )
 _INSTEAD_OF_SLICES = "Index or slice them instead, for example logits[:, :n], which keeps them lazy"
-_FUSED = "A cross_entropy of class indices is fused for views, slices and permutations of the logits"
+_FUSED = (
+    "A cross_entropy of class indices is fused for views, slices and permutations of the logits"
+)
 _INSTEAD = (
     "For the accuracy of training steps pass metrics=True to convert; or call pyfused.revert(model)"
 )
@@ -674,7 +676,7 @@ class LazyLogits(Tensor):
 # A compiled function breaks its graph at operators of lazy logits; they run uncompiled.
 torch_internals.skip_frames(LazyLogits.__torch_function__)
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
-reasons.not_logged.add(f"input is a {LazyLogits.__name__}")
+reasons.not_reported.add(f"input is a {LazyLogits.__name__}")
 
 
 class _Head(torch.autograd.Function):
