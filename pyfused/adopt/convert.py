@@ -82,10 +82,10 @@ def convert(
 
     In transformers' language models whose head is a plain linear layer, at any depth, head and loss
     become :func:`pyfused.functional.linear_cross_entropy`: in training mode with gradients, the
-    head returns logits that are computed only if something other than their loss reads them, unless they are so
-    few that torch's loss is faster. Outputs of the model contain them as before. Read them before
-    the optimizer's step: afterwards it is an error. In programs that ``torch.compile`` or
-    ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
+    head returns logits that are computed only if something other than their loss reads them, unless
+    they are so few that torch's loss is faster. Outputs of the model contain them as before. Read
+    them before the optimizer's step: afterwards it is an error. In programs that ``torch.compile``
+    or ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
     there.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.

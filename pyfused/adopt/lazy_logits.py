@@ -2,8 +2,8 @@
 
 The head of a converted model returns `LazyLogits`, a tensor without memory. Its cross-entropy is
 ``linear_cross_entropy`` of the hidden states. The results of a few operators are lazy as well,
-because they follow from the hidden states: views that keep rows whole, permutations of the
-dimensions, selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
+because they follow from the hidden states: views that keep rows whole, permutations of dimensions,
+selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
 log_softmax. Any other operator reads the logits, which are then computed once.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
@@ -605,7 +605,7 @@ _FUNCTIONS_OF_RULES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
     (_permutation, (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes)),
     (_permutation, (Tensor.permute, torch.permute, Tensor.swapdims, torch.swapdims)),
     (_permutation, (Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)),
-    (_permutation, (Tensor.t, torch.t, Tensor.mT.__get__)),
+    (_permutation, (Tensor.t, torch.t, Tensor.mT.__get__)),  # type: ignore[attr-defined]
     (_index, (Tensor.__getitem__,)),
     (_log_softmax, (F.log_softmax, torch.log_softmax, Tensor.log_softmax)),
     (_add, (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)),

@@ -1197,6 +1197,6 @@ if __name__ == "__main__":
         for seed in range(first, first + count):
             try:
                 total += compare(seed)
-            except AssertionError as difference:
+            except AssertionError as difference:  # noqa: PERF203
                 print(f"seed {seed} differs: {str(difference)[:300]}", flush=True)
     print(f"{count} models from {first}: {dict(total)}")
