@@ -122,8 +122,8 @@ def decide(op: Any, tensors: Tensors, options: Options, shard: Any = None) -> De
     """Decides whether a kernel runs a call; decisions are cached by signature.
 
     Args:
-        shard: The classes of this process, for a call that has been checked. It must not depend on
-            its size or on other processes' layouts.
+        shard: The classes of this process, for a call that has been checked. All processes have to
+            decide alike, so neither sizes nor layouts decide.
     """
     if shard is None and is_small(op, tensors, options):
         return SMALL, None, options

@@ -323,6 +323,8 @@ def modes_and_compilers(process: Process, case: Any) -> None:
             assert "expected no forward-mode AD with a shard" in error_of(call)
         metrics = partial(functional.cross_entropy_with_metrics, leaves[0], target, **options)
         with Seen():
+            reason = explain("cross_entropy", leaves[0], target, **options).reason
+            assert reason == "a torch dispatch or function mode"
             assert "mode around a call with a shard and metrics" in error_of(metrics)
 
 
