@@ -82,11 +82,11 @@ def convert(
     flag, names and references are kept. Subclasses are not replaced.
 
     In transformers' language models whose head is a plain linear layer, at any depth, head and loss
-    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, the head returns
-    logits that are computed only if something other than their loss reads them, unless they are so
-    few that torch's loss is faster. Outputs of the model contain them as before. Read them before
-    the optimizer's step: afterwards it is an error. In programs that ``torch.compile`` or
-    ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
+    become :func:`pyfused.functional.linear_cross_entropy`: in training mode with gradients, the
+    head returns logits that are computed only if something other than their loss reads them, unless
+    they are so few that torch's loss is faster. Outputs of the model contain them as before. Read
+    them before the optimizer's step: afterwards it is an error. In programs that ``torch.compile``
+    or ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
     there.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
@@ -105,8 +105,8 @@ def convert(
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
             any library whose loss is torch's cross-entropy of this layer's output. By default, it
             is the head of a transformers model, or the head that an earlier call has named.
-        evaluation: Whether the head also returns such logits in evaluation mode, for losses without
-            logits: with gradients, in ``no_grad`` or in inference mode.
+        evaluation: Whether the head also returns such logits in evaluation mode, under ``no_grad``
+            and in inference mode, for losses without logits.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
             to None if that cross-entropy was not fused.

@@ -315,6 +315,11 @@ class CrossEntropy(RowOperator):
 
         return finish
 
+    def torch_on_shard(self, tensors: Tensors, options: Options, shard: Any) -> Tensor:
+        dtype = result_dtype(self, Layouts(tensors, options))
+        loss: Tensor = super().torch_on_shard(tensors, options, shard)
+        return loss.to(dtype)
+
     def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
         rows = backend_of(tensors[0]).supports_rows(tensors[0])
         return "row by row" if rows else "several rows at a time"

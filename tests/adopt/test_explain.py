@@ -191,7 +191,7 @@ def test_invalid_arguments() -> None:
 def test_each_fallback_is_logged_but_no_small_call(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reasons, "_reported", set())
+    monkeypatch.setattr(reasons, "_reported", {})
     meta = torch.empty(1 << 22, 8, device="meta")
     with caplog.at_level(logging.INFO, "pyfused"):
         for _ in range(3):

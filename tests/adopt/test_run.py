@@ -11,7 +11,10 @@ import sys
 import time
 import zipapp
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -323,6 +326,46 @@ def test_the_time_of_kernels(backward: bool, monkeypatch: pytest.MonkeyPatch) ->
             y.sum().backward()
         monkeypatch.undo()
     assert report.to_dict()["kernel_seconds"] == 1 + backward
+
+
+class Name(str):
+    """A name whose hash is computed by Python, so that threads may switch in between."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+
+class Seconds(float):
+    def __radd__(self, other: float) -> float:
+        return float(other) + float(self)
+
+
+def test_threads_that_call_kernels_at_once() -> None:
+    op: Any = SimpleNamespace(name=Name("op"), elements=lambda _: 3)
+    interval = sys.getswitchinterval()
+
+    def call(_: int) -> None:
+        for _ in range(500):
+            report.decided(op, (), (), None)
+            report.decided(op, (), (), Name("reason"))
+            report.compiled(op.name)
+            report.took(Seconds(1))
+            report.to_dict()
+
+    report = pyfused.report()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert [*pool.map(call, range(8))] == [None] * 8
+    finally:
+        sys.setswitchinterval(interval)
+    found = report.to_dict()
+    assert found["operators"] == {"op": {"calls": 4000, "largest_input": 3}}
+    assert found["left_to_torch"] == {"op": {"reason": 4000}}
+    assert found["compiled"] == {"op": 4000}
+    assert found["kernel_seconds"] == 4000
 
 
 def test_a_report_can_be_read_before_its_end() -> None:
