@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <functional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -23,7 +22,7 @@ namespace {
 
 // ---- the OpenMP runtime that torch has loaded ---------------------------------------------------
 
-// Calls body(data) on each thread of a team.
+// Calls body(data) on each thread of a team. If `threads` is 0, the runtime chooses their number.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 struct Runtime {
@@ -32,6 +31,7 @@ struct Runtime {
   int (*thread_number)() = nullptr;
   int (*in_parallel)() = nullptr;
   int (*max_threads)() = nullptr;
+  void (*set_num_threads)(int) = nullptr;
 };
 
 #ifdef _WIN32
@@ -95,15 +95,12 @@ struct Location {
   const char* source;
 };
 using Task = void (*)(int32_t* thread, int32_t* number, ...);
-int32_t (*kmpc_thread)(Location*);
-void (*kmpc_push_num_threads)(Location*, int32_t thread, int32_t count);
 void (*kmpc_fork_call)(Location*, int32_t arguments, Task task, ...);
 
 void kmpc_task(int32_t*, int32_t*, void (**body)(void*), void* data) { (*body)(data); }
 
-void kmpc_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
+void kmpc_parallel(void (*body)(void*), void* data, unsigned, unsigned) {
   static Location location{0, 2, 0, 0, ";unknown;unknown;0;0;;"};  // 2: made by a compiler
-  kmpc_push_num_threads(&location, kmpc_thread(&location), int32_t(threads));
   kmpc_fork_call(&location, 2, reinterpret_cast<Task>(kmpc_task), &body, data);
 }
 
@@ -112,17 +109,14 @@ Runtime find_runtime() noexcept {
     Runtime found;
     if (!find(scope, "omp_get_thread_num", found.thread_number) ||
         !find(scope, "omp_in_parallel", found.in_parallel) ||
-        !find(scope, "omp_get_max_threads", found.max_threads)) {
+        !find(scope, "omp_get_max_threads", found.max_threads) ||
+        !find(scope, "omp_set_num_threads", found.set_num_threads)) {
       continue;
     }
     found.file = file_of(reinterpret_cast<void*>(found.in_parallel));
     if (find(scope, "GOMP_parallel", found.parallel)) return found;
     found.parallel = &kmpc_parallel;
-    if (find(scope, "__kmpc_global_thread_num", kmpc_thread) &&
-        find(scope, "__kmpc_push_num_threads", kmpc_push_num_threads) &&
-        find(scope, "__kmpc_fork_call", kmpc_fork_call)) {
-      return found;
-    }
+    if (find(scope, "__kmpc_fork_call", kmpc_fork_call)) return found;
   }
   return {};
 }
@@ -168,6 +162,7 @@ struct Work {
 void run_queues(void* shared) {
   Work& work = *static_cast<Work*>(shared);
   const size_t threads = work.queues.size(), thread = size_t(runtime.thread_number());
+  if (thread >= threads) return;
   const unsigned previous = float_control();
   set_float_control(work.control);
   for (size_t i = 0; i < threads; ++i) {
@@ -181,12 +176,15 @@ void run_queues(void* shared) {
   set_float_control(previous);
 }
 
+// The team always has the number of threads that torch has set: libgomp ends the threads that a
+// smaller team leaves out, and torch's next operator would have to start them again.
+//
 // A thread that the runtime starts inherits the control of its creator: in threads that inherited
 // FlushSubnormals, torch's operators would also flush subnormal numbers.
 void run_team(Work& work) {
   const unsigned previous = float_control();
   set_float_control(work.callers_control);
-  runtime.parallel(&run_queues, &work, unsigned(work.queues.size()), 0);
+  runtime.parallel(&run_queues, &work, 0, 0);
   set_float_control(previous);
 }
 
@@ -247,8 +245,11 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
   // that team forever in the child, and no runtime reports whether it had one. A new thread gets a
   // new team, and both end with the call: threads that stayed could have the handles of the
   // parent's threads, which torch joins at exit.
-  if (forked) return std::thread(run_team, std::ref(work)).join();
-  run_team(work);
+  if (!forked) return run_team(work);
+  std::thread([&] {
+    runtime.set_num_threads(threads);  // a new thread does not inherit torch's number
+    run_team(work);
+  }).join();
 }
 
 FlushSubnormals::FlushSubnormals() : previous(float_control()) {

@@ -20,20 +20,22 @@ namespace {
 thread_local int team_size = 1, team_member = 0;
 }
 
-extern "C" int omp_get_max_threads() { return 2; }
+extern "C" int omp_get_max_threads() { return 5; }
+extern "C" void omp_set_num_threads(int) {}
 extern "C" int omp_get_thread_num() { return team_member; }
 extern "C" int omp_in_parallel() { return team_size > 1; }
 
-extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
+extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned, unsigned) {
+  const int threads = omp_get_max_threads();
   const auto work = [=](int member) {
-    team_size = int(threads);
+    team_size = threads;
     team_member = member;
     body(data);
     team_size = 1;
     team_member = 0;
   };
   std::vector<std::thread> others;
-  for (int member = 1; member < int(threads); ++member) others.emplace_back(work, member);
+  for (int member = 1; member < threads; ++member) others.emplace_back(work, member);
   work(0);
   for (std::thread& other : others) other.join();
 }
