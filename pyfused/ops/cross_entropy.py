@@ -316,7 +316,7 @@ class CrossEntropy(RowOperator):
         return finish
 
     def torch_on_shard(self, tensors: Tensors, options: Options, shard: Any) -> Tensor:
-        dtype = result_dtype(self, Layouts(tensors, options))
+        dtype = definitions.dtype_of_loss(options, *tensors[:3])
         loss: Tensor = super().torch_on_shard(tensors, options, shard)
         return loss.to(dtype)
 
