@@ -19,7 +19,7 @@ from pyfused import checks, nn
 from pyfused.backends.protocol import Divisor, Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
-from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.capture import Capture
@@ -535,7 +535,7 @@ class Formula:
             TypeError: It is a tensor of several elements, or no number and its default is a float.
         """
         if isinstance(value, Tensor) and value.numel() == 1:
-            return value.reshape(())
+            return (value if grad_enabled() else value.detach()).reshape(())
         if isinstance(value, Tensor):
             got = f"a Tensor of shape {tuple(value.shape)}; make it an operand"
         elif isinstance(self.defaults[name], float) and not isinstance(value, (Real, NoneType)):

@@ -1176,6 +1176,8 @@ def test_parameters_that_are_tensors_or_no_numbers(n: int) -> None:
     k = torch.full((1, 1), 2.0, requires_grad=True)
     mine(torch.ones(n), k=k).sum().backward()
     assert torch.equal(k.grad, torch.full((1, 1), float(n)))
+    with torch.no_grad():  # not needed
+        assert mine.explain(torch.ones(n), k=k) == mine.explain(torch.ones(n), k=2.0)
     for wrong, got in (
         (torch.ones(3), r"a Tensor of shape \(3,\); make it an operand"),
         ("x", "'x'"),
