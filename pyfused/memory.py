@@ -39,8 +39,8 @@ class Stats(NamedTuple):
         misses: The number of large outputs, since the process started, that took new memory.
         keeps: Whether :func:`keep` is in effect.
         pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
-            :func:`keep` or of the process's allocator and its settings. It is measured once, which
-            takes a few milliseconds.
+            :func:`keep`, or of an allocator or environment variables that rule it out. In the
+            latter case they are measured, once and in a few milliseconds.
     """
 
     in_use: int
@@ -76,7 +76,7 @@ _calls: list[tuple[weakref.ref[Keep], _Setting]] = []
 _inherited: list[Keep] = []  # blocks that the parent process has entered, and this one may leave
 _active = _OFF
 _stop = threading.Event()  # ends the thread that returns free pages
-_kept: dict[int, bool] = {}  # whether pages of freed blocks are kept, by the size's number of bits
+_kept: dict[int, bool] = {}  # by the number of bits of a size, see `pages_are_kept`
 
 
 class Keep:
@@ -95,7 +95,7 @@ class Keep:
         with _lock:
             blocks = _blocks if self in _blocks else _inherited
             if self not in blocks:
-                raise RuntimeError("keep: expected to leave a block that was entered, got one more")
+                raise RuntimeError("keep: the block was left without being entered, or left twice")
             del blocks[-1 - blocks[::-1].index(self)]
             _apply()
 
@@ -174,18 +174,19 @@ def trim() -> bool:
 def pages_are_kept(size: int = 64 << 20) -> bool:
     """Returns whether the pages of a freed block serve the next block of its size.
 
-    They do with :func:`keep`, and with some allocators and settings of the environment. Measured
-    once for all sizes with the same number of bits, and again when `keep` begins or ends: blocks
-    are allocated, touched and freed, and the page faults of this thread are counted.
+    They do with :func:`keep`. If it cannot set malloc's parameters, another allocator or the
+    environment decides: then blocks are allocated, touched and freed, once for all sizes with the
+    same number of bits, and the page faults of this thread are counted.
 
     Args:
         size: The number of bytes.
     """
-    with _lock:
-        kept = _kept.get(size.bit_length())
-        if kept is None:
-            kept = _kept[size.bit_length()] = _measured(size)
-    return kept
+    if why_not_kept() is None:
+        return _active.enabled
+    bits = size.bit_length()
+    if bits not in _kept:
+        _kept[bits] = _measured(size)
+    return _kept[bits]
 
 
 def _measured(size: int) -> bool:
@@ -230,7 +231,7 @@ def why_not_kept() -> str | None:
 
 def _apply() -> None:
     """Sets malloc's parameters to what the innermost block, or the last call, asks for."""
-    global _active, _stop, _kept
+    global _active, _stop
     setting = _blocks[-1]._setting if _blocks else _calls[-1][1] if _calls else _OFF
     if setting == _active or why_not_kept():
         return
@@ -239,7 +240,6 @@ def _apply() -> None:
         for parameter, value in (_KEEP if setting.enabled else _DEFAULTS).items():
             if libc.mallopt(parameter, value) != 1:
                 raise RuntimeError(f"mallopt({parameter}, {value}): expected 1, got 0")
-        _kept = {}
     _active = setting
     _stop.set()
     if not setting.enabled:

@@ -111,8 +111,8 @@ OF_A_SIZE = {
     (name, column)
     for name in OPERATORS
     if name in sizes.ON_CPU and name not in sizes.LINEAR
-    for column, limit in sizes.ON_CPU[name]._asdict().items()
-    if limit is not None and column not in ("least", "most")
+    for column in sizes.Limits._fields[:4]
+    if getattr(sizes.ON_CPU[name], column) is not None
 }
 
 

@@ -396,11 +396,24 @@ def test_freed_memory_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     assert "freed memory" not in done.stderr
 
 
-def test_what_configures_malloc_is_named(tmp_path: Path) -> None:
+@pytest.mark.skipif(memory.why_not_kept() is not None, reason="keep has no effect")
+def test_the_report_says_what_is_in_effect_when_the_program_ends(tmp_path: Path) -> None:
+    path = script(tmp_path, "from pyfused import memory; memory.keep(False)")
+    stderr = counted(path, folder=tmp_path).stderr
+    assert "pyfused: freed memory was not kept: the program has called keep(False)\n" in stderr
+    path = script(tmp_path, "from pyfused import memory\nwith memory.keep(False): pass")
+    assert "pyfused: freed memory was kept; --no-keep" in counted(path, folder=tmp_path).stderr
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_configures_malloc_is_named(kept: bool, tmp_path: Path) -> None:
+    variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368"}
     done = plain(
         *("-m", "pyfused", "run", script(tmp_path, KEEPS)),
         folder=tmp_path,
-        MALLOC_TOP_PAD_="4096",
+        **(variables if kept else {"MALLOC_TOP_PAD_": "4096"}),
     )
     assert done.stdout == "False\n", done.stderr
-    assert "pyfused: freed memory was not kept: " in done.stderr
+    if memory.why_not_kept() is None:
+        state = "kept without keep()" if kept else "not kept"
+        assert f"pyfused: freed memory was {state}: the environment configures" in done.stderr
