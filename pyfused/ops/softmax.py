@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import DTYPES, backend_of, cpu
+from pyfused.dispatch import sizes
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import BEFORE_DIM, Operator, Options, Tensors
 from pyfused.dispatch.originals import F
@@ -72,7 +73,8 @@ def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:
     if not -input.dim() <= dim < input.dim():
         return "dim is out of range"
     is_strided = input.is_cpu and input.stride(dim) != 1
-    if is_strided and input.dtype is torch.bfloat16 and cpu.capability == "x86-64-v3":
+    by_avx2 = cpu.capability == "x86-64-v3" and sizes.FORCED is None
+    if by_avx2 and is_strided and input.dtype is torch.bfloat16:
         # With AVX2, calls take 0.7 to 1.3 times as long as torch's, whose code for AVX-512 takes
         # 0.5 to 0.9 times as long as these kernels.
         return "the kernels for AVX2 are no faster along strided bfloat16 classes"

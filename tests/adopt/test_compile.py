@@ -290,11 +290,13 @@ def test_second_derivatives_of_a_head() -> None:
 
 
 def test_errors_of_a_compiled_head() -> None:
-    compiled = torch.compile(fused.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    function = fused.linear_cross_entropy
+    # With dynamic sizes, torch 2.11 reports the parts of a message instead of the message.
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
     with pytest.raises(IndexError, match=r"got 9 at position \(0,\)"):
         compiled(torch.randn(N, C), WEIGHTS, torch.full((N,), 9))
     weight = torch.ones(N, 1)  # as many elements as rows
-    for head in (compiled, fused.linear_cross_entropy):
+    for head in (compiled, function):
         with pytest.raises(Exception, match="token_weight: expected"):
             head(torch.randn(N, C), WEIGHTS, INDICES, token_weight=weight)
         with pytest.raises(Exception, match="target: expected"):
