@@ -47,6 +47,8 @@ ELSEWHERE = {"generic": {"unix": "", "msvc": ""}}
 PLATFORM = sysconfig.get_platform()  # the wheel's platform, which may be cross-compiled
 ISAS = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
 if only := os.environ.get("PYFUSED_ONLY_ISA"):  # `make formulas OP=name` tests one
+    if only not in ISAS:
+        sys.exit(f"PYFUSED_ONLY_ISA: expected one of {', '.join(ISAS)}, got {only!r}")
     ISAS = {only: ISAS[only]}
 
 # Sources without kernels are compiled once, for the oldest instruction set, and linked into all

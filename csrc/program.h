@@ -7,7 +7,7 @@
 // formula_compiler/program.py generates programs. A slot is the number of an operand (0 to 3), the
 // value (4), a gradient (5 to 8), a register (9 to 72), or a constant. Constants are the scale of
 // the gradients, the formula's parameters, literals, and values that the prologue computes from
-// these in double, once for each call. pointwise_loss.cpp loads and rounds, and applies weights,
+// these once for each call, in the type of the operands. pointwise_loss.cpp loads and rounds, and applies weights,
 // grad_output and sums.
 #pragma once
 
@@ -38,6 +38,7 @@ constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
   X(copy, 1, a)                                     \
   X(neg, 1, -a)                                     \
   X(abs, 1, std::abs(a))                            \
+  X(floor, 1, std::floor(a))                        \
   X(sign, 1, a > 0 ? A(1) : a < 0 ? A(-1) : A(0))   \
   X(reciprocal, 1, 1 / a)                           \
   X(sqrt, 1, std::sqrt(a))                          \
@@ -53,7 +54,7 @@ constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
   X(ndtr, 1, Normal<A>(a).below)                    \
   X(density, 1, Normal<A>(a).density)               \
   X(decay, 1, exp_nonpositive(-std::abs(a)))        \
-  X(sigmoid_from, 2, pyfused::sigmoid_from(a, b))   \
+  X(sigmoid_from, 2, sigmoid_or_zero(a, b))         \
   X(softplus_from, 2, pyfused::softplus_from(a, b)) \
   X(add, 2, a + b)                                  \
   X(sub, 2, a - b)                                  \
@@ -73,6 +74,12 @@ constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
   X(where_lt, 4, a < b ? c : d)                     \
   X(where_le, 4, a <= b ? c : d)                    \
   X(where_eq, 4, a == b ? c : d)
+
+// torch's sigmoid, which is 0 where exp(-x) overflows; decay = exp(-|x|).
+template <class A> PYFUSED_INLINE A sigmoid_or_zero(A decay, A x) {
+  constexpr A kLeast = A(sizeof(A) == 4 ? 0x1p-128 : 0x1p-1024);
+  return (x < 0) & (decay < kLeast) ? A(0) : sigmoid_from(decay, x);
+}
 
 struct Instruction {
   int opcode;
@@ -179,12 +186,9 @@ class ProgramFormula {
     }
     doubles[0] = 1 / denominator;
     std::copy(parameters.begin(), parameters.end(), doubles.begin() + 1);
-    for (const Instruction& each : program.prologue) {
-      Inputs<double> in;
-      for (int k = 0; k < 4; ++k) in[k] = &doubles[each.in[k] - kFirstConstant];
-      instruction_rows<double>()[each.opcode][0](&doubles[each.out - kFirstConstant], in, 1);
-    }
     floats.assign(doubles.begin(), doubles.end());
+    compute(program.prologue, doubles);
+    compute(program.prologue, floats);
     for (const Instruction& each : body_) {
       registers_ = std::max(registers_, each.out - kFirstRegister + 1);
     }
@@ -215,6 +219,15 @@ class ProgramFormula {
   }
 
  private:
+  template <class A>
+  static void compute(const std::vector<Instruction>& prologue, std::vector<A>& constants) {
+    for (const Instruction& each : prologue) {
+      Inputs<A> in;
+      for (int k = 0; k < 4; ++k) in[k] = &constants[each.in[k] - kFirstConstant];
+      instruction_rows<A>()[each.opcode][0](&constants[each.out - kFirstConstant], in, 1);
+    }
+  }
+
   const std::vector<Instruction>& body_;
   std::tuple<std::vector<double>, std::vector<float>> constants_;
   int registers_ = 0;

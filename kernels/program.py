@@ -2,9 +2,8 @@
 
     value, gradient of each operand = formula(four operands, numbers, parts, scale, EXACT)
 
-Expressions of literals and parameters alone are computed in float64. `numbers` are the first three
-parameters; `parts` are the others, encoded by `parts_of`. EXACT is False if the result is rounded
-to half precision.
+`numbers` are the first three parameters; `parts` are the others, encoded by `parts_of`. EXACT is
+False if the result is rounded to half precision.
 """
 
 from __future__ import annotations
@@ -77,6 +76,14 @@ def softplus(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def sigmoid_from(decay, x, EXACT: tl.constexpr):
+    """Returns torch's sigmoid, which is 0 where exp(-x) overflows; decay is exp(-|x|)."""
+    LEAST: tl.constexpr = 2.0**-1024 if x.dtype == tl.float64 else 2.0**-128
+    below = tl.where(decay < LEAST, 0.0, decay)
+    return tl.where(x < 0.0, below, 1.0) * reciprocal(1.0 + decay, EXACT)
+
+
+@triton.jit
 def power(x, y):
     """Returns x**y, computed in float64, because the error of exp(y log(x)) grows with y log(x)."""
     base, exponent = x.to(tl.float64), y.to(tl.float64)
@@ -99,6 +106,7 @@ INSTRUCTIONS = {
     "copy": "{}",
     "neg": "-1.0 * {}",
     "abs": "tl.abs({})",
+    "floor": "tl.floor({})",
     "sign": "sign({})",
     "reciprocal": "1.0 / {}",
     "sqrt": "root({})",
@@ -114,7 +122,7 @@ INSTRUCTIONS = {
     "ndtr": "normal_cdf({}, EXACT)",
     "density": "0.3989422804014327 * exp_nonpositive(-0.5 * {0} * {0}, EXACT, EXACT)",
     "decay": "exp_nonpositive(-tl.abs({}), EXACT, EXACT)",
-    "sigmoid_from": "tl.where({1} < 0.0, {0}, 1.0) * reciprocal(1.0 + {0}, EXACT)",
+    "sigmoid_from": "sigmoid_from({0}, {1}, EXACT)",
     "softplus_from": "softplus({1}, EXACT)",
     "add": "{} + {}",
     "sub": "{} - {}",
@@ -151,21 +159,18 @@ def source_of(program: Program, name: str) -> str:
         f'tl.full([], float("{value!r}"), tl.float64)' for value in program.constants[len(values) :]
     ]
 
-    def lines(instructions: list[Line], template: str) -> list[str]:
-        values = [
-            INSTRUCTIONS[op].format(*[names[a] for a in arguments])
-            for op, _, arguments in instructions
-        ]
-        pairs = zip(instructions, values, strict=True)
-        return [f"{names[out]} = {template.format(value)}" for (_, out, _), value in pairs]
+    def line(instruction: Line) -> str:
+        op, out, arguments = instruction
+        return f"{names[out]} = {INSTRUCTIONS[op].format(*[names[a] for a in arguments])}"
 
     body = [
         *[f"{output} = 0.0" for output in outputs],
         "ONE, ZERO = tl.full([], 1.0, x0.dtype), tl.full([], 0.0, x0.dtype)",
-        *[f"{constant} = {value}" for constant, value in zip(constants, values, strict=True)],
-        *lines(program.prologue, "({}).to(tl.float64)"),
-        *[f"{constant} = {constant}.to(x0.dtype)" for constant in constants],
-        *lines(program.body, "{}"),
+        *[
+            f"{name} = ({value}).to(x0.dtype)"
+            for name, value in zip(constants, values, strict=True)
+        ],
+        *map(line, [*program.prologue, *program.body]),
         f"return {', '.join(outputs)}",
     ]
     arguments = ", ".join([*operands, "numbers", "parts", "scale", "EXACT: tl.constexpr"])

@@ -53,15 +53,15 @@ def tensor(name: str, value: Any, or_float: bool = False) -> None:
         raise _error(name, expected, f"{type(value).__name__}{hint}", TypeError)
 
 
-def number(name: str, value: Any, kind: tuple[type, type], expected: str) -> None:
-    if not isinstance(value, kind):
-        raise _error(name, expected, f"{type(value).__name__} {value!r}", TypeError)
+def integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise _error(name, "an int", f"{type(value).__name__} {value!r}", TypeError)
 
 
 def one_number(name: str, value: Any, error: type[Exception] = ValueError) -> None:
-    if not isinstance(value, TENSORS):
-        number(name, value, (float, Real), "a float")
-    elif value.numel() != 1:
+    if not isinstance(value, (*TENSORS, float, Real)):
+        raise _error(name, "a float", f"{type(value).__name__} {value!r}", TypeError)
+    if isinstance(value, TENSORS) and value.numel() != 1:
         raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
 
 
@@ -159,7 +159,7 @@ def keywords(function: str, options: Keywords) -> Keywords:
 
 def dim(value: Any, input: Tensor) -> None:
     if value is not None:
-        number("dim", value, (int, Integral), "an int")
+        integer("dim", value)
         most = max(input.dim(), 1)
         if not -most <= value < most:
             expected = f"{-most} to {most - 1} for an input of shape {tuple(input.shape)}"
@@ -180,7 +180,7 @@ def cross_entropy(
     denominator: Tensor | None,
     options: CrossEntropyOptions,
 ) -> None:
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    integer("ignore_index", options.ignore_index)
     _loss_options(token_weight, denominator, options, loss_shape(input, "none"), input)
     probabilities = target.is_floating_point()
     if input.dim() == 0:
@@ -192,13 +192,13 @@ def cross_entropy(
             raise _error("ignore_index", expected, options.ignore_index)
     else:
         _class_index_target(input, target)
-    _class_weight(input, weight, same_dtype=not probabilities)
-    if options.gamma != 0 and (probabilities or options.label_smoothing > 0):
-        expected = "0.0 with class probabilities or label smoothing"
-        raise _error("gamma", expected, "a positive number", ValueError)
     dtype: Any = options.loss_dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise _error("loss_dtype", "a floating dtype or None", dtype, ValueError)
+    _class_weight(input, weight, dtype, same_dtype=not probabilities)
+    if options.gamma != 0 and (probabilities or options.label_smoothing > 0):
+        expected = "0.0 with class probabilities or label smoothing"
+        raise _error("gamma", expected, "a positive number", ValueError)
 
 
 def _vocab_options(options: Any) -> None:
@@ -319,7 +319,7 @@ def _index_dtype(target: Tensor) -> None:
 
 def memory_budget(value: Any) -> None:
     if value is not None:
-        number("memory_budget", value, (int, Integral), "an int")
+        integer("memory_budget", value)
         if value <= 0:
             raise _error("memory_budget", "a positive number of bytes", value, ValueError)
 
@@ -516,7 +516,7 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
         raise _error("logits", _SCORES, "()")
     _floating("logits", logits, _are_swapped(logits, target))
     _class_index_target(logits, target, probabilities=False)
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    integer("ignore_index", options.ignore_index)
     _vocab_options(options)
 
 
@@ -566,19 +566,31 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
     _class_index_target(input, target, probabilities=False)
 
 
-def _class_weight(input: Tensor, weight: Tensor | None, same_dtype: bool = True) -> None:
+def _class_weight(
+    input: Tensor,
+    weight: Tensor | None,
+    loss_dtype: torch.dtype | None = None,
+    same_dtype: bool = True,
+) -> None:
     if weight is None:
         return
     _shape("weight", weight, (classes_of(input),), "one factor for each class")
     casts = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     casts = casts and torch.float64 not in (weight.dtype, input.dtype)  # autocast keeps float64
-    if same_dtype and weight.dtype is not input.dtype and not casts:
-        raise _error("weight", f"the input's dtype {input.dtype}", weight.dtype)
+    if not same_dtype or weight.dtype is input.dtype or casts:
+        return
+    expected = f"the input's dtype {input.dtype}"
+    if loss_dtype is not None:
+        wide = torch.promote_types(input.dtype, weight.dtype)
+        if wide is weight.dtype and torch.promote_types(wide, loss_dtype) is loss_dtype:
+            return
+        expected += f", or a wider one up to loss_dtype {loss_dtype}"
+    raise _error("weight", expected, weight.dtype)
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> None:
     reduction(options.reduction)
-    number("ignore_index", options.ignore_index, (int, Integral), "an int")
+    integer("ignore_index", options.ignore_index)
     if input.dim() == 0:
         raise _error("input", _SCORES, "()", ValueError)
     _index_shape(input, target)
@@ -724,7 +736,8 @@ def broadcasts(
 ) -> None:
     """Checks that a shape broadcasts with the input's, or expands to it."""
     pairs = zip(reversed(input), reversed(shape), strict=False)
-    fits = all(b in (a, 1) or (a == 1 and not expands) for a, b in pairs)
+    # Dynamo evaluates `b in (a, 1)` as False if only one of the sizes is symbolic.
+    fits = all(b is a or b == a or b == 1 or (a == 1 and not expands) for a, b in pairs)
     if not fits or (expands and len(shape) > len(input)):
         verb = "broadcasts to" if expands else "broadcasts with"
         raise _error(name, f"a shape that {verb} {owner} of shape {tuple(input)}", shape)
@@ -763,7 +776,7 @@ def one_for_each_row(name: str, shape: torch.Size, _: str, *inputs: torch.Size) 
 
 
 def variance(name: str, shape: torch.Size, _: str, input: torch.Size, *_others: Any) -> None:
-    if shape in (input, input[:-1]):
+    if shape == input or shape == input[:-1]:
         return
     pairs = zip(input, shape, strict=False)
     if len(shape) != len(input) or [b for a, b in pairs if a != b] != [1]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial, update_wrapper
 from itertools import product
 from numbers import Integral, Real
-from operator import attrgetter
 from traceback import extract_tb
-from types import MethodType, NoneType
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +16,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks, nn
-from pyfused.backends import cpu
 from pyfused.backends.protocol import Divisor, Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, path_of
-from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.capture import Capture
@@ -32,13 +27,10 @@ from pyfused.formula_compiler.kernel import Kernel
 from pyfused.formula_compiler.program import (
     EXPONENTS,
     OPERANDS,
-    Expressions,
     Program,
     UntraceableError,
-    is_moderate,
 )
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
-from pyfused.torch_internals import DispatchMode, is_mutable, tree_map
 from pyfused.types import NUMBER, Outputs, Scalar
 
 _LONG = 16  # a formula is long from this many instructions on, including its gradients
@@ -122,8 +114,7 @@ class FormulaOperator(PointwiseLoss):
             return self.generic
         cases = list[Any]()
         for scalar, x in zip(self.numbers, numbers, strict=True):
-            is_literal = x in scalar.special or not is_moderate(x)
-            cases.append((x if x == x else math.nan) if is_literal else NUMBER)  # one NaN
+            cases.append(x if x in scalar.special else NUMBER)
         kernel = self.traced(tuple(cases))
         return kernel if isinstance(kernel, str) else tuple(cases)
 
@@ -131,7 +122,7 @@ class FormulaOperator(PointwiseLoss):
         """Returns the kernel for the cases of the numbers, or why there is none."""
         names = [scalar.name for scalar in self.numbers]
         method = partial(self._trace_kernel, len(self.variables))
-        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), method, stabilize=True)
+        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), method, exact=True)
         try:
             kernel.program(self.all_outputs)
         except Exception as error:  # the user's function may raise anything; torch then runs it
@@ -489,12 +480,13 @@ class Formula:
         is_double = any(x.dtype is torch.float64 for x in tensors)
         dtype = torch.float64 if is_double else torch.float32
         number = partial(torch.full, (), dtype=dtype, device=tensors[0].device)
-        return {
-            name: number(float(value))
-            if not isinstance(value, Tensor) and _is_number(value, self.defaults[name])
-            else value
-            for name, value in parameters.items()
-        }
+
+        def as_tensor(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(dtype)
+            return number(float(value)) if _is_number(value, self.defaults[name]) else value
+
+        return {name: as_tensor(name, value) for name, value in parameters.items()}
 
     def call_of(
         self, operands: tuple[Any, ...], named: dict[str, Any]
@@ -532,7 +524,27 @@ class Formula:
                     f"convert it by {name}.to(dtype), or compare it, such as {name} == 1"
                 )
         parameters = self.arguments | named
+        for name in named.keys() & self.defaults.keys():
+            parameters[name] = self._checked(name, named[name])
         return operands, parameters, parameters.pop("reduction"), parameters.pop("weight")
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Returns the value of a parameter, a tensor of one element as a 0-d tensor.
+
+        Raises:
+            TypeError: It is a tensor of several elements, or no number and its default is a float.
+        """
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return (value if grad_enabled() else value.detach()).reshape(())
+        if isinstance(value, Tensor):
+            got = f"a Tensor of shape {tuple(value.shape)}; make it an operand"
+        elif isinstance(self.defaults[name], float) and not isinstance(value, (Real, NoneType)):
+            got = repr(value)
+        else:
+            return value
+        raise TypeError(
+            f"{self.__name__}: {name}: expected a number or a tensor of one element, got {got}"
+        )
 
     def module(self, **named: Any) -> FormulaModule:
         """Returns a module that calls the formula with these parameters.
@@ -567,36 +579,6 @@ class Formula:
             *program.lines(self.operands, parameters(numbers)),
         ])  # fmt: skip
 
-    def verify(self, *, same_gradient: bool = True, **parameters: Any) -> None:
-        """Compares the kernel's results with the function's, in float64; call it in a test.
-
-        It compares values and gradients at random and special values: ties, zeros, the largest
-        number, infinities and NaN, also with a grad_output of infinity, NaN and -0. A difference
-        larger than rounding is an error.
-
-        Args:
-            same_gradient: Whether a gradient of :meth:`gradient` has to equal torch's derivative of
-                the function. At NaN it has to be NaN where torch's derivative is; elsewhere it may
-                be a number where torch's derivative is NaN. Derivatives that are None are not
-                compared. Pass False for another gradient, such as a straight-through estimator.
-            parameters: The parameters of the formula that differ from their defaults.
-
-        Raises:
-            TypeError: No kernel can compute the function, or it has no such parameter.
-            RuntimeError: The results differ. The message names the operands and grad_output.
-        """
-        if unknown := parameters.keys() - self.defaults.keys():
-            raise TypeError(
-                f"{self.__name__}: expected keywords from {sorted(self.defaults)}, "
-                f"got {sorted(unknown)}"
-            )
-        numbers, static = self._split(self.defaults | parameters)
-        op = self.operator(tuple([k in self.op.masks for k in range(len(self.operands))]), static)
-        with torch.device("cpu"):  # a default device may be set
-            check(op, numbers)
-            if self.slopes is not None and same_gradient:
-                check_gradient(op, numbers)
-
     # ---- copies ----------------------------------------------------------------------------------
 
     def __copy__(self) -> Formula:
@@ -605,19 +587,9 @@ class Formula:
     def __deepcopy__(self, _: Any) -> Formula:
         return self
 
-    def __reduce__(self) -> Any:
-        """Pickles the formula by name, or the user's function if its name is not the formula's.
-
-        Some picklers, such as cloudpickle, send functions of __main__ by value. So formulas of
-        __main__ are a bound method, which these pickle as its function and others as its name.
-        """
-        functions = self.functions_of_formula
-        if _named(self.__module__, self.__qualname__) is self:
-            if self.__module__ != "__main__":
-                return self.__qualname__
-            names = _Names(self.__module__, self.__qualname__)
-            functions = tuple([MethodType(function, names) for function in functions])
-        return _unpickled, (self.loss, *functions)
+    def __reduce__(self) -> str:
+        """Pickles the formula by its name, like a function."""
+        return self.__qualname__
 
     def __repr__(self) -> str:
         return f"<pyfused.{'loss' if self.loss else 'activation'} {self.__name__}>"
@@ -644,272 +616,6 @@ class FormulaModule(torch.nn.Module):
         return f"{self.formula.__name__}, {nn.shown(nn.options_of(self))}".removesuffix(", ")
 
 
-# ---- comparison of kernels with the function -----------------------------------------------------
-
-
-def _points(
-    operands: int, masks: Sequence[int], literals: Sequence[float], dtype: torch.dtype
-) -> list[Tensor]:
-    """Returns test operands: random values, ties, literals, the largest number, infinities and NaN.
-
-    Args:
-        masks: The indices of the operands that are masks, which are 0 or 1.
-        dtype: The dtype of the result.
-    """
-    generator, n, info = torch.Generator().manual_seed(0), 256, torch.finfo(dtype)
-    special = [0.0, 0.5, 1.0, 2.0, info.max, info.tiny, float("inf"), *map(float, literals)]
-    special += [-value for value in special]
-    values = torch.tensor([*special, float("nan")], dtype=torch.float64)
-    chosen = values[torch.randint(len(values), (operands, 4 * n), generator=generator)]
-    normal = torch.randn(operands, 3, n, generator=generator)
-    normal *= torch.tensor([1.0, 30.0, 1e-5])[:, None]
-    ties = torch.randn(n, generator=generator).expand(operands, n)
-    uniform = torch.rand(operands, n, generator=generator)
-    points = torch.cat([normal.flatten(1), ties, uniform, chosen], 1).to(dtype)
-    for k in masks:
-        points[k].copy_(torch.randint(2, points[k].shape, generator=generator))
-    return [*points]
-
-
-def _value_and_gradients(
-    function: Callable[[Sequence[Tensor]], Tensor], operands: Sequence[Tensor]
-) -> Tensor:
-    """Returns a function's value and its gradients with respect to each operand, as float64."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    value = function(leaves)
-    gradients: Sequence[Tensor | None] = [None] * len(leaves)
-    if value.requires_grad:
-        gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
-    pairs = zip(gradients, leaves, strict=True)
-    each = [value.detach(), *(torch.zeros_like(x) if g is None else g for g, x in pairs)]
-    return torch.stack(each).double()
-
-
-class _Roundings(DispatchMode):
-    """Perturbs each result by a random rounding error, and flushes subnormal results to 0."""
-
-    def __init__(self, dtype: torch.dtype, generator: torch.Generator) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.limits, self.generator = torch.finfo(dtype), generator
-
-    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        return result if op.is_view or is_mutable(op) else tree_map(self.rounded, result)
-
-    def rounded(self, result: Any) -> Any:
-        if not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        steps = torch.randn(result.shape, dtype=torch.float64, generator=self.generator)
-        eps = max(self.limits.eps, torch.finfo(result.dtype).eps)  # integers promote to float32
-        rounded = (result * (1 + eps * steps)).to(result.dtype)
-        return rounded.masked_fill_(result.abs() < self.limits.tiny, 0)
-
-
-def _compare(
-    results: Tensor,
-    function: Callable[[Sequence[Tensor]], Tensor],
-    points: Sequence[Tensor],
-    masks: Sequence[int],
-    is_stabilized: bool,
-) -> tuple[Tensor, Tensor]:
-    """Compares a value and its gradients at test points with a function's.
-
-    The tolerance at each point follows from the function's values at nearby points and with
-    perturbed roundings, so it is wide next to discontinuities and where terms cancel.
-
-    Args:
-        results: As `_value_and_gradients` returns them.
-        masks: The indices of the operands that are masks.
-        is_stabilized: Whether the results may be more accurate than the function: where its float32
-            result is inaccurate, and where it is NaN for operands that are not NaN.
-
-    Returns:
-        The function's value and gradients, and whether each result is right.
-    """
-    dtype, wide = points[0].dtype, [x.double() for x in points]
-    expected = _value_and_gradients(function, wide)
-    digits, generator = torch.finfo(dtype).eps ** 0.5, torch.Generator().manual_seed(1)
-    nearby = [expected, _value_and_gradients(function, points)]
-    for _ in range(8):
-        steps = [torch.randn(x.shape, generator=generator) * digits / 16 for x in points]
-        near = [x + s * x.abs() + s * 1e-20 for x, s in zip(wide, steps, strict=True)]
-        near = [
-            x if k in masks else torch.where(x.isinf(), x, y)
-            for k, (x, y) in enumerate(zip(wide, near, strict=True))
-        ]
-        with _Roundings(dtype, generator):
-            nearby += [
-                _value_and_gradients(function, [x.to(kind) for x in near])
-                for kind in {torch.float64, dtype}
-            ]
-    bounds = torch.stack(nearby)
-    undefined = bounds.isnan()
-    low = bounds.masked_fill(undefined, torch.inf).amin(0)
-    high = bounds.masked_fill(undefined, -torch.inf).amax(0)
-    slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
-    right = (results >= low - slack) & (results <= high + slack)
-    right |= (results == expected) | (undefined.any(0) & results.isnan())
-    # Kernels may round once where the function's intermediate results overflow.
-    right |= ~expected.isfinite() & (torch.stack(wide).abs() == torch.finfo(dtype).max).any(0)
-    if is_stabilized:
-        is_wider = torch.stack([x.isfinite() & x.float().isinf() for x in points]).any(0)
-        in_float = _value_and_gradients(function, [x.float() for x in points])
-        error = (in_float - expected).abs().masked_fill(is_wider, 0)  # of numbers that float32 has
-        without_nan = [torch.where(x.isnan(), 0.5, x) for x in wide]
-        lost = expected.isnan() & _value_and_gradients(function, without_nan).isnan()
-        difference = (results - expected).abs()
-        stable = results.isfinite() & ~(difference > 1e-6 * error)
-        right |= ~results.isnan() & torch.where(expected.isnan(), lost, stable)
-    return expected, right
-
-
-def check(
-    op: FormulaOperator,
-    numbers: tuple[Any, ...],
-    kernels: Callable[..., Any] = cpu.pointwise_loss,
-    dtype: torch.dtype = torch.float64,
-) -> None:
-    """Compares the kernel's results with the function's, and its gradients for any grad_output.
-
-    Raises:
-        UntraceableError: No kernel can compute the function.
-        RuntimeError: The results differ.
-    """
-    cases = op.cases(numbers)
-    if isinstance(cases, str):
-        raise UntraceableError(f"{op.name}: {cases}")
-    if kernels is cpu.pointwise_loss and cpu.MISSING:
-        return
-    e, points = _expressions_and_points(op, cases, dtype)
-    options = op.options(*numbers, "none")
-
-    def run(outputs: Outputs, grad_output: Tensor | None) -> list[Tensor]:
-        program, parameters = op.kernel(cases, len(points), outputs)
-        tensors = tuple(points), None, grad_output
-        launch = kernels(program, tensors, parameters, "none", outputs)
-        value, gradients = launch((*points, None, None), options, grad_output)
-        return [value, *gradients]
-
-    results = torch.stack(run(op.all_outputs, None))
-    function = partial(op.unreduced, options=options)
-    expected, right = _compare(results.double(), function, points, op.masks, e.stabilized)
-    ones = torch.ones_like(points[0])
-    sides = "its kernel computes", "the function"
-    _raise_for_differences(op, sides, results, expected, right, [*points, ones])
-    grad_output = torch.tensor([2.0, math.nan, -0.0, math.inf], dtype=dtype).repeat(len(ones) // 4)
-    _, *gradients = run(op.all_outputs._replace(loss=False), grad_output)
-    scaled, info = torch.stack([results[0], *gradients]), torch.finfo(dtype)
-    product = torch.stack([results[0], *results[1:] * grad_output])
-    right = (scaled - product).abs() <= 4 * info.eps * product.abs() + info.tiny
-    right |= (scaled == product) | (scaled.isnan() & product.isnan())
-    _raise_for_differences(op, sides, scaled, product, right, [*points, grad_output])
-
-
-def check_gradient(op: FormulaOperator, numbers: tuple[Any, ...]) -> None:
-    """Compares a user's gradient with torch's derivative of the function, in float64.
-
-    An operand whose derivative is None, such as a target, is not compared. The gradient may be
-    more accurate than torch's derivative, and finite where that is NaN for operands that are not.
-
-    Raises:
-        RuntimeError: The derivatives differ.
-    """
-    cases = op.cases(numbers)
-    assert op.gradient is not None
-    assert not isinstance(cases, str)  # `check` has raised
-    _, points = _expressions_and_points(op, cases, torch.float64)
-    options = op.options(*numbers, "none")
-
-    def function(leaves: Sequence[Tensor]) -> Tensor:
-        return op.formula(*op.with_masks(leaves), *numbers)
-
-    results = _value_and_gradients(partial(op.unreduced, options=options), points)
-    expected, right = _compare(results, function, points, op.masks, is_stabilized=True)
-    slopes = op.gradient(*op.with_masks(points), *numbers)
-    for k, slope in enumerate(slopes, 1):
-        right[k] |= slope is None
-    sides = "its gradient computes", "torch's derivative"
-    hint = ". Pass same_gradient=False if it is meant to be another gradient"
-    _raise_for_differences(
-        op, sides, results, expected, right, [*points, torch.ones_like(points[0])], hint
-    )
-
-
-def _expressions_and_points(
-    op: FormulaOperator, cases: tuple[Any, ...], dtype: torch.dtype
-) -> tuple[Expressions, list[Tensor]]:
-    """Returns the expressions of an operator's kernel, and its test points."""
-    kernel = op.traced(cases)
-    assert isinstance(kernel, Kernel)
-    ((_, e, _),) = kernel.methods
-    literals = [arguments[0] for op, arguments in e.nodes if op == "literal"]
-    return e, _points(len(op.variables), op.masks, literals, dtype)
-
-
-def _raise_for_differences(
-    op: FormulaOperator,
-    sides: tuple[str, str],
-    results: Tensor,
-    expected: Tensor,
-    right: Tensor,
-    inputs: Sequence[Tensor],
-    hint: str = "",
-) -> None:
-    """Raises a RuntimeError that describes the first result that is not right.
-
-    Args:
-        sides: What computes the results, and what the expected ones.
-        inputs: The operands and grad_output.
-    """
-    if right.all():
-        return
-    wrong = (~right).nonzero()
-    k, i = map(int, wrong[0])
-    names = [variable.name for variable in op.variables]
-    of_result = ["value", *(f"gradient of {name}" for name in names)][k]
-    named = zip([*names, "grad_output"], inputs, strict=True)
-    at = ", ".join(f"{name}={x[i].item():.6g}" for name, x in named)
-    raise RuntimeError(
-        f"{op.name}: {sides[0]} {results[k, i].item():.9g} for the {of_result} at {at}, "
-        f"{sides[1]} {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} values "
-        f"differ{hint}"
-    )
-
-
-# ---- pickling ------------------------------------------------------------------------------------
-
-
-def _named(module: str, qualname: str) -> Any:
-    """Returns the object of this name, None if there is none."""
-    try:
-        return attrgetter(qualname)(sys.modules[module])
-    except (AttributeError, KeyError):
-        return None
-
-
-class _Names:
-    """Pickles a bound method as a name: its attributes are the object of a module."""
-
-    def __init__(self, module: str, qualname: str) -> None:
-        self.path = module, qualname
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        importlib.import_module(self.path[0])
-        return _named(*self.path)
-
-
-def _unpickled(loss: bool, *functions: Any) -> Formula:
-    if isinstance(functions[0], Formula):
-        return functions[0]
-    written, *slopes = [getattr(function, "__func__", function) for function in functions]
-    formula = Formula(written, loss)
-    for function in slopes:
-        formula.gradient(function)
-    return formula
-
-
 # ---- decorators ----------------------------------------------------------------------------------
 
 
@@ -933,8 +639,7 @@ def loss(function: Callable[..., Tensor]) -> Any:
         broadcasts with the loss; a mean is divided by the sum of the weights. Operands may be
         float32, float64, bfloat16, float16 or bool; an integer operand is a TypeError. The result
         has the shape and dtype that torch's operators return. ``.module(...)`` makes a
-        :class:`torch.nn.Module`, ``.explain()`` returns the kernel's program as text, and
-        ``.verify()`` compares the kernel's results with the function's.
+        :class:`torch.nn.Module`, and ``.explain()`` returns the kernel's program as text.
 
     Raises:
         TypeError: The function's signature is not supported; it reads another object, such as a

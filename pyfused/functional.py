@@ -144,7 +144,8 @@ def cross_entropy(
         input: Logits, of shape (C), (N, C) or (N, C, d1, ..., dk).
         target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
             int64 or uint8; or class probabilities of the input's shape and any floating dtype.
-        weight: A factor for each class, of shape (C); of the input's dtype for class indices.
+        weight: A factor for each class, of shape (C). For class indices it has the input's dtype,
+            or a wider one up to ``loss_dtype``.
         ignore_index: Rows with this target have loss and gradient 0, and the mean excludes them.
         reduction: ``"mean"`` divides by the sum of ``weight[target]`` over the rows that are not
             ignored; for class probabilities, by the number of rows.
@@ -183,7 +184,8 @@ def cross_entropy(
             process raises.
 
     Returns:
-        The loss, of the input's dtype, or float32 under autocast, or ``loss_dtype``.
+        The loss, of the input's dtype, promoted with the probabilities' and their weight's dtype;
+        or float32 under autocast, or ``loss_dtype``.
 
     Raises:
         IndexError: A class index is out of range; the message has the index and its position.
@@ -338,7 +340,7 @@ def linear_cross_entropy(
             int64 or uint8; or class probabilities of shape (..., C) or (..., C, d1, ..., dk) and
             any floating dtype.
         linear_bias: The layer's bias, of the input's dtype and shape (C) or (C, d1, ..., dk).
-        weight: A factor for each class, of shape (C).
+        weight: As in :func:`cross_entropy`.
         reduction: As in :func:`cross_entropy`. With ``"none"``, backward recomputes the logits.
         ignore_index: As in :func:`cross_entropy`; None means -100.
         label_smoothing: As in :func:`cross_entropy`.
@@ -368,7 +370,10 @@ def linear_cross_entropy(
     """
     op = operators.LINEAR_CROSS_ENTROPY
     if (
-        head_left_to_torch(op, input, linear_weight, linear_bias)
+        (
+            head_left_to_torch(op, input, linear_weight, linear_bias)
+            or (ignore_index is not None and _torch_refuses_index(input, target))
+        )
         and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
         and filter_eps is z_loss is _ZERO
         and scale is temperature is _ONE
@@ -401,6 +406,14 @@ def linear_cross_entropy(
         torch_options=options,
     )
     return run(op, tensors, loss_options, shard)
+
+
+def _torch_refuses_index(input: Any, target: Any) -> bool:
+    """Returns whether torch's linear_cross_entropy raises for an ignore_index: probabilities."""
+    are_tensors = isinstance(input, Tensor) and isinstance(target, Tensor)
+    if not are_tensors or input.dim() > 2 or not target.is_floating_point():
+        return False
+    return hasattr(F, "linear_cross_entropy")
 
 
 def linear_cross_entropy_with_metrics(
@@ -1085,6 +1098,8 @@ def poisson_nll_loss(
         target: Counts, of a shape that broadcasts with the input's.
         log_input: Whether ``input`` holds logarithms.
         full: Adds Stirling's approximation of ``log(target!)`` where the target is more than 1.
+            Elsewhere it adds nothing to the target's gradient; torch, and so a small call, returns
+            NaN at targets of 0 or less.
         eps: Added to the rates before taking the logarithm.
     """
     op = elementwise.POISSON_NLL_LOSS

@@ -16,14 +16,14 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyfused.backends import cpu
 
-__all__ = ["Keep", "Stats", "keep", "recycle", "release", "stats"]
+__all__ = ["Keep", "Stats", "keep", "recycle", "release", "stats", "trim"]
 
 _DEFAULT_LIMIT = 1 / 4  # of the machine's memory
 
@@ -38,6 +38,9 @@ class Stats(NamedTuple):
         hits: The number of large outputs, since the process started, that reused a free block.
         misses: The number of large outputs, since the process started, that took new memory.
         keeps: Whether :func:`keep` is in effect.
+        pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
+            :func:`keep`, or of an allocator or environment variables that rule it out. In the
+            latter case they are measured, once and in a few milliseconds.
     """
 
     in_use: int
@@ -46,6 +49,7 @@ class Stats(NamedTuple):
     hits: int
     misses: int
     keeps: bool
+    pages_are_kept: bool
 
 
 # ---- all memory of the process -------------------------------------------------------------------
@@ -56,69 +60,155 @@ _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # no block has its own mapping; the
 # glibc's defaults. It raises the thresholds up to these values while a program frees large blocks,
 # but no longer after a parameter has been set.
 _DEFAULTS = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
-# Free pages are returned this often. Otherwise sizes that change from step to step fragment the
-# heap: with sequences of 64 to 512 tokens, a small GPT had 4.3 GiB after 400 steps instead of 1.7.
-_SECONDS = 30.0
 _VARIABLES = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad")  # set the same
 
+
+class _Setting(NamedTuple):
+    enabled: bool
+    trim_every: float | None = None
+
+
+_OFF = _Setting(False)
 _lock = threading.Lock()
-# The calls of keep() that have not ended, and the number of active ``with`` blocks.
-_calls: frozenset[Keep] = frozenset()
-_blocks = 0
-_ended = threading.Event()  # set when the last user of `keep` ends
-on_change: list[Callable[[], None]] = []  # called when `keep` begins or ends to have an effect
+# The innermost block decides, and without blocks the last call that has not become a block.
+_blocks: list[Keep] = []
+_calls: list[tuple[weakref.ref[Keep], _Setting]] = []
+_inherited: list[Keep] = []  # blocks that the parent process has entered, and this one may leave
+_active = _OFF
+_stop = threading.Event()  # ends the thread that returns free pages
+_kept: dict[int, bool] = {}  # by the number of bits of a size, see `pages_are_kept`
 
 
 class Keep:
     """The result of :func:`keep`, a context manager."""
 
+    def __init__(self, setting: _Setting) -> None:
+        self._setting = setting
+
     def __enter__(self) -> None:
         with _lock:
-            _set_users(_calls - {self}, _blocks + 1)
+            _calls[:] = [call for call in _calls if call[0]() is not self]
+            _blocks.append(self)
+            _apply()
 
     def __exit__(self, *error: object) -> None:
         with _lock:
-            _set_users(_calls, _blocks - 1)
+            blocks = _blocks if self in _blocks else _inherited
+            if self not in blocks:
+                raise RuntimeError("keep: the block was left without being entered, or left twice")
+            del blocks[-1 - blocks[::-1].index(self)]
+            _apply()
 
 
-def keep(enabled: bool = True) -> Keep:
+def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
     """Keeps the memory that the process frees, so that later tensors reuse its pages.
 
     By default, glibc's ``malloc`` returns large blocks to the system when they are freed, and each
     training step pays for new pages. From this call on, in all threads, blocks are taken from the
     heap, and the heap does not shrink. The process then holds the most memory that it has ever
     used, and more if blocks of many sizes fragment the heap. A daemon thread therefore returns the
-    free pages every 30 seconds, which makes one step slower. Call `keep` at the start of a program.
-    ``with keep():`` lasts for the block.
+    free pages every ``trim_every`` seconds, which makes one step slower. Call `keep` at the start
+    of a program. ``with keep():`` and ``with keep(False):`` last for the block, in all threads: the
+    block that was entered last decides, and without blocks the last call.
 
     It sets two parameters of ``mallopt``: ``M_MMAP_MAX`` to 0 and ``M_TRIM_THRESHOLD`` to its
     maximum. Blocks of 64 MiB or more of other threads than the main one are not kept, because
-    glibc's heaps for these threads are smaller. A child process of ``os.fork`` inherits the
-    parameters, and releases its copy of the free memory.
+    glibc's heaps for these threads are smaller. A child process of ``os.fork`` restores glibc's
+    defaults and releases its copy of the free memory; it may call `keep` itself.
 
     Args:
         enabled: False returns free memory to the system and restores glibc's defaults, with the
             largest thresholds that glibc chooses by itself: it returns blocks of 32 MiB or more
             when they are freed.
+        trim_every: The number of seconds after which the thread returns the free pages, again and
+            again. None for never: call :func:`trim`.
 
     Returns:
-        A context manager: the call ends when the block ends.
+        A context manager: the call ends when the block ends. Leaving more blocks than were entered
+        raises a RuntimeError.
 
     Raises:
-        TypeError: ``enabled`` is not a bool.
+        TypeError: ``enabled`` is not a bool, or ``trim_every`` is neither a number nor None.
+        ValueError: ``trim_every`` is not positive, or not finite.
 
     Warns:
         RuntimeWarning: Nothing has changed, because ``malloc`` is not glibc's, or because the
-            environment configures it (``MALLOC_MMAP_MAX_``, ``GLIBC_TUNABLES``, and others).
+            environment configures it (``MALLOC_MMAP_MAX_``, ``GLIBC_TUNABLES``, and others). The
+            message says whether freed memory is kept anyway.
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__} {enabled!r}")
+    if trim_every is not None:
+        if not isinstance(trim_every, (int, float)) or isinstance(trim_every, bool):
+            got = f"{type(trim_every).__name__} {trim_every!r}"
+            raise TypeError(f"trim_every: expected a number of seconds or None, got {got}")
+        if not 0 < trim_every <= threading.TIMEOUT_MAX:
+            expected = f"a positive number of at most {threading.TIMEOUT_MAX:g} seconds, or None"
+            raise ValueError(f"trim_every: expected {expected}, got {trim_every}")
     if enabled and (reason := why_not_kept()):
-        warnings.warn(f"keep: nothing has changed: {reason}", RuntimeWarning, stacklevel=2)
-    new = Keep()
+        state = "kept without it" if pages_are_kept() else "not kept"
+        message = f"keep: nothing has changed: {reason}; freed memory is {state}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    setting = _Setting(True, trim_every) if enabled else _OFF
+    new = Keep(setting)
     with _lock:
-        _set_users(_calls | {new} if enabled else frozenset(), _blocks)
+        # A call whose result is gone cannot become a block, so earlier calls have no effect.
+        lasting = [i for i, (call, _) in enumerate(_calls) if call() is None]
+        del _calls[: max(lasting, default=0)]
+        _calls.append((weakref.ref(new), setting))
+        _apply()
     return new
+
+
+def trim() -> bool:
+    """Returns the free pages of glibc's heaps to the system, as ``keep(trim_every=...)`` does.
+
+    Returns:
+        Whether any pages were returned; False if the C library is not glibc.
+    """
+    libc = _libc()
+    with _lock:
+        return libc is not None and libc.malloc_trim(0) == 1
+
+
+def pages_are_kept(size: int = 64 << 20) -> bool:
+    """Returns whether the pages of a freed block serve the next block of its size.
+
+    They do with :func:`keep`. If it cannot set malloc's parameters, another allocator or the
+    environment decides: then blocks are allocated, touched and freed, once for all sizes with the
+    same number of bits, and the page faults of this thread are counted.
+
+    Args:
+        size: The number of bytes.
+    """
+    if why_not_kept() is None:
+        return _active.enabled
+    bits = size.bit_length()
+    if bits not in _kept:
+        _kept[bits] = _measured(size)
+    return _kept[bits]
+
+
+def _measured(size: int) -> bool:
+    libc = _libc()
+    if libc is None:
+        return False
+    import resource
+
+    allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("malloc", libc))
+    # An allocator may return some freed pages from time to time, or use other pages at first.
+    for number in range(4):
+        faults = -resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        address = allocate(size)
+        if not address:
+            return False
+        for offset in range(0, size, 1 << 16):  # one of 16 pages, which is enough to see
+            ctypes.c_ubyte.from_address(address + offset).value = 0
+        libc.free(ctypes.c_void_p(address))
+        faults += resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        if number and faults < size >> 22:  # half as many as the block has huge pages
+            return True
+    return False
 
 
 @cache
@@ -139,47 +229,50 @@ def why_not_kept() -> str | None:
     return f"the environment configures malloc by {', '.join(names)}" if names else None
 
 
-def _set_users(calls: frozenset[Keep], blocks: int) -> None:
-    """Sets the parameters for the first user of `keep`, and restores them after the last."""
-    global _calls, _blocks, _ended
-    was_kept, is_kept = bool(_calls or _blocks), bool(calls or blocks)
-    _calls, _blocks = calls, blocks
-    if is_kept is was_kept or why_not_kept():
+def _apply() -> None:
+    """Sets malloc's parameters to what the innermost block, or the last call, asks for."""
+    global _active, _stop
+    setting = _blocks[-1]._setting if _blocks else _calls[-1][1] if _calls else _OFF
+    if setting == _active or why_not_kept():
         return
     libc: Any = _libc()
-    for parameter, value in (_KEEP if is_kept else _DEFAULTS).items():
-        if libc.mallopt(parameter, value) != 1:
-            raise RuntimeError(f"mallopt({parameter}, {value}): expected 1, got 0")
-    if is_kept:
-        _trim_children()
-        _ended = threading.Event()
-        thread = threading.Thread(target=_trim, args=(_ended,), name="keep", daemon=True)
-        thread.start()
-    else:
-        _ended.set()
+    if setting.enabled != _active.enabled:
+        for parameter, value in (_KEEP if setting.enabled else _DEFAULTS).items():
+            if libc.mallopt(parameter, value) != 1:
+                raise RuntimeError(f"mallopt({parameter}, {value}): expected 1, got 0")
+    _active = setting
+    _stop.set()
+    if not setting.enabled:
         libc.malloc_trim(0)
-    for function in on_change:
-        function()
+        return
+    _restore_in_children()
+    if setting.trim_every is not None:
+        _stop = threading.Event()
+        arguments = setting.trim_every, _stop
+        threading.Thread(target=_trim_every, args=arguments, name="keep", daemon=True).start()
 
 
-def _trim(ended: threading.Event) -> None:
-    libc: Any = _libc()
-    while not ended.wait(_SECONDS):
-        libc.malloc_trim(0)
+def _trim_every(seconds: float, stop: threading.Event) -> None:
+    while not stop.wait(seconds):
+        trim()
 
 
 @cache
-def _trim_children() -> None:
-    """Makes child processes release their copies of free memory, which the parent writes again."""
+def _restore_in_children() -> None:
+    """Makes child processes restore glibc's defaults: they have no thread that returns pages.
 
-    def trim() -> None:
-        global _lock
-        _lock = threading.Lock()
-        if _calls or _blocks:
-            libc: Any = _libc()
-            libc.malloc_trim(0)
+    They also release their copies of free memory, which the parent writes again.
+    """
 
-    os.register_at_fork(after_in_child=trim)
+    def restore() -> None:
+        global _lock, _stop
+        _lock, _stop = threading.Lock(), threading.Event()  # another thread may have held them
+        _inherited.extend(_blocks)
+        _blocks.clear()
+        _calls.clear()
+        _apply()
+
+    os.register_at_fork(after_in_child=restore)
 
 
 class _Library(ctypes.Structure):
@@ -240,9 +333,13 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
 
     Raises:
         RuntimeError: ``enabled`` is True and the system is not Linux.
-        TypeError, ValueError: ``limit`` is not a positive int, or is passed with ``enabled=False``.
+        TypeError: ``enabled`` is not a bool, or ``limit`` is not an int.
+        ValueError: ``limit`` is not positive, or is passed with ``enabled=False``.
     """
     global _limit
+    if not isinstance(enabled, bool):
+        got = f"{type(enabled).__name__} {enabled!r}; pass a number of bytes as limit="
+        raise TypeError(f"enabled: expected a bool, got {got}")
     if limit is not None:
         if not isinstance(limit, int) or isinstance(limit, bool):
             raise TypeError(f"limit: expected an int, got {type(limit).__name__} {limit!r}")
@@ -251,7 +348,7 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
         if not enabled:
             raise ValueError(f"limit: expected None with enabled=False, got {limit}")
     if cpu.RECYCLES:
-        _limit = (_default_limit() if limit is None else limit) if enabled else 0
+        _limit = min(_default_limit() if limit is None else limit, sys.maxsize) if enabled else 0
         cpu.native.recycler_limit(_limit)
     elif enabled:
         raise RuntimeError("enabled: expected False on systems other than Linux, got True")
@@ -269,7 +366,7 @@ def release() -> int:
 def stats() -> Stats:
     """Returns how much memory is in use and free, and how often an output reused a block."""
     in_use, free, hits, misses = cpu.native.recycler_stats() if cpu.RECYCLES else (0, 0, 0, 0)
-    return Stats(in_use, free, _limit, hits, misses, bool(_calls or _blocks) and not why_not_kept())
+    return Stats(in_use, free, _limit, hits, misses, _active.enabled, pages_are_kept())
 
 
 def _default_limit() -> int:
@@ -319,7 +416,7 @@ def _number(file: Path) -> int | None:
 
 
 def _configure() -> None:
-    value = os.environ.get("PYFUSED_RECYCLE", "1")
+    value = os.environ.get("PYFUSED_RECYCLE") or "1"
     if not value.isdecimal():
         raise ImportError(f"PYFUSED_RECYCLE: expected 0 or a number of bytes, got {value!r}")
     if cpu.RECYCLES:

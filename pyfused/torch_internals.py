@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map as tree_map  # no public equivalent
+from torch.utils._pytree import tree_leaves as tree_leaves  # no public equivalent
+from torch.utils._pytree import tree_map as tree_map
 
 MISSING: str | None = None
 
@@ -136,9 +137,10 @@ saved_tensors_hooks: Callable[[bool], Any] = getattr(
 
 
 def apply_of(function: Any) -> Any:
-    """Returns ``function.apply`` of an autograd function, with less overhead.
+    """Returns ``function.apply`` of an autograd function, without its check for torch.func.
 
-    It must not be called while transforms of torch.func are active.
+    The check takes 1.8 of 4.3 us. The result must not be called while transforms of torch.func are
+    active.
     """
     apply = vars(getattr(torch._C, "_FunctionBase", object)).get("apply")
     return function.apply if apply is None else apply.__get__(None, function)

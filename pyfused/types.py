@@ -353,6 +353,9 @@ class VocabShard(NamedTuple):
     gradients, from all logits of a process in float64, and they can be differentiated any number of
     times. Each of these passes communicates, so every process of the group has to take part.
 
+    In a torch dispatch or function mode, torch's operators compute calls; metrics raise an error.
+    Programs that are compiled break their graph at a call.
+
     Attributes:
         first: The index of the first class of this process.
         classes: The number of all classes; None for the sum over the processes, which synchronises

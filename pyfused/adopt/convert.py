@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -81,11 +82,11 @@ def convert(
     flag, names and references are kept. Subclasses are not replaced.
 
     In transformers' language models whose head is a plain linear layer, at any depth, head and loss
-    become :func:`pyfused.functional.linear_cross_entropy`: in training mode, the head returns
-    logits that are computed only if something other than their loss reads them, unless they are so
-    few that torch's loss is faster. Outputs of the model contain them as before. Read them before
-    the optimizer's step: afterwards it is an error. In programs that ``torch.compile`` or
-    ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
+    become :func:`pyfused.functional.linear_cross_entropy`: in training mode with gradients, the
+    head returns logits that are computed only if something other than their loss reads them, unless
+    they are so few that torch's loss is faster. Outputs of the model contain them as before. Read
+    them before the optimizer's step: afterwards it is an error. In programs that ``torch.compile``
+    or ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
     there.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
@@ -104,8 +105,8 @@ def convert(
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
             any library whose loss is torch's cross-entropy of this layer's output. By default, it
             is the head of a transformers model, or the head that an earlier call has named.
-        evaluation: Whether the head also returns such logits in evaluation mode, for losses without
-            logits: with gradients, in ``no_grad`` or in inference mode.
+        evaluation: Whether the head also returns such logits in evaluation mode, under ``no_grad``
+            and in inference mode, for losses without logits.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
             to None if that cross-entropy was not fused.
@@ -121,12 +122,16 @@ def convert(
         The same model.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``memory_budget`` is not an int.
+        TypeError: ``model`` is not a module, ``memory_budget`` is not an int, or ``check`` is
+            neither a dictionary nor a tuple.
         ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head, or
             ``memory_budget`` is not positive. Nothing has been changed.
         RuntimeError: The loss or a gradient of ``check`` differs; the model has been reverted.
     """
     checks.memory_budget(memory_budget)
+    if not isinstance(check, (Mapping, tuple, list, NoneType)):
+        kind = type(check).__name__
+        raise TypeError(f"check: expected a dict or a tuple, got {kind}; pass check=(batch,)")
     options = heads.Options(evaluation, metrics, memory_budget)
     expected = None if check is None else _step(model, check)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))

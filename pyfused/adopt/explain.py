@@ -35,6 +35,7 @@ from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.softmax import Softmax
+from pyfused.torch_internals import active_mode
 
 _LIBRARIES = ("None", "torch", "torchvision", __name__.partition(".")[0])
 
@@ -130,8 +131,9 @@ def _explained(
     if reason := _reason_before_dispatch(name, arguments):
         return Explanation(name, "torch", reason)
     if arguments.get("shard") is not None:
-        input = [*args, *kwargs.values()][0]
-        return by_kernel(name.removesuffix("_with_metrics"), input, BY_SHARDS)
+        op, input = name.removesuffix("_with_metrics"), [*args, *kwargs.values()][0]
+        mode = active_mode()
+        return Explanation(op, "torch", mode) if mode else by_kernel(op, input, BY_SHARDS)
     explainer = _Explainer()
     observers.begin(explainer)
     try:

@@ -16,8 +16,9 @@ from torch.nn import Linear, Module
 
 from pyfused import torch_internals
 from pyfused.adopt import subclass
-from pyfused.adopt.lazy_logits import HeadCall, forwards, tell
+from pyfused.adopt.lazy_logits import HeadCall, active_autocast, forwards, tell
 from pyfused.adopt.subclass import MARK
+from pyfused.dispatch.plan import needs_grad
 from pyfused.dispatch.signature import PLAIN
 from pyfused.dispatch.sizes import is_small
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
@@ -48,13 +49,10 @@ def _linear_of(kind: Any) -> Any:
             head.pyfused_metrics = None
         if is_dynamo_compiling():
             return kind.forward(head, input)
-        weight, bias, device = head.weight, head.bias, input.device.type
-        autocast = None
-        if torch.is_autocast_enabled(device):
-            autocast = torch.get_autocast_dtype(device)
-        reason = _reason(head, input, weight, bias, autocast)
+        weight, bias = head.weight, head.bias
+        reason = _reason(head, input, weight, bias)
         if reason is None:
-            return HeadCall(head, options, autocast, input, weight, bias).logits()
+            return HeadCall(head, options, input, weight, bias).logits()
         if reason is not SILENT:
             tell(options.model_name, reason)
         return kind.forward(head, input)
@@ -62,11 +60,13 @@ def _linear_of(kind: Any) -> Any:
     return forward
 
 
-def _reason(
-    head: Any, input: Tensor, weight: Tensor, bias: Tensor | None, autocast: Any
-) -> str | None:
+def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Returns why a call of a converted head computes its logits, None if they are lazy."""
-    if active_mode() is not None:
+    options = vars(head)[MARK]
+    if active_mode() is not None or input.is_meta:
+        return SILENT
+    # Without gradients, logits are kept as constants and read after the next step.
+    if not (options.evaluation or any(needs_grad((input, weight, bias)))):
         return SILENT
     if "forward" in vars(head) or has_own_hooks(head):
         return reason_to_leave(head)
@@ -80,15 +80,14 @@ def _reason(
             return SILENT
     if type(input) not in PLAIN or input.layout is not torch.strided or input.is_nested:
         return SILENT
-    # Tensors on meta have no elements to compare.
-    if input.is_meta or input.is_inference() != torch.is_inference_mode_enabled():
+    if input.is_inference() != torch.is_inference_mode_enabled():
         return SILENT
     if weight.numel() == 0:
         return "the weight of its head has no elements"
-    if not vars(head)[MARK].metrics and is_small(LINEAR_CROSS_ENTROPY, (input, weight), ()):
+    if not options.metrics and is_small(LINEAR_CROSS_ENTROPY, (input, weight), ()):
         return SILENT  # lazy logits would take longer than the loss
     dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
-    valid = dtypes <= _CAST_DTYPES if autocast else len(dtypes) == 1
+    valid = dtypes <= _CAST_DTYPES if active_autocast(input) else len(dtypes) == 1
     if not valid or input.numel() == 0 or input.shape[-1:] != weight.shape[-1:]:
         return SILENT
     return None

@@ -2,9 +2,9 @@
 
 The head of a converted model returns `LazyLogits`, a tensor without memory. Its cross-entropy is
 ``linear_cross_entropy`` of the hidden states. The results of a few operators are lazy as well,
-because they follow from the hidden states: views that keep rows whole, selections of rows, a cast
-to float32, a constant bias, a positive factor, a cap by tanh, log_softmax. Any other operator reads
-the logits, which are then computed once.
+because they follow from the hidden states: views that keep rows whole, permutations of dimensions,
+selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
+log_softmax. Any other operator reads the logits, which are then computed once.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
 ``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
@@ -37,6 +37,7 @@ from torch.optim.optimizer import (
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
+from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from pyfused.torch_internals import (
@@ -64,6 +65,20 @@ _OF_NODES = {
 }
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
+
+
+# Operators whose results are slices, and what to write instead of an operator that reads logits.
+_SLICES = (
+    *("chunk", "tensor_split", "split", "split_with_sizes", "unbind"),
+    *("narrow", "select", "index_select"),
+)
+_INSTEAD_OF_SLICES = "Index or slice them instead, for example logits[:, :n], which keeps them lazy"
+_FUSED = (
+    "A cross_entropy of class indices is fused for views, slices and permutations of the logits"
+)
+_INSTEAD = (
+    "For the accuracy of training steps pass metrics=True to convert; or call pyfused.revert(model)"
+)
 
 
 def tell(model: str, reason: str) -> None:
@@ -174,8 +189,8 @@ class HeadCall:
         watched: Tensors that must not change until the logits are read.
     """
 
-    def __init__(self, head: Any, options: Any, autocast: torch.dtype | None, *inputs: Any) -> None:
-        self.head, self.options, self.autocast = head, options, autocast
+    def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
+        self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
         self.computed = self.bypassed = self.ended = self.keeps_lazy = False
         self.values: list[Callable[[], _Value | None]] = []
         self.watched: list[_Watched] = []
@@ -196,7 +211,7 @@ class HeadCall:
         hidden, weight, _ = self.inputs
         shape = *hidden.shape[:-1], weight.shape[0]
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        value = _Value(self, hidden, example)
+        value = _Value(self, hidden, example, dim=len(shape) - 1)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
@@ -221,8 +236,7 @@ class HeadCall:
             raise RuntimeError(
                 "pyfused.convert: expected the head's input, weight and bias, and tensors that are "
                 "added to its logits or select their rows, to stay the same until the logits are "
-                f"read, got one changed{changed}. Read the logits before. For the accuracy of "
-                "training steps pass metrics=True to convert; or call pyfused.revert(model)"
+                f"read, got one changed{changed}. Read the logits before. {_INSTEAD}"
             )
 
     def compute(self, reader: str) -> None:
@@ -230,12 +244,12 @@ class HeadCall:
         if self.computed:
             return
         self.check()
-        if self.bypassed:
-            reason = f"they are read by {reader} after their loss, which has not computed them. "
-            reason += "For the accuracy of training steps pass metrics=True to convert; or call "
-            tell(self.options.model_name, f"{reason}pyfused.revert(model)")
-        elif self.needs_grad:
-            tell(self.options.model_name, f"its logits are read by {reader}")
+        if self.bypassed or self.needs_grad:
+            when = " after their loss, which has not computed them" if self.bypassed else ""
+            instead = _INSTEAD_OF_SLICES
+            if reader not in _SLICES:
+                instead = _INSTEAD if self.bypassed else f"{_FUSED}. {_INSTEAD}"
+            tell(self.options.model_name, f"its logits are read by {reader}{when}. {instead}")
         for reference in self.values:  # before an operator changes one of them in place
             if (value := reference()) is not None:
                 value.compute()
@@ -247,7 +261,7 @@ class HeadCall:
         (_, weight, bias), shift = self.inputs, value.shift
         options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
         options["softcap"], options["scale"] = value.cap, value.scale
-        options["loss_dtype"], options["memory_budget"] = value.cast, self.options.memory_budget
+        options["memory_budget"] = self.options.memory_budget
         if self.options.metrics:
             loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(
                 value.rows, weight, target, **options
@@ -267,8 +281,10 @@ class _Value:
 
     Attributes:
         call: The head's call.
-        rows: The hidden states, in the shape of the tensor.
+        rows: The hidden states, in the shape of the tensor, with the dimension of the classes moved
+            to the end.
         example: A meta tensor of the same shape, strides and dtype.
+        dim: The dimension of the classes.
         needs_grad: Whether the result of the operator required a gradient.
         parent: The value from which an operator has made this one, None for the head's output.
         operation: The operator of ATen, and its arguments and keyword arguments after the parent.
@@ -282,6 +298,7 @@ class _Value:
     call: HeadCall
     rows: Tensor
     example: Any
+    dim: int
     needs_grad: bool = False
     parent: _Value | None = None
     operation: tuple[Any, Any, Any] = (None, (), {})
@@ -360,10 +377,11 @@ class _Value:
         value: _Value = result.value
         shape = value.example.shape
         if "rows" not in changes and shape != before.shape:
-            # Views in the same order keep rows whole if they keep the last dimension.
-            if shape[-1:] != before.shape[-1:]:
+            dim = _dim_of_view(before.shape, self.dim, shape)
+            if dim is None:
                 return None
-            changes["rows"] = self.rows.reshape(*shape[:-1], self.rows.shape[-1])
+            rows = self.rows.reshape(*shape[:dim], *shape[dim + 1 :], self.rows.shape[-1])
+            changes.update(dim=dim, rows=rows)
         if value.example.dtype is not changes.get("cast", before.dtype):
             return None
         for name, attribute in changes.items():
@@ -378,7 +396,7 @@ class _Value:
         classes = len(self.call.inputs[1])
         shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
         fits = tensor.dtype is dtype and tensor.device == self.rows.device
-        return bool(shaped and fits and not tensor.requires_grad)
+        return bool(shaped and fits and not requires_grad(tensor))
 
     def cross_entropy(
         self,
@@ -391,13 +409,14 @@ class _Value:
         label_smoothing: float = 0.0,
     ) -> Any:
         """Returns the result of torch's function if it can be fused, or else None."""
-        call, rows = self.call, self.rows
+        call, rows, dtype = self.call, self.rows, self.dtype_of_loss()
         if not (
             type(target) in PLAIN
             and target.dtype is torch.int64
-            and rows.dim() == 2
-            and target.shape == rows.shape[:1]
-            and (weight is None or self.is_constant(weight, self.dtype_of_loss()))
+            and rows.dim() > 1
+            and self.dim == 1
+            and target.shape == rows.shape[:-1]
+            and (weight is None or self.is_constant(weight, dtype))
             and size_average is reduce is None
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
@@ -409,16 +428,15 @@ class _Value:
             "weight": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "loss_dtype": dtype,
         }
-        options["label_smoothing"] = label_smoothing
         device, gradients = rows.device.type, torch.is_grad_enabled()
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if autocast == call.autocast and (self.needs_grad or not gradients):
+        if active_autocast(rows) == call.autocast and (self.needs_grad or not gradients):
             return call.loss(self, target, options)
-        dtype = self.dtype_of_loss()
         cast = torch.autocast(device, call.autocast, call.autocast is not None)
         with cast, torch.set_grad_enabled(gradients and self.needs_grad):
-            return call.loss(self, target, options).to(dtype)
+            return call.loss(self, target, options)
 
     def dtype_of_loss(self) -> torch.dtype:
         """Returns the dtype of torch's loss, which autocast computes in float32."""
@@ -443,30 +461,56 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     return {}
 
 
+def _dim_of_view(before: torch.Size, dim: int, shape: torch.Size) -> int | None:
+    """Returns the dimension of the classes in a view, None if it does not keep them whole."""
+    leading = before[:dim].numel()
+    for i, size in enumerate(shape):
+        if size == before[dim] and shape[:i].numel() == leading:
+            return i
+    return None
+
+
+def _permutation(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """A permutation of the dimensions."""
+    dim, sizes = value.dim, range(2, value.example.dim() + 2)  # sizes that tell dimensions apart
+    moved = function(torch.empty(*sizes, device="meta"), *args, **kwargs).shape
+    order = [size - 2 for size in moved]
+    others = [i - (i > dim) for i in order if i != dim]
+    return {"dim": order.index(dim), "rows": value.rows.permute(*others, -1)}
+
+
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """Slices of rows, or a selection of rows by masks or int64 tensors."""
     (index,), shape, call = args, value.example.shape, value.call
     parts = index if type(index) is tuple else (index,)
-    if _keeps_rows(parts, len(shape)):
-        return {"rows": value.rows[parts]}
-    indices = _indices(parts, shape)
+    if (whole := _index_of_rows(parts, len(shape), value.dim)) is not None:
+        removed = [type(part) for part in whole[: value.dim]].count(int)
+        return {"rows": value.rows[whole], "dim": value.dim - removed}
+    indices = _indices(parts, shape) if value.dim == len(shape) - 1 else None
     if indices is None:
         return None
     call.check()  # the selected rows are a copy
     call.watched += [_Watched(part, version_of(part)) for part in parts]
-    return {"rows": value.rows[indices], "operation": (function, (indices,), {})}
+    rows = value.rows[indices]
+    return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
 
 
-def _keeps_rows(parts: tuple[Any, ...], dimensions: int) -> bool:
-    """Returns whether an index of numbers and slices keeps the last dimension whole."""
+def _index_of_rows(parts: tuple[Any, ...], dimensions: int, dim: int) -> Any:
+    """Returns an index without the dimension of the classes, None if it does not keep them whole.
+
+    The parts of the index have to be numbers and slices.
+    """
     slices = [part for part in parts if type(part) is slice]
     bounds = [x for part in slices for x in (part.start, part.stop, part.step) if x is not None]
     known = {type(x) for x in (*parts, *bounds)} <= {int, slice, EllipsisType}
     if not known or parts.count(...) > 1:
-        return False
-    indexed = len(parts) - parts.count(...)
-    leads = indexed == len(parts) or parts[-1] is ...
-    return parts[-1:] == (slice(None),) or (leads and indexed < dimensions)
+        return None
+    missing = dimensions - len(parts) + parts.count(...)
+    if missing < 0:
+        return None
+    at = parts.index(...) if ... in parts else len(parts)
+    every = *parts[:at], *[slice(None)] * missing, *parts[at + 1 :]
+    return (*every[:dim], *every[dim + 1 :]) if every[dim] == slice(None) else None
 
 
 def _indices(parts: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, ...] | None:
@@ -488,9 +532,9 @@ def _indices(parts: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, ...] | 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A log_softmax over the classes whose result has the dtype of its input."""
     dim, *others = args or (kwargs.get("dim"),)
-    is_last = type(dim) is int and dim in (-1, value.example.dim() - 1)
+    of_classes = type(dim) is int and dim in (value.dim, value.dim - value.example.dim())
     keeps_dtype = value.dtype_of_loss() is value.example.dtype
-    if others or not is_last or not keeps_dtype or kwargs.get("dtype") is not None:
+    if others or not of_classes or not keeps_dtype or kwargs.get("dtype") is not None:
         return None
     return {"log": True}
 
@@ -501,6 +545,8 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
     if value.scale != 1 or value.cap is not None or call.autocast or value.cast:
         return None
     if not value.is_constant(bias, value.rows.dtype) or bias.dim() > value.example.dim():
+        return None
+    if value.dim != value.example.dim() - 1:
         return None
     if bias.is_inference():  # it has no version
         return None
@@ -551,12 +597,16 @@ def _original(function: Any) -> Any:
 
 
 _CROSS_ENTROPY, _NLL_LOSS = _original(F.cross_entropy), _original(F.nll_loss)
-_MOVES = (_view, _index)
+_MOVES = _view, _index, _permutation
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
 _FUNCTIONS_OF_RULES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
     (_view, (Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous)),
     (_view, (Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze)),
     (_view, (Tensor.squeeze, torch.squeeze, Tensor.detach, torch.detach)),
+    (_permutation, (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes)),
+    (_permutation, (Tensor.permute, torch.permute, Tensor.swapdims, torch.swapdims)),
+    (_permutation, (Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)),
+    (_permutation, (Tensor.t, torch.t, Tensor.mT.__get__)),  # type: ignore[attr-defined]
     (_index, (Tensor.__getitem__,)),
     (_log_softmax, (F.log_softmax, torch.log_softmax, Tensor.log_softmax)),
     (_add, (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)),
@@ -627,7 +677,7 @@ class LazyLogits(Tensor):
 # A compiled function breaks its graph at operators of lazy logits; they run uncompiled.
 torch_internals.skip_frames(LazyLogits.__torch_function__)
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
-reasons.not_logged.add(f"input is a {LazyLogits.__name__}")
+reasons.not_reported.add(f"input is a {LazyLogits.__name__}")
 
 
 class _Head(torch.autograd.Function):
@@ -731,6 +781,12 @@ def _is_of_wrapper() -> bool:
 
 
 _CALLERS = "torch.overrides", "torch._tensor", "torch.utils._pytree"
+
+
+def active_autocast(x: Tensor) -> torch.dtype | None:
+    """Returns the dtype of autocast on a tensor's device, None if it is disabled."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _name_of(function: Any) -> str:

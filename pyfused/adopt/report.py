@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from threading import RLock
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +23,7 @@ class Report(Observer):
         self._kernel_seconds = 0.0
         self._seconds = 0.0  # of the blocks that have ended
         self._began: float | None = None  # the start of the current block
+        self._lock = RLock()  # several threads may call kernels at once
 
     def __enter__(self) -> Report:
         observers.begin(self)
@@ -38,17 +40,21 @@ class Report(Observer):
     # ---- what dispatch reports ----
 
     def decided(self, op: Operator, tensors: Tensors, options: Options, reason: str | None) -> None:  # noqa: ARG002
-        if reason is not None:
-            self._left[op.name, reason] += 1
-            return
-        self._calls[op.name] += 1
-        self._largest[op.name] = max(self._largest.get(op.name, 0), op.elements(tensors))
+        elements = 0 if reason is not None else op.elements(tensors)
+        with self._lock:
+            if reason is not None:
+                self._left[op.name, reason] += 1
+                return
+            self._calls[op.name] += 1
+            self._largest[op.name] = max(self._largest.get(op.name, 0), elements)
 
     def compiled(self, name: str) -> None:
-        self._compiled[name] += 1
+        with self._lock:
+            self._compiled[name] += 1
 
     def took(self, seconds: float) -> None:
-        self._kernel_seconds += seconds
+        with self._lock:
+            self._kernel_seconds += seconds
 
     # ---- the result ----
 
@@ -65,20 +71,23 @@ class Report(Observer):
         left: dict[str, dict[str, int]] = {}
         for (op, reason), count in self._left_to_torch():
             left.setdefault(op, {})[reason] = count
-        return {
-            "seconds": self._elapsed(),
-            "kernel_seconds": self._kernel_seconds,
-            "operators": {
-                op: {"calls": count, "largest_input": self._largest[op]}
-                for op, count in self._calls.most_common()
-            },
-            "left_to_torch": left,
-            "compiled": dict(self._compiled),
-        }
+        with self._lock:
+            return {
+                "seconds": self._elapsed(),
+                "kernel_seconds": self._kernel_seconds,
+                "operators": {
+                    op: {"calls": count, "largest_input": self._largest[op]}
+                    for op, count in self._calls.most_common()
+                },
+                "left_to_torch": left,
+                "compiled": dict(self._compiled),
+            }
 
     def _left_to_torch(self) -> list[tuple[tuple[str, str], int]]:
         """Returns operators with reasons, and numbers of calls; small calls come last."""
-        return sorted(self._left.most_common(), key=lambda entry: entry[0][1] == reasons.SMALL)
+        with self._lock:
+            left = self._left.most_common()
+        return sorted(left, key=lambda entry: entry[0][1] == reasons.SMALL)
 
     def __repr__(self) -> str:
         results, left = self.to_dict(), self._left_to_torch()

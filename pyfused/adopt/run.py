@@ -82,7 +82,11 @@ def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True)
 
 
 def _kept() -> str:
-    """Returns a line of the report about `memory.keep`."""
-    if reason := memory.why_not_kept():
-        return f"pyfused: freed memory was not kept: {reason}"
-    return "pyfused: freed memory was kept; --no-keep returns it to the system"
+    """Returns a line of the report: whether freed memory is kept when the program ends."""
+    stats, reason = memory.stats(), memory.why_not_kept()
+    if stats.keeps:
+        return "pyfused: freed memory was kept; --no-keep returns it to the system"
+    if reason is None:
+        return "pyfused: freed memory was not kept: the program has called keep(False)"
+    state = "kept without keep()" if stats.pages_are_kept else "not kept"
+    return f"pyfused: freed memory was {state}: {reason}"

@@ -8,6 +8,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.torch_internals import compiler_traces
 
@@ -49,7 +50,7 @@ def observed(
     kernel: Callable[..., Any] | None,
 ) -> Callable[..., Any] | None:
     """Tells the observers a decision, and returns the kernel with its time reported to them."""
-    if compiler_traces():
+    if compiler_traces() or reason in reasons.not_reported:
         return kernel
     for observer in active:
         observer.decided(op, tensors, options, reason)

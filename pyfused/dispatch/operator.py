@@ -270,6 +270,11 @@ def grad_enabled() -> bool:
     return is_dynamo_compiling() or not torch.is_inference_mode_enabled()  # Dynamo cannot trace it
 
 
+def requires_grad(x: Any) -> bool:
+    """Returns whether a call has to be differentiable with respect to an argument."""
+    return getattr(x, "requires_grad", False) and grad_enabled()
+
+
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the parameters of a function with their defaults, `...` for no default."""
     parameters = inspect.signature(function).parameters.values()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
-from pyfused.dispatch.operator import Options, Tensors, grad_enabled
+from pyfused.dispatch.operator import Options, Tensors, requires_grad
 from pyfused.layout import accumulate_dtype, layouts, specs_of_layouts
 from pyfused.types import Gradients, Outputs
 
@@ -66,8 +66,7 @@ class Plan:
 
 def needs_grad(tensors: Tensors) -> tuple[bool, ...]:
     """Returns whether each tensor of a call needs a gradient."""
-    enabled = grad_enabled()
-    return tuple([enabled and getattr(x, "requires_grad", False) for x in tensors])
+    return tuple(map(requires_grad, tensors))
 
 
 def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:

@@ -10,21 +10,20 @@ from torch.compiler import is_dynamo_compiling
 SMALL = "torch is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _log = logging.getLogger("pyfused")
-not_logged: set[str] = set()  # reasons that are not logged, because a kernel runs eventually
-_reported: set[tuple[str, str]] = set()
+not_reported: set[str] = set()  # reasons of calls that torch's function passes to another one
+_reported: dict[tuple[str, str], object] = {}
 _OURS_AND_TORCHS = (f"{__name__.partition('.')[0]}.", "torch.")
 
 
 def first_time(op: str, reason: str) -> bool:
     """Returns whether this is the first call with this operator and this reason."""
-    new = (op, reason) not in _reported
-    _reported.add((op, reason))
-    return new
+    mark = object()
+    return _reported.setdefault((op, reason), mark) is mark  # atomic
 
 
 def log_once(op: str, reason: str) -> None:
     """Logs why a call falls back to torch's operator, once and at level INFO."""
-    if is_dynamo_compiling() or not _log.isEnabledFor(logging.INFO) or reason in not_logged:
+    if is_dynamo_compiling() or not _log.isEnabledFor(logging.INFO) or reason in not_reported:
         return
     if first_time(op, reason):
         _log.info("%s: torch: %s", op, reason)

@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
 from pyfused.dispatch import observers, reasons, sizes
-from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
+from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, requires_grad
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
 from pyfused.dispatch.sizes import is_small
@@ -28,6 +28,7 @@ from pyfused.torch_internals import (
     fell_back_in_checkpoint,
     functorch_is_active,
     is_exporting,
+    never_traced,
 )
 from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
 
@@ -45,7 +46,7 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         shard: The classes of this process, if a process group shards them.
     """
     if shard is not None:
-        return op.run_on_shard(tensors, options, shard)  # type: ignore[no-any-return]
+        return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
     try:
@@ -61,6 +62,25 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         if invalid is None:
             raise
         raise invalid.with_traceback(None) from None
+
+
+@never_traced
+def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) -> Any:
+    """Returns the result of a call with this process' classes, in compiled programs, too.
+
+    Raises:
+        RuntimeError: Transforms of torch.func or forward-mode AD are active.
+    """
+    tensors, local = op.checked_on_shard(tensors, options, shard)
+    reason, kernel, launched = decide(op, tensors, options, local)
+    if observers.active:
+        kernel = observers.observed(op, tensors, options, reason, kernel)
+    if kernel is not None:
+        return kernel(tensors, launched)
+    if reason in ("torch.func", "forward-mode AD"):  # collectives have no derivatives for them
+        raise RuntimeError(f"{op.name}: expected no {reason} with a shard, got a call in it")
+    reasons.log_once(op.name, str(reason))
+    return op.torch_on_shard(tensors, options, local)
 
 
 def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
@@ -98,9 +118,14 @@ def keep_plan(op: Operator, key: Any, plan: Any) -> None:
     _planned.add(op)
 
 
-def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
-    """Decides whether a kernel runs a call; decisions are cached by signature."""
-    if is_small(op, tensors, options):
+def decide(op: Any, tensors: Tensors, options: Options, shard: Any = None) -> Decision:
+    """Decides whether a kernel runs a call; decisions are cached by signature.
+
+    Args:
+        shard: The classes of this process, for a call that has been checked. All processes have to
+            decide alike, so neither sizes nor layouts decide.
+    """
+    if shard is None and is_small(op, tensors, options):
         return SMALL, None, options
     signed = signature(op, tensors, options)
     if isinstance(signed, str):
@@ -108,11 +133,16 @@ def decide(op: Operator, tensors: Tensors, options: Options) -> Decision:
     if _checkpoints and fell_back_in_checkpoint():
         return "a torch dispatch or function mode in the checkpoint's forward pass", None, options
     key, options = signed
+    if shard is not None:
+        key = *key, shard
     decision = op.plans.get(key)
     if decision is None:
         planned = with_specs(op, key)
-        reason = _planned_reason(op, *planned)
-        decision = reason, None if reason else op.plan(*planned)
+        if shard is not None:
+            decision = None, op.plan(*planned, shard)
+        else:
+            reason = _planned_reason(op, *planned)
+            decision = reason, None if reason else op.plan(*planned)
         keep_plan(op, key, decision)
     reason, kernel = decision
     return reason, kernel, options
@@ -164,7 +194,7 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     others = _CONVERTED_DTYPES if operand.converts else _INDEX_DTYPES if operand.indices else ()
     if tensor.dtype not in (*DTYPES, *others):
         return f"{name} has dtype {tensor.dtype}"
-    if not operand.differentiated and tensor.requires_grad:
+    if not operand.differentiated and requires_grad(tensor):
         return f"{name} requires grad"
     if is_traced:
         return None  # a comparison would restrict the sizes of the program

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors, requires_grad
 from pyfused.torch_internals import (
     active_mode,
     any_autocast,
@@ -20,7 +20,7 @@ from pyfused.torch_internals import (
     is_lazy_clone,
     is_zero_tensor,
 )
-from pyfused.types import NUMBER, DynamicSize, TensorSpec
+from pyfused.types import NUMBER, OPTIONS, DynamicSize, TensorSpec
 
 PLAIN = (Tensor, Parameter)
 _KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
@@ -125,16 +125,19 @@ def _make_static(key: list[Any], tensors: Tensors) -> int:
 def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
     """Converts the numbers of a call to floats, or returns why one of them cannot be converted.
 
-    The value of a tensor of one element is read, unless it requires grad or is on a GPU, where
-    reading synchronises.
+    The value of a tensor of one element is read, unless it needs a gradient or is on a GPU, where
+    reading synchronises. torch's own functions never take a number that requires grad.
     """
     floats = list[Any]()
     for scalar, value in zip(op.numbers, numbers, strict=True):
         name = scalar.name
         if isinstance(value, Tensor):
-            is_readable = value.is_cpu and not value.requires_grad and value.numel() == 1
+            is_ours = OPTIONS.get(name) is scalar and name != "label_smoothing"
+            is_constant = not (requires_grad(value) if is_ours else value.requires_grad)
+            is_readable = value.is_cpu and is_constant and value.numel() == 1
             if not is_readable or layout_reason(name, value) is not None:
                 return f"{name} is a tensor"
+            value = value.detach()  # torch warns if a number that requires grad is converted
         elif value is not None and not isinstance(value, (float, int, Real)):
             return f"{name} is a {type(value).__name__}"
         floats.append(None if value is None else float(value))

@@ -35,7 +35,9 @@ FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
 ALWAYS, NEVER = 0, sys.maxsize
 TINY, SMALL, MEDIUM, LARGE, LOGITS = (1 << n for n in (10, 14, 17, 19, 24))
-PAGES = -1  # stands for the size whose memory torch gets from the operating system
+# Stands for LOGITS, the size whose memory torch gets from the operating system, or for NEVER if the
+# process keeps freed pages, whoever makes it do so.
+PAGES = -1
 
 
 class Limits(NamedTuple):
@@ -47,7 +49,8 @@ class Limits(NamedTuple):
         without_gradient: For calls without a gradient, where torch's forward pass is faster or
             slower than its backward pass.
         unreduced: For losses that are not reduced, which write one more output.
-        least, most: The smallest and the largest of these.
+        least, most: The smallest and the largest of these; `most` is NEVER if PAGES is one of them.
+        pages: The size that PAGES stands for unless pages are kept, NEVER if it is none of these.
     """
 
     from_elements: int
@@ -56,12 +59,15 @@ class Limits(NamedTuple):
     unreduced: int | None = None
     least: int = 0
     most: int = 0
+    pages: int = NEVER
 
     def times(self, factor: int) -> Limits:
-        """Returns the limits multiplied by a factor, with `least` and `most`."""
+        """Returns the limits multiplied by a factor, with `least`, `most` and `pages`."""
         columns = zip(self._fields[:4], self, strict=False)
-        scaled = {name: factor * x for name, x in columns if x is not None}
-        return self._replace(**scaled, least=min(scaled.values()), most=max(scaled.values()))
+        pages = factor * LOGITS if PAGES in self[:4] else NEVER
+        scaled = {n: pages if x == PAGES else factor * x for n, x in columns if x is not None}
+        most = max(NEVER if PAGES in self[:4] else 0, *scaled.values())
+        return self._replace(**scaled, least=min(scaled.values()), most=most, pages=pages)
 
 
 # The row of a family applies to operators without their own row. VECTOR is in bytes.
@@ -125,10 +131,22 @@ ON_CPU_OF_HALVES: dict[str, Limits] = {
 }
 
 
+def _host_us() -> float:
+    value = os.environ.get("PYFUSED_HOST_US") or "200"
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        expected = "a positive number of microseconds"
+        raise ImportError(f"PYFUSED_HOST_US: expected {expected}, got {value!r}")
+    return number
+
+
 # The two numbers of a machine from which the limits on its GPU follow. An H100 with a slow host had
 # 190 us and 2984 GB/s. They are rounded up, because limits that are too low make calls slower: with
 # 60 us, calls took 1.2 to 1.8 times as long.
-HOST_US = float(os.environ.get("PYFUSED_HOST_US") or 200)  # of a call, forward and backward
+HOST_US = _host_us()  # of a call, forward and backward
 GB_PER_S = 3000.0  # the bandwidth of the GPU's memory
 
 # A kernel is faster if torch's kernels take longer on the GPU than launching ours takes on the
@@ -208,10 +226,6 @@ def _limits(op: Operator, cpu: bool, dtype: torch.dtype, intel: bool = INTEL) ->
     row = _row(ON_CPU, op) or Limits(PAGES)
     if intel and op.name in BY_MKL and dtype not in HALVES:
         row = Limits(PAGES)
-    # With `keep`, torch's large outputs reuse memory, too.
-    size = NEVER if memory.stats().keeps else LOGITS
-    pages = {name: size for name, x in zip(row._fields, row, strict=True) if x == PAGES}
-    row = row._replace(**pages)
     return row.times(HALVES.get(dtype, 1))
 
 
@@ -230,9 +244,11 @@ def limit_of(op: Any, tensors: Tensors, options: Options, found: Limits) -> int:
 
 
 def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
-    """Returns why torch computes a small call, with the numbers that decide on GPUs."""
+    """Returns why torch computes a small call, with what decides besides its size."""
     input = tensors[0]
     found = limits(op, input.is_cpu, input.dtype)
+    if limit_of(op, tensors, options, found) == found.pages <= op.elements(tensors):
+        return f"{SMALL_REASON}, because the process keeps freed pages"
     if input.is_cpu or found.from_elements == NEVER or not input.numel():
         return SMALL_REASON
     reason = f"{SMALL_REASON}: kernels run from {limit_of(op, tensors, options, found):,} elements"
@@ -256,16 +272,6 @@ def set_least(op: Operator) -> None:
     )
     _least[op] = gpu, cpu
     op.least = (gpu, cpu) if FORCED is None and not _dispatching else (0, 0)
-
-
-def _renew_limits() -> None:
-    """Computes all limits again, when `memory.keep` begins or ends."""
-    for op in _least:
-        op.limits.clear()
-        set_least(op)
-
-
-memory.on_change.append(_renew_limits)
 
 
 def left_to_torch(op: Operator, input: Any, target: Any = None) -> bool:
@@ -368,4 +374,7 @@ def is_small(op: Operator, tensors: Tensors, options: Options, elements: int | N
     found = op.limits.get((input.is_cpu, input.dtype)) or limits(op, input.is_cpu, input.dtype)
     if elements < found.least or elements >= found.most:  # the common cases
         return elements < found.least
-    return elements < limit_of(op, tensors, options, found)
+    limit = limit_of(op, tensors, options, found)
+    return elements < limit or (
+        limit == found.pages and memory.pages_are_kept(elements * input.element_size())
+    )

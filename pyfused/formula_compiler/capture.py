@@ -1,9 +1,10 @@
 """Copies a formula's function, with the functions that it calls.
 
-A formula reads its arguments, literals, functions of torch and math, and Python functions that
-follow the same rule. The names are looked up once, when the formula is defined. The copy keeps what
-they stood for; kernels are traced from the copy, and calls that torch computes run it. So binding
-a name to another object later changes neither.
+A formula reads its arguments, literals, functions and constants of torch and math, and Python
+functions that follow the same rule, also through modules, classes and functools.partial. The names
+are looked up once, when the formula is defined. The copy keeps what they stood for; kernels are
+traced from the copy, and calls that torch computes run it. So binding a name to another object
+later changes neither.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import builtins
 import dis
 import math
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType, NoneType
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ _BUILTINS = (
     *("reversed", "round", "sorted", "str", "sum", "tuple", "type", "zip"),
 )
 _CONSTANTS = (bool, int, float, str, NoneType)  # defaults of functions that a formula calls
+_NUMBERS = (math.pi, math.e, math.tau, math.inf, math.nan)
 _RULE = (
     "A formula reads only its arguments, literals, elementwise functions of torch and math, and "
     "Python functions that do the same"
@@ -73,35 +75,56 @@ class Capture:
         code, names = function.__code__, {"__builtins__": builtins.__dict__}
         cells = {name: CellType() for name in code.co_freevars}
         kept = FunctionType(code, names, function.__name__, closure=(*cells.values(),))
-        kept.__defaults__, kept.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+        kept.__defaults__ = function.__defaults__
+        kept.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
         kept.__module__, kept.__qualname__ = function.__module__, function.__qualname__
         self._copies[function] = kept
+        values = dict[str, Any]()
         for line, read in _reads(function):
-            value = self._kept(function, line, read)
-            if read.name in cells:
-                cells[read.name].cell_contents = value
+            value, (first, *attributes) = self._kept(function, line, read), read.path.split(".")
+            if not attributes or _is_library(read.root):
+                values[first] = read.root if attributes else value
+                continue
+            module = values.setdefault(
+                first, ModuleType(first)
+            )  # has only the values that are read
+            for name in attributes[:-1]:
+                module = vars(module).setdefault(name, ModuleType(name))
+            setattr(module, attributes[-1], value)
+        for name, value in values.items():
+            if name in cells:
+                cells[name].cell_contents = value
             else:
-                names[read.name] = value
+                names[name] = value
         return kept
 
     def _kept(self, function: FunctionType, line: int, read: _Read) -> Any:
-        """Returns what the copy of a function has in place of the first name that it reads."""
-        path, root, value = read
+        """Returns what the copy of a function has in place of a value that it reads."""
+        path, _, value = read
         if _is_known(read):
-            return root
-        if isinstance(value, self._formula) and value is root:
+            return value
+        if isinstance(value, self._formula):
             self.formulas.append(value)
             return value
-        if _is_followed(read):
+        if isinstance(value, partial):
+            called = self._kept(function, line, _Read(path, value.func, value.func))
+            _check_constants(function, line, path, (*value.args, *value.keywords.values()))
+            return partial(called, *value.args, **value.keywords)
+        if _is_followed(value):
             defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
-            if wrong := [x for x in defaults if not isinstance(x, _CONSTANTS)]:
-                message = f"{path} has a default that may change, a {type(wrong[0]).__name__}"
-                raise _refusal(function, line, message)
+            _check_constants(function, line, path, defaults)
             return self.copy(value)
         message = f"it reads {path}"
         if not callable(value) and not isinstance(value, ModuleType):
             message += f", a {type(value).__name__}; pass it as an argument with a default"
         raise _refusal(function, line, f"{message}. {_RULE}")
+
+
+def _check_constants(function: FunctionType, line: int, path: str, values: Sequence[Any]) -> None:
+    """Raises an error if a value that a function is called with may change."""
+    if wrong := [x for x in values if not isinstance(x, _CONSTANTS)]:
+        message = f"{path} has a default that may change, a {type(wrong[0]).__name__}"
+        raise _refusal(function, line, message)
 
 
 def _refusal(function: FunctionType, line: int, message: str) -> UntraceableError:
@@ -111,7 +134,7 @@ def _refusal(function: FunctionType, line: int, message: str) -> UntraceableErro
 @cache
 def _functions_of_torch() -> frozenset[Any]:
     """Returns the functions and methods of tensors, which a trace records or refuses."""
-    known: set[Any] = {torch.Tensor, torch.no_grad}
+    known: set[Any] = {partial, torch.Tensor, torch.finfo, torch.no_grad}
     known.update(map(_unpatched, (F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh)))
     known |= {torch.full, torch.ones, torch.scalar_tensor, torch.tensor, torch.zeros}
     for functions in get_overridable_functions().values():
@@ -131,29 +154,32 @@ def _unpatched(function: Any) -> Any:
 
 def _is_known(read: _Read) -> bool:
     """Returns whether a value is a function, a class or a constant of torch, math or Python."""
-    _, root, value = read
-    if getattr(builtins, read.name, None) is root:
-        return read.name in _BUILTINS or (isinstance(root, type) and issubclass(root, Exception))
-    if root is math or (isinstance(root, BuiltinFunctionType) and root.__self__ is math):
-        return value is not math
-    if isinstance(root, ModuleType):
-        if _library(root.__name__) != "torch":
-            return False
-        if isinstance(value, (float, torch.dtype)):
-            return True
-    elif root is not value and root is not torch.Tensor:
-        return False
+    path, root, value = read
+    name = path.partition(".")[0]
+    if getattr(builtins, name, None) is root:
+        return name in _BUILTINS or (isinstance(root, type) and issubclass(root, Exception))
+    if isinstance(value, BuiltinFunctionType) and value.__self__ is math:
+        return True
+    if isinstance(value, (float, torch.dtype)):
+        return _is_library(root) or any(value is number for number in _NUMBERS)
     try:
         return _unpatched(value) in _functions_of_torch()
     except TypeError:  # not hashable
         return False
 
 
-def _is_followed(read: _Read) -> bool:
+def _is_followed(value: Any) -> bool:
     """Returns whether a value is a Python function that neither torch nor pyfused defines."""
-    if not isinstance(read.value, FunctionType) or read.value is not read.root:
+    if not isinstance(value, FunctionType):
         return False
-    return _library(read.value.__globals__.get("__name__")) not in ("torch", "pyfused")
+    return _library(value.__globals__.get("__name__")) not in ("torch", "pyfused")
+
+
+def _is_library(root: Any) -> bool:
+    """Returns whether an object is torch, math, numpy, one of their modules, or torch.Tensor."""
+    if isinstance(root, ModuleType):
+        return _library(root.__name__) in ("math", "numpy", "torch")
+    return root is torch.Tensor
 
 
 def _library(module: Any) -> str:

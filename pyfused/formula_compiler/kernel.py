@@ -1,8 +1,7 @@
 """Kernels of formulas: C++ generated ahead of time, or traced programs.
 
-Formulas that pyfused declares are traced and simplified like users' formulas, but without the
-rewrites for numerical stability, so they are computed as written. ``make formulas`` generates C++
-from the expressions. Triton code is generated from the programs at their first use on a GPU.
+Formulas that pyfused declares are traced like users' formulas. ``make formulas`` generates C++ from
+the expressions. Triton code is generated from the programs at their first use on a GPU.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ class Kernel:
         name: The name of the C++ kernel.
         case: The case of each parameter of the formula; NUMBER if it is one of the kernel.
         trace: Traces the formula. A loss has one method; an activation has forward and backward.
-        stabilize: Whether the rewrites for numerical stability apply.
+        exact: Whether the formula is a user's, which is computed as it is written.
     """
 
     name: str
     case: dict[str, Any]
     trace: Callable[[Kernel], list[Method]]
-    stabilize: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         self.program = cache(self._program)
@@ -72,4 +71,4 @@ class Kernel:
         self, function: Function, dtypes: Sequence[torch.dtype]
     ) -> tuple[Expressions, list[int]]:
         """Traces a function of operands, the case and the scale; returns its expressions."""
-        return expressions_of(function, dtypes, self.case, self.stabilize)
+        return expressions_of(function, dtypes, self.case, self.exact)

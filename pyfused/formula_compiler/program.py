@@ -1,8 +1,7 @@
 """Simplifies the expressions of a formula, and compiles them to programs that kernels run.
 
 An expression is an index into :class:`Expressions`, which stores each distinct expression once and
-applies rewrite rules when an expression is added. Derivatives are also rewritten, so they are as
-stable as the formula.
+applies rewrite rules when an expression is added.
 """
 
 from __future__ import annotations
@@ -52,13 +51,11 @@ class UntraceableError(TypeError):
 # ---- rewrites ------------------------------------------------------------------------------------
 # Letters match expressions: s, t and u match scalars (the same for all elements), except very large
 # and very small literals; n matches literals; x matches non-scalars; other letters match anything.
-# A rule may avoid an overflow or an underflow of the formula as written, but never causes one:
-# mul(mul(x, s), t) is rewritten only if mul(s, t) is known to be 0 or normal in float32.
-
-SIMPLER = """
+# These rules change no value, also where an intermediate result overflows or is NaN, except for
+# rounding and the signs of zeros in sums of gradients.
+EXACT = """
 neg(neg(a)) -> a
 neg(mul(a, n)) -> mul(a, neg(n))
-add(a, 0) -> a
 add(a, neg(b)) -> sub(a, b)
 add(where(a, b, 0), where(a, 0, c)) -> where(a, b, c)
 sub(a, 0) -> a
@@ -66,7 +63,6 @@ sub(a, neg(b)) -> add(a, b)
 mul(a, 1) -> a
 mul(a, -1) -> neg(a)
 mul(neg(a), b) -> neg(mul(a, b))
-mul(mul(x, s), t) -> mul(x, mul(s, t))
 mul(where(a, s, t), u) -> where(a, mul(s, u), mul(t, u))
 div(1, a) -> reciprocal(a)
 div(neg(a), b) -> neg(div(a, b))
@@ -85,25 +81,11 @@ pow(a, -0.5) -> rsqrt(a)
 pow(a, -1) -> reciprocal(a)
 pow(a, -2) -> reciprocal(mul(a, a))
 """
-# Avoid overflow and cancellation.
-STABLE = """
-log(add(exp(a), 1)) -> softplus(a)
-log1p(exp(a)) -> softplus(a)
-log(sigmoid(a)) -> neg(softplus(neg(a)))
-sub(1, sigmoid(a)) -> sigmoid(neg(a))
-sub(sigmoid(a), 1) -> neg(sigmoid(neg(a)))
-div(b, add(exp(a), 1)) -> mul(b, sigmoid(neg(a)))
-reciprocal(add(exp(a), 1)) -> sigmoid(neg(a))
-mul(exp(a), sigmoid(neg(a))) -> sigmoid(a)
-mul(exp(a), mul(b, sigmoid(neg(a)))) -> mul(b, sigmoid(a))
-mul(exp(a), div(b, exp(a))) -> b
-mul(sigmoid(a), div(b, sigmoid(a))) -> b
-mul(sigmoid(a), mul(c, div(b, sigmoid(a)))) -> mul(c, b)
-mul(div(b, sigmoid(a)), mul(sigmoid(a), sigmoid(a))) -> mul(b, sigmoid(a))
-mul(exp(a), mul(b, mul(c, sigmoid(neg(a))))) -> mul(mul(b, c), sigmoid(a))
-"""
-# The normal distribution: 1 + erf(x) cancels in the lower tail.
-NORMAL = """
+# These rules may avoid an overflow or a cancellation, so only pyfused's operators use them, whose
+# values are torch's functions'. They never cause an overflow or an underflow: mul(mul(x, s), t) is
+# rewritten only if mul(s, t) is known to be 0 or normal in float32.
+ACCURATE = """
+mul(mul(x, s), t) -> mul(x, mul(s, t))
 mul(add(erf(div(a, 1.4142135623730951)), 1), 0.5) -> ndtr(a)
 mul(add(erf(mul(a, 0.7071067811865476)), 1), 0.5) -> ndtr(a)
 mul(exp(mul(mul(a, a), -0.5)), 0.3989422804014327) -> density(a)
@@ -114,11 +96,11 @@ _REASSOCIATED = ("mul", "x", ("mul", "s", "t"))
 
 
 class Rule(NamedTuple):
-    """A rewrite rule: the pattern, its replacement, and the table that it belongs to."""
+    """A rewrite rule: the pattern, its replacement, and whether it changes no value."""
 
     before: Any
     after: Pattern
-    table: str
+    is_exact: bool
 
 
 def _pattern(node: ast.expr) -> Pattern:
@@ -127,14 +109,14 @@ def _pattern(node: ast.expr) -> Pattern:
     return node.id if isinstance(node, ast.Name) else float(ast.literal_eval(node))
 
 
-def _rules(table: str) -> Iterator[Rule]:
+def _rules(table: str, is_exact: bool) -> Iterator[Rule]:
     for line in table.strip().splitlines():
         before, after = (ast.parse(side.strip(), mode="eval").body for side in line.split("->"))
-        yield Rule(_pattern(before), _pattern(after), table)
+        yield Rule(_pattern(before), _pattern(after), is_exact)
 
 
 RULES: dict[str, list[Rule]] = {}  # keyed by the operation of the pattern
-for _rule in (*_rules(SIMPLER), *_rules(STABLE), *_rules(NORMAL)):
+for _rule in (*_rules(EXACT, True), *_rules(ACCURATE, False)):
     RULES.setdefault(_rule.before[0], []).append(_rule)
 EXPONENTS = {rule.before[2] for rule in RULES["pow"]}  # exponents for which pow is rewritten
 
@@ -146,7 +128,7 @@ def _letters(pattern: Pattern) -> frozenset[str]:
     return frozenset([pattern] if isinstance(pattern, str) else [])
 
 
-def is_moderate(value: float | None) -> bool:
+def _is_moderate(value: float | None) -> bool:
     """Returns whether products of two such literals are normal float32 numbers; True for None."""
     return not value or 2.0**-_MODERATE <= abs(value) <= 2.0**_MODERATE
 
@@ -162,17 +144,16 @@ class Expressions:
     """A set of distinct expressions; methods such as ``self.add(a, b)`` add one.
 
     Args:
-        stabilize: Apply the rewrites of ``STABLE``.
+        exact: Apply only the rewrites of ``EXACT``.
 
     Attributes:
         nodes: The operation and the arguments of each expression.
         scalars: Whether each expression has the same value for all elements.
         masks: Whether each expression is always 0 or 1.
-        stabilized: Whether a rewrite has made results finite or accurate that were not.
     """
 
-    def __init__(self, stabilize: bool = True) -> None:
-        self.stabilize, self.stabilized = stabilize, False
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
         self.nodes: list[Node] = []
         self.scalars: list[bool] = []
         self.masks: list[bool] = []
@@ -191,7 +172,9 @@ class Expressions:
     def make(self, op: str, *arguments: int) -> int:
         values = [self.value(argument) for argument in arguments]
         if op in _FOLDED and None not in values and (op, values[-1]) != ("div", 0.0):
-            return self.literal(_FOLDED[op](*values))
+            result = _FOLDED[op](*values)
+            if not result or 2.0**-126 <= abs(result) < 2.0**127:  # normal in float32
+                return self.literal(result)
         if op == "where" and values[0] is not None:
             return arguments[1] if values[0] else arguments[2]
         if op == "div" and (inverse := _exact_reciprocal(values[1])) is not None:
@@ -200,12 +183,11 @@ class Expressions:
             arguments = tuple(sorted(arguments, key=lambda a: (self.scalars[a], a)))
         index = self._index(op, arguments)
         for rule in RULES.get(op, ()):
-            if rule.table is STABLE and not self.stabilize:
+            if self.exact and not rule.is_exact:
                 continue
             for letters in self._match(rule.before, index, {}):
                 if rule.after == _REASSOCIATED and not self._is_normal(letters["s"], letters["t"]):
                     continue
-                self.stabilized |= rule.table is not SIMPLER
                 return self._build(rule.after, letters)
         return index
 
@@ -265,7 +247,7 @@ class Expressions:
         """Yields the letters' expressions for each way in which an expression matches a pattern."""
         op, arguments = self.nodes[index]
         if isinstance(pattern, float):
-            if self.value(index) == pattern:
+            if str(self.value(index)) == str(pattern):  # 0.0 is not -0.0
                 yield letters
         elif _letters(pattern) <= letters.keys():
             if self._build(pattern, letters) == index:
@@ -277,7 +259,7 @@ class Expressions:
                     matches = [m for match in matches for m in self._match(part, argument, match)]
                 yield from matches
         elif (
-            (pattern not in "stu" or (self.scalars[index] and is_moderate(self.value(index))))
+            (pattern not in "stu" or (self.scalars[index] and _is_moderate(self.value(index))))
             and (pattern != "n" or self.value(index) is not None)
             and (pattern != "x" or not self.scalars[index])
         ):

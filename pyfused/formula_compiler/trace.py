@@ -1,8 +1,11 @@
 """Traces a Python function of tensors to expressions of its value and its gradients.
 
-The function runs once on example tensors. The ATen operators that it and its backward pass call
-are recorded as expressions. Numbers are 0-d tensors in the trace, so the function cannot depend on
-their values other than through the recorded operators; reading one raises an error.
+The function runs once on 0-d tensors. The ATen operators that it and its backward pass call are
+recorded as expressions. The operands of a call may have any shape, so an operator that needs
+dimensions, or depends on them, is refused: only operators that torch tags as pointwise, and those
+in the tables below, are recorded. Numbers are 0-d tensors, too, so the function cannot depend on
+their values other than through the recorded operators; reading one raises an error. Operators
+whose arguments are all constants are computed by torch.
 
 Floating-point operands are float64 and masks bool, so torch's functions take and return masks as in
 any call.
@@ -15,22 +18,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyfused.formula_compiler.program import Expressions
-from pyfused.torch_internals import DispatchMode, decomposition_table, is_mutable
+from pyfused.torch_internals import DispatchMode, decomposition_table, is_mutable, tree_leaves
 from pyfused.types import NUMBER
 
 # Takes the operands, the arguments and the scale of the gradients.
 Function = Callable[[list[Tensor], list[Any], Tensor], Sequence[Tensor | None]]
 
-_SHAPE = (5, 1, 7)  # of the example operands; formulas hardly have these sizes in their code
 _REDUCTIONS = ("sum", "mean")  # of losses
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
+_HALVES = (torch.float16, torch.bfloat16)
+_SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 def clamp_is_inclusive() -> bool:
@@ -41,45 +45,74 @@ def clamp_is_inclusive() -> bool:
 # ---- recording of ATen operators -----------------------------------------------------------------
 
 
+class RefusedError(RuntimeError):
+    """Raised if a function is not elementwise, or uses what kernels do not support.
+
+    It is not a TypeError, which Python's operators would replace with another error.
+    """
+
+
+class _Tracked(NamedTuple):
+    """A tensor of the trace.
+
+    Attributes:
+        tensor: The tensor; holding it keeps its address from being reused.
+        expression: Its expression.
+        is_number: Whether it is 0-d in all calls, so that its shape does not depend on an operand.
+    """
+
+    tensor: Tensor
+    expression: int
+    is_number: bool
+
+
 class Recorder(DispatchMode):
     """Records ATen operators as expressions; tensors are identified by their addresses.
 
-    Errors are not TypeErrors, which Python's operators would replace with others.
-
     Attributes:
-        expressions: The tensors and their expressions, keyed by address. Holding the tensors keeps
-            their addresses from being reused.
+        tracked: The tensors that depend on inputs, keyed by address.
         inputs: The names of the function's inputs, keyed by address.
+        function: The function of torch that the user's function has called, "" for none.
         outer: The operator that is being decomposed, "" for none.
+        steps: The number of operators so far, without copies.
     """
 
-    def __init__(self, stabilize: bool) -> None:
+    def __init__(self, exact: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.e, self.outer = Expressions(stabilize), ""
-        self.expressions: dict[int, tuple[Tensor, int]] = {}
+        self.e, self.function, self.outer, self.steps = Expressions(exact), "", "", 0
+        self.tracked: dict[int, _Tracked] = {}
         self.inputs: dict[int, str] = {}
 
-    def track(self, tensor: Tensor, expression: int) -> None:
-        self.expressions[tensor.data_ptr()] = tensor, expression
+    def track(self, tensor: Tensor, expression: int, is_number: bool) -> None:
+        self.tracked[tensor.data_ptr()] = _Tracked(tensor, expression, is_number)
 
-    def input(self, tensor: Tensor, expression: int, name: str) -> Tensor:
+    def input(self, tensor: Tensor, kind: str, k: int, name: str) -> Tensor:
         """Tracks an input of the function, and returns it."""
-        self.track(tensor, expression)
+        expression = self.e.input(kind, k)
+        self.track(tensor, expression, kind != "operand")
         self.inputs[tensor.data_ptr()] = name
         self.e.masks[expression] = tensor.dtype is torch.bool
         return tensor
 
+    def is_number(self, value: Any) -> bool:
+        """Returns whether a value has no dimensions, whatever the operands' shapes are."""
+        tracked = self.tracked.get(value.data_ptr()) if isinstance(value, Tensor) else None
+        return tracked is None or tracked.is_number
+
     def read(self, argument: Any) -> Any:
         """Returns the expression of a tensor or a number; returns other arguments unchanged."""
         if isinstance(argument, Tensor):
-            if (tracked := self.expressions.get(argument.data_ptr())) is not None:
-                return tracked[1]
-            if argument.dim():
-                raise RuntimeError("a tensor that is not an operand; pass it as an operand")
+            if (tracked := self.tracked.get(argument.data_ptr())) is not None:
+                return tracked.expression
             argument = argument.item()
-        if type(argument) is list:
-            return [*map(self.read, argument)]
         return self.e.literal(argument) if type(argument) in (bool, int, float) else argument
+
+    def refused(self, op: str, reason: str = "") -> RefusedError:
+        """Returns the error for an operator that kernels do not support."""
+        name = self.function or self.outer or op
+        if not reason and name in _REDUCTIONS:
+            reason = "; to reduce a loss, pass reduction= to its calls"
+        return RefusedError(f"no kernel supports {name}{reason}")
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -88,36 +121,65 @@ class Recorder(DispatchMode):
             return torch.zeros((), dtype=torch.bool)
         if name == "_local_scalar_dense":
             return self.value(args[0])
-        if is_mutable(op) and args[0].data_ptr() in self.inputs:
-            raise RuntimeError(f"{name} changes {self.inputs[args[0].data_ptr()]} in place")
-        name = name if name in ATEN else name.removesuffix("_")  # in-place operators
-        if name in ATEN:
-            result = op(*args, **kwargs)
-            self.check_dtypes(name, args, result)
-            named = {k: self.read(v) for k, v in kwargs.items() if k not in _NOT_READ}
-            made = ATEN[name](self.e, *map(self.read, args), **named)
-            pairs = zip(result, made, strict=True) if type(result) is tuple else [(result, made)]
-            for tensor, expression in pairs:
-                is_mask = tensor.dtype is torch.bool
-                self.track(tensor, self.e.mask(expression) if is_mask else expression)
-            return result
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tracked = [x for x in tensors if x.data_ptr() in self.tracked]
+        self.steps += name not in _COPIES
+        is_random = torch.Tag.nondeterministic_seeded in op.tags
+        if is_random or any(x.dim() for x in tensors):
+            raise self.refused(name)
+        if is_mutable(op):
+            self.check_mutation(name, args[0], tensors)
+        base = name.removesuffix("_")  # in-place operators
+        base = next((x for x in (op.name().removeprefix("aten::"), name, base) if x in ATEN), base)
+        position = _VALUES.get(base)
+        if position is not None and not self.is_number(args[position]):
+            raise self.refused(name, " with a value that is not a number")
+        if tracked and base not in ATEN:
+            return self.decompose(op, name, args, kwargs)
+        result = op(*args, **kwargs)
+        if any(x.dim() for x in tree_leaves(result) if isinstance(x, Tensor)):
+            raise self.refused(name, ", which makes a tensor with dimensions")
+        if tracked:
+            self.check_dtypes(base, args, result)
+            self.record(base, args, kwargs, result)
+        return result
+
+    def record(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        """Tracks the results of an operator."""
+        is_number = name in _NEW or all(map(self.is_number, tree_leaves((args, kwargs))))
+        named = {k: self.read(v) for k, v in kwargs.items() if k not in _NOT_READ}
+        made = ATEN[name](self.e, *map(self.read, args), **named)
+        pairs = zip(result, made, strict=True) if type(result) is tuple else [(result, made)]
+        for tensor, expression in pairs:
+            is_mask = tensor.dtype is torch.bool
+            self.track(tensor, self.e.mask(expression) if is_mask else expression, is_number)
+
+    def decompose(self, op: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Calls an operator as the operators that it consists of."""
+        is_elementwise = torch.Tag.pointwise in op.tags or name.removesuffix("_") in _ELEMENTWISE
+        if not (is_elementwise or self.outer):
+            raise self.refused(name)
         outer, self.outer = self.outer, self.outer or name
         with self:
             result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
         if result is NotImplemented:
-            hint = "; to reduce a loss, pass reduction= to its calls"
-            raise RuntimeError(
-                f"no kernel supports {self.outer}{hint if self.outer in _REDUCTIONS else ''}"
-            )
+            raise self.refused(name)
         self.outer = outer
         return result
 
+    def check_mutation(self, name: str, target: Any, tensors: Sequence[Tensor]) -> None:
+        """Raises an error if an operator changes an input, or writes a tensor into a number."""
+        if target.data_ptr() in self.inputs:
+            raise RefusedError(f"{name} changes {self.inputs[target.data_ptr()]} in place")
+        if self.is_number(target) and not all(map(self.is_number, tensors)):
+            raise self.refused(name, ", which writes a tensor into a number")
+
     def value(self, tensor: Tensor) -> Any:
-        """Returns the value of a tensor of one element that depends on no input."""
-        if tensor.data_ptr() not in self.expressions:
+        """Returns the value of a constant."""
+        if tensor.data_ptr() not in self.tracked:
             return tensor.item()
         name = self.inputs.get(tensor.data_ptr(), "a number that is computed from parameters")
-        raise RuntimeError(
+        raise RefusedError(
             f"the value of {name} is read, but floats are tensors in a formula: use torch.where "
             "instead of 'if', torch's functions instead of math's, and operators instead of "
             "functions whose arguments cannot be tensors; a parameter whose default is an int, a "
@@ -126,48 +188,86 @@ class Recorder(DispatchMode):
 
     def check_dtypes(self, name: str, args: Sequence[Any], result: Any) -> None:
         """Raises an error for changes of dtype, because all values of a program have one dtype."""
-        sources = {a.dtype for a in args if isinstance(a, Tensor) and a.dim()}
-        dtype = result.dtype if isinstance(result, Tensor) and result.dim() else torch.float64
-        problem = ""
-        if torch.float64 in sources and dtype not in (torch.float64, torch.bool):
+        sources = {x.dtype for x in args if isinstance(x, Tensor) and x.data_ptr() in self.tracked}
+        dtype = result.dtype if isinstance(result, Tensor) else torch.float64
+        is_float, problem = any(x.is_floating_point for x in sources), ""
+        if dtype in _HALVES or (
+            is_float
+            and dtype is not torch.bool
+            and not (dtype.is_floating_point and torch.finfo(dtype).bits >= _bits(sources))
+        ):
             problem = (
-                f"{name} casts to {dtype}; the kernels compute in float32, or in float64 for "
-                "float64 operands, so remove the cast"
+                f"{self.function or name} casts to {dtype}; the kernels compute in float32, or in "
+                "float64 for float64 operands, so remove the cast"
             )
         elif name.startswith("bitwise") and sources - {torch.bool}:
             problem = f"{name} on integers"
-        elif name == "index_put" and (
-            [x.dtype for x in args[1]] != [torch.bool] or args[2].dim() or len(args) > 3
-        ):
-            problem = "an index that is not a mask, or values that are not a number"
+        elif not sources.isdisjoint(_SMALL_INTEGERS) and name not in _COPIES:
+            problem = f"{name} on integers of less than 64 bits, which may overflow"
         elif name == "add" and dtype is torch.bool:
             problem = "a sum of bool tensors; use torch.logical_or"
         if problem:
-            raise RuntimeError(problem)
+            raise RefusedError(problem)
 
 
-class _TensorsOnly(TorchFunctionMode):
-    """Refuses functions and attributes of tensors whose results are not tensors."""
+def _bits(dtypes: set[torch.dtype]) -> int:
+    return max(torch.finfo(dtype).bits for dtype in dtypes if dtype.is_floating_point)
+
+
+class _Functions(TorchFunctionMode):
+    """Names the functions of torch that a formula calls, and refuses some.
+
+    It refuses functions and attributes of tensors whose results are not tensors, and indices.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        results, name = result if isinstance(result, (tuple, list)) else (result,), func.__name__
-        accepted = Tensor if name == "__get__" else (Tensor, NoneType)  # input.grad is None
+        kwargs, name = kwargs or {}, func.__name__
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        if caller.startswith("pyfused.") or func is torch.autograd.grad:
+            return func(*args, **kwargs)
+        accepted: Any = (Tensor, NoneType)
+        if name == "__get__":  # input.grad is None
+            accepted, name = Tensor, getattr(func.__self__, "__name__", "a property")
+        name = name.strip("_") or name
+        if func is Tensor.__getitem__:
+            raise RefusedError("no kernel supports an index or a slice of a tensor")
+        outer, self.recorder.function = self.recorder.function, name
+        steps = self.recorder.steps
+        try:
+            result = self.assign(*args) if func is Tensor.__setitem__ else func(*args, **kwargs)
+        except RefusedError:
+            raise
+        except Exception as error:
+            raise RefusedError(f"no kernel supports {name}: {error}") from error
+        finally:
+            self.recorder.function = outer
+        is_tuple = isinstance(result, (tuple, list)) and result and type(result) is not torch.Size
+        results: Any = result if is_tuple else (result,)
         if not all(isinstance(x, accepted) for x in results):
-            caller = str(sys._getframe(1).f_globals.get("__name__"))
-            if not caller.startswith("pyfused."):
-                if name == "__get__":
-                    name = getattr(func.__self__, "__name__", "a property")
-                raise RuntimeError(
-                    f"the result of {name.strip('_')} may differ between calls; use torch's "
-                    "functions, such as torch.zeros_like and Tensor.type_as, instead of shapes and "
-                    "dtypes"
-                )
+            raise RefusedError(
+                f"the result of {name} may differ between calls; use torch's functions, such as "
+                "torch.zeros_like and Tensor.type_as, instead of shapes and dtypes"
+            )
+        # A view of a 0-d tensor may be the tensor itself.
+        is_same = steps == self.recorder.steps and name not in _SAME_ELEMENTS
+        if is_same and any(x.data_ptr() in self.recorder.tracked for x in results if x is not None):
+            raise RefusedError(f"no kernel supports {name}")
         return result
+
+    @staticmethod
+    def assign(tensor: Tensor, index: Any, value: Any) -> None:
+        """Assigns a number where a mask is true."""
+        if not isinstance(index, Tensor) or index.dtype is not torch.bool:
+            raise RefusedError("no kernel supports an index that is not a mask")
+        tensor.masked_fill_(index, value)
 
 
 def expressions_of(
-    function: Function, dtypes: Sequence[torch.dtype], case: Mapping[str, Any], stabilize: bool
+    function: Function, dtypes: Sequence[torch.dtype], case: Mapping[str, Any], exact: bool
 ) -> tuple[Expressions, list[int]]:
     """Traces a function in a new thread.
 
@@ -178,7 +278,7 @@ def expressions_of(
         dtypes: The dtypes of the operands, float64 or bool.
         case: The arguments by name. The function receives a tensor for each NUMBER, and others
             unchanged.
-        stabilize: Apply the rewrites for numerical stability.
+        exact: Omit the rewrites that change results where others overflow or cancel.
 
     Returns:
         The expressions, and the indices of the results in them; None becomes the literal 0.
@@ -188,38 +288,32 @@ def expressions_of(
         Exception: Another error of the function.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_expressions_of, function, dtypes, case, stabilize).result()
+        return thread.submit(_expressions_of, function, dtypes, case, exact).result()
 
 
 def _expressions_of(
-    function: Function, dtypes: Sequence[torch.dtype], case: Mapping[str, Any], stabilize: bool
+    function: Function, dtypes: Sequence[torch.dtype], case: Mapping[str, Any], exact: bool
 ) -> tuple[Expressions, list[int]]:
-    recorder, count = Recorder(stabilize), 0
-    e = recorder.e
-    values = torch.linspace(0.25, 0.75, 35, dtype=torch.float64, device="cpu").view(_SHAPE)
-    leaves, arguments = list[Tensor](), list[Any]()
+    recorder = Recorder(exact)
+
+    def number(value: float, kind: str, k: int, name: str) -> Tensor:
+        tensor = torch.full((), value, dtype=torch.float64, device="cpu")
+        return recorder.input(tensor, kind, k, name)
+
+    leaves, arguments, count = list[Tensor](), list[Any](), 0
     for k, dtype in enumerate(dtypes):
-        is_float = dtype.is_floating_point
-        leaf = (values + 0.1 * k if is_float else values > 0.5).requires_grad_(is_float)
-        leaves.append(recorder.input(leaf, e.input("operand", k), "an operand"))
+        leaf = torch.ones((), dtype=dtype, device="cpu", requires_grad=dtype.is_floating_point)
+        leaves.append(recorder.input(leaf, "operand", k, "an operand"))
     for name, value in case.items():
-        if value is NUMBER:
-            arguments.append(
-                recorder.input(
-                    torch.full((), 0.5, dtype=torch.float64, device="cpu"),
-                    e.input("parameter", count),
-                    name,
-                )
-            )
-            count += 1
-        else:
-            arguments.append(value)
-    scale = recorder.input(
-        torch.ones((), dtype=torch.float64, device="cpu"), e.input("scale", 0), "the scale"
-    )
-    with recorder, _TensorsOnly():
+        is_number = value is NUMBER
+        arguments.append(number(0.5, "parameter", count, name) if is_number else value)
+        count += is_number
+    scale = number(1.0, "scale", 0, "the scale")
+    with recorder, _Functions(recorder):
         results = function(leaves, arguments, scale)
-    return e, [recorder.read(0.0 if each is None else each) for each in results]
+    if recorder.is_number(results[0]):
+        raise RefusedError("expected an elementwise formula, got one number for all elements")
+    return recorder.e, [recorder.read(0.0 if each is None else each) for each in results]
 
 
 def broadcasts(
@@ -253,20 +347,15 @@ def elementwise(value: Any) -> Tensor:
     """Returns the result of a traced formula.
 
     Raises:
-        RuntimeError: It is not a floating-point tensor of the operands' shape.
+        RuntimeError: It is not a floating-point tensor.
     """
     if value is None:
-        raise RuntimeError("expected the function to return a tensor, got None; add a return")
+        raise RefusedError("expected the function to return a tensor, got None; add a return")
     if not isinstance(value, Tensor):
         kind = type(value).__name__
-        raise RuntimeError(f"expected the function to return one tensor, got {kind}")
-    if value.shape != _SHAPE:
-        raise RuntimeError(
-            f"expected an elementwise formula, got a tensor of shape {tuple(value.shape)} from "
-            f"operands of shape {_SHAPE}"
-        )
+        raise RefusedError(f"expected the function to return one tensor, got {kind}")
     if not value.dtype.is_floating_point:
-        raise RuntimeError(f"expected a floating-point result, got {value.dtype}")
+        raise RefusedError(f"expected a floating-point result, got {value.dtype}")
     return value
 
 
@@ -344,8 +433,34 @@ def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
     return e.where(e.lt(threshold, scaled), g, e.mul(g, e.sigmoid(scaled)))
 
 
-def _index_put(e: E, a: int, indices: list[int], values: int) -> int:
-    return e.where(indices[0], values, a)
+def _pow_of_tensors(e: E, a: int, b: int) -> int:
+    """Returns a power, which differs from the square root at -0.0 and -infinity."""
+    power, exponent = e.pow(a, b), e.value(b) or 0
+    if abs(exponent) != 0.5:
+        return power
+    of_infinity = e.literal(math.inf if exponent > 0 else 0)
+    return e.where(e.eq(a, e.literal(-math.inf)), of_infinity, e.abs(power))
+
+
+def _smooth_l1_loss_backward(e: E, g: int, a: int, b: int, reduction: int, beta: int) -> int:
+    if e.value(reduction) != 0:
+        raise RefusedError("no kernel supports smooth_l1_loss with a reduction")
+    d = e.sub(a, b)
+    return e.mul(g, e.where(e.le(beta, e.abs(d)), e.sign(d), e.div(d, beta)))  # NaN at NaN
+
+
+def _hypot(e: E, a: int, b: int) -> int:
+    a, b = e.abs(a), e.abs(b)
+    large, ratio = e.maximum(a, b), e.div(e.minimum(a, b), e.maximum(a, b))
+    root = e.mul(large, e.sqrt(e.add(e.mul(ratio, ratio), e.literal(1))))
+    infinity = e.literal(math.inf)
+    is_infinite = e.maximum(e.eq(a, infinity), e.eq(b, infinity))
+    return e.where(is_infinite, infinity, e.where(e.eq(large, e.literal(0)), large, root))
+
+
+def _logaddexp(e: E, a: int, b: int) -> int:
+    different = e.add(e.maximum(a, b), e.softplus(e.neg(e.abs(e.sub(a, b)))))
+    return e.where(e.eq(a, b), e.add(a, e.literal(math.log(2))), different)  # inf - inf is NaN
 
 
 def _operation(op: str) -> Callable[..., int]:
@@ -365,23 +480,41 @@ def _argument(position: int) -> Callable[..., Any]:
 
 
 _SAME_NAME = (
-    *("abs", "cos", "eq", "erf", "exp", "expm1", "le", "log", "log1p", "lt"),
-    *("maximum", "minimum", "mul", "neg", "pow", "reciprocal", "rsqrt", "sigmoid", "sign", "sin"),
-    *("sqrt", "tanh", "where"),
+    *("abs", "cos", "eq", "erf", "exp", "expm1", "floor", "le", "log", "log1p", "lt"),
+    *("maximum", "minimum", "mul", "neg", "reciprocal", "rsqrt", "sigmoid", "sign", "sin", "sqrt"),
+    *("tanh", "where"),
 )
-_COPIES = (
-    *("alias", "clone", "detach", "expand", "lift_fresh", "scalar_tensor", "view", "_to_copy"),
+_COPIES = ("alias", "clone", "detach", "expand", "_to_copy")
+_ZEROS = ("zeros_like", "new_zeros", "empty_like", "zero")
+_ONES = ("ones_like", "new_ones")
+_COPIES_OF_SECOND = ("full_like", "fill", "copy")
+# Functions that return each element of a tensor at its index, converted or not.
+_SAME_ELEMENTS = (
+    *("bool", "broadcast_tensors", "clone", "conj", "contiguous", "data", "detach", "double"),
+    *("float", "long", "positive", "real", "requires_grad", "resolve_conj", "resolve_neg", "to"),
+    *("type", "type_as"),
 )
-_ZEROS = ("zeros", "zeros_like", "new_zeros", "empty_like", "zero")
-_ONES = ("ones", "ones_like", "new_ones")
-_COPIES_OF_SECOND = ("full", "full_like", "fill", "copy")
+_NEW = ("new_zeros", "new_ones", "new_full")  # the results have shapes of their own
+_VALUES = {"fill": 1, "masked_fill": 2}  # the arguments that have to be numbers
+# Elementwise operators without torch's tag; those of losses can also reduce.
+_ELEMENTWISE = (
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "elu_backward"),
+    *("hardsigmoid_backward", "hardswish", "hardswish_backward", "hardtanh_backward"),
+    *("huber_loss", "huber_loss_backward", "leaky_relu_backward", "masked_fill", "mish_backward"),
+    *("mse_loss", "mse_loss_backward", "smooth_l1_loss", "soft_margin_loss"),
+    *("soft_margin_loss_backward",),
+)
 ATEN: dict[str, Callable[..., Any]] = {
     **{name: _operation(name) for name in _SAME_NAME},
     **dict.fromkeys(_COPIES, _argument(0)),
     **dict.fromkeys(_ZEROS, _constant(0)),
     **dict.fromkeys(_ONES, _constant(1)),
     **dict.fromkeys(_COPIES_OF_SECOND, _argument(1)),
-    "index_put": _index_put,
+    "new_full": _argument(2),
+    "pow": _operation("pow"),
+    "pow.Tensor_Tensor": _pow_of_tensors,
+    "hypot": _hypot,
+    "logaddexp": _logaddexp,
     "add": _scaled("add"),
     "sub": _scaled("sub"),
     "div": _div,
@@ -392,6 +525,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "gt": lambda e, a, b: e.lt(b, a),
     "ge": lambda e, a, b: e.le(b, a),
     "ne": lambda e, a, b: e.logical_not(e.eq(a, b)),
+    "isinf": lambda e, a: e.eq(e.abs(a), e.literal(math.inf)),
     "isnan": lambda e, a: e.logical_not(e.eq(a, a)),
     **dict.fromkeys(("logical_not", "bitwise_not"), _on_masks("logical_not")),
     **dict.fromkeys(("logical_and", "bitwise_and"), _on_masks("mul")),
@@ -402,6 +536,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "clamp": _clamp,
     "nan_to_num": _nan_to_num,
     "relu": lambda e, a: e.maximum(a, e.literal(0)),
+    "smooth_l1_loss_backward": _smooth_l1_loss_backward,
     "softplus": _softplus,
     "softplus_backward": _softplus_backward,
     "log_sigmoid_forward": lambda e, a: (e.neg(e.softplus(e.neg(a))), a),

@@ -13,12 +13,11 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import Backend, backend_of, takes_triton
 from pyfused.backends.protocol import LossKernel
-from pyfused.dispatch.autograd import autocast_dtype, in_autocast_dtype
+from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
 from pyfused.dispatch.plan import Forward, loss_passes
 from pyfused.layout import (
     accumulate_dtype,
-    common_dtype,
     is_dense,
     specs_of_layouts,
     with_leading_dims,
@@ -219,13 +218,6 @@ def metrics_state(
     return state
 
 
-def result_dtype(op: RowOperator, layouts: Layouts) -> torch.dtype:
-    """Returns the dtype of the loss."""
-    tensors, options, *_ = layouts
-    dtype: torch.dtype | None = options.loss_dtype
-    return dtype or autocast_dtype(op.input_dtype(tensors), tensors[0].device)
-
-
 # ---- logits --------------------------------------------------------------------------------------
 
 
@@ -276,12 +268,13 @@ class CrossEntropy(RowOperator):
         """Returns the operands in the dtypes and shapes that kernels take."""
         if not target.is_floating_point():
             return input, class_targets(input, target), weight
-        common = common_dtype(input, target, weight)
-        return input.to(common), target.to(common), weight
+        dtype = definitions.operand_dtype(input, target, weight)
+        return input.to(dtype), target.to(dtype), weight
 
     def passes(self, layouts: Layouts) -> Passes:
         tensors, options, _, needs, in_forward = layouts
-        input, backend, dtype = tensors[0], backend_of(tensors[0]), result_dtype(self, layouts)
+        input, backend = tensors[0], backend_of(tensors[0])
+        dtype = definitions.dtype_of_loss(options, *tensors[:3])
         source = row_source(self, layouts, options.with_metrics)
         if self.needs_state(layouts):
             return state_passes(self, source, layouts, dtype)
@@ -306,8 +299,7 @@ class CrossEntropy(RowOperator):
         return Passes(forward_with_state if options.with_metrics else forward, backward, inplace)
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        input, target, weight = tensors[:3]
-        return common_dtype(input, target, weight) if target.is_floating_point() else input.dtype
+        return definitions.operand_dtype(*tensors[:3])
 
     def finish(self, layouts: Layouts) -> Any:
         tensors, options, *_ = layouts
@@ -322,6 +314,11 @@ class CrossEntropy(RowOperator):
             return loss, metrics.of_state(state, target, ignore_index, dtype)
 
         return finish
+
+    def torch_on_shard(self, tensors: Tensors, options: Options, shard: Any) -> Tensor:
+        dtype = definitions.dtype_of_loss(options, *tensors[:3])
+        loss: Tensor = super().torch_on_shard(tensors, options, shard)
+        return loss.to(dtype)
 
     def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
         rows = backend_of(tensors[0]).supports_rows(tensors[0])
@@ -360,12 +357,12 @@ class LinearCrossEntropy(RowOperator):
     flattens = True
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        dtype, target = in_autocast_dtype(tensors[0]).dtype, tensors[3]
-        return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
+        return definitions.operand_dtype(in_autocast_dtype(tensors[0]), *tensors[3:5])
 
     def finish(self, layouts: Layouts) -> Any:
         tensors, options, *_ = layouts
-        wide, dtype = self.wide_dtype(tensors), result_dtype(self, layouts)
+        logits, wide = in_autocast_dtype(tensors[0]), self.wide_dtype(tensors)
+        dtype = definitions.dtype_of_loss(options, logits, *tensors[3:5])
         with_metrics, ignore_index = options.with_metrics, options.ignore_index
         if tensors[0].dim() == 2 and dtype is wide and not with_metrics:
             return None
@@ -464,7 +461,7 @@ class NllLoss(RowOperator):
 
     def passes(self, layouts: Layouts) -> Passes:
         (input, *_), options = layouts.tensors, layouts.options
-        backend, dtype = backend_of(input), autocast_dtype(input.dtype, input.device)
+        backend, dtype = backend_of(input), definitions.dtype_of_loss(options, *layouts.tensors)
         loss_dtype = None if dtype is accumulate_dtype(input.dtype) else dtype
 
         def prepare(tensors: Tensors, *outputs: Any) -> LossKernel:

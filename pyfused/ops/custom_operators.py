@@ -119,10 +119,11 @@ class CustomOperator:
             for i, need in enumerate(needs):
                 if specs[i] is not None:
                     specs[i] = replace(specs[i], requires_grad=need)
-            for i, operand in enumerate(op.operands):
-                # Class weights may differ in dtype under autocast, which is disabled here.
-                if operand.name == "weight" and specs[i] is not None:
-                    specs[i] = replace(specs[i], dtype=specs[0].dtype)
+            by_name: dict[str, Any] = dict(zip(op.names, specs, strict=False))
+            weight = by_name.get("weight")
+            if weight is not None and not by_name["target"].is_floating_point():
+                # It may differ in dtype under autocast, which is disabled here.
+                specs[op.names.index("weight")] = replace(weight, dtype=specs[0].dtype)
             with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
                 plan = op.plan(specs, planned)
             if key is not None:

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import grad_enabled
+from pyfused.dispatch.operator import grad_enabled, requires_grad
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
@@ -43,10 +43,10 @@ def cross_entropy(
     checks.cross_entropy(input, target, weight, token_weight, denominator, options)
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
-    soft = target.is_floating_point()
-    common = common_dtype(input, *(target, weight) if soft else ())
-    result_dtype = options.loss_dtype or autocast_dtype(common, input.device)
-    dtype = torch.promote_types(accumulate_dtype(common), result_dtype)
+    soft, result_dtype = target.is_floating_point(), dtype_of_loss(options, input, target, weight)
+    target = target if soft else target.long()
+    wide = accumulate_dtype(operand_dtype(input, target, weight))
+    dtype = torch.promote_types(wide, result_dtype)
     options, dim = with_scalars(options, denominator, dtype), 0 if input.dim() == 1 else 1
     input = without_ignored(input, target, ignore_index, token_weight)
     x = _scaled(input.to(dtype), options)
@@ -75,6 +75,28 @@ def cross_entropy(
     return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
 
 
+def dtype_of_loss(options: Any, input: Any, target: Any, weight: Any) -> torch.dtype:
+    """Returns the dtype of a loss of logits or log-probabilities: `loss_dtype`, or torch's.
+
+    torch promotes class probabilities with the logits and the class weight. With class indices, the
+    loss has the logits' dtype.
+    """
+    dtype: torch.dtype | None = getattr(options, "loss_dtype", None)
+    tensors = (input, target, weight) if target.is_floating_point() else (input,)
+    return dtype or autocast_dtype(common_dtype(*tensors), input.device)
+
+
+def operand_dtype(input: Any, target: Any, weight: Any) -> torch.dtype:
+    """Returns the dtype in which kernels take the logits and class probabilities.
+
+    Kernels multiply by weights in float32, so a float32 weight does not widen half precision.
+    """
+    if not target.is_floating_point():
+        return input.dtype  # type: ignore[no-any-return]
+    common = common_dtype(input, target, weight)
+    return common if common is torch.float64 else common_dtype(input, target)
+
+
 def prepare_inplace(input: Tensor) -> None:
     """Increments the version of logits that their gradient may overwrite."""
     if grad_enabled() and input.requires_grad:
@@ -97,8 +119,8 @@ def reduced_rows(
         divisors: The weights of the rows in the default divisor of a mean, None for ones.
     """
     if token_weight is not None:
-        is_constant, token_weight = not token_weight.requires_grad, token_weight.reshape(loss.shape)
-        token_weight = token_weight.to(loss.dtype)
+        is_constant = not requires_grad(token_weight)
+        token_weight = token_weight.reshape(loss.shape).to(loss.dtype)
         loss = loss * token_weight
         if is_constant:  # NaN times 0 is NaN
             loss = loss.where(token_weight != 0, 0)
@@ -239,8 +261,9 @@ def counted(target: Tensor, ignore_index: int, token_weight: Tensor | None) -> T
 
     If the weight requires grad, rows of weight 0 count, because their loss is its gradient.
     """
-    counts = None if target.is_floating_point() else target != ignore_index
-    if token_weight is None or token_weight.requires_grad:
+    # uint8 would wrap the index: class 156 is not -100.
+    counts = None if target.is_floating_point() else target.long() != ignore_index
+    if token_weight is None or requires_grad(token_weight):
         return counts
     weighted = token_weight != 0
     return weighted if counts is None else counts & weighted.reshape(counts.shape)

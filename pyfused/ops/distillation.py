@@ -24,7 +24,7 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors
+from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors, requires_grad
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import loss_passes
 from pyfused.layout import accumulate_dtype, specs_of_layouts
@@ -82,7 +82,8 @@ def linear_kl_div(
     teacher = teacher_input, teacher_linear_weight, teacher_linear_bias
     checks.linear_kl_div(*student, *teacher, token_weight, denominator, options)
     logits = F.linear(_masked(input, token_weight), *student[1:])
-    return kl_div_with_logits(logits, F.linear(*teacher), token_weight, denominator, options)
+    teacher_logits = F.linear(_masked(teacher_input, token_weight), *teacher[1:])
+    return kl_div_with_logits(logits, teacher_logits, token_weight, denominator, options)
 
 
 def linear_topk_kl_div(
@@ -118,7 +119,7 @@ def _masked(rows: Tensor, weight: Tensor | None, value: float = 0.0) -> Tensor:
 
     If the weight requires grad, these rows are kept, because their loss is its gradient.
     """
-    if weight is None or weight.requires_grad:
+    if weight is None or requires_grad(weight):
         return rows
     return rows.where(weight.unsqueeze(-1) != 0, value)
 

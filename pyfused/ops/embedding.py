@@ -83,7 +83,8 @@ class EmbeddingLoss(TensorLoss):
         if self.has_target:
             *inputs, target = operands
             dtypes[-1] = accumulate_dtype(dtype)
-            if target.dtype is torch.float64 is not dtypes[-1]:  # other values must not round to 1
+            # torch compares with -1, which is 255 in uint8, and other float64 must not round to 1.
+            if target.dtype is not dtypes[-1]:
                 target = (target == 1).to(dtypes[-1]) - (target == -1).to(dtypes[-1])
             operands = *inputs, target.unsqueeze(-1)
         operands = [x if x.dtype is d else x.to(d) for x, d in zip(operands, dtypes, strict=True)]

@@ -22,6 +22,7 @@ from pyfused.backends.protocol import Divisor, LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     ALL_DIMS,
+    REDUCTIONS,
     Operand,
     Options,
     SpecializedOperator,
@@ -471,16 +472,26 @@ class PointwiseLoss(TensorLoss):
     def _naming_the_caller(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Returns torch's function, whose warning about broadcasting names the line of the call.
 
-        torch's own warning would name a line of pyfused.
+        torch's own warning would name a line of pyfused. Its weight has the shape of the input
+        before broadcasting, so a weighted loss is reduced here.
         """
 
         def compute(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-            weight = rest[0] if len(self.operands) > 2 else None
-            if weight is None and is_unobserved(input, target) and input.shape != target.shape:
-                message = _BROADCASTING.format(target.shape, input.shape)
-                warnings.warn(message, stacklevel=stacklevel())
-                input, target = torch.broadcast_tensors(input, target)
-            return function(input, target, *rest)
+            *weights, options = rest
+            weight: Any = weights[0] if weights else None
+            is_valid = type(weight) in PLAIN and weight.shape == input.shape
+            is_valid = weight is None or (is_valid and options.reduction in REDUCTIONS)
+            if not is_unobserved(input, target) or input.shape == target.shape or not is_valid:
+                return function(input, target, *rest)
+            message = _BROADCASTING.format(target.shape, input.shape)
+            warnings.warn(message, stacklevel=stacklevel())
+            input, target = torch.broadcast_tensors(input, target)
+            if weight is None:
+                return function(input, target, *rest)
+            loss = function(input, target, None, options._replace(reduction="none")) * weight
+            if options.reduction == "mean" and self.denominators["mean"] is weight_or_elements:
+                return loss.sum() / weight.sum()  # type: ignore[no-any-return]
+            return reduced(loss, options.reduction)
 
         return compute
 

@@ -32,7 +32,7 @@ from pyfused.ops.collectives import LocalShard
 from pyfused.ops.head_loop import ALL_ROWS, Rows, rows_that_count
 from pyfused.ops.shards import class_range, local_shard, sharded_results
 from pyfused.torch_internals import graph_is_retained
-from pyfused.types import STATE_FIELDS, ClassRange, Gradients, RowOptions, VocabShard
+from pyfused.types import SMOOTH, STATE_FIELDS, ClassRange, Gradients, RowOptions, VocabShard
 
 # ---- sources -------------------------------------------------------------------------------------
 
@@ -363,18 +363,11 @@ class RowOperator(Operator):
         student, others = saved[: self.student], saved[self.student : count]
 
         def definition(*student: Tensor | None) -> Tensor:
-            tensors = [
-                x if x is None or not x.is_floating_point() else x.to(wide)
-                for x in (*student, *others)
-            ]
+            tensors = _cast((*student, *others), wide)
             if shard is None:
                 result = self.define(tensors, options)
             else:
-                inputs = [*tensors, None], options
-                if self.factors:
-                    inputs = self.loss.inputs(tensors, options, False)
-                results = sharded_results(*inputs, shard, saved[count])
-                result = self.loss.of_results(results, tensors, options, shard.classes.total)
+                result = self.define_on_shard(tensors, options, shard)
             return result.to(grad_output.dtype).reshape(grad_output.shape)
 
         return differentiate(definition, student, layouts.needs, grad_output)
@@ -410,15 +403,49 @@ class RowOperator(Operator):
 
     # ---- shards ----------------------------------------------------------------------------------
 
-    def run_on_shard(self, tensors: Tensors, options: Options, shard: VocabShard) -> Any:
-        """Returns the result of a call with this process' classes.
+    def checked_on_shard(
+        self, tensors: Tensors, options: Options, shard: VocabShard
+    ) -> tuple[Tensors, LocalShard]:
+        """Checks a call with this process' classes, and returns its tensors and its classes.
 
         In grad mode, all processes take part in backward, because any of them may need gradients.
         """
         local, input = local_shard(self, tensors, options, shard), tensors[0]
         if grad_enabled() and not input.requires_grad:
             tensors = input.detach().requires_grad_(), *tensors[1:]
-        return self.plan([spec_of(x) for x in tensors], options, local)(tensors, options)
+        return tensors, local
+
+    def torch_on_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
+        """Returns the result of a checked call, computed by torch's operators, for modes.
+
+        Raises:
+            RuntimeError: The call has metrics, which only kernels compute.
+        """
+        if getattr(options, "with_metrics", False):
+            expected = "no torch dispatch or function mode around a call with a shard and metrics"
+            raise RuntimeError(f"{self.name}: expected {expected}, got one")
+        layouts = Layouts([spec_of(x) for x in tensors], options, shard)
+        arrange, finish = self.arrangement(layouts), self.finish(layouts)
+        arranged = tensors if arrange is None else arrange(tensors, options)
+        with without_autocast(tensors[0].device.type):
+            result = self.define_on_shard(_cast(arranged, torch.float64), options, shard)
+        result = result.to(self.wide_dtype(layouts.tensors))
+        return result if finish is None else finish(result, tensors)
+
+    def define_on_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Tensor:
+        """Returns the result without metrics over all classes, computed by torch's operators."""
+        inputs = [*tensors, None], options
+        if self.factors:
+            inputs = self.loss.inputs(tensors, options, False)
+        smooth = self.loss.fields(options) > SMOOTH
+        results = sharded_results(*inputs, shard, smooth)
+        result: Tensor = self.loss.of_results(results, tensors, options, shard.classes.total)
+        return result
+
+
+def _cast(tensors: Tensors, dtype: torch.dtype) -> list[Any]:
+    """Casts the floating-point tensors of a call."""
+    return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors]
 
 
 def state_passes(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -142,17 +141,17 @@ def empty_state(fields: int, target: Tensor) -> Tensor:
     return state
 
 
-def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state: Tensor) -> Tensor:
+def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, smooth: bool) -> Tensor:
     """Computes the differentiable fields of a state by torch's operators, from all local logits.
 
     Rows of ignored targets are filled with 0, as NaN in them would reach the gradients.
 
     Args:
         tensors, options: As `rows.LogitRows.state` takes them.
-        state: The state over all classes.
+        smooth: Whether the state has the weighted sum of logits.
     """
     (x, *parameters, target, weight), (first, _), group = tensors, shard.classes, shard.group
-    x, pivot = x.double(), _pivot(state[PIVOT])
+    x = x.double()
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
     valid = target != options.ignore_index
     if parameters:
@@ -160,12 +159,14 @@ def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, state
     x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
     x = x if options.softcap is None else definitions.softcap(x, options.softcap)
     x = 1 / options.temperature * x
+    largest = x.detach().amax(-1) if x.shape[-1] else x.new_full(target.shape, -torch.inf)
+    pivot = _pivot(reduced(largest, group, "MAX"))
     is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)
     shifted = x - pivot.unsqueeze(-1)
     exponentials = shifted.exp()
     weighted = exponentials * shifted.where(exponentials != 0, 0)
     terms = [exponentials, weighted, x.where(is_target, 0)]
-    if len(state) > SMOOTH:
+    if smooth:
         terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
     sums = Sum.apply(torch.stack([term.sum(-1) for term in terms]), group)
     results = torch.stack([*definitions.row_results(pivot, *sums[:3]), *sums[3:]])
@@ -188,9 +189,9 @@ def local_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) 
         raise ValueError("shard: expected a group that this process is a member of")
     by_name = {operand.name: x for operand, x in zip(op.all_operands, tensors, strict=True)}
     name, dim = ("linear_weight", 0) if op.is_linear else (op.names[0], 1)
-    checks.number("first", first, (int, Integral), "an int")
+    checks.integer("first", first)
     if total is not None:
-        checks.number("classes", total, (int, Integral), "an int")
+        checks.integer("classes", total)
         checks.bounded(Scalar("classes", low=0.0, error=ValueError), total)
     elif isinstance(weight := by_name.get("weight"), Tensor):
         total = weight.numel()

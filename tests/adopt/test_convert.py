@@ -165,6 +165,11 @@ class Normalised(nn.Module):
         return self.criterion(self.activation(self.frozen(self.dropout(self.norm(x)))), x)
 
 
+def test_a_batch_is_named_if_it_has_the_wrong_type() -> None:
+    with pytest.raises(TypeError, match=r"check: expected .*, got Tensor; pass check=\(batch,\)"):
+        pyfused.convert(Normalised(), check=X)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch", [(X,), {"x": X}, UserDict(x=X)], ids=["tuple", "dict", "mapping"])
 def test_a_checked_conversion_changes_only_classes(batch: Any, training: bool) -> None:

@@ -111,8 +111,8 @@ OF_A_SIZE = {
     (name, column)
     for name in OPERATORS
     if name in sizes.ON_CPU and name not in sizes.LINEAR
-    for column, limit in sizes.ON_CPU[name]._asdict().items()
-    if limit is not None and column not in ("least", "most")
+    for column in sizes.Limits._fields[:4]
+    if getattr(sizes.ON_CPU[name], column) is not None
 }
 
 
@@ -191,7 +191,7 @@ def test_invalid_arguments() -> None:
 def test_each_fallback_is_logged_but_no_small_call(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reasons, "_reported", set())
+    monkeypatch.setattr(reasons, "_reported", {})
     meta = torch.empty(1 << 22, 8, device="meta")
     with caplog.at_level(logging.INFO, "pyfused"):
         for _ in range(3):

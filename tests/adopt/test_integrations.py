@@ -402,48 +402,6 @@ def test_evaluation_and_metrics_with_trainer() -> None:
     assert [0 <= accuracy <= 1 for accuracy in found] == [True] * 3
 
 
-@as_users_run_it
-def test_callback_of_trainer(caplog: pytest.LogCaptureFixture) -> None:
-    from pyfused.integrations.transformers import PyfusedCallback
-
-    train = trainer()
-    train.add_callback(PyfusedCallback(train, metrics=True))
-    with caplog.at_level(logging.INFO, "pyfused"):
-        assert losses(train) == pytest.approx(losses(trainer()), rel=1e-4)
-    assert train.model.pyfused_metrics is not None
-    logged = train.state.log_history[-1]
-    assert (logged["pyfused/kernel_calls"], logged["step"]) == (3, 3)
-    assert any("linear_cross_entropy" in record.getMessage() for record in caplog.records)
-    train.train()  # its report is a new one
-    assert train.state.log_history[-1]["pyfused/kernel_calls"] == 3
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_callback_of_lightning(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning
-    from lightning.pytorch.loggers.logger import DummyLogger
-
-    from pyfused.dispatch import observers
-    from pyfused.integrations.lightning import PyfusedCallback
-
-    logged: list[Any] = []
-    logger: Any = DummyLogger()
-    monkeypatch.setattr(type(logger), "log_metrics", lambda _, *args, **__: logged.append(args[0]))
-    module, expected = example("with_lightning"), example("with_lightning").train(False, STEPS)
-    kind: Any = lightning.Trainer
-    options = {"callbacks": PyfusedCallback(), "logger": logger}
-    monkeypatch.setattr(lightning, "Trainer", lambda **more: kind(**(more | options)))
-    if fails:
-        monkeypatch.setattr(module.Classifier, "training_step", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            module.train(False, STEPS)
-    else:
-        assert_equal_and_falling(module.train(False, STEPS), expected)
-        assert logged[-1]["pyfused/kernel_calls"] >= 2 * STEPS
-        assert logged[-1]["pyfused/left_to_torch"] == 0
-    assert observers.active == ()
-
-
 def test_every_causal_language_model_of_the_list() -> None:
     """The page's list of supported models is correct, and gradients are equal."""
     page = (Path(__file__).parents[2] / "docs" / "causal-language-models.md").read_text()

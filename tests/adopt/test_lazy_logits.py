@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import operator
 import pickle
 import random
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+from compare import FLOATS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -191,6 +193,13 @@ cast = one_of(
     lambda x: x.to(x.dtype),
     lambda x: x.double(),
 )
+moved = one_of(
+    lambda x: x.transpose(0, -1) if x.dim() else x,
+    lambda x: x.movedim(-1, min(1, x.dim() - 1)) if x.dim() else x,
+    lambda x: x.permute(*range(x.dim())[::-1]),
+    lambda x: torch.swapaxes(x, -1, -2) if x.dim() > 1 else x,
+    lambda x: x.mT if x.dim() > 1 else x,
+)
 rows = one_of(
     lambda x: x[..., :-1, :],
     lambda x: x[1:],
@@ -201,6 +210,8 @@ rows = one_of(
     lambda x: x[..., :, :],
     lambda x: x[:],
     lambda x: x[::2],
+    lambda x: x[:, :, 1:] if x.dim() > 2 else x,
+    lambda x: x[..., :-1],
 )
 
 
@@ -280,7 +291,6 @@ def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
             lambda: x.argmax(-1),
             lambda: x.detach().sum(),
             lambda: x.clone(),
-            lambda: x.transpose(-1, -2) if x.dim() > 1 else x,
             lambda: x[..., :-2],
             lambda: x * torch.tensor(1.5),
             lambda: -x,
@@ -310,11 +320,13 @@ def without_gradient(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tens
     return x
 
 
-PROVEN: list[Callable[..., Tensor]] = [view, view, sliced, selected, shifted, scaled, cast]
+PROVEN: list[Callable[..., Tensor]] = [view, view, moved, sliced, selected, shifted, scaled, cast]
 ANY: list[Callable[..., Tensor]] = [read, read, in_place, without_gradient]
 
 
 def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
+    if CLASSES in x.shape and draw.random() < 0.9:
+        x = x.movedim(x.shape.index(CLASSES), -1)
     rows = x.reshape(-1, x.shape[-1])
     classes = x.shape[-1]
     generator = torch.Generator().manual_seed(draw.getrandbits(30))
@@ -681,16 +693,26 @@ def test_copies(name: str, losses: list[Tensor]) -> None:
     assert type(model(X, TARGET)[0]) is Tensor
 
 
-@pytest.mark.parametrize("loss_of", ["cross_entropy", "nll_loss of log_softmax"])
-def test_a_patched_loss(loss_of: str, losses: list[Tensor]) -> None:
+# Calls of pyfused that receive lazy logits.
+RECEIVERS: dict[str, Callable[..., Any]] = {
+    "cross_entropy": lambda x: F.cross_entropy(x, TARGET),
+    "nll_loss of log_softmax": lambda x: F.nll_loss(F.log_softmax(x, -1), TARGET),
+    "module": lambda x: pyfused.nn.CrossEntropyLoss()(x, TARGET),
+    "modules": lambda x: pyfused.nn.NLLLoss()(pyfused.nn.LogSoftmax(-1)(x), TARGET),
+    "explain": lambda x: str(pyfused.explain("cross_entropy", x, TARGET)),
+}
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("name", RECEIVERS)
+def test_reports_of_fused_losses(name: str, patched: bool) -> None:
     model = pyfused.convert(Model(), head="head")
-    with pyfused.patch():
-        logits = model(X).flatten(0, 1)
-        if loss_of == "cross_entropy":
-            F.cross_entropy(logits, TARGET)
-        else:
-            F.nll_loss(F.log_softmax(logits, -1), TARGET)
-    assert losses
+    with pyfused.patch() if patched else contextlib.nullcontext(), pyfused.report() as report:
+        explained = RECEIVERS[name](model(X).flatten(0, 1))
+    assert report.to_dict()["left_to_torch"] == {}
+    assert [*report.to_dict()["operators"]] == ["linear_cross_entropy"]
+    if name == "explain":
+        assert explained.startswith("linear_cross_entropy: cpu")
 
 
 def test_a_call_keeps_no_references() -> None:
@@ -721,6 +743,35 @@ def of_rows(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda m, x: F.cross_entropy(change(m, x).reshape(-1, 40), TARGET)
 
 
+# Ways to move the classes of logits (B, T, C) behind the first dimension.
+CHANNELS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x.transpose(1, 2),
+    lambda x: torch.permute(x, (0, 2, 1)),
+    lambda x: x.mT,
+    lambda x: x.movedim(-1, 1).contiguous(),
+    lambda x: x.view(4, 4, 4, 40).permute(0, 3, 1, 2),
+    lambda x: x.view(4, 4, 4, 40).transpose(1, 3).transpose(2, 3),
+    lambda x: x.view(4, 4, 4, 40).movedim(3, 1).flatten(2),
+    lambda x: x.transpose(0, 1).transpose(1, 2).permute(2, 1, 0),
+    lambda x: x.view(-1, 40).t().unsqueeze(0),
+]
+
+
+def of_channels(move: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Returns the losses of each position, by their shape, with all options."""
+
+    def loss_of(model: Any, logits: Tensor) -> Tensor:
+        moved = move(logits)
+        target = PLACES.reshape(moved.shape[0], *moved.shape[2:])
+        options = {"weight": 1.5 + model.bias[0], "ignore_index": 3, "label_smoothing": 0.1}
+        losses = F.cross_entropy(moved, target, **options, reduction="none")
+        assert losses.shape == target.shape
+        factors = torch.linspace(0, 1, 64, dtype=losses.dtype).view(losses.shape)
+        return (losses * factors).sum() + F.cross_entropy(moved, target)
+
+    return loss_of
+
+
 # Losses of a model's logits, and the operator that reads the logits; None if the loss is fused.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "bias": (of_rows(lambda m, x: x + m.bias), None),
@@ -736,12 +787,24 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "mul": (of_rows(lambda m, x: x.mul(other=0.5)), None),
     "div": (of_rows(lambda m, x: torch.true_divide(x, other=2.0)), None),
     "to": (of_rows(lambda m, x: x.to(x.device, x.dtype, non_blocking=True)), None),
-    "channels": (lambda m, x: F.cross_entropy(x.permute(0, 2, 1), PLACES), "permute"),
+    **{f"moved {i}": (of_channels(each), None) for i, each in enumerate(CHANNELS)},
+    "moved log_softmax": (
+        lambda m, x: F.nll_loss(x.mT.log_softmax(1), PLACES, ignore_index=3),
+        None,
+    ),
+    "moved, sliced": (lambda m, x: F.cross_entropy(x.mT[..., :-1], PLACES[:, 1:]), None),
+    "moved bias": (
+        lambda m, x: F.cross_entropy((x.view(-1, 40)[:40].t() + m.bias[0]).t(), TARGET[:40]),
+        "add",
+    ),
+    "chunk": (of_rows(lambda m, x: torch.cat(x.chunk(2, 1), 1)), "chunk.* Index or slice them"),
+    "split": (of_rows(lambda m, x: torch.cat(x.split(8, 1), 1)), "split.* Index or slice them"),
+    "unbind": (of_rows(lambda m, x: torch.stack(x.unbind(1), 1)), "unbind.* Index or slice them"),
     "mul of keywords": (of_rows(lambda m, x: torch.mul(input=x, other=0.5)), "mul"),
     "rounded": (of_rows(lambda m, x: x.div(2.0, rounding_mode="trunc") + x), "div"),
     "alpha": (of_rows(lambda m, x: torch.add(x, m.bias, alpha=2)), "add"),
     "NumPy": (of_rows(lambda m, x: np.float32(0.5) * x), "r?mul"),
-    "unpacked": (of_rows(lambda m, x: torch.cat([*x])), ""),
+    "unpacked": (of_rows(lambda m, x: torch.cat([*x])), "unbind.* Index or slice them"),
     "add of a gradient": (of_rows(lambda m, x: x + m.emb.weight[:40, 0]), "add"),
     "nll_loss": (lambda m, x: F.nll_loss(x.view(-1, 40), TARGET), "nll_loss"),
     "cross_entropy": (of_rows(lambda m, x: x.log_softmax(-1)), "cross_entropy"),
@@ -773,6 +836,48 @@ def test_operators(name: str, losses: list[Tensor]) -> None:
         torch.testing.assert_close(found, loss_of(plain), rtol=1e-9, atol=1e-9)
         assert not warns or messages[0].filename == __file__
     assert bool(losses) == (reader is None)
+
+
+def autocast(dtype: torch.dtype | None) -> Any:
+    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@pytest.mark.parametrize("casts", [False, True])
+@pytest.mark.parametrize("of_loss", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_model", [None, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_class_weights_of_any_dtype(
+    of_model: torch.dtype | None,
+    of_loss: torch.dtype | None,
+    casts: bool,
+    losses: list[Tensor],
+) -> None:
+    """Compares dtypes, values and errors; the model and its loss may be in autocast."""
+
+    def outcome(model: Any, weight: Tensor, logs: bool) -> Any:
+        with autocast(of_model):
+            logits = model(X).view(-1, 40)
+        logits = logits.float() if casts else logits
+        with autocast(of_loss):
+            try:
+                if logs:
+                    return F.nll_loss(logits.log_softmax(-1), TARGET, weight)
+                return F.cross_entropy(logits, TARGET, weight)
+            except RuntimeError as error:
+                return str(error)
+
+    for dtype, of_weight in itertools.product((torch.float32, torch.bfloat16), FLOATS):
+        weight = torch.linspace(0.5, 1.5, 40).to(of_weight)
+        models = Model().to(dtype), pyfused.convert(Model().to(dtype), head="head")
+        found = [outcome(model, weight, logs) for model in models for logs in (False, True)]
+        for expected, ours in zip(found[:2], found[2:], strict=True):
+            if isinstance(expected, Tensor):
+                torch.testing.assert_close(ours, expected, rtol=2e-2, atol=1e-2)
+            else:
+                assert ours == expected
+        if of_weight is torch.float32 and (casts or of_loss is not None):
+            assert losses
+        losses.clear()
 
 
 @pytest.mark.parametrize("options", [{}, {"ignore_index": None}], ids=["dtype", "ignore_index"])
@@ -941,17 +1046,38 @@ def test_changes_of_the_shape_or_the_memory() -> None:
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, "frozen"])
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_evaluation(mode: str, evaluation: bool, losses: list[Tensor]) -> None:
-    model = pyfused.convert(Model(), head="head", evaluation=evaluation).eval()
-    with MODES[mode](), warnings.catch_warnings():
+def test_evaluation(mode: str, evaluation: bool, training: bool, losses: list[Tensor]) -> None:
+    """Without evaluation=True, logits without a gradient are constants, also after a step."""
+    model = pyfused.convert(Model(), head="head", evaluation=evaluation).train(training)
+    model.requires_grad_(mode != "frozen")
+    with MODES.get(mode, torch.enable_grad)(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected, (logits, loss) = Model()(X, TARGET), model(X, TARGET)
-        assert bool(losses) == evaluation
+        assert bool(losses) == (evaluation or (training and mode == "grad"))
         assert loss.requires_grad == (mode == "grad")
         torch.testing.assert_close(loss, expected[1])
-        torch.testing.assert_close(logits * 1, expected[0])
+        if losses:
+            logits = logits + 0
+        averaged(model)
+        torch.testing.assert_close(logits, expected[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluation": True, "metrics": True}])
+@pytest.mark.parametrize("mode", [*MODES, "eval"])
+def test_meta(mode: str, options: dict[str, bool]) -> None:
+    model = pyfused.convert(Model(), head="head", **options).to("meta").train(mode != "eval")
+    with MODES.get(mode, torch.enable_grad)(), torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(X.to("meta"), TARGET.to("meta"))
+    assert logits.is_meta
+    assert logits.shape == (4, 16, 40)
+    assert loss.is_meta
+    assert loss.shape == ()
+    if loss.requires_grad:
+        loss.backward()
+        assert model.head.weight.grad.shape == (40, 8)
 
 
 @pytest.mark.parametrize("outside", [False, True])
@@ -1107,14 +1233,14 @@ def test_torch_jit_trace() -> None:
 if __name__ == "__main__":
     from pyfused.dispatch import sizes
 
-    sizes.every_size().__enter__()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     total: Counter[str] = Counter()
-    for seed in range(first, first + count):
-        try:
-            total += compare(seed)
-        except AssertionError as difference:  # noqa: PERF203
-            print(f"seed {seed} differs: {str(difference)[:300]}", flush=True)
+    with sizes.every_size():
+        for seed in range(first, first + count):
+            try:
+                total += compare(seed)
+            except AssertionError as difference:  # noqa: PERF203
+                print(f"seed {seed} differs: {str(difference)[:300]}", flush=True)
     print(f"{count} models from {first}: {dict(total)}")

@@ -150,7 +150,7 @@ def test_errors_of_checks_that_torch_does_not_raise_become_warnings(
         checks.tensor("input", 3)
 
     monkeypatch.setattr(type(OPERATORS["relu"]), "plan", fails)
-    monkeypatch.setattr(reasons, "_reported", set())
+    monkeypatch.setattr(reasons, "_reported", {})
     expected = X.relu()
     with pyfused.patch():
         with pytest.warns(RuntimeWarning, match="pyfused: relu: .*expected a Tensor") as seen:

@@ -11,7 +11,10 @@ import sys
 import time
 import zipapp
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -325,6 +328,46 @@ def test_the_time_of_kernels(backward: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert report.to_dict()["kernel_seconds"] == 1 + backward
 
 
+class Name(str):
+    """A name whose hash is computed by Python, so that threads may switch in between."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+
+class Seconds(float):
+    def __radd__(self, other: float) -> float:
+        return float(other) + float(self)
+
+
+def test_threads_that_call_kernels_at_once() -> None:
+    op: Any = SimpleNamespace(name=Name("op"), elements=lambda _: 3)
+    interval = sys.getswitchinterval()
+
+    def call(_: int) -> None:
+        for _ in range(500):
+            report.decided(op, (), (), None)
+            report.decided(op, (), (), Name("reason"))
+            report.compiled(op.name)
+            report.took(Seconds(1))
+            report.to_dict()
+
+    report = pyfused.report()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert [*pool.map(call, range(8))] == [None] * 8
+    finally:
+        sys.setswitchinterval(interval)
+    found = report.to_dict()
+    assert found["operators"] == {"op": {"calls": 4000, "largest_input": 3}}
+    assert found["left_to_torch"] == {"op": {"reason": 4000}}
+    assert found["compiled"] == {"op": 4000}
+    assert found["kernel_seconds"] == 4000
+
+
 def test_a_report_can_be_read_before_its_end() -> None:
     with fused_always(), pyfused.report() as report:
         time.sleep(0.01)
@@ -353,11 +396,24 @@ def test_freed_memory_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     assert "freed memory" not in done.stderr
 
 
-def test_what_configures_malloc_is_named(tmp_path: Path) -> None:
+@pytest.mark.skipif(memory.why_not_kept() is not None, reason="keep has no effect")
+def test_the_report_says_what_is_in_effect_when_the_program_ends(tmp_path: Path) -> None:
+    path = script(tmp_path, "from pyfused import memory; memory.keep(False)")
+    stderr = counted(path, folder=tmp_path).stderr
+    assert "pyfused: freed memory was not kept: the program has called keep(False)\n" in stderr
+    path = script(tmp_path, "from pyfused import memory\nwith memory.keep(False): pass")
+    assert "pyfused: freed memory was kept; --no-keep" in counted(path, folder=tmp_path).stderr
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_configures_malloc_is_named(kept: bool, tmp_path: Path) -> None:
+    variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368"}
     done = plain(
         *("-m", "pyfused", "run", script(tmp_path, KEEPS)),
         folder=tmp_path,
-        MALLOC_TOP_PAD_="4096",
+        **(variables if kept else {"MALLOC_TOP_PAD_": "4096"}),
     )
     assert done.stdout == "False\n", done.stderr
-    assert "pyfused: freed memory was not kept: " in done.stderr
+    if memory.why_not_kept() is None:
+        state = "kept without keep()" if kept else "not kept"
+        assert f"pyfused: freed memory was {state}: the environment configures" in done.stderr

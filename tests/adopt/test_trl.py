@@ -35,7 +35,7 @@ OPTIONS = {
 
 @pytest.fixture
 def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.setattr(reasons, "_reported", set())
+    monkeypatch.setattr(reasons, "_reported", {})
     module = pytest.importorskip("trl.trainer.utils")
     original = getattr(module, NAME)
     yield module

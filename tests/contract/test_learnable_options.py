@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import EXAMPLES, SHAPE
+from conftest import KernelCalls
 from torch import Tensor
 
 from pyfused import functional as fused
@@ -79,6 +80,20 @@ def check_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
 def test_gradients_of_options(name: str, option: str, value: float, shape: tuple[int, ...]) -> None:
     x = number(option, value, shape)
     check_gradient(lambda x: loss_of(name, **{option: x}), x)
+
+
+@pytest.mark.cpu
+@every_case
+def test_options_are_numbers_without_gradients(
+    name: str, option: str, value: float, kernel_calls: KernelCalls
+) -> None:
+    given, x = tensors(name), number(option, value)
+    with torch.no_grad():
+        expected = loss_of(name, given, **{option: x.detach()})
+        launched = +kernel_calls
+        kernel_calls.clear()
+        assert torch.equal(loss_of(name, given, **{option: x}), expected)
+    assert kernel_calls == launched
 
 
 @pytest.mark.cpu

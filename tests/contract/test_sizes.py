@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 
 import pyfused
 from pyfused import functional as fused
+from pyfused import memory
+from pyfused.backends import DTYPES
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
@@ -73,7 +76,7 @@ def test_functions_that_mkl_computes() -> None:
     for dtype, is_half in ((torch.float32, False), (torch.float64, False), (torch.bfloat16, True)):
         on_intel, others = (compute_limits(tanh, True, dtype, intel) for intel in (True, False))
         assert others.from_elements < sizes.LOGITS
-        assert on_intel == (others if is_half else sizes.Limits(sizes.LOGITS).times(1))
+        assert on_intel == (others if is_half else sizes.Limits(sizes.PAGES).times(1))
 
 
 def test_the_least_and_the_largest_limit() -> None:
@@ -81,6 +84,27 @@ def test_the_least_and_the_largest_limit() -> None:
     assert row[:4] == (2 * sizes.MEDIUM, 2 * sizes.SMALL, None, 2 * sizes.NEVER)
     assert (row.least, row.most) == (2 * sizes.SMALL, 2 * sizes.NEVER)
     assert sizes.Limits(sizes.ALWAYS, unreduced=sizes.SMALL).times(8).least == 0
+    row = sizes.Limits(sizes.SMALL, unreduced=sizes.PAGES).times(2)
+    assert (row.unreduced, row.least, row.most) == (row.pages, 2 * sizes.SMALL, sizes.NEVER)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_calls_that_depend_on_kept_pages_ask_for_them(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "pages_are_kept", lambda size: bool(asked.append(size)) or kept)
+    for op, dtype in itertools.product(OPERATORS.values(), DTYPES):
+        x, found = torch.empty(1, dtype=dtype), sizes.limits(op, True, dtype)
+        for limit in {limit for limit in found[:4] if limit and limit < sizes.NEVER}:
+            monkeypatch.setattr(sizes, "limit_of", lambda *_, limit=limit: limit)
+            for elements in (limit - 1, limit):
+                asks = limit == found.pages <= elements
+                is_small = sizes.is_small(op, (x,), (), elements)
+                assert is_small is (elements < limit or (asks and kept)), (op.name, dtype)
+                assert asked == [elements * x.element_size()] * asks, (op.name, dtype)
+                asked.clear()
 
 
 def test_few_classes_of_half_precision() -> None:

@@ -15,15 +15,16 @@ from torch.nn import functional as F
 import pyfused
 from pyfused import functional as fused
 from pyfused import torch_internals
+from pyfused.dispatch import autograd
 
 SOURCE = Path(torch_internals.__file__)
 REQUIRED = re.findall(r'_required\(\s*"([\w.]+)"', SOURCE.read_text())
 OPTIONAL = re.findall(r'\n\w+: .* = getattr\(\s*([\w.]+), "(\w+)"', SOURCE.read_text())
 
 
-def loaded_again(**names: Any) -> Any:
-    """Loads the module again, with some built-in names replaced."""
-    spec = importlib.util.spec_from_file_location("internals_of_another_torch", SOURCE)
+def loaded_again(source: Path = SOURCE, **names: Any) -> Any:
+    """Loads a module again, with some built-in names replaced."""
+    spec = importlib.util.spec_from_file_location("internals_of_another_torch", source)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -65,6 +66,15 @@ def test_missing_optional_attribute(owner: str, name: str) -> None:
     assert other.active_mode() is None
     assert other.graph_is_retained() in (False, True)
     assert other.has_amx() in (False, True)
+
+
+def test_another_base_class_of_autograd_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Function:
+        apply = staticmethod(print)
+
+    monkeypatch.setattr(torch.autograd, "Function", Function)
+    monkeypatch.delattr(torch._C, "_FunctionBase")
+    assert loaded_again(Path(autograd.__file__)).apply is print
 
 
 def test_calls_fall_back_without_required_attributes(monkeypatch: pytest.MonkeyPatch) -> None:

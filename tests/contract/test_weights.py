@@ -7,8 +7,9 @@ is infinite or rounded, and so is its product with a small number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from catalogue import Call, Example, Function
 from compare import FLOATS
 from samples import declared
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyfused import functional as fused
 from pyfused.dispatch.operator import Operator
@@ -104,3 +106,77 @@ def test_rows_of_weight_0_may_be_nan_if_metrics_are_computed(softcap: float | No
         loss, _ = fused.cross_entropy_with_metrics(logits, target, **given)
         expected = fused.cross_entropy(logits.nan_to_num(), target, **given)
         torch.testing.assert_close(loss, expected)
+
+
+# ---- dtypes of class weights ---------------------------------------------------------------------
+
+
+def outcome(function: Callable[..., Tensor], *args: Any, **options: Any) -> Any:
+    """Returns a loss, or the type of the error."""
+    try:
+        return function(*args, **options)
+    except RuntimeError as error:
+        return type(error)
+
+
+SIZES = [(600, 300), pytest.param((6, 20), marks=pytest.mark.thresholds, id="small")]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("name", "soft"),
+    [*product(("cross_entropy", "linear_cross_entropy"), (False, True)), ("nll_loss", False)],
+)
+def test_dtypes_of_class_weights(
+    name: str, soft: bool, autocast: bool, size: tuple[int, int]
+) -> None:
+    """Compares dtypes, values and types of errors with torch's, for all dtypes of the arguments."""
+    (rows, classes), head = size, name == "linear_cross_entropy"
+    layer = torch.randn(rows, 4), torch.randn(classes, 4)
+    logits, factors = F.linear(*layer).log_softmax(1), 0.5 + torch.rand(classes)
+    target = torch.rand(size).softmax(1) if soft else torch.randint(classes, (rows,))
+
+    def of_torch(*args: Tensor, weight: Tensor) -> Tensor:
+        if head:
+            args = F.linear(*args[:2]), args[2]
+        loss: Tensor = getattr(F, "cross_entropy" if head else name)(*args, weight)
+        return loss
+
+    for dtype, of_target, of_weight in product(FLOATS, FLOATS if soft else [torch.int64], FLOATS):
+        operands = [x.to(dtype) for x in (layer if head else (logits,))]
+        args, weight = (*operands, target.to(of_target)), factors.to(of_weight)
+        wide = [x.double() if x.is_floating_point() else x for x in args]
+        exact = of_torch(*wide, weight=weight.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            expected = outcome(of_torch, *args, weight=weight)
+            loss = outcome(getattr(fused, name), *args, weight=weight)
+        if not isinstance(expected, Tensor):
+            assert loss is expected
+            continue
+        assert loss.dtype is expected.dtype
+        bound = max(1e-6, torch.finfo(loss.dtype).eps) * exact
+        assert (loss - exact).abs() <= 2 * (expected - exact).abs() + bound
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_class_weights_are_at_most_as_wide_as_the_loss(name: str, size: tuple[int, int]) -> None:
+    target, factors = torch.randint(size[1], size[:1]), 0.5 + torch.rand(size[1])
+    operands = torch.randn(size[0], 4), torch.randn(size[1], 4)
+    if name == "cross_entropy":
+        operands = (F.linear(*operands),)
+    promote = torch.promote_types
+    for dtype, of_weight, loss_dtype in product(FLOATS, FLOATS, FLOATS):
+        args, weight = [x.to(dtype) for x in operands], factors.to(of_weight)
+        loss = outcome(getattr(fused, name), *args, target, weight=weight, loss_dtype=loss_dtype)
+        is_between = promote(dtype, of_weight) is of_weight
+        is_between &= promote(of_weight, loss_dtype) is loss_dtype
+        if dtype is not of_weight and not is_between:
+            assert loss is RuntimeError
+            continue
+        logits = args[0].double() if len(args) == 1 else F.linear(*[x.double() for x in args])
+        exact = F.cross_entropy(logits, target, weight.double())
+        assert loss.dtype is loss_dtype
+        eps = torch.finfo(loss_dtype).eps + (name != "cross_entropy") * torch.finfo(dtype).eps / 8
+        assert (loss - exact).abs() <= max(2e-6, eps) * exact

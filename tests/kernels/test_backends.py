@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from typing import Any
 
@@ -68,9 +69,22 @@ def test_the_reason_names_the_error_if_triton_cannot_start(monkeypatch: pytest.M
     assert reason == "Triton cannot start: Failed to find C compiler"
 
 
-def test_an_unknown_backend_raises_an_error_that_lists_the_backends() -> None:
-    refused = run(CALL, PYFUSED_BACKEND="cuda")
-    assert "PYFUSED_BACKEND: expected cpu, triton or torch, got 'cuda'" in refused.stderr
+@pytest.mark.parametrize(
+    ("name", "expected", "values"),
+    [
+        ("PYFUSED_BACKEND", "cpu, triton or torch", ["cuda", "CPU"]),
+        ("PYFUSED_CPU_CAPABILITY", "one of .*", ["avx2"]),
+        ("PYFUSED_HOST_US", "a positive number of microseconds", ["abc", "0", "-1", "nan", "inf"]),
+        ("PYFUSED_RECYCLE", "0 or a number of bytes", ["1GB", "-1", "True"]),
+    ],
+)
+def test_errors_of_environment_variables_name_them(
+    name: str, expected: str, values: list[str]
+) -> None:
+    for value in values:
+        refused = run("import pyfused", **{name: value})
+        error = f"^ImportError: {name}: expected {expected}, got '{value}'$"
+        assert re.search(error, refused.stderr, re.MULTILINE), value
 
 
 @pytest.mark.cpu

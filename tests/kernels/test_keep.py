@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ MIB = 1 << 20
 
 # `heap()` returns the bytes of the heap and of mapped blocks; `resident()` those in memory.
 PREAMBLE = """
-import ctypes, os, re, threading
+import ctypes, os, re, threading, traceback
 from pathlib import Path
 import torch
 from pyfused import memory
@@ -40,6 +42,12 @@ torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = MallocInfo
 MIB = 1 << 20
+
+def trimming():
+    return [each for each in threading.enumerate() if each.name == "keep" and not ended(each)]
+
+def ended(thread):
+    return thread._args[1].is_set()
 
 def heap():
     found = libc.mallinfo2()
@@ -100,9 +108,8 @@ def test_freed_blocks_are_kept_and_given_back() -> None:
 def test_free_pages_are_returned_from_time_to_time() -> None:
     run("""
     import time
-    memory._SECONDS = 0.2
-    memory.keep()
-    (thread,) = [each for each in threading.enumerate() if each.name == "keep"]
+    memory.keep(trim_every=0.2)
+    (thread,) = trimming()
     before, used = resident(), torch.ones(MIB)
     freed()
     for _ in range(100):
@@ -114,6 +121,10 @@ def test_free_pages_are_returned_from_time_to_time() -> None:
     memory.keep(False)
     thread.join(10)
     assert not thread.is_alive()
+    memory.keep(trim_every=None)
+    freed()
+    assert not trimming() and resident() > before + 200 * MIB
+    assert memory.trim() and resident() < before + 16 * MIB and memory.stats().keeps
     """)
 
 
@@ -134,38 +145,72 @@ def test_the_default_thresholds_are_restored() -> None:
 @glibc
 @has_mallinfo2
 def test_parameters_follow_any_sequence_of_calls() -> None:
-    """Compares `keep` with a model of its calls, and tensors with their values."""
+    """Compares `keep` with a model: the innermost block decides, without blocks the last call.
+
+    A child starts with glibc's settings, and may leave the blocks of its parent.
+    """
     draw = random.Random(0)
     run(f"""
     import random
     draw = random.Random({draw.random()})
-    calls, open_blocks, unused, tensors = set(), [], [], []
-    for number in range(400):
-        kind = draw.randrange(8)
+    calls, blocks, inherited, unused, tensors = [], [], [], [], []
+
+    def call():
+        setting = draw.random() < 0.6, draw.choice([None, 60, 600.0])
+        unused.append((memory.keep(setting[0], trim_every=setting[1]), setting))
+        calls.append(unused[-1])
+
+    def leave(entered):
+        at = draw.randrange(len(entered))
+        block = entered[at][0]
+        del entered[max(i for i, each in enumerate(entered) if each[0] is block)]
+        block.__exit__(None, None, None)
+
+    def step():
+        global calls, tensors
+        kind = draw.randrange(9)
         if kind == 0:
-            unused.append(memory.keep()); calls.add(unused[-1])
+            call()
         elif kind == 1:
-            memory.keep(False); calls.clear()
+            thread = threading.Thread(target=call); thread.start(); thread.join()
         elif kind == 2 and unused:
-            block = draw.choice(unused)
-            calls.discard(block); block.__enter__(); open_blocks.append(block)
-        elif kind == 3 and open_blocks:
-            open_blocks.pop(draw.randrange(len(open_blocks))).__exit__(None, None, None)
-        elif kind == 4:
-            thread = threading.Thread(target=lambda: calls.add(memory.keep())); thread.start()
-            thread.join()
+            chosen = draw.choice(unused)
+            calls = [each for each in calls if each is not chosen]
+            blocks.append(chosen)
+            chosen[0].__enter__()
+        elif kind == 3 and blocks:
+            leave(blocks)
+        elif kind == 4 and unused:
+            unused.pop(draw.randrange(len(unused)))  # the call lasts
         elif kind == 5 and tensors:
             value, tensor = tensors.pop(draw.randrange(len(tensors)))
             assert (tensor == value).all()
+        elif kind == 6 and inherited:
+            leave(inherited)
         else:
-            tensors.append((number, torch.full((draw.randrange(1, 2 * MIB),), number)))
-            tensors = tensors[-6:]
-        assert memory.stats().keeps is bool(calls or open_blocks), (number, kind)
+            tensors = [*tensors[-5:], (number, torch.full((draw.randrange(1, 2 * MIB),), number))]
+        keeps, every = (blocks or calls or [(None, (False, None))])[-1][1]
+        assert memory.stats().keeps is memory.pages_are_kept(64 * MIB) is keeps, (number, kind)
+        periods = [thread._args[0] for thread in trimming()]
+        assert periods == ([every] if keeps and every else []), (number, kind)
         arena, mapped = heap()
-        size = 33 * MIB if memory.stats().keeps else arena + 33 * MIB  # larger than any free block
+        size = 33 * MIB if keeps else arena + 33 * MIB  # larger than any free block
         probe = torch.empty(size, dtype=torch.uint8)
-        assert (heap()[1] == mapped) is memory.stats().keeps, number
-        del probe
+        assert (heap()[1] == mapped) is keeps, (number, kind)
+
+    for number in range(400):
+        if draw.random() < 0.03 and (child := os.fork()) == 0:
+            inherited += blocks
+            calls, blocks = [], []
+            for number in range(20):
+                step()
+            os._exit(0)
+        step()
+    while True:
+        try:
+            assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+        except ChildProcessError:
+            break
     """)
 
 
@@ -186,7 +231,30 @@ def test_blocks_nest_and_end_after_errors() -> None:
     with memory.keep():
         memory.keep(False)
         assert memory.stats().keeps, "the block lasts"
+        for enabled in (False, True, False):
+            with memory.keep(enabled):
+                assert memory.stats().keeps is enabled
+            assert memory.stats().keeps
     assert not memory.stats().keeps
+    memory.keep()
+    with memory.keep(False):
+        assert not memory.stats().keeps
+    assert memory.stats().keeps, "the call before the block is restored"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_block_that_was_not_entered_cannot_be_left(enabled: bool) -> None:
+    for entered in (False, True):
+        block = memory.keep(enabled)
+        if entered:
+            with block:
+                pass
+        with pytest.raises(RuntimeError, match="keep: the block was left without being entered"):
+            block.__exit__(None, None, None)
+    memory.keep(False)
+    assert not memory.stats().keeps
+    with memory.keep():
+        assert memory.stats().keeps is (memory.why_not_kept() is None)
 
 
 @glibc
@@ -274,25 +342,34 @@ def test_a_forked_child_releases_its_copy_of_the_free_memory() -> None:
     used = torch.arange(MIB)
     child = os.fork()
     if child == 0:
-        fits = resident() < 256 * MIB and memory.stats().keeps
-        fits = fits and bool((used == torch.arange(MIB)).all())
-        with memory.keep():  # the lock is free
-            pass
-        freed()
-        os._exit(not (fits and resident() > 256 * MIB))
+        try:
+            assert resident() < 256 * MIB and not memory.stats().keeps and not trimming()
+            assert (used == torch.arange(MIB)).all()
+            assert freed(400) < 8 * MIB, "more than any free block of the heap"
+            with memory.keep():
+                assert freed(400) > 390 * MIB and len(trimming()) == 1
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert resident() > 256 * MIB
     """)
 
 
 @glibc
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("first", ["keep", "loader"])
-def test_workers_of_a_loader(first: str) -> None:
-    """Workers that were forked before and after the call return the same batches."""
+def test_workers_of_a_loader(first: str, keeps: bool) -> None:
+    """Workers that were forked before and after the call decide for themselves."""
     run(f"""
     class Data(torch.utils.data.Dataset):
         def __len__(self): return 64
-        def __getitem__(self, i): return torch.full((MIB // 4,), i)
+        def __getitem__(self, i):
+            if {keeps}:
+                memory.keep(trim_every=60)
+            assert memory.stats().keeps is {keeps} and len(trimming()) == {keeps}
+            return torch.full((MIB // 4,), i)
 
     loader = torch.utils.data.DataLoader(
         Data(), 8, num_workers=2, persistent_workers=True, multiprocessing_context="fork"
@@ -341,6 +418,58 @@ def test_too_little_memory_is_torchs_error_and_leaves_the_process_intact() -> No
     """)
 
 
+# ---- pages that are kept without it --------------------------------------------------------------
+
+
+def library(name: str) -> str:
+    """Returns the path of an allocator's library, "" if it is not installed."""
+    paths = [Path(path) for path in ("/usr/lib", "/usr/lib64", "/usr/local/lib")]
+    return next((str(file) for path in paths for file in path.glob(f"**/lib{name}.so.*")), "")
+
+
+TCMALLOC, JEMALLOC = library("tcmalloc_minimal"), library("jemalloc")
+TRIM = {"MALLOC_TRIM_THRESHOLD_": "34359738368"}
+SETTINGS = {
+    "glibc": (False, {}),
+    "threshold": (True, {"MALLOC_MMAP_THRESHOLD_": "4294967296", **TRIM}),
+    "low threshold": (False, {"MALLOC_MMAP_THRESHOLD_": "1048576"}),
+    "no maps": (True, {"MALLOC_MMAP_MAX_": "0", **TRIM}),
+    "tcmalloc": (True, {"LD_PRELOAD": TCMALLOC}),
+    "jemalloc": (True, {"LD_PRELOAD": JEMALLOC, "MALLOC_CONF": "dirty_decay_ms:-1"}),
+    "jemalloc, no decay": (False, {"LD_PRELOAD": JEMALLOC, "MALLOC_CONF": "dirty_decay_ms:0"}),
+}
+DECISION = """
+import torch, warnings, pyfused
+from pyfused import memory
+x = torch.empty(1 << 24, requires_grad=True)
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    for step in (None, memory.keep, lambda: memory.keep(False)):
+        if step: step()
+        kept = memory.stats().pages_are_kept
+        path = pyfused.explain("relu", x)
+        assert (path.backend == "torch") is kept
+        assert path.reason.endswith("because the process keeps freed pages") is kept
+        print(kept)
+print(*[warning.message for warning in found])
+"""
+
+
+@glibc
+@pytest.mark.thresholds
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_happens_decides_about_calls_that_save_page_faults(name: str) -> None:
+    kept, variables = SETTINGS[name]
+    if variables.get("LD_PRELOAD") == "":
+        pytest.skip("the allocator is not installed")
+    *seen, message = fresh(DECISION, **variables).split("\n", 3)
+    can_keep = name == "glibc"
+    assert seen == [str(kept), str(kept or can_keep), str(kept)]
+    state = "" if can_keep else f"; freed memory is {'kept without it' if kept else 'not kept'}"
+    assert message.strip().endswith(state)
+    assert ("nothing has changed" in message) is not can_keep
+
+
 # ---- where it has no effect ----------------------------------------------------------------------
 
 ALLOCATOR = """
@@ -366,10 +495,10 @@ print(warning.message)
 """
 
 
-def reported(**variables: str) -> str:
-    """Returns the warning of a new process, because malloc reads these variables at its start."""
+def fresh(code: str, **variables: str) -> str:
+    """Returns the output of a new process, because malloc reads these variables at its start."""
     done = subprocess.run(
-        [sys.executable, "-c", REPORT],
+        [sys.executable, "-c", code],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -385,7 +514,7 @@ def test_another_allocator_is_named(tmp_path: Path) -> None:
     source, library = tmp_path / "allocator.c", tmp_path / "liballocator.so"
     source.write_text(ALLOCATOR)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    assert f"malloc comes from {library}" in reported(LD_PRELOAD=str(library))
+    assert f"malloc comes from {library}" in fresh(REPORT, LD_PRELOAD=str(library))
 
 
 @glibc
@@ -398,7 +527,7 @@ def test_another_allocator_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_variables_of_the_environment_decide(name: str, value: str) -> None:
-    assert f"the environment configures malloc by {name}" in reported(**{name: value})
+    assert f"the environment configures malloc by {name}" in fresh(REPORT, **{name: value})
 
 
 @glibc
@@ -407,14 +536,7 @@ def test_variables_that_malloc_has_not_read_or_that_set_something_else_have_no_e
 ) -> None:
     code = "from pyfused import memory; print(memory.why_not_kept())"
     for name, value in (("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.perturb=0")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, name: value},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout == "None\n"
+        assert fresh(code, **{name: value}) == "None\n"
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     memory.why_not_kept.cache_clear()
     assert memory.why_not_kept() is None
@@ -439,3 +561,16 @@ def test_other_systems_and_libraries_warn(monkeypatch: pytest.MonkeyPatch) -> No
 def test_enabled_has_to_be_a_bool(enabled: object) -> None:
     with pytest.raises(TypeError, match="enabled: expected a bool, got"):
         pyfused.memory.keep(enabled)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "expected"),
+    [
+        ("30", TypeError, "a number of seconds or None, got str '30'"),
+        (True, TypeError, "a number of seconds or None, got bool True"),
+        *[(x, ValueError, f"a positive number .*got {x}") for x in (0, -1.0, math.inf, math.nan)],
+    ],
+)
+def test_the_period_has_to_be_positive(value: Any, error: type[Exception], expected: str) -> None:
+    with pytest.raises(error, match=f"trim_every: expected {expected}"):
+        memory.keep(trim_every=value)

@@ -260,3 +260,9 @@ def test_memory_of_training() -> None:
 
 
 # ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", ["1GB", 1 << 30, 1, None])
+def test_a_number_of_bytes_is_not_a_bool(enabled: Any) -> None:
+    with pytest.raises(TypeError, match=r"enabled: expected a bool, got .*; pass .* as limit="):
+        memory.recycle(enabled)

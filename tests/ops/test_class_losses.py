@@ -39,3 +39,15 @@ def test_losses_made_of_another_loss_do_not_overflow(dtype: torch.dtype) -> None
 
 
 X, Y = torch.linspace(-2, 2, 15).view(3, 5), torch.linspace(0, 1, 15).view(3, 5)
+
+
+@grid(path=["kernels", "torch"], name=["cross_entropy", "linear_cross_entropy", "linear_log_probs"])
+def test_classes_in_uint8_are_not_ignored(name: str, path: str) -> None:
+    """In uint8, -100 is 156, which is a class."""
+    index, options = torch.arange(150, 160), dict[str, Any](temperature=2.0)
+    if path == "torch":  # torch's operators compute the call
+        options["temperature"] = torch.tensor(2.0, requires_grad=True)
+    args = torch.randn(10, 256), torch.randn(256, 256)
+    args = args if name.startswith("linear") else args[:1]
+    found = [getattr(fused, name)(*args, x, **options) for x in (index, index.to(torch.uint8))]
+    torch.testing.assert_close(found[1], found[0])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import FLOATS
 from conftest import KernelCalls
 from grid import grid
 from torch import Tensor
@@ -76,7 +77,7 @@ def test_a_loss_of_exactly_0(inclusive: bool, monkeypatch: pytest.MonkeyPatch) -
 # ---- shapes and dtypes ---------------------------------------------------------------------------
 
 
-@grid(dtype=[torch.float64, torch.float32, torch.float16, torch.int64])
+@grid(dtype=[*FLOATS, torch.int64, torch.int8, torch.uint8, torch.bool])
 def test_targets_are_compared_in_their_dtype(dtype: torch.dtype) -> None:
     first, second = torch.randn(2, 6, 5)
     target = torch.tensor([1, -1, 0, 1 + 1e-9, -1 - 1e-9, 3], dtype=torch.float64).to(dtype)

@@ -41,11 +41,22 @@ close = torch.testing.assert_close
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a default device adds a frame of torch's")
 @pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
+@pytest.mark.parametrize("shapes", [[(3, 5), (5,)], [(5,), (5, 1)]])
 @pytest.mark.parametrize(
-    "loss", [loss for loss in LOSSES if loss.op.warns], ids=lambda loss: loss.id
+    ("loss", "weighted"),
+    [
+        pytest.param(loss, weighted, id=loss.id + "-weighted" * weighted)
+        for loss in LOSSES
+        for weighted in (False, True)
+        if loss.op.warns and (not weighted or "weight" in loss.op.names)
+    ],
 )
-def test_broadcasting_warns_as_torch_does_at_the_callers_line(loss: Loss, small: bool) -> None:
-    given, caught, values = loss.draw([(3, 5), (5,)]), [], []
+def test_broadcasting_warns_as_torch_does_at_the_callers_line(
+    loss: Loss, weighted: bool, shapes: list[tuple[int, ...]], small: bool
+) -> None:
+    given, caught, values = loss.draw(shapes), [], []
+    if weighted:
+        given["weight"] = torch.rand(shapes[0])
     for function in (loss.ours, loss.reference):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", UserWarning)

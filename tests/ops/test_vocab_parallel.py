@@ -20,12 +20,16 @@ from catalogue import TORCH
 from conftest import fused_always
 from processes import in_processes
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import VocabShard, explain, functional
+from pyfused.dispatch import run as dispatch
+from pyfused.dispatch import signature
 from pyfused.functional import cross_entropy, linear_cross_entropy
 from pyfused.ops import shards
 from pyfused.ops.cross_entropy import CrossEntropy
+from pyfused.ops.operators import OPERATORS
 from pyfused.ops.shards import _merged
 from pyfused.types import SMOOTHING_FIELDS
 
@@ -258,6 +262,96 @@ def results(process: Process, case: Case) -> None:
     torch.testing.assert_close(found[1:], [*best], equal_nan=True)
 
 
+class Seen(TorchDispatchMode):
+    """Collects the operators of a block."""
+
+    def __enter__(self) -> Any:
+        self.names: set[str] = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+MODES: dict[str, Any] = {
+    **{name: (name, {}) for name in ("cross_entropy", "linear_cross_entropy")},
+    **{name: (name, {}) for name in ("log_probs", "linear_log_probs")},
+    "smoothing": ("cross_entropy", {"label_smoothing": 0.1, "reduction": "none"}),
+    "entropy": ("linear_log_probs", {"return_entropy": True, "return_lse": True}),
+    "options": ("linear_cross_entropy", {"softcap": 2.0, "z_loss": 0.1, "temperature": 0.5}),
+    "token_weight": ("linear_cross_entropy", {"token_weight": torch.arange(ROWS) / ROWS}),
+}
+
+
+@check(**MODES)
+def modes_and_compilers(process: Process, case: Any) -> None:
+    """A mode sees torch's operators; a compiled program breaks its graph."""
+    name, options = case
+    classes = process.classes()
+    options = {"shard": VocabShard(classes.start, CLASSES)} | options
+    for dtype in (torch.float32, torch.bfloat16):
+        input, head, bias, target = draw(dtype)
+        layer = (input, head[classes], bias[classes])
+        leaves = [
+            x.detach().clone().requires_grad_()
+            for x in (layer if "linear" in name else (input @ head[classes].t(),))
+        ]
+        given = dict(zip(("input", "linear_weight", "linear_bias"), leaves, strict=False))
+        if name == "log_probs":
+            given = {"logits": leaves[0]}
+
+        def call(
+            given: dict[str, Any] = given, target: Tensor = target, leaves: list[Tensor] = leaves
+        ) -> list[Tensor]:
+            results = flat(getattr(functional, name)(target=target, **given, **options))
+            total = sum(x.double().sum() for x in results)
+            return [*results, *torch.autograd.grad(total, leaves)]
+
+        expected = call()
+        with Seen() as seen:
+            found = call()
+        assert "aten.sum.dim_IntList" in seen.names
+        for x, y in zip(found, expected, strict=True):
+            assert x.dtype is y.dtype
+            rounding = 1e-5 + 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(x, y, rtol=rounding, atol=rounding)
+    if name == "cross_entropy":
+        compiled = torch.compile(lambda: call()[0], backend="eager")
+        assert torch.equal(compiled(), expected[0])
+        with forward_ad.dual_level():
+            assert "expected no forward-mode AD with a shard" in error_of(call)
+        metrics = partial(functional.cross_entropy_with_metrics, leaves[0], target, **options)
+        with Seen():
+            reason = explain("cross_entropy", leaves[0], target, **options).reason
+            assert reason == "a torch dispatch or function mode"
+            assert "mode around a call with a shard and metrics" in error_of(metrics)
+
+
+@check(logits="cross_entropy", head="linear_cross_entropy")
+def plans(process: Process, case: str) -> None:
+    """Calls with other numbers of rows and numbers use the same plan, but for empty shards."""
+    classes = process.classes()
+    input, head, _, target = draw(torch.float32)
+    operands = (input, head[classes]) if "linear" in case else (input @ head[classes].t(),)
+    cached = OPERATORS[case].plans
+
+    def call(rows: int, scale: float, total: int) -> None:
+        first, *others = operands
+        shard = VocabShard(classes.start, total)
+        call = getattr(functional, case)
+        call(first[:rows], *others, target=target[:rows], scale=scale, shard=shard)
+
+    call(ROWS, 0.5, CLASSES)
+    before = len(cached)
+    for rows in range(2, ROWS):
+        call(rows, rows + 0.5, CLASSES)
+    planned = len(cached)
+    assert planned == before or classes.start == classes.stop
+    call(ROWS, 0.5, CLASSES + 1)
+    assert len(cached) == planned + 1
+
+
 TOTAL = 5 * SIZE
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weight": (TOTAL, {"weight": torch.ones(3)}, "RuntimeError: weight: expected shape"),
@@ -378,6 +472,7 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda _: 0)
     monkeypatch.setattr(CrossEntropy, "plan", lambda *_: merged)
     monkeypatch.setattr(shards, "unsupported", lambda *_: None)
+    monkeypatch.setattr(signature, "active_mode", lambda: None)
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, device="meta").long()
     with NoIndices():
         cross_entropy(logits, target, shard=VocabShard(0, 5))
@@ -386,3 +481,4 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         cross_entropy(logits, target, shard=VocabShard(1, 5))
     with pytest.raises(RuntimeError, match="meta"):  # the sum over the processes is read
         cross_entropy(logits, target, shard=VocabShard(0))
+    dispatch.forget_plans()

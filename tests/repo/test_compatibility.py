@@ -78,15 +78,19 @@ def test_infinite_gradients_from_above() -> None:
     assert not theirs.any()
 
 
-def test_operands_that_change_in_place() -> None:
-    says("a backward pass that still needs them raises an error, for example a second one or one")
-    x, target = torch.randn(512, 1000, requires_grad=True), torch.zeros(512).long()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operands_that_change_in_place(dtype: torch.dtype, reduction: str) -> None:
+    says("Reduced losses compute their gradients in the forward pass and do not raise, except in")
+    says("torch's losses that save a copy, such as `cross_entropy`, never raise")
+    x, target = torch.randn(512, 1000).to(dtype).requires_grad_(), torch.zeros(512).long()
     for functional in (F, TF):
         logits = x * 1
-        losses = functional.cross_entropy(logits, target, reduction="none")
+        losses = functional.cross_entropy(logits, target, reduction=reduction)
         with torch.no_grad():
             logits.mul_(2)
-        if functional is TF:
+        if functional is TF or (reduction == "mean" and dtype is torch.float32):
+            losses.sum().backward(retain_graph=True)
             losses.sum().backward()
         else:
             with pytest.raises(RuntimeError, match="modified by an inplace operation") as error:

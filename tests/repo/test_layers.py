@@ -19,7 +19,6 @@ LAYERS = (  # each layer may import from itself and from earlier layers
     ("ops",),
     ("functional", "nn", "formula"),
     ("adopt",),
-    ("integrations",),
     ("__init__",),
     ("__main__",),
 )
