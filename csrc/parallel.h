@@ -25,17 +25,17 @@ using Blocks = void (*)(const void* data, int64_t first, int64_t end, void* memo
 
 // Calls body(data, first, end, memory) for ranges of blocks, on at most `threads` of torch's
 // threads; the others return at once. No OpenMP runtime is linked; loading the module looks up the
-// one that torch has loaded. Without a runtime, or within a parallel region, the calling thread runs
-// all blocks.
+// one that torch has loaded. Without a runtime, or within a parallel region, the calling thread
+// runs all blocks.
 //
 // Each thread gets `bytes` of memory, aligned to vectors. It is allocated before the threads start,
 // so that std::bad_alloc reaches the caller before anything is written. A body must not allocate,
 // because an exception that leaves a parallel region ends the process.
 void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes);
 
-// The fewest elements for another thread, as in torch. Calls that need only one thread wake no other:
-// waking takes as long as processing a few thousand elements, or millions if other processes are
-// busy.
+// The fewest elements for another thread, as in torch. Calls that need only one thread wake no
+// other: waking takes as long as processing a few thousand elements, or millions if other processes
+// are busy.
 constexpr int64_t kThreadElements = 32768;
 inline int threads_for(int64_t elements, int threads) {
   return int(std::clamp<int64_t>(elements / kThreadElements, 1, threads));

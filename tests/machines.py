@@ -21,17 +21,14 @@ from pyfused.backends import cpu
 
 TESTS = Path(__file__).parent
 PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel metrics distributed"
-KERNELS = """accuracy activation values class_losses cross_entropy cross_entropy_options formula
-    inplace log_probs margin metrics pointwise_loss softmax"""
-COMPILED = "compile"
+KERNELS = """accuracy activation compile values class_losses cross_entropy cross_entropy_options
+    formula inplace log_probs margin metrics pointwise_loss softmax"""
 THREADS = "threads parallel processes recycle distributed training"
 
 MACHINES: tuple[tuple[dict[str, str], str], ...] = (
     ({"MKL_CBWR": "AVX2"}, PRODUCTS),
     ({"MKL_CBWR": "COMPATIBLE"}, PRODUCTS),
     ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, PRODUCTS),
-    ({"ATEN_CPU_CAPABILITY": "avx2"}, f"{KERNELS} {COMPILED}"),
-    ({"ATEN_CPU_CAPABILITY": "default"}, f"{KERNELS} {COMPILED}"),
     # Without FMA instructions, sums are less accurate, both torch's and pyfused's.
     ({"PYFUSED_CPU_CAPABILITY": "x86-64-v2", "ATEN_CPU_CAPABILITY": "default"}, KERNELS),
     ({"PYFUSED_CPU_CAPABILITY": "x86-64-v3", "ATEN_CPU_CAPABILITY": "avx2"}, KERNELS),
@@ -56,11 +53,6 @@ def reason_to_skip(name: str, value: str) -> str | None:
     if name == "MKL_CBWR":
         return None if torch.backends.mkl.is_available() else "this torch has no MKL"
     capability = torch.backends.cpu.get_cpu_capability()
-    if name == "ATEN_CPU_CAPABILITY":
-        known = ("AVX2", "AVX512") if value == "avx2" else ("DEFAULT", "AVX2", "AVX512")
-        if capability not in known:
-            return f"ATen's code is for {capability}"
-        return "this is the default" if value.upper() == capability else None
     return None if capability == "AVX512" else f"this processor has {capability}"
 
 
