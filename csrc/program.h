@@ -7,8 +7,8 @@
 // formula_compiler/program.py generates programs. A slot is the number of an operand (0 to 3), the
 // value (4), a gradient (5 to 8), a register (9 to 72), or a constant. Constants are the scale of
 // the gradients, the formula's parameters, literals, and values that the prologue computes from
-// these once for each call, in the type of the operands. pointwise_loss.cpp loads and rounds, and applies weights,
-// grad_output and sums.
+// these once for each call, in the type of the operands. pointwise_loss.cpp loads and rounds, and
+// applies weights, grad_output and sums.
 #pragma once
 
 #include <algorithm>
