@@ -75,6 +75,7 @@ class Recorder(DispatchMode):
         function: The function of torch that the user's function has called, "" for none.
         outer: The operator that is being decomposed, "" for none.
         steps: The number of operators so far, without copies.
+        refusal: The last error, which the user's function may have caught.
     """
 
     def __init__(self, exact: bool) -> None:
@@ -82,6 +83,7 @@ class Recorder(DispatchMode):
         self.e, self.function, self.outer, self.steps = Expressions(exact), "", "", 0
         self.tracked: dict[int, _Tracked] = {}
         self.inputs: dict[int, str] = {}
+        self.refusal: RefusedError | None = None
 
     def track(self, tensor: Tensor, expression: int, is_number: bool) -> None:
         self.tracked[tensor.data_ptr()] = _Tracked(tensor, expression, is_number)
@@ -225,10 +227,18 @@ class _Functions(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
         caller = str(sys._getframe(1).f_globals.get("__name__"))
         if caller.startswith("pyfused.") or func is torch.autograd.grad:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
+        try:
+            return self.called(func, args, kwargs or {})
+        except RefusedError as error:
+            self.recorder.refusal = error
+            raise
+
+    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the result of a function that the user's function calls."""
+        name = func.__name__
         accepted: Any = (Tensor, NoneType)
         if name == "__get__":  # input.grad is None
             accepted, name = Tensor, getattr(func.__self__, "__name__", "a property")
@@ -311,6 +321,8 @@ def _expressions_of(
     scale = number(1.0, "scale", 0, "the scale")
     with recorder, _Functions(recorder):
         results = function(leaves, arguments, scale)
+    if recorder.refusal is not None:
+        raise recorder.refusal
     if recorder.is_number(results[0]):
         raise RefusedError("expected an elementwise formula, got one number for all elements")
     return recorder.e, [recorder.read(0.0 if each is None else each) for each in results]

@@ -1040,6 +1040,13 @@ def with_list(input: Tensor, factors: list[float] = HALF_PI) -> Tensor:
 with_list_of_2 = partial(with_list, factors=[2.0])
 
 
+def catching(input: Tensor) -> Tensor:
+    try:
+        return input / input.shape[-1]
+    except Exception:
+        return input
+
+
 def importing(input: Tensor) -> Tensor:
     import cmath
 
@@ -1079,6 +1086,7 @@ NO_ARGUMENT: tuple[tuple[Callable[..., Tensor], str], ...] = (
     (lambda x: x if x.grad is None else -x, "the result of grad may differ"),
     (Settings().double, "expected a Python function, got a method"),
     (importing, "imports or assigns cmath"),
+    (catching, "the result of shape may differ"),
     (assigning, "imports or assigns SCALE"),
 )
 
