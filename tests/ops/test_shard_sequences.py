@@ -275,6 +275,10 @@ def check_weights(call: Weighted, own: slice, group: Any) -> None:
     gradients = torch.autograd.grad(exact, whole, grad)
     expected = [x[part] for x, part in zip(gradients, take, strict=True)]
     tolerance = TOLERANCES[call.input_dtype]
+    of_loss = min(tolerance, 1e-6)
+    if call.function == "linear_cross_entropy" and call.input_dtype.itemsize == 2:
+        # Some processors round the logits to half precision, with a random error in each row.
+        of_loss = 2 * torch.finfo(call.input_dtype).eps / TOKENS**0.5
     dtype = torch.float64 if call.input_dtype is torch.float64 else torch.float32
     options: Any = {"label_smoothing": 0.1, "reduction": call.reduction, "loss_dtype": dtype}
     options["shard"] = VocabShard(own.start, 8, group)
@@ -283,7 +287,7 @@ def check_weights(call: Weighted, own: slice, group: Any) -> None:
         given = (*leaves, target)
         loss = getattr(functional, call.function)(*given, **options, **weights)
         got = torch.autograd.grad(loss, leaves, grad.to(dtype), create_graph=create_graph)
-        bounds = min(tolerance, 1e-6), *[tolerance] * len(got)
+        bounds = of_loss, *[tolerance] * len(got)
         for value, right, bound in zip((loss, *got), (exact, *expected), bounds, strict=True):
             error = (value.double() - right).norm() / right.norm()
             assert error <= bound, f"{error:.3g} with create_graph={create_graph}"
