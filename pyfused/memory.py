@@ -82,7 +82,7 @@ _kept: dict[int, bool] = {}  # by the number of bits of a size, see `pages_are_k
 class Keep:
     """The result of :func:`keep`, a context manager."""
 
-    def __init__(self, setting: _Setting) -> None:
+    def __init__(self, setting: Any) -> None:
         self._setting = setting
 
     def __enter__(self) -> None:
