@@ -182,8 +182,6 @@ def _exponents(kernel: Kernel) -> set[int]:
 def _located(error: Exception, formula: Formula) -> str:
     """Returns an error's message, with the line of the formula that raised it."""
     frames, message = extract_tb(error.__traceback__), str(error)
-    if "Boolean value" in message or "converted to" in message:
-        message += "; use torch.where instead of 'if' and torch's functions instead of math's"
     for function in formula.functions_of_formula:
         code = inspect.unwrap(function).__code__
         lines = [x.lineno for x in frames if x.filename == code.co_filename]

@@ -178,9 +178,11 @@ class Recorder(DispatchMode):
 
     def value(self, tensor: Tensor) -> Any:
         """Returns the value of a constant."""
-        if tensor.data_ptr() not in self.tracked:
+        address = tensor.data_ptr()
+        if address not in self.tracked:
             return tensor.item()
-        name = self.inputs.get(tensor.data_ptr(), "a number that is computed from parameters")
+        kind = "a number that is computed from parameters" if self.is_number(tensor) else "a tensor"
+        name = self.inputs.get(address, kind)
         raise RefusedError(
             f"the value of {name} is read, but floats are tensors in a formula: use torch.where "
             "instead of 'if', torch's functions instead of math's, and operators instead of "
