@@ -7,7 +7,6 @@ others, such as the reduction, select one.
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -273,9 +272,3 @@ def grad_enabled() -> bool:
 def requires_grad(x: Any) -> bool:
     """Returns whether a call has to be differentiable with respect to an argument."""
     return getattr(x, "requires_grad", False) and grad_enabled()
-
-
-def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the parameters of a function with their defaults, `...` for no default."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: ... if p.default is p.empty else p.default for p in parameters}
