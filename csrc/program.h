@@ -54,7 +54,8 @@ constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
   X(ndtr, 1, Normal<A>(a).below)                    \
   X(density, 1, Normal<A>(a).density)               \
   X(decay, 1, exp_nonpositive(-std::abs(a)))        \
-  X(sigmoid_from, 2, sigmoid_or_zero(a, b))         \
+  X(sigmoid_from, 2, pyfused::sigmoid_from(a, b))   \
+  X(sigmoid_or_zero, 2, torch_sigmoid(a, b))        \
   X(softplus_from, 2, pyfused::softplus_from(a, b)) \
   X(add, 2, a + b)                                  \
   X(sub, 2, a - b)                                  \
@@ -76,7 +77,7 @@ constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
   X(where_eq, 4, a == b ? c : d)
 
 // torch's sigmoid, which is 0 where exp(-x) overflows; decay = exp(-|x|).
-template <class A> PYFUSED_INLINE A sigmoid_or_zero(A decay, A x) {
+template <class A> PYFUSED_INLINE A torch_sigmoid(A decay, A x) {
   constexpr A kLeast = A(sizeof(A) == 4 ? 0x1p-128 : 0x1p-1024);
   return (x < 0) & (decay < kLeast) ? A(0) : sigmoid_from(decay, x);
 }

@@ -76,7 +76,7 @@ def softplus(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def sigmoid_from(decay, x, EXACT: tl.constexpr):
+def sigmoid_or_zero(decay, x, EXACT: tl.constexpr):
     """Returns torch's sigmoid, which is 0 where exp(-x) overflows; decay is exp(-|x|)."""
     LEAST: tl.constexpr = 2.0**-1024 if x.dtype == tl.float64 else 2.0**-128
     below = tl.where(decay < LEAST, 0.0, decay)
@@ -122,7 +122,8 @@ INSTRUCTIONS = {
     "ndtr": "normal_cdf({}, EXACT)",
     "density": "0.3989422804014327 * exp_nonpositive(-0.5 * {0} * {0}, EXACT, EXACT)",
     "decay": "exp_nonpositive(-tl.abs({}), EXACT, EXACT)",
-    "sigmoid_from": "sigmoid_from({0}, {1}, EXACT)",
+    "sigmoid_from": "tl.where({1} < 0.0, {0}, 1.0) * reciprocal(1.0 + {0}, EXACT)",
+    "sigmoid_or_zero": "sigmoid_or_zero({0}, {1}, EXACT)",
     "softplus_from": "softplus({1}, EXACT)",
     "add": "{} + {}",
     "sub": "{} - {}",

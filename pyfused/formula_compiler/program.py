@@ -363,7 +363,8 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
         if op in ("sigmoid", "softplus"):
             negated, inner = e.nodes[arguments[0]]
             size = inner[0] if negated == "neg" else arguments[0]
-            return f"{op}_from", (e.decay(size), *arguments)
+            suffix = "or_zero" if e.exact and op == "sigmoid" else "from"  # as torch, or accurate
+            return f"{op}_{suffix}", (e.decay(size), *arguments)
         if e.scalars[index]:
             return op, arguments
         if op == "where" and e.nodes[arguments[0]][0] in _COMPARISONS:
