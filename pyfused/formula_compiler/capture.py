@@ -85,9 +85,8 @@ class Capture:
             if not attributes or _is_library(read.root):
                 values[first] = read.root if attributes else value
                 continue
-            module = values.setdefault(
-                first, ModuleType(first)
-            )  # has only the values that are read
+            # A module or class of the user; the copy has only the values that are read.
+            module = values.setdefault(first, ModuleType(first))
             for name in attributes[:-1]:
                 module = vars(module).setdefault(name, ModuleType(name))
             setattr(module, attributes[-1], value)

@@ -212,7 +212,7 @@ class Expressions:
             op, arguments = self.nodes[todo.pop()]
             if op in ("mul", "neg"):
                 todo += arguments
-            elif op == "parameter":  # formulas take others as literals
+            elif op == "parameter":  # numbers of pyfused's operators are moderate
                 low, high = low - _MODERATE, high + _MODERATE
             elif op == "scale":  # 1 / (the number of elements)
                 low -= 63

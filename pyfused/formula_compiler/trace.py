@@ -414,7 +414,7 @@ def _scaled(op: str) -> Callable[..., int]:
 
 def _div(e: E, a: int, b: int, rounding_mode: str | None = None) -> int:
     if rounding_mode is not None:
-        raise RuntimeError(f"div with rounding_mode={rounding_mode!r}")
+        raise RefusedError(f"no kernel supports div with rounding_mode={rounding_mode!r}")
     return e.div(a, b)
 
 
@@ -427,7 +427,7 @@ def _nan_to_num(
     e: E, a: int, nan: int | None = None, posinf: int | None = None, neginf: int | None = None
 ) -> int:
     if posinf is None or neginf is None:
-        raise RuntimeError("nan_to_num: posinf and neginf depend on the dtype; pass both")
+        raise RefusedError("nan_to_num: posinf and neginf depend on the dtype; pass both")
     a = e.where(e.eq(a, a), a, e.literal(0) if nan is None else nan)
     a = e.where(e.eq(a, e.literal(math.inf)), posinf, a)
     return e.where(e.eq(a, e.literal(-math.inf)), neginf, a)
