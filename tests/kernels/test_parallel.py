@@ -139,7 +139,8 @@ total.backward()
 def test_calls_of_any_size_keep_torchs_threads() -> None:
     """libgomp ends the threads that a smaller team leaves out, and torch would start them again.
 
-    Heads are left out, because MKL chooses the number of threads of a product.
+    A thread that ends stays listed for a moment, so only new ones are counted. Heads are left out,
+    because MKL chooses the number of threads of a product.
     """
     done = python(f"""{IDS}
 import itertools, torch
@@ -154,7 +155,7 @@ def run(threads_set, *shapes):
         if not example.name and not example.op.name.startswith(("linear_", "contrastive_")):
             example.call(shape=shape).ours().sum().backward()
             torch_operator()
-            if before != threads():
+            if threads() - before:
                 failed.append((threads_set, example.id, shape))
 with fused_always():
     run(8, (33, 1000), (64, 2048), (3000, 100), (1 << 20, 4))
