@@ -238,7 +238,7 @@ def draw(case: Case, device: str = "cpu") -> Arguments:
         return (operand.low + span * torch.rand(case.shape, **here)).to(case.dtype)
 
     first = OPERATORS[case.op].operands[0]
-    input = within(first) if first.enforced else normal(*case.shape) * case.spread
+    input = within(first) if first.low == 0 else normal(*case.shape) * case.spread
     if case.masked is not None:
         input = torch.where(torch.rand(case.shape, **here) < 0.5, case.masked, input)
     input.requires_grad_()

@@ -113,7 +113,7 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
   const Factors<A> by = factors(p, first, n, weight, grad_output);
   if (p.reduced && by.value) {
     add_terms<A>(sum, n, [&](int64_t i) { return by.value[i] * value[i]; });
-  } else if (p.reduced && !Formula::kSums) {
+  } else if (p.reduced && !(Formula::kSums && summed)) {
     add_terms<A>(sum, n, [=](int64_t i) { return value[i]; });
   }
   if (p.each) {

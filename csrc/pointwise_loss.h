@@ -65,7 +65,7 @@ template <class T> struct PointwiseLoss {
   double denominator;           // of a mean; 1 for other reductions
   Operand<T> grad_output;
   T* each;                      // n losses, or null
-  A* reduced;                   // their sum / denominator, or null
+  A* reduced;                   // their sum / denominator, also beside `each`; or null
   std::array<T*, kOperands> gradients;  // null if not computed
   int threads;
   int64_t columns = 0;  // the number of columns of operands; 0 for one row

@@ -30,6 +30,7 @@ from pyfused.formula_compiler.program import (
     Program,
     UntraceableError,
 )
+from pyfused.layout import broadcast_with
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.types import NUMBER, Outputs, Scalar
 
@@ -141,14 +142,17 @@ class FormulaOperator(PointwiseLoss):
 
     def _reason_of_shapes(self, *arguments: Any) -> str | None:
         """Returns why a kernel, which broadcasts all operands, cannot compute the result."""
-        shapes = [x.shape for x in arguments[: len(self.variables)]]
-        if shapes.count(shapes[0]) == len(shapes) or isinstance(self.generic, str):
-            return None
-        functions = [f for f in (self.formula, self.gradient) if f is not None]
-        numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
-        if trace.broadcasts(functions, shapes, dtypes, numbers):
-            return None
-        return "the function does not broadcast all operands"
+        *operands, weight, _ = arguments
+        shapes = [x.shape for x in operands]
+        shape = shapes[0]
+        if shapes.count(shape) < len(shapes):
+            functions = [f for f in (self.formula, self.gradient) if f is not None]
+            numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
+            if not trace.broadcasts(functions, shapes, dtypes, numbers):
+                return "the function does not broadcast all operands"
+            shape = torch.broadcast_shapes(*shapes)
+        fits = weight is None or broadcast_with(weight.shape, shape, expands=True)
+        return None if fits else "weight does not expand to the shape of the losses"
 
     def with_masks(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Returns the operands of the formula, masks as bool."""
@@ -157,12 +161,8 @@ class FormulaOperator(PointwiseLoss):
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         return super().unreduced(self.with_masks(operands), options)
 
-    def _check(self, operands: Sequence[Any], weight: Tensor | None, options: Options) -> None:
+    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         checks.reduction(options.reduction)
-        if weight is not None:
-            shape, *others = {operand.shape for operand in operands}
-            shape = torch.broadcast_shapes(shape, *others) if others else shape
-            checks.expands("weight", weight.shape, "input", shape)
 
 
 def _exponents(kernel: Kernel) -> set[int]:

@@ -1329,7 +1329,7 @@ def rmse_loss(
         reduction: The reduction of the squares, as in :func:`mse_loss`.
         eps: Added before taking the root, whose gradient is NaN if the loss and ``eps`` are 0.
     """
-    checks.scalar(Scalar("eps", low=0.0), eps)
+    checks.bounded(Scalar("eps", low=0.0), eps)
     checks.tensor("input", input)
     checks.tensor("target", target)
     dtype = autocast_dtype(common_dtype(input, target, weight), input.device)

@@ -84,6 +84,14 @@ def _grad_is_scalar(tensors: Sequence[Any]) -> bool | None:
     return False if grad_output is None or grad_output.is_contiguous() else None
 
 
+def broadcast_with(shape: Sequence[Any], other: Sequence[Any], expands: bool = False) -> bool:
+    """Returns whether a shape broadcasts with another one, or expands to it."""
+    pairs = zip(reversed(other), reversed(shape), strict=False)
+    # Dynamo evaluates `b in (a, 1)` as False if only one of the sizes is symbolic.
+    fits = all(b is a or b == a or b == 1 or (a == 1 and not expands) for a, b in pairs)
+    return fits and not (expands and len(shape) > len(other))
+
+
 def broadcast_numel(operands: Sequence[Any]) -> int:
     """Returns the number of elements of the operands' broadcast shape, ignoring nested tensors."""
     if len(operands) == 1:

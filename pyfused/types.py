@@ -30,7 +30,7 @@ class DynamicSize:
         return False if other == 0 else self._unknown()
 
     def _unknown(self, *_: Any) -> Any:
-        raise TypeError("a plan cannot depend on a dynamic size")
+        raise AssertionError("a plan cannot depend on a dynamic size")
 
     __hash__ = object.__hash__
     __bool__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = _unknown
@@ -125,7 +125,7 @@ class Number:
     """Stands for a number of a call in its plan, which cannot depend on the number's value."""
 
     def __bool__(self) -> bool:
-        raise TypeError("a plan cannot depend on the value of a number")
+        raise AssertionError("a plan cannot depend on the value of a number")
 
     def __truediv__(self, _: Any) -> Number:
         return self

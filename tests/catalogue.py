@@ -106,7 +106,7 @@ class Call:
         """
         operand = self.op.operands[0]
         frozen = replace(self, given=self.given | {n: t.detach() for n, t in self.tensors.items()})
-        within = Tensor.sigmoid if bounded and operand.enforced else lambda x: x
+        within = Tensor.sigmoid if bounded and operand.low == 0 else lambda x: x
 
         def step(x: Tensor) -> Tensor:
             moved = {n: t.to(x.device) for n, t in frozen.tensors.items() if t.device != x.device}

@@ -16,7 +16,7 @@ from pyfused.dispatch.originals import F
 
 def by_torch(op: Operator, tensors: Tensors, options: Options, *_: Any) -> Any:
     """Replaces `pyfused.dispatch.run.run` by an operator's definition in torch's operators."""
-    return op.torch(*tensors, options)
+    return op.by_torch(tensors, options)
 
 
 def torch_function(op: Operator, name: str = "") -> Callable[..., Any]:

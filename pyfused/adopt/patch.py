@@ -6,22 +6,18 @@ import functools
 import inspect
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator
 from types import FunctionType
 from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import functional
-from pyfused.dispatch import observers, originals
-from pyfused.dispatch import run as dispatch
-from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.reasons import first_time, stacklevel
+from pyfused.dispatch import originals
+from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,50 +28,24 @@ _log = logging.getLogger("pyfused")
 # ---- patched functions ---------------------------------------------------------------------------
 
 
-def _run(op: Operator, tensors: Tensors, options: Options, shard: Any = None) -> Tensor:
-    """Takes the place of `pyfused.dispatch.run.run` in patched functions.
-
-    Errors are torch's: for invalid arguments, torch's function is called, and raises. If it does
-    not raise, its result is returned, and a warning reports pyfused's error once.
-    """
-    if shard is not None:
-        return dispatch.run(op, tensors, options, shard)
-    if is_dynamo_compiling():
-        return op.torch(*tensors, options)  # type: ignore[no-any-return]
-    failure = None
-    try:
-        reason, kernel, launched = dispatch.decide(op, tensors, options)
-        if observers.active:
-            kernel = observers.observed(op, tensors, options, reason, kernel)
-        if kernel is not None:
-            return kernel(tensors, launched)  # type: ignore[no-any-return]
-        dispatch.report_fallback(op, tensors, str(reason))
-    except dispatch.ERRORS as error:
-        failure = dispatch.invalid_arguments(op, tensors, options, error)
-        if failure is None:
-            raise
-    # Called outside of `except`, to keep pyfused's error out of the context of torch's error.
-    result: Tensor = op.torch(*tensors, options)
-    if failure is not None and first_time(op.name, type(failure).__name__):
-        message = (
-            f"pyfused: {op.name}: torch computed the result, because pyfused raised {failure!r}"
-        )
-        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
-    return result
-
-
-_GLOBALS = {**vars(functional), "run": _run}
-del _GLOBALS["__name__"]  # with it, the compiler would read globals from pyfused.functional
-
-
 def _patched(name: str) -> Callable[..., Any]:
     """Returns pyfused's function with the name, signature, documentation and errors of torch's."""
     ours = getattr(functional, name)
-    function = FunctionType(ours.__code__, _GLOBALS, name, ours.__defaults__)
+    function = FunctionType(ours.__code__, vars(functional), name, ours.__defaults__)
     function.__kwdefaults__ = ours.__kwdefaults__
-    functools.update_wrapper(function, getattr(originals.F, name))
+    torchs = getattr(originals.F, name)
+    if name in COMPILED:  # called by name, it would become a custom operator
+        function = _torchs_if_compiled(torchs, function)
+    functools.update_wrapper(function, torchs)
     function.__module__, function.__qualname__ = F.__name__, name  # pickles refer to torch
     vars(function)["__prepare_scriptable__"] = _raise_for_script  # torch.jit.script calls it
+    return function
+
+
+def _torchs_if_compiled(torchs: Any, ours: Any) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return (torchs if is_dynamo_compiling() else ours)(*args, **kwargs)
+
     return function
 
 

@@ -509,6 +509,7 @@ def pointwise_loss(
     reduction: str,
     outputs: Outputs,
     divisor: Divisor | None = None,
+    on_nan: Callable[..., Any] | None = None,
 ) -> LossKernel:
     operands, weight, grad_output = tensors
     dtype, count = DTYPES[operands[0].dtype], len(operands)
@@ -542,16 +543,16 @@ def pointwise_loss(
         views: list[tuple[int, int, int]] = []
         for i, x in enumerate(inputs):
             views.append(_NO_OPERAND if x is None else (x.data_ptr(), *steps[i]))
-        loss = None
+        loss = total = None
         if outputs.loss:
             loss = output_like(like) if each else torch.empty_like(scalar)
+            total = torch.empty_like(scalar) if each and on_nan else None if each else loss
         gradients: list[Tensor | None] = []
         addresses = []
         for needed in outputs.gradients:
             gradient = output_like(like) if needed else None
             gradients.append(gradient)
             addresses.append(0 if gradient is None else gradient.data_ptr())
-        address = 0 if loss is None else loss.data_ptr()
         kernel(
             dtype,
             n,
@@ -560,12 +561,14 @@ def pointwise_loss(
             views[count],
             float(by),
             views[count + 1],
-            address if each else 0,
-            0 if each else address,
+            loss.data_ptr() if each and loss is not None else 0,
+            0 if total is None else total.data_ptr(),
             (*addresses, *no_gradients),
             torch.get_num_threads(),
             columns,
         )
+        if on_nan is not None and total is not None and total.isnan():
+            on_nan(tensors, options)
         return loss, tuple(gradients)
 
     return launch

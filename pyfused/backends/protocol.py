@@ -187,6 +187,7 @@ class Backend(Protocol):
         reduction: str,
         outputs: Outputs,
         divisor: Divisor | None = None,
+        on_nan: Callable[[Sequence[Tensor], Options], Any] | None = None,
     ) -> LossKernel:
         """Prepares a pointwise loss.
 
@@ -199,6 +200,8 @@ class Backend(Protocol):
                 given the options of a call.
             divisor: Returns the divisor of the sum of the losses, and of the gradients, if it is a
                 number; None for 1.
+            on_nan: Called with the tensors and the options of a call whose loss has a NaN, unless
+                reading it would synchronise a device.
 
         Returns:
             A function that takes tensors (the operands, the weight, and the divisor if it is a

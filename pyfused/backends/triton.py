@@ -530,6 +530,7 @@ def pointwise_loss(
     reduction: str,
     outputs: Outputs,
     divisor: Divisor | None = None,
+    on_nan: Callable[..., Any] | None = None,  # noqa: ARG001 a NaN loss is not read
 ) -> LossKernel:
     operands, weight, grad_output = tensors
     count, (order, index) = len(operands), dense_operand(operands)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
+from pyfused.dispatch.originals import F
 from pyfused.layout import broadcast_numel
 from pyfused.types import NUMBER, OPTIONS, Choice, Scalar
 
@@ -36,8 +37,7 @@ class Operand(NamedTuple):
     """A tensor argument.
 
     Attributes:
-        low, high: The bounds of valid values.
-        shape: Raises if a loss of several tensors cannot take the shape; a function of checks.py.
+        low, high: The bounds of the values that tests, benchmarks and pages draw.
         differentiated: Whether the kernels compute its gradient.
         optional: Whether it may be None.
         indices: Whether it may hold class indices or other integers.
@@ -45,13 +45,11 @@ class Operand(NamedTuple):
         number: Whether it may be a float instead of a tensor.
         converts: Whether it may be a bool or integer tensor, which kernels take as floats.
         has_rows: Whether its leading dimensions may be the input's.
-        enforced: The error that torch raises on CPUs for values out of bounds, None for no error.
     """
 
     name: str
     low: float = -math.inf
     high: float = math.inf
-    shape: Callable[..., None] = checks.broadcasts
     differentiated: bool = True
     optional: bool = False
     indices: bool = False
@@ -59,7 +57,6 @@ class Operand(NamedTuple):
     number: bool = False
     converts: bool = False
     has_rows: bool = True
-    enforced: type[Exception] | None = None
 
 
 TOKEN_WEIGHT = Operand("token_weight", differentiated=False, optional=True, converts=True)
@@ -95,8 +92,8 @@ class Operator(ABC):
         names: The names of the arguments.
         fields: The names of the options; the numbers come first.
         cases: Takes the numbers of a call, and returns the case of each: None, a special value or
-            NUMBER. A plan depends only on these cases. For invalid numbers, it returns a reason to
-            fall back or raises an error.
+            NUMBER. A plan depends only on these cases. For an invalid number, it returns a reason
+            to fall back.
         plans: The plans of calls, by signature; they are freed with the operator.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
@@ -169,15 +166,10 @@ class Operator(ABC):
                 value = low if scalar.clamped and not value > low else value
                 is_valid = low <= value <= scalar.high and (value > 0 or not scalar.positive)
                 case = special[special.index(value)] if value in special else NUMBER
-            if not is_valid and (reason := self.invalid_number(scalar, value)):
-                return reason
+            if not is_valid:
+                return f"{scalar.name} is {value!r}"
             cases.append(case)
         return tuple(cases)
-
-    def invalid_number(self, scalar: Scalar, value: Any) -> str | None:
-        """Raises an error for a number out of bounds, or returns the reason to fall back."""
-        checks.scalar(scalar, value)
-        return None
 
     # ---- sizes -----------------------------------------------------------------------------------
 
@@ -200,7 +192,7 @@ class Operator(ABC):
 
     @abstractmethod
     def plan(self, tensors: Tensors, options: Options) -> Callable[[Tensors, Options], Any]:
-        """Checks types, shapes and options, and returns the plan of a signature.
+        """Returns the plan of a signature, whose layouts and options `check` has accepted.
 
         Args:
             tensors: A TensorSpec instead of each tensor of the call.
@@ -210,9 +202,28 @@ class Operator(ABC):
             A function of the tensors and the options of a call, whose numbers are floats.
         """
 
-    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
-        """Raises for invalid arguments, including values, after torch's operator has raised."""
-        self.check_tensors(tensors)
+    def by_torch(self, tensors: Tensors, options: Options) -> Any:
+        """Returns the result of torch's operators, which raise their errors for invalid arguments.
+
+        Raises:
+            IndexError, RuntimeError, TypeError, ValueError: torch lacks the function or an option,
+                and an argument is invalid.
+        """
+        if not self.is_torchs(tensors, options):
+            self.check_tensors(tensors)
+            self.check(tensors, options)
+            self.check_values(tensors, options)
+        return self.torch(*tensors, options)
+
+    def is_torchs(self, tensors: Tensors, options: Options) -> bool:  # noqa: ARG002
+        """Returns whether torch has the function, with these options."""
+        return hasattr(F, self.name)
+
+    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
+        """Raises for layouts and options that neither kernels nor definitions take."""
+
+    def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
+        """Raises for invalid values of tensors, unless reading them would synchronise a device."""
 
     def check_tensors(self, tensors: Tensors) -> None:
         for operand, x in zip(self.operands, tensors, strict=False):
@@ -253,13 +264,12 @@ class SpecializedOperator(Operator):
             names = [parameter.name for parameter in parameters]
             yield self.kernel_of(values), dict(zip(names, values, strict=True))
 
-    def check_parameters(self, options: Options) -> None:
+    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         for parameter, value in zip(self.parameters, options, strict=False):
             if isinstance(parameter, Scalar):
-                self.invalid_number(parameter, value)
+                checks.bounded(parameter, value)
             elif isinstance(parameter.values[0], str):
-                error = RuntimeError if isinstance(value, str) else TypeError
-                checks.one_of(parameter.name, value, parameter.values, error)
+                checks.one_of(parameter.name, value, parameter.values, RuntimeError)
 
 
 def grad_enabled() -> bool:

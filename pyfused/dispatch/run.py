@@ -32,9 +32,6 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
 
-# The errors that torch raises for invalid arguments. Subclasses, such as OutOfMemoryError and
-# CheckpointError, have other causes.
-ERRORS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
 
@@ -49,19 +46,13 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
-    try:
-        reason, kernel, launched = decide(op, tensors, options)
-        if observers.active:
-            kernel = observers.observed(op, tensors, options, reason, kernel)
-        if kernel is not None:
-            return kernel(tensors, launched)  # type: ignore[no-any-return]
-        report_fallback(op, tensors, str(reason))
-        return op.torch(*tensors, options)  # type: ignore[no-any-return]
-    except ERRORS as error:
-        invalid = invalid_arguments(op, tensors, options, error)
-        if invalid is None:
-            raise
-        raise invalid.with_traceback(None) from None
+    reason, kernel, launched = decide(op, tensors, options)
+    if observers.active:
+        kernel = observers.observed(op, tensors, options, reason, kernel)
+    if kernel is not None:
+        return kernel(tensors, launched)  # type: ignore[no-any-return]
+    report_fallback(op, tensors, str(reason))
+    return op.by_torch(tensors, options)  # type: ignore[no-any-return]
 
 
 @never_traced
@@ -85,9 +76,8 @@ def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard
 
 def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
     """Returns the result of a call that Dynamo traces: torch's, or a head's custom operator."""
-    op.check_tensors(tensors)
     if _compiler_reason(op, tensors, options) is not None:
-        return op.torch(*tensors, options)
+        return op.by_torch(tensors, options)
     return op.compiled(tensors, options)
 
 
@@ -141,7 +131,7 @@ def decide(op: Any, tensors: Tensors, options: Options, shard: Any = None) -> De
         if shard is not None:
             decision = None, op.plan(*planned, shard)
         else:
-            reason = _planned_reason(op, *planned)
+            reason = _planned_reason(op, *planned) or _invalid(op, *planned)
             decision = reason, None if reason else op.plan(*planned)
         keep_plan(op, key, decision)
     reason, kernel = decision
@@ -165,7 +155,8 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
     signed = signature(op, tensors, options)
     if isinstance(signed, str):
         return signed
-    return _planned_reason(op, *with_specs(op, signed[0]))
+    planned = with_specs(op, signed[0])
+    return _planned_reason(op, *planned) or _invalid(op, *planned)
 
 
 def _planned_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
@@ -177,6 +168,15 @@ def _planned_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
         if reason := unsupported(operand, tensor, input):
             return reason
     return None if op.fallback_reason is None else op.fallback_reason(*tensors, options)
+
+
+def _invalid(op: Operator, tensors: Tensors, options: Options) -> str | None:
+    """Returns why no kernel takes the layouts and the options of a call: they may be invalid."""
+    try:
+        op.check(tensors, options)
+    except checks.ERRORS as error:
+        return str(error)
+    return None
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
@@ -256,26 +256,3 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
         if reason.endswith(" requires grad"):
             reason += ". Detach it if it needs no gradient"
         warnings.warn(message + reason, RuntimeWarning, stacklevel=reasons.stacklevel())
-
-
-def invalid_arguments(
-    op: Operator, tensors: Tensors, options: Options, error: Exception
-) -> Exception | None:
-    """Returns pyfused's error for the arguments of a call that has raised, None if they are valid.
-
-    Tensors on GPUs are not read.
-    """
-    if type(error) not in ERRORS:
-        return None
-    pairs = zip(op.operands, tensors, strict=False)
-    by_name = {operand.name: x for operand, x in pairs if isinstance(x, Tensor)}
-    try:
-        if not isinstance(error, NotImplementedError):  # raised for a dtype, layout or device
-            checks.devices(by_name, error)
-            op.check(tensors, options)
-        excluded = [x.name for x in op.operands if x.indices or x.converts]
-        checks.floating(by_name, excluded, error)
-    except ERRORS as invalid:
-        if checks.raised(invalid):
-            return invalid
-    return error if checks.raised(error) else None

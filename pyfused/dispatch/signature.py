@@ -36,9 +36,6 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
     requires grad, grad mode, autocast and the default dtype. The layouts of contiguous tensors do
     not have the sizes that a plan does not depend on. In the options of the launch, numbers are
     floats.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: A number is invalid.
     """
     if type(tensors[0]) not in PLAIN:
         return f"input is a {type(tensors[0]).__name__}"

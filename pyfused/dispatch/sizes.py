@@ -309,7 +309,7 @@ def head_left_to_torch(op: Operator, input: Any, linear_weight: Any, linear_bias
         and input.dim() < 3
         and type(linear_weight) in PLAIN
         and linear_weight.device == input.device
-        and (linear_bias is None or linear_bias.device == input.device)
+        and (linear_bias is None or getattr(linear_bias, "device", None) == input.device)
         and is_small(op, (input, linear_weight), ())
     )
 

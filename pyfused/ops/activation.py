@@ -17,7 +17,7 @@ from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
-from pyfused.types import Kernels, Scalar
+from pyfused.types import Kernels
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -43,21 +43,6 @@ class Activation(SpecializedOperator):
         if self.torch is None:
             self.torch = lambda input, options: function(input, *options)
         super().__post_init__()
-        if any(choice.values for choice in self.choices) and self.fallback_reason is None:
-            self.fallback_reason = self._invalid_word
-
-    def _invalid_word(self, _: Any, options: Options) -> str | None:
-        for choice, value in zip(self.choices, options[len(self.numbers) :], strict=True):
-            if value not in choice.values:
-                return f"{choice.name} is {value!r}"
-        return None
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        super().check(tensors, options)
-        self.check_parameters(options)
-
-    def invalid_number(self, scalar: Scalar, value: Any) -> str:
-        return f"{scalar.name} is {value!r}"
 
     def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
         """Returns the gradient in torch's operators."""

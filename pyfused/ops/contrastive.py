@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
@@ -44,7 +43,6 @@ def contrastive_loss(
     scale: float | Tensor,
     options: Options,
 ) -> Tensor:
-    checks.contrastive_loss(a, b, bias, scale, options)
     logits = F.linear(a * _scalar(scale), b)
     logits, n = logits.to(accumulate_dtype(logits.dtype)), a.shape[0]
     if bias is None:

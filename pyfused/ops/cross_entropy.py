@@ -227,6 +227,9 @@ class CrossEntropy(RowOperator):
 
     dynamic = FIRST_DIM
 
+    def is_torchs(self, tensors: Tensors, options: Options) -> bool:
+        return definitions.is_plain_call(tensors[3:], options)
+
     def contiguous_classes(self, tensors: Tensors, _: Options) -> int:
         return checks.classes_of(tensors[0])
 
@@ -355,6 +358,16 @@ class LinearCrossEntropy(RowOperator):
 
     dynamic = LEADING_DIMS
     flattens = True
+
+    def is_torchs(self, tensors: Tensors, options: Options) -> bool:
+        """Returns whether torch has the call: from torch 2.13 on, for one or two dimensions."""
+        input, is_ours = tensors[0], options.memory_budget is not None or options.filter_eps != 0
+        return (
+            super().is_torchs(tensors, options)
+            and not (isinstance(input, Tensor) and input.dim() > 2)
+            and not is_ours
+            and definitions.is_plain_call(tensors[5:], options)
+        )
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         return definitions.operand_dtype(in_autocast_dtype(tensors[0]), *tensors[3:5])

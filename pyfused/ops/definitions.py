@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.types import OPTIONS, CrossEntropyOptions, Head, LogProbsOptions, Scalar
+from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions
 
 
 def cross_entropy(
@@ -37,10 +38,9 @@ def cross_entropy(
         input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
         return loss, metrics.of_logits(input, target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
-    if token_weight is denominator is None and options.is_plain():
+    if is_plain_call((token_weight, denominator), options):
         others = None, ignore_index, None, options.reduction, label_smoothing
         return F.cross_entropy(input, target, weight, *others)
-    checks.cross_entropy(input, target, weight, token_weight, denominator, options)
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
     soft, result_dtype = target.is_floating_point(), dtype_of_loss(options, input, target, weight)
@@ -95,6 +95,11 @@ def operand_dtype(input: Any, target: Any, weight: Any) -> torch.dtype:
         return input.dtype  # type: ignore[no-any-return]
     common = common_dtype(input, target, weight)
     return common if common is torch.float64 else common_dtype(input, target)
+
+
+def is_plain_call(factors: Sequence[Any], options: CrossEntropyOptions) -> bool:
+    """Returns whether a call of cross-entropy has no argument that torch lacks."""
+    return all(factor is None for factor in factors) and options.is_plain()
 
 
 def prepare_inplace(input: Tensor) -> None:
@@ -286,12 +291,11 @@ def linear_cross_entropy(
     denominator: Tensor | None,
     options: CrossEntropyOptions,
 ) -> Any:
-    checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
+    if isinstance(input, Tensor):
+        checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
     head = Head(input, linear_weight, linear_bias, target, weight)
-    is_plain = token_weight is denominator is None and options.is_plain()
-    if is_plain and hasattr(F, "linear_cross_entropy") and input.dim() < 3:  # from torch 2.13 on
-        checks.memory_budget(options.memory_budget)  # torch's function does not take these two
-        checks.bounded(OPTIONS["filter_eps"], options.filter_eps)
+    plain = is_plain_call((token_weight, denominator), options)
+    if plain and input.dim() < 3 and hasattr(F, "linear_cross_entropy"):
         return F.linear_cross_entropy(
             input,
             linear_weight,
@@ -303,7 +307,6 @@ def linear_cross_entropy(
             label_smoothing=options.label_smoothing,
             options=options.torch_options,
         )
-    checks.linear_cross_entropy(*head, token_weight, denominator, options)
     return head_cross_entropy(*head, token_weight, denominator, options)
 
 
@@ -350,7 +353,6 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> Any:
     With metrics it returns a tuple of this tensor, whether the target has the largest logit, and
     the mean logit.
     """
-    checks.log_probs(logits, target, options)
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
     options = with_scalars(options, None, dtype)
     shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
@@ -381,7 +383,6 @@ def linear_log_probs(
     target: Tensor,
     options: LogProbsOptions,
 ) -> Any:
-    checks.linear_log_probs(input, linear_weight, linear_bias, target, options)
     head, _ = Head(input, linear_weight, linear_bias, target, None).as_rows(None)
     counts = counted(head.target, options.ignore_index, None)
     results = log_probs(head_logits(*head[:3], counts), head.target, options)
@@ -391,7 +392,6 @@ def linear_log_probs(
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
-    checks.bounded(Scalar("cap", positive=True, error=ValueError), cap)
     return cap * (input / cap).tanh()
 
 
@@ -399,13 +399,11 @@ def sigmoid_focal_loss(
     inputs: Tensor, targets: Tensor, weight: Tensor | None, options: Any
 ) -> Tensor:
     alpha, gamma, ignore_index, reduction = options
-    checks.scalar(Scalar("alpha", high=1.0), alpha)
-    checks.scalar(Scalar("gamma", low=0.0), gamma)
-    if weight is not None:
-        checks.expands("weight", weight.shape, "inputs", inputs.shape)
+    if targets.shape != inputs.shape:
+        expected = f"the shape of inputs, {tuple(inputs.shape)}"
+        raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
     valid = None if ignore_index is None else targets.ne(ignore_index)
     if valid is not None:  # others may be NaN
-        checks.equals("targets", targets.shape, "input", inputs.shape)
         inputs, targets = (x.where(valid, 0) for x in (inputs, targets))
     result_dtype = autocast_dtype(common_dtype(inputs, targets, weight), inputs.device)
     dtype = accumulate_dtype(result_dtype)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from pyfused import checks
 from pyfused.backends.protocol import Divisor
 from pyfused.dispatch.operator import REDUCTIONS, Operand, Operator, Options
 from pyfused.dispatch.originals import F
@@ -34,14 +32,14 @@ from pyfused.ops.pointwise_loss import (
     reduced,
     weight_or_elements,
 )
-from pyfused.types import Choice, Gradients, Scalar
+from pyfused.types import TENSORS, Choice, Gradients, Scalar
 
 BOTH = (False, True)
 APPROXIMATE = Choice("approximate", ("none", "tanh"))
 INPUT, TARGET = Operand("input"), Operand("target")
+PROBABILITY = Operand("target", low=0.0, high=1.0)
 SIGNS = Operand("target", differentiated=False, sign=True)
-WEIGHT = Operand("weight", low=0.0, shape=checks.expands, differentiated=False, optional=True)
-FULL_WEIGHT = WEIGHT._replace(shape=checks.equals)
+WEIGHT = Operand("weight", low=0.0, differentiated=False, optional=True)
 _TWICE = 2 * math.sqrt(2 / math.pi)
 
 
@@ -63,6 +61,17 @@ def _differ_in_dtype(input: Tensor, other: Tensor, *_: Any) -> str | None:
 
 def _differ_in_dtype_or_shape(input: Tensor, target: Tensor, *_: Any) -> str | None:
     return _differ_in_dtype(input, target) or _differ_in_shape(input, target)
+
+
+def _differ_in_dimensions(*call: Any) -> str | None:
+    equal = len({x.dim() for x in call[:-1]}) == 1
+    return None if equal else "the operands differ in the number of dimensions"
+
+
+def _weight_differs_in_shape(input: Tensor, *others: Any) -> str | None:
+    *_, weight, _options = others
+    differs = weight is not None and weight.shape != input.shape
+    return "weight and input differ in shape" if differs else None
 
 
 _MEAN_OF_KL_DIV = (
@@ -93,8 +102,9 @@ MSE_LOSS = PointwiseLoss(
     choices=("reduction",),
     torch=lambda x, y, weight, options: F.mse_loss(x, y, None, None, options.reduction, weight),
     warns=True,
-    operands=(INPUT, TARGET, FULL_WEIGHT),
+    operands=(INPUT, TARGET, WEIGHT),
     denominators={"mean": weight_or_elements},
+    fallback_reason=_weight_differs_in_shape,
     formula=lambda input, target: (input - target) ** 2,
 )
 
@@ -119,8 +129,9 @@ L1_LOSS = PointwiseLoss(
     choices=("reduction",),
     torch=_l1_loss,
     warns=True,
-    operands=(INPUT, TARGET, FULL_WEIGHT),
+    operands=(INPUT, TARGET, WEIGHT),
     denominators={"mean": weight_or_elements},
+    fallback_reason=_weight_differs_in_shape,
     formula=lambda input, target: (input - target).abs(),
 )
 
@@ -169,9 +180,9 @@ HUBER_LOSS = PointwiseLoss(
         x, y, options.reduction, options.delta, weight
     ),
     warns=True,
-    operands=(INPUT, TARGET, FULL_WEIGHT),
+    operands=(INPUT, TARGET, WEIGHT),
     numbers=(Scalar("delta", positive=True),),
-    fallback_reason=_differ_in_dtype,
+    fallback_reason=lambda *call: _differ_in_dtype(*call) or _weight_differs_in_shape(*call),
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
 )
@@ -195,11 +206,7 @@ BINARY_CROSS_ENTROPY = PointwiseLoss(
     torch=lambda x, y, weight, options: F.binary_cross_entropy(
         x, y, weight, None, None, options.reduction
     ),
-    operands=(
-        Operand("input", low=0.0, high=1.0, enforced=RuntimeError),
-        Operand("target", low=0.0, high=1.0, shape=checks.equals, enforced=RuntimeError),
-        WEIGHT,
-    ),
+    operands=(PROBABILITY._replace(name="input"), PROBABILITY, WEIGHT),
     nan_on_invalid=True,
     fallback_reason=_differ_in_dtype_or_shape,
     formula=_binary_cross_entropy,
@@ -235,10 +242,11 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     ),
     operands=(
         INPUT,
-        Operand("target", low=0.0, high=1.0, shape=checks.equals),
+        PROBABILITY,
         WEIGHT,
         WEIGHT._replace(name="pos_weight"),
     ),
+    fallback_reason=_differ_in_shape,
     formula=_binary_cross_entropy_with_logits,
     gradient=_gradient_of_binary_cross_entropy_with_logits,
 )
@@ -272,7 +280,7 @@ KL_DIV = PointwiseLoss(
     module="KLDivLoss",
     choices=(Choice("log_target", BOTH), "reduction"),
     torch=_torch_kl_div,
-    operands=(INPUT, Operand("target", low=0.0)),
+    operands=(INPUT, TARGET._replace(low=0.0)),
     warning=lambda _, options: _MEAN_OF_KL_DIV if options.reduction == "mean" else None,
     denominators={"mean": elements, "batchmean": _rows},
     fallback_reason=_differ_in_shape,
@@ -309,7 +317,7 @@ POISSON_NLL_LOSS = PointwiseLoss(
     torch=lambda x, y, options: F.poisson_nll_loss(
         x, y, options.log_input, options.full, None, options.eps, None, options.reduction
     ),
-    operands=(INPUT, Operand("target", low=0.0)),
+    operands=(INPUT, TARGET._replace(low=0.0)),
     numbers=(Scalar("eps"),),
     formula=_poisson_nll_loss,
     gradient=_gradient_of_poisson_nll_loss,
@@ -326,12 +334,22 @@ def _with_variance_tensor(
     return input, target, var
 
 
+def _variance_reason(input: Tensor, _target: Tensor, var: Any, _: Any) -> str | None:
+    """Returns why no kernel takes the shape of a variance, of which there may be one per row."""
+    if not isinstance(var, TENSORS) or var.shape in (input.shape, input.shape[:-1]):
+        return None
+    pairs = zip(input.shape, var.shape, strict=False)
+    fits = var.dim() == input.dim() and [b for a, b in pairs if a is not b and a != b] == [1]
+    return None if fits else "var has neither the input's shape nor one element per row"
+
+
 def _gaussian_nll_loss(
     input: Tensor, target: Tensor, var: Tensor, eps: Tensor, full: bool
 ) -> Tensor:
+    """Returns the loss; it is NaN for a negative variance."""
     v, d = torch.where(var < eps, eps, var), input - target
     constant = 0.5 * math.log(2 * math.pi) if full else 0.0
-    return 0.5 * (v.log() + d * d / v) + constant
+    return torch.where(var < 0, math.nan, 0.5 * (v.log() + d * d / v) + constant)
 
 
 def _gradient_of_gaussian_nll_loss(
@@ -350,13 +368,11 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     torch=lambda x, y, var, options: F.gaussian_nll_loss(
         x, y, var, options.full, options.eps, options.reduction
     ),
-    operands=(
-        INPUT,
-        TARGET,
-        Operand("var", low=0.0, shape=checks.variance, number=True, enforced=ValueError),
-    ),
+    operands=(INPUT, TARGET, Operand("var", low=0.0, number=True)),
     numbers=(Scalar("eps"),),
     arrange=_with_variance_tensor,
+    nan_on_invalid=True,
+    fallback_reason=_variance_reason,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
 )
@@ -366,7 +382,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     module="SoftMarginLoss",
     choices=("reduction",),
     torch=lambda x, y, options: F.soft_margin_loss(x, y, None, None, options.reduction),
-    operands=(INPUT, SIGNS._replace(shape=partial(checks.equals, error=RuntimeError))),
+    operands=(INPUT, SIGNS),
     fallback_reason=_differ_in_dtype_or_shape,
     formula=lambda input, target: _softplus(-target * input),
 )
@@ -398,13 +414,10 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     torch=lambda x1, x2, y, options: F.margin_ranking_loss(
         x1, x2, y, options.margin, None, None, options.reduction
     ),
-    operands=(
-        Operand("input1"),
-        Operand("input2", shape=checks.aligned),
-        Operand("target", shape=checks.aligned, sign=True),
-    ),
+    operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
     numbers=(Scalar("margin"),),
     clamps=True,
+    fallback_reason=_differ_in_dimensions,
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
         min=0
     ),
@@ -501,7 +514,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     choices=("reduction",),
     operands=(
         Operand("inputs"),
-        Operand("targets", low=0.0, high=1.0, shape=checks.equals, differentiated=False),
+        Operand("targets", low=0.0, high=1.0, differentiated=False),
         WEIGHT,
     ),
     numbers=(
@@ -511,6 +524,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     ),
     denominators={"mean": _counted_elements},
     torch=definitions.sigmoid_focal_loss,
+    fallback_reason=_differ_in_shape,
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
 )

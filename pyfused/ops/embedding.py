@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pyfused.backends.protocol import Backend, Divisor, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors
 from pyfused.formula_compiler import trace
-from pyfused.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype, broadcast_with
 from pyfused.ops.pointwise_loss import TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs
 
@@ -34,16 +35,18 @@ def triplet_fallback_reason(
 def cosine_fallback_reason(input1: Tensor, input2: Tensor, target: Tensor, *_: Any) -> str | None:
     if target.dim() != input1.dim() - 1 or target.dim() > 1:
         return "target is not one element for each row of the inputs"
-    return _shape_reason(input1, input2)
+    return _shape_reason(input1, input2, target=target)
 
 
-def _shape_reason(first: Tensor, *inputs: Tensor) -> str | None:
+def _shape_reason(*inputs: Tensor, target: Tensor | None = None) -> str | None:
     """Returns why kernels do not support the shapes; all dimensions but the last broadcast."""
-    if first.dim() and all(x.dim() == first.dim() for x in inputs):
-        if all(x.shape[-1] == first.shape[-1] for x in inputs):
-            return None
+    if not inputs[0].dim() or any(x.dim() != inputs[0].dim() for x in inputs):
+        return "the inputs differ in the number of dimensions, or have none"
+    if any(x.shape[-1] != inputs[0].shape[-1] for x in inputs):
         return "the inputs differ in the number of features"
-    return "the inputs differ in the number of dimensions, or have none"
+    rows = [x.shape[:-1] for x in inputs] + ([] if target is None else [target.shape])
+    fit = all(broadcast_with(a, b) for a, b in combinations(rows, 2))
+    return None if fit else "the rows do not broadcast"
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -58,6 +61,9 @@ class EmbeddingLoss(TensorLoss):
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast = tuple(range(1, len(self.inputs)))
+
+    def check_shapes(self, operands: Sequence[Any], weight: Any) -> None:
+        """Does nothing: the operators' `fallback_reason` looks at the shapes."""
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         if self.has_target:

@@ -106,8 +106,8 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     module="TripletMarginLoss",
     operands=(
         Operand("anchor"),
-        Operand("positive", shape=checks.aligned),
-        Operand("negative", shape=checks.aligned),
+        Operand("positive"),
+        Operand("negative"),
     ),
     numbers=(
         Scalar("margin", positive=True, error=ValueError),
@@ -127,8 +127,8 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
     module="CosineEmbeddingLoss",
     operands=(
         Operand("input1"),
-        Operand("input2", shape=checks.aligned),
-        CLASSES._replace(shape=checks.one_for_each_row, sign=True),
+        Operand("input2"),
+        CLASSES._replace(sign=True),
     ),
     numbers=(Scalar("margin"),),
     choices=("reduction",),

@@ -64,7 +64,7 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     """
     if weight is not None:
         checks.tensor("weight", weight)
-        checks.expands("weight", weight.shape, "input", loss.shape)
+        checks.broadcasts("weight", weight, "input", loss, expands=True)
     if reduction == "none":
         return loss if weight is None else loss * weight
     checks.reduction(reduction)
@@ -103,13 +103,12 @@ class TensorLoss(SpecializedOperator):
         warns: Whether torch warns if the target's shape differs from the input's.
         warning: Takes the tensors and the options for planning; returns the warning that torch
             issues, or None.
-        nan_on_invalid: Whether operands out of bounds make the loss NaN. Then bounds are checked
-            only if the loss is NaN.
+        nan_on_invalid: Whether the formula is NaN for values that torch's function refuses. If a
+            kernel on a CPU reports NaN, torch's function is called, and raises its error.
         denominators: A function for each reduction except none and sum, which takes the broadcast
             operands.
         arrange: Transforms the operands as torch does before broadcasting.
         variables: The operands of the formula: all except the weight.
-        checks_bounds: Whether each call checks the bounds of values, as torch does.
         reduces: Whether the result is reduced: True for losses, False for activations.
         infers_dtype: Whether the result's dtype may differ even if all operands have one dtype.
     """
@@ -120,7 +119,6 @@ class TensorLoss(SpecializedOperator):
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
-    checks_bounds: bool = field(init=False)
     dynamic = ALL_DIMS
     reduces: ClassVar[bool] = True
     infers_dtype: ClassVar[bool] = False
@@ -130,20 +128,18 @@ class TensorLoss(SpecializedOperator):
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         indices = [self.names.index(variable.name) for variable in self.variables]
         self._indices = indices
-        enforces = any(variable.enforced is not None for variable in self.variables)
-        self.checks_bounds = enforces and not self.nan_on_invalid
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
         self._result_dtype = cache(self._dtype_of_result)
 
     def plan(self, tensors: Tensors, options: Options) -> Plan:
-        """Checks a call, and returns the plan of its signature.
+        """Returns the plan of a signature.
 
         The plan's tensors are the operands, the weight, and the divisor of the sum if it depends on
         values. The last two may be None or missing.
         """
-        operands, weight = self.checked(tensors, options)
+        operands, weight = self.operands_and_weight(tensors)
         reduction = options.reduction if self.reduces else "none"
         dtype, result = self._dtypes(tensors, operands[0], reduction)
         needs, backend = needs_grad(operands), backend_of(operands[0])
@@ -162,13 +158,7 @@ class TensorLoss(SpecializedOperator):
                 denominator, divisor = None, value
 
         def arrange(tensors: Tensors, options: Options) -> Tensors:
-            operands, weight, tensor = self._values(tensors), None, None
-            if operands[-1] is None:
-                operands = operands[:-1]
-            if self._weight is not None:
-                weight = tensors[self._weight]
-            if self.checks_bounds:
-                self._bounds(operands)
+            (operands, weight), tensor = self.operands_and_weight(tensors), None
             if warning is not None:
                 warnings.warn(warning, stacklevel=stacklevel())
             unexpanded = weight  # torch's mean divides by its sum before broadcasting
@@ -197,25 +187,15 @@ class TensorLoss(SpecializedOperator):
 
             return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
 
-        def finish(loss: Tensor, tensors: Tensors) -> Tensor:
-            if self.nan_on_invalid and not backend.ASYNCHRONOUS and loss.sum().isnan():
-                self._bounds(self._values(tensors))
-            return loss if loss.dtype is result else loss.to(result)
-
         in_order = self.operands[: len(layouts)] == self.variables[: len(layouts)]
-        is_checked = self.checks_bounds or warning is not None
-        is_unchanged = in_order and is_arranged and not is_checked and denominator is None
+        is_unchanged = in_order and is_arranged and warning is None and denominator is None
         in_forward, each = gradients_in_forward(reduction, dtype), reduction == "none"
         casts = accumulate_dtype(dtype) is not result
         loss_dtype = result if casts and not each else None
-        passes = loss_passes(
-            prepare,
-            needs,
-            in_forward,
-            loss_dtype=loss_dtype,
-            dynamic_dims=tensors[0].dynamic_dims,
+        dims = tensors[0].dynamic_dims
+        forward, expanded_backward = loss_passes(
+            prepare, needs, in_forward, loss_dtype=loss_dtype, dynamic_dims=dims
         )
-        forward, expanded_backward = passes
         is_result_dtype = not each or dtype is result is accumulate_dtype(dtype)
         return Plan(
             name=self.name,
@@ -227,7 +207,7 @@ class TensorLoss(SpecializedOperator):
                 tensors, options, self.expanded(grad_output, tensors)
             ),
             define=define,
-            finish=None if is_result_dtype and not self.nan_on_invalid else finish,
+            finish=None if is_result_dtype else lambda loss, _: loss.to(result),
         )
 
     def arranged(
@@ -277,38 +257,28 @@ class TensorLoss(SpecializedOperator):
         loss: Tensor = self.torch(*tensors, options._replace(reduction="none"))
         return loss
 
-    def check(self, tensors: Tensors, options: Options) -> None:
-        super().check(tensors, options)
-        operands, _ = self.checked(tensors, options)
-        self._bounds(operands)
-
-    def _bounds(self, operands: Sequence[Any]) -> None:
-        for operand, value in zip(self.variables, operands, strict=False):
-            if operand.enforced is not None:
-                checks.values(operand.name, value, operand.low, operand.high, operand.enforced)
-
-    def checked(self, tensors: Tensors, options: Options) -> tuple[Sequence[Any], Any]:
-        """Returns the operands and the weight or None, after checking them and the options."""
+    def operands_and_weight(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+        """Returns the operands without a missing one, and the weight or None."""
         operands = self._values(tensors)
         if operands[-1] is None:
             operands = operands[:-1]
-        weight = None if self._weight is None else tensors[self._weight]
-        self._check(operands, weight, options)
-        return operands, weight
+        return operands, None if self._weight is None else tensors[self._weight]
 
-    def _check(self, operands: Sequence[Any], weight: Tensor | None, options: Options) -> None:
-        """Raises for invalid options and incompatible shapes."""
+    def check(self, tensors: Tensors, options: Options) -> None:
+        super().check(tensors, options)
         if self.reduces:
             checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
-        self.check_parameters(options)
-        pairs, shapes = [*zip(self.variables, operands, strict=False)], list[torch.Size]()
-        if self._weight is not None and weight is not None:
-            pairs.append((self.operands[self._weight], weight))
-        for operand, x in pairs:
-            if isinstance(x, TENSORS):  # not a float
-                if shapes:
-                    operand.shape(operand.name, x.shape, self.variables[0].name, *shapes)
-                shapes.append(x.shape)
+        self.check_shapes(*self.operands_and_weight(tensors))
+
+    def check_shapes(self, operands: Sequence[Any], weight: Any) -> None:
+        """Checks that the operands broadcast, and that optional ones expand to the input."""
+        first = self.variables[0].name
+        if self.arrange is None:
+            for k, (operand, x) in enumerate(zip(self.variables, operands, strict=False)):
+                for earlier in operands[:k]:
+                    checks.broadcasts(operand.name, x, first, earlier, expands=operand.optional)
+        if weight is not None:
+            checks.broadcasts("weight", weight, first, operands[0], expands=True)
 
     def _dtypes(
         self, tensors: Tensors, input: Tensor, reduction: str
@@ -455,14 +425,17 @@ class PointwiseLoss(TensorLoss):
     ) -> LossKernel:
         formula, parameters = self.kernel(self.cases_of(options), len(operands), outputs)
         reduction = options.reduction if self.reduces else "none"
-        layouts = tuple(operands), weight, grad_output
-        return backend.pointwise_loss(formula, layouts, parameters, reduction, outputs, divisor)
+        layouts, count = (tuple(operands), weight, grad_output), len(operands)
+        arguments = formula, layouts, parameters, reduction, outputs, divisor
+        if not self.nan_on_invalid:
+            return backend.pointwise_loss(*arguments)
+        return backend.pointwise_loss(
+            *arguments, on_nan=lambda tensors, options: self.unreduced(tensors[:count], options)
+        )
 
     def _by_formula(self, *arguments: Any) -> Tensor:
         """Returns the result, for an operator that torch lacks."""
         *tensors, options = arguments
-        self.check_tensors(tensors)
-        self.check_parameters(options)
         result = self.formula(*self._values(tensors), *options[: len(self.parameters)])
         if not self.reduces:
             return result

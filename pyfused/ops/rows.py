@@ -239,8 +239,9 @@ class RowOperator(Operator):
         return tensors[:3] if self.is_linear else tensors[:1]
 
     def check(self, tensors: Tensors, options: Options) -> None:
-        self.check_tensors(tensors)
         self.check_arguments(*tensors, options)
+
+    def check_values(self, tensors: Tensors, options: Options) -> None:
         if self.target >= 0:
             total = class_range(self.layer(tensors)).total
             checks.class_indices(total, tensors[self.target], options.ignore_index)
@@ -323,13 +324,11 @@ class RowOperator(Operator):
     # ---- plans -----------------------------------------------------------------------------------
 
     def plan(self, tensors: Tensors, options: Options, shard: LocalShard | None = None) -> Plan:
-        """Checks a call, and returns the plan of its signature.
+        """Returns the plan of a signature.
 
         Args:
             shard: The classes of this process, for arguments that have been checked.
         """
-        if shard is None:
-            self.check_arguments(*tensors, options)
         needs, device = needs_grad(tensors[: self.student]), tensors[0].device.type
         dtype = self.input_dtype(tensors)
         in_forward = gradients_in_forward(getattr(options, "reduction", "none"), dtype)

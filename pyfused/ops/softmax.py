@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyfused import checks
 from pyfused.backends import DTYPES, backend_of, cpu
 from pyfused.dispatch import sizes
 from pyfused.dispatch.autograd import autocast_dtype
@@ -59,10 +58,6 @@ class Softmax(Operator):
             lambda x: backend.softmax(kernel, x, dim),
             dtype=None if input.dtype is dtype else dtype,
         )
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        super().check(tensors, options)
-        checks.dim(options.dim, tensors[0])
 
 
 def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:

@@ -135,7 +135,7 @@ def test_special_numbers_have_other_plans() -> None:
 
 
 def test_a_plan_cannot_read_a_number() -> None:
-    with pytest.raises(TypeError, match="a plan cannot depend on the value"):
+    with pytest.raises(AssertionError, match="a plan cannot depend on the value"):
         bool(NUMBER)
     with pytest.raises(TypeError):
         NUMBER > 0  # noqa: B015
@@ -176,7 +176,7 @@ def test_a_plan_cannot_read_a_dynamic_size() -> None:
     size = DynamicSize()
     assert (size, 5) == (size, 5)
     for read in (int, bool, range, lambda x: x == 5, lambda x: x > 1, lambda x: x == DynamicSize()):
-        with pytest.raises(TypeError):
+        with pytest.raises(AssertionError):
             read(size)  # type: ignore[operator]
 
 
