@@ -346,12 +346,11 @@ def linear_cross_entropy(
         label_smoothing: As in :func:`cross_entropy`.
         options: torch's ``LinearCrossEntropyOptions``, used only if the call falls back to torch's
             operator.
-        memory_budget: Limits the bytes of the logits that exist at once and of the operands of
-            their product, down to blocks of 16 rows and 16 classes. The default on CPUs is a
-            quarter of the logits, half of the weight or 16 MiB, whichever is most, but at most
-            512 rows; or all rows if they are at most twice as many. For bfloat16 on CPUs with AMX,
-            it is all rows if they take at most 1/32 of the machine's memory. It affects only
-            rounding.
+        memory_budget: Limits the bytes of the logits that exist at once, down to blocks of 16 rows
+            and 64 classes. The default on CPUs is a quarter of the logits, half of the weight or
+            16 MiB, whichever is most, but at most 512 rows; or all rows if they are at most twice
+            as many, or if in half precision they take no more memory than such a block and a
+            float32 sum of the weight's gradient. It affects only rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
         filter_eps: Skips classes in a block's gradient products if the gradients of all their

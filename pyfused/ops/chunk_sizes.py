@@ -5,12 +5,11 @@ the logits, and the gradients of input and weight. The loop over blocks of class
 logits twice, because the gradients need the log-sum-exp of all classes: four products. It never
 rounds a sum over rows to half precision, and its memory can be arbitrarily small.
 
-The loop over rows adds the weight's gradient of each chunk to a sum in float32. This moves 20 bytes
-per element, while the product takes two operations per element and row. With AVX-512 and 256 or
-more rows, the sums take a few percent of the time of the products. With AMX the sums of 256 rows
-took twice as long as all products: products reach 700 GFLOP/s, but sums, which exceed the cache,
-only 2.7 GB/s. With AMX it is fastest to compute all rows at once, and a fourth product is cheaper
-than sums over fewer than 1500 rows.
+The loop over rows adds the weight's gradient of each block to a sum, in float32 for half precision.
+Adding a product moves at most 10 bytes per element of the weight, for two operations per row in
+each of the three products. So the sum of a block costs what 20 to 150 rows cost in the products,
+depending on the processor, and a fourth product is cheaper than sums over fewer rows. In half
+precision, all rows at once need no sum, and often no more memory than a block and the sum.
 
 On a GPU, blocks are so large that kernels take longer than their launches, and sums take a few
 percent of the time of the products. In half precision, the three products of r rows take 6 r
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from pyfused.backends import Backend, cpu
+from pyfused.backends import Backend
 from pyfused.memory import physical_memory
 
 # For (N, D, C) = (1024, 512, 32000) the gradients take 1.6 times as long with 64 rows as with 512,
@@ -44,19 +43,12 @@ CLASSES_GPU = 8
 # blocks of 6,103 classes as in blocks of 6,144.
 ALIGNED_GPU = 64
 MIN_ROWS = 96  # with fewer, the fourth product of the loop over blocks is cheaper
-MIN_ROWS_AMX = 1536  # for bfloat16
 MIN_ROWS_GPU = 1024  # for half precision
 MEMORY_FRACTION_GPU = 16  # at most 1/16 of the GPU's memory for a block
-MEMORY_FRACTION = 32  # with AMX, all rows at once up to 1/32 of the machine's memory
 MIN_BUDGET = 16 << 20  # bytes
 TILE = 1024  # rows and classes of a block
-MIN_TILE_ROWS = 16  # fewer rows with all classes take no more memory
+MIN_TILE = 16, 64  # rows and classes of the smallest block
 MOST_SIZES = 64  # numbers of rows whose block sizes are kept
-
-
-def has_slow_sums(dtype: torch.dtype, backend: Backend) -> bool:
-    """Returns whether adding products of a dtype takes longer than computing them."""
-    return dtype is torch.bfloat16 and backend is cpu and cpu.HAS_AMX
 
 
 @functools.cache
@@ -106,15 +98,13 @@ class HeadSizes:
             rows = -(-n // (blocks * TILE)) * TILE if blocks > 1 else n
             sums = 4 * classes * features if itemsize == 2 else 0  # for several blocks
             return rows if rows * row + sums < n * row else n
-        is_slow = has_slow_sums(self.dtype, self.backend)
-        if is_slow and n * row <= physical_memory() // MEMORY_FRACTION:
-            return n
         # The weight's gradient takes memory anyway. With a quarter of the weight instead of half of
         # it, the loss of (512, 768, 50257) in float32 took 1.25 times as long, and the divergence
         # of (256, 768, 50257) 1.5 times.
         most = max(n * row // 4, classes * features * itemsize // 2, MIN_BUDGET)
         rows = min(most // row, MAX_ROWS)
-        return n if n <= 2 * rows else rows
+        sums = 4 * classes * features if itemsize == 2 else 0
+        return n if n <= 2 * rows or n * row <= rows * row + sums else rows
 
     def of_rows(self, n: int) -> BlockSize:
         """Returns the size of blocks of rows with all classes."""
@@ -138,30 +128,26 @@ class HeadSizes:
             return BlockSize(TILE, TILE)
         if self.backend.ASYNCHRONOUS:
             return self.tile(n)
-        rows = budget // (itemsize * TILE) - 3 * self.shape[1]
-        if rows < MIN_TILE_ROWS:
-            return BlockSize(max(1, min(n, budget // (itemsize * self.shape[0]))))
-        return BlockSize(min(rows, TILE), TILE)
+        return BlockSize(max(MIN_TILE[0], min(n, budget // (itemsize * TILE))), TILE)
 
     def _rows_at_once(self, n: int) -> int:
         """Returns the rows with all classes of a block, or 0 if blocks of classes are better."""
-        min_rows = MIN_ROWS_AMX if has_slow_sums(self.dtype, self.backend) else MIN_ROWS
-        if self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2:
-            min_rows = MIN_ROWS_GPU
+        is_half_on_gpu = self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2
+        min_rows = MIN_ROWS_GPU if is_half_on_gpu else MIN_ROWS
         rows = self.rows_in_budget(n)
         return 0 if self.converts or rows < min(n, min_rows) else min(n, rows)
 
     def tile(self, n: int) -> BlockSize:
-        """Returns the size of a block of classes that fits the budget."""
-        tile, itemsize, budget = TILE, self.dtype.itemsize, self.memory_budget
-        if self.backend.ASYNCHRONOUS and budget is not None:  # makes few partial sums over rows
-            logits = budget // itemsize
-            rows = max(1, min(n, logits // tile))
+        """Returns the size of a block of classes whose logits fit the budget."""
+        if self.memory_budget is None:
+            return BlockSize(TILE, TILE)
+        logits, (min_rows, min_classes) = self.memory_budget // self.dtype.itemsize, MIN_TILE
+        if self.backend.ASYNCHRONOUS:
+            rows = max(1, min(n, logits // TILE))
             return BlockSize(rows, aligned(max(1, logits // rows)))
-        if budget is not None:
-            while tile > 16 and itemsize * tile * (tile + 3 * self.shape[1]) > budget:
-                tile //= 2
-        return BlockSize(tile, tile)
+        # All rows, if that leaves enough classes: the sum of a class's gradient needs no addition.
+        classes = min(TILE, max(min_classes, logits // max(n, 1)))
+        return BlockSize(max(min_rows, min(n, logits // classes)), classes)
 
 
 def kept(size: Callable[[int], BlockSize]) -> Callable[[int], BlockSize]:
