@@ -88,6 +88,7 @@ class Operator(ABC):
         fallback_reason: Takes the tensors and the options for planning; returns why torch's
             operator has to compute the call, None if a kernel can.
 
+        is_torchs: Whether torch has a function of this name.
         all_operands: The operands and the factors.
         names: The names of the arguments.
         fields: The names of the options; the numbers come first.
@@ -116,6 +117,7 @@ class Operator(ABC):
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     fallback_reason: Callable[..., str | None] | None = None
 
+    is_torchs: bool = field(init=False)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
@@ -132,6 +134,7 @@ class Operator(ABC):
 
     def __post_init__(self) -> None:
         self._declare_options()
+        self.is_torchs = hasattr(F, self.name)
         self.all_operands = *self.operands, *self.factors
         self.names = *[operand.name for operand in self.all_operands], *self.fields
         self.cases = lru_cache(maxsize=256)(self._cases)
@@ -209,15 +212,14 @@ class Operator(ABC):
             IndexError, RuntimeError, TypeError, ValueError: torch lacks the function or an option,
                 and an argument is invalid.
         """
-        if not self.is_torchs(tensors, options):
-            self.check_tensors(tensors)
-            self.check(tensors, options)
-            self.check_values(tensors, options)
+        if not self.is_torchs:
+            self.check_call(tensors, options)
         return self.torch(*tensors, options)
 
-    def is_torchs(self, tensors: Tensors, options: Options) -> bool:  # noqa: ARG002
-        """Returns whether torch has the function, with these options."""
-        return hasattr(F, self.name)
+    def check_call(self, tensors: Tensors, options: Options) -> None:
+        self.check_tensors(tensors)
+        self.check(tensors, options)
+        self.check_values(tensors, options)
 
     def check(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
         """Raises for layouts and options that neither kernels nor definitions take."""

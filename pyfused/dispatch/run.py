@@ -51,7 +51,8 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         kernel = observers.observed(op, tensors, options, reason, kernel)
     if kernel is not None:
         return kernel(tensors, launched)  # type: ignore[no-any-return]
-    report_fallback(op, tensors, str(reason))
+    if reason is not SMALL:
+        report_fallback(op, tensors, str(reason))
     return op.by_torch(tensors, options)  # type: ignore[no-any-return]
 
 
@@ -236,11 +237,9 @@ def _head_elements(input: Tensor, weight: Tensor) -> Any:
 def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
-    Small calls are neither logged nor warned about. Logits of 32 MiB or more are large: kernels
+    Logits of 32 MiB or more are large: kernels
     would need a quarter of that, or 16 MiB.
     """
-    if reason is SMALL:
-        return
     reasons.log_once(op.name, reason)
     if not op.is_linear:
         return

@@ -227,11 +227,14 @@ class CrossEntropy(RowOperator):
 
     dynamic = FIRST_DIM
 
-    def is_torchs(self, tensors: Tensors, options: Options) -> bool:
-        return definitions.is_plain_call(tensors[3:], options)
+    def by_torch(self, tensors: Tensors, options: Options) -> Any:
+        if not tensors[3] is tensors[4] is None or not options.is_plain():
+            self.check_call(tensors, options)
+        return self.torch(*tensors, options)
 
     def contiguous_classes(self, tensors: Tensors, _: Options) -> int:
-        return checks.classes_of(tensors[0])
+        shape = tensors[0].shape
+        return int(shape[1] if len(shape) > 1 else shape[0])
 
     def needs_state(self, layouts: Layouts) -> bool:
         """Returns whether only the kernels of row states support a call."""
@@ -359,15 +362,14 @@ class LinearCrossEntropy(RowOperator):
     dynamic = LEADING_DIMS
     flattens = True
 
-    def is_torchs(self, tensors: Tensors, options: Options) -> bool:
-        """Returns whether torch has the call: from torch 2.13 on, for one or two dimensions."""
-        input, is_ours = tensors[0], options.memory_budget is not None or options.filter_eps != 0
-        return (
-            super().is_torchs(tensors, options)
-            and not (isinstance(input, Tensor) and input.dim() > 2)
-            and not is_ours
-            and definitions.is_plain_call(tensors[5:], options)
-        )
+    def by_torch(self, tensors: Tensors, options: Options) -> Any:
+        """Returns the result; from torch 2.13 on, torch has the call for one or two dimensions."""
+        input, has_budget = tensors[0], options.memory_budget is not None
+        is_plain = tensors[5] is tensors[6] is None and options.is_plain()
+        has_rows = isinstance(input, Tensor) and input.dim() > 2
+        if not (self.is_torchs and is_plain) or has_rows or has_budget or options.filter_eps != 0:
+            self.check_call(tensors, options)
+        return self.torch(*tensors, options)
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         return definitions.operand_dtype(in_autocast_dtype(tensors[0]), *tensors[3:5])

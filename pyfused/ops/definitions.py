@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def cross_entropy(
         input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
         return loss, metrics.of_logits(input, target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
-    if is_plain_call((token_weight, denominator), options):
+    if token_weight is denominator is None and options.is_plain():
         others = None, ignore_index, None, options.reduction, label_smoothing
         return F.cross_entropy(input, target, weight, *others)
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
@@ -95,11 +94,6 @@ def operand_dtype(input: Any, target: Any, weight: Any) -> torch.dtype:
         return input.dtype  # type: ignore[no-any-return]
     common = common_dtype(input, target, weight)
     return common if common is torch.float64 else common_dtype(input, target)
-
-
-def is_plain_call(factors: Sequence[Any], options: CrossEntropyOptions) -> bool:
-    """Returns whether a call of cross-entropy has no argument that torch lacks."""
-    return all(factor is None for factor in factors) and options.is_plain()
 
 
 def prepare_inplace(input: Tensor) -> None:
@@ -294,7 +288,7 @@ def linear_cross_entropy(
     if isinstance(input, Tensor):
         checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
     head = Head(input, linear_weight, linear_bias, target, weight)
-    plain = is_plain_call((token_weight, denominator), options)
+    plain = token_weight is denominator is None and options.is_plain()
     if plain and input.dim() < 3 and hasattr(F, "linear_cross_entropy"):
         return F.linear_cross_entropy(
             input,
