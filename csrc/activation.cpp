@@ -43,23 +43,25 @@ template <class T> void scale(T* x, Accumulate<T> factor, int64_t n, int threads
 }
 
 template <class T>
-void activation(const ActivationFormula& formula, const T* input, T* output,
-                const Parameters& parameters, int64_t n, int threads) {
+void activation(const ActivationFormula& formula, const Operand<T>& input, T* output,
+                const Parameters& parameters, int64_t n, int threads, const Order& order) {
   const auto loop = std::get<ForwardLoop<Loaded<T>>*>(formula.forward);
-  map(output, n, threads, [=](int64_t first, Accumulate<T>* out, int64_t count) {
-    loop(parameters, loaded(input + first, out, count), out, count);
+  map(output, n, threads, [&](int64_t first, Accumulate<T>* out, int64_t count) {
+    alignas(kVectorBytes) Loaded<T> buffer[kActivationChunk];
+    loop(parameters, elements(input, order, first, count, buffer), out, count);
   });
 }
 
 template <class T>
-void activation_backward(const ActivationFormula& formula, const T* grad_output, int64_t step,
-                         const T* saved, T* grad_input, const Parameters& parameters, int64_t n,
-                         int threads) {
+void activation_backward(const ActivationFormula& formula, const Operand<T>& grad_output,
+                         const Operand<T>& saved, T* grad_input, const Parameters& parameters,
+                         int64_t n, int threads, const Order& order) {
   const auto loop = std::get<BackwardLoop<Loaded<T>>*>(formula.backward);
-  map(grad_input, n, threads, [=](int64_t first, Accumulate<T>* out, int64_t count) {
-    alignas(kVectorBytes) Accumulate<T> buffer[kActivationChunk];
-    const auto* const dy = loaded(grad_output + first * step, buffer, step ? count : 1);
-    loop(parameters, dy, step, loaded(saved + first, out, count), out, count);
+  const int64_t step = grad_output.step || grad_output.in_rows();
+  map(grad_input, n, threads, [&](int64_t first, Accumulate<T>* out, int64_t count) {
+    alignas(kVectorBytes) Loaded<T> of_grad[kActivationChunk], of_saved[kActivationChunk];
+    const Loaded<T>* const dy = elements(grad_output, order, first, step ? count : 1, of_grad);
+    loop(parameters, dy, step, elements(saved, order, first, count, of_saved), out, count);
   });
 }
 
@@ -104,10 +106,11 @@ std::vector<ActivationFormula> activation_formulas() {
 uint32_t formulas_checksum() { return kFormulasChecksum; }
 
 #define PYFUSED_INSTANTIATE(T)                                                                 \
-  template void activation(const ActivationFormula&, const T*, T*, const Parameters&, int64_t, \
-                           int);                                                               \
-  template void activation_backward(const ActivationFormula&, const T*, int64_t, const T*, T*, \
-                                    const Parameters&, int64_t, int);
+  template void activation(const ActivationFormula&, const Operand<T>&, T*, const Parameters&, \
+                           int64_t, int, const Order&);                                        \
+  template void activation_backward(const ActivationFormula&, const Operand<T>&,               \
+                                    const Operand<T>&, T*, const Parameters&, int64_t, int,    \
+                                    const Order&);
 PYFUSED_INSTANTIATE(float)
 PYFUSED_INSTANTIATE(double)
 PYFUSED_INSTANTIATE(bfloat16)

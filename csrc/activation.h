@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "strides.h"
 #include "vec.h"
 
 namespace pyfused {
@@ -41,13 +42,13 @@ std::vector<ActivationFormula> activation_formulas();
 uint32_t formulas_checksum();
 
 template <class T>
-void activation(const ActivationFormula& formula, const T* input, T* output,
-                const Parameters& parameters, int64_t n, int threads);
+void activation(const ActivationFormula& formula, const Operand<T>& input, T* output,
+                const Parameters& parameters, int64_t n, int threads, const Order& order);
 
 template <class T>
-void activation_backward(const ActivationFormula& formula, const T* grad_output, int64_t step,
-                         const T* saved, T* grad_input, const Parameters& parameters, int64_t n,
-                         int threads);
+void activation_backward(const ActivationFormula& formula, const Operand<T>& grad_output,
+                         const Operand<T>& saved, T* grad_input, const Parameters& parameters,
+                         int64_t n, int threads, const Order& order);
 
 // x *= factor: multiplies a gradient that the forward pass computed by grad_output.
 template <class T> void scale(T* x, Accumulate<T> factor, int64_t n, int threads);

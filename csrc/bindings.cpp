@@ -251,36 +251,55 @@ void run_softmax(bool logarithm, int dtype, const ClassSizes& sizes, const ViewT
 
 // ---- pointwise losses and activations -----------------------------------------------------------
 
-using OperandTuple = std::array<int64_t, 3>;  // address, step, row step
+// The sizes of a call's tensors, the strides of its outputs and of each operand; empty if operands
+// are contiguous or broadcast one element.
+using StridesOfCall = std::vector<Sizes>;
 
-template <class T> Operand<T> operand(const OperandTuple& o) {
-  const auto& [address, step, row_step] = o;
-  return {pointer<const T>(address), step, row_step};
-}
+// Reads the operands of a call, each an address and a step, or the strides of the call.
+template <class T> class Operands {
+ public:
+  explicit Operands(const StridesOfCall& call) {
+    if (call.empty()) return;
+    const Layout layout(call[0], {call.begin() + 1, call.end()});
+    order = layout.order;
+    steps_ = layout.steps;
+  }
+  Operand<T> next(const StridedTuple& view) {
+    const auto& [address, step] = view;
+    const size_t index = next_++;
+    if (!address || steps_.empty()) return {pointer<const T>(address), step, {}};
+    return operand(pointer<const T>(address), steps_.at(index));
+  }
+  Order order;
+
+ private:
+  std::vector<Sizes> steps_;
+  size_t next_ = 0;
+};
 
 template <class Formula>
 void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
-                        const std::array<OperandTuple, kOperands>& operands,
-                        const Parameters& parameters, const OperandTuple& weight,
-                        double denominator, const OperandTuple& grad_output, int64_t each,
+                        const std::array<StridedTuple, kOperands>& operands,
+                        const Parameters& parameters, const StridedTuple& weight,
+                        double denominator, const StridedTuple& grad_output, int64_t each,
                         int64_t reduced, const std::array<int64_t, kOperands>& gradients,
-                        int threads, int64_t columns) {
+                        int threads, const StridesOfCall& strides) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    PointwiseLoss<T> p{n,
-                       {},
-                       parameters,
-                       operand<T>(weight),
-                       denominator,
-                       operand<T>(grad_output),
-                       pointer<T>(each),
-                       pointer<Accumulate<T>>(reduced),
-                       {},
-                       threads_for(n, threads),
-                       columns};
+    Operands<T> read(strides);
+    PointwiseLoss<T> p;
+    p.n = n;
+    for (int k = 0; k < kOperands; ++k) p.operands[k] = read.next(operands[k]);
+    p.parameters = parameters;
+    p.weight = read.next(weight);
+    p.denominator = denominator;
+    p.grad_output = read.next(grad_output);
+    p.each = pointer<T>(each);
+    p.reduced = pointer<Accumulate<T>>(reduced);
+    p.threads = threads_for(n, threads);
+    p.order = read.order;
     prefer_huge_pages(p.each, size_t(n) * sizeof(T));
     for (int k = 0; k < kOperands; ++k) {
-      p.operands[k] = operand<T>(operands[k]);
       p.gradients[k] = pointer<T>(gradients[k]);
       prefer_huge_pages(p.gradients[k], size_t(n) * sizeof(T));
     }
@@ -353,34 +372,39 @@ void check_gradients(const Program& program, const std::array<int64_t, kOperands
 }
 
 void run_program(const Program& program, int dtype, int64_t n,
-                 const std::array<OperandTuple, kOperands>& operands,
-                 const std::vector<double>& parameters, const OperandTuple& weight,
-                 double denominator, const OperandTuple& grad_output, int64_t each, int64_t reduced,
-                 const std::array<int64_t, kOperands>& gradients, int threads, int64_t columns) {
+                 const std::array<StridedTuple, kOperands>& operands,
+                 const std::vector<double>& parameters, const StridedTuple& weight,
+                 double denominator, const StridedTuple& grad_output, int64_t each, int64_t reduced,
+                 const std::array<int64_t, kOperands>& gradients, int threads,
+                 const StridesOfCall& strides) {
   if (n > 0) check_gradients(program, gradients);  // empty tensors have no address
   run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands, {},
-                     weight, denominator, grad_output, each, reduced, gradients, threads, columns);
+                     weight, denominator, grad_output, each, reduced, gradients, threads, strides);
 }
 
 void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,
-                    int64_t output, const Parameters& parameters, int threads) {
+                    int64_t output, const Parameters& parameters, int threads,
+                    const StridesOfCall& strides) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    if (input != output) prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
-    activation(formula, pointer<const T>(input), pointer<T>(output), parameters, n,
-               threads_for(n, threads));
+    prefer_huge_pages(pointer<void>(output), size_t(n) * sizeof(T));
+    Operands<T> read(strides);
+    activation(formula, read.next({input, 1}), pointer<T>(output), parameters, n,
+               threads_for(n, threads), read.order);
   });
 }
 
 void run_activation_backward(const ActivationFormula& formula, int dtype, int64_t n,
                              const StridedTuple& grad_output, int64_t saved, int64_t grad_input,
-                             const Parameters& parameters, int threads) {
+                             const Parameters& parameters, int threads,
+                             const StridesOfCall& strides) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto& [grad_address, step] = grad_output;
     prefer_huge_pages(pointer<void>(grad_input), size_t(n) * sizeof(T));
-    activation_backward(formula, pointer<const T>(grad_address), step, pointer<const T>(saved),
-                        pointer<T>(grad_input), parameters, n, threads_for(n, threads));
+    Operands<T> read(strides);
+    const Operand<T> grad = read.next(grad_output);
+    activation_backward(formula, grad, read.next({saved, 1}), pointer<T>(grad_input), parameters, n,
+                        threads_for(n, threads), read.order);
   });
 }
 

@@ -13,51 +13,6 @@ namespace pyfused {
 
 constexpr int64_t kLossBlock = 1 << 14;  // elements a thread takes at a time
 
-// Calls part(row, column, k, m) for each part of a row in n elements from `first` on: m elements,
-// k after the first.
-template <class Part>
-void for_each_row(int64_t columns, int64_t first, int64_t n, const Part& part) {
-  int64_t row = first / columns, column = first % columns;
-  for (int64_t k = 0; k < n; ++row, column = 0) {
-    const int64_t m = std::min(n - k, columns - column);
-    part(row, column, k, m);
-    k += m;
-  }
-}
-
-// n elements from an address on: in place if they have the accumulation type and are not broadcast,
-// else in the buffer.
-template <class T>
-const Accumulate<T>* elements(const T* from, int64_t step, int64_t n, Accumulate<T>* buffer) {
-  if (!step) {
-    std::fill_n(buffer, n, widen(*from));
-    return buffer;
-  }
-  if constexpr (std::is_same_v<T, Accumulate<T>>) return from;
-  else load(from, buffer, n);
-  return buffer;
-}
-
-// The operand's elements from `first` on.
-template <class T>
-const Accumulate<T>* elements(const Operand<T>& o, int64_t columns, int64_t first, int64_t n,
-                              Accumulate<T>* buffer) {
-  if (!columns) return elements(o.data + first * o.step, o.step, n, buffer);
-  const auto at = [&](int64_t row, int64_t column) {
-    return o.data + row * o.row_step + column * o.step;
-  };
-  const int64_t row = first / columns, column = first % columns;
-  if (column + n <= columns || o.row_step == columns * o.step) {
-    return elements(at(row, column), o.step, n, buffer);
-  }
-  for_each_row(columns, first, n, [&](int64_t row, int64_t column, int64_t k, int64_t m) {
-    const T* const from = at(row, column);
-    if (o.step) load(from, buffer + k, m);
-    else std::fill_n(buffer + k, m, widen(*from));
-  });
-  return buffer;
-}
-
 // The factors of the losses of a chunk and of their gradients; null for 1.
 template <class A> struct Factors {
   const A* value = nullptr;
@@ -68,9 +23,9 @@ template <class T>
 Factors<Accumulate<T>> factors(const PointwiseLoss<T>& p, int64_t first, int64_t n,
                                Accumulate<T>* weight, Accumulate<T>* grad_output) {
   Factors<Accumulate<T>> found;
-  if (p.weight.data) found.value = found.gradient = elements(p.weight, p.columns, first, n, weight);
+  if (p.weight.data) found.value = found.gradient = elements(p.weight, p.order, first, n, weight);
   if (!p.grad_output.data) return found;
-  found.gradient = elements(p.grad_output, p.columns, first, n, grad_output);
+  found.gradient = elements(p.grad_output, p.order, first, n, grad_output);
   if (!found.value) return found;
   PYFUSED_SIMD()
   for (int64_t i = 0; i < n; ++i) grad_output[i] = found.gradient[i] * found.value[i];
@@ -104,7 +59,7 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
   for (int k = 0; k < kOperands; ++k) {
     const Operand<T>& operand = p.operands[k];
     chunk.operands[k] =
-        operand.data ? elements(operand, p.columns, first, n, read[k]) : chunk.operands[0];
+        operand.data ? elements(operand, p.order, first, n, read[k]) : chunk.operands[0];
     T* const gradient = p.gradients[k];
     if (!gradient) continue;
     chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "strides.h"
 #include "vec.h"
 
 namespace pyfused {
@@ -48,14 +49,6 @@ struct LossFormula {
 
 std::vector<LossFormula> loss_formulas();
 
-// Element i is at i * step: step is 0 to broadcast one element, and otherwise 1. If a call has
-// columns, element i = row * columns + column is at row * row_step + column * step.
-template <class T> struct Operand {
-  const T* data;  // null if not given
-  int64_t step;
-  int64_t row_step = 0;
-};
-
 template <class T> struct PointwiseLoss {
   using A = Accumulate<T>;
   int64_t n;
@@ -68,7 +61,7 @@ template <class T> struct PointwiseLoss {
   A* reduced;                   // their sum / denominator, also beside `each`; or null
   std::array<T*, kOperands> gradients;  // null if not computed
   int threads;
-  int64_t columns = 0;  // the number of columns of operands; 0 for one row
+  Order order;
 };
 
 // Formula: LossFormula, or ProgramFormula of program.h.

@@ -32,11 +32,7 @@ from pyfused.layout import (
     class_layout,
     contiguous_in,
     converts_in,
-    dense,
-    dense_operand,
     feature_rows,
-    in_rows,
-    is_dense,
     loss_shape,
     row_sizes,
     softmax_layout,
@@ -124,6 +120,7 @@ _SCALARS = {
 }
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
+_NO_TENSOR = (0, 0)
 _NO_OPTIONS = (0.0, 0.0, 0.0, 1.0)  # the numbers of `CrossEntropyOptions` in csrc
 
 
@@ -511,38 +508,45 @@ def pointwise_loss(
     divisor: Divisor | None = None,
     on_nan: Callable[..., Any] | None = None,
 ) -> LossKernel:
-    operands, weight, grad_output = tensors
-    dtype, count = DTYPES[operands[0].dtype], len(operands)
-    order, index = dense_operand(operands)
-    copied, steps, columns = _steps((*operands, weight, grad_output), order)
+    operands, *_ = tensors
+    of_operands, count = operands[0].dtype, len(operands)
+    dtype, missing = DTYPES[of_operands], 4 - count
     padding: tuple[float, ...] = (0.0, 0.0, 0.0)
     if isinstance(formula, Program):
         kernel, padding, length = formula.kernel(native, _native_program), (), formula.parameters
     else:
         kernel, length = getattr(native, formula.name), 3
     each = outputs.loss and reduction == "none"
-    scalar = _SCALARS[accumulate_dtype(order.dtype)]
-    contiguous = partial(empty_like, memory_format=torch.contiguous_format)
-    new_like, first = (contiguous, 0) if index is None else (None, index)
-    recycled = RECYCLED_BYTES // order.element_size()
-    no_operands, no_gradients = (_NO_OPERAND,) * (4 - count), (0,) * (4 - len(outputs.gradients))
+    scalar = _SCALARS[accumulate_dtype(of_operands)]
+    recycled = RECYCLED_BYTES // of_operands.itemsize
+    no_operands, no_gradients = (_NO_TENSOR,) * missing, (0,) * (4 - len(outputs.gradients))
 
     def launch(
         tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
-        like = tensors[first]
+        weight, by, *_ = *tensors[count:], None, None
+        like, inputs = tensors[0], [*tensors[:count], weight, grad_output]
         n = like.numel()
-        output_like = new_like or (torch.empty_like if n < recycled else empty_like)
-        weight = tensors[count] if len(tensors) > count else None
-        by = tensors[count + 1] if len(tensors) > count + 1 else None
         if by is None:
             by = 1.0 if divisor is None else divisor(like)
-        inputs = [*tensors[:count], weight, grad_output]
-        for i in copied:
-            inputs[i] = output_like(like).copy_(inputs[i])
-        views: list[tuple[int, int, int]] = []
+        views, in_rows = list[tuple[int, int]](), False
         for i, x in enumerate(inputs):
-            views.append(_NO_OPERAND if x is None else (x.data_ptr(), *steps[i]))
+            if x is None:
+                views.append(_NO_TENSOR)
+                continue
+            if x.dtype is not of_operands:
+                inputs[i] = x = x.to(of_operands)
+            is_contiguous = x.is_contiguous()
+            is_scalar = not (is_contiguous or any(x.stride()))
+            in_rows = in_rows or not (is_contiguous or is_scalar)
+            views.append((x.data_ptr(), int(not is_scalar)))
+        output_like = torch.empty_like if n < recycled else empty_like
+        strides: Sequence[Sequence[int]] = ()
+        if in_rows or not views[0][1]:  # outputs have the memory order of the first such operand
+            like = next((x for x, (_, step) in zip(tensors, views, strict=False) if step), like)
+            if in_rows:
+                order = torch.empty_like(like, device="meta")
+                strides = _strides(order, [*inputs[:count], *[None] * missing, *inputs[count:]])
         loss = total = None
         if outputs.loss:
             loss = output_like(like) if each else torch.empty_like(scalar)
@@ -565,7 +569,7 @@ def pointwise_loss(
             0 if total is None else total.data_ptr(),
             (*addresses, *no_gradients),
             torch.get_num_threads(),
-            columns,
+            strides,
         )
         if on_nan is not None and total is not None and total.isnan():
             on_nan(tensors, options)
@@ -574,32 +578,9 @@ def pointwise_loss(
     return launch
 
 
-def _steps(
-    tensors: Sequence[Tensor | None], order: Tensor
-) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Returns how a kernel reads tensors in the memory order of a dense one.
-
-    Args:
-        order: The dense tensor.
-
-    Returns:
-        The indices of the tensors of which the kernel reads a copy; the strides of each tensor or
-        copy along columns and rows; and the number of columns, 0 if there is one row.
-    """
-    readable = [None if x is None or x.dtype is not order.dtype else x for x in tensors]
-    scalars = [not (x is None or x.is_contiguous() or any(x.stride())) for x in readable]
-    rows = [None if scalar else x for x, scalar in zip(readable, scalars, strict=True)]
-    in_copies, columns, strides = in_rows(order, rows)
-    columns = columns or 0
-    copied: list[int] = []
-    steps: list[tuple[int, int]] = []
-    for i, scalar in enumerate(scalars):
-        step = (1, 0) if strides is None else (strides[2 * i + 1], strides[2 * i])
-        fits = readable[i] is not None and i not in in_copies and step[0] in (0, 1)
-        if not (fits or scalar or tensors[i] is None):
-            copied.append(i)
-        steps.append((0, 0) if scalar else step if fits else (1, columns))
-    return copied, steps, columns
+def _strides(output: Tensor, tensors: Sequence[Tensor | None]) -> list[Sequence[int]]:
+    """Returns the sizes of tensors of one shape, the strides of an output, and of each tensor."""
+    return [output.shape, output.stride(), *[() if x is None else x.stride() for x in tensors]]
 
 
 def _native_program(program: Program) -> Callable[..., None]:
@@ -612,26 +593,28 @@ def _native_program(program: Program) -> Callable[..., None]:
 def activation(formula: Kernel, input: Tensor) -> Kernels:
     name = formula.name
     kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
-    dtype, copies, count = DTYPES[input.dtype], not is_dense(input), len(formula.parameters)
-    recycled = RECYCLED_BYTES // input.element_size()
+    dtype, count = DTYPES[input.dtype], len(formula.parameters)
+    recycled = RECYCLED_BYTES // input.dtype.itemsize
 
     def forward(input: Tensor, options: Options) -> Tensor:
-        input, n = input.contiguous() if copies else input, input.numel()
+        n, strides = input.numel(), list[Sequence[int]]()
         output = (torch.empty_like if n < recycled else empty_like)(input)
+        if not input.is_contiguous() and input.stride() != output.stride():
+            strides = _strides(output, [input])
         pointers = input.data_ptr(), output.data_ptr()
         parameters = (*options[:count], 0.0, 0.0, 0.0)[:3]
-        kernel(dtype, n, *pointers, parameters, torch.get_num_threads())
+        kernel(dtype, n, *pointers, parameters, torch.get_num_threads(), strides)
         return output
 
     def backward(grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
-        saved, n = dense(saved), saved.numel()
-        step = 1 if any(grad_output.stride()) else 0
-        if step and grad_output.stride() != saved.stride():
-            grad_output = torch.empty_like(saved, dtype=grad_output.dtype).copy_(grad_output)
+        n, strides = saved.numel(), list[Sequence[int]]()
         grad_input = (torch.empty_like if n < recycled else empty_like)(saved)
+        order, step = grad_input.stride(), 1 if any(grad_output.stride()) else 0
+        if saved.stride() != order or (step and grad_output.stride() != order):
+            strides = _strides(grad_input, [grad_output, saved])
         pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
         parameters = (*options[:count], 0.0, 0.0, 0.0)[:3]
-        backward_kernel(dtype, n, *pointers, parameters, torch.get_num_threads())
+        backward_kernel(dtype, n, *pointers, parameters, torch.get_num_threads(), strides)
         return grad_input
 
     return forward, backward

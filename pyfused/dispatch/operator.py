@@ -106,6 +106,8 @@ class Operator(ABC):
             number of other dimensions that the input has at least; and whether the option ``dim``
             is one of the others. This applies to calls whose operands with rows are contiguous and
             have the same leading dimensions.
+        reads_strides: Whether CPU kernels read strides when they start. Then operands of the same
+            shape need not be contiguous for this.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Operator(ABC):
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
     dynamic = 0, 0, False
+    reads_strides = False
 
     def __post_init__(self) -> None:
         self._declare_options()

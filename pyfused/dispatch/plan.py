@@ -85,6 +85,7 @@ def loss_passes(
     inplace: bool = False,
     loss_dtype: torch.dtype | None = None,
     dynamic_dims: int = 0,
+    any_strides: bool = False,
 ) -> tuple[Callable[[Tensors, Options], Forward], Callable[[Tensors, Options, Tensor], Gradients]]:
     """Returns the forward and the backward pass of a loss.
 
@@ -97,12 +98,15 @@ def loss_passes(
         inplace: Whether the gradient of the input overwrites the input.
         loss_dtype: The dtype of the loss, None for the kernels' accumulation dtype.
         dynamic_dims: The number of leading dimensions whose sizes are no part of the signature.
+        any_strides: Whether a kernel supports any strides and sizes, so that one is enough.
     """
     launches: dict[Any, LossKernel] = {}
     launch_forward: LossKernel | None = None
     in_forward = in_forward and True in needs
 
     def prepared(tensors: Tensors, outputs: Outputs, grad_output: Tensor | None) -> LossKernel:
+        if any_strides:
+            return prepare(tensors, outputs, grad_output)
         layouts = *tensors, grad_output
         *specs, grad_spec = specs_of_layouts(layouts, dynamic_dims)
         if dynamic_dims and grad_output is None and specs[0] is tensors[0]:
@@ -122,7 +126,7 @@ def loss_passes(
     def backward(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
         if loss_dtype is not None:
             grad_output = grad_output.to(accumulate_dtype(tensors[0].dtype))
-        key = layouts((*tensors, grad_output), dynamic_dims)
+        key = None if any_strides else layouts((*tensors, grad_output), dynamic_dims)
         launch = launches.get(key)
         if launch is None:
             outputs = Outputs(False, needs, inplace)

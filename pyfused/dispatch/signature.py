@@ -33,8 +33,9 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
     """Returns the key of a call's plan and the options of its launch, or why it has no plan.
 
     The key has the case of each number, the other options, the layout of each tensor and whether it
-    requires grad, grad mode, autocast and the default dtype. The layouts of contiguous tensors do
-    not have the sizes that a plan does not depend on. In the options of the launch, numbers are
+    requires grad, grad mode, autocast and the default dtype. The layouts of contiguous tensors, and
+    of tensors whose strides a kernel reads when it starts, do not have the sizes that a plan does
+    not depend on. In the options of the launch, numbers are
     floats.
     """
     if type(tensors[0]) not in PLAIN:
@@ -59,7 +60,7 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
         choices, options = integers, op.options(*numbers, *integers)
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, 0]
-    operands, leading, dims, broadcasts = op.all_operands, None, 0, False
+    operands, leading, dims, broadcasts, any_strides = op.all_operands, None, 0, False, False
     for i, x in enumerate(tensors):
         if x is None:
             key.append(x)
@@ -82,7 +83,9 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
         ):
             return str(layout_reason(operands[i].name, x))
         shape = x.shape
-        if i == 0 and x.is_contiguous():
+        if i == 0:
+            any_strides = op.reads_strides and x.is_cpu
+        if i == 0 and (any_strides or x.is_contiguous()):
             most, others, before_dim = op.dynamic
             dims, broadcasts = min(most, len(shape) - others), others == 0
             if before_dim:
@@ -96,7 +99,8 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
                 rows, kept = sizes[:dims], sizes[dims:]
             leading = leading or rows
             # Shapes with more dimensions than an elementwise input's broadcast.
-            if rows == leading and not (kept and broadcasts) and (i == 0 or x.is_contiguous()):
+            is_dynamic = i == 0 or any_strides or x.is_contiguous()
+            if is_dynamic and rows == leading and not (kept and broadcasts):
                 key.append((x.dtype, kept, None, x.device, x.requires_grad))
                 continue
             dims = _make_static(key, tensors)

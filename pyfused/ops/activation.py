@@ -28,12 +28,14 @@ class Activation(SpecializedOperator):
         formula: The function in torch's operators, of the input and each option.
         gradient: The gradient of the input, given grad_output, the saved tensor and each option.
             None derives it from the formula, if the input is saved.
+        reads_strides: False if torch's result has another memory format than the input.
         saves: The tensor that the gradient is computed from, "input" or "output", as in torch.
     """
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Tensor] | None = None
     saves: str = "input"
+    reads_strides: bool = True
     dynamic = ALL_DIMS
 
     def __post_init__(self) -> None:

@@ -692,6 +692,7 @@ SOFTPLUS = Activation(
 LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
+    reads_strides=False,
     fallback_reason=lambda input, _: (
         None if input.is_contiguous() else "torch's result is contiguous"
     ),

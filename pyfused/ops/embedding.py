@@ -55,6 +55,7 @@ class EmbeddingLoss(TensorLoss):
 
     strategy = "row by row"
     dynamic = LEADING_DIMS
+    reads_strides = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -120,6 +120,7 @@ class TensorLoss(SpecializedOperator):
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
     dynamic = ALL_DIMS
+    reads_strides = True
     reduces: ClassVar[bool] = True
     infers_dtype: ClassVar[bool] = False
 
@@ -192,9 +193,13 @@ class TensorLoss(SpecializedOperator):
         in_forward, each = gradients_in_forward(reduction, dtype), reduction == "none"
         casts = accumulate_dtype(dtype) is not result
         loss_dtype = result if casts and not each else None
-        dims = tensors[0].dynamic_dims
         forward, expanded_backward = loss_passes(
-            prepare, needs, in_forward, loss_dtype=loss_dtype, dynamic_dims=dims
+            prepare,
+            needs,
+            in_forward,
+            loss_dtype=loss_dtype,
+            dynamic_dims=tensors[0].dynamic_dims,
+            any_strides=self.reads_strides and not backend.ASYNCHRONOUS,
         )
         is_result_dtype = not each or dtype is result is accumulate_dtype(dtype)
         return Plan(

@@ -73,4 +73,8 @@ def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:
         # With AVX2, calls take 0.7 to 1.3 times as long as torch's, whose code for AVX-512 takes
         # 0.5 to 0.9 times as long as these kernels.
         return "the kernels for AVX2 are no faster along strided bfloat16 classes"
+    if input.is_cpu and not input.is_contiguous():
+        lengths = zip(input.shape, input.stride(), strict=True)
+        if all(stride != 1 for size, stride in lengths if size > 1):
+            return "no dimension of the input is contiguous, and torch's copy costs less"
     return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"

@@ -1,0 +1,136 @@
+// How elementwise kernels read tensors with any strides, in the memory order of their outputs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "vec.h"
+
+namespace pyfused {
+
+using Sizes = std::vector<int64_t>;
+
+// Elements as rows of `columns` elements. Rows are counted over outer dimensions, the last one
+// first.
+struct Order {
+  int64_t columns = 0;
+  Sizes outer;
+};
+
+// Element i is at i * step, where a step of 0 broadcasts one element. If there are row steps, one
+// for each outer dimension of the order, element `column` of a row is column * step after the row.
+template <class T> struct Operand {
+  const T* data = nullptr;  // null if not given
+  int64_t step = 0;
+  Sizes row_steps;
+
+  bool in_rows() const { return !row_steps.empty(); }
+
+  const T* row(const Order& order, int64_t index) const {
+    const T* at = data;
+    for (size_t d = row_steps.size() - 1; d > 0; --d) {
+      at += index % order.outer[d] * row_steps[d];
+      index /= order.outer[d];
+    }
+    return at + index * row_steps[0];
+  }
+};
+
+// The strides of tensors, in as few dimensions as possible.
+struct Layout {
+  Order order;
+  std::vector<Sizes> steps;  // of each tensor: the row steps, empty if not in rows, and the step
+
+  // strides: of the output, which is dense, and of each tensor. Empty strides are those of a
+  // contiguous tensor, or of one that is not given.
+  Layout(const Sizes& sizes, std::vector<Sizes> strides) {
+    Sizes contiguous(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) contiguous[d - 1] = contiguous[d] * sizes[d];
+    for (Sizes& each : strides) {
+      if (each.empty()) each = contiguous;
+    }
+    const Sizes& output = strides[0];
+    std::vector<size_t> dims(sizes.size());
+    std::iota(dims.begin(), dims.end(), size_t(0));
+    std::stable_sort(dims.begin(), dims.end(),
+                     [&](size_t a, size_t b) { return output[a] > output[b]; });
+    Sizes merged;
+    std::vector<Sizes> of_each(strides.size());
+    for (const size_t d : dims) {
+      if (sizes[d] == 1) continue;
+      const auto continues = [&](size_t k) {
+        return of_each[k].back() == strides[k][d] * sizes[d];
+      };
+      bool merges = !merged.empty();
+      for (size_t k = 0; merges && k < strides.size(); ++k) merges = continues(k);
+      if (merges) merged.back() *= sizes[d];
+      else merged.push_back(sizes[d]);
+      for (size_t k = 0; k < strides.size(); ++k) {
+        if (merges) of_each[k].back() = strides[k][d];
+        else of_each[k].push_back(strides[k][d]);
+      }
+    }
+    if (merged.empty()) {
+      merged.push_back(1);
+      for (Sizes& each : of_each) each.push_back(1);
+    }
+    order.columns = merged.back();
+    order.outer.assign(merged.begin(), merged.end() - 1);
+    for (size_t k = 1; k < of_each.size(); ++k) {
+      Sizes& each = of_each[k];
+      bool dense = true;  // rows follow each other
+      for (size_t d = 1; d < each.size(); ++d) dense &= each[d - 1] == each[d] * merged[d];
+      if (dense) each.erase(each.begin(), each.end() - 1);
+      steps.push_back(std::move(each));
+    }
+  }
+};
+
+template <class T> Operand<T> operand(const T* data, const Sizes& steps) {
+  return {data, steps.back(), Sizes(steps.begin(), steps.end() - 1)};
+}
+
+// n elements from an address on, in To, which is T or its accumulation type.
+template <class T, class To> void gather(const T* from, int64_t step, To* to, int64_t n) {
+  if (step == 0) {
+    if constexpr (std::is_same_v<T, To>) std::fill_n(to, n, *from);
+    else std::fill_n(to, n, widen(*from));
+  } else if constexpr (!std::is_same_v<T, To>) {
+    load(from, step, to, n);
+  } else if (step == 1) {
+    std::copy_n(from, n, to);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i * step];
+  }
+}
+
+// n elements of an operand from `first` on: in place if they are contiguous, else in the buffer.
+template <class T, class To>
+const To* elements(const Operand<T>& o, const Order& order, int64_t first, int64_t n, To* buffer) {
+  const T* from = o.data + first * o.step;
+  if (o.in_rows()) {
+    int64_t row = first / order.columns, column = first % order.columns;
+    from = o.row(order, row) + column * o.step;
+    for (int64_t k = 0; column + n - k > order.columns;) {  // not in one row
+      const int64_t m = order.columns - column;
+      gather(from, o.step, buffer + k, m);
+      k += m;
+      column = 0;
+      from = o.row(order, ++row);
+      if (n - k <= order.columns) {
+        gather(from, o.step, buffer + k, n - k);
+        return buffer;
+      }
+    }
+  }
+  if constexpr (std::is_same_v<T, To>) {
+    if (o.step == 1) return from;
+  }
+  gather(from, o.step, buffer, n);
+  return buffer;
+}
+
+}  // namespace pyfused
