@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import functional
-from pyfused.dispatch import observers, originals
+from pyfused.dispatch import originals, report
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import first_time, stacklevel
@@ -45,8 +45,8 @@ def _run(op: Operator, tensors: Tensors, options: Options, shard: Any = None) ->
     failure = None
     try:
         reason, kernel, launched = dispatch.decide(op, tensors, options)
-        if observers.active:
-            kernel = observers.observed(op, tensors, options, reason, kernel)
+        if report.active:
+            kernel = report.counted(op, tensors, reason, kernel)
         if kernel is not None:
             return kernel(tensors, launched)  # type: ignore[no-any-return]
         dispatch.report_fallback(op, tensors, str(reason))
