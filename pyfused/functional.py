@@ -387,6 +387,9 @@ def linear_cross_entropy(
         and hasattr(F, op.name)
         and isinstance(input, Tensor)
         and input.dim() < 3
+        and isinstance(linear_weight, Tensor)
+        and linear_weight.device == input.device
+        and (linear_bias is None or linear_bias.device == input.device)
     ):
         return F.linear_cross_entropy(
             input,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.reasons import SMALL, not_reported
 from pyfused.dispatch.run import fallback_reason
 from pyfused.dispatch.sizes import why_small
 from pyfused.torch_internals import active_mode
@@ -44,7 +44,10 @@ def explanation_of(
     # The processes of a shard would have to communicate for other reasons than a mode.
     reason = fallback_reason(op, tensors, options) if shard is None else active_mode()
     if reason is not None:
-        reason = why_small(op, tensors, options) if reason is SMALL else reason
+        if reason is SMALL:
+            reason = why_small(op, tensors, options)
+        elif reason in not_reported:
+            reason += ", which calls another function: see pyfused.report()"
         return Explanation(op.name, "torch", reason)
     by_shards = "each process computes its classes"
     strategy = op.strategy_of(tensors, options) if shard is None else by_shards

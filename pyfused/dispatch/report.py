@@ -21,23 +21,23 @@ class Report:
     """The result of :func:`pyfused.report`; its ``str`` and ``repr`` are the table."""
 
     def __init__(self) -> None:
-        self.ran: dict[str, dict[str, int]] = {}  # by operator, as in to_dict()
-        self.left = Counter[tuple[str, str]]()  # by operator and reason
-        self.compiled = Counter[str]()  # by operator
-        self.kernel_seconds = self.seconds = 0.0
+        self._ran: dict[str, dict[str, int]] = {}  # by operator, as in to_dict()
+        self._left = Counter[tuple[str, str]]()  # by operator and reason
+        self._compiled = Counter[str]()  # by operator
+        self._kernel_seconds = self._seconds = 0.0
 
     def __enter__(self) -> Report:
         global active
         with _lock:
             active = (*active, self)
-            self.seconds -= perf_counter()
+            self._seconds -= perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
         global active
         with _lock:
             active = tuple([report for report in active if report is not self])
-            self.seconds += perf_counter()
+            self._seconds += perf_counter()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts and times, for logging; ``json`` can write them.
@@ -51,15 +51,15 @@ class Report:
         """
         left: dict[str, dict[str, int]] = {}
         with _lock:
-            for (op, reason), count in self.left.most_common():
+            for (op, reason), count in self._left.most_common():
                 left.setdefault(op, {})[reason] = count
-            rows = sorted(self.ran.items(), key=lambda row: -row[1]["calls"])
+            rows = sorted(self._ran.items(), key=lambda row: -row[1]["calls"])
             return {
-                "seconds": self.seconds + (perf_counter() if self in active else 0.0),
-                "kernel_seconds": self.kernel_seconds,
+                "seconds": self._seconds + (perf_counter() if self in active else 0.0),
+                "kernel_seconds": self._kernel_seconds,
                 "operators": {op: dict(row) for op, row in rows},
                 "left_to_torch": left,
-                "compiled": dict(self.compiled),
+                "compiled": dict(self._compiled),
             }
 
     def __repr__(self) -> str:
@@ -74,9 +74,10 @@ class Report:
         if compiled:
             texts = [f"{op} ({count:,})" for op, count in compiled.items()]
             lines.append(f"in compiled programs: {', '.join(texts)}")
-        seconds = f"{found['seconds']:,.3f} s"
-        took = f"kernels took {found['kernel_seconds']:,.3f} s of {seconds}"
-        lines.append(took if ran or compiled else f"pyfused: no kernel ran, in {seconds}")
+        times = found["kernel_seconds"], found["seconds"]
+        taken, whole = (f"{x:,.{0 if x >= 10 else 1 if x >= 1 else 3}f} s" for x in times)
+        took = f"kernels took {taken} of {whole}"
+        lines.append(took if ran or compiled else f"pyfused: no kernel ran, in {whole}")
         lines.append("calls that are too small for every kernel are torch's, and are not counted")
         return "\n".join(lines)
 
@@ -110,11 +111,11 @@ def counted(
     with _lock:
         for each in active:
             if reason is None:
-                row = each.ran.setdefault(op.name, {"calls": 0, "largest_input": 0})
+                row = each._ran.setdefault(op.name, {"calls": 0, "largest_input": 0})
                 row["calls"] += 1
                 row["largest_input"] = max(row["largest_input"], op.elements(tensors))
             else:
-                each.left[op.name, reason] += 1
+                each._left[op.name, reason] += 1
     return None if kernel is None else partial(timed, kernel)
 
 
@@ -122,7 +123,7 @@ def count_compiled(name: str) -> None:
     """Counts a call of a custom operator in a compiled program."""
     with _lock:
         for each in active:
-            each.compiled[name] += 1
+            each._compiled[name] += 1
 
 
 def timed(function: Callable[..., Any], *args: Any) -> Any:
@@ -134,4 +135,4 @@ def timed(function: Callable[..., Any], *args: Any) -> Any:
         seconds = perf_counter() - start
         with _lock:
             for each in active:
-                each.kernel_seconds += seconds
+                each._kernel_seconds += seconds

@@ -349,8 +349,8 @@ def test_threads_that_call_kernels_at_once() -> None:
     sys.setswitchinterval(1e-6)
     try:
         with pyfused.report() as counts, ThreadPoolExecutor(8) as pool:
-            counts.ran["op"] = {"calls": Number(), "largest_input": 0}
-            counts.left["op", "reason"] = counts.compiled["op"] = Number()
+            counts._ran["op"] = {"calls": Number(), "largest_input": 0}
+            counts._left["op", "reason"] = counts._compiled["op"] = Number()
             assert [*pool.map(call, range(8))] == [None] * 8
     finally:
         sys.setswitchinterval(interval)
