@@ -12,8 +12,8 @@ from pyfused import functional, memory, nn
 from pyfused.adopt.convert import convert, plan_conversion, revert
 from pyfused.adopt.explain import explain
 from pyfused.adopt.patch import patch, unpatch
-from pyfused.adopt.report import report
 from pyfused.adopt.trl import patch_trl, unpatch_trl
+from pyfused.dispatch.report import report
 from pyfused.formula import activation, loss
 from pyfused.types import VocabShard
 

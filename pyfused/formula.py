@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from pyfused import checks, nn
 from pyfused.backends.protocol import Divisor, Parameters
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch.explanation import Explanation, path_of
+from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
@@ -562,7 +562,7 @@ class Formula:
         instructions, and the bytes read and written per element.
         """
         if operands or named:
-            return path_of(*self.call_of(operands, named))
+            return explanation_of(*self.call_of(operands, named))
         numbers, _ = self._split(self.defaults)
         cases = self.op.cases(numbers)
         if isinstance(cases, str):

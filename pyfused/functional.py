@@ -47,17 +47,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import Unpack
 
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.run import run
-from pyfused.dispatch.sizes import head_left_to_torch, left_to_torch
+from pyfused.dispatch.sizes import is_small, left_to_torch
 from pyfused.layout import common_dtype
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
-from pyfused.ops.log_probs import LogProbs, LogProbsWithMetrics, named
+from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
 from pyfused.types import (
     Approximate,
@@ -192,9 +193,9 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` is set and
             ``input`` is a leaf or has overlapping elements.
     """
-    op, is_legacy = operators.CROSS_ENTROPY, not size_average is reduce is None
+    op = operators.CROSS_ENTROPY
     if (
-        (is_legacy or left_to_torch(op, input))
+        left_to_torch(op, input, size_average, reduce)
         and softcap is token_weight is denominator is loss_dtype is shard is None
         and gamma is z_loss is _ZERO
         and scale is temperature is _ONE
@@ -202,7 +203,7 @@ def cross_entropy(
     ):
         others = size_average, ignore_index, reduce, reduction, label_smoothing
         return F.cross_entropy(input, target, weight, *others)
-    if is_legacy:
+    if size_average is not None or reduce is not None:
         raise TypeError(
             "size_average, reduce: expected None with arguments that torch lacks, got "
             f"{size_average} and {reduce}; pass reduction"
@@ -370,12 +371,24 @@ def linear_cross_entropy(
     op = operators.LINEAR_CROSS_ENTROPY
     if (
         (
-            head_left_to_torch(op, input, linear_weight, linear_bias)
-            or (ignore_index is not None and _torch_refuses_index(input, target))
+            (not is_dynamo_compiling() and is_small(op, (input, linear_weight), ()))
+            # torch's function raises an error.
+            or (
+                ignore_index is not None
+                and isinstance(target, Tensor)
+                and target.is_floating_point()
+            )
         )
         and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
         and filter_eps is z_loss is _ZERO
         and scale is temperature is _ONE
+        # torch has the function from 2.13 on, for inputs of one or two dimensions.
+        and hasattr(F, op.name)
+        and isinstance(input, Tensor)
+        and input.dim() < 3
+        and isinstance(linear_weight, Tensor)
+        and linear_weight.device == input.device
+        and (linear_bias is None or linear_bias.device == input.device)
     ):
         return F.linear_cross_entropy(
             input,
@@ -405,14 +418,6 @@ def linear_cross_entropy(
         torch_options=options,
     )
     return run(op, tensors, loss_options, shard)
-
-
-def _torch_refuses_index(input: Any, target: Any) -> bool:
-    """Returns whether torch's linear_cross_entropy raises for an ignore_index: probabilities."""
-    are_tensors = isinstance(input, Tensor) and isinstance(target, Tensor)
-    if not are_tensors or input.dim() > 2 or not target.is_floating_point():
-        return False
-    return hasattr(F, "linear_cross_entropy")
 
 
 def linear_cross_entropy_with_metrics(
@@ -469,7 +474,7 @@ def log_probs(
     return_lse: bool = False,
     return_metrics: bool = False,
     shard: VocabShard | None = None,
-) -> LogProbs | LogProbsWithMetrics:
+) -> LogProbs:
     """Returns each target's log-probability and, on request, its row's entropy and log-sum-exp.
 
     With ``x = logits / temperature``, or ``softcap * tanh(logits / softcap) / temperature``, and
@@ -493,8 +498,7 @@ def log_probs(
 
     Returns:
         A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float64 for
-        float64 logits, otherwise float32. With ``return_metrics`` it is a
-        :class:`~pyfused.ops.log_probs.LogProbsWithMetrics`, which has two more items.
+        float64 logits, otherwise float32. Items that were not requested are None.
     """
     op, alone = operators.LOG_PROBS, not (return_entropy or return_lse)
     tensors = checks.classes_at(1, "logits", logits, dim), target
@@ -525,7 +529,7 @@ def linear_log_probs(
     return_metrics: bool = False,
     memory_budget: int | None = None,
     shard: VocabShard | None = None,
-) -> LogProbs | LogProbsWithMetrics:
+) -> LogProbs:
     """Returns :func:`log_probs` of a linear layer's output, in blocks of logits.
 
     The forward pass computes blocks of logits, and the backward pass recomputes them. On CPUs,
@@ -773,7 +777,7 @@ def nll_loss(
             ignored.
     """
     op = operators.NLL_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input):
+    if left_to_torch(op, input, size_average, reduce):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     return run(
         op, (input, target, weight), op.options(ignore_index=ignore_index, reduction=reduction)
@@ -809,7 +813,7 @@ def triplet_margin_loss(
             between negative and anchor, if it is smaller.
     """
     op = operators.TRIPLET_MARGIN_LOSS
-    if not size_average is reduce is None or left_to_torch(op, anchor):
+    if left_to_torch(op, anchor, size_average, reduce):
         return F.triplet_margin_loss(
             anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
         )
@@ -841,7 +845,7 @@ def cosine_embedding_loss(
         margin: The cosine below which pairs with target -1 have no loss.
     """
     op = operators.COSINE_EMBEDDING_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input1):
+    if left_to_torch(op, input1, size_average, reduce):
         return F.cosine_embedding_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
@@ -910,7 +914,7 @@ def mse_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.MSE_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input, target):
+    if left_to_torch(op, input, size_average, reduce, target):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -932,8 +936,7 @@ def l1_loss(
     """
     op = elementwise.L1_LOSS
     # With a weight, torch's function ignores it if a default device is set.
-    is_torchs = weight is None and left_to_torch(op, input, target)
-    if not size_average is reduce is None or is_torchs:
+    if left_to_torch(op, input, size_average, reduce, target, weight is not None):
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -957,7 +960,7 @@ def smooth_l1_loss(
             number raises a RuntimeError.
     """
     op = elementwise.SMOOTH_L1_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input, target):
+    if left_to_torch(op, input, size_average, reduce, target):
         return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
     return run(op, (input, target), op.options(beta=beta, reduction=reduction))
 
@@ -981,7 +984,7 @@ def huber_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.HUBER_LOSS
-    if left_to_torch(op, input, target):
+    if left_to_torch(op, input, None, None, target):
         return F.huber_loss(input, target, reduction, delta, weight)
     return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction))
 
@@ -1011,7 +1014,7 @@ def binary_cross_entropy(
             :func:`binary_cross_entropy_with_logits` then.
     """
     op = elementwise.BINARY_CROSS_ENTROPY
-    if not size_average is reduce is None or left_to_torch(op, input):
+    if left_to_torch(op, input, size_average, reduce):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -1044,7 +1047,7 @@ def binary_cross_entropy_with_logits(
         RuntimeError: A weight requires grad.
     """
     op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
-    if not size_average is reduce is None or left_to_torch(op, input):
+    if left_to_torch(op, input, size_average, reduce):
         return F.binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
@@ -1072,7 +1075,8 @@ def kl_div(
         log_target: Whether ``target`` holds log-probabilities.
     """
     op = elementwise.KL_DIV
-    if not size_average is reduce is None or (reduction != "mean" and left_to_torch(op, input)):
+    # A mean warns, and the warning has to name the line of the call.
+    if left_to_torch(op, input, size_average, reduce, None, reduction == "mean"):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
     return run(op, (input, target), op.options(log_target=log_target, reduction=reduction))
 
@@ -1102,7 +1106,7 @@ def poisson_nll_loss(
         eps: Added to the rates before taking the logarithm.
     """
     op = elementwise.POISSON_NLL_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input):
+    if left_to_torch(op, input, size_average, reduce):
         return F.poisson_nll_loss(
             input, target, log_input, full, size_average, eps, reduce, reduction
         )
@@ -1160,7 +1164,7 @@ def soft_margin_loss(
         target: The classes, -1 or 1, of the input's shape.
     """
     op = elementwise.SOFT_MARGIN_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input):
+    if left_to_torch(op, input, size_average, reduce):
         return F.soft_margin_loss(input, target, size_average, reduce, reduction)
     return run(op, (input, target), op.options(reduction=reduction))
 
@@ -1185,7 +1189,7 @@ def hinge_embedding_loss(
         margin: The distance beyond which dissimilar pairs have no loss.
     """
     op = elementwise.HINGE_EMBEDDING_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input):
+    if left_to_torch(op, input, size_average, reduce):
         return F.hinge_embedding_loss(input, target, margin, size_average, reduce, reduction)
     return run(op, (input, target), op.options(margin=margin, reduction=reduction))
 
@@ -1210,7 +1214,7 @@ def margin_ranking_loss(
         margin: How much higher it should be.
     """
     op = elementwise.MARGIN_RANKING_LOSS
-    if not size_average is reduce is None or left_to_torch(op, input1):
+    if left_to_torch(op, input1, size_average, reduce):
         return F.margin_ranking_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )

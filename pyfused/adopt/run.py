@@ -16,7 +16,7 @@ from types import ModuleType
 
 from pyfused import memory
 from pyfused.adopt.patch import patch
-from pyfused.adopt.report import Report
+from pyfused.dispatch.report import Report
 
 
 def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True) -> None:

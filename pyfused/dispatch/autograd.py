@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from pyfused.dispatch import observers
+from pyfused.dispatch import report
 from pyfused.dispatch.reasons import log_once
 from pyfused.layout import is_dense
 from pyfused.torch_internals import (
@@ -82,8 +82,8 @@ class Fused(torch.autograd.Function):
     @staticmethod
     @never_traced  # torch's compiled autograd traces backward passes
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
-        if observers.active:
-            return observers.timed(Fused.gradients, ctx, grad_output)
+        if report.active:
+            return report.timed(Fused.gradients, ctx, grad_output)
         return Fused.gradients(ctx, grad_output)
 
     @staticmethod

@@ -1,19 +1,16 @@
-"""Reports the path that a call takes, and why."""
+"""Explains how a call would be computed: what dispatch decides about it, and why."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
-from torch.compiler import is_dynamo_compiling
-
 from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.reasons import SMALL, not_reported
 from pyfused.dispatch.run import fallback_reason
-from pyfused.dispatch.sizes import is_small, why_small
-
-BY_SHARDS = "each process computes its classes"
+from pyfused.dispatch.sizes import why_small
+from pyfused.torch_internals import active_mode
+from pyfused.types import VocabShard
 
 
 class Explanation(NamedTuple):
@@ -40,22 +37,18 @@ class Explanation(NamedTuple):
         return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
 
 
-def path_of(op: Operator, tensors: Tensors, options: Options) -> Explanation:
-    """Returns the path that :func:`pyfused.dispatch.run.run` would choose for a call."""
-    is_small_call = not is_dynamo_compiling() and is_small(op, tensors, options)
-    reason = SMALL if is_small_call else fallback_reason(op, tensors, options)
-    return explanation_of(op, tensors, options, reason)
-
-
 def explanation_of(
-    op: Operator, tensors: Tensors, options: Options, reason: str | None
+    op: Operator, tensors: Tensors, options: Options, shard: VocabShard | None = None
 ) -> Explanation:
-    """Returns the path of a call, given the reason why torch computes it, None for a kernel."""
+    """Takes the arguments of :func:`pyfused.dispatch.run.run`, and asks what it would decide."""
+    # The processes of a shard would have to communicate for other reasons than a mode.
+    reason = fallback_reason(op, tensors, options) if shard is None else active_mode()
     if reason is not None:
-        reason = why_small(op, tensors, options) if reason is SMALL else reason
+        if reason is SMALL:
+            reason = why_small(op, tensors, options)
+        elif reason in not_reported:
+            reason += ", which calls another function: see pyfused.report()"
         return Explanation(op.name, "torch", reason)
-    return by_kernel(op.name, tensors[0], op.strategy_of(tensors, options))
-
-
-def by_kernel(op: str, input: Tensor, strategy: str) -> Explanation:
-    return Explanation(op, *backend_of(input).describe(input, strategy))
+    by_shards = "each process computes its classes"
+    strategy = op.strategy_of(tensors, options) if shard is None else by_shards
+    return Explanation(op.name, *backend_of(tensors[0]).describe(tensors[0], strategy))

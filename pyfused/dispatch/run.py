@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.backends import DTYPES, takes_triton, unsupported_device
-from pyfused.dispatch import observers, reasons, sizes
+from pyfused.dispatch import reasons, report, sizes
 from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, requires_grad
 from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
@@ -47,8 +47,8 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
     reason, kernel, launched = decide(op, tensors, options)
-    if observers.active:
-        kernel = observers.observed(op, tensors, options, reason, kernel)
+    if report.active:
+        kernel = report.counted(op, tensors, reason, kernel)
     if kernel is not None:
         return kernel(tensors, launched)  # type: ignore[no-any-return]
     if reason is not SMALL:
@@ -65,8 +65,8 @@ def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard
     """
     tensors, local = op.checked_on_shard(tensors, options, shard)
     reason, kernel, launched = decide(op, tensors, options, local)
-    if observers.active:
-        kernel = observers.observed(op, tensors, options, reason, kernel)
+    if report.active:
+        kernel = report.counted(op, tensors, reason, kernel)
     if kernel is not None:
         return kernel(tensors, launched)
     if reason in ("torch.func", "forward-mode AD"):  # collectives have no derivatives for them
@@ -143,21 +143,10 @@ def decide(op: Any, tensors: Tensors, options: Options, shard: Any = None) -> De
 
 
 def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
-    """Returns why a call of any size falls back to torch's operator, None if a kernel runs.
-
-    The kernels compute results and first derivatives, in reverse mode, of plain strided tensors on
-    CPUs and GPUs.
-
-    Raises:
-        RuntimeError: ``PYFUSED_BACKEND`` names a backend that does not support this device.
-    """
+    """Returns why torch's operator computes a call, None if a kernel does."""
     if is_dynamo_compiling():
         return _compiler_reason(op, tensors, options)
-    signed = signature(op, tensors, options)
-    if isinstance(signed, str):
-        return signed
-    planned = with_specs(op, signed[0])
-    return _planned_reason(op, *planned) or _invalid(op, *planned)
+    return decide(op, tensors, options)[0]
 
 
 def _planned_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:

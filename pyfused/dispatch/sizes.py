@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from torch.overrides import has_torch_function_unary
 
 from pyfused import backends, memory
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.signature import PLAIN
 from pyfused.torch_internals import has_function_mode
@@ -260,8 +258,6 @@ def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
 # ---- small calls ---------------------------------------------------------------------------------
 
 _least: dict[Operator, tuple[int, int]] = {}
-_dispatching = 0  # the number of `dispatching_small_calls` blocks
-_lock = threading.Lock()
 
 
 def set_least(op: Operator) -> None:
@@ -271,19 +267,32 @@ def set_least(op: Operator) -> None:
         for is_cpu in (False, True)
     )
     _least[op] = gpu, cpu
-    op.least = (gpu, cpu) if FORCED is None and not _dispatching else (0, 0)
+    op.least = (gpu, cpu) if FORCED is None else (0, 0)
 
 
-def left_to_torch(op: Operator, input: Any, target: Any = None) -> bool:
+def left_to_torch(
+    op: Operator,
+    input: Any,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    target: Any = None,
+    any_size: bool = False,
+) -> bool:
     """Returns whether torch's function of an operator's name computes a call.
 
-    It does in programs that are compiled, and if the input is smaller than any input of a kernel.
-    Each function asks this first, so that it adds little to the time of a small call.
+    It does in programs that are compiled, for the deprecated arguments, and if the input is smaller
+    than any input of a kernel. Each function asks this first, so that it adds little to the time of
+    a small call. `is_small` decides the other calls, given all their arguments.
 
     Args:
         target: A tensor about whose shape torch warns if it is not the input's. These calls are
             dispatched, because the warning has to name the line of the call.
+        any_size: Whether to dispatch calls of any size, and in programs that are compiled.
     """
+    if not size_average is reduce is None:
+        return True
+    if any_size:
+        return False
     if is_dynamo_compiling():
         return True
     if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):
@@ -296,79 +305,43 @@ def left_to_torch(op: Operator, input: Any, target: Any = None) -> bool:
     )
 
 
-def head_left_to_torch(op: Operator, input: Any, linear_weight: Any, linear_bias: Any) -> bool:
-    """Returns whether torch's function of an operator's name computes a head and its loss.
-
-    It does if there are few logits. From torch 2.13 on, torch has ``linear_cross_entropy``, for
-    inputs of one or two dimensions.
-    """
-    return (
-        type(input) is Tensor
-        and not (is_dynamo_compiling() or _dispatching)
-        and hasattr(F, op.name)
-        and input.dim() < 3
-        and type(linear_weight) in PLAIN
-        and linear_weight.device == input.device
-        and (linear_bias is None or getattr(linear_bias, "device", None) == input.device)
-        and is_small(op, (input, linear_weight), ())
-    )
-
-
-@contextmanager
-def dispatching_small_calls() -> Iterator[None]:
-    """Dispatches calls of any size, in all threads."""
-    _count_dispatching(1)
-    try:
-        yield
-    finally:
-        _count_dispatching(-1)
-
-
-def _count_dispatching(change: int) -> None:
-    global _dispatching
-    with _lock:
-        _dispatching += change
-        for op, least in _least.items():
-            op.least = least if FORCED is None and not _dispatching else (0, 0)
-
-
 @contextmanager
 def every_size() -> Iterator[None]:
     """Runs kernels for tensors of every size, for tests and benchmarks."""
+    before = FORCED
+    _force(FORCED or "every size")
+    try:
+        yield
+    finally:
+        _force(before)
+
+
+def _force(forced: str | None) -> None:
     global FORCED
-    with dispatching_small_calls():
-        before, FORCED = FORCED, FORCED or "every size"
-        try:
-            yield
-        finally:
-            FORCED = before
+    FORCED = forced
+    for op, least in _least.items():
+        op.least = least if FORCED is None else (0, 0)
 
 
-def is_small(op: Operator, tensors: Tensors, options: Options, elements: int | None = None) -> bool:
+def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
     """Returns whether a call is dispatched to torch's operator because it is small or empty.
 
     It must not be called during compilation, because the program would depend on the size.
-
-    Args:
-        elements: The number of elements of the call, None to compute it.
     """
     input = tensors[0]
-    if elements is None:
-        if type(input) not in PLAIN or (has_torch_function_unary(input) and has_function_mode()):
+    if type(input) not in PLAIN or (has_torch_function_unary(input) and has_function_mode()):
+        return False
+    elements = input.numel()
+    if type(elements) is not int or input.is_nested:  # torch.jit.trace returns a tensor
+        return False
+    if op.broadcast:
+        other = tensors[op.broadcast[0]]
+        if isinstance(other, Tensor) and type(other) not in PLAIN:
             return False
-        if input.is_nested:
-            return False
-        elements = input.numel()
-        if type(elements) is not int:  # torch.jit.trace returns a tensor
-            return False
-        if op.broadcast:
-            other = tensors[op.broadcast[0]]
-            if isinstance(other, Tensor) and type(other) not in PLAIN:
-                return False
-            if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
-                elements = op.elements(tensors)
-        elif op.is_linear:
+        if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
             elements = op.elements(tensors)
+    elif op.is_linear:
+        elements = op.elements(tensors)
     if elements == 0 or FORCED is not None:
         return elements == 0
     found = op.limits.get((input.is_cpu, input.dtype)) or limits(op, input.is_cpu, input.dtype)

@@ -30,80 +30,43 @@ from pyfused.types import (
 )
 
 
-class _Values(NamedTuple):
-    log_probability: Tensor
-    entropy: Tensor | None = None
-    log_sum_exp: Tensor | None = None
-
-
-class _ValuesWithMetrics(NamedTuple):
-    log_probability: Tensor
-    entropy: Tensor | None
-    log_sum_exp: Tensor | None
-    is_top1: Tensor
-    mean_logit: Tensor
-
-
-def _result(index: int, name: str, option: str) -> Any:
-    """Returns a property that raises if the call did not return this result."""
-
-    def value(results: tuple[Tensor | None, ...]) -> Tensor:
-        found = results[index] if index < len(results) else None
-        if found is None:
-            raise AttributeError(f"{name}: expected a call with {option}=True")
-        return found
-
-    return property(value)
-
-
-class _Results:
-    entropy: Tensor = _result(1, "entropy", "return_entropy")
-    log_sum_exp: Tensor = _result(2, "log_sum_exp", "return_lse")
-    is_top1: Tensor = _result(3, "is_top1", "return_metrics")
-    mean_logit: Tensor = _result(4, "mean_logit", "return_metrics")
-
-
-class LogProbs(_Results, _Values):
+class LogProbs(NamedTuple):
     """Results of each target: float32, or float64 for float64 inputs; 0 for ignored targets.
+
+    Items that the call did not request are None.
 
     Attributes:
         log_probability: ``log p_target``, in nats, at most 0.
-        entropy: ``-sum_c p_c log p_c``.
-        log_sum_exp: ``log sum_c exp(logit_c)``; NaN if a logit is inf.
-
-    Raises:
-        AttributeError: The attribute was not requested in the call; its item is None.
+        entropy: ``-sum_c p_c log p_c``, with ``return_entropy``.
+        log_sum_exp: ``log sum_c exp(logit_c)``, with ``return_lse``; NaN if a logit is inf.
+        is_top1: Whether the target is the first class with the largest logit, with
+            ``return_metrics``; False for ignored targets. It has no gradient.
+        mean_logit: The mean of the logits of all classes, after softcap and temperature, with
+            ``return_metrics``. It has no gradient.
     """
 
-
-class LogProbsWithMetrics(_Results, _ValuesWithMetrics):
-    """The results of `LogProbs`, followed by two metrics without gradients.
-
-    Attributes:
-        is_top1: Whether the target is the first class with the largest logit; False for ignored
-            targets.
-        mean_logit: The mean of the logits of all classes, after softcap and temperature.
-    """
+    # Not `Tensor | None`: a caller knows which items the call has requested.
+    log_probability: Tensor
+    entropy: Tensor = None  # type: ignore[assignment]
+    log_sum_exp: Tensor = None  # type: ignore[assignment]
+    is_top1: Tensor = None  # type: ignore[assignment]
+    mean_logit: Tensor = None  # type: ignore[assignment]
 
 
 def named(
     results: Any, alone: bool, return_entropy: bool, return_lse: bool, return_metrics: bool
-) -> LogProbs | LogProbsWithMetrics:
+) -> LogProbs:
     """Names the results of a call.
 
     Args:
         alone: Whether the results are log-probabilities without entropy and log-sum-exp.
     """
     values, *metrics = results if return_metrics else (results,)
-    if alone:
-        log_p, entropy, lse = values, None, None
-    else:
-        # Views that unbind returns cannot be changed in place.
+    log_p, entropy, lse = values, None, None
+    if not alone:  # views that unbind returns cannot be changed in place
         log_p, entropy, lse = [x.clone() for x in values.unbind()]
-    entropy, lse = entropy if return_entropy else None, lse if return_lse else None
-    if metrics:
-        return LogProbsWithMetrics(log_p, entropy, lse, *metrics)
-    return LogProbs(log_p, entropy, lse)
+    requested: Any = entropy if return_entropy else None, lse if return_lse else None
+    return LogProbs(log_p, *requested, *metrics)
 
 
 # ---- the operators -------------------------------------------------------------------------------

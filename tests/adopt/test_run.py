@@ -25,7 +25,8 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as F
 from pyfused import memory
-from pyfused.dispatch import observers, reasons
+from pyfused.dispatch import reasons
+from pyfused.dispatch import report as reports
 
 NO_KERNEL = (
     r"pyfused: no kernel ran, in \d+(\.\d+)? s\n"
@@ -173,9 +174,8 @@ def test_exit_status_and_output_of_the_program(
     if output is None:
         assert got.stderr == ""
         return
-    before, words, after = got.stderr.rpartition("operator  calls  largest input\n")
+    before, _, after = got.stderr.rpartition("operator ")
     assert before.endswith(output)
-    assert words
     assert counts(after) == {"softsign": 2 if "softsign" in code else 1}
 
 
@@ -320,7 +320,7 @@ def test_the_time_of_kernels(backward: bool, monkeypatch: pytest.MonkeyPatch) ->
     x = X.clone().requires_grad_()
     with fused_always(), pyfused.report() as report:
         clock = itertools.count().__next__  # advances by one second per reading
-        monkeypatch.setattr(observers, "perf_counter", clock)
+        monkeypatch.setattr(reports, "perf_counter", clock)
         y = F.gelu(x)
         if backward:
             y.sum().backward()
@@ -328,44 +328,36 @@ def test_the_time_of_kernels(backward: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert report.to_dict()["kernel_seconds"] == 1 + backward
 
 
-class Name(str):
-    """A name whose hash is computed by Python, so that threads may switch in between."""
+class Number(int):
+    """A number whose sum is computed by Python, so that threads may switch in between."""
 
-    __slots__ = ()
-
-    def __hash__(self) -> int:
-        return str.__hash__(self)
-
-
-class Seconds(float):
-    def __radd__(self, other: float) -> float:
-        return float(other) + float(self)
+    def __add__(self, other: int) -> Number:
+        return Number(int(self) + other)
 
 
 def test_threads_that_call_kernels_at_once() -> None:
-    op: Any = SimpleNamespace(name=Name("op"), elements=lambda _: 3)
+    op: Any = SimpleNamespace(name="op", elements=lambda _: 3)
     interval = sys.getswitchinterval()
 
     def call(_: int) -> None:
         for _ in range(500):
-            report.decided(op, (), (), None)
-            report.decided(op, (), (), Name("reason"))
-            report.compiled(op.name)
-            report.took(Seconds(1))
-            report.to_dict()
+            for reason in (None, "reason"):
+                reports.counted(op, (), reason, None)
+            reports.count_compiled("op")
+            counts.to_dict()
 
-    report = pyfused.report()
     sys.setswitchinterval(1e-6)
     try:
-        with ThreadPoolExecutor(8) as pool:
+        with pyfused.report() as counts, ThreadPoolExecutor(8) as pool:
+            counts._ran["op"] = {"calls": Number(), "largest_input": 0}
+            counts._left["op", "reason"] = counts._compiled["op"] = Number()
             assert [*pool.map(call, range(8))] == [None] * 8
     finally:
         sys.setswitchinterval(interval)
-    found = report.to_dict()
+    found = counts.to_dict()
     assert found["operators"] == {"op": {"calls": 4000, "largest_input": 3}}
     assert found["left_to_torch"] == {"op": {"reason": 4000}}
     assert found["compiled"] == {"op": 4000}
-    assert found["kernel_seconds"] == 4000
 
 
 def test_a_report_can_be_read_before_its_end() -> None:

@@ -347,7 +347,7 @@ def check(name: str, seed: int) -> None:
             named = {n: x[0] if n in OF_ROWS and n in named else x for n, x in named.items()}
         with way(getattr(fused, name)) as function:
             found = function(input, **named)
-            found = [found] if isinstance(found, Tensor) else [*found]
+            found = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
             dtypes.add(tuple(x.dtype for x in found))
             pairs = zip(found, grad_results, strict=True)
             pairs = [(x, g.to(x.dtype).view_as(x)) for x, g in pairs if x.requires_grad]

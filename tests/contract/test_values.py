@@ -9,7 +9,6 @@ import copy
 import io
 import pickle
 import random
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -89,18 +88,6 @@ def test_heads_are_as_accurate_as_with_all_logits(
         if got.is_floating_point():
             errors.add(f"result {i}", got, native.to(got.dtype), best, products=max(shape))
     errors.check(roundings=128 if dtype is torch.float64 else 2)  # no wider dtype for sums
-
-
-@every_example
-def test_explain_matches_the_path_of_the_call(example: Example, kernel_calls: KernelCalls) -> None:
-    call = example.call()
-    arguments = {name: x for name, x in call.given.items() if name != "with_metrics"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        explanation = pyfused.explain(call.op.name, **arguments)
-    call.ours()
-    assert explanation.op == call.op.name
-    assert (explanation.backend == "torch") == (not kernel_calls.total())
 
 
 @every_example

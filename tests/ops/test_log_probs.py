@@ -45,16 +45,9 @@ def all_results(op: str, **given: Any) -> fused.LogProbs:
 @every_operator
 def test_results_that_were_not_requested(op: str) -> None:
     found = getattr(fused, op)(**draw(op))
-    assert found[1:] == (None, None)
-    for name, option in (
-        ("entropy", "return_entropy=True"),
-        ("log_sum_exp", "return_lse=True"),
-        ("is_top1", "return_metrics=True"),
-        ("mean_logit", "return_metrics=True"),
-    ):
-        with pytest.raises(AttributeError, match=f"{name}: expected a call with {option}"):
-            getattr(found, name)
+    assert found[1:] == (None,) * 4
     found = getattr(fused, op)(**draw(op), return_lse=True, return_metrics=True)
+    assert found.entropy is None
     assert found.log_sum_exp.requires_grad
     assert not found.mean_logit.requires_grad
 
@@ -76,10 +69,10 @@ def test_the_dimension_of_the_classes() -> None:
     message = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 for 4 classes"
     with pytest.raises(ValueError, match=message):
         fused.log_probs(logits, target)
-    expected = [x.view(3, 4) for x in all_results("log_probs", **tensors)]
+    expected = [x.view(3, 4) for x in all_results("log_probs", **tensors)[:3]]
     for moved, dim in ((logits, -1), (logits.movedim(-1, 0), 0)):
         got = all_results("log_probs", logits=moved, target=target, dim=dim)
-        torch.testing.assert_close([*got], expected)
+        torch.testing.assert_close([*got[:3]], expected)
 
 
 # ---- independence of rows ------------------------------------------------------------------------
@@ -88,7 +81,7 @@ ROWS, CLASSES = (9, 150) if interpreter.ON else (9, 3500)
 
 
 def bits(results: Any) -> Tensor:
-    return torch.stack([x.detach() for x in results]).view(torch.int32)
+    return torch.stack([x.detach() for x in results[:3]]).view(torch.int32)
 
 
 @pytest.mark.cpu

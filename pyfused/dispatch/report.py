@@ -1,0 +1,138 @@
+"""Counts the calls of pyfused's operators, and the time that their kernels take."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from pyfused.dispatch import reasons
+from pyfused.dispatch.operator import Operator, Tensors
+from pyfused.torch_internals import compiler_traces
+
+active: tuple[Report, ...] = ()  # the reports whose blocks have not ended
+_lock = threading.RLock()  # several threads may call kernels at once
+
+
+class Report:
+    """The result of :func:`pyfused.report`; its ``str`` and ``repr`` are the table."""
+
+    def __init__(self) -> None:
+        self._ran: dict[str, dict[str, int]] = {}  # by operator, as in to_dict()
+        self._left = Counter[tuple[str, str]]()  # by operator and reason
+        self._compiled = Counter[str]()  # by operator
+        self._kernel_seconds = self._seconds = 0.0
+
+    def __enter__(self) -> Report:
+        global active
+        with _lock:
+            active = (*active, self)
+            self._seconds -= perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global active
+        with _lock:
+            active = tuple([report for report in active if report is not self])
+            self._seconds += perf_counter()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the counts and times, for logging; ``json`` can write them.
+
+        Returns:
+            ``seconds``: the time of the block. ``kernel_seconds``: the time in calls of kernels,
+            forward and backward; on GPUs, the host's. ``operators``: for each operator whose
+            kernels ran, ``calls`` and ``largest_input`` in elements. ``left_to_torch``: the number
+            of dispatched calls by operator and reason. ``compiled``: the number of calls in
+            compiled programs by operator.
+        """
+        left: dict[str, dict[str, int]] = {}
+        with _lock:
+            for (op, reason), count in self._left.most_common():
+                left.setdefault(op, {})[reason] = count
+            rows = sorted(self._ran.items(), key=lambda row: -row[1]["calls"])
+            return {
+                "seconds": self._seconds + (perf_counter() if self in active else 0.0),
+                "kernel_seconds": self._kernel_seconds,
+                "operators": {op: dict(row) for op, row in rows},
+                "left_to_torch": left,
+                "compiled": dict(self._compiled),
+            }
+
+    def __repr__(self) -> str:
+        found = self.to_dict()
+        ran, left, compiled = (found[name] for name in ("operators", "left_to_torch", "compiled"))
+        lines = [f"{'operator':<32}{'calls':>12}{'largest input':>16}"] if ran else []
+        lines += [f"{op:<32}{n['calls']:>12,}{n['largest_input']:>16,}" for op, n in ran.items()]
+        texts = [f"{op} ({n:,}: {why})" for op, counts in left.items() for why, n in counts.items()]
+        if texts:  # small calls last
+            texts.sort(key=lambda text: text.endswith(f"{reasons.SMALL})"))
+            lines.append(f"left to torch: {', '.join(texts)}")
+        if compiled:
+            texts = [f"{op} ({count:,})" for op, count in compiled.items()]
+            lines.append(f"in compiled programs: {', '.join(texts)}")
+        times = found["kernel_seconds"], found["seconds"]
+        taken, whole = (f"{x:,.{0 if x >= 10 else 1 if x >= 1 else 3}f} s" for x in times)
+        took = f"kernels took {taken} of {whole}"
+        lines.append(took if ran or compiled else f"pyfused: no kernel ran, in {whole}")
+        lines.append("calls that are too small for every kernel are torch's, and are not counted")
+        return "\n".join(lines)
+
+
+def report() -> Report:
+    """Counts the calls of pyfused's operators in a ``with`` block, and the time in their kernels.
+
+    Calls that are too small for every kernel are torch's from their first line, and not counted.
+    ``python -m pyfused run`` prints the same report::
+
+        with pyfused.patch(), pyfused.report() as report:
+            train()
+        print(report)
+    """
+    return Report()
+
+
+# ---- what dispatch calls while reports are active ------------------------------------------------
+
+
+def counted(
+    op: Operator, tensors: Tensors, reason: str | None, kernel: Callable[..., Any] | None
+) -> Callable[..., Any] | None:
+    """Counts a decision, and returns the kernel, which adds its time when it is called.
+
+    Args:
+        reason: Why torch computes the call, None if a kernel does.
+    """
+    if compiler_traces() or reason in reasons.not_reported:
+        return kernel
+    with _lock:
+        for each in active:
+            if reason is None:
+                row = each._ran.setdefault(op.name, {"calls": 0, "largest_input": 0})
+                row["calls"] += 1
+                row["largest_input"] = max(row["largest_input"], op.elements(tensors))
+            else:
+                each._left[op.name, reason] += 1
+    return None if kernel is None else partial(timed, kernel)
+
+
+def count_compiled(name: str) -> None:
+    """Counts a call of a custom operator in a compiled program."""
+    with _lock:
+        for each in active:
+            each._compiled[name] += 1
+
+
+def timed(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function that runs a kernel, and adds its time."""
+    start = perf_counter()
+    try:
+        return function(*args)
+    finally:
+        seconds = perf_counter() - start
+        with _lock:
+            for each in active:
+                each._kernel_seconds += seconds
