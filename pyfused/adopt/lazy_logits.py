@@ -17,23 +17,17 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
@@ -66,18 +60,10 @@ _OF_NODES = {
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
-
-# Operators whose results are slices, and what to write instead of an operator that reads logits.
-_SLICES = (
-    *("chunk", "tensor_split", "split", "split_with_sizes", "unbind"),
-    *("narrow", "select", "index_select"),
-)
-_INSTEAD_OF_SLICES = "Index or slice them instead, for example logits[:, :n], which keeps them lazy"
-_FUSED = (
-    "A cross_entropy of class indices is fused for views, slices and permutations of the logits"
-)
-_INSTEAD = (
-    "For the accuracy of training steps pass metrics=True to convert; or call pyfused.revert(model)"
+_ADVICE = (
+    "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
+    "class indices. For the accuracy of training steps, pass metrics=True to pyfused.convert; or "
+    "call pyfused.revert(model)"
 )
 
 
@@ -88,123 +74,42 @@ def tell(model: str, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
-class Forwards(threading.local):
-    """The forward passes of converted models.
-
-    Attributes:
-        current: An object for the innermost forward pass in this thread, None outside of them.
-    """
-
-    current: object = None
-
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a model's forward."""
-        outer, self.current = self.current, object()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self.current = outer
-
-
-forwards = Forwards()
-_calls: set[weakref.ref[HeadCall]] = set()  # all calls whose logits are still referenced
-_hooks: list[Any] = []  # handles of the hooks of all optimizers, registered by the first call
-
-
-def _end_calls(optimizer: Any, *_: Any) -> None:
-    """Ends the calls whose weight or bias an optimizer changes in its step."""
-    if is_dynamo_compiling() or not _calls:  # a compiled step increments versions
-        return
-    parameters = {id(x) for group in optimizer.param_groups for x in group["params"]}
-    for reference in _calls.copy():
-        call = reference()
-        if call is not None and not parameters.isdisjoint(map(id, call.inputs)):
-            call.ended = True
-
-
-class _Watched(NamedTuple):
-    """A tensor that must not change until the logits are read.
-
-    Attributes:
-        tensor: The tensor.
-        version: Its version, which operators in place increment.
-        address: The address of its memory, which ``x.data = y`` changes; None if not compared.
-        sample: Some of its elements, which operators on ``x.data`` change; None if not compared.
-    """
-
-    tensor: Tensor
-    version: int
-    address: int | None = None
-    sample: Tensor | None = None
-
-    def has_moved(self) -> bool:
-        """Returns whether the version or the address has changed."""
-        moved = self.address is not None and self.tensor.data_ptr() != self.address
-        return moved or version_of(self.tensor) != self.version
-
-    def differs(self) -> bool:
-        """Returns whether an element of the sample has changed, bit by bit."""
-        if self.sample is None:
-            return False
-        with torch.no_grad():
-            now = _sample(self.tensor)
-        return not torch.equal(now.view(torch.uint8), self.sample.view(torch.uint8))
-
-
-def _watch(x: Tensor) -> _Watched:
-    """Watches a weight, or another tensor with numbers for each class."""
-    return _Watched(x, version_of(x), x.data_ptr(), _sample(x))
-
-
-def _sample(x: Tensor) -> Tensor:
-    """Returns a copy of at most 256 elements, at even distances in most rows and columns."""
-    step = -(-x.numel() // 256) | 1  # odd, because most widths are even
-    return torch.as_strided_copy(x.contiguous(), (-(-x.numel() // step),), (step,))
-
-
 class HeadCall:
     """One call of a converted head, whose logits are lazy.
 
-    Logits can be computed as long as their inputs stay the same. Changes are detected in three
-    ways. Operators in place increment a tensor's version. Fused optimizers do not, so a hook of all
-    `torch.optim.Optimizer` ends the calls whose weight or bias they change. Other libraries write
-    ``weight.data``, so a read after the model's forward compares 256 elements of the weight and of
-    the bias with their values in the call. This does not detect a change of ``weight.data`` that
-    misses all of these elements, for example of a few rows. On a GPU, the first loss does not
-    compare, because that would synchronise.
+    Logits can be computed as long as their inputs stay the same. An optimizer's step follows a
+    backward pass, so the first backward pass through a loss of the logits ends them. Until then,
+    the versions of the inputs decide, as for tensors that autograd has saved: like autograd, this
+    does not notice writes to ``weight.data`` or the steps of fused optimizers.
 
     Attributes:
         head: The head, which receives the metrics.
         options: The options of the head.
         inputs: The hidden states, of shape (..., D), the weight (C, D), and the bias (C) or None.
+        versions: Tensors that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
-        hooks: A number for the active hooks of saved tensors.
+        hooks: The active hooks of saved tensors.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
-        ended: Whether an optimizer has changed the weight or the bias in a step.
-        forward: The forward pass of the model that made the call, None if there was none.
+        ended: Whether a backward pass has reached such a loss.
         keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
         values: Weak references to the values of the lazy tensors of this call.
-        watched: Tensors that must not change until the logits are read.
     """
 
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
         self.computed = self.bypassed = self.ended = self.keeps_lazy = False
+        self.hooks = saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
-        self.watched: list[_Watched] = []
-        hidden, weight, bias = inputs
+        self.versions: list[tuple[Tensor, int]] = []
+        hidden, *parameters = inputs
         if hidden.is_inference():  # it has no version
             hidden = hidden.clone()
         else:
-            self.watched.append(_Watched(hidden, version_of(hidden)))
-        self.inputs = hidden, weight, bias
-        self.hooks, self.forward = hash(saved_tensors_hooks(True)), forwards.current
-        if not _hooks:  # the second hook is for calls in an optimizer's closure
-            _hooks.append(register_optimizer_step_pre_hook(_end_calls))
-            _hooks.append(register_optimizer_step_post_hook(_end_calls))
-        _calls.add(weakref.ref(self, _calls.discard))
+            self.watch(hidden)
+        self.watch(*(x for x in parameters if x is not None))
+        self.inputs = hidden, *parameters
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
@@ -216,28 +121,32 @@ class HeadCall:
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
 
-    def check(self, compares: bool = True) -> None:
-        """Checks that the tensors from which the logits are computed have not changed.
+    def watch(self, *tensors: Tensor) -> None:
+        """Makes a change of these tensors an error if the logits are read after it."""
+        self.versions += [(x, version_of(x)) for x in tensors]
 
-        Args:
-            compares: Whether elements may be compared, for which a GPU synchronises.
+    def check(self) -> None:
+        """Checks that the logits can still be computed.
 
         Raises:
-            RuntimeError: One has been changed, or FSDP has freed the weight.
+            RuntimeError: Their loss's backward pass has run, or a tensor has been changed.
         """
-        changed = " by an optimizer's step" if self.ended else None
-        if changed is None and any(each.has_moved() for each in self.watched):
-            changed = ""
-        # Nothing changes weights while the model's forward runs.
-        in_forward = self.forward is not None and self.forward is forwards.current
-        if changed is None and compares and not in_forward:
-            changed = "" if any(each.differs() for each in self.watched) else None
-        if changed is not None:
-            raise RuntimeError(
-                "pyfused.convert: expected the head's input, weight and bias, and tensors that are "
-                "added to its logits or select their rows, to stay the same until the logits are "
-                f"read, got one changed{changed}. Read the logits before. {_INSTEAD}"
+        if self.ended:
+            problem = "a read after it"
+        elif any(version_of(x) != version for x, version in self.versions):
+            problem = (
+                "a change of the head's input, weight or bias, or of a tensor that was added to "
+                "the logits or selected their rows"
             )
+        elif not self.inputs[1].untyped_storage().nbytes():
+            problem = "a weight whose memory was freed, for example by FSDP"
+        else:
+            return
+        raise RuntimeError(
+            f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
+            f"the backward pass of their loss, got {problem}. Read the logits before `backward()`, "
+            "pass metrics=True to pyfused.convert, or call pyfused.revert(model)"
+        )
 
     def compute(self, reader: str) -> None:
         """Computes all lazy tensors of this call, because an operator reads one of them."""
@@ -246,10 +155,7 @@ class HeadCall:
         self.check()
         if self.bypassed or self.needs_grad:
             when = " after their loss, which has not computed them" if self.bypassed else ""
-            instead = _INSTEAD_OF_SLICES
-            if reader not in _SLICES:
-                instead = _INSTEAD if self.bypassed else f"{_FUSED}. {_INSTEAD}"
-            tell(self.options.model_name, f"its logits are read by {reader}{when}. {instead}")
+            tell(self.options.model_name, f"its logits are read by {reader}{when}. {_ADVICE}")
         for reference in self.values:  # before an operator changes one of them in place
             if (value := reference()) is not None:
                 value.compute()
@@ -257,7 +163,7 @@ class HeadCall:
 
     def loss(self, value: _Value, target: Tensor, options: dict[str, Any]) -> Any:
         """Returns the cross-entropy of the rows of a value."""
-        self.check(compares=self.bypassed or self.inputs[0].device.type == "cpu")
+        self.check()
         (_, weight, bias), shift = self.inputs, value.shift
         options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
         options["softcap"], options["scale"] = value.cap, value.scale
@@ -268,8 +174,17 @@ class HeadCall:
             )
         else:
             loss = linear_cross_entropy(value.rows, weight, target, **options)
-        self.bypassed = self.bypassed or loss.requires_grad
+        if loss.requires_grad:
+            self.bypassed = True
+            call = weakref.ref(self)  # the graph of a loss keeps no hidden states after backward
+            loss.grad_fn.register_prehook(lambda _: _end(call))
         return loss
+
+
+def _end(reference: weakref.ref[HeadCall]) -> None:
+    """Ends a call, because a backward pass has reached its loss."""
+    if (call := reference()) is not None:
+        call.ended = True
 
 
 @dataclass(eq=False)
@@ -349,8 +264,6 @@ class _Value:
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
         call, before = self.call, self.example
-        if call.ended:
-            call.check()
         inference = tensor.is_inference()
         if inference != torch.is_inference_mode_enabled():
             return None
@@ -421,7 +334,7 @@ class _Value:
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
             # A checkpoint of the loss alone has other hooks.
-            and call.hooks == hash(saved_tensors_hooks(True))
+            and call.hooks == saved_tensors_hooks(True)
         ):
             return None
         options: dict[str, Any] = {
@@ -470,47 +383,32 @@ def _dim_of_view(before: torch.Size, dim: int, shape: torch.Size) -> int | None:
     return None
 
 
-def _permutation(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """A permutation of the dimensions."""
-    dim, sizes = value.dim, range(2, value.example.dim() + 2)  # sizes that tell dimensions apart
-    moved = function(torch.empty(*sizes, device="meta"), *args, **kwargs).shape
-    order = [size - 2 for size in moved]
-    others = [i - (i > dim) for i in order if i != dim]
-    return {"dim": order.index(dim), "rows": value.rows.permute(*others, -1)}
+def _movement(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """A permutation of the dimensions, or an index of numbers and slices."""
+    shape = value.example.shape
+    strides = [int(i == value.dim) for i in range(len(shape))]
+    probe = function(torch.empty_strided(shape, strides, device="meta"), *args, **kwargs)
+    sizes = zip(probe.shape, probe.stride(), strict=True)
+    kept = [i for i, each in enumerate(sizes) if each == (shape[value.dim], 1)]
+    if not kept:
+        return None
+    rows = function(value.rows.movedim(-1, value.dim), *args, **kwargs)
+    return {"dim": kept[0], "rows": rows.movedim(kept[0], -1)}
 
 
-def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """Slices of rows, or a selection of rows by masks or int64 tensors."""
-    (index,), shape, call = args, value.example.shape, value.call
+    (index,), shape = args, value.example.shape
     parts = index if type(index) is tuple else (index,)
-    if (whole := _index_of_rows(parts, len(shape), value.dim)) is not None:
-        removed = [type(part) for part in whole[: value.dim]].count(int)
-        return {"rows": value.rows[whole], "dim": value.dim - removed}
+    if {*map(type, parts)} <= {int, slice, EllipsisType}:
+        return _movement(value, function, args, kwargs)
     indices = _indices(parts, shape) if value.dim == len(shape) - 1 else None
     if indices is None:
         return None
-    call.check()  # the selected rows are a copy
-    call.watched += [_Watched(part, version_of(part)) for part in parts]
+    value.call.check()  # the selected rows are a copy
+    value.call.watch(*parts)
     rows = value.rows[indices]
     return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
-
-
-def _index_of_rows(parts: tuple[Any, ...], dimensions: int, dim: int) -> Any:
-    """Returns an index without the dimension of the classes, None if it does not keep them whole.
-
-    The parts of the index have to be numbers and slices.
-    """
-    slices = [part for part in parts if type(part) is slice]
-    bounds = [x for part in slices for x in (part.start, part.stop, part.step) if x is not None]
-    known = {type(x) for x in (*parts, *bounds)} <= {int, slice, EllipsisType}
-    if not known or parts.count(...) > 1:
-        return None
-    missing = dimensions - len(parts) + parts.count(...)
-    if missing < 0:
-        return None
-    at = parts.index(...) if ... in parts else len(parts)
-    every = *parts[:at], *[slice(None)] * missing, *parts[at + 1 :]
-    return (*every[:dim], *every[dim + 1 :]) if every[dim] == slice(None) else None
 
 
 def _indices(parts: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, ...] | None:
@@ -550,7 +448,7 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
         return None
     if bias.is_inference():  # it has no version
         return None
-    call.watched.append(_watch(bias))
+    call.watch(bias)
     bias = bias.reshape(-1)
     return {"shift": bias if value.shift is None else value.shift + bias}
 
@@ -597,16 +495,16 @@ def _original(function: Any) -> Any:
 
 
 _CROSS_ENTROPY, _NLL_LOSS = _original(F.cross_entropy), _original(F.nll_loss)
-_MOVES = _view, _index, _permutation
+_MOVES = _view, _index, _movement
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
 _FUNCTIONS_OF_RULES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
     (_view, (Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous)),
     (_view, (Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze)),
     (_view, (Tensor.squeeze, torch.squeeze, Tensor.detach, torch.detach)),
-    (_permutation, (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes)),
-    (_permutation, (Tensor.permute, torch.permute, Tensor.swapdims, torch.swapdims)),
-    (_permutation, (Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)),
-    (_permutation, (Tensor.t, torch.t, Tensor.mT.__get__)),  # type: ignore[attr-defined]
+    (_movement, (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes)),
+    (_movement, (Tensor.permute, torch.permute, Tensor.swapdims, torch.swapdims)),
+    (_movement, (Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)),
+    (_movement, (Tensor.t, torch.t, Tensor.mT.__get__)),  # type: ignore[attr-defined]
     (_index, (Tensor.__getitem__,)),
     (_log_softmax, (F.log_softmax, torch.log_softmax, Tensor.log_softmax)),
     (_add, (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)),
@@ -687,7 +585,6 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, value: _Value, *inputs: Any) -> Any:
         ctx.save_for_backward(*inputs)
         ctx.materialize_grads = False
-        value.call.watched += [_watch(x) for x in inputs[1:] if x is not None]  # without a graph
         return value.tensor()
 
     @staticmethod
