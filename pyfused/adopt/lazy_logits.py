@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import EllipsisType
 from typing import Any
 
@@ -37,18 +39,16 @@ from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_m
 from pyfused.torch_internals import (
     DisableTorchFunctionSubclass,
     saved_tensors_hooks,
-    tree_map,
+    tree_map_only,
     version_of,
 )
 
-_ATTRIBUTES = (
-    *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "_base"),
-    *("is_cuda", "is_cpu", "is_sparse", "is_meta", "is_nested"),
-)
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
     *(torch.is_floating_point, Tensor.is_floating_point, Tensor.element_size, Tensor.get_device),
-    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "_base", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_sparse", "is_meta", "is_nested")),
     getattr(Tensor, "_backward_hooks").__set__,  # noqa: B009  # called by autograd
     Tensor.__hash__,
 }
@@ -92,14 +92,15 @@ class HeadCall:
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
-        ended: Whether a backward pass has reached such a loss.
+        ended: Is set when a backward pass reaches such a loss.
         keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
         values: Weak references to the values of the lazy tensors of this call.
     """
 
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
-        self.computed = self.bypassed = self.ended = self.keeps_lazy = False
+        self.computed = self.bypassed = self.keeps_lazy = False
+        self.ended = threading.Event()
         self.hooks = saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
         self.versions: list[tuple[Tensor, int]] = []
@@ -113,13 +114,19 @@ class HeadCall:
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
-        hidden, weight, _ = self.inputs
+        hidden, weight, bias = self.inputs
         shape = *hidden.shape[:-1], weight.shape[0]
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        value = _Value(self, hidden, example, dim=len(shape) - 1)
+        value = _Value(self, hidden, example, len(shape) - 1, bias, self.linear)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
+
+    def linear(self) -> Tensor:
+        """Returns the values of the logits."""
+        dtype = self.autocast or self.inputs[0].dtype
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in self.inputs)
+        return F.linear(hidden, weight, bias)
 
     def watch(self, *tensors: Tensor) -> None:
         """Makes a change of these tensors an error if the logits are read after it."""
@@ -131,15 +138,14 @@ class HeadCall:
         Raises:
             RuntimeError: Their loss's backward pass has run, or a tensor has been changed.
         """
-        if self.ended:
+        freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
+        if self.ended.is_set():
             problem = "a read after it"
-        elif any(version_of(x) != version for x, version in self.versions):
+        elif freed or any(version_of(x) != version for x, version in self.versions):
             problem = (
                 "a change of the head's input, weight or bias, or of a tensor that was added to "
                 "the logits or selected their rows"
             )
-        elif not self.inputs[1].untyped_storage().nbytes():
-            problem = "a weight whose memory was freed, for example by FSDP"
         else:
             return
         raise RuntimeError(
@@ -161,30 +167,18 @@ class HeadCall:
                 value.compute()
         self.computed = True
 
-    def loss(self, value: _Value, target: Tensor, options: dict[str, Any]) -> Any:
-        """Returns the cross-entropy of the rows of a value."""
+    def loss(self, *args: Any, **options: Any) -> Any:
+        """Returns the loss of ``linear_cross_entropy`` and its arguments."""
         self.check()
-        (_, weight, bias), shift = self.inputs, value.shift
-        options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
-        options["softcap"], options["scale"] = value.cap, value.scale
         options["memory_budget"] = self.options.memory_budget
         if self.options.metrics:
-            loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(
-                value.rows, weight, target, **options
-            )
+            loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(*args, **options)
         else:
-            loss = linear_cross_entropy(value.rows, weight, target, **options)
+            loss = linear_cross_entropy(*args, **options)
         if loss.requires_grad:
-            self.bypassed = True
-            call = weakref.ref(self)  # the graph of a loss keeps no hidden states after backward
-            loss.grad_fn.register_prehook(lambda _: _end(call))
+            self.bypassed, ended = True, self.ended  # a loss that is kept does not keep the call
+            loss.grad_fn.register_prehook(lambda _: ended.set())
         return loss
-
-
-def _end(reference: weakref.ref[HeadCall]) -> None:
-    """Ends a call, because a backward pass has reached its loss."""
-    if (call := reference()) is not None:
-        call.ended = True
 
 
 @dataclass(eq=False)
@@ -192,7 +186,7 @@ class _Value:
     """Describes how a lazy tensor is computed.
 
     It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
-    ``x = linear(rows, weight, bias) + shift``.
+    ``x = linear(rows, weight, bias)``.
 
     Attributes:
         call: The head's call.
@@ -200,11 +194,9 @@ class _Value:
             to the end.
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
+        bias: The sum of the head's bias and of tensors that were added, None without any.
+        operation: Returns the values; None afterwards.
         needs_grad: Whether the result of the operator required a gradient.
-        parent: The value from which an operator has made this one, None for the head's output.
-        operation: The operator of ATen, and its arguments and keyword arguments after the parent.
-        shift: A tensor of one number for each class, None without an addition.
-        cast: The dtype that x was cast to, None without a cast.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
         real: The computed values, without an autograd graph.
@@ -214,11 +206,9 @@ class _Value:
     rows: Tensor
     example: Any
     dim: int
+    bias: Tensor | None
+    operation: Callable[[], Tensor] | None
     needs_grad: bool = False
-    parent: _Value | None = None
-    operation: tuple[Any, Any, Any] = (None, (), {})
-    shift: Tensor | None = None
-    cast: torch.dtype | None = None
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
@@ -226,13 +216,9 @@ class _Value:
 
     def tensor(self) -> Any:
         """Returns a lazy tensor with this value."""
-        example = self.example
+        x = self.example
         tensor: Any = torch_internals.make_wrapper_subclass(
-            LazyLogits,
-            example.shape,
-            strides=example.stride(),
-            dtype=example.dtype,
-            device=self.rows.device,
+            LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.rows.device
         )
         tensor.value = self
         self.call.values.append(weakref.ref(self))
@@ -240,26 +226,21 @@ class _Value:
 
     def compute(self) -> Tensor:
         """Returns the values."""
-        if self.real is None:
+        if self.operation is not None:
             mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
             autocast = torch.autocast(self.rows.device.type, enabled=False)
             with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
-                if self.parent is None:
-                    dtype = self.example.dtype
-                    inputs = [x if x is None else x.to(dtype) for x in self.call.inputs]
-                    self.real = F.linear(*inputs)  # type: ignore[arg-type]
-                else:
-                    function, args, kwargs = self.operation
-                    self.real = function(self.parent.compute(), *args, **kwargs)
-            self.parent, self.operation = None, (None, (), {})
+                self.real, self.operation = self.operation(), None
         return self.real  # type: ignore[no-any-return]
 
     def result(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Returns the lazy result of an operator of ATen."""
-        others = tree_map(_to_meta, args) if function in _WITH_TENSORS else args
+        others = args
+        if function in _WITH_TENSORS:
+            others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
         example = function(self.example, *others, **kwargs)
-        operation = function, args, kwargs
-        return replace(self, parent=self, operation=operation, example=example).tensor()
+        operation = lambda: function(self.compute(), *args, **kwargs)  # noqa: E731
+        return replace(self, example=example, operation=operation).tensor()
 
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
@@ -290,12 +271,13 @@ class _Value:
         value: _Value = result.value
         shape = value.example.shape
         if "rows" not in changes and shape != before.shape:
-            dim = _dim_of_view(before.shape, self.dim, shape)
-            if dim is None:
+            key = before.shape[self.dim], before.shape[: self.dim].numel()
+            dims = [i for i, size in enumerate(shape) if (size, shape[:i].numel()) == key]
+            if not dims:  # a view that does not keep the classes of a row together
                 return None
-            rows = self.rows.reshape(*shape[:dim], *shape[dim + 1 :], self.rows.shape[-1])
-            changes.update(dim=dim, rows=rows)
-        if value.example.dtype is not changes.get("cast", before.dtype):
+            rows = self.rows.reshape(*shape[: dims[0]], *shape[dims[0] + 1 :], self.rows.shape[-1])
+            changes.update(dim=dims[0], rows=rows)
+        if value.example.dtype is not changes.pop("dtype", before.dtype):
             return None
         for name, attribute in changes.items():
             setattr(value, name, attribute)
@@ -337,19 +319,21 @@ class _Value:
             and call.hooks == saved_tensors_hooks(True)
         ):
             return None
-        options: dict[str, Any] = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "loss_dtype": dtype,
-        }
-        device, gradients = rows.device.type, torch.is_grad_enabled()
-        if active_autocast(rows) == call.autocast and (self.needs_grad or not gradients):
-            return call.loss(self, target, options)
-        cast = torch.autocast(device, call.autocast, call.autocast is not None)
-        with cast, torch.set_grad_enabled(gradients and self.needs_grad):
-            return call.loss(self, target, options)
+        with (
+            torch.autocast(rows.device.type, call.autocast, call.autocast is not None),
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_grad),
+        ):
+            return call.loss(
+                *(rows, call.inputs[1], target),
+                linear_bias=self.bias,
+                weight=weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                softcap=self.cap,
+                scale=self.scale,
+                loss_dtype=dtype,
+            )
 
     def dtype_of_loss(self) -> torch.dtype:
         """Returns the dtype of torch's loss, which autocast computes in float32."""
@@ -360,8 +344,8 @@ class _Value:
 
 # ---- operators that keep logits lazy -------------------------------------------------------------
 
-# A rule returns the attributes of a value that an operator changes, and "operation" if it is called
-# with other arguments. It returns None if the operator reads the logits.
+# A rule returns the attributes of a value that an operator changes, its "dtype" if that may change,
+# and "operation" if it is called with other arguments; None if the operator reads the logits.
 
 
 def _operand(args: Any, kwargs: Any) -> Any:
@@ -372,15 +356,6 @@ def _operand(args: Any, kwargs: Any) -> Any:
 
 def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     return {}
-
-
-def _dim_of_view(before: torch.Size, dim: int, shape: torch.Size) -> int | None:
-    """Returns the dimension of the classes in a view, None if it does not keep them whole."""
-    leading = before[:dim].numel()
-    for i, size in enumerate(shape):
-        if size == before[dim] and shape[:i].numel() == leading:
-            return i
-    return None
 
 
 def _movement(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -402,29 +377,22 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     parts = index if type(index) is tuple else (index,)
     if {*map(type, parts)} <= {int, slice, EllipsisType}:
         return _movement(value, function, args, kwargs)
-    indices = _indices(parts, shape) if value.dim == len(shape) - 1 else None
-    if indices is None:
+    indices: tuple[Tensor, ...] = ()
+    for part in parts:
+        if type(part) not in PLAIN or part.is_inference():  # an inference tensor has no version
+            return None
+        if part.dtype is torch.bool and part.shape == shape[len(indices) :][: part.dim()] != ():
+            indices += part.nonzero(as_tuple=True)
+        elif part.dtype is torch.int64:
+            indices += (part,)
+        else:
+            return None
+    if value.dim != len(shape) - 1 or not 0 < len(indices) < len(shape):
         return None
     value.call.check()  # the selected rows are a copy
     value.call.watch(*parts)
     rows = value.rows[indices]
     return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
-
-
-def _indices(parts: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, ...] | None:
-    """Returns int64 tensors that select the same rows as masks and int64 tensors, or None."""
-    indices: list[Tensor] = []
-    for part in parts:
-        if type(part) not in PLAIN or part.is_inference():
-            return None
-        dimensions = shape[len(indices) :][: part.dim()]
-        if part.dtype is torch.int64:
-            indices.append(part)
-        elif part.dtype is torch.bool and part.dim() and part.shape == dimensions:
-            indices += part.nonzero(as_tuple=True)
-        else:
-            return None
-    return tuple(indices) if 0 < len(indices) < len(shape) else None
 
 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -440,34 +408,28 @@ def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  
 def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """The sum with a constant bias, which autocast would round."""
     bias, call = _operand(args, kwargs), value.call
-    if value.scale != 1 or value.cap is not None or call.autocast or value.cast:
+    example, dtype = value.example, value.rows.dtype
+    if value.scale != 1 or value.cap is not None or call.autocast or example.dtype is not dtype:
         return None
-    if not value.is_constant(bias, value.rows.dtype) or bias.dim() > value.example.dim():
+    if not value.is_constant(bias, dtype) or value.dim != example.dim() - 1:
         return None
-    if value.dim != value.example.dim() - 1:
-        return None
-    if bias.is_inference():  # it has no version
+    if bias.dim() > example.dim() or bias.is_inference():  # it has no version
         return None
     call.watch(bias)
     bias = bias.reshape(-1)
-    return {"shift": bias if value.shift is None else value.shift + bias}
+    return {"bias": bias if value.bias is None else value.bias + bias}
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """A cast to float32, or to the tensor's own dtype and device."""
-    before, device = value.example.dtype, value.rows.device
-    dtype = torch.float32 if function is Tensor.float else before
-    for option in (*args, *(x for name, x in kwargs.items() if name != "non_blocking")):
-        if isinstance(option, torch.dtype):
-            dtype = option
-        elif not isinstance(option, (str, torch.device)) or torch.device(option) != device:
-            return None
-    operation: Any = Tensor.to, (dtype,), {}
-    if dtype is before:
-        return {"operation": operation}
-    if dtype is not torch.float32 or before is torch.float64:
+    if kwargs.keys() - {"dtype", "device", "non_blocking"} or bool in map(type, args):
         return None
-    return {"cast": dtype, "operation": operation}
+    before, device = value.example.dtype, value.rows.device
+    cast = function(torch.empty(0, dtype=before, device=device), *args, **kwargs)
+    casts = cast.dtype is torch.float32 and before is not torch.float64
+    if cast.device != device or not (casts or cast.dtype is before):
+        return None
+    return {"dtype": cast.dtype, "operation": (Tensor.to, (cast.dtype,), {})}
 
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -497,23 +459,24 @@ def _original(function: Any) -> Any:
 _CROSS_ENTROPY, _NLL_LOSS = _original(F.cross_entropy), _original(F.nll_loss)
 _MOVES = _view, _index, _movement
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
-_FUNCTIONS_OF_RULES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
-    (_view, (Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous)),
-    (_view, (Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze)),
-    (_view, (Tensor.squeeze, torch.squeeze, Tensor.detach, torch.detach)),
-    (_movement, (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes)),
-    (_movement, (Tensor.permute, torch.permute, Tensor.swapdims, torch.swapdims)),
-    (_movement, (Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)),
-    (_movement, (Tensor.t, torch.t, Tensor.mT.__get__)),  # type: ignore[attr-defined]
-    (_index, (Tensor.__getitem__,)),
-    (_log_softmax, (F.log_softmax, torch.log_softmax, Tensor.log_softmax)),
-    (_add, (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)),
-    (_scale, (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, *_QUOTIENTS)),
-    (_cast, (Tensor.float, Tensor.to)),
-    (_tanh, (Tensor.tanh, torch.tanh)),
-    (_clone, (Tensor.clone, torch.clone)),
-)
-_RULES = {_original(each): rule for rule, functions in _FUNCTIONS_OF_RULES for each in functions}
+_NAMES_OF_RULES: dict[Callable[..., Any], str] = {
+    _view: "view reshape contiguous flatten unsqueeze squeeze detach",
+    _movement: "transpose swapaxes swapdims permute movedim moveaxis t",
+    _index: "__getitem__",
+    _log_softmax: "log_softmax",
+    _add: "add __add__ __radd__",
+    _scale: "mul __mul__ __rmul__ div __truediv__ true_divide",
+    _cast: "float to",
+    _tanh: "tanh",
+    _clone: "clone",
+}
+_RULES = {
+    _original(getattr(owner, name)): rule
+    for rule, names in _NAMES_OF_RULES.items()
+    for name in names.split()
+    for owner in (Tensor, torch, F)
+    if callable(getattr(owner, name, None))
+} | {Tensor.mT.__get__: _movement}  # type: ignore[attr-defined]
 
 
 # ---- the tensor subclass -------------------------------------------------------------------------
@@ -541,17 +504,18 @@ class LazyLogits(Tensor):
             name = _name_of(function)
             if is_lazy and function in _OF_NODES:
                 _expect_gradient(tensor, name)
-                with torch.inference_mode(tensor.is_inference()):
-                    return function(*args, **kwargs)
+                return function(*args, **kwargs)
             if is_lazy and _is_in_place(function):
                 tensor.value.call.compute(name)
                 if name == "data":
                     raise _error_in_place("memory", name)
                 return function(*args, **kwargs)
             if function in _BACKWARD:
-                others, kwargs = tree_map(lambda x: _edge_of(x, function), (args[1:], kwargs))
+                edge = partial(_edge_of, function=function)
+                others, kwargs = tree_map_only(LazyLogits, edge, (args[1:], kwargs))
                 args = *args[:1], *others
-            args, kwargs = tree_map(lambda x: _view_of(x, name), (args, kwargs))
+            view = partial(_view_of, reader=name)
+            args, kwargs = tree_map_only(LazyLogits, view, (args, kwargs))
         result = function(*args, **kwargs)
         return tensor if is_lazy and result is args[0] else result
 
@@ -563,7 +527,7 @@ class LazyLogits(Tensor):
         tensor: Any = args[0] if args else None
         if isinstance(tensor, LazyLogits) and tensor.value.call.keeps_lazy:
             return tensor.value.result(function, args[1:], kwargs)
-        values, kwargs = tree_map(_values_of, (args, kwargs))
+        values, kwargs = tree_map_only(LazyLogits, _values_of, (args, kwargs))
         result = function(*values, **kwargs)
         if result is not values[0]:
             return result
@@ -609,31 +573,21 @@ class _Head(torch.autograd.Function):
 _head: Any = torch_internals.apply_of(_Head)
 
 
-def _to_meta(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, Tensor) else x
-
-
-def _values_of(x: Any) -> Any:
-    """Returns the values of a lazy tensor, and other arguments unchanged."""
-    if not isinstance(x, LazyLogits):
-        return x
+def _values_of(x: LazyLogits) -> Tensor:
+    """Returns the values of a lazy tensor."""
     x.value.call.compute("C++ code")
     return x.value.compute()
 
 
-def _view_of(x: Any, reader: str) -> Any:
-    """Returns a plain view of a lazy tensor for an operator; returns others unchanged."""
-    if not isinstance(x, LazyLogits):
-        return x
+def _view_of(x: LazyLogits, reader: str) -> Tensor:
+    """Returns a plain view of a lazy tensor for an operator."""
     x.value.call.compute(reader)
     with torch.inference_mode(x.is_inference()):
         return x.view_as(x)
 
 
-def _edge_of(x: Any, function: Any) -> Any:
-    """Returns the node of lazy logits for a backward pass; returns other arguments unchanged."""
-    if not isinstance(x, LazyLogits):
-        return x
+def _edge_of(x: LazyLogits, function: Any) -> Any:
+    """Returns the node of lazy logits for a backward pass."""
     _expect_gradient(x, "autograd.grad")
     if function is not torch.autograd.grad:
         x.retain_grad()
@@ -651,8 +605,7 @@ def _expect_gradient(x: Any, reader: str) -> None:
     elif not _is_of_wrapper():
         raise RuntimeError(
             "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
-            "before their loss, got it after. Call it before the loss, or call "
-            "pyfused.revert(model)"
+            "before their loss, got it after. Call it before, or call pyfused.revert(model)"
         )
 
 
@@ -672,12 +625,10 @@ def _error_in_place(part: str, name: str) -> RuntimeError:
 def _is_of_wrapper() -> bool:
     """Returns whether DDP or FSDP visits a model's outputs, among which is the loss."""
     frame: Any = sys._getframe(2)
-    while frame.f_globals["__name__"] in (__name__, *_CALLERS):
+    callers = __name__, "torch.overrides", "torch._tensor", "torch.utils._pytree"
+    while frame.f_globals["__name__"] in callers:
         frame = frame.f_back
     return str(frame.f_globals["__name__"]).startswith(("torch.nn.parallel.", "torch.distributed."))
-
-
-_CALLERS = "torch.overrides", "torch._tensor", "torch.utils._pytree"
 
 
 def active_autocast(x: Tensor) -> torch.dtype | None:
