@@ -114,10 +114,10 @@ class HeadCall:
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
-        hidden, weight, bias = self.inputs
+        hidden, weight, _ = self.inputs
         shape = *hidden.shape[:-1], weight.shape[0]
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        value = _Value(self, hidden, example, len(shape) - 1, bias, self.linear)
+        value = _Value(self, hidden, example, len(shape) - 1, self.linear)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
@@ -186,7 +186,7 @@ class _Value:
     """Describes how a lazy tensor is computed.
 
     It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
-    ``x = linear(rows, weight, bias)``.
+    ``x = linear(rows, weight, bias) + shift``.
 
     Attributes:
         call: The head's call.
@@ -194,8 +194,8 @@ class _Value:
             to the end.
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
-        bias: The sum of the head's bias and of tensors that were added, None without any.
         operation: Returns the values; None afterwards.
+        shift: A tensor of one number for each class, None without an addition.
         needs_grad: Whether the result of the operator required a gradient.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
@@ -206,8 +206,8 @@ class _Value:
     rows: Tensor
     example: Any
     dim: int
-    bias: Tensor | None
     operation: Callable[[], Tensor] | None
+    shift: Tensor | None = None
     needs_grad: bool = False
     scale: float = 1.0
     cap: float | None = None
@@ -319,13 +319,14 @@ class _Value:
             and call.hooks == saved_tensors_hooks(True)
         ):
             return None
+        (_, head_weight, bias), shift = call.inputs, self.shift
         with (
             torch.autocast(rows.device.type, call.autocast, call.autocast is not None),
             torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_grad),
         ):
             return call.loss(
-                *(rows, call.inputs[1], target),
-                linear_bias=self.bias,
+                *(rows, head_weight, target),
+                linear_bias=bias if shift is None else shift if bias is None else bias + shift,
                 weight=weight,
                 ignore_index=ignore_index,
                 reduction=reduction,
@@ -417,7 +418,7 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
         return None
     call.watch(bias)
     bias = bias.reshape(-1)
-    return {"bias": bias if value.bias is None else value.bias + bias}
+    return {"shift": bias if value.shift is None else value.shift + bias}
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
