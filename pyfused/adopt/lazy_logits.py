@@ -36,12 +36,7 @@ from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
-from pyfused.torch_internals import (
-    DisableTorchFunctionSubclass,
-    saved_tensors_hooks,
-    tree_map_only,
-    version_of,
-)
+from pyfused.torch_internals import DisableTorchFunctionSubclass, tree_map_only, version_of
 
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
@@ -101,7 +96,7 @@ class HeadCall:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
         self.computed = self.bypassed = self.keeps_lazy = False
         self.ended = threading.Event()
-        self.hooks = saved_tensors_hooks(True)
+        self.hooks = torch_internals.saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
         self.versions: list[tuple[Tensor, int]] = []
         hidden, *parameters = inputs
@@ -286,12 +281,11 @@ class _Value:
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN or tensor.dtype is not dtype:
             return False
-        classes = len(self.call.inputs[1])
-        shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
-        fits = tensor.dtype is dtype and tensor.device == self.rows.device
-        return bool(shaped and fits and not requires_grad(tensor))
+        classes, device = self.example.shape[self.dim], self.rows.device
+        fits = tensor.shape[-1:] == (classes,) and tensor.numel() == classes
+        return fits and tensor.device == device and not requires_grad(tensor)
 
     def cross_entropy(
         self,
@@ -316,7 +310,7 @@ class _Value:
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
             # A checkpoint of the loss alone has other hooks.
-            and call.hooks == saved_tensors_hooks(True)
+            and call.hooks == torch_internals.saved_tensors_hooks(True)
         ):
             return None
         (_, head_weight, bias), shift = call.inputs, self.shift
@@ -559,16 +553,14 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         _, *needed = ctx.needs_input_grad
         rows, dtype = grad.reshape(-1, grad.shape[-1]), grad.dtype
-        gradients: list[Tensor | None] = [None, None, None]
+        inputs = hidden.reshape(-1, hidden.shape[-1])
         with torch.autocast(grad.device.type, enabled=False):
-            if needed[0]:
-                gradients[0] = (grad @ weight.to(dtype)).to(hidden.dtype)
-            if needed[1]:
-                inputs = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-                gradients[1] = (rows.t() @ inputs).to(weight.dtype)
-            if needed[2]:
-                gradients[2] = rows.sum(0).to(bias.dtype)
-        return None, *gradients
+            return (
+                None,
+                (grad @ weight.to(dtype)).to(hidden.dtype) if needed[0] else None,
+                (rows.t() @ inputs.to(dtype)).to(weight.dtype) if needed[1] else None,
+                rows.sum(0).to(bias.dtype) if needed[2] else None,
+            )
 
 
 _head: Any = torch_internals.apply_of(_Head)
@@ -613,9 +605,8 @@ def _expect_gradient(x: Any, reader: str) -> None:
 def _is_in_place(function: Any) -> bool:
     """Returns whether a function changes its first argument, by an operator of ATen."""
     name = getattr(function, "__name__", "")
-    if name.startswith("__"):
-        return name.startswith(("__i", "__set"))
-    return name.endswith("_") and hasattr(torch.ops.aten, name)
+    changes = name.endswith("_") and not name.endswith("__") and hasattr(torch.ops.aten, name)
+    return changes or name.startswith(("__i", "__set"))
 
 
 def _error_in_place(part: str, name: str) -> RuntimeError:

@@ -1,7 +1,4 @@
-"""A converted head does not change results, whatever a model's forward does with its logits.
-
-`python tests/adopt/test_lazy_logits.py 2500` compares 2500 random models, in four calls each.
-"""
+"""A converted head does not change results, whatever a model's forward does with its logits."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import itertools
 import operator
 import pickle
 import random
-import sys
 import threading
 import warnings
 import weakref
@@ -51,6 +47,9 @@ class Doubled(torch.autograd.Function):
         return 3 * grad_output
 
 
+# ---- drawn models --------------------------------------------------------------------------------
+
+
 class Drawn(nn.Module):
     """A model with random forwards: views, in-place changes, reads, and losses of its logits."""
 
@@ -65,7 +64,7 @@ class Drawn(nn.Module):
         elif draw.random() < 0.1:
             self.emb.requires_grad_(False)
         self.to(draw.choice([torch.float64, torch.float64, torch.float32]))
-        self.kinds = LAZY if draw.random() < 0.6 else LAZY + READING
+        self.reads = draw.random() < 0.4
 
     def forward(self, tokens: Tensor, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """Returns the loss, what was read, and some of the logits."""
@@ -74,188 +73,159 @@ class Drawn(nn.Module):
             # For more dimensions, the reference is a view. If it is changed in place, torch drops
             # its hooks, and parts of its gradient.
             tokens = tokens.flatten()
-        hidden = self.emb(tokens).tanh()
-        family = [self.head(hidden)]
+        family = [self.head(self.emb(tokens).tanh())]
         for _ in range(draw.choice([0, 1, 2, 3, 5, 8])):
             place = draw.randrange(len(family))
-            family.append(draw.choice(self.kinds)(family[place], draw, seen))
+            x = family[place]
+            if self.reads and draw.random() < 0.33:
+                family.append(read(x, draw, seen))
+            else:
+                family.append(draw.choice(draw.choice(LAZY))(x, draw.choice(FACTORS)))
             if draw.random() < 0.3:
                 family[place] = family[-1]
             if draw.random() < 0.1:
                 family.append(self.head(self.emb(tokens)))
             if draw.random() < 0.2:
                 losses.append(loss_of(draw.choice(family), draw, False))
-        anything = self.kinds is not LAZY
         number = draw.choice([1, 1, 2])
-        losses += [loss_of(draw.choice(family), draw, anything) for _ in range(number)]
+        losses += [loss_of(draw.choice(family), draw, self.reads) for _ in range(number)]
         return torch.stack([x.double() for x in losses]).sum(), seen, draw.choice(family)
 
 
-def number(draw: random.Random) -> float:
-    return draw.choice([2, 0.5, 3.0, 1.25, 1, 0.1])
+def of_many(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tensor]:
+    """Returns an operator that leaves tensors of few elements or one dimension as they are."""
+    return lambda x, _: change(x) if x.dim() > 1 and min(x.shape) > 1 else x
 
 
-def one_of(*changes: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda x, draw, _: draw.choice(changes)(x)
+def mask_of(x: Tensor, dimensions: int) -> Tensor:
+    leading = x.shape[:dimensions]
+    return torch.arange(leading.numel()).view(leading) % 4 != 1
 
 
-view = one_of(
-    lambda x: x.view(-1, *x.shape[-1:]),
-    lambda x: x.view(size=(-1, *x.shape[-1:])),
-    lambda x: x.reshape(*x.shape[:-1], -1) if x.numel() else x,
-    lambda x: x.reshape((-1, *x.shape[-1:])),
-    lambda x: torch.reshape(x, (-1, *x.shape[-1:])),
-    lambda x: x.flatten(0, -2) if x.dim() > 1 else x,
-    lambda x: x.flatten(start_dim=0, end_dim=-2) if x.dim() > 1 else x,
-    lambda x: x.unsqueeze(0),
-    lambda x: x.squeeze(0),
-    lambda x: x.contiguous(),
-    lambda x: x.view(x.shape),
-)
-cast = one_of(
-    lambda x: x.float(),
-    lambda x: x.to(torch.float32),
-    lambda x: x.to(dtype=torch.float32),
-    lambda x: x.to(x.device),
-    lambda x: x.to(x.dtype),
-    lambda x: x.double(),
-)
-moved = one_of(
-    lambda x: x.transpose(0, -1) if x.dim() else x,
-    lambda x: x.movedim(-1, min(1, x.dim() - 1)) if x.dim() else x,
-    lambda x: x.permute(*range(x.dim())[::-1]),
-    lambda x: torch.swapaxes(x, -1, -2) if x.dim() > 1 else x,
-    lambda x: x.mT if x.dim() > 1 else x,
-)
-rows = one_of(
-    lambda x: x[..., :-1, :],
-    lambda x: x[1:],
-    lambda x: x[:, :-1],
-    lambda x: x[:, :2, ...],
-    lambda x: x[0],
-    lambda x: x[-1:, ...],
-    lambda x: x[..., :, :],
-    lambda x: x[:],
-    lambda x: x[::2],
-    lambda x: x[:, :, 1:] if x.dim() > 2 else x,
-    lambda x: x[..., :-1],
-)
+def constant(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype)
 
 
-def sliced(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
-    return x if x.dim() < 2 or min(x.shape) < 2 else rows(x, draw, seen)
+INDEX = torch.tensor([1, 0, 1])
+FACTORS = 2, 0.5, 3.0, 1.25, 1, 0.1
+VIEWS: list[Callable[[Tensor, float], Tensor]] = [
+    lambda x, _: x.view(-1, *x.shape[-1:]),
+    lambda x, _: x.view(size=(-1, *x.shape[-1:])),
+    lambda x, _: x.reshape(*x.shape[:-1], -1) if x.numel() else x,
+    lambda x, _: torch.reshape(x, (-1, *x.shape[-1:])),
+    lambda x, _: x.flatten(start_dim=0, end_dim=-2) if x.dim() > 1 else x,
+    lambda x, _: x.unsqueeze(0),
+    lambda x, _: x.squeeze(0),
+    lambda x, _: x.contiguous(),
+]
+# Operators that keep logits lazy, at least in some calls.
+LAZY: list[list[Callable[[Tensor, float], Tensor]]] = [
+    VIEWS,
+    VIEWS,
+    [
+        of_many(lambda x: x.transpose(0, -1)),
+        of_many(lambda x: x.movedim(-1, 1)),
+        of_many(lambda x: x.permute(*range(x.dim())[::-1])),
+        of_many(lambda x: torch.swapaxes(x, -1, -2)),
+        of_many(lambda x: x.mT),
+    ],
+    [
+        of_many(lambda x: x[..., :-1, :]),
+        of_many(lambda x: x[1:]),
+        of_many(lambda x: x[:, :2, ...]),
+        of_many(lambda x: x[0]),
+        of_many(lambda x: x[-1:, ...]),
+        of_many(lambda x: x[::2]),
+        of_many(lambda x: x[:, :, 1:] if x.dim() > 2 else x[..., :, :]),
+        of_many(lambda x: x[..., :-1]),
+    ],
+    [
+        of_many(lambda x: x[mask_of(x, 1)]),
+        of_many(lambda x: x[mask_of(x, x.dim() - 1)]),
+        of_many(lambda x: x[mask_of(x, x.dim() - 1).nonzero(as_tuple=True)]),
+        of_many(lambda x: x[INDEX]),
+        of_many(lambda x: x[INDEX, INDEX] if x.dim() > 2 else x[(INDEX,)]),
+        of_many(lambda x: x[INDEX.view(1, 3).expand(2, 3)]),
+    ],
+    [
+        lambda x, _: x + constant(x),
+        lambda x, _: torch.add(x, constant(x).view((1,) * (x.dim() - 1) + x.shape[-1:])),
+    ],
+    [
+        lambda x, by: by * x,
+        lambda x, by: x / by,
+        lambda x, by: torch.div(x, by),
+        lambda x, by: torch.mul(x, by),
+        lambda x, by: torch.tanh(x / by) * by,
+        lambda x, _: x.tanh(),
+    ],
+    [
+        lambda x, _: x.float(),
+        lambda x, _: x.to(dtype=torch.float32),
+        lambda x, _: x.to(x.device),
+        lambda x, _: x.double(),
+    ],
+]
+IN_PLACE: list[Callable[[Tensor, float], Any]] = [
+    lambda x, by: x.mul_(by),
+    lambda x, _: x.masked_fill_(x > 1, 0.5),
+    lambda x, _: F.relu_(x),
+    lambda x, _: operator.setitem(x, (..., 0), -1.5) or x,
+    operator.imul,
+    lambda x, by: torch.no_grad()(x.mul_)(by),
+]
 
 
-def selected(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
-    if x.dim() < 2 or min(x.shape) < 2:
-        return x
-    leading = x.shape[: draw.randrange(1, x.dim())]
-    mask = torch.arange(leading.numel()).view(leading) % 4 != 1
-    index = torch.tensor([1, 0, 1])
-    return draw.choice(
-        [
-            lambda: x[mask],
-            lambda: x[index],
-            lambda: x[index, index] if x.dim() > 2 else x[(index,)],
-            lambda: x[index.view(1, 3).expand(2, 3)],
-            lambda: x[mask.nonzero(as_tuple=True)],
-        ]
-    )()
+def hooked(x: Tensor) -> Tensor:
+    if x.grad_fn is not None:  # torch crashes for views changed under no_grad
+        x.register_hook(lambda grad: grad * 2)
+    return x
 
 
-def shifted(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
-    bias = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype)
-    bias = bias.view((1,) * draw.randrange(x.dim()) + bias.shape)
-    return draw.choice([lambda: x + bias, lambda: x.add(bias), lambda: torch.add(x, bias)])()
-
-
-def scaled(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
-    by = number(draw)
-    return draw.choice(
-        [
-            lambda: x * by,
-            lambda: by * x,
-            lambda: x / by,
-            lambda: x.mul(by),
-            lambda: torch.div(x, by),
-            lambda: torch.mul(x, by),
-            lambda: torch.tanh(x / by) * by,
-            lambda: (x / by).tanh() * by,
-            lambda: torch.tanh(x),
-        ]
-    )()
-
-
-def in_place(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
-    by = number(draw)
-    changes: list[Callable[[], Any]] = [
-        lambda: x.mul_(by),
-        lambda: x.add_(by),
-        lambda: x.div_(by),
-        lambda: x.clamp_(-2, 2),
-        lambda: x.masked_fill_(x > 1, 0.5),
-        lambda: torch.nn.functional.relu_(x),
-        lambda: operator.setitem(x, (..., 0), -1.5) or x,
-        lambda: operator.imul(x, by),
-        lambda: torch.no_grad()(x.mul_)(by),
-    ]
-    return draw.choice(changes)()
+READS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x.argmax(-1),
+    lambda x: x.detach().sum(),
+    lambda x: x.clone(),
+    lambda x: x * torch.tensor(1.5),
+    lambda x: -x,
+    lambda x: x * -2,
+    lambda x: x.log_softmax(-1),
+    lambda x: x[None, ..., None],
+    lambda x: x[..., torch.tensor([0, 2])],
+    lambda x: torch.cat([x, x]),
+    Doubled.apply,
+    lambda x: checkpoint(torch.sigmoid, x, use_reentrant=x.dim() > 2),
+    lambda x: torch.func.vmap(torch.sigmoid)(x),
+    hooked,
+]
 
 
 def read(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
-    def hooked(x: Tensor) -> Tensor:
-        if x.grad_fn is not None:  # torch crashes for views changed under no_grad
-            x.register_hook(lambda grad: grad * 2)
+    """Returns the result of an operator that reads logits, or of a change in place."""
+    kind = draw.randrange(5)
+    if kind == 0:
+        return draw.choice(IN_PLACE)(x, draw.choice(FACTORS))  # type: ignore[no-any-return]
+    if kind == 1:
+        with torch.no_grad() if draw.random() < 0.7 else torch.inference_mode():
+            change = draw.choice([*draw.choice(LAZY), lambda x, _: draw.choice(READS)(x)])
+            seen.append(change(x, 2).clone())
         return x
-
-    def kept(x: Tensor) -> Tensor:
+    if kind == 2 and draw.random() < 0.3:
         x.retain_grad()
-        seen.append(x)
-        return x
-
-    result: Tensor = draw.choice(
-        [
-            lambda: x.argmax(-1),
-            lambda: x.detach().sum(),
-            lambda: x.clone(),
-            lambda: x[..., :-2],
-            lambda: x * torch.tensor(1.5),
-            lambda: -x,
-            lambda: x * -2,
-            lambda: x + 1,
-            lambda: x.log_softmax(-1),
-            lambda: x[None, ..., None],
-            lambda: x[..., torch.tensor([0, 2])],
-            lambda: torch.cat([x, x]),
-            lambda: Doubled.apply(x),
-            lambda: checkpoint(torch.sigmoid, x, use_reentrant=draw.random() < 0.5),
-            lambda: torch.func.vmap(torch.sigmoid)(x),
-            lambda: hooked(x),
-            lambda: kept(x),
-        ]
-    )()
-    if result.requires_grad:
-        return result
+        result = x
+    else:
+        result = draw.choice(READS)(x)
+        if result.requires_grad:
+            return result
     seen.append(result)
     return x
-
-
-def without_gradient(x: Tensor, draw: random.Random, seen: list[Tensor]) -> Tensor:
-    change = draw.choice(LAZY + READING[:2])
-    with torch.no_grad() if draw.random() < 0.7 else torch.inference_mode():
-        seen.append(change(x, draw, seen).clone())
-    return x
-
-
-LAZY: list[Callable[..., Tensor]] = [view, view, moved, sliced, selected, shifted, scaled, cast]
-READING: list[Callable[..., Tensor]] = [read, read, in_place, without_gradient]
 
 
 def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
     if CLASSES in x.shape and draw.random() < 0.9:
         x = x.movedim(x.shape.index(CLASSES), -1)
-    rows = x.reshape(-1, x.shape[-1])
     classes = x.shape[-1]
+    rows = x.reshape(-1, classes)
     generator = torch.Generator().manual_seed(draw.getrandbits(30))
     index = torch.randint(classes, (len(rows),), generator=generator)
     options: dict[str, Any] = {"reduction": draw.choice(["mean", "mean", "sum", "none"])}
@@ -267,44 +237,32 @@ def loss_of(x: Tensor, draw: random.Random, anything: bool) -> Tensor:
     weight = torch.linspace(0.5, 1.5, classes, dtype=rows.dtype)
     if draw.random() < 0.2:
         options["weight"] = weight
-    if anything and draw.random() < 0.5:
-        return draw.choice(
-            [
-                lambda: F.cross_entropy(rows, index, weight=weight),
-                lambda: F.cross_entropy(rows.t()[None], index[None], **options).sum(),
-                lambda: rows.logsumexp(-1).sum(),
-                lambda: F.cross_entropy(rows, rows.detach().softmax(-1)),
-                lambda: F.cross_entropy(rows[0], index[0].clamp(min=0)),
-                lambda: pyfused.functional.cross_entropy(rows, index, z_loss=0.1),
-                lambda: checkpoint(F.cross_entropy, rows, index, use_reentrant=draw.random() < 0.5),
-            ]
-        )()
-    more: list[Callable[[], Tensor]] = []
+    losses: list[Callable[[], Tensor]] = [
+        lambda: F.cross_entropy(rows, index, **options),
+        lambda: nn.CrossEntropyLoss(**options)(rows, index),
+        lambda: F.cross_entropy(input=rows, target=index, **options),
+        lambda: pyfused.functional.cross_entropy(rows, index, **options),
+    ]
     if "label_smoothing" not in options:
-        more += [
-            lambda: F.nll_loss(F.log_softmax(rows, -1), index, **options).sum(),
-            lambda: nn.NLLLoss(**options)(nn.LogSoftmax(-1)(rows), index).sum(),
-            lambda: F.nll_loss(x.log_softmax(-1).view(-1, classes), index, **options).sum(),
+        losses += [
+            lambda: F.nll_loss(F.log_softmax(rows, -1), index, **options),
+            lambda: nn.NLLLoss(**options)(nn.LogSoftmax(-1)(rows), index),
+            lambda: F.nll_loss(x.log_softmax(-1).view(-1, classes), index, **options),
         ]
     if x.dim() > 2:
         places = index.view(x.shape[:-1])
-        more += [
-            lambda: F.cross_entropy(x.movedim(-1, 1), places, **options).sum(),
-            lambda: (
-                (F.cross_entropy(x.transpose(1, 2), places, **options) * 2).sum()
-                if x.dim() == 3
-                else x.sum()
-            ),
+        losses += [lambda: F.cross_entropy(x.movedim(-1, 1), places, **options)] * 2
+    if anything and draw.random() < 0.5:
+        losses = [
+            lambda: F.cross_entropy(rows, index, weight=weight),
+            lambda: F.cross_entropy(rows.t()[None], index[None], **options),
+            lambda: rows.logsumexp(-1),
+            lambda: F.cross_entropy(rows, rows.detach().softmax(-1)),
+            lambda: F.cross_entropy(rows[0], index[0].clamp(min=0)),
+            lambda: pyfused.functional.cross_entropy(rows, index, z_loss=0.1),
+            lambda: checkpoint(F.cross_entropy, rows, index, use_reentrant=draw.random() < 0.5),
         ]
-    return draw.choice(
-        [
-            lambda: F.cross_entropy(rows, index, **options).sum(),
-            lambda: nn.CrossEntropyLoss(**options)(rows, index).sum(),
-            lambda: F.cross_entropy(input=rows, target=index, **options).sum(),
-            lambda: pyfused.functional.cross_entropy(rows, index, **options).sum(),
-            *more,
-        ]
-    )()
+    return draw.choice(losses)().sum()
 
 
 @contextlib.contextmanager
@@ -381,7 +339,7 @@ def compare_call(plain: Drawn, model: Drawn, seed: int) -> str:
         return "error"
     autocast = found.pop(0)
     assert autocast == expected.pop(0)
-    coarse = autocast or any(p.dtype is torch.float32 for p in model.parameters())
+    coarse = autocast or model.head.weight.dtype is torch.float32
     rtol, atol = (0.05, 0.02) if autocast else (1e-3, 1e-4) if coarse else (1e-4, 1e-5)
     for ours, theirs in zip(found, expected, strict=True):
         if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
@@ -1267,19 +1225,3 @@ def test_torch_jit_trace() -> None:
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, (X,))
     torch.testing.assert_close(traced(X), Model()(X))
-
-
-if __name__ == "__main__":
-    from pyfused.dispatch import sizes
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    total: Counter[str] = Counter()
-    with sizes.every_size():
-        for seed in range(first, first + count):
-            try:
-                total += compare(seed)
-            except AssertionError as difference:  # noqa: PERF203
-                print(f"seed {seed} differs: {str(difference)[:300]}", flush=True)
-    print(f"{count} models from {first}: {dict(total)}")
