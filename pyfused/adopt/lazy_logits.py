@@ -121,7 +121,7 @@ class HeadCall:
         """Returns the values of the logits."""
         dtype = self.autocast or self.inputs[0].dtype
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in self.inputs)
-        return F.linear(hidden, weight, bias)
+        return F.linear(hidden, weight, bias)  # type: ignore[arg-type]
 
     def watch(self, *tensors: Tensor) -> None:
         """Makes a change of these tensors an error if the logits are read after it."""
@@ -170,9 +170,9 @@ class HeadCall:
             loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(*args, **options)
         else:
             loss = linear_cross_entropy(*args, **options)
-        if loss.requires_grad:
+        if (node := loss.grad_fn) is not None:
             self.bypassed, ended = True, self.ended  # a loss that is kept does not keep the call
-            loss.grad_fn.register_prehook(lambda _: ended.set())
+            node.register_prehook(lambda _: ended.set())
         return loss
 
 
@@ -384,7 +384,6 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
             return None
     if value.dim != len(shape) - 1 or not 0 < len(indices) < len(shape):
         return None
-    value.call.check()  # the selected rows are a copy
     value.call.watch(*parts)
     rows = value.rows[indices]
     return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
