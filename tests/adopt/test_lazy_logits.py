@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.utils.prune
 from compare import FLOATS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,25 +53,17 @@ INDEX = torch.tensor([1, 0, 1])
 FACTORS = 2, 0.5, 3.0, 1.25, 1, 0.1
 
 
-def _keep(_: Any, logits: Tensor) -> Tensor:
-    return logits
-
-
 class Model(nn.Module):
-    """A model whose forward calls the given function with itself and its logits."""
-
-    def __init__(self, change: Any = _keep) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(5)
         self.emb, self.head = nn.Embedding(50, 8), nn.Linear(8, 40)
-        self.bias, self.change = nn.Buffer(torch.linspace(-1, 1, 40)[None]), change
+        self.bias = nn.Buffer(torch.linspace(-1, 1, 40)[None])
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
         self.hidden: Tensor = 1 * self.emb(x)
-        logits = self.change(self, self.head(self.hidden))
-        if target is None:
-            return logits
-        return logits, F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target)
+        logits = self.head(self.hidden)
+        return logits if target is None else (logits, F.cross_entropy(logits.flatten(0, 1), target))
 
 
 def of_rows_only(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tensor]:
@@ -85,52 +76,36 @@ def mask_of(x: Tensor, dimensions: int) -> Tensor:
     return torch.arange(leading.numel()).view(leading) % 4 != 1
 
 
-VIEWS: list[Callable[[Tensor, float], Tensor]] = [
+# Operators that keep logits lazy, at least in some calls.
+LAZY: list[Callable[[Tensor, float], Tensor]] = [
     lambda x, _: x.view(-1, *x.shape[-1:]),
     lambda x, _: x.reshape(*x.shape[:-1], -1) if x.numel() else x,
-    lambda x, _: torch.reshape(x, (-1, *x.shape[-1:])),
     lambda x, _: x.flatten(start_dim=0, end_dim=-2) if x.dim() > 1 else x,
     lambda x, _: x.unsqueeze(0),
     lambda x, _: x.contiguous(),
-]
-# Operators that keep logits lazy, at least in some calls.
-LAZY: list[list[Callable[[Tensor, float], Tensor]]] = [
-    VIEWS,
-    VIEWS,
-    [
-        of_rows_only(lambda x: x.transpose(0, -1)),
-        of_rows_only(lambda x: x.movedim(-1, 1)),
-        of_rows_only(lambda x: x.permute(*range(x.dim())[::-1])),
-        of_rows_only(lambda x: x.mT),
-    ],
-    [
-        of_rows_only(lambda x: x[1:]),
-        of_rows_only(lambda x: x[:, :2, ...]),
-        of_rows_only(lambda x: x[0]),
-        of_rows_only(lambda x: x[::2]),
-        of_rows_only(lambda x: x[:, :, 1:] if x.dim() > 2 else x[..., :, :]),
-        of_rows_only(lambda x: x[..., :-1]),
-    ],
-    [
-        of_rows_only(lambda x: x[mask_of(x, 1)]),
-        of_rows_only(lambda x: x[mask_of(x, x.dim() - 1)]),
-        of_rows_only(lambda x: x[INDEX]),
-        of_rows_only(lambda x: x[INDEX, INDEX] if x.dim() > 2 else x[(INDEX,)]),
-        of_rows_only(lambda x: x[INDEX.view(1, 3).expand(2, 3)]),
-    ],
-    [lambda x, _: x + torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype)],
-    [
-        lambda x, by: by * x,
-        lambda x, by: x / by,
-        lambda x, by: torch.mul(x, by),
-        lambda x, by: torch.tanh(x / by) * by,
-        lambda x, _: x.tanh(),
-    ],
-    [
-        lambda x, _: x.float(),
-        lambda x, _: x.to(x.device, x.dtype),
-        lambda x, _: x.double(),
-    ],
+    of_rows_only(lambda x: x.transpose(0, -1)),
+    of_rows_only(lambda x: x.movedim(-1, 1)),
+    of_rows_only(lambda x: x.permute(*range(x.dim())[::-1])),
+    of_rows_only(lambda x: x.mT),
+    of_rows_only(lambda x: x[1:]),
+    of_rows_only(lambda x: x[:, :2, ...]),
+    of_rows_only(lambda x: x[0]),
+    of_rows_only(lambda x: x[:, :, 1:] if x.dim() > 2 else x[..., :, :]),
+    of_rows_only(lambda x: x[..., :-1]),
+    of_rows_only(lambda x: x[mask_of(x, 1)]),
+    of_rows_only(lambda x: x[mask_of(x, x.dim() - 1)]),
+    of_rows_only(lambda x: x[INDEX]),
+    of_rows_only(lambda x: x[INDEX, INDEX] if x.dim() > 2 else x[(INDEX,)]),
+    of_rows_only(lambda x: x[INDEX.view(1, 3).expand(2, 3)]),
+    lambda x, _: x + torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype),
+    lambda x, by: by * x,
+    lambda x, by: x / by,
+    lambda x, by: torch.mul(x, by),
+    lambda x, by: torch.tanh(x / by) * by,
+    lambda x, _: x.tanh(),
+    lambda x, _: x.float(),
+    lambda x, _: x.to(x.device, x.dtype),
+    lambda x, _: x.double(),
 ]
 READERS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.argmax(-1),
@@ -269,7 +244,8 @@ class Sequence:
                 logits = [model(X) for model in self.models]
         plain = self.models[0]
         watched = [(x, x._version) for x in (plain.hidden, *plain.head.parameters())]
-        head_call = getattr(logits[1], "value", SimpleNamespace(call=None)).call
+        computed = SimpleNamespace(computed=True)
+        head_call = logits[1].value.call if isinstance(logits[1], LazyLogits) else computed
         call = SimpleNamespace(logits=[logits], watched=watched, head_call=head_call)
         call.ended = call.freed = False
         self.calls.append(call)
@@ -283,7 +259,7 @@ class Sequence:
                 change(model)
         self.losses = []
         if change is fused_step:  # which nothing notices if there was no backward pass
-            self.calls = [call for call in self.calls if call.ended or is_computed(call)]
+            self.calls = [call for call in self.calls if call.ended or call.head_call.computed]
 
     def backward(self) -> None:
         if self.losses:
@@ -317,12 +293,12 @@ class Sequence:
             draw = random.Random(seed)
             with mode():
                 for _ in range(draw.choice([0, 0, 1, 2, 4])):
-                    logits = draw.choice(draw.choice(LAZY))(logits, draw.choice(FACTORS))
+                    logits = draw.choice(LAZY)(logits, draw.choice(FACTORS))
                 if kind == "loss":
                     return logits, drawn_loss(logits, draw)
                 return logits, draw.choice(READERS if kind == "read" else IN_PLACE)(logits) + 0
 
-        was_computed = is_computed(call)
+        was_computed = call.head_call.computed
         changed = any(x._version != version for x, version in call.watched)
         if kind == "change":  # tensors that were saved for a backward pass
             self.losses = [each for each in self.losses if each[0] is not call]
@@ -339,7 +315,7 @@ class Sequence:
                 result(pair[1])
         else:
             logits, found = result(pair[1])
-            lazy = not is_computed(call)
+            lazy = not call.head_call.computed
             outcome = f"{kind} of {'lazy' if lazy else 'read' if was_computed else 'new'} logits"
             assert found.requires_grad == expected.requires_grad
             self.assert_close(found, expected)
@@ -350,10 +326,6 @@ class Sequence:
             if has_backward and not (changed or call.freed):
                 self.losses.append((call, (expected, found), lazy))
         self.outcomes[outcome] += 1
-
-
-def is_computed(call: Any) -> bool:
-    return call.head_call is None or call.head_call.computed
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
@@ -405,7 +377,6 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hook": (lambda h: h.register_forward_hook(lambda *a: 2 * a[-1]), "hooks"),
     "pre-hook": (lambda h: h.register_forward_pre_hook(lambda _, a: (2 * a[0],)), "hooks"),
     "backward": (lambda h: h.register_full_backward_hook(lambda *a: (3 * a[1][0],)), "hooks"),
-    "pruned": (lambda h: nn.utils.prune.l1_unstructured(h, "weight", 0.5), "hooks"),
 }
 
 
@@ -458,7 +429,6 @@ def test_converting_again_changes_the_options() -> None:
     model: Any = Model()
     with pytest.raises(ValueError, match=r"head: expected the name .* one of \['head'\], got 'x'"):
         pyfused.convert(model, head="x")
-    assert pyfused.plan_conversion(model).swapped == ()
     assert pyfused.plan_conversion(model, head="head").swapped == (".",)
     pyfused.convert(model, head="head")
     pyfused.convert(model)
@@ -486,14 +456,10 @@ class Checkpointed(Model):
         return None, checkpoint(loss_of, self.emb(x), use_reentrant=self.reentrant)
 
 
-class Reentrant(Checkpointed):
-    reentrant = True
-
-
 COPIES: dict[str, tuple[type[Model], Callable[[Any], Any]]] = {
     "itself": (Model, lambda model: model),
     "checkpoint": (Checkpointed, lambda model: model),
-    "reentrant checkpoint": (Reentrant, lambda model: model),
+    "reentrant": (Checkpointed, lambda model: setattr(model, "reentrant", True) or model),
     "copy": (Model, copy.copy),
     "deepcopy": (Model, copy.deepcopy),
     "pickle": (Model, lambda model: pickle.loads(pickle.dumps(model))),
@@ -537,21 +503,16 @@ def test_reports_of_fused_losses(name: str, patched: bool) -> None:
 
 def test_a_call_keeps_no_references() -> None:
     """Logits, hidden states and the model are freed without garbage collection."""
-    kept: list[Any] = []
-
-    def keep(model: Any, logits: Tensor) -> Tensor:
-        kept.extend((weakref.ref(logits), weakref.ref(model.hidden)))
-        del model.hidden
-        return logits.view(-1, 40)
-
-    model = pyfused.convert(Model(keep), head="head")
+    model: Any = pyfused.convert(Model(), head="head")
     gc.disable()
     try:
-        results(model)
-        assert [each() for each in kept] == [None, None]
-        freed = weakref.ref(model)
-        del model
-        assert freed() is None
+        logits, loss = model(X, TARGET)
+        references = [weakref.ref(x) for x in (logits, model.hidden, logits.value.call, model)]
+        loss.backward()
+        del logits, model.hidden
+        assert [each() for each in references[:3]] == [None] * 3  # the loss keeps nothing
+        del model, loss
+        assert references[3]() is None
     finally:
         gc.enable()
 
@@ -580,12 +541,6 @@ def of_channels(move: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 # Losses of a model's logits, and the operator that reads the logits; None if the loss is fused.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "bias": (of_rows(lambda m, x: x + m.bias), None),
-    "class weights": (
-        lambda m, x: F.cross_entropy(
-            x.view(-1, 40), TARGET, 1.5 + m.bias[0], ignore_index=3, label_smoothing=0.1
-        ),
-        None,
-    ),
     "mask": (lambda m, x: F.cross_entropy(x[X % 3 == 0], PLACES[X % 3 == 0]), None),
     "rows": (lambda m, x: F.cross_entropy(x[torch.arange(4), TARGET[:4]], TARGET[:4]), None),
     "log_softmax": (lambda m, x: F.nll_loss(x.log_softmax(-1).view(-1, 40), TARGET), None),
@@ -596,19 +551,13 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "permute": (of_channels(lambda x: torch.permute(x, (0, 2, 1))), None),
     "movedim": (of_channels(lambda x: x.view(4, 4, 4, 40).movedim(3, 1).contiguous()), None),
     "t": (of_channels(lambda x: x.view(-1, 40).t().unsqueeze(0)), None),
-    "moves": (of_channels(lambda x: x.view(4, 4, 4, 40).transpose(1, 3).mT.flatten(2)), None),
-    "moved log_softmax": (
-        lambda m, x: F.nll_loss(x.mT.log_softmax(1), PLACES, ignore_index=3),
-        None,
-    ),
+    "moved log_softmax": (lambda m, x: F.nll_loss(x.mT.log_softmax(1), PLACES), None),
     "moved, sliced": (lambda m, x: F.cross_entropy(x.mT[..., :-1], PLACES[:, 1:]), None),
     "moved bias": (
         lambda m, x: F.cross_entropy((x.view(-1, 40)[:40].t() + m.bias[0]).t(), TARGET[:40]),
         "add",
     ),
     "chunk": (of_rows(lambda m, x: torch.cat(x.chunk(2, 1), 1)), "chunk"),
-    "split": (of_rows(lambda m, x: torch.cat(x.split(8, 1), 1)), "split"),
-    "unbind": (of_rows(lambda m, x: torch.stack(x.unbind(1), 1)), "unbind"),
     "mul of keywords": (of_rows(lambda m, x: torch.mul(input=x, other=0.5)), "mul"),
     "rounded": (of_rows(lambda m, x: x.div(2.0, rounding_mode="trunc") + x), "div"),
     "alpha": (of_rows(lambda m, x: torch.add(x, m.bias, alpha=2)), "add"),
@@ -681,16 +630,15 @@ def test_class_weights_of_any_dtype(
         assert losses or of_weight is not torch.float32 or not (casts or of_loss)
 
 
-@pytest.mark.parametrize("options", [{}, {"ignore_index": None}], ids=["dtype", "ignore_index"])
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_torchs_errors(options: dict[str, Any], dtype: torch.dtype) -> None:
-    errors = []
-    for model in (Model(), pyfused.convert(Model(), head="head")):
-        with pytest.raises((RuntimeError, TypeError)) as raised:
-            F.cross_entropy(model(X).flatten(0, 1), TARGET.to(dtype), **options)
-        errors.append((raised.type, str(raised.value)))
-    assert errors[0] == errors[1]
+def test_torchs_errors() -> None:
+    for target, options in ((TARGET.int(), {}), (TARGET, {"ignore_index": None})):
+        errors = []
+        for model in (Model(), pyfused.convert(Model(), head="head")):
+            with pytest.raises((RuntimeError, TypeError)) as raised:
+                F.cross_entropy(model(X).flatten(0, 1), target, **options)
+            errors.append((raised.type, str(raised.value)))
+        assert errors[0] == errors[1]
 
 
 # ---- when logits can be read ---------------------------------------------------------------------
@@ -710,63 +658,56 @@ def test_tensors_that_were_added_or_selected_rows_and_freed_weights() -> None:
             logits.argmax(-1)
 
 
-# Backward passes that do not reach a loss that was computed without the logits.
-OTHERS: dict[str, Callable[[Any, Tensor], Any]] = {
-    "hidden states": lambda model, _: model.hidden.sum().backward(),
-    "loss of another call": lambda model, _: F.cross_entropy(model(X).mT, PLACES).backward(),
-    "checkpoint of the loss": lambda _, logits: checkpoint(
-        F.cross_entropy, logits.mT, PLACES, use_reentrant=False
-    ).backward(),
-    "unused loss": lambda model, logits: torch.autograd.grad(
-        model.head.bias.sum() + 0 * F.cross_entropy(logits.mT, PLACES).detach(), model.head.bias
-    ),
-}
-
-
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_backward_passes_do_not_end_logits(name: str) -> None:
-    model = pyfused.convert(Model(), head="head")
+def test_a_backward_pass_without_a_loss_does_not_end_logits() -> None:
+    model: Any = pyfused.convert(Model(), head="head")
     logits = model(X)
-    OTHERS[name](model, logits)
-    torch.testing.assert_close(logits.detach().clone(), Model()(X).detach())
+    model.hidden.sum().backward()
+    torch.testing.assert_close(logits.detach() + 0, Model()(X).detach())
 
 
-# ---- gradients of logits, and changes in place ---------------------------------------------------
-
+# Gradients of logits that their loss has not computed, and changes that are not supported.
 all_of = torch.autograd.graph.register_multi_grad_hook
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+UNSUPPORTED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "register_hook": lambda logits, _: logits.register_hook(print),
     "retain_grad": lambda logits, _: logits.retain_grad(),
     "grad": lambda logits, loss: torch.autograd.grad(loss, logits),
     "grad of a sum": lambda logits, loss: torch.autograd.grad(loss + logits.sum(), [logits]),
-    "backward": lambda logits, loss: (loss.backward(inputs=[logits]), logits.grad),
+    "backward": lambda logits, loss: loss.backward(inputs=[logits]),
     "multi-grad hook": lambda logits, _: all_of((logits,), print),
     "edge": lambda logits, _: torch.autograd.graph.get_gradient_edge(logits),
+    "shape": lambda logits, _: logits.unsqueeze_(0),
+    "memory": lambda logits, _: setattr(logits, "data", logits.detach() * 2),
 }
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
 @pytest.mark.parametrize("read", [False, True])
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_of_logits_after_their_loss(name: str, read: bool) -> None:
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_unsupported_after_the_loss(name: str, read: bool) -> None:
     logits, loss = pyfused.convert(Model(), head="head")(X, TARGET)
     if read:
         logits.argmax()
-    with pytest.raises(RuntimeError, match=r"pyfused.convert: .* before their loss, got it after"):
-        GRADIENTS[name](logits, loss)
+    problem = (
+        f"the {name} of a model's logits" if name in ("shape", "memory") else "before their loss"
+    )
+    with pytest.raises(RuntimeError, match=f"pyfused.convert: .*{problem}.* pyfused.revert"):
+        UNSUPPORTED[name](logits, loss)
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_changes_of_the_shape_or_the_memory() -> None:
-    model = pyfused.convert(Model(), head="head")
-    changes: list[Callable[[Tensor], Any]] = [
-        lambda x: x.unsqueeze_(0),
-        lambda x: setattr(x, "data", x.detach() * 2),
-    ]
-    for change in changes:
-        with pytest.raises(RuntimeError, match=r"pyfused.convert: .* of a model's logits in place"):
-            change(model(X))
+def test_gradients_of_logits_before_their_loss() -> None:
+    """Logits are computed, and the hook changes the gradient of the weight."""
+    found = []
+    for model in (Model(), pyfused.convert(Model(), head="head")):
+        logits = model(X)
+        logits.register_hook(lambda grad: 2 * grad)
+        logits.retain_grad()
+        loss = F.cross_entropy(logits.mT, PLACES)
+        found.append(torch.autograd.grad(loss, logits, retain_graph=True))
+        loss.backward()
+        found[-1] += logits.grad, model.head.weight.grad
+    torch.testing.assert_close(found[1], found[0])
 
 
 # ---- modes, metrics and warnings -----------------------------------------------------------------
@@ -811,21 +752,18 @@ def test_meta(mode: str, options: dict[str, bool]) -> None:
         assert model.head.weight.grad.shape == (40, 8)
 
 
-@pytest.mark.parametrize("outside", [False, True])
-def test_autocast(outside: bool, losses: list[Tensor]) -> None:
-    """The loss may be computed after autocast, as accelerate wraps the model's forward."""
+def test_a_loss_after_autocast(losses: list[Tensor]) -> None:
+    """accelerate wraps only the model's forward."""
     found = []
     for model in (Model(), pyfused.convert(Model(), head="head")):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(X)
-            assert logits.dtype is torch.bfloat16
             loss = F.cross_entropy(logits.flatten(0, 1), TARGET)
-        if outside:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), TARGET)
-        assert loss.dtype is torch.float32
+        loss = loss + F.cross_entropy(logits.float().flatten(0, 1), TARGET)
+        assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
         found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=2e-3)
-    assert len(losses) == 1 + outside
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=4e-3)
+    assert len(losses) == 2
 
 
 def test_metrics() -> None:
@@ -848,21 +786,19 @@ def test_metrics() -> None:
     assert not hasattr(model, "pyfused_metrics")
 
 
-@pytest.mark.parametrize("metrics", [False, True])
-def test_memory_budget(metrics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget of the last call of convert reaches every loss, and changes no results."""
     budgets: list[int | None] = []
-    name = "linear_cross_entropy_with_metrics" if metrics else "linear_cross_entropy"
-    function = getattr(pyfused.functional, name)
+    function = lazy_logits.linear_cross_entropy
 
     def recorded(*args: Any, **options: Any) -> Any:
         budgets.append(options["memory_budget"])
         return function(*args, **options)
 
-    monkeypatch.setattr(lazy_logits, name, recorded)
+    monkeypatch.setattr(lazy_logits, "linear_cross_entropy", recorded)
     expected, model = results(Model()), Model()
     for budget in (1000, 1, None):
-        pyfused.convert(model, head="head", metrics=metrics, memory_budget=budget)
+        pyfused.convert(model, head="head", memory_budget=budget)
         torch.testing.assert_close(results(model), expected)
     assert budgets == [1000, 1, None]
     for invalid, error in ((1.5, TypeError), (0, ValueError)):
@@ -871,11 +807,6 @@ def test_memory_budget(metrics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
-
-
-def broken(_: Any, logits: Tensor) -> Tensor:
-    torch._dynamo.graph_break()
-    return 2 * logits
 
 
 class BrokenBody(Model):
@@ -888,12 +819,9 @@ class BrokenBody(Model):
         return logits, F.cross_entropy(logits.flatten(0, 1), target)
 
 
-COMPILED = {"": Model, "a break after the head": partial(Model, broken), "before": BrokenBody}
-
-
 @pytest.mark.filterwarnings("ignore")  # raised by Dynamo
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_compiled_model_is_that_of_torch(name: str) -> None:
+@pytest.mark.parametrize("kind", [Model, BrokenBody])
+def test_a_compiled_model_is_that_of_torch(kind: type[Model]) -> None:
     """The graphs, logits, loss and gradients are those of the model before its conversion."""
     found: list[Any] = []
     for convert in (False, True):
@@ -904,12 +832,12 @@ def test_a_compiled_model_is_that_of_torch(name: str) -> None:
             graphs.append(str([(node.op, str(node.target)) for node in program.graph.nodes]))
             return program.forward
 
-        model: Any = COMPILED[name]()
+        model: Any = kind()
         if convert:
             pyfused.convert(model, head="head", metrics=True)
             model(X, TARGET)
             assert model.pyfused_metrics is not None
-        logits, loss = torch.compile(model, backend=backend, fullgraph=not name)(X, TARGET)
+        logits, loss = torch.compile(model, backend=backend, fullgraph=kind is Model)(X, TARGET)
         assert type(logits) is Tensor
         gradients = torch.autograd.grad(loss, [*model.parameters()])
         calls = [graph.count("call_function") for graph in graphs]
@@ -934,12 +862,7 @@ def test_a_compiled_loss(compiler: None, losses: list[Tensor]) -> None:
     loss_of = torch.compile(lambda x: F.cross_entropy(x.flatten(0, 1), TARGET), backend="eager")
     loss = loss_of(model(X))
     assert losses
-    expected = Model()
-    plain = F.cross_entropy(expected(X).flatten(0, 1), TARGET)
-    gradients = [
-        torch.autograd.grad(x, [*m.parameters()]) for x, m in ((loss, model), (plain, expected))
-    ]
-    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(loss, F.cross_entropy(Model()(X).flatten(0, 1), TARGET))
 
 
 def test_torch_jit_trace() -> None:
