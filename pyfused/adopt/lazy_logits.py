@@ -98,14 +98,10 @@ class HeadCall:
         self.ended = threading.Event()
         self.hooks = torch_internals.saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
+        hidden, weight, bias = inputs
+        self.inputs = hidden.clone() if hidden.is_inference() else hidden, weight, bias
         self.versions: list[tuple[Tensor, int]] = []
-        hidden, *parameters = inputs
-        if hidden.is_inference():  # it has no version
-            hidden = hidden.clone()
-        else:
-            self.watch(hidden)
-        self.watch(*(x for x in parameters if x is not None))
-        self.inputs = hidden, *parameters
+        self.watch(*(x for x in self.inputs if x is not None and not x.is_inference()))
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""

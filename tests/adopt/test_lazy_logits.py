@@ -94,7 +94,6 @@ LAZY: list[Callable[[Tensor, float], Tensor]] = [
     of_rows_only(lambda x: x[..., :-1]),
     of_rows_only(lambda x: x[mask_of(x, 1)]),
     of_rows_only(lambda x: x[mask_of(x, x.dim() - 1)]),
-    of_rows_only(lambda x: x[INDEX]),
     of_rows_only(lambda x: x[INDEX, INDEX] if x.dim() > 2 else x[(INDEX,)]),
     of_rows_only(lambda x: x[INDEX.view(1, 3).expand(2, 3)]),
     lambda x, _: x + torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype),
