@@ -85,7 +85,7 @@ def convert(
     become :func:`pyfused.functional.linear_cross_entropy`: in training mode with gradients, the
     head returns logits that are computed only if something other than their loss reads them, unless
     they are so few that torch's loss is faster. Outputs of the model contain them as before. Read
-    them before the optimizer's step: afterwards it is an error. In programs that ``torch.compile``
+    them before ``backward()``: afterwards it is an error. In programs that ``torch.compile``
     or ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
     there.
 

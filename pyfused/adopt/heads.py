@@ -16,7 +16,7 @@ from torch.nn import Linear, Module
 
 from pyfused import torch_internals
 from pyfused.adopt import subclass
-from pyfused.adopt.lazy_logits import HeadCall, active_autocast, forwards, tell
+from pyfused.adopt.lazy_logits import HeadCall, active_autocast, tell
 from pyfused.adopt.subclass import MARK
 from pyfused.dispatch.plan import needs_grad
 from pyfused.dispatch.signature import PLAIN
@@ -133,10 +133,7 @@ def _forward_of(kind: Any) -> Any:
 
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            output = kind.forward(model, *args, **kwargs)
-        else:
-            output = forwards.run(kind.forward, model, *args, **kwargs)
+        output = kind.forward(model, *args, **kwargs)
         name, metrics = vars(model).get(MARK, (None, False))
         if metrics:
             found = [head.pyfused_metrics for head in _heads_of(model, name)]

@@ -22,39 +22,28 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
-from pyfused.torch_internals import (
-    DisableTorchFunctionSubclass,
-    saved_tensors_hooks,
-    tree_map,
-    version_of,
-)
+from pyfused.torch_internals import DisableTorchFunctionSubclass, tree_map_only, version_of
 
-_ATTRIBUTES = (
-    *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "_base"),
-    *("is_cuda", "is_cpu", "is_sparse", "is_meta", "is_nested"),
-)
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
     *(torch.is_floating_point, Tensor.is_floating_point, Tensor.element_size, Tensor.get_device),
-    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "_base", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_sparse", "is_meta", "is_nested")),
     getattr(Tensor, "_backward_hooks").__set__,  # noqa: B009  # called by autograd
     Tensor.__hash__,
 }
@@ -66,18 +55,10 @@ _OF_NODES = {
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
-
-# Operators whose results are slices, and what to write instead of an operator that reads logits.
-_SLICES = (
-    *("chunk", "tensor_split", "split", "split_with_sizes", "unbind"),
-    *("narrow", "select", "index_select"),
-)
-_INSTEAD_OF_SLICES = "Index or slice them instead, for example logits[:, :n], which keeps them lazy"
-_FUSED = (
-    "A cross_entropy of class indices is fused for views, slices and permutations of the logits"
-)
-_INSTEAD = (
-    "For the accuracy of training steps pass metrics=True to convert; or call pyfused.revert(model)"
+_ADVICE = (
+    "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
+    "class indices. For the accuracy of training steps, pass metrics=True to pyfused.convert; or "
+    "call pyfused.revert(model)"
 )
 
 
@@ -88,156 +69,81 @@ def tell(model: str, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
-class Forwards(threading.local):
-    """The forward passes of converted models.
-
-    Attributes:
-        current: An object for the innermost forward pass in this thread, None outside of them.
-    """
-
-    current: object = None
-
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a model's forward."""
-        outer, self.current = self.current, object()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self.current = outer
-
-
-forwards = Forwards()
-_calls: set[weakref.ref[HeadCall]] = set()  # all calls whose logits are still referenced
-_hooks: list[Any] = []  # handles of the hooks of all optimizers, registered by the first call
-
-
-def _end_calls(optimizer: Any, *_: Any) -> None:
-    """Ends the calls whose weight or bias an optimizer changes in its step."""
-    if is_dynamo_compiling() or not _calls:  # a compiled step increments versions
-        return
-    parameters = {id(x) for group in optimizer.param_groups for x in group["params"]}
-    for reference in _calls.copy():
-        call = reference()
-        if call is not None and not parameters.isdisjoint(map(id, call.inputs)):
-            call.ended = True
-
-
-class _Watched(NamedTuple):
-    """A tensor that must not change until the logits are read.
-
-    Attributes:
-        tensor: The tensor.
-        version: Its version, which operators in place increment.
-        address: The address of its memory, which ``x.data = y`` changes; None if not compared.
-        sample: Some of its elements, which operators on ``x.data`` change; None if not compared.
-    """
-
-    tensor: Tensor
-    version: int
-    address: int | None = None
-    sample: Tensor | None = None
-
-    def has_moved(self) -> bool:
-        """Returns whether the version or the address has changed."""
-        moved = self.address is not None and self.tensor.data_ptr() != self.address
-        return moved or version_of(self.tensor) != self.version
-
-    def differs(self) -> bool:
-        """Returns whether an element of the sample has changed, bit by bit."""
-        if self.sample is None:
-            return False
-        with torch.no_grad():
-            now = _sample(self.tensor)
-        return not torch.equal(now.view(torch.uint8), self.sample.view(torch.uint8))
-
-
-def _watch(x: Tensor) -> _Watched:
-    """Watches a weight, or another tensor with numbers for each class."""
-    return _Watched(x, version_of(x), x.data_ptr(), _sample(x))
-
-
-def _sample(x: Tensor) -> Tensor:
-    """Returns a copy of at most 256 elements, at even distances in most rows and columns."""
-    step = -(-x.numel() // 256) | 1  # odd, because most widths are even
-    return torch.as_strided_copy(x.contiguous(), (-(-x.numel() // step),), (step,))
-
-
 class HeadCall:
     """One call of a converted head, whose logits are lazy.
 
-    Logits can be computed as long as their inputs stay the same. Changes are detected in three
-    ways. Operators in place increment a tensor's version. Fused optimizers do not, so a hook of all
-    `torch.optim.Optimizer` ends the calls whose weight or bias they change. Other libraries write
-    ``weight.data``, so a read after the model's forward compares 256 elements of the weight and of
-    the bias with their values in the call. This does not detect a change of ``weight.data`` that
-    misses all of these elements, for example of a few rows. On a GPU, the first loss does not
-    compare, because that would synchronise.
+    Logits can be computed as long as their inputs stay the same. An optimizer's step follows a
+    backward pass, so the first backward pass through a loss of the logits ends them. Until then,
+    the versions of the inputs decide, as for tensors that autograd has saved: like autograd, this
+    does not notice writes to ``weight.data`` or the steps of fused optimizers.
 
     Attributes:
         head: The head, which receives the metrics.
         options: The options of the head.
         inputs: The hidden states, of shape (..., D), the weight (C, D), and the bias (C) or None.
+        versions: Tensors that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
-        hooks: A number for the active hooks of saved tensors.
+        hooks: The active hooks of saved tensors.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
-        ended: Whether an optimizer has changed the weight or the bias in a step.
-        forward: The forward pass of the model that made the call, None if there was none.
+        ended: Is set when a backward pass reaches such a loss.
         keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
         values: Weak references to the values of the lazy tensors of this call.
-        watched: Tensors that must not change until the logits are read.
     """
 
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
-        self.computed = self.bypassed = self.ended = self.keeps_lazy = False
+        self.computed = self.bypassed = self.keeps_lazy = False
+        self.ended = threading.Event()
+        self.hooks = torch_internals.saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
-        self.watched: list[_Watched] = []
         hidden, weight, bias = inputs
-        if hidden.is_inference():  # it has no version
-            hidden = hidden.clone()
-        else:
-            self.watched.append(_Watched(hidden, version_of(hidden)))
-        self.inputs = hidden, weight, bias
-        self.hooks, self.forward = hash(saved_tensors_hooks(True)), forwards.current
-        if not _hooks:  # the second hook is for calls in an optimizer's closure
-            _hooks.append(register_optimizer_step_pre_hook(_end_calls))
-            _hooks.append(register_optimizer_step_post_hook(_end_calls))
-        _calls.add(weakref.ref(self, _calls.discard))
+        self.inputs = hidden.clone() if hidden.is_inference() else hidden, weight, bias
+        self.versions: list[tuple[Tensor, int]] = []
+        self.watch(*(x for x in self.inputs if x is not None and not x.is_inference()))
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
         hidden, weight, _ = self.inputs
         shape = *hidden.shape[:-1], weight.shape[0]
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        value = _Value(self, hidden, example, dim=len(shape) - 1)
+        value = _Value(self, hidden, example, len(shape) - 1, self.linear)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
 
-    def check(self, compares: bool = True) -> None:
-        """Checks that the tensors from which the logits are computed have not changed.
+    def linear(self) -> Tensor:
+        """Returns the values of the logits."""
+        dtype = self.autocast or self.inputs[0].dtype
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in self.inputs)
+        return F.linear(hidden, weight, bias)  # type: ignore[arg-type]
 
-        Args:
-            compares: Whether elements may be compared, for which a GPU synchronises.
+    def watch(self, *tensors: Tensor) -> None:
+        """Makes a change of these tensors an error if the logits are read after it."""
+        self.versions += [(x, version_of(x)) for x in tensors]
+
+    def check(self) -> None:
+        """Checks that the logits can still be computed.
 
         Raises:
-            RuntimeError: One has been changed, or FSDP has freed the weight.
+            RuntimeError: Their loss's backward pass has run, or a tensor has been changed.
         """
-        changed = " by an optimizer's step" if self.ended else None
-        if changed is None and any(each.has_moved() for each in self.watched):
-            changed = ""
-        # Nothing changes weights while the model's forward runs.
-        in_forward = self.forward is not None and self.forward is forwards.current
-        if changed is None and compares and not in_forward:
-            changed = "" if any(each.differs() for each in self.watched) else None
-        if changed is not None:
-            raise RuntimeError(
-                "pyfused.convert: expected the head's input, weight and bias, and tensors that are "
-                "added to its logits or select their rows, to stay the same until the logits are "
-                f"read, got one changed{changed}. Read the logits before. {_INSTEAD}"
+        freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
+        if self.ended.is_set():
+            problem = "a read after it"
+        elif freed or any(version_of(x) != version for x, version in self.versions):
+            problem = (
+                "a change of the head's input, weight or bias, or of a tensor that was added to "
+                "the logits or selected their rows"
             )
+        else:
+            return
+        raise RuntimeError(
+            f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
+            f"the backward pass of their loss, got {problem}. Read the logits before `backward()`, "
+            "pass metrics=True to pyfused.convert, or call pyfused.revert(model)"
+        )
 
     def compute(self, reader: str) -> None:
         """Computes all lazy tensors of this call, because an operator reads one of them."""
@@ -246,29 +152,23 @@ class HeadCall:
         self.check()
         if self.bypassed or self.needs_grad:
             when = " after their loss, which has not computed them" if self.bypassed else ""
-            instead = _INSTEAD_OF_SLICES
-            if reader not in _SLICES:
-                instead = _INSTEAD if self.bypassed else f"{_FUSED}. {_INSTEAD}"
-            tell(self.options.model_name, f"its logits are read by {reader}{when}. {instead}")
+            tell(self.options.model_name, f"its logits are read by {reader}{when}. {_ADVICE}")
         for reference in self.values:  # before an operator changes one of them in place
             if (value := reference()) is not None:
                 value.compute()
         self.computed = True
 
-    def loss(self, value: _Value, target: Tensor, options: dict[str, Any]) -> Any:
-        """Returns the cross-entropy of the rows of a value."""
-        self.check(compares=self.bypassed or self.inputs[0].device.type == "cpu")
-        (_, weight, bias), shift = self.inputs, value.shift
-        options["linear_bias"] = bias if shift is None else shift if bias is None else bias + shift
-        options["softcap"], options["scale"] = value.cap, value.scale
+    def loss(self, *args: Any, **options: Any) -> Any:
+        """Returns the loss of ``linear_cross_entropy`` and its arguments."""
+        self.check()
         options["memory_budget"] = self.options.memory_budget
         if self.options.metrics:
-            loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(
-                value.rows, weight, target, **options
-            )
+            loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(*args, **options)
         else:
-            loss = linear_cross_entropy(value.rows, weight, target, **options)
-        self.bypassed = self.bypassed or loss.requires_grad
+            loss = linear_cross_entropy(*args, **options)
+        if (node := loss.grad_fn) is not None:
+            self.bypassed, ended = True, self.ended  # a loss that is kept does not keep the call
+            node.register_prehook(lambda _: ended.set())
         return loss
 
 
@@ -285,11 +185,9 @@ class _Value:
             to the end.
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
-        needs_grad: Whether the result of the operator required a gradient.
-        parent: The value from which an operator has made this one, None for the head's output.
-        operation: The operator of ATen, and its arguments and keyword arguments after the parent.
+        operation: Returns the values; None afterwards.
         shift: A tensor of one number for each class, None without an addition.
-        cast: The dtype that x was cast to, None without a cast.
+        needs_grad: Whether the result of the operator required a gradient.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
         real: The computed values, without an autograd graph.
@@ -299,11 +197,9 @@ class _Value:
     rows: Tensor
     example: Any
     dim: int
-    needs_grad: bool = False
-    parent: _Value | None = None
-    operation: tuple[Any, Any, Any] = (None, (), {})
+    operation: Callable[[], Tensor] | None
     shift: Tensor | None = None
-    cast: torch.dtype | None = None
+    needs_grad: bool = False
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
@@ -311,13 +207,9 @@ class _Value:
 
     def tensor(self) -> Any:
         """Returns a lazy tensor with this value."""
-        example = self.example
+        x = self.example
         tensor: Any = torch_internals.make_wrapper_subclass(
-            LazyLogits,
-            example.shape,
-            strides=example.stride(),
-            dtype=example.dtype,
-            device=self.rows.device,
+            LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.rows.device
         )
         tensor.value = self
         self.call.values.append(weakref.ref(self))
@@ -325,32 +217,25 @@ class _Value:
 
     def compute(self) -> Tensor:
         """Returns the values."""
-        if self.real is None:
+        if self.operation is not None:
             mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
             autocast = torch.autocast(self.rows.device.type, enabled=False)
             with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
-                if self.parent is None:
-                    dtype = self.example.dtype
-                    inputs = [x if x is None else x.to(dtype) for x in self.call.inputs]
-                    self.real = F.linear(*inputs)  # type: ignore[arg-type]
-                else:
-                    function, args, kwargs = self.operation
-                    self.real = function(self.parent.compute(), *args, **kwargs)
-            self.parent, self.operation = None, (None, (), {})
+                self.real, self.operation = self.operation(), None
         return self.real  # type: ignore[no-any-return]
 
     def result(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Returns the lazy result of an operator of ATen."""
-        others = tree_map(_to_meta, args) if function in _WITH_TENSORS else args
+        others = args
+        if function in _WITH_TENSORS:
+            others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
         example = function(self.example, *others, **kwargs)
-        operation = function, args, kwargs
-        return replace(self, parent=self, operation=operation, example=example).tensor()
+        operation = lambda: function(self.compute(), *args, **kwargs)  # noqa: E731
+        return replace(self, example=example, operation=operation).tensor()
 
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
         call, before = self.call, self.example
-        if call.ended:
-            call.check()
         inference = tensor.is_inference()
         if inference != torch.is_inference_mode_enabled():
             return None
@@ -377,12 +262,13 @@ class _Value:
         value: _Value = result.value
         shape = value.example.shape
         if "rows" not in changes and shape != before.shape:
-            dim = _dim_of_view(before.shape, self.dim, shape)
-            if dim is None:
+            key = before.shape[self.dim], before.shape[: self.dim].numel()
+            dims = [i for i, size in enumerate(shape) if (size, shape[:i].numel()) == key]
+            if not dims:  # a view that does not keep the classes of a row together
                 return None
-            rows = self.rows.reshape(*shape[:dim], *shape[dim + 1 :], self.rows.shape[-1])
-            changes.update(dim=dim, rows=rows)
-        if value.example.dtype is not changes.get("cast", before.dtype):
+            rows = self.rows.reshape(*shape[: dims[0]], *shape[dims[0] + 1 :], self.rows.shape[-1])
+            changes.update(dim=dims[0], rows=rows)
+        if value.example.dtype is not changes.pop("dtype", before.dtype):
             return None
         for name, attribute in changes.items():
             setattr(value, name, attribute)
@@ -391,12 +277,11 @@ class _Value:
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN or tensor.dtype is not dtype:
             return False
-        classes = len(self.call.inputs[1])
-        shaped = tensor.numel() == classes and tensor.shape[-1:] == (classes,)
-        fits = tensor.dtype is dtype and tensor.device == self.rows.device
-        return bool(shaped and fits and not requires_grad(tensor))
+        classes, device = self.example.shape[self.dim], self.rows.device
+        fits = tensor.shape[-1:] == (classes,) and tensor.numel() == classes
+        return fits and tensor.device == device and not requires_grad(tensor)
 
     def cross_entropy(
         self,
@@ -421,22 +306,25 @@ class _Value:
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
             # A checkpoint of the loss alone has other hooks.
-            and call.hooks == hash(saved_tensors_hooks(True))
+            and call.hooks == torch_internals.saved_tensors_hooks(True)
         ):
             return None
-        options: dict[str, Any] = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "loss_dtype": dtype,
-        }
-        device, gradients = rows.device.type, torch.is_grad_enabled()
-        if active_autocast(rows) == call.autocast and (self.needs_grad or not gradients):
-            return call.loss(self, target, options)
-        cast = torch.autocast(device, call.autocast, call.autocast is not None)
-        with cast, torch.set_grad_enabled(gradients and self.needs_grad):
-            return call.loss(self, target, options)
+        (_, head_weight, bias), shift = call.inputs, self.shift
+        with (
+            torch.autocast(rows.device.type, call.autocast, call.autocast is not None),
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_grad),
+        ):
+            return call.loss(
+                *(rows, head_weight, target),
+                linear_bias=bias if shift is None else shift if bias is None else bias + shift,
+                weight=weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                softcap=self.cap,
+                scale=self.scale,
+                loss_dtype=dtype,
+            )
 
     def dtype_of_loss(self) -> torch.dtype:
         """Returns the dtype of torch's loss, which autocast computes in float32."""
@@ -447,8 +335,8 @@ class _Value:
 
 # ---- operators that keep logits lazy -------------------------------------------------------------
 
-# A rule returns the attributes of a value that an operator changes, and "operation" if it is called
-# with other arguments. It returns None if the operator reads the logits.
+# A rule returns the attributes of a value that an operator changes, its "dtype" if that may change,
+# and "operation" if it is called with other arguments; None if the operator reads the logits.
 
 
 def _operand(args: Any, kwargs: Any) -> Any:
@@ -461,72 +349,40 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     return {}
 
 
-def _dim_of_view(before: torch.Size, dim: int, shape: torch.Size) -> int | None:
-    """Returns the dimension of the classes in a view, None if it does not keep them whole."""
-    leading = before[:dim].numel()
-    for i, size in enumerate(shape):
-        if size == before[dim] and shape[:i].numel() == leading:
-            return i
-    return None
+def _movement(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """A permutation of the dimensions, or an index of numbers and slices."""
+    shape = value.example.shape
+    strides = [int(i == value.dim) for i in range(len(shape))]
+    probe = function(torch.empty_strided(shape, strides, device="meta"), *args, **kwargs)
+    sizes = zip(probe.shape, probe.stride(), strict=True)
+    kept = [i for i, each in enumerate(sizes) if each == (shape[value.dim], 1)]
+    if not kept:
+        return None
+    rows = function(value.rows.movedim(-1, value.dim), *args, **kwargs)
+    return {"dim": kept[0], "rows": rows.movedim(kept[0], -1)}
 
 
-def _permutation(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """A permutation of the dimensions."""
-    dim, sizes = value.dim, range(2, value.example.dim() + 2)  # sizes that tell dimensions apart
-    moved = function(torch.empty(*sizes, device="meta"), *args, **kwargs).shape
-    order = [size - 2 for size in moved]
-    others = [i - (i > dim) for i in order if i != dim]
-    return {"dim": order.index(dim), "rows": value.rows.permute(*others, -1)}
-
-
-def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """Slices of rows, or a selection of rows by masks or int64 tensors."""
-    (index,), shape, call = args, value.example.shape, value.call
+    (index,), shape = args, value.example.shape
     parts = index if type(index) is tuple else (index,)
-    if (whole := _index_of_rows(parts, len(shape), value.dim)) is not None:
-        removed = [type(part) for part in whole[: value.dim]].count(int)
-        return {"rows": value.rows[whole], "dim": value.dim - removed}
-    indices = _indices(parts, shape) if value.dim == len(shape) - 1 else None
-    if indices is None:
-        return None
-    call.check()  # the selected rows are a copy
-    call.watched += [_Watched(part, version_of(part)) for part in parts]
-    rows = value.rows[indices]
-    return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
-
-
-def _index_of_rows(parts: tuple[Any, ...], dimensions: int, dim: int) -> Any:
-    """Returns an index without the dimension of the classes, None if it does not keep them whole.
-
-    The parts of the index have to be numbers and slices.
-    """
-    slices = [part for part in parts if type(part) is slice]
-    bounds = [x for part in slices for x in (part.start, part.stop, part.step) if x is not None]
-    known = {type(x) for x in (*parts, *bounds)} <= {int, slice, EllipsisType}
-    if not known or parts.count(...) > 1:
-        return None
-    missing = dimensions - len(parts) + parts.count(...)
-    if missing < 0:
-        return None
-    at = parts.index(...) if ... in parts else len(parts)
-    every = *parts[:at], *[slice(None)] * missing, *parts[at + 1 :]
-    return (*every[:dim], *every[dim + 1 :]) if every[dim] == slice(None) else None
-
-
-def _indices(parts: tuple[Any, ...], shape: torch.Size) -> tuple[Tensor, ...] | None:
-    """Returns int64 tensors that select the same rows as masks and int64 tensors, or None."""
-    indices: list[Tensor] = []
+    if {*map(type, parts)} <= {int, slice, EllipsisType}:
+        return _movement(value, function, args, kwargs)
+    indices: tuple[Tensor, ...] = ()
     for part in parts:
-        if type(part) not in PLAIN or part.is_inference():
+        if type(part) not in PLAIN or part.is_inference():  # an inference tensor has no version
             return None
-        dimensions = shape[len(indices) :][: part.dim()]
-        if part.dtype is torch.int64:
-            indices.append(part)
-        elif part.dtype is torch.bool and part.dim() and part.shape == dimensions:
+        if part.dtype is torch.bool and part.shape == shape[len(indices) :][: part.dim()] != ():
             indices += part.nonzero(as_tuple=True)
+        elif part.dtype is torch.int64:
+            indices += (part,)
         else:
             return None
-    return tuple(indices) if 0 < len(indices) < len(shape) else None
+    if value.dim != len(shape) - 1 or not 0 < len(indices) < len(shape):
+        return None
+    value.call.watch(*parts)
+    rows = value.rows[indices]
+    return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
 
 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -542,34 +398,28 @@ def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  
 def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """The sum with a constant bias, which autocast would round."""
     bias, call = _operand(args, kwargs), value.call
-    if value.scale != 1 or value.cap is not None or call.autocast or value.cast:
+    example, dtype = value.example, value.rows.dtype
+    if value.scale != 1 or value.cap is not None or call.autocast or example.dtype is not dtype:
         return None
-    if not value.is_constant(bias, value.rows.dtype) or bias.dim() > value.example.dim():
+    if not value.is_constant(bias, dtype) or value.dim != example.dim() - 1:
         return None
-    if value.dim != value.example.dim() - 1:
+    if bias.dim() > example.dim() or bias.is_inference():  # it has no version
         return None
-    if bias.is_inference():  # it has no version
-        return None
-    call.watched.append(_watch(bias))
+    call.watch(bias)
     bias = bias.reshape(-1)
     return {"shift": bias if value.shift is None else value.shift + bias}
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """A cast to float32, or to the tensor's own dtype and device."""
-    before, device = value.example.dtype, value.rows.device
-    dtype = torch.float32 if function is Tensor.float else before
-    for option in (*args, *(x for name, x in kwargs.items() if name != "non_blocking")):
-        if isinstance(option, torch.dtype):
-            dtype = option
-        elif not isinstance(option, (str, torch.device)) or torch.device(option) != device:
-            return None
-    operation: Any = Tensor.to, (dtype,), {}
-    if dtype is before:
-        return {"operation": operation}
-    if dtype is not torch.float32 or before is torch.float64:
+    if kwargs.keys() - {"dtype", "device", "non_blocking"} or bool in map(type, args):
         return None
-    return {"cast": dtype, "operation": operation}
+    before, device = value.example.dtype, value.rows.device
+    cast = function(torch.empty(0, dtype=before, device=device), *args, **kwargs)
+    casts = cast.dtype is torch.float32 and before is not torch.float64
+    if cast.device != device or not (casts or cast.dtype is before):
+        return None
+    return {"dtype": cast.dtype, "operation": (Tensor.to, (cast.dtype,), {})}
 
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -597,25 +447,26 @@ def _original(function: Any) -> Any:
 
 
 _CROSS_ENTROPY, _NLL_LOSS = _original(F.cross_entropy), _original(F.nll_loss)
-_MOVES = _view, _index, _permutation
+_MOVES = _view, _index, _movement
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
-_FUNCTIONS_OF_RULES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
-    (_view, (Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous)),
-    (_view, (Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze)),
-    (_view, (Tensor.squeeze, torch.squeeze, Tensor.detach, torch.detach)),
-    (_permutation, (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes)),
-    (_permutation, (Tensor.permute, torch.permute, Tensor.swapdims, torch.swapdims)),
-    (_permutation, (Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)),
-    (_permutation, (Tensor.t, torch.t, Tensor.mT.__get__)),  # type: ignore[attr-defined]
-    (_index, (Tensor.__getitem__,)),
-    (_log_softmax, (F.log_softmax, torch.log_softmax, Tensor.log_softmax)),
-    (_add, (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)),
-    (_scale, (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, *_QUOTIENTS)),
-    (_cast, (Tensor.float, Tensor.to)),
-    (_tanh, (Tensor.tanh, torch.tanh)),
-    (_clone, (Tensor.clone, torch.clone)),
-)
-_RULES = {_original(each): rule for rule, functions in _FUNCTIONS_OF_RULES for each in functions}
+_NAMES_OF_RULES: dict[Callable[..., Any], str] = {
+    _view: "view reshape contiguous flatten unsqueeze squeeze detach",
+    _movement: "transpose swapaxes swapdims permute movedim moveaxis t",
+    _index: "__getitem__",
+    _log_softmax: "log_softmax",
+    _add: "add __add__ __radd__",
+    _scale: "mul __mul__ __rmul__ div __truediv__ true_divide",
+    _cast: "float to",
+    _tanh: "tanh",
+    _clone: "clone",
+}
+_RULES = {
+    _original(getattr(owner, name)): rule
+    for rule, names in _NAMES_OF_RULES.items()
+    for name in names.split()
+    for owner in (Tensor, torch, F)
+    if callable(getattr(owner, name, None))
+} | {Tensor.mT.__get__: _movement}  # type: ignore[attr-defined]
 
 
 # ---- the tensor subclass -------------------------------------------------------------------------
@@ -643,17 +494,18 @@ class LazyLogits(Tensor):
             name = _name_of(function)
             if is_lazy and function in _OF_NODES:
                 _expect_gradient(tensor, name)
-                with torch.inference_mode(tensor.is_inference()):
-                    return function(*args, **kwargs)
+                return function(*args, **kwargs)
             if is_lazy and _is_in_place(function):
                 tensor.value.call.compute(name)
                 if name == "data":
                     raise _error_in_place("memory", name)
                 return function(*args, **kwargs)
             if function in _BACKWARD:
-                others, kwargs = tree_map(lambda x: _edge_of(x, function), (args[1:], kwargs))
+                edge = partial(_edge_of, function=function)
+                others, kwargs = tree_map_only(LazyLogits, edge, (args[1:], kwargs))
                 args = *args[:1], *others
-            args, kwargs = tree_map(lambda x: _view_of(x, name), (args, kwargs))
+            view = partial(_view_of, reader=name)
+            args, kwargs = tree_map_only(LazyLogits, view, (args, kwargs))
         result = function(*args, **kwargs)
         return tensor if is_lazy and result is args[0] else result
 
@@ -665,7 +517,7 @@ class LazyLogits(Tensor):
         tensor: Any = args[0] if args else None
         if isinstance(tensor, LazyLogits) and tensor.value.call.keeps_lazy:
             return tensor.value.result(function, args[1:], kwargs)
-        values, kwargs = tree_map(_values_of, (args, kwargs))
+        values, kwargs = tree_map_only(LazyLogits, _values_of, (args, kwargs))
         result = function(*values, **kwargs)
         if result is not values[0]:
             return result
@@ -687,7 +539,6 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, value: _Value, *inputs: Any) -> Any:
         ctx.save_for_backward(*inputs)
         ctx.materialize_grads = False
-        value.call.watched += [_watch(x) for x in inputs[1:] if x is not None]  # without a graph
         return value.tensor()
 
     @staticmethod
@@ -697,46 +548,34 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         _, *needed = ctx.needs_input_grad
         rows, dtype = grad.reshape(-1, grad.shape[-1]), grad.dtype
-        gradients: list[Tensor | None] = [None, None, None]
+        inputs = hidden.reshape(-1, hidden.shape[-1])
         with torch.autocast(grad.device.type, enabled=False):
-            if needed[0]:
-                gradients[0] = (grad @ weight.to(dtype)).to(hidden.dtype)
-            if needed[1]:
-                inputs = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-                gradients[1] = (rows.t() @ inputs).to(weight.dtype)
-            if needed[2]:
-                gradients[2] = rows.sum(0).to(bias.dtype)
-        return None, *gradients
+            return (
+                None,
+                (grad @ weight.to(dtype)).to(hidden.dtype) if needed[0] else None,
+                (rows.t() @ inputs.to(dtype)).to(weight.dtype) if needed[1] else None,
+                rows.sum(0).to(bias.dtype) if needed[2] else None,
+            )
 
 
 _head: Any = torch_internals.apply_of(_Head)
 
 
-def _to_meta(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, Tensor) else x
-
-
-def _values_of(x: Any) -> Any:
-    """Returns the values of a lazy tensor, and other arguments unchanged."""
-    if not isinstance(x, LazyLogits):
-        return x
+def _values_of(x: LazyLogits) -> Tensor:
+    """Returns the values of a lazy tensor."""
     x.value.call.compute("C++ code")
     return x.value.compute()
 
 
-def _view_of(x: Any, reader: str) -> Any:
-    """Returns a plain view of a lazy tensor for an operator; returns others unchanged."""
-    if not isinstance(x, LazyLogits):
-        return x
+def _view_of(x: LazyLogits, reader: str) -> Tensor:
+    """Returns a plain view of a lazy tensor for an operator."""
     x.value.call.compute(reader)
     with torch.inference_mode(x.is_inference()):
         return x.view_as(x)
 
 
-def _edge_of(x: Any, function: Any) -> Any:
-    """Returns the node of lazy logits for a backward pass; returns other arguments unchanged."""
-    if not isinstance(x, LazyLogits):
-        return x
+def _edge_of(x: LazyLogits, function: Any) -> Any:
+    """Returns the node of lazy logits for a backward pass."""
     _expect_gradient(x, "autograd.grad")
     if function is not torch.autograd.grad:
         x.retain_grad()
@@ -754,17 +593,15 @@ def _expect_gradient(x: Any, reader: str) -> None:
     elif not _is_of_wrapper():
         raise RuntimeError(
             "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
-            "before their loss, got it after. Call it before the loss, or call "
-            "pyfused.revert(model)"
+            "before their loss, got it after. Call it before, or call pyfused.revert(model)"
         )
 
 
 def _is_in_place(function: Any) -> bool:
     """Returns whether a function changes its first argument, by an operator of ATen."""
     name = getattr(function, "__name__", "")
-    if name.startswith("__"):
-        return name.startswith(("__i", "__set"))
-    return name.endswith("_") and hasattr(torch.ops.aten, name)
+    changes = name.endswith("_") and not name.endswith("__") and hasattr(torch.ops.aten, name)
+    return changes or name.startswith(("__i", "__set"))
 
 
 def _error_in_place(part: str, name: str) -> RuntimeError:
@@ -775,12 +612,10 @@ def _error_in_place(part: str, name: str) -> RuntimeError:
 def _is_of_wrapper() -> bool:
     """Returns whether DDP or FSDP visits a model's outputs, among which is the loss."""
     frame: Any = sys._getframe(2)
-    while frame.f_globals["__name__"] in (__name__, *_CALLERS):
+    callers = __name__, "torch.overrides", "torch._tensor", "torch.utils._pytree"
+    while frame.f_globals["__name__"] in callers:
         frame = frame.f_back
     return str(frame.f_globals["__name__"]).startswith(("torch.nn.parallel.", "torch.distributed."))
-
-
-_CALLERS = "torch.overrides", "torch._tensor", "torch.utils._pytree"
 
 
 def active_autocast(x: Tensor) -> torch.dtype | None:
