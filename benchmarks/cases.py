@@ -91,7 +91,7 @@ class Case:
     reduction: str = "mean"
     dim: int = -1  # the dimension of a softmax
     autocast: bool = False
-    headline: bool = False  # shown in docs/benchmarks.md; run by `-m quick`
+    headline: bool = False  # counted in docs/is-it-for-you.md; run by `-m quick`
 
     @property
     def name(self) -> str:

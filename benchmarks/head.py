@@ -148,7 +148,7 @@ def head(options: Namespace) -> None:
     if not options.quick:
         results = report.measured(report.machine_info())
         caption = f"{report.machine(results)}. Medians, and in brackets quartiles."
-        report.fill(ROOT / "docs/language-models.md", f"{caption}\n\n{table}")
+        report.write_table(report.RESULTS / report.slug(results) / "heads.md", caption, table)
 
 
 # ---- filter_eps ----------------------------------------------------------------------------------

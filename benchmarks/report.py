@@ -1,6 +1,6 @@
 """Writes tables from the results of pytest-benchmark, the GPU suite and allocators.
 
-The output folder is benchmarks/results/<machine>. Tables of headline cases also go to docs/.
+The output folder is benchmarks/results/<machine>, whose files the pages of docs/ show.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from cases import TRAINING, Case, Quartiles, ratios
+from cases import Case, Quartiles, ratios
 
 from pyfused.backends import cpu
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# The peers in docs/benchmarks.md.
-HEADLINE_PEERS = ("torch, keep", "torch.compile, keep", "torch", "torch, THP", "copy")
-BLOCK = re.compile(r"(?s)(?<=<!-- benchmark table -->\n).*?(?=<!-- end of benchmark table -->)")
 Found = dict[str, Any]  # the JSON output of pytest-benchmark
 
 
@@ -239,24 +236,15 @@ def allocators_markdown(found: Sequence[Found]) -> str:
     return tabulated(["case", first, *others], rows, names=1)
 
 
-def fill(page: Path, table: str) -> None:
-    """Replaces the table between the markers of a page."""
-    text = page.read_text(encoding="utf-8")
-    if not BLOCK.search(text):
-        sys.exit(f"{page} has no block between the markers of the benchmark table")
-    page.write_text(BLOCK.sub(lambda _: f"\n{table}\n\n", text), encoding="utf-8")
+def write_table(file: Path, caption: str, table: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{caption}\n\n{table}\n", encoding="utf-8")
 
 
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def write(
-    files: Sequence[Path],
-    results: Path = RESULTS,
-    allocators: Path | None = None,
-    pages: Path | None = None,
-) -> None:
-    """Writes a report; with `pages`, also the tables in docs/ of that folder."""
+def write(files: Sequence[Path], results: Path = RESULTS, allocators: Path | None = None) -> None:
     found = load(files)
     if allocators:
         found |= json.loads(allocators.read_text(encoding="utf-8"))
@@ -267,11 +255,7 @@ def write(
     write_csv(folder / "results.csv", [cells(row) | where for row in rows])
     if found["memory"]:
         write_csv(folder / "memory.csv", [each | where for each in found["memory"]])
-    caption = f"{machine(found)}. Medians, and in brackets the quartiles of the ratio."
-    headline = [row for row in rows if row.headline and row.mode == TRAINING]
-    if pages:
-        fill(pages / "docs/benchmarks.md", f"{caption}\n\n{markdown(headline, HEADLINE_PEERS)}")
-        if "allocators" in found:
-            table = allocators_markdown(found["allocators"])
-            fill(pages / "docs/memory.md", f"{machine(found)}. Medians.\n\n{table}")
+    if "allocators" in found:
+        table = allocators_markdown(found["allocators"])
+        write_table(folder / "allocators.md", f"{machine(found)}. Medians.", table)
     print(markdown(rows), f"written to {folder}", sep="\n\n")

@@ -52,8 +52,7 @@ def report(options: argparse.Namespace) -> None:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # inherited by the processes below
     files, allocators = suite(), FOUND / "allocators.json"
     subprocess.run([sys.executable, __file__, "allocators", "--json", allocators], check=True)
-    pages = None if options.threads else ROOT
-    importlib.import_module("report").write(files, options.results, allocators, pages)
+    importlib.import_module("report").write(files, options.results, allocators)
 
 
 def quick(options: argparse.Namespace) -> None:
@@ -264,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("report", report, "time all cases, and write benchmarks/results")
     add("--json", type=Path, nargs="+", help="report these results instead of measuring")
     add("--results", type=Path, default=HERE / "results", help="the output folder")
-    add("--threads", type=int, help="the number of threads; if given, docs/ is not updated")
+    add("--threads", type=int, help="the number of threads")
     add = command("quick", quick, "time the headline cases, and report in .benchmarks")
     add("-k", metavar="EXPRESSION", help="select other cases, as in pytest")
     add = command("memory", memory, "measure the peak memory of torch and pyfused")
@@ -306,9 +305,9 @@ def parser() -> argparse.ArgumentParser:
         help="how calls are made",
     )
 
-    words = "time a language model's head and loss, and update docs/language-models.md"
+    words = "time a language model's head and loss, and write heads.md in benchmarks/results/"
     add = command("head", "head.head", words)
-    add("--quick", action="store_true", help="time only the first case, and do not update the page")
+    add("--quick", action="store_true", help="time only the first case, and write no file")
     words = "time training steps of several models: torch, compiled, and with pyfused"
     add = command("steps", "steps.steps", words)
     add("file", type=Path, nargs="?", help="the output file; by default in benchmarks/results/")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import inspect
 import io
-import itertools
 import json
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ from report import Row
 POINTS = 401
 COLOURS = [colour for colour, _ in SERIES]
 DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
 CHARTS = DOCS / "charts"
 INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # colours of text and axes
 WIDTH = 5.2  # of charts, in inches: their text is readable on a phone
@@ -145,8 +145,8 @@ def ratios() -> Figure:
     axes = figure.subplots()
     for peer, label in (
         ("torch", "eager torch"),
-        ("torch, keep", "with keep"),
-        ("torch.compile, keep", "compiled, with keep"),
+        ("torch, keep", "both with keep"),
+        ("torch.compile, keep", "compiled, both with keep"),
     ):
         colour, marker = STYLES[peer]
         known = [name for name in names if peer in rows[name].peers]
@@ -195,14 +195,17 @@ def gain() -> Figure:
 
 def _cpu_heads() -> dict[str, dict[str, list[str]]]:
     """Returns the rows of heads with cross-entropy on a CPU, by sizes and implementation."""
-    table = report.BLOCK.search((DOCS / "language-models.md").read_text(encoding="utf-8"))
-    assert table
     found: dict[str, dict[str, list[str]]] = {}
-    for line in table[0].splitlines():
-        cells = re.split(r" *\| *", line)[1:-1]
-        if cells[1:2] == ["cross-entropy"]:
+    for cells in _markdown_rows(_cpu_heads_file()):
+        if cells[1] == "cross-entropy":
             found.setdefault(cells[0], {})[cells[2]] = cells
     return found
+
+
+def _cpu_heads_file() -> Path:
+    """Returns the newest table of heads on a CPU."""
+    files = [file for file in report.RESULTS.glob("*/heads.md") if file.parent != H100]
+    return max(sorted(files), key=lambda file: _date(_caption(file)))
 
 
 # Ways to compute a head with cross-entropy: their names in measurements of CPUs and of GPUs.
@@ -249,6 +252,8 @@ def trade() -> str:
     on_gpu = _of_ways(_gpu_heads()["cross-entropy"][LARGE_GPU], 1)
     lines = []
     for name in WAYS:
+        if name in ("torch.compile, auto_chunker", "pyfused, of logits"):
+            continue  # close to other rows
         row, (ms, gib) = on_cpu.get(name), on_gpu.get(name, (None, None))
         cells = [row[3], row[6], row[-1]] if row else ["n/a"] * 3
         cells += [f"{ms:.3g} ms", f"{gib:.2f} GiB"] if ms else ["n/a"] * 2
@@ -258,20 +263,17 @@ def trade() -> str:
 
 
 def head_summary() -> str:
-    """Returns the speed-up and the memory of heads on a CPU, in sentences."""
-    sentences = []
+    """Returns the speed-up and the memory of heads on a CPU, compared with eager torch."""
+    lines = []
     for sizes, ways in _cpu_heads().items():
-        shape, dtype = sizes[1:].split("), ")
-        tokens, features, classes = map(int, shape.split(", "))
         ours = ways["pyfused"]
-        faster, kept = (ours[column].split()[0] for column in (5, 7))
+        ratios = (tuple(map(float, re.findall(r"[\d.]+", ours[column]))) for column in (5, 7))
+        speeds = [_rounded(low, middle, high) for middle, low, high in ratios]
         memory = float(ours[-1]) / float(ways["torch"][-1])
-        sentences.append(
-            f"- {tokens:,} tokens, {features} features and {classes:,} classes in {dtype}:"
-            f" {faster} times as fast as torch, {kept} times if both run with `keep`, with"
-            f" {memory:.2f} of the memory"
-        )
-    return "\n".join(sentences)
+        lines.append([sizes, *speeds, f"{memory:.2f}"])
+    columns = ["tokens, features, classes, dtype", "speed-up", "both with `keep`", "peak / torch's"]
+    table = report.tabulated(columns, lines, names=1)
+    return f"{table}\n\n*{NOISE} {_short(_caption(_cpu_heads_file()))}*"
 
 
 def curves() -> Figure:
@@ -284,17 +286,24 @@ def curves() -> Figure:
     losses, times, peaks = map(figure.add_subplot, (grid[0, :], grid[1, 0], grid[1, 1]))
     for way, run, width in zip(ways, by_way, (5, 2.5, 1.2), strict=True):  # all remain visible
         values = [float(row["loss"]) for row in run]
-        losses.plot(values, color=STYLES[way][0], linewidth=width, label=way)
-    losses.set_title("training loss", fontsize=10)
+        losses.plot(
+            range(1, len(values) + 1), values, color=STYLES[way][0], linewidth=width, label=way
+        )
+    losses.set_title("training loss, nats per token", fontsize=10)
     losses.set_xlabel("step", fontsize=9)
     losses.legend(frameon=False, fontsize=9)
     names = [way.replace(", ", ",\n") for way in ways]
+    quartiles = [quantiles([float(row["step_ms"]) for row in run]) for run in by_way]
+    ms = [middle for _, middle, _ in quartiles]
+    around = [[m - low for low, m, _ in quartiles], [high - m for _, m, high in quartiles]]
+    peak = [float(run[-1]["peak_mib"]) for run in by_way]
     bars = (
-        (times, "ms for a step", [median(float(row["step_ms"]) for row in run) for run in by_way]),
-        (peaks, "peak of the process, MiB", [float(run[-1]["peak_mib"]) for run in by_way]),
+        (times, "ms for a step, with quartiles", ms, around),
+        (peaks, "peak of the process, MiB", peak, None),
     )
-    for axes, title, values in bars:
-        drawn = axes.bar(names, values, color=[STYLES[way][0] for way in ways])
+    for axes, title, values, errors in bars:
+        colours = [STYLES[way][0] for way in ways]
+        drawn = axes.bar(names, values, color=colours, yerr=errors, ecolor=INK)
         axes.bar_label(drawn, [f"{value:,.0f}" for value in values], padding=3, fontsize=9)
         axes.margins(y=0.15)
         axes.set_title(title, fontsize=10)
@@ -481,7 +490,7 @@ def shown() -> dict[str, list[str]]:
 LEGEND = (
     "In the formulas, x is the input and t the target. The pictures show the output of the kernels."
     " Speed-ups are forward and backward, for the largest size that was"
-    " [measured](../benchmarks.md) on CPUs; smaller inputs gain less."
+    " [measured](../is-it-for-you.md) on CPUs; smaller inputs gain less."
 )
 
 
@@ -507,19 +516,11 @@ def groups() -> str:
     return "\n".join(f"groups/{slug(group)}" for group in shown())
 
 
-def covered() -> str:
-    return "\n".join(
-        f"- [{group}](groups/{slug(group)}.md): "
-        + ", ".join(f"[{name}](operators/{name}.md)" for name in names)
-        for group, names in shown().items()
-    )
-
-
-def operator_names() -> str:
-    """Returns the names of all operators by group."""
-    return "\n".join(
-        f"- {group}: {', '.join(f'`{name}`' for name in names)}" for group, names in shown().items()
-    )
+def readme() -> str:
+    """Returns README.md as the first page of the site."""
+    text = README.read_text(encoding="utf-8").replace("](CONTRIBUTING.md", "](../CONTRIBUTING.md")
+    text = text.replace("](CHANGELOG.md", "](../CHANGELOG.md")
+    return re.sub(r'(\]\(|srcset="|src=")docs/', r"\1", text)
 
 
 def thumbnails() -> str:
@@ -601,96 +602,72 @@ def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
 
 BY_MODEL = {
     "torch, keep": "`keep`",
-    "convert, keep": "`keep` and `convert`",
-    "torch.compile, keep": "`keep` and `torch.compile`",
+    "convert, keep": "`keep`, `convert`",
+    "torch.compile, keep": "`keep`, `torch.compile`",
+}
+ALL_WAYS = {
+    "torch, keep": "`keep`",
+    "patch, keep": "`keep`, `patch`",
+    "convert, keep": "`keep`, `convert`",
+    "linear_cross_entropy, keep": "`keep`, `linear_cross_entropy`",
+    "torch.compile, keep": "`keep`, `torch.compile`",
 }
 # The models of README.md, by the beginning of their names.
-SHOWN = ("recommender", "GPT-2 small, float32, 2", "U-Net", "digits")
-KEPT = {
-    "torch, keep": "`keep`",
-    "convert": "`convert`",
-    "convert, keep": "`keep` and `convert`",
-}
+SHOWN = ("recommender", "GPT-2 small, float32, 2", "BERT", "U-Net")
+SHORTEST = 10.0  # milliseconds; shorter steps vary more between processes than between ways
+NOISE = "1.0 means that the quartiles lie on both sides of 1."
 
 
-def _steps() -> dict[str, dict[str, dict[str, str]]]:
-    """Returns the newest training steps of each model, dtype and machine, by way."""
+def by_model(ways: dict[str, str] = BY_MODEL, shown: Sequence[str] = SHOWN) -> str:
+    """Returns a table of training steps for each processor, the newest first."""
+    tables = []
+    for found in map(_steps, reversed(_of_cpus("steps"))):
+        rows = {
+            name: steps
+            for start in shown
+            for name, steps in found.items()
+            if name.startswith(start) and "torch, keep" in steps and _eager(steps) > SHORTEST
+        }
+        lines = [
+            [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), _peaks(rows)]
+            for name, rows in rows.items()
+        ]
+        peaks = "peak in GiB: eager, `keep`, `keep` and `convert`"
+        columns = ["model, dtype, batch", "eager torch", *ways.values(), peaks]
+        caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines(rows)}*"
+        tables.append(f"{report.tabulated(columns, lines, names=1)}\n\n{caption}")
+    return "\n\n".join(tables)
+
+
+def _steps(table: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the newest training steps of each model and dtype in a file, by way."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for table in (*_of_cpus("steps"), report.read_csv(H100 / "steps.csv")):
-        newer: dict[str, dict[str, dict[str, str]]] = {}
-        for row in table:
-            gpu = ", H100" if row["machine"].startswith("NVIDIA") else ""
-            name = f"{row['model']}, {row['dtype']}, {row['batch']}{gpu}"
-            newer.setdefault(name, {})[row["way"]] = row
-        found |= newer
+    for row in table:
+        name = f"{row['model']}, {row['dtype']}, {row['batch']}"
+        found.setdefault(name, {})[row["way"]] = row
     return found
 
 
-def by_model() -> str:
-    """Returns the table of training steps in README.md."""
-    found = {name: rows for name, rows in _steps().items() if name.startswith(SHOWN)}
-    lines = [
-        [name, _eager(rows), *(_cell(rows, way) for way in BY_MODEL)]
-        for name, rows in sorted(found.items(), key=lambda x: _rank(x[0]))
-    ]
-    columns = ["model, dtype, batch", "eager torch", *BY_MODEL.values()]
-    caption = f"*Medians, or quartiles if these are far apart. {_machines(found)}*"
-    return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
-
-
-def _rank(name: str) -> int:
-    return next(i for i, start in enumerate(SHOWN) if name.startswith(start))
-
-
-def _eager(rows: dict[str, dict[str, str]]) -> str:
-    ms = median(float(row["torch, ms"]) for row in rows.values())
-    return f"{ms:,.0f} ms" if ms > 100 else f"{ms:.3g} ms"
+def _eager(rows: dict[str, dict[str, str]]) -> float:
+    return median(float(row["torch, ms"]) for row in rows.values())
 
 
 def _cell(rows: dict[str, dict[str, str]], way: str) -> str:
-    """Returns the median of a ratio, and its quartiles if they are far apart."""
     if way not in rows:
         return "n/a"
-    low, middle, high = (float(rows[way][name]) for name in steps.RATIO)
-    return f"{middle:.2f}" if high < 1.5 * low else f"{low:.2f} to {high:.2f}"
+    return _rounded(*(float(rows[way][name]) for name in steps.RATIO))
 
 
-def kept_steps() -> str:
-    """Returns the table of training steps with and without `keep`, and their peak memory."""
-    columns = ["model, dtype, batch", "eager torch", *KEPT.values()]
-    found = {name: rows for name, rows in _steps().items() if "torch, keep" in rows}
-    lines, peaks = [], []
-    for name, rows in found.items():
-        lines.append([name, _eager(rows), *(_cell(rows, way) for way in KEPT)])
-        of_torch = max(int(row["torch, peak"]) for row in rows.values())
-        peak = [of_torch, *(int(rows[way]["peak"]) for way in KEPT)]
-        peaks.append([name, *(f"{each / 2**30:.2f}" for each in peak)])
-    return (
-        f"Speed-up over eager torch:\n\n{report.tabulated(columns, lines, names=1)}\n\n"
-        f"Peak memory in GiB:\n\n{report.tabulated(columns, peaks, names=1)}\n\n"
-        f"{_machines(found)}"
-    )
+def _rounded(low: float, middle: float, high: float) -> str:
+    """Returns a ratio: 1.0 if its quartiles lie on both sides of 1."""
+    return "1.0" if low < 1 < high else f"{middle:.2f}"
 
 
-def slower() -> str:
-    """Returns a sentence with the ways whose steps took longer than eager torch's."""
-    beyond, within = list[str](), list[str]()
-    for rows in _steps().values():
-        row = next(iter(rows.values()))
-        model = f"{row['model'].partition(',')[0]} ({row['dtype']})"
-        for named, is_slower in ((beyond, True), (within, False)):
-            ways = [
-                f"`{way}`"
-                for way in rows
-                if float(rows[way][steps.RATIO[1]]) < 1
-                and (float(rows[way][steps.RATIO[2]]) < 1) == is_slower
-            ]
-            if ways:
-                named.append(f"{', '.join(ways)} for {model}")
-    return (
-        "Slower than eager torch, with an upper quartile below 1:"
-        f" {'; '.join(beyond) or 'none'}. Slower within the spread: {'; '.join(within) or 'none'}."
-    )
+def _peaks(rows: dict[str, dict[str, str]]) -> str:
+    """Returns the peak memory with eager torch, with `keep`, and with `convert` too."""
+    eager = max(int(row["torch, peak"]) for row in rows.values())
+    kept = (int(rows[way]["peak"]) for way in ("torch, keep", "convert, keep"))
+    return ", ".join(f"{peak / 2**30:.2g}" for peak in (eager, *kept))
 
 
 def _machines(found: dict[str, dict[str, dict[str, str]]]) -> str:
@@ -700,36 +677,27 @@ def _machines(found: dict[str, dict[str, dict[str, str]]]) -> str:
 
 
 def _short(machine: str) -> str:
-    """Returns processor, threads, version of torch, date and revision of a machine."""
-    words = re.split("[,;] ", machine)
-    kept = r"torch |\d{4}-|revision" + r"|\d+ threads" * (not machine.startswith("NVIDIA"))
-    return f"{', '.join([words[0], *(word for word in words[1:] if re.match(kept, word))])}."
+    """Returns processor, cores, threads, version of torch and date of a machine."""
+    words = re.split("[,;.] ", machine)
+    kept = (word for word in words[1:] if re.match(r"torch |\d{4}-|\d+ (cores|threads?)", word))
+    return f"{', '.join([words[0], *kept])}."
 
 
-def _markdown_rows(name: str) -> list[list[str]]:
-    """Returns the rows of a table of the H100, its heading first."""
-    lines = (H100 / f"{name}.md").read_text(encoding="utf-8").splitlines()
-    rows = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")]
-    return [rows[0], *rows[2:]]
+def _markdown_rows(file: Path) -> list[list[str]]:
+    """Returns the rows of a table of Markdown, without its heading."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")][2:]
 
 
-def gpu_table(name: str) -> str:
-    """Returns a table of the H100 with its machine, without its column of checks."""
-    columns, *rows = _markdown_rows(name)
-    shown = [i for i, column in enumerate(columns) if column]
-    table = [[row[i] for i in shown] for row in rows]
-    return f"{_of_h100(name)}\n\n{report.tabulated([columns[i] for i in shown], table, names=1)}"
-
-
-def _of_h100(name: str) -> str:
-    """Returns the first line of a table's file: the machine, versions, date and revision."""
-    return (H100 / f"{name}.md").read_text(encoding="utf-8").partition("\n")[0]
+def _caption(file: Path) -> str:
+    """Returns the first line of a table's file: the machine, versions and date."""
+    return file.read_text(encoding="utf-8").partition("\n")[0]
 
 
 def _gpu_heads() -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
     """Returns milliseconds and GiB, by loss, sizes and implementation."""
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
-    for sizes, loss, way, ms, gib, *_ in _markdown_rows("heads")[1:]:
+    for sizes, loss, way, ms, gib, *_ in _markdown_rows(H100 / "heads.md"):
         found.setdefault(loss, {}).setdefault(sizes, {})[way] = float(ms), float(gib)
     return found
 
@@ -752,7 +720,7 @@ def gpu_heads() -> str:
         for sizes, ways in _gpu_heads()["cross-entropy"].items()
     ]
     table = report.tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
-    return f"{table}\n\n{_of_h100('heads')}"
+    return f"{table}\n\n{_caption(H100 / 'heads.md')}"
 
 
 def gpu_steps() -> str:
@@ -774,7 +742,7 @@ def _range(values: Sequence[float]) -> str:
 def gpu_summary() -> str:
     """Returns the gain of losses, heads and steps on the H100, in sentences."""
     sentences = []
-    losses = _markdown_rows("large")[1:]
+    losses = _markdown_rows(H100 / "large.md")
     for title, chosen in (
         ("`cross_entropy` of 268 million logits is", True),
         ("Other losses of 67 million elements are", False),
@@ -802,15 +770,6 @@ def gpu_summary() -> str:
     return "On an H100, forward and backward:\n\n" + "\n".join(f"- {each}" for each in sentences)
 
 
-def training_steps() -> str:
-    """Returns the tables of training steps, one for each CPU and date."""
-    by_machine: dict[str, list[dict[str, str]]] = {}
-    for row in itertools.chain(*_of_cpus("steps")):
-        by_machine.setdefault(row["machine"], []).append(row)
-    tables = [f"{machine}.\n\n{steps.table(rows)}" for machine, rows in by_machine.items()]
-    return "\n\n".join(tables)
-
-
 def memory() -> str:
     """Returns the peak memory of forward and backward beyond the arguments."""
     rows = _of_cpus("memory")[-1]
@@ -826,34 +785,26 @@ def memory() -> str:
     return f"{table}\n\nMeasured on {rows[0]['machine']}."
 
 
-# Functions whose results replace these comments when Sphinx reads a page.
+# Functions whose results replace, when Sphinx reads a page, the lines that end with "filled: NAME".
 FILLED = {
-    "<!-- groups -->": groups,
-    "<!-- covered -->": covered,
-    "<!-- thumbnails -->": thumbnails,
-}
-# Parts of pages and charts that are committed, so that they can be read without building the
-# documentation. `python docs/gallery.py` writes them.
-WRITTEN = {
-    "machines": lambda: f"Measured on: {machines()}.",
-    "gain machine": lambda: f"*Measured on {_of_cpus('gain')[-1][0]['machine']}.*",
+    "readme": readme,
+    "groups": groups,
+    "thumbnails": thumbnails,
     "sizes": sizes,
-    "operators": operator_names,
     "headline": headline,
-    "by model": by_model,
+    "steps": lambda: by_model(ALL_WAYS, [""]),
+    "memory": memory,
+    "machines": lambda: f"*Measured on {machines()}.*",
+    "gain machine": lambda: f"*Measured on {_of_cpus('gain')[-1][0]['machine']}.*",
     "head summary": head_summary,
     "trade": trade,
-    "gpu losses": lambda: gpu_table("large"),
-    "gpu kernels": lambda: gpu_table("kernels"),
     "gpu heads": gpu_heads,
     "gpu steps": gpu_steps,
     "gpu summary": gpu_summary,
-    "curves machine": curves_machine,
-    "kept steps": kept_steps,
-    "slower": slower,
-    "training steps": training_steps,
-    "memory": memory,
 }
+LINE = re.compile(r"(?m)^.*<!-- filled: ([\w ]+) -->$")
+# Parts of README.md, which `python docs/gallery.py` writes, as it writes the charts.
+WRITTEN = {"by model": by_model, "curves machine": curves_machine}
 DRAWN = {
     "ratios": ratios,
     "gain": gain,
@@ -897,35 +848,31 @@ def notebook(page: str) -> str:
     return json.dumps(found, indent=1) + "\n"
 
 
-# Links to files that are not a part of the site.
-OUTSIDE = re.compile(r"\]\(\.\./([\w/.-]+\.(?:md|py|cpp|h))\b")
 HOMEPAGE = re.findall(
     'Homepage = "(.*)"', (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
 )[0]
 
 
 def current(page: str) -> str:
-    """Returns a page with its written parts up to date."""
+    """Returns README.md with its written parts up to date."""
     return PART.sub(lambda match: f"{match[1]}\n{WRITTEN[match[2]]()}\n\n", page)
 
 
-def fill(_app: object, _page: str, source: list[str]) -> None:
+def fill(_app: object, page: str, source: list[str]) -> None:
     """Fills a page as Sphinx reads it, and turns pictures into images of the theme.
 
     Links to files outside of docs/ then lead to the repository.
     """
-    for comment, text in FILLED.items():
-        if comment in source[0]:
-            source[0] = source[0].replace(comment, text())
+    source[0] = LINE.sub(lambda match: FILLED[match[1]](), source[0])
     images = r"![\2](\3){.only-light}\n![\2](\1){.only-dark}"
     source[0] = PICTURE.sub(images, source[0])
-    source[0] = OUTSIDE.sub(rf"]({HOMEPAGE}/blob/main/\1", source[0])
+    up = re.escape("../" * (1 + page.count("/")))
+    outside = re.compile(rf"\]\({up}([\w/.-]+\.(?:md|py|cpp|h|csv))\b")
+    source[0] = outside.sub(rf"]({HOMEPAGE}/blob/main/\1", source[0])
 
 
 def main() -> None:
-    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(current(text), encoding="utf-8")
+    README.write_text(current(README.read_text(encoding="utf-8")), encoding="utf-8")
     for name in NOTEBOOKS:
         file = DOCS.parent / "examples" / f"{name}.ipynb"
         file.write_text(notebook(name), encoding="utf-8")

@@ -28,6 +28,9 @@ SHARED = (
 )
 
 
+METHOD = "The [README of the benchmarks](../../benchmarks/README.md) describes the method."
+
+
 def example(name: str) -> str:
     """Returns a program that calls the operator and prints its loss, if it has one."""
     code = EXAMPLES[name].strip()
@@ -67,12 +70,11 @@ def measured(name: str) -> str:
             )
         return (
             "This operator is newer than the latest report."
-            f' `make bench-quick BENCH_ARGS="-k {name}"` measures it on your machine, and'
-            " [benchmarks](../benchmarks.md) describes the method."
+            f' `make bench-quick BENCH_ARGS="-k {name}"` measures it on your machine. {METHOD}'
         )
     method = (
         "Times are medians; brackets contain the quartiles of the ratio. A ratio above 1 means that"
-        " pyfused is faster. [Benchmarks](../benchmarks.md) describes the method."
+        f" pyfused is faster. {METHOD}"
     )
     return f"{method}\n\n{folded('Times on each machine', *tables)}"
 

@@ -388,7 +388,7 @@ def linear_cross_entropy(
         and input.dim() < 3
         and isinstance(linear_weight, Tensor)
         and linear_weight.device == input.device
-        and (linear_bias is None or linear_bias.device == input.device)
+        and (linear_bias is None or getattr(linear_bias, "device", None) == input.device)
     ):
         return F.linear_cross_entropy(
             input,

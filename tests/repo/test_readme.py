@@ -15,7 +15,7 @@ from pyfused import memory
 FLAGS = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-PAGES += ["csrc/README.md", "kernels/README.md", "tests/README.md", "benchmarks/README.md"]
+PAGES += [f"{n}/README.md" for n in ("csrc", "kernels", "tests", "benchmarks", "tools")]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md"))]
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")
@@ -94,7 +94,8 @@ def test_excerpts_are_parts_of_the_sources(indent: str, code: str) -> None:
 
 
 def test_the_files_of_an_option_of_cross_entropy_are_named() -> None:
-    section = CONTRIBUTING.partition("## Adding an option to a loss over classes")[2]
+    page = (ROOT / "csrc/README.md").read_text("utf-8")
+    section = page.partition("## Adding an option to a loss over classes")[2]
     named = set(re.findall(r"`([\w/]+\.\w+)`", section.partition("\n## ")[0]))
     patterns = "pyfused/**/*.py", "kernels/*.py", "csrc/*.[hc]*"
     files = (path for pattern in patterns for path in ROOT.glob(pattern))
