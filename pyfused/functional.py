@@ -777,7 +777,7 @@ def nll_loss(
             ignored.
     """
     op = operators.NLL_LOSS
-    if left_to_torch(op, input, size_average, reduce):
+    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     return run(
         op, (input, target, weight), op.options(ignore_index=ignore_index, reduction=reduction)
@@ -845,7 +845,7 @@ def cosine_embedding_loss(
         margin: The cosine below which pairs with target -1 have no loss.
     """
     op = operators.COSINE_EMBEDDING_LOSS
-    if left_to_torch(op, input1, size_average, reduce):
+    if left_to_torch(op, input1, size_average, reduce, reduction=reduction):
         return F.cosine_embedding_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
@@ -914,7 +914,7 @@ def mse_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.MSE_LOSS
-    if left_to_torch(op, input, size_average, reduce, target):
+    if left_to_torch(op, input, size_average, reduce, target, reduction=reduction):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -936,7 +936,9 @@ def l1_loss(
     """
     op = elementwise.L1_LOSS
     # With a weight, torch's function ignores it if a default device is set.
-    if left_to_torch(op, input, size_average, reduce, target, weight is not None):
+    if left_to_torch(
+        op, input, size_average, reduce, target, weight is not None, reduction=reduction
+    ):
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -960,7 +962,7 @@ def smooth_l1_loss(
             number raises a RuntimeError.
     """
     op = elementwise.SMOOTH_L1_LOSS
-    if left_to_torch(op, input, size_average, reduce, target):
+    if left_to_torch(op, input, size_average, reduce, target, reduction=reduction):
         return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
     return run(op, (input, target), op.options(beta=beta, reduction=reduction))
 
@@ -984,7 +986,7 @@ def huber_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.HUBER_LOSS
-    if left_to_torch(op, input, None, None, target):
+    if left_to_torch(op, input, None, None, target, reduction=reduction):
         return F.huber_loss(input, target, reduction, delta, weight)
     return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction))
 
@@ -1014,7 +1016,7 @@ def binary_cross_entropy(
             :func:`binary_cross_entropy_with_logits` then.
     """
     op = elementwise.BINARY_CROSS_ENTROPY
-    if left_to_torch(op, input, size_average, reduce):
+    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -1047,7 +1049,7 @@ def binary_cross_entropy_with_logits(
         RuntimeError: A weight requires grad.
     """
     op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
-    if left_to_torch(op, input, size_average, reduce):
+    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
@@ -1076,7 +1078,9 @@ def kl_div(
     """
     op = elementwise.KL_DIV
     # A mean warns, and the warning has to name the line of the call.
-    if left_to_torch(op, input, size_average, reduce, None, reduction == "mean"):
+    if left_to_torch(
+        op, input, size_average, reduce, None, reduction == "mean", reduction=reduction
+    ):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
     return run(op, (input, target), op.options(log_target=log_target, reduction=reduction))
 
@@ -1106,7 +1110,7 @@ def poisson_nll_loss(
         eps: Added to the rates before taking the logarithm.
     """
     op = elementwise.POISSON_NLL_LOSS
-    if left_to_torch(op, input, size_average, reduce):
+    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
         return F.poisson_nll_loss(
             input, target, log_input, full, size_average, eps, reduce, reduction
         )
@@ -1143,7 +1147,7 @@ def gaussian_nll_loss(
             ``var`` is invalid.
     """
     op = elementwise.GAUSSIAN_NLL_LOSS
-    if left_to_torch(op, input):
+    if left_to_torch(op, input, reduction=reduction):
         return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
     return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction))
 
@@ -1164,7 +1168,7 @@ def soft_margin_loss(
         target: The classes, -1 or 1, of the input's shape.
     """
     op = elementwise.SOFT_MARGIN_LOSS
-    if left_to_torch(op, input, size_average, reduce):
+    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
         return F.soft_margin_loss(input, target, size_average, reduce, reduction)
     return run(op, (input, target), op.options(reduction=reduction))
 
@@ -1189,7 +1193,7 @@ def hinge_embedding_loss(
         margin: The distance beyond which dissimilar pairs have no loss.
     """
     op = elementwise.HINGE_EMBEDDING_LOSS
-    if left_to_torch(op, input, size_average, reduce):
+    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
         return F.hinge_embedding_loss(input, target, margin, size_average, reduce, reduction)
     return run(op, (input, target), op.options(margin=margin, reduction=reduction))
 
@@ -1214,7 +1218,7 @@ def margin_ranking_loss(
         margin: How much higher it should be.
     """
     op = elementwise.MARGIN_RANKING_LOSS
-    if left_to_torch(op, input1, size_average, reduce):
+    if left_to_torch(op, input1, size_average, reduce, reduction=reduction):
         return F.margin_ranking_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )

@@ -90,7 +90,7 @@ class _Functions:
             getattr(functional, name),
             run=self._run,
             # Dispatch decides about sizes, and can say why.
-            left_to_torch=lambda _op, _input, *legacy: legacy[:2] not in ((), (None, None)),
+            left_to_torch=lambda _op, _input, *legacy, **_: legacy[:2] not in ((), (None, None)),
             is_small=lambda *_: False,
             F=SimpleNamespace(**{name: partial(self._by_torch, name) for name in _OF_TORCH}),
             margins=SimpleNamespace(additive_margin=partial(self._by_torch, name)),

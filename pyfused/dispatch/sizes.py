@@ -277,17 +277,19 @@ def left_to_torch(
     reduce: bool | None = None,
     target: Any = None,
     any_size: bool = False,
+    reduction: str | None = None,
 ) -> bool:
     """Returns whether torch's function of an operator's name computes a call.
 
-    It does in programs that are compiled, for the deprecated arguments, and if the input is smaller
-    than any input of a kernel. Each function asks this first, so that it adds little to the time of
-    a small call. `is_small` decides the other calls, given all their arguments.
+    It does in programs that are compiled, for the deprecated arguments, and if the input is small.
+    Each function asks this first, so that it adds little to the time of a small call. `is_small`
+    decides the other calls, given all their arguments.
 
     Args:
         target: A tensor about whose shape torch warns if it is not the input's. These calls are
             dispatched, because the warning has to name the line of the call.
         any_size: Whether to dispatch calls of any size, and in programs that are compiled.
+        reduction: The reduction of a loss.
     """
     if not size_average is reduce is None:
         return True
@@ -297,12 +299,24 @@ def left_to_torch(
         return True
     if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):
         return False  # a mode has to see torch's function and nothing else
-    elements = input.numel()  # torch.jit.trace returns a tensor
-    return (
-        type(elements) is int
-        and elements < op.least[input.is_cpu]
-        and (target is None or (type(target) is Tensor and target.shape == input.shape))
-    )
+    elements, is_cpu = input.numel(), input.is_cpu
+    if type(elements) is not int:  # torch.jit.trace returns a tensor
+        return False
+    if target is not None and (type(target) is not Tensor or target.shape != input.shape):
+        return False
+    if elements < op.least[is_cpu]:
+        return True
+    found = op.limits.get((is_cpu, input.dtype))
+    if found is None or elements >= found.most or FORCED is not None:
+        return False
+    limit = found.from_elements
+    if found.unreduced is not None and reduction == "none":
+        limit = found.unreduced
+    elif found.without_gradient is not None:
+        limit = limit if input.requires_grad and torch.is_grad_enabled() else found.without_gradient
+    elif found.few_classes is not None and min(input.shape) <= FEW_ON_GPU:
+        return False  # the classes may be few
+    return bool(elements < limit)
 
 
 @contextmanager

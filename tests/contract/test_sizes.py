@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +108,30 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
                 assert is_small is (elements < limit or (asks and kept)), (op.name, dtype)
                 assert asked == [elements * x.element_size()] * asks, (op.name, dtype)
                 asked.clear()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "name", [o.name for o in OPERATORS.values() if o.is_torchs and not o.is_linear]
+)
+def test_the_first_line_of_a_function_agrees_with_dispatch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "pages_are_kept", lambda _: False)
+    op = OPERATORS[name]
+    for n, dtype, grad, reduction in itertools.product(
+        [1 << k for k in range(4, 26)], DTYPES, (False, True), ("none", "mean")
+    ):
+        for shape in ((n // 8, 8), (max(1, n // 128), 128)):
+            x = torch.empty(1, dtype=dtype).expand(shape).detach().requires_grad_(grad)
+            options: Any = SimpleNamespace(reduction=reduction)
+            if "dim" in op.fields:
+                options = op.options(dim=1, dtype=None)
+            left = sizes.left_to_torch(op, x, reduction=reduction)
+            is_small = sizes.is_small(op, (x,) * len(op.all_operands), options)
+            few = sizes.limits(op, True, dtype).few_classes and min(shape) <= sizes.FEW_ON_GPU
+            assert left == is_small or (few and is_small), (shape, dtype, grad, reduction)
 
 
 def test_few_classes_of_half_precision() -> None:
