@@ -351,11 +351,12 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
 
 def _movement(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """A permutation of the dimensions, or an index of numbers and slices."""
-    shape = value.example.shape
+    shape = [*value.example.shape]
+    shape[value.dim] = size = 1 << 31  # which a slice only keeps whole if it has no bounds
     strides = [int(i == value.dim) for i in range(len(shape))]
     probe = function(torch.empty_strided(shape, strides, device="meta"), *args, **kwargs)
     sizes = zip(probe.shape, probe.stride(), strict=True)
-    kept = [i for i, each in enumerate(sizes) if each == (shape[value.dim], 1)]
+    kept = [i for i, each in enumerate(sizes) if each == (size, 1)]
     if not kept:
         return None
     rows = function(value.rows.movedim(-1, value.dim), *args, **kwargs)
