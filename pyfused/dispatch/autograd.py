@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -82,13 +83,8 @@ class Fused(torch.autograd.Function):
     @staticmethod
     @never_traced  # torch's compiled autograd traces backward passes
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
-        if report.active:
-            return report.timed(Fused.gradients, ctx, grad_output)
-        return Fused.gradients(ctx, grad_output)
-
-    @staticmethod
-    def gradients(ctx: Any, grad_output: Tensor) -> Gradients:
         """Returns a gradient for each argument of `forward`."""
+        start = perf_counter() if report.active else None
         plan, first_gradient = ctx.plan, ctx.first_gradient
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
@@ -134,6 +130,8 @@ class Fused(torch.autograd.Function):
                     ctx.input_is_overwritten = True
                 gradients = plan.backward(saved, ctx.options, grad_output)
         constants = len(ctx.needs_input_grad) - 2 - len(gradients)
+        if start is not None:
+            report.count_seconds(perf_counter() - start)
         return None, None, *gradients, *(None,) * constants
 
 

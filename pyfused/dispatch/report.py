@@ -126,13 +126,17 @@ def count_compiled(name: str) -> None:
             each._compiled[name] += 1
 
 
-def timed(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function that runs a kernel, and adds its time."""
+def timed(kernel: Callable[..., Any], *args: Any) -> Any:
+    """Calls a kernel, and adds its time."""
     start = perf_counter()
     try:
-        return function(*args)
+        return kernel(*args)
     finally:
-        seconds = perf_counter() - start
-        with _lock:
-            for each in active:
-                each._kernel_seconds += seconds
+        count_seconds(perf_counter() - start)
+
+
+def count_seconds(seconds: float) -> None:
+    """Adds the time of a kernel."""
+    with _lock:
+        for each in active:
+            each._kernel_seconds += seconds
