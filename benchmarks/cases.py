@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -91,6 +91,7 @@ class Case:
     reduction: str = "mean"
     dim: int = -1  # the dimension of a softmax
     autocast: bool = False
+    layouts: tuple[str, str] = ("", "")  # of the input and of other tensors of its shape
     headline: bool = False  # counted in docs/is-it-for-you.md; run by `-m quick`
 
     @property
@@ -106,6 +107,7 @@ class Case:
             f"reduction {self.reduction}": self.reduction != "mean",
             f"dim {self.dim}": self.dim != -1,
             "autocast": self.autocast,
+            " and ".join(dict.fromkeys(filter(None, self.layouts))): any(self.layouts),
         }
         shape = ", ".join(_count(size) for size in self.shape)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -220,8 +222,31 @@ class Arguments:
         )
 
 
+# Tensors of two or more dimensions as programs pass them, with the same values.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "sliced": lambda x: torch.cat([x, x[..., :8]], -1)[..., : x.shape[-1]],
+    "chunk": lambda x: torch.cat([x, x], -1).chunk(2, -1)[1],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
+    "expanded": lambda x: x[..., :1].expand(x.shape),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "heads": lambda x: x.movedim(-2, 0).contiguous().movedim(0, -2),
+}
+
+
 def draw(case: Case, device: str = "cpu") -> Arguments:
     """Returns random arguments, which are the same in every run."""
+    arguments = _contiguous(case, device)
+    if not any(case.layouts):
+        return arguments
+    of_input, of_others = (LAYOUTS[name] for name in case.layouts)
+    x = arguments.input.detach()
+    others = [of_others(y) if y.shape == x.shape else y for y in arguments.others]
+    return replace(arguments, input=of_input(x).requires_grad_(), others=tuple(others))
+
+
+def _contiguous(case: Case, device: str) -> Arguments:
     generator = torch.Generator(device).manual_seed(0)
     here: dict[str, Any] = {"generator": generator, "device": device}
 

@@ -297,6 +297,7 @@ def parser() -> argparse.ArgumentParser:
     add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
     add("--shapes", type=int, default=6, help="shapes per operator and dtype")
     add("--minutes", type=float, default=20, help="the time limit")
+    add("--layouts", action="store_true", help="slices, transposed and other strided tensors")
     add("--seed", type=int, help="the seed of another run, to repeat its shapes")
     add(
         "--how",

@@ -26,6 +26,7 @@ Shape = tuple[int, ...]
 LARGEST_CHECKED = 1 << 22  # checking the results of larger calls takes seconds
 ALLOWED = 0.6e-3  # milliseconds by which a call that runs torch's operator may be slower
 OF_CLASSES = ("cross_entropy", "nll_loss")
+STRIDED = [name for name in cases.LAYOUTS if name]
 VECTORS = torch.backends.cpu.get_cpu_capability()
 CALLED, PATCHED = "called", "patched"
 
@@ -84,8 +85,10 @@ def split(elements: int, dims: int, draw: random.Random) -> Shape:
     return (*sizes, elements)
 
 
-def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Iterator[Case]:
-    """Yields calls of random shapes, reductions and values."""
+def drawn(
+    op: str, dtype: torch.dtype, count: int, draw: random.Random, layouts: bool = False
+) -> Iterator[Case]:
+    """Yields calls of random shapes, reductions and values, and of random layouts on request."""
     for _ in range(count):
         elements, reduction = between(1 << 6, 1 << 24, draw), "mean"
         spread, masked, dim = 1.0, None, -1
@@ -110,7 +113,11 @@ def drawn(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Itera
                 shape, dim = (shape[0], length, *shape[1:-1]), 1
         if op not in (*SOFTMAX, *ACTIVATIONS):
             reduction = draw.choice(("mean", "mean", "none"))
-        yield Case(op, shape, dtype, reduction=reduction, masked=masked, spread=spread, dim=dim)
+        pair = draw.choice(STRIDED), draw.choice([*cases.LAYOUTS])
+        kind = {"layouts": pair} if layouts and len(shape) > 1 else {}
+        yield Case(
+            op, shape, dtype, reduction=reduction, masked=masked, spread=spread, dim=dim, **kind
+        )
 
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -139,6 +146,7 @@ def sweep(options: Namespace) -> None:
     cases.settle_allocator()
     how = options.how
     ops = [op for op in options.op or OPS if how != PATCHED or hasattr(F, op)]
+    ops = [op for op in ops if op != "contrastive_loss"]  # its logits are n x n
     seed = random.randrange(1 << 16) if options.seed is None else options.seed
     info = machine_info() | {"threads": " and ".join(map(str, options.threads))}
     print(f"--seed {seed}: {machine(measured(info))}, torch on {VECTORS}")
@@ -147,7 +155,10 @@ def sweep(options: Namespace) -> None:
         (case, mode, threads)
         for op in ops
         for name in options.dtype or ("float32", "bfloat16")
-        for case in (*drawn(op, DTYPES[name], options.shapes, draw), *edges(op, DTYPES[name]))
+        for case in (
+            *drawn(op, DTYPES[name], options.shapes, draw, options.layouts),
+            *(() if options.layouts else edges(op, DTYPES[name])),
+        )
         for mode in cases.MODES
         for threads in options.threads
     ]

@@ -44,8 +44,8 @@ struct Layout {
   Order order;
   std::vector<Sizes> steps;  // of each tensor: the row steps, empty if not in rows, and the step
 
-  // strides: of the output, which is dense, and of each tensor. Empty strides are those of a
-  // contiguous tensor, or of one that is not given.
+  // strides: of the output, whose memory order elements have, and of each tensor. Empty strides are
+  // those of a contiguous tensor, or of one that is not given.
   Layout(const Sizes& sizes, std::vector<Sizes> strides) {
     Sizes contiguous(sizes.size(), 1);
     for (size_t d = sizes.size(); d-- > 1;) contiguous[d - 1] = contiguous[d] * sizes[d];

@@ -541,12 +541,8 @@ def pointwise_loss(
             in_rows = in_rows or not (is_contiguous or is_scalar)
             views.append((x.data_ptr(), int(not is_scalar)))
         output_like = torch.empty_like if n < recycled else empty_like
-        strides: Sequence[Sequence[int]] = ()
-        if in_rows or not views[0][1]:  # outputs have the memory order of the first such operand
+        if not views[0][1]:  # outputs have the memory order of the first tensor that has one
             like = next((x for x, (_, step) in zip(tensors, views, strict=False) if step), like)
-            if in_rows:
-                order = torch.empty_like(like, device="meta")
-                strides = _strides(order, [*inputs[:count], *[None] * missing, *inputs[count:]])
         loss = total = None
         if outputs.loss:
             loss = output_like(like) if each else torch.empty_like(scalar)
@@ -557,6 +553,10 @@ def pointwise_loss(
             gradient = output_like(like) if needed else None
             gradients.append(gradient)
             addresses.append(0 if gradient is None else gradient.data_ptr())
+        strides: Sequence[Sequence[int]] = ()
+        if in_rows:
+            output = next((x for x in (*gradients, loss if each else None) if x is not None), like)
+            strides = _strides(output, [*inputs[:count], *[None] * missing, *inputs[count:]])
         kernel(
             dtype,
             n,
