@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ class Fused(torch.autograd.Function):
     @never_traced  # torch's compiled autograd traces backward passes
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
-        start = perf_counter() if report.active else None
+        start = report.perf_counter() if report.active else None
         plan, first_gradient = ctx.plan, ctx.first_gradient
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
@@ -131,7 +130,7 @@ class Fused(torch.autograd.Function):
                 gradients = plan.backward(saved, ctx.options, grad_output)
         constants = len(ctx.needs_input_grad) - 2 - len(gradients)
         if start is not None:
-            report.count_seconds(perf_counter() - start)
+            report.count_seconds(report.perf_counter() - start)
         return None, None, *gradients, *(None,) * constants
 
 
