@@ -1564,7 +1564,7 @@ def softmax(
         IndexError: The input has no dimension ``dim``.
     """
     op = operators.SOFTMAX
-    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input):
+    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input, dim=dim):
         return F.softmax(input, dim, _stacklevel + 1, dtype)
     return run(op, (input,), op.options(dim=dim, dtype=dtype))
 
@@ -1584,6 +1584,6 @@ def log_softmax(
         As in :func:`softmax`.
     """
     op = operators.LOG_SOFTMAX
-    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input):
+    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input, dim=dim):
         return F.log_softmax(input, dim, _stacklevel + 1, dtype)
     return run(op, (input,), op.options(dim=dim, dtype=dtype))

@@ -278,6 +278,7 @@ def left_to_torch(
     target: Any = None,
     any_size: bool = False,
     reduction: str | None = None,
+    dim: int = 1,
 ) -> bool:
     """Returns whether torch's function of an operator's name computes a call.
 
@@ -290,6 +291,7 @@ def left_to_torch(
             dispatched, because the warning has to name the line of the call.
         any_size: Whether to dispatch calls of any size, and in programs that are compiled.
         reduction: The reduction of a loss.
+        dim: The dimension of the classes.
     """
     if not size_average is reduce is None:
         return True
@@ -314,8 +316,10 @@ def left_to_torch(
         limit = found.unreduced
     elif found.without_gradient is not None:
         limit = limit if input.requires_grad and torch.is_grad_enabled() else found.without_gradient
-    elif found.few_classes is not None and min(input.shape) <= FEW_ON_GPU:
-        return False  # the classes may be few
+    elif found.few_classes is not None:
+        shape, few = input.shape, 2 * FEW + 1 if is_cpu else FEW_ON_GPU
+        if type(dim) is not int or not -len(shape) <= dim < len(shape) or shape[dim] <= few:
+            return False
     return bool(elements < limit)
 
 

@@ -285,7 +285,7 @@ def test_fallbacks_are_counted_but_no_small_call() -> None:
     with pyfused.patch(), pyfused.report() as report:
         for _ in range(3):
             functional.mse_loss(torch.zeros(5), torch.ones(5))
-            functional.cross_entropy(torch.zeros(16, 4096), torch.zeros(16).long())
+            functional.cross_entropy(torch.zeros(4096, 16), torch.zeros(4096).long())
         functional.l1_loss(torch.zeros(1 << 20), torch.zeros(1 << 20, dtype=torch.int64))
     found = report.to_dict()
     assert found["left_to_torch"] == {

@@ -130,7 +130,7 @@ def test_the_first_line_of_a_function_agrees_with_dispatch(
                 options = op.options(dim=1, dtype=None)
             left = sizes.left_to_torch(op, x, reduction=reduction)
             is_small = sizes.is_small(op, (x,) * len(op.all_operands), options)
-            few = sizes.limits(op, True, dtype).few_classes and min(shape) <= sizes.FEW_ON_GPU
+            few = sizes.limits(op, True, dtype).few_classes and shape[1] <= 2 * sizes.FEW + 1
             assert left == is_small or (few and is_small), (shape, dtype, grad, reduction)
 
 
