@@ -72,9 +72,9 @@ class Limits(NamedTuple):
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
 ON_CPU: dict[str, Limits] = {
-    "cosine_embedding_loss": Limits(ALWAYS),
+    "cosine_embedding_loss": Limits(ALWAYS, without_gradient=SMALL),
     "gaussian_nll_loss": Limits(ALWAYS),
-    "hinge_embedding_loss": Limits(ALWAYS),
+    "hinge_embedding_loss": Limits(ALWAYS, without_gradient=SMALL),
     "kl_div_with_logits": Limits(ALWAYS),
     "log_cosh_loss": Limits(ALWAYS),
     "log_probs": Limits(ALWAYS),
@@ -83,20 +83,20 @@ ON_CPU: dict[str, Limits] = {
     "softcap": Limits(ALWAYS),
     "softsign": Limits(ALWAYS),
     "hinge_loss": Limits(ALWAYS, unreduced=SMALL),
-    "triplet_margin_loss": Limits(ALWAYS, unreduced=SMALL),
+    "triplet_margin_loss": Limits(ALWAYS, without_gradient=SMALL, unreduced=SMALL),
     "LongFormula": Limits(TINY),  # 3 to 4 times as fast as torch from this size on
     "Formula": Limits(SMALL),
     "linear_cross_entropy": Limits(SMALL),  # the elements of heads are logits
     "linear_kl_div": Limits(SMALL),
     "linear_log_probs": Limits(SMALL),
     "linear_topk_kl_div": Limits(SMALL),
-    "binary_cross_entropy": Limits(SMALL, unreduced=MEDIUM),
-    "binary_cross_entropy_with_logits": Limits(SMALL, unreduced=MEDIUM),
-    "kl_div": Limits(SMALL, unreduced=MEDIUM),
-    "margin_ranking_loss": Limits(SMALL, unreduced=MEDIUM),
-    "poisson_nll_loss": Limits(SMALL, unreduced=MEDIUM),
-    "soft_margin_loss": Limits(SMALL, unreduced=MEDIUM),
-    "gelu": Limits(SMALL, without_gradient=PAGES),  # torch calls oneDNN
+    "binary_cross_entropy": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
+    "binary_cross_entropy_with_logits": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
+    "kl_div": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
+    "margin_ranking_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
+    "poisson_nll_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
+    "soft_margin_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
+    "gelu": Limits(MEDIUM, without_gradient=PAGES),  # torch calls oneDNN
     "mish": Limits(SMALL),
     "Activation": Limits(MEDIUM),  # on an Intel Xeon, 0.75 times as fast as torch at 2^14
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
