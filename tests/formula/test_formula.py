@@ -418,17 +418,6 @@ def test_broadcasting_is_the_functions(shapes: Any, name: str, weighted: bool) -
         close(*found)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_dtypes_match_torch(dtype: torch.dtype) -> None:
-    operands = [x.to(dtype) for x in operands_of("wing", 20)]
-    assert wing(*operands).dtype == wing.function(*operands).mean().dtype
-    assert wing(operands[0], operands[1].double()).dtype == torch.float64
-    masked = pyfused.activation(lambda input: input * (input > 0).float())
-    assert masked(operands[0]).dtype == masked.function(operands[0]).dtype
-    with torch.autocast("cpu", torch.bfloat16):
-        assert wing(*operands).dtype == wing.function(*operands).mean().dtype
-
-
 # ---- parameters ----------------------------------------------------------------------------------
 
 
@@ -474,22 +463,41 @@ def test_what_a_formula_receives(n: int) -> None:
 
     @pyfused.activation
     def mine(
-        input: Tensor, *, k: float = 1.5, exponent: int = 2, kind: str = "", least: Any = None
+        input: Tensor, *, k: float = 1.5, exponent: int = 2, kind: str = "", wide: bool = False
     ) -> Tensor:
         if not (isinstance(k, Tensor) and type(exponent) is int and type(kind) is str):
             return input
         value = k * torch.log1p(k) * input**exponent
-        return value if least is None else torch.maximum(value, least)
+        return value.double() if wide else value
 
     for dtype in FLOATS:
         x = torch.randn(n, dtype=dtype)
-        for named in ({}, {"k": 2}, {"exponent": 3, "kind": "x"}, {"least": 0.25}):
-            number, least = float(named.get("k", 1.5)), named.get("least", -math.inf)
-            expected = number * math.log1p(number) * x.double() ** named.get("exponent", 2)
+        for named in ({}, {"k": 2}, {"exponent": 3, "kind": "x"}, {"wide": True}):
+            k, exponent = float(named.get("k", 1.5)), named.get("exponent", 2)
             got = mine(x, **named)
-            assert got.dtype is dtype
-            rtol = 2 * torch.finfo(dtype).eps
-            close(got.double(), expected.clamp(min=least), rtol=rtol, atol=1e-6)
+            assert got.dtype is (torch.float64 if "wide" in named else dtype)
+            expected = k * math.log1p(k) * x.double() ** exponent
+            close(got.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("n", [20, 1 << 15])
+def test_dtypes_match_torch(n: int) -> None:
+    """As decided by the operands, the default dtype and autocast."""
+    masked = pyfused.activation(lambda input: input * (input > 0).float())
+    halved = pyfused.activation(lambda input: input * ((input > 0) / 2))
+    for dtype, default in product(FLOATS, (torch.float32, torch.float64)):
+        operands = [x.to(dtype) for x in operands_of("wing", n)]
+        assert wing(operands[0], operands[1].double()).dtype == torch.float64
+        torch.set_default_dtype(default)
+        try:
+            for mine in (masked, halved):
+                close(mine(operands[0]), mine.function(operands[0]))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert wing(*operands).dtype == wing.function(*operands).mean().dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert wing(*operands).dtype == wing.function(*operands).mean().dtype
 
 
 USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -530,14 +538,6 @@ MODES = {
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
-
-
-def test_the_number_of_traces_is_limited() -> None:
-    mine, input = pyfused.activation(lambda input, *, power=2: input**power), torch.randn(100)
-    for power in range(40):
-        close(mine(input, power=power), mine.function(input, power=power))
-    assert "have had 32 values" in mine.explain(input, power=99).reason
-    assert mine.explain(input, power=2).backend != "torch"
 
 
 class Recording(TorchDispatchMode):
@@ -586,18 +586,6 @@ def test_many_parameters_and_registers(kernel_calls: KernelCalls) -> None:
 # ---- user gradients ------------------------------------------------------------------------------
 
 
-@pyfused.loss
-def log_cosh(input: Tensor, target: Tensor, *, scale: float = 1.0) -> Tensor:
-    size = (scale * (input - target)).abs()
-    return size + F.softplus(-2 * size)
-
-
-@log_cosh.gradient
-def _slopes(input: Tensor, target: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    slope = scale * torch.tanh(scale * (input - target))
-    return slope, -slope
-
-
 @pyfused.activation
 def step(input: Tensor, other: Tensor, *, width: float = 1.0) -> Tensor:
     """A step function with a user's gradient of 0; the gradient of other is None."""
@@ -612,8 +600,7 @@ def _through(input: Tensor, other: Tensor, *, width: float = 1.0) -> tuple[Tenso
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # in torch
 def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None:
     x, other = torch.randn(50, dtype=torch.float64), torch.ones(50, dtype=torch.float64)
-    expected = torch.where(x.abs() < 0.5, 1.0, 0.0).double()
-    named = {"width": 0.5}
+    expected, named = torch.where(x.abs() < 0.5, 1.0, 0.0).double(), {"width": 0.5}
     leaves = x.requires_grad_(), other.requires_grad_()
     for function in (step, step.function):
         found = torch.autograd.grad(function(*leaves, **named).sum(), leaves, allow_unused=True)
@@ -626,17 +613,14 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
     close(tangent, expected.sum())
     compiled = torch.compile(lambda x: of_one(x) * 2, backend="aot_eager", fullgraph=True)
     close(torch.autograd.grad(compiled(x), x)[0], 2 * expected)
-    compiled = torch.compile(log_cosh, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        close(compiled(x, other), log_cosh(x, other))
+    given = x.detach(), other.detach()
     for strict in (True, False):
-        program = torch.export.export(
-            log_cosh.module(), (x.detach(), other.detach()), strict=strict
-        )
-        close(program.module()(x, other), log_cosh(x, other))
-    smooth = [y.double()[:9].requires_grad_() for y in operands_of("wing")]
-    assert torch.autograd.gradcheck(log_cosh, smooth)
-    assert torch.autograd.gradgradcheck(log_cosh, smooth)
+        program = torch.export.export(step.module(**named), given, strict=strict)
+        close(program.module()(*given), step(*given, **named))
+    smooth = pyfused.activation(lambda x, *, k=1.0: torch.sin(k * x))
+    smooth.gradient(lambda x, *, k=1.0: k * torch.cos(k * x))
+    assert torch.autograd.gradcheck(smooth, x[:9])
+    assert torch.autograd.gradgradcheck(smooth, x[:9])
 
 
 def test_invalid_user_gradients() -> None:
@@ -790,21 +774,6 @@ def test_arguments(n: int) -> None:
 # ---- definitions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.thresholds
-@pytest.mark.parametrize("n", [20, 1 << 15])
-def test_the_default_dtype_and_options_decide_the_dtype(n: int) -> None:
-    halved, x = pyfused.activation(lambda input: input * ((input > 0) / 2)), torch.randn(n)
-    try:
-        for dtype in (torch.float32, torch.float64, torch.float32):
-            torch.set_default_dtype(dtype)
-            close(halved(x), halved.function(x))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    mine = pyfused.loss(lambda x, *, wide=False: (x.double() if wide else x) ** 2)
-    for wide, dtype in ((False, torch.float32), (True, torch.float64)):
-        assert mine(x, wide=wide).dtype is dtype
-
-
 SCALE, HALF_PI = 2.0, [math.pi / 2]
 
 
@@ -952,6 +921,11 @@ def test_what_is_not_elementwise_is_refused(name: str) -> None:
             pyfused.activation(mine)
 
 
+def helper(input: Tensor, power: int = 2, *, scale: float = 1.0) -> Tensor:
+    return input * scale if power == 0 else input * helper(input, power - 1)
+
+
+sign = torch.sign
 softplus_of_2 = partial(F.softplus, beta=2.0)
 REACHED: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: formulas.F.silu(x) * formulas.mish(x),
@@ -959,57 +933,33 @@ REACHED: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: softplus_of_2(x) * pi * math.e * numpy.pi,
     lambda x: partial(torch.clamp, min=-1.0)(x) + partial(Settings.tripled)(x),
     lambda x: torch.log(x.abs() + torch.finfo(torch.float32).eps),
+    lambda x: helper(x) + sign(x) * torch.nn.functional.softplus(x) + Tensor.abs(x) * torch.pi,
+    lambda x: sum(map(abs, [x * k for k in (1.0, math.log(4))])),
 )
 
 
 @pytest.mark.thresholds
 @pytest.mark.parametrize("k", range(len(REACHED)))
 def test_functions_and_constants_by_any_name(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through modules, classes and functools.partial, as they were at the definition."""
+    """As they were at the definition: names that are bound to others later change no call."""
     x = torch.linspace(-3, 3, 1 << 15)
     mine, expected = pyfused.activation(REACHED[k]), REACHED[k](x)
     monkeypatch.setattr(formulas, "F", None)
     monkeypatch.setattr(Settings, "tripled", None)
     monkeypatch.setitem(softplus_of_2.keywords, "beta", 5.0)
-    monkeypatch.setattr(sys.modules[__name__], "pi", 3.0)
+    monkeypatch.setattr(helper, "__defaults__", (3,))
+    monkeypatch.setitem(helper.__kwdefaults__, "scale", 5.0)
+    for name, other in (("pi", 3.0), ("helper", scaled), ("sign", scaled)):
+        monkeypatch.setattr(sys.modules[__name__], name, other)
     close(mine(x), expected)
     close(torch.cat([mine(part) for part in x.split(1 << 12)]), expected)
     close(torch.compile(mine, backend="eager", fullgraph=True)(x), expected)
 
 
-def helper(input: Tensor, power: int = 2, *, scale: float = 1.0) -> Tensor:
-    return input * scale if power == 0 else input * helper(input, power - 1)
-
-
-@pytest.mark.thresholds
-@pytest.mark.parametrize("compiled", [False, True])
-def test_names_are_looked_up_when_a_formula_is_defined(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Names of functions that are bound to others later change no call, of any size."""
-    sign, inner = torch.sign, pyfused.loss(lambda a, b, *, k=2.0: k * (a - b).abs())
-
-    def local(x: Tensor) -> Tensor:
-        return sum(map(abs, [x * k for k in (1.0, math.log(4))])) * torch.pi
-
-    def function(x: Tensor) -> Tensor:
-        return helper(x) + local(x) + torch.nn.functional.softplus(x) * sign(x) + Tensor.abs(x)
-
-    def rebind() -> None:
-        nonlocal local, function, sign
-        local = function = sign = scaled
-
-    mine = pyfused.activation(lambda x: function(x) + inner(x, 0 * x, k=3.0, reduction="none"))
-    call = torch.compile(mine, backend="eager", fullgraph=True) if compiled else mine
-    expected = {n: mine.written(torch.linspace(-1, 1, n)) for n in (8, 1 << 15)}
-    monkeypatch.setattr(helper, "__defaults__", (3,))
-    monkeypatch.setitem(helper.__kwdefaults__, "scale", 5.0)
-    monkeypatch.setattr(sys.modules[__name__], "helper", scaled)
-    rebind()
-    for n, value in expected.items():
-        x = torch.linspace(-1, 1, n)
-        assert compiled or (mine.explain(x).backend == "torch") == (n == 8)
-        close(call(x), value)
+def test_a_formula_in_a_formula() -> None:
+    inner = pyfused.loss(lambda a, b, *, k=2.0: k * (a - b).abs())
+    mine = pyfused.activation(lambda x: inner(x, 0 * x, k=3.0, reduction="none"))
+    check_formula(mine, torch.linspace(-1, 1, 50).requires_grad_())
     with pytest.raises(RuntimeError, match="no other formula that calls"):
         inner.gradient(lambda a, b, *, k=2.0: (a, b))
 
@@ -1025,26 +975,23 @@ def test_a_formula_may_be_defined_under_patch(kernel_calls: KernelCalls) -> None
 
 @pytest.mark.thresholds
 @pytest.mark.parametrize("n", [20, 1 << 15])
-def test_parameters_that_are_tensors_or_no_numbers(n: int) -> None:
+def test_parameters_that_are_tensors(n: int) -> None:
     """A tensor of one element is a number, with its gradient; another one is refused by name."""
     mine = pyfused.activation(lambda input, *, k=1.5: input * k)
     for dtype, kind, shape in product(FLOATS, (*FLOATS, torch.int64), ((), (1,), (1, 1, 1))):
-        x, k = torch.ones(n, dtype=dtype), torch.full(shape, 2, dtype=kind)
-        got = mine(x, k=k)
-        assert got.dtype is dtype
-        assert torch.equal(got, x * 2)
+        x = torch.ones(n, dtype=dtype)
+        assert torch.equal(mine(x, k=torch.full(shape, 2, dtype=kind)), (x * 2).to(dtype))
     k = torch.full((1, 1), 2.0, requires_grad=True)
     mine(torch.ones(n), k=k).sum().backward()
     assert torch.equal(k.grad, torch.full((1, 1), float(n)))
     with torch.no_grad():  # not needed
         assert mine.explain(torch.ones(n), k=k) == mine.explain(torch.ones(n), k=2.0)
-    for wrong, got in (
-        (torch.ones(3), r"a Tensor of shape \(3,\); make it an operand"),
-        ("x", "'x'"),
+    of_three = r"a Tensor of shape \(3,\); make it an operand"
+    for (wrong, got), call in product(
+        ((torch.ones(3), of_three), ("x", "'x'")), (mine, mine.explain)
     ):
-        for call in (mine, mine.explain):
-            with pytest.raises(TypeError, match=f"k: expected a number or a tensor .* got {got}"):
-                call(torch.ones(n), k=wrong)
+        with pytest.raises(TypeError, match=f"k: expected a number or a tensor .* got {got}"):
+            call(torch.ones(n), k=wrong)
 
 
 def test_weights_in_programs_with_dynamic_sizes() -> None:
