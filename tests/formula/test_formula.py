@@ -446,6 +446,11 @@ def test_parameters_need_no_new_trace() -> None:
     assert traces(mine) == 3  # one for squares, and one for the flag
     for flag in (1, True, 0, False, True, 1):  # equal, but of different types
         check_formula(mine, *operands, flag=flag)
+    raised = pyfused.activation(lambda input, *, power=2: input**power)
+    for power in range(40):
+        check_formula(raised, torch.randn(9, dtype=torch.float64), power=power)
+    assert "have had 32 values" in raised.explain(torch.ones(9), power=99).reason
+    assert raised.explain(torch.ones(9), power=2).backend != "torch"
     signed = pyfused.activation(lambda input, *, k=1.0: input * k)
     for k in (0.0, -0.0, 0.0):
         assert torch.equal(
