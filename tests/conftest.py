@@ -80,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
     # Parallel regions would take longer than the tests, especially on busy cores;
-    # test_values.py checks that other numbers of threads give the same bits.
+    # test_large_calls_on_several_threads sets another number.
     torch.set_num_threads(1)
 
 
