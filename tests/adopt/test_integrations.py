@@ -8,7 +8,6 @@ results.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import inspect
 import logging
@@ -284,32 +283,6 @@ def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) 
 
 
 @as_users_run_it
-def test_unsupported_models_are_reported_with_a_reason() -> None:
-    model = language_model("Llama")
-    model.lm_head = torch.nn.Sequential(model.lm_head)
-    reason = pyfused.plan_conversion(model).left[0].reason
-    assert reason.endswith("container.Sequential, not a plain torch.nn.Linear")
-
-
-def test_a_model_of_transformers_whose_logits_are_read() -> None:
-    kind = type(language_model("Llama"))
-
-    class Peaked(kind):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            output.loss = output.loss + output.logits.float().logsumexp(-1).mean()
-            return output
-
-    plain = Peaked(language_model("Llama").config)
-    model = pyfused.convert(copy.deepcopy(plain))
-    with pytest.warns(RuntimeWarning, match=r"read by float after their loss|by logsumexp after"):
-        output = model(**batch())
-    for found in (output, model(**batch())):
-        torch.testing.assert_close(found.loss, plain(**batch()).loss)
-        torch.testing.assert_close(found.logits, plain(**batch()).logits)
-
-
-@as_users_run_it
 def test_calls_with_shifted_labels_and_kept_logits() -> None:
     plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
     tokens, labels = batch().values()
@@ -322,22 +295,6 @@ def test_calls_with_shifted_labels_and_kept_logits() -> None:
     ):
         options["input_ids"] = tokens
         assert_same_steps(step(model, **options), step(plain, **options))
-
-
-@as_users_run_it
-def test_a_loss_outside_of_the_model(kernel_calls: KernelCalls) -> None:
-    """A user's loss of the model's logits is fused; Trainer's label smoothing reads them."""
-    found = []
-    for model in (language_model("Llama"), pyfused.convert(language_model("Llama"))):
-        tokens, labels = batch().values()
-        kernel_calls.clear()
-        logits = model(input_ids=tokens).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        )
-        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    assert kernel_calls["cross_entropy"] > 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_checked_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
