@@ -80,8 +80,6 @@ def test_a_notebook_is_current_and_runs(name: str) -> None:
             assert (README.parent / "examples" / link).exists(), link
 
 
-# ---- numbers and claims of pages ----------------------------------------------------------------
-
 # Numbers outside generated parts that no table has: constants of the source, and an example.
 CONSTANTS = {
     "README.md": [],
@@ -97,60 +95,3 @@ def test_measurements_are_in_generated_parts(page: str) -> None:
     text = re.sub(r"(?ms)^```.*?^```|\n", " ", text)
     found = re.findall(r"\d[\d.,]*(?: to [\d.,]+)? (?:times|%|ms|us|[KMG]i?B(?:/s)?)(?!\w)", text)
     assert sorted(found) == sorted(CONSTANTS[page])
-
-
-STEPS = gallery._steps()
-H100 = next(ways for name, ways in STEPS.items() if name.endswith("H100"))
-ON_CPU = {name: ways for name, ways in STEPS.items() if ways is not H100}
-HEADS = gallery._gpu_heads()["cross-entropy"]
-
-
-def gain(name: str, *ways: str) -> float:
-    """Returns the largest speed-up of these ways, of models whose name begins so."""
-    rows = [rows for key, rows in STEPS.items() if key.startswith(name)]
-    return max(float(each[way]["ratio, median"]) for each in rows for way in ways if way in each)
-
-
-def test_sentences_about_the_demo() -> None:
-    run = [row for row in gallery._of_cpus("demo")[-1] if row["way"] == "torch"]
-    loss, step = (sum(float(row[column]) for row in run) for column in ("loss_ms", "step_ms"))
-    says("README.md", "There, the head and its loss take most of a step")
-    assert loss > 0.5 * step
-
-
-def says(page: str, sentence: str) -> None:
-    text = (README.parent / page).read_text("utf-8")
-    assert sentence in re.sub(r"\s+", " ", re.sub(r"\]\([^)]*\)", "]", text))
-
-
-def test_sentences_about_steps() -> None:
-    says("docs/memory.md", "A peak grows if freed blocks do not fit the next ones")
-    peaks = [int(r["peak"]) / int(r["torch, peak"]) for w in ON_CPU.values() for r in w.values()]
-    assert min(peaks) < 0.95 < 1.05 < max(peaks)
-
-    says("docs/is-it-for-you.md", "has nothing to do with kernels also speeds up most models")
-    kept = [float(w["torch, keep"]["ratio, median"]) for w in ON_CPU.values() if "torch, keep" in w]
-    assert sum(gain > 1 for gain in kept) > len(kept) / 2
-
-    ours = "linear_cross_entropy", "convert"
-    says("docs/is-it-for-you.md", "most with [`linear_cross_entropy`] or `convert`")
-    for model in ("GPT-2", "one layer and the head of Llama", "BERT", "recommender"):
-        assert gain(model, *ours) > max(1, gain(model, "patch"))
-    says("docs/is-it-for-you.md", "which matters if a step takes less than a millisecond")
-    assert gain("digits", *ours) < 1
-    (digits,) = (ways for name, ways in STEPS.items() if name.startswith("digits"))
-    assert float(digits["convert"]["torch, ms"]) < 1
-
-
-def test_sentences_about_compiled_steps_on_gpus() -> None:
-    says("docs/gpu.md", "each way to use pyfused was slower than `torch.compile` alone")
-    says("docs/is-it-for-you.md", "Compiled training steps are slower with pyfused than without")
-    compiled = {way: float(row["ms"]) for way, row in H100.items() if "torch.compile" in way}
-    assert min(compiled, key=compiled.__getitem__) == "torch.compile"
-
-    says("docs/gpu.md", "Heads with 4096 features: compiled torch took as long")
-    theirs, ours = (HEADS["(8192, 4096, 128256)"][way] for way in ("torch.compile", "pyfused"))
-    assert theirs == pytest.approx(ours, rel=0.03)
-    says("docs/gpu.md", "Contrastive losses of 8,192 and 32,768 embeddings took as long as torch.")
-    rows = [row for row in gallery._markdown_rows("kernels") if row[0].startswith("contrastive")]
-    assert [float(row[3].split()[0]) for row in rows] == pytest.approx([1, 1], rel=0.05)
