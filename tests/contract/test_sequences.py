@@ -229,9 +229,6 @@ def test_sequences_of_calls_match_torch(seed: int) -> None:
         assert run(seed, calls).raised < calls / 4
 
 
-ROWS, CLASS = torch.linspace(-2, 2, 12).view(4, 3), torch.tensor([0, 1, 2, 0])
-
-
 if __name__ == "__main__":
     total, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000
     torch.set_num_threads(1)

@@ -714,19 +714,13 @@ def test_parameters_overflow_at_every_size(k: int, as_tensor: bool) -> None:
 @pytest.mark.cpu
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls) -> None:
-    scalar, big = torch.tensor(0.5), torch.randn(1 << 15)
+def test_the_size_limit_applies_to_the_broadcast_shape() -> None:
     column, row = torch.randn(1 << 8, 1), torch.randn(1 << 8)
-    for count, operands in enumerate(((scalar, big), (big, scalar), (column, row)), 1):
-        close(wing(*operands), wing.function(*operands).mean())
-        assert kernel_calls[wing.op.name] == count
-        assert wing.explain(*operands).backend != "torch"
-    for few in ((scalar, row), (column[:9], row[:9]), (scalar, torch.randn(0))):
-        close(wing(*few), wing.function(*few).mean(), rtol=0, atol=0, equal_nan=True)
-        assert "faster at this size" in wing.explain(*few).reason
+    assert wing.explain(column, row).backend != "torch"
+    assert "faster at this size" in wing.explain(column[:9], row[:9]).reason
+    close(wing(column[:9], row[:9]), wing.function(column[:9], row[:9]).mean(), rtol=0, atol=0)
     nested = torch.nested.as_nested_tensor([torch.randn(2), torch.randn(3)])
     assert pyfused.activation(lambda a, b: a * b)(nested, nested).is_nested
-    assert kernel_calls[wing.op.name] == 3
 
 
 # ---- formulas as objects -------------------------------------------------------------------------
