@@ -32,7 +32,7 @@ from compare import (
     exactly,
     widen,
 )
-from conftest import KernelCalls
+from conftest import ISAS, KernelCalls
 from grid import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,10 +105,10 @@ def defined(parameters: str, lines: Sequence[str], **names: Any) -> Formula:
 
 
 @pytest.mark.cpu  # the interpreter lacks fused multiply-add
-@pytest.mark.parametrize("scale", [1.0, 30.0, 1e-4])
-@pytest.mark.parametrize("dtype", FLOATS[:1] + FLOATS[2:])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_accuracy(name: str, dtype: torch.dtype, scale: float, kernel_calls: KernelCalls) -> None:
+@grid(name=FORMULAS, dtype=FLOATS[:1] + FLOATS[2:], scale=[1.0, 30.0, 1e-4], isa=ISAS)
+def test_accuracy(
+    name: str, dtype: torch.dtype, scale: float, isa: str, kernel_calls: KernelCalls
+) -> None:
     formula, errors = FORMULAS[name], Errors()
     operands = [x.to(dtype).requires_grad_() for x in operands_of(name, scale=scale)]
     found = (
@@ -282,26 +282,6 @@ def test_integer_operands_are_refused(kind: torch.dtype, n: int) -> None:
         with pytest.raises(Exception, match=rf"label: .* bool mask, got {kind}; .*label\.to\("):
             call(x, label)  # torch.compile wraps the TypeError
     close(mine(x, label.to(x.dtype)), mine(x, label == 1))
-
-
-def test_a_masked_loss(kernel_calls: KernelCalls) -> None:
-    """A mask as an operand and as the weight, in graphs of first and second order."""
-
-    @pyfused.loss
-    def mine(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, (input - target) ** 2, 0.0)
-
-    x, y = torch.randn(2, 60, dtype=torch.float64)
-    mask = torch.rand(60) > 0.3
-    ours = mine(x.requires_grad_(), y, mask, weight=mask)
-    theirs = (mine.function(x, y, mask) * mask).sum() / mask.sum()
-    close(ours, theirs)
-    first = [torch.autograd.grad(loss, x, create_graph=True)[0] for loss in (ours, theirs)]
-    close(*first)
-    close(*[torch.autograd.grad(gradient.sum(), x)[0] for gradient in first])
-    assert kernel_calls[mine.op.name]
-    compiled = torch.compile(mine, backend="eager", fullgraph=True)
-    close(compiled(x, y, mask, weight=mask.half()), theirs)
 
 
 def _assigned(x: Tensor, m: Tensor) -> Tensor:
