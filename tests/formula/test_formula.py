@@ -485,37 +485,6 @@ def test_dtypes_match_torch(n: int) -> None:
         assert wing(*operands).dtype == wing.function(*operands).mean().dtype
 
 
-USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "times": lambda x, k: k * x, "plus": lambda x, k: x + k, "over": lambda x, k: x / (k * k + 0.5),
-    "power": lambda x, k: (x.abs() + 0.5) ** k, "base": lambda x, k: (abs(k) + 0.5) ** x,
-    "derived": lambda x, k: x * torch.log1p(k * k) - torch.cos(k),
-    "where": lambda x, k: torch.where(x < k, x, k * x), "least": lambda x, k: x.clamp(min=k),
-    "branch": lambda x, k: torch.where(k > 1, x, x * x), "most": lambda x, k: torch.minimum(x, k),
-    "twice": lambda x, k: torch.maximum(k * x, (k - 1) * x),
-}  # fmt: skip
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from([*USES]), st.booleans()), min_size=1, max_size=4),
-    st.lists(
-        st.tuples(*[st.sampled_from([0.0, -0.0, 1, 1.0, 2, 2.0, 0.5, -1.5, 0.3, 1.7, 2e18])] * 2),
-        min_size=3,
-        max_size=6,
-    ),
-)
-@settings(max_examples=5 if interpreter.ON else max(20, settings().max_examples))
-def test_random_uses_of_parameters(
-    uses: list[tuple[str, bool]], values: list[tuple[float, float]]
-) -> None:
-    """Tries parameter values that the definition has not traced."""
-    lines = [f"total = total + {use}(input, {'k' if second else 'j'})" for use, second in uses]
-    lines = ["total = input", *lines, "return total"]
-    mine = defined("input, *, j=0.7, k=1.3", lines, **{use: USES[use] for use, _ in uses})
-    input = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
-    for j, k in values:
-        check_formula(mine, input, j=j, k=k)
-
-
 MODES = {
     "": contextlib.nullcontext,
     "no_grad": torch.no_grad,
@@ -670,6 +639,10 @@ PARAMETERS: tuple[Callable[..., Tensor], ...] = (
     lambda x, *, j=1.0, k=2.0: j * k * x / k,
     lambda x, *, j=1.0, k=2.0: (j * k) ** 2 * (x - j) / (j * k),
     lambda x, *, j=1.0, k=2.0: torch.where(x > j, j, k) * k * x,
+    lambda x, *, j=1.0, k=2.0: x / (k * k + 0.5) + torch.minimum(x, j),
+    lambda x, *, j=1.0, k=2.0: (abs(k) + 0.5) ** x.clamp(max=j),
+    lambda x, *, j=1.0, k=2.0: x * torch.log1p(k * k) - torch.where(j > 1, x, x * x),
+    lambda x, *, j=1.0, k=2.0: torch.maximum(k * x, (j - 1) * x) * torch.cos(k),
 )
 
 
