@@ -117,10 +117,8 @@ def test_accuracy(
         evaluate(formula.function, *operands, convert=exactly),
     )
     results = zip(*[(x.value, *x.gradients) for x in found], strict=True)
-    for k, (ours, theirs, right) in enumerate(results):
-        fits = right.isfinite() & (right.abs() <= torch.finfo(dtype).max) & theirs.isfinite()
-        assert ours[fits].isfinite().all()
-        errors.add(f"result {k}", ours[fits], theirs[fits], right[fits])
+    for k, three in enumerate(zip(*[(x.value, *x.gradients) for x in found], strict=True)):
+        errors.add(f"result {k}", *three)
     errors.check()
     assert kernel_calls[formula.op.name] == 2
 
