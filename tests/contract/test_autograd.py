@@ -319,27 +319,6 @@ def test_modifying_an_argument_before_backward(example: Example, dtype: torch.dt
         assert raised in ([False, False], [may_raise, may_raise]), name
 
 
-REDUCED = [
-    *("mse_loss", "bce_loss", "cross_entropy", "cosine_embedding_loss"),
-    *("linear_cross_entropy", "kl_div_with_logits", "linear_kl_div"),
-]
-
-
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 lacks SavedTensor.unpack")
-@pytest.mark.parametrize("name", [name for name in REDUCED if name in EXAMPLES])
-def test_reduced_losses_read_no_argument_in_backward(name: str) -> None:
-    """The forward pass computes the gradients; only create_graph reads the arguments."""
-    call = EXAMPLES[name].call()
-    expected, leaves = gradients(call), [*call.leaves.values()]
-    value = call.ours()
-    with torch.no_grad():
-        for x in call.tensors.values():
-            x.zero_()
-    with pytest.raises(RuntimeError, match=CHANGED):
-        torch.autograd.grad(value, leaves, above(value), retain_graph=True, create_graph=True)
-    close(torch.autograd.grad(value, leaves, above(value)), expected)
-
-
 @every_operator
 def test_modifying_a_result_before_backward(example: Example) -> None:
     """Backward raises if it reads the output, as for some activations; no loss is read."""

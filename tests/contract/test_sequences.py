@@ -28,7 +28,9 @@ MODES = {
     "": contextlib.nullcontext,
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float16": lambda: torch.autocast("cpu", torch.float16),
+    "device": lambda: torch.device("cpu"),  # same as torch.set_default_device
     "save_on_cpu": save_on_cpu,
 }
 NUMBERS = int, np.float64, np.float32, lambda x: torch.tensor(x, dtype=torch.float64), float
@@ -42,7 +44,7 @@ def draw(rng: random.Random) -> tuple[Call, str]:
         call = random_call(rng.choice([*OPERATORS.values()]), rng.randrange(1 << 32), 100)
     for name, x in call.given.items():
         if type(x) is float:
-            call.given[name] = rng.choice(NUMBERS)(x)
+            call.given[name] = rng.choice(NUMBERS)(rng.choice([x, x, 0.0, 1.0, 2.0]))
         elif isinstance(x, Tensor) and name in call.leaves and rng.random() < 0.3:
             x.requires_grad_(False)
     return call, rng.choice([*MODES, "", "", ""])

@@ -116,7 +116,6 @@ def test_accuracy(
         evaluate(formula.function, *operands),
         evaluate(formula.function, *operands, convert=exactly),
     )
-    results = zip(*[(x.value, *x.gradients) for x in found], strict=True)
     for k, three in enumerate(zip(*[(x.value, *x.gradients) for x in found], strict=True)):
         errors.add(f"result {k}", *three)
     errors.check()
