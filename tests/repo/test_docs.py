@@ -78,20 +78,3 @@ def test_a_notebook_is_current_and_runs(name: str) -> None:
     for cell in json.loads(text)["cells"]:
         for link in re.findall(r"\]\(([^)#:]+)", "".join(cell["source"])):
             assert (README.parent / "examples" / link).exists(), link
-
-
-# Numbers outside generated parts that no table has: constants of the source, and an example.
-CONSTANTS = {
-    "README.md": [],
-    "docs/index.md": [],
-    "docs/is-it-for-you.md": ["1.8 times"],
-    "docs/gpu.md": ["200 us", "3,000 GB/s", "190 us", "2,984 GB/s", "100 to 170 us"],
-}
-
-
-@pytest.mark.parametrize("page", CONSTANTS)
-def test_measurements_are_in_generated_parts(page: str) -> None:
-    text = gallery.PART.sub("", (README.parent / page).read_text("utf-8"))
-    text = re.sub(r"(?ms)^```.*?^```|\n", " ", text)
-    found = re.findall(r"\d[\d.,]*(?: to [\d.,]+)? (?:times|%|ms|us|[KMG]i?B(?:/s)?)(?!\w)", text)
-    assert sorted(found) == sorted(CONSTANTS[page])
