@@ -262,7 +262,8 @@ every_example = pytest.mark.parametrize("example", TRIED.values(), ids=TRIED)
 every_operator = pytest.mark.parametrize("example", SOME.values(), ids=SOME)
 OF_FAMILIES = {n: e for n, e in SOME.items() if e.op in FAMILIES.values()}
 every_family = pytest.mark.parametrize("example", OF_FAMILIES.values(), ids=OF_FAMILIES)
-every_compiled = every_operator if grid.SLOW else every_family  # compiling takes long
+COMPILED = SOME if grid.SLOW else OF_FAMILIES  # compiling takes long
+every_compiled = pytest.mark.parametrize("example", COMPILED.values(), ids=COMPILED)
 # Calls with an option that is a tensor, and with sharded classes if supported.
 TENSOR_OPTIONS = {
     f"{e.id}{'-shard' * sharded}": (

@@ -34,8 +34,7 @@ backend = backend_of(torch.empty(0))  # the backend under test
 # Files that start processes or build C++.
 SLOW = (
     *("test_compile_ahead", "test_distributed", "test_import", "test_limits", "test_parallel"),
-    *("test_processes", "test_shard_sequences", "test_sharded_heads", "test_vec"),
-    "test_vocab_parallel",
+    *("test_processes", "test_shards", "test_vec", "test_wrapped_heads"),
 )
 
 # Files with many tests that compile; single tests in other files use the fixture `compiler`.
@@ -81,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
     # Parallel regions would take longer than the tests, especially on busy cores;
-    # test_values.py checks that other numbers of threads give the same bits.
+    # test_large_calls_on_several_threads sets another number.
     torch.set_num_threads(1)
 
 

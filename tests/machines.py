@@ -20,7 +20,7 @@ import torch
 from pyfused.backends import cpu
 
 TESTS = Path(__file__).parent
-PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel metrics distributed"
+PRODUCTS = "log_probs linear_cross_entropy distillation shards metrics distributed"
 KERNELS = """accuracy activation compile values class_losses cross_entropy cross_entropy_options
     formula inplace log_probs margin metrics pointwise_loss softmax"""
 THREADS = "threads parallel processes recycle distributed training"

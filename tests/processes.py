@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -73,3 +76,42 @@ def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> l
         for child in children:
             child.terminate()
             child.join()
+
+
+def run_checks(
+    checks: Callable[[int], dict[Any, Any]], size: int, small_calls: bool = False
+) -> dict[Any, str]:
+    """Runs ``checks(rank)`` in each rank of a gloo group; returns tracebacks of failed checks.
+
+    Args:
+        small_calls: Whether torch computes small calls, as usual.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = in_processes(_run_checks, size, checks, size, folder, small_calls)
+    failures: dict[Any, str] = {}
+    for rank, of_rank in enumerate(map(pickle.loads, found)):
+        for name, text in of_rank.items():
+            failures[name] = f"{failures.get(name, '')}rank {rank}: {text}"
+    return failures
+
+
+def _run_checks(
+    rank: int, checks: Any, size: int, folder: str, small_calls: bool, pipe: Any
+) -> None:
+    import torch
+    import torch.distributed as dist
+    from conftest import fused_always
+
+    torch.set_num_threads(1)
+    store, wait = f"file://{folder}/store", datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=wait)
+    failures = {}
+    with contextlib.nullcontext() if small_calls else fused_always():
+        for name, check in checks(rank).items():
+            try:
+                check()
+            except Exception:  # noqa: PERF203
+                failures[name] = traceback.format_exc()
+    dist.barrier()
+    dist.destroy_process_group()
+    pipe.send_bytes(pickle.dumps(failures))

@@ -1,14 +1,11 @@
 """transformers, Lightning and skorch give the same losses with and without pyfused.
 
-The replacements that the page on language models gives for TRL's and Liger's functions have equal
-results.
 `make test-integrations` runs these tests, which download nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import inspect
 import logging
@@ -25,12 +22,10 @@ import pytest
 import torch
 from conftest import KernelCalls
 from language_models import are_computed
-from processes import python
 from torch import Tensor
 
 import pyfused
 import pyfused.nn
-from pyfused import functional as fused
 from pyfused.dispatch import reasons
 
 pytestmark = [
@@ -284,32 +279,6 @@ def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) 
 
 
 @as_users_run_it
-def test_unsupported_models_are_reported_with_a_reason() -> None:
-    model = language_model("Llama")
-    model.lm_head = torch.nn.Sequential(model.lm_head)
-    reason = pyfused.plan_conversion(model).left[0].reason
-    assert reason.endswith("container.Sequential, not a plain torch.nn.Linear")
-
-
-def test_a_model_of_transformers_whose_logits_are_read() -> None:
-    kind = type(language_model("Llama"))
-
-    class Peaked(kind):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            output.loss = output.loss + output.logits.float().logsumexp(-1).mean()
-            return output
-
-    plain = Peaked(language_model("Llama").config)
-    model = pyfused.convert(copy.deepcopy(plain))
-    with pytest.warns(RuntimeWarning, match=r"read by float after their loss|by logsumexp after"):
-        output = model(**batch())
-    for found in (output, model(**batch())):
-        torch.testing.assert_close(found.loss, plain(**batch()).loss)
-        torch.testing.assert_close(found.logits, plain(**batch()).logits)
-
-
-@as_users_run_it
 def test_calls_with_shifted_labels_and_kept_logits() -> None:
     plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
     tokens, labels = batch().values()
@@ -322,22 +291,6 @@ def test_calls_with_shifted_labels_and_kept_logits() -> None:
     ):
         options["input_ids"] = tokens
         assert_same_steps(step(model, **options), step(plain, **options))
-
-
-@as_users_run_it
-def test_a_loss_outside_of_the_model(kernel_calls: KernelCalls) -> None:
-    """A user's loss of the model's logits is fused; Trainer's label smoothing reads them."""
-    found = []
-    for model in (language_model("Llama"), pyfused.convert(language_model("Llama"))):
-        tokens, labels = batch().values()
-        kernel_calls.clear()
-        logits = model(input_ids=tokens).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        )
-        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    assert kernel_calls["cross_entropy"] > 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_checked_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,73 +434,6 @@ def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
     if when == "before":  # without its adapter, the head is fused again
         plain = model.merge_and_unload()
         assert not step(plain.requires_grad_())[2]
-
-
-# ---- TRL and Liger -------------------------------------------------------------------------------
-
-
-def assert_same(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
-    """Compares values and gradients; sums of about ten float32 numbers may be in another order."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    grad_output = torch.randn_like(theirs)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, leaves, grad_output),
-        torch.autograd.grad(theirs, leaves, grad_output),
-        rtol=1e-5,
-        atol=1e-5,
-    )
-
-
-def test_liger() -> None:
-    """Runs Liger's kernels in Triton's interpreter, if it is enabled at start."""
-    pytest.importorskip("liger_kernel")
-    environment = {"TRITON_INTERPRET": "1", "PYFUSED_BACKEND": "cpu"}
-    done = python("import test_integrations; test_integrations.liger()", **environment)
-    assert done.returncode == 0, done.stderr
-
-
-def liger() -> None:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
-
-    torch.manual_seed(0)
-    input, weight = (torch.randn(n, 16, requires_grad=True) for n in (10, 50))
-    target, both = torch.randint(50, (10,)), [input, weight]
-    target[3:6] = -100
-    for options, ours in (
-        ({}, {}),
-        (
-            {"reduction": "sum", "label_smoothing": 0.1},
-            {"reduction": "sum", "label_smoothing": 0.1},
-        ),
-        ({"lse_square_scale": 0.01}, {"z_loss": 0.01}),
-    ):
-        expected = LigerFusedLinearCrossEntropyLoss(**options)(weight, input, target)
-        assert_same(fused.linear_cross_entropy(input, weight, target, **ours), expected, both)
-
-    teacher = torch.randn(10, 24), torch.randn(50, 24)
-    for beta, temperature, labels in ((0.5, 1.0, None), (0.3, 2.0, target), (0.0, 2.0, target)):
-        theirs = LigerFusedLinearJSD(jsd_beta=beta, temperature=temperature)
-        loss = fused.linear_kl_div(
-            *(input, weight, *teacher),
-            beta=beta,
-            temperature=temperature,
-            token_weight=None if labels is None else labels != -100,
-        )
-        assert_same(loss, theirs(input, weight, *teacher, labels), both)
-
-    hidden = torch.randn(2, 5, 16, requires_grad=True)
-    index, mask = torch.randint(50, (2, 5)), torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
-    advantage, old = torch.randn(2), -4 + torch.randn(2, 5)
-    first, each = old + 0.1 * torch.randn(2, 5), advantage[:, None]
-    theirs = LigerFusedLinearGRPOLoss(beta=0.04, compiled=False, temperature=0.9)
-    expected, _ = theirs(hidden, weight, index, mask, advantage, None, first, old)
-    counted = index.masked_fill(mask == 0, -100)
-    new = fused.linear_log_probs(hidden, weight, counted, temperature=0.9).log_probability
-    ratio, away = (new - old).exp(), first - new
-    gain = torch.minimum(ratio * each, ratio.clamp(0.8, 1.2) * each)
-    loss = ((0.04 * (away.exp() - away - 1) - gain) * mask).sum() / mask.sum()
-    assert_same(loss, expected, [hidden, weight])
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from compare import operators_of_torch
 from conftest import KernelCalls
-from processes import python
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -94,22 +93,3 @@ def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
         assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
         copies.append(sum(shapes[0] == [ROWS, 3] for shapes in casts))
     assert copies[0] == 0 < copies[1]
-
-
-# ---- imports -------------------------------------------------------------------------------------
-
-LOADED = """
-import sys, torch
-before = set(sys.modules)
-import pyfused
-pyfused.convert(torch.nn.ReLU())
-assert not sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks
-print(*sorted(set(sys.modules) - before))
-"""
-
-
-def test_importing_and_converting_load_only_pyfused() -> None:
-    done = python(LOADED)
-    loaded = {name for name in done.stdout.split() if not f"{name}.".startswith("pyfused.")}
-    assert loaded <= {"torch.utils._device"}
-    assert (done.stderr, "pyfused.functional" in done.stdout) == ("", True)

@@ -178,7 +178,7 @@ def test_cross_entropy_with_classes_not_last(
     check_options(kind, shapes, dtype, options)
 
 
-@grid(classes=[10, 65, 1000, 32000], kind=[*LOGITS, *LATE])
+@grid(classes=[10, 65, 1000, 32000], kind=["normal", "confident", "far_from_zero", *LATE])
 def test_small_probabilities_keep_their_relative_precision(kind: str, classes: int) -> None:
     """Checks the relative error of each element; a common tolerance hides small elements."""
     logits, target = make(kind, (9, classes), torch.float32, "index")
@@ -187,9 +187,6 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
     exact = evaluate(F.cross_entropy, logits, target, convert=exactly, reduction="sum")
     best = exact.gradients[0]
     judged = (best.abs() > torch.finfo(torch.float32).tiny) & ~F.one_hot(target, classes).bool()
-    if not judged.any():
-        assert kind == "extreme"
-        return
     error = ((got - best) / best)[judged].abs().max()
     torchs_error = ((of_torch - best) / best)[judged].abs().max()
     # One rounding each of exp, its argument, the sum, the factor and the product.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import pyfused
 from pyfused import functional as fused
 from pyfused.ops.elementwise import L1_LOSS
 
@@ -139,3 +140,17 @@ def test_export_with_a_dynamic_batch(example: Example) -> None:
 @every_family
 def test_strict_export_with_a_dynamic_batch(example: Example) -> None:
     assert_exports(example, strict=True)
+
+
+@every_family
+def test_compiled_while_torch_is_patched(example: Example) -> None:
+    if example.id == "kl_div":
+        pytest.skip("the compiler cannot trace torch's warning")
+    call = example.call()
+    x = call.first.requires_grad_()
+    expected = evaluate(call.of_first(Call.reference), x)
+    with pyfused.patch():
+        step = torch.compile(call.of_first(Call.ours), fullgraph=True, backend="aot_eager")
+        got = evaluate(step, x)
+    close(got.value, expected.value)
+    close(got.gradients, expected.gradients)

@@ -222,31 +222,6 @@ def test_a_small_call_is_torchs(name: str) -> None:
             assert len(python_calls(lambda: call(F))) == len(python_calls(lambda: call(fused)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gamma": 2.0},
-        {"gamma": 2},
-        {"gamma": torch.tensor(2.0)},
-        {"z_loss": 0.5},
-        {"scale": 2.0},
-        {"softcap": 3.0},
-        {"temperature": 2.0},
-        {"token_weight": torch.arange(6.0)},
-        {"denominator": 3.0},
-        {"denominator": torch.tensor(3.0)},
-        {"loss_dtype": torch.float64},
-    ],
-    ids=repr,
-)
-def test_small_calls_with_options_that_torch_lacks(options: dict[str, Any]) -> None:
-    small = fused.cross_entropy(X, TARGET, **options)
-    with sizes.every_size():
-        by_kernel = fused.cross_entropy(X, TARGET, **options)
-    torch.testing.assert_close(small, by_kernel)
-    assert not torch.isclose(small.float(), F.cross_entropy(X, TARGET)) or "loss_dtype" in options
-
-
 @pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
 @pytest.mark.parametrize("size", [6, 60_000])
 def test_deprecated_arguments_are_torchs(size: int) -> None:

@@ -29,7 +29,7 @@ from catalogue import (
     parameters,
 )
 from check_calls import ERRORS, check_call, converted, forward, largest, natively, run
-from compare import DEVICE, FLOATS, HALF, Errors, evaluate
+from compare import DEVICE, FLOATS, HALF, Errors
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
@@ -37,7 +37,6 @@ from layouts import LAYOUTS, SAME_VALUES, Layout
 import pyfused
 from pyfused import nn
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch import sizes
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.elementwise import LOGSIGMOID
@@ -98,9 +97,10 @@ def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
     try:
         expected = natively(call)
     except ERRORS:  # not supported for these dimensions
-        assert len(shape) == 3
-        return
-    close(run(call, ours), expected, equal_nan=True)
+        with pytest.raises(ERRORS):
+            run(call, ours)
+    else:
+        close(run(call, ours), expected, equal_nan=True)
 
 
 @grid(example=TRIED.values(), dtype=[torch.float32, torch.float64, *HALF])
@@ -127,28 +127,6 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
             eps = max(torch.finfo(one.dtype).eps, torch.finfo(rounded).eps)
             errors = [largest(x.double() - best) for x in (one, theirs)]
             assert errors[0] <= 2 * errors[1] + 16 * eps * largest(best)
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("op", sizes.LINEAR)
-def test_a_compiled_head_uses_the_kernels(
-    op: str, kernel_calls: KernelCalls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also applies to GPUs, because Inductor would materialise all logits."""
-    call = EXAMPLES[op].call()
-    logits = call.first.shape[:-1].numel() * len(call.given["linear_weight"])
-    monkeypatch.setitem(sizes.COMPILED, op, (logits, logits))
-    step = call.of_first(Call.ours, bounded=False)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    found = [evaluate(function, call.first.clone()) for function in (step, compiled)]
-    assert kernel_calls.total()
-    kernel_calls.clear()
-    found.append(evaluate(compiled, call.first.clone()))
-    assert kernel_calls.total()
-    for outcome in found[1:]:
-        close(outcome.value, found[0].value)
-        close(outcome.gradients, found[0].gradients)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -240,29 +218,24 @@ def test_a_replayed_plan_is_bitwise_reproducible(example: Example) -> None:
     close((*first, *replayed), (*again, *expected), rtol=0, atol=0)
 
 
+LARGE = (203, 700), (7003, 10), (9, 4100)
+
+
 @pytest.mark.cpu
-@grid(
-    example=OF_FAMILIES.values(), shape=[(203, 700), (7003, 10), (9, 4100)], dtype=FLOATS, isa=ISAS
-)
-def test_large_calls_are_bitwise_identical_for_every_number_of_threads(
+@grid(example=OF_FAMILIES.values(), shape=LARGE, dtype=FLOATS, isa=ISAS)
+def test_large_calls_on_several_threads(
     example: Example,
     shape: tuple[int, int],
     dtype: torch.dtype,
     isa: str,
     threads: Callable[[int], None],
 ) -> None:
-    """Values are torch's. Matrix products, which libraries compute, may differ in the last bits."""
-    call, found = example.call(dtype, shape), []
+    if isinstance(example.op, Contrastive) and shape[0] > 1000:
+        pytest.skip("torch would compute 49 million logits")
+    call = example.call(dtype, shape)
     call.given.pop("memory_budget", None)  # would take thousands of small products
-    if not (isinstance(example.op, Contrastive) and shape[0] > 1000):  # torch has all logits
-        check_call(call)
-    for number in (1, 3):
-        threads(number)
-        found.append(run(call, ours))
-    tolerance: dict[str, float] = {} if call.op.is_linear else {"rtol": 0, "atol": 0}
-    if call.op.is_linear and dtype is torch.float16:  # the default is less than one bit
-        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-5}
-    close(*found, **tolerance)
+    threads(3)
+    check_call(call)
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -322,3 +295,4 @@ def test_fresh_shapes(example: Example) -> None:
     for shape in random.Random(0).sample(2 * shapes, 4 if interpreter.ON else 16):
         call = example.call(shape=shape)
         close(run(call, ours), natively(call), rtol=1e-4, atol=1e-5)
+    assert len(example.op.plans) <= 2, "plans depend on the number of rows"

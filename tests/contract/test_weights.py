@@ -55,7 +55,7 @@ def step(call: Call, function: Function = Call.ours) -> list[Tensor]:
 
 def cases() -> Iterator[Any]:
     for op in OPERATORS.values():
-        for name in {"token_weight", "weight"} & declared(op).keys():
+        for name in sorted({"token_weight", "weight"} & declared(op).keys()):
             of_classes = name == "weight" and any(o.indices for o in op.operands)
             converts = next(o for o in op.all_operands if o.name == name).converts
             dtypes = DTYPES if converts else FLOATS  # others are torch's

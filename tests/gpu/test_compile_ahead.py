@@ -32,49 +32,33 @@ def test_kernels_compile_well(target: str) -> None:
     assert {kernel.case for kernel in found} == set(ahead.QUICK)
     for kernel in found:
         assert not kernel.wrong, kernel
-        assert kernel.registers > 0
-    limited = [kernel.instructions for kernel in found if kernel.instructions]
-    assert all(10 < instructions < 60 for instructions in limited)  # per element
-    assert limited or target != "sm_90"
 
 
 @triton.jit
-def copy_kernel(x, out, n, step: tl.constexpr, block: tl.constexpr, spread: tl.constexpr):  # noqa: ANN001, ANN201
-    """Copies; loads in the loop are wide if the step is 1, stores if the spread is 1."""
+def copy_kernel(x, out, block: tl.constexpr):  # noqa: ANN001, ANN201
     lanes = tl.arange(0, block)
     total = tl.load(x + lanes)
-    for start in range(0, n, block):
-        total += tl.load(x + (start + lanes) * step)
-    tl.store(out + lanes * spread, total)
-
-
-def problems_of(
-    target: str, step: int = 1, block: int = 2048, spread: int = 1, warps: int = 4
-) -> list[str]:
-    x, options = empty(F32, 1 << 20), {"num_warps": warps, "enable_fp_fusion": True}
-
-    def run() -> None:
-        copy_kernel[(1,)](x, x, 1 << 18, step=step, block=block, spread=spread, **options)
-
-    (found,) = ahead.compile_cases(target, [Case("copy", F32, x.numel(), run)])
-    return found.wrong.split(", ") if found.wrong else []
+    for start in range(block, 8 * block, block):
+        total += tl.load(x + start + lanes)
+    tl.store(out + lanes, total)
 
 
 @pytest.mark.parametrize("target", ahead.SOME)
 def test_bad_kernels_are_detected(target: str) -> None:
-    assert problems_of(target) == []
-    assert problems_of(target, step=3) == ["narrow loads"]
-    assert problems_of(target, spread=3) == ["narrow stores"]
-    elements = 1 << (13 if target == "sm_90" else 15)  # for one warp
-    assert problems_of(target, block=elements, warps=1) == ["spills"]
+    def found(block: int) -> list[str]:
+        x, options = empty(F32, 1 << 20), {"num_warps": 1, "enable_fp_fusion": True}
+        case = Case("copy", F32, lambda: copy_kernel[(1,)](x, x, block=block, **options))
+        return [each.wrong for each in ahead.compile_cases(target, [case])]
+
+    assert found(512) == [""]
+    assert found(1 << (13 if target == "sm_90" else 15)) == ["spills"]
 
 
 def test_too_many_launches_and_compilation_errors_are_detected() -> None:
     softmax = next(case for case in ahead.all_cases() if case.name == "softmax float32 4096x1000")
-    assert [f.wrong for f in ahead.compile_cases("sm_90", [softmax])] == [""]
     unwanted = replace(softmax, launches=0)
     assert [f.wrong for f in ahead.compile_cases("sm_90", [unwanted])] == ["1 launches, not 0", ""]
-    failing = replace(softmax, run=lambda: copy_kernel[(1,)](1, 2, 3))
+    failing = replace(softmax, run=lambda: copy_kernel[(1,)](1, 2))
     (failed,) = ahead.compile_cases("sm_90", [failing])
     assert "missing" in failed.wrong
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import TORCH
-from compare import HALF, products
+from compare import products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -153,27 +153,6 @@ def test_filtered_gradients_are_within_the_documented_error(
         assert (off <= least * of_all + rounding * (best.float().abs() + least)).all()
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("cap", [None, 3.0])
-@pytest.mark.parametrize("dtype", HALF)
-def test_classes_that_gpus_pad(dtype: torch.dtype, cap: float | None) -> None:
-    """The products of 37 classes have 40 on a GPU; rows that do not count may be NaN."""
-    x, head = torch.randn(9, 16, dtype=dtype), torch.randn(37, 16, dtype=dtype)
-    bias, target = torch.randn(37, dtype=dtype), torch.randint(37, (9,))
-    x[2], target[2] = math.nan, -100
-    leaves = [tensor.requires_grad_() for tensor in (x, head, bias)]
-    loss = fused.linear_cross_entropy(x, head, target, linear_bias=bias, softcap=cap)
-    wide = [tensor.detach().double().nan_to_num().requires_grad_() for tensor in leaves]
-    logits = torch.nn.functional.linear(*wide)[target >= 0]
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    expected = torch.nn.functional.cross_entropy(logits, target[target >= 0])
-    torch.testing.assert_close(loss.double(), expected, rtol=2e-2, atol=0)
-    pairs = zip(torch.autograd.grad(loss, leaves), wide, strict=True)
-    for gradient, leaf in pairs:
-        (exact,) = torch.autograd.grad(expected, leaf, retain_graph=True)
-        assert (gradient.double() - exact).norm() < 0.03 * exact.norm()
-
-
 @pytest.mark.cpu
 def test_nothing_is_filtered_for_random_logits() -> None:
     """All classes of random logits are significant, as is NaN."""
@@ -208,21 +187,6 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
     assert strategy(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert strategy(torch.float32, rows=1030) == "all logits at once"
-
-
-@pytest.mark.parametrize("positions", [(), (4,)])
-def test_metrics_with_probabilities_and_token_weights(positions: tuple[int, ...]) -> None:
-    weight, token_weight = torch.randn(2, *positions, 3), torch.rand(9, *positions)
-    token_weight[::4] = 0
-    tensors = torch.randn(9, 3), weight, torch.rand(9, 2, *positions)
-    options: dict[str, Any] = {"reduction": "none", "token_weight": token_weight}
-    outcomes = []
-    for function in (fused.linear_cross_entropy_with_metrics, fused.linear_cross_entropy):
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        loss = function(*leaves, **options)
-        loss = loss[0] if isinstance(loss, tuple) else loss
-        outcomes.append((loss, *torch.autograd.grad(loss.square().sum(), leaves)))
-    torch.testing.assert_close(*outcomes)
 
 
 @pytest.mark.interpreted

@@ -59,5 +59,5 @@ def test_the_steps_add_operators_and_an_option(tmp_path: Path) -> None:
     # make test
     options = "-m", "pytest", "-qx", "-n", "0", "-p", "no:randomly"
     run(*options, "tests/contract/test_completeness.py")
-    for selected in set(re.findall(r"`make test PYTEST_ARGS=\"-k ([^\"]*)\"`", PAGE)):
+    for selected in sorted(set(re.findall(r"`make test PYTEST_ARGS=\"-k ([^\"]*)\"`", PAGE))):
         run(*options, "--ignore", "tests/repo", "-k", selected.strip("'"))

@@ -7,24 +7,24 @@ losses, the gradient of an input, parameters after the steps and collectives.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import in_processes
+from processes import run_checks
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
-from pyfused.dispatch import reasons, sizes
+from pyfused.dispatch import reasons
 
 pytestmark = [
     pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 lacks parts of FSDP2"),
@@ -215,12 +215,11 @@ WRAPPERS = {
 
 
 class Trained(NamedTuple):
-    """The result of training: values to compare, and what happened after the first step."""
+    """The values to compare, the outcome of the conversion, and the collectives of the steps."""
 
     values: list[Tensor]
     outcome: str
-    collectives: list[tuple[str, int]]
-    warned: list[str]
+    collectives: list[tuple[str, int]] = []  # noqa: RUF012
 
 
 @contextlib.contextmanager
@@ -283,14 +282,12 @@ def parameters(wrapped: Any) -> list[Tensor]:
         return [getattr(p, "full_tensor", p.clone)().detach().clone() for p in wrapped.parameters()]
 
 
-def train(wrapper: Wrapper, when: str, schedule: str = "") -> Trained:
+def train(wrapper: Wrapper, when: str, accumulates: bool = False) -> Trained:
     """Trains a model.
 
     Args:
         when: Whether the model is converted "before" or "after" it is wrapped, or "" for never.
-        schedule: The batches of each step: "" for one; "accumulated" for two whose gradients are
-            reduced once; "joint" for two with one backward pass; "skipped" for two, the first of
-            which has no backward pass.
+        accumulates: Whether steps have two batches, whose gradients are reduced once.
     """
     model = build(**wrapper.options)
     if when == "before":
@@ -303,7 +300,7 @@ def train(wrapper: Wrapper, when: str, schedule: str = "") -> Trained:
         try:
             pyfused.convert(model, head="lm_head")
         except ValueError:
-            return Trained([], "refused", [], [])
+            return Trained([], "refused")
     partitioned = hasattr(model, "gather")
     if partitioned:
         model.gather()
@@ -321,85 +318,46 @@ def train(wrapper: Wrapper, when: str, schedule: str = "") -> Trained:
                 model.release()
             parallel = wrapper.options.get("reads") == "DTensor"
             with recorded(collectives, logits), loss_parallel() if parallel else nullcontext():
-                shifts, losses = list[Tensor](), list[Tensor]()
-                for part in range(1 + bool(schedule)):
+                for part in range(1 + accumulates):
                     tokens, targets, shift = batch(2 * step + part, rank)
-                    with without_sync(wrapped, schedule == "accumulated" and part == 0):
+                    with without_sync(wrapped, accumulates and part == 0):
                         _, loss = wrapped(tokens, targets, shift)
-                        if schedule == "joint":
-                            loss = sum(losses, loss)
-                        if part or not schedule or schedule == "accumulated":
-                            loss.backward()
-                    shifts.append(shift)
-                    losses.append(loss)
-                values += [loss.detach() for loss in losses]
-                values += [shift.grad for shift in shifts if shift.grad is not None]
+                        loss.backward()
+                    values += [loss.detach(), shift.grad]
             optimizer.step()
     values += [a - b for a, b in zip(parameters(wrapped), initial, strict=True)]
     messages = [str(each.message) for each in caught if "pyfused" in str(each.message)]
-    fused = not logits
-    outcome = "fused" if fused else "warned" if messages else "left"
-    return Trained(values, outcome, collectives, messages)
+    outcome = "warned" if messages else "left" if logits else "fused"
+    assert len(messages) == (outcome == "warned"), messages
+    return Trained(values, outcome, collectives)
 
 
-class Compared(NamedTuple):
-    """Compares the training of a converted model with that of an unconverted one."""
-
-    outcome: str
-    error: float
-    warned: list[str]
-    collectives: list[tuple[str, int]]
-    expected_collectives: list[tuple[str, int]]
-
-
-def cases() -> list[tuple[str, str, str]]:
-    """Returns names of wrappers, when the model is converted, and schedules."""
-    found = [(name, when, "") for name in WRAPPERS for when in ("before", "after")]
-    accumulating = "DDP", "FSDP1", "root unit, tied"
-    found += [(name, "before", "accumulated") for name in accumulating]
-    return found + [("root unit, tied", "before", schedule) for schedule in ("joint", "skipped")]
+def check(name: str, when: str, accumulates: bool) -> None:
+    wrapper = WRAPPERS[name]
+    found = train(wrapper, when, accumulates)
+    assert found.outcome == (wrapper.after if when == "after" else wrapper.before)
+    if found.outcome == "refused":
+        return
+    expected = train(wrapper, "", accumulates)
+    for value, right in zip(found.values, expected.values, strict=True):
+        assert (value - right).norm() <= wrapper.tolerance * right.norm()
+    if "TP" not in name:
+        assert found.collectives == expected.collectives
 
 
-def rank_of_two(rank: int, folder: str, pipe: Any) -> None:
-    sizes.every_size().__enter__()  # as in other tests
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    unconverted: dict[tuple[str, str], Trained] = {}
-    results: dict[tuple[str, str, str], Compared] = {}
+CASES = [(name, when, False) for name in WRAPPERS for when in ("before", "after")]
+CASES += [(name, "before", True) for name in ("DDP", "FSDP1", "root unit, tied")]
 
-    def compare(name: str, when: str, schedule: str) -> Compared:
-        found = train(WRAPPERS[name], when, schedule)
-        if found.outcome == "refused":
-            return Compared("refused", 0.0, [], [], [])
-        if (name, schedule) not in unconverted:
-            unconverted[name, schedule] = train(WRAPPERS[name], "", schedule)
-        expected = unconverted[name, schedule]
-        pairs = zip(found.values, expected.values, strict=True)
-        error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
-        return Compared(found.outcome, error, found.warned, found.collectives, expected.collectives)
 
-    for case in cases():
-        results[case] = compare(*case)
-    dist.barrier()
-    dist.destroy_process_group()
-    pipe.send_bytes(pickle.dumps(results))
+def checks_of(rank: int) -> dict[Any, Callable[[], None]]:
+    return {case: partial(check, *case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Compared]]:
-    folder = str(tmp_path_factory.mktemp("store"))
-    return [pickle.loads(found) for found in in_processes(rank_of_two, 2, folder)]
+def failures() -> dict[Any, str]:
+    return run_checks(checks_of, 2)
 
 
-@pytest.mark.parametrize(("name", "when", "schedule"), cases())
-def test_wrapped_models_train_like_unconverted_ones(
-    name: str, when: str, schedule: str, ranks: list[dict[Any, Compared]]
-) -> None:
-    wrapper = WRAPPERS[name]
-    for found in (rank[name, when, schedule] for rank in ranks):
-        assert found.outcome == (wrapper.after if when == "after" else wrapper.before)
-        assert found.error <= wrapper.tolerance
-        assert len(found.warned) == (found.outcome == "warned"), found.warned
-        if "TP" not in name:
-            order = sorted if schedule == "joint" else list  # the root is gathered later
-            assert order(found.collectives) == order(found.expected_collectives)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_wrapped_models_train_like_unconverted_ones(case: Any, failures: dict[Any, str]) -> None:
+    assert case not in failures, failures[case]
