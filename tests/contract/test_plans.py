@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import EXAMPLES, Example
 from conftest import KernelCalls
 from processes import python
 from torch import Tensor
@@ -86,6 +87,19 @@ def test_a_plan_cannot_read_a_number() -> None:
         float(NUMBER)  # type: ignore[arg-type]
 
 
+PLAIN = {e.id: e for e in EXAMPLES.values() if not e.name}
+
+
+@pytest.mark.parametrize("example", PLAIN.values(), ids=PLAIN)
+def test_numbers_of_rows_share_a_plan(example: Example) -> None:
+    dispatch.forget_plans()
+    for rows in (2, 3, 17, 130):
+        call = example.call(shape=(rows, 5))
+        got, expected = call.ours(), call.reference()
+        torch.testing.assert_close(got, expected, equal_nan=True)
+    assert len(example.op.plans) == 1
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", ["mse_loss", "gelu", "binary_cross_entropy_with_logits"])
 def test_strided_shapes_share_a_plan(name: str) -> None:
@@ -96,7 +110,7 @@ def test_strided_shapes_share_a_plan(name: str) -> None:
         for x in (whole[:, :n], whole[:, ::2], whole.transpose(0, 1)[:n], whole[:, :n, :1]):
             x = x.detach().requires_grad_()
             tensors = (x,) if name == "gelu" else (x, x.detach().sigmoid().flip(0).contiguous())
-            got, expected = (getattr(f, name)(*tensors).sum() for f in (fused, TORCH))
+            got, expected = (getattr(f, name)(*tensors).sum() for f in (fused, F))
             torch.testing.assert_close(got, expected)
             grads = [torch.autograd.grad(result, x)[0] for result in (got, expected)]
             torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
