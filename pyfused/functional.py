@@ -21,11 +21,11 @@ Numeric options
     requires grad or is on a GPU, torch's operators compute the call.
 
 Errors
-    Errors have the type that torch raises and name the argument, the expected value and the value
-    passed: TypeError for an argument that is not a tensor or not a number, RuntimeError or
-    ValueError for an invalid shape, dtype or option. The kernels check class indices: on CPUs, an
-    index out of range raises an IndexError. On GPUs, where the check would synchronise, the loss of
-    its row is NaN and the gradient is zero. Small calls of torch's functions raise torch's errors.
+    The errors of calls that torch has are torch's. Functions and options that torch lacks raise a
+    TypeError for an argument that is not a tensor or not a number, and a RuntimeError or ValueError
+    for an invalid shape, dtype or option, which names the argument, what was expected and what was
+    passed. The kernels check class indices: on CPUs, an index out of range raises an IndexError. On
+    GPUs, where the check would synchronise, the loss of its row is NaN and the gradient is zero.
 
 Fallback
     A call falls back to torch's operator for second derivatives, forward-mode AD, ``torch.func``,
@@ -1143,7 +1143,7 @@ def gaussian_nll_loss(
         eps: The smallest variance, for stability.
 
     Raises:
-        ValueError: A variance is negative (on GPUs it counts as ``eps`` instead), or the shape of
+        ValueError: A variance is negative (on GPUs its loss is NaN instead), or the shape of
             ``var`` is invalid.
     """
     op = elementwise.GAUSSIAN_NLL_LOSS
