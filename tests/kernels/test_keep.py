@@ -101,10 +101,19 @@ def test_freed_blocks_are_kept_and_given_back() -> None:
     memory.keep(False)
     assert resident() < before + 8 * MIB
     assert freed() < 8 * MIB, "large blocks are returned again"
+    """)
+
+
+@glibc
+@has_mallinfo2
+def test_the_default_thresholds_are_restored() -> None:
+    """Blocks of less than 32 MiB come from the heap, larger ones are mapped."""
+    run("""
+    memory.keep(); memory.keep(False)
     for mib, is_mapped in ((16, False), (31, False), (33, True), (256, True)):
         before = heap()[1]
         block = torch.empty(mib * MIB, dtype=torch.uint8)
-        assert (heap()[1] > before) is is_mapped, "glibc maps blocks of 32 MiB and more"
+        assert (heap()[1] > before) is is_mapped, mib
         del block
     """)
 
