@@ -107,10 +107,14 @@ def test_freed_blocks_are_kept_and_given_back() -> None:
 @glibc
 @has_mallinfo2
 def test_the_default_thresholds_are_restored() -> None:
-    """Blocks of less than 32 MiB come from the heap, larger ones are mapped."""
+    """Blocks of less than 32 MiB come from the heap, larger ones are mapped.
+
+    The smaller ones come last, because they leave free memory in the heap, which a larger one may
+    reuse.
+    """
     run("""
     memory.keep(); memory.keep(False)
-    for mib, is_mapped in ((16, False), (31, False), (33, True), (256, True)):
+    for mib, is_mapped in ((256, True), (33, True), (31, False), (16, False)):
         before = heap()[1]
         block = torch.empty(mib * MIB, dtype=torch.uint8)
         assert (heap()[1] > before) is is_mapped, mib
