@@ -813,7 +813,7 @@ def triplet_margin_loss(
             between negative and anchor, if it is smaller.
     """
     op = operators.TRIPLET_MARGIN_LOSS
-    if left_to_torch(op, anchor, size_average, reduce):
+    if left_to_torch(op, anchor, size_average, reduce, reduction=reduction):
         return F.triplet_margin_loss(
             anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
         )
