@@ -95,7 +95,8 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
                                     loss.data(),
                                     shape.view(grad_logits.data()),
                                     shape.view(dense ? grad_probabilities.data() : none),
-                                    threads});
+                                    threads,
+                                    {}});
       append(bytes, loss);
       append(bytes, grad_logits);
       append(bytes, grad_probabilities);
@@ -113,7 +114,8 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
                                     nullptr,
                                     {},
                                     {},
-                                    threads});
+                                    threads,
+                                    {}});
   append(bytes, std::vector<int64_t>{out_of_range});
 }
 
@@ -138,7 +140,8 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
                              nll.data(),
                              shape.view(nll_gradient.data()),
                              {},
-                             threads});
+                             threads,
+                             {}});
     append(bytes, nll);
     append(bytes, nll_gradient);
   }
@@ -187,10 +190,15 @@ template <class T> void run_softmax(std::string& bytes, const Shape& shape, int 
     std::vector<T> output(n), gradient(n);
     const Positions sizes{shape.outer, shape.inner, shape.classes};
     softmax(Softmax<T>{
-        sizes, logarithm, shape.view(input.data()), {}, shape.view(output.data()), threads});
+        sizes, logarithm, shape.view(input.data()), {}, shape.view(output.data()), threads, {}});
     const T* const y = output.data();
-    softmax(Softmax<T>{sizes, logarithm, shape.view(y), shape.view(grad_output.data()),
-                       shape.view(gradient.data()), threads});
+    softmax(Softmax<T>{sizes,
+                       logarithm,
+                       shape.view(y),
+                       shape.view(grad_output.data()),
+                       shape.view(gradient.data()),
+                       threads,
+                       {}});
     append(bytes, output);
     append(bytes, gradient);
   }
@@ -204,16 +212,18 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
     for (const bool each : {false, true}) {
       std::vector<T> losses(each ? n : 0), grad_input(n), grad_target(n);
       std::vector<A> reduced(1);
-      pointwise_loss(formula, PointwiseLoss<T>{n,
-                                               {{{x.data(), 1}, {t.data(), 1}, {weight.data(), 1}}},
-                                               {1.0, 0.5},
-                                               {each ? weight.data() : nullptr, each},
-                                               each ? 1.0 : n,
-                                               {weight.data(), each},
-                                               each ? losses.data() : nullptr,
-                                               each ? nullptr : reduced.data(),
-                                               {grad_input.data(), grad_target.data(), nullptr},
-                                               threads});
+      pointwise_loss(formula, PointwiseLoss<T>{
+                                  n,
+                                  {{{x.data(), 1, {}}, {t.data(), 1, {}}, {weight.data(), 1, {}}}},
+                                  {1.0, 0.5},
+                                  {each ? weight.data() : nullptr, each, {}},
+                                  each ? 1.0 : n,
+                                  {weight.data(), each, {}},
+                                  each ? losses.data() : nullptr,
+                                  each ? nullptr : reduced.data(),
+                                  {grad_input.data(), grad_target.data(), nullptr},
+                                  threads,
+                                  {}});
       append(bytes, losses);
       append(bytes, reduced);
       append(bytes, grad_input);
@@ -221,11 +231,15 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
     }
   }
   std::vector<T> output(n), grad(n);
+  const Order order{137, {n / 137}};
   for (const ActivationFormula& formula : activation_formulas()) {
-    activation(formula, x.data(), output.data(), {1.0}, n, threads);
-    activation_backward(formula, t.data(), 1, output.data(), grad.data(), {1.0}, n, threads);
-    append(bytes, output);
-    append(bytes, grad);
+    for (const Sizes& row_steps : {Sizes(), Sizes{1}}) {  // contiguous and transposed
+      const Operand<T> input{x.data(), row_steps.empty() ? 1 : n / 137, row_steps};
+      activation(formula, input, output.data(), {1.0}, n, threads, order);
+      activation_backward(formula, {t.data(), 1, {}}, input, grad.data(), {1.0}, n, threads, order);
+      append(bytes, output);
+      append(bytes, grad);
+    }
   }
   scale(grad.data(), A(0.3), n, threads);
   append(bytes, grad);
