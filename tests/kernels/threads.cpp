@@ -95,8 +95,7 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
                                     loss.data(),
                                     shape.view(grad_logits.data()),
                                     shape.view(dense ? grad_probabilities.data() : none),
-                                    threads,
-                                    {}});
+                                    threads});
       append(bytes, loss);
       append(bytes, grad_logits);
       append(bytes, grad_probabilities);
@@ -114,8 +113,7 @@ template <class T> void run_cross_entropy(std::string& bytes, const Shape& shape
                                     nullptr,
                                     {},
                                     {},
-                                    threads,
-                                    {}});
+                                    threads});
   append(bytes, std::vector<int64_t>{out_of_range});
 }
 
@@ -140,8 +138,7 @@ template <class T> void run_class_losses(std::string& bytes, const Shape& shape,
                              nll.data(),
                              shape.view(nll_gradient.data()),
                              {},
-                             threads,
-                             {}});
+                             threads});
     append(bytes, nll);
     append(bytes, nll_gradient);
   }
@@ -190,15 +187,10 @@ template <class T> void run_softmax(std::string& bytes, const Shape& shape, int 
     std::vector<T> output(n), gradient(n);
     const Positions sizes{shape.outer, shape.inner, shape.classes};
     softmax(Softmax<T>{
-        sizes, logarithm, shape.view(input.data()), {}, shape.view(output.data()), threads, {}});
+        sizes, logarithm, shape.view(input.data()), {}, shape.view(output.data()), threads});
     const T* const y = output.data();
-    softmax(Softmax<T>{sizes,
-                       logarithm,
-                       shape.view(y),
-                       shape.view(grad_output.data()),
-                       shape.view(gradient.data()),
-                       threads,
-                       {}});
+    softmax(Softmax<T>{sizes, logarithm, shape.view(y), shape.view(grad_output.data()),
+                       shape.view(gradient.data()), threads});
     append(bytes, output);
     append(bytes, gradient);
   }
