@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pyfused import backends
 from pyfused.dispatch.operator import Operator, Options, Tensors, requires_grad
 from pyfused.torch_internals import (
     active_mode,
@@ -84,7 +85,7 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
             return str(layout_reason(operands[i].name, x))
         shape = x.shape
         if i == 0:
-            any_strides = op.reads_strides and x.is_cpu
+            any_strides = op.reads_strides and x.is_cpu and backends.FORCED != "triton"
         if i == 0 and (any_strides or x.is_contiguous()):
             most, others, before_dim = op.dynamic
             dims, broadcasts = min(most, len(shape) - others), others == 0
