@@ -260,9 +260,9 @@ template <class T> class Operands {
  public:
   explicit Operands(const StridesOfCall& call) {
     if (call.empty()) return;
-    const Layout layout(call[0], {call.begin() + 1, call.end()});
-    order = layout.order;
-    steps_ = layout.steps;
+    Layout layout(call[0], {call.begin() + 1, call.end()});
+    order = std::move(layout.order);
+    steps_ = std::move(layout.steps);
   }
   Operand<T> next(const StridedTuple& view) {
     const auto& [address, step] = view;

@@ -113,18 +113,15 @@ const To* elements(const Operand<T>& o, const Order& order, int64_t first, int64
   const T* from = o.data + first * o.step;
   if (o.in_rows()) {
     int64_t row = first / order.columns, column = first % order.columns;
-    from = o.row(order, row) + column * o.step;
-    for (int64_t k = 0; column + n - k > order.columns;) {  // not in one row
-      const int64_t m = order.columns - column;
-      gather(from, o.step, buffer + k, m);
-      k += m;
-      column = 0;
-      from = o.row(order, ++row);
-      if (n - k <= order.columns) {
-        gather(from, o.step, buffer + k, n - k);
-        return buffer;
+    if (column + n > order.columns) {  // several rows
+      for (int64_t k = 0; k < n; ++row, column = 0) {
+        const int64_t m = std::min(n - k, order.columns - column);
+        gather(o.row(order, row) + column * o.step, o.step, buffer + k, m);
+        k += m;
       }
+      return buffer;
     }
+    from = o.row(order, row) + column * o.step;
   }
   if constexpr (std::is_same_v<T, To>) {
     if (o.step == 1) return from;

@@ -33,18 +33,18 @@ def _patched(name: str) -> Callable[..., Any]:
     ours = getattr(functional, name)
     function = FunctionType(ours.__code__, vars(functional), name, ours.__defaults__)
     function.__kwdefaults__ = ours.__kwdefaults__
-    torchs = getattr(originals.F, name)
+    original = getattr(originals.F, name)
     if name in COMPILED:  # called by name, it would become a custom operator
-        function = _torchs_if_compiled(torchs, function)
-    functools.update_wrapper(function, torchs)
+        function = _original_if_compiled(original, function)
+    functools.update_wrapper(function, original)
     function.__module__, function.__qualname__ = F.__name__, name  # pickles refer to torch
     vars(function)["__prepare_scriptable__"] = _raise_for_script  # torch.jit.script calls it
     return function
 
 
-def _torchs_if_compiled(torchs: Any, ours: Any) -> Any:
+def _original_if_compiled(original: Any, ours: Any) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
-        return (torchs if is_dynamo_compiling() else ours)(*args, **kwargs)
+        return (original if is_dynamo_compiling() else ours)(*args, **kwargs)
 
     return function
 

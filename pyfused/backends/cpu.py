@@ -517,6 +517,7 @@ def pointwise_loss(
     else:
         kernel, length = getattr(native, formula.name), 3
     each = outputs.loss and reduction == "none"
+    sums = outputs.loss and (not each or on_nan is not None)  # a sum shows whether a loss is NaN
     scalar = _SCALARS[accumulate_dtype(of_operands)]
     recycled = RECYCLED_BYTES // of_operands.itemsize
     no_operands, no_gradients = (_NO_TENSOR,) * missing, (0,) * (4 - len(outputs.gradients))
@@ -543,10 +544,8 @@ def pointwise_loss(
         output_like = torch.empty_like if n < recycled else empty_like
         if not views[0][1]:  # outputs have the memory order of the first tensor that has one
             like = next((x for x, (_, step) in zip(tensors, views, strict=False) if step), like)
-        loss = total = None
-        if outputs.loss:
-            loss = output_like(like) if each else torch.empty_like(scalar)
-            total = torch.empty_like(scalar) if each and on_nan else None if each else loss
+        losses = output_like(like) if each else None
+        total = torch.empty_like(scalar) if sums else None
         gradients: list[Tensor | None] = []
         addresses = []
         for needed in outputs.gradients:
@@ -555,7 +554,7 @@ def pointwise_loss(
             addresses.append(0 if gradient is None else gradient.data_ptr())
         strides: Sequence[Sequence[int]] = ()
         if in_rows:
-            output = next((x for x in (*gradients, loss if each else None) if x is not None), like)
+            output = next((x for x in (*gradients, losses) if x is not None), like)
             strides = _strides(output, [*inputs[:count], *[None] * missing, *inputs[count:]])
         kernel(
             dtype,
@@ -565,7 +564,7 @@ def pointwise_loss(
             views[count],
             float(by),
             views[count + 1],
-            loss.data_ptr() if each and loss is not None else 0,
+            0 if losses is None else losses.data_ptr(),
             0 if total is None else total.data_ptr(),
             (*addresses, *no_gradients),
             torch.get_num_threads(),
@@ -573,7 +572,7 @@ def pointwise_loss(
         )
         if on_nan is not None and total is not None and total.isnan():
             on_nan(tensors, options)
-        return loss, tuple(gradients)
+        return losses if each else total, tuple(gradients)
 
     return launch
 

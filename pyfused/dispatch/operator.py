@@ -88,7 +88,7 @@ class Operator(ABC):
         fallback_reason: Takes the tensors and the options for planning; returns why torch's
             operator has to compute the call, None if a kernel can.
 
-        is_torchs: Whether torch has a function of this name.
+        in_torch: Whether torch has a function of this name.
         all_operands: The operands and the factors.
         names: The names of the arguments.
         fields: The names of the options; the numbers come first.
@@ -119,7 +119,7 @@ class Operator(ABC):
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     fallback_reason: Callable[..., str | None] | None = None
 
-    is_torchs: bool = field(init=False)
+    in_torch: bool = field(init=False)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
@@ -137,7 +137,7 @@ class Operator(ABC):
 
     def __post_init__(self) -> None:
         self._declare_options()
-        self.is_torchs = hasattr(F, self.name)
+        self.in_torch = hasattr(F, self.name)
         self.all_operands = *self.operands, *self.factors
         self.names = *[operand.name for operand in self.all_operands], *self.fields
         self.cases = lru_cache(maxsize=256)(self._cases)
@@ -215,7 +215,7 @@ class Operator(ABC):
             IndexError, RuntimeError, TypeError, ValueError: torch lacks the function or an option,
                 and an argument is invalid.
         """
-        if not self.is_torchs:
+        if not self.in_torch:
             self.check_call(tensors, options)
         return self.torch(*tensors, options)
 

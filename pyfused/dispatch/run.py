@@ -226,8 +226,7 @@ def _head_elements(input: Tensor, weight: Tensor) -> Any:
 def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
-    Logits of 32 MiB or more are large: kernels
-    would need a quarter of that, or 16 MiB.
+    Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB.
     """
     reasons.log_once(op.name, reason)
     if not op.is_linear:

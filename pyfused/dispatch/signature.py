@@ -36,8 +36,7 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
     The key has the case of each number, the other options, the layout of each tensor and whether it
     requires grad, grad mode, autocast and the default dtype. The layouts of contiguous tensors, and
     of tensors whose strides a kernel reads when it starts, do not have the sizes that a plan does
-    not depend on. In the options of the launch, numbers are
-    floats.
+    not depend on. In the options of the launch, numbers are floats.
     """
     if type(tensors[0]) not in PLAIN:
         return f"input is a {type(tensors[0]).__name__}"

@@ -233,8 +233,7 @@ class CrossEntropy(RowOperator):
         return self.torch(*tensors, options)
 
     def contiguous_classes(self, tensors: Tensors, _: Options) -> int:
-        shape = tensors[0].shape
-        return int(shape[1] if len(shape) > 1 else shape[0])
+        return checks.classes_of(tensors[0])
 
     def needs_state(self, layouts: Layouts) -> bool:
         """Returns whether only the kernels of row states support a call."""
@@ -363,11 +362,9 @@ class LinearCrossEntropy(RowOperator):
     flattens = True
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
-        """Returns the result; from torch 2.13 on, torch has the call for one or two dimensions."""
-        input, has_budget = tensors[0], options.memory_budget is not None
-        is_plain = tensors[5] is tensors[6] is None and options.is_plain()
-        has_rows = isinstance(input, Tensor) and input.dim() > 2
-        if not (self.is_torchs and is_plain) or has_rows or has_budget or options.filter_eps != 0:
+        """Returns the result; torch's function does not check the budget and `filter_eps`."""
+        in_torch = definitions.is_head_of_torch(tensors[0], tensors[5], tensors[6], options)
+        if not in_torch or options.memory_budget is not None or options.filter_eps != 0:
             self.check_call(tensors, options)
         return self.torch(*tensors, options)
 

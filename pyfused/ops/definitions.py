@@ -288,8 +288,7 @@ def linear_cross_entropy(
     if isinstance(input, Tensor):
         checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
     head = Head(input, linear_weight, linear_bias, target, weight)
-    plain = token_weight is denominator is None and options.is_plain()
-    if plain and input.dim() < 3 and hasattr(F, "linear_cross_entropy"):
+    if is_head_of_torch(input, token_weight, denominator, options):
         return F.linear_cross_entropy(
             input,
             linear_weight,
@@ -302,6 +301,15 @@ def linear_cross_entropy(
             options=options.torch_options,
         )
     return head_cross_entropy(*head, token_weight, denominator, options)
+
+
+def is_head_of_torch(
+    input: Any, token_weight: Any, denominator: Any, options: CrossEntropyOptions
+) -> bool:
+    """Returns whether torch has the head: from torch 2.13 on, for one or two dimensions."""
+    is_plain = token_weight is denominator is None and options.is_plain()
+    has_rows = isinstance(input, Tensor) and input.dim() > 2
+    return is_plain and not has_rows and hasattr(F, "linear_cross_entropy")
 
 
 def head_cross_entropy(*call: Any) -> Any:

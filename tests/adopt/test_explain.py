@@ -123,7 +123,7 @@ def test_explain_agrees_with_the_report(
 
 @pytest.mark.thresholds
 def test_other_threads_are_not_affected() -> None:
-    """Their small calls stay torch's, without dispatch, while calls are explained."""
+    """While one thread explains calls, small calls of other threads still skip dispatch."""
     done = threading.Event()
 
     def explain() -> None:

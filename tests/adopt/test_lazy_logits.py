@@ -800,7 +800,7 @@ class BrokenBody(Model):
 @pytest.mark.filterwarnings("ignore")  # raised by Dynamo
 @pytest.mark.parametrize("kind", [Model, BrokenBody])
 def test_a_compiled_model_is_that_of_torch(kind: type[Model]) -> None:
-    """The graphs, logits, loss and gradients are those of the model before its conversion."""
+    """Conversion does not change the graphs, logits, loss and gradients of a compiled model."""
     found: list[Any] = []
     for convert in (False, True):
         torch.compiler.reset()

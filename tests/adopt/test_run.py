@@ -289,7 +289,7 @@ def test_fallbacks_are_counted_but_no_small_call() -> None:
         functional.l1_loss(torch.zeros(1 << 20), torch.zeros(1 << 20, dtype=torch.int64))
     found = report.to_dict()
     assert found["left_to_torch"] == {
-        "cross_entropy": {reasons.SMALL: 3},  # dispatched, as there may be few classes
+        "cross_entropy": {reasons.SMALL: 3},  # reaches dispatch, which checks for few classes
         "l1_loss": {"target has dtype torch.int64": 1},
     }
     assert not found["operators"]

@@ -112,7 +112,7 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    "name", [o.name for o in OPERATORS.values() if o.is_torchs and not o.is_linear]
+    "name", [o.name for o in OPERATORS.values() if o.in_torch and not o.is_linear]
 )
 def test_the_first_line_of_a_function_agrees_with_dispatch(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -45,7 +45,7 @@ class Process:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.classes = slice(*CUTS[SIZE - 1 - rank :][:2])  # those of the last process come first
+        self.classes = slice(*CUTS[SIZE - 1 - rank :][:2])  # the last process has the first classes
         self.groups = [(ranks, dist.new_group(ranks)) for ranks in GROUPS]
         self.reduced: list[int] = []
         self.gathered: list[int] = []
@@ -474,7 +474,7 @@ WEIGHTED_CALLS: dict[str, Any] = {
 
 @check(**{f"{k}_{h}": (*v, h) for k, v in WEIGHTED_CALLS.items() for h in ("logits", "head")})
 def weights_of_other_dtypes(process: Process, case: Any) -> None:
-    """The loss and the gradients are those of the call with all classes in float64."""
+    """Compares the loss and the gradients with a call on all classes in float64."""
     input_dtype, weight_dtype, names, reduction, kind = case
     generator = torch.Generator().manual_seed(8)
     x, head = (torch.randn(n, 4, generator=generator).to(input_dtype) for n in (TOKENS, 8))
