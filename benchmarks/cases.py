@@ -452,7 +452,7 @@ class HeadCase:
     def log_probs(self, **options: Any) -> tuple[Tensor, ...]:
         options |= {"return_entropy": True, "return_lse": True}
         given = self.input, self.head, self.target
-        return self.gradients(*fused.linear_log_probs(*given, **options))
+        return self.gradients(*fused.linear_log_probs(*given, **options)[:3])
 
     def divergence_of_torch(self) -> tuple[Tensor, ...]:
         log_p = F.linear(self.input, self.head).log_softmax(1)
