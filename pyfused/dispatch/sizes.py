@@ -44,6 +44,8 @@ class Limits(NamedTuple):
     Attributes:
         from_elements: The size for all other calls.
         few_classes: For rows of few contiguous classes, which torch does not vectorise.
+        strided: For softmaxes whose last dimension is not contiguous, which kernels copy unless
+            they can read its strides; torch always copies.
         without_gradient: For calls without a gradient, where torch's forward pass is faster or
             slower than its backward pass.
         unreduced: For losses that are not reduced, which write one more output.
@@ -55,16 +57,17 @@ class Limits(NamedTuple):
     few_classes: int | None = None
     without_gradient: int | None = None
     unreduced: int | None = None
+    strided: int | None = None
     least: int = 0
     most: int = 0
     pages: int = NEVER
 
     def times(self, factor: int) -> Limits:
         """Returns the limits multiplied by a factor, with `least`, `most` and `pages`."""
-        columns = zip(self._fields[:4], self, strict=False)
-        pages = factor * LOGITS if PAGES in self[:4] else NEVER
+        columns = zip(self._fields[:5], self, strict=False)
+        pages = factor * LOGITS if PAGES in self[:5] else NEVER
         scaled = {n: pages if x == PAGES else factor * x for n, x in columns if x is not None}
-        most = max(NEVER if PAGES in self[:4] else 0, *scaled.values())
+        most = max(NEVER if PAGES in self[:5] else 0, *scaled.values())
         return self._replace(**scaled, least=min(scaled.values()), most=most, pages=pages)
 
 
@@ -100,10 +103,10 @@ ON_CPU: dict[str, Limits] = {
     "mish": Limits(SMALL),
     "Activation": Limits(MEDIUM),  # on an Intel Xeon, 0.75 times as fast as torch at 2^14
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
-    "log_softmax": Limits(MEDIUM, few_classes=SMALL),
+    "log_softmax": Limits(MEDIUM, few_classes=SMALL, strided=2 * LARGE),
     "logsigmoid": Limits(MEDIUM),
     "PointwiseLoss": Limits(MEDIUM, unreduced=PAGES),
-    "softmax": Limits(LARGE, few_classes=SMALL),
+    "softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
     "Gated": Limits(LARGE, without_gradient=MEDIUM),
     "silu": Limits(LARGE, without_gradient=MEDIUM),
     "sigmoid": Limits(PAGES, without_gradient=MEDIUM),
@@ -123,8 +126,8 @@ BY_MKL = ("tanh",)
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES: dict[str, Limits] = {
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
-    "log_softmax": Limits(MEDIUM, few_classes=SMALL),
-    "softmax": Limits(MEDIUM, few_classes=SMALL),
+    "log_softmax": Limits(MEDIUM, few_classes=SMALL, strided=2 * LARGE),
+    "softmax": Limits(MEDIUM, few_classes=SMALL, strided=2 * LARGE),
     "gelu": Limits(SMALL, without_gradient=NEVER),
 }
 
@@ -234,10 +237,18 @@ def limit_of(op: Any, tensors: Tensors, options: Options, found: Limits) -> int:
         return found.unreduced
     if found.without_gradient is not None and op.needs_no_gradient(tensors):
         return found.without_gradient
-    if found.few_classes is not None:
+    return limit_of_rows(input, getattr(options, "dim", 1), found)
+
+
+def limit_of_rows(input: Tensor, dim: Any, found: Limits) -> int:
+    """Returns the limit for classes along a dimension, `from_elements` if there are no classes."""
+    if found.few_classes is None:
+        return found.from_elements
+    if found.strided is not None and input.dim() and input.stride(-1) != 1:
+        return found.strided
+    if type(dim) is int and -input.dim() <= dim < input.dim() and input.stride(dim) == 1:
         few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
-        if op.contiguous_classes(tensors, options) <= few:
-            return found.few_classes
+        return found.few_classes if input.size(dim) <= few else found.from_elements
     return found.from_elements
 
 
@@ -317,9 +328,7 @@ def left_to_torch(
     elif found.without_gradient is not None:
         limit = limit if input.requires_grad and torch.is_grad_enabled() else found.without_gradient
     elif found.few_classes is not None:
-        shape, few = input.shape, 2 * FEW + 1 if is_cpu else FEW_ON_GPU
-        if type(dim) is not int or not -len(shape) <= dim < len(shape) or shape[dim] <= few:
-            return False
+        limit = limit_of_rows(input, dim, found)
     return bool(elements < limit)
 
 

@@ -28,15 +28,16 @@ class Activation(SpecializedOperator):
         formula: The function in torch's operators, of the input and each option.
         gradient: The gradient of the input, given grad_output, the saved tensor and each option.
             None derives it from the formula, if the input is saved.
-        reads_strides: False if torch's result has another memory format than the input.
+        contiguous: Whether torch's result is contiguous even if the input is not.
         saves: The tensor that the gradient is computed from, "input" or "output", as in torch.
     """
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Tensor] | None = None
     saves: str = "input"
-    reads_strides: bool = True
+    contiguous: bool = False
     dynamic = ALL_DIMS
+    reads_strides = True
 
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves != "input":
@@ -59,7 +60,10 @@ class Activation(SpecializedOperator):
     def plan(self, tensors: Tensors, options: Options) -> Plan:
         (input,), kernel = tensors, self.kernels[self.kernel_of(options)]
         backend = backend_of(input)
-        return activation_plan(self, input, lambda x: backend.activation(kernel, x))
+        contiguous = (lambda tensors, _: (tensors[0].contiguous(),)) if self.contiguous else None
+        return activation_plan(
+            self, input, lambda x: backend.activation(kernel, x), arrange=contiguous
+        )
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -89,17 +93,17 @@ def activation_plan(
     op: Any,
     input: Any,
     prepare: Callable[[Tensor], Kernels],
-    dtype: torch.dtype | None = None,
+    arrange: Callable[[Tensors, Options], Tensors] | None = None,
 ) -> Plan:
     """Returns the plan of an activation or a softmax, which saves the output or the input.
 
     Args:
         prepare: Prepares the forward and the backward kernel for the layout of an input.
-        dtype: The dtype that the input is converted to, None to leave it unchanged.
+        arrange: Converts the input for the kernels; None for no conversion.
     """
     kernels: list[Kernels] = []
     saves_output = op.saves == "output"
-    spec = input if dtype is None else input.to(dtype)
+    spec = input
 
     def forward(tensors: Tensors, options: Options) -> Forward:
         (input,) = tensors
@@ -112,7 +116,7 @@ def activation_plan(
         name=op.name,
         backend=backend_of(input),
         needs=needs_grad((input,)),
-        arrange=None if dtype is None else lambda tensors, _: (tensors[0].to(dtype),),
+        arrange=arrange,
         forward=forward,
         backward=lambda saved, options, grad: (kernels[0][1](grad, saved[0], options),),
         define=lambda saved, options, grad: (op.gradient_in_torch(grad, saved[0], options),),

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyfused import checks
 from pyfused.backends import Backend, backend_of, takes_triton
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import in_autocast_dtype
@@ -231,9 +230,6 @@ class CrossEntropy(RowOperator):
         if not tensors[3] is tensors[4] is None or not options.is_plain():
             self.check_call(tensors, options)
         return self.torch(*tensors, options)
-
-    def contiguous_classes(self, tensors: Tensors, _: Options) -> int:
-        return checks.classes_of(tensors[0])
 
     def needs_state(self, layouts: Layouts) -> bool:
         """Returns whether only the kernels of row states support a call."""
@@ -464,9 +460,6 @@ class NllLoss(RowOperator):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.student = 2  # kernels return a gradient of the target, which is None
-
-    def contiguous_classes(self, tensors: Tensors, _: Any) -> int:
-        return checks.classes_of(tensors[0])
 
     def arrangement(self, _: Layouts) -> Any:
         return _with_class_targets

@@ -692,10 +692,7 @@ SOFTPLUS = Activation(
 LOGSIGMOID = Activation(
     name="logsigmoid",
     module="LogSigmoid",
-    reads_strides=False,
-    fallback_reason=lambda input, _: (
-        None if input.is_contiguous() else "torch's result is contiguous"
-    ),
+    contiguous=True,
     formula=lambda input: 0 - _softplus(-input),  # 0.0 rather than -0.0 at infinity
     gradient=lambda grad_output, input: grad_output * (-input).sigmoid(),
 )

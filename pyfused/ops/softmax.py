@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,16 +26,12 @@ class Softmax(Operator):
     saves: ClassVar[str] = "output"
     strategy = "row by row, or several rows at a time"
     dynamic = BEFORE_DIM
+    reads_strides = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         function = getattr(F, self.name)
         self.torch = lambda input, options: function(input, options.dim, dtype=options.dtype)
-
-    def contiguous_classes(self, tensors: Tensors, options: Options) -> int:
-        (input,), (dim, *_) = tensors, options
-        valid = type(dim) is int and -input.dim() <= dim < input.dim()
-        return input.shape[dim] if valid and input.stride(dim) == 1 else sys.maxsize
 
     def gradient_in_torch(self, grad_output: Tensor, output: Tensor, options: Options) -> Tensor:
         dim = options.dim
@@ -55,8 +50,8 @@ class Softmax(Operator):
         return activation_plan(
             self,
             input,
-            lambda x: backend.softmax(kernel, x, dim),
-            dtype=None if input.dtype is dtype else dtype,
+            lambda x: backend.softmax(kernel, x.to(dtype), dim),
+            arrange=None if input.dtype is dtype else lambda tensors, _: (tensors[0].to(dtype),),
         )
 
 
@@ -73,8 +68,4 @@ def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:
         # With AVX2, calls take 0.7 to 1.3 times as long as torch's, whose code for AVX-512 takes
         # 0.5 to 0.9 times as long as these kernels.
         return "the kernels for AVX2 are no faster along strided bfloat16 classes"
-    if input.is_cpu and not input.is_contiguous():
-        lengths = zip(input.shape, input.stride(), strict=True)
-        if all(stride != 1 for size, stride in lengths if size > 1):
-            return "no dimension of the input is contiguous, and torch's copy costs less"
     return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"

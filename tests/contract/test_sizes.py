@@ -36,7 +36,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def other(op: Operator, *_: Any) -> sizes.Limits:
         row = sizes._row(sizes.ON_CPU, op) or sizes.Limits(0)
-        return sizes.Limits(*[None if x is None else SECOND for x in row[:4]])._replace(
+        return sizes.Limits(*[None if x is None else SECOND for x in row[:5]])._replace(
             from_elements=FIRST, least=FIRST, most=SECOND
         )
 
@@ -55,10 +55,20 @@ def test_unreduced_losses(reduction: str, limit: int) -> None:
 @pytest.mark.parametrize("classes", [sizes.FEW, sizes.FEW + 1])
 def test_few_classes(classes: int) -> None:
     x, is_few = torch.zeros(-(-FIRST // classes), classes), classes == sizes.FEW
-    assert runs_torch("cross_entropy", x, torch.zeros(len(x)).long()) == is_few
+    columns, target = x.t().contiguous(), torch.zeros(len(x), dtype=torch.int64)
+    assert runs_torch("cross_entropy", x, target) == is_few
     assert runs_torch("softmax", x, 1) == is_few
-    assert runs_torch("softmax", x.t(), -2) == is_few
-    assert not runs_torch("softmax", x.t().contiguous(), -2)  # torch vectorises over columns
+    # torch vectorises over columns
+    assert not runs_torch("cross_entropy", columns.t(), target)
+    assert not runs_torch("softmax", columns, -2)
+
+
+def test_softmax_of_rows_that_are_not_contiguous() -> None:
+    for elements in (SECOND - 64, SECOND):
+        x = torch.zeros(elements // 64, 128)
+        for rows in (x[:, ::2], x[:, :64].t().contiguous().t()):
+            assert runs_torch("softmax", rows, -1) == (elements < SECOND)
+            assert not runs_torch("cross_entropy", rows, torch.zeros(len(rows)).long())
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -82,7 +92,7 @@ def test_functions_that_mkl_computes() -> None:
 
 def test_the_least_and_the_largest_limit() -> None:
     row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.NEVER).times(2)
-    assert row[:4] == (2 * sizes.MEDIUM, 2 * sizes.SMALL, None, 2 * sizes.NEVER)
+    assert row[:5] == (2 * sizes.MEDIUM, 2 * sizes.SMALL, None, 2 * sizes.NEVER, None)
     assert (row.least, row.most) == (2 * sizes.SMALL, 2 * sizes.NEVER)
     assert sizes.Limits(sizes.ALWAYS, unreduced=sizes.SMALL).times(8).least == 0
     row = sizes.Limits(sizes.SMALL, unreduced=sizes.PAGES).times(2)
@@ -99,7 +109,7 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
     of_elements = [op for op in OPERATORS.values() if not op.is_linear]
     for op, dtype in itertools.product(of_elements, DTYPES):
         found = sizes.limits(op, True, dtype)
-        for limit in {limit for limit in found[:4] if limit and limit < sizes.NEVER}:
+        for limit in {limit for limit in found[:5] if limit and limit < sizes.NEVER}:
             monkeypatch.setattr(sizes, "limit_of", lambda *_, limit=limit: limit)
             for elements in (limit - 1, limit):
                 x = torch.empty(1, dtype=dtype).expand(elements)
@@ -123,15 +133,15 @@ def test_the_first_line_of_a_function_agrees_with_dispatch(
     for n, dtype, grad, reduction in itertools.product(
         [1 << k for k in range(4, 26)], DTYPES, (False, True), ("none", "mean")
     ):
-        for shape in ((n // 8, 8), (max(1, n // 128), 128)):
-            x = torch.empty(1, dtype=dtype).expand(shape).detach().requires_grad_(grad)
+        for shape in ((n // 8, 8), (max(1, n // 128), 128), (128, max(1, n // 128))):
+            x = torch.empty_strided(shape, (0, int(shape[0] != 128)), dtype=dtype)
+            x.requires_grad_(grad)
             options: Any = SimpleNamespace(reduction=reduction)
             if "dim" in op.fields:
                 options = op.options(dim=1, dtype=None)
             left = sizes.left_to_torch(op, x, reduction=reduction)
             is_small = sizes.is_small(op, (x,) * len(op.all_operands), options)
-            few = sizes.limits(op, True, dtype).few_classes and shape[1] <= 2 * sizes.FEW + 1
-            assert left == is_small or (few and is_small), (shape, dtype, grad, reduction)
+            assert left == is_small, (shape, dtype, grad, reduction)
 
 
 def test_few_classes_of_half_precision() -> None:
