@@ -122,7 +122,7 @@ def drawn(
 
 def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
     """Yields the smallest calls that run kernels, which benefit least."""
-    found = limits(OPERATORS[op], True, dtype)
+    found = limits(OPERATORS[op], torch.get_num_threads(), dtype)
     for column in ("from_elements", "few_classes", "unreduced"):
         elements = getattr(found, column)
         if not elements or elements >= NEVER:

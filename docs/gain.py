@@ -44,7 +44,7 @@ def measure(op: str, others: tuple[int, ...], elements: int) -> report.Row:
 
 def limit(op: str) -> int:
     """Returns the number of elements from which a kernel runs by default."""
-    return limits(operators.OPERATORS[op], True).from_elements
+    return limits(operators.OPERATORS[op], 2).from_elements
 
 
 def main() -> None:

@@ -475,7 +475,7 @@ def _ratio(row: Row | None) -> str:
         if peer in row.peers:
             text += f", {row.peers[peer].ratio[1]:.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
-    smallest = limits(OPERATORS[row.op], True)[0]
+    smallest = limits(OPERATORS[row.op], 2)[0]
     return f"{text}. Kernels run from {words(smallest)} elements on." if smallest else f"{text}."
 
 
@@ -549,12 +549,12 @@ def _thumbnail(name: str) -> str:
 
 def sizes(*operators: str) -> str:
     """Returns a table of the smallest inputs that run a kernel on CPUs, except Intel's."""
-    columns = ["elements", "few classes", "without gradient", "unreduced"]
+    columns = ["elements", "few classes", "without gradient", "unreduced", "strided rows"]
     found = {
-        f"`{name}`": _limits(OPERATORS[name], True, torch.float32, intel=False)[:4]
+        f"`{name}`": _limits(OPERATORS[name], 2, torch.float32, intel=False)[:5]
         for name in operators or OPERATORS
     }
-    used = [i for i in range(4) if any(row[i] is not None for row in found.values())]
+    used = [i for i in range(5) if any(row[i] is not None for row in found.values())]
     rows = [[name, *[words(row[i]) for i in used]] for name, row in found.items()]
     return report.tabulated(["operator", *[columns[i] for i in used]], rows, names=1)
 

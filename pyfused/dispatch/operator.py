@@ -99,7 +99,7 @@ class Operator(ABC):
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
-        limits: The limits of sizes.py, by device and dtype.
+        limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
         dynamic: The maximum number of leading dimensions whose sizes a plan does not depend on; the

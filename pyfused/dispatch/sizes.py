@@ -3,8 +3,9 @@
 A kernel costs a few microseconds more per call than torch's operator and saves some nanoseconds per
 element: many if torch runs several operators, few if torch is limited by memory bandwidth.
 
-On CPUs, each operator has a size from which a kernel is clearly faster on AMD EPYC, with AVX-512
-and with AVX2.
+On CPUs, each operator has a size from which a kernel is faster with two threads on every processor
+that was measured: AMD EPYC, with AVX-512 and with AVX2, and Intel Xeon. With more threads, these
+sizes grow.
 On GPUs, the sizes follow from two numbers of the machine. The environment variable
 ``PYFUSED_HOST_US`` replaces one of them, the host's time for a call in microseconds.
 """
@@ -33,6 +34,9 @@ FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
 ALWAYS, NEVER = 0, sys.maxsize
 TINY, SMALL, MEDIUM, LARGE, LOGITS = (1 << n for n in (10, 14, 17, 19, 24))
+# torch divides n elements among at most n / PER_THREAD threads. Until all threads have work, what a
+# kernel saves per call does not grow with n; from there on, it is divided by the threads.
+PER_THREAD = 1 << 15
 # Stands for LOGITS, the size whose memory torch gets from the operating system, or for NEVER if the
 # process keeps freed pages, whoever makes it do so.
 PAGES = -1
@@ -61,6 +65,17 @@ class Limits(NamedTuple):
     least: int = 0
     most: int = 0
     pages: int = NEVER
+
+    def with_threads(self, threads: int) -> Limits:
+        """Returns the limits for a number of threads, of limits measured with two threads."""
+        factor = max(2, threads) / 2
+        return self._replace(
+            **{
+                name: min(LOGITS, int(x * factor))
+                for name, x in zip(self._fields[:5], self, strict=False)
+                if x is not None and 2 * PER_THREAD < x < LOGITS
+            }
+        )
 
     def times(self, factor: int) -> Limits:
         """Returns the limits multiplied by a factor, with `least`, `most` and `pages`."""
@@ -99,16 +114,16 @@ ON_CPU: dict[str, Limits] = {
     "margin_ranking_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "poisson_nll_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "soft_margin_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
-    "gelu": Limits(SMALL, without_gradient=PAGES),  # torch calls oneDNN
+    "gelu": Limits(2 * MEDIUM, without_gradient=PAGES),  # torch calls oneDNN
     "mish": Limits(SMALL),
     "Activation": Limits(MEDIUM),  # on an Intel Xeon, 0.75 times as fast as torch at 2^14
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
-    "log_softmax": Limits(MEDIUM, few_classes=SMALL, strided=2 * LARGE),
+    "log_softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
     "logsigmoid": Limits(MEDIUM),
     "PointwiseLoss": Limits(MEDIUM, unreduced=PAGES),
-    "softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
+    "softmax": Limits(2 * LARGE, few_classes=SMALL, strided=2 * LARGE),
     "Gated": Limits(LARGE, without_gradient=MEDIUM),
-    "silu": Limits(LARGE, without_gradient=MEDIUM),
+    "silu": Limits(2 * LARGE, without_gradient=MEDIUM),
     "sigmoid": Limits(PAGES, without_gradient=MEDIUM),
     "Contrastive": Limits(LOGITS),
     "leaky_relu": Limits(PAGES),
@@ -126,9 +141,9 @@ BY_MKL = ("tanh",)
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES: dict[str, Limits] = {
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
-    "log_softmax": Limits(MEDIUM, few_classes=SMALL, strided=2 * LARGE),
-    "softmax": Limits(MEDIUM, few_classes=SMALL, strided=2 * LARGE),
-    "gelu": Limits(SMALL, without_gradient=NEVER),
+    "log_softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
+    "softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
+    "gelu": Limits(2 * LARGE, without_gradient=NEVER),
 }
 
 
@@ -205,16 +220,16 @@ def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
     return next((table[name] for name in names if name in table), None)
 
 
-def limits(op: Operator, cpu: bool, dtype: torch.dtype = torch.float32) -> Limits:
-    """Returns the limits of an operator or its family, on CPUs or GPUs."""
-    found = op.limits.get((cpu, dtype))
+def limits(op: Operator, threads: int, dtype: torch.dtype = torch.float32) -> Limits:
+    """Returns the limits of an operator or its family with a number of threads, 0 for GPUs."""
+    found = op.limits.get((threads, dtype))
     if found is None:
-        found = op.limits[cpu, dtype] = _limits(op, cpu, dtype)
+        found = op.limits[threads, dtype] = _limits(op, threads, dtype)
     return found
 
 
-def _limits(op: Operator, cpu: bool, dtype: torch.dtype, intel: bool = INTEL) -> Limits:
-    if not cpu:
+def _limits(op: Operator, threads: int, dtype: torch.dtype, intel: bool = INTEL) -> Limits:
+    if not threads:
         elements = 1e3 * HOST_US * GB_PER_S / dtype.itemsize  # of one pass
         first, few = (
             max(SMALL, 1 << math.ceil(math.log2(elements / passes)))
@@ -223,11 +238,11 @@ def _limits(op: Operator, cpu: bool, dtype: torch.dtype, intel: bool = INTEL) ->
         row = _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else None)
         return row.times(1)
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
-        return ON_CPU_OF_HALVES[op.name].times(1)
+        return ON_CPU_OF_HALVES[op.name].with_threads(threads).times(1)
     row = _row(ON_CPU, op) or Limits(PAGES)
     if intel and op.name in BY_MKL and dtype not in HALVES:
         row = Limits(PAGES)
-    return row.times(HALVES.get(dtype, 1))
+    return row.with_threads(threads).times(HALVES.get(dtype, 1))
 
 
 def limit_of(op: Any, tensors: Tensors, options: Options, found: Limits) -> int:
@@ -255,7 +270,7 @@ def limit_of_rows(input: Tensor, dim: Any, found: Limits) -> int:
 def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
     """Returns why torch computes a small call, with what decides besides its size."""
     input = tensors[0]
-    found = limits(op, input.is_cpu, input.dtype)
+    found = limits(op, torch.get_num_threads() if input.is_cpu else 0, input.dtype)
     if limit_of(op, tensors, options, found) == found.pages <= op.elements(tensors):
         return f"{SMALL_REASON}, because the process keeps freed pages"
     if input.is_cpu or found.from_elements == NEVER or not input.numel():
@@ -274,8 +289,7 @@ _least: dict[Operator, tuple[int, int]] = {}
 def set_least(op: Operator) -> None:
     """Sets `least` to the smallest of an operator's limits, of all dtypes."""
     gpu, cpu = (
-        min([limits(op, is_cpu, dtype).least for dtype in backends.DTYPES])
-        for is_cpu in (False, True)
+        min([limits(op, threads, dtype).least for dtype in backends.DTYPES]) for threads in (0, 2)
     )
     _least[op] = gpu, cpu
     op.least = (gpu, cpu) if FORCED is None else (0, 0)
@@ -319,7 +333,7 @@ def left_to_torch(
         return False
     if elements < op.least[is_cpu]:
         return True
-    found = op.limits.get((is_cpu, input.dtype))
+    found = op.limits.get((torch.get_num_threads() if is_cpu else 0, input.dtype))
     if found is None or elements >= found.most or FORCED is not None:
         return False
     limit = found.from_elements
@@ -371,7 +385,8 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
         elements = op.elements(tensors)
     if elements == 0 or FORCED is not None:
         return elements == 0
-    found = op.limits.get((input.is_cpu, input.dtype)) or limits(op, input.is_cpu, input.dtype)
+    threads = torch.get_num_threads() if input.is_cpu else 0
+    found = op.limits.get((threads, input.dtype)) or limits(op, threads, input.dtype)
     if elements < found.least or elements >= found.most:  # the common cases
         return elements < found.least
     limit = limit_of(op, tensors, options, found)

@@ -202,7 +202,7 @@ def call_of(op: Operator, elements: int, column: str) -> Callable[[Any], None]:
 @pytest.mark.parametrize(("name", "column"), sorted(OF_A_SIZE))
 def test_calls_below_the_limit_fall_back(name: str, column: str, kernel_calls: KernelCalls) -> None:
     op = OPERATORS[name]
-    limit = getattr(sizes.limits(op, True), column)
+    limit = getattr(sizes.limits(op, torch.get_num_threads()), column)
 
     def explained(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
         explanation, small = pyfused.explain(name, x, *others, **options), x.numel() < limit

@@ -85,7 +85,7 @@ def test_calls_without_gradients(needs_grad: bool) -> None:
 def test_functions_that_mkl_computes() -> None:
     tanh = OPERATORS["tanh"]
     for dtype, is_half in ((torch.float32, False), (torch.float64, False), (torch.bfloat16, True)):
-        on_intel, others = (compute_limits(tanh, True, dtype, intel) for intel in (True, False))
+        on_intel, others = (compute_limits(tanh, 2, dtype, intel) for intel in (True, False))
         assert others.from_elements < sizes.LOGITS
         assert on_intel == (others if is_half else sizes.Limits(sizes.PAGES).times(1))
 
@@ -99,6 +99,22 @@ def test_the_least_and_the_largest_limit() -> None:
     assert (row.unreduced, row.least, row.most) == (row.pages, 2 * sizes.SMALL, sizes.NEVER)
 
 
+def test_limits_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.PAGES)
+    assert row.with_threads(1) == row.with_threads(2) == row
+    assert row.with_threads(8) == row._replace(from_elements=4 * sizes.MEDIUM)
+    assert row.with_threads(1 << 10).from_elements == sizes.LOGITS
+    x, threads = torch.zeros(sizes.MEDIUM), torch.get_num_threads()
+    try:
+        for others, by_torch in ((2, False), (8, True), (2, False)):
+            torch.set_num_threads(others)
+            assert runs_torch("mse_loss", x, x) is by_torch
+            assert sizes.left_to_torch(OPERATORS["mse_loss"], x) is by_torch
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_only_calls_that_depend_on_kept_pages_ask_for_them(
     kept: bool, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +124,7 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
     monkeypatch.setattr(memory, "pages_are_kept", lambda size: bool(asked.append(size)) or kept)
     of_elements = [op for op in OPERATORS.values() if not op.is_linear]
     for op, dtype in itertools.product(of_elements, DTYPES):
-        found = sizes.limits(op, True, dtype)
+        found = sizes.limits(op, torch.get_num_threads(), dtype)
         for limit in {limit for limit in found[:5] if limit and limit < sizes.NEVER}:
             monkeypatch.setattr(sizes, "limit_of", lambda *_, limit=limit: limit)
             for elements in (limit - 1, limit):
@@ -218,7 +234,7 @@ def python_calls(call: Callable[[], Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SMALL_CALLS)
-def test_a_small_call_is_torchs(name: str) -> None:
+def test_a_small_call_by_torch(name: str) -> None:
     """It adds the call of pyfused's function and of the comparison, which asks the compiler."""
     if not hasattr(F, name):
         pytest.skip("this version of torch lacks the function")
