@@ -90,18 +90,18 @@ class Limits(NamedTuple):
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
 ON_CPU: dict[str, Limits] = {
-    "cosine_embedding_loss": Limits(ALWAYS, without_gradient=SMALL),
+    "cosine_embedding_loss": Limits(ALWAYS, without_gradient=2 * SMALL, unreduced=2 * SMALL),
     "gaussian_nll_loss": Limits(ALWAYS),
-    "hinge_embedding_loss": Limits(ALWAYS, without_gradient=SMALL),
+    "hinge_embedding_loss": Limits(ALWAYS, without_gradient=SMALL, unreduced=2 * TINY),
     "kl_div_with_logits": Limits(ALWAYS),
     "log_cosh_loss": Limits(ALWAYS),
     "log_probs": Limits(ALWAYS),
-    "quantile_loss": Limits(ALWAYS),
+    "quantile_loss": Limits(ALWAYS, unreduced=SMALL),
     "sigmoid_focal_loss": Limits(ALWAYS),
-    "softcap": Limits(ALWAYS),
-    "softsign": Limits(ALWAYS),
-    "hinge_loss": Limits(ALWAYS, unreduced=SMALL),
-    "triplet_margin_loss": Limits(ALWAYS, without_gradient=SMALL, unreduced=SMALL),
+    "softcap": Limits(SMALL),
+    "softsign": Limits(SMALL),
+    "hinge_loss": Limits(ALWAYS, unreduced=4 * SMALL),
+    "triplet_margin_loss": Limits(ALWAYS, without_gradient=2 * SMALL, unreduced=4 * SMALL),
     "LongFormula": Limits(TINY),  # 3 to 4 times as fast as torch from this size on
     "Formula": Limits(SMALL),
     "linear_cross_entropy": Limits(SMALL),  # the elements of heads are logits
