@@ -387,7 +387,7 @@ def row_state(
     count = 0 if results is None else 1 if results.dim() < state.dim() else len(results)
     constants = ("FIELDS", len(state)), ("RESULTS", count), ("CONTINUES", continues)
     tensors, strides = (target, weight, state, results), (logits.stride(0), state.stride(0))
-    _run_rows(row_state_kernel, constants, options, logits, tensors, strides, classes)
+    _run_rows("state", constants, options, logits, tensors, strides, classes)
 
 
 def row_gradients(
@@ -404,12 +404,12 @@ def row_gradients(
     tensors = target, weight, state, grad_results, out
     steps = logits.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:], out.stride(0)
     constants = (("RESULTS", 1 if grad_results.dim() == 1 else len(grad_results)),)
-    _run_rows(row_gradients_kernel, constants, options, logits, tensors, steps, classes)
+    _run_rows("gradients", constants, options, logits, tensors, steps, classes)
     return out
 
 
 def _run_rows(
-    function: Any,
+    name: str,
     constants: tuple[tuple[str, int], ...],
     options: Options,
     logits: Tensor,
@@ -419,7 +419,7 @@ def _run_rows(
 ) -> None:
     target, weight, *outputs = tensors
     n, columns = logits.shape
-    kernel = _row_kernel(function, logits.element_size(), columns, strides[0], constants)
+    kernel = _row_kernel(name, logits.element_size(), columns, strides[0], constants)
     cap, temperature = options.softcap, options.temperature
     scale = None if temperature == 1 else 1 / temperature
     floats: Any = (None, None, scale) if cap is None else (cap, cap / temperature, scale)
@@ -430,12 +430,13 @@ def _run_rows(
     kernel(-(-n // kernel.choice.rows), logits, targets, *outputs, *sizes, floats)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # by name, because Triton's hash of a kernel takes longer
 def _row_kernel(
-    function: Any, itemsize: int, classes: int, stride: int, constants: tuple[tuple[str, int], ...]
+    name: str, itemsize: int, classes: int, stride: int, constants: tuple[tuple[str, int], ...]
 ) -> Launch:
     choice = _tile(1, classes, itemsize, (0, stride, 1), tensors=2)
-    return Launch(function, choice, **dict(constants))
+    kernel = row_state_kernel if name == "state" else row_gradients_kernel
+    return Launch(kernel, choice, **dict(constants))
 
 
 def kl_div_with_logits(
