@@ -99,8 +99,8 @@ ON_CPU: dict[str, Limits] = {
     "quantile_loss": Limits(ALWAYS, unreduced=SMALL),
     "sigmoid_focal_loss": Limits(ALWAYS),
     "softcap": Limits(SMALL),
-    "softsign": Limits(SMALL),
-    "hinge_loss": Limits(ALWAYS, unreduced=4 * SMALL),
+    "softsign": Limits(2 * SMALL),
+    "hinge_loss": Limits(ALWAYS, without_gradient=SMALL, unreduced=4 * SMALL),
     "triplet_margin_loss": Limits(ALWAYS, without_gradient=2 * SMALL, unreduced=4 * SMALL),
     "LongFormula": Limits(TINY),  # 3 to 4 times as fast as torch from this size on
     "Formula": Limits(SMALL),
@@ -122,12 +122,12 @@ ON_CPU: dict[str, Limits] = {
     "logsigmoid": Limits(MEDIUM),
     "PointwiseLoss": Limits(MEDIUM, unreduced=PAGES),
     "softmax": Limits(2 * LARGE, few_classes=SMALL, strided=2 * LARGE),
-    "Gated": Limits(LARGE, without_gradient=MEDIUM),
-    "silu": Limits(2 * LARGE, without_gradient=MEDIUM),
-    "sigmoid": Limits(PAGES, without_gradient=MEDIUM),
+    "Gated": Limits(LARGE),
+    "silu": Limits(2 * LARGE, without_gradient=4 * LARGE),
     "Contrastive": Limits(LOGITS),
     "leaky_relu": Limits(PAGES),
     "relu": Limits(PAGES),
+    "sigmoid": Limits(PAGES),
     "nll_loss": Limits(PAGES, without_gradient=NEVER),  # forward reads one element of each row
 }
 # MKL computes torch's tanh of float32 and float64, in 0.6 to 0.9 times the kernel's time on Intel's
