@@ -16,7 +16,7 @@
 //   pow_of (float)  every value                      1.3 ULP (subnormal results: 1.8)
 //   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1
 //   softplus        every value                      3 ULP
-//   sigmoid         every value                      3 ULP
+//   sigmoid         every value                      3 ULP; 0 where exp(-x) overflows
 //   load            every value of T                 exact
 //   store           every value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
 //
@@ -397,8 +397,12 @@ template <class A> PYFUSED_INLINE A tanh_of(A x) {
 template <class A> PYFUSED_INLINE A sigmoid_from(A decay, A x) {  // decay = exp(-|x|)
   return (x < 0 ? decay : A(1)) / (1 + decay);
 }
+// Like torch's, it is 0 where exp(-x) is infinite, which also avoids most subnormal numbers. The
+// size is doubled there: GCC would select a constant only after the operations on both values.
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
-  return sigmoid_from(exp_nonpositive(-std::abs(x)), x);
+  constexpr A kMost = kIsFloat<A> ? A(88.72284) : A(709.782712893384);
+  const A size = std::abs(x);
+  return sigmoid_from(exp_nonpositive(size > kMost ? -2 * size : -size), x);
 }
 
 // exp(a^2 / 2) P(X <= -a), X of the standard normal distribution, as a minimax rational function.
@@ -438,17 +442,21 @@ PYFUSED_INLINE double normal_tail(double a) {
   return (p * a + 0.5) / (q * a + 1);
 }
 
-// The standard normal distribution. exp(-a^2 / 2) is 0 from kMost on.
+// The standard normal distribution. exp(-a^2 / 2) is 0 above kMost: in float, it is below the
+// smallest normal number there, which torch's vectorised code also rounds to 0.
 template <class A> struct Normal {
   A density, below;
 
   PYFUSED_INLINE explicit Normal(A x) {
-    constexpr A kMost = A(sizeof(A) == 4 ? 14.47 : 38.64);
-    const A size = std::abs(x), a = size > kMost ? kMost : size;
+    constexpr A kZero = kIsFloat<A> ? A(14.47) : A(38.64), kMost = kIsFloat<A> ? A(13.2164) : kZero;
+    const A size = std::abs(x), doubled = size > kMost ? 2 * size : size;
+    // The smaller number, of integers: where a float is selected, GCC computes all that follows
+    // with both, and the operations on the larger one take as long as those on subnormal numbers.
+    const A a = bit_cast<A>(std::min(bit_cast<Bits<A>>(doubled), bit_cast<Bits<A>>(kZero)));
     const Power<A> e = power_of<-kSubnormal<A>, false>(a * a * A(-0.5));
     const A power = e.less_1 * e.scale + e.scale, tail = power * normal_tail(a) * kUnlift<A>;
-    density = power * A(0.39894228040143268) * kUnlift<A>;
-    below = x < 0 ? tail : 1 - tail;
+    density = x == x ? power * A(0.39894228040143268) * kUnlift<A> : x;
+    below = x < 0 ? tail : x >= 0 ? 1 - tail : x;
   }
 };
 
