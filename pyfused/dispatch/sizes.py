@@ -333,8 +333,9 @@ def left_to_torch(
         return False
     if elements < op.least[is_cpu]:
         return True
-    found = op.limits.get((torch.get_num_threads() if is_cpu else 0, input.dtype))
-    if found is None or elements >= found.most or FORCED is not None:
+    threads, dtype = torch.get_num_threads() if is_cpu else 0, input.dtype
+    found = op.limits.get((threads, dtype)) or limits(op, threads, dtype)
+    if elements >= found.most or FORCED is not None:
         return False
     limit = found.from_elements
     if found.unreduced is not None and reduction == "none":

@@ -146,8 +146,6 @@ def test_the_first_line_of_a_function_agrees_with_dispatch(
     monkeypatch.undo()
     monkeypatch.setattr(memory, "pages_are_kept", lambda _: False)
     op = OPERATORS[name]
-    for dtype in DTYPES:  # the first call of a dtype is decided by dispatch
-        sizes.limits(op, torch.get_num_threads(), dtype)
     for n, dtype, grad, reduction in itertools.product(
         [1 << k for k in range(4, 26)], DTYPES, (False, True), ("none", "mean")
     ):
