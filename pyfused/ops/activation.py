@@ -103,14 +103,13 @@ def activation_plan(
     """
     kernels: list[Kernels] = []
     saves_output = op.saves == "output"
-    spec = input
 
     def forward(tensors: Tensors, options: Options) -> Forward:
-        (input,) = tensors
+        (x,) = tensors
         if not kernels:
-            kernels.append(prepare(spec if spec.dynamic_dims else input))
-        output = kernels[0][0](input, options)
-        return output, (output if saves_output else input,), ()
+            kernels.append(prepare(input if input.dynamic_dims else x))
+        output = kernels[0][0](x, options)
+        return output, (output if saves_output else x,), ()
 
     return Plan(
         name=op.name,
