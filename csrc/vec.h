@@ -23,6 +23,7 @@
 // NaN stays NaN. tests/kernels/test_vec.py measures these errors.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -48,11 +48,11 @@ class Limits(NamedTuple):
     Attributes:
         from_elements: The size for all other calls.
         few_classes: For rows of few contiguous classes, which torch does not vectorise.
-        strided: For softmaxes whose last dimension is not contiguous, which kernels copy unless
-            they can read its strides; torch always copies.
         without_gradient: For calls without a gradient, where torch's forward pass is faster or
             slower than its backward pass.
         unreduced: For losses that are not reduced, which write one more output.
+        strided: For softmaxes whose last dimension is not contiguous, which kernels copy unless
+            they can read its strides; torch always copies.
         least, most: The smallest and the largest of these; `most` is NEVER if PAGES is one of them.
         pages: The size that PAGES stands for unless pages are kept, NEVER if it is none of these.
     """
