@@ -1,4 +1,4 @@
-"""torch.compile: losses and activations are torch's, heads are custom operators; torch.export."""
+"""torch.compile: losses and activations are torch's, heads are custom operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 from torch_reference import parameters
 
-import pyfused
 from pyfused import backends
 from pyfused import functional as fused
 from pyfused.dispatch import sizes
@@ -488,32 +487,3 @@ def test_a_saved_program_loads_in_another_process(tmp_path: Path) -> None:
             [sys.executable, "-W", "ignore", "-c", SAVED, action, str(tmp_path / "program")],
             check=True,
         )
-
-
-# ---- export -------------------------------------------------------------------------------------
-
-
-class Model(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(C, C), pyfused.nn.ReLU())
-        self.criterion = pyfused.nn.CrossEntropyLoss(label_smoothing=0.1)
-
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return self.criterion(self.net(x), target)
-
-
-def torchs_loss(model: Model, x: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.relu(model.net[0](x)), target, label_smoothing=0.1)
-
-
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-def test_an_exported_program_needs_no_pyfused(strict: bool) -> None:
-    model, rows = Model(), torch.export.Dim("rows")
-    exported = torch.export.export(
-        model, (torch.randn(N, C), INDICES), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
-    )
-    assert "pyfused" not in exported.graph_module.code
-    for count in (2, 10):
-        x, target = torch.randn(count, C), INDICES[:count]
-        close(exported.module()(x, target), torchs_loss(model, x, target))
