@@ -26,6 +26,8 @@ from pyfused.dispatch import reasons
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
 GRAD = torch.ones(5, requires_grad=True)
+FEATURES = "the inputs differ in the number of features"
+DIMENSIONS = "the inputs differ in the number of dimensions, or have none"
 IN_PLACE = "torch computes activations in place"
 DEPRECATED = "some of the arguments are deprecated or invalid"
 
@@ -53,6 +55,9 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "metrics of one class": ("cross_entropy_with_metrics", (X[:, :1], TARGET * 0), {}, "one class"),
     "root": ("rmse_loss", (X, X), {}, None),
     "margin": ("additive_margin", (X, TARGET), {}, "a composition of torch's operators"),
+    "p": ("triplet_margin_loss", (X, X, X), {"p": 3}, "p is neither 1 nor 2"),
+    "features": ("triplet_margin_loss", (X, X[:, :1], X), {}, FEATURES),
+    "no dimension": ("triplet_margin_loss", (torch.ones(()),) * 3, {}, DIMENSIONS),
     "subclass": ("relu", (X.as_subclass(Mine),), {}, "input is a Mine"),
 }
 
