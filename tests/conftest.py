@@ -33,7 +33,7 @@ backend = backend_of(torch.empty(0))  # the backend under test
 
 # Files that start processes or build C++.
 SLOW = (
-    *("test_compile_ahead", "test_distributed", "test_import", "test_limits", "test_parallel"),
+    *("test_compile_ahead", "test_import", "test_limits", "test_parallel"),
     *("test_processes", "test_shards", "test_vec", "test_wrapped_heads"),
 )
 
