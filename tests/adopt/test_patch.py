@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -438,6 +437,7 @@ def test_a_decorated_function(decorator: Any) -> None:
     assert step.__name__ == "step"
 
 
+@pytest.mark.usefixtures("switching")
 def test_several_threads() -> None:
     """Each thread's patch is active, however other threads enter and leave theirs."""
     barrier = threading.Barrier(4)
@@ -450,13 +450,8 @@ def test_several_threads() -> None:
                 count += patched()
         return count
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(work, range(4))) == [50] * 4
-    finally:
-        sys.setswitchinterval(interval)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [50] * 4
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -335,9 +335,9 @@ class Number(int):
         return Number(int(self) + other)
 
 
+@pytest.mark.usefixtures("switching")
 def test_threads_that_call_kernels_at_once() -> None:
     op: Any = SimpleNamespace(name="op", elements=lambda _: 3)
-    interval = sys.getswitchinterval()
 
     def call(_: int) -> None:
         for _ in range(500):
@@ -346,14 +346,10 @@ def test_threads_that_call_kernels_at_once() -> None:
             reports.count_compiled("op")
             counts.to_dict()
 
-    sys.setswitchinterval(1e-6)
-    try:
-        with pyfused.report() as counts, ThreadPoolExecutor(8) as pool:
-            counts._ran["op"] = {"calls": Number(), "largest_input": 0}
-            counts._left["op", "reason"] = counts._compiled["op"] = Number()
-            assert [*pool.map(call, range(8))] == [None] * 8
-    finally:
-        sys.setswitchinterval(interval)
+    with pyfused.report() as counts, ThreadPoolExecutor(8) as pool:
+        counts._ran["op"] = {"calls": Number(), "largest_input": 0}
+        counts._left["op", "reason"] = counts._compiled["op"] = Number()
+        assert [*pool.map(call, range(8))] == [None] * 8
     found = counts.to_dict()
     assert found["operators"] == {"op": {"calls": 4000, "largest_input": 3}}
     assert found["left_to_torch"] == {"op": {"reason": 4000}}

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import Call, Example, every_operator
+from compare import Recording as Operators
 from conftest import KernelCalls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
@@ -189,20 +189,10 @@ class SeesFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class SeesOperators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @every_operator
-@pytest.mark.parametrize("mode", [SeesFunctions, SeesOperators])
+@pytest.mark.parametrize("mode", [SeesFunctions, Operators])
 def test_a_mode_sees_the_call(
-    example: Example, mode: type[SeesFunctions | SeesOperators], kernel_calls: KernelCalls
+    example: Example, mode: type[SeesFunctions | Operators], kernel_calls: KernelCalls
 ) -> None:
     ours, of_torch, x = steps(example)
     x.requires_grad_()
@@ -213,7 +203,7 @@ def test_a_mode_sees_the_call(
         with mode() as each:
             torch.autograd.grad(step(x).sum(), x)
         seen.append(each.seen)
-    if mode is SeesOperators and hasattr(F, example.op.name):
+    if mode is Operators and hasattr(F, example.op.name):
         assert seen[0] == seen[1]
     assert example.op.name in seen[0] or len(seen[0]) > 2
     assert not kernel_calls.total()

@@ -23,13 +23,12 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, Errors, Outcome, evaluate, exactly, widen
+from compare import DEVICE, FLOATS, Errors, Outcome, Recording, evaluate, exactly, widen
 from conftest import ISAS, KernelCalls
 from grid import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from verify import check
 
 import pyfused
@@ -85,16 +84,6 @@ def defined(parameters: str, *lines: str) -> Formula:
     body, names = "".join(f"    {line}\n" for line in lines), globals().copy()
     exec(f"def mine({parameters}):\n{body}", names)
     return pyfused.activation(names["mine"])
-
-
-class Recording(TorchDispatchMode):
-    """Counts the operators that run. Under a mode, no kernel runs."""
-
-    count = 0
-
-    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return op(*args, **(kwargs or {}))
 
 
 @pytest.mark.cpu  # the interpreter lacks fused multiply-add
@@ -777,17 +766,15 @@ def test_modes_and_hooks_of_the_caller_do_not_see_tracing() -> None:
         with hooks, recording, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             traced = replace(kernels()[name]).programs
         assert [(p.prologue, p.body, p.constants) for p in traced] == expected
-    assert (recording.count, seen) == (0, [])
+    assert (recording.seen, seen) == ([], [])
 
 
 @pytest.mark.cpu  # the interpreter supports only one thread
+@pytest.mark.usefixtures("switching")
 def test_threads_trace_at_once() -> None:
     """The anomaly detection of the program, which is global, stays."""
     formula = lambda: pyfused.activation(lambda x, *, k=1.0: k * x.exp())  # noqa: E731
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(4) as pool:
-        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(1e-5)
-        stack.enter_context(torch.autograd.set_detect_anomaly(True))
+    with torch.autograd.set_detect_anomaly(True), ThreadPoolExecutor(4) as pool:
         for k, value in enumerate(pool.map(lambda k: formula()(torch.zeros(3), k=k), range(40))):
             close(value, torch.full((3,), float(k)))
         assert torch.is_anomaly_enabled()

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from compare import Recording
 from processes import run_checks
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import VocabShard, explain, functional
 from pyfused.dispatch import run as dispatch
@@ -250,18 +250,6 @@ def results(process: Process, case: Case) -> None:
         torch.testing.assert_close(own_part, parts + exact[len(parts) :], equal_nan=True, **close)
 
 
-class Seen(TorchDispatchMode):
-    """Collects the operators of a block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 WITH_MODES: dict[str, Any] = {
     "cross_entropy": {"label_smoothing": 0.1, "reduction": "none"},
     "linear_cross_entropy": {"softcap": 2.0, "z_loss": 0.1, "token_weight": TOKEN_WEIGHT},
@@ -283,9 +271,9 @@ def modes_and_compilers(process: Process, case: Any) -> None:
         return [*results, *torch.autograd.grad(total, [*leaves.values()])]
 
     expected = run()
-    with Seen() as seen:
+    with Recording() as mode:
         found = run()
-    assert "aten.sum.dim_IntList" in seen.names
+    assert "aten.sum.dim_IntList" in mode.seen
     # Some processors round the logits of heads, and their gradient, to half precision.
     rounding = 4 * torch.finfo(case[1]).eps if case[1] is BF16 else None
     torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
@@ -296,7 +284,7 @@ def modes_and_compilers(process: Process, case: Any) -> None:
             assert "expected no forward-mode AD with a shard" in error_of(run)
         given = leaves["input"], call.tensors()[1]
         metrics = partial(functional.cross_entropy_with_metrics, *given, **options)
-        with Seen():
+        with Recording():
             reason = explain("cross_entropy", *given, **options).reason
             assert reason == "a torch dispatch or function mode"
             assert "mode around a call with a shard and metrics" in error_of(metrics)
@@ -538,16 +526,8 @@ def test_in_processes(name: str, failures: dict[str, str]) -> None:
     assert name not in failures, failures[name]
 
 
-class NoIndices(TorchDispatchMode):
-    """Raises for indices that are not slices: those of a list would be copied to the GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in (torch.ops.aten.index, torch.ops.aten.index_put_)
-        return func(*args, **(kwargs or {}))
-
-
 def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values of meta tensors cannot be read."""
+    """Values of meta tensors cannot be read, and indices in a list would be copied to the GPU."""
     state = torch.empty(SMOOTHING_FIELDS, 2, device="meta", dtype=F64)
     merged = lambda *_: shards._merged(state.clone(), None, False)  # noqa: E731
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
@@ -556,9 +536,10 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "unsupported", lambda *_: None)
     monkeypatch.setattr(signature, "active_mode", lambda: None)
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, device="meta").long()
-    with NoIndices():
+    with Recording() as mode:
         cross_entropy(logits, target, shard=VocabShard(0, 5))
         cross_entropy(logits, target, torch.empty(5, device="meta"), shard=VocabShard(0))
+    assert not [name for name in mode.seen if name.startswith("aten.index")]
     with pytest.raises(RuntimeError, match="meta"):  # the sum over the processes is read
         cross_entropy(logits, target, shard=VocabShard(0))
     dispatch.forget_plans()
