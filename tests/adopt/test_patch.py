@@ -140,14 +140,14 @@ WARNS = [
 @as_users_run_it
 @pytest.mark.parametrize("call", WARNS)
 @pytest.mark.parametrize("rows", [5, 4000])
-def test_warnings_name_the_same_line_as_in_torch(call: Any, rows: int) -> None:
+def test_warnings_are_torchs_and_name_the_same_line(call: Any, rows: int) -> None:
     x = torch.zeros(rows, 500)
     lines = []
     for context in (contextlib.nullcontext(), pyfused.patch()):
         with context, warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             call(x)
-        lines.append([(warning.filename, warning.lineno) for warning in seen])
+        lines.append([(str(w.message), w.filename, w.lineno) for w in seen])
     assert lines[0] == lines[1] != []
 
 

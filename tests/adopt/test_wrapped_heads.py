@@ -300,7 +300,8 @@ def train(wrapper: Wrapper, when: str, accumulates: bool = False) -> Trained:
                 pyfused.convert(wrapped, head="lm_head")
         try:
             pyfused.convert(model, head="lm_head")
-        except ValueError:
+        except ValueError as error:
+            assert "is not sharded by FSDP yet, got FSDP" in str(error)  # noqa: PT017
             return Trained([], "refused")
     partitioned = hasattr(model, "gather")
     if partitioned:

@@ -183,7 +183,7 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
     assert error <= torchs_error + 4 * torch.finfo(torch.float32).eps
 
 
-SIZES = (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097)
+SIZES = (1, 7, 9, 31, 33, 65, 256, 257, 4097)
 
 
 @grid(loss=LOSSES, dtype=FLOATS, large=[False, False, True, True], weighted=[False, True], isa=ISAS)
