@@ -29,7 +29,7 @@ from catalogue import (
     parameters,
 )
 from check_calls import ERRORS, check_call, converted, largest, natively, run
-from compare import DEVICE, FLOATS, HALF, Errors
+from compare import DEVICE, FLOATS, HALF, Errors, operators_of_torch
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
@@ -126,6 +126,21 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
             eps = max(torch.finfo(one.dtype).eps, torch.finfo(rounded).eps)
             errors = [largest(x.double() - best) for x in (one, theirs)]
             assert errors[0] <= 2 * errors[1] + 16 * eps * largest(best)
+
+
+@pytest.mark.cpu
+def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
+    """The kernel reads half-precision logits; torch converts them first."""
+    rows, target = 1 << 15, torch.arange(1 << 15) % 3
+    logits = torch.randn(rows, 3, dtype=torch.bfloat16, requires_grad=True)
+    copies = []
+    for functional in (pyfused.functional, torch.nn.functional):
+        with operators_of_torch("aten::_to_copy") as casts, torch.autocast("cpu", torch.bfloat16):
+            loss = functional.cross_entropy(logits, target)
+            (gradient,) = torch.autograd.grad(loss, logits)
+        assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
+        copies.append(sum(shapes[0] == [rows, 3] for shapes in casts))
+    assert copies[0] == 0 < copies[1]
 
 
 # ---- memory --------------------------------------------------------------------------------------
