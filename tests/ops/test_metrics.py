@@ -57,9 +57,12 @@ def test_special_logits(name: str, classes: int, isa: str, kernel_calls: KernelC
 
 @pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_metrics_do_not_round_scaled_logits(dtype: torch.dtype, small: bool) -> None:
+def test_ignored_rows_and_scaled_logits(dtype: torch.dtype, small: bool) -> None:
+    """Scaled logits are not rounded."""
     input, target = torch.randn(6, 5).to(dtype), torch.tensor([0, 1, 2, -100, 4, 0])
+    input[3, 0] = 5.0  # the prediction is the class that stands for an ignored target
     found = fused.cross_entropy_with_metrics(input, target, temperature=0.7)[1]
+    assert [x[3].item() for x in found] == [0, 0, -100, False, 0]
     exact = fused.cross_entropy_with_metrics(input.double(), target, temperature=0.7)[1]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     assert [x.dtype for x in found if x.is_floating_point()] == [wide] * 3
