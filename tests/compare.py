@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Extended = npt.NDArray[np.longdouble]
 Operator = Callable[..., Tensor]
@@ -97,6 +98,18 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
     if got.dtype in HALF:
         tolerance = {"rtol": 2 * torch.finfo(got.dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(got, wide.to(got.dtype), equal_nan=True, **tolerance)
+
+
+class Recording(TorchDispatchMode):
+    """Collects the names of the operators that run. Under a mode, no kernel runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(op))
+        return op(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ backend = backend_of(torch.empty(0))  # the backend under test
 
 # Files that start processes or build C++.
 SLOW = (
-    *("test_compile_ahead", "test_distributed", "test_import", "test_limits", "test_parallel"),
+    *("test_compile_ahead", "test_import", "test_limits", "test_parallel"),
     *("test_processes", "test_shards", "test_vec", "test_wrapped_heads"),
 )
 
@@ -214,9 +214,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["none", "mean", "sum"])
-def reduction(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Lets Python switch threads as often as possible."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def pytest_report_header() -> str:

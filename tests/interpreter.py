@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 # Files whose tests all run interpreted; other files of SHARED run tests marked `interpreted`.
 WHOLE = (
     *("test_values.py", "test_fuzz.py", "test_totals.py"),
-    *("test_arithmetic.py", "test_backends.py", "test_formula.py", "test_gated.py"),
+    *("test_arithmetic.py", "test_backends.py", "test_formula.py"),
 )
 # Files that do not apply to every backend.
 OTHERS = sorted(

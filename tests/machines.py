@@ -20,10 +20,10 @@ import torch
 from pyfused.backends import cpu
 
 TESTS = Path(__file__).parent
-PRODUCTS = "log_probs linear_cross_entropy distillation shards metrics distributed"
+PRODUCTS = "log_probs linear_cross_entropy distillation shards metrics wrapped_heads"
 KERNELS = """accuracy activation compile values class_losses cross_entropy cross_entropy_options
     formula inplace log_probs margin metrics pointwise_loss softmax"""
-THREADS = "threads parallel processes recycle distributed training"
+THREADS = "threads parallel processes recycle wrapped_heads"
 
 MACHINES: tuple[tuple[dict[str, str], str], ...] = (
     ({"MKL_CBWR": "AVX2"}, PRODUCTS),

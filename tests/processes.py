@@ -78,16 +78,10 @@ def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> l
             child.join()
 
 
-def run_checks(
-    checks: Callable[[int], dict[Any, Any]], size: int, small_calls: bool = False
-) -> dict[Any, str]:
-    """Runs ``checks(rank)`` in each rank of a gloo group; returns tracebacks of failed checks.
-
-    Args:
-        small_calls: Whether torch computes small calls, as usual.
-    """
+def run_checks(checks: Callable[[int], dict[Any, Any]], size: int) -> dict[Any, str]:
+    """Runs ``checks(rank)`` in each rank of a gloo group; returns tracebacks of failed checks."""
     with tempfile.TemporaryDirectory() as folder:
-        found = in_processes(_run_checks, size, checks, size, folder, small_calls)
+        found = in_processes(_run_checks, size, checks, size, folder)
     failures: dict[Any, str] = {}
     for rank, of_rank in enumerate(map(pickle.loads, found)):
         for name, text in of_rank.items():
@@ -95,9 +89,7 @@ def run_checks(
     return failures
 
 
-def _run_checks(
-    rank: int, checks: Any, size: int, folder: str, small_calls: bool, pipe: Any
-) -> None:
+def _run_checks(rank: int, checks: Any, size: int, folder: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
     from conftest import fused_always
@@ -106,7 +98,7 @@ def _run_checks(
     store, wait = f"file://{folder}/store", datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=wait)
     failures = {}
-    with contextlib.nullcontext() if small_calls else fused_always():
+    with fused_always():
         for name, check in checks(rank).items():
             try:
                 check()

@@ -20,5 +20,4 @@ SHARED = (
     "ops/test_metrics.py",
     "ops/test_pointwise_loss.py",
     "ops/test_softmax.py",
-    "test_gated.py",
 )

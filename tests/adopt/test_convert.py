@@ -8,7 +8,6 @@ import logging
 import pickle
 from collections import UserDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,31 +262,3 @@ def test_a_compiled_model_is_not_changed(where: str) -> None:
         with pytest.raises(ValueError, match=f"is not compiled yet, got .* at {name}.*{call}$"):
             function(model)
     assert types(model) == before
-
-
-def test_the_module_inside_a_compiled_model() -> None:
-    """The compiled model then runs the converted module, whose losses are torch's there."""
-    model: Any = torch.compile(Net(), backend="eager")
-    expected = model(X, TARGET)
-    pyfused.convert(model._orig_mod)
-    assert type(model._orig_mod.activation) is pyfused.nn.ReLU
-    assert torch.equal(model(X, TARGET), expected)
-    pyfused.revert(model._orig_mod)
-    assert types(model._orig_mod) == types(Net())
-
-
-def test_a_sharded_model_is_not_changed(tmp_path: Path) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        model = Net()
-        fully_shard(model.layers, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        before = types(model)
-        with pytest.raises(ValueError, match=r"not sharded by FSDP yet, got FSDP.* at 'layers'"):
-            pyfused.convert(model)
-        assert types(model) == before
-    finally:
-        torch.distributed.destroy_process_group()

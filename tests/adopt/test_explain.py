@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from catalogue import Example, every_example, result_of
+from catalogue import Example, every_example
 from conftest import KernelCalls, fused_always
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -23,15 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-from pyfused.dispatch import reasons, sizes
-from pyfused.dispatch.operator import Operand, Operator
-from pyfused.ops.embedding import EmbeddingLoss
-from pyfused.ops.operators import OPERATORS
-from pyfused.ops.softmax import Softmax
+from pyfused.dispatch import reasons
 
 X, TARGET = torch.linspace(-2, 2, 30).view(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 
 GRAD = torch.ones(5, requires_grad=True)
+FEATURES = "the inputs differ in the number of features"
+DIMENSIONS = "the inputs differ in the number of dimensions, or have none"
 IN_PLACE = "torch computes activations in place"
 DEPRECATED = "some of the arguments are deprecated or invalid"
 
@@ -59,6 +55,9 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "metrics of one class": ("cross_entropy_with_metrics", (X[:, :1], TARGET * 0), {}, "one class"),
     "root": ("rmse_loss", (X, X), {}, None),
     "margin": ("additive_margin", (X, TARGET), {}, "a composition of torch's operators"),
+    "p": ("triplet_margin_loss", (X, X, X), {"p": 3}, "p is neither 1 nor 2"),
+    "features": ("triplet_margin_loss", (X, X[:, :1], X), {}, FEATURES),
+    "no dimension": ("triplet_margin_loss", (torch.ones(()),) * 3, {}, DIMENSIONS),
     "subclass": ("relu", (X.as_subclass(Mine),), {}, "input is a Mine"),
 }
 
@@ -163,57 +162,6 @@ def test_active_modes() -> None:
     ]
     with torch.device("cpu"):  # a mode that affects only new tensors
         assert pyfused.explain("relu", X).backend == "cpu"
-
-
-OF_A_SIZE = {
-    (name, column)
-    for name in OPERATORS
-    if name in sizes.ON_CPU and name not in sizes.LINEAR
-    for column in sizes.Limits._fields[:4]
-    if getattr(sizes.ON_CPU[name], column) is not None
-}
-
-
-def call_of(op: Operator, elements: int, column: str) -> Callable[[Any], None]:
-    """Returns a random call to which a column of the table of sizes applies."""
-    classes = any(operand.indices for operand in op.operands) or isinstance(op, Softmax)
-    embeddings, few = isinstance(op, EmbeddingLoss), column == "few_classes"
-    columns = 128 if embeddings else (sizes.FEW if few else 1000) if classes else 1
-    shape = (max(1, elements // columns), columns) if classes or embeddings else (elements,)
-    shapes = {"target": shape[:1]} if embeddings else {}
-
-    def drawn(operand: Operand) -> Tensor:
-        shape_of_operand = shapes.get(operand.name, shape)
-        if operand.indices:
-            return torch.randint(shape[1], shape[:1])
-        low = -1 if math.isinf(operand.low) else operand.low
-        values = low + min(operand.high - low, 2.0) * torch.rand(shape_of_operand)
-        return values.sign() if operand.sign else values
-
-    operands = [drawn(operand) for operand in op.operands if not operand.optional]
-    operands[0].requires_grad_(column != "without_gradient")
-    options: dict[str, Any] = {"dim": 1} if isinstance(op, Softmax) else {}
-    if column == "unreduced":
-        options["reduction"] = "none"
-    return lambda function: function(*operands, **options)
-
-
-@pytest.mark.thresholds
-@pytest.mark.parametrize(("name", "column"), sorted(OF_A_SIZE))
-def test_calls_below_the_limit_fall_back(name: str, column: str, kernel_calls: KernelCalls) -> None:
-    op = OPERATORS[name]
-    limit = getattr(sizes.limits(op, torch.get_num_threads()), column)
-
-    def explained(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
-        explanation, small = pyfused.explain(name, x, *others, **options), x.numel() < limit
-        assert (explanation.reason == reasons.SMALL) == small, x.shape
-        kernel_calls.clear()
-        result = getattr(fused, name)(x, *others, **options)
-        assert bool(kernel_calls) != small, x.shape
-        return result_of(result)
-
-    for elements in {2} if limit == sizes.NEVER else {2, limit - 2, limit + 2000 - limit % 1000}:
-        call_of(op, max(elements, 2), column)(explained)
 
 
 @pytest.mark.thresholds

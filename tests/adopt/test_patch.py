@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -95,36 +94,6 @@ def test_other_names_are_torchs(kernel_calls: KernelCalls) -> None:
     assert not kernel_calls
 
 
-ROWS = torch.zeros(256, 1024)  # large enough for kernels
-WRONG = {
-    "missing": lambda: F.cross_entropy(X),
-    "unknown": lambda: F.mse_loss(X, X, factor=2),
-    "shape": lambda: F.cross_entropy(X, TARGET[:4]),
-    "range": lambda: F.cross_entropy(X, TARGET + 1),
-    "reduction": lambda: F.mse_loss(X, X, reduction="most"),
-    "no tensor": lambda: F.mse_loss(X, 1.0),
-    "type of an option": lambda: F.gelu(X, approximate=3),
-    "type of a dimension": lambda: F.softmax(X, "1"),
-    "relu of a list": lambda: F.relu([1.0]),
-    "leaf": lambda: F.relu(X.clone().requires_grad_(), inplace=True),
-    "target of two dimensions": lambda: F.cross_entropy(ROWS, torch.zeros(256, 1).long()),
-    "target of a large call": lambda: F.nll_loss(ROWS, torch.zeros(256).long() + 1024),
-    "shape of a large call": lambda: F.kl_div(ROWS, ROWS[:, :5], reduction="sum"),
-}
-
-
-@as_users_run_it
-@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG.keys())
-def test_wrong_arguments_raise_torchs_error(call: Any) -> None:
-    with pytest.raises(Exception) as expected:  # noqa: PT011
-        call()
-    with pyfused.patch(), pytest.raises(type(expected.value)) as got:
-        call()
-    assert type(got.value) is type(expected.value)
-    assert str(got.value) == str(expected.value)
-    assert got.value.__context__ is None
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_failing_call_is_made_once(name: str) -> None:
     class Refuses(TorchDispatchMode):
@@ -171,14 +140,14 @@ WARNS = [
 @as_users_run_it
 @pytest.mark.parametrize("call", WARNS)
 @pytest.mark.parametrize("rows", [5, 4000])
-def test_warnings_name_the_same_line_as_in_torch(call: Any, rows: int) -> None:
+def test_warnings_are_torchs_and_name_the_same_line(call: Any, rows: int) -> None:
     x = torch.zeros(rows, 500)
     lines = []
     for context in (contextlib.nullcontext(), pyfused.patch()):
         with context, warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             call(x)
-        lines.append([(warning.filename, warning.lineno) for warning in seen])
+        lines.append([(str(w.message), w.filename, w.lineno) for w in seen])
     assert lines[0] == lines[1] != []
 
 
@@ -468,6 +437,7 @@ def test_a_decorated_function(decorator: Any) -> None:
     assert step.__name__ == "step"
 
 
+@pytest.mark.usefixtures("switching")
 def test_several_threads() -> None:
     """Each thread's patch is active, however other threads enter and leave theirs."""
     barrier = threading.Barrier(4)
@@ -480,13 +450,8 @@ def test_several_threads() -> None:
                 count += patched()
         return count
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(work, range(4))) == [50] * 4
-    finally:
-        sys.setswitchinterval(interval)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [50] * 4
 
 
 # ---- errors --------------------------------------------------------------------------------------

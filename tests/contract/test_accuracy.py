@@ -29,10 +29,10 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.pointwise_loss import Gated
 
 # Sizes around vector, tile and chunk boundaries, and vocabulary sizes in use.
-CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
-MANY_CLASSES = [1000, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 5000]
-VOCABULARIES = [32000, 50257, 128256, 200000]
-POSITIONS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129]
+CLASSES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 48, 64, 65, 129]
+MANY_CLASSES = [1000, 1023, 1025, 2048, 4096, 5000]
+VOCABULARIES = [32000, 50257, 200000]
+POSITIONS = [1, 2, 7, 8, 9, 15, 16, 17, 33, 64, 65, 100, 129]
 
 LOGITS = {
     "normal": lambda shape: torch.randn(shape),
@@ -67,36 +67,26 @@ OPTIONS = [
 
 
 def check_options(
-    kind: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, options: list[Any]
+    kind: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, choices: list[Any]
 ) -> None:
     errors = Errors()
-    for shape, (targets, weighted, smoothing, reduction) in product(shapes, options):
+    for shape, (targets, weighted, smoothing, reduction) in product(shapes, choices):
         logits, target = make(kind, shape, dtype, targets)
         weight = torch.rand(shape[1]).to(dtype) if weighted else None
-        add_errors(errors, logits, target, weight, smoothing, reduction)
+        call = logits, target, weight
+        options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
+        got = evaluate(cross_entropy, *call, **options)
+        of_torch = evaluate(F.cross_entropy, *call, **options)
+        if dtype == torch.float64:
+            value, *gradients = extended_cross_entropy(*call, smoothing, reduction)
+        else:
+            exact = evaluate(F.cross_entropy, *call, convert=exactly, **options)
+            value, gradients = exact.value, exact.gradients
+        errors.add("value", got.value, of_torch.value, value)
+        results = zip(got.gradients, of_torch.gradients, gradients, strict=True)
+        for i, three in enumerate(results):
+            errors.add(f"gradient {i}", *three, term=gradient_term(target, weight, reduction))
     errors.check()
-
-
-def add_errors(
-    errors: Errors,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    smoothing: float,
-    reduction: str,
-) -> None:
-    options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
-    got = evaluate(cross_entropy, logits, target, weight, **options)
-    of_torch = evaluate(F.cross_entropy, logits, target, weight, **options)
-    if logits.dtype == torch.float64:
-        value, *gradients = extended_cross_entropy(logits, target, weight, smoothing, reduction)
-    else:
-        exact = evaluate(F.cross_entropy, logits, target, weight, convert=exactly, **options)
-        value, gradients = exact.value, exact.gradients
-    errors.add("value", got.value, of_torch.value, value)
-    names = ["gradient", "gradient to the target"][: len(gradients)]
-    for name, *three in zip(names, got.gradients, of_torch.gradients, gradients, strict=True):
-        errors.add(name, *three, term=gradient_term(target, weight, reduction))
 
 
 def gradient_term(target: Tensor, weight: Tensor | None, reduction: str) -> float:
@@ -193,7 +183,7 @@ def test_small_probabilities_keep_their_relative_precision(kind: str, classes: i
     assert error <= torchs_error + 4 * torch.finfo(torch.float32).eps
 
 
-SIZES = (1, 2, 7, 9, 31, 33, 65, 255, 256, 257, 1000, 4097)
+SIZES = (1, 7, 9, 31, 33, 65, 256, 257, 4097)
 
 
 @grid(loss=LOSSES, dtype=FLOATS, large=[False, False, True, True], weighted=[False, True], isa=ISAS)

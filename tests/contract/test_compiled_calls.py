@@ -113,6 +113,7 @@ def assert_exports(example: Example, strict: bool) -> None:
     shapes = tuple([dict.fromkeys(dims, dynamic) for dims in batches.dims.values()])
     first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
     program = torch.export.export(Program(batches), first, dynamic_shapes=(shapes,), strict=strict)
+    assert "pyfused" not in program.graph_module.code
     close(program.module()(*last), batches.of(last))
 
 

@@ -14,8 +14,6 @@ import torch
 from catalogue import EXAMPLES, TORCH, Example
 from samples import FIRST, Loss
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointError
 
 import pyfused
 from pyfused import functional as fused
@@ -34,94 +32,49 @@ TOP, LOGP = torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0)
 
 Wrong = dict[str, str]
 
-# Calls of torch's functions with wrong arguments.
+# Calls of torch's functions with arguments that are wrong, or that few kernels support.
 TORCHS = [
-    "cross_entropy(X, Y[:, None])",
-    "cross_entropy(X[0], Y[:2])",
-    "cross_entropy(K, KY[:, :3])",
-    "cross_entropy(X, P[:, :4])",
-    "cross_entropy(X, Y.float())",
-    "cross_entropy(X, Y.view(2, 2))",
-    "cross_entropy(X, P.cfloat())",
-    "cross_entropy(X, Y, torch.ones(4))",
-    "cross_entropy(X, Y, torch.ones(5).double())",
-    "cross_entropy(X, Y, [1.0] * 5)",
-    'cross_entropy(X, Y, reduction="avg")',
-    "cross_entropy(X, Y, label_smoothing=1.1)",
-    'cross_entropy(X, Y, label_smoothing="a")',
-    "cross_entropy(X, P, ignore_index=1)",
-    "cross_entropy(X, Y, ignore_index=1.5)",
-    "cross_entropy(X, Y, ignore_index=True)",
-    "cross_entropy([1.0], Y)",
-    "cross_entropy(X, [0, 1])",
-    "cross_entropy(torch.tensor(1.0), Y[0])",
-    "cross_entropy(K[:, :0], KY)",
-    "cross_entropy(X.long(), Y)",
-    "cross_entropy(Y, X)",
-    'cross_entropy(X, Y.to("meta"))',
-    'cross_entropy(X, Y, torch.ones(5, device="meta"))',
-    "cross_entropy(K.mT, KY)",
-    "cross_entropy(X)",
-    "cross_entropy(X, Y, weights=None)",
-    "smooth_l1_loss(X, X, beta=P)",
-    "mse_loss(X, X[:3])",
-    "mse_loss(X, X, weight=torch.ones(5))",
-    'mse_loss(X, X, reduction="avg", weight=X)',
+    "binary_cross_entropy(P, P.long())", "binary_cross_entropy(P, P.cfloat())",
+    "binary_cross_entropy(X, P)", "binary_cross_entropy(P, P + 1)",
+    'binary_cross_entropy(X, P, reduction="none")',
+    'binary_cross_entropy(P, P - 1, reduction="sum")', "binary_cross_entropy(P, P, P * NAN)",
     "binary_cross_entropy_with_logits(X, P, torch.ones(4))",
     "binary_cross_entropy_with_logits(X, P, pos_weight=torch.ones(4))",
-    "binary_cross_entropy_with_logits(X, P, GRAD)",
-    "gaussian_nll_loss(X, X, torch.ones(5))",
-    "gaussian_nll_loss(X, X, -1.0)",
-    "smooth_l1_loss(X, X, beta=NAN)",
-    'mse_loss(X, X.to("meta"))',
-    "mse_loss(X.long(), X.long())",
-    "binary_cross_entropy(P, P.long())",
-    "gelu(X.long())",
-    'gelu(X, approximate="foo")',
-    "binary_cross_entropy(P, P.cfloat())",
-    "binary_cross_entropy(X, P)",
-    "binary_cross_entropy(P, P + 1)",
-    "relu(X.bool())",
-    "nll_loss(X[0, 0], Y[0])",
-    "nll_loss(X, Y[:3])",
-    "nll_loss(X, Y.int())",
-    "nll_loss(X, Y, torch.ones(4))",
-    'nll_loss(X, Y, reduction="avg")',
-    "softmax(X, 2)",
-    "softmax(X, 1.0)",
-    "softmax(X, True)",
-    "nll_loss(X, Y, ignore_index=True)",
-    "triplet_margin_loss(X, X, X, margin=0.0)",
-    "triplet_margin_loss(X, X[0], X)",
-    "triplet_margin_loss(X, X, X[:, :2])",
-    "cosine_embedding_loss(X, X, X)",
+    "binary_cross_entropy_with_logits(X, P, GRAD)", "cosine_embedding_loss(X, X, X)",
     "cosine_embedding_loss(X, X[:, :2], X[:, 0])",
-    'cosine_embedding_loss(X, X, X[:, 0], reduction="max")',
-    'binary_cross_entropy(X, P, reduction="none")',
-    'binary_cross_entropy(P, P - 1, reduction="sum")',
-    'gaussian_nll_loss(X, X, -P, reduction="none")',
-    "gaussian_nll_loss(X, X, -P)",
-    "gaussian_nll_loss(X, X, P[:, :3])",
-    "binary_cross_entropy(P, P, P * NAN)",  # no error
-    "gaussian_nll_loss(X * NAN, X, P)",
-    "softmax(X, -3)",
-    "gelu(X, approximate=3)",
-    "mse_loss(X, 1.0)",
-    "margin_ranking_loss(X, X[0], Y.float())",
-    "hinge_embedding_loss(X, X[:, :3])",
-    'kl_div(X, X[:3], reduction="sum")',
-    "linear_cross_entropy(X, W[:, :4], Y)",
-    "linear_cross_entropy(X, W, Y.view(2, 2))",
+    'cosine_embedding_loss(X, X, X[:, 0], reduction="max")', "cross_entropy(X, Y[:, None])",
+    "cross_entropy(X[0], Y[:2])", "cross_entropy(K, KY[:, :3])", "cross_entropy(X, P[:, :4])",
+    "cross_entropy(X, Y.float())", "cross_entropy(X, Y.view(2, 2))", "cross_entropy(X, P.cfloat())",
+    "cross_entropy(X, Y, torch.ones(4))", "cross_entropy(X, Y, torch.ones(5).double())",
+    "cross_entropy(X, Y, [1.0] * 5)", 'cross_entropy(X, Y, reduction="avg")',
+    "cross_entropy(X, Y, label_smoothing=1.1)", 'cross_entropy(X, Y, label_smoothing="a")',
+    "cross_entropy(X, P, ignore_index=1)", "cross_entropy(X, Y, ignore_index=1.5)",
+    "cross_entropy(X, Y, ignore_index=True)", "cross_entropy([1.0], Y)", "cross_entropy(X, [0, 1])",
+    "cross_entropy(torch.tensor(1.0), Y[0])", "cross_entropy(K[:, :0], KY)",
+    "cross_entropy(X.long(), Y)", "cross_entropy(Y, X)", 'cross_entropy(X, Y.to("meta"))',
+    'cross_entropy(X, Y, torch.ones(5, device="meta"))', "cross_entropy(K.mT, KY)",
+    "cross_entropy(X)", "cross_entropy(X, Y, weights=None)",
+    "cross_entropy(X.bfloat16(), Y, torch.ones(5))", "gaussian_nll_loss(X, X, torch.ones(5))",
+    "gaussian_nll_loss(X, X, -1.0)", 'gaussian_nll_loss(X, X, -P, reduction="none")',
+    "gaussian_nll_loss(X, X, -P)", "gaussian_nll_loss(X, X, P[:, :3])",
+    "gaussian_nll_loss(X * NAN, X, P)", "gelu(X.long())", 'gelu(X, approximate="foo")',
+    "gelu(X, approximate=3)", "hinge_embedding_loss(X, X[:, :3])", "huber_loss(X, X, delta=0.0)",
+    'kl_div(X, X[:3], reduction="sum")', "l1_loss(X, X, weight=X[:3])", 'leaky_relu(X, "a")',
+    "linear_cross_entropy(X, W[:, :4], Y)", "linear_cross_entropy(X, W, Y.view(2, 2))",
     "linear_cross_entropy(X, W, Y, linear_bias=B[:3])",
     "linear_cross_entropy(X, W, torch.ones(4, 7) / 7, ignore_index=-100)",
-    "linear_cross_entropy(torch.ones(9, 5), X, Y)",
-    "linear_cross_entropy(X, W.double(), Y)",
-    "l1_loss(X, X, weight=X[:3])",
-    "cross_entropy(X.bfloat16(), Y, torch.ones(5))",
-    "huber_loss(X, X, delta=0.0)",
-    'triplet_margin_loss(X, X, X, p=0.5, swap="x")',
-    'leaky_relu(X, "a")',
-]
+    "linear_cross_entropy(torch.ones(9, 5), X, Y)", "linear_cross_entropy(X, W.double(), Y)",
+    "margin_ranking_loss(X, X[0], Y.float())", "mse_loss(X, X[:3])",
+    "mse_loss(X, X, weight=torch.ones(5))", 'mse_loss(X, X, reduction="avg", weight=X)',
+    'mse_loss(X, X.to("meta"))', "mse_loss(X.long(), X.long())", "mse_loss(X, 1.0)",
+    "mse_loss(X, X, factor=2)", "nll_loss(X[0, 0], Y[0])", "nll_loss(X, Y[:3])",
+    "nll_loss(X, Y.int())", "nll_loss(X, Y, torch.ones(4))", 'nll_loss(X, Y, reduction="avg")',
+    "nll_loss(X, Y, ignore_index=True)", "relu(X.bool())", "relu([1.0])",
+    "relu(GRAD, inplace=True)", "smooth_l1_loss(X, X, beta=P)", "smooth_l1_loss(X, X, beta=NAN)",
+    "softmax(X, 2)", "softmax(X, 1.0)", "softmax(X, True)", "softmax(X, -3)", 'softmax(X, "1")',
+    "triplet_margin_loss(X, X, X, margin=0.0)", "triplet_margin_loss(X, X[0], X)",
+    "triplet_margin_loss(X, X, X[:, :2])", 'triplet_margin_loss(X, X, X, p=0.5, swap="x")',
+]  # fmt: skip
 # Class indices that are out of range, and strings in the message of the kernels.
 BOUNDS: Wrong = {
     "cross_entropy(X, torch.tensor([0, 1, 5, 2]))": "target|[0, 5)|5|(2,)",
@@ -251,6 +204,7 @@ def check_outcome(call: Callable[[Any], Any]) -> None:
     for found in (ours, patched):
         if isinstance(expected, Exception):
             assert type(found) is type(expected)
+            assert found.__context__ is None
             by_kernel = "target: expected class indices in [0, "
             assert _text(found) == _text(expected) or str(found).startswith(by_kernel)
         else:  # torch takes the arguments
@@ -346,16 +300,6 @@ def test_an_out_of_range_target_has_no_side_effects(reduction: str) -> None:
         assert tensor._version == version
         assert torch.equal(tensor, copy)
     torch.testing.assert_close(fused.cross_entropy(X, Y), F.cross_entropy(X, Y))
-
-
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, CheckpointError, KeyError])
-def test_errors_of_hooks_pass_through(kind: type[Exception]) -> None:
-    def fail(*_: Any) -> Tensor:
-        raise kind("of a hook")
-
-    x = torch.ones(3, requires_grad=True)
-    with saved_tensors_hooks(fail, fail), pytest.raises(kind, match="of a hook"):
-        fused.mse_loss(x, X.flatten()[:3])
 
 
 # ---- shapes --------------------------------------------------------------------------------------

@@ -52,15 +52,16 @@ def test_unreduced_losses(reduction: str, limit: int) -> None:
         assert runs_torch("mse_loss", x, x, reduction=reduction) == (elements < limit)
 
 
-@pytest.mark.parametrize("classes", [sizes.FEW, sizes.FEW + 1])
-def test_few_classes(classes: int) -> None:
-    x, is_few = torch.zeros(-(-FIRST // classes), classes), classes == sizes.FEW
-    columns, target = x.t().contiguous(), torch.zeros(len(x), dtype=torch.int64)
-    assert runs_torch("cross_entropy", x, target) == is_few
-    assert runs_torch("softmax", x, 1) == is_few
-    # torch vectorises over columns
-    assert not runs_torch("cross_entropy", columns.t(), target)
-    assert not runs_torch("softmax", columns, -2)
+@pytest.mark.parametrize("is_few", [True, False])
+def test_few_classes(is_few: bool) -> None:
+    for dtype, few in ((torch.float32, sizes.FEW), (torch.bfloat16, 2 * sizes.FEW + 1)):
+        classes = few + (not is_few)
+        x = torch.zeros(-(-FIRST // classes), classes, dtype=dtype)
+        columns, target = x.t().contiguous(), torch.zeros(len(x), dtype=torch.int64)
+        assert runs_torch("cross_entropy", x, target) == is_few
+        assert runs_torch("softmax", x, 1) == is_few
+        assert not runs_torch("cross_entropy", columns.t(), target)  # torch vectorises
+        assert not runs_torch("softmax", columns, -2)
 
 
 def test_softmax_of_rows_that_are_not_contiguous() -> None:
@@ -88,15 +89,6 @@ def test_functions_that_mkl_computes() -> None:
         on_intel, others = (compute_limits(tanh, 2, dtype, intel) for intel in (True, False))
         assert others.from_elements < sizes.LOGITS
         assert on_intel == (others if is_half else sizes.Limits(sizes.PAGES).times(1))
-
-
-def test_the_least_and_the_largest_limit() -> None:
-    row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.NEVER).times(2)
-    assert row[:5] == (2 * sizes.MEDIUM, 2 * sizes.SMALL, None, 2 * sizes.NEVER, None)
-    assert (row.least, row.most) == (2 * sizes.SMALL, 2 * sizes.NEVER)
-    assert sizes.Limits(sizes.ALWAYS, unreduced=sizes.SMALL).times(8).least == 0
-    row = sizes.Limits(sizes.SMALL, unreduced=sizes.PAGES).times(2)
-    assert (row.unreduced, row.least, row.most) == (row.pages, 2 * sizes.SMALL, sizes.NEVER)
 
 
 def test_limits_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,12 +152,6 @@ def test_the_first_line_of_a_function_agrees_with_dispatch(
             assert left == is_small, (shape, dtype, grad, reduction)
 
 
-def test_few_classes_of_half_precision() -> None:
-    for classes, expected in ((2 * sizes.FEW + 1, True), (2 * sizes.FEW + 2, False)):
-        x = torch.zeros(-(-FIRST // classes), classes, dtype=torch.bfloat16)
-        assert runs_torch("cross_entropy", x, torch.zeros(len(x)).long()) == expected
-
-
 def test_empty_calls_fall_back() -> None:
     for elements in (0, 1):
         x = torch.zeros(elements)
@@ -191,17 +177,6 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
     assert reason == f"{SMALL}: kernels run from 16,384 elements"
     assert pyfused.explain("relu", x).reason == SMALL
-
-
-def test_every_size_is_undone() -> None:
-    op = OPERATORS["mse_loss"]
-    before = op.least
-    with sizes.every_size():
-        assert op.least == (0, 0)
-        with sizes.every_size():
-            pass
-        assert op.least == (0, 0)
-    assert op.least == before > (0, 0)
 
 
 # ---- small calls ---------------------------------------------------------------------------------

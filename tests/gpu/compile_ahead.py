@@ -11,7 +11,6 @@ are those that would be launched. Exits with 1 if a kernel does not compile, or 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import subprocess
@@ -22,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -39,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from pyfused import types
 from pyfused.backends import triton as backend
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.kernels import launch
@@ -46,21 +45,10 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.activation import Activation
 from pyfused.ops.elementwise import OPERATORS, PointwiseLoss
 from pyfused.ops.operators import COSINE_EMBEDDING_LOSS, TRIPLET_MARGIN_LOSS
+from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
-
-from pyfused.types import (
-    METRICS_FIELDS,
-    SMOOTHING_FIELDS,
-    STATE_FIELDS,
-    ClassRange,
-    CrossEntropyOptions,
-    DivergenceOptions,
-    EmbeddingOptions,
-    Outputs,
-    RowOptions,
-)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -68,7 +56,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SOME = ("sm_90", "gfx942")  # for rare cases: one GPU of each vendor
+ALL, SOME = tuple(TARGETS), ("sm_90", "gfx942")  # for rare cases: one GPU of each vendor
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SPILLED = 16  # bytes per thread
 # At 32,000 classes, softmax spills, but two passes would take 1.3 times as long on an H100.
@@ -76,25 +64,20 @@ SPILLED = 16  # bytes per thread
 MAY_SPILL = {"": SPILLED, "softmax_backward_kernel": 80, "formula snake": 40}
 # A case of each kind, which tests compile.
 QUICK = (
-    "cross_entropy bfloat16 4096x1000",
-    "cross_entropy bfloat16 4096x32000",
-    "cross_entropy float32 8x21x1000",
-    "softmax bfloat16 4096x32000 backward",
-    "triplet_margin_loss bfloat16 4096x4096 p 2 swap",
-    "cosine_embedding_loss float32 4096x128",
-    "binary_cross_entropy float32",
-    "gelu bfloat16 backward",
-)
+    "cross_entropy bfloat16 4096x1000", "cross_entropy bfloat16 4096x32000",
+    "cross_entropy float32 8x21x1000", "softmax bfloat16 4096x32000 backward",
+    "triplet_margin_loss bfloat16 4096x4096 p 2 swap", "cosine_embedding_loss float32 4096x128",
+    "binary_cross_entropy float32", "gelu bfloat16 backward",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A call of the backend with fake tensors."""
 
     name: str
     dtype: torch.dtype
     run: Callable[[], object]
-    targets: Sequence[str] = tuple(TARGETS)
+    targets: Sequence[str] = ALL
     launches: int = 1  # the maximum number of launches
 
 
@@ -105,75 +88,59 @@ def empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def case(
-    op: str, dtype: torch.dtype, shape: tuple[int, ...], run: Any, kind: str = "", **fields: Any
-) -> Case:
-    size = "x".join(map(str, shape)) if len(shape) > 1 else ""
-    name = " ".join(filter(None, (op, str(dtype)[6:], size, kind)))
-    return Case(name, dtype, run, **fields)
+def case(op: str, x: Tensor, run: Any, kind: str = "", **fields: Any) -> Case:
+    """Returns a case of an operator whose input is x, named by its dtype, shape and kind."""
+    size = "x".join(map(str, x.shape)) if x.dim() > 1 else ""
+    name = " ".join(filter(None, (op, str(x.dtype)[6:], size, kind)))
+    return Case(name, x.dtype, run, **fields)
 
 
-def run_cross_entropy(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    options: CrossEntropyOptions,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> None:
+def run_cross_entropy(options: Any, outputs: Outputs, grad_output: Any, *tensors: Any) -> None:
     """Prepares and launches the kernel for the current target."""
-    tensors = x, target, weight, token_weight, None
-    launch = backend.cross_entropy(tensors, options, outputs, grad_output)
-    launch(tensors, options, grad_output)
+    tensors = (*tensors, *[None] * (5 - len(tensors)))
+    kernel = backend.cross_entropy(tensors, options, outputs, grad_output)
+    kernel(tensors, options, grad_output)
 
 
 def cross_entropy(
-    dtype: torch.dtype, shape: tuple[int, ...], kind: str = "", **fields: Any
+    dtype: torch.dtype, shape: tuple[int, ...], kind: str = "", targets: Sequence[str] = SOME
 ) -> Case:
     """Returns the case of a mean with its gradient; `kind` lists variations."""
     words = kind.split()
     x, indices = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
-    n, classes, target = indices.numel(), shape[1], x if "probabilities" in words else indices
-    elements, launches = math.prod(shape), 1
-    many = elements > backend.HOST_BOUND or n > backend.COUNTED_BY_PROGRAMS
-    if target is not x and many:  # a separate kernel counts the class indices
-        launches = 2
-    names = {"label_smoothing": "smoothing", "gamma": "focal", "z_loss": "z_loss"}
-    coefficients = {name: 0.1 * (word in words) for name, word in names.items()}
-    scale = 16.0 if "scale" in words else 1.0
-    options = CrossEntropyOptions(scale=scale, **coefficients)
-    outputs = Outputs(True, ("forward" not in words, target is x), "inplace" in words)
-    grad_output = None
+    target, launches = x if "probabilities" in words else indices, 1
+    many = x.numel() > backend.HOST_BOUND or indices.numel() > backend.COUNTED_BY_PROGRAMS
+    if target is not x and many and "grad_output" not in words:
+        launches = 2  # a separate kernel counts the class indices
+    names = {"smoothing": "label_smoothing", "focal": "gamma", "z_loss": "z_loss"}
+    coefficients = {names[word]: 0.1 for word in words if word in names}
+    options = types.CrossEntropyOptions(scale=16.0 if "scale" in words else 1.0, **coefficients)
+    outputs, grad_output = Outputs(True, ("forward" not in words, target is x)), None
+    outputs = outputs._replace(inplace="inplace" in words)
     token_weight = empty(F32, *indices.shape) if "z_loss" in words else None
     if "grad_output" in words:
-        options = options._replace(reduction="none")
-        outputs, launches = outputs._replace(loss=False), 1
+        options, outputs = options._replace(reduction="none"), outputs._replace(loss=False)
         grad_output = empty(dtype, *indices.shape)
-    weight = empty(dtype, classes) if "weight" in words else None
-    tensors = x, target, weight, token_weight
-    run = partial(run_cross_entropy, *tensors, options, outputs, grad_output)
-    return case("cross_entropy", dtype, shape, run, kind, launches=launches, **fields)
+    weight = empty(dtype, shape[1]) if "weight" in words else None
+    run = partial(run_cross_entropy, options, outputs, grad_output, x, target, weight, token_weight)
+    return case("cross_entropy", x, run, kind, targets=targets, launches=launches)
 
 
 CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256, 262_144)
 SHAPES = *((4096, n) for n in CLASSES), (8, 21, 1000), (8, 150, 4096), (16, 21, 512, 512)
-KINDS = (
-    *("forward", "grad_output", "inplace", "smoothing", "weight", "weight smoothing"),
-    *("focal", "z_loss", "scale", "probabilities", "probabilities weight smoothing"),
-)
+KINDS = "forward", "grad_output", "inplace", "smoothing", "weight", "weight smoothing", "focal"
+KINDS += "z_loss", "scale", "probabilities", "probabilities weight smoothing"
 
 
 def cross_entropy_cases() -> Iterator[Case]:
     """Yields every shape for all targets, and every kind at three shapes for some targets."""
     for dtype, shape in product((BF16, F32, F16, F64), SHAPES):
-        targets = tuple(TARGETS) if dtype in (BF16, F32) else SOME
-        yield cross_entropy(dtype, shape, targets=targets)
+        yield cross_entropy(dtype, shape, targets=ALL if dtype in (BF16, F32) else SOME)
     shapes = (4096, 1000), (4096, 32_000), (8, 21, 1000)
     for dtype, kind, shape in product((BF16, F32), KINDS, shapes):
-        yield cross_entropy(dtype, shape, kind, targets=SOME)
+        yield cross_entropy(dtype, shape, kind)
     for dtype, kind in product((F16, F64), KINDS):
-        yield cross_entropy(dtype, (4096, 1000), kind, targets=SOME[:1])
+        yield cross_entropy(dtype, (4096, 1000), kind, SOME[:1])
 
 
 def class_cases() -> Iterator[Case]:
@@ -182,121 +149,100 @@ def class_cases() -> Iterator[Case]:
     for dtype, shape in product((BF16, F32, F16, F64), shapes):
         x, target = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
         common = shape[1] == 32_000 and dtype in (BF16, F32)
-        of, fields = (dtype, shape), {"targets": tuple(TARGETS) if common else SOME}
+        new = partial(case, targets=ALL if common else SOME)
         for op in ("softmax", "log_softmax"):
-            forward = partial(backend.softmax(op, x, 1)[0], x, ())
-            backward = partial(backend.softmax(op, x, 1)[1], x, x, ())
-            yield case(op, *of, forward, **fields)
-            yield case(op, *of, backward, "backward", **fields)
-        for cap in (None, 30.0) if len(shape) == 2 else ():
-            kind, rows = "softcap" * bool(cap), RowOptions(softcap=cap, temperature=0.7)
-            range_, weight = ClassRange(0, shape[1]), empty(accumulate_dtype(dtype), shape[1])
-            state = empty(F64, STATE_FIELDS, shape[0])
-            results = empty(accumulate_dtype(dtype), 3, shape[0])
-            run = partial(backend.row_state, rows, x, target, None, state, range_, results)
-            run = partial(run, continues=cap is not None)
-            yield case("row_state", *of, run, kind, **fields)
+            forward, backward = backend.softmax(op, x, 1)
+            yield new(op, x, partial(forward, x, ()))
+            yield new(op, x, partial(backward, x, x, ()), "backward")
+        if len(shape) > 2:
+            continue
+        range_, wide = types.ClassRange(0, shape[1]), accumulate_dtype(dtype)
+        weight, results = empty(wide, shape[1]), empty(wide, 3, shape[0])
+        fields = types.STATE_FIELDS, types.METRICS_FIELDS, types.SMOOTHING_FIELDS
+        few, metrics, smooth = (empty(F64, count, shape[0]) for count in fields)
+        for cap in (None, 30.0):
+            kind, rows = "softcap" * bool(cap), types.RowOptions(softcap=cap, temperature=0.7)
+            state = partial(backend.row_state, rows, x, target)
+            first = partial(state, None, few, range_, results, continues=cap is not None)
+            yield new("row_state", x, first, kind)
             if cap is None:
-                state = empty(F64, METRICS_FIELDS, shape[0])
-                run = partial(backend.row_state, rows, x, target, None, state, range_)
-                yield case("row_state", *of, run, "metrics")
-            state = empty(F64, SMOOTHING_FIELDS, shape[0])
-            run = partial(backend.row_state, rows, x, target, weight, state, range_, continues=True)
-            yield case("row_state", *of, run, f"all {kind}".strip(), **fields)
-            for grads, factors, word in ((results, None, ""), (state[:4], weight, "smoothing")):
-                tensors = x, target, factors, state, range_, grads, x
-                run = partial(backend.row_gradients, rows, *tensors)
+                yield case("row_state", x, partial(state, None, metrics, range_), "metrics")
+            every = partial(state, weight, smooth, range_, continues=True)
+            yield new("row_state", x, every, f"all {kind}".strip())
+            for grads, factors, word in ((results, None, ""), (smooth[:4], weight, "smoothing")):
+                tensors = x, target, factors, few if factors is None else smooth, range_, grads, x
                 words = " ".join(filter(None, ("backward", word, kind)))
-                yield case("row_state", *of, run, words, **fields)
-        for beta in (0.0, 0.5) if len(shape) == 2 else ():
-            options = DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
+                yield new("row_state", x, partial(backend.row_gradients, rows, *tensors), words)
+        for beta in (0.0, 0.5):
+            options = types.DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             given = (x, x, None, None), options, Outputs(True, (True,))
             run = partial(backend.kl_div_with_logits(*given), given[0], options)
-            yield case("kl_div_with_logits", *of, run, f"beta {beta}", **fields)
+            yield new("kl_div_with_logits", x, run, f"beta {beta}")
 
 
 def embedding_cases() -> Iterator[Case]:
     for dtype, shape in product((BF16, F32, F16, F64), ((4096, 128), (4096, 4096), (4096, 16_384))):
         x, target = empty(dtype, *shape), empty(accumulate_dtype(dtype), shape[0], 1)
-        targets = SOME if dtype in (F16, F64) else tuple(TARGETS)
-        fields: Any = {"targets": targets}
+        new = partial(case, targets=ALL if dtype in (BF16, F32) else SOME)
         for euclidean, swap in product((True, False), (False, True)):
-            options = EmbeddingOptions(euclidean, swap)
+            options: Any = types.EmbeddingOptions(euclidean, swap)
             given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
-            outputs = Outputs(True, (True,) * 3)
-            kernel = backend.embedding_loss(*given, outputs, len)
-            given = TRIPLET_MARGIN_LOSS.options(
-                margin=1.0, p=2.0, eps=1e-6, swap=swap, reduction="mean"
-            )
-            run = partial(kernel, (x, x, x), given)
+            kernel = backend.embedding_loss(*given, Outputs(True, (True,) * 3), len)
+            named = {"margin": 1.0, "p": 2.0, "eps": 1e-6, "swap": swap, "reduction": "mean"}
+            options = TRIPLET_MARGIN_LOSS.options(**named)
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
-            yield case("triplet_margin_loss", dtype, shape, run, kind, **fields)
-        given = "cosine_embedding_loss", (x, x, target), EmbeddingOptions(), "mean"
-        outputs = Outputs(True, (True, True, False))
-        kernel = backend.embedding_loss(*given, outputs, len)
-        given = COSINE_EMBEDDING_LOSS.options(margin=0.5, reduction="mean")
-        run = partial(kernel, (x, x, target), given)
-        yield case("cosine_embedding_loss", dtype, shape, run, **fields)
+            yield new("triplet_margin_loss", x, partial(kernel, (x, x, x), options), kind)
+        given = "cosine_embedding_loss", (x, x, target), types.EmbeddingOptions(), "mean"
+        kernel = backend.embedding_loss(*given, Outputs(True, (True, True, False)), len)
+        options = COSINE_EMBEDDING_LOSS.options(margin=0.5, reduction="mean")
+        yield new("cosine_embedding_loss", x, partial(kernel, (x, x, target), options))
 
 
-def pointwise_loss(
-    formula: Any,
-    operands: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-    weight: Tensor | None,
-    reduction: str,
-    divisor: Any,
-    outputs: Outputs,
-    grad_output: Tensor | None = None,
-) -> None:
-    tensors, total = (operands, weight, grad_output), None
-    if isinstance(divisor, Tensor):
-        total, divisor = divisor, None
-    run = backend.pointwise_loss(formula, tensors, tuple, reduction, outputs, divisor)
+def pointwise_loss(kernel: Any, operands: tuple[Tensor, ...], numbers: Any, *given: Any) -> None:
+    weight, reduction, divisor, outputs, grad_output = (*given, None)[:5]
+    total, divisor = (divisor, None) if isinstance(divisor, Tensor) else (None, divisor)
+    tensors = operands, weight, grad_output
+    run = backend.pointwise_loss(kernel, tensors, tuple, reduction, outputs, divisor)
     run((*operands, weight, total), numbers, grad_output)
 
 
 def pointwise_cases() -> Iterator[Case]:
-    n = 1 << 24
     for dtype in (BF16, F32, F16, F64):
-        x, rows, total = empty(dtype, n), empty(dtype, 4096, 4096), empty(F64)
+        x, rows, total = empty(dtype, 1 << 24), empty(dtype, 4096, 4096), empty(F64)
         row = empty(dtype, 4096).expand(4096, 4096)
-        of, fields = (dtype, (n,)), {"targets": tuple(TARGETS) if dtype in (BF16, F32) else SOME}
+        new = partial(case, targets=ALL if dtype in (BF16, F32) else SOME)
         both, after = Outputs(True, (True, True)), Outputs(False, (True, True))
+        mean = None, "mean", Tensor.numel
         calls: dict[str, tuple[Any, ...]] = {
             "mse_loss forward": ((x, x), (), None, "sum", None, Outputs()),
             "mse_loss weight": ((x, x), (), x, "mean", total, both),
             "mse_loss none": ((x, x), (), None, "none", None, Outputs()),
             "mse_loss grad_output": ((x, x), (), None, "none", None, after, x),
-            "mse_loss broadcast": ((rows, row), (), None, "mean", Tensor.numel, both),
+            "mse_loss broadcast": ((rows, row), (), *mean, both),
         }
         kernels: dict[str, Kernel] = {}
         for op in OPERATORS:
             if isinstance(op, Activation):
                 for name, kernel in op.kernels.items():
                     forward, backward = backend.activation(kernel, x)
-                    yield case(name, *of, partial(forward, x, ()), **fields)
-                    yield case(name, *of, partial(backward, x, x, ()), "backward", **fields)
+                    yield new(name, x, partial(forward, x, ()))
+                    yield new(name, x, partial(backward, x, x, ()), "backward")
             elif isinstance(op, PointwiseLoss):
                 kernels |= op.kernels
                 for name, kernel in op.kernels.items():
                     variables = op.variables[: len(kernel.methods[0].operands)]
                     outputs = Outputs(True, tuple(v.differentiated for v in variables))
-                    numbers, operands = (1.0, 1.0, 1.0), (x,) * len(variables)
-                    calls[name] = operands, numbers, None, "mean", Tensor.numel, outputs
+                    calls[name] = (x,) * len(variables), (1.0, 1.0, 1.0), *mean, outputs
         for name, arguments in calls.items():
             loss, _, kind = name.partition(" ")
-            run = partial(pointwise_loss, kernels[loss], *arguments)
-            yield case(loss, *of, run, kind, **fields)
+            yield new(loss, x, partial(pointwise_loss, kernels[loss], *arguments), kind)
         for name, formula in FORMULAS.items():
-            count = len(formula.op.variables)
+            count, numbers = len(formula.op.variables), tuple(formula.defaults.values())
             outputs = Outputs(True, (True,) * count)
-            numbers = tuple(formula.defaults.values())
             program, parameters = formula.op.kernel(formula.op.cases(numbers), count, outputs)
-            given = program, (x,) * count, parameters(numbers), None, "mean", Tensor.numel, outputs
-            run = partial(pointwise_loss, *given)
-            yield case(f"formula {name}", *of, run, **fields)
-        yield case("scale", *of, partial(backend.scale_, x, total), **fields)
+            given = program, (x,) * count, parameters(numbers), *mean, outputs
+            yield new(f"formula {name}", x, partial(pointwise_loss, *given))
+        yield new("scale", x, partial(backend.scale_, x, total))
 
 
 def all_cases() -> list[Case]:
@@ -306,11 +252,6 @@ def all_cases() -> list[Case]:
 # ---- compiling -----------------------------------------------------------------------------------
 
 
-class Launched(NamedTuple):
-    name: str
-    kernel: Any  # Triton's CompiledKernel
-
-
 def forget_gpu() -> None:
     """Clears the choices that are cached for the active GPU, because the target changes."""
     for cached in (launch.warp_size, launch.backend, launch.prepared, backend._tile):
@@ -318,13 +259,12 @@ def forget_gpu() -> None:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list[Launched]]:
-    """Compiles kernels for a target in this context, without launching them."""
-    gpu, run, launched = TARGETS[target], JITFunction.run, []
+def compiling(target: str) -> Iterator[list[Any]]:
+    """Compiles kernels for a target in this context, without launching them, and yields them."""
+    gpu, run, launched = TARGETS[target], JITFunction.run, list[Any]()
 
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        launched.append(Launched(kernel.fn.__name__, found))
+    def compile_only(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        launched.append(run(kernel, *args, warmup=True, **kwargs))
 
     named = SimpleNamespace(
         get_current_target=lambda: gpu,
@@ -367,8 +307,8 @@ class Found(NamedTuple):
     wrong: str = ""
 
 
-def inspect(target: str, case: Case, launched: Launched) -> Found:
-    spilled, name = spilled_by(launched.kernel), launched.name
+def inspect(target: str, case: Case, kernel: Any) -> Found:
+    spilled, name = spilled_by(kernel), kernel.name
     allowed = max(n for key, n in MAY_SPILL.items() if key in ("", name) or key in case.name)
     wrong = "spills" if spilled > allowed and case.dtype is not F64 else ""
     return Found(target, case.name, name, spilled, wrong)
@@ -390,12 +330,11 @@ def compile_cases(target: str, cases: Sequence[Case]) -> list[Found]:
             found.append(Found(target, case.name, wrong=wrong))
             continue
         if len(launched) > case.launches:
-            found.append(
-                Found(target, case.name, wrong=f"{len(launched)} launches, not {case.launches}")
-            )
+            wrong = f"{len(launched)} launches, not {case.launches}"
+            found.append(Found(target, case.name, wrong=wrong))
         for each in launched:
-            if each.kernel.hash not in seen:
-                seen.add(each.kernel.hash)
+            if each.hash not in seen:
+                seen.add(each.hash)
                 found.append(inspect(target, case, each))
     return found
 
@@ -413,7 +352,7 @@ def show(found: Sequence[Found]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=ALL)
     parser.add_argument("--match", default="", help="only cases whose name contains these words")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
     parser.add_argument("--all", action="store_true", help="print every kernel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -26,93 +28,60 @@ from pyfused.backends.versions import is_tested
 from pyfused.kernels import launch
 from pyfused.kernels.launch import Choice, Launch
 
-
-class Driver:
-    """A fake GPU driver that records launches.
-
-    It uses device numbers that no GPU has, because compiled kernels are cached by device.
-    """
-
-    def __init__(self) -> None:
-        self.device = 1000
-        self.launched: list[tuple[str, int, Any]] = []
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (1, 1, 32, 0, 1024),
-            unload_module=lambda *_: None,
-            get_device_properties=lambda _: {"max_shared_mem": 232_448, "warpSize": 32},
-        )
-
-    def launcher_cls(self, _source: Any, metadata: Any) -> Any:
-        return lambda *arguments: self.launched.append((metadata.name, self.device, arguments))
-
-    def get_current_target(self) -> Any:
-        return ahead.TARGETS["sm_90"]
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int | None) -> int:
-        return 100 + (device or 0)
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return kind
-
-
-DRIVER = Driver()
+numbers = itertools.count(1000, 2)  # of devices; Triton caches compiled kernels by device
 
 
 @pytest.fixture
-def recorder() -> Iterator[Driver]:
-    cached = launch.warp_size, launch.backend, launch.prepared
-    driver.set_active(DRIVER)
-    for function in cached:
-        function.cache_clear()
-    DRIVER.launched.clear()
-    with patch.object(DRIVER, "device", 1000):
-        yield DRIVER
+def gpu() -> Iterator[Any]:
+    """Returns a fake GPU driver that records launches as `launched`."""
+    fake: Any = SimpleNamespace(device=next(numbers), launched=[])
+    fake.utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 1, 32, 0, 1024),
+        unload_module=lambda *_: None,
+        get_device_properties=lambda _: {"max_shared_mem": 232_448, "warpSize": 32},
+    )
+    fake.launcher_cls = lambda _, metadata: (
+        lambda *arguments: fake.launched.append((metadata.name, fake.device, arguments))
+    )
+    fake.get_current_target = lambda: ahead.TARGETS["sm_90"]
+    fake.get_current_device = lambda: fake.device
+    fake.get_current_stream = lambda device: 100 + (device or 0)
+    fake.map_python_to_cpp_type = lambda kind: kind
+    driver.set_active(fake)
+    ahead.forget_gpu()
+    yield fake
     driver.set_active(None)  # reset to the real driver
-    for function in cached:
-        function.cache_clear()
+    ahead.forget_gpu()
 
 
 def described(arguments: Any) -> Any:
     """Replaces tensors by their types, because each call has new tensors."""
     if isinstance(arguments, tuple):
         return tuple(map(described, arguments))
-    is_tensor = isinstance(arguments, torch.Tensor)
-    return (arguments.dtype, arguments.shape) if is_tensor else arguments
+    return (arguments.dtype, arguments.shape) if isinstance(arguments, Tensor) else arguments
 
 
 @pytest.mark.parametrize("name", ahead.QUICK)
-def test_arguments_equal_those_of_triton(name: str, recorder: Driver) -> None:
+def test_arguments_equal_those_of_triton(name: str, gpu: Any) -> None:
     case = next(case for case in ahead.all_cases() if case.name == name)
     by_triton = lambda run, programs, *arguments: run.by_triton(programs, arguments)  # noqa: E731
     with patch.object(launch.Launch, "__call__", by_triton):
         case.run()
-    of_triton = recorder.launched.copy()
+    of_triton = gpu.launched.copy()
+    assert of_triton
     for _ in range(2):  # the second launch uses the compiled kernel
-        recorder.launched.clear()
+        gpu.launched.clear()
         case.run()
-        for (*kernel, found), (*expected_kernel, expected) in zip(
-            recorder.launched, of_triton, strict=True
-        ):
-            assert kernel == expected_kernel
-            grid_and_stream, function, options = found[:4], *found[4:6]
-            assert (grid_and_stream, function, options) == (expected[:4], *expected[4:6])
+        for (*kernel, found), (*same, expected) in zip(gpu.launched, of_triton, strict=True):
+            assert kernel == same
+            assert found[:6] == expected[:6]  # the grid, the stream, the function and options
             assert described(found[9:]) == described(expected[9:])  # 6 to 8 are for hooks
 
 
 def test_every_kernel_has_its_constants_last() -> None:
-    modules = [
-        importlib.import_module(f"pyfused.kernels.{module.name}")
-        for module in pkgutil.iter_modules(kernels.__path__)
-    ]
-    found = {
-        kernel
-        for module in modules
-        for kernel in vars(module).values()
-        if isinstance(kernel, JITFunction) and kernel.fn.__name__.endswith("_kernel")
-    }
+    names = [f"pyfused.kernels.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
+    found = {each for name in names for each in vars(importlib.import_module(name)).values()
+             if isinstance(each, JITFunction) and each.fn.__name__.endswith("_kernel")}  # fmt: skip
     assert len(found) > 10
     for kernel in found:
         constant = [parameter.is_constexpr for parameter in kernel.params]
@@ -126,89 +95,70 @@ def add_kernel(x, out, n, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201, N803
 
 
 @pytest.fixture
-def add(recorder: Driver) -> Launch:
+def add(gpu: Any) -> Launch:
     return Launch(add_kernel, Choice(1, 128, 128))
 
 
-def compiled_by_triton(add: Launch, *arguments: Any) -> bool:
+def is_by_triton(add: Launch, *arguments: Any) -> bool:
     """Returns whether a launch with these arguments uses Triton's launcher."""
     with patch.object(Launch, "by_triton", autospec=True, side_effect=Launch.by_triton) as way:
         add(4, *arguments)
     return way.called
 
 
-def test_specializations_are_distinguished(add: Launch) -> None:
+def test_specializations_and_devices_are_distinguished(add: Launch, gpu: Any) -> None:
     x = torch.zeros(1024)
-    given: list[tuple[Any, ...]] = [
-        (x, x, 1024),
-        (x, x, 1023),  # not divisible by 16
-        (x, x, 1),
-        (x, x, 1 << 40),
-        (x[1:], x, 1024),  # not aligned
-        (x.double(), x, 1024),
-        (x, x.half(), 1024),
-    ]
-    for arguments in given:
-        assert compiled_by_triton(add, *arguments)
-        assert not compiled_by_triton(add, *arguments)
-    assert not compiled_by_triton(add, x, x, 2048)
-    assert not compiled_by_triton(add, x.clone(), x.clone(), 1008)
-
-
-def test_kernels_are_cached_per_device(add: Launch, recorder: Driver) -> None:
-    x = torch.zeros(1024)
-    add(8, x, x, 1024)
-    recorder.device = 1001
-    assert compiled_by_triton(add, x, x, 1024)
-    assert not compiled_by_triton(add, x, x, 1024)
-    assert [arguments[3] for *_, arguments in recorder.launched] == [1100, 1101, 1101]
+    sizes = 1024, 1023, 1, 1 << 40  # 1023 is not divisible by 16
+    tensors = (x[1:], x), (x.double(), x), (x, x.half())  # the first is not aligned
+    for arguments in (*[(x, x, n) for n in sizes], *[(*each, 1024) for each in tensors]):
+        assert is_by_triton(add, *arguments)
+        assert not is_by_triton(add, *arguments)
+    assert not is_by_triton(add, x, x, 2048)
+    assert not is_by_triton(add, x.clone(), x.clone(), 1008)
+    gpu.launched.clear()
+    gpu.device += 1
+    assert is_by_triton(add, x, x, 1024)
+    assert not is_by_triton(add, x, x, 1024)
+    assert [arguments[3] for *_, arguments in gpu.launched] == [100 + gpu.device] * 2  # streams
 
 
 @pytest.mark.parametrize("hooked", [False, True])
 def test_a_launch_goes_to_the_device_of_the_tensor(
-    hooked: bool, add: Launch, recorder: Driver, monkeypatch: pytest.MonkeyPatch
+    hooked: bool, add: Launch, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
     def device(index: int) -> Iterator[None]:
-        with patch.object(recorder, "device", index):
+        with patch.object(gpu, "device", index):
             yield
 
-    x = torch.zeros(1024)
-    on_gpu = Mock(wraps=x, get_device=lambda: 1001)
+    x, devices, other = torch.zeros(1024), list[int](), gpu.device + 1
+    on_gpu = Mock(wraps=x, get_device=lambda: other)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(add, "compiles", not hooked)
-    launched = Mock(side_effect=lambda *_: devices.append(recorder.device))
-    devices: list[int] = []
-    monkeypatch.setattr(add, "by_triton", launched)
+    monkeypatch.setattr(add, "by_triton", lambda *_: devices.append(gpu.device))
     monkeypatch.setattr(launch, "specialize", lambda *_: None)
     add(8, on_gpu, x, 1024)
-    assert devices == [1001]
+    assert devices == [other]
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_hooks_are_called_at_each_launch(add: Launch, hook: str) -> None:
-    x = torch.zeros(1024)
-    assert compiled_by_triton(add, x, x, 1024)
-
-    def called(_metadata: Any) -> None:
-        pass
-
-    hooks = getattr(knobs.runtime, hook)
+    x, hooks = torch.zeros(1024), getattr(knobs.runtime, hook)
+    called: Any = lambda _metadata: None  # noqa: E731
+    assert is_by_triton(add, x, x, 1024)
     hooks.add(called)
     try:
-        assert compiled_by_triton(add, x, x, 1024)
+        assert is_by_triton(add, x, x, 1024)
     finally:
         hooks.remove(called)
-    assert not compiled_by_triton(add, x, x, 1024)
+    assert not is_by_triton(add, x, x, 1024)
 
 
-def test_an_untested_release_uses_tritons_launcher(
-    recorder: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_untested_release_uses_tritons_launcher(gpu: Any, monkeypatch: Any) -> None:
     assert all(map(is_tested, ("3.6.0", "3.7.1+git1", triton.__version__)))
     assert not any(map(is_tested, ("3.5.1", "3.10.0", "4.0.0")))
     monkeypatch.setattr(launch, "specialize", None)
     run, x = Launch(add_kernel, Choice(1, 128, 128)), torch.zeros(1024)
     for _ in range(2):
-        assert compiled_by_triton(run, x, x, 1024)
-    assert len(recorder.launched) == 2
+        assert is_by_triton(run, x, x, 1024)
+    assert len(gpu.launched) == 2

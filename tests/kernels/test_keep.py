@@ -314,46 +314,6 @@ def test_a_forked_child_releases_its_copy_of_the_free_memory() -> None:
 
 
 @glibc
-@pytest.mark.parametrize(("first", "keeps"), [("keep", True), ("loader", False)])
-def test_workers_of_a_loader(first: str, keeps: bool) -> None:
-    """Workers that were forked before and after the call decide for themselves."""
-    run(f"""
-    class Data(torch.utils.data.Dataset):
-        def __len__(self): return 64
-        def __getitem__(self, i):
-            if {keeps}:
-                memory.keep(trim_every=60)
-            assert memory.stats().keeps is {keeps} and len(trimming()) == {keeps}
-            return torch.full((MIB // 4,), i)
-
-    loader = torch.utils.data.DataLoader(
-        Data(), 8, num_workers=2, persistent_workers=True, multiprocessing_context="fork"
-    )
-    steps = [memory.keep, lambda: next(iter(loader))]
-    for step in steps if {first!r} == "keep" else reversed(steps):
-        step()
-    for _ in range(2):
-        seen = sorted(int(x) for batch in loader for x in batch[:, 0])
-        assert seen == list(range(64))
-    del loader
-    """)
-
-
-@glibc
-def test_shared_tensors_and_recycled_outputs_are_unaffected() -> None:
-    run("""
-    from pyfused.functional import relu
-    shared = torch.zeros(MIB).share_memory_()
-    with memory.keep():
-        other = torch.ones(MIB).share_memory_()
-        outputs = [relu(torch.full((9 * MIB,), float(k))) for k in range(3)]
-    memory.keep(False)
-    assert (shared == 0).all() and (other == 1).all()
-    assert all((output == k).all() for k, output in enumerate(outputs))
-    """)
-
-
-@glibc
 def test_too_little_memory_is_torchs_error_and_leaves_the_process_intact() -> None:
     run("""
     import resource

@@ -16,7 +16,6 @@ from conftest import KernelCalls
 from grid import grid
 from torch import Tensor
 
-import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch.run import forget_plans
 from pyfused.formula_compiler import trace
@@ -83,25 +82,3 @@ def test_targets_are_compared_in_their_dtype(dtype: torch.dtype) -> None:
     target = torch.tensor([1, -1, 0, 1 + 1e-9, -1 - 1e-9, 3], dtype=torch.float64).to(dtype)
     assert_equals_torch("cosine_embedding_loss", [first, second], target)
     assert_equals_torch("cosine_embedding_loss", [first.double(), second.double()], target)
-
-
-REASONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
-    "p": ((torch.ones(2, 3),) * 3, {"p": 3}, "p is neither 1 nor 2"),
-    "features": (
-        (torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 3)),
-        {},
-        "the inputs differ in the number of features",
-    ),
-    "no dimension": ((torch.ones(()),) * 3, {}, "the inputs differ in the number of dimensions"),
-}
-
-
-@grid(case=REASONS)
-def test_fallbacks_and_their_reasons(case: str, kernel_calls: KernelCalls) -> None:
-    arguments, options, reason = REASONS[case]
-    explanation = pyfused.explain("triplet_margin_loss", *arguments, **options)
-    assert explanation.backend == "torch"
-    assert explanation.reason.startswith(reason)
-    got = fused.triplet_margin_loss(*arguments, **options)
-    assert torch.equal(got, F.triplet_margin_loss(*arguments, **options))
-    assert not kernel_calls.total()

@@ -1,4 +1,4 @@
-"""Pointwise losses match torch: values, shapes, dtypes, warnings, NaN and infinities."""
+"""Pointwise losses and gated activations match torch, also for NaN, infinities and mixed dtypes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compare import (
 from conftest import KernelCalls
 from grid import grid
 from layouts import LAYOUTS, Layout
-from samples import FIRST, LOSSES, SAMPLES, Loss
+from samples import FIRST, GATED, LOSSES, SAMPLES, Loss
 from torch import Tensor
 from torch_reference import torch_function
 
@@ -30,6 +30,7 @@ from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
 from pyfused.ops.operators import OPERATORS
+from pyfused.ops.pointwise_loss import Gated
 from pyfused.types import Outputs
 
 INF, NAN = float("inf"), float("nan")
@@ -237,3 +238,28 @@ def test_gradients_of_broadcast_operands_are_rounded_once(name: str) -> None:
     exact = target.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(getattr(F, name)(input, exact, reduction="sum"), exact)
     assert torch.equal(gradient, expected.bfloat16())
+
+
+# ---- gated activations ---------------------------------------------------------------------------
+
+
+@pytest.mark.interpreted
+@grid(op=GATED)
+def test_gated_activations_at_special_values(op: Gated) -> None:
+    special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -2.0, 200.0, -200.0]).double()
+    gate, up = special.repeat(9), special.repeat_interleave(9)
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    ours = evaluate(getattr(functional, op.name), *leaves)
+    expected = evaluate(torch_function(op), *leaves)
+    close(ours.value, expected.value, equal_nan=True)
+    close(ours.gradients, expected.gradients, equal_nan=True)
+
+
+@pytest.mark.interpreted
+@grid(op=GATED)
+def test_gated_activations_save_only_their_inputs(op: Gated) -> None:
+    gate, up = (torch.randn(50, requires_grad=True) for _ in range(2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        getattr(functional, op.name)(gate, up)
+    assert {tensor.data_ptr() for tensor in saved} == {gate.data_ptr(), up.data_ptr()}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import interpreter
 import numpy as np
 import pytest
 import torch
-from compare import DEVICE, FLOATS, HALF, Errors, evaluate, extended, random_grad_output
+from compare import FLOATS, HALF, Errors, evaluate, extended, random_grad_output
 from conftest import ISAS, KernelCalls, fused_by_size
 from grid import grid
 from torch import Tensor
@@ -152,19 +150,3 @@ def test_avx2_leaves_strided_bfloat16_to_torch(
     with fused_by_size():
         backend = pyfused.explain(name, torch.randn(512, 2048).to(dtype), dim).backend
     assert backend == ("torch" if by_torch else "cpu")
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="a default device adds a frame of torch's")
-@by_name
-def test_a_missing_dimension(name: str) -> None:
-    for shape in ((4,), (3, 4), (2, 3, 4), (2, 3, 4, 5)):
-        x = torch.randn(shape)
-        with warnings.catch_warnings(record=True) as of_ours:
-            warnings.simplefilter("always")
-            got = getattr(fused, name)(x)
-        with warnings.catch_warnings(record=True) as torch_warnings:
-            warnings.simplefilter("always")
-            expected = getattr(F, name)(x)
-        close(got, expected)
-        assert [str(w.message) for w in of_ours] == [str(w.message) for w in torch_warnings]
-        assert {Path(w.filename).name for w in of_ours} == {Path(__file__).name}
