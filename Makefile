@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-repo test-torch test-machines test-integrations gpu-compile gpu-check \
-	bench bench-quick bench-steps bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
+	bench bench-quick bench-steps bench-threads bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -106,6 +106,9 @@ bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" 
 bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models and the demo's, and update README.md (15 minutes; with BENCH_ARGS, only time)
 	$(BIN)/python benchmarks/run.py steps $(BENCH_ARGS)
 	$(if $(BENCH_ARGS),,$(BIN)/python docs/curves.py && $(BIN)/python docs/gallery.py)
+
+bench-threads: $(BUILD) $(TOOLS) ## time calls and training steps with 1, 2, 4, ... threads of this machine (3 minutes)
+	$(BIN)/python benchmarks/run.py threads
 
 bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and 90th percentiles (5 minutes)
 	$(BIN)/python benchmarks/run.py busy

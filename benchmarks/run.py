@@ -318,6 +318,12 @@ def parser() -> argparse.ArgumentParser:
     add("--ways", nargs="+", help="only these ways; writes no file")
     add("--seconds", type=float, default=3600, help="start no new model after this time")
     add("--trial", action="store_true", help="run tiny models, to test the command")
+    words = "time calls and steps with 1, 2, 4, ... threads, and write threads.md (3 minutes)"
+    add = command("threads", "threads.threads", words)
+    add("--results", type=Path, default=HERE / "results", help="the folder of the machines")
+    add("--seconds", type=float, default=165, help="start no new measurement after this time")
+    add("--serial", action="store_true", help="only print the time outside of parallel regions")
+    add("--trial", action="store_true", help="run tiny cases, to test the command")
     words = "measure speed-up and error of linear_cross_entropy's filter_eps on a trained model"
     add = command("filter-eps", "head.filter_eps", words)
     add("--steps", type=int, default=600, help="training steps")

@@ -107,7 +107,7 @@ int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const ViewTuple& l
 }
 
 int64_t run_invalid_class_index(int64_t target, int64_t n, int64_t classes, int64_t ignore_index) {
-  return invalid_class_index(pointer<const int64_t>(target), n, classes, ignore_index);
+  return check_class_indices(pointer<const int64_t>(target), n, classes, ignore_index).invalid;
 }
 
 // ---- the state of rows --------------------------------------------------------------------------
@@ -480,6 +480,11 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.attr("row_classes") = row_classes();
   m.attr("runtime_file") = runtime_file();
   m.def("runtime_threads", &runtime_threads);
+  m.def("measure_regions", &measure_regions);
+  m.def("measured_regions", [] {
+    const Regions regions = measured_regions();
+    return std::make_tuple(regions.count, regions.seconds);
+  });
 
 #if defined(__clang__)
   m.attr("compiler") = __VERSION__;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -217,6 +218,17 @@ class Memory {
 
 thread_local Memory memory;
 
+// ---- measurements -------------------------------------------------------------------------------
+
+// Off by default, because reading a clock may take as long as a small kernel.
+std::atomic<bool> measures{false};
+std::atomic<int64_t> regions{0}, nanoseconds{0};
+
+int64_t now() {
+  const auto time = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
 // ---- fork ---------------------------------------------------------------------------------------
 
 thread_local bool forked = false;  // whether this is the thread that a fork left in the child
@@ -224,13 +236,11 @@ thread_local bool forked = false;  // whether this is the thread that a fork lef
 const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-}  // namespace
-
 // Work stealing: each thread runs its own queue and then the rest of the others' queues, so that no
 // thread waits for one that the operating system has suspended. On two cores with another busy
 // process, calls of some milliseconds are 1.1 to 1.25 times as fast as with schedule(static);
 // alone, 1 to 1.05 times.
-void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes) {
+void run_on_threads(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes) {
   if (threads > blocks) threads = int(blocks);
   if (threads <= 1 || !runtime.parallel || runtime.in_parallel()) {
     return body(data, 0, blocks, memory.at_least(bytes));
@@ -241,6 +251,7 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
     work.queues[i].next = blocks * i / threads;
     work.queues[i].end = blocks * (i + 1) / threads;
   }
+  regions.fetch_add(1, std::memory_order_relaxed);
   // OpenMP's threads do not survive a fork: if the thread that forked had a team, it would wait for
   // that team forever in the child, and no runtime reports whether it had one. A new thread gets a
   // new team, and both end with the call: threads that stayed could have the handles of the
@@ -251,6 +262,22 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
     run_team(work);
   }).join();
 }
+
+}  // namespace
+
+void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes) {
+  const bool measured = blocks > 1 && measures.load(std::memory_order_relaxed);
+  const int64_t started = measured ? now() : 0;
+  run_on_threads(blocks, threads, body, data, bytes);
+  if (measured) nanoseconds.fetch_add(now() - started, std::memory_order_relaxed);
+}
+
+void measure_regions(bool enabled) {
+  measures = enabled;
+  regions = nanoseconds = 0;
+}
+
+Regions measured_regions() { return {regions, double(nanoseconds) * 1e-9}; }
 
 FlushSubnormals::FlushSubnormals() : previous(float_control()) {
   flushes |= kFlushToZero & ~previous;

@@ -9,16 +9,23 @@
 
 namespace pyfused {
 
-// Returns the first of n targets that is neither a class nor ignored, or -1.
-inline int64_t invalid_class_index(const int64_t* target, int64_t n, int64_t classes,
-                                   int64_t ignore_index) {
+struct ClassIndices {
+  int64_t invalid;  // the first index that is neither a class nor ignored, or -1
+  int64_t ignored;  // how many are ignored, if all are valid
+};
+
+inline ClassIndices check_class_indices(const int64_t* target, int64_t n, int64_t classes,
+                                        int64_t ignore_index) {
   const auto is_invalid = [=](int64_t index) {
     return (index != ignore_index) & (uint64_t(index) >= uint64_t(classes));
   };
-  int64_t invalid = 0;
-  PYFUSED_SIMD(reduction(+ : invalid))
-  for (int64_t i = 0; i < n; ++i) invalid += is_invalid(target[i]);
-  return invalid ? std::find_if(target, target + n, is_invalid) - target : -1;
+  int64_t invalid = 0, ignored = 0;
+  PYFUSED_SIMD(reduction(+ : invalid, ignored))
+  for (int64_t i = 0; i < n; ++i) {
+    invalid += is_invalid(target[i]);
+    ignored += target[i] == ignore_index;
+  }
+  return {invalid ? std::find_if(target, target + n, is_invalid) - target : -1, ignored};
 }
 
 struct TargetStatistics {
@@ -26,19 +33,22 @@ struct TargetStatistics {
   int64_t out_of_range;  // the first position whose target is not a class, or -1
 };
 
+// A parallel region takes as long to start as checking 100,000 targets without weights. The calling
+// thread therefore checks fewer than that.
 template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce) {
   constexpr int64_t kBlock = 8192;
+  const bool weighted = (ce.target && ce.weight) || ce.token_weights;
+  const int64_t work = weighted ? 8 * ce.positions() : ce.positions() / 2;
   std::vector<TargetStatistics> parts((ce.positions() + kBlock - 1) / kBlock, {0, -1});
   const auto run = [&](int64_t first, int64_t end, auto) {
     TargetStatistics& part = parts[first / kBlock];
-    const int64_t invalid =
-        ce.target ? invalid_class_index(ce.target + first, end - first, ce.classes, ce.ignore_index)
-                  : -1;
-    if (invalid >= 0) return void(part.out_of_range = first + invalid);
-    int64_t counted = 0;
-    for (int64_t i = first; i < end; ++i) counted += !ce.ignored(i);
-    part.denominator = double(counted);
-    if (!(ce.target && ce.weight) && !ce.token_weights) return;
+    ClassIndices checked{-1, 0};
+    if (ce.target) {
+      checked = check_class_indices(ce.target + first, end - first, ce.classes, ce.ignore_index);
+    }
+    if (checked.invalid >= 0) return void(part.out_of_range = first + checked.invalid);
+    part.denominator = double(end - first - checked.ignored);
+    if (!weighted) return;
     Sum weights;
     for (int64_t i = first; i < end; ++i) {
       if (ce.ignored(i)) continue;
@@ -47,7 +57,7 @@ template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce)
     }
     part.denominator = weights.value();
   };
-  for_blocks<NoBuffers>(ce.positions(), kBlock, ce.threads, run);
+  for_blocks<NoBuffers>(ce.positions(), kBlock, threads_for(work, ce.threads), run);
   TargetStatistics all{0, -1};
   Sum denominator;
   for (const TargetStatistics& part : parts) {

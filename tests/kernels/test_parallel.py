@@ -5,13 +5,18 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import grid
 import pytest
+import torch
 from processes import python
+from torch import Tensor
 
+from pyfused import functional
 from pyfused.backends import cpu
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +169,49 @@ with fused_always():
 print(failed)
 """)
     assert done.stdout == "[]\n", done.stderr
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def of_classes(name: str, rows: int, **options: object) -> Callable[[], Tensor]:
+    function, target = getattr(functional, name), torch.randint(9, (rows,))
+    return partial(function, leaf(rows, 9), target, **options)
+
+
+def of_head() -> Callable[[], Tensor]:
+    given = leaf(64, 8), leaf(4000, 8), torch.randint(4000, (64,))
+    return partial(functional.linear_cross_entropy, *given)
+
+
+# csrc/README.md has the same table. A call with many targets checks them in a region of its own.
+REGIONS: dict[str, tuple[Callable[[], Tensor], int, int]] = {
+    "mse_loss": (partial(functional.mse_loss, leaf(1 << 17), torch.randn(1 << 17)), 1, 0),
+    "relu": (partial(functional.relu, leaf(1 << 17)), 1, 1),
+    "softmax": (partial(functional.softmax, leaf(99, 999), 1), 1, 1),
+    "softmax of a middle dimension": (partial(functional.softmax, leaf(9, 99, 999), 1), 1, 1),
+    "cross_entropy": (of_classes("cross_entropy", 131_071), 1, 0),
+    "cross_entropy, none": (of_classes("cross_entropy", 9000, reduction="none"), 1, 1),
+    "cross_entropy, weight": (of_classes("cross_entropy", 8191, weight=torch.rand(9)), 1, 0),
+    "cross_entropy, many": (of_classes("cross_entropy", 131_072), 2, 0),
+    "cross_entropy, many, weight": (of_classes("cross_entropy", 8193, weight=torch.rand(9)), 2, 0),
+    "nll_loss": (of_classes("nll_loss", 9000), 1, 0),
+    "nll_loss, none": (of_classes("nll_loss", 80_000, reduction="none"), 1, 1),
+    "linear_cross_entropy": (of_head(), 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_calls_have_few_parallel_regions(name: str, threads: Callable[[int], None]) -> None:
+    call, forward, backward = REGIONS[name]
+    threads(2)
+    cpu.native.measure_regions(True)
+    value = call()
+    assert cpu.native.measured_regions()[0] == forward
+    value.backward(torch.ones_like(value))
+    assert cpu.native.measured_regions()[0] == forward + backward
+    cpu.native.measure_regions(False)
 
 
 def test_modules_without_a_runtime_warn_once() -> None:
