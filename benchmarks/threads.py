@@ -312,8 +312,8 @@ def serial(trial: bool) -> str:
         "One thread: the least time outside of pyfused's parallel regions and torch's matrix "
         "products, and the largest speed-up over one thread that Amdahl's law allows. In single "
         "calls, most of it is Python's and autograd's, whose code and data a large kernel evicts "
-        f"from the caches: torch's `cross_entropy` of (8, 10) takes {warm:.0f} us, and {cold:.0f} us "
-        f"after a copy of 32 MiB.\n\n{tabulated(columns, rows, names=2)}"
+        f"from the caches: torch's `cross_entropy` of (8, 10) takes {warm:.0f} us, and {cold:.0f} "
+        f"us after a copy of 32 MiB.\n\n{tabulated(columns, rows, names=2)}"
     )
 
 
