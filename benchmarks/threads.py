@@ -281,7 +281,7 @@ def small_step_seconds() -> tuple[float, float]:
 
 def serial(trial: bool) -> str:
     """Returns a table of the serial shares, and the speed-ups that Amdahl's law allows."""
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
     measured = [
         of_operator(Case("cross_entropy", (8192, 1000))),
         of_operator(Case("softmax", (8192, 1000))),
@@ -293,6 +293,7 @@ def serial(trial: bool) -> str:
     for subject in subjects(trial=True)[:3] if trial else measured:
         with sizes.every_size():  # torch's operator has no regions of pyfused
             step = subject.prepare()["pyfused"]
+            torch.set_num_threads(1)
             for setting in SETTINGS:
                 pyfused.memory.keep(setting == "keep")
                 total, outside = serial_share(step, subject.rounds or 11)
@@ -301,15 +302,18 @@ def serial(trial: bool) -> str:
                 cells = f"{1e3 * total:.3g}", f"{1e6 * outside:,.0f}", f"{share:.1%}"
                 rows.append([subject.name, setting, *cells, *(f"{each:.1f}" for each in most)])
             pyfused.memory.keep(False)
+            torch.set_num_threads(before)
     columns = ["case", "pages", "one thread, ms", "outside, us", "share"]
     columns += ["16 threads, at most", "64 threads, at most"]
+    torch.set_num_threads(1)
     warm, cold = (1e6 * seconds for seconds in small_step_seconds())
+    torch.set_num_threads(before)
     return (
         "One thread: the least time outside of pyfused's parallel regions and torch's matrix "
-        "products, and the largest speed-up over one thread that Amdahl's law allows. Most of this "
-        "time is Python's and autograd's, whose code and data a large kernel evicts from the "
-        f"caches: torch's `cross_entropy` of (8, 10) takes {warm:.0f} us, and {cold:.0f} us after "
-        f"a copy of 32 MiB.\n\n{tabulated(columns, rows, names=2)}"
+        "products, and the largest speed-up over one thread that Amdahl's law allows. In single "
+        "calls, most of it is Python's and autograd's, whose code and data a large kernel evicts "
+        f"from the caches: torch's `cross_entropy` of (8, 10) takes {warm:.0f} us, and {cold:.0f} "
+        f"us after a copy of 32 MiB.\n\n{tabulated(columns, rows, names=2)}"
     )
 
 
