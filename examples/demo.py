@@ -154,11 +154,7 @@ def train_sum(steps: int, progress: Progress) -> Job:
     return job
 
 
-def train_gpt(steps: int, progress: Progress) -> list[tuple[Job, dict[str, list[gpt.Step]]]]:
-    """Returns the results with torch's allocator as it is, and with `keep`."""
-    ways = {
-        (name, keep): f"{name}, keep" if keep else name for keep in (False, True) for name in COLOURS
-    }
+def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.Step]]]:
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens.pt")
         bar = progress.add_task("GPT, tokenizer", total=None)
@@ -166,20 +162,12 @@ def train_gpt(steps: int, progress: Progress) -> list[tuple[Job, dict[str, list[
             print("GPT: training the tokenizer", flush=True)
         vocabulary = gpt.load(tokens)["vocabulary"]
         progress.update(bar, total=1, completed=1)
-        runs = {
-            way: gpt.train_in_a_process(name, tokens, steps, keep)
-            for (name, keep), way in ways.items()
-        }
-        turns = take_turns("GPT", runs, steps, progress)
-    taken = [{name: turns[ways[name, keep]] for name in COLOURS} for keep in (False, True)]
-    titles = "GPT", "GPT with keep"
-    return [(gpt_job(*each, vocabulary), each[1]) for each in zip(titles, taken, strict=True)]
+        runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in COLOURS}
+        taken = take_turns("GPT", runs, steps, progress)
 
-
-def gpt_job(title: str, taken: dict[str, list[gpt.Step]], vocabulary: int) -> Job:
     losses = {name: [step.loss for step in run] for name, run in taken.items()}
     entries = dict.fromkeys(taken, vocabulary)
-    job = Job(title, losses, gpt.TOLERANCE, [Row("vocabulary", entries, "{:,}")])
+    job = Job("GPT", losses, gpt.TOLERANCE, [Row("vocabulary", entries, "{:,}")])
     held_out = {
         name: [step.held_out_loss for step in run if step.held_out_loss is not None][-1]
         for name, run in taken.items()
@@ -195,7 +183,7 @@ def gpt_job(title: str, taken: dict[str, list[gpt.Step]], vocabulary: int) -> Jo
     known = {name: peak for name, peak in peaks.items() if peak is not None}
     if len(known) == len(peaks):
         job.rows.append(Row("peak memory", known, "{:,.0f} MiB", ratio=True))
-    return job
+    return job, taken
 
 
 def tabulate(jobs: list[Job]) -> Table:
@@ -229,16 +217,14 @@ def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
     axes.set(title=f"{job.title}, training loss", xlabel=xlabel, ylabel=loss)
 
 
-def draw(small_jobs: list[Job], gpt_runs: list[tuple[Job, dict[str, list[gpt.Step]]]]) -> Figure:
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    mosaic = [["gpt", "gpt", "digits", "diabetes"], ["time", "time", "memory", "memory"]]
-    panels = figure.subplot_mosaic(mosaic)
+def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic([["gpt", "gpt", "digits"], ["time", "memory", "diabetes"]])
     versions = f"torch {torch.__version__} and pyfused {pyfused.__version__}"
     figure.suptitle(f"{versions}, from the same seeds, on {torch.get_num_threads()} CPU threads")
-    digits_job, diabetes_job, _ = small_jobs
-    (first, gpt_steps), (_, kept_steps) = gpt_runs
+    digits_job, diabetes_job, _, gpt_job = jobs
 
-    draw_curves(panels["gpt"], first, "cross-entropy (nats per token)")
+    draw_curves(panels["gpt"], gpt_job, "cross-entropy (nats per token)")
     for (name, run), size in zip(gpt_steps.items(), (11, 7, 4), strict=True):
         held_out = {n: step.held_out_loss for n, step in enumerate(run, 1) if step.held_out_loss}
         panels["gpt"].plot(
@@ -254,24 +240,17 @@ def draw(small_jobs: list[Job], gpt_runs: list[tuple[Job, dict[str, list[gpt.Ste
     panels["digits"].set_yscale("log")
     draw_curves(panels["diabetes"], diabetes_job, "mean squared error (target variances)")
 
-    settings = {"as it comes": gpt_steps, "with keep": kept_steps}
     times = {
-        f"{part},\n{setting}": {
-            name: [getattr(step, attribute) for step in run] for name, run in steps.items()
-        }
-        for part, attribute in (("head and loss", "loss_ms"), ("whole step", "step_ms"))
-        for setting, steps in settings.items()
+        "head and loss": {name: [s.loss_ms for s in run] for name, run in gpt_steps.items()},
+        "whole step": {name: [s.step_ms for s in run] for name, run in gpt_steps.items()},
     }
     draw_bars(panels["time"], times)
     title = "GPT, time per step (ratio: torch / pyfused)"
     panels["time"].set(title=title, ylabel="milliseconds (median and middle half)")
-    peaks = {
-        setting: {name: [run[-1].peak_mib or 0.0] for name, run in steps.items()}
-        for setting, steps in settings.items()
-    }
-    if all(peak for known in peaks.values() for (peak,) in known.values()):
-        draw_bars(panels["memory"], peaks)
-        panels["memory"].set(title="GPT, peak memory of the process", ylabel="MiB")
+    peaks = {name: [run[-1].peak_mib or 0.0] for name, run in gpt_steps.items()}
+    if all(map(all, peaks.values())):
+        draw_bars(panels["memory"], {"the process at its peak": peaks})
+        panels["memory"].set(title="GPT, memory", ylabel="MiB")
     else:
         panels.pop("memory").remove()
 
@@ -299,7 +278,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     console = Console(width=None if sys.stdout.isatty() else 110)  # wide enough for the table
-    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -308,18 +287,18 @@ def main() -> None:
     ) as p:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a second thread slows down steps this short
-        small_jobs = [
+        jobs = [
             train_digits(5 if arguments.quick else digits.EPOCHS, p),
             train_diabetes(regression.STEPS, p),
             train_sum(regression.STEPS, p),
         ]
         torch.set_num_threads(threads)
-        gpt_runs = train_gpt(20 if arguments.quick else gpt.STEPS, p)
+        gpt_job, gpt_steps = train_gpt(20 if arguments.quick else gpt.STEPS, p)
+        jobs.append(gpt_job)
 
-    jobs = [*small_jobs, *(job for job, _ in gpt_runs)]
     console.print(tabulate(jobs))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(small_jobs, gpt_runs).savefig(arguments.output, dpi=150)
+    draw(jobs, gpt_steps).savefig(arguments.output, dpi=150)
     console.print(f"drawn in {arguments.output}")
 
     different = [job.title for job in jobs if not job.equal]
