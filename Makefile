@@ -23,7 +23,7 @@ setup: $(TOOLS) ## create the development environment in .venv (PYTHON=python3.1
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 selects another compiler)
 
-demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: 3 minutes on two idle cores
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: under 5 minutes on two cores
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
@@ -32,7 +32,7 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot
 	$(BIN)/python examples/grpo.py
 	$(BIN)/python examples/distillation.py
 
-demo-quick: $(BUILD) ## demo with fewer steps: 90 seconds on two idle cores
+demo-quick: $(BUILD) ## demo with fewer steps: under 3 minutes on two cores
 	$(BIN)/python examples/demo.py --quick
 	$(BIN)/python examples/losses.py --quick
 	$(BIN)/python examples/gradient_descent.py
@@ -53,7 +53,7 @@ OLDEST = $(if $(filter x86_64,$(shell uname -m)),x86-64-v2,generic)
 FORMULA_TESTS = $(addprefix tests/contract/test_,accuracy.py values.py options.py) \
 	tests/ops/test_pointwise_loss.py tests/ops/test_activation.py
 
-test: $(BUILD) $(TOOLS) ## run the tests of the library (PYTEST_ARGS="-k relu" selects some)
+test: $(BUILD) $(TOOLS) ## run the tests of the library: 7 to 10 minutes on two cores (PYTEST_ARGS="-k relu" selects some)
 	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/contract/test_completeness.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/repo $(PYTEST_ARGS)
 	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected

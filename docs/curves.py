@@ -19,13 +19,15 @@ from rich.progress import Progress
 
 def main() -> None:
     found = report.measured(report.machine_info())
-    job, steps = demo.train_gpt(gpt.STEPS, Progress(disable=True))
-    assert job.equal, job.difference
-    vocabulary = int(job.rows[0].values["torch"])
+    runs = demo.train_gpt(gpt.STEPS, Progress(disable=True))
+    for job, _ in runs:
+        assert job.equal, job.difference
+    about = {"classes": int(job.rows[0].values["torch"]), "machine": report.machine(found)}
     rows = [
-        {"way": way, **asdict(step), "classes": vocabulary, "machine": report.machine(found)}
-        for way, run in steps.items()
-        for step in run
+        {"way": way, "keep": keep, **asdict(step), **about}
+        for keep, (_, ways) in enumerate(runs)
+        for way, steps in ways.items()
+        for step in steps
     ]
     report.write_csv(report.RESULTS / report.slug(found) / "demo.csv", rows)
 

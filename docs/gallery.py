@@ -469,11 +469,11 @@ def _ratio(row: Row | None) -> str:
     """Returns a sentence with the speed-ups of a case, and the size from which a kernel runs."""
     if row is None:
         return ""
-    text = f"**{row.peers['torch'].ratio[1]:.1f} times** as fast as eager torch"
+    text = f"**{_certain(*row.peers['torch'].ratio):.1f} times** as fast as eager torch"
     others = ("torch, keep", "if both run with `keep`"), ("torch.compile", "as compiled torch")
     for peer, name in others:
         if peer in row.peers:
-            text += f", {row.peers[peer].ratio[1]:.1f} times {name}"
+            text += f", {_certain(*row.peers[peer].ratio):.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
     smallest = limits(OPERATORS[row.op], 2)[0]
     return f"{text}. Kernels run from {words(smallest)} elements on." if smallest else f"{text}."
@@ -574,30 +574,38 @@ PEERS = {
 }
 
 
-def _losses() -> tuple[str, dict[str, list[float]]]:
-    """Returns the newest machine, and its ratios of large losses over each peer."""
-    table = _of_cpus("results")[-1]
+def _losses(table: list[dict[str, str]]) -> dict[str, list[float]]:
+    """Returns the speed-ups of the large losses in a table over each peer."""
     rows = [row for row in map(report.row_of, table) if row.op in OPERATORS]
     rows = [row for row in rows if row.headline and row.mode == "forward+backward"]
     rows = [row for row in rows if row.op.endswith(("loss", "entropy", "kl_div", "logits"))]
-    each = {peer: [row.peers[peer] for row in rows if peer in row.peers] for peer in PEERS}
-    ratios = {peer: [known.ratio[1] for known in each[peer]] for peer in PEERS}
-    return table[0]["machine"], ratios
+    return {
+        peer: [_certain(*row.peers[peer].ratio) for row in rows if peer in row.peers]
+        for peer in PEERS
+    }
 
 
 def headline() -> str:
-    """Returns the speed-up of the headline losses over each way to run torch, on CPUs."""
-    machine, ratios = _losses()
-    known = {peer: name for peer, name in PEERS.items() if ratios[peer]}
-    lines = [[name, *_middle_and_range(ratios[peer])] for peer, name in known.items()]
-    table = report.tabulated(["compared with", "median", "range"], lines, names=1)
-    counted = f"{len(ratios['torch'])} large losses, forward and backward, on"
-    return f"{table}\n\n{counted} {machine}."
+    """Returns the speed-up of large losses over each way to run torch, on each processor."""
+    newest = {table[0]["machine"].partition(",")[0]: table for table in _of_cpus("results")}
+    found = {name: _losses(table) for name, table in reversed(newest.items())}
+    lines = [
+        [shown, *(_middle_and_range(ratios[peer]) for ratios in found.values())]
+        for peer, shown in PEERS.items()
+    ]
+    table = report.tabulated(["compared with", *found], lines, names=1)
+    caption = " ".join(
+        f"{len(ratios['torch'])} losses: {_short(newest[name][0]['machine'])}"
+        for name, ratios in found.items()
+    )
+    return f"{table}\n\n*Medians and ranges over large losses. {caption}*"
 
 
-def _middle_and_range(ratios: Sequence[float]) -> tuple[str, str]:
+def _middle_and_range(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "n/a"
     middle = median(ratios)
-    return f"{middle:.1f}" if middle < 10 else f"{middle:.0f}", _range(ratios)
+    return f"{middle:.1f} ({_range(ratios)})" if middle < 10 else f"{middle:.0f} ({_range(ratios)})"
 
 
 BY_MODEL = {
@@ -658,9 +666,14 @@ def _cell(rows: dict[str, dict[str, str]], way: str) -> str:
     return _rounded(*(float(rows[way][name]) for name in steps.RATIO))
 
 
+def _certain(low: float, middle: float, high: float) -> float:
+    """Returns the median of a ratio, 1 if its quartiles lie on both sides of 1."""
+    return 1.0 if low < 1 < high else middle
+
+
 def _rounded(low: float, middle: float, high: float) -> str:
-    """Returns a ratio: 1.0 if its quartiles lie on both sides of 1."""
-    return "1.0" if low < 1 < high else f"{middle:.2f}"
+    ratio = _certain(low, middle, high)
+    return "1.0" if ratio == 1 else f"{ratio:.2f}"
 
 
 def _peaks(rows: dict[str, dict[str, str]]) -> str:

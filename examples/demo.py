@@ -1,7 +1,7 @@
 """Train the examples with torch and with pyfused; print and plot the comparison.
 
-    python examples/demo.py            two minutes on two idle cores
-    python examples/demo.py --quick    half a minute
+    python examples/demo.py            three minutes on two cores
+    python examples/demo.py --quick    a minute
 
 Exits with 1 if the loss curves of an example differ by more than its tolerance.
 """
@@ -154,7 +154,8 @@ def train_sum(steps: int, progress: Progress) -> Job:
     return job
 
 
-def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.Step]]]:
+def train_gpt(steps: int, progress: Progress) -> list[tuple[Job, dict[str, list[gpt.Step]]]]:
+    """Returns the results by default, and with `pyfused.memory.keep()`."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens.pt")
         bar = progress.add_task("GPT, tokenizer", total=None)
@@ -162,12 +163,24 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
             print("GPT: training the tokenizer", flush=True)
         vocabulary = gpt.load(tokens)["vocabulary"]
         progress.update(bar, total=1, completed=1)
-        runs = {name: gpt.train_in_a_process(name, tokens, steps) for name in COLOURS}
+        runs = {
+            f"{name}, keep" if keep else name: gpt.train_in_a_process(name, tokens, steps, keep)
+            for keep in (False, True)
+            for name in COLOURS
+        }
         taken = take_turns("GPT", runs, steps, progress)
+    default = {name: taken[name] for name in COLOURS}
+    kept = {name: taken[f"{name}, keep"] for name in COLOURS}
+    return [
+        (summarise("GPT", default, vocabulary), default),
+        (summarise("GPT with keep", kept, vocabulary), kept),
+    ]
 
+
+def summarise(title: str, taken: dict[str, list[gpt.Step]], vocabulary: int) -> Job:
     losses = {name: [step.loss for step in run] for name, run in taken.items()}
     entries = dict.fromkeys(taken, vocabulary)
-    job = Job("GPT", losses, gpt.TOLERANCE, [Row("vocabulary", entries, "{:,}")])
+    job = Job(title, losses, gpt.TOLERANCE, [Row("vocabulary", entries, "{:,}")])
     held_out = {
         name: [step.held_out_loss for step in run if step.held_out_loss is not None][-1]
         for name, run in taken.items()
@@ -183,7 +196,7 @@ def train_gpt(steps: int, progress: Progress) -> tuple[Job, dict[str, list[gpt.S
     known = {name: peak for name, peak in peaks.items() if peak is not None}
     if len(known) == len(peaks):
         job.rows.append(Row("peak memory", known, "{:,.0f} MiB", ratio=True))
-    return job, taken
+    return job
 
 
 def tabulate(jobs: list[Job]) -> Table:
@@ -217,12 +230,14 @@ def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
     axes.set(title=f"{job.title}, training loss", xlabel=xlabel, ylabel=loss)
 
 
-def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    panels = figure.subplot_mosaic([["gpt", "gpt", "digits"], ["time", "memory", "diabetes"]])
+def draw(small_jobs: list[Job], gpt_runs: list[tuple[Job, dict[str, list[gpt.Step]]]]) -> Figure:
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    upper = ["gpt"] * 4 + ["digits"] * 2 + ["diabetes"] * 2
+    panels = figure.subplot_mosaic([upper, ["time"] * 5 + ["memory"] * 3])
     versions = f"torch {torch.__version__} and pyfused {pyfused.__version__}"
     figure.suptitle(f"{versions}, from the same seeds, on {torch.get_num_threads()} CPU threads")
-    digits_job, diabetes_job, _, gpt_job = jobs
+    digits_job, diabetes_job, _ = small_jobs
+    (gpt_job, gpt_steps), (_, kept_steps) = gpt_runs
 
     draw_curves(panels["gpt"], gpt_job, "cross-entropy (nats per token)")
     for (name, run), size in zip(gpt_steps.items(), (11, 7, 4), strict=True):
@@ -240,17 +255,24 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
     panels["digits"].set_yscale("log")
     draw_curves(panels["diabetes"], diabetes_job, "mean squared error (target variances)")
 
+    settings = {"by default": gpt_steps, "with keep": kept_steps}
     times = {
-        "head and loss": {name: [s.loss_ms for s in run] for name, run in gpt_steps.items()},
-        "whole step": {name: [s.step_ms for s in run] for name, run in gpt_steps.items()},
+        f"{part},\n{setting}": {
+            name: [getattr(step, attribute) for step in run] for name, run in steps.items()
+        }
+        for part, attribute in (("head and loss", "loss_ms"), ("whole step", "step_ms"))
+        for setting, steps in settings.items()
     }
     draw_bars(panels["time"], times)
     title = "GPT, time per step (ratio: torch / pyfused)"
     panels["time"].set(title=title, ylabel="milliseconds (median and middle half)")
-    peaks = {name: [run[-1].peak_mib or 0.0] for name, run in gpt_steps.items()}
-    if all(map(all, peaks.values())):
-        draw_bars(panels["memory"], {"the process at its peak": peaks})
-        panels["memory"].set(title="GPT, memory", ylabel="MiB")
+    peaks = {
+        setting: {name: [run[-1].peak_mib or 0.0] for name, run in steps.items()}
+        for setting, steps in settings.items()
+    }
+    if all(peak for known in peaks.values() for (peak,) in known.values()):
+        draw_bars(panels["memory"], peaks)
+        panels["memory"].set(title="GPT, peak memory of the process", ylabel="MiB")
     else:
         panels.pop("memory").remove()
 
@@ -266,7 +288,7 @@ def draw(jobs: list[Job], gpt_steps: dict[str, list[gpt.Step]]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="About two minutes on two free cores, with --quick half a minute.",
+        epilog="About three minutes on two cores, with --quick one.",
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument(
@@ -278,7 +300,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     console = Console(width=None if sys.stdout.isatty() else 110)  # wide enough for the table
-    columns = TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -287,18 +309,18 @@ def main() -> None:
     ) as p:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a second thread slows down steps this short
-        jobs = [
+        small_jobs = [
             train_digits(5 if arguments.quick else digits.EPOCHS, p),
             train_diabetes(regression.STEPS, p),
             train_sum(regression.STEPS, p),
         ]
         torch.set_num_threads(threads)
-        gpt_job, gpt_steps = train_gpt(20 if arguments.quick else gpt.STEPS, p)
-        jobs.append(gpt_job)
+        gpt_runs = train_gpt(20 if arguments.quick else gpt.STEPS, p)
 
+    jobs = [*small_jobs, *(job for job, _ in gpt_runs)]
     console.print(tabulate(jobs))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(jobs, gpt_steps).savefig(arguments.output, dpi=150)
+    draw(small_jobs, gpt_runs).savefig(arguments.output, dpi=150)
     console.print(f"drawn in {arguments.output}")
 
     different = [job.title for job in jobs if not job.equal]

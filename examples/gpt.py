@@ -2,6 +2,7 @@
 
     python examples/gpt.py                            compare all implementations
     python examples/gpt.py --implementation pyfused   run one of them
+    python examples/gpt.py --keep                     reuse freed memory in all of them
 
 With a vocabulary of 32,000 and 1,024 tokens per step, the logits take 131 MB in float32. The loss
 reads and writes several times as much memory, which takes a large part of each step. "pyfused,
@@ -30,6 +31,8 @@ from common import peak_memory, require_equal
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from pyfused import memory
 
 VOCABULARY = 32_000
 BATCH, CONTEXT = 8, 128
@@ -188,10 +191,16 @@ def train(functional: ModuleType, path: Path, steps: int, linear: bool = False) 
         )
 
 
-def train_in_a_process(implementation: str, path: Path, steps: int) -> Iterator[Step]:
-    """Runs train in a new process, to measure its peak memory."""
+def train_in_a_process(
+    implementation: str, path: Path, steps: int, keep: bool = False
+) -> Iterator[Step]:
+    """Runs train in a new process, to measure its peak memory.
+
+    Args:
+        keep: Whether the process reuses all memory that it frees.
+    """
     command = [sys.executable, __file__, "--worker", "--implementation", implementation]
-    command += ["--tokens", str(path), "--steps", str(steps)]
+    command += ["--tokens", str(path), "--steps", str(steps), *["--keep"] * keep]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as worker:
         assert worker.stdin is not None
@@ -204,19 +213,21 @@ def train_in_a_process(implementation: str, path: Path, steps: int) -> Iterator[
             yield Step(**json.loads(answer))
 
 
-def work(implementation: str, path: Path, steps: int) -> None:
+def work(implementation: str, path: Path, steps: int, keep: bool) -> None:
     """Runs one step for each line read, so that only one worker uses the cores at a time."""
+    if keep:
+        memory.keep()
     functional = importlib.import_module(IMPLEMENTATIONS[implementation])
     training = train(functional, path, steps, implementation.endswith("linear"))
     for _ in sys.stdin:
         print(json.dumps(dataclasses.asdict(next(training))), flush=True)
 
 
-def run(names: Sequence[str], path: Path, steps: int) -> None:
+def run(names: Sequence[str], path: Path, steps: int, keep: bool) -> None:
     runs: dict[str, list[Step]] = {name: [] for name in names}
     text = load(path)
     print(f"{len(text['training']):,} tokens out of a vocabulary of {text['vocabulary']:,}")
-    turns = zip(*(train_in_a_process(name, path, steps) for name in names), strict=True)
+    turns = zip(*(train_in_a_process(name, path, steps, keep) for name in names), strict=True)
     for number, turn in enumerate(turns, start=1):
         for name, step in zip(names, turn, strict=True):
             runs[name].append(step)
@@ -244,15 +255,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--tokens", type=Path, help="cache the tokenised text in this file")
     parser.add_argument(
+        "--keep", action="store_true", help="reuse all freed memory, see pyfused.memory.keep"
+    )
+    parser.add_argument(
         "--worker", action="store_true", help="run a step for each line read, print it as JSON"
     )
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.implementation, arguments.tokens, arguments.steps)
+        work(arguments.implementation, arguments.tokens, arguments.steps, arguments.keep)
         return
     names = [arguments.implementation] if arguments.implementation else list(IMPLEMENTATIONS)
     with tempfile.TemporaryDirectory() as folder:
-        run(names, arguments.tokens or Path(folder, "tokens.pt"), arguments.steps)
+        tokens = arguments.tokens or Path(folder, "tokens.pt")
+        run(names, tokens, arguments.steps, arguments.keep)
 
 
 if __name__ == "__main__":

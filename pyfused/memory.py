@@ -41,6 +41,8 @@ class Stats(NamedTuple):
         pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
             :func:`keep`, or of an allocator or environment variables that rule it out. In the
             latter case they are measured, once and in a few milliseconds.
+        glibc: The version of glibc, None for other C libraries. With 2.36, :func:`keep` has doubled
+            the peak memory of some models, with 2.41 it rose by up to 40 %.
     """
 
     in_use: int
@@ -50,6 +52,7 @@ class Stats(NamedTuple):
     misses: int
     keeps: bool
     pages_are_kept: bool
+    glibc: str | None
 
 
 # ---- all memory of the process -------------------------------------------------------------------
@@ -293,6 +296,15 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
+@cache
+def _glibc_version() -> str | None:
+    libc = _libc()
+    if libc is None:
+        return None
+    version = ctypes.CFUNCTYPE(ctypes.c_char_p)(("gnu_get_libc_version", libc))
+    return str(version().decode())
+
+
 def _library_of(function: Any) -> str:
     found = _Library()
     _libc().dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
@@ -366,7 +378,8 @@ def release() -> int:
 def stats() -> Stats:
     """Returns how much memory is in use and free, and how often an output reused a block."""
     in_use, free, hits, misses = cpu.native.recycler_stats() if cpu.RECYCLES else (0, 0, 0, 0)
-    return Stats(in_use, free, _limit, hits, misses, _active.enabled, pages_are_kept())
+    kept = _active.enabled, pages_are_kept()
+    return Stats(in_use, free, _limit, hits, misses, *kept, _glibc_version())
 
 
 def _default_limit() -> int:

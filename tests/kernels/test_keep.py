@@ -385,6 +385,11 @@ def test_what_happens_decides_about_calls_that_save_page_faults(name: str) -> No
     assert ("nothing has changed" in message) is not can_keep
 
 
+@glibc
+def test_stats_name_the_version_of_glibc() -> None:
+    assert f"glibc {memory.stats().glibc}" == os.confstr("CS_GNU_LIBC_VERSION")
+
+
 # ---- where it has no effect ----------------------------------------------------------------------
 
 ALLOCATOR = """

@@ -58,6 +58,13 @@ def test_a_ratio_within_the_noise_is_no_speed_up(
     assert gallery._rounded(*quartiles) == shown
 
 
+def test_the_table_of_losses_has_a_column_for_each_processor() -> None:
+    names = {table[0]["machine"].partition(",")[0] for table in gallery._of_cpus("results")}
+    head, *_ = gallery.headline().splitlines()
+    assert len(names) > 1
+    assert names == set(head.strip("| ").split(" | ")[1:])
+
+
 @pytest.mark.parametrize("name", gallery.DRAWN)
 def test_committed_charts_are_current(name: str) -> None:
     text = (gallery.CHARTS / f"{name}.svg").read_text("utf-8")
