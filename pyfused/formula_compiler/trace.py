@@ -31,7 +31,9 @@ from pyfused.types import NUMBER
 # Takes the operands, the arguments and the scale of the gradients.
 Function = Callable[[list[Tensor], list[Any], Tensor], Sequence[Tensor | None]]
 
-_REDUCTIONS = ("sum", "mean")  # of losses
+_REDUCED = "; to reduce a loss, pass reduction= to its calls"
+_CONDITION = "; an 'if' cannot depend on tensors: select elements with torch.where"
+_HINTS = {"sum": _REDUCED, "mean": _REDUCED, "any": _CONDITION, "all": _CONDITION}
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 _HALVES = (torch.float16, torch.bfloat16)
 _SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
@@ -112,9 +114,7 @@ class Recorder(DispatchMode):
     def refused(self, op: str, reason: str = "") -> RefusedError:
         """Returns the error for an operator that kernels do not support."""
         name = self.function or self.outer or op
-        if not reason and name in _REDUCTIONS:
-            reason = "; to reduce a loss, pass reduction= to its calls"
-        return RefusedError(f"no kernel supports {name}{reason}")
+        return RefusedError(f"no kernel supports {name}{reason or _HINTS.get(name, '')}")
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -267,7 +267,7 @@ class _Functions(TorchFunctionMode):
         # A view of a 0-d tensor may be the tensor itself.
         is_same = steps == self.recorder.steps and name not in _SAME_ELEMENTS
         if is_same and any(x.data_ptr() in self.recorder.tracked for x in results if x is not None):
-            raise RefusedError(f"no kernel supports {name}")
+            raise self.recorder.refused(name)
         return result
 
     @staticmethod

@@ -629,6 +629,7 @@ NO_ARGUMENT = (
 NOT_FUSED = (
     ("x if x > 0 else -x", "torch.where instead of 'if'"), ("x.half() + 1", "float16"),
     ("x - x.mean()", "no kernel supports mean; to reduce"),
+    ("x if (x > 0).any() else -x", "no kernel supports any; an 'if' cannot depend"),
     ("x * F.dropout(x)", "no kernel supports dropout"),
     ("x * math.exp(x)", "torch's functions instead of math's"),
     ("x.nan_to_num() * 0.5", "nan_to_num: posinf and neginf depend on the dtype"),
