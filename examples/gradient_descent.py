@@ -1,4 +1,4 @@
-"""Minimise each loss over one weight, with learning rates that are too small, right and too large.
+"""Minimise each loss over one weight, with a small, a medium and a large learning rate.
 
     python examples/gradient_descent.py    seconds
 
@@ -34,7 +34,8 @@ from torch import Tensor
 import pyfused.functional
 
 STEPS = 10
-RATES = "too small", "right", "too large"
+RATES = "small rate", "medium rate", "large rate"
+CLOSE = 0.02  # to the minimum of the loss, relative to the distance at the start
 COLOURS = [colour for colour, _ in SERIES[:3]]
 TOLERANCE = 1e-5
 ZERO, ONE_IN_FIVE = (0.0,), (0.0, 0.0, 0.0, 0.0, 1.0)
@@ -45,7 +46,7 @@ class Descent:
     """A loss to minimise.
 
     Attributes:
-        rates: Learning rates: too small, right, too large.
+        rates: A small, a medium and a large learning rate.
         start, reach: The initial weight, and the limit of weights in the plot.
         before: The function applied to the weight before the loss.
         options: Other arguments of the loss; numbers in a tuple are more operands.
@@ -119,16 +120,32 @@ def difference(descent: Descent, rate: float) -> float:
     return largest_difference(*([loss for _, loss in path] for path in paths))
 
 
-def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, float]]]) -> None:
-    """Plots the weight over the steps for each rate, and the minimum of the loss."""
+def minimum(descent: Descent) -> tuple[float, float]:
+    """Returns the weight with the smallest loss, and this loss."""
     with torch.no_grad():
         weights = torch.linspace(-descent.reach, descent.reach, 201)
         losses = [descent.loss(pyfused.functional, weight[None]).item() for weight in weights]
-    axes.axhline(weights[losses.index(min(losses))].item(), color="0.6", linestyle=":")
+    return min(zip(weights.tolist(), losses, strict=True), key=lambda pair: pair[1])
+
+
+def verdict(descent: Descent, path: list[tuple[float, float]]) -> str:
+    """Returns whether the loss comes close to its minimum, and otherwise why not."""
+    best, least = minimum(descent)
+    (start, at_first), (_, last) = path[0], path[-1]
+    if last - least <= CLOSE * (at_first - least):
+        return "converges"
+    crosses = any((weight - best) * (start - best) < 0 for weight, _ in path)
+    return "overshoots" if crosses else "too slow"
+
+
+def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, float]]]) -> None:
+    """Plots the weight over the steps for each rate, and the minimum of the loss."""
+    axes.axhline(minimum(descent)[0], color="0.6", linestyle=":")
     for rate, path, colour in zip(descent.rates, paths, COLOURS, strict=True):
-        axes.plot([weight for weight, _ in path], "o-", color=colour, label=f"{rate:g}")
+        label = f"{rate:g}\n{verdict(descent, path)}"
+        axes.plot([weight for weight, _ in path], "o-", color=colour, label=label)
     axes.set_ylim(-descent.reach, descent.reach)
-    axes.set_title(descent.title, loc="left", fontsize=11, pad=30)
+    axes.set_title(descent.title, loc="left", fontsize=11, pad=38)
     # Between the title and the lines, because some lines fill the plot.
     below_title = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.99)}
     axes.legend(**below_title, ncols=3, frameon=False, columnspacing=1)
@@ -136,10 +153,9 @@ def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, flo
 
 
 def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> Figure:
-    figure = Figure(figsize=(15, 7), layout="constrained")
+    figure = Figure(figsize=(15, 8), layout="constrained")
     figure.suptitle(
-        f"{STEPS} steps of gradient descent with three learning rates: too small, right and too "
-        "large; dotted: minimum of the loss"
+        f"{STEPS} steps of gradient descent with three learning rates; dotted: minimum of the loss"
     )
     rows = figure.subplots(2, len(DRAWN[0]), sharex=True, squeeze=False)
     for row, descents in zip(rows, DRAWN, strict=True):
