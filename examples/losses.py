@@ -392,10 +392,9 @@ def tabulate(experiment: Experiment, results: list[Result]) -> Table:
 def draw(found: list[tuple[Experiment, list[Result]]]) -> Figure:
     figure = Figure(figsize=(18, 9), layout="constrained")
     figure.suptitle(
-        "Top: models trained with each loss; lines are thinner the later they are in the legend, so "
-        "that all remain visible. Bottom: training losses\nof torch (broad, pale) and of pyfused "
-        "(thin) in the same colours; torch has no quantile, focal or hinge loss, so these have no "
-        "broad line."
+        "Top: models trained with each loss; later lines are thinner, so that all remain visible.\n"
+        "Bottom: training losses of torch (broad, pale) and of pyfused (thin) in the same colours; "
+        "torch has no quantile, focal or hinge loss."
     )
     panels = figure.subplots(2, len(found), squeeze=False)
     for (experiment, results), (learnt, curves) in zip(found, panels.T, strict=True):
