@@ -15,6 +15,7 @@ import demo
 import gpt
 import report
 from rich.progress import Progress
+from steps import KEEP
 
 
 def main() -> None:
@@ -24,8 +25,8 @@ def main() -> None:
         assert job.equal, job.difference
     about = {"classes": int(job.rows[0].values["torch"]), "machine": report.machine(found)}
     rows = [
-        {"way": way, "keep": keep, **asdict(step), **about}
-        for keep, (_, ways) in enumerate(runs)
+        {"way": way + suffix, **asdict(step), **about}
+        for suffix, (_, ways) in zip(("", KEEP), runs, strict=True)
         for way, steps in ways.items()
         for step in steps
     ]
