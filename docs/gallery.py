@@ -38,6 +38,7 @@ import steps
 from formulas import FORMULAS
 from palette import SERIES, STYLES
 from report import Row
+from steps import KEEP
 
 POINTS = 401
 COLOURS = [colour for colour, _ in SERIES]
@@ -279,32 +280,31 @@ def head_summary() -> str:
 def curves() -> Figure:
     """Draws the training of `make demo`'s GPT: losses, time of a step, and peak memory."""
     rows = _of_cpus("demo")[-1]
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    by_way = [[row for row in rows if row["way"] == way] for way in ways]
+    ways = dict.fromkeys(row["way"] for row in rows)
+    by_way = {way: [row for row in rows if row["way"] == way] for way in ways}
+    names = [way for way in ways if not way.endswith(KEEP)]
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     grid = figure.add_gridspec(2, 2)
     losses, times, peaks = map(figure.add_subplot, (grid[0, :], grid[1, 0], grid[1, 1]))
-    for way, run, width in zip(ways, by_way, (5, 2.5, 1.2), strict=True):  # all remain visible
-        values = [float(row["loss"]) for row in run]
-        losses.plot(
-            range(1, len(values) + 1), values, color=STYLES[way][0], linewidth=width, label=way
-        )
+    for name, width in zip(names, (5, 2.5, 1.2), strict=True):  # all remain visible
+        values = [float(row["loss"]) for row in by_way[name]]
+        style = {"color": STYLES[name][0], "linewidth": width, "label": name}
+        losses.plot(range(1, len(values) + 1), values, **style)
     losses.set_title("training loss, nats per token", fontsize=10)
     losses.set_xlabel("step", fontsize=9)
     losses.legend(frameon=False, fontsize=9)
-    names = [way.replace(", ", ",\n") for way in ways]
-    quartiles = [quantiles([float(row["step_ms"]) for row in run]) for run in by_way]
-    ms = [middle for _, middle, _ in quartiles]
-    around = [[m - low for low, m, _ in quartiles], [high - m for _, m, high in quartiles]]
-    peak = [float(run[-1]["peak_mib"]) for run in by_way]
-    bars = (
-        (times, "ms for a step, with quartiles", ms, around),
-        (peaks, "peak of the process, MiB", peak, None),
-    )
-    for axes, title, values, errors in bars:
-        colours = [STYLES[way][0] for way in ways]
-        drawn = axes.bar(names, values, color=colours, yerr=errors, ecolor=INK)
-        axes.bar_label(drawn, [f"{value:,.0f}" for value in values], padding=3, fontsize=9)
+    groups = {"torch's defaults": ""} | ({"keep": KEEP} if len(ways) > len(names) else {})
+    for place, suffix in enumerate(groups.values()):
+        for index, name in enumerate(names):
+            run, x = by_way[name + suffix], place + 0.27 * (index - 1)
+            low, ms, high = quantiles([float(row["step_ms"]) for row in run])
+            gib, style = float(run[-1]["peak_mib"]) / 2**10, {"color": STYLES[name][0]}
+            bar = times.bar(x, ms, 0.27, yerr=[[ms - low], [high - ms]], ecolor=INK, **style)
+            times.bar_label(bar, [f"{ms:.0f}"], padding=3, fontsize=9)
+            peaks.bar_label(peaks.bar(x, gib, 0.27, **style), fmt="%.2f", padding=3, fontsize=9)
+    titles = {times: "ms for a step, with quartiles", peaks: "peak of the process, GiB"}
+    for axes, title in titles.items():
+        axes.set_xticks(range(len(groups)), groups)
         axes.margins(y=0.15)
         axes.set_title(title, fontsize=10)
     return figure
