@@ -41,8 +41,8 @@ class Stats(NamedTuple):
         pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
             :func:`keep`, or of an allocator or environment variables that rule it out. In the
             latter case they are measured, once and in a few milliseconds.
-        glibc: The version of glibc, None for other C libraries. With 2.36, :func:`keep` has doubled
-            the peak memory of some models, with 2.41 it rose by up to 40 %.
+        glibc: The version of glibc, None for other C libraries. :func:`keep` can double a peak
+            with 2.36, and raise it by 40 % with 2.41.
     """
 
     in_use: int
