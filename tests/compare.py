@@ -213,5 +213,5 @@ class Errors:
             allowed = self.luck * self.reference[result] + roundings + self.products[result]
             assert error <= allowed, (
                 f"{result} is {error:.2f} roundings off ({self.where[result]}), "
-                f"torch's at most {self.reference[result]:.2f}"
+                f"the reference in the same dtype at most {self.reference[result]:.2f}"
             )

@@ -60,7 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     compiled = getattr(cpu.native, "formulas_checksum", None)
     if compiled and formulas.exists() and f" = {compiled}u;" not in formulas.read_text("utf-8"):
         changed = "csrc/formulas.inc has changed since the kernels were compiled"
-        raise pytest.UsageError(f"{changed}: run make build")
+        built = "make formulas OP=... compiles only one of the instruction sets"
+        raise pytest.UsageError(f"{changed}, and {built}: run make build")
     config.addinivalue_line("markers", "thresholds: small inputs run torch's operators, as usual")
     config.addinivalue_line("markers", "interpreted: tests of a family that also run interpreted")
     config.addinivalue_line("markers", "cpu: tests of the C++ kernels, or of torch on CPUs")
