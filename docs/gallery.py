@@ -28,7 +28,7 @@ from torch import Tensor
 
 import pyfused
 import pyfused.functional
-from pyfused.dispatch.sizes import NEVER, _limits, limits
+from pyfused.dispatch.sizes import LOGITS, NEVER, _limits, limits
 from pyfused.ops.operators import OPERATORS
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
@@ -171,15 +171,21 @@ def gain() -> Figure:
     panels = figure.subplots(2, sharex=True)
     table = _of_cpus("gain")[-1]
     for keep, axes in enumerate(panels):
-        rows = [report.row_of(cells) for cells in table if cells["keep"] == str(keep)]
-        for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
+        shown = [cells for cells in table if cells["keep"] == str(keep)]
+        limit_of = {cells["op"]: int(cells["limit"]) for cells in shown}
+        rows = [report.row_of(cells) for cells in shown]
+        for index, (op, limit) in enumerate(limit_of.items()):
             known = [row for row in rows if row.op == op]
             elements = [row.elements for row in known]
+            # A limit of LOGITS is the size of new pages: with `keep`, no kernel runs.
+            smallest = NEVER if keep and limit == LOGITS else limit
+            kernels = [i for i, size in enumerate(elements) if size >= smallest]
             low, median, high = zip(*(row.peers["torch"].ratio for row in known), strict=True)
             colour, marker = SERIES[index]
             axes.fill_between(elements, low, high, color=colour, alpha=0.2, linewidth=0)
             label = f"{op}, 1,000 classes" if op == "cross_entropy" else op
-            axes.plot(elements, median, marker, ls="-", color=colour, markersize=4, label=label)
+            style = {"color": colour, "ls": "-", "markersize": 4, "markevery": kernels}
+            axes.plot(elements, median, marker, label=label, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.axhline(1, color=INK, linewidth=1)
@@ -188,7 +194,11 @@ def gain() -> Figure:
         axes.set_title("both with keep" if keep else "torch's defaults", fontsize=10)
     ticks = elements[::2]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlabel("elements of the input", fontsize=9)
+    axes.set_xlabel(
+        "elements of the input; with a marker, pyfused runs a kernel,\n"
+        "without one, both run torch's operator",
+        fontsize=9,
+    )
     labels = axes.get_legend_handles_labels()
     figure.legend(*labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return _with_grid(figure)

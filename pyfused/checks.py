@@ -383,7 +383,7 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Any, prefix: str = "") -> 
     features, shape = input.shape[-1], weight.shape[:-1]
     if weight.dim() < 2 or weight.shape[-1] != features:
         is_transposed = weight.dim() == 2 and weight.shape[0] == features
-        hint = ". Is it transposed? Pass linear_weight.t()" * is_transposed
+        hint = f". Is it transposed? Pass {prefix}linear_weight.t()" * is_transposed
         of_input = f"the {prefix}input of shape {tuple(input.shape)}"
         expected = f"shape (C, ..., {features}) for {of_input}"
         raise _error(f"{prefix}linear_weight", expected, f"{tuple(weight.shape)}{hint}")

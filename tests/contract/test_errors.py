@@ -117,6 +117,7 @@ OWN: Wrong = {
     "log_probs(X, Y[:3])": "ValueError|target|(4,)|(3,)",
     "linear_log_probs(X, W, Y.view(2, 2))": "ValueError|(4,)|(2, 2)|Pass target.flatten",
     "linear_log_probs(X, W.T, Y)": "RuntimeError|Is it transposed",
+    "linear_kl_div(X, W, X, W.T)": "RuntimeError|Pass teacher_linear_weight.t()",
     "linear_log_probs(X, W.double(), Y)": "RuntimeError|linear_weight: expected the input's dtype",
     # another device: torch multiplies CPU tensors with meta tensors, and returns unwritten memory
     "linear_cross_entropy(X, W.to(META), Y)": "RuntimeError|linear_weight: |device cpu, got meta",

@@ -94,7 +94,7 @@ def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -
     wrong = ~torch.isclose(got, expected, **tolerance, equal_nan=True)
     columns = (each[wrong].tolist() for each in (x, grad_output, got, expected))
     assert not wrong.any(), "\n".join(
-        f"input={point}, grad_output={by}: gradient {result}, torch's {right}"
+        f"input={point}, grad_output={by}: gradient {result}, expected {right}"
         for point, by, result, right in zip(*columns, strict=True)
     )
 
