@@ -148,7 +148,9 @@ def draw_descent(axes: Axes, descent: Descent, paths: list[list[tuple[float, flo
     axes.set_title(descent.title, loc="left", fontsize=11, pad=38)
     # Between the title and the lines, because some lines fill the plot.
     below_title = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.99)}
-    axes.legend(**below_title, ncols=3, frameon=False, columnspacing=1)
+    narrow = {"fontsize": 9, "columnspacing": 1, "handlelength": 1}
+    legend = axes.legend(**below_title, ncols=3, frameon=False, **narrow)
+    legend.set_in_layout(False)  # else the axes would be as narrow as the legend allows
     axes.spines[["top", "right"]].set_visible(False)
 
 
