@@ -296,7 +296,6 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
-@cache
 def _glibc_version() -> str | None:
     libc = _libc()
     if libc is None:
