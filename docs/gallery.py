@@ -311,7 +311,7 @@ def curves() -> Figure:
             gib, style = float(run[-1]["peak_mib"]) / 2**10, {"color": STYLES[name][0]}
             bar = times.bar(x, ms, 0.27, yerr=[[ms - low], [high - ms]], ecolor=INK, **style)
             times.bar_label(bar, [f"{ms:.0f}"], padding=3, fontsize=9)
-            peaks.bar_label(peaks.bar(x, gib, 0.27, **style), fmt="%.2f", padding=3, fontsize=9)
+            peaks.bar_label(peaks.bar(x, gib, 0.27, **style), fmt="%.2f", padding=3, fontsize=8)
     titles = {times: "ms for a step, with quartiles", peaks: "peak of the process, GiB"}
     for axes, title in titles.items():
         axes.set_xticks(range(len(groups)), groups)
