@@ -55,13 +55,14 @@ def specs_of_layouts(tensors: Sequence[Any], dynamic_dims: int) -> Sequence[Any]
     is_scalar = _grad_is_scalar(tensors) if dynamic_dims else None
     if is_scalar is None:
         return tensors
+    leading = [DynamicSize() for _ in range(dynamic_dims)]
     strides = [None] * (len(tensors) - 1) + [(0,) * tensors[-1].dim() if is_scalar else None]
     return [
         x
         if x is None
         else TensorSpec(
             x.dtype,
-            (*[DynamicSize() for _ in x.shape[:dynamic_dims]], *x.shape[dynamic_dims:]),
+            (*leading[: x.dim()], *x.shape[dynamic_dims:]),
             stride,
             x.device,
             x.requires_grad,

@@ -20,29 +20,46 @@ MarginKind = Literal["cosface", "arcface"]
 Remainder = Literal["bucket", "ignore"]
 
 
-class DynamicSize:
-    """Stands for a size in a plan, which cannot depend on it: only ``is`` compares it with others.
+class UnknownSizeError(AssertionError):
+    """A plan depends on a size that it does not know."""
 
-    It is not 0. Tuples compare their items by ``is`` first, so equal shapes compare equal.
-    """
+
+class UnknownSize:
+    """Stands for a product of sizes in a plan, which cannot depend on it. It is more than 1."""
 
     def __eq__(self, other: object) -> bool:
-        return False if other == 0 else self._unknown()
+        return False if type(other) is int and other <= 1 else self._unknown()
 
     def _unknown(self, *_: Any) -> Any:
-        raise AssertionError("a plan cannot depend on a dynamic size")
+        raise UnknownSizeError("a plan cannot depend on a dynamic size")
 
     __hash__ = object.__hash__
     __bool__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = _unknown
     __add__ = __sub__ = __floordiv__ = _unknown
 
-    def __mul__(self, _: object) -> DynamicSize:
-        return DynamicSize()
+    def __mul__(self, other: object) -> Any:
+        return 0 if type(other) is int and other == 0 else UnknownSize()
 
     __rmul__ = __mul__
 
     def __repr__(self) -> str:
         return "any"
+
+
+class DynamicSize(UnknownSize):
+    """Stands for a size in a plan. Different sizes of a call have different objects.
+
+    Attributes:
+        stand_in: A size that no other dimension of the call has.
+    """
+
+    def __init__(self, stand_in: int = 0) -> None:
+        self.stand_in = stand_in
+
+    def __eq__(self, other: object) -> bool:
+        return self is other if type(other) is DynamicSize else super().__eq__(other)
+
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True)
@@ -52,8 +69,8 @@ class TensorSpec:
     It has a tensor's attributes, and checks accept either.
 
     Attributes:
-        shape: A torch.Size; or a tuple whose first sizes are dynamic, of a contiguous tensor.
-        strides: The strides, None if sizes are dynamic.
+        shape: A torch.Size, or a tuple with dynamic sizes.
+        strides: The strides. None if the kernels read them, or if the tensor is contiguous.
     """
 
     dtype: torch.dtype
@@ -64,8 +81,9 @@ class TensorSpec:
 
     @property
     def dynamic_dims(self) -> int:
-        """Returns the number of dynamic sizes, which come first."""
-        return sum(type(size) is DynamicSize for size in self.shape)
+        """Returns the number of leading dimensions that include all dynamic sizes."""
+        dims = [dim for dim, size in enumerate(self.shape, 1) if type(size) is DynamicSize]
+        return max(dims, default=0)
 
     @property
     def is_cpu(self) -> bool:
@@ -95,7 +113,7 @@ class TensorSpec:
         return strides if dim is None else strides[dim]
 
     def reshape(self, *shape: Any) -> TensorSpec:
-        """Returns the spec of a contiguous tensor with another shape."""
+        """Returns the spec of a tensor with another shape."""
         return replace(self, shape=shape, strides=None)
 
     def element_size(self) -> int:
@@ -111,9 +129,9 @@ class TensorSpec:
         return replace(self, dtype=dtype)
 
     def empty(self) -> Tensor:
-        """Returns a meta tensor of this layout, where dynamic sizes are 0."""
+        """Returns a meta tensor of this layout, whose dynamic sizes are their stand-ins."""
         if self.strides is None:
-            shape = [0 if type(size) is DynamicSize else size for size in self.shape]
+            shape = [x.stand_in if type(x) is DynamicSize else x for x in self.shape]
             return torch.empty(shape, dtype=self.dtype, device="meta")
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 

@@ -31,7 +31,6 @@ from pyfused.layout import (
     along,
     class_layout,
     contiguous_in,
-    converts_in,
     feature_rows,
     loss_shape,
     row_sizes,
@@ -226,44 +225,48 @@ def cross_entropy(
     tensors: Sequence[Any],
     options: Options,
     outputs: Outputs,
-    grad_output: Tensor | None = None,
+    grad_output: Tensor | None = None,  # noqa: ARG001
     normalized: bool = False,
 ) -> LossKernel:
-    input, target, weight, token_weight, _ = tensors
+    input, target, *_ = tensors
     accumulate, dtype = accumulate_dtype(input.dtype), DTYPES[input.dtype]
     indices, each = target.dtype is torch.int64, options.reduction == "none"
-    copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
-    if indices:
-        copies_target = not target.is_contiguous()
-    else:
-        copies_target, target_strides, target_format, grad_target_strides = class_layout(target)
-    converts = converts_in(accumulate, weight, token_weight, grad_output)
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
-    classes, inner = row_sizes(input)[2], math.prod(input.shape[2:])
+    dims, classes = input.dim(), input.shape[min(input.dim() - 1, 1)]
     scalar = _SCALARS[accumulate]
     recycled = RECYCLED_BYTES // input.element_size()
-    preserves = grad_format is torch.preserve_format  # the default, which takes less time
 
     def launch(
         tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
     ) -> LossResult:
         input, target, weight, token_weight, denominator = tensors
         elements = input.numel()
-        rows = elements // classes
+        rows, inner = elements // classes, 1 if dims < 3 else math.prod(input.shape[2:])
         sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
         like = torch.empty_like if elements < recycled else empty_like
+        if input.is_contiguous():
+            logits, grad_format = input, torch.preserve_format
+            strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
+            grad_strides = strides
+        else:
+            copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
+            logits = input.contiguous() if copies else input
         numbers = _NO_OPTIONS
         if not normalized:
             scale = options.scale / options.temperature
             numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
             denominator = options.denominator if denominator is None else denominator
-        logits = input.contiguous() if copies else input
-        targets = target.contiguous() if copies_target else target
-        if converts:
-            weight, token_weight, grad_output = contiguous_in(
-                accumulate, weight, token_weight, grad_output
-            )
+        targets: Tensor = target
+        target_strides: tuple[int, ...] = ()
+        if not indices:
+            copies, target_strides, target_format, grad_target_strides = class_layout(target)
+        if copies if not indices else not target.is_contiguous():
+            targets = target.contiguous()
+        if not weight is token_weight is None:
+            weight, token_weight = contiguous_in(accumulate, weight, token_weight)
+        if grad_output is not None:
+            grad_output = grad_output.to(accumulate).contiguous()
         loss = grad = grad_target = None
         grad_view = grad_target_view = _NO_VIEW
         if outputs.loss:
@@ -272,10 +275,8 @@ def cross_entropy(
             else:
                 loss = torch.empty_like(scalar)
         if grad_of_input:
-            if outputs.inplace:
-                grad = logits.detach()
-            else:
-                grad = like(logits) if preserves else like(logits, memory_format=grad_format)
+            in_place = outputs.inplace
+            grad = logits.detach() if in_place else like(logits, memory_format=grad_format)
             grad_view = (grad.data_ptr(), *grad_strides)
         if grad_of_target:
             grad_target = like(targets, memory_format=target_format)
@@ -462,37 +463,38 @@ def row_gradients(
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    length, inner = input.shape[dim], math.prod(input.shape[dim + 1 :])
-    out_strides = (0, length, 1) if inner == 1 else (length * inner, 1, inner)
+    length, is_last = input.shape[dim], dim == input.dim() - 1
     kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype])
     recycled = RECYCLED_BYTES // input.element_size()
 
+    def layout_of(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Returns the sizes and the strides of a contiguous tensor."""
+        rows = tensor.numel() // length
+        inner = 1 if is_last else math.prod(tensor.shape[dim + 1 :])
+        if inner == 1:
+            return (1, rows, length), (0, length, 1)
+        return (rows // inner, inner, length), (length * inner, 1, inner)
+
     def forward(input: Tensor, _: Options) -> Tensor:
-        elements, strides = input.numel(), out_strides
-        like = torch.empty_like if elements < recycled else empty_like
+        like = torch.empty_like if input.numel() < recycled else empty_like
         if input.is_contiguous():
             output = like(input)
+            sizes, out_strides = layout_of(output)
+            strides = out_strides
         else:
             output = like(input, memory_format=torch.contiguous_format)
+            sizes, out_strides = layout_of(output)
             input, _sizes, strides = along(_with_a_contiguous_dimension(input, dim), dim)
-        rows = elements // length
-        sizes = (1, rows, length) if inner == 1 else (rows // inner, inner, length)
         pointers = (input.data_ptr(), *strides), _NO_VIEW, (output.data_ptr(), *out_strides)
         kernel(sizes, *pointers, torch.get_num_threads())
         return output
 
     def backward(grad_output: Tensor, output: Tensor, _: Options) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
-        elements = output.numel()
-        grad_input = (torch.empty_like if elements < recycled else empty_like)(output)
-        rows = elements // length
-        kernel(
-            (1, rows, length) if inner == 1 else (rows // inner, inner, length),
-            (output.data_ptr(), *out_strides),
-            (grad_output.data_ptr(), *out_strides),
-            (grad_input.data_ptr(), *out_strides),
-            torch.get_num_threads(),
-        )
+        grad_input = (torch.empty_like if output.numel() < recycled else empty_like)(output)
+        sizes, strides = layout_of(output)
+        tensors = output, grad_output, grad_input
+        kernel(sizes, *[(x.data_ptr(), *strides) for x in tensors], torch.get_num_threads())
         return grad_input
 
     return forward, backward

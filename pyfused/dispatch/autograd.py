@@ -111,9 +111,14 @@ class Fused(torch.autograd.Function):
             copies, gradients = graph_is_retained(), saved_tensors_from(ctx, first_gradient)
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
-                    if copies or not (gradient.is_contiguous() or is_dense(gradient)):
+                    dense = gradient.is_contiguous() or is_dense(gradient)
+                    if copies or not (dense or plan.inplace):
                         gradients[i] = gradient = gradient.clone()
-                    plan.backend.scale_(gradient, grad_output)
+                        dense = True
+                    if dense:
+                        plan.backend.scale_(gradient, grad_output)
+                    else:
+                        gradient.mul_(grad_output)
         else:
             try:
                 saved = ctx.saved_tensors

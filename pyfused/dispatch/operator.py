@@ -8,7 +8,6 @@ others, such as the reduction, select one.
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -65,10 +64,6 @@ DENOMINATOR = Operand(
 )
 FACTORS = TOKEN_WEIGHT, DENOMINATOR
 
-# The values of `Operator.dynamic`.
-FIRST_DIM, LEADING_DIMS, ALL_DIMS = (1, 1, False), (sys.maxsize, 1, False), (sys.maxsize, 0, False)
-BEFORE_DIM = sys.maxsize, 1, True
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Operator(ABC):
@@ -102,12 +97,8 @@ class Operator(ABC):
         limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
-        dynamic: The maximum number of leading dimensions whose sizes a plan does not depend on; the
-            number of other dimensions that the input has at least; and whether the option ``dim``
-            is one of the others. This applies to calls whose operands with rows are contiguous and
-            have the same leading dimensions.
-        reads_strides: Whether CPU kernels read strides when they start. Then operands of the same
-            shape need not be contiguous for this.
+        fixed: The dimension of the input whose size a plan depends on: an index, the option "dim",
+            or None. On GPUs, plans also depend on the sizes after it and on strides.
     """
 
     name: str
@@ -126,14 +117,13 @@ class Operator(ABC):
     cases: Callable[[Any], tuple[Any, ...] | str] = field(init=False)
     family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
+    fixed: Any = field(init=False, default=None)
     is_linear: bool = field(init=False)
     limits: dict[Any, Any] = field(init=False, default_factory=dict)
     least: tuple[int, int] = field(init=False, default=(0, 0))
     plans: dict[Any, Any] = field(init=False, default_factory=dict)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
-    dynamic = 0, 0, False
-    reads_strides = False
 
     def __post_init__(self) -> None:
         self._declare_options()

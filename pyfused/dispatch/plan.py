@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfused.backends import takes_triton
 from pyfused.backends.protocol import Backend, LossKernel
 from pyfused.dispatch.autograd import apply
 from pyfused.dispatch.operator import Options, Tensors, requires_grad
@@ -78,14 +79,18 @@ def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
     return reduction != "none" and dtype is not torch.float16
 
 
+def dynamic_dims(input: Any) -> int | None:
+    """Returns the argument of `loss_passes` for the spec of an input."""
+    return input.dynamic_dims if takes_triton(input) else None
+
+
 def loss_passes(
     prepare: Callable[[Tensors, Outputs, Tensor | None], LossKernel],
     needs: tuple[bool, ...],
     in_forward: bool,
     inplace: bool = False,
     loss_dtype: torch.dtype | None = None,
-    dynamic_dims: int = 0,
-    any_strides: bool = False,
+    dynamic_dims: int | None = 0,
 ) -> tuple[Callable[[Tensors, Options], Forward], Callable[[Tensors, Options, Tensor], Gradients]]:
     """Returns the forward and the backward pass of a loss.
 
@@ -97,15 +102,15 @@ def loss_passes(
         in_forward: Whether the forward pass computes the gradients.
         inplace: Whether the gradient of the input overwrites the input.
         loss_dtype: The dtype of the loss, None for the kernels' accumulation dtype.
-        dynamic_dims: The number of leading dimensions whose sizes are no part of the signature.
-        any_strides: Whether a kernel supports any strides and sizes, so that one is enough.
+        dynamic_dims: The number of leading dimensions whose sizes are no part of the signature;
+            None if a kernel reads all sizes and strides when it starts, so that one is enough.
     """
     launches: dict[Any, LossKernel] = {}
     launch_forward: LossKernel | None = None
     in_forward = in_forward and True in needs
 
     def prepared(tensors: Tensors, outputs: Outputs, grad_output: Tensor | None) -> LossKernel:
-        if any_strides:
+        if dynamic_dims is None:
             return prepare(tensors, outputs, grad_output)
         layouts = *tensors, grad_output
         *specs, grad_spec = specs_of_layouts(layouts, dynamic_dims)
@@ -126,7 +131,7 @@ def loss_passes(
     def backward(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
         if loss_dtype is not None:
             grad_output = grad_output.to(accumulate_dtype(tensors[0].dtype))
-        key = None if any_strides else layouts((*tensors, grad_output), dynamic_dims)
+        key = None if dynamic_dims is None else layouts((*tensors, grad_output), dynamic_dims)
         launch = launches.get(key)
         if launch is None:
             outputs = Outputs(False, needs, inplace)

@@ -30,7 +30,7 @@ from pyfused.torch_internals import (
     is_exporting,
     never_traced,
 )
-from pyfused.types import TENSORS, Number, TensorSpec, VocabShard
+from pyfused.types import TENSORS, Number, TensorSpec, UnknownSizeError, VocabShard
 
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
@@ -109,16 +109,19 @@ def keep_plan(op: Operator, key: Any, plan: Any) -> None:
     _planned.add(op)
 
 
-def decide(op: Any, tensors: Tensors, options: Options, shard: Any = None) -> Decision:
+def decide(
+    op: Any, tensors: Tensors, options: Options, shard: Any = None, by_size: bool = False
+) -> Decision:
     """Decides whether a kernel runs a call; decisions are cached by signature.
 
     Args:
         shard: The classes of this process, for a call that has been checked. All processes have to
             decide alike, so neither sizes nor layouts decide.
+        by_size: As in `signature`.
     """
     if shard is None and is_small(op, tensors, options):
         return SMALL, None, options
-    signed = signature(op, tensors, options)
+    signed = signature(op, tensors, options, by_size)
     if isinstance(signed, str):
         return signed, None, options
     if _checkpoints and fell_back_in_checkpoint():
@@ -128,15 +131,32 @@ def decide(op: Any, tensors: Tensors, options: Options, shard: Any = None) -> De
         key = *key, shard
     decision = op.plans.get(key)
     if decision is None:
-        planned = with_specs(op, key)
-        if shard is not None:
-            decision = None, op.plan(*planned, shard)
-        else:
-            reason = _planned_reason(op, *planned) or _invalid(op, *planned)
-            decision = reason, None if reason else op.plan(*planned)
+        decision = _planned_decision(op, key, shard, by_size)
         keep_plan(op, key, decision)
+    if decision is _BY_SIZE:
+        return decide(op, tensors, options, shard, by_size=True)
     reason, kernel = decision
     return reason, kernel, options
+
+
+_BY_SIZE: Any = (None, None)  # the decision depends on sizes that the key does not have
+
+
+def _planned_decision(op: Any, key: Any, shard: Any, by_size: bool) -> Any:
+    """Returns the reason and the plan for a key, _BY_SIZE if sizes are invalid or coincide."""
+    planned = with_specs(op, key)
+    try:
+        if shard is not None:
+            return None, op.plan(*planned, shard)
+        if reason := _planned_reason(op, *planned):
+            return reason, None
+        if reason := _invalid(op, *planned):
+            return (reason, None) if by_size else _BY_SIZE
+        return None, op.plan(*planned)
+    except (UnknownSizeError, *checks.ERRORS):
+        if by_size:
+            raise
+        return _BY_SIZE
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any
@@ -27,16 +29,24 @@ PLAIN = (Tensor, Parameter)
 _KINDS = frozenset((str, bool, int, torch.dtype, NoneType))
 _FLOATS = frozenset((float, NoneType))
 _STRIDED = torch.strided
-_CASES, _CHOICES, _DYNAMIC_DIMS, _FIRST_TENSOR = 2, 3, 5, 6  # indices into a key
+_CASES, _CHOICES, _FIRST_TENSOR = 2, 3, 6  # indices into a key
 
 
-def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Options] | str:
+def signature(
+    op: Operator, tensors: Tensors, options: Options, by_size: bool = False
+) -> tuple[Any, Options] | str:
     """Returns the key of a call's plan and the options of its launch, or why it has no plan.
 
     The key has the case of each number, the other options, the layout of each tensor and whether it
-    requires grad, grad mode, autocast and the default dtype. The layouts of contiguous tensors, and
-    of tensors whose strides a kernel reads when it starts, do not have the sizes that a plan does
-    not depend on. In the options of the launch, numbers are floats.
+    requires grad, grad mode, autocast and the default dtype. In the options of the launch, numbers
+    are floats.
+
+    Kernels read most sizes when they start, on CPUs also the strides. Such a size is replaced by
+    the first dimension of the input that has this size, as a negative number: -1 for the first
+    dimension. So equal sizes remain equal, and different sizes remain different.
+
+    Args:
+        by_size: Whether the key has all sizes and strides.
     """
     if type(tensors[0]) not in PLAIN:
         return f"input is a {type(tensors[0]).__name__}"
@@ -59,8 +69,8 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
             return integers
         choices, options = integers, op.options(*numbers, *integers)
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, 0]
-    operands, leading, dims, broadcasts, any_strides = op.all_operands, None, 0, False, False
+    key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, by_size]
+    operands, shape, fixed, dims = op.all_operands, None, None, 0
     for i, x in enumerate(tensors):
         if x is None:
             key.append(x)
@@ -69,7 +79,6 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
         if kind is not Tensor and kind is not Parameter:
             if kind is not float or not operands[i].number:
                 return f"{operands[i].name} is a {kind.__name__}"
-            dims = _make_static(key, tensors) if dims > 0 and operands[i].has_rows else dims
             key.append(NUMBER)
             continue
         if (  # the conditions of layout_reason, without a call for each tensor
@@ -82,45 +91,61 @@ def signature(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Op
             or is_lazy_clone(x)
         ):
             return str(layout_reason(operands[i].name, x))
-        shape = x.shape
-        if i == 0:
-            any_strides = op.reads_strides and x.is_cpu and backends.FORCED != "triton"
-        if i == 0 and (any_strides or x.is_contiguous()):
-            most, others, before_dim = op.dynamic
-            dims, broadcasts = min(most, len(shape) - others), others == 0
-            if before_dim:
-                dim = options.dim
-                dims = min(dims, dim % len(shape)) if dims > 0 and type(dim) is int else 0
-            dims = key[_DYNAMIC_DIMS] = 0 if 0 in shape else dims
-        if dims > 0 and operands[i].has_rows:
-            rows, kept = shape, ()
-            if len(shape) != dims:
-                sizes = tuple(shape)  # a slice of a torch.Size takes longer
-                rows, kept = sizes[:dims], sizes[dims:]
-            leading = leading or rows
-            # Shapes with more dimensions than an elementwise input's broadcast.
-            is_dynamic = i == 0 or any_strides or x.is_contiguous()
-            if is_dynamic and rows == leading and not (kept and broadcasts):
-                key.append((x.dtype, kept, None, x.device, x.requires_grad))
-                continue
-            dims = _make_static(key, tensors)
-        elif dims > 0 and not x.is_contiguous():
-            dims = _make_static(key, tensors)
-        key.append((x.dtype, shape, x.stride(), x.device, x.requires_grad))
+        if i == 0 and not by_size and 0 not in x.shape:
+            shape, dims, fixed = x.shape, x.dim(), op.fixed
+            if fixed is not None and dims:
+                fixed = options.dim if fixed == "dim" else fixed
+                fixed = min(fixed, dims - 1) % dims if type(fixed) is int else None
+            if not (x.is_cpu and backends.FORCED != "triton"):
+                dims = _contiguous_dims(op, tensors, fixed)
+        if dims and operands[i].has_rows:
+            sizes = _sizes_in_key(x.shape, shape, fixed, dims)
+            key.append((x.dtype, sizes, None, x.device, x.requires_grad))
+        else:
+            key.append((x.dtype, x.shape, x.stride(), x.device, x.requires_grad))
     if any_autocast() and not tensors[0].is_meta:  # torch raises for the device "meta"
         device = tensors[0].device.type
         key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return tuple(key), options
 
 
-def _make_static(key: list[Any], tensors: Tensors) -> int:
-    """Adds all sizes to the layouts of a key, and returns its number of dynamic dimensions, 0."""
-    key[_FIRST_TENSOR:] = [
-        (x.dtype, x.shape, x.stride(), x.device, x.requires_grad) if isinstance(x, Tensor) else kept
-        for x, kept in zip(tensors, key[_FIRST_TENSOR:], strict=False)
-    ]
-    key[_DYNAMIC_DIMS] = 0
-    return 0
+@lru_cache(maxsize=4096)
+def _sizes_in_key(
+    sizes: torch.Size, shape: torch.Size, fixed: int | None, dims: int
+) -> tuple[int, ...]:
+    """Returns the sizes of an operand in a key; those of 1 remain, because they broadcast.
+
+    Args:
+        shape: The shape of the input.
+        fixed: The dimension of the input, and of operands with as many, whose size remains.
+        dims: The number of leading dimensions of the input whose sizes are replaced.
+    """
+    names: dict[int, int] = {}
+    for dim, size in enumerate(shape[:dims]):
+        if dim != fixed and size > 1:
+            names.setdefault(size, -1 - dim)
+    kept = fixed if len(sizes) == len(shape) else None
+    of_rows = dims if dims < len(shape) else len(sizes)
+    return tuple([
+        names.get(n, n) if dim != kept and dim < of_rows else n for dim, n in enumerate(sizes)
+    ])  # fmt: skip
+
+
+def _contiguous_dims(op: Operator, tensors: Tensors, fixed: int | None) -> int:
+    """Returns the number of leading dimensions whose sizes kernels for GPUs read when they start.
+
+    It is 0 unless all tensors are contiguous, and those with rows have the input's rows.
+    """
+    rows = tensors[0].shape[:fixed]
+    for operand, x in zip(op.all_operands, tensors, strict=True):
+        if isinstance(x, Tensor):
+            if x.layout is not _STRIDED or x.is_nested or not x.is_contiguous():
+                return 0
+            if operand.has_rows and (x.shape if fixed is None else x.shape[:fixed]) != rows:
+                return 0
+        elif x is not None and operand.has_rows:
+            return 0
+    return len(rows)
 
 
 def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
@@ -163,12 +188,16 @@ def with_specs(op: Operator, key: Any) -> tuple[list[Any], Options]:
 
     A TensorSpec has only the properties that the key has, so a plan cannot depend on others.
     """
-    leading = tuple([DynamicSize() for _ in range(key[_DYNAMIC_DIMS])])
+    layouts = key[_FIRST_TENSOR : _FIRST_TENSOR + len(op.all_operands)]
+    sizes = {n for layout in layouts if type(layout) is tuple for n in layout[1]}
+    stand_ins = (n for n in count(2) if n not in sizes)
+    dynamic = {n: DynamicSize(next(stand_ins)) for n in sizes if n < 0}
     specs = list[Any]()
-    for layout in key[_FIRST_TENSOR : _FIRST_TENSOR + len(op.all_operands)]:
+    for layout in layouts:
         if type(layout) is tuple:
             dtype, shape, strides, *others = layout
-            shape = (*leading, *shape) if strides is None else shape
+            if strides is None:
+                shape = tuple([dynamic.get(n, n) for n in shape])
             layout = TensorSpec(dtype, shape, strides, *others)
         specs.append(layout)
     return specs, op.options(*key[_CASES], *key[_CHOICES])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import ALL_DIMS, Options, SpecializedOperator, Tensors
+from pyfused.dispatch.operator import Options, SpecializedOperator, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
@@ -36,8 +36,6 @@ class Activation(SpecializedOperator):
     gradient: Callable[..., Tensor] | None = None
     saves: str = "input"
     contiguous: bool = False
-    dynamic = ALL_DIMS
-    reads_strides = True
 
     def __post_init__(self) -> None:
         if self.gradient is None and self.saves != "input":

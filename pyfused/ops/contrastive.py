@@ -22,7 +22,7 @@ from torch import Tensor
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import FIRST_DIM, Operand, Options, Tensors
+from pyfused.dispatch.operator import Operand, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.plan import Forward, Plan
 from pyfused.layout import accumulate_dtype
@@ -66,7 +66,7 @@ class Contrastive(RowOperator):
     """
 
     factors: ClassVar[tuple[Operand, ...]] = ()
-    dynamic = FIRST_DIM
+    fixed = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

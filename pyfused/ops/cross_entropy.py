@@ -13,11 +13,10 @@ from torch import Tensor
 from pyfused.backends import Backend, backend_of, takes_triton
 from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
-from pyfused.dispatch.plan import Forward, loss_passes
+from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.plan import Forward, dynamic_dims, loss_passes
 from pyfused.layout import (
     accumulate_dtype,
-    is_dense,
     specs_of_layouts,
     with_leading_dims,
 )
@@ -224,7 +223,7 @@ def metrics_state(
 class CrossEntropy(RowOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
-    dynamic = FIRST_DIM
+    fixed = 1
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         if not tensors[3] is tensors[4] is None or not options.is_plain():
@@ -280,15 +279,13 @@ class CrossEntropy(RowOperator):
         if self.needs_state(layouts):
             return state_passes(self, source, layouts, dtype)
         inplace = self.overwrites(layouts)
-        if inplace and not is_dense(input.empty()):  # backward could not scale the gradient
-            in_forward = False
 
         def prepare(tensors: Tensors, *outputs: Any) -> LossKernel:
             return backend.cross_entropy(tensors, options, *outputs)
 
         loss_dtype = None if dtype is self.wide_dtype(tensors) else dtype
         forward, backward = loss_passes(
-            prepare, needs, in_forward, inplace, loss_dtype, input.dynamic_dims
+            prepare, needs, in_forward, inplace, loss_dtype, dynamic_dims(input)
         )
 
         def forward_with_state(tensors: Tensors, options: Options) -> Forward:
@@ -354,7 +351,7 @@ def cross_entropy_fallback_reason(
 class LinearCrossEntropy(RowOperator):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
-    dynamic = LEADING_DIMS
+    fixed = -1
     flattens = True
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
@@ -455,7 +452,7 @@ class NllLoss(RowOperator):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "one element of a row"
-    dynamic = FIRST_DIM
+    fixed = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -473,7 +470,7 @@ class NllLoss(RowOperator):
             kernel: LossKernel = getattr(backend, self.name)(tensors, options, *outputs)
             return kernel
 
-        dims, needs, in_forward = input.dynamic_dims, layouts.needs, layouts.in_forward
+        dims, needs, in_forward = dynamic_dims(input), layouts.needs, layouts.in_forward
         return Passes(
             *loss_passes(prepare, needs, in_forward, loss_dtype=loss_dtype, dynamic_dims=dims)
         )

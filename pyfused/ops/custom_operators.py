@@ -23,7 +23,7 @@ from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.plan import Plan
 from pyfused.dispatch.signature import signature, spec_of, with_specs
 from pyfused.layout import is_dense
-from pyfused.types import Gradients
+from pyfused.types import Gradients, UnknownSizeError
 
 PACKAGE = __name__.partition(".")[0]
 # The namespace contains the version, because the compiler caches programs on disk by the names of
@@ -95,7 +95,7 @@ class CustomOperator:
     # ---- the call and its plan -------------------------------------------------------------------
 
     def planned(
-        self, values: Sequence[Any], needs: Sequence[bool]
+        self, values: Sequence[Any], needs: Sequence[bool], by_size: bool = False
     ) -> tuple[Plan, Tensors, Options]:
         """Returns the plan of a call, the tensors that its forward pass takes, and the options.
 
@@ -103,10 +103,11 @@ class CustomOperator:
 
         Args:
             needs: Whether each of the first tensors needs a gradient.
+            by_size: As in `signature`.
         """
         op = self.op
         tensors, options = self.call_of(values)
-        signed = signature(op, tensors, options)
+        signed = signature(op, tensors, options, by_size)
         key = None  # if a mode is active, for example
         if not isinstance(signed, str):
             key, options = (*signed[0], "compiled", *needs), signed[1]
@@ -124,7 +125,10 @@ class CustomOperator:
                 # It may differ in dtype under autocast, which is disabled here.
                 specs[op.names.index("weight")] = replace(weight, dtype=specs[0].dtype)
             with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
-                plan = op.plan(specs, planned)
+                try:
+                    plan = op.plan(specs, planned)
+                except UnknownSizeError:
+                    return self.planned(values, needs, by_size=True)
             if key is not None:
                 dispatch.keep_plan(op, key, plan)
         assert plan is not None

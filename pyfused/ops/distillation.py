@@ -24,9 +24,9 @@ from pyfused import checks
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossKernel, LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors, requires_grad
+from pyfused.dispatch.operator import Options, Tensors, requires_grad
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.plan import loss_passes
+from pyfused.dispatch.plan import dynamic_dims, loss_passes
 from pyfused.layout import accumulate_dtype, specs_of_layouts
 from pyfused.ops import definitions
 from pyfused.ops.head_loop import (
@@ -284,7 +284,7 @@ class Divergence(RowOperator):
     """The divergence of a student's predictions from a teacher's: of logits, or a layer's."""
 
     strategy = "row by row"
-    dynamic = LEADING_DIMS
+    fixed = -1
     flattens = True
 
     def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
@@ -300,8 +300,9 @@ class Divergence(RowOperator):
         backend = backend_of(tensors[0])
         if not self.is_linear:
             prepare = partial(divergence_kernel, backend, options)
-            dynamic_dims = int(tensors[0].dynamic_dims > 0)  # of rows
-            return Passes(*loss_passes(prepare, needs, in_forward, dynamic_dims=dynamic_dims))
+            dims = dynamic_dims(tensors[0])
+            dims = dims if dims is None else min(dims, 1)  # of rows
+            return Passes(*loss_passes(prepare, needs, in_forward, dynamic_dims=dims))
         sizes = self.head_sizes(tensors, options)
         dtype = sizes.dtype
         of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyfused.backends.protocol import Backend, Divisor, LossKernel
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import LEADING_DIMS, Options, Tensors
+from pyfused.dispatch.operator import Options, Tensors
 from pyfused.formula_compiler import trace
 from pyfused.layout import accumulate_dtype, broadcast_with
 from pyfused.ops.pointwise_loss import TensorLoss
@@ -54,8 +54,7 @@ class EmbeddingLoss(TensorLoss):
     """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 
     strategy = "row by row"
-    dynamic = LEADING_DIMS
-    reads_strides = False
+    fixed = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()

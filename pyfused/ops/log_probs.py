@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfused.dispatch.operator import FIRST_DIM, LEADING_DIMS, Operand, Options, Tensors
+from pyfused.dispatch.operator import Operand, Options, Tensors
 from pyfused.ops.heads import row_source
 from pyfused.ops.rows import Layouts, Passes, RowOperator, state_passes
 from pyfused.ops.shards import class_range
@@ -94,7 +94,7 @@ class LogProbsOperator(RowOperator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.dynamic = LEADING_DIMS if self.is_linear else FIRST_DIM
+        self.fixed = -1 if self.is_linear else 1
 
     def passes(self, layouts: Layouts) -> Passes:
         results = 1 if layouts.options.alone else len(RESULTS)

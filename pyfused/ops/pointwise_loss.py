@@ -21,7 +21,6 @@ from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import Divisor, LossKernel, Parameters
 from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
-    ALL_DIMS,
     REDUCTIONS,
     Operand,
     Options,
@@ -30,6 +29,7 @@ from pyfused.dispatch.operator import (
 )
 from pyfused.dispatch.plan import (
     Plan,
+    dynamic_dims,
     gradients_in_forward,
     loss_passes,
     needs_grad,
@@ -119,8 +119,6 @@ class TensorLoss(SpecializedOperator):
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
-    dynamic = ALL_DIMS
-    reads_strides = True
     reduces: ClassVar[bool] = True
     infers_dtype: ClassVar[bool] = False
 
@@ -144,7 +142,8 @@ class TensorLoss(SpecializedOperator):
         reduction = options.reduction if self.reduces else "none"
         dtype, result = self._dtypes(tensors, operands[0], reduction)
         needs, backend = needs_grad(operands), backend_of(operands[0])
-        warning = None if self.warning is None else self.warning(tensors, options)
+        warning = self.warning or (lambda *_: None)
+        warns = warning(tensors, options) is not None
         *layouts, layout_of_weight = [
             x.empty() if isinstance(x, TensorSpec) else _SCALAR if x is NUMBER else x
             for x in (*operands, weight)
@@ -160,8 +159,8 @@ class TensorLoss(SpecializedOperator):
 
         def arrange(tensors: Tensors, options: Options) -> Tensors:
             (operands, weight), tensor = self.operands_and_weight(tensors), None
-            if warning is not None:
-                warnings.warn(warning, stacklevel=stacklevel())
+            if warns:
+                warnings.warn(str(warning(tensors, options)), stacklevel=stacklevel())
             unexpanded = weight  # torch's mean divides by its sum before broadcasting
             if not is_arranged:
                 operands, weight = self.arranged(operands, weight, dtype)
@@ -189,7 +188,7 @@ class TensorLoss(SpecializedOperator):
             return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
 
         in_order = self.operands[: len(layouts)] == self.variables[: len(layouts)]
-        is_unchanged = in_order and is_arranged and warning is None and denominator is None
+        is_unchanged = in_order and is_arranged and not warns and denominator is None
         in_forward, each = gradients_in_forward(reduction, dtype), reduction == "none"
         casts = accumulate_dtype(dtype) is not result
         loss_dtype = result if casts and not each else None
@@ -198,8 +197,7 @@ class TensorLoss(SpecializedOperator):
             needs,
             in_forward,
             loss_dtype=loss_dtype,
-            dynamic_dims=tensors[0].dynamic_dims,
-            any_strides=self.reads_strides and not backend.ASYNCHRONOUS,
+            dynamic_dims=dynamic_dims(tensors[0]),
         )
         is_result_dtype = not each or dtype is result is accumulate_dtype(dtype)
         return Plan(
