@@ -42,7 +42,7 @@ class Stats(NamedTuple):
             :func:`keep`, or of an allocator or environment variables that rule it out. In the
             latter case they are measured, once and in a few milliseconds.
         glibc: The version of glibc, None for other C libraries. :func:`keep` can double a peak
-            with 2.36, and raise it by 40 % with 2.41.
+            before 2.39, and raise it by 40 % since.
     """
 
     in_use: int

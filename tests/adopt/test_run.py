@@ -25,6 +25,7 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as F
 from pyfused import memory
+from pyfused.adopt.restart import TUNABLES, needs_tunables
 from pyfused.dispatch import report as reports
 
 NO_KERNEL = (
@@ -396,3 +397,25 @@ def test_what_configures_malloc_is_named(tmp_path: Path) -> None:
     if memory.why_not_kept() is None:
         state = "was kept without keep(): the environment configures"
         assert f"pyfused: freed memory {state}" in done.stderr
+
+
+TUNED = "import os, sys; print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:]); sys.exit(3)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], TUNABLES if needs_tunables() else None),
+        (["--no-keep"], None),
+        (["GLIBC_TUNABLES"], "glibc.malloc.check=0"),
+    ],
+    ids=["default", "no-keep", "another-tunable"],
+)
+def test_run_sets_tunables_unless_there_are_others(
+    arguments: list[str], expected: str | None, tmp_path: Path
+) -> None:
+    variables = {name: "glibc.malloc.check=0" for name in arguments if name == "GLIBC_TUNABLES"}
+    options = [option for option in arguments if option not in variables]
+    command = "-W", "ignore", "-m", "pyfused", "run", *options, script(tmp_path, TUNED), "-m", "a b"
+    done = plain(*command, folder=tmp_path, **variables)
+    assert (done.stdout, done.returncode) == (f"{expected} ['-m', 'a b']\n", 3), done.stderr
