@@ -70,7 +70,7 @@ def signature(
         choices, options = integers, op.options(*numbers, *integers)
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     key: list[Any] = [grad, torch.get_default_dtype(), cases, choices, kinds, by_size]
-    operands, shape, fixed, dims = op.all_operands, None, None, 0
+    operands, shape, of_input, fixed, dims, on_gpu = op.all_operands, None, None, None, 0, False
     for i, x in enumerate(tensors):
         if x is None:
             key.append(x)
@@ -79,6 +79,8 @@ def signature(
         if kind is not Tensor and kind is not Parameter:
             if kind is not float or not operands[i].number:
                 return f"{operands[i].name} is a {kind.__name__}"
+            if on_gpu and dims and operands[i].has_rows:
+                return signature(op, tensors, options, by_size=True)
             key.append(NUMBER)
             continue
         if (  # the conditions of layout_reason, without a call for each tensor
@@ -96,10 +98,16 @@ def signature(
             if fixed is not None and dims:
                 fixed = options.dim if fixed == "dim" else fixed
                 fixed = min(fixed, dims - 1) % dims if type(fixed) is int else None
-            if not (x.is_cpu and backends.FORCED != "triton"):
-                dims = _contiguous_dims(op, tensors, fixed)
+            on_gpu = not x.is_cpu or backends.FORCED == "triton"
+            of_input = _sizes_in_key(shape, shape, fixed, on_gpu)
+        if on_gpu and dims and not x.is_contiguous():
+            return signature(op, tensors, options, by_size=True)
         if dims and operands[i].has_rows:
-            sizes = _sizes_in_key(x.shape, shape, fixed, dims)
+            sizes = of_input
+            if x.shape != shape:
+                sizes = _sizes_in_key(x.shape, shape, fixed, on_gpu)
+            if sizes is None:
+                return signature(op, tensors, options, by_size=True)
             key.append((x.dtype, sizes, None, x.device, x.requires_grad))
         else:
             key.append((x.dtype, x.shape, x.stride(), x.device, x.requires_grad))
@@ -111,41 +119,28 @@ def signature(
 
 @lru_cache(maxsize=4096)
 def _sizes_in_key(
-    sizes: torch.Size, shape: torch.Size, fixed: int | None, dims: int
-) -> tuple[int, ...]:
+    sizes: torch.Size, shape: torch.Size, fixed: int | None, on_gpu: bool
+) -> tuple[int, ...] | None:
     """Returns the sizes of an operand in a key; those of 1 remain, because they broadcast.
+
+    On GPUs, kernels read only the sizes before the fixed dimension when they start. The result is
+    None if these sizes are not the input's.
 
     Args:
         shape: The shape of the input.
         fixed: The dimension of the input, and of operands with as many, whose size remains.
-        dims: The number of leading dimensions of the input whose sizes are replaced.
     """
+    rows = tuple(shape[:fixed] if on_gpu else shape)
+    leading = tuple(sizes[:fixed] if on_gpu else sizes)
+    if on_gpu and leading != rows:
+        return None
+    kept = fixed if len(sizes) == len(shape) else None
     names: dict[int, int] = {}
-    for dim, size in enumerate(shape[:dims]):
+    for dim, size in enumerate(rows):
         if dim != fixed and size > 1:
             names.setdefault(size, -1 - dim)
-    kept = fixed if len(sizes) == len(shape) else None
-    of_rows = dims if dims < len(shape) else len(sizes)
-    return tuple([
-        names.get(n, n) if dim != kept and dim < of_rows else n for dim, n in enumerate(sizes)
-    ])  # fmt: skip
-
-
-def _contiguous_dims(op: Operator, tensors: Tensors, fixed: int | None) -> int:
-    """Returns the number of leading dimensions whose sizes kernels for GPUs read when they start.
-
-    It is 0 unless all tensors are contiguous, and those with rows have the input's rows.
-    """
-    rows = tensors[0].shape[:fixed]
-    for operand, x in zip(op.all_operands, tensors, strict=True):
-        if isinstance(x, Tensor):
-            if x.layout is not _STRIDED or x.is_nested or not x.is_contiguous():
-                return 0
-            if operand.has_rows and (x.shape if fixed is None else x.shape[:fixed]) != rows:
-                return 0
-        elif x is not None and operand.has_rows:
-            return 0
-    return len(rows)
+    named = [n if dim == kept else names.get(n, n) for dim, n in enumerate(leading)]
+    return *named, *sizes[len(leading) :]
 
 
 def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
