@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
@@ -234,7 +234,7 @@ class Operator(ABC):
 class SpecializedOperator(Operator):
     """An operator with a kernel for each combination of special values of its parameters."""
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[Scalar | Choice, ...]:
         """Returns a formula's parameters: the numbers, and the choices with their own kernels."""
         return *self.numbers, *[choice for choice in self.choices if choice.values]

@@ -114,7 +114,7 @@ ON_CPU: dict[str, Limits] = {
     "margin_ranking_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "poisson_nll_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "soft_margin_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
-    "gelu": Limits(2 * MEDIUM, without_gradient=PAGES),  # torch calls oneDNN
+    "gelu": Limits(PAGES),  # torch calls oneDNN
     "mish": Limits(SMALL),
     "Activation": Limits(MEDIUM),  # on an Intel Xeon, 0.75 times as fast as torch at 2^14
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
@@ -143,7 +143,6 @@ ON_CPU_OF_HALVES: dict[str, Limits] = {
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
     "log_softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
     "softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
-    "gelu": Limits(2 * LARGE, without_gradient=NEVER),
 }
 
 
