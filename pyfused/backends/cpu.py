@@ -555,7 +555,7 @@ def pointwise_loss(
             views.append((x.data_ptr(), int(not is_scalar)))
         output_like = torch.empty_like if n < recycled else empty_like
         if not views[0][1]:  # outputs have the memory order of the first tensor that has one
-            like = next((x for x, (_, step) in zip(tensors, views, strict=False) if step), like)
+            like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
         losses = output_like(like) if each else None
         total = torch.empty_like(scalar) if sums else None
         gradients: list[Tensor | None] = []

@@ -94,8 +94,9 @@ def signature(
         ):
             return str(layout_reason(operands[i].name, x))
         if i == 0 and not by_size and 0 not in x.shape:
-            shape, dims, fixed = x.shape, x.dim(), op.fixed
-            if fixed is not None and dims:
+            shape, dims = x.shape, x.dim()
+            fixed = op.fixed if dims else None
+            if fixed is not None:
                 fixed = options.dim if fixed == "dim" else fixed
                 fixed = min(fixed, dims - 1) % dims if type(fixed) is int else None
             on_gpu = not x.is_cpu or backends.FORCED == "triton"

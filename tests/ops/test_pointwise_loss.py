@@ -213,6 +213,21 @@ def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: Ker
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", ["kl_div", "poisson_nll_loss"])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+def test_operands_that_are_all_expanded(name: str, reduction: str, dtype: torch.dtype) -> None:
+    """Outputs have the memory order of no operand."""
+    x = torch.tensor(0.5, dtype=dtype, requires_grad=True)
+    target = torch.tensor([0.25], dtype=dtype).expand(7)
+    for input in (x, x.expand(7)):
+        losses = [getattr(f, name)(input, target, reduction=reduction) for f in (functional, F)]
+        grads = [torch.autograd.grad(loss.sum(), x)[0] for loss in losses]
+        torch.testing.assert_close(losses[0], losses[1])
+        torch.testing.assert_close(grads[0], grads[1])
+
+
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("other", LAYOUTS.values(), ids=LAYOUTS)
