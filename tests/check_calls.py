@@ -66,8 +66,9 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
     mean = mean and "denominator" not in call.given
     lost = [EPS / max(native[-1].numel(), 1) if mean else EPS] * len(native)
     if isinstance(call.op, Divergence):  # equal rows leave a rounding error
+        lost = [x / min(1.0, float(call.given.get("temperature", 1.0))) for x in lost]
         first, lost[0] = next(iter(call.given.values())), EPS
-        if call.given.get("reduction") == "sum":
+        if call.given.get("reduction") == "sum" or "denominator" in call.given:
             lost[0] *= max(1, first.numel() // max(1, first.shape[call.given.get("dim", -1)]))
     for factor in (1.0, 0.9, 0.7, 0.4):
         single = converted(call, torch.float32, factor)
