@@ -257,12 +257,12 @@ def cross_entropy(
             scale = options.scale / options.temperature
             numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
             denominator = options.denominator if denominator is None else denominator
-        targets: Tensor = target
         target_strides: tuple[int, ...] = ()
-        if not indices:
+        if indices:
+            copies = not target.is_contiguous()
+        else:
             copies, target_strides, target_format, grad_target_strides = class_layout(target)
-        if copies if not indices else not target.is_contiguous():
-            targets = target.contiguous()
+        targets = target.contiguous() if copies else target
         if not weight is token_weight is None:
             weight, token_weight = contiguous_in(accumulate, weight, token_weight)
         if grad_output is not None:

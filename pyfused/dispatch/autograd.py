@@ -117,7 +117,7 @@ class Fused(torch.autograd.Function):
                         dense = True
                     if dense:
                         plan.backend.scale_(gradient, grad_output)
-                    else:
+                    else:  # it has overwritten a part of a tensor
                         gradient.mul_(grad_output)
         else:
             try:

@@ -139,7 +139,7 @@ def decide(
     return reason, kernel, options
 
 
-_BY_SIZE: Any = (None, None)  # the decision depends on sizes that the key does not have
+_BY_SIZE: Any = object()  # the decision depends on sizes that the key does not have
 
 
 def _planned_decision(op: Any, key: Any, shard: Any, by_size: bool) -> Any:
