@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
@@ -232,12 +232,17 @@ class Operator(ABC):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class SpecializedOperator(Operator):
-    """An operator with a kernel for each combination of special values of its parameters."""
+    """An operator with a kernel for each combination of special values of its parameters.
 
-    @cached_property
-    def parameters(self) -> tuple[Scalar | Choice, ...]:
-        """Returns a formula's parameters: the numbers, and the choices with their own kernels."""
-        return *self.numbers, *[choice for choice in self.choices if choice.values]
+    Attributes:
+        parameters: A formula's parameters: the numbers, and the choices with their own kernels.
+    """
+
+    parameters: tuple[Scalar | Choice, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.parameters = *self.numbers, *[choice for choice in self.choices if choice.values]
 
     def kernel_of(self, cases: Sequence[Any]) -> str:
         """Returns the name of the kernel for these cases of the formula's parameters."""

@@ -30,12 +30,12 @@ def gradient_of(function: Callable[..., Tensor], x: Tensor, *others: Any, **opti
 
 
 def test_gelu_of_infinities() -> None:
-    x = torch.full((1 << 18,), INF, requires_grad=True)
+    x = torch.full((1 << 24,), INF, requires_grad=True)
     assert F.gelu(x).isposinf().all()
     for y in (F.gelu(-x), TF.gelu(-x), torch.autograd.grad(F.gelu(-x).sum(), x)[0]):
         assert y.isnan().all()
     if cpu.capability.startswith("x86"):
-        for y in (TF.gelu(x), F.gelu(x[:16]), F.gelu(x.detach())):
+        for y in (TF.gelu(x), F.gelu(x[:-1])):
             assert y.isnan().all()
 
 
