@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 import sys
 
 if sys.argv[:2] == ["-m", "run"]:  # `python -m pyfused run` starts; torch is not imported yet
-    from pyfused.adopt.restart import restart
+    from pyfused.glibc import restart
 
     restart()
 

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyfused import glibc
 from pyfused.backends import cpu
 
 __all__ = ["Keep", "Stats", "keep", "recycle", "release", "stats", "trim"]
@@ -296,14 +297,6 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
-def _glibc_version() -> str | None:
-    libc = _libc()
-    if libc is None:
-        return None
-    version = ctypes.CFUNCTYPE(ctypes.c_char_p)(("gnu_get_libc_version", libc))
-    return str(version().decode())
-
-
 def _library_of(function: Any) -> str:
     found = _Library()
     _libc().dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
@@ -378,7 +371,7 @@ def stats() -> Stats:
     """Returns how much memory is in use and free, and how often an output reused a block."""
     in_use, free, hits, misses = cpu.native.recycler_stats() if cpu.RECYCLES else (0, 0, 0, 0)
     kept = _active.enabled, pages_are_kept()
-    return Stats(in_use, free, _limit, hits, misses, *kept, _glibc_version())
+    return Stats(in_use, free, _limit, hits, misses, *kept, glibc.version())
 
 
 def _default_limit() -> int:

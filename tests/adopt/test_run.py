@@ -25,8 +25,8 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as F
 from pyfused import memory
-from pyfused.adopt.restart import TUNABLES, needs_tunables
 from pyfused.dispatch import report as reports
+from pyfused.glibc import TUNABLES, needs_tunables
 
 NO_KERNEL = (
     r"pyfused: no kernel ran, in \d+(\.\d+)? s\n"
@@ -400,22 +400,20 @@ def test_what_configures_malloc_is_named(tmp_path: Path) -> None:
 
 
 TUNED = "import os, sys; print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:]); sys.exit(3)"
+OTHERS = "glibc.malloc.check=0"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("options", "variables", "expected"),
     [
-        ([], TUNABLES if needs_tunables() else None),
-        (["--no-keep"], None),
-        (["GLIBC_TUNABLES"], "glibc.malloc.check=0"),
+        ([], {}, TUNABLES if needs_tunables() else None),
+        (["--no-keep"], {}, None),
+        ([], {"GLIBC_TUNABLES": OTHERS}, OTHERS),
     ],
-    ids=["default", "no-keep", "another-tunable"],
 )
 def test_run_sets_tunables_unless_there_are_others(
-    arguments: list[str], expected: str | None, tmp_path: Path
+    options: list[str], variables: dict[str, str], expected: str | None, tmp_path: Path
 ) -> None:
-    variables = {name: "glibc.malloc.check=0" for name in arguments if name == "GLIBC_TUNABLES"}
-    options = [option for option in arguments if option not in variables]
     command = "-W", "ignore", "-m", "pyfused", "run", *options, script(tmp_path, TUNED), "-m", "a b"
     done = plain(*command, folder=tmp_path, **variables)
     assert (done.stdout, done.returncode) == (f"{expected} ['-m', 'a b']\n", 3), done.stderr

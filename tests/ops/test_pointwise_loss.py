@@ -212,7 +212,6 @@ def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: Ker
 # ---- broadcasting and memory ---------------------------------------------------------------------
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("name", ["kl_div", "poisson_nll_loss"])
@@ -228,6 +227,7 @@ def test_operands_that_are_all_expanded(name: str, reduction: str, dtype: torch.
         torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("other", LAYOUTS.values(), ids=LAYOUTS)

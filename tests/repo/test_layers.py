@@ -9,7 +9,7 @@ from pathlib import Path
 import pyfused
 
 LAYERS = (  # each layer may import from itself and from earlier layers
-    ("types", "layout", "torch_internals"),
+    ("types", "layout", "torch_internals", "glibc"),
     ("checks",),
     ("formula_compiler",),
     ("kernels",),
