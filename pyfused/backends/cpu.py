@@ -463,28 +463,16 @@ def row_gradients(
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    length, is_last = input.shape[dim], dim == input.dim() - 1
     kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype])
     recycled = RECYCLED_BYTES // input.element_size()
 
-    def layout_of(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Returns the sizes and the strides of a contiguous tensor."""
-        rows = tensor.numel() // length
-        inner = 1 if is_last else math.prod(tensor.shape[dim + 1 :])
-        if inner == 1:
-            return (1, rows, length), (0, length, 1)
-        return (rows // inner, inner, length), (length * inner, 1, inner)
-
     def forward(input: Tensor, _: Options) -> Tensor:
         like = torch.empty_like if input.numel() < recycled else empty_like
-        if input.is_contiguous():
-            output = like(input)
-            sizes, out_strides = layout_of(output)
-            strides = out_strides
-        else:
-            output = like(input, memory_format=torch.contiguous_format)
-            sizes, out_strides = layout_of(output)
-            input, _sizes, strides = along(_with_a_contiguous_dimension(input, dim), dim)
+        output = like(input, memory_format=torch.contiguous_format)
+        _, sizes, out_strides = along(output, dim)
+        strides = out_strides
+        if not input.is_contiguous():
+            input, _, strides = along(_with_a_contiguous_dimension(input, dim), dim)
         pointers = (input.data_ptr(), *strides), _NO_VIEW, (output.data_ptr(), *out_strides)
         kernel(sizes, *pointers, torch.get_num_threads())
         return output
@@ -492,7 +480,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     def backward(grad_output: Tensor, output: Tensor, _: Options) -> Tensor:
         grad_output, output = grad_output.contiguous(), output.contiguous()
         grad_input = (torch.empty_like if output.numel() < recycled else empty_like)(output)
-        sizes, strides = layout_of(output)
+        _, sizes, strides = along(output, dim)
         tensors = output, grad_output, grad_input
         kernel(sizes, *[(x.data_ptr(), *strides) for x in tensors], torch.get_num_threads())
         return grad_input
