@@ -161,10 +161,6 @@ def has_hooks() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-# Returns a cached Launch, for calls without a plan.
-prepared = functools.lru_cache(maxsize=4096)(Launch)
-
-
 @functools.cache
 def backend() -> Any:
     """Returns Triton's compiler backend, which decides how arguments are specialized."""

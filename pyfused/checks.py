@@ -1,6 +1,6 @@
 """Raises errors for arguments that no kernel takes.
 
-Planning asks these functions whether a kernel takes the layouts and options of a call. If one of
+Dispatch asks these functions whether a kernel takes the tensors and options of a call. If one of
 them raises, torch's function gets the call, which raises its own error or computes the result. For
 a function or an option that torch lacks, the error is the user's: it names the argument, what was
 expected and what was passed.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeVar
 
@@ -23,12 +23,10 @@ from pyfused.layout import broadcast_with, loss_shape
 from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped
 from pyfused.types import (
     OPTIONS,
-    TENSORS,
     CrossEntropyOptions,
     DivergenceOptions,
     LogProbsOptions,
     ModuleOptions,
-    Number,
     Scalar,
 )
 
@@ -40,6 +38,15 @@ _DENOMINATOR = Scalar("denominator", low=0.0, error=ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 
 
+def reason(check: Callable[..., None], *arguments: Any) -> str | None:
+    """Returns the message of the error that a check raises, None if it raises none."""
+    try:
+        check(*arguments)
+    except ERRORS as error:
+        return str(error)
+    return None
+
+
 def _error(name: str, expected: str, got: Any, error: type[Exception] = RuntimeError) -> Exception:
     got = tuple(got) if isinstance(got, torch.Size) else got
     return error(f"{name}: expected {expected}, got {got}")
@@ -49,7 +56,7 @@ def _error(name: str, expected: str, got: Any, error: type[Exception] = RuntimeE
 
 
 def tensor(name: str, value: Any, or_float: bool = False) -> None:
-    if not isinstance(value, TENSORS) and not (or_float and isinstance(value, (float, Number))):
+    if not isinstance(value, Tensor) and not (or_float and isinstance(value, float)):
         is_layer = isinstance(value, torch.nn.Linear) and name.endswith("weight")
         hint = f" {value!r}" if or_float else "; pass head.weight" if is_layer else ""
         expected = "a Tensor or a float" if or_float else "a Tensor"
@@ -66,12 +73,12 @@ def bounded(scalar: Scalar, value: Any) -> None:
 
     A tensor is not read if this would synchronise a device.
     """
-    if isinstance(value, Number) or (value is None and scalar.optional):
-        return  # a Number was checked before the call was planned
+    if value is None and scalar.optional:
+        return
     name, low, high, error = scalar.name, scalar.low, scalar.high, scalar.error
-    if not isinstance(value, (*TENSORS, float, Real)):
+    if not isinstance(value, (Tensor, float, Real)):
         raise _error(name, "a float", f"{type(value).__name__} {value!r}", TypeError)
-    if isinstance(value, TENSORS):
+    if isinstance(value, Tensor):
         if value.numel() != 1:
             raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
         if not _can_be_read(value):
@@ -136,11 +143,8 @@ def cross_entropy(
 def _cross_entropy(
     input: Tensor, classes: int, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
 ) -> None:
-    """Checks the options, and the weight of each class."""
-    integer("ignore_index", options.ignore_index)
+    """Checks the weight of each class, and the options that depend on the target."""
     dtype, probabilities = options.loss_dtype, target.is_floating_point()
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise _error("loss_dtype", "a floating dtype or None", dtype, ValueError)
     if probabilities and options.ignore_index >= 0:
         expected = "a negative number with class probabilities as target"
         raise _error("ignore_index", expected, options.ignore_index)
@@ -186,8 +190,6 @@ def _head_shapes(
 def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
     _floating("logits", logits)
     _target(target, loss_shape(logits, "none"))
-    integer("ignore_index", options.ignore_index)
-    _vocab_options(options)
 
 
 def linear_log_probs(
@@ -199,14 +201,10 @@ def linear_log_probs(
     classes: int | None = None,  # noqa: ARG001 any number fits
 ) -> None:
     _target(target, _head_shapes(input, linear_weight, linear_bias)[0])
-    integer("ignore_index", options.ignore_index)
-    _vocab_options(options)
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> None:
     _floating("input", input)
-    reduction(options.reduction)
-    integer("ignore_index", options.ignore_index)
     _target(target, loss_shape(input, "none"))
     _class_weight(input, classes_of(input), weight)
 
@@ -270,12 +268,20 @@ def _class_weight(
     raise _error("weight", expected, weight.dtype)
 
 
-def _vocab_options(options: Any) -> None:
-    """Checks the numbers and the memory budget of a function over a vocabulary."""
+def row_options(options: Any) -> None:
+    """Checks the options of a function of rows, as far as they do not depend on tensors."""
     for name, value in zip(options._fields, options, strict=True):
         if name in OPTIONS:
             bounded(OPTIONS[name], value)
-    memory_budget(getattr(options, "memory_budget", None))
+        elif name == "reduction":
+            reduction(value)
+        elif name == "ignore_index":
+            integer(name, value)
+        elif name == "memory_budget":
+            memory_budget(value)
+        elif name == "loss_dtype" and value is not None:
+            if not (isinstance(value, torch.dtype) and value.is_floating_point):
+                raise _error(name, "a floating dtype or None", value, ValueError)
 
 
 def _loss_options(
@@ -286,8 +292,6 @@ def _loss_options(
     Args:
         losses: The shape of the unreduced losses.
     """
-    reduction(options.reduction)
-    _vocab_options(options)
     if not denominator is options.denominator is None and options.reduction != "mean":
         got = "a number" if denominator is None else "a tensor"
         raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
@@ -295,14 +299,13 @@ def _loss_options(
     if token_weight is not None:
         tensor("token_weight", token_weight)
         _shape("token_weight", token_weight, losses, "one factor for each loss", ValueError)
-    factors(token_weight, denominator)
 
 
 def factors(token_weight: Any, denominator: Any) -> None:
     """Checks the values of token_weight and denominator, if they are tensors."""
-    if isinstance(token_weight, TENSORS):
+    if isinstance(token_weight, Tensor):
         _nonnegative("token_weight", token_weight)
-    if isinstance(denominator, TENSORS):
+    if isinstance(denominator, Tensor):
         bounded(_DENOMINATOR, denominator)
 
 
@@ -405,7 +408,7 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Any, prefix: str = "") -> 
 def same_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
     """Raises for tensors on another device, as torch reads invalid memory for a meta weight."""
     for name, value in parameters.items():
-        if isinstance(value, TENSORS) and value.device != input.device:
+        if isinstance(value, Tensor) and value.device != input.device:
             expected = f"the {prefix}input's device {input.device}"
             raise _error(f"{prefix}{name}", expected, value.device)
 
@@ -424,8 +427,6 @@ def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Any) 
     if b.device != a.device or not same_dtype:
         expected = f"the dtype and device of a, {a.dtype} on {a.device}"
         raise _error("b", expected, f"{b.dtype} on {b.device}")
-    reduction(options.reduction)
-    memory_budget(options.memory_budget)
 
 
 def kl_div_with_logits(

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks, nn
-from pyfused.backends.protocol import Divisor, Parameters
+from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch.explanation import Explanation, explanation_of
+from pyfused.dispatch.explanation import Explanation
 from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
@@ -31,7 +31,7 @@ from pyfused.formula_compiler.program import (
     UntraceableError,
 )
 from pyfused.layout import broadcast_with
-from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
+from pyfused.ops.pointwise_loss import Divisor, PointwiseLoss, elements, reduced
 from pyfused.types import NUMBER, Outputs, Scalar
 
 _LONG = 16  # a formula is long from this many instructions on, including its gradients
@@ -92,7 +92,7 @@ class FormulaOperator(PointwiseLoss):
         )
         self.family = formula.family
         self.all_outputs = Outputs(True, (True,) * count)
-        self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by the cases of the numbers
+        self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by `cases_of`
 
     @cached_property
     def generic(self) -> Kernel | str:
@@ -109,15 +109,16 @@ class FormulaOperator(PointwiseLoss):
             ])  # fmt: skip
         return kernel
 
-    def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
+    def cases_of(self, options: Options) -> tuple[Any, ...]:
         """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
+        pairs = zip(self.numbers, options, strict=False)
+        return tuple([x if x in scalar.special else NUMBER for scalar, x in pairs])
+
+    def _invalid_options(self, *options: Any) -> str | None:
         if isinstance(self.generic, str):
             return self.generic
-        cases = list[Any]()
-        for scalar, x in zip(self.numbers, numbers, strict=True):
-            cases.append(x if x in scalar.special else NUMBER)
-        kernel = self.traced(tuple(cases))
-        return kernel if isinstance(kernel, str) else tuple(cases)
+        kernel = self.traced(self.cases_of(options))
+        return kernel if isinstance(kernel, str) else super()._invalid_options(*options)
 
     def _traced(self, cases: tuple[Any, ...]) -> Kernel | str:
         """Returns the kernel for the cases of the numbers, or why there is none."""
@@ -161,8 +162,11 @@ class FormulaOperator(PointwiseLoss):
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         return super().unreduced(self.with_masks(operands), options)
 
-    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
+    def check_options(self, options: Options) -> None:
         checks.reduction(options.reduction)
+
+    def check(self, tensors: Tensors, options: Options) -> None:
+        """Does nothing: `_reason_of_shapes` looks at the shapes."""
 
 
 def _exponents(kernel: Kernel) -> set[int]:
@@ -245,11 +249,9 @@ def _differentiated(function: Callable[..., Tensor], slopes: Any) -> tuple[Any, 
     return Differentiated, WithTangents
 
 
-def _mean_of_weights(
-    operands: Sequence[Tensor], weight: Tensor | None, *_: Any
-) -> Tensor | Divisor:
+def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any) -> Divisor:
     if weight is None:
-        return elements()
+        return elements(operands)
     return weight.sum(dtype=torch.float64) * (operands[0].numel() / max(weight.numel(), 1))
 
 
@@ -486,16 +488,6 @@ class Formula:
 
         return {name: as_tensor(name, value) for name, value in parameters.items()}
 
-    def call_of(
-        self, operands: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[FormulaOperator, Tensors, Options]:
-        """Returns the operator, the tensors and the options of a call.
-
-        Raises:
-            TypeError: The arguments do not match the formula's signature, or an operand is integer.
-        """
-        return self._call(*self._bind(operands, named))
-
     def _call(
         self, operands: tuple[Any, ...], parameters: dict[str, Any], reduction: str, weight: Any
     ) -> tuple[FormulaOperator, Tensors, Options]:
@@ -556,19 +548,21 @@ class Formula:
         return FormulaModule(self, named)
 
     def explain(self, *operands: Any, **named: Any) -> Explanation | str:
-        """Explains how a call with these arguments is computed; see :func:`pyfused.explain`.
+        """Makes a call, and explains how it was computed; see :func:`pyfused.explain`.
 
         Without arguments, returns a listing of the program for the default parameters: its
         instructions, and the bytes read and written per element.
         """
         if operands or named:
-            return explanation_of(*self.call_of(operands, named))
+            from pyfused.adopt.explain import explain  # a later layer
+
+            return explain(self, *operands, **named)
         numbers, _ = self._split(self.defaults)
-        cases = self.op.cases(numbers)
-        if isinstance(cases, str):
-            return f"{self.__name__}: torch: {cases}"
+        if problem := self.op.invalid_options(*numbers, "none"):
+            return f"{self.__name__}: torch: {problem}"
         needed = tuple([variable.differentiated for variable in self.op.variables])
-        program, parameters = self.op.kernel(cases, len(needed), Outputs(True, needed))
+        cases, outputs = self.op.cases_of(numbers), Outputs(True, needed)
+        program, parameters = self.op.kernel(cases, len(needed), outputs)
         read, written = len(needed), sum(needed) + (not self.loss)
         tensors = "1 tensor" if read == 1 else f"{read} tensors"
         return "\n  ".join([

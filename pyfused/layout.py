@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.types import DynamicSize, TensorSpec
-
 Strides = tuple[int, int, int]  # the strides of outer rows, of inner rows and of classes
 
 
@@ -23,66 +21,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def common_dtype(*tensors: Any) -> torch.dtype:
     """Returns the dtype to which torch promotes tensors; other arguments are ignored."""
-    dtypes = [x.dtype for x in tensors if isinstance(x, (Tensor, TensorSpec))]
+    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor)]
     common: torch.dtype = reduce(torch.promote_types, dtypes)
     return common
 
 
 def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
-
-
-def converts_in(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    """Returns whether ``contiguous_in`` would copy any of the tensors."""
-    return any(x is not None and not (x.dtype is dtype and x.is_contiguous()) for x in tensors)
-
-
-def layouts(tensors: Sequence[Any], dynamic_dims: int = 0) -> tuple[Any, ...]:
-    """Returns the layouts of a kernel's tensors and grad_output, as its key.
-
-    Args:
-        dynamic_dims: The number of leading dimensions whose sizes are no part of the key, if the
-            tensors are contiguous and grad_output is contiguous, an expanded scalar or None.
-    """
-    is_scalar = _grad_is_scalar(tensors) if dynamic_dims else None
-    if is_scalar is None:
-        return tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
-    return is_scalar, *[x if x is None else x.dtype for x in tensors]
-
-
-def specs_of_layouts(tensors: Sequence[Any], dynamic_dims: int) -> Sequence[Any]:
-    """Returns the specs that a key of `layouts` describes; the tensors if it has all sizes."""
-    is_scalar = _grad_is_scalar(tensors) if dynamic_dims else None
-    if is_scalar is None:
-        return tensors
-    leading = [DynamicSize() for _ in range(dynamic_dims)]
-    strides = [None] * (len(tensors) - 1) + [(0,) * tensors[-1].dim() if is_scalar else None]
-    return [
-        x
-        if x is None
-        else TensorSpec(
-            x.dtype,
-            (*leading[: x.dim()], *x.shape[dynamic_dims:]),
-            stride,
-            x.device,
-            x.requires_grad,
-        )
-        for x, stride in zip(tensors, strides, strict=True)
-    ]
-
-
-def _grad_is_scalar(tensors: Sequence[Any]) -> bool | None:
-    """Returns whether the last tensor, grad_output, is a scalar, which may have been expanded.
-
-    Returns None if others are not contiguous.
-    """
-    for x in tensors[:-1]:
-        if x is not None and not x.is_contiguous():
-            return None
-    grad_output = tensors[-1]
-    if grad_output is not None and not any(grad_output.stride()):
-        return True
-    return False if grad_output is None or grad_output.is_contiguous() else None
 
 
 def broadcast_with(shape: Sequence[Any], other: Sequence[Any], expands: bool = False) -> bool:
@@ -206,20 +151,6 @@ def class_layout(
         memory_format = torch.contiguous_format
         grad_strides = strides_of(grad.contiguous())
     return copies, strides, memory_format, grad_strides
-
-
-def softmax_layout(input: Tensor, dim: int) -> tuple[bool, tuple[int, int, int], Strides, Strides]:
-    """Returns how kernels read an input along a dimension and write the contiguous output.
-
-    Returns:
-        Whether kernels read a contiguous copy; the sizes and strides of the input or the copy; and
-        the strides of the output.
-    """
-    view, sizes, strides = along(input, dim)
-    if input.is_contiguous():
-        return False, sizes, strides, strides
-    output = torch.empty(input.shape, dtype=input.dtype, device="meta")
-    return view.data_ptr() != input.data_ptr(), sizes, strides, along(output, dim)[2]
 
 
 def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:

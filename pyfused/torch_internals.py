@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # no public equivale
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 MISSING: str | None = None
+PLAIN = (Tensor, torch.nn.Parameter)  # the types of tensors that kernels take
 
 
 def _required(path: str) -> Any:
@@ -89,6 +90,8 @@ def active_mode() -> str | None:
         if (checkpoint := _checkpoint()) is not None:
             _checkpoints.add(weakref.ref(checkpoint, _checkpoints.discard))
         return "a torch dispatch or function mode"
+    if _checkpoints and _fell_back_in_checkpoint():
+        return "a torch dispatch or function mode in the checkpoint's forward pass"
     return None
 
 
@@ -152,10 +155,8 @@ _checkpoints: set[weakref.ref[Any]] = set()
 _CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 
 
-def fell_back_in_checkpoint() -> bool:
+def _fell_back_in_checkpoint() -> bool:
     """Returns whether calls fell back to torch in the forward pass of the current checkpoint."""
-    if not _checkpoints:
-        return False
     checkpoint = _checkpoint()
     return checkpoint is not None and weakref.ref(checkpoint) in _checkpoints
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]  # one for each operand
-Kernels = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # forward, backward
 Reduction = Literal["none", "mean", "sum"]
 ReductionOfKlDiv = Literal["none", "mean", "sum", "batchmean"]
 Approximate = Literal["none", "tanh"]
@@ -20,141 +18,16 @@ MarginKind = Literal["cosface", "arcface"]
 Remainder = Literal["bucket", "ignore"]
 
 
-class UnknownSizeError(AssertionError):
-    """A plan depends on a size that it does not know."""
+class Number(Enum):
+    """Stands for the parameters of a kernel, as opposed to values that have their own kernels."""
 
-
-class UnknownSize:
-    """Stands for a product of sizes in a plan, which cannot depend on it. It is more than 1."""
-
-    def __eq__(self, other: object) -> bool:
-        return False if type(other) is int and other <= 1 else self._unknown()
-
-    def _unknown(self, *_: Any) -> Any:
-        raise UnknownSizeError("a plan cannot depend on a dynamic size")
-
-    __hash__ = object.__hash__
-    __bool__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = _unknown
-    __add__ = __sub__ = __floordiv__ = _unknown
-
-    def __mul__(self, other: object) -> Any:
-        return 0 if type(other) is int and other == 0 else UnknownSize()
-
-    __rmul__ = __mul__
-
-    def __repr__(self) -> str:
-        return "any"
-
-
-class DynamicSize(UnknownSize):
-    """Stands for a size in a plan. Different sizes of a call have different objects.
-
-    Attributes:
-        stand_in: A size that no other dimension of the call has.
-    """
-
-    def __init__(self, stand_in: int = 0) -> None:
-        self.stand_in = stand_in
-
-    def __eq__(self, other: object) -> bool:
-        return self is other if type(other) is DynamicSize else super().__eq__(other)
-
-    __hash__ = object.__hash__
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Describes a tensor without its values.
-
-    It has a tensor's attributes, and checks accept either.
-
-    Attributes:
-        shape: A torch.Size, or a tuple with dynamic sizes.
-        strides: The strides. None if the kernels read them, or if the tensor is contiguous.
-    """
-
-    dtype: torch.dtype
-    shape: Any
-    strides: tuple[int, ...] | None
-    device: torch.device
-    requires_grad: bool
-
-    @property
-    def dynamic_dims(self) -> int:
-        """Returns the number of leading dimensions that include all dynamic sizes."""
-        dims = [dim for dim, size in enumerate(self.shape, 1) if type(size) is DynamicSize]
-        return max(dims, default=0)
-
-    @property
-    def is_cpu(self) -> bool:
-        return self.device.type == "cpu"
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def is_meta(self) -> bool:
-        return self.device.type == "meta"
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def numel(self) -> Any:
-        return math.prod(self.shape)
-
-    def stride(self, dim: int | None = None) -> Any:
-        strides = self.strides
-        if strides is None:
-            strides = tuple([math.prod(self.shape[i + 1 :]) for i in range(self.dim())])
-        return strides if dim is None else strides[dim]
-
-    def reshape(self, *shape: Any) -> TensorSpec:
-        """Returns the spec of a tensor with another shape."""
-        return replace(self, shape=shape, strides=None)
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def is_contiguous(self) -> bool:
-        return self.strides is None or (not self.dynamic_dims and self.empty().is_contiguous())
-
-    def to(self, dtype: torch.dtype) -> TensorSpec:
-        return replace(self, dtype=dtype)
-
-    def empty(self) -> Tensor:
-        """Returns a meta tensor of this layout, whose dynamic sizes are their stand-ins."""
-        if self.strides is None:
-            shape = [x.stand_in if type(x) is DynamicSize else x for x in self.shape]
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
-
-
-TENSORS: Any = (Tensor, TensorSpec)
-
-
-class Number:
-    """Stands for a number of a call in its plan, which cannot depend on the number's value."""
-
-    def __bool__(self) -> bool:
-        raise AssertionError("a plan cannot depend on the value of a number")
-
-    def __truediv__(self, _: Any) -> Number:
-        return self
-
-    __rtruediv__ = __truediv__
+    NUMBER = "number"
 
     def __repr__(self) -> str:
         return "NUMBER"
 
 
-NUMBER = Number()
+NUMBER = Number.NUMBER
 
 
 class Scalar(NamedTuple):
@@ -215,8 +88,8 @@ OPTIONS = {
     )
 }
 
-# The options of a call over a vocabulary, one class for each family. Floats come first: they are
-# arguments of a launch, and no part of a plan. The fields are arguments of the custom operators.
+# The options of a call over a vocabulary, one class for each family, floats first. The fields are
+# arguments of the custom operators.
 
 
 class RowOptions(NamedTuple):

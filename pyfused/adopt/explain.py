@@ -1,15 +1,12 @@
-"""Reports which backend a call is dispatched to, and why."""
+"""Reports which backend computes a call, and why."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
-from functools import partial
-from types import FunctionType, SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn import Module
 
 import pyfused.functional as functional
@@ -17,28 +14,21 @@ import pyfused.nn as nn
 from pyfused.adopt.convert import FUSED
 from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import Operator
-from pyfused.dispatch.originals import F
+from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.report import Report
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.softmax import Softmax
 
 _LIBRARIES = ("None", "torch", "torchvision", __name__.partition(".")[0])  # None for built-ins
-_OF_TORCH = [name for name in OPERATORS if hasattr(F, name)]
-# Why functions call torch's without dispatch, whatever the size.
-_WITHOUT_DISPATCH = {
-    Activation: "torch computes activations in place",
-    Softmax: "dim is not given",
-    Operator: "some of the arguments are deprecated or invalid",
-    object: "a composition of torch's operators",
-}
 
 
 def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Returns which backend a call is dispatched to, and why, without making the call.
+    """Makes a call, and returns which backend has computed it, and why.
 
-    It asks the dispatch code of the call, with the active modes and number of threads. It cannot
-    predict fallbacks that are decided during backward, for example for ``create_graph``.
+    The result of the call is dropped. Fallbacks that are decided during backward, for example for
+    ``create_graph``, are not among the reasons.
 
     Args:
         op: The name of a function in :mod:`pyfused.functional`; a function of that name in torch or
@@ -49,68 +39,60 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
 
     Raises:
         ValueError: There is no such operator.
+        Exception: The call raises it.
     """
-    if isinstance(op, FormulaModule):
-        return explain(op.formula, *args, **nn.options_of(op), **kwargs)
-    if isinstance(op, Formula):
-        return explanation_of(*op.call_of(args, kwargs))
-    functions, call = _Functions(), None
+    call, name = _callable(op)
+    with _Recorder() as recorder:
+        call(*args, **kwargs)
+    if recorder.found is not None:
+        return recorder.found
+    return Explanation(name, "torch", _reason(OPERATORS.get(name), args, kwargs))
+
+
+def _callable(op: Any) -> tuple[Callable[..., Any], str]:
+    """Returns the function of pyfused that computes an operator, and its name."""
+    if isinstance(op, (Formula, FormulaModule)):
+        return op, getattr(op, "formula", op).__name__
     if isinstance(op, Module):
         if type(op) in FUSED:
             op = copy.copy(op)
             op.__class__ = FUSED[type(op)]
-        forward, args = type(op).forward, (op, *args)
-        if getattr(forward, "__globals__", None) is vars(nn):
-            call = _with_globals(forward, F=functions)
+        if getattr(type(op).forward, "__globals__", None) is vars(nn):
+            names = {each.module: each.name for each in OPERATORS.values()}
+            return op, names.get(type(op).__name__, type(op).__name__)
     else:
         name = op if isinstance(op, str) else getattr(op, "__name__", "")
         library = str(getattr(op, "__module__", None)).partition(".")[0]
         if name in functional.__all__ and (op is name or library in _LIBRARIES):
-            call = getattr(functions, name)
-    if call is None:
-        raise ValueError(
-            "op: expected a function of pyfused.functional or a module of pyfused.nn, got "
-            f"{op!r}. torch computes all others"
-        )
-    call(*args, **kwargs)
-    return functions.explanation
-
-
-class _Functions:
-    """The functions of `functional`, with other globals: they explain a call and do not make it.
-
-    Attributes:
-        explanation: The explanation of the last call.
-    """
-
-    explanation: Explanation
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return _with_globals(
-            getattr(functional, name),
-            run=self._run,
-            # Dispatch decides about sizes, and can say why.
-            left_to_torch=lambda _op, _input, *legacy, **_: legacy[:2] not in ((), (None, None)),
-            is_small=lambda *_: False,
-            F=SimpleNamespace(**{name: partial(self._by_torch, name) for name in _OF_TORCH}),
-            margins=SimpleNamespace(additive_margin=partial(self._by_torch, name)),
-        )
-
-    def _run(self, *call: Any) -> Tensor:
-        self.explanation = explanation_of(*call)
-        return torch.empty(3, 3)  # some functions unpack it, or compute their result from it
-
-    def _by_torch(self, name: str, *_: Any, **__: Any) -> None:
-        kinds = type(OPERATORS.get(name)).__mro__
-        reason = next(_WITHOUT_DISPATCH[kind] for kind in kinds if kind in _WITHOUT_DISPATCH)
-        self.explanation = Explanation(name, "torch", reason)
-
-
-def _with_globals(function: Any, **names: Any) -> Callable[..., Any]:
-    """Returns a copy of a function in which other objects have these global names."""
-    namespace = {**function.__globals__, **names}
-    copied = FunctionType(
-        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+            return getattr(functional, name), name
+    raise ValueError(
+        "op: expected a function of pyfused.functional or a module of pyfused.nn, got "
+        f"{op!r}. torch computes all others"
     )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
+
+
+def _reason(op: Operator | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Returns why a function has called torch's without dispatch."""
+    if op is None:
+        return "a composition of torch's operators"
+    if {"size_average", "reduce"} & kwargs.keys():
+        return "some of the arguments are deprecated or invalid"
+    if isinstance(op, Activation) and (kwargs.get("inplace") or True in args):
+        return "torch computes activations in place"
+    if isinstance(op, Softmax) and kwargs.get("dim", (*args, None)[1]) is None:
+        return "dim is not given"
+    return SMALL
+
+
+class _Recorder(Report):
+    """Keeps the explanation of the last call that this thread dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread, self.found = threading.get_ident(), None
+
+    def count(
+        self, op: Operator, tensors: Any, options: Any, reason: str | None, shard: Any
+    ) -> None:
+        if threading.get_ident() == self.thread:
+            self.found: Explanation | None = explanation_of(op, tensors, options, reason, shard)

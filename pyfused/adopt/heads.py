@@ -18,11 +18,10 @@ from pyfused import torch_internals
 from pyfused.adopt import subclass
 from pyfused.adopt.lazy_logits import HeadCall, active_autocast, tell
 from pyfused.adopt.subclass import MARK
-from pyfused.dispatch.plan import needs_grad
-from pyfused.dispatch.signature import PLAIN
+from pyfused.dispatch.operator import needs_grad
 from pyfused.dispatch.sizes import is_small
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
-from pyfused.torch_internals import active_mode, has_compiled_call, has_own_hooks
+from pyfused.torch_internals import PLAIN, active_mode, has_compiled_call, has_own_hooks
 
 ALREADY = "is already converted"
 SILENT = ""  # a reason without a warning

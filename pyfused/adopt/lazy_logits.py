@@ -34,9 +34,13 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
-from pyfused.dispatch.signature import PLAIN
 from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
-from pyfused.torch_internals import DisableTorchFunctionSubclass, tree_map_only, version_of
+from pyfused.torch_internals import (
+    PLAIN,
+    DisableTorchFunctionSubclass,
+    tree_map_only,
+    version_of,
+)
 
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),

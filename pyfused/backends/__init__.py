@@ -16,7 +16,6 @@ from pyfused.backends import cpu
 from pyfused.backends.protocol import Backend as Backend
 from pyfused.backends.versions import unsupported_triton
 from pyfused.torch_internals import run_while_tracing
-from pyfused.types import TensorSpec
 
 DTYPES = tuple(cpu.DTYPES)  # the dtypes that the kernels of all devices support
 
@@ -27,7 +26,7 @@ if FORCED == "cpu" and cpu.MISSING:
     raise ImportError(f"PYFUSED_BACKEND: expected triton or torch, as {cpu.MISSING}, got 'cpu'")
 
 
-def backend_of(input: Tensor | TensorSpec) -> Backend:
+def backend_of(input: Tensor) -> Backend:
     """Returns the backend for a tensor for which :func:`unsupported_device` returns None."""
     if input.is_cpu and FORCED != "triton":
         return cpu
@@ -36,14 +35,12 @@ def backend_of(input: Tensor | TensorSpec) -> Backend:
     return triton
 
 
-def takes_triton(input: Tensor | TensorSpec) -> bool:
+def takes_triton(input: Tensor) -> bool:
     """Returns whether Triton kernels are used for tensors of this device."""
     return not input.is_cpu or FORCED == "triton"
 
 
-def unsupported_device(
-    name: str, tensor: Tensor | TensorSpec, input: Tensor | TensorSpec
-) -> str | None:
+def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
     """Returns why no kernel supports the tensor's device together with the input's, or None.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prepares and calls the C++ kernels; ``protocol.py`` describes the functions.
+"""Calls the C++ kernels; ``protocol.py`` describes the functions.
 
 The extension is built once for each instruction set. At import, the best one that this CPU supports
 is loaded; the environment variable ``PYFUSED_CPU_CAPABILITY`` selects another. If pyfused was
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
-from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Options, Parameters
+from pyfused.backends.protocol import LossResult, Options
 from pyfused.formula_compiler.program import Program
 from pyfused.layout import (
     accumulate_dtype,
@@ -39,7 +39,6 @@ from pyfused.torch_internals import has_amx, has_avx512_bf16
 from pyfused.types import (
     ClassRange,
     EmbeddingOptions,
-    Kernels,
     Outputs,
 )
 
@@ -167,10 +166,9 @@ def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve
     return empty(layout.shape, like.dtype, strides=layout.stride())
 
 
-def _loss_allocator(each: bool, dtype: torch.dtype) -> Callable[[Sequence[int]], Tensor]:
-    """Returns a function that allocates the losses of a shape, or their sum."""
-    scalar = _SCALARS[dtype]
-    return (lambda shape: empty(shape, dtype)) if each else lambda _: torch.empty_like(scalar)
+def _new_loss(shape: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+    """Allocates the losses of a shape; None for their sum."""
+    return torch.empty_like(_SCALARS[dtype]) if shape is None else empty(shape, dtype)
 
 
 def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa: ARG001
@@ -225,87 +223,72 @@ def cross_entropy(
     tensors: Sequence[Any],
     options: Options,
     outputs: Outputs,
-    grad_output: Tensor | None = None,  # noqa: ARG001
+    grad_output: Tensor | None = None,
     normalized: bool = False,
-) -> LossKernel:
-    input, target, *_ = tensors
-    accumulate, dtype = accumulate_dtype(input.dtype), DTYPES[input.dtype]
-    indices, each = target.dtype is torch.int64, options.reduction == "none"
+) -> LossResult:
+    input, target, weight, token_weight, denominator = tensors
+    accumulate, dims = accumulate_dtype(input.dtype), input.dim()
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
-    ignore_index, reduction = options.ignore_index, _REDUCTIONS[options.reduction]
-    dims, classes = input.dim(), input.shape[min(input.dim() - 1, 1)]
-    scalar = _SCALARS[accumulate]
-    recycled = RECYCLED_BYTES // input.element_size()
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        input, target, weight, token_weight, denominator = tensors
-        elements = input.numel()
-        rows, inner = elements // classes, 1 if dims < 3 else math.prod(input.shape[2:])
-        sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
-        like = torch.empty_like if elements < recycled else empty_like
-        if input.is_contiguous():
-            logits, grad_format = input, torch.preserve_format
-            strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
-            grad_strides = strides
-        else:
-            copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
-            logits = input.contiguous() if copies else input
-        numbers = _NO_OPTIONS
-        if not normalized:
-            scale = options.scale / options.temperature
-            numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
-            denominator = options.denominator if denominator is None else denominator
-        target_strides: tuple[int, ...] = ()
-        if indices:
-            copies = not target.is_contiguous()
-        else:
-            copies, target_strides, target_format, grad_target_strides = class_layout(target)
+    elements, classes = input.numel(), input.shape[min(dims - 1, 1)]
+    rows, inner = elements // classes, 1 if dims < 3 else math.prod(input.shape[2:])
+    sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
+    if input.is_contiguous():
+        logits, grad_format = input, torch.preserve_format
+        strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
+        grad_strides = strides
+    else:
+        copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
+        logits = input.contiguous() if copies else input
+    numbers = _NO_OPTIONS
+    if not normalized:
+        scale = options.scale / options.temperature
+        numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
+        denominator = options.denominator if denominator is None else denominator
+    indices, target_view = target.dtype is torch.int64, _NO_VIEW
+    if indices:
+        targets = target.contiguous()
+    else:
+        copies, target_strides, target_format, grad_target_strides = class_layout(target)
         targets = target.contiguous() if copies else target
-        if not weight is token_weight is None:
-            weight, token_weight = contiguous_in(accumulate, weight, token_weight)
-        if grad_output is not None:
-            grad_output = grad_output.to(accumulate).contiguous()
-        loss = grad = grad_target = None
-        grad_view = grad_target_view = _NO_VIEW
-        if outputs.loss:
-            if each:
-                loss = empty(loss_shape(input, "none"), accumulate)
-            else:
-                loss = torch.empty_like(scalar)
-        if grad_of_input:
-            in_place = outputs.inplace
-            grad = logits.detach() if in_place else like(logits, memory_format=grad_format)
-            grad_view = (grad.data_ptr(), *grad_strides)
-        if grad_of_target:
-            grad_target = like(targets, memory_format=target_format)
-            grad_target_view = (grad_target.data_ptr(), *grad_target_strides)
-        address = targets.data_ptr()
-        out_of_range = native.cross_entropy(
-            dtype,
-            sizes,
-            (logits.data_ptr(), *strides),
-            address if indices else 0,
-            _NO_VIEW if indices else (address, *target_strides),
-            0 if weight is None else weight.data_ptr(),
-            ignore_index,
-            reduction,
-            numbers,
-            normalized,
-            0 if token_weight is None else token_weight.data_ptr(),
-            None if denominator is None else float(denominator),
-            0 if grad_output is None else grad_output.data_ptr(),
-            0 if loss is None else loss.data_ptr(),
-            grad_view,
-            grad_target_view,
-            torch.get_num_threads(),
-        )
-        if out_of_range >= 0:
-            checks.raise_out_of_range(classes, target, ignore_index, out_of_range)
-        return loss, (grad, grad_target)
-
-    return launch
+        target_view = (targets.data_ptr(), *target_strides)
+    if not weight is token_weight is None:
+        weight, token_weight = contiguous_in(accumulate, weight, token_weight)
+    if grad_output is not None:
+        grad_output = grad_output.to(accumulate).contiguous()
+    loss = grad = grad_target = None
+    grad_view = grad_target_view = _NO_VIEW
+    if outputs.loss:
+        each = options.reduction == "none"
+        loss = _new_loss(loss_shape(input, "none") if each else None, accumulate)
+    if grad_of_input:
+        like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
+        grad = logits.detach() if outputs.inplace else like(logits, memory_format=grad_format)
+        grad_view = (grad.data_ptr(), *grad_strides)
+    if grad_of_target:
+        grad_target = empty_like(targets, memory_format=target_format)
+        grad_target_view = (grad_target.data_ptr(), *grad_target_strides)
+    out_of_range = native.cross_entropy(
+        DTYPES[input.dtype],
+        sizes,
+        (logits.data_ptr(), *strides),
+        targets.data_ptr() if indices else 0,
+        target_view,
+        0 if weight is None else weight.data_ptr(),
+        options.ignore_index,
+        _REDUCTIONS[options.reduction],
+        numbers,
+        normalized,
+        0 if token_weight is None else token_weight.data_ptr(),
+        None if denominator is None else float(denominator),
+        0 if grad_output is None else grad_output.data_ptr(),
+        0 if loss is None else loss.data_ptr(),
+        grad_view,
+        grad_target_view,
+        torch.get_num_threads(),
+    )
+    if out_of_range >= 0:
+        checks.raise_out_of_range(classes, target, options.ignore_index, out_of_range)
+    return loss, (grad, grad_target)
 
 
 nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabilities
@@ -315,85 +298,70 @@ def kl_div_with_logits(
     tensors: Sequence[Any],
     options: Options,
     outputs: Outputs,
-    grad_output: Tensor | None = None,  # noqa: ARG001
-) -> LossKernel:
-    input = tensors[0]
-    accumulate, reduction = accumulate_dtype(input.dtype), _REDUCTIONS[options.reduction]
-    dtype, needs_grad = DTYPES[input.dtype], any(outputs.gradients)
-    new_loss = _loss_allocator(options.reduction == "none", accumulate)
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        input, teacher, token_weight, denominator, *_ = tensors
-        input, teacher = feature_rows(input), feature_rows(teacher)
-        denominator = options.denominator if denominator is None else denominator
-        grad = None
-        if needs_grad:
-            grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
-        weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
-        loss = new_loss(input.shape[:1]) if outputs.loss else None
-        native.kl_div_with_logits(
-            dtype,
-            input.shape,
-            _rows(input),
-            _rows(teacher),
-            options.beta,
-            1 / options.temperature,
-            _address(weight),
-            reduction,
-            None if denominator is None else float(denominator),
-            _address(grad_output),
-            _address(loss),
-            _rows(grad),
-            torch.get_num_threads(),
-        )
-        return loss, (grad,)
-
-    return launch
+    grad_output: Tensor | None = None,
+) -> LossResult:
+    input, teacher, token_weight, denominator, *_ = tensors
+    accumulate, dtype = accumulate_dtype(input.dtype), DTYPES[input.dtype]
+    input, teacher = feature_rows(input), feature_rows(teacher)
+    denominator = options.denominator if denominator is None else denominator
+    grad = loss = None
+    if any(outputs.gradients):
+        grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
+    weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
+    if outputs.loss:
+        loss = _new_loss(input.shape[:1] if options.reduction == "none" else None, accumulate)
+    native.kl_div_with_logits(
+        dtype,
+        input.shape,
+        _rows(input),
+        _rows(teacher),
+        options.beta,
+        1 / options.temperature,
+        _address(weight),
+        _REDUCTIONS[options.reduction],
+        None if denominator is None else float(denominator),
+        _address(grad_output),
+        _address(loss),
+        _rows(grad),
+        torch.get_num_threads(),
+    )
+    return loss, (grad,)
 
 
 def embedding_loss(
     name: str,
     inputs: tuple[Tensor, ...],
+    numbers: tuple[float, float],
     options: EmbeddingOptions,
     reduction: str,
     outputs: Outputs,
-    divisor: Divisor | None,
-) -> LossKernel:
-    first, kernel, each = inputs[0], getattr(native, name), reduction == "none"
-    dtype, accumulate = DTYPES[first.dtype], accumulate_dtype(first.dtype)
-    flags, count, new_loss = tuple(options), len(inputs), _loss_allocator(each, accumulate)
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        eps = getattr(options, "eps", 0.0)  # the cosine loss has none
-        first = tensors[0]
-        denominator = 1.0 if divisor is None else float(divisor(first))
-        views = [feature_rows(x) for x in tensors[:count]]
-        (grad_output,) = contiguous_in(accumulate, grad_output)
-        loss = new_loss(first.shape[:-1]) if outputs.loss else None
-        gradients = tuple([
-            empty_like(first, torch.contiguous_format) if needed else None
-            for needed in outputs.gradients
-        ])  # fmt: skip
-        addresses = [*map(_address, gradients), 0, 0, 0][:3]
-        losses = (_address(loss), 0) if each else (0, _address(loss))
-        kernel(
-            dtype,
-            views[0].shape,
-            [_rows(x) for x in (*views, None)[:3]],
-            (options.margin, eps, *flags),
-            denominator,
-            _address(grad_output),
-            *losses,
-            addresses,
-            torch.get_num_threads(),
-        )
-        return loss, gradients
-
-    return launch
+    divisor: int | None,
+    grad_output: Tensor | None = None,
+) -> LossResult:
+    first, each, loss = inputs[0], reduction == "none", None
+    accumulate = accumulate_dtype(first.dtype)
+    views = [feature_rows(x) for x in inputs]
+    (grad_output,) = contiguous_in(accumulate, grad_output)
+    if outputs.loss:
+        loss = _new_loss(first.shape[:-1] if each else None, accumulate)
+    gradients = tuple([
+        empty_like(first, torch.contiguous_format) if needed else None
+        for needed in outputs.gradients
+    ])  # fmt: skip
+    addresses = [*map(_address, gradients), 0, 0, 0][:3]
+    losses = (_address(loss), 0) if each else (0, _address(loss))
+    getattr(native, name)(
+        DTYPES[first.dtype],
+        views[0].shape,
+        [_rows(x) for x in (*views, None)[:3]],
+        (*numbers, *options),
+        1.0 if divisor is None else float(divisor),
+        _address(grad_output),
+        *losses,
+        addresses,
+        torch.get_num_threads(),
+    )
+    return loss, gradients
 
 
 # ---- rows of logits ------------------------------------------------------------------------------
@@ -462,30 +430,27 @@ def row_gradients(
     return out
 
 
-def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    kernel = partial(native.softmax, formula == "log_softmax", DTYPES[input.dtype])
-    recycled = RECYCLED_BYTES // input.element_size()
+def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
+    like = torch.empty_like if input.nbytes < RECYCLED_BYTES else empty_like
+    output = like(input, memory_format=torch.contiguous_format)
+    _, sizes, out_strides = along(output, dim)
+    strides = out_strides
+    if not input.is_contiguous():
+        input, _, strides = along(_with_a_contiguous_dimension(input, dim), dim)
+    pointers = (input.data_ptr(), *strides), _NO_VIEW, (output.data_ptr(), *out_strides)
+    kind = formula == "log_softmax", DTYPES[input.dtype]
+    native.softmax(*kind, sizes, *pointers, torch.get_num_threads())
+    return output
 
-    def forward(input: Tensor, _: Options) -> Tensor:
-        like = torch.empty_like if input.numel() < recycled else empty_like
-        output = like(input, memory_format=torch.contiguous_format)
-        _, sizes, out_strides = along(output, dim)
-        strides = out_strides
-        if not input.is_contiguous():
-            input, _, strides = along(_with_a_contiguous_dimension(input, dim), dim)
-        pointers = (input.data_ptr(), *strides), _NO_VIEW, (output.data_ptr(), *out_strides)
-        kernel(sizes, *pointers, torch.get_num_threads())
-        return output
 
-    def backward(grad_output: Tensor, output: Tensor, _: Options) -> Tensor:
-        grad_output, output = grad_output.contiguous(), output.contiguous()
-        grad_input = (torch.empty_like if output.numel() < recycled else empty_like)(output)
-        _, sizes, strides = along(output, dim)
-        tensors = output, grad_output, grad_input
-        kernel(sizes, *[(x.data_ptr(), *strides) for x in tensors], torch.get_num_threads())
-        return grad_input
-
-    return forward, backward
+def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    grad_output, output = grad_output.contiguous(), output.contiguous()
+    grad_input = empty_like(output)
+    _, sizes, strides = along(output, dim)
+    views = [(x.data_ptr(), *strides) for x in (output, grad_output, grad_input)]
+    kind = formula == "log_softmax", DTYPES[output.dtype]
+    native.softmax(*kind, sizes, *views, torch.get_num_threads())
+    return grad_input
 
 
 def _with_a_contiguous_dimension(input: Tensor, dim: int) -> Tensor:
@@ -501,80 +466,64 @@ def _with_a_contiguous_dimension(input: Tensor, dim: int) -> Tensor:
 
 def pointwise_loss(
     formula: Kernel | Program,
-    tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-    parameters: Parameters,
+    operands: Sequence[Tensor],
+    weight: Tensor | None,
+    parameters: Sequence[float],
     reduction: str,
     outputs: Outputs,
-    divisor: Divisor | None = None,
-    on_nan: Callable[..., Any] | None = None,
-) -> LossKernel:
-    operands, *_ = tensors
-    of_operands, count = operands[0].dtype, len(operands)
-    dtype, missing = DTYPES[of_operands], 4 - count
-    padding: tuple[float, ...] = (0.0, 0.0, 0.0)
+    divisor: Tensor | int | None = None,
+    grad_output: Tensor | None = None,
+    on_nan: Callable[[], Any] | None = None,
+) -> LossResult:
+    like, count = operands[0], len(operands)
+    dtype, n, missing = like.dtype, like.numel(), 4 - count
     if isinstance(formula, Program):
-        kernel, padding, length = formula.kernel(native, _native_program), (), formula.parameters
+        kernel, parameters = formula.kernel(native, _native_program), tuple(parameters)
     else:
-        kernel, length = getattr(native, formula.name), 3
-    each = outputs.loss and reduction == "none"
-    sums = outputs.loss and (not each or on_nan is not None)  # a sum shows whether a loss is NaN
-    scalar = _SCALARS[accumulate_dtype(of_operands)]
-    recycled = RECYCLED_BYTES // of_operands.itemsize
-    no_operands, no_gradients = (_NO_TENSOR,) * missing, (0,) * (4 - len(outputs.gradients))
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        weight, by, *_ = *tensors[count:], None, None
-        like, inputs = tensors[0], [*tensors[:count], weight, grad_output]
-        n = like.numel()
-        if by is None:
-            by = 1.0 if divisor is None else divisor(like)
-        views, in_rows = list[tuple[int, int]](), False
-        for i, x in enumerate(inputs):
-            if x is None:
-                views.append(_NO_TENSOR)
-                continue
-            if x.dtype is not of_operands:
-                inputs[i] = x = x.to(of_operands)
-            is_contiguous = x.is_contiguous()
-            is_scalar = not (is_contiguous or any(x.stride()))
-            in_rows = in_rows or not (is_contiguous or is_scalar)
-            views.append((x.data_ptr(), int(not is_scalar)))
-        output_like = torch.empty_like if n < recycled else empty_like
-        if not views[0][1]:  # outputs have the memory order of the first tensor that has one
-            like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
-        losses = output_like(like) if each else None
-        total = torch.empty_like(scalar) if sums else None
-        gradients: list[Tensor | None] = []
-        addresses = []
-        for needed in outputs.gradients:
-            gradient = output_like(like) if needed else None
-            gradients.append(gradient)
-            addresses.append(0 if gradient is None else gradient.data_ptr())
-        strides: Sequence[Sequence[int]] = ()
-        if in_rows:
-            output = next((x for x in (*gradients, losses) if x is not None), like)
-            strides = _strides(output, [*inputs[:count], *[None] * missing, *inputs[count:]])
-        kernel(
-            dtype,
-            n,
-            (*views[:count], *no_operands),
-            (*parameters(options), *padding)[:length],
-            views[count],
-            float(by),
-            views[count + 1],
-            0 if losses is None else losses.data_ptr(),
-            0 if total is None else total.data_ptr(),
-            (*addresses, *no_gradients),
-            torch.get_num_threads(),
-            strides,
-        )
-        if on_nan is not None and total is not None and total.isnan():
-            on_nan(tensors, options)
-        return losses if each else total, tuple(gradients)
-
-    return launch
+        kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
+    inputs = [*operands, weight, grad_output]
+    views, in_rows = list[tuple[int, int]](), False
+    for i, x in enumerate(inputs):
+        if x is None:
+            views.append(_NO_TENSOR)
+            continue
+        if x.dtype is not dtype:
+            inputs[i] = x = x.to(dtype)
+        is_contiguous = x.is_contiguous()
+        is_scalar = not (is_contiguous or any(x.stride()))
+        in_rows = in_rows or not (is_contiguous or is_scalar)
+        views.append((x.data_ptr(), int(not is_scalar)))
+    output_like = torch.empty_like if like.nbytes < RECYCLED_BYTES else empty_like
+    if not views[0][1]:  # outputs have the memory order of the first tensor that has one
+        like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
+    losses = total = None
+    if outputs.loss and reduction == "none":
+        losses = output_like(like)
+    if outputs.loss and (losses is None or on_nan is not None):
+        total = torch.empty_like(_SCALARS[accumulate_dtype(dtype)])  # is NaN if any loss is
+    gradients = tuple([output_like(like) if needed else None for needed in outputs.gradients])
+    addresses = [0 if x is None else x.data_ptr() for x in gradients]
+    strides: Sequence[Sequence[int]] = ()
+    if in_rows:
+        output = next((x for x in (*gradients, losses) if x is not None), like)
+        strides = _strides(output, [*inputs[:count], *[None] * missing, *inputs[count:]])
+    kernel(
+        DTYPES[dtype],
+        n,
+        (*views[:count], *(_NO_TENSOR,) * missing),
+        parameters,
+        views[count],
+        1.0 if divisor is None else float(divisor),
+        views[count + 1],
+        0 if losses is None else losses.data_ptr(),
+        0 if total is None else total.data_ptr(),
+        (*addresses, 0, 0, 0, 0)[:4],
+        torch.get_num_threads(),
+        strides,
+    )
+    if on_nan is not None and total is not None and total.isnan():
+        on_nan()
+    return total if losses is None else losses, gradients
 
 
 def _strides(output: Tensor, tensors: Sequence[Tensor | None]) -> list[Sequence[int]]:
@@ -589,34 +538,34 @@ def _native_program(program: Program) -> Callable[..., None]:
     return kernel
 
 
-def activation(formula: Kernel, input: Tensor) -> Kernels:
-    name = formula.name
-    kernel, backward_kernel = getattr(native, name), getattr(native, f"{name}_backward")
-    dtype, count = DTYPES[input.dtype], len(formula.parameters)
-    recycled = RECYCLED_BYTES // input.dtype.itemsize
+def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
+    strides = list[Sequence[int]]()
+    output = (torch.empty_like if input.nbytes < RECYCLED_BYTES else empty_like)(input)
+    if not input.is_contiguous() and input.stride() != output.stride():
+        strides = _strides(output, [input])
+    pointers = input.data_ptr(), output.data_ptr()
+    of_kernel = _parameters(formula, options), torch.get_num_threads(), strides
+    getattr(native, formula.name)(DTYPES[input.dtype], input.numel(), *pointers, *of_kernel)
+    return output
 
-    def forward(input: Tensor, options: Options) -> Tensor:
-        n, strides = input.numel(), list[Sequence[int]]()
-        output = (torch.empty_like if n < recycled else empty_like)(input)
-        if not input.is_contiguous() and input.stride() != output.stride():
-            strides = _strides(output, [input])
-        pointers = input.data_ptr(), output.data_ptr()
-        parameters = (*options[:count], 0.0, 0.0, 0.0)[:3]
-        kernel(dtype, n, *pointers, parameters, torch.get_num_threads(), strides)
-        return output
 
-    def backward(grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
-        n, strides = saved.numel(), list[Sequence[int]]()
-        grad_input = (torch.empty_like if n < recycled else empty_like)(saved)
-        order, step = grad_input.stride(), 1 if any(grad_output.stride()) else 0
-        if saved.stride() != order or (step and grad_output.stride() != order):
-            strides = _strides(grad_input, [grad_output, saved])
-        pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
-        parameters = (*options[:count], 0.0, 0.0, 0.0)[:3]
-        backward_kernel(dtype, n, *pointers, parameters, torch.get_num_threads(), strides)
-        return grad_input
+def activation_backward(
+    formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
+) -> Tensor:
+    strides = list[Sequence[int]]()
+    grad_input = (torch.empty_like if saved.nbytes < RECYCLED_BYTES else empty_like)(saved)
+    order, step = grad_input.stride(), 1 if any(grad_output.stride()) else 0
+    if saved.stride() != order or (step and grad_output.stride() != order):
+        strides = _strides(grad_input, [grad_output, saved])
+    pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
+    of_kernel = _parameters(formula, options), torch.get_num_threads(), strides
+    kernel = getattr(native, f"{formula.name}_backward")
+    kernel(DTYPES[saved.dtype], saved.numel(), *pointers, *of_kernel)
+    return grad_input
 
-    return forward, backward
+
+def _parameters(formula: Kernel, options: Options) -> tuple[float, ...]:
+    return (*options[: len(formula.parameters)], 0.0, 0.0, 0.0)[:3]
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:

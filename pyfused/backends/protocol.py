@@ -1,11 +1,4 @@
-"""Declares the interface of a backend, which ``cpu.py`` and ``triton.py`` implement.
-
-Most functions prepare a kernel for the layouts of tensors and return a function that launches it.
-Later calls of the same signature only launch it. Preparation takes a TensorSpec for a tensor whose
-sizes differ between these calls. It reads no values of tensors and keeps no references to tensors.
-It may depend on whether a number is None or a special value such as 0; other numbers are read from
-the options of a launch.
-"""
+"""Declares the interface of a backend, which ``cpu.py`` and ``triton.py`` implement."""
 
 from __future__ import annotations
 
@@ -15,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from pyfused.types import ClassRange, EmbeddingOptions, Gradients, Kernels, Outputs
+from pyfused.types import ClassRange, EmbeddingOptions, Gradients, Outputs
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -24,10 +17,6 @@ if TYPE_CHECKING:
 LossResult = tuple[Tensor | None, Gradients]
 Options = Any  # the NamedTuple of an operator, or one with the fields that a function reads
 Parameters = Callable[[Options], Sequence[float]]
-# Returns the divisor of the sum of losses, given the first operand, of which it reads the shape.
-Divisor = Callable[[Tensor], int]
-# Takes the tensors and the options of a call, and grad_output, where None (the default) means ones.
-LossKernel = Callable[..., LossResult]
 
 
 class Backend(Protocol):
@@ -70,22 +59,22 @@ class Backend(Protocol):
         options: Options,
         outputs: Outputs,
         grad_output: Tensor | None = None,
-    ) -> LossKernel:
-        """Prepares the loss, and the gradients of input and target.
+    ) -> LossResult:
+        """Computes the loss, and the gradients of input and target.
+
+        Without reduction, a call computes either the loss, or gradients given a grad_output. For a
+        class index out of range, it raises an IndexError before it computes anything; on an
+        asynchronous backend, the loss of the row is NaN and its gradient 0 instead.
 
         Args:
             tensors: Logits of shape (C), (N, C) or (N, C, d1, ..., dk); int64 class indices, or
                 probabilities of the logits' shape and dtype; weight (C); token_weight; and the
                 denominator if it is a tensor. The last three may be None.
-            options: `CrossEntropyOptions`, whose numbers are not used.
-            grad_output: The gradient of the loss, of the loss's shape; None means ones. Without
-                reduction, a call computes either the loss, or gradients given a grad_output.
+            options: `CrossEntropyOptions`.
+            grad_output: The gradient of the loss, of the loss's shape; None means ones.
 
         Returns:
-            A function that takes tensors, the options of a call, and grad_output. It returns the
-            loss, in the accumulation dtype, and the gradients. For a class index out of range,
-            it raises an IndexError before it computes anything. On an asynchronous backend, the
-            loss of the row is NaN and its gradient 0 instead.
+            The loss, in the accumulation dtype or ``outputs.loss_dtype``, and the gradients.
         """
 
     def kl_div_with_logits(
@@ -94,10 +83,10 @@ class Backend(Protocol):
         options: Options,
         outputs: Outputs,
         grad_output: Tensor | None = None,
-    ) -> LossKernel:
-        """Prepares the divergence of logits (N, C) from the teacher's, and the input's gradient.
+    ) -> LossResult:
+        """Computes the divergence of logits (N, C) from the teacher's, and the input's gradient.
 
-        The kernel takes tensors and the options of a call. The loss has the accumulation dtype.
+        The loss has the accumulation dtype.
 
         Args:
             tensors: Logits; the teacher's, of their dtype and shape; token_weight; and the
@@ -108,23 +97,25 @@ class Backend(Protocol):
         self,
         name: str,
         inputs: tuple[Tensor, ...],
+        numbers: tuple[float, float],
         options: EmbeddingOptions,
         reduction: str,
         outputs: Outputs,
-        divisor: Divisor | None,
-    ) -> LossKernel:
-        """Prepares a loss of rows of features.
+        divisor: int | None,
+        grad_output: Tensor | None = None,
+    ) -> LossResult:
+        """Computes a loss of rows of features, and the gradients of the inputs.
 
         Args:
             name: ``"triplet_margin_loss"`` or ``"cosine_embedding_loss"``.
             inputs: Three tensors (..., D) of one dtype; or two, and a target (..., 1) of the
                 accumulation dtype.
-            divisor: Returns the divisor of the sum of the losses, and of the gradients; None for 1.
+            numbers: The margin, and the eps of the triplet loss.
+            divisor: The divisor of the sum of the losses, and of the gradients; None for 1.
+            grad_output: The gradient of each row's loss; None means ones.
 
         Returns:
-            A function that takes tensors, inputs first; the options of a call, with margin and eps;
-            and the gradient of each row's loss; None means ones. It returns the loss of each row or
-            their sum, in the accumulation dtype, and the gradients of the inputs.
+            The loss of each row or their sum, in the accumulation dtype, and the gradients.
         """
 
     def row_state(
@@ -182,51 +173,56 @@ class Backend(Protocol):
     def pointwise_loss(
         self,
         formula: Kernel | Program,
-        tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-        parameters: Parameters,
+        operands: Sequence[Tensor],
+        weight: Tensor | None,
+        parameters: Sequence[float],
         reduction: str,
         outputs: Outputs,
-        divisor: Divisor | None = None,
-        on_nan: Callable[[Sequence[Tensor], Options], Any] | None = None,
-    ) -> LossKernel:
-        """Prepares a pointwise loss.
+        divisor: Tensor | int | None = None,
+        grad_output: Tensor | None = None,
+        on_nan: Callable[[], Any] | None = None,
+    ) -> LossResult:
+        """Computes a pointwise loss, and the gradients of the operands.
 
         Args:
             formula: The kernel of a declared formula, or the program of a user's formula.
-            tensors: The operands, of one shape and dtype, possibly with strides of 0; the weight,
-                of their shape and dtype, or None; and the gradient of the loss, of their shape, or
-                None for ones.
-            parameters: Returns the parameters of the formula, at most three for a declared formula,
-                given the options of a call.
-            divisor: Returns the divisor of the sum of the losses, and of the gradients, if it is a
-                number; None for 1.
-            on_nan: Called with the tensors and the options of a call whose loss has a NaN, unless
-                reading it would synchronise a device.
+            operands: Tensors of one shape and dtype, possibly with strides of 0.
+            weight: A tensor of their shape and dtype, or None.
+            parameters: The parameters of the formula, at most three for a declared formula.
+            divisor: The divisor of the sum of the losses, and of the gradients; None for 1.
+            grad_output: The gradient of the loss, of their shape; None for ones.
+            on_nan: Called if the loss has a NaN, unless reading it would synchronise a device.
 
         Returns:
-            A function that takes tensors (the operands, the weight, and the divisor if it is a
-            tensor, else None), the options of the call, and the gradient of the loss. It returns
-            the loss of each element in the input's dtype, or the sum in the accumulation dtype, and
-            the gradients of the operands.
+            The loss of each element in the operands' dtype, or the sum in the accumulation dtype,
+            and the gradients.
         """
 
-    def softmax(self, formula: str, input: Tensor, dim: int) -> Kernels:
-        """Prepares ``"softmax"`` or ``"log_softmax"`` along a nonnegative dimension.
+    def softmax(self, formula: str, input: Tensor, dim: int) -> Tensor:
+        """Computes ``"softmax"`` or ``"log_softmax"`` along a nonnegative dimension.
 
-        Returns:
-            Two functions: forward takes the input and returns the output; backward takes
-            grad_output and the output, and returns the gradient of the input. Both return
-            contiguous tensors. Their last argument, the options, is not used.
+        The output is contiguous, and so is the gradient of ``softmax_backward``.
         """
 
-    def activation(self, formula: Kernel, input: Tensor) -> Kernels:
-        """Prepares an activation for inputs of this layout.
+    def softmax_backward(
+        self, formula: str, grad_output: Tensor, output: Tensor, dim: int
+    ) -> Tensor:
+        """Computes the gradient of the input of ``softmax``."""
 
-        Returns:
-            Two functions: forward takes the input and the options of the call, the parameters of
-            the formula first, at most three, and returns the output, in the input's layout;
-            backward takes grad_output, the saved tensor (the output or the input) and the options,
-            and returns the gradient of the input.
+    def activation(self, formula: Kernel, input: Tensor, options: Options) -> Tensor:
+        """Computes an activation, in the input's layout.
+
+        Args:
+            options: The parameters of the formula first, at most three.
+        """
+
+    def activation_backward(
+        self, formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
+    ) -> Tensor:
+        """Computes the gradient of an activation's input.
+
+        Args:
+            saved: The output or the input.
         """
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:

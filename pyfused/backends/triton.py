@@ -1,4 +1,4 @@
-"""Prepares and launches the Triton kernels; imported when the first GPU tensor needs one.
+"""Launches the Triton kernels; imported when the first GPU tensor needs one.
 
 ``protocol.py`` describes the functions. None of them synchronises with the GPU. Launches do not
 depend on values of tensors, so calls can be captured in CUDA graphs.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyfused.backends.protocol import Divisor, LossKernel, LossResult, Options, Parameters
+from pyfused.backends.protocol import LossResult, Options
 from pyfused.backends.versions import triton_version
 from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.kernels import reductions
@@ -29,7 +29,6 @@ from pyfused.kernels.launch import (
     choose,
     encoded,
     on_default_stream,
-    prepared,
     resources,
 )
 from pyfused.kernels.program import NUMBERS, formula_of, parts_of
@@ -42,21 +41,14 @@ from pyfused.layout import (
     along,
     class_layout,
     contiguous_in,
-    converts_in,
     dense,
     dense_operand,
     feature_rows,
     in_rows,
     loss_shape,
     row_sizes,
-    softmax_layout,
 )
-from pyfused.types import (
-    ClassRange,
-    EmbeddingOptions,
-    Kernels,
-    Outputs,
-)
+from pyfused.types import ClassRange, EmbeddingOptions, Outputs
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -152,62 +144,47 @@ def _new_counters(device: torch.device) -> Tensor:
 _shared_counters = cache(_new_counters)
 
 
-def _loss_allocator(
-    reduction: str, outputs: Outputs, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor | None]:
-    """Returns the function that allocates the loss of logits, if it is needed.
-
-    Args:
-        dtype: The dtype of the logits.
-    """
-    dtype = accumulate_dtype(dtype) if outputs.loss_dtype is None else outputs.loss_dtype
-
-    def new_loss(input: Tensor) -> Tensor | None:
-        return input.new_empty(loss_shape(input, reduction), dtype=dtype) if outputs.loss else None
-
-    return new_loss
+def _new_loss(input: Tensor, reduction: str, outputs: Outputs) -> Tensor | None:
+    """Allocates the loss of logits, if it is needed."""
+    if not outputs.loss:
+        return None
+    dtype = outputs.loss_dtype or accumulate_dtype(input.dtype)
+    return input.new_empty(loss_shape(input, reduction), dtype=dtype)
 
 
 def _divisor(
-    options: Options, indices: bool, classes: int, elements: int = 1
-) -> Callable[..., Tensor | int | None]:
-    """Prepares the divisor of the sum of the losses, in the form that the kernels read.
+    options: Options,
+    logits: Tensor,
+    n: int,
+    targets: tuple[Any, ...],
+    denominator: Tensor | None,
+    classes: int = 0,
+) -> Any:
+    """Returns the divisor of the sum of the losses, in the form that the kernels read.
 
     Args:
-        indices: Whether targets are class indices; otherwise each row counts.
-        elements: The number of elements that a kernel reads for each row.
-
-    Returns:
-        A function of the logits, the number of rows, the targets of the kernels, and the
-        denominator, as a tensor or as a number; both may be None.
+        n: The number of rows.
+        targets: The targets of the kernels.
+        denominator: The divisor as a tensor, or None.
+        classes: The number of classes if targets are class indices, else 0: each row counts.
     """
-    is_mean = options.reduction == "mean"
-
-    def divisor(
-        logits: Tensor,
-        n: int,
-        targets: tuple[Any, ...],
-        denominator: Tensor | None = None,
-        number: float | None = None,
-    ) -> Any:
-        if not is_mean:
-            return None
-        if denominator is not None:
-            return denominator.to(torch.float64)
-        if number is not None:
-            if number < 2**63 and float(number).is_integer():
-                return int(number)  # Triton passes floats as float32
-            return logits.new_full((), number, dtype=torch.float64)
-        if not indices:
-            return n if targets[2] is None else targets[2].sum(dtype=torch.float64)
-        if n <= COUNTED_BY_PROGRAMS and n * elements <= HOST_BOUND:
-            return targets[0]
-        total = logits.new_empty((), dtype=torch.float64)
-        programs = min(-(-n // (2 * COUNT.choice.block)), 256)
-        _run(COUNT, programs, (targets,), total, (n, classes))
-        return total
-
-    return divisor
+    if options.reduction != "mean":
+        return None
+    if denominator is not None:
+        return denominator.to(torch.float64)
+    number = options.denominator
+    if number is not None:
+        if number < 2**63 and float(number).is_integer():
+            return int(number)  # Triton passes floats as float32
+        return logits.new_full((), number, dtype=torch.float64)
+    if not classes:
+        return n if targets[2] is None else targets[2].sum(dtype=torch.float64)
+    if n <= COUNTED_BY_PROGRAMS and n * classes <= HOST_BOUND:
+        return targets[0]
+    total = logits.new_empty((), dtype=torch.float64)
+    programs = min(-(-n // (2 * COUNT.choice.block)), 256)
+    _run(COUNT, programs, (targets,), total, (n, classes))
+    return total
 
 
 # ---- losses over classes -------------------------------------------------------------------------
@@ -222,82 +199,88 @@ def cross_entropy(
     options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> LossKernel:
-    input, target, weight, token_weight, _ = tensors
-    of_indices, reduction = target.dtype is torch.int64, options.reduction
+) -> LossResult:
+    input, target, weight, token_weight, denominator = tensors
+    of_indices, each = target.dtype is torch.int64, options.reduction == "none"
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
+    accumulate, itemsize = accumulate_dtype(input.dtype), input.element_size()
     copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
-    copies_target, target_strides, grad_target_strides = True, NO_STRIDES, NO_STRIDES
-    if not grad_of_input:
-        grad_strides = NO_STRIDES
-    if not of_indices:
-        copies_target, target_strides, target_format, grad_target_strides = class_layout(target)
-        if not grad_of_target:
-            grad_target_strides = NO_STRIDES
-    all_strides = strides, grad_strides, target_strides, grad_target_strides
-    outer, inner, classes = sizes = _with_one_outer(row_sizes(input), all_strides)
-    one_outer = type(outer) is int and outer == 1
-    accumulate, smooth = accumulate_dtype(input.dtype), options.label_smoothing != 0
+    logits, grad, grad_target = input.contiguous() if copies else input, None, None
+    target_strides = grad_target_strides = NO_STRIDES
+    if of_indices:
+        target = target.contiguous()
+    else:
+        copies, target_strides, target_format, grad_target_strides = class_layout(target)
+        target = target.contiguous() if copies else target
+    if grad_of_input:
+        grad = logits.detach()
+        if not outputs.inplace:
+            grad = torch.empty_like(logits, memory_format=grad_format)
+    if grad_of_target:
+        grad_target = torch.empty_like(target, memory_format=target_format)
+    all_strides = (
+        strides,
+        grad_strides if grad_of_input else NO_STRIDES,
+        target_strides,
+        grad_target_strides if grad_of_target else NO_STRIDES,
+    )
+    outer, inner, classes = _with_one_outer(row_sizes(input), all_strides)
+    smooth = options.label_smoothing != 0
     weighted = not of_indices or (smooth and weight is not None)  # q is dense
-    tiles, once = (2, False) if weighted else (1, not grad_of_input)
-    itemsize = input.element_size()
-    choice = _tiling(sizes, itemsize, *all_strides, tensors=tiles, once=once)
-    each, most_programs = reduction == "none", sys.maxsize
-    contiguous = one_outer and strides[2] == 1 and grad_strides[2] in (0, 1)
+    flags = outer == 1, of_indices, smooth, weighted, not grad_of_input, each
+    inner_of_tile = _inner_of_tile(inner, strides)
+    kernel, most = _class_kernel(inner_of_tile, classes, itemsize, all_strides, *flags)
+    programs = min(outer * -(-inner // kernel.choice.rows), most)
+    weight, token_weight, grad_output = contiguous_in(accumulate, weight, token_weight, grad_output)
+    floats: Any = (
+        max(0.0, options.label_smoothing) if smooth else None,
+        options.gamma if options.gamma != 0 else None,
+        options.z_loss if options.z_loss != 0 else None,
+        options.scale / options.temperature
+        if options.scale != 1 or options.temperature != 1
+        else None,
+    )
+    if input.dtype is torch.float64:
+        floats = encoded(floats)
+    n = outer * inner
+    indices, probabilities = (target, None) if of_indices else (None, target)
+    targets, gradients = (indices, weight, token_weight, options.ignore_index), (grad, grad_target)
+    by = _divisor(options, logits, n, targets, denominator, classes if of_indices else 0)
+    loss = _new_loss(input, options.reduction, outputs)
+    inputs = (logits, probabilities), targets, by, grad_output
+    fixed = inner, classes, sum(all_strides[: 2 if of_indices else 4], ())
+    _run(kernel, programs, inputs, loss, (gradients, *fixed, floats), each)
+    return loss, gradients
+
+
+@lru_cache(maxsize=4096)
+def _class_kernel(
+    inner: int,
+    classes: int,
+    itemsize: int,
+    strides: tuple[Strides, ...],
+    one_outer: bool,
+    of_indices: bool,
+    smooth: bool,
+    weighted: bool,
+    without_gradient: bool,
+    each: bool,
+) -> tuple[Launch, int]:
+    """Returns the kernel of cross-entropy, and the largest number of its programs."""
+    tiles, once = (2, False) if weighted else (1, without_gradient)
+    choice = _tile(inner, classes, itemsize, *strides, tensors=tiles, once=once)
+    of_input, of_gradient, *_ = strides
+    contiguous = one_outer and of_input[2] == 1 and of_gradient[2] in (0, 1)
     unaligned = choice.units[1] * itemsize < 8
-    shared_stride = choice.rows == 1 and grad_strides[1] in (strides[1], 0)
-    function = two_pass_kernel
+    shared_stride = choice.rows == 1 and of_gradient[1] in (of_input[1], 0)
+    function, most = two_pass_kernel, sys.maxsize
     if choice.whole_row and contiguous and not weighted:
         function = row_kernel
-        if choice.stages > 1:
-            most_programs = resources()[0]
+        if choice.stages > 1:  # a persistent kernel
+            most = resources()[0]
     elif of_indices and contiguous and not smooth and unaligned and shared_stride:
         choice = choice._replace(vector=16 // itemsize)
-    scaled = options.scale != 1 or options.temperature != 1
-    focal, squared, encodes = options.gamma != 0, options.z_loss != 0, input.dtype is torch.float64
-    kernel = prepared(function, choice, EACH=each)
-    new_loss = _loss_allocator(reduction, outputs, input.dtype)
-    fixed = classes, sum(all_strides[: 2 if of_indices else 4], ())
-    divisor, ignore_index = _divisor(options, of_indices, classes, classes), options.ignore_index
-    converts = converts_in(accumulate, weight, token_weight, grad_output)
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        input, target, weight, token_weight, denominator = tensors
-        logits = input.contiguous() if copies else input
-        target = target.contiguous() if copies_target else target
-        if converts:
-            weight, token_weight, grad_output = contiguous_in(
-                accumulate, weight, token_weight, grad_output
-            )
-        grad = grad_target = None
-        if grad_of_input:
-            grad = logits.detach()
-            if not outputs.inplace:
-                grad = torch.empty_like(logits, memory_format=grad_format)
-        if grad_of_target:
-            grad_target = torch.empty_like(target, memory_format=target_format)
-        n = input.numel() // classes
-        inners = n if one_outer else inner
-        programs = min(n // inners * -(-inners // choice.rows), most_programs)
-        floats: Any = (
-            max(0.0, options.label_smoothing) if smooth else None,
-            options.gamma if focal else None,
-            options.z_loss if squared else None,
-            options.scale / options.temperature if scaled else None,
-        )
-        if encodes:
-            floats = encoded(floats)
-        indices, probabilities = (target, None) if of_indices else (None, target)
-        targets, gradients = (indices, weight, token_weight, ignore_index), (grad, grad_target)
-        by = divisor(logits, n, targets, denominator, options.denominator)
-        loss = new_loss(input)
-        inputs = (logits, probabilities), targets, by, grad_output
-        _run(kernel, programs, inputs, loss, (gradients, inners, *fixed, floats), each)
-        return loss, gradients
-
-    return launch
+    return Launch(function, choice, EACH=each), most
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
@@ -308,12 +291,9 @@ def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
     return sizes
 
 
-def _tiling(sizes: Sizes, itemsize: int, *strides: Strides, **options: Any) -> Choice:
-    """Returns the tile of a kernel of `rows.py`."""
-    _, inner, classes = sizes
-    # The tile of contiguous classes does not depend on the number of rows.
-    inner = 1 if strides[0][2] == 1 else inner
-    return _tile(inner, classes, itemsize, *strides, **options)
+def _inner_of_tile(inner: int, strides: Strides) -> int:
+    """Returns the inner rows of a tile; that of contiguous classes does not depend on them."""
+    return 1 if strides[2] == 1 else inner
 
 
 @lru_cache(maxsize=4096)
@@ -328,50 +308,48 @@ def _tile(inner: int, classes: int, itemsize: int, *strides: Strides, **options:
 def embedding_loss(
     name: str,
     inputs: tuple[Tensor, ...],
+    numbers: tuple[float, float],
     options: EmbeddingOptions,
     reduction: str,
     outputs: Outputs,
-    divisor: Divisor | None,
-) -> LossKernel:
-    triplet, each = name == "triplet_margin_loss", reduction == "none"
-    function, count = (triplet_margin_kernel, 3) if triplet else (cosine_embedding_kernel, 2)
+    divisor: int | None,
+    grad_output: Tensor | None = None,
+) -> LossResult:
+    first, shape, each = inputs[0], inputs[0].shape, reduction == "none"
+    accumulate, loss = accumulate_dtype(first.dtype), None
+    views = tuple([feature_rows(x) for x in inputs])
+    features, strides = views[0].shape[1], tuple([view.stride(0) for view in views])
+    kernel = _embedding_kernel(name, first.element_size(), features, strides, options, each)
+    if grad_output is not None:
+        grad_output = grad_output.to(accumulate).contiguous()
+    needs = outputs.gradients or (False,) * len(inputs)
+    gradients = tuple([first.new_empty(shape) if needed else None for needed in needs])
+    floats: Any = encoded(numbers) if accumulate is torch.float64 else numbers
+    if outputs.loss:
+        loss = first.new_empty(shape[:-1] if each else (), dtype=accumulate)
+    n = math.prod(shape[:-1])
+    outs = gradients, n, features, strides, floats
+    programs = -(-n // kernel.choice.rows)
+    _run(kernel, programs, (views, grad_output, divisor), loss, outs, each)
+    return loss, gradients
+
+
+@lru_cache(maxsize=4096)
+def _embedding_kernel(
+    name: str,
+    itemsize: int,
+    features: int,
+    strides: tuple[int, ...],
+    options: EmbeddingOptions,
+    each: bool,
+) -> Launch:
     meta: dict[str, Any] = {"INCLUSIVE": options.inclusive}
-    if triplet:
+    function, count = cosine_embedding_kernel, 2
+    if name == "triplet_margin_loss":
+        function, count = triplet_margin_kernel, 3
         meta |= {"EUCLIDEAN": options.euclidean, "SWAP": options.swap}
-    views = [feature_rows(x) for x in inputs]
-    copies = any(view is not x for view, x in zip(views, inputs, strict=True))
-    features = views[0].shape[1]
-    strides = tuple([view.stride(0) for view in views])
     rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
-    itemsize, accumulate = inputs[0].element_size(), accumulate_dtype(inputs[0].dtype)
-    choice = _tiling((1, 1, features), itemsize, *rows, tensors=2)
-    kernel = prepared(function, choice, EACH=each, **meta)
-    loss_dtype, fixed = outputs.loss_dtype or accumulate, (features, strides)
-    encodes = accumulate is torch.float64
-    needs_grad = outputs.gradients or (False,) * len(inputs)
-    tensor_count = len(inputs)
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        inputs = tuple(tensors[:tensor_count])
-        first, shape = inputs[0], inputs[0].shape
-        n = math.prod(shape[:-1])
-        views = tuple([feature_rows(x) for x in inputs]) if copies else inputs
-        if grad_output is not None:
-            grad_output = grad_output.to(accumulate).contiguous()
-        gradients = tuple([first.new_empty(shape) if needed else None for needed in needs_grad])
-        floats: Any = options.margin, getattr(options, "eps", 0.0)  # the cosine loss has none
-        if encodes:
-            floats = encoded(floats)
-        by, loss = None if divisor is None else divisor(first), None
-        if outputs.loss:
-            loss = first.new_empty(shape[:-1] if each else (), dtype=loss_dtype)
-        inputs, outs = (views, grad_output, by), (gradients, n, *fixed, floats)
-        _run(kernel, -(-n // choice.rows), inputs, loss, outs, each)
-        return loss, gradients
-
-    return launch
+    return Launch(function, _tile(1, features, itemsize, *rows, tensors=2), EACH=each, **meta)
 
 
 def row_state(
@@ -444,81 +422,67 @@ def kl_div_with_logits(
     options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,
-) -> LossKernel:
-    input, teacher, token_weight, *_ = tensors
-    student_rows, teacher_rows = feature_rows(input), feature_rows(teacher)
-    copies = student_rows is not input or teacher_rows is not teacher
-    classes, reduction = student_rows.shape[1], options.reduction
-    accumulate, needs_grad = accumulate_dtype(input.dtype), any(outputs.gradients)
-    converts, each = converts_in(accumulate, token_weight, grad_output), reduction == "none"
-    stride = student_rows.stride(0)
-    grad_stride = 0 if not needs_grad else stride if outputs.inplace else classes
-    strides = stride, teacher_rows.stride(0), grad_stride
-    rows = [(0, stride, 1) for stride in strides]
-    choice = _tiling((1, 1, classes), input.element_size(), *rows, tensors=2)
+) -> LossResult:
+    input, teacher, token_weight, denominator, *_ = tensors
+    input, teacher = feature_rows(input), feature_rows(teacher)
+    (n, classes), each, grad = input.shape, options.reduction == "none", None
+    token_weight, grad_output = contiguous_in(
+        accumulate_dtype(input.dtype), token_weight, grad_output
+    )
+    if any(outputs.gradients):
+        grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
+    strides = input.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
-    scaled, encodes = options.temperature != 1, input.dtype is torch.float64
-    new_loss = _loss_allocator(reduction, outputs, input.dtype)
-    kernel = prepared(kl_div_kernel, choice, KIND=kind, EACH=each)
-    divisor = _divisor(options, False, classes)
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        input, teacher, token_weight, denominator, *_ = tensors
-        if copies:
-            input, teacher = feature_rows(input), feature_rows(teacher)
-        if converts:
-            token_weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
-        grad, n = None, input.shape[0]
-        if needs_grad:
-            grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
-        by = divisor(input, n, (None, None, token_weight), denominator, options.denominator)
-        inputs = input, teacher, token_weight, by, grad_output
-        floats: Any = options.beta, 1 / options.temperature if scaled else None
-        if encodes:
-            floats = encoded(floats)
-        loss, outs = new_loss(input), (grad, n, classes, strides, floats)
-        _run(kernel, -(-n // choice.rows), inputs, loss, outs, each)
-        return loss, (grad,)
-
-    return launch
+    kernel = _divergence_kernel(input.element_size(), classes, strides, kind, each)
+    by = _divisor(options, input, n, (None, None, token_weight), denominator)
+    floats: Any = options.beta, None if options.temperature == 1 else 1 / options.temperature
+    if input.dtype is torch.float64:
+        floats = encoded(floats)
+    loss = _new_loss(input, options.reduction, outputs)
+    inputs, outs = (input, teacher, token_weight, by, grad_output), (grad, n, classes)
+    _run(kernel, -(-n // kernel.choice.rows), inputs, loss, (*outs, strides, floats), each)
+    return loss, (grad,)
 
 
-def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
-    copies, sizes, strides, output_strides = softmax_layout(input, dim)
-    length, inner = input.shape[dim], math.prod(input.shape[dim + 1 :])
+@lru_cache(maxsize=4096)
+def _divergence_kernel(
+    itemsize: int, classes: int, strides: tuple[int, ...], kind: Any, each: bool
+) -> Launch:
+    rows = [(0, stride, 1) for stride in strides]
+    return Launch(
+        kl_div_kernel, _tile(1, classes, itemsize, *rows, tensors=2), KIND=kind, EACH=each
+    )
 
-    def prepare(kernel: Any, *strides: Strides) -> Launch:
-        most = {"most_threads": SOFTMAX_THREADS}
-        choice = _tiling(sizes, input.element_size(), *strides, **most)
-        return Launch(kernel, choice, LOGARITHM=formula == "log_softmax")
 
-    def sizes_of(kernel: Launch, tensor: Tensor) -> tuple[int, int]:
-        """Returns the number of programs, and of inner rows."""
-        rows = tensor.numel() // length
-        inners = rows if inner == 1 else inner
-        return rows // inners * -(-inners // kernel.choice.rows), inners
+def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
+    x, (outer, inner, classes), strides = along(input, dim)
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    output_strides = strides if x is input else along(output, dim)[2]
+    inner_of_tile, all_strides = _inner_of_tile(inner, strides), (strides, output_strides)
+    of_kernel = formula, inner_of_tile, classes, input.element_size(), *all_strides
+    kernel = _softmax_kernel(False, *of_kernel)
+    kernel(outer * -(-inner // kernel.choice.rows), x, output, inner, classes, *all_strides)
+    return output
 
-    forward_kernel = prepare(softmax_kernel, strides, output_strides)
-    backward_kernel = prepare(softmax_backward_kernel, output_strides)
 
-    def forward(input: Tensor, _: Options) -> Tensor:
-        output = torch.empty_like(input, memory_format=torch.contiguous_format)
-        x = along(input, dim)[0] if copies else input
-        programs, inners = sizes_of(forward_kernel, output)
-        forward_kernel(programs, x, output, inners, length, strides, output_strides)
-        return output
+def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    grad_output, output = grad_output.contiguous(), output.contiguous()
+    grad_input = torch.empty_like(output)
+    _, (outer, inner, classes), strides = along(output, dim)
+    of_kernel = formula, _inner_of_tile(inner, strides), classes, output.element_size(), strides
+    kernel = _softmax_kernel(True, *of_kernel)
+    tensors = grad_output, output, grad_input
+    kernel(outer * -(-inner // kernel.choice.rows), *tensors, inner, classes, strides)
+    return grad_input
 
-    def backward(grad_output: Tensor, output: Tensor, _: Options) -> Tensor:
-        grad_output, output = grad_output.contiguous(), output.contiguous()
-        grad_input = torch.empty_like(output)
-        tensors = grad_output, output, grad_input
-        programs, inners = sizes_of(backward_kernel, output)
-        backward_kernel(programs, *tensors, inners, length, output_strides)
-        return grad_input
 
-    return forward, backward
+@lru_cache(maxsize=4096)
+def _softmax_kernel(
+    backward: bool, formula: str, inner: int, classes: int, itemsize: int, *strides: Strides
+) -> Launch:
+    choice = _tile(inner, classes, itemsize, *strides, most_threads=SOFTMAX_THREADS)
+    kernel = softmax_backward_kernel if backward else softmax_kernel
+    return Launch(kernel, choice, LOGARITHM=formula == "log_softmax")
 
 
 # ---- elementwise kernels -------------------------------------------------------------------------
@@ -526,87 +490,81 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
 
 def pointwise_loss(
     formula: Kernel | Program,
-    tensors: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None],
-    parameters: Parameters,
+    operands: Sequence[Tensor],
+    weight: Tensor | None,
+    parameters: Sequence[float],
     reduction: str,
     outputs: Outputs,
-    divisor: Divisor | None = None,
-    on_nan: Callable[..., Any] | None = None,  # noqa: ARG001 a NaN loss is not read
-) -> LossKernel:
-    operands, weight, grad_output = tensors
-    count, (order, index) = len(operands), dense_operand(operands)
-    choice, each = choose(order.element_size()), reduction == "none"
-    needs_grad = outputs.gradients or (False,) * len(operands)
-    padding = (None,) * (OPERANDS - len(operands))
-    copied, columns, strides = in_rows(order, [*operands, *padding, weight, grad_output])
+    divisor: Tensor | int | None = None,
+    grad_output: Tensor | None = None,
+    on_nan: Callable[[], Any] | None = None,  # noqa: ARG001 a NaN loss is not read
+) -> LossResult:
+    like, _ = dense_operand(tuple(operands))
+    padding, each = (None,) * (OPERANDS - len(operands)), reduction == "none"
+    views = [*operands, *padding, weight, grad_output]
+    copied, columns, strides = in_rows(like, views)
+    for i in copied:
+        views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
     program = formula if isinstance(formula, Program) else formula.programs[0]
-    function = program.kernel("triton", formula_of)
-    exact = order.element_size() > 2
-    kernel = Launch(elementwise_kernel, choice, FORMULA=function, EACH=each, EXACT=exact)
-    loss_dtype = outputs.loss_dtype or accumulate_dtype(order.dtype)
-
-    def launch(
-        tensors: Sequence[Any], options: Options, grad_output: Tensor | None = None
-    ) -> LossResult:
-        operands = tensors[:count]
-        weight, denominator, *_ = *tensors[count:], None, None
-        like = operands[0].contiguous() if index is None else operands[index]
-        gradients = tuple([torch.empty_like(like) if needed else None for needed in needs_grad])
-        views = [*operands, *padding, weight, grad_output]
-        for i in copied:
-            views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
-        inputs = tuple(views[:OPERANDS]), *views[OPERANDS:]
-        n, by, loss = like.numel(), denominator, None
-        programs = -(-n // choice.block)
-        if by is None and divisor is not None:
-            by = divisor(like)
-        if outputs.loss and each:
-            loss = torch.empty_like(like)
-        elif outputs.loss:
-            loss = torch.empty((), dtype=loss_dtype, device=like.device)
-            programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
-        values = parameters(options)
-        floats = *(*values, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(values[NUMBERS:])
-        outs, in_row = (*gradients, *padding), n if columns == 0 else columns
-        _run(kernel, programs, inputs, loss, (outs, n, in_row, strides, *floats, by), each)
-        return loss, gradients
-
-    return launch
+    kernel = _elementwise_kernel(program, like.element_size(), each)
+    needs = outputs.gradients or (False,) * len(operands)
+    gradients = tuple([torch.empty_like(like) if needed else None for needed in needs])
+    n, loss = like.numel(), None
+    programs = -(-n // kernel.choice.block)
+    if outputs.loss and each:
+        loss = torch.empty_like(like)
+    elif outputs.loss:
+        dtype = outputs.loss_dtype or accumulate_dtype(like.dtype)
+        loss = torch.empty((), dtype=dtype, device=like.device)
+        programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
+    floats = *(*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
+    inputs, outs = (tuple(views[:OPERANDS]), *views[OPERANDS:]), (*gradients, *padding)
+    in_row = n if columns == 0 else columns
+    _run(kernel, programs, inputs, loss, (outs, n, in_row, strides, *floats, divisor), each)
+    return loss, gradients
 
 
-def activation(formula: Kernel, input: Tensor) -> Kernels:
-    choice, padding = choose(input.element_size()), (None,) * OPERANDS
-    count = len(formula.parameters)
-    constants = {"EACH": True, "EXACT": input.element_size() > 2}
-    forward_kernel, backward_kernel = (
-        Launch(elementwise_kernel, choice, FORMULA=p.kernel("triton", formula_of), **constants)
-        for p in formula.programs
-    )
-    order = input if input.is_contiguous() else torch.empty_like(input, device="meta")
-    copies, columns, strides = in_rows(order, [input])
+def _elementwise_kernel(program: Program, itemsize: int, each: bool) -> Launch:
+    """Returns the kernel of a program, which keeps it."""
 
-    def forward(input: Tensor, options: Options) -> Tensor:
-        output, n = torch.empty_like(input), input.numel()
-        programs = -(-n // choice.block)
-        x = torch.empty_like(output).copy_(input) if copies else input
-        tensors = (x, *padding[1:]), None, None, output, padding
-        parameters = (*options[:count], 0.0, 0.0, 0.0)[:NUMBERS]
-        forward_kernel(programs, *tensors, n, columns, strides, *parameters, (), None)
-        return output
+    def make(program: Program) -> Launch:
+        function = program.kernel("triton", formula_of)
+        constants = {"FORMULA": function, "EACH": each, "EXACT": itemsize > 2}
+        return Launch(elementwise_kernel, choose(itemsize), **constants)
 
-    def backward(grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
-        saved, n = dense(saved), saved.numel()
-        programs, grad_input = -(-n // choice.block), torch.empty_like(saved)
-        copies, columns, strides = in_rows(grad_input, [grad_output, saved])
-        columns = n if columns == 0 else columns
-        if copies:
-            grad_output = torch.empty_like(saved).copy_(grad_output)
-        tensors = (grad_output, saved, *padding[2:]), None, None, grad_input, padding
-        parameters = (*options[:count], 0.0, 0.0, 0.0)[:NUMBERS]
-        backward_kernel(programs, *tensors, n, columns, strides, *parameters, (), None)
-        return grad_input
+    kernel: Launch = program.kernel((itemsize, each), make)
+    return kernel
 
-    return forward, backward
+
+def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
+    output = torch.empty_like(input)
+    _run_activation(formula, 0, [input], output, options)
+    return output
+
+
+def activation_backward(
+    formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
+) -> Tensor:
+    saved = dense(saved)
+    grad_input = torch.empty_like(saved)
+    _run_activation(formula, 1, [grad_output, saved], grad_input, options)
+    return grad_input
+
+
+def _run_activation(
+    formula: Kernel, method: int, inputs: list[Tensor], output: Tensor, options: Options
+) -> None:
+    """Computes the forward or the backward method of an activation."""
+    copied, columns, strides = in_rows(output, inputs)
+    for i in copied:
+        inputs[i] = torch.empty_like(output).copy_(inputs[i])
+    kernel = _elementwise_kernel(formula.programs[method], output.element_size(), True)
+    padding, n = (None,) * OPERANDS, output.numel()
+    tensors = (*inputs, *padding[len(inputs) :]), None, None, output, padding
+    parameters = (*options[: len(formula.parameters)], 0.0, 0.0, 0.0)[:NUMBERS]
+    in_row = n if columns == 0 else columns
+    programs = -(-n // kernel.choice.block)
+    kernel(programs, *tensors, n, in_row, strides, *parameters, (), None)
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:

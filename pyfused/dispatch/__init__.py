@@ -1,1 +1,1 @@
-"""From a call to a kernel: declarations of operators, signatures, plans and autograd."""
+"""From a call to a kernel: declarations of operators, reasons to fall back, and autograd."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from pyfused.backends import backend_of
 from pyfused.dispatch import report
 from pyfused.dispatch.reasons import log_once
 from pyfused.layout import is_dense
@@ -52,29 +52,45 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
-class Fused(torch.autograd.Function):
-    """The autograd function of all operators, which runs the functions of a plan.
+def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: Any = None) -> Any:
+    """Returns the output of an operator's kernel, with an autograd graph if it needs one.
 
-    Gradients computed by the forward pass are saved after the plan's tensors, starting at index
+    Args:
+        tensors, options, shard: As in `Operator.forward`.
+        student: The number of tensors that may need a gradient; they come first.
+    """
+    needs = (False,) * student
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        needs = tuple([x is not None and x.requires_grad for x in tensors[:student]])
+    if True in needs:
+        return apply((op, options, needs, shard), *tensors)
+    return op.forward(tensors, options, needs, shard)[0]
+
+
+class Fused(torch.autograd.Function):
+    """The autograd function of all operators, which calls their `forward` and `backward`.
+
+    Gradients computed by the forward pass are saved after the operator's tensors, starting at index
     ``ctx.first_gradient``. Backward unpacks only these and scales them by grad_output: in place, or
     in copies if the graph is retained, because another backward pass may read them, even
-    concurrently. Only ``create_graph`` unpacks the plan's tensors, so user code may modify them
+    concurrently. Only ``create_graph`` unpacks the operator's tensors, so user code may modify them
     before backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, options: Any, *tensors: Tensor | None) -> Any:
-        output, saved, gradients = plan.forward(tensors, options)
-        ctx.plan, ctx.options = plan, options
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        op, options, needs, shard = ctx.call = call
+        output, saved, gradients = op.forward(tensors, options, needs, shard)
+        ctx.define = op.define
         ctx.first_gradient = len(saved) if gradients else None
         for x in saved:
             if x is not None and x.is_inference() and not x.requires_grad:
                 saved = _normal_tensors(saved, bool(gradients))
-                ctx.plan = replace(plan, define=_inference_error) if gradients else plan
+                ctx.define = _inference_error if gradients else op.define
                 break
         ctx.save_for_backward(*saved, *gradients)
-        if plan.inplace:
-            ctx.input_is_overwritten = bool(gradients)
+        ctx.overwrites = getattr(options, "inplace", False) and op.overwrites(options, shard)
+        ctx.input_is_overwritten = ctx.overwrites and bool(gradients)
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         return output
@@ -84,7 +100,7 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
         start = report.clock() if report.active else None
-        plan, first_gradient = ctx.plan, ctx.first_gradient
+        (op, options, needs, shard), first_gradient = ctx.call, ctx.first_gradient
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
             (torch.is_grad_enabled() and "create_graph")
@@ -99,8 +115,8 @@ class Fused(torch.autograd.Function):
             or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
         )
         if second_order:
-            log_once(f"backward of {plan.name}", second_order)
-        overwrites = plan.inplace and (second_order or first_gradient is None)
+            log_once(f"backward of {op.name}", second_order)
+        overwrites = ctx.overwrites and (second_order or first_gradient is None)
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
                 "inplace: expected False for create_graph=True or a second backward pass, got "
@@ -112,31 +128,32 @@ class Fused(torch.autograd.Function):
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
                     dense = gradient.is_contiguous() or is_dense(gradient)
-                    if copies or not (dense or plan.inplace):
+                    if copies or not (dense or ctx.overwrites):
                         gradients[i] = gradient = gradient.clone()
                         dense = True
                     if dense:
-                        plan.backend.scale_(gradient, grad_output)
+                        backend_of(gradient).scale_(gradient, grad_output)
                     else:  # it has overwritten a part of a tensor
                         gradient.mul_(grad_output)
         else:
             try:
                 saved = ctx.saved_tensors
             except RuntimeError as error:
-                raise _with_hint(error, plan.name) from None
+                raise _with_hint(error, op.name) from None
             if second_order:
-                gradients = plan.define(saved[:first_gradient], ctx.options, grad_output)
+                saved = saved[:first_gradient]
+                gradients = ctx.define(saved, options, needs, grad_output, shard)
                 if torch.is_grad_enabled():
                     gradients = in_graph(gradients, saved)
             else:
                 if overwrites:
                     increment_version(saved[0])
                     ctx.input_is_overwritten = True
-                gradients = plan.backward(saved, ctx.options, grad_output)
-        constants = len(ctx.needs_input_grad) - 2 - len(gradients)
+                gradients = op.backward(saved, options, needs, grad_output, shard)
+        constants = len(ctx.needs_input_grad) - 1 - len(gradients)
         if start is not None:
             report.count_seconds(report.clock() - start)
-        return None, None, *gradients, *(None,) * constants
+        return None, *gradients, *(None,) * constants
 
 
 def _with_hint(error: RuntimeError, name: str) -> RuntimeError:

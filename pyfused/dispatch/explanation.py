@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.reasons import SMALL, not_reported
-from pyfused.dispatch.run import fallback_reason
+from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.sizes import why_small
-from pyfused.torch_internals import active_mode
-from pyfused.types import VocabShard
 
 
 class Explanation(NamedTuple):
@@ -38,16 +35,16 @@ class Explanation(NamedTuple):
 
 
 def explanation_of(
-    op: Operator, tensors: Tensors, options: Options, shard: VocabShard | None = None
+    op: Operator, tensors: Tensors, options: Options, reason: str | None, shard: Any = None
 ) -> Explanation:
-    """Takes the arguments of :func:`pyfused.dispatch.run.run`, and asks what it would decide."""
-    # The processes of a shard would have to communicate for other reasons than a mode.
-    reason = fallback_reason(op, tensors, options) if shard is None else active_mode()
+    """Explains how a call is computed.
+
+    Args:
+        reason: Why torch computes it, None if a kernel does.
+    """
     if reason is not None:
         if reason is SMALL:
             reason = why_small(op, tensors, options)
-        elif reason in not_reported:
-            reason += ", which calls another function: see pyfused.report()"
         return Explanation(op.name, "torch", reason)
     by_shards = "each process computes its classes"
     strategy = op.strategy_of(tensors, options) if shard is None else by_shards

@@ -23,12 +23,14 @@ from torch.compiler import is_dynamo_compiling
 from pyfused import checks
 from pyfused.dispatch.originals import F
 from pyfused.layout import broadcast_numel
-from pyfused.types import NUMBER, OPTIONS, Choice, Scalar
+from pyfused.types import OPTIONS, Choice, Gradients, Scalar
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
 # Each is a Tensor or None; or a float, for an operand that may be a number.
 Tensors = Sequence[Any]
+Needs = Sequence[bool]
+Forward = tuple[Any, Tensors, Gradients]  # the output, the tensors to save, and the gradients
 Options = Any  # the NamedTuple of an operator; () for an operator without options
 
 
@@ -80,25 +82,22 @@ class Operator(ABC):
         options: Makes the options of a call from keywords. It is declared as their NamedTuple
             class, or None to make one of the numbers and the choices.
         torch: The definition in torch's operators. Takes the tensors and the options.
-        fallback_reason: Takes the tensors and the options for planning; returns why torch's
-            operator has to compute the call, None if a kernel can.
+        fallback_reason: Takes the tensors and the options; returns why torch's operator has to
+            compute the call, None if a kernel can.
 
         in_torch: Whether torch has a function of this name.
         all_operands: The operands and the factors.
         names: The names of the arguments.
         fields: The names of the options; the numbers come first.
-        cases: Takes the numbers of a call, and returns the case of each: None, a special value or
-            NUMBER. A plan depends only on these cases. For an invalid number, it returns a reason
-            to fall back.
-        plans: The plans of calls, by signature; they are freed with the operator.
+        invalid_options: Takes the options of a call, one by one, and returns why no kernel takes them, None
+            if one does.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
-        fixed: The dimension of the input whose size a plan depends on: an index, the option "dim",
-            or None. On GPUs, plans also depend on the sizes after it and on strides.
+        student: The number of tensors of a kernel that may need a gradient; they come first.
     """
 
     name: str
@@ -114,14 +113,13 @@ class Operator(ABC):
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
-    cases: Callable[[Any], tuple[Any, ...] | str] = field(init=False)
+    invalid_options: Callable[..., str | None] = field(init=False)
+    student: int = field(init=False, default=1)
     family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
-    fixed: Any = field(init=False, default=None)
     is_linear: bool = field(init=False)
     limits: dict[Any, Any] = field(init=False, default_factory=dict)
     least: tuple[int, int] = field(init=False, default=(0, 0))
-    plans: dict[Any, Any] = field(init=False, default_factory=dict)
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy: ClassVar[str] = "element by element"
 
@@ -130,7 +128,7 @@ class Operator(ABC):
         self.in_torch = hasattr(F, self.name)
         self.all_operands = *self.operands, *self.factors
         self.names = *[operand.name for operand in self.all_operands], *self.fields
-        self.cases = lru_cache(maxsize=256)(self._cases)
+        self.invalid_options = lru_cache(maxsize=256, typed=True)(self._invalid_options)
         self.family = type(self).__name__
         self.is_linear = "linear_weight" in self.names
 
@@ -152,20 +150,21 @@ class Operator(ABC):
             self.choices = tuple([Choice(x, of_torch=x == "torch_options") for x in names])
         self.options = partial(kind.__new__, kind)  # takes half of the time of calling the class
 
-    # ---- numbers ---------------------------------------------------------------------------------
+    # ---- options ---------------------------------------------------------------------------------
 
-    def _cases(self, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
-        cases = list[Any]()
-        for scalar, value in zip(self.numbers, numbers, strict=True):
-            low, special, case, is_valid = scalar.low, scalar.special, None, scalar.optional
+    def _invalid_options(self, *options: Any) -> str | None:
+        for scalar, value in zip(self.numbers, options, strict=False):
+            is_valid = scalar.optional
             if value is not None:
-                value = low if scalar.clamped and not value > low else value
-                is_valid = low <= value <= scalar.high and (value > 0 or not scalar.positive)
-                case = special[special.index(value)] if value in special else NUMBER
+                value = scalar.low if scalar.clamped and not value > scalar.low else value
+                is_valid = scalar.low <= value <= scalar.high
+                is_valid = is_valid and (value > 0 or not scalar.positive)
             if not is_valid:
                 return f"{scalar.name} is {value!r}"
-            cases.append(case)
-        return tuple(cases)
+        return checks.reason(self.check_options, self.options(*options))
+
+    def check_options(self, options: Options) -> None:  # noqa: B027
+        """Raises for options that neither kernels nor definitions take."""
 
     # ---- sizes -----------------------------------------------------------------------------------
 
@@ -184,19 +183,49 @@ class Operator(ABC):
             return rows * classes if input.numel() else 0
         return broadcast_numel([tensors[0], *[tensors[index] for index in self.broadcast]])
 
-    # ---- plans and checks ------------------------------------------------------------------------
+    # ---- calls -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def plan(self, tensors: Tensors, options: Options) -> Callable[[Tensors, Options], Any]:
-        """Returns the plan of a signature, whose layouts and options `check` has accepted.
+    def fused(self, tensors: Tensors, options: Options) -> Any:
+        """Returns the result of a call for which dispatch has no reason to fall back."""
+
+    @abstractmethod
+    def forward(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
+    ) -> Forward:
+        """Computes the output, the tensors to save, and the gradients of the first tensors.
+
+        The gradients are () if backward computes them. If the output is a tuple, only its first
+        item is differentiable.
 
         Args:
-            tensors: A TensorSpec instead of each tensor of the call.
-            options: The options, with the case instead of each number.
-
-        Returns:
-            A function of the tensors and the options of a call, whose numbers are floats.
+            tensors: The tensors in the form that kernels take.
+            needs: Whether each of the first tensors needs a gradient.
+            shard: The classes of this process, if a process group shards them.
         """
+
+    @abstractmethod
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+    ) -> Gradients:
+        """Computes the gradients of the first tensors from the saved ones."""
+
+    @abstractmethod
+    def define(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+    ) -> Gradients:
+        """Computes the same gradients from torch's definition, which is differentiable."""
+
+    def overwrites(self, options: Options, shard: Any = None) -> bool:  # noqa: ARG002
+        """Returns whether the gradient of the input overwrites the input."""
+        return False
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def misfit(self, tensors: Tensors, options: Options) -> str | None:
+        """Returns why no kernel takes the shapes and dtypes of a call, None if one does."""
+        reason = self.fallback_reason and self.fallback_reason(*tensors, options)
+        return reason or checks.reason(self.check, tensors, options)
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of torch's operators, which raise their errors for invalid arguments.
@@ -211,11 +240,12 @@ class Operator(ABC):
 
     def check_call(self, tensors: Tensors, options: Options) -> None:
         self.check_tensors(tensors)
+        self.check_options(options)
         self.check(tensors, options)
         self.check_values(tensors, options)
 
     def check(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
-        """Raises for layouts and options that neither kernels nor definitions take."""
+        """Raises for shapes and dtypes that neither kernels nor definitions take."""
 
     def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
         """Raises for invalid values of tensors, unless reading them would synchronise a device."""
@@ -236,18 +266,23 @@ class SpecializedOperator(Operator):
 
     Attributes:
         parameters: A formula's parameters: the numbers, and the choices with their own kernels.
+        special: The values of each parameter that have their own kernels.
     """
 
     parameters: tuple[Scalar | Choice, ...] = field(init=False)
+    special: tuple[tuple[Any, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parameters = *self.numbers, *[choice for choice in self.choices if choice.values]
+        self.special = tuple([
+            x.special if isinstance(x, Scalar) else x.values for x in self.parameters
+        ])  # fmt: skip
 
-    def kernel_of(self, cases: Sequence[Any]) -> str:
-        """Returns the name of the kernel for these cases of the formula's parameters."""
+    def kernel_of(self, values: Sequence[Any]) -> str:
+        """Returns the name of the kernel for these values of the formula's parameters."""
         name = self.name
-        for parameter, case in zip(self.parameters, cases, strict=True):
+        for parameter, case in zip(self.parameters, values, strict=False):
             if isinstance(parameter, Scalar):
                 name += f"_{parameter.name}_{case:g}" if case in parameter.special else ""
             elif isinstance(parameter.values[0], bool):
@@ -264,7 +299,7 @@ class SpecializedOperator(Operator):
             names = [parameter.name for parameter in parameters]
             yield self.kernel_of(values), dict(zip(names, values, strict=True))
 
-    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
+    def check_options(self, options: Options) -> None:
         for parameter, value in zip(self.parameters, options, strict=False):
             if isinstance(parameter, Scalar):
                 checks.bounded(parameter, value)
@@ -277,6 +312,22 @@ def grad_enabled() -> bool:
     if not torch.is_grad_enabled():
         return False
     return is_dynamo_compiling() or not torch.is_inference_mode_enabled()  # Dynamo cannot trace it
+
+
+def needs_grad(tensors: Tensors) -> tuple[bool, ...]:
+    """Returns whether each tensor of a call needs a gradient."""
+    if not grad_enabled():
+        return (False,) * len(tensors)
+    return tuple([getattr(x, "requires_grad", False) for x in tensors])
+
+
+def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
+    """Returns whether the forward pass of a loss computes the gradients, which backward scales.
+
+    The operands are in the cache then. float16 is excluded, as its gradients underflow without the
+    factor of GradScaler in grad_output.
+    """
+    return reduction != "none" and dtype is not torch.float16
 
 
 def requires_grad(x: Any) -> bool:

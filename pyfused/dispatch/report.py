@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from pyfused.dispatch import reasons
-from pyfused.dispatch.operator import Operator, Tensors
+from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.torch_internals import compiler_traces
 
 active: tuple[Report, ...] = ()  # the reports whose blocks have not ended
@@ -39,6 +39,22 @@ class Report:
         with _lock:
             active = tuple([report for report in active if report is not self])
             self._seconds += perf_counter()
+
+    def count(
+        self,
+        op: Operator,
+        tensors: Tensors,
+        options: Options,  # noqa: ARG002
+        reason: str | None,
+        shard: Any,  # noqa: ARG002
+    ) -> None:
+        """Counts a call; see `counted`."""
+        if reason is None:
+            row = self._ran.setdefault(op.name, {"calls": 0, "largest_input": 0})
+            row["calls"] += 1
+            row["largest_input"] = max(row["largest_input"], op.elements(tensors))
+        else:
+            self._left[op.name, reason] += 1
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts and times, for logging; ``json`` can write them.
@@ -100,8 +116,13 @@ def report() -> Report:
 
 
 def counted(
-    op: Operator, tensors: Tensors, reason: str | None, kernel: Callable[..., Any] | None
-) -> Callable[..., Any] | None:
+    op: Operator,
+    tensors: Tensors,
+    options: Options,
+    reason: str | None,
+    kernel: Callable[..., Any],
+    shard: Any = None,
+) -> Callable[..., Any]:
     """Counts a decision, and returns the kernel, which adds its time when it is called.
 
     Args:
@@ -111,13 +132,8 @@ def counted(
         return kernel
     with _lock:
         for each in active:
-            if reason is None:
-                row = each._ran.setdefault(op.name, {"calls": 0, "largest_input": 0})
-                row["calls"] += 1
-                row["largest_input"] = max(row["largest_input"], op.elements(tensors))
-            else:
-                each._left[op.name, reason] += 1
-    return None if kernel is None else partial(timed, kernel)
+            each.count(op, tensors, options, reason, shard)
+    return partial(timed, kernel)
 
 
 def count_compiled(name: str) -> None:

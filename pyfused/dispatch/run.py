@@ -7,33 +7,37 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused import checks
-from pyfused.backends import DTYPES, takes_triton, unsupported_device
+from pyfused import backends
+from pyfused.backends import DTYPES, cpu, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, report, sizes
 from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, requires_grad
 from pyfused.dispatch.reasons import FUSED, SMALL
-from pyfused.dispatch.signature import PLAIN, layout_reason, signature, with_specs
 from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
-    _checkpoints,
-    fell_back_in_checkpoint,
+    PLAIN,
+    active_mode,
     functorch_is_active,
+    has_names,
     is_exporting,
+    is_functorch_wrapped,
+    is_lazy_clone,
+    is_zero_tensor,
     never_traced,
 )
-from pyfused.types import TENSORS, Number, TensorSpec, UnknownSizeError, VocabShard
+from pyfused.types import OPTIONS, VocabShard
 
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
+_KINDS = frozenset((float, str, bool, int, torch.dtype, NoneType))
+_STRIDED = torch.strided
 
 
 def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = None) -> Tensor:
@@ -46,13 +50,14 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
-    reason, kernel, launched = decide(op, tensors, options)
+    reason, converted = decide(op, tensors, options)
+    fused = op.fused
     if report.active:
-        kernel = report.counted(op, tensors, reason, kernel)
-    if kernel is not None:
-        return kernel(tensors, launched)  # type: ignore[no-any-return]
+        fused = report.counted(op, tensors, options, reason, fused)
+    if reason is None:
+        return fused(tensors, converted)  # type: ignore[no-any-return]
     if reason is not SMALL:
-        report_fallback(op, tensors, str(reason))
+        report_fallback(op, tensors, reason)
     return op.by_torch(tensors, options)  # type: ignore[no-any-return]
 
 
@@ -60,18 +65,22 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
 def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) -> Any:
     """Returns the result of a call with this process' classes, in compiled programs, too.
 
+    All processes have to decide alike, so neither sizes nor layouts decide.
+
     Raises:
         RuntimeError: Transforms of torch.func or forward-mode AD are active.
     """
     tensors, local = op.checked_on_shard(tensors, options, shard)
-    reason, kernel, launched = decide(op, tensors, options, local)
+    reason, converted, fused = active_mode(), _converted(op, options), op.fused
+    if reason is None and isinstance(converted, str):
+        reason = converted
     if report.active:
-        kernel = report.counted(op, tensors, reason, kernel)
-    if kernel is not None:
-        return kernel(tensors, launched)
+        fused = report.counted(op, tensors, options, reason, fused, local)
+    if reason is None:
+        return fused(tensors, converted, local)
     if reason in ("torch.func", "forward-mode AD"):  # collectives have no derivatives for them
         raise RuntimeError(f"{op.name}: expected no {reason} with a shard, got a call in it")
-    reasons.log_once(op.name, str(reason))
+    reasons.log_once(op.name, reason)
     return op.torch_on_shard(tensors, options, local)
 
 
@@ -80,83 +89,6 @@ def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
     if _compiler_reason(op, tensors, options) is not None:
         return op.by_torch(tensors, options)
     return op.compiled(tensors, options)
-
-
-# ---- decisions -----------------------------------------------------------------------------------
-
-
-# The reason why torch executes the call, or None; the function that executes it, given tensors and
-# options, or None; and the options that this function takes.
-Decision = tuple[str | None, Callable[[Tensors, Options], Any] | None, Options]
-
-
-MOST_PLANS = 4096  # per operator
-_planned = WeakSet[Operator]()  # the operators that have plans
-
-
-def forget_plans() -> None:
-    for op in _planned:
-        op.plans.clear()
-
-
-def keep_plan(op: Operator, key: Any, plan: Any) -> None:
-    """Caches a plan on its operator; a full cache drops its older half."""
-    plans = op.plans
-    if len(plans) >= MOST_PLANS:
-        for old in [*plans][: MOST_PLANS // 2]:
-            plans.pop(old, None)
-    plans[key] = plan
-    _planned.add(op)
-
-
-def decide(
-    op: Any, tensors: Tensors, options: Options, shard: Any = None, by_size: bool = False
-) -> Decision:
-    """Decides whether a kernel runs a call; decisions are cached by signature.
-
-    Args:
-        shard: The classes of this process, for a call that has been checked. All processes have to
-            decide alike, so neither sizes nor layouts decide.
-        by_size: As in `signature`.
-    """
-    if shard is None and is_small(op, tensors, options):
-        return SMALL, None, options
-    signed = signature(op, tensors, options, by_size)
-    if isinstance(signed, str):
-        return signed, None, options
-    if _checkpoints and fell_back_in_checkpoint():
-        return "a torch dispatch or function mode in the checkpoint's forward pass", None, options
-    key, options = signed
-    if shard is not None:
-        key = *key, shard
-    decision = op.plans.get(key)
-    if decision is None:
-        decision = _planned_decision(op, key, shard, by_size)
-        keep_plan(op, key, decision)
-    if decision is _BY_SIZE:
-        return decide(op, tensors, options, shard, by_size=True)
-    reason, kernel = decision
-    return reason, kernel, options
-
-
-_BY_SIZE: Any = object()  # the decision depends on sizes that the key does not have
-
-
-def _planned_decision(op: Any, key: Any, shard: Any, by_size: bool) -> Any:
-    """Returns the reason and the plan for a key, _BY_SIZE if sizes are invalid or coincide."""
-    planned = with_specs(op, key)
-    try:
-        if shard is not None:
-            return None, op.plan(*planned, shard)
-        if reason := _planned_reason(op, *planned):
-            return reason, None
-        if reason := _invalid(op, *planned):
-            return (reason, None) if by_size else _BY_SIZE
-        return None, op.plan(*planned)
-    except (UnknownSizeError, *checks.ERRORS):
-        if by_size:
-            raise
-        return _BY_SIZE
 
 
 # ---- reasons to fall back ------------------------------------------------------------------------
@@ -169,35 +101,52 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
     return decide(op, tensors, options)[0]
 
 
-def _planned_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
-    """Returns the reason for a plan, from specs of tensors or from a compiler's tensors."""
+def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Options]:
+    """Returns why torch's operator computes a call, None if a kernel does, and its options.
+
+    In the options of a kernel, numbers are floats.
+    """
+    if is_small(op, tensors, options):
+        return SMALL, options
     input = tensors[0]
-    for operand, tensor in zip(op.all_operands, tensors, strict=True):
-        if tensor is None and operand.optional:
+    if type(input) not in PLAIN:
+        return f"input is a {type(input).__name__}", options
+    if mode := active_mode():
+        return mode, options
+    on_cpu = backends.FORCED is None and input.is_cpu and cpu.MISSING is None
+    for operand, x in zip(op.all_operands, tensors, strict=True):
+        if x is None and operand.optional:
             continue
-        if reason := unsupported(operand, tensor, input):
-            return reason
-    return None if op.fallback_reason is None else op.fallback_reason(*tensors, options)
-
-
-def _invalid(op: Operator, tensors: Tensors, options: Options) -> str | None:
-    """Returns why no kernel takes the layouts and the options of a call: they may be invalid."""
-    try:
-        op.check(tensors, options)
-    except checks.ERRORS as error:
-        return str(error)
-    return None
+        is_usual = (  # the conditions of `unsupported`, without a call for each tensor
+            type(x) in PLAIN
+            and x.layout is _STRIDED
+            and (x.dtype in DTYPES or (operand.indices and x.dtype is torch.int64))
+            and not (x.is_neg() or is_zero_tensor(x) or x.is_nested)
+            and (has_names is None or not has_names(x))
+            and not (is_functorch_wrapped(x) or is_lazy_clone(x))
+            and (x.is_cpu if on_cpu else unsupported_device(operand.name, x, input) is None)
+            and (operand.differentiated or not x.requires_grad)
+            and (x is input or x.numel())
+        )
+        if not is_usual and (reason := unsupported(operand, x, input)):
+            return reason, options
+    converted = options
+    if not _KINDS.issuperset(map(type, options)):
+        converted = _converted(op, options)
+        if isinstance(converted, str):
+            return converted, options
+    return op.invalid_options(*converted) or op.misfit(tensors, converted), converted
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     """Returns why the kernels for the input's device do not support a tensor, or None."""
     name = operand.name
-    if not isinstance(tensor, TENSORS):
-        is_number = operand.number and isinstance(tensor, (Number, Real))
+    if not isinstance(tensor, Tensor):
+        is_float = isinstance(tensor, Real) if is_dynamo_compiling() else type(tensor) is float
+        is_number = operand.number and is_float
         return None if is_number else f"{name} is a {type(tensor).__name__}"
     is_traced = is_dynamo_compiling() and type(tensor) in PLAIN
-    has_spec = is_traced or isinstance(tensor, TensorSpec)
-    if not has_spec and (reason := layout_reason(name, tensor)):
+    if not is_traced and (reason := layout_reason(name, tensor)):
         return reason
     if reason := unsupported_device(name, tensor, input):
         return reason
@@ -209,6 +158,59 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     if is_traced:
         return None  # a comparison would restrict the sizes of the program
     return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts
+
+
+def layout_reason(name: str, tensor: Tensor) -> str | None:
+    """Returns why kernels cannot read a tensor's memory, None if they can."""
+    if type(tensor) not in PLAIN:
+        return f"{name} is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"{name} has layout {tensor.layout}"
+    if tensor.is_neg() or is_zero_tensor(tensor):
+        return f"{name} is lazily negated or zero"
+    if tensor.is_nested:
+        return f"{name} is nested"
+    if has_names is not None and has_names(tensor):
+        return f"{name} has named dimensions"
+    if is_functorch_wrapped(tensor):
+        return f"{name} is used outside of its torch.func transform"
+    if is_lazy_clone(tensor):  # reading its address would copy it
+        return f"{name} is a lazy clone"
+    return None
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def _converted(op: Operator, options: Options) -> Options | str:
+    """Returns the options of a kernel, in which numbers are floats, or why there are none.
+
+    The value of a tensor of one element is read, unless it needs a gradient or is on a GPU, where
+    reading synchronises. torch's own functions never take a number that requires grad.
+    """
+    count = len(op.numbers)
+    numbers, choices = options[:count], options[count:]
+    converted = list[Any]()
+    for scalar, value in zip(op.numbers, numbers, strict=True):
+        name = scalar.name
+        if isinstance(value, Tensor):
+            is_ours = OPTIONS.get(name) is scalar and name != "label_smoothing"
+            is_constant = not (requires_grad(value) if is_ours else value.requires_grad)
+            is_readable = value.is_cpu and is_constant and value.numel() == 1
+            if not is_readable or layout_reason(name, value) is not None:
+                return f"{name} is a tensor"
+            value = value.detach()  # torch warns if a number that requires grad is converted
+        elif value is not None and not isinstance(value, (float, int, Real)):
+            return f"{name} is a {type(value).__name__}"
+        converted.append(None if value is None else float(value))
+    for choice, value in zip(op.choices, choices, strict=True):
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        if choice.of_torch:
+            value = None
+        elif type(value) not in _KINDS and not is_integer:
+            return f"{choice.name} is a {type(value).__name__}"
+        converted.append(int(value) if is_integer else value)
+    return op.options(*converted)
 
 
 # ---- programs that are compiled ------------------------------------------------------------------
@@ -232,7 +234,12 @@ def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | 
     for name, option in zip(op.fields, options, strict=True):
         if isinstance(option, Tensor):
             return f"torch.compile: {name} is a tensor"
-    return _planned_reason(op, tensors, options)
+    for operand, tensor in zip(op.all_operands, tensors, strict=True):
+        if tensor is None and operand.optional:
+            continue
+        if reason := unsupported(operand, tensor, tensors[0]):
+            return reason
+    return None if op.fallback_reason is None else op.fallback_reason(*tensors, options)
 
 
 # ---- fallbacks -----------------------------------------------------------------------------------

@@ -27,8 +27,7 @@ from torch.overrides import has_torch_function_unary
 from pyfused import backends, memory
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
-from pyfused.dispatch.signature import PLAIN
-from pyfused.torch_internals import has_function_mode
+from pyfused.torch_internals import PLAIN, has_function_mode
 
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")

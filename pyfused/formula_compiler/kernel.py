@@ -45,7 +45,7 @@ class Kernel:
     def __post_init__(self) -> None:
         self.program = cache(self._program)
 
-    @property
+    @cached_property
     def parameters(self) -> list[str]:
         return [name for name, value in self.case.items() if value is NUMBER]
 

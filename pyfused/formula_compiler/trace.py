@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
+@cache
 def clamp_is_inclusive() -> bool:
     """Returns whether torch's derivative of clamp is 1 at a bound; from torch 2.14 on it is 0."""
     return bool(torch.__version__ < "2.14")

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import differentiate
-from pyfused.dispatch.operator import Options, SpecializedOperator, Tensors
+from pyfused.dispatch.autograd import compute, differentiate
+from pyfused.dispatch.operator import (
+    Forward,
+    Needs,
+    Options,
+    SpecializedOperator,
+    Tensors,
+)
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.plan import Forward, Plan, needs_grad
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
-from pyfused.types import Kernels
+from pyfused.types import Gradients
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -55,13 +60,26 @@ class Activation(SpecializedOperator):
         assert gradient is not None
         return gradient
 
-    def plan(self, tensors: Tensors, options: Options) -> Plan:
-        (input,), kernel = tensors, self.kernels[self.kernel_of(options)]
-        backend = backend_of(input)
-        contiguous = (lambda tensors, _: (tensors[0].contiguous(),)) if self.contiguous else None
-        return activation_plan(
-            self, input, lambda x: backend.activation(kernel, x), arrange=contiguous
-        )
+    def fused(self, tensors: Tensors, options: Options) -> Tensor:
+        inputs = (tensors[0].contiguous(),) if self.contiguous else tensors
+        result: Tensor = compute(self, inputs, options, 1)
+        return result
+
+    def forward(self, tensors: Tensors, options: Options, *_: Any) -> Forward:
+        (x,) = tensors
+        output = backend_of(x).activation(self.kernels[self.kernel_of(options)], x, options)
+        return output, (output if self.saves == "output" else x,), ()
+
+    def backward(
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        (x,), kernel = saved, self.kernels[self.kernel_of(options)]
+        return (backend_of(x).activation_backward(kernel, grad_output, x, options),)
+
+    def define(
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        return (self.gradient_in_torch(grad_output, saved[0], options),)
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -85,36 +103,3 @@ class Activation(SpecializedOperator):
             Method(["x"], *kernel.expressions(forward, [dtype])),
             Method(["grad_output", saved], *kernel.expressions(backward, [dtype] * 2)),
         ]
-
-
-def activation_plan(
-    op: Any,
-    input: Any,
-    prepare: Callable[[Tensor], Kernels],
-    arrange: Callable[[Tensors, Options], Tensors] | None = None,
-) -> Plan:
-    """Returns the plan of an activation or a softmax, which saves the output or the input.
-
-    Args:
-        prepare: Prepares the forward and the backward kernel for the layout of an input.
-        arrange: Converts the input for the kernels; None for no conversion.
-    """
-    kernels: list[Kernels] = []
-    saves_output = op.saves == "output"
-
-    def forward(tensors: Tensors, options: Options) -> Forward:
-        (x,) = tensors
-        if not kernels:
-            kernels.append(prepare(input if input.dynamic_dims else x))
-        output = kernels[0][0](x, options)
-        return output, (output if saves_output else x,), ()
-
-    return Plan(
-        name=op.name,
-        backend=backend_of(input),
-        needs=needs_grad((input,)),
-        arrange=arrange,
-        forward=forward,
-        backward=lambda saved, options, grad: (kernels[0][1](grad, saved[0], options),),
-        define=lambda saved, options, grad: (op.gradient_in_torch(grad, saved[0], options),),
-    )

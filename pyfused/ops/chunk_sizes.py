@@ -21,7 +21,6 @@ are computed at once if this takes no more memory than blocks and sums.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,7 +47,7 @@ MEMORY_FRACTION_GPU = 16  # at most 1/16 of the GPU's memory for a block
 MIN_BUDGET = 16 << 20  # bytes
 TILE = 1024  # rows and classes of a block
 MIN_TILE = 16, 64  # rows and classes of the smallest block
-MOST_SIZES = 64  # numbers of rows whose block sizes are kept
+MOST_SIZES = 1024  # heads and numbers of rows whose block sizes are cached
 
 
 @functools.cache
@@ -106,15 +105,18 @@ class HeadSizes:
         sums = 4 * classes * features if itemsize == 2 else 0
         return n if n <= 2 * rows or n * row <= rows * row + sums else rows
 
+    @functools.lru_cache(MOST_SIZES)  # noqa: B019
     def of_rows(self, n: int) -> BlockSize:
         """Returns the size of blocks of rows with all classes."""
         return BlockSize(max(1, min(n, self.rows_in_budget(n))))
 
+    @functools.lru_cache(MOST_SIZES)  # noqa: B019
     def of_losses(self, n: int) -> BlockSize:
         """Returns the size of the blocks of a loss of class indices, and of its gradients."""
         rows = self._rows_at_once(n)
         return BlockSize(rows) if rows else self.tile(n)
 
+    @functools.lru_cache(MOST_SIZES)  # noqa: B019
     def of_states(self, n: int) -> BlockSize:
         """Returns the size of the blocks over which the states of rows are computed.
 
@@ -137,6 +139,7 @@ class HeadSizes:
         rows = self.rows_in_budget(n)
         return 0 if self.converts or rows < min(n, min_rows) else min(n, rows)
 
+    @functools.lru_cache(MOST_SIZES)  # noqa: B019
     def tile(self, n: int) -> BlockSize:
         """Returns the size of a block of classes whose logits fit the budget."""
         if self.memory_budget is None:
@@ -148,11 +151,6 @@ class HeadSizes:
         # All rows, if that leaves enough classes: the sum of a class's gradient needs no addition.
         classes = min(TILE, max(min_classes, logits // max(n, 1)))
         return BlockSize(max(min_rows, min(n, logits // classes)), classes)
-
-
-def kept(size: Callable[[int], BlockSize]) -> Callable[[int], BlockSize]:
-    """Keeps the sizes for some numbers of rows, because computing them takes microseconds."""
-    return functools.lru_cache(MOST_SIZES)(size)
 
 
 def aligned(size: int) -> int:

@@ -13,7 +13,7 @@ which differentiates scale * a.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,18 +22,16 @@ from torch import Tensor
 from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.plan import Forward, Plan
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, BlockSize, HeadSizes, kept
-from pyfused.ops.collectives import LocalShard
+from pyfused.ops.chunk_sizes import SQUARE_GPU, TILE, BlockSize, HeadSizes
 from pyfused.ops.elementwise import SOFT_MARGIN_LOSS
 from pyfused.ops.head_loop import HeadLoop, Layer
 from pyfused.ops.heads import joined
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.ops.rows import Layouts, Passes, RowOperator
-from pyfused.types import LOG_P, NUMBER, STATE_FIELDS, ClassRange, Gradients, Outputs, RowOptions
+from pyfused.ops.rows import RowOperator
+from pyfused.types import LOG_P, STATE_FIELDS, ClassRange, Gradients, Outputs, RowOptions
 
 
 def contrastive_loss(
@@ -66,56 +64,53 @@ class Contrastive(RowOperator):
     """
 
     factors: ClassVar[tuple[Operand, ...]] = ()
-    fixed = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.is_linear, self.student = True, 3
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        a = in_autocast_dtype(tensors[0])
+        a = tensors[0]
         return backend_of(a).product_dtype(a.dtype)
 
-    def plan(self, tensors: Tensors, options: Options, shard: LocalShard | None = None) -> Plan:
+    def arranged(
+        self,
+        tensors: Tensors,
+        options: Options,
+        shard: Any = None,  # noqa: ARG002
+    ) -> Tensors:
+        """Returns the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
+
+        Without a scale, a has been scaled.
+        """
         a, b, bias, scale = tensors
-        if getattr(scale, "requires_grad", False):  # kernels take scale * a
-            a = replace(a, requires_grad=True)
-        # The custom operator takes a scaled a, and no scale.
-        return super().plan((a, b, bias, NUMBER if scale is None else scale), options, shard)
+        x = in_autocast_dtype(a)
+        x = x.to(self.input_dtype((x,)))
+        x = x if scale is None else x * _scalar(scale)
+        if bias is not None:
+            dtype = accumulate_dtype(x.dtype)
+            bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
+        return x, b, bias, None
 
-    def arrangement(self, _: Layouts) -> Any:
-        return _scaled
-
-    def passes(self, layouts: Layouts) -> Passes:
-        tensors, options, _, needs, in_forward = layouts
-        compute, size = (_softmax, _square) if tensors[2] is None else (_sigmoid, _rows)
+    def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
+        """Returns the loop over blocks of logits."""
+        size = _square if tensors[2] is None else _rows
         backend, dtype = backend_of(tensors[0]), self.input_dtype(tensors)
         limits = tensors[1].shape[1], dtype, backend, options.memory_budget
-        loop = HeadLoop(backend, dtype, kept(lambda n: size(n, *limits)), needs, pads=False)
+        return HeadLoop(backend, dtype, lambda n: size(n, *limits), needs, pads=False)
 
-        def forward(tensors: Tensors, options: Options) -> Forward:
-            loss, gradients = compute(loop, tensors, options, in_forward)
-            return loss, tensors, gradients
+    def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
+        compute = _softmax if tensors[2] is None else _sigmoid
+        in_forward = self.in_forward(tensors, options, needs)
+        loop = self.loop(tensors, options, needs)
+        loss, gradients = compute(loop, tensors, options, in_forward)
+        return loss, tensors, gradients
 
-        def backward(tensors: Tensors, options: Options, grad_output: Tensor) -> Gradients:
-            return compute(loop, tensors, options, True, grad_output)[1]
-
-        return Passes(forward, backward)
-
-
-def _scaled(tensors: Tensors, _: Options) -> Tensors:
-    """Returns the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
-
-    Without a scale, a has been scaled.
-    """
-    a, b, bias, scale = tensors
-    a = in_autocast_dtype(a)
-    x = a.to(backend_of(a).product_dtype(a.dtype))
-    x = x if scale is None else x * _scalar(scale)
-    if bias is not None:
-        dtype = accumulate_dtype(x.dtype)
-        bias = (x.new_ones((), dtype=dtype) * _scalar(bias)).to(dtype)
-    return x, b, bias, None
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        compute = _softmax if saved[2] is None else _sigmoid
+        return compute(self.loop(saved, options, needs), saved, options, True, grad_output)[1]
 
 
 def _square(
@@ -211,18 +206,17 @@ def _sigmoid(
     (x, b, bias, _), reduction = tensors, options.reduction
     n, dtype, wide = x.shape[0], loop.dtype, loop.wide
     grad_bias = torch.zeros_like(bias, dtype=torch.float64)
-    kernel_options = SOFT_MARGIN_LOSS.options(reduction=reduction)
-    outputs, losses = Outputs(grad_output is None, (differentiates, False)), list[Tensor | None]()
-    divisor = (lambda _: n) if reduction == "mean" else None
+    formula, losses = SOFT_MARGIN_LOSS.kernels["soft_margin_loss"], list[Tensor | None]()
+    outputs = Outputs(grad_output is None, (differentiates, False))
+    divisor = n if reduction == "mean" else None
 
     def step(logits: Tensor, rows: slice, _columns: slice) -> Tensor | None:
         z = logits.to(wide).add_(bias)
         z.diagonal(rows.start).neg_()
         operands = z, z.new_full((), -1.0).expand_as(z)
-        launch = SOFT_MARGIN_LOSS.prepared(
-            loop.backend, operands, None, kernel_options, outputs, divisor, None
+        loss, (gradient, _) = loop.backend.pointwise_loss(
+            formula, operands, None, (), reduction, outputs, divisor
         )
-        loss, (gradient, _) = launch(operands, kernel_options)
         losses.append(loss if loss is None or not loss.dim() else loss.sum(1))
         if gradient is None:
             return None

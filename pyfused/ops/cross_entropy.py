@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pyfused.backends import Backend, backend_of, takes_triton
-from pyfused.backends.protocol import LossKernel
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Operand, Options, Tensors
-from pyfused.dispatch.plan import Forward, dynamic_dims, loss_passes
-from pyfused.layout import (
-    accumulate_dtype,
-    specs_of_layouts,
-    with_leading_dims,
-)
+from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
+from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, metrics
-from pyfused.ops.chunk_sizes import BlockSize, kept
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
-from pyfused.ops.heads import BlockResult, HeadRows, RowBlocks, capped, row_source
+from pyfused.ops.heads import BlockResult, HeadRows, capped, compute_blocks, row_source
 from pyfused.ops.rows import (
-    Layouts,
     LogitRows,
-    Passes,
     RowLoss,
     RowOperator,
-    state_passes,
+    loss_forward,
+    state_backward,
+    state_forward,
 )
 from pyfused.ops.shards import class_range
 from pyfused.types import (
@@ -42,6 +34,7 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     CrossEntropyOptions,
+    Gradients,
     Outputs,
     RowOptions,
 )
@@ -58,7 +51,7 @@ class CrossEntropyLoss(RowLoss):
     weight of each class; and the factors.
     """
 
-    # ---- from states of rows: see `rows.state_passes` --------------------------------------------
+    # ---- from states of rows: see `rows.state_forward` -------------------------------------------
 
     def fields(self, options: Options) -> int:
         if options.label_smoothing != 0:
@@ -137,7 +130,7 @@ class CrossEntropyLoss(RowLoss):
             total = weight.double().sum() if options.label_smoothing > 0 else classes
         return counts, target_weight, total
 
-    # ---- in blocks of rows: see `heads.RowBlocks` ------------------------------------------------
+    # ---- in blocks of rows: see `heads.compute_blocks` -------------------------------------------
 
     def weights(self, tensors: Tensors, options: Options, all_count: bool) -> Tensor | None:
         *_, target, weight, token_weight, _ = tensors
@@ -158,42 +151,33 @@ class CrossEntropyLoss(RowLoss):
             rows = rows._replace(counts=rows.take(counts))
         return rows
 
-    def kernel(
-        self, backend: Backend, tensors: Tensors, options: Options, outputs: Outputs
-    ) -> Callable[..., BlockResult]:
-        kernel: LossKernel | None = None
-        planned, caps = options, options.softcap is not None
-        source = LogitRows(backend, ClassRange(0, tensors[1].shape[0]))
-        fields = self.fields(planned) if planned.with_metrics and outputs.loss else 0
-
-        def compute(
-            logits: Tensor,
-            operands: Sequence[Any],
-            counts: Tensor | None,
-            grad_output: Tensor | None,
-            options: Options,
-        ) -> BlockResult:
-            nonlocal kernel
-            target, weight, token_weight, _ = operands
-            x, state = logits, None
-            if caps:
-                x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
-            if target.is_floating_point():
-                target = target.to(logits.dtype)
-            if fields:
-                state = metrics_state(source, x, target, options, fields)
-            tensors = x, target, weight, token_weight, None
-            if kernel is None:
-                *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
-                kernel = backend.cross_entropy(layouts, planned, outputs, of_grad)
-            loss, (gradient, grad_target) = kernel(tensors, options, grad_output)
-            if caps and gradient is not None:
-                gradient = cap_backward(gradient)
-                if counts is not None:  # 0 times NaN is NaN
-                    gradient.masked_fill_(~counts.unsqueeze(-1), 0)
-            return loss, (gradient, grad_target), state
-
-        return compute
+    def block(
+        self,
+        backend: Backend,
+        logits: Tensor,
+        operands: Sequence[Any],
+        counts: Tensor | None,
+        grad_output: Tensor | None,
+        options: Options,
+        outputs: Outputs,
+    ) -> BlockResult:
+        target, weight, token_weight, _ = operands
+        x, state, caps = logits, None, options.softcap is not None
+        if caps:
+            x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
+        if target.is_floating_point():
+            target = target.to(logits.dtype)
+        if options.with_metrics and outputs.loss:
+            source = LogitRows(backend, ClassRange(0, logits.shape[1]))
+            state = metrics_state(source, x, target, options, self.fields(options))
+        tensors = x, target, weight, token_weight, None
+        loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output)
+        gradient, grad_target = gradients
+        if caps and gradient is not None:
+            gradient = cap_backward(gradient)
+            if counts is not None:  # 0 times NaN is NaN
+                gradient.masked_fill_(~counts.unsqueeze(-1), 0)
+        return loss, (gradient, grad_target), state
 
 
 def metrics_state(
@@ -210,7 +194,7 @@ def metrics_state(
     scale = options.scale / options.temperature
     plain = CrossEntropyOptions(reduction="none", scale=scale)
     tensors = logits.detach(), target.detach(), None, None, None
-    loss, _ = source.backend.cross_entropy(tensors, plain, Outputs())(tensors, plain)
+    loss, _ = source.backend.cross_entropy(tensors, plain, Outputs())
     assert loss is not None
     state[LOG_P] = -loss.flatten()
     return state
@@ -223,95 +207,78 @@ def metrics_state(
 class CrossEntropy(RowOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
-    fixed = 1
-
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         if not tensors[3] is tensors[4] is None or not options.is_plain():
             self.check_call(tensors, options)
         return self.torch(*tensors, options)
 
-    def needs_state(self, layouts: Layouts) -> bool:
+    def needs_state(self, options: Options, shard: Any) -> bool:
         """Returns whether only the kernels of row states support a call."""
-        return layouts.shard is not None or layouts.options.softcap is not None
+        return shard is not None or options.softcap is not None
 
-    def overwrites(self, layouts: Layouts) -> bool:
-        """Returns whether the gradient of the logits overwrites them."""
-        return layouts.options.inplace and not self.needs_state(layouts)
+    def overwrites(self, options: Options, shard: Any = None) -> bool:
+        return options.inplace and not self.needs_state(options, shard)
 
-    def arrangement(self, layouts: Layouts) -> Any:
-        tensors, _, shard, *_ = layouts
-        inplace, check, dtype = self.overwrites(layouts), None, self.input_dtype(tensors)
-        if self.needs_state(layouts):  # other kernels check class indices
-            check = backend_of(tensors[0]).check_class_indices
-        empty: list[Any] = [None if x is None else x.empty() for x in tensors[:3]]
-        pairs = zip(empty, self.converted(*empty), strict=True)
-        converts = any(x is not y for x, y in pairs)
-        if not converts and tensors[3] is tensors[4] is check is None and not inplace:
-            return None
-        classes = class_range(tensors[:1], shard).total
+    def arranged(self, tensors: Tensors, options: Options, shard: Any = None) -> Tensors:
+        if options.inplace and self.overwrites(options, shard):
+            definitions.prepare_inplace(tensors[0])
+        input, target, weight, token_weight, denominator = tensors
+        if target.is_floating_point():
+            dtype = definitions.operand_dtype(input, target, weight)
+            input, target = input.to(dtype), target.to(dtype)
+        else:
+            target = class_targets(input, target)
+        if not token_weight is denominator is None:
+            token_weight, denominator = definitions.factors(token_weight, denominator, input.dtype)
+        if shard is not None or options.softcap is not None:  # other kernels check class indices
+            total = class_range((input,), shard).total
+            backend_of(input).check_class_indices(target, total, options.ignore_index)
+        return input, target, weight, token_weight, denominator
 
-        def arrange(tensors: Tensors, options: Options) -> Tensors:
-            if inplace:
-                definitions.prepare_inplace(tensors[0])
-            *operands, token_weight, denominator = tensors
-            if not token_weight is denominator is None:
-                token_weight, denominator = definitions.factors(token_weight, denominator, dtype)
-            if converts:
-                operands = [*self.converted(*operands)]
-            if check is not None:
-                check(operands[1], classes, options.ignore_index)
-            return *operands, token_weight, denominator
-
-        return arrange
-
-    def converted(self, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensors:
-        """Returns the operands in the dtypes and shapes that kernels take."""
-        if not target.is_floating_point():
-            return input, class_targets(input, target), weight
-        dtype = definitions.operand_dtype(input, target, weight)
-        return input.to(dtype), target.to(dtype), weight
-
-    def passes(self, layouts: Layouts) -> Passes:
-        tensors, options, _, needs, in_forward = layouts
-        input, backend = tensors[0], backend_of(tensors[0])
-        dtype = definitions.dtype_of_loss(options, *tensors[:3])
-        source = row_source(self, layouts, options.with_metrics)
-        if self.needs_state(layouts):
-            return state_passes(self, source, layouts, dtype)
-        inplace = self.overwrites(layouts)
-
-        def prepare(tensors: Tensors, *outputs: Any) -> LossKernel:
-            return backend.cross_entropy(tensors, options, *outputs)
-
-        loss_dtype = None if dtype is self.wide_dtype(tensors) else dtype
-        forward, backward = loss_passes(
-            prepare, needs, in_forward, inplace, loss_dtype, dynamic_dims(input)
+    def forward(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
+    ) -> Forward:
+        dtype, state = definitions.dtype_of_loss(options, *tensors[:3]), None
+        if shard is not None or options.softcap is not None:
+            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+            return state_forward(self, source, tensors, options, needs, dtype)
+        if options.with_metrics:
+            source = row_source(self, tensors, options, needs, shard, True)
+            state = metrics_state(source, *tensors[:2], options, METRICS_FIELDS)
+        kernel = backend_of(tensors[0]).cross_entropy
+        loss, saved, gradients = loss_forward(
+            kernel, tensors, options, needs, dtype, options.inplace
         )
+        return loss if state is None else (loss, state), saved, gradients
 
-        def forward_with_state(tensors: Tensors, options: Options) -> Forward:
-            input, target, *_ = tensors
-            state = metrics_state(source, input, target, options, METRICS_FIELDS)
-            loss, saved, gradients = forward(tensors, options)
-            return (loss, state), saved, gradients
+    def backward(
+        self,
+        saved: Tensors,
+        options: Options,
+        needs: Needs,
+        grad_output: Tensor,
+        shard: Any = None,
+    ) -> Gradients:
+        if self.needs_state(options, shard):
+            source = row_source(self, saved, options, needs, shard, options.with_metrics)
+            return state_backward(self, source, saved, options, needs, grad_output)
+        outputs = Outputs(False, tuple(needs), options.inplace)
+        return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
-        return Passes(forward_with_state if options.with_metrics else forward, backward, inplace)
-
-    def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        return definitions.operand_dtype(*tensors[:3])
-
-    def finish(self, layouts: Layouts) -> Any:
-        tensors, options, *_ = layouts
+    def finished(
+        self,
+        result: Any,
+        tensors: Tensors,
+        options: Options,
+        shard: Any = None,  # noqa: ARG002
+    ) -> Any:
         if not options.with_metrics:
-            return None
-        ignore_index, dtype = options.ignore_index, accumulate_dtype(tensors[0].dtype)
-
-        def finish(results: Any, tensors: Tensors) -> tuple[Tensor, metrics.Metrics]:
-            (loss, state), input, target = results, *tensors[:2]
-            if not target.is_floating_point():
-                target = class_targets(input, target)
-            return loss, metrics.of_state(state, target, ignore_index, dtype)
-
-        return finish
+            return result
+        (loss, state), input, target = result, *tensors[:2]
+        if not target.is_floating_point():
+            target = class_targets(input, target)
+        dtype = accumulate_dtype(input.dtype)
+        return loss, metrics.of_state(state, target, options.ignore_index, dtype)
 
     def torch_on_shard(self, tensors: Tensors, options: Options, shard: Any) -> Tensor:
         dtype = definitions.dtype_of_loss(options, *tensors[:3])
@@ -351,7 +318,6 @@ def cross_entropy_fallback_reason(
 class LinearCrossEntropy(RowOperator):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
-    fixed = -1
     flattens = True
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
@@ -362,56 +328,87 @@ class LinearCrossEntropy(RowOperator):
         return self.torch(*tensors, options)
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        return definitions.operand_dtype(in_autocast_dtype(tensors[0]), *tensors[3:5])
+        return definitions.operand_dtype(tensors[0], *tensors[3:5])
 
-    def finish(self, layouts: Layouts) -> Any:
-        tensors, options, *_ = layouts
-        logits, wide = in_autocast_dtype(tensors[0]), self.wide_dtype(tensors)
-        dtype = definitions.dtype_of_loss(options, logits, *tensors[3:5])
-        with_metrics, ignore_index = options.with_metrics, options.ignore_index
-        if tensors[0].dim() == 2 and dtype is wide and not with_metrics:
-            return None
+    def finished(
+        self,
+        result: Any,
+        tensors: Tensors,
+        options: Options,
+        shard: Any = None,  # noqa: ARG002
+    ) -> Any:
+        input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
+        dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
+        if not options.with_metrics:
+            return with_leading_dims(result, leading).to(dtype)
+        loss, state = result
+        if target.is_floating_point():
+            target = target.reshape(-1, target.shape[-1])
+        else:
+            target = target.to(torch.int64).flatten()
+        wide = self.wide_dtype((input, *tensors[1:]))
+        values = metrics.of_state(state, target, options.ignore_index, wide)
+        named = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
+        return with_leading_dims(loss, leading).to(dtype), named
 
-        def finish(results: Any, tensors: Tensors) -> Any:
-            leading = tensors[0].shape[:-1]
-            loss, state = results if with_metrics else (results, None)
-            loss = with_leading_dims(loss, leading).to(dtype)
-            if state is None:
-                return loss
-            target = tensors[3]
-            if target.is_floating_point():
-                target = target.reshape(-1, target.shape[-1])
-            else:
-                target = target.to(torch.int64).flatten()
-            values = metrics.of_state(state, target, ignore_index, wide)
-            return loss, metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
-
-        return finish
-
-    def block_size(self, tensors: Tensors, options: Options) -> Callable[[int], BlockSize]:
-        """Returns the size of blocks as a function of the number of rows."""
+    def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
+        """Returns the loop over blocks of rows with all classes."""
         sizes = self.head_sizes(tensors, options)
         if options.softcap is not None:  # a copy of the logits
             sizes = replace(sizes, bytes_per_logit=3 * sizes.dtype.itemsize)
-        return kept(sizes.of_rows if tensors[3].is_floating_point() else sizes.of_losses)
+        size = sizes.of_rows if tensors[3].is_floating_point() else sizes.of_losses
+        return HeadLoop(backend_of(tensors[0]), sizes.dtype, size, needs)
 
-    def passes(self, layouts: Layouts) -> Passes:
-        tensors, options, shard, needs, _ = layouts
+    def by_classes(self, tensors: Tensors, options: Options, needs: Needs) -> HeadRows:
+        """Returns the source of rows in blocks of classes."""
+        sizes = self.head_sizes(tensors, options)
+        loop = HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.tile, needs)
+        return HeadRows(loop, class_range(tensors[:3]))
+
+    def forward(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
+    ) -> Forward:
         if shard is not None:
             # With metrics, the forward pass also has rows of weight 0.
             keeps = not options.with_metrics or tensors[-2] is None
-            source = row_source(self, layouts, options.with_metrics)
-            return state_passes(self, source, layouts, keeps_logits=keeps)
-        sizes = self.head_sizes(tensors, options)
-        loop = partial(HeadLoop, backend_of(tensors[0]), sizes.dtype, needs=needs)
-        rows = HeadRows(loop(sizes.tile), class_range(tensors[:3]))
-        by_classes = state_passes(self, rows, layouts, keeps_logits=False)
-        of_rows = loop(self.block_size(tensors, options))
-        return RowBlocks(self, of_rows, layouts, by_classes).passes()
+            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+            return state_forward(self, source, tensors, options, needs, keeps_logits=keeps)
+        loop = self.loop(tensors, options, needs)
+        computed = compute_blocks(self, loop, tensors, options, needs)
+        if computed is None:
+            source = self.by_classes(tensors, options, needs)
+            return state_forward(self, source, tensors, options, needs, keeps_logits=False)
+        loss, gradients, state = computed
+        gradients = gradients if self.in_forward(tensors, options, needs) else ()
+        return (
+            (loss, tensors, gradients)
+            if state is None
+            else ((loss, state), (*tensors, state), gradients)
+        )
+
+    def backward(
+        self,
+        saved: Tensors,
+        options: Options,
+        needs: Needs,
+        grad_output: Tensor,
+        shard: Any = None,
+    ) -> Gradients:
+        tensors = saved[: len(self.all_operands)]
+        if shard is None:
+            loop = self.loop(tensors, options, needs)
+            computed = compute_blocks(self, loop, tensors, options, needs, grad_output)
+            if computed is not None:
+                return computed[1]
+            source = self.by_classes(tensors, options, needs)
+        else:
+            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+        return state_backward(self, source, saved, options, needs, grad_output)
 
     def strategy_of(self, tensors: Tensors, options: Options) -> str:
         n = tensors[0].shape[:-1].numel()
-        size = self.block_size(tensors, options)(n)
+        arranged = in_autocast_dtype(tensors[0]), *tensors[1:]
+        size = self.loop(arranged, options, (False,) * 3).size(n)
         if size.classes is not None:
             return "blocks of classes"
         return "all logits at once" if size.rows >= n else f"blocks of {size.rows} rows"
@@ -452,28 +449,31 @@ class NllLoss(RowOperator):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "one element of a row"
-    fixed = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.student = 2  # kernels return a gradient of the target, which is None
 
-    def arrangement(self, _: Layouts) -> Any:
-        return _with_class_targets
+    def arranged(
+        self,
+        tensors: Tensors,
+        options: Options,
+        shard: Any = None,  # noqa: ARG002
+    ) -> Tensors:
+        input, target, weight = tensors
+        return input, class_targets(input, target), weight, None, None
 
-    def passes(self, layouts: Layouts) -> Passes:
-        (input, *_), options = layouts.tensors, layouts.options
-        backend, dtype = backend_of(input), definitions.dtype_of_loss(options, *layouts.tensors)
-        loss_dtype = None if dtype is accumulate_dtype(input.dtype) else dtype
+    def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
+        kernel = getattr(backend_of(tensors[0]), self.name)
+        dtype = definitions.dtype_of_loss(options, *tensors[:3])
+        return loss_forward(kernel, tensors, options, needs, dtype)
 
-        def prepare(tensors: Tensors, *outputs: Any) -> LossKernel:
-            kernel: LossKernel = getattr(backend, self.name)(tensors, options, *outputs)
-            return kernel
-
-        dims, needs, in_forward = dynamic_dims(input), layouts.needs, layouts.in_forward
-        return Passes(
-            *loss_passes(prepare, needs, in_forward, loss_dtype=loss_dtype, dynamic_dims=dims)
-        )
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        kernel = getattr(backend_of(saved[0]), self.name)
+        gradients: Gradients = kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
+        return gradients
 
 
 def nll_loss_fallback_reason(
@@ -485,8 +485,3 @@ def nll_loss_fallback_reason(
     if weight is not None and weight.dim() != 1:
         return "weight does not have one dimension"
     return "torch's kernel for GPUs moves as few bytes" if takes_triton(input) else None
-
-
-def _with_class_targets(tensors: Tensors, _: Any) -> Tensors:
-    input, target, weight = tensors
-    return input, class_targets(input, target), weight, None, None

@@ -1,7 +1,7 @@
 """The custom operators of heads, which torch.compile puts into its graphs.
 
 Each head has two: ``name`` computes the result and ``name_backward`` the gradients, because a
-custom operator must not return what it saved. Both run the functions of the head's plan. Their
+custom operator must not return what it saved. Both call the methods of the operator. Their
 arguments are the tensors and the options of a call, with the tensors that may need gradients first.
 They are registered when pyfused is imported, as saved programs call them by name.
 """
@@ -11,19 +11,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfused.dispatch import report
-from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.dispatch.plan import Plan
-from pyfused.dispatch.signature import signature, spec_of, with_specs
 from pyfused.layout import is_dense
-from pyfused.types import Gradients, UnknownSizeError
+from pyfused.types import Gradients
 
 PACKAGE = __name__.partition(".")[0]
 # The namespace contains the version, because the compiler caches programs on disk by the names of
@@ -92,52 +88,17 @@ class CustomOperator:
             _LIBRARY.impl(name, lambda *values: compute(name, run, *values), device)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
-    # ---- the call and its plan -------------------------------------------------------------------
-
-    def planned(
-        self, values: Sequence[Any], needs: Sequence[bool], by_size: bool = False
-    ) -> tuple[Plan, Tensors, Options]:
-        """Returns the plan of a call, the tensors that its forward pass takes, and the options.
-
-        The plan is kept with the plans of eager calls.
-
-        Args:
-            needs: Whether each of the first tensors needs a gradient.
-            by_size: As in `signature`.
-        """
-        op = self.op
-        tensors, options = self.call_of(values)
-        signed = signature(op, tensors, options, by_size)
-        key = None  # if a mode is active, for example
-        if not isinstance(signed, str):
-            key, options = (*signed[0], "compiled", *needs), signed[1]
-        plan: Plan | None = op.plans.get(key)
-        if plan is None:
-            specs, planned = [spec_of(x) for x in tensors], options
-            if key is not None:
-                specs, planned = with_specs(op, key)
-            for i, need in enumerate(needs):
-                if specs[i] is not None:
-                    specs[i] = replace(specs[i], requires_grad=need)
-            by_name: dict[str, Any] = dict(zip(op.names, specs, strict=False))
-            weight = by_name.get("weight")
-            if weight is not None and not by_name["target"].is_floating_point():
-                # It may differ in dtype under autocast, which is disabled here.
-                specs[op.names.index("weight")] = replace(weight, dtype=specs[0].dtype)
-            with torch.enable_grad():  # the compiler disables grad mode; `needs` replaces it
-                try:
-                    plan = op.plan(specs, planned)
-                except UnknownSizeError:
-                    return self.planned(values, needs, by_size=True)
-            if key is not None:
-                dispatch.keep_plan(op, key, plan)
-        assert plan is not None
-        return plan, tensors if plan.arrange is None else plan.arrange(tensors, options), options
+    # ---- the call --------------------------------------------------------------------------------
 
     def call_of(self, values: Sequence[Any]) -> tuple[Tensors, Options]:
         """Returns the tensors and the options of a call."""
         count = len(self.op.all_operands)
         return values[:count], self.op.options(*values[count : self.count])
+
+    def arranged(self, values: Sequence[Any]) -> tuple[Tensors, Options]:
+        """Returns the tensors that the operator's kernels take, and the options."""
+        tensors, options = self.call_of(values)
+        return self.op.arranged(tensors, options), options
 
     def gradients(
         self, values: Sequence[Any], needs: Sequence[bool], grad_output: Tensor, define: bool
@@ -148,28 +109,27 @@ class CustomOperator:
             values: The values of the schema, followed by the state.
             define: Whether to compute gradients by torch's definition, which is differentiable.
         """
-        plan, tensors, options = self.planned(values, needs)
-        state = values[self.count]
+        (tensors, options), state = self.arranged(values), values[self.count]
         saved = (*tensors, state) if state.numel() else tensors
         if define:
-            return plan.define(saved, options, grad_output)
+            return self.op.define(saved, options, needs, grad_output)  # type: ignore[no-any-return]
         if not tensors[0].numel():  # a number of rows that was unknown while tracing
             pairs = zip(values, needs, strict=False)
             return tuple([torch.zeros_like(x) if need else None for x, need in pairs])
-        return plan.backward(saved, options, grad_output)
+        return self.op.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
 
     # ---- kernels, and the layouts of their results -----------------------------------------------
 
     def run(self, *values: Any) -> Any:
         op, needs = self.op, values[-1]
-        plan, tensors, options = self.planned(values, needs)
+        tensors, options = self.arranged(values)
         saved = tensors
         gradients: Gradients = ()
         if tensors[0].numel():
-            result, saved, gradients = plan.forward(tensors, options)
+            result, saved, gradients = op.forward(tensors, options, needs)
             result = result[0] if isinstance(result, tuple) else result
         else:
-            result = op.define(tensors, options).to(op.fake(tensors, options)[0].dtype)
+            result = op.defined(tensors, options).to(op.fake(tensors, options)[0].dtype)
         if len(saved) > len(tensors):
             state = saved[len(tensors)]
         else:

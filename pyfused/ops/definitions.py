@@ -13,10 +13,10 @@ from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import grad_enabled, requires_grad
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.signature import PLAIN
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
+from pyfused.torch_internals import PLAIN
 from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions
 
 
@@ -80,9 +80,12 @@ def dtype_of_loss(options: Any, input: Any, target: Any, weight: Any) -> torch.d
     torch promotes class probabilities with the logits and the class weight. With class indices, the
     loss has the logits' dtype.
     """
-    dtype: torch.dtype | None = getattr(options, "loss_dtype", None)
-    tensors = (input, target, weight) if target.is_floating_point() else (input,)
-    return dtype or autocast_dtype(common_dtype(*tensors), input.device)
+    if (dtype := getattr(options, "loss_dtype", None)) is not None:
+        return dtype  # type: ignore[no-any-return]
+    dtype = input.dtype
+    if target.is_floating_point():
+        dtype = common_dtype(input, target, weight)
+    return autocast_dtype(dtype, input.device)
 
 
 def operand_dtype(input: Any, target: Any, weight: Any) -> torch.dtype:

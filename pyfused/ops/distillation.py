@@ -12,9 +12,8 @@ multiplies it into the gradients of the layer. A teacher's top k uses the kernel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +21,10 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
-from pyfused.backends.protocol import LossKernel, LossResult
-from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Options, Tensors, requires_grad
+from pyfused.backends.protocol import LossResult
+from pyfused.dispatch.operator import Forward, Needs, Options, Tensors, requires_grad
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.plan import dynamic_dims, loss_passes
-from pyfused.layout import accumulate_dtype, specs_of_layouts
+from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.head_loop import (
     HeadLoop,
@@ -35,8 +32,8 @@ from pyfused.ops.head_loop import (
     multiply,
     prepared,
 )
-from pyfused.ops.heads import BlockResult, RowBlocks, capped
-from pyfused.ops.rows import Layouts, LogitRows, Passes, RowLoss, RowOperator
+from pyfused.ops.heads import BlockResult, capped, compute_blocks
+from pyfused.ops.rows import LogitRows, RowLoss, RowOperator, loss_forward
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -45,6 +42,7 @@ from pyfused.types import (
     SUM,
     ClassRange,
     DivergenceOptions,
+    Gradients,
     Outputs,
     RowOptions,
 )
@@ -184,11 +182,11 @@ def _with_rest(
 
 
 class DivergenceLoss(RowLoss):
-    """The divergence of a student's linear layer from a teacher's; see `heads.RowBlocks`."""
+    """The divergence of a student's linear layer from a teacher's; see `heads.compute_blocks`."""
 
     def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:
         """Returns the bytes that a block needs for each of the teacher's logits."""
-        dtype = backend_of(tensors[3]).product_dtype(in_autocast_dtype(tensors[3]).dtype)
+        dtype = backend_of(tensors[3]).product_dtype(tensors[3].dtype)
         return (1 if options.teacher_softcap is None else 3) * dtype.itemsize
 
     def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:
@@ -199,34 +197,22 @@ class DivergenceLoss(RowLoss):
         student = [_masked(input, token_weight), *student]
         return *student, teacher.input, *parameters, token_weight, denominator
 
-    def kernel(
+    def block(
         self,
         backend: Backend,
-        tensors: Tensors,  # noqa: ARG002
+        logits: Tensor,
+        operands: Sequence[Any],
+        counts: Tensor | None,  # noqa: ARG002
+        grad_output: Tensor | None,
         options: Options,
         outputs: Outputs,
-    ) -> Callable[..., BlockResult]:
-        planned, kernel = options, None
-
-        def compute(
-            logits: Tensor,
-            operands: Sequence[Any],
-            _counts: Tensor | None,
-            grad_output: Tensor | None,
-            options: Options,
-        ) -> BlockResult:
-            nonlocal kernel
-            input, weight, bias, token_weight, _ = operands
-            teacher_logits = backend.empty(logits.shape, input.dtype, logits)
-            multiply(input, weight, bias, teacher_logits)
-            tensors = logits, teacher_logits, token_weight, None
-            if kernel is None:
-                *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
-                kernel = divergence_kernel(backend, planned, layouts, outputs, of_grad)
-            loss, (gradient,) = kernel(tensors, options, grad_output)
-            return loss, (gradient, None), None
-
-        return compute
+    ) -> BlockResult:
+        input, weight, bias, token_weight, _ = operands
+        teacher_logits = backend.empty(logits.shape, input.dtype, logits)
+        multiply(input, weight, bias, teacher_logits)
+        tensors = logits, teacher_logits, token_weight, None
+        loss, (gradient,) = divergence_kernel(tensors, options, outputs, grad_output)
+        return loss, (gradient, None), None
 
 
 class TopKLoss(DivergenceLoss):
@@ -251,29 +237,21 @@ class TopKLoss(DivergenceLoss):
         input = _masked(input, token_weight)
         return input, weight, bias, indices, log_probs, token_weight, denominator
 
-    def kernel(
+    def block(
         self,
         backend: Backend,
-        tensors: Tensors,
-        options: Options,  # noqa: ARG002
+        logits: Tensor,
+        operands: Sequence[Any],
+        counts: Tensor | None,  # noqa: ARG002
+        grad_output: Tensor | None,
+        options: Options,
         outputs: Outputs,
-    ) -> Callable[..., BlockResult]:
-        source = LogitRows(backend, ClassRange(0, tensors[1].shape[0]))
-
-        def compute(
-            logits: Tensor,
-            operands: Sequence[Any],
-            _counts: Tensor | None,
-            grad_output: Tensor | None,
-            options: Options,
-        ) -> BlockResult:
-            x, cap_backward = capped(backend, logits, options.softcap)
-            loss, gradient = _topk(
-                source, x, operands, grad_output, options, bool(outputs.gradients)
-            )
-            return loss, (None if gradient is None else cap_backward(gradient), None), None
-
-        return compute
+    ) -> BlockResult:
+        source = LogitRows(backend, ClassRange(0, logits.shape[1]))
+        x, cap_backward = capped(backend, logits, options.softcap)
+        differentiates = bool(outputs.gradients)
+        loss, gradient = _topk(source, x, operands, grad_output, options, differentiates)
+        return loss, (None if gradient is None else cap_backward(gradient), None), None
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -284,71 +262,74 @@ class Divergence(RowOperator):
     """The divergence of a student's predictions from a teacher's: of logits, or a layer's."""
 
     strategy = "row by row"
-    fixed = -1
     flattens = True
 
     def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         if isinstance(self.loss, TopKLoss):
             self.loss.check(tensors)
 
-    def finish(self, layouts: Layouts) -> Any:
-        unreduced = layouts.options.reduction == "none" and layouts.tensors[0].dim() != 2
-        return (lambda loss, call: loss.reshape(call[0].shape[:-1])) if unreduced else None
+    def finished(
+        self,
+        result: Any,
+        tensors: Tensors,
+        options: Options,
+        shard: Any = None,  # noqa: ARG002
+    ) -> Any:
+        return result.reshape(tensors[0].shape[:-1]) if options.reduction == "none" else result
 
-    def passes(self, layouts: Layouts) -> Passes:
-        tensors, options, _, needs, in_forward = layouts
-        backend = backend_of(tensors[0])
-        if not self.is_linear:
-            prepare = partial(divergence_kernel, backend, options)
-            dims = dynamic_dims(tensors[0])
-            dims = dims if dims is None else min(dims, 1)  # of rows
-            return Passes(*loss_passes(prepare, needs, in_forward, dynamic_dims=dims))
+    def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
+        """Returns the loop over blocks of rows."""
         sizes = self.head_sizes(tensors, options)
-        dtype = sizes.dtype
-        of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(dtype).itemsize
-        bytes_per_logit = dtype.itemsize + of_cap + self.loss.bytes_per_logit(tensors, options)
-        sizes = replace(sizes, bytes_per_logit=bytes_per_logit)
-        loop = HeadLoop(backend, dtype, sizes.of_rows, needs)
-        return RowBlocks(self, loop, layouts).passes()
+        of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
+        bytes_per_logit = self.loss.bytes_per_logit(tensors, options)
+        sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + of_cap + bytes_per_logit)
+        return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.of_rows, needs)
+
+    def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
+        if not self.is_linear:
+            return loss_forward(divergence_kernel, tensors, options, needs)
+        computed = compute_blocks(self, self.loop(tensors, options, needs), tensors, options, needs)
+        assert computed is not None
+        loss, gradients, _ = computed
+        return loss, tensors, gradients if self.in_forward(tensors, options, needs) else ()
+
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        if not self.is_linear:
+            return divergence_kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
+        loop = self.loop(saved, options, needs)
+        computed = compute_blocks(self, loop, saved, options, needs, grad_output)
+        assert computed is not None
+        return computed[1]
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 
 
 def divergence_kernel(
-    backend: Backend,
-    options: DivergenceOptions,
     tensors: Sequence[Any],
+    options: DivergenceOptions,
     outputs: Outputs,
-    grad_output: Tensor | None,
-) -> LossKernel:
-    """Prepares the divergence of logits; with softcaps or two dtypes, prepares it in each call."""
-    prepare, (logits, teacher_logits, *_) = backend.kl_div_with_logits, tensors
-    dtype = logits.dtype
-    if options.softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
-        return prepare(tensors, options, outputs, grad_output)
-
-    def launch(
-        tensors: Sequence[Any], call_options: DivergenceOptions, grad_output: Tensor | None = None
-    ) -> LossResult:
-        logits, teacher_logits, token_weight, *others = tensors
-        softcap = call_options.softcap
-        student, cap_backward = capped(backend, logits, softcap)
-        teacher, _ = capped(backend, teacher_logits, call_options.teacher_softcap)
-        common = torch.promote_types(student.dtype, teacher.dtype)
-        x, y = student.to(common), teacher.to(common)
-        capped_outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
-        tensors = x, y, token_weight, *others
-        kernel = prepare(tensors, options, capped_outputs, grad_output)
-        loss, (gradient,) = kernel(tensors, call_options, grad_output)
-        loss = None if loss is None else loss.to(accumulate_dtype(dtype))
-        if gradient is not None:
-            gradient = cap_backward(gradient.to(student.dtype))
-            if softcap is not None and token_weight is not None:  # NaN times 0 is NaN
-                gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
-        return loss, (gradient,)
-
-    return launch
+    grad_output: Tensor | None = None,
+) -> LossResult:
+    """Computes the divergence of logits, which may have softcaps and two dtypes."""
+    logits, teacher_logits, token_weight, *others = tensors
+    backend, dtype, softcap = backend_of(logits), logits.dtype, options.softcap
+    if softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
+        return backend.kl_div_with_logits(tensors, options, outputs, grad_output)
+    student, cap_backward = capped(backend, logits, softcap)
+    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
+    common = torch.promote_types(student.dtype, teacher.dtype)
+    outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
+    tensors = student.to(common), teacher.to(common), token_weight, *others
+    loss, (gradient,) = backend.kl_div_with_logits(tensors, options, outputs, grad_output)
+    loss = None if loss is None else loss.to(accumulate_dtype(dtype))
+    if gradient is not None:
+        gradient = cap_backward(gradient.to(student.dtype))
+        if softcap is not None and token_weight is not None:  # NaN times 0 is NaN
+            gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
+    return loss, (gradient,)
 
 
 def _topk(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from pyfused.backends.protocol import Divisor
 from pyfused.dispatch.operator import REDUCTIONS, Operand, Operator, Options
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import stacklevel
@@ -25,6 +24,7 @@ from pyfused.formula_compiler.kernel import Kernel
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.pointwise_loss import (
+    Divisor,
     Gated,
     PointwiseLoss,
     elements,
@@ -32,7 +32,7 @@ from pyfused.ops.pointwise_loss import (
     reduced,
     weight_or_elements,
 )
-from pyfused.types import TENSORS, Choice, Gradients, Scalar
+from pyfused.types import Choice, Gradients, Scalar
 
 BOTH = (False, True)
 APPROXIMATE = Choice("approximate", ("none", "tanh"))
@@ -81,18 +81,16 @@ _MEAN_OF_KL_DIV = (
 )
 
 
-def _rows(*_: Any) -> Divisor:
-    return lambda input: input.shape[0] if input.dim() else 1
+def _rows(operands: Sequence[Tensor], *_: Any) -> Divisor:
+    return operands[0].shape[0] if operands[0].dim() else 1
 
 
 def _counted_elements(
     operands: Sequence[Tensor], _weight: Tensor | None, options: Options
-) -> Tensor | Divisor:
+) -> Divisor:
     ignored = options.ignore_index
     if ignored is None:
-        return elements()
-    if operands[1].is_meta:  # for a plan; comparing meta tensors would import sympy
-        return operands[1].new_empty((), dtype=torch.float64)
+        return elements(operands)
     return operands[1].ne(ignored).sum(dtype=torch.float64)
 
 
@@ -336,7 +334,7 @@ def _with_variance_tensor(
 
 def _variance_reason(input: Tensor, _target: Tensor, var: Any, _: Any) -> str | None:
     """Returns why no kernel takes the shape of a variance, of which there may be one per row."""
-    if not isinstance(var, TENSORS) or var.shape in (input.shape, input.shape[:-1]):
+    if not isinstance(var, Tensor) or var.shape in (input.shape, input.shape[:-1]):
         return None
     pairs = zip(input.shape, var.shape, strict=False)
     fits = var.dim() == input.dim() and [b for a, b in pairs if a is not b and a != b] == [1]
@@ -523,6 +521,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
         Scalar("ignore_index", optional=True),
     ),
     denominators={"mean": _counted_elements},
+    reads_values=True,
     torch=definitions.sigmoid_focal_loss,
     fallback_reason=_differ_in_shape,
     formula=_sigmoid_focal_loss,

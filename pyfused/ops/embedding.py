@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.backends.protocol import Backend, Divisor, LossKernel
+from pyfused.backends import backend_of
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Options, Tensors
 from pyfused.formula_compiler import trace
 from pyfused.layout import accumulate_dtype, broadcast_with
-from pyfused.ops.pointwise_loss import TensorLoss
+from pyfused.ops.pointwise_loss import Divisor, TensorLoss
 from pyfused.types import EmbeddingOptions, Outputs
 
 
-def rows(*_: Any) -> Divisor:
-    return lambda input: input.shape[:-1].numel()
+def rows(operands: Sequence[Tensor], *_: Any) -> Divisor:
+    return operands[0].shape[:-1].numel()
 
 
 def triplet_fallback_reason(
@@ -40,6 +40,9 @@ def cosine_fallback_reason(input1: Tensor, input2: Tensor, target: Tensor, *_: A
 
 def _shape_reason(*inputs: Tensor, target: Tensor | None = None) -> str | None:
     """Returns why kernels do not support the shapes; all dimensions but the last broadcast."""
+    shapes = [x.shape for x in inputs]
+    if target is None and inputs[0].dim() and shapes.count(shapes[0]) == len(shapes):
+        return None
     if not inputs[0].dim() or any(x.dim() != inputs[0].dim() for x in inputs):
         return "the inputs differ in the number of dimensions, or have none"
     if any(x.shape[-1] != inputs[0].shape[-1] for x in inputs):
@@ -54,15 +57,14 @@ class EmbeddingLoss(TensorLoss):
     """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 
     strategy = "row by row"
-    fixed = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
-        self.broadcast = tuple(range(1, len(self.inputs)))
+        self.broadcast, self.required = tuple(range(1, len(self.inputs))), 0
 
-    def check_shapes(self, operands: Sequence[Any], weight: Any) -> None:
+    def check(self, tensors: Tensors, options: Options) -> None:
         """Does nothing: the operators' `fallback_reason` looks at the shapes."""
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
@@ -101,20 +103,21 @@ class EmbeddingLoss(TensorLoss):
             operands = [x.expand(*shape, -1) for x in operands]
         return operands, weight
 
-    def prepared(
+    def launch(
         self,
-        backend: Backend,
-        operands: Sequence[Any],
-        weight: Any,  # noqa: ARG002
+        tensors: Tensors,
         options: Options,
+        reduction: str,
         outputs: Outputs,
-        divisor: Divisor | None,
-        grad_output: Tensor | None,  # noqa: ARG002
-    ) -> LossKernel:
+        grad_output: Tensor | None = None,
+    ) -> Any:
+        *operands, _, _ = tensors
+        divisor = rows(operands) if reduction == "mean" else None
         euclidean, swap = getattr(options, "p", 2.0) == 2.0, bool(getattr(options, "swap", False))
         flags = EmbeddingOptions(euclidean, swap, trace.clamp_is_inclusive())
-        return backend.embedding_loss(
-            self.name, tuple(operands), flags, options.reduction, outputs, divisor
+        numbers = options.margin, getattr(options, "eps", 0.0)  # the cosine loss has none
+        return backend_of(operands[0]).embedding_loss(
+            self.name, tuple(operands), numbers, flags, reduction, outputs, divisor, grad_output
         )
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:

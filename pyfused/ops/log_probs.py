@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfused.dispatch.operator import Operand, Options, Tensors
+from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.ops.heads import row_source
-from pyfused.ops.rows import Layouts, Passes, RowOperator, state_passes
+from pyfused.ops.rows import RowOperator, state_backward, state_forward
 from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
@@ -27,6 +27,7 @@ from pyfused.types import (
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
+    Gradients,
 )
 
 
@@ -73,7 +74,7 @@ def named(
 
 
 class LogProbsLoss:
-    """Log-probabilities, entropies and log-sum-exps from states of rows; see `rows.state_passes`.
+    """Log-probabilities, entropies and log-sum-exps from states of rows; see `rows.state_forward`.
 
     The tensors of a call are the logits, or a layer's input, weight and bias; and the target.
     """
@@ -92,13 +93,23 @@ class LogProbsOperator(RowOperator):
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.fixed = -1 if self.is_linear else 1
+    def forward(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
+    ) -> Forward:
+        source = row_source(self, tensors, options, needs, shard, entropy=True)
+        results = 1 if options.alone else len(RESULTS)
+        return state_forward(self, source, tensors, options, needs, results=results)
 
-    def passes(self, layouts: Layouts) -> Passes:
-        results = 1 if layouts.options.alone else len(RESULTS)
-        return state_passes(self, row_source(self, layouts, entropy=True), layouts, results=results)
+    def backward(
+        self,
+        saved: Tensors,
+        options: Options,
+        needs: Needs,
+        grad_output: Tensor,
+        shard: Any = None,
+    ) -> Gradients:
+        source = row_source(self, saved, options, needs, shard, entropy=True)
+        return state_backward(self, source, saved, options, needs, grad_output)
 
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         input, rows = tensors[0], tensors[-1].shape
@@ -106,16 +117,10 @@ class LogProbsOperator(RowOperator):
         result = input.new_empty(rows if options.alone else (len(RESULTS), *rows), dtype=dtype)
         return result, input.new_empty((self.loss.fields(options), *rows), dtype=torch.float64)
 
-    def finish(self, layouts: Layouts) -> Any:
-        tensors, options, shard, *_ = layouts
+    def finished(self, result: Any, tensors: Tensors, options: Options, shard: Any = None) -> Any:
         if not options.with_metrics:
-            return None
-        ignore_index, classes = options.ignore_index, class_range(tensors[:-1], shard).total
-
-        def finish(results: Any, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-            values, state = results
-            target, state = tensors[-1], state.detach()
-            is_top1 = (state[INDEX] == target) & (target != ignore_index)
-            return values, is_top1, (state[SMOOTH] / classes).to(values.dtype)
-
-        return finish
+            return result
+        (values, state), target = result, tensors[-1]
+        state, classes = state.detach(), class_range(self.layer(tensors), shard).total
+        is_top1 = (state[INDEX] == target) & (target != options.ignore_index)
+        return values, is_top1, (state[SMOOTH] / classes).to(values.dtype)

@@ -7,7 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial, reduce
+from functools import cache, cached_property, lru_cache, partial, reduce
 from operator import itemgetter
 from typing import Any, ClassVar
 
@@ -17,30 +17,25 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
-from pyfused.backends.protocol import Divisor, LossKernel, Parameters
-from pyfused.dispatch.autograd import differentiate
+from pyfused.backends import backend_of
+from pyfused.backends.protocol import Parameters
+from pyfused.dispatch.autograd import compute, differentiate
 from pyfused.dispatch.operator import (
     REDUCTIONS,
+    Forward,
+    Needs,
     Operand,
     Options,
     SpecializedOperator,
     Tensors,
-)
-from pyfused.dispatch.plan import (
-    Plan,
-    dynamic_dims,
     gradients_in_forward,
-    loss_passes,
-    needs_grad,
 )
 from pyfused.dispatch.reasons import stacklevel
-from pyfused.dispatch.signature import PLAIN
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
-from pyfused.layout import accumulate_dtype
-from pyfused.types import NUMBER, TENSORS, Gradients, Outputs, TensorSpec
+from pyfused.torch_internals import PLAIN
+from pyfused.types import NUMBER, Gradients, Outputs
 
 _BROADCASTING = (
     "Using a target size ({}) that is different to the input size ({}). This will likely lead to "
@@ -49,11 +44,9 @@ _BROADCASTING = (
 
 # Weights of these dtypes are converted to float32, because half precision would round them.
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
-_SCALAR = torch.empty((), device="meta")  # the layout of an operand that is a number
 
-# Takes the operands, the weight and the options. Returns the divisor of the sum: a tensor, or a
-# function of the first operand if it depends only on the shape.
-Denominator = Callable[[Sequence[Tensor], Tensor | None, Options], Tensor | Divisor]
+Divisor = Tensor | int
+Denominator = Callable[[Sequence[Tensor], Tensor | None, Options], Divisor]
 
 
 def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
@@ -85,14 +78,12 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     return total.to(result)
 
 
-def elements(*_: Any) -> Divisor:
-    return Tensor.numel
+def elements(operands: Sequence[Tensor], *_: Any) -> Divisor:
+    return operands[0].numel()
 
 
-def weight_or_elements(
-    _: Sequence[Tensor], weight: Tensor | None, *_numbers: Any
-) -> Tensor | Divisor:
-    return Tensor.numel if weight is None else weight.sum(dtype=torch.float64)
+def weight_or_elements(operands: Sequence[Tensor], weight: Tensor | None, *_: Any) -> Divisor:
+    return operands[0].numel() if weight is None else weight.sum(dtype=torch.float64)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -101,12 +92,13 @@ class TensorLoss(SpecializedOperator):
 
     Attributes:
         warns: Whether torch warns if the target's shape differs from the input's.
-        warning: Takes the tensors and the options for planning; returns the warning that torch
-            issues, or None.
+        warning: Takes the tensors and the options; returns the warning that torch issues, or None.
         nan_on_invalid: Whether the formula is NaN for values that torch's function refuses. If a
             kernel on a CPU reports NaN, torch's function is called, and raises its error.
         denominators: A function for each reduction except none and sum, which takes the broadcast
-            operands.
+            operands, the weight and the options, and returns the divisor of the sum: a tensor, or a
+            number if it depends only on the shape of the operands.
+        reads_values: Whether a denominator depends on the values of operands.
         arrange: Transforms the operands as torch does before broadcasting.
         variables: The operands of the formula: all except the weight.
         reduces: Whether the result is reduced: True for losses, False for activations.
@@ -117,6 +109,7 @@ class TensorLoss(SpecializedOperator):
     warning: Callable[[Tensors, Options], str | None] | None = None
     nan_on_invalid: bool = False
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
+    reads_values: bool = False
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
     reduces: ClassVar[bool] = True
@@ -131,87 +124,96 @@ class TensorLoss(SpecializedOperator):
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
         self._result_dtype = cache(self._dtype_of_result)
+        # The number of leading operands that kernels take as they are, if they have one shape and
+        # one dtype; 0 if others have to be looked at, too.
+        converts = self.arrange is not None or self.infers_dtype or self.reads_values
+        warns = self.warning is not None and not self.warns
+        required = [i for i, x in zip(indices, self.variables, strict=True) if not x.optional]
+        in_order = required == [*range(len(required))]
+        self.required = len(required) if in_order and not (converts or warns) else 0
 
-    def plan(self, tensors: Tensors, options: Options) -> Plan:
-        """Returns the plan of a signature.
+    # ---- calls -----------------------------------------------------------------------------------
 
-        The plan's tensors are the operands, the weight, and the divisor of the sum if it depends on
-        values. The last two may be None or missing.
-        """
-        operands, weight = self.operands_and_weight(tensors)
-        reduction = options.reduction if self.reduces else "none"
-        dtype, result = self._dtypes(tensors, operands[0], reduction)
-        needs, backend = needs_grad(operands), backend_of(operands[0])
-        warning = self.warning or (lambda *_: None)
-        warns = warning(tensors, options) is not None
-        *layouts, layout_of_weight = [
-            x.empty() if isinstance(x, TensorSpec) else _SCALAR if x is NUMBER else x
-            for x in (*operands, weight)
-        ]
-        arranged, _ = self.arranged(layouts, None, dtype)
-        pairs = zip(layouts, arranged, strict=True)
-        is_arranged = weight is None and all(x is y is not _SCALAR for x, y in pairs)
-        denominator, divisor = self.denominators.get(reduction), None
-        if denominator is not None:
-            value = denominator(arranged, layout_of_weight, options)
-            if not isinstance(value, Tensor):  # the divisor does not depend on tensors' values
-                denominator, divisor = None, value
-
-        def arrange(tensors: Tensors, options: Options) -> Tensors:
-            (operands, weight), tensor = self.operands_and_weight(tensors), None
-            if warns:
-                warnings.warn(str(warning(tensors, options)), stacklevel=stacklevel())
+    def fused(self, tensors: Tensors, options: Options) -> Tensor:
+        input, reduction = tensors[0], options.reduction if self.reduces else "none"
+        autocast = torch.is_autocast_enabled(input.device.type)
+        if not autocast and self.is_uniform(tensors):
+            result_dtype, operands = input.dtype, tensors[: self.required]
+            inputs: Tensors = (*operands, None, None)
+        else:
+            operands, weight = self.operands_and_weight(tensors)
+            dtype, result_dtype = self._dtypes(tensors, input, reduction)
+            if self.warning is not None and (message := self.warning(tensors, options)):
+                warnings.warn(message, stacklevel=stacklevel())
             unexpanded = weight  # torch's mean divides by its sum before broadcasting
-            if not is_arranged:
-                operands, weight = self.arranged(operands, weight, dtype)
+            operands, weight = self.arranged(operands, weight, dtype)
+            divisor, denominator = None, self.denominators.get(reduction)
             if denominator is not None:
-                tensor = denominator(operands, unexpanded, options)
-            return *operands, weight, tensor
+                divisor = denominator(operands, unexpanded, options)
+            inputs = *operands, weight, divisor if isinstance(divisor, Tensor) else None
+        result: Tensor = compute(self, inputs, options, len(operands))
+        return result if result.dtype is result_dtype else result.to(result_dtype)
 
-        def prepare(tensors: Sequence[Any], outputs: Outputs, grad_output: Any) -> LossKernel:
-            count = len(layouts)
-            operands, weight = tensors[:count], tensors[count] if len(tensors) > count else None
-            inputs = backend, operands, weight, options
-            return self.prepared(*inputs, outputs, divisor, grad_output)
+    def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
+        """Computes a loss.
 
-        def define(tensors: Sequence[Any], options: Options, grad_output: Tensor) -> Gradients:
-            count = len(layouts)
-            operands = tensors[:count]
-            weight, tensor, *_ = *tensors[count:], None, None
+        The tensors are the operands, the weight, and the divisor of the sum if it depends on
+        values. The last two may be None.
+        """
+        dtype, reduction = tensors[0].dtype, options.reduction if self.reduces else "none"
+        in_forward = True in needs and gradients_in_forward(reduction, dtype)
+        outputs = Outputs(True, needs if in_forward else (), False, dtype)
+        loss, gradients = self.launch(tensors, options, reduction, outputs)
+        if reduction != "none" and loss.dtype is not dtype:
+            loss = loss.to(dtype)
+        return loss, tensors, gradients if in_forward else ()
 
-            def definition(*operands: Tensor) -> Tensor:
-                loss = self.unreduced(operands, options)
-                by = divisor(operands[0]) if tensor is None and divisor is not None else tensor
-                loss = loss if by is None else (loss / by).to(loss.dtype)
-                return loss if weight is None else loss * weight
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        reduction = options.reduction if self.reduces else "none"
+        grad_output = self.expanded(grad_output, saved)
+        gradients: Gradients
+        _, gradients = self.launch(saved, options, reduction, Outputs(False, needs), grad_output)
+        return gradients
 
-            return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
+    def define(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        *operands, weight, by = saved
 
-        in_order = self.operands[: len(layouts)] == self.variables[: len(layouts)]
-        is_unchanged = in_order and is_arranged and not warns and denominator is None
-        in_forward, each = gradients_in_forward(reduction, dtype), reduction == "none"
-        casts = accumulate_dtype(dtype) is not result
-        loss_dtype = result if casts and not each else None
-        forward, expanded_backward = loss_passes(
-            prepare,
-            needs,
-            in_forward,
-            loss_dtype=loss_dtype,
-            dynamic_dims=dynamic_dims(tensors[0]),
-        )
-        is_result_dtype = not each or dtype is result is accumulate_dtype(dtype)
-        return Plan(
-            name=self.name,
-            backend=backend,
-            needs=needs,
-            arrange=None if is_unchanged else arrange,
-            forward=forward,
-            backward=lambda tensors, options, grad_output: expanded_backward(
-                tensors, options, self.expanded(grad_output, tensors)
-            ),
-            define=define,
-            finish=None if is_result_dtype else lambda loss, _: loss.to(result),
-        )
+        def definition(*operands: Tensor) -> Tensor:
+            loss, divisor = self.unreduced(operands, options), by
+            reduction = options.reduction if self.reduces else "none"
+            if divisor is None and reduction in self.denominators:
+                divisor = self.denominators[reduction](operands, None, options)
+            loss = loss if divisor is None else (loss / divisor).to(loss.dtype)
+            return loss if weight is None else loss * weight
+
+        return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
+
+    @abstractmethod
+    def launch(
+        self,
+        tensors: Tensors,
+        options: Options,
+        reduction: str,
+        outputs: Outputs,
+        grad_output: Tensor | None = None,
+    ) -> Any:
+        """Computes the outputs of a kernel: the loss and the gradients of the operands."""
+
+    def is_uniform(self, tensors: Tensors) -> bool:
+        """Returns whether kernels take the tensors of a call as they are.
+
+        They have one shape and one dtype then, and optional ones are not passed.
+        """
+        input = tensors[0]
+        dtype, shape, required = input.dtype, input.shape, self.required
+        for i, x in enumerate(tensors):
+            if x is not None if i >= required else x.dtype is not dtype or x.shape != shape:
+                return False
+        return required > 0
 
     def arranged(
         self, operands: Sequence[Any], weight: Tensor | None, dtype: torch.dtype
@@ -221,24 +223,12 @@ class TensorLoss(SpecializedOperator):
             operands = self.arrange(*operands)
         # Operands are cast before broadcasting: gradients are then summed before rounding.
         operands = [x if x.dtype is dtype else x.to(dtype) for x in operands]
-        if any(operand.shape != operands[0].shape for operand in operands):
+        shape = operands[0].shape
+        if any([x.shape != shape for x in operands]):  # noqa: C419 a generator is slower
             operands = torch.broadcast_tensors(*operands)
         if weight is not None:
             weight = weight.to(dtype).expand_as(operands[0])
         return operands, weight
-
-    @abstractmethod
-    def prepared(
-        self,
-        backend: Backend,
-        operands: Sequence[Any],
-        weight: Any,
-        options: Options,
-        outputs: Outputs,
-        divisor: Divisor | None,
-        grad_output: Tensor | None,
-    ) -> LossKernel:
-        """Prepares the kernel for the layouts of these tensors."""
 
     def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
         """Expands grad_output to the shape of the unreduced loss."""
@@ -247,11 +237,6 @@ class TensorLoss(SpecializedOperator):
     def _values(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """Returns the variables of the formula among the tensors of a call."""
         return [tensors[i] for i in self._indices]
-
-    def cases_of(self, options: Options) -> tuple[Any, ...]:
-        """Returns the cases of the formula's parameters, given the options for planning."""
-        cases = options[: len(self.parameters)]
-        return tuple([bool(x) if isinstance(x, int) else x for x in cases])
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
@@ -267,15 +252,17 @@ class TensorLoss(SpecializedOperator):
             operands = operands[:-1]
         return operands, None if self._weight is None else tensors[self._weight]
 
-    def check(self, tensors: Tensors, options: Options) -> None:
-        super().check(tensors, options)
+    def check_options(self, options: Options) -> None:
+        super().check_options(options)
         if self.reduces:
             checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
-        self.check_shapes(*self.operands_and_weight(tensors))
 
-    def check_shapes(self, operands: Sequence[Any], weight: Any) -> None:
+    def misfit(self, tensors: Tensors, options: Options) -> str | None:
+        return None if self.is_uniform(tensors) else super().misfit(tensors, options)
+
+    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         """Checks that the operands broadcast, and that optional ones expand to the input."""
-        first = self.variables[0].name
+        (operands, weight), first = self.operands_and_weight(tensors), self.variables[0].name
         if self.arrange is None:
             for k, (operand, x) in enumerate(zip(self.variables, operands, strict=False)):
                 for earlier in operands[:k]:
@@ -288,11 +275,11 @@ class TensorLoss(SpecializedOperator):
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
         dtype, device = input.dtype, input.device
-        indexed = [(i, x) for i, x in enumerate(tensors) if isinstance(x, TENSORS)]
-        is_equal = all(tensor.dtype is dtype for _, tensor in indexed)
         autocast = torch.is_autocast_enabled(device.type)
+        is_equal = all([x.dtype is dtype for x in tensors if isinstance(x, Tensor)])  # noqa: C419
         if is_equal and not autocast and not self.infers_dtype:
             return dtype, dtype
+        indexed = [(i, x) for i, x in enumerate(tensors) if isinstance(x, Tensor)]
         to = torch.get_autocast_dtype(device.type) if autocast else None
         kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in indexed])
         modes = to, torch.get_default_dtype()
@@ -355,6 +342,7 @@ class PointwiseLoss(TensorLoss):
         if self.torch is None:
             self.torch = self._by_formula
         super().__post_init__()
+        self.cached_kernel = lru_cache(maxsize=256)(self.kernel)
         if self.warns:
             self.warning = _broadcasting_warning
             self.torch = self._naming_the_caller(self.torch)
@@ -369,6 +357,13 @@ class PointwiseLoss(TensorLoss):
                 name = self._kernel_name(stem, operands)
                 kernels[name] = Kernel(name, case, partial(self._trace_kernel, operands))
         return kernels
+
+    def cases_of(self, options: Options) -> tuple[Any, ...]:
+        """Returns the values of the formula's parameters that have their own kernel, or NUMBER."""
+        return tuple([
+            x if x in special else NUMBER
+            for special, x in zip(self.special, options, strict=False)
+        ])  # fmt: skip
 
     def kernel(
         self, cases: tuple[Any, ...], operands: int, outputs: Outputs
@@ -416,24 +411,30 @@ class PointwiseLoss(TensorLoss):
         """Returns the dtypes of the first operands in a trace."""
         return [torch.bool if k in self.masks else torch.float64 for k in range(operands)]
 
-    def prepared(
+    def launch(
         self,
-        backend: Backend,
-        operands: Sequence[Any],
-        weight: Any,
+        tensors: Tensors,
         options: Options,
+        reduction: str,
         outputs: Outputs,
-        divisor: Divisor | None,
-        grad_output: Tensor | None,
-    ) -> LossKernel:
-        formula, parameters = self.kernel(self.cases_of(options), len(operands), outputs)
-        reduction = options.reduction if self.reduces else "none"
-        layouts, count = (tuple(operands), weight, grad_output), len(operands)
-        arguments = formula, layouts, parameters, reduction, outputs, divisor
-        if not self.nan_on_invalid:
-            return backend.pointwise_loss(*arguments)
-        return backend.pointwise_loss(
-            *arguments, on_nan=lambda tensors, options: self.unreduced(tensors[:count], options)
+        grad_output: Tensor | None = None,
+    ) -> Any:
+        *operands, weight, divisor = tensors
+        if divisor is None and reduction in self.denominators:
+            divisor = self.denominators[reduction](operands, None, options)
+        cases = self.cases_of(options) if self.parameters else ()
+        kernel = self.cached_kernel(cases, len(operands), outputs)
+        on_nan = partial(self.unreduced, operands, options) if self.nan_on_invalid else None
+        return backend_of(operands[0]).pointwise_loss(
+            kernel[0],
+            operands,
+            weight,
+            kernel[1](options),
+            reduction,
+            outputs,
+            divisor,
+            grad_output,
+            on_nan,
         )
 
     def _by_formula(self, *arguments: Any) -> Tensor:

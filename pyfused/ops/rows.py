@@ -1,10 +1,10 @@
-"""Losses of rows of logits: their sources, the passes over states, and the operators' plans.
+"""Row losses: row sources, forward and backward passes.
 
-A plan has a source of rows and a loss. If a block of logits has all classes of its rows, a kernel
-computes the loss and the gradient of the block in one pass. Otherwise the source computes the state
-of each row, the loss follows from the state, and the source computes the gradients from the state
-and the gradients of its results. A state is a float64 tensor (fields, rows); ``types.py`` names the
-fields. The sources are `LogitRows`, ``heads.HeadRows`` and ``shards.ShardedRows``.
+An operator has a source of rows and a loss. If a block of logits has all classes of its rows, a
+kernel computes the loss and the gradient of the block in one pass. Otherwise the source computes
+the state of each row, the loss follows from the state, and the source computes the gradients from
+the state and the gradients of its results. A state is a float64 tensor (fields, rows); ``types.py``
+names the fields. The sources are `LogitRows`, ``heads.HeadRows`` and ``shards.ShardedRows``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +20,20 @@ from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.backends import Backend, backend_of
-from pyfused.dispatch.autograd import differentiate, in_autocast_dtype, without_autocast
-from pyfused.dispatch.operator import FACTORS, Operand, Operator, Options, Tensors, grad_enabled
-from pyfused.dispatch.plan import Forward, Plan, gradients_in_forward, needs_grad
-from pyfused.dispatch.signature import spec_of
+from pyfused.backends.protocol import LossResult
+from pyfused.dispatch.autograd import compute, differentiate, in_autocast_dtype, without_autocast
+from pyfused.dispatch.operator import (
+    FACTORS,
+    Forward,
+    Needs,
+    Operand,
+    Operator,
+    Options,
+    Tensors,
+    grad_enabled,
+    gradients_in_forward,
+    needs_grad,
+)
 from pyfused.layout import accumulate_dtype, feature_rows
 from pyfused.ops import custom_operators, definitions
 from pyfused.ops.chunk_sizes import HeadSizes
@@ -32,7 +41,15 @@ from pyfused.ops.collectives import LocalShard
 from pyfused.ops.head_loop import ALL_ROWS, Rows, rows_that_count
 from pyfused.ops.shards import class_range, local_shard, sharded_results
 from pyfused.torch_internals import graph_is_retained
-from pyfused.types import SMOOTH, STATE_FIELDS, ClassRange, Gradients, RowOptions, VocabShard
+from pyfused.types import (
+    SMOOTH,
+    STATE_FIELDS,
+    ClassRange,
+    Gradients,
+    Outputs,
+    RowOptions,
+    VocabShard,
+)
 
 # ---- sources -------------------------------------------------------------------------------------
 
@@ -175,32 +192,6 @@ class RowLoss:
         return options.filter_eps * grad_output.abs() if options.filter_eps else None
 
 
-class Layouts(NamedTuple):
-    """The layouts of a call that is planned.
-
-    Attributes:
-        tensors: The layouts of the tensors of the call.
-        options: The options for planning.
-        shard: The classes of this process, None if it has all classes.
-        needs: Whether each of the differentiated tensors needs a gradient.
-        in_forward: Whether the forward pass computes the gradients, if it can.
-    """
-
-    tensors: Tensors
-    options: Options
-    shard: LocalShard | None = None
-    needs: tuple[bool, ...] = ()
-    in_forward: bool = False
-
-
-class Passes(NamedTuple):
-    """The forward and the backward pass of a `Plan`, and whether gradients overwrite the input."""
-
-    forward: Callable[[Tensors, Any], Forward]
-    backward: Callable[[Tensors, Any, Tensor], Gradients]
-    inplace: bool = False
-
-
 # ---- operators -----------------------------------------------------------------------------------
 
 
@@ -232,6 +223,7 @@ class RowOperator(Operator):
         super().__post_init__()
         self.reference = self.reference or self.torch
         self.student = sum(operand.differentiated for operand in self.operands)
+        self.inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
         self.target = self.names.index("target") if "target" in self.names else -1
 
     def layer(self, tensors: Tensors) -> Tensors:
@@ -242,42 +234,50 @@ class RowOperator(Operator):
         self.check_arguments(*tensors, options)
 
     def check_values(self, tensors: Tensors, options: Options) -> None:
+        if self.factors:
+            checks.factors(*tensors[-2:])
         if self.target >= 0:
             total = class_range(self.layer(tensors)).total
             checks.class_indices(total, tensors[self.target], options.ignore_index)
 
-    def arrangement(self, layouts: Layouts) -> Any:
-        """Returns the function `arrange` of a plan.
+    def check_options(self, options: Options) -> None:
+        checks.row_options(options)
 
-        It returns the tensors in the form that kernels take, and raises for invalid values, unless
-        reading them synchronises.
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def fused(self, tensors: Tensors, options: Options, shard: LocalShard | None = None) -> Any:
+        inputs, device = self.arranged(tensors, options, shard), tensors[0].device.type
+        if self.is_linear and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                result = compute(self, inputs, options, self.student, shard)
+        else:
+            result = compute(self, inputs, options, self.student, shard)
+        return self.finished(result, tensors, options, shard)
+
+    def arranged(
+        self, tensors: Tensors, options: Options, shard: LocalShard | None = None
+    ) -> Tensors:
+        """Returns the tensors in the form that kernels take.
+
+        Raises for invalid values, unless reading them synchronises.
         """
-        tensors, _, shard, *_ = layouts
-        dtype, check, at = self.input_dtype(tensors), None, self.target
-        indices = at >= 0 and not tensors[at].is_floating_point()
-        if indices and not is_dynamo_compiling():
-            check = backend_of(tensors[0]).check_class_indices
-            total = class_range(self.layer(tensors), shard).total
-        inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
-        casts = [i for i in inputs if in_autocast_dtype(tensors[i]) is not tensors[i]]
-        casts = casts if self.is_linear else []
-
-        def arrange(tensors: Tensors, options: Options) -> Tensors:
-            arranged = list(tensors)
-            for i in casts:
+        arranged, at = list(tensors), self.target
+        if self.is_linear:
+            for i in self.inputs:
                 arranged[i] = in_autocast_dtype(arranged[i])
-            if indices:
-                if arranged[at].dtype is not torch.int64:
-                    arranged[at] = arranged[at].to(torch.int64)
-                if check is not None:
-                    check(arranged[at], total, options.ignore_index)
-            if self.factors and not arranged[-1] is arranged[-2] is None:
-                arranged[-2], arranged[-1] = definitions.factors(arranged[-2], arranged[-1], dtype)
-            if self.flattens and arranged[0].dim() != 2:
-                arranged = self.flattened(arranged)
-            return arranged
-
-        return arrange
+        if at >= 0 and not arranged[at].is_floating_point():
+            if arranged[at].dtype is not torch.int64:
+                arranged[at] = arranged[at].to(torch.int64)
+            if not is_dynamo_compiling():
+                total = class_range(self.layer(tensors), shard).total
+                backend = backend_of(tensors[0])
+                backend.check_class_indices(arranged[at], total, options.ignore_index)
+        if self.factors and not arranged[-1] is arranged[-2] is None:
+            dtype = self.input_dtype(arranged)
+            arranged[-2], arranged[-1] = definitions.factors(arranged[-2], arranged[-1], dtype)
+        if self.flattens and arranged[0].dim() != 2:
+            arranged = self.flattened(arranged)
+        return arranged
 
     def flattened(self, tensors: list[Any]) -> list[Any]:
         """Flattens the leading dimensions of an input (..., D) and of the tensors with its rows."""
@@ -290,13 +290,20 @@ class RowOperator(Operator):
             for operand, x in pairs
         ]
 
-    def passes(self, layouts: Layouts) -> Passes:
-        """Returns the forward and the backward pass of a plan."""
-        raise NotImplementedError
+    def finished(
+        self,
+        result: Any,
+        tensors: Tensors,  # noqa: ARG002
+        options: Options,  # noqa: ARG002
+        shard: LocalShard | None = None,  # noqa: ARG002
+    ) -> Any:
+        """Returns the result of a call, from the output for its arranged tensors."""
+        return result
 
-    def finish(self, layouts: Layouts) -> Any:  # noqa: ARG002
-        """Returns the function `finish` of a plan, None if the result needs no change."""
-        return None
+    def in_forward(self, tensors: Tensors, options: Options, needs: Needs) -> bool:
+        """Returns whether the forward pass computes the gradients, if it has all classes."""
+        reduction = getattr(options, "reduction", "none")
+        return True in needs and gradients_in_forward(reduction, self.input_dtype(tensors))
 
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         """Returns empty tensors like the result and the state that a custom operator returns."""
@@ -305,9 +312,8 @@ class RowOperator(Operator):
         return tensors[0].new_empty(shape, dtype=dtype), tensors[0].new_empty(0)
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        """Returns the dtype in which kernels take the input."""
-        input = in_autocast_dtype(tensors[0]) if self.is_linear else tensors[0]
-        return input.dtype  # type: ignore[no-any-return]
+        """Returns the dtype in which kernels take the input, given arranged tensors."""
+        return tensors[0].dtype  # type: ignore[no-any-return]
 
     def wide_dtype(self, tensors: Tensors) -> torch.dtype:
         """Returns the dtype in which kernels accumulate."""
@@ -317,61 +323,35 @@ class RowOperator(Operator):
         """Returns the sizes of the blocks of a layer's logits."""
         backend = backend_of(tensors[0])
         dtype = backend.product_dtype(self.input_dtype(tensors))
-        converts = dtype is not in_autocast_dtype(tensors[0]).dtype
-        limits = tensors[1].shape, dtype, backend, options.memory_budget
+        converts = dtype is not tensors[0].dtype
+        limits = tuple(tensors[1].shape), dtype, backend, options.memory_budget
         return HeadSizes(*limits, converts=converts)
 
-    # ---- plans -----------------------------------------------------------------------------------
+    # ---- definitions -----------------------------------------------------------------------------
 
-    def plan(self, tensors: Tensors, options: Options, shard: LocalShard | None = None) -> Plan:
-        """Returns the plan of a signature.
-
-        Args:
-            shard: The classes of this process, for arguments that have been checked.
-        """
-        needs, device = needs_grad(tensors[: self.student]), tensors[0].device.type
-        dtype = self.input_dtype(tensors)
-        in_forward = gradients_in_forward(getattr(options, "reduction", "none"), dtype)
-        layouts = Layouts(tensors, options, shard, needs, in_forward and True in needs)
-        forward, backward, inplace = self.passes(layouts)
-        if self.is_linear and device != "meta" and torch.is_autocast_enabled(device):
-            forward = partial(_without_autocast, forward, device)
-        return Plan(
-            name=self.name,
-            backend=backend_of(tensors[0]),
-            needs=needs,
-            arrange=self.arrangement(layouts),
-            forward=forward,
-            backward=backward,
-            define=partial(self._define, layouts, accumulate_dtype(dtype)),
-            finish=self.finish(layouts),
-            inplace=inplace,
-        )
-
-    def _define(
+    def define(
         self,
-        layouts: Layouts,
-        wide: torch.dtype,
         saved: Tensors,
         options: Options,
+        needs: Needs,
         grad_output: Tensor,
+        shard: LocalShard | None = None,
     ) -> Gradients:
         """Computes the gradients of a call by torch's operators, in a wide dtype."""
-        count, shard = len(self.all_operands), layouts.shard
-        wide = wide if shard is None else torch.float64
-        student, others = saved[: self.student], saved[self.student : count]
+        wide = self.wide_dtype(saved) if shard is None else torch.float64
+        student, others = saved[: self.student], saved[self.student : len(self.all_operands)]
 
         def definition(*student: Tensor | None) -> Tensor:
             tensors = _cast((*student, *others), wide)
             if shard is None:
-                result = self.define(tensors, options)
+                result = self.defined(tensors, options)
             else:
-                result = self.define_on_shard(tensors, options, shard)
+                result = self.defined_on_shard(tensors, options, shard)
             return result.to(grad_output.dtype).reshape(grad_output.shape)
 
-        return differentiate(definition, student, layouts.needs, grad_output)
+        return differentiate(definition, student, needs, grad_output)
 
-    def define(self, tensors: Tensors, options: Options) -> Tensor:
+    def defined(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns the result without metrics, computed by torch's operators."""
         assert self.reference is not None
         if getattr(options, "with_metrics", False):
@@ -385,10 +365,9 @@ class RowOperator(Operator):
 
     def compiled(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of a head in a compiled program, from its custom operator."""
+        self.check_options(options)
         self.check_arguments(*tensors, options)
-        layouts = Layouts(tensors, options)
-        arrange, finish = self.arrangement(layouts), self.finish(layouts)
-        arranged = list(tensors if arrange is None else arrange(tensors, options))
+        arranged = list(self.arranged(tensors, options))
         for i, operand in enumerate(self.operands):  # custom operators check dtypes
             if operand.name.endswith(("_weight", "_bias")):
                 arranged[i] = in_autocast_dtype(arranged[i])
@@ -398,7 +377,7 @@ class RowOperator(Operator):
         with without_autocast(arranged[0].device.type):
             result, *_, state = custom_operators.call(self, arranged, options, needs)
         result = (result, state) if getattr(options, "with_metrics", False) else result
-        return result if finish is None else finish(result, tensors)
+        return self.finished(result, tensors, options)
 
     # ---- shards ----------------------------------------------------------------------------------
 
@@ -423,15 +402,12 @@ class RowOperator(Operator):
         if getattr(options, "with_metrics", False):
             expected = "no torch dispatch or function mode around a call with a shard and metrics"
             raise RuntimeError(f"{self.name}: expected {expected}, got one")
-        layouts = Layouts([spec_of(x) for x in tensors], options, shard)
-        arrange, finish = self.arrangement(layouts), self.finish(layouts)
-        arranged = tensors if arrange is None else arrange(tensors, options)
+        arranged = self.arranged(tensors, options, shard)
         with without_autocast(tensors[0].device.type):
-            result = self.define_on_shard(_cast(arranged, torch.float64), options, shard)
-        result = result.to(self.wide_dtype(layouts.tensors))
-        return result if finish is None else finish(result, tensors)
+            result = self.defined_on_shard(_cast(arranged, torch.float64), options, shard)
+        return self.finished(result.to(self.wide_dtype(arranged)), tensors, options, shard)
 
-    def define_on_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Tensor:
+    def defined_on_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Tensor:
         """Returns the result without metrics over all classes, computed by torch's operators."""
         inputs = [*tensors, None], options
         if self.factors:
@@ -447,16 +423,43 @@ def _cast(tensors: Tensors, dtype: torch.dtype) -> list[Any]:
     return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors]
 
 
-def state_passes(
+# ---- passes --------------------------------------------------------------------------------------
+
+
+def loss_forward(
+    kernel: Callable[..., LossResult],
+    tensors: Tensors,
+    options: Options,
+    needs: Needs,
+    dtype: torch.dtype | None = None,
+    inplace: bool = False,
+) -> Forward:
+    """Returns the forward pass of a kernel that computes a loss and its gradients.
+
+    Args:
+        dtype: The dtype of the loss, None for the kernels' accumulation dtype.
+        inplace: Whether the gradient of the input overwrites the input.
+    """
+    in_forward = True in needs and gradients_in_forward(options.reduction, tensors[0].dtype)
+    outputs = Outputs(True, tuple(needs) if in_forward else (), inplace, dtype)
+    loss, gradients = kernel(tensors, options, outputs)
+    if dtype is not None and loss is not None and loss.dtype is not dtype:
+        loss = loss.to(dtype)
+    return loss, tensors, gradients if in_forward else ()
+
+
+def state_forward(
     op: RowOperator,
     source: Any,
-    layouts: Layouts,
+    tensors: Tensors,
+    options: Options,
+    needs: Needs,
     dtype: torch.dtype | None = None,
     *,
     results: int = 0,
     keeps_logits: bool = True,
-) -> Passes:
-    """Returns the passes that compute the state of each row.
+) -> Forward:
+    """Returns the forward pass of a loss that is computed from the state of each row.
 
     Args:
         op: Its loss computes the result from states, as `cross_entropy.CrossEntropyLoss` does, and,
@@ -466,36 +469,36 @@ def state_passes(
         results: As in `LogitRows.state`.
         keeps_logits: Whether to keep logits that have been computed for the backward pass.
     """
-    specs, planned, _, needs, _ = layouts
-    loss, count, classes = op.loss, len(specs), source.classes.total
-    fields, result_dtype = loss.fields(planned), dtype or op.wide_dtype(specs)
-    with_metrics, keeps = planned.with_metrics, keeps_logits and True in needs
-    has_factors = bool(op.factors)
-
-    def forward(tensors: Tensors, options: Options) -> Forward:
-        inputs, of_rows = [*tensors, None], options
-        if has_factors:
-            inputs, of_rows = loss.inputs(tensors, options, with_metrics)
-        state, result, logits = source.state(inputs, of_rows, fields, results, keeps)
-        if result is None:
-            # Users may change the result in place, so it does not share the state's memory.
-            result = loss.of_results(state, tensors, options, classes).to(result_dtype, copy=True)
-        return (result, state) if with_metrics else result, (*tensors, state, logits), ()
-
-    def backward(saved: Tensors, options: Options, grad_output: Tensor) -> Gradients:
-        tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
-        if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
-            logits = None  # they would be overwritten
-        inputs, of_rows, grads, below = [*tensors, None], options, grad_output, None
-        if has_factors:
-            inputs, of_rows = loss.inputs(tensors, options, False)
-            grads, below = loss.grad_results(state, tensors, options, classes, grad_output)
-        gradients = source.gradients(inputs, of_rows, state, grads, logits, below)
-        return *gradients, *[None] * (len(needs) - len(gradients))
-
-    return Passes(forward, backward)
+    loss, inputs, of_rows = op.loss, [*tensors, None], options
+    if op.factors:
+        inputs, of_rows = loss.inputs(tensors, options, options.with_metrics)
+    keeps = keeps_logits and True in needs
+    state, result, logits = source.state(inputs, of_rows, loss.fields(options), results, keeps)
+    if result is None:
+        # Users may change the result in place, so it does not share the state's memory.
+        result = loss.of_results(state, tensors, options, source.classes.total)
+        result = result.to(dtype or op.wide_dtype(tensors), copy=True)
+    saved = *tensors, state, logits
+    return (result, state) if options.with_metrics else result, saved, ()
 
 
-def _without_autocast(forward: Callable[..., Any], device: str, *call: Any) -> Any:
-    with torch.autocast(device, enabled=False):
-        return forward(*call)
+def state_backward(
+    op: RowOperator,
+    source: Any,
+    saved: Tensors,
+    options: Options,
+    needs: Needs,
+    grad_output: Tensor,
+) -> Gradients:
+    """Returns the backward pass of `state_forward`."""
+    loss, count = op.loss, len(op.all_operands)
+    tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
+    if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
+        logits = None  # they would be overwritten
+    inputs, of_rows, grads, below = [*tensors, None], options, grad_output, None
+    if op.factors:
+        inputs, of_rows = loss.inputs(tensors, options, False)
+        total = source.classes.total
+        grads, below = loss.grad_results(state, tensors, options, total, grad_output)
+    gradients = source.gradients(inputs, of_rows, state, grads, logits, below)
+    return *gradients, *[None] * (len(needs) - len(gradients))

@@ -87,20 +87,22 @@ class ShardedRows:
 
     Attributes:
         source: The rows of this process' classes.
-        specs: The layouts of the logits, or of a layer's input, weight and bias.
+        tensors: The logits, or a layer's input, weight and bias.
         entropy: As in `_merged`.
         needs: Whether these tensors need a gradient.
     """
 
     source: Any
     shard: LocalShard
-    specs: InitVar[Sequence[Any]]
+    tensors: InitVar[Sequence[Any]]
     entropy: bool
     needs: Sequence[bool]
 
-    def __post_init__(self, specs: Sequence[Any]) -> None:
-        self.classes, self.layer = self.source.classes, len(specs)
-        sizes = specs[0].shape if self.layer == 1 else [n for x in specs[:2] for n in x.shape[:-1]]
+    def __post_init__(self, tensors: Sequence[Any]) -> None:
+        self.classes, self.layer = self.source.classes, len(tensors)
+        sizes = tensors[0].shape
+        if self.layer > 1:
+            sizes = [n for x in tensors[:2] for n in x.shape[:-1]]
         self.is_empty = 0 in sizes
 
     def state(
@@ -217,6 +219,7 @@ def check_local(
     """
     target, values = tensors["target"], (*tensors.values(),)
     op.check_tensors(values)
+    op.check_options(options)
     shape = tuple(tensors[name].shape)
     if len(shape) < 2:
         expected = "(N, C, ...)" if dim else "(C, D)"

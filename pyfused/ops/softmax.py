@@ -10,12 +10,11 @@ from torch import Tensor
 
 from pyfused.backends import DTYPES, backend_of, cpu
 from pyfused.dispatch import sizes
-from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.dispatch.autograd import autocast_dtype, compute
+from pyfused.dispatch.operator import Forward, Needs, Operator, Options, Tensors
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.plan import Plan
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.activation import activation_plan
+from pyfused.types import Gradients
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -25,7 +24,6 @@ class Softmax(Operator):
     choices: tuple[Any, ...] = ("dim", "dtype")
     saves: ClassVar[str] = "output"
     strategy = "row by row, or several rows at a time"
-    fixed = "dim"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,17 +39,29 @@ class Softmax(Operator):
             grad_input = grad - y.exp() * grad.sum(dim, keepdim=True)
         return grad_input.to(output.dtype)
 
-    def plan(self, tensors: Tensors, options: Options) -> Plan:
-        (input,), (dim, dtype) = tensors, options
+    def fused(self, tensors: Tensors, options: Options) -> Tensor:
+        (input,), dtype = tensors, options.dtype
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
-        dim, backend, kernel = dim % input.dim(), backend_of(input), self.name
-        return activation_plan(
-            self,
-            input,
-            lambda x: backend.softmax(kernel, x.to(dtype), dim),
-            arrange=None if input.dtype is dtype else lambda tensors, _: (tensors[0].to(dtype),),
-        )
+        inputs = tensors if input.dtype is dtype else (input.to(dtype),)
+        result: Tensor = compute(self, inputs, options, 1)
+        return result
+
+    def forward(self, tensors: Tensors, options: Options, *_: Any) -> Forward:
+        (x,) = tensors
+        output = backend_of(x).softmax(self.name, x, options.dim % x.dim())
+        return output, (output,), ()
+
+    def backward(
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        (y,) = saved
+        return (backend_of(y).softmax_backward(self.name, grad_output, y, options.dim % y.dim()),)
+
+    def define(
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        return (self.gradient_in_torch(grad_output, saved[0], options),)
 
 
 def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:
