@@ -18,7 +18,6 @@ import torch
 
 import pyfused
 from pyfused.backends import backend_of, cpu
-from pyfused.dispatch import run as dispatch
 from pyfused.dispatch import sizes
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
@@ -126,7 +125,6 @@ def fused_by_size() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fused(request: pytest.FixtureRequest) -> Iterator[None]:
     measured = request.node.get_closest_marker("thresholds")
-    dispatch.forget_plans()
     if request.path.stem in COMPILES and "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     with contextlib.nullcontext() if measured else fused_always():
@@ -161,21 +159,8 @@ class KernelCalls(Counter[str]):
     def record(self, family: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             name = family if family in BY_NAME else getattr(args[0], "name", args[0])
-            result = function(*args, **kwargs)
-            if callable(result):  # a prepared kernel is counted when it is launched
-                return self.launched(name, result)
-            if family in ("activation", "softmax"):  # a forward and a backward kernel
-                names = name, f"{name}_backward"
-                return tuple(map(self.launched, names, result))
-            self[name] += 1
-            return result
-
-        return counted
-
-    def launched(self, name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self[name] += 1
-            return launch(*args, **kwargs)
+            self[f"{name}_backward" if family.endswith("_backward") else name] += 1
+            return function(*args, **kwargs)
 
         return counted
 
@@ -184,8 +169,8 @@ class KernelCalls(Counter[str]):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls, because a test must not compare torch with torch."""
     calls = KernelCalls()
-    dispatch.forget_plans()
-    for family in (*BY_NAME, "embedding_loss", "pointwise_loss", "activation", "softmax"):
+    backwards = "activation_backward", "softmax_backward"
+    for family in (*BY_NAME, "embedding_loss", "pointwise_loss", "activation", "softmax", *backwards):
         if hasattr(backend, family):
             kernels = getattr(backend, family)
             monkeypatch.setattr(backend, family, calls.record(family, kernels))
@@ -203,8 +188,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each instruction set that this CPU supports."""
     if backend is cpu:
         monkeypatch.setattr(cpu, "native", cpu.load(request.param))
-        dispatch.forget_plans()
-    return request.param
+        return request.param
 
 
 @pytest.fixture

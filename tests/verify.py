@@ -131,16 +131,15 @@ def check(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Compares the kernel's results with the function's, and its gradients for any grad_output."""
-    cases = op.cases(numbers)
-    assert not isinstance(cases, str), cases
-    points = _points_of(op, cases, dtype)
     options = op.options(*numbers, "none")
+    assert not (problem := op.invalid_options(*options)), problem
+    cases = op.cases_of(options)
+    points = _points_of(op, cases, dtype)
 
     def run(outputs: Outputs, grad_output: Tensor | None) -> list[Tensor]:
         program, parameters = op.kernel(cases, len(points), outputs)
-        tensors = tuple(points), None, grad_output
-        launch = kernels(program, tensors, parameters, "none", outputs)
-        value, gradients = launch((*points, None, None), options, grad_output)
+        call = program, points, None, parameters(options), "none", outputs, None, grad_output
+        value, gradients = kernels(*call)
         return [value, *gradients]
 
     results = torch.stack(run(op.all_outputs, None))

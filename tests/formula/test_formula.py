@@ -854,13 +854,13 @@ def test_random_programs(
     check(op, numbers)
     x = torch.randn(operands, 7, dtype=torch.float64)
     x = [(each > 0).double() if mask else each for each, mask in zip(x, masks, strict=True)]
-    cases, options = op.cases(numbers), op.options(*numbers, "none")
+    options = op.options(*numbers, "none")
+    cases = op.cases_of(options)
 
     def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
         outputs = Outputs(False, wanted)
         program, parameters = op.kernel(cases, operands, outputs)
-        launch = cpu.pointwise_loss(program, (x, None, None), parameters, "none", outputs)
-        return launch((*x, None, None), options)[1]
+        return cpu.pointwise_loss(program, x, None, parameters(options), "none", outputs)[1]
 
     of_all = gradients((True,) * operands)
     for wanted in product([False, True], repeat=operands):  # a subset of the instructions

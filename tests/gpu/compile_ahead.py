@@ -96,10 +96,8 @@ def case(op: str, x: Tensor, run: Any, kind: str = "", **fields: Any) -> Case:
 
 
 def run_cross_entropy(options: Any, outputs: Outputs, grad_output: Any, *tensors: Any) -> None:
-    """Prepares and launches the kernel for the current target."""
     tensors = (*tensors, *[None] * (5 - len(tensors)))
-    kernel = backend.cross_entropy(tensors, options, outputs, grad_output)
-    kernel(tensors, options, grad_output)
+    backend.cross_entropy(tensors, options, outputs, grad_output)
 
 
 def cross_entropy(
@@ -151,9 +149,8 @@ def class_cases() -> Iterator[Case]:
         common = shape[1] == 32_000 and dtype in (BF16, F32)
         new = partial(case, targets=ALL if common else SOME)
         for op in ("softmax", "log_softmax"):
-            forward, backward = backend.softmax(op, x, 1)
-            yield new(op, x, partial(forward, x, ()))
-            yield new(op, x, partial(backward, x, x, ()), "backward")
+            yield new(op, x, partial(backend.softmax, op, x, 1))
+            yield new(op, x, partial(backend.softmax_backward, op, x, x, 1), "backward")
         if len(shape) > 2:
             continue
         range_, wide = types.ClassRange(0, shape[1]), accumulate_dtype(dtype)
@@ -176,7 +173,7 @@ def class_cases() -> Iterator[Case]:
         for beta in (0.0, 0.5):
             options = types.DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             given = (x, x, None, None), options, Outputs(True, (True,))
-            run = partial(backend.kl_div_with_logits(*given), given[0], options)
+            run = partial(backend.kl_div_with_logits, *given)
             yield new("kl_div_with_logits", x, run, f"beta {beta}")
 
 
@@ -185,25 +182,20 @@ def embedding_cases() -> Iterator[Case]:
         x, target = empty(dtype, *shape), empty(accumulate_dtype(dtype), shape[0], 1)
         new = partial(case, targets=ALL if dtype in (BF16, F32) else SOME)
         for euclidean, swap in product((True, False), (False, True)):
-            options: Any = types.EmbeddingOptions(euclidean, swap)
-            given: Any = "triplet_margin_loss", (x, x, x), options, "mean"
-            kernel = backend.embedding_loss(*given, Outputs(True, (True,) * 3), len)
-            named = {"margin": 1.0, "p": 2.0, "eps": 1e-6, "swap": swap, "reduction": "mean"}
-            options = TRIPLET_MARGIN_LOSS.options(**named)
+            options = types.EmbeddingOptions(euclidean, swap)
+            given: Any = "triplet_margin_loss", (x, x, x), (1.0, 1e-6), options, "mean"
+            run = partial(backend.embedding_loss, *given, Outputs(True, (True,) * 3), len(x))
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
-            yield new("triplet_margin_loss", x, partial(kernel, (x, x, x), options), kind)
-        given = "cosine_embedding_loss", (x, x, target), types.EmbeddingOptions(), "mean"
-        kernel = backend.embedding_loss(*given, Outputs(True, (True, True, False)), len)
-        options = COSINE_EMBEDDING_LOSS.options(margin=0.5, reduction="mean")
-        yield new("cosine_embedding_loss", x, partial(kernel, (x, x, target), options))
+            yield new("triplet_margin_loss", x, run, kind)
+        given = "cosine_embedding_loss", (x, x, target), (0.5, 0.0), types.EmbeddingOptions(), "mean"
+        outputs = Outputs(True, (True, True, False))
+        yield new("cosine_embedding_loss", x, partial(backend.embedding_loss, *given, outputs, len(x)))
 
 
 def pointwise_loss(kernel: Any, operands: tuple[Tensor, ...], numbers: Any, *given: Any) -> None:
     weight, reduction, divisor, outputs, grad_output = (*given, None)[:5]
-    total, divisor = (divisor, None) if isinstance(divisor, Tensor) else (None, divisor)
-    tensors = operands, weight, grad_output
-    run = backend.pointwise_loss(kernel, tensors, tuple, reduction, outputs, divisor)
-    run((*operands, weight, total), numbers, grad_output)
+    arguments = operands, weight, numbers, reduction, outputs, divisor, grad_output
+    backend.pointwise_loss(kernel, *arguments)
 
 
 def pointwise_cases() -> Iterator[Case]:
@@ -212,7 +204,7 @@ def pointwise_cases() -> Iterator[Case]:
         row = empty(dtype, 4096).expand(4096, 4096)
         new = partial(case, targets=ALL if dtype in (BF16, F32) else SOME)
         both, after = Outputs(True, (True, True)), Outputs(False, (True, True))
-        mean = None, "mean", Tensor.numel
+        mean = None, "mean", x.numel()
         calls: dict[str, tuple[Any, ...]] = {
             "mse_loss forward": ((x, x), (), None, "sum", None, Outputs()),
             "mse_loss weight": ((x, x), (), x, "mean", total, both),
@@ -224,9 +216,9 @@ def pointwise_cases() -> Iterator[Case]:
         for op in OPERATORS:
             if isinstance(op, Activation):
                 for name, kernel in op.kernels.items():
-                    forward, backward = backend.activation(kernel, x)
-                    yield new(name, x, partial(forward, x, ()))
-                    yield new(name, x, partial(backward, x, x, ()), "backward")
+                    yield new(name, x, partial(backend.activation, kernel, x, ()))
+                    backward = partial(backend.activation_backward, kernel, x, x, ())
+                    yield new(name, x, backward, "backward")
             elif isinstance(op, PointwiseLoss):
                 kernels |= op.kernels
                 for name, kernel in op.kernels.items():
@@ -239,7 +231,7 @@ def pointwise_cases() -> Iterator[Case]:
         for name, formula in FORMULAS.items():
             count, numbers = len(formula.op.variables), tuple(formula.defaults.values())
             outputs = Outputs(True, (True,) * count)
-            program, parameters = formula.op.kernel(formula.op.cases(numbers), count, outputs)
+            program, parameters = formula.op.kernel(formula.op.cases_of(numbers), count, outputs)
             given = program, (x,) * count, parameters(numbers), *mean, outputs
             yield new(f"formula {name}", x, partial(pointwise_loss, *given))
         yield new("scale", x, partial(backend.scale_, x, total))
@@ -254,7 +246,8 @@ def all_cases() -> list[Case]:
 
 def forget_gpu() -> None:
     """Clears the choices that are cached for the active GPU, because the target changes."""
-    for cached in (launch.warp_size, launch.backend, launch.prepared, backend._tile):
+    of_backend = [x for x in vars(backend).values() if hasattr(x, "cache_clear")]
+    for cached in (launch.warp_size, launch.backend, *of_backend):
         cached.cache_clear()
 
 

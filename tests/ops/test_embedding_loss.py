@@ -17,7 +17,6 @@ from grid import grid
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.dispatch.run import forget_plans
 from pyfused.formula_compiler import trace
 
 # ---- special values ------------------------------------------------------------------------------
@@ -62,7 +61,6 @@ def test_cosines_at_special_values(target: float, margin: float) -> None:
 def test_a_loss_of_exactly_0(inclusive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's derivative of clamp at a bound is 1, and from version 2.14 on 0."""
     monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: inclusive)
-    forget_plans()
     x, z = torch.zeros(4, 2), torch.full((4, 2), 2.0)
     y = torch.ones(4, 2, requires_grad=True)
     loss = fused.triplet_margin_loss(x, y, z, p=1, margin=2.0, eps=0.0, reduction="sum")
@@ -70,7 +68,6 @@ def test_a_loss_of_exactly_0(inclusive: bool, monkeypatch: pytest.MonkeyPatch) -
     a = torch.tensor([[1.0, 0.0]], requires_grad=True)
     loss = fused.cosine_embedding_loss(a, torch.tensor([[0.0, 1.0]]), torch.tensor([-1.0]))
     assert torch.autograd.grad(loss, a)[0][0, 1].item() == pytest.approx(float(inclusive))
-    forget_plans()
 
 
 # ---- shapes and dtypes ---------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from torch.autograd import forward_ad
 
 from pyfused import VocabShard, explain, functional
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch import signature
 from pyfused.functional import cross_entropy, linear_cross_entropy
 from pyfused.ops import shards
 from pyfused.ops.cross_entropy import CrossEntropy
@@ -532,9 +531,9 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     merged = lambda *_: shards._merged(state.clone(), None, False)  # noqa: E731
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
     monkeypatch.setattr(dist, "get_rank", lambda _: 0)
-    monkeypatch.setattr(CrossEntropy, "plan", lambda *_: merged)
+    monkeypatch.setattr(CrossEntropy, "fused", lambda *_: merged())
     monkeypatch.setattr(shards, "unsupported", lambda *_: None)
-    monkeypatch.setattr(signature, "active_mode", lambda: None)
+    monkeypatch.setattr(dispatch, "active_mode", lambda: None)
     logits, target = torch.empty(2, 5, device="meta"), torch.zeros(2, device="meta").long()
     with Recording() as mode:
         cross_entropy(logits, target, shard=VocabShard(0, 5))
@@ -542,4 +541,3 @@ def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in mode.seen if name.startswith("aten.index")]
     with pytest.raises(RuntimeError, match="meta"):  # the sum over the processes is read
         cross_entropy(logits, target, shard=VocabShard(0))
-    dispatch.forget_plans()
