@@ -170,7 +170,14 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls, because a test must not compare torch with torch."""
     calls = KernelCalls()
     backwards = "activation_backward", "softmax_backward"
-    for family in (*BY_NAME, "embedding_loss", "pointwise_loss", "activation", "softmax", *backwards):
+    for family in (
+        *BY_NAME,
+        "embedding_loss",
+        "pointwise_loss",
+        "activation",
+        "softmax",
+        *backwards,
+    ):
         if hasattr(backend, family):
             kernels = getattr(backend, family)
             monkeypatch.setattr(backend, family, calls.record(family, kernels))

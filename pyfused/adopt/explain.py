@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from torch.nn import Module
@@ -16,6 +18,7 @@ from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import Report
+from pyfused.dispatch.sizes import why_small
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
@@ -46,20 +49,25 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         call(*args, **kwargs)
     if recorder.found is not None:
         return recorder.found
-    return Explanation(name, "torch", _reason(OPERATORS.get(name), args, kwargs))
+    reason = SMALL  # the only reason of formulas
+    if name in OPERATORS:
+        reason = _reason(OPERATORS[name], _arguments(call, name, args, kwargs))
+    elif not isinstance(call, (Formula, FormulaModule)):
+        reason = "a composition of torch's operators"
+    return Explanation(name, "torch", reason)
 
 
 def _callable(op: Any) -> tuple[Callable[..., Any], str]:
     """Returns the function of pyfused that computes an operator, and its name."""
     if isinstance(op, (Formula, FormulaModule)):
-        return op, getattr(op, "formula", op).__name__
+        return op, getattr(op, "formula", op).op.name
     if isinstance(op, Module):
         if type(op) in FUSED:
             op = copy.copy(op)
             op.__class__ = FUSED[type(op)]
         if getattr(type(op).forward, "__globals__", None) is vars(nn):
             names = {each.module: each.name for each in OPERATORS.values()}
-            return op, names.get(type(op).__name__, type(op).__name__)
+            return op, names.get(type(op).__name__, "")
     else:
         name = op if isinstance(op, str) else getattr(op, "__name__", "")
         library = str(getattr(op, "__module__", None)).partition(".")[0]
@@ -71,17 +79,26 @@ def _callable(op: Any) -> tuple[Callable[..., Any], str]:
     )
 
 
-def _reason(op: Operator | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _arguments(call: Any, name: str, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a function by name; a module has some as attributes."""
+    arguments = inspect.signature(getattr(functional, name)).bind_partial
+    if isinstance(call, Module):
+        return {**vars(call), **arguments(*args).arguments, **kwargs}
+    bound = arguments(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _reason(op: Operator, arguments: dict[str, Any]) -> str:
     """Returns why a function has called torch's without dispatch."""
-    if op is None:
-        return "a composition of torch's operators"
-    if {"size_average", "reduce"} & kwargs.keys():
+    if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
         return "some of the arguments are deprecated or invalid"
-    if isinstance(op, Activation) and (kwargs.get("inplace") or True in args):
+    if isinstance(op, Activation) and arguments.get("inplace"):
         return "torch computes activations in place"
-    if isinstance(op, Softmax) and kwargs.get("dim", (*args, None)[1]) is None:
+    if isinstance(op, Softmax) and arguments.get("dim") is None:
         return "dim is not given"
-    return SMALL
+    tensors = [arguments.get(operand.name) for operand in op.all_operands]
+    return why_small(op, tensors, SimpleNamespace(**arguments))
 
 
 class _Recorder(Report):

@@ -187,9 +187,17 @@ def embedding_cases() -> Iterator[Case]:
             run = partial(backend.embedding_loss, *given, Outputs(True, (True,) * 3), len(x))
             kind = f"p {2 if euclidean else 1}{' swap' * swap}"
             yield new("triplet_margin_loss", x, run, kind)
-        given = "cosine_embedding_loss", (x, x, target), (0.5, 0.0), types.EmbeddingOptions(), "mean"
+        given = (
+            "cosine_embedding_loss",
+            (x, x, target),
+            (0.5, 0.0),
+            types.EmbeddingOptions(),
+            "mean",
+        )
         outputs = Outputs(True, (True, True, False))
-        yield new("cosine_embedding_loss", x, partial(backend.embedding_loss, *given, outputs, len(x)))
+        yield new(
+            "cosine_embedding_loss", x, partial(backend.embedding_loss, *given, outputs, len(x))
+        )
 
 
 def pointwise_loss(kernel: Any, operands: tuple[Tensor, ...], numbers: Any, *given: Any) -> None:
