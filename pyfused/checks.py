@@ -149,9 +149,8 @@ def _cross_entropy(
         expected = "a negative number with class probabilities as target"
         raise _error("ignore_index", expected, options.ignore_index)
     _class_weight(input, classes, weight, dtype, same_dtype=not probabilities)
-    if options.gamma != 0 and (probabilities or options.label_smoothing > 0):
-        expected = "0.0 with class probabilities or label smoothing"
-        raise _error("gamma", expected, "a positive number", ValueError)
+    if options.gamma != 0 and probabilities:
+        _raise_for_gamma()
 
 
 def linear_cross_entropy(
@@ -187,7 +186,7 @@ def _head_shapes(
     return (*leading, *positions), (*leading, classes, *positions)
 
 
-def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> None:
+def log_probs(logits: Tensor, target: Tensor, _: LogProbsOptions) -> None:
     _floating("logits", logits)
     _target(target, loss_shape(logits, "none"))
 
@@ -197,13 +196,13 @@ def linear_log_probs(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
-    options: LogProbsOptions,
+    _: LogProbsOptions,
     classes: int | None = None,  # noqa: ARG001 any number fits
 ) -> None:
     _target(target, _head_shapes(input, linear_weight, linear_bias)[0])
 
 
-def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> None:
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, _: Any) -> None:
     _floating("input", input)
     _target(target, loss_shape(input, "none"))
     _class_weight(input, classes_of(input), weight)
@@ -280,8 +279,22 @@ def row_options(options: Any) -> None:
         elif name == "memory_budget":
             memory_budget(value)
         elif name == "loss_dtype" and value is not None:
-            if not (isinstance(value, torch.dtype) and value.is_floating_point):
+            is_floating = isinstance(value, torch.dtype) and value.is_floating_point
+            if not is_floating:
                 raise _error(name, "a floating dtype or None", value, ValueError)
+    if getattr(options, "gamma", 0) != 0 and options.label_smoothing > 0:
+        _raise_for_gamma()
+    if getattr(options, "denominator", None) is not None and options.reduction != "mean":
+        _raise_for_denominator(options, "a number")
+
+
+def _raise_for_gamma() -> NoReturn:
+    expected = "0.0 with class probabilities or label smoothing"
+    raise _error("gamma", expected, "a positive number", ValueError)
+
+
+def _raise_for_denominator(options: Any, got: str) -> NoReturn:
+    raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
 
 
 def _loss_options(
@@ -292,9 +305,8 @@ def _loss_options(
     Args:
         losses: The shape of the unreduced losses.
     """
-    if not denominator is options.denominator is None and options.reduction != "mean":
-        got = "a number" if denominator is None else "a tensor"
-        raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
+    if denominator is not None and options.reduction != "mean":
+        _raise_for_denominator(options, "a tensor")
     same_device(input, denominator=denominator)
     if token_weight is not None:
         tensor("token_weight", token_weight)
@@ -413,7 +425,7 @@ def same_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
             raise _error(f"{prefix}{name}", expected, value.device)
 
 
-def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, options: Any) -> None:
+def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, _: Any) -> None:
     bounded(Scalar("scale", error=ValueError), scale)
     bounded(Scalar("bias", optional=True, error=ValueError), bias)
     _floating("a", a)

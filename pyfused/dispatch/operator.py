@@ -89,14 +89,16 @@ class Operator(ABC):
         all_operands: The operands and the factors.
         names: The names of the arguments.
         fields: The names of the options; the numbers come first.
-        invalid_options: Takes the options of a call, one by one, and returns why no kernel takes them, None
-            if one does.
+        invalid_options: Takes the options of a call, one by one, and returns why no kernel takes
+            them, None if one does.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
+        uniform: The number of tensors of which kernels take no other than these, and as they are, if
+            they have one shape and one dtype; 0 if such calls have to be looked at like others.
         student: The number of tensors of a kernel that may need a gradient; they come first.
     """
 
@@ -114,6 +116,7 @@ class Operator(ABC):
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
     invalid_options: Callable[..., str | None] = field(init=False)
+    uniform: int = field(init=False, default=0)
     student: int = field(init=False, default=1)
     family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())

@@ -24,6 +24,7 @@ from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
     PLAIN,
     active_mode,
+    any_autocast,
     functorch_is_active,
     has_names,
     is_exporting,
@@ -50,8 +51,8 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
-    reason, converted = decide(op, tensors, options)
-    fused = op.fused
+    reason, converted, is_uniform = decide(op, tensors, options)
+    fused = op.fused_uniform if is_uniform else op.fused
     if report.active:
         fused = report.counted(op, tensors, options, reason, fused)
     if reason is None:
@@ -101,20 +102,23 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
     return decide(op, tensors, options)[0]
 
 
-def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Options]:
-    """Returns why torch's operator computes a call, None if a kernel does, and its options.
+def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Options, bool]:
+    """Returns why torch's operator computes a call, None if a kernel does.
 
-    In the options of a kernel, numbers are floats.
+    Also returns the options of the kernel, in which numbers are floats, and whether kernels take
+    the tensors as they are; see `Operator.uniform`.
     """
     if is_small(op, tensors, options):
-        return SMALL, options
+        return SMALL, options, False
     input = tensors[0]
     if type(input) not in PLAIN:
-        return f"input is a {type(input).__name__}", options
+        return f"input is a {type(input).__name__}", options, False
     if mode := active_mode():
-        return mode, options
+        return mode, options, False
     on_cpu = backends.FORCED is None and input.is_cpu and cpu.MISSING is None
-    for operand, x in zip(op.all_operands, tensors, strict=True):
+    dtype, shape, uniform = input.dtype, input.shape, op.uniform
+    for i, x in enumerate(tensors):
+        operand = op.all_operands[i]
         if x is None and operand.optional:
             continue
         is_usual = (  # the conditions of `unsupported`, without a call for each tensor
@@ -126,16 +130,21 @@ def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Opt
             and not (is_functorch_wrapped(x) or is_lazy_clone(x))
             and (x.is_cpu if on_cpu else unsupported_device(operand.name, x, input) is None)
             and (operand.differentiated or not x.requires_grad)
-            and (x is input or x.numel())
+            and (i == 0 or x.numel())
         )
         if not is_usual and (reason := unsupported(operand, x, input)):
-            return reason, options
+            return reason, options, False
+        if uniform and (i >= uniform or x.dtype is not dtype or x.shape != shape):
+            uniform = 0
     converted = options
     if not _KINDS.issuperset(map(type, options)):
         converted = _converted(op, options)
         if isinstance(converted, str):
-            return converted, options
-    return op.invalid_options(*converted) or op.misfit(tensors, converted), converted
+            return converted, options, False
+    reason = op.invalid_options(*converted)
+    if uniform and not any_autocast():
+        return reason, converted, True
+    return reason or op.misfit(tensors, converted), converted, False
 
 
 def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:

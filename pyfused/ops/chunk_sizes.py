@@ -156,3 +156,6 @@ class HeadSizes:
 def aligned(size: int) -> int:
     """Returns the largest multiple of ALIGNED_GPU up to a size, or the size if it is smaller."""
     return max(size - size % ALIGNED_GPU, min(size, ALIGNED_GPU))
+
+
+head_sizes = functools.lru_cache(MOST_SIZES)(HeadSizes)  # making one takes microseconds

@@ -76,7 +76,7 @@ class Contrastive(RowOperator):
     def arranged(
         self,
         tensors: Tensors,
-        options: Options,
+        options: Options,  # noqa: ARG002
         shard: Any = None,  # noqa: ARG002
     ) -> Tensors:
         """Returns the scaled embeddings a, the embeddings b, and the bias as a tensor or None.

@@ -219,6 +219,18 @@ class CrossEntropy(RowOperator):
     def overwrites(self, options: Options, shard: Any = None) -> bool:
         return options.inplace and not self.needs_state(options, shard)
 
+    def misfit(self, tensors: Tensors, options: Options) -> str | None:
+        input, target, weight, token_weight, denominator = tensors
+        if (  # the common case, for which nothing else has to be checked
+            target.dtype is torch.int64
+            and weight is token_weight is denominator is options.softcap is None
+            and input.dim() == 2
+            and target.shape == input.shape[:1]
+            and input.shape[1] > 1
+        ):
+            return None
+        return super().misfit(tensors, options)
+
     def arranged(self, tensors: Tensors, options: Options, shard: Any = None) -> Tensors:
         if options.inplace and self.overwrites(options, shard):
             definitions.prepare_inplace(tensors[0])
@@ -457,7 +469,7 @@ class NllLoss(RowOperator):
     def arranged(
         self,
         tensors: Tensors,
-        options: Options,
+        options: Options,  # noqa: ARG002
         shard: Any = None,  # noqa: ARG002
     ) -> Tensors:
         input, target, weight = tensors

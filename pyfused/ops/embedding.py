@@ -62,7 +62,7 @@ class EmbeddingLoss(TensorLoss):
         super().__post_init__()
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
-        self.broadcast, self.required = tuple(range(1, len(self.inputs))), 0
+        self.broadcast, self.uniform = tuple(range(1, len(self.inputs))), 0
 
     def check(self, tensors: Tensors, options: Options) -> None:
         """Does nothing: the operators' `fallback_reason` looks at the shapes."""

@@ -78,6 +78,9 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     return total.to(result)
 
 
+_outputs = lru_cache(Outputs)  # making a NamedTuple takes longer
+
+
 def elements(operands: Sequence[Tensor], *_: Any) -> Divisor:
     return operands[0].numel()
 
@@ -124,35 +127,34 @@ class TensorLoss(SpecializedOperator):
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
         self._result_dtype = cache(self._dtype_of_result)
-        # The number of leading operands that kernels take as they are, if they have one shape and
-        # one dtype; 0 if others have to be looked at, too.
         converts = self.arrange is not None or self.infers_dtype or self.reads_values
         warns = self.warning is not None and not self.warns
         required = [i for i, x in zip(indices, self.variables, strict=True) if not x.optional]
         in_order = required == [*range(len(required))]
-        self.required = len(required) if in_order and not (converts or warns) else 0
+        self.uniform = len(required) if in_order and not (converts or warns) else 0
 
     # ---- calls -----------------------------------------------------------------------------------
 
     def fused(self, tensors: Tensors, options: Options) -> Tensor:
-        input, reduction = tensors[0], options.reduction if self.reduces else "none"
-        autocast = torch.is_autocast_enabled(input.device.type)
-        if not autocast and self.is_uniform(tensors):
-            result_dtype, operands = input.dtype, tensors[: self.required]
-            inputs: Tensors = (*operands, None, None)
-        else:
-            operands, weight = self.operands_and_weight(tensors)
-            dtype, result_dtype = self._dtypes(tensors, input, reduction)
-            if self.warning is not None and (message := self.warning(tensors, options)):
-                warnings.warn(message, stacklevel=stacklevel())
-            unexpanded = weight  # torch's mean divides by its sum before broadcasting
-            operands, weight = self.arranged(operands, weight, dtype)
-            divisor, denominator = None, self.denominators.get(reduction)
-            if denominator is not None:
-                divisor = denominator(operands, unexpanded, options)
-            inputs = *operands, weight, divisor if isinstance(divisor, Tensor) else None
+        reduction = options.reduction if self.reduces else "none"
+        operands, weight = self.operands_and_weight(tensors)
+        dtype, result_dtype = self._dtypes(tensors, operands[0], reduction)
+        if self.warning is not None and (message := self.warning(tensors, options)):
+            warnings.warn(message, stacklevel=stacklevel())
+        unexpanded = weight  # torch's mean divides by its sum before broadcasting
+        operands, weight = self.arranged(operands, weight, dtype)
+        divisor, denominator = None, self.denominators.get(reduction)
+        if denominator is not None:
+            divisor = denominator(operands, unexpanded, options)
+        inputs = *operands, weight, divisor if isinstance(divisor, Tensor) else None
         result: Tensor = compute(self, inputs, options, len(operands))
         return result if result.dtype is result_dtype else result.to(result_dtype)
+
+    def fused_uniform(self, tensors: Tensors, options: Options) -> Tensor:
+        """Returns the result of a call whose tensors kernels take as they are."""
+        inputs, count = (*tensors[: self.uniform], None, None), self.uniform
+        result: Tensor = compute(self, inputs, options, count)
+        return result
 
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
         """Computes a loss.
@@ -161,12 +163,14 @@ class TensorLoss(SpecializedOperator):
         values. The last two may be None.
         """
         dtype, reduction = tensors[0].dtype, options.reduction if self.reduces else "none"
-        in_forward = True in needs and gradients_in_forward(reduction, dtype)
-        outputs = Outputs(True, needs if in_forward else (), False, dtype)
-        loss, gradients = self.launch(tensors, options, reduction, outputs)
-        if reduction != "none" and loss.dtype is not dtype:
+        if True not in needs or not gradients_in_forward(reduction, dtype):
+            needs = ()
+        loss, gradients = self.launch(
+            tensors, options, reduction, _outputs(True, needs, False, dtype)
+        )
+        if loss.dtype is not dtype and reduction != "none":
             loss = loss.to(dtype)
-        return loss, tensors, gradients if in_forward else ()
+        return loss, tensors, gradients if needs else ()
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
@@ -202,18 +206,6 @@ class TensorLoss(SpecializedOperator):
         grad_output: Tensor | None = None,
     ) -> Any:
         """Computes the outputs of a kernel: the loss and the gradients of the operands."""
-
-    def is_uniform(self, tensors: Tensors) -> bool:
-        """Returns whether kernels take the tensors of a call as they are.
-
-        They have one shape and one dtype then, and optional ones are not passed.
-        """
-        input = tensors[0]
-        dtype, shape, required = input.dtype, input.shape, self.required
-        for i, x in enumerate(tensors):
-            if x is not None if i >= required else x.dtype is not dtype or x.shape != shape:
-                return False
-        return required > 0
 
     def arranged(
         self, operands: Sequence[Any], weight: Tensor | None, dtype: torch.dtype
@@ -256,9 +248,6 @@ class TensorLoss(SpecializedOperator):
         super().check_options(options)
         if self.reduces:
             checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
-
-    def misfit(self, tensors: Tensors, options: Options) -> str | None:
-        return None if self.is_uniform(tensors) else super().misfit(tensors, options)
 
     def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         """Checks that the operands broadcast, and that optional ones expand to the input."""

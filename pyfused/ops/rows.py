@@ -36,7 +36,7 @@ from pyfused.dispatch.operator import (
 )
 from pyfused.layout import accumulate_dtype, feature_rows
 from pyfused.ops import custom_operators, definitions
-from pyfused.ops.chunk_sizes import HeadSizes
+from pyfused.ops.chunk_sizes import HeadSizes, head_sizes
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.head_loop import ALL_ROWS, Rows, rows_that_count
 from pyfused.ops.shards import class_range, local_shard, sharded_results
@@ -324,8 +324,8 @@ class RowOperator(Operator):
         backend = backend_of(tensors[0])
         dtype = backend.product_dtype(self.input_dtype(tensors))
         converts = dtype is not tensors[0].dtype
-        limits = tuple(tensors[1].shape), dtype, backend, options.memory_budget
-        return HeadSizes(*limits, converts=converts)
+        limits = tensors[1].shape, dtype, backend, options.memory_budget
+        return head_sizes(*limits, None, converts)
 
     # ---- definitions -----------------------------------------------------------------------------
 

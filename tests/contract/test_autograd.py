@@ -43,7 +43,6 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.dispatch import run as dispatch
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.contrastive import Contrastive

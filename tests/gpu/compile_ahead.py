@@ -44,7 +44,6 @@ from pyfused.kernels import launch
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.activation import Activation
 from pyfused.ops.elementwise import OPERATORS, PointwiseLoss
-from pyfused.ops.operators import COSINE_EMBEDDING_LOSS, TRIPLET_MARGIN_LOSS
 from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
