@@ -76,7 +76,8 @@ def bounded(scalar: Scalar, value: Any) -> None:
     if value is None and scalar.optional:
         return
     name, low, high, error = scalar.name, scalar.low, scalar.high, scalar.error
-    if not isinstance(value, (Tensor, float, Real)):
+    kinds: Any = Tensor, float, Real
+    if not isinstance(value, kinds):
         raise _error(name, "a float", f"{type(value).__name__} {value!r}", TypeError)
     if isinstance(value, Tensor):
         if value.numel() != 1:

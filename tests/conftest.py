@@ -195,7 +195,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each instruction set that this CPU supports."""
     if backend is cpu:
         monkeypatch.setattr(cpu, "native", cpu.load(request.param))
-        return request.param
+    return request.param
 
 
 @pytest.fixture

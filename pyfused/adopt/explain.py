@@ -45,7 +45,8 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         Exception: The call raises it.
     """
     call, name = _callable(op)
-    with _Recorder() as recorder:
+    recorder = _Recorder()
+    with recorder:
         call(*args, **kwargs)
     if recorder.found is not None:
         return recorder.found
@@ -60,7 +61,8 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
 def _callable(op: Any) -> tuple[Callable[..., Any], str]:
     """Returns the function of pyfused that computes an operator, and its name."""
     if isinstance(op, (Formula, FormulaModule)):
-        return op, getattr(op, "formula", op).op.name
+        formula: Any = getattr(op, "formula", op)
+        return op, formula.op.name
     if isinstance(op, Module):
         if type(op) in FUSED:
             op = copy.copy(op)
@@ -106,10 +108,11 @@ class _Recorder(Report):
 
     def __init__(self) -> None:
         super().__init__()
-        self.thread, self.found = threading.get_ident(), None
+        self.thread = threading.get_ident()
+        self.found: Explanation | None = None
 
     def count(
         self, op: Operator, tensors: Any, options: Any, reason: str | None, shard: Any
     ) -> None:
         if threading.get_ident() == self.thread:
-            self.found: Explanation | None = explanation_of(op, tensors, options, reason, shard)
+            self.found = explanation_of(op, tensors, options, reason, shard)

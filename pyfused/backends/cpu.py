@@ -481,7 +481,7 @@ def pointwise_loss(
         kernel, parameters = formula.kernel(native, _native_program), tuple(parameters)
     else:
         kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
-    inputs = [*operands, weight, grad_output]
+    inputs: list[Any] = [*operands, weight, grad_output]
     views, in_rows = list[tuple[int, int]](), False
     for i, x in enumerate(inputs):
         if x is None:

@@ -501,7 +501,7 @@ def pointwise_loss(
 ) -> LossResult:
     like, _ = dense_operand(tuple(operands))
     padding, each = (None,) * (OPERANDS - len(operands)), reduction == "none"
-    views = [*operands, *padding, weight, grad_output]
+    views: list[Any] = [*operands, *padding, weight, grad_output]
     copied, columns, strides = in_rows(like, views)
     for i in copied:
         views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])

@@ -97,8 +97,8 @@ class Operator(ABC):
         limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
-        uniform: The number of tensors of which kernels take no other than these, and as they are, if
-            they have one shape and one dtype; 0 if such calls have to be looked at like others.
+        uniform: The number of tensors that kernels take as they are, if they have one shape and one
+            dtype and no others are passed; 0 if there are no such calls.
         student: The number of tensors of a kernel that may need a gradient; they come first.
     """
 

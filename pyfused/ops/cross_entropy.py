@@ -256,7 +256,7 @@ class CrossEntropy(RowOperator):
             return state_forward(self, source, tensors, options, needs, dtype)
         if options.with_metrics:
             source = row_source(self, tensors, options, needs, shard, True)
-            state = metrics_state(source, *tensors[:2], options, METRICS_FIELDS)
+            state = metrics_state(source, tensors[0], tensors[1], options, METRICS_FIELDS)
         kernel = backend_of(tensors[0]).cross_entropy
         loss, saved, gradients = loss_forward(
             kernel, tensors, options, needs, dtype, options.inplace

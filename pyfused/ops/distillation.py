@@ -322,8 +322,8 @@ def divergence_kernel(
     teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
     common = torch.promote_types(student.dtype, teacher.dtype)
     outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
-    tensors = student.to(common), teacher.to(common), token_weight, *others
-    loss, (gradient,) = backend.kl_div_with_logits(tensors, options, outputs, grad_output)
+    inputs = student.to(common), teacher.to(common), token_weight, *others
+    loss, (gradient,) = backend.kl_div_with_logits(inputs, options, outputs, grad_output)
     loss = None if loss is None else loss.to(accumulate_dtype(dtype))
     if gradient is not None:
         gradient = cap_backward(gradient.to(student.dtype))

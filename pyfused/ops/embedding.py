@@ -112,7 +112,7 @@ class EmbeddingLoss(TensorLoss):
         grad_output: Tensor | None = None,
     ) -> Any:
         *operands, _, _ = tensors
-        divisor = rows(operands) if reduction == "mean" else None
+        divisor: Any = rows(operands) if reduction == "mean" else None
         euclidean, swap = getattr(options, "p", 2.0) == 2.0, bool(getattr(options, "swap", False))
         flags = EmbeddingOptions(euclidean, swap, trace.clamp_is_inclusive())
         numbers = options.margin, getattr(options, "eps", 0.0)  # the cosine loss has none

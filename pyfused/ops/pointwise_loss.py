@@ -163,6 +163,7 @@ class TensorLoss(SpecializedOperator):
         values. The last two may be None.
         """
         dtype, reduction = tensors[0].dtype, options.reduction if self.reduces else "none"
+        needs = tuple(needs)
         if True not in needs or not gradients_in_forward(reduction, dtype):
             needs = ()
         loss, gradients = self.launch(

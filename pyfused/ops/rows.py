@@ -324,7 +324,7 @@ class RowOperator(Operator):
         backend = backend_of(tensors[0])
         dtype = backend.product_dtype(self.input_dtype(tensors))
         converts = dtype is not tensors[0].dtype
-        limits = tensors[1].shape, dtype, backend, options.memory_budget
+        limits: Any = tensors[1].shape, dtype, backend, options.memory_budget
         return head_sizes(*limits, None, converts)
 
     # ---- definitions -----------------------------------------------------------------------------
