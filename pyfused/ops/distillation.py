@@ -323,8 +323,8 @@ def divergence_kernel(
     common = torch.promote_types(student.dtype, teacher.dtype)
     outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
     inputs = student.to(common), teacher.to(common), token_weight, *others
-    loss, (gradient,) = backend.kl_div_with_logits(inputs, options, outputs, grad_output)
-    loss = None if loss is None else loss.to(accumulate_dtype(dtype))
+    loss, gradients = backend.kl_div_with_logits(inputs, options, outputs, grad_output)
+    loss, (gradient,) = None if loss is None else loss.to(accumulate_dtype(dtype)), gradients
     if gradient is not None:
         gradient = cap_backward(gradient.to(student.dtype))
         if softcap is not None and token_weight is not None:  # NaN times 0 is NaN

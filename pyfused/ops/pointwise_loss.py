@@ -163,15 +163,15 @@ class TensorLoss(SpecializedOperator):
         values. The last two may be None.
         """
         dtype, reduction = tensors[0].dtype, options.reduction if self.reduces else "none"
-        needs = tuple(needs)
+        needed = tuple(needs)
         if True not in needs or not gradients_in_forward(reduction, dtype):
-            needs = ()
+            needed = ()
         loss, gradients = self.launch(
-            tensors, options, reduction, _outputs(True, needs, False, dtype)
+            tensors, options, reduction, _outputs(True, needed, False, dtype)
         )
         if loss.dtype is not dtype and reduction != "none":
             loss = loss.to(dtype)
-        return loss, tensors, gradients if needs else ()
+        return loss, tensors, gradients if needed else ()
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
@@ -179,7 +179,9 @@ class TensorLoss(SpecializedOperator):
         reduction = options.reduction if self.reduces else "none"
         grad_output = self.expanded(grad_output, saved)
         gradients: Gradients
-        _, gradients = self.launch(saved, options, reduction, Outputs(False, needs), grad_output)
+        _, gradients = self.launch(
+            saved, options, reduction, _outputs(False, tuple(needs)), grad_output
+        )
         return gradients
 
     def define(
