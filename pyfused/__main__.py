@@ -66,7 +66,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     text = "run a program under pyfused.patch() and pyfused.memory.keep(), and report which calls "
     text += "ran a kernel"
-    command = commands.add_parser("run", help=text, description=f"{text.capitalize()}.")
+    # `glibc.restart` looks for --no-keep before options are parsed, so it may not be abbreviated.
+    description = f"{text.capitalize()}."
+    command = commands.add_parser("run", help=text, description=description, allow_abbrev=False)
     command.add_argument(
         "-m", action="store_true", dest="module", help="the program is the name of a module"
     )

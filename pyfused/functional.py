@@ -1078,9 +1078,8 @@ def kl_div(
     """
     op = elementwise.KL_DIV
     # A mean warns, and the warning has to name the line of the call.
-    if left_to_torch(
-        op, input, size_average, reduce, None, reduction == "mean", reduction=reduction
-    ):
+    warns = isinstance(reduction, str) and reduction == "mean"
+    if left_to_torch(op, input, size_average, reduce, None, warns, reduction=reduction):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
     return run(op, (input, target), op.options(log_target=log_target, reduction=reduction))
 
@@ -1355,7 +1354,7 @@ def _without_halves(tensor: Tensor | None) -> Tensor | None:
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
     op = elementwise.RELU
-    if inplace or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, input):
         return F.relu(input, inplace)
     return run(op, (input,), ())
 
@@ -1367,7 +1366,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         negative_slope: The slope below 0.
     """
     op = elementwise.LEAKY_RELU
-    if inplace or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, input):
         return F.leaky_relu(input, negative_slope, inplace)
     return run(op, (input,), op.options(negative_slope=negative_slope))
 
@@ -1399,12 +1398,12 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
     op = elementwise.SILU
-    if inplace or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, input):
         return F.silu(input, inplace)
     return run(op, (input,), ())
 
 
-def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
+def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> Tensor:
     """Returns ``input`` times the standard normal distribution function at ``input``.
 
     At infinity, the result is this product: inf for inf and NaN for -inf; both gradients are NaN.
@@ -1416,10 +1415,11 @@ def gelu(input: Tensor, *, approximate: Approximate = "none") -> Tensor:
         approximate: ``"none"``, or ``"tanh"`` for
             ``input * (1 + tanh(sqrt(2 / pi) * (input + 0.044715 * input ** 3))) / 2``; others
             raise a RuntimeError.
+        others: torch's other arguments, such as ``out``; torch's operator runs.
     """
     op = elementwise.GELU
-    if left_to_torch(op, input):
-        return F.gelu(input, approximate=approximate)
+    if others or left_to_torch(op, input):
+        return F.gelu(input, approximate=approximate, **others)
     return run(op, (input,), op.options(approximate=approximate))
 
 
@@ -1438,7 +1438,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         alpha: The result at minus infinity is ``-alpha``.
     """
     op = elementwise.ELU
-    if inplace or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, input):
         return F.elu(input, alpha, inplace)
     return run(op, (input,), op.options(alpha=alpha))
 
@@ -1446,7 +1446,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
     op = elementwise.SELU
-    if inplace or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, input):
         return F.selu(input, inplace)
     return run(op, (input,), ())
 
@@ -1458,7 +1458,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         alpha: The result at minus infinity is ``-alpha``; not 0.
     """
     op = elementwise.CELU
-    if inplace or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, input):
         return F.celu(input, alpha, inplace)
     return run(op, (input,), op.options(alpha=alpha))
 
@@ -1466,29 +1466,34 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
     op = elementwise.MISH
-    if inplace or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, input):
         return F.mish(input, inplace)
     return run(op, (input,), ())
 
 
-def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, **others: Any) -> Tensor:
     """Returns ``log(1 + exp(beta * input)) / beta``.
 
     Args:
         beta: The sharpness of the bend at 0.
         threshold: The result is ``input`` where ``beta * input`` is above this value.
+        others: As in :func:`gelu`.
     """
     op = elementwise.SOFTPLUS
-    if left_to_torch(op, input):
-        return F.softplus(input, beta, threshold)
+    if others or left_to_torch(op, input):
+        return F.softplus(input, beta, threshold, **others)
     return run(op, (input,), op.options(beta=beta, threshold=threshold))
 
 
-def logsigmoid(input: Tensor) -> Tensor:
-    """Returns ``-log(1 + exp(-input))``."""
+def logsigmoid(input: Tensor, **others: Any) -> Tensor:
+    """Returns ``-log(1 + exp(-input))``.
+
+    Args:
+        others: As in :func:`gelu`.
+    """
     op = elementwise.LOGSIGMOID
-    if left_to_torch(op, input):
-        return F.logsigmoid(input)
+    if others or left_to_torch(op, input):
+        return F.logsigmoid(input, **others)
     return run(op, (input,), ())
 
 
@@ -1564,8 +1569,10 @@ def softmax(
         IndexError: The input has no dimension ``dim``.
     """
     op = operators.SOFTMAX
-    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input, dim=dim):
-        return F.softmax(input, dim, _stacklevel + 1, dtype)
+    if dim is None and isinstance(input, Tensor):
+        return F.softmax(input, dim, _stacklevel + 1, dtype)  # warns, and names the caller's line
+    if left_to_torch(op, input, dim=dim):
+        return F.softmax(input, dim, _stacklevel, dtype)
     return run(op, (input,), op.options(dim=dim, dtype=dtype))
 
 
@@ -1584,6 +1591,10 @@ def log_softmax(
         As in :func:`softmax`.
     """
     op = operators.LOG_SOFTMAX
-    if (dim is None and isinstance(input, Tensor)) or left_to_torch(op, input, dim=dim):
-        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
+    if dim is None and isinstance(input, Tensor):
+        return F.log_softmax(
+            input, dim, _stacklevel + 1, dtype
+        )  # warns, and names the caller's line
+    if left_to_torch(op, input, dim=dim):
+        return F.log_softmax(input, dim, _stacklevel, dtype)
     return run(op, (input,), op.options(dim=dim, dtype=dtype))

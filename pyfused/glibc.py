@@ -6,6 +6,7 @@ It imports nothing else of pyfused and no torch, which takes a second.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from itertools import takewhile
 
@@ -14,6 +15,7 @@ from itertools import takewhile
 # These tunables switch the caches off. glibc reads them when a process starts.
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 _FIRST_WITHOUT = (2, 39)
+_RESTARTED = "PYFUSED_RESTARTED"  # set in the environment of the new process until it has started
 
 
 def version() -> str | None:
@@ -36,10 +38,17 @@ def needs_tunables() -> bool:
 
 
 def restart() -> None:
-    """Replaces the process, unless the tunables gain nothing or the environment has others."""
-    arguments, command = sys.argv[2:], sys.orig_argv
-    module = command[command.index("-m") + 1] if "-m" in command else None
-    keeps = "--no-keep" not in takewhile(lambda argument: argument.startswith("-"), arguments)
-    if module == __package__ and keeps and needs_tunables() and sys.executable:
-        os.environ["GLIBC_TUNABLES"] = TUNABLES
+    """Replaces the process, unless the tunables gain nothing or the environment has others.
+
+    The new process removes them from its environment, because they slow down other programs.
+    """
+    if os.environ.pop(_RESTARTED, None):
+        os.environ.pop("GLIBC_TUNABLES", None)
+        return
+    # Python's options end with -m and the module, in one word or two; sys.argv has -m for both.
+    command, module = sys.orig_argv, sys.orig_argv[-len(sys.argv)]
+    is_ours = re.fullmatch(f"(-[^m]*m)?{__package__}", module) is not None
+    keeps = "--no-keep" not in takewhile(lambda word: word.startswith("-"), sys.argv[2:])
+    if is_ours and keeps and needs_tunables() and sys.executable:
+        os.environ.update({"GLIBC_TUNABLES": TUNABLES, _RESTARTED: "1"})
         os.execv(sys.executable, command)

@@ -210,6 +210,17 @@ def never_traced(function: Any) -> Any:
     return function
 
 
+_jit_builtins: Any = getattr(torch.jit, "_builtins", None)
+
+
+def script_as_builtin(function: Any, original: Callable[..., Any]) -> None:
+    """Makes torch.jit.script compile a function as torch's original, if that is a built-in."""
+    find = getattr(_jit_builtins, "_find_builtin", lambda _: None)
+    register = getattr(_jit_builtins, "_register_builtin", lambda *_: None)
+    if operator_name := find(original):
+        register(function, operator_name)
+
+
 def has_compiled_call(module: Any) -> bool:
     """Returns whether ``module.compile()`` was called."""
     return getattr(module, "_compiled_call_impl", None) is not None

@@ -8,10 +8,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar, overload
 
 import torch
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
@@ -19,8 +20,10 @@ from pyfused import functional
 from pyfused.dispatch import originals
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
+from pyfused.torch_internals import script_as_builtin
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Functions = Mapping[str, Callable[..., Any]]
 
 _log = logging.getLogger("pyfused")
 
@@ -38,7 +41,9 @@ def _patched(name: str) -> Callable[..., Any]:
         function = _original_if_compiled(original, function)
     functools.update_wrapper(function, original)
     function.__module__, function.__qualname__ = F.__name__, name  # pickles refer to torch
-    vars(function)["__prepare_scriptable__"] = _raise_for_script  # torch.jit.script calls it
+    # torch.jit.script compiles what this returns, or the operator of a built-in.
+    vars(function)["__prepare_scriptable__"] = lambda: _SOURCES.get(name, original)
+    script_as_builtin(function, original)
     return function
 
 
@@ -49,16 +54,66 @@ def _original_if_compiled(original: Any, ours: Any) -> Any:
     return function
 
 
-def _raise_for_script() -> None:
-    raise RuntimeError(
-        "torch.jit.script: expected torch's functions, got patched ones; call pyfused.unpatch() "
-        "first, or leave the block of pyfused.patch()"
-    )
+# torch.jit.script compiles an attribute of a module from its source, which built-ins do not have.
 
 
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return torch.ops.aten.gelu(input, approximate=approximate)  # type: ignore[no-any-return]
+
+
+def _logsigmoid(input: Tensor) -> Tensor:
+    return torch.ops.aten.log_sigmoid(input)  # type: ignore[no-any-return]
+
+
+def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return torch.ops.aten.softplus(input, beta, threshold)  # type: ignore[no-any-return]
+
+
+_SOURCES = {"gelu": _gelu, "logsigmoid": _logsigmoid, "softplus": _softplus}
 _NAMES = [name for name in OPERATORS if hasattr(originals.F, name)]
 _UNPATCHED = {name: getattr(originals.F, name) for name in _NAMES}
 _PATCHED = {name: _patched(name) for name in _NAMES}
+_NAME_OF = {f: name for functions in (_UNPATCHED, _PATCHED) for name, f in functions.items()}
+
+
+def _name_of(value: Any) -> str | None:
+    """Returns the name of a function that is replaced, patched or not, None for other values."""
+    is_function = isinstance(value, (FunctionType, BuiltinFunctionType))
+    return _NAME_OF.get(value) if is_function else None
+
+
+# ---- torch's modules -----------------------------------------------------------------------------
+
+
+def _defaults(init: Any) -> tuple[Any, ...]:
+    return getattr(init, "__defaults__", None) or ()
+
+
+# The constructors of torch.nn.Transformer and its layers, whose default activation is relu.
+_WITH_DEFAULTS: list[Any] = [
+    init
+    for module in vars(torch.nn).values()
+    if any(map(_name_of, _defaults(init := getattr(module, "__init__", None))))
+]
+
+
+def _set_defaults(functions: Functions) -> None:
+    for init in _WITH_DEFAULTS:
+        init.__defaults__ = tuple([functions.get(_name_of(x) or "", x) for x in _defaults(init)])
+
+
+_torchs_state: Any = torch.nn.Module.__getstate__
+
+
+@functools.wraps(_torchs_state)
+def _state(module: torch.nn.Module) -> dict[str, Any]:
+    """Returns the attributes of a module, with the current functions instead of earlier ones.
+
+    A module may store a patched function and be pickled after `unpatch`, or the reverse. pickle
+    refers to functions by name, and raises an error for a function that is no longer found.
+    """
+    attributes = _torchs_state(module)
+    return {key: getattr(F, _name_of(x) or "", x) for key, x in attributes.items()}
 
 
 # ---- patch and unpatch ---------------------------------------------------------------------------
@@ -162,9 +217,6 @@ def _set_users(calls: frozenset[Patch], blocks: tuple[Patch, ...]) -> None:
     _calls, _blocks = calls, blocks
 
 
-Functions = Mapping[str, Callable[..., Any]]
-
-
 def _replace(caller: str, package: str, current: Functions, new: Functions) -> None:
     """Sets the functions of torch.nn.functional, unless other code has replaced one of them."""
     for name, function in current.items():
@@ -174,6 +226,9 @@ def _replace(caller: str, package: str, current: Functions, new: Functions) -> N
                 f"{caller}: expected {package}'s function at torch.nn.functional.{name}, got "
                 f"{_describe(found)}. Undo the other patch first"
             )
+    if torch.nn.Module.__getstate__ is _torchs_state:  # it stays: see `_state`
+        torch.nn.Module.__getstate__ = _state  # type: ignore[method-assign]
+    _set_defaults(new)
     vars(F).update(new)  # at once: an interrupt cannot leave some of them patched
 
 

@@ -10,7 +10,7 @@ import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import SourceFileLoader, SourcelessFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -69,15 +69,16 @@ def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True)
         return
     try:
         with io.open_code(str(path)) as file:
-            code = pkgutil.read_code(file)  # None for source code
-            if code is None:
-                file.seek(0)
-                code = compile(file.read(), path, "exec", dont_inherit=True)
+            content = file.read()  # once: a pipe cannot be read again
     except OSError as error:
         reason = f"[Errno {error.errno}] {error.strerror}"
         print(f"{sys.executable}: can't open file {str(path)!r}: {reason}", file=sys.stderr)
         sys.exit(2)
-    main.__file__, main.__loader__ = str(path), SourceFileLoader("__main__", str(path))
+    code = pkgutil.read_code(io.BytesIO(content))
+    loader = SourceFileLoader if code is None else SourcelessFileLoader
+    if code is None:
+        code = compile(content, path, "exec", dont_inherit=True)
+    main.__file__, main.__loader__ = str(path), loader("__main__", str(path))
     exec(code, vars(main))
 
 

@@ -305,9 +305,10 @@ def left_to_torch(
 ) -> bool:
     """Returns whether torch's function of an operator's name computes a call.
 
-    It does in programs that are compiled, for the deprecated arguments, and if the input is small.
-    Each function asks this first, so that it adds little to the time of a small call. `is_small`
-    decides the other calls, given all their arguments.
+    It does in programs that are compiled, for the deprecated arguments, and if the input is small
+    or no tensor: proxies of torch.fx record the arguments as they came. Each function asks this
+    first, so that it adds little to the time of a small call. `is_small` decides the other calls,
+    given all their arguments.
 
     Args:
         target: A tensor about whose shape torch warns if it is not the input's. These calls are
@@ -319,11 +320,11 @@ def left_to_torch(
     if not size_average is reduce is None:
         return True
     if any_size:
-        return False
+        return not isinstance(input, Tensor)
     if is_dynamo_compiling():
         return True
     if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):
-        return False  # a mode has to see torch's function and nothing else
+        return not isinstance(input, Tensor)  # a mode has to see torch's function and nothing else
     elements, is_cpu = input.numel(), input.is_cpu
     if type(elements) is not int:  # torch.jit.trace returns a tensor
         return False

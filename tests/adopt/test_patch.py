@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import pickle
 import threading
 import warnings
 from collections.abc import Iterator
@@ -300,25 +301,60 @@ def test_tracers() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.cross_entropy(F.relu(x) + F.gelu(x), TARGET)
 
-    class Relu(nn.Module):  # torch cannot compile a class again after an error
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(x)
-
-    class Gelu(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.gelu(x)
-
     with pyfused.patch():
         traced, symbolic = torch.jit.trace(Net(), (X,)), torch.fx.symbolic_trace(Net())
         jvp = torch.func.jvp(Net(), (X,), (X,))
-        for module in (Relu(), Gelu()):
-            with pytest.raises(RuntimeError, match=r"call pyfused\.unpatch\(\) first"):
-                torch.jit.script(module)
     torch.testing.assert_close(traced(X * 2), Net()(X * 2))
     torch.testing.assert_close(symbolic(X * 2), Net()(X * 2))
     torch.testing.assert_close(jvp, torch.func.jvp(Net(), (X,), (X,)))
     targets = {n.target.__name__ for n in symbolic.graph.nodes if n.op == "call_function"}
     assert targets >= {"relu", "gelu", "cross_entropy"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_fx_records_all_arguments(name: str) -> None:
+    """They are proxies, whose values cannot be read."""
+    built_in = isinstance(getattr(F, name), BuiltinFunctionType)
+    names = ["input", "out"] if built_in else [*inspect.signature(getattr(F, name)).parameters]
+    if name == "linear_cross_entropy":
+        names.remove("ignore_index")
+    arguments = ", ".join(f"{argument}={argument}" for argument in names)
+    call = eval(f"lambda {', '.join(names)}: F.{name}({arguments})", {"F": F})
+    with pyfused.patch():
+        nodes = torch.fx.symbolic_trace(call).graph.nodes
+    (node,) = (node for node in nodes if node.op.startswith("call"))
+    assert len(node.all_input_nodes) == len(names) - (name == "l1_loss")  # torch drops its weight
+
+
+class Scripted(nn.Module):
+    """Functions that torch.jit.script compiles by name, as attributes, in modules and libraries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.gelu = F.relu, F.gelu
+        self.softplus, self.logsigmoid = F.softplus, F.logsigmoid
+        self.layers = nn.Sequential(nn.GELU("tanh"), nn.SiLU(), nn.Softplus(), nn.LogSoftmax(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        called = F.gelu(x, approximate="tanh") + F.softplus(x, 2.0) + F.logsigmoid(x) + F.elu(x)
+        held = self.relu(x) + self.gelu(x) + self.softplus(x, 2.0) + self.logsigmoid(x)
+        return self.layers(called + held) + F.mse_loss(x, x * 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_programs_are_torchs() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.relu(x), torch.zeros(x.shape[0], dtype=torch.int64))
+
+    before, expected = Scripted(), (Scripted()(X), loss(X))
+    with pyfused.patch():
+        modules = [torch.jit.script(module) for module in (before, Scripted())]
+        function = torch.jit.script(loss)
+        traced = torch.jit.trace(torch.jit.script_if_tracing(loss), (X,))
+    for module in modules:
+        torch.testing.assert_close(module(X), expected[0])
+    assert function(X) == traced(X) == expected[1]
 
 
 # ---- names and pickles ------------------------------------------------------------------
@@ -342,6 +378,7 @@ def test_pickles_do_not_reference_pyfused(tmp_path: Path) -> None:
     """A model with a patched function is saved whole, and loaded without pyfused."""
     x = torch.randn(1, 3, 4)
     with pyfused.patch():
+        assert nn.TransformerEncoderLayer(4, 1, 8).activation is F.relu
         layer = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True, activation=F.gelu)
         assert layer.activation_relu_or_gelu == 2  # torch's fast path needs this
         model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -354,6 +391,30 @@ def test_pickles_do_not_reference_pyfused(tmp_path: Path) -> None:
         assert torch.nn.functional.relu in functions
     """)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("saved_while_patched", [False, True])
+@pytest.mark.parametrize("made_while_patched", [False, True])
+def test_modules_with_functions_are_saved(
+    made_while_patched: bool, saved_while_patched: bool
+) -> None:
+    """Also those of torch that have a default activation, which is restored."""
+
+    def during(patched: bool) -> Any:
+        return pyfused.patch() if patched else contextlib.nullcontext()
+
+    with during(made_while_patched):
+        layer = nn.TransformerEncoderLayer(4, 1, 8)
+        model = nn.ModuleList([nn.Transformer(4, 1, 1, 1, 8), layer, Scripted()])
+        assert layer.activation is F.relu
+        assert layer.activation_relu_or_gelu == 1
+    with during(saved_while_patched):
+        saved = pickle.dumps(model)
+        assert copy.deepcopy(layer).activation is F.relu
+    assert b"pyfused" not in saved
+    assert pickle.loads(saved)[1].activation is F.relu
+    assert nn.TransformerEncoderLayer(4, 1, 8).activation is F.relu
 
 
 # ---- compiled programs ---------------------------------------------------------------------------

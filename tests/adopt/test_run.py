@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import py_compile
 import re
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / file).write_text(SHOW)
     (tmp_path / "link.py").symlink_to("pack/show.py")
     zipapp.create_archive(tmp_path / "app", tmp_path / "app.zip")
+    py_compile.compile(str(tmp_path / "show.py"), str(tmp_path / "show.pyc"))
     return tmp_path
 
 
@@ -129,6 +131,7 @@ def folder(tmp_path: Path) -> Path:
         ["{0}/show.py", "a", "--b", "-h", "--", "--steps"],
         ["pack/show.py", "-m"],
         ["link.py"],
+        ["show.pyc"],
         ["{0}/app", "a"],
         ["app"],
         ["app.zip"],
@@ -143,6 +146,17 @@ def test_programs_run_as_with_python(arguments: list[str], folder: Path) -> None
     assert len(expected.stdout.splitlines()) == 6
     assert got.stdout == expected.stdout
     assert re.fullmatch(NO_KERNEL + KEPT, got.stderr)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes")
+def test_a_script_from_a_pipe(tmp_path: Path) -> None:
+    """It can be read only once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(pipe.write_text, "print(__name__, __file__)")
+        done = counted(str(pipe), folder=tmp_path)
+    assert done.stdout == f"__main__ {pipe}\n", done.stderr
 
 
 ENDS = {
@@ -399,21 +413,39 @@ def test_what_configures_malloc_is_named(tmp_path: Path) -> None:
         assert f"pyfused: freed memory {state}" in done.stderr
 
 
-TUNED = "import os, sys; print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:]); sys.exit(3)"
-OTHERS = "glibc.malloc.check=0"
+# What the process started with, and what the programs that it starts inherit.
+TUNED = """
+import os, pathlib, sys
+started = pathlib.Path("/proc/self/environ")
+print(started.exists() and "tcache_count=0" in started.read_text(), end=" ")
+print(os.environ.get("GLIBC_TUNABLES"), os.environ.get("PYFUSED_RESTARTED"), sys.argv[1:])
+sys.exit(3)
+"""
+RUN = ("-m", "pyfused", "run")
 
 
 @pytest.mark.parametrize(
-    ("options", "variables", "expected"),
+    ("command", "variables", "expected"),
     [
-        ([], {}, TUNABLES if needs_tunables() else None),
-        (["--no-keep"], {}, None),
-        ([], {"GLIBC_TUNABLES": OTHERS}, OTHERS),
+        (RUN, {}, (needs_tunables(), None)),
+        (("-mpyfused", "run", "--"), {}, (needs_tunables(), None)),
+        (("-Wignore", "-um", "pyfused", "run"), {}, (needs_tunables(), None)),
+        ((*RUN, "--no-keep"), {}, (False, None)),
+        (RUN, {"GLIBC_TUNABLES": TUNABLES}, (sys.platform == "linux", TUNABLES)),
+        (RUN, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}, (False, "glibc.malloc.check=0")),
     ],
 )
 def test_run_sets_tunables_unless_there_are_others(
-    options: list[str], variables: dict[str, str], expected: str | None, tmp_path: Path
+    command: tuple[str, ...], variables: dict[str, str], expected: Any, tmp_path: Path
 ) -> None:
-    command = "-W", "ignore", "-m", "pyfused", "run", *options, script(tmp_path, TUNED), "-m", "a b"
+    command = "-W", "ignore", *command, script(tmp_path, TUNED), "-m", "a b"
     done = plain(*command, folder=tmp_path, **variables)
-    assert (done.stdout, done.returncode) == (f"{expected} ['-m', 'a b']\n", 3), done.stderr
+    started, inherited = expected
+    output = f"{started} {inherited} None ['-m', 'a b']\n"
+    assert (done.stdout, done.returncode) == (output, 3), done.stderr
+
+
+def test_options_cannot_be_abbreviated(tmp_path: Path) -> None:
+    done = counted("--no-kee", script(tmp_path, "print('ran')"), folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unrecognized arguments: --no-kee" in done.stderr

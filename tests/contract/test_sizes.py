@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import pyfused
 from pyfused import functional as fused
 from pyfused import memory
-from pyfused.backends import DTYPES
+from pyfused.backends import DTYPES, cpu
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
@@ -63,7 +63,8 @@ def test_few_classes(is_few: bool) -> None:
         assert runs_torch("cross_entropy", x, target) == is_few
         assert runs_torch("softmax", x, 1) == is_few
         assert not runs_torch("cross_entropy", columns.t(), target)  # torch vectorises
-        assert not runs_torch("softmax", columns, -2)
+        slow = dtype is torch.bfloat16 and cpu.capability == "x86-64-v3"
+        assert runs_torch("softmax", columns, -2) == slow
 
 
 def test_softmax_of_rows_that_are_not_contiguous() -> None:
