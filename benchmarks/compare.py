@@ -7,7 +7,6 @@ measured again in new processes, whose memory is arranged differently.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import math
@@ -17,10 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import cases
@@ -50,7 +52,7 @@ Call = tuple[Case, dict[str, Any]]  # a case, and further options
 
 # ---- the calls -----------------------------------------------------------------------------------
 
-SMALL, LARGE = 1 << 12, 1 << int(os.environ.get("LG", "16"))
+SMALL, LARGE = 1 << 12, 1 << 18
 ROWS = tuple((LARGE // classes, classes) for classes in (8, 512, 1 << 15))
 SATURATED = 20.0  # the standard deviation of the input
 
@@ -107,6 +109,10 @@ def calls() -> dict[str, Call]:
     return found
 
 
+def modes_of(case: Case) -> tuple[str, ...]:
+    return MODES if case.elements > SMALL and case.spread == 1 else (TRAINING,)
+
+
 def step_of(call: Call, mode: str) -> Step:
     """Returns a function that runs the forward pass of a call, or forward and backward."""
     case, options = call
@@ -129,36 +135,37 @@ def step_of(call: Call, mode: str) -> Step:
     return forward_and_backward if mode == TRAINING else forward
 
 
+MILLISECONDS, TOGETHER = 2.0, 4  # the time of a call, and the calls, until it is the other's turn
+
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def least(step: Step, seconds: float) -> float:
-    """Returns the least CPU time of a call, of three calls or of as many as the time allows."""
-    first = time.thread_time()
+def timed(step: Step) -> float:
+    """Returns the least milliseconds of three calls, or of as many as MILLISECONDS allow."""
     times: list[float] = []
-    while len(times) < 3 or time.thread_time() - first < seconds:
+    while len(times) < 3 or sum(times) < MILLISECONDS:
         start = time.thread_time()
         step()
-        times.append(time.thread_time() - start)
+        times.append(1e3 * (time.thread_time() - start))
     return min(times)
 
 
 def work(folder: Path) -> None:
-    """Answers requests: the names of calls, or the least milliseconds of one."""
+    """Answers requests: the least milliseconds of some calls, or the names of all."""
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cases.settle_allocator()
+    warnings.simplefilter("ignore")  # of kl_div, about its reduction
     known = calls()
+    points = [(name, mode) for name, (case, _) in known.items() for mode in modes_of(case)]
+    prepared = lru_cache(TOGETHER)(lambda name, mode: step_of(known[name], mode))
     with every_size():
         for line in sys.stdin:  # until the parent process ends
             if request := json.loads(line):
-                name, mode, seconds = request
-                # Caches map physical pages, so each round has its own.
-                ctypes.CDLL(None).malloc_trim(0)
-                print(1e3 * least(step_of(known[name], mode), seconds), flush=True)
+                print(json.dumps([timed(prepared(*point)) for point in request]), flush=True)
             else:
-                print(json.dumps(list(known)), flush=True)
+                print(json.dumps(points), flush=True)
 
 
 def built(revision: str) -> Path:
@@ -182,34 +189,47 @@ def built(revision: str) -> Path:
 
 
 def pair(base: Path) -> list[Worker]:
-    return [Worker(__file__, each, PYTHONPATH=str(each)) for each in (base, ROOT)]
+    """Starts a process of each build, both on one core, because others may be slower."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    workers = [Worker(__file__, each, PYTHONPATH=str(each)) for each in (base, ROOT)]
+    os.sched_setaffinity(0, cores)
+    return workers
 
 
 # ---- the comparison ------------------------------------------------------------------------------
 
-SLOWER = 1.05  # the ratio of new and old time from which a call counts as slower
-AGREEMENT = 1.02  # the ratio of the two shortest times, which shows that neither was disturbed
-ROUNDS, SECONDS = (3, 12), 3e-3  # the fewest and most rounds for a call; the time of one
-NEW_PROCESSES = 3
+SLOWER, CLEAR = 1.05, 1.02  # ratios of new and old time
+ROUNDS = (4, 12)  # the fewest and the most for a call in a pair of processes
+NEW_PROCESSES = 2
 
-Times = list[list[float]]  # milliseconds of the revision and of the working tree, in each round
-
-
-def settled(times: Times) -> bool:
-    return all(len(each) > 1 and sorted(each)[1] < AGREEMENT * min(each) for each in times)
+Point = tuple[str, str]  # the name of a call, and a mode
+Times = tuple[list[float], list[float]]  # of the revision and of the working tree, in each round
 
 
-def ratio(times: Times) -> float:
-    return min(times[1]) / min(times[0])
+def ratios(times: Times) -> tuple[float, float]:
+    """Returns the ratio of the shortest times, and the median ratio of a round, in order.
+
+    Programs on the same core disturb either.
+    """
+    old, new = times
+    of_rounds = [b / a for a, b in zip(old, new, strict=True)]
+    low, high = sorted((min(new) / min(old), median(of_rounds)))
+    return low, high
 
 
-def measure(workers: list[Worker], times: Times, name: str, mode: str, rounds: int) -> None:
-    """Times a call by turns, at least ROUNDS[0] times, until both of its times have settled."""
-    for number in range(rounds):
-        for index in (0, 1) if number % 2 else (1, 0):
-            times[index].append(workers[index].ask(name, mode, SECONDS))
-        if number + 1 >= ROUNDS[0] and settled(times):
+def measure(
+    workers: list[Worker], found: dict[Point, Times], points: list[Point], all_rounds: bool = False
+) -> None:
+    """Times calls by turns, each until it is clear that it is not slower."""
+    for number in range(ROUNDS[1]):
+        if not points:
             break
+        for index in (0, 1) if number % 2 else (1, 0):
+            for point, ms in zip(points, workers[index].ask(*points), strict=True):
+                found.setdefault(point, ([], []))[index].append(ms)
+        if number + 1 >= ROUNDS[0] and not all_rounds:
+            points = [point for point in points if ratios(found[point])[1] > CLEAR]
 
 
 def compare(options: Namespace) -> None:
@@ -217,37 +237,38 @@ def compare(options: Namespace) -> None:
     base = Path(options.base) if Path(options.base).is_dir() else built(options.base)
     until = time.monotonic() + 60 * options.minutes
     workers = pair(base)
-    known = [set(worker.ask()) for worker in workers]
-    points = [
-        (name, mode)
-        for name in sorted(set.intersection(*known))
-        for mode in MODES
-        if any(part in name for part in options.k)
-    ]
+    of_base, of_tree = ([tuple(point) for point in worker.ask()] for worker in workers)
+    points = [point for point in of_tree if any(part in point[0] for part in options.k)]
+    points = [point for point in points if point in set(of_base)]
     random.Random(0).shuffle(points)  # spreads a noisy minute over all operators
-    found: dict[tuple[str, str], Times] = {}
-    for point in track(points, "Measuring", transient=True):
-        if time.monotonic() > until - 15 * options.minutes:  # the rest is for the second look
+    found: dict[Point, Times] = {}
+    for start in track(range(0, len(points), TOGETHER), "Measuring", transient=True):
+        if time.monotonic() > until - 20 * options.minutes:  # the rest is for the second look
             print(f"Out of time after {len(found)} of {len(points)} calls")
             break
-        measure(workers, found.setdefault(point, [[], []]), *point, ROUNDS[1])
-    suspected = [point for point, times in found.items() if ratio(times) > SLOWER]
+        measure(workers, found, points[start : start + TOGETHER], options.all)
+    suspected = [point for point, times in found.items() if ratios(times)[0] > CLEAR]
     for _ in range(NEW_PROCESSES):
         workers = pair(base)
-        for point in [each for each in suspected if ratio(found[each]) > SLOWER]:
+        again = [point for point in suspected if ratios(found[point])[0] > CLEAR]
+        for start in range(0, len(again), TOGETHER):
             if time.monotonic() < until:
-                measure(workers, found[point], *point, ROUNDS[1])
-    slower = [p for p in suspected if ratio(found[p]) > SLOWER and settled(found[p])]
-    faster = [p for p, times in found.items() if ratio(times) < 1 / SLOWER and settled(times)]
+                measure(workers, found, again[start : start + TOGETHER])
+    slower = {point for point in suspected if ratios(found[point])[0] > SLOWER}
     rows = [
-        [*point, *(f"{min(each):.4f}" for each in found[point]), f"{ratio(found[point]):.2f}"]
-        for point in sorted((*slower, *faster), key=lambda point: -ratio(found[point]))
+        [
+            *point,
+            *(f"{min(each):.4f}" for each in times),
+            *(f"{each:.2f}" for each in ratios(times)),
+        ]
+        for point, times in sorted(found.items(), key=lambda each: -ratios(each[1])[0])
+        if point in slower or options.all
     ]
-    header = ["call", "mode", f"{options.base}, ms", "working tree, ms", "ratio"]
+    header = ["call", "mode", f"{options.base}, ms", "working tree, ms", "ratio, from", "to"]
     print(tabulated(header, rows, names=2))
     print(
-        f"Slower by 5 %: {len(slower)} of {len(found)} calls; {len(suspected)} appeared to be at "
-        f"first. Not settled, on a busy machine: {sum(not settled(x) for x in found.values())}"
+        f"{len(slower)} of {len(found)} calls are slower than at {options.base} by 5 %, of "
+        f"{len(suspected)} that were measured again"
     )
     sys.exit(bool(slower))
 

@@ -274,6 +274,7 @@ def parser() -> argparse.ArgumentParser:
     words = "compare the kernels of a revision and of the working tree"
     add = command("compare", "compare.compare", words, named)
     add("base", help="a git revision, or a folder with its build")
+    add("--all", action="store_true", help="time and list all calls, to see which are faster")
     add("--minutes", type=float, default=5, help="the time limit, without the build")
     words = "time large cases with each allocator setting"
     add = command("allocators", "pairs.allocators", words, named)
