@@ -238,8 +238,8 @@ def compare(options: Namespace) -> None:
     until = time.monotonic() + 60 * options.minutes
     workers = pair(base)
     of_base, of_tree = ([tuple(point) for point in worker.ask()] for worker in workers)
-    points = [point for point in of_tree if any(part in point[0] for part in options.k)]
-    points = [point for point in points if point in set(of_base)]
+    both = sorted({*of_base} & {*of_tree})
+    points = [point for point in both if any(part in point[0] for part in options.k)]
     random.Random(0).shuffle(points)  # spreads a noisy minute over all operators
     found: dict[Point, Times] = {}
     for start in track(range(0, len(points), TOGETHER), "Measuring", transient=True):
