@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-full test-repo test-torch test-machines test-integrations gpu-compile gpu-check \
-	bench bench-quick bench-steps bench-threads bench-busy bench-compare bench-sweep formulas docs lint sanitize wheels test-wheel \
+	bench bench-quick bench-steps bench-threads bench-busy bench-compare bench-sweep sizes formulas docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -116,6 +116,9 @@ bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and
 bench-compare: $(BUILD) $(TOOLS) ## compare kernels with another revision: make bench-compare BASE=main~3
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
+
+sizes: $(BUILD) ## write csrc/sizes.txt: the bytes of machine code of each kernel
+	$(BIN)/python tools/sizes.py
 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than in torch (20 minutes)
 	$(BIN)/python benchmarks/run.py sweep $(SWEEP_ARGS)

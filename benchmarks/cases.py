@@ -87,6 +87,7 @@ class Case:
     probabilities: bool = False
     ignored: float = 0.0  # the fraction of ignored targets
     masked: float | None = None  # the value of half of the elements in each softmax
+    padded: bool = False  # whether the last elements of each softmax, a random number, are -inf
     spread: float = 1.0  # standard deviation of the input; a large one saturates activations
     reduction: str = "mean"
     dim: int = -1  # the dimension of a softmax
@@ -103,6 +104,7 @@ class Case:
             "probability target": self.probabilities,
             f"{self.ignored:.0%} ignored": self.ignored,
             f"half {self.masked}": self.masked is not None,
+            "padded": self.padded,
             f"spread {self.spread:g}": self.spread != 1,
             f"reduction {self.reduction}": self.reduction != "mean",
             f"dim {self.dim}": self.dim != -1,
@@ -266,6 +268,11 @@ def _contiguous(case: Case, device: str) -> Arguments:
     input = within(first) if first.low == 0 else normal(*case.shape) * case.spread
     if case.masked is not None:
         input = torch.where(torch.rand(case.shape, **here) < 0.5, case.masked, input)
+    if case.padded:
+        dim = case.dim if case.op in SOFTMAX else 1
+        kept = torch.rand_like(input.narrow(dim, 0, 1), dtype=F32) * case.shape[dim]
+        scores = input.movedim(dim, -1)
+        scores[torch.arange(case.shape[dim]) > kept.movedim(dim, -1)] = -math.inf
     input.requires_grad_()
     if case.op in ACTIVATIONS:
         options = getattr(OPERATORS[case.op], "required", {})  # older revisions lack it
@@ -294,7 +301,7 @@ def _contiguous(case: Case, device: str) -> Arguments:
             others = (normal(*case.shape).softmax(1),)
         else:
             indices = torch.randint(classes, shape, **here)
-            if case.masked is not None:  # targets are not masked
+            if case.masked is not None or case.padded:  # targets are not masked
                 input.detach().scatter_(1, indices.unsqueeze(1), 1.0)
             ignored = torch.rand(shape, **here) < case.ignored
             others = (indices.masked_fill(ignored, -100),)

@@ -1,6 +1,6 @@
-"""Compares two implementations: a revision and the working tree, or torch and pyfused.
+"""Compares torch and pyfused.
 
-Implements run.py's commands compare, busy, allocators, compiled, overhead and formulas.
+Implements run.py's commands busy, allocators, overhead and formulas.
 Implementations that cannot share a process run in worker processes, which take turns.
 """
 
@@ -10,10 +10,8 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from typing import Any
 
 import cases
 import torch
-from cases import CASES, HEADLINES, MODES, OPS, TORCH, TRAINING, Case, Step, draw, step, timers_of
+from cases import CASES, HEADLINES, OPS, TORCH, TRAINING, Case, Step, draw, step, timers_of
 from report import ROOT, spread, tabulated
 from rich.progress import track
 from torch.nn import functional
@@ -136,49 +134,6 @@ def work(folder: Path, library: str) -> None:
             print(cases.timed(call, calls), flush=True)
         else:  # asks whether the library supports the case
             print(json.dumps(name in known), flush=True)
-
-
-# ---- a revision and the working tree -------------------------------------------------------------
-
-
-def built(folder: Path) -> Path:
-    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    subprocess.run(build, cwd=folder, check=True)
-    return folder
-
-
-def extracted(revision: str, folder: Path) -> Path:
-    archive = folder / "base.tar"
-    subprocess.run(["git", "archive", "--output", archive, revision], cwd=ROOT, check=True)
-    shutil.unpack_archive(archive, folder / "base")
-    return folder / "base"
-
-
-def compare(options: Namespace) -> None:
-    """Compares a revision with the working tree; exits with 1 if a case has become slower.
-
-    A case is slower if the upper quartile of the ratio stays below the margin in several
-    measurements of increasing length.
-    """
-    rows, slower = [], 0
-    with tempfile.TemporaryDirectory() as folder:
-        base = worker_of("pyfused", built(extracted(options.base, Path(folder))))
-        workers = base, worker_of("pyfused", built(ROOT))
-        if options.busy:
-            start_load()
-        wanted = [case for case in cases.chosen(CASES, options.k) if base.ask(case.name)]
-        both = [(case, mode) for case in wanted for mode in MODES]
-        for case, mode in track(both, "Measuring", transient=True):
-            timers = [partial(worker.ask, case.name, mode) for worker in workers]
-            times = cases.remeasured(timers, options.seconds, options.margin)
-            low, _, high = cases.ratios(*times)
-            verdict = "slower" if high < options.margin else "faster" if low > 1 else ""
-            slower += high < options.margin
-            rows.append([case.name, mode, verdict, *cells(times)])
-    names = ["case", "mode", "working tree", f"{options.base}, ms", "working tree, ms", "ratio"]
-    print(tabulated(names, rows, names=3))
-    print(f"{slower} of {len(rows)} are slower than at {options.base}, beyond the margin")
-    sys.exit(slower > 0)
 
 
 # ---- allocators ----------------------------------------------------------------------------------

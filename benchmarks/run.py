@@ -272,11 +272,10 @@ def parser() -> argparse.ArgumentParser:
     add = command("busy", "pairs.busy", "time the headline cases under load", named)
     add("--seconds", type=float, default=10, help="time per case")
     words = "compare the kernels of a revision and of the working tree"
-    add = command("compare", "pairs.compare", words, named)
-    add("base", help="a git revision")
-    add("--seconds", type=float, default=0.7, help="time per case and mode")
-    add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
-    add("--busy", action="store_true", help="time under load")
+    add = command("compare", "compare.compare", words, named)
+    add("base", help="a git revision, or a folder with its build")
+    add("--all", action="store_true", help="time and list all calls, to see which are faster")
+    add("--minutes", type=float, default=5, help="the time limit, without the build")
     words = "time large cases with each allocator setting"
     add = command("allocators", "pairs.allocators", words, named)
     add("--seconds", type=float, default=12, help="time per case")

@@ -23,6 +23,7 @@ from pyfused.dispatch.sizes import FEW, NEVER, limits
 from pyfused.ops.operators import OPERATORS
 
 Shape = tuple[int, ...]
+LARGEST = 1 << 24  # elements of a call
 LARGEST_CHECKED = 1 << 22  # checking the results of larger calls takes seconds
 ALLOWED = 0.6e-3  # milliseconds by which a call that runs torch's operator may be slower
 OF_CLASSES = ("cross_entropy", "nll_loss")
@@ -90,8 +91,8 @@ def drawn(
 ) -> Iterator[Case]:
     """Yields calls of random shapes, reductions and values, and of random layouts on request."""
     for _ in range(count):
-        elements, reduction = between(1 << 6, 1 << 24, draw), "mean"
-        spread, masked, dim = 1.0, None, -1
+        elements, reduction = between(1 << 6, LARGEST, draw), "mean"
+        spread, masked, dim = draw.choice((1.0, 1.0, 20.0)), None, -1
         if op in (*SOFTMAX, *ACTIVATIONS, "cross_entropy"):
             spread = draw.choice((1.0, 1.0, 20.0, 100.0))
         if op in (*SOFTMAX, "cross_entropy"):
@@ -117,6 +118,34 @@ def drawn(
         kind = {"layouts": pair} if layouts and len(shape) > 1 else {}
         yield Case(
             op, shape, dtype, reduction=reduction, masked=masked, spread=spread, dim=dim, **kind
+        )
+
+
+def long_dimensions(op: str, dtype: torch.dtype, count: int, draw: random.Random) -> Iterator[Case]:
+    """Yields calls with few positions beside the classes, and with few rows of many classes."""
+    for number in range(count):
+        kind, dim, layout = {}, 1 if op in SOFTMAX else -1, ""
+        if number % 2:
+            classes = between(100_000, 10_000_000, draw)
+            shape = (max(1, min(between(1, 16, draw), LARGEST // classes)), classes)
+            layout = draw.choice(("", "transposed"))
+        else:
+            beside = split(between(1, 50, draw), draw.randint(1, 2), draw)
+            outer, elements = (
+                draw.choice((1, between(1, 64, draw))),
+                between(1 << 10, LARGEST, draw),
+            )
+            shape = (outer, max(2, elements // outer // math.prod(beside)), *beside)
+            if op in SOFTMAX and outer == 1:
+                shape, dim = shape[1:], 0
+        if op == "cross_entropy":
+            options = ({}, {"smoothing": 0.1}, {"probabilities": True}, {"reduction": "none"})
+            kind = draw.choice(options)
+        values = ({}, {}, {"spread": 20.0}, {"masked": -math.inf}, {"padded": True})
+        if op == "nll_loss" or {"smoothing", "probabilities"} & {*kind}:
+            values = values[:3]  # others have infinite losses
+        yield Case(
+            op, shape, dtype, dim=dim, layouts=(layout, layout), **kind, **draw.choice(values)
         )
 
 
@@ -151,6 +180,7 @@ def sweep(options: Namespace) -> None:
     info = machine_info() | {"threads": " and ".join(map(str, options.threads))}
     print(f"--seed {seed}: {machine(measured(info))}, torch on {VECTORS}")
     draw = random.Random(seed)
+    long = partial(long_dimensions, count=4 * options.shapes, draw=draw)
     points = [
         (case, mode, threads)
         for op in ops
@@ -158,6 +188,7 @@ def sweep(options: Namespace) -> None:
         for case in (
             *drawn(op, DTYPES[name], options.shapes, draw, options.layouts),
             *(() if options.layouts else edges(op, DTYPES[name])),
+            *(long(op, DTYPES[name]) if op in (*SOFTMAX, *OF_CLASSES) else ()),
         )
         for mode in cases.MODES
         for threads in options.threads

@@ -1,7 +1,8 @@
-"""Tests of the benchmarks: training steps, shapes of the sweep, and reports."""
+"""Tests of the benchmarks: shapes of the sweep, comparisons, and reports."""
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,12 @@ from conftest import KernelCalls
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import cases
+import compare
 import report
 import sweep
 from cases import TORCH, Case, assert_correct, draw
+
+import pyfused.functional as fused
 
 
 def test_wrong_results_are_not_timed() -> None:
@@ -39,6 +43,34 @@ def test_a_sweep_times_torch_and_the_kernels(how: str, kernel_calls: KernelCalls
     assert not kernel_calls
     ours(1)
     assert kernel_calls["elu"]
+
+
+def test_a_sweep_draws_long_dimensions() -> None:
+    draw = random.Random(0)
+    for op in ("softmax", "cross_entropy"):
+        drawn = [*sweep.long_dimensions(op, cases.F32, 200, draw)]
+        assert {case.dim for case in drawn} == ({0, 1} if op == "softmax" else {-1})
+        assert all(case.elements < 1.1 * sweep.LARGEST for case in drawn)
+        rows = [case for case in drawn if case.shape[-1] >= 100_000]
+        assert {len(case.shape) for case in rows} == {2} and len(rows) >= 100
+        assert {case.layouts[0] for case in rows} == {"", "transposed"}
+        assert {case.padded for case in drawn} == {True, False}
+
+
+# ---- comparisons -------------------------------------------------------------------------------
+
+
+def test_a_comparison_times_every_operator() -> None:
+    timed = {case.op for case, _ in compare.calls().values()}
+    left_out = {name for name in fused.__all__ if name.startswith("linear_")}
+    assert {*fused.__all__} == timed | left_out
+
+
+@pytest.mark.parametrize(("slow", "result"), [(1.0, False), (1.1, True)])
+def test_a_slower_call_is_named(slow: float, result: bool) -> None:
+    old = [3.0, 1.0, 1.5, 1.02]
+    low, high = compare.ratios((old, [slow * ms for ms in old]))
+    assert (low > compare.SLOWER) == (high > compare.CLEAR) == result
 
 
 # ---- reports -------------------------------------------------------------------------------------

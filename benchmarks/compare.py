@@ -1,0 +1,278 @@
+"""Compares the kernels of a revision with those of the working tree: run.py's command compare.
+
+A process of each times the same calls in turns, on one thread. A time is the minimum of the CPU
+time of many calls, which other programs on the machine change little. Calls that appear slower are
+measured again in new processes, whose memory is arranged differently.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import cases
+import torch
+from cases import (
+    ACTIVATIONS,
+    BF16,
+    EMBEDDINGS,
+    F32,
+    MODES,
+    POINTWISE,
+    SOFTMAX,
+    TRAINING,
+    Case,
+    Step,
+)
+from pairs import Worker
+from report import ROOT, tabulated
+from rich.progress import track
+
+import pyfused
+from pyfused import functional as fused
+from pyfused.dispatch.sizes import every_size
+from pyfused.ops.operators import OPERATORS
+
+Call = tuple[Case, dict[str, Any]]  # a case, and further options
+
+# ---- the calls -----------------------------------------------------------------------------------
+
+SMALL, LARGE = 1 << 12, 1 << 17
+ROWS = tuple((LARGE // classes, classes) for classes in (8, 512, 1 << 15))
+SATURATED = 20.0  # the standard deviation of the input
+
+GATED = cases.of_family("Gated")
+ELEMENTWISE = (*POINTWISE, *ACTIVATIONS, *GATED, "rmse_loss")
+# Operators that `cases.draw` does not know, and operators with the same arguments.
+SAME_ARGUMENTS = {
+    **dict.fromkeys((*GATED, "kl_div_with_logits"), "contrastive_loss"),
+    **dict.fromkeys(("log_probs", "additive_margin", "cross_entropy_with_metrics"), "nll_loss"),
+    "rmse_loss": "mse_loss",
+}
+# Numbers for which there are further kernels.
+NUMBERS = {"sigmoid_focal_loss": {"gamma": (2.0, 3.0)}, "triplet_margin_loss": {"p": (2.0, 1.0)}}
+
+
+def cases_of(op: str) -> Iterator[Case]:
+    if op in ELEMENTWISE:
+        yield from (Case(op, (SMALL,)), Case(op, (LARGE,)), Case(op, (LARGE,), spread=SATURATED))
+        if op in POINTWISE and any(operand.optional for operand in OPERATORS[op].operands):
+            yield Case(op, (LARGE,), optional=True)
+    elif op == "contrastive_loss":
+        yield from (Case(op, (math.isqrt(n), 64)) for n in (SMALL, LARGE))
+    elif op in EMBEDDINGS:
+        yield from (Case(op, (n // 128, 128)) for n in (SMALL, LARGE))
+    else:
+        yield Case(op, (8, 512))
+        yield from (Case(op, shape, spread=s) for shape in ROWS for s in (1.0, SATURATED))
+    if op in SOFTMAX:
+        yield from (Case(op, (4, 64, 256), dim=1), Case(op, (LARGE // 16, 16), dim=0))
+        yield Case(op, ROWS[1], masked=float("-inf"))
+    if op in ("cross_entropy", "nll_loss"):
+        yield from (Case(op, (4, 21, 768)), Case(op, (1, LARGE // 16, 16)))
+        yield Case(op, ROWS[1], weight=True, ignored=0.5, reduction="none")
+    if op == "cross_entropy":
+        yield from (Case(op, shape, smoothing=0.1) for shape in ROWS)
+        yield from (Case(op, shape, probabilities=True) for shape in (*ROWS, (4, 21, 768)))
+
+
+def calls() -> dict[str, Call]:
+    """Returns calls of all operators except heads and random ones, by name."""
+    found = {}
+    for op in sorted({*fused.__all__} & {*OPERATORS, *SAME_ARGUMENTS}):
+        if op.startswith("linear_"):
+            continue
+        declared = getattr(OPERATORS.get(op), "choices", ())
+        values = {choice.name: choice.values for choice in declared if choice.values}
+        values |= NUMBERS.get(op, {})
+        for chosen in itertools.product(*values.values()):
+            options = dict(zip(values, chosen, strict=True))
+            described = "".join(f", {name} {value}" for name, value in options.items())
+            for case, dtype in itertools.product(cases_of(op), (F32, BF16)):
+                case = replace(case, dtype=dtype)
+                found[case.name + described] = case, options
+    return found
+
+
+def modes_of(case: Case) -> tuple[str, ...]:
+    return MODES if case.elements > SMALL and case.spread == 1 else (TRAINING,)
+
+
+def step_of(call: Call, mode: str) -> Step:
+    """Returns a function that runs the forward pass of a call, or forward and backward."""
+    case, options = call
+    drawn = cases.draw(replace(case, op=SAME_ARGUMENTS.get(case.op, case.op)))
+    if case.op not in SAME_ARGUMENTS:
+        options = drawn.options | options
+    function, leaf = getattr(fused, case.op), drawn.input.detach()
+    leaf.requires_grad_(mode == TRAINING)
+
+    def forward() -> torch.Tensor:
+        result = function(leaf, *drawn.others, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    def forward_and_backward() -> None:
+        leaf.grad = None
+        result = forward()
+        result.backward(grad_output if result.dim() else None)
+
+    grad_output = torch.randn_like(forward().detach())
+    return forward_and_backward if mode == TRAINING else forward
+
+
+MILLISECONDS, TOGETHER = 2.0, 4  # the time of a call, and the calls, until it is the other's turn
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def timed(step: Step) -> float:
+    """Returns the least milliseconds of three calls, or of as many as MILLISECONDS allow."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < MILLISECONDS:
+        start = time.thread_time()
+        step()
+        times.append(1e3 * (time.thread_time() - start))
+    return min(times)
+
+
+def work(folder: Path) -> None:
+    """Answers requests: the least milliseconds of some calls, or the names of all."""
+    assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cases.settle_allocator()
+    warnings.simplefilter("ignore")  # of kl_div, about its reduction
+    known = calls()
+    points = [(name, mode) for name, (case, _) in known.items() for mode in modes_of(case)]
+    prepared = lru_cache(TOGETHER)(lambda name, mode: step_of(known[name], mode))
+    with every_size():
+        for line in sys.stdin:  # until the parent process ends
+            if request := json.loads(line):
+                print(json.dumps([timed(prepared(*point)) for point in request]), flush=True)
+            else:
+                print(json.dumps(points), flush=True)
+
+
+def built(revision: str) -> Path:
+    """Extracts and builds a revision, unless that has been done."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", f"{revision}^{{commit}}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.strip() or sys.exit(f"{revision} is no revision")
+    folder = ROOT / ".benchmarks" / "revisions" / commit
+    if not (folder / ".built").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = folder / "sources.tar"
+        subprocess.run(["git", "archive", "--output", archive, commit], cwd=ROOT, check=True)
+        shutil.unpack_archive(archive, folder)
+        build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=folder, check=True)
+        (folder / ".built").touch()
+    return folder
+
+
+def pair(base: Path) -> list[Worker]:
+    """Starts a process of each build, both on one core, because others may be slower."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    workers = [Worker(__file__, each, PYTHONPATH=str(each)) for each in (base, ROOT)]
+    os.sched_setaffinity(0, cores)
+    return workers
+
+
+# ---- the comparison ------------------------------------------------------------------------------
+
+SLOWER, CLEAR = 1.05, 1.02  # ratios of new and old time
+ROUNDS = (4, 12)  # the fewest and the most for a call in a pair of processes
+NEW_PROCESSES = 2
+
+Point = tuple[str, str]  # the name of a call, and a mode
+Times = tuple[list[float], list[float]]  # of the revision and of the working tree, in each round
+
+
+def ratios(times: Times) -> tuple[float, float]:
+    """Returns the ratio of the shortest times, and the median ratio of a round, in order.
+
+    Programs on the same core disturb either.
+    """
+    old, new = times
+    of_rounds = [b / a for a, b in zip(old, new, strict=True)]
+    low, high = sorted((min(new) / min(old), median(of_rounds)))
+    return low, high
+
+
+def measure(
+    workers: list[Worker], found: dict[Point, Times], points: list[Point], all_rounds: bool = False
+) -> None:
+    """Times calls by turns, each until it is clear that it is not slower."""
+    for number in range(ROUNDS[1]):
+        if not points:
+            break
+        for index in (0, 1) if number % 2 else (1, 0):
+            for point, ms in zip(points, workers[index].ask(*points), strict=True):
+                found.setdefault(point, ([], []))[index].append(ms)
+        if number + 1 >= ROUNDS[0] and not all_rounds:
+            points = [point for point in points if ratios(found[point])[1] > CLEAR]
+
+
+def compare(options: Namespace) -> None:
+    """Times all calls, and lists those that are slower; exits with 1 if there are any."""
+    base = Path(options.base) if Path(options.base).is_dir() else built(options.base)
+    until = time.monotonic() + 60 * options.minutes
+    workers = pair(base)
+    of_base, of_tree = ([tuple(point) for point in worker.ask()] for worker in workers)
+    both = sorted({*of_base} & {*of_tree})
+    points = [point for point in both if any(part in point[0] for part in options.k)]
+    random.Random(0).shuffle(points)  # spreads a noisy minute over all operators
+    found: dict[Point, Times] = {}
+    for start in track(range(0, len(points), TOGETHER), "Measuring", transient=True):
+        if time.monotonic() > until - 20 * options.minutes:  # the rest is for the second look
+            print(f"Out of time after {len(found)} of {len(points)} calls")
+            break
+        measure(workers, found, points[start : start + TOGETHER], options.all)
+    slower = [point for point, times in found.items() if ratios(times)[0] > CLEAR]
+    seen, total = len(slower), len(found)
+    for _ in range(NEW_PROCESSES):
+        workers, again = pair(base), dict[Point, Times]()
+        for start in range(0, len(slower), TOGETHER):
+            if time.monotonic() > until:
+                print(f"Out of time after {len(again)} of {len(slower)} calls of the second look")
+                break
+            measure(workers, again, slower[start : start + TOGETHER])
+        slower = [point for point, times in again.items() if ratios(times)[0] > SLOWER]
+        found |= again
+    rows = [
+        [
+            *point,
+            *(f"{min(each):.4f}" for each in times),
+            *(f"{each:.2f}" for each in ratios(times)),
+        ]
+        for point, times in sorted(found.items(), key=lambda each: -ratios(each[1])[0])
+        if point in slower or options.all
+    ]
+    header = ["call", "mode", f"{options.base}, ms", "working tree, ms", "ratio, from", "to"]
+    print(tabulated(header, rows, names=2))
+    words = f"slower than at {options.base} by 5 %, of {seen} that were measured again"
+    print(f"{len(slower)} of {total} calls are {words}")
+    sys.exit(bool(slower))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,0 +1,48 @@
+"""Tests of the table of machine code, csrc/sizes.txt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+import sizes
+
+
+def test_no_kernel_has_grown() -> None:
+    compiler, isas, old = sizes.written()
+    if not (built := [isa for isa in sizes.modules() if isa in isas]):
+        pytest.skip(f"the table is of {', '.join(isas)}")
+    if sizes.compiler() != compiler:
+        pytest.skip(f"the table was compiled by {compiler}, and the modules by {sizes.compiler()}")
+    lines = sizes.changed(old, sizes.measured(), built)
+    assert not lines, (
+        "\n".join(["csrc/sizes.txt differs from the compiled kernels:", *lines])
+        + "\nIf `make bench-compare` finds no kernel slower, run `make sizes` and commit the table."
+    )
+
+
+def test_growth_is_reported() -> None:
+    old = {"run<float>": {"v2": 1000, "v3": 1000}, "short": {"v2": 40}, "old": {"v2": 100}}
+    new = {"run<float>": {"v2": 1050, "v3": 1100}, "short": {"v2": 72}, "new": {"v2": 100}}
+    lines = ["new (v2): new", "old (v2): gone", "run<float> (v3): 1000 bytes, now 1100"]
+    assert sizes.changed(old, new, ["v2", "v3"]) == lines
+    assert sizes.changed(old, new, ["v2"]) == lines[:2]
+
+
+LAMBDA = "pyfused::Row<float>::run(long)::{lambda(long)#1}"
+
+
+@pytest.mark.parametrize(
+    ("function", "kernel"),
+    [
+        ("void pyfused::run<float, 2ul>(long) [clone .isra.0] [clone .cold]", "run<float, 2>"),
+        ("pyfused::Row<std::array<float> >::run(A<long>&) const", "Row<std::array<float>>::run"),
+        (f"void pyfused::map<long, {LAMBDA}>({LAMBDA}&)::{{lambda()#1}}", "Row<float>::run"),
+    ],
+)
+def test_names_of_kernels(function: str, kernel: str) -> None:
+    assert sizes.kernel_of(function) == f"pyfused::{kernel}"
