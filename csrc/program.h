@@ -51,9 +51,9 @@ constexpr int kFirstConstant = kFirstRegister + kProgramRegisters;
   X(cos, 1, sine_of<1>(a))                          \
   X(tanh, 1, tanh_of(a))                            \
   X(erf, 1, erf_of(a))                              \
-  X(ndtr, 1, Normal<A>(a).below)                    \
-  X(density, 1, Normal<A>(a).density)               \
-  X(decay, 1, exp_nonpositive(-std::abs(a)))        \
+  X(ndtr, 1, (Normal<A, true>(a).below))            \
+  X(density, 1, (Normal<A, true>(a).density))       \
+  X(decay, 1, a == a ? pyfused::decay(a) : a)       \
   X(sigmoid_from, 2, pyfused::sigmoid_from(a, b))   \
   X(sigmoid_or_zero, 2, torch_sigmoid(a, b))        \
   X(softplus_from, 2, pyfused::softplus_from(a, b)) \

@@ -7,14 +7,14 @@
 //   log_positive    [1, 2^60]                        1.5 ULP (of 1 below e)
 //   log_of          every positive normal value      1.5 ULP; -inf of 0, NaN below
 //   exp_of          every value                      1.01 ULP (subnormal results: 1.5)
-//   exp_nonpositive [-inf, 0]                        1.01 ULP (subnormal results: 1.5)
+//   decay           every value, NaN as infinity     1.01 ULP (subnormal results: 1.5)
 //   log1p_of        [-1, inf]                        3 ULP; NaN below
 //   tanh_of         every value                      3 ULP
 //   expm1_of        every value                      2 ULP
 //   erf_of          every value                      2.5 ULP
 //   sine_of         |x| <= kMostSine                 2.5 ULP (of 2^-12 below)
 //   pow_of (float)  every value                      1.3 ULP (subnormal results: 1.8)
-//   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1
+//   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1; 0 below kMost
 //   softplus        every value                      3 ULP
 //   sigmoid         every value                      3 ULP; 0 where exp(-x) overflows
 //   load            every value of T                 exact
@@ -279,11 +279,22 @@ template <class A> PYFUSED_INLINE A exp_shifted(A x) {
   return power.less_1 * power.scale + power.scale;
 }
 
-// exp(x), x <= 0. Subnormal results take ten to twenty times as long on many processors.
+// The smaller of two numbers that are not both negative; y if x is NaN. Floats are compared as
+// integers: where a float is selected, GCC computes what follows for a constant bound separately and
+// selects after each operation. AVX-512 is the first to have a minimum of integers of 64 bits.
+template <class A> PYFUSED_INLINE A smaller(A x, A y) {
+  if constexpr (!kIsFloat<A>) return x < y ? x : y;
+  else return bit_cast<A>(std::min(bit_cast<int32_t>(x), bit_cast<int32_t>(y)));
+}
+
+// exp(-|x|), as if NaN were infinite. Subnormal results take ten to twenty times as long on many
+// processors.
 template <class A> constexpr int kSubnormal = sizeof(A) == 4 ? 24 : 54;
 template <class A> constexpr A kUnlift = sizeof(A) == 4 ? A(0x1p-24) : A(0x1p-54);
-template <class A> PYFUSED_INLINE A exp_nonpositive(A x) {
-  const Power<A> power = power_of<-kSubnormal<A>>(x);
+template <class A> PYFUSED_INLINE A decay(A x) {
+  constexpr A kMost = kIsFloat<A> ? A(104.8) : A(746.8);  // 0 from here on
+  const A size = smaller(A(std::abs(x)), kMost);
+  const Power<A> power = power_of<-kSubnormal<A>, false>(-size);
   return (power.less_1 * power.scale + power.scale) * kUnlift<A>;
 }
 
@@ -368,25 +379,25 @@ template <class A> PYFUSED_INLINE A log1p_of(A x) {
   return log_of(u) + (u < 2 ? lost * (2 - u) : A(0));
 }
 
-// log(1 + e), 0 <= e <= 1.
+// log(1 + e), 0 <= e <= 1, without e * e, which would be subnormal for most small e.
 PYFUSED_INLINE float log1p_unit(float e) {
-  const float z = e * e;
   float p = -0.00329046859f * e + 0.0200862419f;
-  p = p * z + (-0.057457231f * e + 0.106611282f);
-  p = p * z + (-0.153448805f * e + 0.196921021f);
-  p = p * z + (-0.24958019f * e + 0.333304644f);
+  p = p * e + -0.057457231f;
+  p = p * e + 0.106611282f;
+  p = p * e + -0.153448805f;
+  p = p * e + 0.196921021f;
+  p = p * e + -0.24958019f;
+  p = p * e + 0.333304644f;
   p = p * e + -0.499999315f;
-  return p * z + e;
+  return e * (p * e + 1);
 }
 PYFUSED_INLINE double log1p_unit(double e) { return log1p_series<16>(e, 0.0); }
 
-// log(1 + exp(x)).
-template <class A> PYFUSED_INLINE A softplus_from(A decay, A x) {  // decay = exp(-|x|)
-  return log1p_unit(decay) + (x < 0 ? A(0) : x);
+// log(1 + exp(x)), from decay(x).
+template <class A> PYFUSED_INLINE A softplus_from(A e, A x) {
+  return log1p_unit(e) + (x < 0 ? A(0) : x);
 }
-template <class A> PYFUSED_INLINE A softplus(A x) {
-  return softplus_from(exp_nonpositive(-std::abs(x)), x);
-}
+template <class A> PYFUSED_INLINE A softplus(A x) { return softplus_from(decay(x), x); }
 
 // tanh(|x|) = (1 - e) / (1 + e), e = exp(-2 |x|).
 template <class A> PYFUSED_INLINE A tanh_of(A x) {
@@ -395,15 +406,21 @@ template <class A> PYFUSED_INLINE A tanh_of(A x) {
   return std::copysign(less_1 / (1 + (power.less_1 * power.scale + power.scale)), x);
 }
 
-template <class A> PYFUSED_INLINE A sigmoid_from(A decay, A x) {  // decay = exp(-|x|)
-  return (x < 0 ? decay : A(1)) / (1 + decay);
-}
-// Like torch's, it is 0 where exp(-x) is infinite, which also avoids most subnormal numbers. The
-// size is doubled there: GCC would select a constant only after the operations on both values.
+// 1 / (1 + exp(-x)): like torch's, it is 0 where exp(-x) is infinite.
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
-  constexpr A kMost = kIsFloat<A> ? A(88.72284) : A(709.782712893384);
-  const A size = std::abs(x);
-  return sigmoid_from(exp_nonpositive(size > kMost ? -2 * size : -size), x);
+  constexpr A kMost = kIsFloat<A> ? A(87.3) : A(708.3);     // exp(-x) is 0
+  constexpr A kInfinite = kIsFloat<A> ? A(88.9) : A(709.9);  // exp(-x) is infinite, half of it not
+  const Power<A> power = power_of<1, false>(smaller(-smaller(x, kMost), kInfinite));
+  const A value = 1 / (1 + 2 * (power.less_1 * power.scale + power.scale));
+  return x == x ? value : x;
+}
+// The same from decay(x), which softplus computes, too; not 0 where it is subnormal.
+template <class A> PYFUSED_INLINE A sigmoid_from(A e, A x) {
+  const A one_or_nan = x >= 0 ? A(1) : x;
+  return (x < 0 ? e : one_or_nan) / (1 + e);
+}
+template <class A> PYFUSED_INLINE A sigmoid_beside_softplus(A x) {
+  return sigmoid_from(decay(x), x);
 }
 
 // exp(a^2 / 2) P(X <= -a), X of the standard normal distribution, as a minimax rational function.
@@ -443,21 +460,21 @@ PYFUSED_INLINE double normal_tail(double a) {
   return (p * a + 0.5) / (q * a + 1);
 }
 
-// The standard normal distribution. exp(-a^2 / 2) is 0 above kMost: in float, it is below the
-// smallest normal number there, which torch's vectorised code also rounds to 0.
-template <class A> struct Normal {
+// The standard normal distribution. exp(-a^2 / 2) is 0 from kMost on, which without `subnormal` is
+// before results, and products with gradients, are subnormal.
+template <class A, bool subnormal = false> struct Normal {
   A density, below;
 
   PYFUSED_INLINE explicit Normal(A x) {
-    constexpr A kZero = kIsFloat<A> ? A(14.47) : A(38.64), kMost = kIsFloat<A> ? A(13.2164) : kZero;
-    const A size = std::abs(x), doubled = size > kMost ? 2 * size : size;
-    // The smaller number, of integers: where a float is selected, GCC computes all that follows
-    // with both, and the operations on the larger one take as long as those on subnormal numbers.
-    const A a = bit_cast<A>(std::min(bit_cast<Bits<A>>(doubled), bit_cast<Bits<A>>(kZero)));
-    const Power<A> e = power_of<-kSubnormal<A>, false>(a * a * A(-0.5));
-    const A power = e.less_1 * e.scale + e.scale, tail = power * normal_tail(a) * kUnlift<A>;
-    density = x == x ? power * A(0.39894228040143268) * kUnlift<A> : x;
-    below = x < 0 ? tail : x >= 0 ? 1 - tail : x;
+    constexpr int kLift = subnormal ? -kSubnormal<A> : 24;
+    constexpr A kFactor = subnormal ? kUnlift<A> : A(0x1p24);  // 2^kLift
+    constexpr A kMost = subnormal ? A(kIsFloat<A> ? 14.47 : 38.64) : A(kIsFloat<A> ? 11.95 : 37.215);
+    const A size = std::abs(x), a = size > kMost ? kMost : size;
+    const Power<A> e = power_of<kLift, false>(a * a * A(-0.5));
+    // The scale comes last, because exp(-a^2 / 2) / 2^kLift may be subnormal.
+    const A power = e.less_1 * kFactor + kFactor, tail = power * normal_tail(a) * e.scale;
+    density = power * A(0.39894228040143268) * e.scale;
+    below = x < 0 ? tail : 1 - tail;
   }
 };
 

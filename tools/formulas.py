@@ -45,7 +45,7 @@ CPP = {
     "sqrt": "std::sqrt({},)",
     "rsqrt": "1 / std::sqrt({},)",
     "exp": "exp_of({},)",
-    "decay": "exp_nonpositive(-std::abs({},))",
+    "decay": "exp_shifted(-std::abs({},))",
     "expm1": "expm1_of({},)",
     "log": "log_of({},)",
     "log1p": "log1p_of({},)",
@@ -174,6 +174,8 @@ class Struct:
             return LOGIC[op]
         if op == "softplus" and Struct.is_negative(e, arguments[0]):
             return "log1p_unit(exp_shifted({},))"
+        if op == "sigmoid" and any(op == "softplus" for op, _ in e.nodes):
+            return "sigmoid_beside_softplus({},)"
         if op in PASSES_NAN and not e.scalars[arguments[1]]:
             return PASSES_NAN[op]
         return CPP[op]
