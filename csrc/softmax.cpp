@@ -120,17 +120,17 @@ template <class T, int64_t kColumns, int64_t kTileClasses>
 class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
-  using Base::for_tiles, Base::for_groups, Base::lines, Base::write_lines;
-  using Base::sum, Base::max, Base::x, Base::e;
+  using Base::add_lanes, Base::for_tiles, Base::for_groups, Base::lines, Base::write_lines;
+  using Base::length, Base::sum, Base::max, Base::x, Base::e;
 
  public:
-  using Base::kPositions;
+  using Base::positions_of_block;
 
   SoftmaxColumns(const Softmax<T>& softmax, int64_t first, int64_t n, bool streams)
       : Base(softmax, first, n, streams), softmax(softmax) {}
 
   void forward() {
-    const bool kept = softmax.classes <= kTileClasses;
+    const bool kept = length <= kTileClasses;
     alignas(kVectorBytes) A last[kColumns];  // log(sum) or 1 / sum
     if (softmax.logarithm) {
       Base::template find_normalizer<false>(softmax.input);
@@ -177,6 +177,7 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   template <bool kLogarithm> void backward() {
     std::fill_n(sum, kColumns, 0.0);
     for_pairs([&](int64_t, int64_t k) { add_up<kLogarithm>(grad_output, x, k); });
+    add_lanes(sum);
     std::copy_n(sum, kColumns, total);
     for_pairs([&](int64_t c, int64_t k) {
       write_lines(e, softmax.output, c, k, [&](int64_t i, A* dx) {
@@ -197,7 +198,7 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   // Calls body(first class, classes) with y in x and dy in grad_output.
   template <class Body> void for_pairs(const Body& body) {
     for_tiles(softmax.input, [&](int64_t c, int64_t k) {
-      if (softmax.classes > kTileClasses || !paired) {
+      if (length > kTileClasses || !paired) {
         grad_output = lines(softmax.grad_output, c, k, e);
       }
       paired = true;
@@ -422,7 +423,7 @@ template <class T> void softmax_groups(const Softmax<T>& softmax) {
 #endif
 
 template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, bool streams) {
-  constexpr int64_t size = Block::kPositions;
+  const int64_t size = Block::positions_of_block(softmax);
   // For 16-bit types, no block crosses the end of the contiguous positions, unless this leaves too
   // many blocks incomplete.
   const int64_t whole = (softmax.inner + size - 1) / size;
@@ -458,8 +459,8 @@ template <class T> void softmax(const Softmax<T>& softmax) {
 #endif
   if (softmax.classes_contiguous() && softmax.classes >= kRowClasses<T>) {
     softmax_rows(softmax, streams);
-  } else if (softmax.classes <= kFewClasses || far_apart(softmax)) {
-    softmax_columns<SoftmaxColumns<T, 128, kFewClasses>>(softmax, streams);
+  } else if (softmax.classes <= kFewClasses || far_apart(softmax) || classes_of_line(softmax) > 1) {
+    softmax_columns<SoftmaxColumns<T, kWide, kFewClasses>>(softmax, streams);
   } else {
     softmax_columns<SoftmaxColumns<T, 32, 128>>(softmax, streams);
   }
