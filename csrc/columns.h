@@ -21,14 +21,14 @@ namespace pyfused {
 // positions, so that contiguous pieces of memory are longer: 1.1 to 1.5 times faster for 21 to 32
 // classes.
 constexpr int64_t kFewClasses = 32;
-constexpr int64_t kWide = 128;  // the positions of such a tile, or the lanes of folded positions
+constexpr int64_t kWide = 128;   // the positions of such a tile, or the lanes of folded positions
+constexpr int64_t kNarrow = 32;  // the positions of other tiles
 
-// How many classes of each position a line holds. Folding pays where blocks of positions would
-// leave lanes idle, and where there are several lines, of which the last may be incomplete.
+// How many classes of each position a line holds: several where one would leave lanes of the
+// narrowest blocks idle, and where there are several lines, of which the last may be incomplete.
 inline int64_t classes_of_line(const Positions& shape) {
-  const int64_t classes = kWide / shape.inner;
-  const bool folds = classes > 1 && shape.inner % 32 != 0 && shape.classes >= 8 * classes;
-  return folds ? classes : 1;
+  const int64_t classes = kWide / std::clamp(shape.inner, int64_t(1), kWide);
+  return shape.inner < kNarrow && shape.classes >= 4 * classes ? classes : 1;
 }
 
 template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
@@ -68,17 +68,17 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     return shape.outer == 1 || first % shape.inner + positions <= shape.inner;
   }
   // Whether k lines of the tensor's memory can be used as a tile: each is kColumns contiguous
-  // elements.
+  // elements, of which folded lines use n.
   template <class U> bool whole_lines(const View<U>& view, int64_t c, int64_t k) const {
-    if (kFolds && fold > 1 && !(is_run(view) && (c + k) * fold <= shape.classes)) return false;
+    if (kFolds && fold > 1) return is_run(view) && elements_from(c + k - 1) >= kColumns;
     return view.inner == 1 && n == kColumns && evenly_spaced();
   }
   // Whether folded classes follow each other in memory.
   template <class U> bool is_run(const View<U>& view) const {
-    return view.inner == 1 && view.classes == positions;
+    return view.classes == positions && (view.inner == 1 || positions == 1);
   }
-  // The classes of a line, which are fewer in the last one.
-  int64_t classes_in(int64_t line) const { return std::min(fold, shape.classes - line * fold); }
+  // The elements of the block from a line on.
+  int64_t elements_from(int64_t line) const { return (shape.classes - line * fold) * positions; }
   template <class U> U* line_of(const View<U>& view, int64_t c) const {
     return shape.at(view, first) + c * fold * view.classes;
   }
@@ -171,10 +171,10 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
       std::fill(tile[i] + n, tile[i] + kColumns, A(0));
   }
 
-  // The tile is transposed as classes x positions without gaps.
+  // A tile that is not a run is transposed as classes x positions without gaps.
   void load_folded(const View<const T>& view, int64_t c, int64_t k, Tile& tile) const {
     const T* const from = line_of(view, c);
-    const int64_t classes = std::min(k * fold, shape.classes - c * fold);
+    const int64_t elements = elements_from(c), classes = std::min(k * fold, elements / positions);
     A* const packed = tile[0];
     if (kTransposes<T> && view.classes == 1) {
       if constexpr (kTransposes<T>) {
@@ -188,21 +188,32 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
       }
     }
     for (int64_t i = k - 1; i >= 0; --i) {
-      const int64_t count = std::min(n, classes * positions - i * n);
-      if (is_run(view)) load(from + i * n, tile[i], count);
-      else std::memmove(tile[i], packed + i * n, size_t(count) * sizeof(A));
+      const int64_t count = std::min(n, elements - i * n);
+      if (!is_run(view)) {
+        std::memmove(tile[i], packed + i * n, size_t(count) * sizeof(A));
+      } else if (elements - i * n >= kColumns) {
+        load(from + i * n, tile[i], kColumns);
+        continue;
+      } else {
+        load(from + i * n, tile[i], count);
+      }
       std::fill(tile[i] + count, tile[i] + kColumns, missing);
     }
   }
 
   void store_folded(Tile& tile, const View<T>& view, int64_t c, int64_t k) const {
     T* const to = line_of(view, c);
-    const int64_t classes = std::min(k * fold, shape.classes - c * fold);
+    const int64_t elements = elements_from(c), classes = std::min(k * fold, elements / positions);
     A* const packed = tile[0];
     for (int64_t i = 0; i < k; ++i) {
-      const int64_t count = std::min(n, classes * positions - i * n);
-      if (is_run(view)) write(tile[i], to + i * n, count, streams);
-      else std::memmove(packed + i * n, tile[i], size_t(count) * sizeof(A));
+      const int64_t count = std::min(n, elements - i * n);
+      if (!is_run(view)) {
+        std::memmove(packed + i * n, tile[i], size_t(count) * sizeof(A));
+      } else if (i + 1 < k && !streams) {
+        store(tile[i], to + i * n, kColumns);  // the next line follows
+      } else {
+        write(tile[i], to + i * n, count, streams);
+      }
     }
     if (is_run(view)) return;
     if (kTransposes<T> && view.classes == 1) {

@@ -25,7 +25,7 @@ double sum_in_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
 // Returns the sum of the losses, computed in the fastest layout.
 template <class T> double sum_of_losses(const CrossEntropyBatch<T>& batch, bool rows) {
   using Wide = CrossEntropyColumns<T, kWide, kFewClasses>;
-  using Tall = CrossEntropyColumns<T, 32, 128>;
+  using Tall = CrossEntropyColumns<T, kNarrow, 128>;
 #ifdef PYFUSED_HAS_REGISTERS
   if constexpr (kTransposes<T>) {
     using Group = CrossEntropyGroup<T>;

@@ -53,7 +53,9 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   // Called after the logits were read, when they are in the cache.
   void find_target_logits() {
     if (ce.target && length <= kTileClasses) {
-      for_targets(0, length, [&](int64_t i, int64_t b) { rows.target_logit[b] = x[i][b]; });
+      for_targets(0, length, [&](int64_t i, int64_t lane, int64_t b) {
+        rows.target_logit[b] = x[i][lane];
+      });
       return;
     }
     for (int64_t b = 0; ce.target && b < positions; ++b) {
@@ -77,18 +79,20 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
 
   // The weights of a line's classes, 0 where it lacks them.
   void load_class_weights(int64_t line) {
-    const int64_t classes = Base::classes_in(line), lanes = fold > 1 ? positions : kColumns;
-    for (int64_t j = 0; j < classes; ++j) {
-      std::fill_n(class_weight + j * lanes, lanes, ce.weight ? ce.weight[line * fold + j] : A(1));
+    const int64_t classes = std::min(fold, ce.classes - line * fold);
+    const int64_t lanes = fold > 1 ? positions : kColumns;
+    std::fill_n(class_weight, kColumns, A(1));
+    for (int64_t j = 0; ce.weight && j < classes; ++j) {
+      std::fill_n(class_weight + j * lanes, lanes, ce.weight[line * fold + j]);
     }
     std::fill(class_weight + classes * lanes, class_weight + kColumns, A(0));
   }
 
-  // Calls body(line in the tile, lane) for the targets within the tile.
+  // Calls body(line in the tile, lane, position in the block) for the targets within the tile.
   template <class Body> void for_targets(int64_t c, int64_t k, const Body& body) {
     for (int64_t b = 0; ce.target && b < positions; ++b) {
       const int64_t i = rows.label[b] - c * fold;
-      if (uint64_t(i) < uint64_t(k * fold)) body(i / fold, i % fold * positions + b);
+      if (uint64_t(i) < uint64_t(k * fold)) body(i / fold, i % fold * positions + b, b);
     }
   }
 
@@ -137,7 +141,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= rows.s[b] * w[i][b];
       }
-      for_targets(c, k, [&](int64_t i, int64_t b) { e[i][b] = rows.at_target[b]; });
+      for_targets(c, k, [&](int64_t i, int64_t lane, int64_t b) { e[i][lane] = rows.at_target[b]; });
       clear_ignored(e, k);
       store_tile(e, ce.grad_logits, c, k);
     });

@@ -64,8 +64,9 @@ template <class T> class SoftmaxRow {
       T* const y = output + first;
       if (softmax.logarithm) {
         const A* const x = widened(input + first, buffer, n);
-        for (int64_t i = 0; i < n; ++i) buffer[i] = (x[i] - high) - low;
-        write(buffer, y, n, streams);
+        A* const result = streams ? buffer : staged(y, buffer);
+        for (int64_t i = 0; i < n; ++i) result[i] = (x[i] - high) - low;
+        write(result, y, n, streams);
       } else if (keeps) {
         probabilities_of_kept(row.kept + first, A(factor * row.rescale(chunk)), input + first, high,
                               A(factor), buffer, y, n);
@@ -87,14 +88,15 @@ template <class T> class SoftmaxRow {
     const A total = A(sum.value());
     for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
       const A* const dy = widened(grad_output + first, grad_buffer, n);
+      A* const result = streams ? buffer : staged(output + first, buffer);
       if (softmax.logarithm) {
-        scaled_exponentials(input + first, A(0), total, buffer, buffer, n, false);
-        for (int64_t i = 0; i < n; ++i) buffer[i] = dy[i] - buffer[i];
+        scaled_exponentials(input + first, A(0), total, buffer, result, n, false);
+        for (int64_t i = 0; i < n; ++i) result[i] = dy[i] - result[i];
       } else {
         const A* const y = widened(input + first, buffer, n);
-        for (int64_t i = 0; i < n; ++i) buffer[i] = y[i] * (dy[i] - total);
+        for (int64_t i = 0; i < n; ++i) result[i] = y[i] * (dy[i] - total);
       }
-      write(buffer, output + first, n, streams);
+      write(result, output + first, n, streams);
     });
   }
 
@@ -462,7 +464,7 @@ template <class T> void softmax(const Softmax<T>& softmax) {
   } else if (softmax.classes <= kFewClasses || far_apart(softmax) || classes_of_line(softmax) > 1) {
     softmax_columns<SoftmaxColumns<T, kWide, kFewClasses>>(softmax, streams);
   } else {
-    softmax_columns<SoftmaxColumns<T, 32, 128>>(softmax, streams);
+    softmax_columns<SoftmaxColumns<T, kNarrow, 128>>(softmax, streams);
   }
 }
 
