@@ -24,8 +24,8 @@ double sum_in_blocks(const CrossEntropyBatch<T>& batch, int64_t positions) {
 
 // Returns the sum of the losses, computed in the fastest layout.
 template <class T> double sum_of_losses(const CrossEntropyBatch<T>& batch, bool rows) {
-  using Wide = CrossEntropyColumns<T, 128, kFewClasses>;
-  using Tall = CrossEntropyColumns<T, 32, 128>;
+  using Wide = CrossEntropyColumns<T, kWide, kFewClasses>;
+  using Tall = CrossEntropyColumns<T, kNarrow, 128>;
 #ifdef PYFUSED_HAS_REGISTERS
   if constexpr (kTransposes<T>) {
     using Group = CrossEntropyGroup<T>;
@@ -36,8 +36,9 @@ template <class T> double sum_of_losses(const CrossEntropyBatch<T>& batch, bool 
     return sum_in_blocks<RowBlock<T, true>>(batch, rows_of_block(batch.classes));
   }
   if (rows) return sum_in_blocks<RowBlock<T, false>>(batch, rows_of_block(batch.classes));
-  if (batch.classes <= kFewClasses) return sum_in_blocks<Wide>(batch, Wide::kPositions);
-  return sum_in_blocks<Tall>(batch, Tall::kPositions);
+  const bool wide = batch.classes <= kFewClasses || classes_of_line(batch) > 1;
+  return wide ? sum_in_blocks<Wide>(batch, Wide::positions_of_block(batch))
+              : sum_in_blocks<Tall>(batch, Tall::positions_of_block(batch));
 }
 
 template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {

@@ -14,43 +14,51 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
   using Tile = A[kTileClasses][kColumns];
-  using Base::first, Base::n, Base::sum, Base::max, Base::x, Base::e;
-  using Base::load_tile, Base::store_tile, Base::for_groups;
+  using Base::first, Base::fold, Base::positions, Base::length;
+  using Base::sum, Base::max, Base::x, Base::e;
+  using Base::add_lanes, Base::repeat, Base::load_tile, Base::store_tile, Base::for_groups;
 
  public:
-  using Base::kPositions;
+  using Base::positions_of_block;
 
   CrossEntropyColumns(const CrossEntropyBatch<T>& ce, int64_t first)
-      : Base(ce, first, std::min(kColumns, ce.positions() - first), ce.streams, ce.scale), ce(ce) {}
+      : Base(ce, first, std::min(positions_of_block(ce), ce.positions() - first), ce.streams,
+             ce.scale),
+        ce(ce) {}
 
   double run() {
-    rows.find_targets(ce, first, n);
+    rows.find_targets(ce, first, positions);
     ce.grad_logits.data ? Base::template find_normalizer<true>(ce.logits)
                         : Base::template find_normalizer<false>(ce.logits);
     rows.find_log_sums(sum, kColumns);
     find_target_logits();
     if (ce.dense()) find_distance();
-    rows.find_terms(ce, n, max, sum);
+    rows.find_terms(ce, positions, max, sum);
+    repeat(rows.a);
+    repeat(rows.s);
     rows.find_losses(ce, kColumns, max);
     if (ce.grad_probabilities.data) write_probability_gradient();
     if (ce.grad_logits.data) write_gradient();
-    return ce.finish(first, n, rows.loss);
+    return ce.finish(first, positions, rows.loss);
   }
 
  private:
   const CrossEntropyBatch<T>& ce;
   LossRows<T, kColumns> rows;
+  alignas(kVectorBytes) A class_weight[kColumns];
   alignas(kVectorBytes) Tile w;
 
   template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
 
   // Called after the logits were read, when they are in the cache.
   void find_target_logits() {
-    if (ce.target && ce.classes <= kTileClasses) {
-      for_targets(0, ce.classes, [&](int64_t i, int64_t b) { rows.target_logit[b] = x[i][b]; });
+    if (ce.target && length <= kTileClasses) {
+      for_targets(0, length, [&](int64_t i, int64_t lane, int64_t b) {
+        rows.target_logit[b] = x[i][lane];
+      });
       return;
     }
-    for (int64_t b = 0; ce.target && b < n; ++b) {
+    for (int64_t b = 0; ce.target && b < positions; ++b) {
       if (rows.label[b] < 0) continue;
       const A logit = widen(ce.at(ce.logits, first + b)[rows.label[b] * ce.logits.classes]);
       rows.target_logit[b] = A(ce.scale) * logit;
@@ -61,17 +69,30 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     const A prob_weight = A(ce.prob_weight), smooth_bias = A(ce.smooth_bias);
     if (!ce.target) load_tile(ce.probabilities, c, k, w);
     for (int64_t i = 0; i < k; ++i) {
-      const A weight = ce.weight ? ce.weight[c + i] : A(1);
+      load_class_weights(c + i);
       for (int64_t b = 0; b < kColumns; ++b) {
-        w[i][b] = soft_target(weight, ce.target ? A(0) : w[i][b], prob_weight, smooth_bias);
+        const A y = ce.target ? A(0) : w[i][b];
+        w[i][b] = soft_target(class_weight[b], y, prob_weight, smooth_bias);
       }
     }
   }
 
-  // Calls body(class in the tile, position in the block) for the targets within the tile.
+  // The weights of a line's classes, 0 where it lacks them.
+  void load_class_weights(int64_t line) {
+    const int64_t classes = std::min(fold, ce.classes - line * fold);
+    const int64_t lanes = fold > 1 ? positions : kColumns;
+    std::fill_n(class_weight, kColumns, A(1));
+    for (int64_t j = 0; ce.weight && j < classes; ++j) {
+      std::fill_n(class_weight + j * lanes, lanes, ce.weight[line * fold + j]);
+    }
+    std::fill(class_weight + classes * lanes, class_weight + kColumns, A(0));
+  }
+
+  // Calls body(line in the tile, lane, position in the block) for the targets within the tile.
   template <class Body> void for_targets(int64_t c, int64_t k, const Body& body) {
-    for (int64_t b = 0; ce.target && b < n; ++b) {
-      if (uint64_t(rows.label[b] - c) < uint64_t(k)) body(rows.label[b] - c, b);
+    for (int64_t b = 0; ce.target && b < positions; ++b) {
+      const int64_t i = rows.label[b] - c * fold;
+      if (uint64_t(i) < uint64_t(k * fold)) body(i / fold, i % fold * positions + b, b);
     }
   }
 
@@ -96,12 +117,14 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
         }
       });
     });
+    add_lanes(rows.distance);
+    add_lanes(weight_sum);
     if (!ce.target) std::copy_n(weight_sum, kColumns, rows.weight_sum);
   }
 
   void clear_ignored(Tile& tile, int64_t k) const {
-    for (int64_t b = 0; rows.any_ignored && b < n; ++b) {
-      if (!ce.ignored(first + b)) continue;
+    for (int64_t b = 0; rows.any_ignored && b < Base::n; ++b) {
+      if (!ce.ignored(first + b % positions)) continue;
       for (int64_t i = 0; i < k; ++i) tile[i][b] = 0;
     }
   }
@@ -109,7 +132,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   void write_gradient() {
     for_tiles([&](int64_t c, int64_t k) {
       if (ce.dense()) load_weights(c, k);
-      if (ce.classes > kTileClasses) {
+      if (length > kTileClasses) {
         for (int64_t i = 0; i < k; ++i) exponentials(x[i], max, e[i], kColumns);
       }
       for (int64_t i = 0; i < k; ++i) {
@@ -118,7 +141,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= rows.s[b] * w[i][b];
       }
-      for_targets(c, k, [&](int64_t i, int64_t b) { e[i][b] = rows.at_target[b]; });
+      for_targets(c, k, [&](int64_t i, int64_t lane, int64_t b) { e[i][lane] = rows.at_target[b]; });
       clear_ignored(e, k);
       store_tile(e, ce.grad_logits, c, k);
     });
@@ -131,11 +154,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       factor[b] = A(grad_weight * rows.row_scale[b]);
       low[b] = A(rows.log_sum[b]);
     }
+    repeat(factor);
     for_tiles([&](int64_t c, int64_t k) {
       for (int64_t i = 0; i < k; ++i) {
-        const A weight = ce.weight ? ce.weight[c + i] : A(1);
+        load_class_weights(c + i);
         for (int64_t b = 0; b < kColumns; ++b) {
-          w[i][b] = factor[b] * weight * ((max[b] - x[i][b]) + low[b]);
+          w[i][b] = factor[b] * class_weight[b] * ((max[b] - x[i][b]) + low[b]);
         }
       }
       clear_ignored(w, k);

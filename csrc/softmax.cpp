@@ -64,8 +64,9 @@ template <class T> class SoftmaxRow {
       T* const y = output + first;
       if (softmax.logarithm) {
         const A* const x = widened(input + first, buffer, n);
-        for (int64_t i = 0; i < n; ++i) buffer[i] = (x[i] - high) - low;
-        write(buffer, y, n, streams);
+        A* const result = streams ? buffer : staged(y, buffer);
+        for (int64_t i = 0; i < n; ++i) result[i] = (x[i] - high) - low;
+        write(result, y, n, streams);
       } else if (keeps) {
         probabilities_of_kept(row.kept + first, A(factor * row.rescale(chunk)), input + first, high,
                               A(factor), buffer, y, n);
@@ -87,14 +88,15 @@ template <class T> class SoftmaxRow {
     const A total = A(sum.value());
     for_chunks(classes, [&](int64_t, int64_t first, int64_t n) {
       const A* const dy = widened(grad_output + first, grad_buffer, n);
+      A* const result = streams ? buffer : staged(output + first, buffer);
       if (softmax.logarithm) {
-        scaled_exponentials(input + first, A(0), total, buffer, buffer, n, false);
-        for (int64_t i = 0; i < n; ++i) buffer[i] = dy[i] - buffer[i];
+        scaled_exponentials(input + first, A(0), total, buffer, result, n, false);
+        for (int64_t i = 0; i < n; ++i) result[i] = dy[i] - result[i];
       } else {
         const A* const y = widened(input + first, buffer, n);
-        for (int64_t i = 0; i < n; ++i) buffer[i] = y[i] * (dy[i] - total);
+        for (int64_t i = 0; i < n; ++i) result[i] = y[i] * (dy[i] - total);
       }
-      write(buffer, output + first, n, streams);
+      write(result, output + first, n, streams);
     });
   }
 
@@ -120,17 +122,17 @@ template <class T, int64_t kColumns, int64_t kTileClasses>
 class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
-  using Base::for_tiles, Base::for_groups, Base::lines, Base::write_lines;
-  using Base::sum, Base::max, Base::x, Base::e;
+  using Base::add_lanes, Base::for_tiles, Base::for_groups, Base::lines, Base::write_lines;
+  using Base::length, Base::sum, Base::max, Base::x, Base::e;
 
  public:
-  using Base::kPositions;
+  using Base::positions_of_block;
 
   SoftmaxColumns(const Softmax<T>& softmax, int64_t first, int64_t n, bool streams)
       : Base(softmax, first, n, streams), softmax(softmax) {}
 
   void forward() {
-    const bool kept = softmax.classes <= kTileClasses;
+    const bool kept = length <= kTileClasses;
     alignas(kVectorBytes) A last[kColumns];  // log(sum) or 1 / sum
     if (softmax.logarithm) {
       Base::template find_normalizer<false>(softmax.input);
@@ -177,6 +179,7 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   template <bool kLogarithm> void backward() {
     std::fill_n(sum, kColumns, 0.0);
     for_pairs([&](int64_t, int64_t k) { add_up<kLogarithm>(grad_output, x, k); });
+    add_lanes(sum);
     std::copy_n(sum, kColumns, total);
     for_pairs([&](int64_t c, int64_t k) {
       write_lines(e, softmax.output, c, k, [&](int64_t i, A* dx) {
@@ -197,7 +200,7 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   // Calls body(first class, classes) with y in x and dy in grad_output.
   template <class Body> void for_pairs(const Body& body) {
     for_tiles(softmax.input, [&](int64_t c, int64_t k) {
-      if (softmax.classes > kTileClasses || !paired) {
+      if (length > kTileClasses || !paired) {
         grad_output = lines(softmax.grad_output, c, k, e);
       }
       paired = true;
@@ -422,7 +425,7 @@ template <class T> void softmax_groups(const Softmax<T>& softmax) {
 #endif
 
 template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, bool streams) {
-  constexpr int64_t size = Block::kPositions;
+  const int64_t size = Block::positions_of_block(softmax);
   // For 16-bit types, no block crosses the end of the contiguous positions, unless this leaves too
   // many blocks incomplete.
   const int64_t whole = (softmax.inner + size - 1) / size;
@@ -458,10 +461,10 @@ template <class T> void softmax(const Softmax<T>& softmax) {
 #endif
   if (softmax.classes_contiguous() && softmax.classes >= kRowClasses<T>) {
     softmax_rows(softmax, streams);
-  } else if (softmax.classes <= kFewClasses || far_apart(softmax)) {
-    softmax_columns<SoftmaxColumns<T, 128, kFewClasses>>(softmax, streams);
+  } else if (softmax.classes <= kFewClasses || far_apart(softmax) || classes_of_line(softmax) > 1) {
+    softmax_columns<SoftmaxColumns<T, kWide, kFewClasses>>(softmax, streams);
   } else {
-    softmax_columns<SoftmaxColumns<T, 32, 128>>(softmax, streams);
+    softmax_columns<SoftmaxColumns<T, kNarrow, 128>>(softmax, streams);
   }
 }
 

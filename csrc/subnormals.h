@@ -97,6 +97,7 @@ template <int N> PYFUSED_INLINE Registers<N> or_subnormal(Registers<N> x, Regist
 // y = exp(x) factor, with subnormal numbers where y is 0. They are 0 in float16.
 template <class T, class V> PYFUSED_INLINE V with_subnormals(V y, V x, float factor) {
   if (std::is_same_v<T, float16> || !any_zero(y)) return y;
+  if (!any_zero(maximum(y, x * -1.0f + kUnderflow<float>))) return y;  // masked elements
   const V n = round_to_int(x * kLog2E);
   const V r = x - n * 0.693147182f;
   const V p = polynomial(kExp, r, factor);

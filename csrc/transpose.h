@@ -74,8 +74,9 @@ template <class Body> PYFUSED_INLINE void for_squares(int64_t classes, int64_t n
   }
 }
 
-// tile[c][b] = from[b * stride + c]; the positions that complete the last square are zeros.
-template <class T>
+// tile[c][b] = from[b * stride + c]; the positions that complete the last square are zeros. With
+// kPacked they are left alone, so that there may be as few columns as positions.
+template <bool kPacked = false, class T>
 void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns, int64_t classes,
                      int64_t n) {
   for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, auto mask) {
@@ -90,20 +91,27 @@ void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns
     }
     for (int i = 0; i < kSquare; ++i) PYFUSED_PREFETCH(corner + i * stride + kPrefetchDistance<T>);
     transpose(rows);
+    float* const to = tile + c * columns + b;
+    const RowMask positions = first_of_row(std::min<int64_t>(kSquare, n - b));
     for (int i = 0; i < kSquare; ++i) {
-      if (i < wide) row_of_tile(tile + (c + i) * columns + b) = rows[i];
+      if (i >= wide) continue;
+      if (kPacked) store_row(rows[i], to + i * columns, positions);
+      else row_of_tile(to + i * columns) = rows[i];
     }
   });
 }
 
 // to[b * stride + c] = tile[c][b]
-template <class T>
+template <bool kPacked = false, class T>
 void store_transposed(const float* tile, int64_t columns, T* to, int64_t stride, int64_t classes,
                       int64_t n) {
   for_squares(classes, n, [&](int64_t b, int64_t c, int64_t wide, auto mask) {
     Square rows;
+    const float* const from = tile + c * columns + b;
+    const RowMask positions = first_of_row(std::min<int64_t>(kSquare, n - b));
     for (int i = 0; i < kSquare; ++i) {
-      rows[i] = i < wide ? row_of_tile(tile + (c + i) * columns + b) : Register{};
+      if (i >= wide) rows[i] = Register{};
+      else rows[i] = kPacked ? load_row(from + i * columns, positions) : row_of_tile(from + i * columns);
     }
     transpose(rows);
     T* const corner = to + b * stride + c;

@@ -84,7 +84,7 @@ def test_special_values(
     row: str, dtype: torch.dtype, smoothing: float, kind: str, reduction: str
 ) -> None:
     options: dict[str, Any] = {"reduction": reduction}
-    for padding in (0, 3, 12, 60):  # less than, about and more than a vector
+    for padding in (0, 3, 12, 60, 300):  # less than, about and more than a vector, and folded
         logits = torch.zeros(5, padding + 5)
         logits[:, padding:] = torch.tensor(SPECIAL_ROWS[row])
         logits, target = logits.to(dtype).requires_grad_(), torch.arange(5) + padding
@@ -95,6 +95,48 @@ def test_special_values(
     target = torch.eye(5) if kind == "probabilities" else torch.arange(5)
     for weight in (None, torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])):
         check(logits, target, weight, **options, label_smoothing=smoothing)
+
+
+LAYOUTS = {
+    "middle": lambda x: x,
+    "transposed": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "apart": lambda x: torch.stack([x, x], -1)[..., 0],
+    "cut": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+}
+
+
+@pytest.mark.cpu
+@grid(
+    shape=[(1, 2500, 2), (2, 301, 3), (1, 3001, 5), (1, 1100, 16), (1, 700, 44), (3, 40, 50)],
+    dtype=FLOATS,
+    layout=LAYOUTS,
+    kind=KINDS,
+    isa=ISAS,
+    smoothing=[0.0, 0.1, 0.1],
+)
+def test_few_positions_beside_many_classes(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, kind: str, isa: str, smoothing: float
+) -> None:
+    """Several classes of a position share a vector, whichever the layout of each tensor is."""
+    error = 20 * torch.finfo(dtype).eps
+    for of_logits, of_target in ((layout, "middle"), ("middle", layout)):
+        logits, target = problem(shape, kind, dtype)
+        logits.data[0, 5:7, -1] = -1e4  # masked
+        logits = LAYOUTS[of_logits](logits.detach()).requires_grad_()
+        if kind == "probabilities":
+            target = LAYOUTS[of_target](target).requires_grad_()
+        else:
+            target[0, 0] = -100
+        for reduction in REDUCTIONS:
+            weight = None if reduction == "none" else torch.rand(shape[1], dtype=dtype)
+            args = logits, target, weight
+            options = {"reduction": reduction, "label_smoothing": smoothing}
+            got = evaluate(cross_entropy, *args, **options)
+            exact = evaluate(F.cross_entropy, *args, convert=exactly, **options)
+            close = partial(torch.testing.assert_close, rtol=error, atol=error)
+            close(got.value.double(), exact.value)
+            for ours, ideal in zip(got.gradients, exact.gradients, strict=True):
+                close(ours.double(), ideal)
 
 
 JUMPS = [5, 7, 10, 50, 87, 88, 89, 100, 130, 200, 300, 700, 750, 1500, 1e4, 1e9, 1e10, 1e30, 3e38]
