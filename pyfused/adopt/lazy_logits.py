@@ -16,10 +16,10 @@ In a program that torch.compile or torch.export traces, a converted head compute
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,9 +48,11 @@ _METADATA = {
     Tensor.__hash__,
 }
 # They act on the node of the tensor, which its views do not have.
+_GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
 _OF_NODES = {
     *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
-    *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn")),
+    *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr")),
+    _GRAD_FN,
 }
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
@@ -88,6 +90,7 @@ class HeadCall:
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
         ended: Is set when a backward pass reaches such a loss.
+        hooks_of_grad: Hooks of the logits' gradient, which such a backward pass calls.
         keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
         values: Weak references to the values of the lazy tensors of this call.
     """
@@ -96,6 +99,7 @@ class HeadCall:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
         self.computed = self.bypassed = self.keeps_lazy = False
         self.ended = threading.Event()
+        self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         self.hooks = torch_internals.saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
         hidden, weight, bias = inputs
@@ -167,9 +171,39 @@ class HeadCall:
         else:
             loss = linear_cross_entropy(*args, **options)
         if (node := loss.grad_fn) is not None:
-            self.bypassed, ended = True, self.ended  # a loss that is kept does not keep the call
-            node.register_prehook(lambda _: ended.set())
+            self.bypassed = True
+            # A loss that is kept does not keep the call.
+            node.register_prehook(partial(_start_backward, self.ended, self.hooks_of_grad))
         return loss
+
+    def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
+        """Registers a hook of a gradient that the backward pass of the loss does not compute.
+
+        Wrappers of models register such hooks on all outputs. FSDP and DeepSpeed prepare the
+        backward pass in them, which has to precede all gradients of parameters; Fabric checks who
+        has started it. The node of the logits would be reached too late for the one and never for
+        both, so a hook runs on the node of each loss that has bypassed the logits, once in a
+        backward pass, and with None, as torch passes for an undefined gradient. A backward pass
+        that reaches the node of the logits through another operator calls it there.
+        """
+        last: Any = None
+
+        def called(_: Any) -> None:
+            nonlocal last
+            before, last = last, torch_internals.current_graph_task()
+            if last != before and hook(None) is not None:
+                raise _error_of_gradient("a hook that changes the gradient")
+
+        handle = tensor.register_hook(called)
+        self.hooks_of_grad[handle.id] = called
+        handle.extra_dict_ref = (weakref.ref(self.hooks_of_grad),)
+        return handle
+
+
+def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs: Any) -> None:
+    ended.set()
+    for hook in [*hooks.values()]:
+        hook(grad_outputs)
 
 
 @dataclass(eq=False)
@@ -494,6 +528,11 @@ class LazyLogits(Tensor):
                     return result
             name = _name_of(function)
             if is_lazy and function in _OF_NODES:
+                if tensor.value.call.bypassed and tensor.requires_grad:
+                    if function is Tensor.register_hook:
+                        return tensor.value.call.register_hook(*args, **kwargs)
+                    if function == _GRAD_FN:
+                        return _BypassedNode()
                 _expect_gradient(tensor, name)
                 return function(*args, **kwargs)
             if is_lazy and _is_in_place(function):
@@ -589,13 +628,23 @@ def _expect_gradient(x: Any, reader: str) -> None:
     Raises:
         RuntimeError: Their loss was computed without them, so the gradient would lack it.
     """
-    if not x.value.call.bypassed or not x.requires_grad:
-        x.value.call.compute(reader)
-    elif not _is_of_wrapper():
-        raise RuntimeError(
-            "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
-            "before their loss, got it after. Call it before, or call pyfused.revert(model)"
-        )
+    if x.value.call.bypassed and x.requires_grad:
+        raise _error_of_gradient("retain_grad or autograd.grad")
+    x.value.call.compute(reader)
+
+
+def _error_of_gradient(expected: str) -> RuntimeError:
+    return RuntimeError(
+        f"pyfused.convert: expected {expected} of logits before their loss, got it after. Call it "
+        "before, or call pyfused.revert(model)"
+    )
+
+
+class _BypassedNode:
+    """The ``grad_fn`` of logits that no backward pass reaches, which can only be compared."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _error_of_gradient(f"{name} of the grad_fn")
 
 
 def _is_in_place(function: Any) -> bool:
@@ -608,15 +657,6 @@ def _is_in_place(function: Any) -> bool:
 def _error_in_place(part: str, name: str) -> RuntimeError:
     message = f"expected no operator that changes the {part} of a model's logits in place"
     return RuntimeError(f"pyfused.convert: {message}, got {name}. Call pyfused.revert(model)")
-
-
-def _is_of_wrapper() -> bool:
-    """Returns whether DDP or FSDP visits a model's outputs, among which is the loss."""
-    frame: Any = sys._getframe(2)
-    callers = __name__, "torch.overrides", "torch._tensor", "torch.utils._pytree"
-    while frame.f_globals["__name__"] in callers:
-        frame = frame.f_back
-    return str(frame.f_globals["__name__"]).startswith(("torch.nn.parallel.", "torch.distributed."))
 
 
 def active_autocast(x: Tensor) -> torch.dtype | None:

@@ -647,14 +647,13 @@ def test_a_backward_pass_without_a_loss_does_not_end_logits() -> None:
 
 
 # Gradients of logits that their loss has not computed, and changes that are not supported.
-all_of = torch.autograd.graph.register_multi_grad_hook
 UNSUPPORTED: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "register_hook": lambda logits, _: logits.register_hook(print),
+    "hook": lambda logits, loss: logits.register_hook(lambda _: logits) and loss.backward(),
     "retain_grad": lambda logits, _: logits.retain_grad(),
     "grad": lambda logits, loss: torch.autograd.grad(loss, logits),
     "grad of a sum": lambda logits, loss: torch.autograd.grad(loss + logits.sum(), [logits]),
     "backward": lambda logits, loss: loss.backward(inputs=[logits]),
-    "multi-grad hook": lambda logits, _: all_of((logits,), print),
+    "node": lambda logits, _: logits.grad_fn.register_prehook(print),
     "edge": lambda logits, _: torch.autograd.graph.get_gradient_edge(logits),
     "shape": lambda logits, _: logits.unsqueeze_(0),
     "memory": lambda logits, _: setattr(logits, "data", logits.detach() * 2),
@@ -688,6 +687,27 @@ def test_gradients_of_logits_before_their_loss() -> None:
         loss.backward()
         found[-1] += logits.grad, model.head.weight.grad
     assert_close(found[1], found[0])
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("read", [False, True])
+def test_hooks_after_the_loss(read: bool) -> None:
+    """A hook is called without a gradient once in each backward pass, before other gradients."""
+    model, called = pyfused.convert(Model(), head="head"), list[Any]()
+    logits, loss = model(X, TARGET)
+    loss = loss + F.cross_entropy(2 * logits.mT, PLACES)
+    logits[0].register_hook(lambda grad: called.append("removed")).remove()
+    logits.register_hook(called.append)
+    model.head.weight.register_hook(lambda _: called.append("weight"))
+    assert logits.grad_fn is not None
+    (loss + logits.logsumexp(-1).sum() if read else loss).backward(retain_graph=True)
+    assert called == [None, "weight"]
+    if read:
+        logits.sum().backward(retain_graph=True)
+        assert called == [None, "weight"] * 2
+    del logits
+    loss.backward()
+    assert called[-2:] == [None, "weight"]
 
 
 # ---- modes, metrics and warnings -----------------------------------------------------------------
