@@ -57,6 +57,14 @@ _OF_NODES = {
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
+
+class _ThisThread(threading.local):
+    """The call whose tensors ``__torch_dispatch__`` keeps lazy in this thread, or None."""
+
+    keeps_lazy: HeadCall | None = None
+
+
+_this_thread = _ThisThread()
 _ADVICE = (
     "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
     "class indices. For the accuracy of training steps, pass metrics=True to pyfused.convert; or "
@@ -91,14 +99,14 @@ class HeadCall:
         bypassed: Whether a loss was computed without the logits.
         ended: Is set when a backward pass reaches such a loss.
         hooks_of_grad: Hooks of the logits' gradient, which such a backward pass calls.
-        keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
-        values: Weak references to the values of the lazy tensors of this call.
+        values: Weak references to the values of lazy tensors that may not have been computed.
+        lock: Is held while values are computed, which several threads may read.
     """
 
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
-        self.computed = self.bypassed = self.keeps_lazy = False
-        self.ended = threading.Event()
+        self.computed = self.bypassed = False
+        self.ended, self.lock = threading.Event(), threading.RLock()
         self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         self.hooks = torch_internals.saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
@@ -151,16 +159,17 @@ class HeadCall:
 
     def compute(self, reader: str) -> None:
         """Computes all lazy tensors of this call, because an operator reads one of them."""
-        if self.computed:
-            return
-        self.check()
-        if self.bypassed or self.needs_grad:
-            when = " after their loss, which has not computed them" if self.bypassed else ""
-            tell(self.options.model_name, f"its logits are read by {reader}{when}. {_ADVICE}")
-        for reference in self.values:  # before an operator changes one of them in place
-            if (value := reference()) is not None:
-                value.compute()
-        self.computed = True
+        with self.lock:
+            if not self.computed:
+                self.check()
+                if self.bypassed or self.needs_grad:
+                    when = " after their loss, which has not computed them" if self.bypassed else ""
+                    why = f"its logits are read by {reader}{when}. {_ADVICE}"
+                    tell(self.options.model_name, why)
+            while self.values:  # before an operator changes one of them in place
+                if (value := self.values.pop(0)()) is not None:
+                    value.compute()
+            self.computed = True
 
     def loss(self, *args: Any, **options: Any) -> Any:
         """Returns the loss of ``linear_cross_entropy`` and its arguments."""
@@ -251,12 +260,13 @@ class _Value:
 
     def compute(self) -> Tensor:
         """Returns the values."""
-        if self.operation is not None:
-            mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
-            autocast = torch.autocast(self.rows.device.type, enabled=False)
-            with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
-                self.real, self.operation = self.operation(), None
-        return self.real  # type: ignore[no-any-return]
+        with self.call.lock:
+            if self.operation is not None:
+                mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
+                autocast = torch.autocast(self.rows.device.type, enabled=False)
+                with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
+                    self.real, self.operation = self.operation(), None
+            return self.real  # type: ignore[no-any-return]
 
     def result(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Returns the lazy result of an operator of ATen."""
@@ -286,11 +296,11 @@ class _Value:
         if changes is None:
             return None
         function, args, kwargs = changes.pop("operation", (function, args, kwargs))
-        call.keeps_lazy = True
+        _this_thread.keeps_lazy = call
         try:
             result = function(tensor, *args, **kwargs)
         finally:
-            call.keeps_lazy = False
+            _this_thread.keeps_lazy = None
         if result is tensor:
             return tensor
         value: _Value = result.value
@@ -555,7 +565,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         tensor: Any = args[0] if args else None
-        if isinstance(tensor, LazyLogits) and tensor.value.call.keeps_lazy:
+        if isinstance(tensor, LazyLogits) and tensor.value.call is _this_thread.keeps_lazy:
             return tensor.value.result(function, args[1:], kwargs)
         values, kwargs = tree_map_only(LazyLogits, _values_of, (args, kwargs))
         result = function(*values, **kwargs)

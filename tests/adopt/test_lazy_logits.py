@@ -10,6 +10,7 @@ import operator
 import pickle
 import random
 import re
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -459,6 +460,54 @@ def test_steps_of_a_model_and_of_copies(name: str, losses: list[Tensor]) -> None
     assert pyfused.revert(model) == (".",)
     assert_close(results(model), results(plain), rtol=0, atol=0)
     assert not losses
+
+
+class Finalised(Model):
+    """A model that pickles and copies itself, and whose deletion closes its file."""
+
+    used: Any = None
+    fused, closed = 0, False
+
+    def __reduce__(self) -> Any:
+        self.used(X, TARGET)  # as another thread may do meanwhile
+        self.fused += self.used.pyfused_metrics is not None
+        return type(self), (), self.state_dict()
+
+    def __setstate__(self, state: Any) -> None:
+        self.load_state_dict(state)
+
+    def __del__(self) -> None:
+        self.closed = True
+
+
+def test_a_model_that_is_used_while_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = pyfused.convert(Finalised(), head="head", metrics=True)
+    monkeypatch.setattr(Finalised, "used", model)
+    copies = copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert (model.fused, model.closed) == (3, False)
+    assert {*map(type, copies)} == {type(model)}
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_threads_that_read_the_logits_of_one_call() -> None:
+    model = pyfused.convert(Model(), head="head")
+    readers: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.argmax(-1),
+        lambda x: (2.0 * x).view(-1, 40).sum(0),
+        lambda x: F.cross_entropy(x.flatten(0, 1), TARGET),
+        lambda x: x.transpose(0, 1).float().max(-1).values,
+    ]
+    expected = [read(Model()(X)) for read in readers]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(readers)) as threads:
+            for _ in range(50):
+                logits = model(X)
+                found = [*threads.map(lambda read, x=logits: read(x), readers)]
+                assert_close(found, expected)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # Calls of pyfused that receive lazy logits.
