@@ -199,8 +199,7 @@ CHANGES_IN_PLACE: list[Callable[[Any], Any]] = [
 ]
 REFUSED = (
     r"pyfused.convert: expected the logits of Model to be read before the backward pass of their "
-    r"loss, got {}.* Read the logits before `backward\(\)`, pass metrics=True to pyfused.convert, "
-    r"or call pyfused.revert\(model\)"
+    r"loss, got .*{}.* Move the line with .+ above `backward\(\)`, or call pyfused.revert\(model\)"
 )
 
 
@@ -298,9 +297,13 @@ class Sequence:
             self.calls = [each for each in self.calls if each is not call]
             return
         if not was_computed and (changed or call.ended):
-            outcome = "a read after it" if call.ended else "a change"
-            with pytest.raises(RuntimeError, match=REFUSED.format(outcome)):
-                result(pair[1])
+            outcome = " after it" if call.ended else "a change"
+            try:
+                self.assert_close(result(pair[1])[1], expected)
+            except RuntimeError as error:
+                assert re.search(REFUSED.format(outcome), str(error))  # noqa: PT017
+            else:  # the pass over a loss has recorded the largest logits
+                assert expected.dtype is torch.int64
         else:
             logits, found = result(pair[1])
             lazy = not call.head_call.computed
@@ -327,6 +330,7 @@ def test_drawn_sequences(first: int) -> None:
         for _ in range(50):
             sequence.draw.choice(actions)()
         outcomes += sequence.outcomes
+    del outcomes["read of lazy logits"]  # predictions, which are rare
     assert len(outcomes) == 10, outcomes
     assert min(outcomes.values()) >= 20, outcomes
 
@@ -757,6 +761,71 @@ def test_hooks_after_the_loss(read: bool) -> None:
     del logits
     loss.backward()
     assert called[-2:] == [None, "weight"]
+
+
+# Predictions, the largest logit of each row, and changes that predictions are known after.
+PREDICTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "argmax": lambda x: x.argmax(-1),
+    "argmax of keywords": lambda x: torch.argmax(x, dim=2, keepdim=True),
+    "max": lambda x: x.max(-1).indices,
+    "torch.max": lambda x: torch.max(x.view(-1, 40), 1)[1],
+    "values": lambda x: x.max(2, keepdim=True).values,
+    "topk": lambda x: x.topk(1).indices,
+    "values of topk": lambda x: torch.topk(x, k=1, dim=2)[0],
+    "detach": lambda x: x.detach().argmax(-1),
+    "data": lambda x: x.data.max(-1)[1],
+    "rows": lambda x: x[1:, :-1].argmax(-1),
+    "selected rows": lambda x: x[X % 3 == 0].argmax(1),
+    "moved": lambda x: x.mT.argmax(1),
+    "capped": lambda x: (3 * (x / 3).tanh()).max(-1).values,
+    "log_softmax": lambda x: x.log_softmax(-1).argmax(-1),
+}
+UNKNOWN: dict[str, Callable[[Tensor], Any]] = {
+    "argmax": lambda x: x.argmax(1),
+    "argmax ": lambda x: x.argmax(),
+    "max": lambda x: x.max(),
+    "topk": lambda x: x.topk(2),
+    "topk ": lambda x: x.topk(1, largest=False),
+    "argmin": lambda x: x.argmin(-1),
+    "argmax  ": lambda x: (x + torch.linspace(-3, 3, 40)).argmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_predictions_after_the_step(name: str) -> None:
+    """The pass over the loss has recorded them."""
+    found: list[Any] = []
+    for model in (Model(), pyfused.convert(Model(), head="head", metrics=True)):
+        logits, loss = model(X, TARGET)
+        found.append([PREDICTIONS[name](logits)])
+        loss.backward()
+        stepped(model)
+        found[-1].append(PREDICTIONS[name](logits))
+        assert found[-1][1].requires_grad == ("values" in name or name == "capped")
+    assert_close(found[1], found[0])
+    for reader, read in UNKNOWN.items():
+        with pytest.raises(RuntimeError, match=f"got {reader.strip()} after it. Move the line"):
+            read(logits)
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_predictions_of_some_rows() -> None:
+    """They are known of rows that count in a loss, and are finite."""
+    model = pyfused.convert(Model(), head="head", metrics=True)
+    expected = Model()(X)
+    logits, ignoring = model(X), PLACES.masked_fill(X % 5 == 0, -100)
+    losses = [F.cross_entropy(logits[:, i::2].mT, ignoring[:, i::2]) for i in (0, 1)]
+    values, classes = logits[ignoring >= 0].max(-1)
+    assert_close([values, classes], [*expected[ignoring >= 0].max(-1)])
+    (sum(losses) + values.sum()).backward()  # type: ignore[union-attr]
+    (F.cross_entropy(expected.mT, ignoring) * 0).backward()
+    with pytest.raises(RuntimeError, match="got argmax after it"):
+        logits.argmax(-1)
+    with torch.no_grad():
+        model.head.weight[3] = torch.nan
+    logits, loss = model(X, TARGET)
+    assert (logits.argmax(-1) == 3).all()
+    loss.backward()
 
 
 # ---- modes, metrics and warnings -----------------------------------------------------------------
