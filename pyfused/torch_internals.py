@@ -119,6 +119,8 @@ def is_exporting() -> bool:
 graph_is_retained: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
+# A number for the backward pass that runs in this thread.
+current_graph_task: Callable[[], Any] = getattr(torch._C, "_current_graph_task_id", object)
 _unpack: Any = getattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack", None)
 
 

@@ -16,15 +16,15 @@ In a program that torch.compile or torch.export traces, a converted head compute
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,13 +52,23 @@ _METADATA = {
     Tensor.__hash__,
 }
 # They act on the node of the tensor, which its views do not have.
+_GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
 _OF_NODES = {
     *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
-    *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn")),
+    *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr")),
+    _GRAD_FN,
 }
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
+
+class _ThisThread(threading.local):
+    """What ``__torch_dispatch__`` calls instead of an operator of ATen in this thread, or None."""
+
+    result: Callable[..., Any] | None = None
+
+
+_this_thread = _ThisThread()
 _ADVICE = (
     "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
     "class indices. For the accuracy of training steps, pass metrics=True to pyfused.convert; or "
@@ -88,18 +98,22 @@ class HeadCall:
         versions: Tensors that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
+        largest: The largest logit of each row with a loss, if the head has metrics.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
         ended: Is set when a backward pass reaches such a loss.
-        keeps_lazy: Whether ``__torch_dispatch__`` returns lazy tensors.
-        values: Weak references to the values of the lazy tensors of this call.
+        hooks_of_grad: Hooks of the logits' gradient, which such a backward pass calls.
+        values: Weak references to the values of lazy tensors that may not have been computed.
+        lock: Is held while values are computed, which several threads may read.
     """
 
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
-        self.computed = self.bypassed = self.keeps_lazy = False
-        self.ended = threading.Event()
+        self.computed = self.bypassed = False
+        self.largest: _Largest | None = None
+        self.ended, self.lock = threading.Event(), threading.RLock()
+        self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         self.hooks = torch_internals.saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
         hidden, weight, bias = inputs
@@ -110,9 +124,12 @@ class HeadCall:
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
         hidden, weight, _ = self.inputs
-        shape = *hidden.shape[:-1], weight.shape[0]
+        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
         value = _Value(self, hidden, example, len(shape) - 1, self.linear)
+        if self.options.metrics:
+            numbers = torch.arange(shape[:-1].numel(), device=hidden.device)
+            value.numbers = numbers.view(*shape[:-1], 1)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
@@ -127,7 +144,7 @@ class HeadCall:
         """Makes a change of these tensors an error if the logits are read after it."""
         self.versions += [(x, version_of(x)) for x in tensors]
 
-    def check(self) -> None:
+    def check(self, reader: str) -> None:
         """Checks that the logits can still be computed.
 
         Raises:
@@ -135,7 +152,7 @@ class HeadCall:
         """
         freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
         if self.ended.is_set():
-            problem = "a read after it"
+            problem = f"{reader} after it"
         elif freed or any(version_of(x) != version for x, version in self.versions):
             problem = (
                 "a change of the head's input, weight or bias, or of a tensor that was added to "
@@ -145,35 +162,105 @@ class HeadCall:
             return
         raise RuntimeError(
             f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
-            f"the backward pass of their loss, got {problem}. Read the logits before `backward()`, "
-            "pass metrics=True to pyfused.convert, or call pyfused.revert(model)"
+            f"the backward pass of their loss, got {problem}. Move the line with {reader} above "
+            "`backward()`, or call pyfused.revert(model). If pyfused.convert was called with "
+            "metrics=True, argmax, max and topk(1) are known for all rows that count in the loss"
         )
 
     def compute(self, reader: str) -> None:
         """Computes all lazy tensors of this call, because an operator reads one of them."""
-        if self.computed:
-            return
-        self.check()
-        if self.bypassed or self.needs_grad:
-            when = " after their loss, which has not computed them" if self.bypassed else ""
-            tell(self.options.model_name, f"its logits are read by {reader}{when}. {_ADVICE}")
-        for reference in self.values:  # before an operator changes one of them in place
-            if (value := reference()) is not None:
-                value.compute()
-        self.computed = True
+        with self.lock:
+            if not self.computed:
+                self.check(reader)
+                if self.bypassed or self.needs_grad:
+                    when = " after their loss, which has not computed them" if self.bypassed else ""
+                    why = f"its logits are read by {reader}{when}. {_ADVICE}"
+                    tell(self.options.model_name, why)
+            while self.values:  # before an operator changes one of them in place
+                if (value := self.values.pop(0)()) is not None:
+                    value.compute()
+            self.computed = True
 
-    def loss(self, *args: Any, **options: Any) -> Any:
+    def loss(self, value: _Value, *args: Any, **options: Any) -> Any:
         """Returns the loss of ``linear_cross_entropy`` and its arguments."""
-        self.check()
+        self.check("cross_entropy")
         options["memory_budget"] = self.options.memory_budget
         if self.options.metrics:
-            loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(*args, **options)
+            loss, metrics = linear_cross_entropy_with_metrics(*args, **options)
+            self.head.pyfused_metrics = metrics
+            self.largest = _Largest.of(value, metrics, *args[1:], **options)
         else:
             loss = linear_cross_entropy(*args, **options)
         if (node := loss.grad_fn) is not None:
-            self.bypassed, ended = True, self.ended  # a loss that is kept does not keep the call
-            node.register_prehook(lambda _: ended.set())
+            self.bypassed = True
+            # A loss that is kept does not keep the call.
+            node.register_prehook(partial(_start_backward, self.ended, self.hooks_of_grad))
         return loss
+
+    def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
+        """Registers a hook of a gradient that the backward pass of the loss does not compute.
+
+        Wrappers of models register such hooks on all outputs. FSDP and DeepSpeed prepare the
+        backward pass in them, which has to precede all gradients of parameters; Fabric checks who
+        has started it. The node of the logits would be reached too late for the one and never for
+        both, so a hook runs on the node of each loss that has bypassed the logits, once in a
+        backward pass, and with None, as torch passes for an undefined gradient. A backward pass
+        that reaches the node of the logits through another operator calls it there.
+        """
+        last: Any = None
+
+        def called(_: Any) -> None:
+            nonlocal last
+            before, last = last, torch_internals.current_graph_task()
+            if last != before and hook(None) is not None:
+                raise _error_of_gradient("a hook that changes the gradient")
+
+        handle = tensor.register_hook(called)
+        self.hooks_of_grad[handle.id] = called
+        handle.extra_dict_ref = (weakref.ref(self.hooks_of_grad),)
+        return handle
+
+
+def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs: Any) -> None:
+    ended.set()
+    for hook in [*hooks.values()]:
+        hook(grad_outputs)
+
+
+class _Largest(NamedTuple):
+    """The largest logits that the pass over a loss has recorded, for each row of the head's output.
+
+    Attributes:
+        classes: -1 where the class is unknown: without a loss, or with a NaN or an infinity.
+        logits: Before a scale and a cap, in float64.
+        shift, scale, cap: Those of the logits of the loss, as in `_Value`.
+    """
+
+    classes: Tensor
+    logits: Tensor
+    shift: Tensor | None
+    scale: float
+    cap: float | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, value: _Value, metrics: Any, head: Tensor, target: Tensor, **options: Any
+    ) -> _Largest:
+        """Returns the largest logits of a loss, and those of earlier losses of the same logits."""
+        call, counts = value.call, target.flatten() != options["ignore_index"]
+        counts &= metrics.log_sum_exp.flatten().isfinite()
+        numbers, classes = value.numbers.flatten()[counts], metrics.prediction.flatten()[counts]
+        rows, dtype = value.rows.flatten(0, -2)[counts], call.autocast or value.rows.dtype
+        logits = (rows.to(dtype).double() * head[classes].to(dtype)).sum(-1)
+        if (bias := options["linear_bias"]) is not None:
+            logits += bias[classes].to(dtype)
+        like, n = (value.shift, value.scale, value.cap), call.inputs[0].shape[:-1].numel()
+        before = call.largest
+        if before is None or any(x is not y for x, y in zip(before[2:], like, strict=True)):
+            before = cls(numbers.new_full((n,), -1), logits.new_empty(n), *like)
+        classes = before.classes.index_copy(0, numbers, classes)
+        return cls(classes, before.logits.index_copy(0, numbers, logits), *like)
 
 
 @dataclass(eq=False)
@@ -194,6 +281,8 @@ class _Value:
         needs_grad: Whether the result of the operator required a gradient.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
+        numbers: The index of each row in the head's output, in the shape of `rows` with a last
+            dimension of size 1; None without metrics.
         real: The computed values, without an autograd graph.
     """
 
@@ -207,6 +296,7 @@ class _Value:
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
+    numbers: Any = None
     real: Any = None
 
     def tensor(self) -> Any:
@@ -221,12 +311,13 @@ class _Value:
 
     def compute(self) -> Tensor:
         """Returns the values."""
-        if self.operation is not None:
-            mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
-            autocast = torch.autocast(self.rows.device.type, enabled=False)
-            with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
-                self.real, self.operation = self.operation(), None
-        return self.real  # type: ignore[no-any-return]
+        with self.call.lock:
+            if self.operation is not None:
+                mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
+                autocast = torch.autocast(self.rows.device.type, enabled=False)
+                with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
+                    self.real, self.operation = self.operation(), None
+            return self.real  # type: ignore[no-any-return]
 
     def result(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Returns the lazy result of an operator of ATen."""
@@ -239,7 +330,7 @@ class _Value:
 
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
-        call, before = self.call, self.example
+        before = self.example
         inference = tensor.is_inference()
         if inference != torch.is_inference_mode_enabled():
             return None
@@ -249,6 +340,8 @@ class _Value:
         original = _original(function)
         if original is (_NLL_LOSS if self.log else _CROSS_ENTROPY):
             return self.cross_entropy(*args, **kwargs)
+        if original in _LARGEST:
+            return self.largest(tensor, function, args, kwargs)
         rule = _RULES.get(original)
         if rule is None or (self.log and rule not in _MOVES):
             return None
@@ -256,28 +349,58 @@ class _Value:
         if changes is None:
             return None
         function, args, kwargs = changes.pop("operation", (function, args, kwargs))
-        call.keeps_lazy = True
-        try:
-            result = function(tensor, *args, **kwargs)
-        finally:
-            call.keeps_lazy = False
+        result = _call_with(_Value.result, function, tensor, *args, **kwargs)
         if result is tensor:
             return tensor
         value: _Value = result.value
         shape = value.example.shape
-        if "rows" not in changes and shape != before.shape:
+        if "move" not in changes and shape != before.shape:
             key = before.shape[self.dim], before.shape[: self.dim].numel()
             dims = [i for i, size in enumerate(shape) if (size, shape[:i].numel()) == key]
             if not dims:  # a view that does not keep the classes of a row together
                 return None
-            rows = self.rows.reshape(*shape[: dims[0]], *shape[dims[0] + 1 :], self.rows.shape[-1])
-            changes.update(dim=dims[0], rows=rows)
+            lead = *shape[: dims[0]], *shape[dims[0] + 1 :]
+            changes.update(dim=dims[0], move=lambda x: x.reshape(*lead, x.shape[-1]))
+        if (move := changes.pop("move", None)) is not None:
+            changes["dim"] %= len(shape)
+            changes["rows"] = move(self.rows)
+            changes["numbers"] = None if self.numbers is None else move(self.numbers)
         if value.example.dtype is not changes.pop("dtype", before.dtype):
             return None
         for name, attribute in changes.items():
             setattr(value, name, attribute)
         value.needs_grad = result.requires_grad
         return result
+
+    def largest(self, tensor: Any, function: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the result of argmax, max or topk if the pass over the loss has recorded it."""
+        known, names = self.call.largest, _LARGEST[_original(function)]
+        options = dict(zip(names, args, strict=False)) | kwargs
+        picks, keeps = function.__name__ != "argmax", "k" in names or options.get("keepdim")
+        if (
+            known is None
+            or options.keys() - names
+            or options.get("dim", -1 if "k" in names else None) not in self.dims()
+            or options.get("k", 1) != 1
+            or options.get("largest", True) is not True
+            or known.shift is not self.shift
+            or (known.cap is not None and known[3:] != (self.scale, self.cap))
+            or (self.log and picks)
+        ):
+            return None
+        numbers = self.numbers.squeeze(-1)
+        classes, logits = known.classes[numbers], known.logits[numbers]
+        if (classes < 0).any():
+            return None
+        logits = logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+        both = [(self.scale * logits).to(self.example.dtype), classes]
+        values, classes = (x.unsqueeze(self.dim) if keeps else x for x in both)
+        answer = (values, classes) if picks else classes
+        return _call_with(lambda *_: answer, function, tensor, *args, **kwargs)
+
+    def dims(self) -> tuple[int, int]:
+        """Returns the numbers of the dimension of the classes."""
+        return self.dim, self.dim - self.example.dim()
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
@@ -319,7 +442,7 @@ class _Value:
             torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_grad),
         ):
             return call.loss(
-                *(rows, head_weight, target),
+                *(self, rows, head_weight, target),
                 linear_bias=bias if shift is None else shift if bias is None else bias + shift,
                 weight=weight,
                 ignore_index=ignore_index,
@@ -363,8 +486,11 @@ def _movement(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     kept = [i for i, each in enumerate(sizes) if each == (size, 1)]
     if not kept:
         return None
-    rows = function(value.rows.movedim(-1, value.dim), *args, **kwargs)
-    return {"dim": kept[0], "rows": rows.movedim(kept[0], -1)}
+
+    def move(x: Tensor) -> Any:
+        return function(x.movedim(-1, value.dim), *args, **kwargs).movedim(kept[0], -1)
+
+    return {"dim": kept[0], "move": move}
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -386,14 +512,13 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     if value.dim != len(shape) - 1 or not 0 < len(indices) < len(shape):
         return None
     value.call.watch(*parts)
-    rows = value.rows[indices]
-    return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
+    return {"dim": -1, "move": lambda x: x[indices], "operation": (function, (indices,), {})}
 
 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A log_softmax over the classes whose result has the dtype of its input."""
     dim, *others = args or (kwargs.get("dim"),)
-    of_classes = type(dim) is int and dim in (value.dim, value.dim - value.example.dim())
+    of_classes = type(dim) is int and dim in value.dims()
     keeps_dtype = value.dtype_of_loss() is value.example.dtype
     if others or not of_classes or not keeps_dtype or kwargs.get("dtype") is not None:
         return None
@@ -471,7 +596,17 @@ _RULES = {
     for name in names.split()
     for owner in (Tensor, torch, F)
     if callable(getattr(owner, name, None))
-} | {Tensor.mT.__get__: _movement}  # type: ignore[attr-defined]
+} | {Tensor.mT.__get__: _movement, Tensor.data.__get__: _view}  # type: ignore[attr-defined]
+# Operators that return the largest logit of each row, and the names of their arguments.
+_LARGEST = {
+    getattr(owner, name): names.split()
+    for name, names in (
+        ("argmax", "dim keepdim"),
+        ("max", "dim keepdim"),
+        ("topk", "k dim largest sorted"),
+    )
+    for owner in (Tensor, torch)
+}
 
 
 # ---- the tensor subclass -------------------------------------------------------------------------
@@ -498,6 +633,11 @@ class LazyLogits(Tensor):
                     return result
             name = _name_of(function)
             if is_lazy and function in _OF_NODES:
+                if tensor.value.call.bypassed and tensor.requires_grad:
+                    if function is Tensor.register_hook:
+                        return tensor.value.call.register_hook(*args, **kwargs)
+                    if function == _GRAD_FN:
+                        return _BypassedNode()
                 _expect_gradient(tensor, name)
                 return function(*args, **kwargs)
             if is_lazy and _is_in_place(function):
@@ -520,8 +660,8 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         tensor: Any = args[0] if args else None
-        if isinstance(tensor, LazyLogits) and tensor.value.call.keeps_lazy:
-            return tensor.value.result(function, args[1:], kwargs)
+        if isinstance(tensor, LazyLogits) and (result := _this_thread.result) is not None:
+            return result(tensor.value, function, args[1:], kwargs)
         values, kwargs = tree_map_only(LazyLogits, _values_of, (args, kwargs))
         result = function(*values, **kwargs)
         if result is not values[0]:
@@ -566,6 +706,15 @@ class _Head(torch.autograd.Function):
 _head: Any = torch_internals.apply_of(_Head)
 
 
+def _call_with(result: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls an operator, for which ``__torch_dispatch__`` calls another function."""
+    _this_thread.result = result
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _this_thread.result = None
+
+
 def _values_of(x: LazyLogits) -> Tensor:
     """Returns the values of a lazy tensor."""
     x.value.call.compute("C++ code")
@@ -593,13 +742,23 @@ def _expect_gradient(x: Any, reader: str) -> None:
     Raises:
         RuntimeError: Their loss was computed without them, so the gradient would lack it.
     """
-    if not x.value.call.bypassed or not x.requires_grad:
-        x.value.call.compute(reader)
-    elif not _is_of_wrapper():
-        raise RuntimeError(
-            "pyfused.convert: expected register_hook, retain_grad or autograd.grad of logits "
-            "before their loss, got it after. Call it before, or call pyfused.revert(model)"
-        )
+    if x.value.call.bypassed and x.requires_grad:
+        raise _error_of_gradient("retain_grad or autograd.grad")
+    x.value.call.compute(reader)
+
+
+def _error_of_gradient(expected: str) -> RuntimeError:
+    return RuntimeError(
+        f"pyfused.convert: expected {expected} of logits before their loss, got it after. Call it "
+        "before, or call pyfused.revert(model)"
+    )
+
+
+class _BypassedNode:
+    """The ``grad_fn`` of logits that no backward pass reaches, which can only be compared."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _error_of_gradient(f"{name} of the grad_fn")
 
 
 def _is_in_place(function: Any) -> bool:
@@ -612,15 +771,6 @@ def _is_in_place(function: Any) -> bool:
 def _error_in_place(part: str, name: str) -> RuntimeError:
     message = f"expected no operator that changes the {part} of a model's logits in place"
     return RuntimeError(f"pyfused.convert: {message}, got {name}. Call pyfused.revert(model)")
-
-
-def _is_of_wrapper() -> bool:
-    """Returns whether DDP or FSDP visits a model's outputs, among which is the loss."""
-    frame: Any = sys._getframe(2)
-    callers = __name__, "torch.overrides", "torch._tensor", "torch.utils._pytree"
-    while frame.f_globals["__name__"] in callers:
-        frame = frame.f_back
-    return str(frame.f_globals["__name__"]).startswith(("torch.nn.parallel.", "torch.distributed."))
 
 
 def active_autocast(x: Tensor) -> torch.dtype | None:

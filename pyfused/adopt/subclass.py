@@ -23,12 +23,13 @@ class Fused:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Reduces the module as its original class does, and appends the change of its class."""
         kind: Any = type(self)
-        self.__class__ = kind._original
+        # Another object with the same attributes, because a thread may call this one meanwhile.
+        original = object.__new__(kind._original)
+        object.__setattr__(original, "__dict__", vars(self))
         try:
-            reduced = self.__reduce_ex__(protocol)
+            function, args, *state = original.__reduce_ex__(protocol)
         finally:
-            self.__class__ = kind
-        function, args, *state = reduced
+            original.__class__ = Fused  # which has no finaliser
         return _restored, (function, args, kind._original, kind._forward_of[0]), *state
 
 

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import logging
 import math
+import os
 import pickle
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 import torch
 from conftest import KernelCalls
 from language_models import are_computed
+from processes import run_checks
 from torch import Tensor
 
 import pyfused
@@ -377,6 +380,83 @@ def test_gradient_accumulation_with_a_fused_head() -> None:
     losses = train("Llama", STEPS, accumulate=4, convert=True)
     assert_equal_and_falling(losses, expected)
     assert losses == pytest.approx(train("Llama", STEPS), rel=1e-3)
+
+
+# ---- wrappers that register hooks on a model's outputs -------------------------------------------
+
+
+def in_fabric(model: Any, optimizer: Any, **options: Any) -> Any:
+    from lightning import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1, **options)
+    fabric.launch()
+    model, optimizer = fabric.setup(model, optimizer)
+    return model, fabric.backward, optimizer
+
+
+def in_accelerate(model: Any, optimizer: Any) -> Any:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return model, accelerator.backward, optimizer
+
+
+def in_deepspeed(model: Any, optimizer: Any, stage: int) -> Any:
+    import deepspeed
+
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}}
+    config["zero_allow_untested_optimizer"] = True
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine, engine.backward, engine
+
+
+WRAPPERS: dict[str, Any] = {
+    "Fabric": in_fabric,
+    "Fabric, bf16": partial(in_fabric, precision="bf16-mixed"),
+    "Fabric, DDP": partial(in_fabric, strategy="ddp"),
+    "accelerate": in_accelerate,
+}
+if importlib.util.find_spec("deepspeed"):  # it has only sources, so the tests do not install it
+    WRAPPERS |= {f"ZeRO {stage}": partial(in_deepspeed, stage=stage) for stage in range(3)}
+
+
+def check_wrapper(name: str) -> None:
+    found: list[list[float]] = []
+    for convert in (False, True):
+        model = language_model("Llama", vocab_size=512)
+        model = pyfused.convert(model) if convert else model
+        call, backward, optimizer = WRAPPERS[name](model, torch.optim.SGD(model.parameters(), 0.1))
+        found.append([])
+        for _ in range(3):
+            output = call(**batch())
+            if name == "Fabric, bf16":
+                with pytest.raises(RuntimeError, match=r"call `fabric.backward\(loss\)`"):
+                    output.loss.backward(retain_graph=True)
+            backward(output.loss)
+            assert are_computed(output.logits) != convert
+            optimizer.step()
+            model.zero_grad()
+            found[-1].append(output.loss.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-2 if "bf16" in name else 1e-5)
+    assert found[0][2] < found[0][0]
+
+
+def wrapper_checks(rank: int) -> dict[str, Any]:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    return {name: partial(check_wrapper, name) for name in WRAPPERS}
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    return run_checks(wrapper_checks, 1)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_that_register_hooks(name: str, failures: dict[str, str]) -> None:
+    """Three steps have the same losses as without convert, and checks of the wrappers work."""
+    assert name not in failures, failures[name]
 
 
 # ---- heads that PEFT has wrapped -----------------------------------------------------------------

@@ -114,8 +114,8 @@ class Wrapper(NamedTuple):
     same_batch: bool = False
 
 
-def ddp(model: Any) -> Any:
-    return nn.parallel.DistributedDataParallel(model)
+def ddp(model: Any, **options: Any) -> Any:
+    return nn.parallel.DistributedDataParallel(model, **options)
 
 
 def fsdp1(flat: bool) -> Any:
@@ -195,6 +195,7 @@ WRAPPERS = {
     "checkpointing": Wrapper(same, "fused", "fused", {"saves": False}),
     "torch.compile": Wrapper(compiled, "fused", "fused"),
     "DDP": Wrapper(ddp, "fused", "fused"),
+    "DDP, unused": Wrapper(partial(ddp, find_unused_parameters=True), "fused", "fused"),
     "DDP, tied": Wrapper(ddp, "fused", "fused", {"tied": True}),
     "FSDP1": Wrapper(fsdp1(False), "fused", "fused"),
     "FSDP1, flat": Wrapper(fsdp1(True), "fused", "fused"),
