@@ -91,6 +91,7 @@ class Operator(ABC):
             NUMBER. A plan depends only on these cases. For an invalid number, it returns a reason
             to fall back.
         plans: The plans of calls, by signature; they are freed with the operator.
+        compared: The index of each number with ``compared_with``, and of its operand.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
@@ -115,6 +116,7 @@ class Operator(ABC):
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
     cases: Callable[[Any], tuple[Any, ...] | str] = field(init=False)
+    compared: tuple[tuple[int, int], ...] = field(init=False)
     family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
     fixed: Any = field(init=False, default=None)
@@ -131,6 +133,8 @@ class Operator(ABC):
         self.all_operands = *self.operands, *self.factors
         self.names = *[operand.name for operand in self.all_operands], *self.fields
         self.cases = lru_cache(maxsize=256)(self._cases)
+        pairs = [(i, number.compared_with) for i, number in enumerate(self.numbers)]
+        self.compared = tuple([(i, self.names.index(name)) for i, name in pairs if name])
         self.family = type(self).__name__
         self.is_linear = "linear_weight" in self.names
 

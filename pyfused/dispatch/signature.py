@@ -59,6 +59,9 @@ def signature(
         if isinstance(floats, str):
             return floats
         numbers, options = floats, op.options(*floats, *choices)
+    if op.compared:
+        numbers = _as_compared(op, tensors, numbers)
+        options = op.options(*numbers, *choices)
     cases = op.cases(numbers)
     if isinstance(cases, str):
         return cases
@@ -162,8 +165,25 @@ def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
             value = value.detach()  # torch warns if a number that requires grad is converted
         elif value is not None and not isinstance(value, (float, int, Real)):
             return f"{name} is a {type(value).__name__}"
+        elif isinstance(value, Integral) and not -(1 << 63) <= value < 1 << 63:
+            return f"{name} is an int of more than 64 bits"
         floats.append(None if value is None else float(value))
     return tuple(floats)
+
+
+def _as_compared(op: Operator, tensors: Tensors, numbers: Sequence[Any]) -> tuple[Any, ...]:
+    """Rounds the numbers that are compared with an operand to the dtype of the operand."""
+    rounded = list(numbers)
+    for i, operand in op.compared:
+        dtype = getattr(tensors[operand], "dtype", None)
+        if rounded[i] is not None and dtype in backends.DTYPES:
+            rounded[i] = _rounded(rounded[i], dtype)
+    return tuple(rounded)
+
+
+@lru_cache(maxsize=256)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 def _with_integers(op: Operator, choices: Sequence[Any]) -> tuple[Any, ...] | str:

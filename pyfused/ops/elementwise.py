@@ -520,7 +520,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     numbers=(
         Scalar("alpha", high=1.0),
         Scalar("gamma", low=0.0, special=(2.0,)),
-        Scalar("ignore_index", optional=True),
+        Scalar("ignore_index", optional=True, compared_with="targets"),
     ),
     denominators={"mean": _counted_elements},
     torch=definitions.sigmoid_focal_loss,
