@@ -9,7 +9,6 @@ expected and what was passed.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeVar
@@ -78,8 +77,8 @@ def bounded(scalar: Scalar, value: Any) -> None:
             raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
         if not _can_be_read(value):
             return
-    if low == -math.inf and high == math.inf:
-        return  # NaN, too
+    if not scalar.has_bounds:
+        return  # NaN is valid, too
     fits = not value > high if scalar.clamped else low <= value <= high
     if not fits or (scalar.positive and not value > 0):
         got = value.item() if isinstance(value, Tensor) else value

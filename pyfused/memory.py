@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 import weakref
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,35 +74,38 @@ class _Setting(NamedTuple):
 
 
 _OFF = _Setting(False)
-_lock = threading.Lock()
-# The innermost block decides, and without blocks the last call that has not become a block.
-_blocks: list[Keep] = []
-_calls: list[tuple[weakref.ref[Keep], _Setting]] = []
-_inherited: list[Keep] = []  # blocks that the parent process has entered, and this one may leave
+# The innermost block decides, and without blocks the last call that has not become a block. The
+# lists change in single steps, so that threads, signal handlers and finalizers need no lock.
+_blocks: list[tuple[_Setting, object]] = []
+_calls: list[tuple[_Setting, weakref.ref[Keep]]] = []
 _active = _OFF
-_stop = threading.Event()  # ends the thread that returns free pages
-_kept: dict[int, bool] = {}  # by the number of bits of a size, see `pages_are_kept`
+_lock = threading.Lock()  # held while malloc's parameters are set; nothing waits for it
+_stop: Any = None  # a lock; the thread that returns free pages ends when it is released
 
 
 class Keep:
     """The result of :func:`keep`, a context manager."""
 
     def __init__(self, setting: Any) -> None:
-        self._setting = setting
+        self._setting, self._entered = setting, list[Any]()
 
     def __enter__(self) -> None:
-        with _lock:
-            _calls[:] = [call for call in _calls if call[0]() is not self]
-            _blocks.append(self)
-            _apply()
+        block = self._setting, object()
+        self._entered.append(block)
+        _blocks.append(block)
+        _discard(_calls, (self._setting, weakref.ref(self)))
+        _apply()
 
     def __exit__(self, *error: object) -> None:
-        with _lock:
-            blocks = _blocks if self in _blocks else _inherited
-            if self not in blocks:
-                raise RuntimeError("keep: the block was left without being entered, or left twice")
-            del blocks[-1 - blocks[::-1].index(self)]
-            _apply()
+        if not self._entered:
+            raise RuntimeError("keep: the block was left without being entered, or left twice")
+        _discard(_blocks, self._entered.pop())  # a forked child has cleared the list
+        _apply()
+
+
+def _discard(entries: list[Any], entry: Any) -> None:
+    with suppress(ValueError):
+        entries.remove(entry)
 
 
 def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
@@ -154,13 +158,13 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
         message = f"keep: nothing has changed: {reason}; freed memory is {state}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     setting = _Setting(True, trim_every) if enabled else _OFF
-    new = Keep(setting)
-    with _lock:
-        # A call whose result is gone cannot become a block, so earlier calls have no effect.
-        lasting = [i for i, (call, _) in enumerate(_calls) if call() is None]
-        del _calls[: max(lasting, default=0)]
-        _calls.append((weakref.ref(new), setting))
-        _apply()
+    new, calls = Keep(setting), _calls.copy()
+    # A call whose result is gone cannot become a block, so earlier calls have no effect.
+    lasting = [i for i, (_, call) in enumerate(calls) if call() is None]
+    for call in calls[: max(lasting, default=0)]:
+        _discard(_calls, call)
+    _calls.append((setting, weakref.ref(new)))
+    _apply()
     return new
 
 
@@ -171,29 +175,21 @@ def trim() -> bool:
         Whether any pages were returned; False if the C library is not glibc.
     """
     libc = _libc()
-    with _lock:
-        return libc is not None and libc.malloc_trim(0) == 1
+    return libc is not None and libc.malloc_trim(0) == 1
 
 
-def pages_are_kept(size: int = 64 << 20) -> bool:
-    """Returns whether the pages of a freed block serve the next block of its size.
+def pages_are_kept() -> bool:
+    """Returns whether the pages of a freed block of 64 MiB serve the next one.
 
     They do with :func:`keep`. If it cannot set malloc's parameters, another allocator or the
-    environment decides: then blocks are allocated, touched and freed, once for all sizes with the
-    same number of bits, and the page faults of this thread are counted.
-
-    Args:
-        size: The number of bytes.
+    environment decides: then a block is allocated, touched and freed a few times, once for the
+    process, and the page faults of this thread are counted.
     """
-    if why_not_kept() is None:
-        return _active.enabled
-    bits = size.bit_length()
-    if bits not in _kept:
-        _kept[bits] = _measured(size)
-    return _kept[bits]
+    return _active.enabled if why_not_kept() is None else _measured()
 
 
-def _measured(size: int) -> bool:
+@cache
+def _measured(size: int = 64 << 20) -> bool:
     libc = _libc()
     if libc is None:
         return False
@@ -233,32 +229,53 @@ def why_not_kept() -> str | None:
     return f"the environment configures malloc by {', '.join(names)}" if names else None
 
 
+def _requested() -> _Setting:
+    """Returns the setting of the innermost block, or of the last call."""
+    last: Any = _blocks[-1:] or _calls[-1:]
+    return last[0][0] if last else _OFF
+
+
 def _apply() -> None:
-    """Sets malloc's parameters to what the innermost block, or the last call, asks for."""
+    """Sets malloc's parameters as requested.
+
+    If another thread, or what a signal handler or a finalizer has interrupted, is setting them, it
+    compares again when it is done. So nothing waits for the lock.
+    """
+    while not why_not_kept() and _requested() != _active:
+        lock = _lock  # a forked child has another one
+        if not lock.acquire(blocking=False):
+            return
+        try:
+            _set(_requested())
+        finally:
+            lock.release()
+
+
+def _set(setting: _Setting) -> None:
     global _active, _stop
-    setting = _blocks[-1]._setting if _blocks else _calls[-1][1] if _calls else _OFF
-    if setting == _active or why_not_kept():
-        return
     libc: Any = _libc()
+    _restore_in_children()
     if setting.enabled != _active.enabled:
         for parameter, value in (_KEEP if setting.enabled else _DEFAULTS).items():
             if libc.mallopt(parameter, value) != 1:
                 raise RuntimeError(f"mallopt({parameter}, {value}): expected 1, got 0")
     _active = setting
-    _stop.set()
+    if _stop is not None:
+        _stop.release()
+        _stop = None
     if not setting.enabled:
         libc.malloc_trim(0)
-        return
-    _restore_in_children()
-    if setting.trim_every is not None:
-        _stop = threading.Event()
+    elif setting.trim_every is not None:
+        _stop = threading.Lock()
+        _stop.acquire()
         arguments = setting.trim_every, _stop
         threading.Thread(target=_trim_every, args=arguments, name="keep", daemon=True).start()
 
 
-def _trim_every(seconds: float, stop: threading.Event) -> None:
-    while not stop.wait(seconds):
+def _trim_every(seconds: float, stop: Any) -> None:
+    while not stop.acquire(timeout=seconds):
         trim()
+    stop.release()
 
 
 @cache
@@ -269,9 +286,10 @@ def _restore_in_children() -> None:
     """
 
     def restore() -> None:
-        global _lock, _stop
-        _lock, _stop = threading.Lock(), threading.Event()  # another thread may have held them
-        _inherited.extend(_blocks)
+        global _active, _lock, _stop
+        if _lock.locked():  # by another thread, which may have set some of the parameters
+            _active = _Setting(True)
+        _lock, _stop = threading.Lock(), None
         _blocks.clear()
         _calls.clear()
         _apply()

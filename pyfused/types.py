@@ -181,6 +181,10 @@ class Scalar(NamedTuple):
     error: type[Exception] = RuntimeError
     compared_with: str | None = None
 
+    @property
+    def has_bounds(self) -> bool:
+        return self.positive or self.low > -math.inf or self.high < math.inf
+
     def expected(self) -> str:
         """Describes the valid values."""
         if self.positive:

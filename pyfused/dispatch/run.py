@@ -153,9 +153,7 @@ def _planned_decision(op: Any, key: Any, shard: Any, by_size: bool) -> Any:
         if reason := _invalid(op, *planned):
             return (reason, None) if by_size else _BY_SIZE
         return None, op.plan(*planned)
-    except (UnknownSizeError, *checks.ERRORS):
-        if by_size:
-            raise
+    except UnknownSizeError:
         return _BY_SIZE
 
 
@@ -252,8 +250,8 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     if not op.is_linear:
         return
     input, weight = tensors[:2]
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
-        return
+    if any(type(x) not in PLAIN or x.is_nested for x in (input, weight)):
+        return  # they may have no shape
     elements = _head_elements(input, weight)
     if type(elements) is not int:  # comparing a symbolic size would restrict a traced program
         return

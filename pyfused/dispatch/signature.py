@@ -157,6 +157,8 @@ def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
     for scalar, value in zip(op.numbers, numbers, strict=True):
         name = scalar.name
         if isinstance(value, Tensor):
+            if type(value) not in PLAIN:
+                return f"{name} is a {type(value).__name__}"
             is_ours = OPTIONS.get(name) is scalar and name != "label_smoothing"
             is_constant = not (requires_grad(value) if is_ours else value.requires_grad)
             is_readable = value.is_cpu and is_constant and value.numel() == 1

@@ -22,6 +22,7 @@ from pyfused.dispatch.operator import REDUCTIONS, Operand, Operator, Options
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler.kernel import Kernel
+from pyfused.layout import broadcast_with
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.pointwise_loss import (
@@ -334,8 +335,10 @@ def _with_variance_tensor(
     return input, target, var
 
 
-def _variance_reason(input: Tensor, _target: Tensor, var: Any, _: Any) -> str | None:
-    """Returns why no kernel takes the shape of a variance, of which there may be one per row."""
+def _shape_reason(input: Tensor, target: Tensor, var: Any, _: Any) -> str | None:
+    """Returns why no kernel takes the shapes: there may be one variance per row."""
+    if not broadcast_with(target.shape, input.shape):
+        return "input and target do not broadcast"
     if not isinstance(var, TENSORS) or var.shape in (input.shape, input.shape[:-1]):
         return None
     pairs = zip(input.shape, var.shape, strict=False)
@@ -372,7 +375,7 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     numbers=(Scalar("eps"),),
     arrange=_with_variance_tensor,
     nan_on_invalid=True,
-    fallback_reason=_variance_reason,
+    fallback_reason=_shape_reason,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
 )
