@@ -2,8 +2,8 @@
 
 New memory is expensive: the operating system zeroes each page at its first write, which takes
 longer than most kernels take to compute its contents. `keep` retains all memory that the process
-frees. Without it, gradients, unreduced losses and activations of 32 MiB or more that pyfused
-computes reuse blocks that earlier outputs have freed.
+frees. Without it, gradients of 32 MiB or more that pyfused computes reuse blocks that earlier ones
+have freed. Results are not recycled: programs free the storage of activations by resizing it.
 
 The environment variable ``PYFUSED_RECYCLE`` configures the latter for a process: ``0`` switches it
 off, and a number above 1 is the limit in bytes.
@@ -34,11 +34,11 @@ class Stats(NamedTuple):
     """The state of recycling and of :func:`keep`.
 
     Attributes:
-        in_use: Bytes of the blocks that hold tensors.
+        in_use: Bytes of the recycled blocks that hold tensors.
         free: Bytes of the free blocks.
         limit: The maximum number of bytes of free blocks; 0 if recycling is off.
-        hits: The number of large outputs, since the process started, that reused a free block.
-        misses: The number of large outputs, since the process started, that took new memory.
+        hits: The number of large gradients, since the process started, that reused a free block.
+        misses: The number of large gradients, since the process started, that took new memory.
         keeps: Whether :func:`keep` is in effect.
         pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
             :func:`keep`, or of an allocator or environment variables that rule it out. In the
@@ -330,25 +330,26 @@ def _environment() -> dict[str, str]:
     return dict(variable.split("=", 1) for variable in variables if "=" in variable)
 
 
-# ---- outputs of pyfused --------------------------------------------------------------------------
+# ---- gradients of pyfused -------------------------------------------------------------------------
 
 _limit = 0
 
 
 def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
-    """Reuses the memory of earlier large outputs on CPU; on by default on Linux.
+    """Reuses the memory of earlier large gradients on CPU; on by default on Linux.
 
     A freed block stays mapped, and its pages are released with ``MADV_FREE``: the operating system
     reclaims them when it needs memory. Until then they count as resident memory of the process, up
-    to ``limit``. An output reuses a free block of its size or up to an eighth larger. If the
+    to ``limit``. A gradient reuses a free block of its size or up to an eighth larger. If the
     address space is limited (``RLIMIT_AS``), blocks are unmapped immediately.
 
-    The storage of such a tensor cannot be resized: ``resize_`` to more elements and
-    ``untyped_storage().resize_`` raise torch's ``RuntimeError``, as they do for tensors made from
-    NumPy arrays. torch's profiler does not count its memory.
+    The storage of such a gradient, of 32 MiB or more, cannot be resized: ``resize_`` to more
+    elements and ``untyped_storage().resize_`` raise torch's ``RuntimeError``, as they do for
+    tensors made from NumPy arrays. torch's profiler does not count its memory. Results, such as
+    activations and unreduced losses, are allocated by torch.
 
     Args:
-        enabled: False switches recycling off and unmaps the free blocks; every large output then
+        enabled: False switches recycling off and unmaps the free blocks; every large gradient then
             takes new memory, which is up to twice as slow.
         limit: The maximum number of bytes of free blocks; the oldest are unmapped first. By default
             a quarter of the machine's memory, or of the control group's limit if that is less.
@@ -377,7 +378,7 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
 
 
 def release() -> int:
-    """Returns the memory of all free blocks to the system; later large outputs take new memory.
+    """Returns the memory of all free blocks to the system; later large gradients take new memory.
 
     Returns:
         The number of bytes.
@@ -386,7 +387,7 @@ def release() -> int:
 
 
 def stats() -> Stats:
-    """Returns how much memory is in use and free, and how often an output reused a block."""
+    """Returns how much memory is in use and free, and how often a gradient reused a block."""
     in_use, free, hits, misses = cpu.native.recycler_stats() if cpu.RECYCLES else (0, 0, 0, 0)
     kept = _active.enabled, pages_are_kept()
     return Stats(in_use, free, _limit, hits, misses, *kept, glibc.version())

@@ -131,9 +131,9 @@ def _rows(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-# Outputs of at least this many bytes use recycled memory. glibc caches smaller blocks itself, and
+# Gradients of at least this many bytes use recycled memory. glibc caches smaller blocks itself, and
 # releasing their pages costs more than it saves: the speed-up was 0.7 to 1 at 2 to 31 MiB, and 1.3
-# to 2 at 32 MiB or more.
+# to 2 at 32 MiB or more. Results use torch's memory, whose storage users may resize.
 RECYCLED_BYTES = 32 << 20
 
 
@@ -170,7 +170,9 @@ def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve
 def _loss_allocator(each: bool, dtype: torch.dtype) -> Callable[[Sequence[int]], Tensor]:
     """Returns a function that allocates the losses of a shape, or their sum."""
     scalar = _SCALARS[dtype]
-    return (lambda shape: empty(shape, dtype)) if each else lambda _: torch.empty_like(scalar)
+    if each:
+        return lambda shape: torch.empty(shape, dtype=dtype, device="cpu")
+    return lambda _: torch.empty_like(scalar)
 
 
 def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa: ARG001
@@ -271,7 +273,7 @@ def cross_entropy(
         grad_view = grad_target_view = _NO_VIEW
         if outputs.loss:
             if each:
-                loss = empty(loss_shape(input, "none"), accumulate)
+                loss = torch.empty(loss_shape(input, "none"), dtype=accumulate, device="cpu")
             else:
                 loss = torch.empty_like(scalar)
         if grad_of_input:
@@ -467,8 +469,7 @@ def softmax(formula: str, input: Tensor, dim: int) -> Kernels:
     recycled = RECYCLED_BYTES // input.element_size()
 
     def forward(input: Tensor, _: Options) -> Tensor:
-        like = torch.empty_like if input.numel() < recycled else empty_like
-        output = like(input, memory_format=torch.contiguous_format)
+        output = torch.empty_like(input, memory_format=torch.contiguous_format)
         _, sizes, out_strides = along(output, dim)
         strides = out_strides
         if not input.is_contiguous():
@@ -541,15 +542,15 @@ def pointwise_loss(
             is_scalar = not (is_contiguous or any(x.stride()))
             in_rows = in_rows or not (is_contiguous or is_scalar)
             views.append((x.data_ptr(), int(not is_scalar)))
-        output_like = torch.empty_like if n < recycled else empty_like
+        gradient_like = torch.empty_like if n < recycled else empty_like
         if not views[0][1]:  # outputs have the memory order of the first tensor that has one
             like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
-        losses = output_like(like) if each else None
+        losses = torch.empty_like(like) if each else None
         total = torch.empty_like(scalar) if sums else None
         gradients: list[Tensor | None] = []
         addresses = []
         for needed in outputs.gradients:
-            gradient = output_like(like) if needed else None
+            gradient = gradient_like(like) if needed else None
             gradients.append(gradient)
             addresses.append(0 if gradient is None else gradient.data_ptr())
         strides: Sequence[Sequence[int]] = ()
@@ -597,7 +598,7 @@ def activation(formula: Kernel, input: Tensor) -> Kernels:
 
     def forward(input: Tensor, options: Options) -> Tensor:
         n, strides = input.numel(), list[Sequence[int]]()
-        output = (torch.empty_like if n < recycled else empty_like)(input)
+        output = torch.empty_like(input)
         if not input.is_contiguous() and input.stride() != output.stride():
             strides = _strides(output, [input])
         pointers = input.data_ptr(), output.data_ptr()

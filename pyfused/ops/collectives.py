@@ -25,10 +25,25 @@ def gathered(tensor: Tensor, group: Any) -> Tensor:
 
 
 class LocalShard(NamedTuple):
-    """The classes of this process, in a call whose arguments are valid."""
+    """The classes of this process, in a call whose arguments are valid.
 
-    classes: ClassRange  # the first class of this process, and the number of all classes
-    group: Any
+    Attributes:
+        classes: The first class of this process, and the number of all classes.
+        group_reference: A weak reference to the process group, because plans outlive groups that
+            are destroyed; None for all processes.
+    """
+
+    classes: ClassRange
+    group_reference: Any
+
+    @property
+    def group(self) -> Any:
+        if self.group_reference is None:
+            return None
+        group = self.group_reference()
+        if group is None:
+            raise RuntimeError("shard: expected a process group, got one that was destroyed")
+        return group
 
 
 # ---- differentiable sums -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ the pivot m = max_i m_i, SUM = sum_i exp(m_i - m) SUM_i, and TARGET_LOGIT = sum_
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -201,7 +202,7 @@ def local_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) 
     if not 0 <= first <= first + size <= total:
         expected = f"classes in [0, {total}) in every process"
         raise ValueError(f"shard: expected {expected}, got [{first}, {first + size})")
-    return LocalShard(ClassRange(first, total), group)
+    return LocalShard(ClassRange(first, total), None if group is None else weakref.ref(group))
 
 
 def check_local(
