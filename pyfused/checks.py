@@ -9,7 +9,6 @@ expected and what was passed.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeVar
@@ -66,6 +65,8 @@ def tensor(name: str, value: Any, or_float: bool = False) -> None:
 def integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise _error(name, "an int", f"{type(value).__name__} {value!r}", TypeError)
+    if not -(1 << 63) <= int(value) < 1 << 63:
+        raise _error(name, "an int of 64 bits", value, ValueError)
 
 
 def bounded(scalar: Scalar, value: Any) -> None:
@@ -84,10 +85,12 @@ def bounded(scalar: Scalar, value: Any) -> None:
             raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
         if not _can_be_read(value):
             return
+    if not scalar.has_bounds:
+        return  # NaN is valid, too
     fits = not value > high if scalar.clamped else low <= value <= high
     if not fits or (scalar.positive and not value > 0):
-        upper = f"a number in [{low}, {high}]" if high < math.inf else f"a number of at least {low}"
-        raise _error(name, "a positive number" if scalar.positive else upper, float(value), error)
+        got = value.item() if isinstance(value, Tensor) else value
+        raise _error(name, scalar.expected(), got, error)
 
 
 def one_of(

@@ -1310,7 +1310,8 @@ def sigmoid_focal_loss(
         gamma: 0.0 or more; 0.0 gives binary cross-entropy.
         reduction: ``"mean"`` divides by the number of elements that are not ignored.
         weight: A factor for each element, of a shape that broadcasts to the inputs'.
-        ignore_index: Elements with this target have loss and gradient 0.
+        ignore_index: Elements with this target have loss and gradient 0. It is rounded to the
+            targets' dtype.
     """
     op = elementwise.SIGMOID_FOCAL_LOSS
     options = op.options(alpha=alpha, gamma=gamma, ignore_index=ignore_index, reduction=reduction)

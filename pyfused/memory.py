@@ -2,8 +2,8 @@
 
 New memory is expensive: the operating system zeroes each page at its first write, which takes
 longer than most kernels take to compute its contents. `keep` retains all memory that the process
-frees. Without it, gradients, unreduced losses and activations of 32 MiB or more that pyfused
-computes reuse blocks that earlier outputs have freed.
+frees. Without it, gradients of 32 MiB or more that pyfused computes reuse blocks that earlier ones
+have freed. Results are not recycled: programs free the storage of activations by resizing it.
 
 The environment variable ``PYFUSED_RECYCLE`` configures the latter for a process: ``0`` switches it
 off, and a number above 1 is the limit in bytes.
@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 import weakref
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +34,11 @@ class Stats(NamedTuple):
     """The state of recycling and of :func:`keep`.
 
     Attributes:
-        in_use: Bytes of the blocks that hold tensors.
+        in_use: Bytes of the recycled blocks that hold tensors.
         free: Bytes of the free blocks.
         limit: The maximum number of bytes of free blocks; 0 if recycling is off.
-        hits: The number of large outputs, since the process started, that reused a free block.
-        misses: The number of large outputs, since the process started, that took new memory.
+        hits: The number of large gradients, since the process started, that reused a free block.
+        misses: The number of large gradients, since the process started, that took new memory.
         keeps: Whether :func:`keep` is in effect.
         pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
             :func:`keep`, or of an allocator or environment variables that rule it out. In the
@@ -73,35 +74,38 @@ class _Setting(NamedTuple):
 
 
 _OFF = _Setting(False)
-_lock = threading.Lock()
-# The innermost block decides, and without blocks the last call that has not become a block.
-_blocks: list[Keep] = []
-_calls: list[tuple[weakref.ref[Keep], _Setting]] = []
-_inherited: list[Keep] = []  # blocks that the parent process has entered, and this one may leave
+# The innermost block decides, and without blocks the last call that has not become a block. The
+# lists change in single steps, so that threads, signal handlers and finalizers need no lock.
+_blocks: list[tuple[_Setting, object]] = []
+_calls: list[tuple[_Setting, weakref.ref[Keep]]] = []
 _active = _OFF
-_stop = threading.Event()  # ends the thread that returns free pages
-_kept: dict[int, bool] = {}  # by the number of bits of a size, see `pages_are_kept`
+_lock = threading.Lock()  # held while malloc's parameters are set; nothing waits for it
+_stop: Any = None  # a lock; the thread that returns free pages ends when it is released
 
 
 class Keep:
     """The result of :func:`keep`, a context manager."""
 
     def __init__(self, setting: Any) -> None:
-        self._setting = setting
+        self._setting, self._entered = setting, list[Any]()
 
     def __enter__(self) -> None:
-        with _lock:
-            _calls[:] = [call for call in _calls if call[0]() is not self]
-            _blocks.append(self)
-            _apply()
+        block = self._setting, object()
+        self._entered.append(block)
+        _blocks.append(block)
+        _discard(_calls, (self._setting, weakref.ref(self)))
+        _apply()
 
     def __exit__(self, *error: object) -> None:
-        with _lock:
-            blocks = _blocks if self in _blocks else _inherited
-            if self not in blocks:
-                raise RuntimeError("keep: the block was left without being entered, or left twice")
-            del blocks[-1 - blocks[::-1].index(self)]
-            _apply()
+        if not self._entered:
+            raise RuntimeError("keep: the block was left without being entered, or left twice")
+        _discard(_blocks, self._entered.pop())  # a forked child has cleared the list
+        _apply()
+
+
+def _discard(entries: list[Any], entry: Any) -> None:
+    with suppress(ValueError):
+        entries.remove(entry)
 
 
 def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
@@ -154,13 +158,13 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
         message = f"keep: nothing has changed: {reason}; freed memory is {state}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     setting = _Setting(True, trim_every) if enabled else _OFF
-    new = Keep(setting)
-    with _lock:
-        # A call whose result is gone cannot become a block, so earlier calls have no effect.
-        lasting = [i for i, (call, _) in enumerate(_calls) if call() is None]
-        del _calls[: max(lasting, default=0)]
-        _calls.append((weakref.ref(new), setting))
-        _apply()
+    new, calls = Keep(setting), _calls.copy()
+    # A call whose result is gone cannot become a block, so earlier calls have no effect.
+    lasting = [i for i, (_, call) in enumerate(calls) if call() is None]
+    for call in calls[: max(lasting, default=0)]:
+        _discard(_calls, call)
+    _calls.append((setting, weakref.ref(new)))
+    _apply()
     return new
 
 
@@ -171,29 +175,21 @@ def trim() -> bool:
         Whether any pages were returned; False if the C library is not glibc.
     """
     libc = _libc()
-    with _lock:
-        return libc is not None and libc.malloc_trim(0) == 1
+    return libc is not None and libc.malloc_trim(0) == 1
 
 
-def pages_are_kept(size: int = 64 << 20) -> bool:
-    """Returns whether the pages of a freed block serve the next block of its size.
+def pages_are_kept() -> bool:
+    """Returns whether the pages of a freed block of 64 MiB serve the next one.
 
     They do with :func:`keep`. If it cannot set malloc's parameters, another allocator or the
-    environment decides: then blocks are allocated, touched and freed, once for all sizes with the
-    same number of bits, and the page faults of this thread are counted.
-
-    Args:
-        size: The number of bytes.
+    environment decides: then a block is allocated, touched and freed a few times, once for the
+    process, and the page faults of this thread are counted.
     """
-    if why_not_kept() is None:
-        return _active.enabled
-    bits = size.bit_length()
-    if bits not in _kept:
-        _kept[bits] = _measured(size)
-    return _kept[bits]
+    return _active.enabled if why_not_kept() is None else _measured()
 
 
-def _measured(size: int) -> bool:
+@cache
+def _measured(size: int = 64 << 20) -> bool:
     libc = _libc()
     if libc is None:
         return False
@@ -233,32 +229,53 @@ def why_not_kept() -> str | None:
     return f"the environment configures malloc by {', '.join(names)}" if names else None
 
 
+def _requested() -> _Setting:
+    """Returns the setting of the innermost block, or of the last call."""
+    last: Any = _blocks[-1:] or _calls[-1:]
+    return last[0][0] if last else _OFF
+
+
 def _apply() -> None:
-    """Sets malloc's parameters to what the innermost block, or the last call, asks for."""
+    """Sets malloc's parameters as requested.
+
+    If another thread, or what a signal handler or a finalizer has interrupted, is setting them, it
+    compares again when it is done. So nothing waits for the lock.
+    """
+    while not why_not_kept() and _requested() != _active:
+        lock = _lock  # a forked child has another one
+        if not lock.acquire(blocking=False):
+            return
+        try:
+            _set(_requested())
+        finally:
+            lock.release()
+
+
+def _set(setting: _Setting) -> None:
     global _active, _stop
-    setting = _blocks[-1]._setting if _blocks else _calls[-1][1] if _calls else _OFF
-    if setting == _active or why_not_kept():
-        return
     libc: Any = _libc()
+    _restore_in_children()
     if setting.enabled != _active.enabled:
         for parameter, value in (_KEEP if setting.enabled else _DEFAULTS).items():
             if libc.mallopt(parameter, value) != 1:
                 raise RuntimeError(f"mallopt({parameter}, {value}): expected 1, got 0")
     _active = setting
-    _stop.set()
+    if _stop is not None:
+        _stop.release()
+        _stop = None
     if not setting.enabled:
         libc.malloc_trim(0)
-        return
-    _restore_in_children()
-    if setting.trim_every is not None:
-        _stop = threading.Event()
+    elif setting.trim_every is not None:
+        _stop = threading.Lock()
+        _stop.acquire()
         arguments = setting.trim_every, _stop
         threading.Thread(target=_trim_every, args=arguments, name="keep", daemon=True).start()
 
 
-def _trim_every(seconds: float, stop: threading.Event) -> None:
-    while not stop.wait(seconds):
+def _trim_every(seconds: float, stop: Any) -> None:
+    while not stop.acquire(timeout=seconds):
         trim()
+    stop.release()
 
 
 @cache
@@ -269,9 +286,10 @@ def _restore_in_children() -> None:
     """
 
     def restore() -> None:
-        global _lock, _stop
-        _lock, _stop = threading.Lock(), threading.Event()  # another thread may have held them
-        _inherited.extend(_blocks)
+        global _active, _lock, _stop
+        if _lock.locked():  # by another thread, which may have set some of the parameters
+            _active = _Setting(True)
+        _lock, _stop = threading.Lock(), None
         _blocks.clear()
         _calls.clear()
         _apply()
@@ -312,25 +330,26 @@ def _environment() -> dict[str, str]:
     return dict(variable.split("=", 1) for variable in variables if "=" in variable)
 
 
-# ---- outputs of pyfused --------------------------------------------------------------------------
+# ---- gradients of pyfused ------------------------------------------------------------------------
 
 _limit = 0
 
 
 def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
-    """Reuses the memory of earlier large outputs on CPU; on by default on Linux.
+    """Reuses the memory of earlier large gradients on CPU; on by default on Linux.
 
     A freed block stays mapped, and its pages are released with ``MADV_FREE``: the operating system
     reclaims them when it needs memory. Until then they count as resident memory of the process, up
-    to ``limit``. An output reuses a free block of its size or up to an eighth larger. If the
+    to ``limit``. A gradient reuses a free block of its size or up to an eighth larger. If the
     address space is limited (``RLIMIT_AS``), blocks are unmapped immediately.
 
-    The storage of such a tensor cannot be resized: ``resize_`` to more elements and
-    ``untyped_storage().resize_`` raise torch's ``RuntimeError``, as they do for tensors made from
-    NumPy arrays. torch's profiler does not count its memory.
+    The storage of such a gradient, of 32 MiB or more, cannot be resized: ``resize_`` to more
+    elements and ``untyped_storage().resize_`` raise torch's ``RuntimeError``, as they do for
+    tensors made from NumPy arrays. torch's profiler does not count its memory. Results, such as
+    activations and unreduced losses, are allocated by torch.
 
     Args:
-        enabled: False switches recycling off and unmaps the free blocks; every large output then
+        enabled: False switches recycling off and unmaps the free blocks; every large gradient then
             takes new memory, which is up to twice as slow.
         limit: The maximum number of bytes of free blocks; the oldest are unmapped first. By default
             a quarter of the machine's memory, or of the control group's limit if that is less.
@@ -359,7 +378,7 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
 
 
 def release() -> int:
-    """Returns the memory of all free blocks to the system; later large outputs take new memory.
+    """Returns the memory of all free blocks to the system; later large gradients take new memory.
 
     Returns:
         The number of bytes.
@@ -368,7 +387,7 @@ def release() -> int:
 
 
 def stats() -> Stats:
-    """Returns how much memory is in use and free, and how often an output reused a block."""
+    """Returns how much memory is in use and free, and how often a gradient reused a block."""
     in_use, free, hits, misses = cpu.native.recycler_stats() if cpu.RECYCLES else (0, 0, 0, 0)
     kept = _active.enabled, pages_are_kept()
     return Stats(in_use, free, _limit, hits, misses, *kept, glibc.version())

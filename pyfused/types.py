@@ -40,6 +40,8 @@ class Scalar(NamedTuple):
         optional: Whether it may be None, which kernels of formulas receive as NaN.
         special: Values with their own, faster kernels.
         error: The type of the error for a number out of bounds.
+        compared_with: The operand that it is compared with: kernels get it rounded to the operand's
+            dtype, as torch does before it compares.
     """
 
     name: str
@@ -50,6 +52,21 @@ class Scalar(NamedTuple):
     optional: bool = False
     special: tuple[float, ...] = ()
     error: type[Exception] = RuntimeError
+    compared_with: str | None = None
+
+    @property
+    def has_bounds(self) -> bool:
+        return self.positive or self.low > -math.inf or self.high < math.inf
+
+    def expected(self) -> str:
+        """Describes the valid values."""
+        if self.positive:
+            return "a positive number"
+        if self.high == math.inf:
+            return f"a number of at least {self.low}"
+        if self.low == -math.inf:
+            return f"a number of at most {self.high}"
+        return f"a number in [{self.low}, {self.high}]"
 
     @property
     def cases(self) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from pyfused.adopt.convert import FUSED
 from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
-from pyfused.dispatch.report import Report
+from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import why_small
 from pyfused.formula import Formula, FormulaModule
 from pyfused.ops.activation import Activation
@@ -45,11 +44,10 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         Exception: The call raises it.
     """
     call, name = _callable(op)
-    recorder = _Recorder()
-    with recorder:
+    with recorded() as calls:
         call(*args, **kwargs)
-    if recorder.found is not None:
-        return recorder.found
+    if calls:
+        return explanation_of(*calls[-1])
     reason = SMALL  # the only reason of formulas
     if name in OPERATORS:
         reason = _reason(OPERATORS[name], _arguments(call, name, args, kwargs))
@@ -101,18 +99,3 @@ def _reason(op: Operator, arguments: dict[str, Any]) -> str:
         return "dim is not given"
     tensors = [arguments.get(operand.name) for operand in op.all_operands]
     return why_small(op, tensors, SimpleNamespace(**arguments))
-
-
-class _Recorder(Report):
-    """Keeps the explanation of the last call that this thread dispatches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.thread = threading.get_ident()
-        self.found: Explanation | None = None
-
-    def count(
-        self, op: Operator, tensors: Any, options: Any, reason: str | None, shard: Any
-    ) -> None:
-        if threading.get_ident() == self.thread:
-            self.found = explanation_of(op, tensors, options, reason, shard)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator
+from functools import partial
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar, overload
 
@@ -120,22 +122,21 @@ def _state(module: torch.nn.Module) -> dict[str, Any]:
 
 _lock = threading.RLock()
 # The calls of patch() without unpatch(), and the active ``with`` blocks of all threads.
-_calls: frozenset[Patch] = frozenset()
-_blocks: tuple[Patch, ...] = ()
+_calls: set[Patch] = set()
+_blocks: list[Patch] = []
+_is_patched = _is_changing = False
 
 
 class Patch(ContextDecorator):
     """The result of :func:`pyfused.patch`, a context manager and decorator."""
 
     def __enter__(self) -> Patch:
-        with _lock:
-            _set_users(_calls - {self}, (*_blocks, self))
+        _update(partial(_blocks.append, self), partial(_blocks.remove, self))
+        _calls.discard(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        with _lock:
-            last = len(_blocks) - 1 - _blocks[::-1].index(self)
-            _set_users(_calls, _blocks[:last] + _blocks[last + 1 :])
+        _update(partial(_blocks.remove, self), partial(_blocks.append, self))
 
     def __call__(self, function: Function) -> Function:
         if not callable(function) or isinstance(function, (torch.nn.Module, type)):
@@ -150,8 +151,8 @@ class Patch(ContextDecorator):
                 f"function: expected a function, got the coroutine or generator {function!r}. Use "
                 "'with pyfused.patch():' around the calls in it"
             )
-        with _lock:
-            _set_users(_calls - {self}, _blocks)
+        if self in _calls:
+            _update(partial(_calls.discard, self), partial(_calls.add, self))
         return super().__call__(function)
 
 
@@ -180,11 +181,10 @@ def patch(function: Any = None) -> Any:
     """
     if function is not None:
         return Patch()(function)
+    if _calls:
+        _log.info("patch: already active")
     new = Patch()
-    with _lock:
-        if _calls:
-            _log.info("patch: already active")
-        _set_users(_calls | {new}, _blocks)
+    _update(partial(_calls.add, new), partial(_calls.discard, new))
     return new
 
 
@@ -195,26 +195,57 @@ def unpatch() -> None:
         RuntimeError: ``patch()`` was not called, or other code has replaced one of the functions
             since. Nothing has been changed.
     """
-    with _lock:
-        if not _calls:
-            inside = "; 'with patch()' ends with its block" if _blocks else ""
-            raise RuntimeError(f"unpatch() called without patch(){inside}")
-        _set_users(frozenset(), _blocks)
+    calls = _calls.copy()
+    if not calls:
+        inside = "; 'with patch()' ends with its block" if _blocks else ""
+        raise RuntimeError(f"unpatch() called without patch(){inside}")
+    _update(partial(_calls.difference_update, calls), partial(_calls.update, calls))
 
 
-def _set_users(calls: frozenset[Patch], blocks: tuple[Patch, ...]) -> None:
-    """Patches torch if it has users, or else restores it.
+def _update(change: Callable[[], Any], undo: Callable[[], Any]) -> None:
+    """Changes the calls or the blocks, and patches torch while there are any.
 
     Raises:
         RuntimeError: Other code has replaced a function. Nothing has been changed.
     """
-    global _calls, _blocks
-    was_patched, is_patched = bool(_calls or _blocks), bool(calls or blocks)
-    if is_patched and not was_patched:
-        _replace("patch", "torch", _UNPATCHED, _PATCHED)
-    elif was_patched and not is_patched:
-        _replace("unpatch", "pyfused", _PATCHED, _UNPATCHED)
-    _calls, _blocks = calls, blocks
+    _renew_lock_in_children()
+    with _lock:
+        change()
+        try:
+            _apply()
+        except BaseException:
+            undo()
+            raise
+
+
+def _apply() -> None:
+    global _is_patched, _is_changing
+    while bool(_calls or _blocks) is not _is_patched:
+        if _is_changing:  # a finalizer or a signal handler has interrupted this loop
+            return
+        _is_changing = True
+        try:
+            if _is_patched:
+                _replace("unpatch", "pyfused", _PATCHED, _UNPATCHED)
+            else:
+                _replace("patch", "torch", _UNPATCHED, _PATCHED)
+            _is_patched = not _is_patched
+        finally:
+            _is_changing = False
+
+
+@functools.cache
+def _renew_lock_in_children() -> None:
+    """Gives child processes a new lock, as a thread of the parent may hold its lock."""
+
+    def renew() -> None:
+        global _lock, _is_patched, _is_changing
+        name = _NAMES[0]
+        _lock, _is_patched = threading.RLock(), getattr(F, name, None) is _PATCHED[name]
+        _is_changing = False
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
 
 
 def _replace(caller: str, package: str, current: Functions, new: Functions) -> None:

@@ -37,10 +37,10 @@ def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True)
             report.__exit__()
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
             if ranks > 1:
-                print(f"pyfused: rank 0 of {ranks}:", file=sys.stderr)
-            print(report, file=sys.stderr)
+                _print_error(f"pyfused: rank 0 of {ranks}:")
+            _print_error(str(report))
             if keep:
-                print(_kept(), file=sys.stderr)
+                _print_error(_kept())
 
     if keep and not memory.why_not_kept():
         memory.keep()
@@ -72,7 +72,7 @@ def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True)
             content = file.read()  # once: a pipe cannot be read again
     except OSError as error:
         reason = f"[Errno {error.errno}] {error.strerror}"
-        print(f"{sys.executable}: can't open file {str(path)!r}: {reason}", file=sys.stderr)
+        _print_error(f"{sys.executable}: can't open file {str(path)!r}: {reason}")
         sys.exit(2)
     code = pkgutil.read_code(io.BytesIO(content))
     loader = SourceFileLoader if code is None else SourcelessFileLoader
@@ -80,6 +80,11 @@ def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True)
         code = compile(content, path, "exec", dont_inherit=True)
     main.__file__, main.__loader__ = str(path), loader("__main__", str(path))
     exec(code, vars(main))
+
+
+def _print_error(line: str) -> None:
+    if sys.stderr is not None:  # its descriptor was closed; print would write to stdout
+        print(line, file=sys.stderr)
 
 
 def _kept() -> str:

@@ -130,9 +130,9 @@ def _rows(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-# Outputs of at least this many bytes use recycled memory. glibc caches smaller blocks itself, and
+# Gradients of at least this many bytes use recycled memory. glibc caches smaller blocks itself, and
 # releasing their pages costs more than it saves: the speed-up was 0.7 to 1 at 2 to 31 MiB, and 1.3
-# to 2 at 32 MiB or more.
+# to 2 at 32 MiB or more. Results use torch's memory, whose storage users may resize.
 RECYCLED_BYTES = 32 << 20
 
 
@@ -168,7 +168,9 @@ def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve
 
 def _new_loss(shape: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
     """Allocates the losses of a shape; None for their sum."""
-    return torch.empty_like(_SCALARS[dtype]) if shape is None else empty(shape, dtype)
+    if shape is None:
+        return torch.empty_like(_SCALARS[dtype])
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa: ARG001
@@ -431,8 +433,7 @@ def row_gradients(
 
 
 def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
-    like = torch.empty_like if input.nbytes < RECYCLED_BYTES else empty_like
-    output = like(input, memory_format=torch.contiguous_format)
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
     _, sizes, out_strides = along(output, dim)
     strides = out_strides
     if not input.is_contiguous():
@@ -493,15 +494,15 @@ def pointwise_loss(
         is_scalar = not (is_contiguous or any(x.stride()))
         in_rows = in_rows or not (is_contiguous or is_scalar)
         views.append((x.data_ptr(), int(not is_scalar)))
-    output_like = torch.empty_like if like.nbytes < RECYCLED_BYTES else empty_like
+    gradient_like = torch.empty_like if like.nbytes < RECYCLED_BYTES else empty_like
     if not views[0][1]:  # outputs have the memory order of the first tensor that has one
         like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
     losses = total = None
     if outputs.loss and reduction == "none":
-        losses = output_like(like)
+        losses = torch.empty_like(like)
     if outputs.loss and (losses is None or on_nan is not None):
         total = torch.empty_like(_SCALARS[accumulate_dtype(dtype)])  # is NaN if any loss is
-    gradients = tuple([output_like(like) if needed else None for needed in outputs.gradients])
+    gradients = tuple([gradient_like(like) if needed else None for needed in outputs.gradients])
     addresses = [0 if x is None else x.data_ptr() for x in gradients]
     strides: Sequence[Sequence[int]] = ()
     if in_rows:
@@ -540,7 +541,7 @@ def _native_program(program: Program) -> Callable[..., None]:
 
 def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
     strides = list[Sequence[int]]()
-    output = (torch.empty_like if input.nbytes < RECYCLED_BYTES else empty_like)(input)
+    output = torch.empty_like(input)
     if not input.is_contiguous() and input.stride() != output.stride():
         strides = _strides(output, [input])
     pointers = input.data_ptr(), output.data_ptr()

@@ -91,6 +91,7 @@ class Operator(ABC):
         fields: The names of the options; the numbers come first.
         invalid_options: Takes the options of a call, one by one, and returns why no kernel takes
             them, None if one does.
+        compared: The index of each number with ``compared_with``, and of its operand.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
@@ -116,6 +117,7 @@ class Operator(ABC):
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
     invalid_options: Callable[..., str | None] = field(init=False)
+    compared: tuple[tuple[int, int], ...] = field(init=False)
     uniform: int = field(init=False, default=0)
     student: int = field(init=False, default=1)
     family: str = field(init=False)
@@ -132,6 +134,8 @@ class Operator(ABC):
         self.all_operands = *self.operands, *self.factors
         self.names = *[operand.name for operand in self.all_operands], *self.fields
         self.invalid_options = lru_cache(maxsize=256, typed=True)(self._invalid_options)
+        pairs = [(i, number.compared_with) for i, number in enumerate(self.numbers)]
+        self.compared = tuple([(i, self.names.index(name)) for i, name in pairs if name])
         self.family = type(self).__name__
         self.is_linear = "linear_weight" in self.names
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from time import perf_counter
 from typing import Any
 
@@ -13,9 +15,12 @@ from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.torch_internals import compiler_traces
 
-active: tuple[Report, ...] = ()  # the reports whose blocks have not ended
+active: list[Report] = []  # the reports whose blocks have not ended
 clock = perf_counter  # read before and after a kernel
-_lock = threading.RLock()  # several threads may call kernels at once
+# What has not been counted yet, as functions and their arguments. Several threads may call kernels
+# at once, also from signal handlers and finalizers, so one of them counts, and none waits.
+_events: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+_lock = threading.Lock()  # held while events are counted
 
 
 class Report:
@@ -28,33 +33,14 @@ class Report:
         self._kernel_seconds = self._seconds = 0.0
 
     def __enter__(self) -> Report:
-        global active
-        with _lock:
-            active = (*active, self)
-            self._seconds -= perf_counter()
+        _renew_lock_in_children()
+        self._seconds -= perf_counter()
+        active.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        global active
-        with _lock:
-            active = tuple([report for report in active if report is not self])
-            self._seconds += perf_counter()
-
-    def count(
-        self,
-        op: Operator,
-        tensors: Tensors,
-        options: Options,  # noqa: ARG002
-        reason: str | None,
-        shard: Any,  # noqa: ARG002
-    ) -> None:
-        """Counts a call; see `counted`."""
-        if reason is None:
-            row = self._ran.setdefault(op.name, {"calls": 0, "largest_input": 0})
-            row["calls"] += 1
-            row["largest_input"] = max(row["largest_input"], op.elements(tensors))
-        else:
-            self._left[op.name, reason] += 1
+        active.remove(self)
+        self._seconds += perf_counter()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts and times, for logging; ``json`` can write them.
@@ -66,18 +52,32 @@ class Report:
             of dispatched calls by operator and reason. ``compiled``: the number of calls in
             compiled programs by operator.
         """
+        _count()
         left: dict[str, dict[str, int]] = {}
-        with _lock:
-            for (op, reason), count in self._left.most_common():
-                left.setdefault(op, {})[reason] = count
-            rows = sorted(self._ran.items(), key=lambda row: -row[1]["calls"])
-            return {
-                "seconds": self._seconds + (perf_counter() if self in active else 0.0),
-                "kernel_seconds": self._kernel_seconds,
-                "operators": {op: dict(row) for op, row in rows},
-                "left_to_torch": left,
-                "compiled": dict(self._compiled),
-            }
+        for (op, reason), count in self._left.copy().most_common():
+            left.setdefault(op, {})[reason] = count
+        rows = sorted(self._ran.copy().items(), key=lambda row: -row[1]["calls"])
+        return {
+            "seconds": self._seconds + (perf_counter() if self in active else 0.0),
+            "kernel_seconds": self._kernel_seconds,
+            "operators": {op: dict(row) for op, row in rows},
+            "left_to_torch": left,
+            "compiled": dict(self._compiled),
+        }
+
+    def _add_call(self, op: str, elements: int) -> None:
+        row = self._ran.setdefault(op, {"calls": 0, "largest_input": 0})
+        row["calls"] += 1
+        row["largest_input"] = max(row["largest_input"], elements)
+
+    def _add_left(self, op: str, reason: str) -> None:
+        self._left[op, reason] += 1
+
+    def _add_compiled(self, op: str) -> None:
+        self._compiled[op] += 1
+
+    def _add_seconds(self, seconds: float) -> None:
+        self._kernel_seconds += seconds
 
     def __repr__(self) -> str:
         found = self.to_dict()
@@ -112,6 +112,25 @@ def report() -> Report:
     return Report()
 
 
+class _Recording(threading.local):
+    calls: list[tuple[Any, ...]] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, ...]]]:
+    """Records the calls that this thread dispatches, as arguments of `explanation_of`."""
+    before, calls = _recording.calls, list[tuple[Any, ...]]()
+    _recording.calls = calls
+    try:
+        with Report():
+            yield calls
+    finally:
+        _recording.calls = before
+
+
 # ---- what dispatch calls while reports are active ------------------------------------------------
 
 
@@ -130,17 +149,18 @@ def counted(
     """
     if compiler_traces() or reason in reasons.not_reported:
         return kernel
-    with _lock:
-        for each in active:
-            each.count(op, tensors, options, reason, shard)
+    if (calls := _recording.calls) is not None:
+        calls.append((op, tensors, options, reason, shard))
+    if reason is None:
+        _record(Report._add_call, op.name, op.elements(tensors))
+    else:
+        _record(Report._add_left, op.name, reason)
     return partial(timed, kernel)
 
 
 def count_compiled(name: str) -> None:
     """Counts a call of a custom operator in a compiled program."""
-    with _lock:
-        for each in active:
-            each._compiled[name] += 1
+    _record(Report._add_compiled, name)
 
 
 def timed(kernel: Callable[..., Any], *args: Any) -> Any:
@@ -154,6 +174,36 @@ def timed(kernel: Callable[..., Any], *args: Any) -> Any:
 
 def count_seconds(seconds: float) -> None:
     """Adds the time of a kernel."""
-    with _lock:
-        for each in active:
-            each._kernel_seconds += seconds
+    _record(Report._add_seconds, seconds)
+
+
+def _record(add: Callable[..., None], *values: Any) -> None:
+    for report in active.copy():
+        _events.append((add, (report, *values)))
+    _count()
+
+
+def _count() -> None:
+    """Counts the events, unless a call that is doing so will count them, too."""
+    while _events:
+        lock = _lock  # a forked child has another one
+        if not lock.acquire(blocking=False):
+            return
+        try:
+            while _events:
+                add, arguments = _events.popleft()
+                add(*arguments)
+        finally:
+            lock.release()
+
+
+@cache
+def _renew_lock_in_children() -> None:
+    """Gives child processes a new lock, as a thread of the parent may hold its lock."""
+
+    def renew() -> None:
+        global _lock
+        _lock = threading.Lock()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any
@@ -72,7 +73,7 @@ def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard
         RuntimeError: Transforms of torch.func or forward-mode AD are active.
     """
     tensors, local = op.checked_on_shard(tensors, options, shard)
-    reason, converted, fused = active_mode(), _converted(op, options), op.fused
+    reason, converted, fused = active_mode(), _converted(op, options, tensors), op.fused
     if reason is None and isinstance(converted, str):
         reason = converted
     if report.active:
@@ -137,8 +138,8 @@ def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Opt
         if uniform and (i >= uniform or x.dtype is not dtype or x.shape != shape):
             uniform = 0
     converted = options
-    if not _KINDS.issuperset(map(type, options)):
-        converted = _converted(op, options)
+    if op.compared or not _KINDS.issuperset(map(type, options)):
+        converted = _converted(op, options, tensors)
         if isinstance(converted, str):
             return converted, options, False
     reason = op.invalid_options(*converted)
@@ -191,8 +192,10 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
 # ---- options -------------------------------------------------------------------------------------
 
 
-def _converted(op: Operator, options: Options) -> Options | str:
+def _converted(op: Operator, options: Options, tensors: Tensors) -> Options | str:
     """Returns the options of a kernel, in which numbers are floats, or why there are none.
+
+    A number that is compared with an operand is rounded to its dtype.
 
     The value of a tensor of one element is read, unless it needs a gradient or is on a GPU, where
     reading synchronises. torch's own functions never take a number that requires grad.
@@ -203,6 +206,8 @@ def _converted(op: Operator, options: Options) -> Options | str:
     for scalar, value in zip(op.numbers, numbers, strict=True):
         name = scalar.name
         if isinstance(value, Tensor):
+            if type(value) not in PLAIN:
+                return f"{name} is a {type(value).__name__}"
             is_ours = OPTIONS.get(name) is scalar and name != "label_smoothing"
             is_constant = not (requires_grad(value) if is_ours else value.requires_grad)
             is_readable = value.is_cpu and is_constant and value.numel() == 1
@@ -211,6 +216,8 @@ def _converted(op: Operator, options: Options) -> Options | str:
             value = value.detach()  # torch warns if a number that requires grad is converted
         elif value is not None and not isinstance(value, (float, int, Real)):
             return f"{name} is a {type(value).__name__}"
+        elif isinstance(value, Integral) and not -(1 << 63) <= int(value) < 1 << 63:
+            return f"{name} is an int of more than 64 bits"
         converted.append(None if value is None else float(value))
     for choice, value in zip(op.choices, choices, strict=True):
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
@@ -219,7 +226,16 @@ def _converted(op: Operator, options: Options) -> Options | str:
         elif type(value) not in _KINDS and not is_integer:
             return f"{choice.name} is a {type(value).__name__}"
         converted.append(int(value) if is_integer else value)
+    for i, operand in op.compared:
+        dtype = getattr(tensors[operand], "dtype", None)
+        if converted[i] is not None and dtype in DTYPES:
+            converted[i] = _rounded(converted[i], dtype)
     return op.options(*converted)
+
+
+@lru_cache(maxsize=256)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 # ---- programs that are compiled ------------------------------------------------------------------
@@ -268,8 +284,8 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     if not op.is_linear:
         return
     input, weight = tensors[:2]
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
-        return
+    if any(type(x) not in PLAIN or x.is_nested for x in (input, weight)):
+        return  # they may have no shape
     elements = _head_elements(input, weight)
     if type(elements) is not int:  # comparing a symbolic size would restrict a traced program
         return

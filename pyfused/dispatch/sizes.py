@@ -255,8 +255,8 @@ def limit_of(op: Any, tensors: Tensors, options: Options, found: Limits) -> int:
 
 def limit_of_rows(input: Tensor, dim: Any, found: Limits) -> int:
     """Returns the limit for classes along a dimension, `from_elements` if there are no classes."""
-    if found.few_classes is None:
-        return found.from_elements
+    if found.few_classes is None or input.layout is not torch.strided or input.is_nested:
+        return found.from_elements  # others have no strides
     if found.strided is not None and input.dim() and input.stride(-1) != 1:
         return found.strided
     if type(dim) is int and -input.dim() <= dim < input.dim() and input.stride(dim) == 1:
@@ -382,6 +382,8 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
         if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
             elements = op.elements(tensors)
     elif op.is_linear:
+        if type(tensors[1]) not in PLAIN or tensors[1].is_nested:
+            return False
         elements = op.elements(tensors)
     if elements == 0 or FORCED is not None:
         return elements == 0
@@ -390,6 +392,4 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
     if elements < found.least or elements >= found.most:  # the common cases
         return elements < found.least
     limit = limit_of(op, tensors, options, found)
-    return elements < limit or (
-        limit == found.pages and memory.pages_are_kept(elements * input.element_size())
-    )
+    return elements < limit or (limit == found.pages and memory.pages_are_kept())

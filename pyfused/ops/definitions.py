@@ -407,6 +407,8 @@ def sigmoid_focal_loss(
     if targets.shape != inputs.shape:
         expected = f"the shape of inputs, {tuple(inputs.shape)}"
         raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
+    if isinstance(ignore_index, Tensor) and targets.is_floating_point():
+        ignore_index = ignore_index.reshape(()).to(targets.dtype)
     valid = None if ignore_index is None else targets.ne(ignore_index)
     if valid is not None:  # others may be NaN
         inputs, targets = (x.where(valid, 0) for x in (inputs, targets))

@@ -290,7 +290,7 @@ class Divergence(RowOperator):
             return loss_forward(divergence_kernel, tensors, options, needs)
         computed = compute_blocks(self, self.loop(tensors, options, needs), tensors, options, needs)
         assert computed is not None
-        loss, gradients, _ = computed
+        loss, gradients, _state = computed
         return loss, tensors, gradients if self.in_forward(tensors, options, needs) else ()
 
     def backward(

@@ -21,6 +21,7 @@ from pyfused.dispatch.operator import REDUCTIONS, Operand, Operator, Options
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler.kernel import Kernel
+from pyfused.layout import broadcast_with
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.pointwise_loss import (
@@ -332,8 +333,10 @@ def _with_variance_tensor(
     return input, target, var
 
 
-def _variance_reason(input: Tensor, _target: Tensor, var: Any, _: Any) -> str | None:
-    """Returns why no kernel takes the shape of a variance, of which there may be one per row."""
+def _shape_reason(input: Tensor, target: Tensor, var: Any, _: Any) -> str | None:
+    """Returns why no kernel takes the shapes: there may be one variance per row."""
+    if not broadcast_with(target.shape, input.shape):
+        return "input and target do not broadcast"
     if not isinstance(var, Tensor) or var.shape in (input.shape, input.shape[:-1]):
         return None
     pairs = zip(input.shape, var.shape, strict=False)
@@ -370,7 +373,7 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     numbers=(Scalar("eps"),),
     arrange=_with_variance_tensor,
     nan_on_invalid=True,
-    fallback_reason=_variance_reason,
+    fallback_reason=_shape_reason,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
 )
@@ -518,7 +521,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     numbers=(
         Scalar("alpha", high=1.0),
         Scalar("gamma", low=0.0, special=(2.0,)),
-        Scalar("ignore_index", optional=True),
+        Scalar("ignore_index", optional=True, compared_with="targets"),
     ),
     denominators={"mean": _counted_elements},
     reads_values=True,

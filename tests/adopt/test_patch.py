@@ -112,17 +112,22 @@ def test_a_failing_call_is_made_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError, torch.OutOfMemoryError, MemoryError, KeyError, KeyboardInterrupt]
+    "error",
+    [RuntimeError, TypeError, torch.OutOfMemoryError, MemoryError, KeyError, KeyboardInterrupt],
 )
 def test_other_errors_pass_through(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> Tensor:
+    calls = []
+
+    def fails(*call: Any) -> Tensor:
+        calls.append(call)
         raise error("of a hook, of the user or of torch")
 
     monkeypatch.setattr(type(OPERATORS["relu"]), "plan", fails)
     with pyfused.patch(), pytest.raises(error, match="of a hook"):
         F.relu(X)
+    assert len(calls) == 1  # not caught
 
 
 WARNS = [

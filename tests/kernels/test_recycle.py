@@ -1,4 +1,4 @@
-"""Large outputs in recycled memory behave like other tensors."""
+"""Large gradients in recycled memory behave like other tensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import torch
 from processes import python
 from torch import Tensor
 
-from pyfused import memory
+from pyfused import functional, memory
 from pyfused.backends import cpu
-from pyfused.functional import relu
 
 pytestmark = [
     pytest.mark.cpu,
@@ -48,7 +47,11 @@ def ones() -> Tensor:
 
 
 def output(elements: int = ELEMENTS) -> Tensor:
-    return relu(ones()[:elements])
+    return recycled(ones()[:elements])
+
+
+def recycled(x: Tensor) -> Tensor:
+    return cpu.empty_like(x).copy_(x)
 
 
 # ---- blocks --------------------------------------------------------------------------------------
@@ -143,13 +146,41 @@ def test_memory_is_in_use_until_the_last_reference_is_gone(read: Callable[[Tenso
     assert memory.stats().in_use == in_use - 36 * MIB
 
 
+def calls() -> dict[str, Callable[[Tensor], Any]]:
+    logits, target = (ELEMENTS // 8, 8), torch.zeros(ELEMENTS // 8, dtype=torch.int64)
+    return {
+        "relu": functional.relu,
+        "mish": functional.mish,
+        "softmax": lambda x: functional.softmax(x.view(logits), -1),
+        "swiglu": lambda x: functional.swiglu(x, x),
+        "mse_loss": lambda x: functional.mse_loss(x, x.detach(), reduction="none"),
+        "cross_entropy": lambda x: functional.cross_entropy(x.view(logits), target),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_results_can_be_resized_and_gradients_are_recycled(name: str) -> None:
+    x = ones()[:ELEMENTS].detach().requires_grad_()
+    result = calls()[name](x)
+    before = memory.stats()
+    values, storage = result.detach().clone(), result.untyped_storage()
+    size = storage.size()
+    storage.resize_(0)
+    storage.resize_(size)
+    result.data.copy_(values)
+    result.sum().backward()
+    after = memory.stats()
+    assert after.hits + after.misses > before.hits + before.misses or name == "cross_entropy"
+    assert after.in_use >= ELEMENTS * 4
+
+
 # ---- threads and processes -----------------------------------------------------------------------
 
 
 def test_threads() -> None:
     def work(value: float) -> bool:
         x = torch.full((ELEMENTS,), value)
-        return all(torch.equal(relu(x), x) for _ in range(12))
+        return all(torch.equal(recycled(x), x) for _ in range(12))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, (1.0, 2.0, 3.0, 4.0)))
@@ -163,9 +194,13 @@ import os, re, torch
 from pathlib import Path
 from processes import left
 from pyfused import memory
-from pyfused.functional import cross_entropy, relu
+from pyfused.backends import cpu
+from pyfused.functional import cross_entropy
 torch.set_num_threads(1)
 x = torch.ones(9 << 20)
+
+def recycled(x):
+    return cpu.empty_like(x).copy_(x)
 
 def logits():
     x = torch.randn(64, 1 << 18, requires_grad=True)
@@ -190,7 +225,7 @@ def run(code: str, **environment: str) -> str:
 
 def test_a_forked_child_starts_with_no_free_block() -> None:
     run("""
-        kept = relu(x); relu(x)
+        kept = recycled(x); recycled(x)
         assert memory.stats().free == 36 << 20
         child = os.fork()
         if child:
@@ -199,7 +234,7 @@ def test_a_forked_child_starts_with_no_free_block() -> None:
             assert kept.sum() == 9 << 20
         else:
             assert memory.stats().free == 0
-            kept.add_(1); relu(x); del kept
+            kept.add_(1); recycled(x); del kept
             assert memory.stats().free == 2 * 36 << 20
             os._exit(17)
     """)
@@ -208,10 +243,10 @@ def test_a_forked_child_starts_with_no_free_block() -> None:
 def test_tensors_outlive_the_interpreter() -> None:
     code = """if True:
         import builtins, torch
-        from pyfused.functional import relu
-        builtins.kept = relu(torch.ones(9 << 20))
+        from pyfused.backends import cpu
+        builtins.kept = cpu.empty_like(torch.ones(9 << 20))
         class Late:
-            def __init__(self): self.tensor = relu(torch.ones(9 << 20))
+            def __init__(self): self.tensor = cpu.empty_like(torch.ones(9 << 20))
             def __del__(self): self.tensor = None
         builtins.late = Late()
     """
@@ -226,13 +261,13 @@ def test_no_memory_left() -> None:
     printed = run("""
         memory.recycle(limit=1 << 40)
         larger = torch.ones(12 << 20)
-        relu(x)
+        recycled(x)
         assert memory.stats().free
         with left(20 << 20):
-            y = relu(larger)  # fits after the free block is released
+            y = recycled(larger)  # fits after the free block is released
             assert memory.stats().free == 0 and y.sum() == 12 << 20
             try:
-                relu(larger)
+                recycled(larger)
             except RuntimeError as error:
                 print(error)
             del y

@@ -60,10 +60,17 @@ def test_infinite_gradients_from_above() -> None:
 
 
 @pytest.mark.skipif(not cpu.RECYCLES, reason="memory is recycled on Linux only")
-def test_the_storage_of_a_large_output() -> None:
-    x = torch.randn(1 << 24, requires_grad=True)
+def test_the_storage_of_a_large_gradient() -> None:
     with pytest.raises(RuntimeError, match="resize"):
-        F.relu(x).detach().untyped_storage().resize_(0)
+        gradient_of(F.relu, torch.randn(1 << 24)).untyped_storage().resize_(0)
+
+
+def test_gradients_of_celu_in_float64() -> None:
+    x = torch.linspace(-3, 1, 1 << 20, dtype=torch.float64)
+    exact = (x / 0.1).exp().clamp(max=1)
+    ours, theirs = (gradient_of(f.celu, x, alpha=0.1) for f in (F, TF))
+    assert ((ours - exact) / exact).abs().max() < 1e-14
+    assert 1e-7 < ((theirs - exact) / exact).abs().max() < 2e-6
 
 
 def test_operators_without_kernels() -> None:
