@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial, update_wrapper
+from importlib import import_module
 from itertools import product
 from numbers import Integral, Real
+from operator import attrgetter
 from traceback import extract_tb
-from types import NoneType
+from types import FunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -32,12 +35,14 @@ from pyfused.formula_compiler.program import (
 )
 from pyfused.layout import broadcast_with
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
+from pyfused.torch_internals import never_traced
 from pyfused.types import NUMBER, Outputs, Scalar
 
 _LONG = 16  # a formula is long from this many instructions on, including its gradients
 _MOST_TRACES = 32  # traces of a formula for static parameters, and of an operator for exponents
 _CALL_OPTIONS = ("reduction", "weight")  # keywords of losses, in addition to the parameters
 _KINDS = frozenset((bool, int, str, NoneType))  # of static parameters
+_FUNCTIONS = ".functions."  # between the name of a formula and its functions' in a pickle
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
@@ -324,6 +329,7 @@ class Formula:
         """Returns the user's function and, if there is one, the gradient."""
         return (self.written,) if self.slopes is None else (self.written, self.slopes)
 
+    @never_traced
     def gradient(self, slopes: Function) -> Function:
         """Replaces the derivative that torch's rules give; use it as a decorator.
 
@@ -380,6 +386,7 @@ class Formula:
         if slopes is not None:
             self.slopes_of = _returning_slopes(slopes, len(self.operands))
             self.kinds = _differentiated(self.captured, self.slopes_of)
+        self.functions = _Functions(self)
         self.operators: dict[Any, FormulaOperator] = {}
         self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
@@ -585,12 +592,69 @@ class Formula:
     def __deepcopy__(self, _: Any) -> Formula:
         return self
 
-    def __reduce__(self) -> str:
-        """Pickles the formula by its name, like a function."""
-        return self.__qualname__
+    def __reduce__(self) -> Any:
+        """Pickles the formula like a function: by name, or by value with cloudpickle.
+
+        Picklers decide so for functions only. If the formula's name is bound to another object,
+        such as the function, that one's name counts.
+        """
+        is_bound = _found(self.__module__, self.__qualname__) is self
+        functions: Any = self.functions if is_bound else self
+        return _unpickled, (functions.written, self.loss), functions.slopes
+
+    def __setstate__(self, slopes: Any) -> None:
+        if self.slopes is None and slopes is not None:
+            self.gradient(slopes)
 
     def __repr__(self) -> str:
         return f"<pyfused.{'loss' if self.loss else 'activation'} {self.__name__}>"
+
+
+class _Functions:
+    """Copies of a formula's functions whose names are paths of attributes that end here."""
+
+    def __init__(self, formula: Formula) -> None:
+        self.path = formula.__module__, formula.__qualname__
+        self.written = self._copy(formula.written, "written")
+        self.slopes = formula.slopes and self._copy(formula.slopes, "slopes")
+
+    def _copy(self, function: Any, name: str) -> FunctionType:
+        parts = function.__code__, function.__globals__, function.__name__
+        copy = FunctionType(*parts, function.__defaults__, function.__closure__)
+        copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
+        copy.__dict__.update(function.__dict__)
+        module, qualname = self.path
+        copy.__module__, copy.__qualname__ = module, f"{qualname}{_FUNCTIONS}{name}"
+        return copy
+
+    def __reduce__(self) -> Any:
+        """Protocols before 4 pickle an attribute by its object."""
+        return _functions_of, self.path
+
+
+def _functions_of(module: str, qualname: str) -> _Functions:
+    import_module(module)
+    functions: _Functions = _found(module, qualname).functions
+    return functions
+
+
+def _found(module: str, qualname: str) -> Any:
+    """Returns the object with a name, None if there is none."""
+    try:
+        return attrgetter(qualname)(sys.modules[module])
+    except (AttributeError, KeyError):
+        return None
+
+
+def _unpickled(function: FunctionType, is_loss: bool) -> Formula:
+    """Returns the formula that a function belongs to, or a new one if it came by value."""
+    qualname, by_value, _ = function.__qualname__.rpartition(_FUNCTIONS)
+    if by_value:
+        formula = _found(function.__module__, qualname)
+        if isinstance(formula, Formula) and formula.functions.written is function:
+            return formula
+        function.__qualname__ = qualname
+    return Formula(function, is_loss)
 
 
 class FormulaModule(torch.nn.Module):
@@ -617,6 +681,7 @@ class FormulaModule(torch.nn.Module):
 # ---- decorators ----------------------------------------------------------------------------------
 
 
+@never_traced
 def loss(function: Callable[..., Tensor]) -> Any:
     """Compiles an elementwise formula to a fused loss; use it as a decorator.
 
@@ -647,6 +712,7 @@ def loss(function: Callable[..., Tensor]) -> Any:
     return Formula(function, True)
 
 
+@never_traced
 def activation(function: Callable[..., Tensor]) -> Any:
     """Compiles an elementwise formula to a fused activation; use it as a decorator.
 
