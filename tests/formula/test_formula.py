@@ -672,7 +672,8 @@ def test_accepted_functions_of_torch_are_elementwise() -> None:
     calls = [*product((1, 2, 3), options, (False,)), *product((1, 2, 3), options[:1], (True,))]
     x = torch.rand(3, 2, 2, dtype=torch.float64)
     for function in {f for functions in tables for f in functions if callable(f)}:
-        for count, (numbers, named), is_masked in calls:
+        may_be = trace.is_elementwise(function.__name__)
+        for count, (numbers, named), is_masked in calls if may_be else calls[:1]:
 
             def first(*operands: Tensor) -> Any:
                 copies = [x.clone() for x in operands[:count]]  # noqa: B023
