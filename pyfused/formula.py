@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial, update_wrapper
@@ -95,7 +96,7 @@ class FormulaOperator(PointwiseLoss):
             denominators={"mean": _mean_of_weights},
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
-        self.family = formula.family
+        self.family, self.cases = formula.family, self._cases  # not cached, as 0.0 == -0.0
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by the cases of the numbers
 
@@ -120,7 +121,8 @@ class FormulaOperator(PointwiseLoss):
             return self.generic
         cases = list[Any]()
         for scalar, x in zip(self.numbers, numbers, strict=True):
-            cases.append(x if x in scalar.special else NUMBER)
+            is_special = x in scalar.special and (x or math.copysign(1.0, x) > 0)  # not -0.0
+            cases.append(x if is_special else NUMBER)
         kernel = self.traced(tuple(cases))
         return kernel if isinstance(kernel, str) else tuple(cases)
 

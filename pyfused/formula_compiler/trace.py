@@ -461,6 +461,11 @@ def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
     return e.where(e.lt(threshold, scaled), g, e.mul(g, e.sigmoid(scaled)))
 
 
+def _pow_by_number(e: E, a: int, b: int) -> int:
+    """Returns a power; torch squares before it takes the reciprocal if the exponent is a number."""
+    return e.reciprocal(e.mul(a, a)) if e.value(b) == -2 else e.pow(a, b)
+
+
 def _pow_of_tensors(e: E, a: int, b: int) -> int:
     """Returns a power, which differs from the square root at -0.0 and -infinity."""
     power, exponent = e.pow(a, b), e.value(b) or 0
@@ -548,8 +553,9 @@ ATEN: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_ONES, _constant(1)),
     **dict.fromkeys(_COPIES_OF_SECOND, _argument(1)),
     "new_full": _argument(2),
-    "pow": _operation("pow"),
-    "pow.Tensor_Tensor": _pow_of_tensors,
+    "pow": _pow_by_number,
+    "pow.Scalar": _operation("pow"),
+    **dict.fromkeys(("pow.Tensor_Tensor", "pow_.Tensor"), _pow_of_tensors),
     "hypot": _hypot,
     "logaddexp": _logaddexp,
     "add": _scaled("add"),

@@ -449,6 +449,16 @@ def test_parameters_overflow_like_torchs(code: str, as_tensor: bool) -> None:
         check_formula(mine, x.requires_grad_(), rtol=1e-5, atol=1e-36, j=kind(j), k=kind(k))
 
 
+@pytest.mark.parametrize("code", ["x.abs() ** (1 / p)", "x ** (p - 1)", "(2 * x).pow_(p)", "x**-2"])
+def test_exponents_with_their_own_kernels(code: str) -> None:
+    """They keep the sign of 0, and powers below the smallest normal number."""
+    mine = defined("x, *, p=1.0", f"return {code}" if "p" in code else f"return {code} * p")
+    values = (1e-20, 1e15, 1e20, 1e22, 3e38, 0.0, 1.0, 2.5, math.inf)
+    x = torch.tensor([*values, *[-each for each in values], math.nan], requires_grad=True)
+    for p in (0.0, -0.0, 0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 3.0, 4.0, 1.3):
+        check_formula(mine, x, rtol=1e-5, atol=1e-44 if DEVICE == "cpu" else 1e-38, p=p)
+
+
 def test_many_parameters_and_registers(kernel_calls: KernelCalls) -> None:
     """All sines are needed until the last sum, so each needs a register."""
     mine = defined(
@@ -497,6 +507,21 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
     smooth = [y.double()[:9].requires_grad_() for y in operands_of("wing")]
     assert torch.autograd.gradcheck(cubes, smooth)
     assert torch.autograd.gradgradcheck(cubes, smooth)
+
+
+@both_sizes
+@pytest.mark.thresholds
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("code", ["(x - y.detach()) ** 2", "torch.where(y > 0, x, 2.0) * y.sign()"])
+def test_results_that_are_constant_in_an_operand(code: str, n: int) -> None:
+    x, y = torch.randn(2, n).requires_grad_().unbind()
+    mine = defined("x, y", f"return {code}")
+    for create_graph in (False, True):
+        found = torch.autograd.grad(
+            mine(x, y).sum(), (x, y), create_graph=create_graph, allow_unused=True
+        )
+        close(found[0], torch.autograd.grad(mine.function(x, y).sum(), x)[0])
+        assert found[1] is None or not found[1].any()
 
 
 def test_invalid_user_gradients() -> None:
