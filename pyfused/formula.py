@@ -37,7 +37,7 @@ from pyfused.formula_compiler.program import (
 from pyfused.layout import broadcast_with
 from pyfused.ops.pointwise_loss import PointwiseLoss, elements, reduced
 from pyfused.torch_internals import never_traced
-from pyfused.types import NUMBER, Outputs, Scalar
+from pyfused.types import NUMBER, Outputs, Scalar, TensorSpec
 
 _LONG = 16  # a formula is long from this many instructions on, including its gradients
 _MOST_TRACES = 32  # traces of a formula for static parameters, and of an operator for exponents
@@ -150,7 +150,8 @@ class FormulaOperator(PointwiseLoss):
     def _reason_of_shapes(self, *arguments: Any) -> str | None:
         """Returns why a kernel, which broadcasts all operands, cannot compute the result."""
         *operands, weight, _ = arguments
-        shapes = [x.shape for x in operands]
+        # A stand-in for a dynamic size differs from all other sizes of the call.
+        shapes = [x.empty().shape if isinstance(x, TensorSpec) else x.shape for x in operands]
         shape = shapes[0]
         if shapes.count(shape) < len(shapes):
             functions = [f for f in (self.formula, self.gradient) if f is not None]
@@ -158,6 +159,7 @@ class FormulaOperator(PointwiseLoss):
             if not trace.broadcasts(functions, shapes, dtypes, numbers):
                 return "the function does not broadcast all operands"
             shape = torch.broadcast_shapes(*shapes)
+        weight = weight.empty() if isinstance(weight, TensorSpec) else weight
         fits = weight is None or broadcast_with(weight.shape, shape, expands=True)
         return None if fits else "weight does not expand to the shape of the losses"
 
