@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial, update_wrapper
-from itertools import product
+from importlib import import_module
+from itertools import combinations, product
 from numbers import Integral, Real
+from operator import attrgetter
 from traceback import extract_tb
-from types import NoneType
+from types import FunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -32,12 +36,14 @@ from pyfused.formula_compiler.program import (
 )
 from pyfused.layout import broadcast_with
 from pyfused.ops.pointwise_loss import Divisor, PointwiseLoss, elements, reduced
+from pyfused.torch_internals import never_traced
 from pyfused.types import NUMBER, Outputs, Scalar
 
 _LONG = 16  # a formula is long from this many instructions on, including its gradients
 _MOST_TRACES = 32  # traces of a formula for static parameters, and of an operator for exponents
 _CALL_OPTIONS = ("reduction", "weight")  # keywords of losses, in addition to the parameters
 _KINDS = frozenset((bool, int, str, NoneType))  # of static parameters
+_FUNCTIONS = ".functions."  # between the name of a formula and its functions' in a pickle
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
@@ -91,8 +97,10 @@ class FormulaOperator(PointwiseLoss):
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
         self.family = formula.family
+        self.invalid_options = self._invalid_options  # not cached, as 0.0 == -0.0
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by `cases_of`
+        self.broadcasts = lru_cache(_MOST_TRACES)(self._broadcasts)
 
     @cached_property
     def generic(self) -> Kernel | str:
@@ -111,8 +119,11 @@ class FormulaOperator(PointwiseLoss):
 
     def cases_of(self, options: Options) -> tuple[Any, ...]:
         """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
-        pairs = zip(self.numbers, options, strict=False)
-        return tuple([x if x in scalar.special else NUMBER for scalar, x in pairs])
+        cases = list[Any]()
+        for scalar, x in zip(self.numbers, options, strict=False):
+            is_special = x in scalar.special and (x or math.copysign(1.0, x) > 0)  # not -0.0
+            cases.append(x if is_special else NUMBER)
+        return tuple(cases)
 
     def _invalid_options(self, *options: Any) -> str | None:
         if isinstance(self.generic, str):
@@ -145,15 +156,23 @@ class FormulaOperator(PointwiseLoss):
         """Returns why a kernel, which broadcasts all operands, cannot compute the result."""
         *operands, weight, _ = arguments
         shapes = [x.shape for x in operands]
-        shape = shapes[0]
-        if shapes.count(shape) < len(shapes):
-            functions = [f for f in (self.formula, self.gradient) if f is not None]
-            numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
-            if not trace.broadcasts(functions, shapes, dtypes, numbers):
+        if shapes.count(shapes[0]) < len(shapes):
+            if not all(broadcast_with(x, y) for x, y in combinations(shapes, 2)):
+                return "the operands do not broadcast"
+            # Sizes other than 1 are replaced, so batch sizes share a trace.
+            small = [[1 if n == 1 else len(x) - i + 1 for i, n in enumerate(x)] for x in shapes]
+            if not self.broadcasts(tuple(map(tuple, small))):
                 return "the function does not broadcast all operands"
-            shape = torch.broadcast_shapes(*shapes)
-        fits = weight is None or broadcast_with(weight.shape, shape, expands=True)
+        if weight is None:
+            return None
+        fits = broadcast_with(weight.shape, torch.broadcast_shapes(*shapes), expands=True)
         return None if fits else "weight does not expand to the shape of the losses"
+
+    def _broadcasts(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
+        """Returns whether the function broadcasts operands of these shapes."""
+        functions = [f for f in (self.formula, self.gradient) if f is not None]
+        numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
+        return trace.broadcasts(functions, shapes, dtypes, numbers)
 
     def with_masks(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Returns the operands of the formula, masks as bool."""
@@ -326,6 +345,7 @@ class Formula:
         """Returns the user's function and, if there is one, the gradient."""
         return (self.written,) if self.slopes is None else (self.written, self.slopes)
 
+    @never_traced
     def gradient(self, slopes: Function) -> Function:
         """Replaces the derivative that torch's rules give; use it as a decorator.
 
@@ -382,6 +402,7 @@ class Formula:
         if slopes is not None:
             self.slopes_of = _returning_slopes(slopes, len(self.operands))
             self.kinds = _differentiated(self.captured, self.slopes_of)
+        self.functions = _Functions(self)
         self.operators: dict[Any, FormulaOperator] = {}
         self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
@@ -579,12 +600,69 @@ class Formula:
     def __deepcopy__(self, _: Any) -> Formula:
         return self
 
-    def __reduce__(self) -> str:
-        """Pickles the formula by its name, like a function."""
-        return self.__qualname__
+    def __reduce__(self) -> Any:
+        """Pickles the formula like a function: by name, or by value with cloudpickle.
+
+        Picklers decide so for functions only. If the formula's name is bound to another object,
+        such as the function, that one's name counts.
+        """
+        is_bound = _found(self.__module__, self.__qualname__) is self
+        functions: Any = self.functions if is_bound else self
+        return _unpickled, (functions.written, self.loss), functions.slopes
+
+    def __setstate__(self, slopes: Any) -> None:
+        if self.slopes is None and slopes is not None:
+            self.gradient(slopes)
 
     def __repr__(self) -> str:
         return f"<pyfused.{'loss' if self.loss else 'activation'} {self.__name__}>"
+
+
+class _Functions:
+    """Copies of a formula's functions whose names are paths of attributes that end here."""
+
+    def __init__(self, formula: Formula) -> None:
+        self.path = formula.__module__, formula.__qualname__
+        self.written = self._copy(formula.written, "written")
+        self.slopes = formula.slopes and self._copy(formula.slopes, "slopes")
+
+    def _copy(self, function: Any, name: str) -> FunctionType:
+        parts = function.__code__, function.__globals__, function.__name__
+        copy = FunctionType(*parts, function.__defaults__, function.__closure__)
+        copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
+        copy.__dict__.update(function.__dict__)
+        module, qualname = self.path
+        copy.__module__, copy.__qualname__ = module, f"{qualname}{_FUNCTIONS}{name}"
+        return copy
+
+    def __reduce__(self) -> Any:
+        """Protocols before 4 pickle an attribute by its object."""
+        return _functions_of, self.path
+
+
+def _functions_of(module: str, qualname: str) -> _Functions:
+    import_module(module)
+    functions: _Functions = _found(module, qualname).functions
+    return functions
+
+
+def _found(module: str, qualname: str) -> Any:
+    """Returns the object with a name, None if there is none."""
+    try:
+        return attrgetter(qualname)(sys.modules[module])
+    except (AttributeError, KeyError):
+        return None
+
+
+def _unpickled(function: FunctionType, is_loss: bool) -> Formula:
+    """Returns the formula that a function belongs to, or a new one if it came by value."""
+    qualname, by_value, _ = function.__qualname__.rpartition(_FUNCTIONS)
+    if by_value:
+        formula = _found(function.__module__, qualname)
+        if isinstance(formula, Formula) and formula.functions.written is function:
+            return formula
+        function.__qualname__ = qualname
+    return Formula(function, is_loss)
 
 
 class FormulaModule(torch.nn.Module):
@@ -611,6 +689,7 @@ class FormulaModule(torch.nn.Module):
 # ---- decorators ----------------------------------------------------------------------------------
 
 
+@never_traced
 def loss(function: Callable[..., Tensor]) -> Any:
     """Compiles an elementwise formula to a fused loss; use it as a decorator.
 
@@ -641,6 +720,7 @@ def loss(function: Callable[..., Tensor]) -> Any:
     return Formula(function, True)
 
 
+@never_traced
 def activation(function: Callable[..., Tensor]) -> Any:
     """Compiles an elementwise formula to a fused activation; use it as a decorator.
 

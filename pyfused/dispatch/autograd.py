@@ -212,7 +212,7 @@ def differentiate(
 ) -> Gradients:
     """Returns the gradients of a definition in torch's operators, differentiable in grad mode.
 
-    The gradient is None for an input that needs none.
+    The gradient is None for an input that needs none, and 0 if the definition is constant in it.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -220,6 +220,11 @@ def differentiate(
         views = [x if x is None else x.view_as(x) for x in inputs]
         loss = definition(*views)
     differentiated = [x for x, need in zip(views, needs, strict=True) if need and x is not None]
-    gradients = torch.autograd.grad(loss, differentiated, grad_output, create_graph=create_graph)
-    remaining = iter(gradients)
+    gradients: Sequence[Tensor | None] = [None] * len(differentiated)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(
+            loss, differentiated, grad_output, create_graph=create_graph, allow_unused=True
+        )
+    pairs = zip(gradients, differentiated, strict=True)
+    remaining = iter([torch.zeros_like(x) if g is None else g for g, x in pairs])
     return tuple(next(remaining) if need else None for need in needs)

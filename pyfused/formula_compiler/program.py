@@ -79,7 +79,7 @@ pow(a, 4) -> mul(mul(a, a), mul(a, a))
 pow(a, 0.5) -> sqrt(a)
 pow(a, -0.5) -> rsqrt(a)
 pow(a, -1) -> reciprocal(a)
-pow(a, -2) -> reciprocal(mul(a, a))
+pow(a, -2) -> mul(reciprocal(a), reciprocal(a))
 """
 # These rules may avoid an overflow or a cancellation, so only pyfused's operators use them, whose
 # values are torch's functions'. They never cause an overflow or an underflow: mul(mul(x, s), t) is

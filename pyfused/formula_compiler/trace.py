@@ -1,11 +1,12 @@
 """Traces a Python function of tensors to expressions of its value and its gradients.
 
 The function runs once on 0-d tensors. The ATen operators that it and its backward pass call are
-recorded as expressions. The operands of a call may have any shape, so an operator that needs
-dimensions, or depends on them, is refused: only operators that torch tags as pointwise, and those
-in the tables below, are recorded. Numbers are 0-d tensors, too, so the function cannot depend on
-their values other than through the recorded operators; reading one raises an error. Operators
-whose arguments are all constants are computed by torch.
+recorded as expressions. The operands of a call may have any shape, so what needs dimensions, or
+depends on them, is refused: functions of torch and operators of ATen have to be tagged as pointwise
+by torch, or be in the tables below. Both are looked at, because some functions, such as
+``torch.inner``, call pointwise operators only for 0-d tensors. Numbers are 0-d tensors, too, so the
+function cannot depend on their values other than through the recorded operators; reading one raises
+an error. Operators whose arguments are all constants are computed by torch.
 
 Floating-point operands are float64 and masks bool, so torch's functions take and return masks as in
 any call.
@@ -34,7 +35,15 @@ Function = Callable[[list[Tensor], list[Any], Tensor], Sequence[Tensor | None]]
 
 _REDUCED = "; to reduce a loss, pass reduction= to its calls"
 _CONDITION = "; an 'if' cannot depend on tensors: select elements with torch.where"
-_HINTS = {"sum": _REDUCED, "mean": _REDUCED, "any": _CONDITION, "all": _CONDITION}
+_SHAPE = (
+    ", whose result may differ between calls; use torch's functions, such as torch.zeros_like and "
+    "Tensor.type_as, instead of shapes and dtypes"
+)
+_HINTS = {
+    **dict.fromkeys(("sum", "mean"), _REDUCED),
+    **dict.fromkeys(("any", "all"), _CONDITION),
+    **dict.fromkeys(("device", "dim", "dtype", "len", "ndim", "numel", "shape", "size"), _SHAPE),
+}
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 _HALVES = (torch.float16, torch.bfloat16)
 _SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
@@ -78,13 +87,12 @@ class Recorder(DispatchMode):
         inputs: The names of the function's inputs, keyed by address.
         function: The function of torch that the user's function has called, "" for none.
         outer: The operator that is being decomposed, "" for none.
-        steps: The number of operators so far, without copies.
         refusal: The last error, which the user's function may have caught.
     """
 
     def __init__(self, exact: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.e, self.function, self.outer, self.steps = Expressions(exact), "", "", 0
+        self.e, self.function, self.outer = Expressions(exact), "", ""
         self.tracked: dict[int, _Tracked] = {}
         self.inputs: dict[int, str] = {}
         self.refusal: RefusedError | None = None
@@ -127,7 +135,6 @@ class Recorder(DispatchMode):
             return self.value(args[0])
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         tracked = [x for x in tensors if x.data_ptr() in self.tracked]
-        self.steps += name not in _COPIES
         is_random = torch.Tag.nondeterministic_seeded in op.tags
         if is_random or any(x.dim() for x in tensors):
             raise self.refused(name)
@@ -163,6 +170,8 @@ class Recorder(DispatchMode):
         is_elementwise = torch.Tag.pointwise in op.tags or name.removesuffix("_") in _ELEMENTWISE
         if not (is_elementwise or self.outer):
             raise self.refused(name)
+        if not is_mutable(op):
+            op(*args, **kwargs)  # raises errors that its decomposition lacks
         outer, self.outer = self.outer, self.outer or name
         with self:
             result = decomposition_table.get(op, op.decompose)(*args, **kwargs)
@@ -221,10 +230,7 @@ def _bits(dtypes: set[torch.dtype]) -> int:
 
 
 class _Functions(TorchFunctionMode):
-    """Names the functions of torch that a formula calls, and refuses some.
-
-    It refuses functions and attributes of tensors whose results are not tensors, and indices.
-    """
+    """Names the functions of torch that a formula calls, and refuses those not elementwise."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -243,33 +249,24 @@ class _Functions(TorchFunctionMode):
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Returns the result of a function that the user's function calls."""
         name = func.__name__
-        accepted: Any = (Tensor, NoneType)
-        if name == "__get__":  # input.grad is None
-            accepted, name = Tensor, getattr(func.__self__, "__name__", "a property")
-        name = name.strip("_") or name
+        if name in ("__get__", "__set__"):  # of an attribute
+            name = getattr(func.__self__, "__name__", "a property")
         if func is Tensor.__getitem__:
             raise RefusedError("no kernel supports an index or a slice of a tensor")
-        outer, self.recorder.function = self.recorder.function, name
-        steps = self.recorder.steps
+        outer, self.recorder.function = self.recorder.function, name.strip("_") or name
         try:
+            if not is_elementwise(name):
+                raise self.recorder.refused(name)
             result = self.assign(*args) if func is Tensor.__setitem__ else func(*args, **kwargs)
         except RefusedError:
             raise
         except Exception as error:
-            raise RefusedError(f"no kernel supports {name}: {error}") from error
+            raise RefusedError(f"no kernel supports {self.recorder.function}: {error}") from error
         finally:
             self.recorder.function = outer
-        is_tuple = isinstance(result, (tuple, list)) and result and type(result) is not torch.Size
-        results: Any = result if is_tuple else (result,)
-        if not all(isinstance(x, accepted) for x in results):
-            raise RefusedError(
-                f"the result of {name} may differ between calls; use torch's functions, such as "
-                "torch.zeros_like and Tensor.type_as, instead of shapes and dtypes"
-            )
-        # A view of a 0-d tensor may be the tensor itself.
-        is_same = steps == self.recorder.steps and name not in _SAME_ELEMENTS
-        if is_same and any(x.data_ptr() in self.recorder.tracked for x in results if x is not None):
-            raise self.recorder.refused(name)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if not all(isinstance(x, (Tensor, NoneType)) for x in results):
+            raise RefusedError(f"no kernel supports {name}{_SHAPE}")
         return result
 
     @staticmethod
@@ -278,6 +275,22 @@ class _Functions(TorchFunctionMode):
         if not isinstance(index, Tensor) or index.dtype is not torch.bool:
             raise RefusedError("no kernel supports an index that is not a mask")
         tensor.masked_fill_(index, value)
+
+
+@cache
+def is_elementwise(name: str) -> bool:
+    """Returns whether the functions of torch with this name are elementwise, for some arguments.
+
+    The recorder refuses others, such as reductions by ``max``. Functions that read the value of a
+    tensor are included, as the recorder refuses them with an explanation.
+    """
+    if name in _READ_VALUES:
+        return True
+    name = name.strip("_").removeprefix("special_")
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, x) for x in packet.overloads()] if packet is not None else []
+    is_tagged = any(torch.Tag.pointwise in x.tags for x in overloads)
+    return is_tagged or name in _FUNCTIONS or (name in ATEN and name != "expand")
 
 
 def expressions_of(
@@ -340,20 +353,21 @@ def broadcasts(
 ) -> bool:
     """Returns whether functions broadcast all operands; the first one's result has their shape.
 
-    Calls the functions in a new thread, with small operands that broadcast in the same way. They
-    may not use all operands, change a smaller one in place, or take a mask as an index.
+    Calls the functions in a new thread. They may not use all operands, change a smaller one in
+    place, or take a mask as an index.
+
+    Args:
+        shapes: Small shapes that broadcast.
     """
-    small = [[1 if n == 1 else len(x) - dim + 1 for dim, n in enumerate(x)] for x in shapes]
 
     def call() -> bool:
-        pairs = zip(small, dtypes, strict=True)
+        pairs = zip(shapes, dtypes, strict=True)
         operands = [torch.ones(shape, dtype=dtype, device="cpu") for shape, dtype in pairs]
         try:
-            torch.broadcast_shapes(*shapes)
             value, *_ = [function(*operands, *numbers) for function in functions]
         except (IndexError, RuntimeError, ValueError, UserWarning):
             return False
-        return bool(value.shape == torch.broadcast_shapes(*small))
+        return bool(value.shape == torch.broadcast_shapes(*shapes))
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(call).result()
@@ -449,6 +463,11 @@ def _softplus_backward(e: E, g: int, a: int, beta: int, threshold: int) -> int:
     return e.where(e.lt(threshold, scaled), g, e.mul(g, e.sigmoid(scaled)))
 
 
+def _pow_by_number(e: E, a: int, b: int) -> int:
+    """Returns a power; torch squares before it takes the reciprocal if the exponent is a number."""
+    return e.reciprocal(e.mul(a, a)) if e.value(b) == -2 else e.pow(a, b)
+
+
 def _pow_of_tensors(e: E, a: int, b: int) -> int:
     """Returns a power, which differs from the square root at -0.0 and -infinity."""
     power, exponent = e.pow(a, b), e.value(b) or 0
@@ -504,12 +523,7 @@ _COPIES = ("alias", "clone", "detach", "expand", "_to_copy")
 _ZEROS = ("zeros_like", "new_zeros", "empty_like", "zero")
 _ONES = ("ones_like", "new_ones")
 _COPIES_OF_SECOND = ("full_like", "fill", "copy")
-# Functions that return each element of a tensor at its index, converted or not.
-_SAME_ELEMENTS = (
-    *("bool", "broadcast_tensors", "clone", "conj", "contiguous", "data", "detach", "double"),
-    *("float", "long", "positive", "real", "requires_grad", "resolve_conj", "resolve_neg", "to"),
-    *("type", "type_as"),
-)
+_READ_VALUES = ("__bool__", "__complex__", "__float__", "__index__", "__int__", "item", "tolist")
 _NEW = ("new_zeros", "new_ones", "new_full")  # the results have shapes of their own
 _VALUES = {"fill": 1, "masked_fill": 2}  # the arguments that have to be numbers
 # Elementwise operators without torch's tag; those of losses can also reduce.
@@ -520,6 +534,20 @@ _ELEMENTWISE = (
     *("mse_loss", "mse_loss_backward", "smooth_l1_loss", "soft_margin_loss"),
     *("soft_margin_loss_backward",),
 )
+# Functions and methods of torch that consist of elementwise operators, or return the same elements.
+_FUNCTIONS = frozenset((
+    *_ELEMENTWISE,
+    *(a + b for a in ("", "r", "i") for b in ("add", "and", "div", "mul", "or", "pow", "sub")),
+    *(a + b for a in ("", "r", "i") for b in ("truediv", "xor")),
+    *("invert", "pos", "setitem"),
+    *("absolute", "broadcast_tensors", "divide", "expit", "greater", "greater_equal", "isclose"),
+    *("isreal", "less", "less_equal", "multiply", "ndtr", "negative", "not_equal", "subtract"),
+    *("hinge_embedding_loss", "kl_div", "l1_loss", "margin_ranking_loss", "poisson_nll_loss"),
+    *("log_sigmoid", "softsign", "tanhshrink"),
+    *("bfloat16", "bool", "conj", "contiguous", "data", "double", "float", "half", "long"),
+    *("real", "resolve_conj", "resolve_neg", "to", "type", "type_as"),
+    *("full", "ones", "scalar_tensor", "set_grad_enabled", "tensor", "zeros"),
+))  # fmt: skip
 ATEN: dict[str, Callable[..., Any]] = {
     **{name: _operation(name) for name in _SAME_NAME},
     **dict.fromkeys(_COPIES, _argument(0)),
@@ -527,8 +555,9 @@ ATEN: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_ONES, _constant(1)),
     **dict.fromkeys(_COPIES_OF_SECOND, _argument(1)),
     "new_full": _argument(2),
-    "pow": _operation("pow"),
-    "pow.Tensor_Tensor": _pow_of_tensors,
+    "pow": _pow_by_number,
+    "pow.Scalar": _operation("pow"),
+    **dict.fromkeys(("pow.Tensor_Tensor", "pow_.Tensor"), _pow_of_tensors),
     "hypot": _hypot,
     "logaddexp": _logaddexp,
     "add": _scaled("add"),

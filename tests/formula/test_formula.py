@@ -29,12 +29,14 @@ from grid import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import get_overridable_functions
 from verify import check
 
 import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula
 from pyfused.formula_compiler import program as programs
+from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import UntraceableError
 from pyfused.functional import sigmoid_focal_loss as focal_loss
 from pyfused.ops.elementwise import kernels
@@ -323,6 +325,17 @@ def test_broadcasting_is_the_functions(
     assert shapes[0] != shapes[1] or weighted or kernel_calls.total()
 
 
+@pytest.mark.cpu
+def test_operands_that_broadcast_have_one_plan(kernel_calls: KernelCalls) -> None:
+    """For all sizes of a batch; equal sizes of the operands remain equal."""
+    for k, shapes in enumerate((("n m", "m"), ("n m", "n 1"), ("m", "n m"), ("n m", "n n m")), 1):
+        mine, m = defined("x, y", "return x * y + x"), 5
+        for n in (30, 40, 7, 50):
+            sizes = [[{"n": n, "m": m}.get(x, 1) for x in shape.split()] for shape in shapes]
+            check_formula(mine, *[torch.randn(shape) for shape in sizes])
+        assert (len(mine.op.plans), kernel_calls[mine.op.name]) == (1 + (k == 3) * 3, 4 * k), shapes
+
+
 @both_sizes
 @pytest.mark.thresholds
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -447,6 +460,16 @@ def test_parameters_overflow_like_torchs(code: str, as_tensor: bool) -> None:
         check_formula(mine, x.requires_grad_(), rtol=1e-5, atol=1e-36, j=kind(j), k=kind(k))
 
 
+@pytest.mark.parametrize("code", ["x.abs() ** (1 / p)", "x ** (p - 1)", "(2 * x).pow_(p)", "x**-2"])
+def test_exponents_with_their_own_kernels(code: str) -> None:
+    """They keep the sign of 0, and powers below the smallest normal number."""
+    mine = defined("x, *, p=1.0", f"return {code}" if "p" in code else f"return {code} * p")
+    values = (1e-20, 1e15, 1e20, 1e22, 3e38, 0.0, 1.0, 2.5, math.inf)
+    x = torch.tensor([*values, *[-each for each in values], math.nan], requires_grad=True)
+    for p in (0.0, -0.0, 0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 3.0, 4.0, 1.3):
+        check_formula(mine, x, rtol=1e-5, atol=1e-44 if DEVICE == "cpu" else 1e-38, p=p)
+
+
 def test_many_parameters_and_registers(kernel_calls: KernelCalls) -> None:
     """All sines are needed until the last sum, so each needs a register."""
     mine = defined(
@@ -495,6 +518,21 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
     smooth = [y.double()[:9].requires_grad_() for y in operands_of("wing")]
     assert torch.autograd.gradcheck(cubes, smooth)
     assert torch.autograd.gradgradcheck(cubes, smooth)
+
+
+@both_sizes
+@pytest.mark.thresholds
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("code", ["(x - y.detach()) ** 2", "torch.where(y > 0, x, 2.0) * y.sign()"])
+def test_results_that_are_constant_in_an_operand(code: str, n: int) -> None:
+    x, y = torch.randn(2, n).requires_grad_().unbind()
+    mine = defined("x, y", f"return {code}")
+    for create_graph in (False, True):
+        found = torch.autograd.grad(
+            mine(x, y).sum(), (x, y), create_graph=create_graph, allow_unused=True
+        )
+        close(found[0], torch.autograd.grad(mine.function(x, y).sum(), x)[0])
+        assert found[1] is None or not found[1].any()
 
 
 def test_invalid_user_gradients() -> None:
@@ -613,7 +651,7 @@ NO_ARGUMENT = (
     ("formulas.operands(x)", "formulas has no attribute 'operands'"),
     ("Settings.of_class(x)", r"reads Settings\.of_class\. A formula reads only"),
     ("x * formulas", r"reads formulas\. A formula"), ("x * copy.copy(2.0)", "uses the attribute"),
-    ("torch.finfo(x.dtype).eps * x", "the result of dtype may differ"),
+    ("torch.finfo(x.dtype).eps * x", "supports dtype, whose result may differ"),
     ("x if torch.backends.mkldnn.enabled else -x", "enabled, a bool"),
     ("wing.defaults['omega'] * x", r"the attribute wing\.defaults"),
     ("x if torch.is_grad_enabled() else -x", r"reads torch\.is_grad_enabled"),
@@ -624,7 +662,7 @@ NO_ARGUMENT = (
     ("absent(x)", "name 'absent' is not defined"),
     ("import cmath\n    return x * cmath.pi", "imports or assigns cmath"),
     ("global SCALE\n    SCALE = 3.0\n    return 2 * x", "imports or assigns SCALE"),
-    ("try: return x / x.shape[-1]\n    except: return x", "the result of shape may differ"),
+    ("try: return x / x.shape[-1]\n    except: return x", "supports shape, whose result may"),
 )  # fmt: skip
 NOT_FUSED = (
     ("x if x > 0 else -x", "torch.where instead of 'if'"), ("x.half() + 1", "float16"),
@@ -652,8 +690,45 @@ NOT_ELEMENTWISE = (
     "torch.tensor([1.0, 2.0]) * x", "torch.zeros(x.size()) + x", "x * x.ndim", "x / x.numel()",
     "x / len(x)", "torch.zeros(x.stride()) + x", "x.to(x.device)", "torch.lgamma(x)",
     "torch.zeros_like(x).normal_()", "torch.zeros(()).normal_() * x",
+    "torch.inner(x, y)", "x.inner(y)", "x @ y", "x.dot(y)", "torch.vdot(x, y)", "torch.outer(x, y)",
+    "torch.einsum('...,...->...', x, y)", "torch.kron(x, y)", "torch.tensordot(x, y, 0)", "x.var()",
+    "torch.logcumsumexp(x, 0)", "torch.linalg.vecdot(x, y)", "torch.linalg.norm(x)",
+    "F.prelu(x, y)", "F.cosine_similarity(x, y, dim=0)", "torch.cov(x)",
+    "torch.trapezoid(x)", "F.alpha_dropout(x)", "torch.mul(x, y, out=torch.zeros_like(x))",
 )  # fmt: skip
-REFUSED = NO_ARGUMENT + NOT_FUSED + tuple((x, "(no kernel|the result of)") for x in NOT_ELEMENTWISE)
+REFUSED = NO_ARGUMENT + NOT_FUSED + tuple((x, "no kernel") for x in NOT_ELEMENTWISE)
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore")
+def test_accepted_functions_of_torch_are_elementwise() -> None:
+    """Calls every function of torch with operands, a mask among them, and with common options."""
+    tables, accepted = get_overridable_functions().values(), set[str]()
+    options = ((), {}), ((0.5, 1.5), {}), ((), {"reduction": "none"}), ((), {"dim": 0})
+    calls = [*product((1, 2, 3), options, (False,)), *product((1, 2, 3), options[:1], (True,))]
+    x = torch.rand(3, 2, 2, dtype=torch.float64)
+    for function in {f for functions in tables for f in functions if callable(f)}:
+        may_be = trace.is_elementwise(function.__name__)
+        for count, (numbers, named), is_masked in calls if may_be else calls[:1]:
+
+            def first(*operands: Tensor) -> Any:
+                copies = [x.clone() for x in operands[:count]]  # noqa: B023
+                result = function(*copies, *numbers, **named)  # noqa: B023
+                return result[0] if isinstance(result, (tuple, list)) else result
+
+            operands = [x[0] > 0.5 if is_masked else x[0], *x[1:]]
+            dtypes = [each.dtype for each in operands]
+            try:
+                trace._expressions_of(
+                    lambda x, *_: [trace.elementwise(first(*x))], dtypes, {}, True
+                )
+            except Exception:
+                continue
+            accepted.add(function.__name__)
+            each = [first(*[x.flatten()[k] for x in operands]) for k in range(4)]
+            close(first(*operands), torch.stack(each).view(2, 2), msg=str(function))
+    assert len(accepted) > 120, accepted
+    assert accepted.isdisjoint(("inner", "matmul", "prelu"))
 
 
 @pytest.mark.parametrize(("code", "words"), REFUSED)
@@ -678,7 +753,7 @@ INVALID: tuple[tuple[Any, str], ...] = (
     (lambda input, *, k=2.0: k, "expected an elementwise formula, got one number"),
     ((lambda k: lambda x: x * k)(2.0), "reads k, a float"),
     (Settings.of_class, "expected a Python function, got a method"),
-    (lambda x: x if x.grad is None else -x, "the result of grad may differ"),
+    (lambda x: x if x.grad is None else -x, "no kernel supports grad"),
 )
 
 

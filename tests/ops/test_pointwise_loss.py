@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from compare import (
     Errors,
     assert_matches_torch,
     evaluate,
+    extended,
     operators_of_torch,
     random_grad_output,
 )
@@ -168,6 +170,33 @@ def test_special_values_match_torch(
         given["pos_weight"] /= 2
     options = loss.parameters | {"reduction": reduction}
     assert_matches_torch(loss.ours, loss.reference, **given, **options)
+
+
+@pytest.mark.interpreted
+@grid(loss=[x for x in LOSSES if not hasattr(F, x.op.name)], dtype=[torch.float32, torch.bfloat16])
+def test_no_intermediate_result_overflows(loss: Loss, dtype: torch.dtype) -> None:
+    """Compares losses that torch lacks, whose formula may overflow, with their closed forms.
+
+    Differences of two operands are finite.
+    """
+    info, cancels = torch.finfo(dtype), SAMPLES[loss.op.name].cancels
+    sizes = [info.max / 2, 4 * info.max**0.5, info.max**0.5 / 4, 1.0, 0.0]
+    pairs = torch.tensor([*sizes, *[-x for x in sizes]], dtype=dtype).repeat(2, len(sizes) * 2, 1)
+    given = loss.draw(pairs[0].shape, dtype)
+    for operand, value in zip(loss.bounded, (pairs[0], pairs[1].t()), strict=False):
+        if not operand.sign and operand.high == INF:
+            leaf = value.clamp(min=operand.low)
+            given[operand.name] = leaf.requires_grad_(operand.name in loss.differentiated)
+    got = loss.ours(**given, **loss.parameters, reduction="none")
+    gradients = torch.autograd.grad(got.sum(), [given[name] for name in loss.differentiated])
+    with np.errstate(all="ignore"):
+        exact = loss.exact(given, "none", torch.ones_like(got))
+    term = sum(abs(extended(x)) for x in given.values()) if cancels else 0
+    for mine, best in zip((got, *gradients), (exact.value, *exact.gradients.values()), strict=True):
+        allowed = 8 * info.eps * (abs(best) + term) + info.tiny
+        wrong = (abs(best) <= info.max) & ~(abs(extended(mine) - best) <= allowed)
+        at = {name: extended(x)[wrong] for name, x in given.items()}
+        assert not wrong.any(), f"got {extended(mine)[wrong]}, exact {best[wrong]}, at {at}"
 
 
 @grid(loss=[loss for loss in FIRST if loss.op.clamps])
