@@ -44,6 +44,7 @@ class Plan:
         finish: Takes the output and the call's tensors, and returns the result of the call; None to
             return the output itself.
         inplace: Whether the gradient of the input overwrites the input.
+        overwrites: The index of the saved tensor that `backward` may overwrite, or None.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Plan:
     define: Callable[[Tensors, Options, Tensor], Gradients]
     finish: Callable[[Any, Tensors], Any] | None = None
     inplace: bool = False
+    overwrites: int | None = None
 
     def __call__(self, tensors: Tensors, options: Options) -> Any:
         arranged = tensors if self.arrange is None else self.arrange(tensors, options)

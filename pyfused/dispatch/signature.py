@@ -19,6 +19,7 @@ from pyfused.torch_internals import (
     active_mode,
     any_autocast,
     has_names,
+    is_batched,
     is_functorch_wrapped,
     is_lazy_clone,
     is_zero_tensor,
@@ -90,6 +91,7 @@ def signature(
             or x.is_nested
             or (has_names is not None and has_names(x))
             or is_functorch_wrapped(x)
+            or is_batched(x)
             or is_lazy_clone(x)
         ):
             return str(layout_reason(operands[i].name, x))
@@ -220,6 +222,8 @@ def layout_reason(name: str, tensor: Tensor) -> str | None:
         return f"{name} has named dimensions"
     if is_functorch_wrapped(tensor):
         return f"{name} is used outside of its torch.func transform"
+    if is_batched(tensor):
+        return f"{name} is batched"
     if is_lazy_clone(tensor):  # reading its address would copy it
         return f"{name} is a lazy clone"
     return None

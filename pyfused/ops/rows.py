@@ -31,7 +31,6 @@ from pyfused.ops.chunk_sizes import HeadSizes
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.head_loop import ALL_ROWS, Rows, rows_that_count
 from pyfused.ops.shards import class_range, local_shard, sharded_results
-from pyfused.torch_internals import graph_is_retained
 from pyfused.types import SMOOTH, STATE_FIELDS, ClassRange, Gradients, RowOptions, VocabShard
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -194,11 +193,12 @@ class Layouts(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """The forward and the backward pass of a `Plan`, and whether gradients overwrite the input."""
+    """The forward and the backward pass of a `Plan`, and what they overwrite."""
 
     forward: Callable[[Tensors, Any], Forward]
     backward: Callable[[Tensors, Any, Tensor], Gradients]
     inplace: bool = False
+    overwrites: int | None = None
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ class RowOperator(Operator):
         dtype = self.input_dtype(tensors)
         in_forward = gradients_in_forward(getattr(options, "reduction", "none"), dtype)
         layouts = Layouts(tensors, options, shard, needs, in_forward and True in needs)
-        forward, backward, inplace = self.passes(layouts)
+        forward, backward, inplace, overwrites = self.passes(layouts)
         if self.is_linear and device != "meta" and torch.is_autocast_enabled(device):
             forward = partial(_without_autocast, forward, device)
         return Plan(
@@ -346,6 +346,7 @@ class RowOperator(Operator):
             define=partial(self._define, layouts, accumulate_dtype(dtype)),
             finish=self.finish(layouts),
             inplace=inplace,
+            overwrites=0 if inplace else overwrites,
         )
 
     def _define(
@@ -484,8 +485,6 @@ def state_passes(
 
     def backward(saved: Tensors, options: Options, grad_output: Tensor) -> Gradients:
         tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
-        if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
-            logits = None  # they would be overwritten
         inputs, of_rows, grads, below = [*tensors, None], options, grad_output, None
         if has_factors:
             inputs, of_rows = loss.inputs(tensors, options, False)
@@ -493,7 +492,7 @@ def state_passes(
         gradients = source.gradients(inputs, of_rows, state, grads, logits, below)
         return *gradients, *[None] * (len(needs) - len(gradients))
 
-    return Passes(forward, backward)
+    return Passes(forward, backward, overwrites=count + 1 if keeps else None)
 
 
 def _without_autocast(forward: Callable[..., Any], device: str, *call: Any) -> Any:
