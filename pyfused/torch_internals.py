@@ -12,12 +12,12 @@ import pkgutil
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves  # no public equivalent
@@ -121,23 +121,41 @@ graph_is_retained: Callable[[], bool] = getattr(
 )
 # A number for the backward pass that runs in this thread.
 current_graph_task: Callable[[], Any] = getattr(torch._C, "_current_graph_task_id", object)
-_unpack: Any = getattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack", None)
+# None in torch 2.11.
+_make_saved_tensor: Any = getattr(torch._C._autograd, "_make_saved_tensor", None)
+_NO_INPUT = torch.zeros((), device="cpu", requires_grad=True)
 
 
-def saved_tensors_from(ctx: Any, first: int) -> list[Any]:
-    """Unpacks the tensors that were saved for backward, starting at an index.
+class _Node(torch.autograd.Function):
+    """A node that only saves a tensor."""
 
-    If torch can unpack tensors separately, it neither runs the hooks of earlier ones nor checks
-    whether these were modified. The context of a backward pass that torch compiles has only
-    ``saved_tensors``.
-    """
-    if _unpack is None or not isinstance(ctx, BackwardCFunction):
-        return list(ctx.saved_tensors[first:])
-    return [*map(_unpack, ctx._raw_saved_tensors[first:])]
+    @staticmethod
+    def forward(ctx: Any, no_input: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return no_input.clone()
 
 
+def save_apart(tensor: Tensor) -> Any:
+    """Saves a tensor as ``save_for_backward`` does, but apart from the other tensors of a node."""
+    if _make_saved_tensor is not None:
+        return _make_saved_tensor(tensor, False)
+    with torch.enable_grad():
+        return _Node.apply(_NO_INPUT, tensor).grad_fn  # type: ignore[no-untyped-call]
+
+
+def saved_apart(saved: Any) -> Tensor:
+    """Returns the tensor that `save_apart` has saved, or raises if it was modified."""
+    tensor: Tensor = saved.saved_tensors[0] if _make_saved_tensor is None else saved.unpack()
+    return tensor
+
+
+# The hooks that get the tensors that are saved now, or None.
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: (None, None)
+)
+# A context without the transforms of torch.func that are active.
+without_transforms: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._functorch.pyfunctorch, "temporarily_clear_interpreter_stack", nullcontext
 )
 
 

@@ -12,17 +12,17 @@ from torch.autograd.graph import increment_version
 
 from pyfused.backends import backend_of
 from pyfused.dispatch import report
-from pyfused.dispatch.reasons import log_once
+from pyfused.dispatch.reasons import layout_reason, log_once
 from pyfused.layout import is_dense
 from pyfused.torch_internals import (
+    active_mode,
     apply_of,
-    functorch_is_active,
     graph_is_retained,
-    is_batched,
-    is_lazy_clone,
-    is_zero_tensor,
     never_traced,
-    saved_tensors_from,
+    save_apart,
+    saved_apart,
+    saved_tensors_hooks,
+    without_transforms,
 )
 from pyfused.types import Gradients
 
@@ -70,27 +70,34 @@ def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: 
 class Fused(torch.autograd.Function):
     """The autograd function of all operators, which calls their `forward` and `backward`.
 
-    Gradients computed by the forward pass are saved after the operator's tensors, starting at index
-    ``ctx.first_gradient``. Backward unpacks only these and scales them by grad_output: in place, or
-    in copies if the graph is retained, because another backward pass may read them, even
-    concurrently. Only ``create_graph`` unpacks the operator's tensors, so user code may modify them
-    before backward.
+    Operands are saved by ``save_for_backward``. Tensors that backward may overwrite, such as the
+    gradients that the forward pass has computed, are saved apart: reading them does not check
+    whether user code has modified the operands. Copies are overwritten if the graph is retained,
+    because another pass may read the tensors, even concurrently, and if hooks have returned them.
+    ``create_graph`` frees gradients of the forward pass; later passes compute them again.
     """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         op, options, needs, shard = ctx.call = call
-        output, saved, gradients = op.forward(tensors, options, needs, shard)
-        ctx.define = op.define
-        ctx.first_gradient = len(saved) if gradients else None
+        output, saved, own = op.forward(tensors, options, needs, shard)
+        ctx.in_forward, ctx.index = bool(own), None
+        if op.overwritten is not None:
+            ctx.index = op.overwritten(saved, options, shard)
+            if ctx.index is not None and not own:
+                saved = [*saved]
+                own, saved[ctx.index] = (saved[ctx.index],), None
+        ctx.own = [x if x is None else save_apart(x) for x in own]
+        ctx.is_hooked = saved_tensors_hooks(True) is not None
+        ctx.is_saved = [x is not None for x in saved]
+        saved = [x for x in saved if x is not None]
         for x in saved:
-            if x is not None and x.is_inference() and not x.requires_grad:
-                saved = _normal_tensors(saved, bool(gradients))
-                ctx.define = _inference_error if gradients else op.define
+            if x.is_inference() and not x.requires_grad:
+                saved = [] if ctx.in_forward else _normal_tensors(saved)
+                ctx.is_saved = None if ctx.in_forward else ctx.is_saved
                 break
-        ctx.save_for_backward(*saved, *gradients)
-        ctx.overwrites = getattr(options, "inplace", False) and op.overwrites(options, shard)
-        ctx.input_is_overwritten = ctx.overwrites and bool(gradients)
+        ctx.save_for_backward(*saved)
+        ctx.input_is_overwritten = ctx.index == 0 and ctx.in_forward
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         return output
@@ -100,35 +107,37 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
         start = report.clock() if report.active else None
-        (op, options, needs, shard), first_gradient = ctx.call, ctx.first_gradient
+        (op, options, needs, shard), inplace = ctx.call, ctx.index == 0
+        create_graph, retained = torch.is_grad_enabled(), graph_is_retained()
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
-            (torch.is_grad_enabled() and "create_graph")
-            or (functorch_is_active() and "torch.func")
-            or (is_batched(grad_output) and "is_grads_batched")
-            or (type(grad_output) is not Tensor and f"gradient is a {type(grad_output).__name__}")
-            or (grad_output.layout is not torch.strided and f"gradient is {grad_output.layout}")
-            or (
-                (grad_output.is_neg() or is_zero_tensor(grad_output))
-                and "gradient is lazily negated or zero"
-            )
-            or (is_lazy_clone(grad_output) and "gradient is a lazy clone")
+            (create_graph and "create_graph")
+            or active_mode()
+            or layout_reason("gradient", grad_output)
         )
         if second_order:
             log_once(f"backward of {op.name}", second_order)
-        overwrites = ctx.overwrites and (second_order or first_gradient is None)
+            if ctx.is_saved is None:
+                raise RuntimeError(
+                    f"{second_order}: expected operands created outside of inference mode"
+                )
+        overwrites = inplace and (second_order or not ctx.in_forward)
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
                 "inplace: expected False for create_graph=True or a second backward pass, got "
                 "True, and the gradient has overwritten the logits"
             )
+        own = None if second_order and ctx.in_forward else ctx.own
+        if not retained or (create_graph and not inplace):
+            ctx.own = None
+        copies = ctx.is_hooked or (retained and not overwrites)
         gradients: Any
-        if first_gradient is not None and not second_order:
-            copies, gradients = graph_is_retained(), saved_tensors_from(ctx, first_gradient)
+        if own is not None and ctx.in_forward:
+            gradients = [x if x is None else saved_apart(x) for x in own]
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
                     dense = gradient.is_contiguous() or is_dense(gradient)
-                    if copies or not (dense or ctx.overwrites):
+                    if copies or not (dense or inplace):
                         gradients[i] = gradient = gradient.clone()
                         dense = True
                     if dense:
@@ -137,13 +146,16 @@ class Fused(torch.autograd.Function):
                         gradient.mul_(grad_output)
         else:
             try:
-                saved = ctx.saved_tensors
+                tensors = iter(ctx.saved_tensors)
+                saved: list[Any] = [next(tensors) if has else None for has in ctx.is_saved]
+                if own and own[0] is not None:
+                    x = saved_apart(own[0])
+                    saved[ctx.index] = x.clone() if copies and not second_order else x
             except RuntimeError as error:
                 raise _with_hint(error, op.name) from None
             if second_order:
-                saved = saved[:first_gradient]
-                gradients = ctx.define(saved, options, needs, grad_output, shard)
-                if torch.is_grad_enabled():
+                gradients = op.define(saved, options, needs, grad_output, shard)
+                if create_graph:
                     gradients = in_graph(gradients, saved)
             else:
                 if overwrites:
@@ -166,27 +178,9 @@ def _with_hint(error: RuntimeError, name: str) -> RuntimeError:
     )
 
 
-def _normal_tensors(saved: Sequence[Any], unread: bool) -> Sequence[Any]:
-    """Replaces inference tensors, which autograd cannot save, by None if unread, else by copies."""
-    pairs = [(x, x is not None and x.is_inference() and not x.requires_grad) for x in saved]
-    return [(None if unread else x.clone()) if is_inference else x for x, is_inference in pairs]
-
-
-def _inference_error(*_: Any) -> Gradients:
-    raise RuntimeError("create_graph: expected operands created outside of inference mode")
-
-
-class _InGraph(torch.autograd.Function):
-    """Makes a constant gradient a differentiable function of the inputs, with derivative 0."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return grad_output, *map(torch.zeros_like, ctx.saved_tensors)
+def _normal_tensors(saved: Sequence[Tensor]) -> list[Tensor]:
+    """Copies inference tensors, which autograd cannot save."""
+    return [x.clone() if x.is_inference() and not x.requires_grad else x for x in saved]
 
 
 def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
@@ -194,10 +188,20 @@ def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
     inputs = [x for x in saved if x is not None and x.requires_grad]
     return tuple(
         [
-            x if x is None or x.requires_grad or not inputs else _InGraph.apply(x, *inputs)
+            x if x is None or x.requires_grad or not inputs else _minus_nothing(x, inputs)
             for x in gradients
         ]
     )
+
+
+def _minus_nothing(gradient: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """Returns a gradient as a function of the inputs, with derivative 0.
+
+    Sums of no elements, unlike an autograd function, can be differentiated in every transform.
+    """
+    for x in inputs:
+        gradient = gradient - x.unsqueeze(0)[:0].sum().to(gradient.dtype)  # -0.0 stays -0.0
+    return gradient
 
 
 # Calls under functorch have already been dispatched to torch.
@@ -215,7 +219,7 @@ def differentiate(
     The gradient is None for an input that needs none, and 0 if the definition is constant in it.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with without_transforms(), torch.enable_grad():  # like the graph of torch's operators
         # Views exclude paths through other inputs, because one input may be computed from another.
         views = [x if x is None else x.view_as(x) for x in inputs]
         loss = definition(*views)

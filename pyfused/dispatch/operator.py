@@ -223,9 +223,9 @@ class Operator(ABC):
     ) -> Gradients:
         """Computes the same gradients from torch's definition, which is differentiable."""
 
-    def overwrites(self, options: Options, shard: Any = None) -> bool:  # noqa: ARG002
-        """Returns whether the gradient of the input overwrites the input."""
-        return False
+    # Returns the index of the saved tensor that backward may overwrite, or None; takes the saved
+    # tensors, the options and the shard. 0 means that the gradient of the input overwrites it.
+    overwritten: ClassVar[Any] = None
 
     # ---- checks ----------------------------------------------------------------------------------
 

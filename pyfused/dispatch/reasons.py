@@ -5,7 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 
+import torch
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+
+from pyfused.torch_internals import (
+    PLAIN,
+    has_names,
+    is_batched,
+    is_functorch_wrapped,
+    is_lazy_clone,
+    is_zero_tensor,
+)
 
 SMALL = "torch is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
@@ -37,3 +48,24 @@ def stacklevel() -> int:
     ):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def layout_reason(name: str, tensor: Tensor) -> str | None:
+    """Returns why kernels cannot read a tensor's memory, None if they can."""
+    if type(tensor) not in PLAIN:
+        return f"{name} is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"{name} has layout {tensor.layout}"
+    if tensor.is_neg() or is_zero_tensor(tensor):
+        return f"{name} is lazily negated or zero"
+    if tensor.is_nested:
+        return f"{name} is nested"
+    if has_names is not None and has_names(tensor):
+        return f"{name} has named dimensions"
+    if is_functorch_wrapped(tensor):
+        return f"{name} is used outside of its torch.func transform"
+    if is_batched(tensor):
+        return f"{name} is batched"
+    if is_lazy_clone(tensor):  # reading its address would copy it
+        return f"{name} is a lazy clone"
+    return None

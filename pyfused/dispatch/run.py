@@ -20,7 +20,7 @@ from pyfused import backends
 from pyfused.backends import DTYPES, cpu, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, report, sizes
 from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, requires_grad
-from pyfused.dispatch.reasons import FUSED, SMALL
+from pyfused.dispatch.reasons import FUSED, SMALL, layout_reason
 from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
     PLAIN,
@@ -28,6 +28,7 @@ from pyfused.torch_internals import (
     any_autocast,
     functorch_is_active,
     has_names,
+    is_batched,
     is_exporting,
     is_functorch_wrapped,
     is_lazy_clone,
@@ -128,7 +129,7 @@ def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Opt
             and (x.dtype in DTYPES or (operand.indices and x.dtype is torch.int64))
             and not (x.is_neg() or is_zero_tensor(x) or x.is_nested)
             and (has_names is None or not has_names(x))
-            and not (is_functorch_wrapped(x) or is_lazy_clone(x))
+            and not (is_functorch_wrapped(x) or is_batched(x) or is_lazy_clone(x))
             and (x.is_cpu if on_cpu else unsupported_device(operand.name, x, input) is None)
             and (operand.differentiated or not x.requires_grad)
             and (i == 0 or x.numel())
@@ -168,25 +169,6 @@ def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
     if is_traced:
         return None  # a comparison would restrict the sizes of the program
     return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts
-
-
-def layout_reason(name: str, tensor: Tensor) -> str | None:
-    """Returns why kernels cannot read a tensor's memory, None if they can."""
-    if type(tensor) not in PLAIN:
-        return f"{name} is a {type(tensor).__name__}"
-    if tensor.layout is not torch.strided:
-        return f"{name} has layout {tensor.layout}"
-    if tensor.is_neg() or is_zero_tensor(tensor):
-        return f"{name} is lazily negated or zero"
-    if tensor.is_nested:
-        return f"{name} is nested"
-    if has_names is not None and has_names(tensor):
-        return f"{name} has named dimensions"
-    if is_functorch_wrapped(tensor):
-        return f"{name} is used outside of its torch.func transform"
-    if is_lazy_clone(tensor):  # reading its address would copy it
-        return f"{name} is a lazy clone"
-    return None
 
 
 # ---- options -------------------------------------------------------------------------------------

@@ -216,8 +216,10 @@ class CrossEntropy(RowOperator):
         """Returns whether only the kernels of row states support a call."""
         return shard is not None or options.softcap is not None
 
-    def overwrites(self, options: Options, shard: Any = None) -> bool:
-        return options.inplace and not self.needs_state(options, shard)
+    def overwritten(self, saved: Tensors, options: Options, shard: Any) -> int | None:
+        if options.inplace and not self.needs_state(options, shard):
+            return 0
+        return super().overwritten(saved, options, shard)
 
     def misfit(self, tensors: Tensors, options: Options) -> str | None:
         input, target, weight, token_weight, denominator = tensors
@@ -232,7 +234,7 @@ class CrossEntropy(RowOperator):
         return super().misfit(tensors, options)
 
     def arranged(self, tensors: Tensors, options: Options, shard: Any = None) -> Tensors:
-        if options.inplace and self.overwrites(options, shard):
+        if options.inplace and not self.needs_state(options, shard):
             definitions.prepare_inplace(tensors[0])
         input, target, weight, token_weight, denominator = tensors
         if target.is_floating_point():

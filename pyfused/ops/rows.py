@@ -40,7 +40,6 @@ from pyfused.ops.chunk_sizes import HeadSizes, head_sizes
 from pyfused.ops.collectives import LocalShard
 from pyfused.ops.head_loop import ALL_ROWS, Rows, rows_that_count
 from pyfused.ops.shards import class_range, local_shard, sharded_results
-from pyfused.torch_internals import graph_is_retained
 from pyfused.types import (
     SMOOTH,
     STATE_FIELDS,
@@ -279,6 +278,10 @@ class RowOperator(Operator):
             arranged = self.flattened(arranged)
         return arranged
 
+    def overwritten(self, saved: Tensors, options: Options, shard: Any) -> int | None:  # noqa: ARG002
+        index = len(self.all_operands) + 1  # of the logits that `state_forward` has kept
+        return index if len(saved) > index else None
+
     def flattened(self, tensors: list[Any]) -> list[Any]:
         """Flattens the leading dimensions of an input (..., D) and of the tensors with its rows."""
         leading = tensors[0].shape[:-1]
@@ -493,8 +496,6 @@ def state_backward(
     """Returns the backward pass of `state_forward`."""
     loss, count = op.loss, len(op.all_operands)
     tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
-    if logits is not None and (graph_is_retained() or not logits.is_contiguous()):
-        logits = None  # they would be overwritten
     inputs, of_rows, grads, below = [*tensors, None], options, grad_output, None
     if op.factors:
         inputs, of_rows = loss.inputs(tensors, options, False)
