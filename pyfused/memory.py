@@ -330,7 +330,7 @@ def _environment() -> dict[str, str]:
     return dict(variable.split("=", 1) for variable in variables if "=" in variable)
 
 
-# ---- gradients of pyfused -------------------------------------------------------------------------
+# ---- gradients of pyfused ------------------------------------------------------------------------
 
 _limit = 0
 

@@ -417,3 +417,11 @@ def test_run_sets_tunables_unless_there_are_others(
     command = "-W", "ignore", "-m", "pyfused", "run", *options, script(tmp_path, TUNED), "-m", "a b"
     done = plain(*command, folder=tmp_path, **variables)
     assert (done.stdout, done.returncode) == (f"{expected} ['-m', 'a b']\n", 3), done.stderr
+
+
+def test_nothing_is_printed_to_stdout_if_stderr_is_closed(tmp_path: Path) -> None:
+    command = f'"$0" -m pyfused run {script(tmp_path, "print(42)")} 2>&-'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable], stdout=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "42\n")
