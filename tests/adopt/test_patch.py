@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import pickle
 import threading
@@ -489,6 +490,29 @@ def test_calls_and_nested_blocks() -> None:
     assert not patched()
     with pytest.raises(KeyError), pyfused.patch():
         raise KeyError
+
+
+def test_finalizers_may_end_a_block() -> None:
+    def block() -> Iterator[None]:
+        with pyfused.patch():
+            yield
+
+    threshold = gc.get_threshold()
+    try:
+        for n in range(1, 60):
+            gc.disable()
+            held: list[Any] = [block()]
+            held.append(held)
+            next(held[0])
+            del held
+            gc.set_threshold(n, 1, 1)
+            gc.enable()
+            with pyfused.patch():
+                pass
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert not patched()
 
 
 @pytest.mark.parametrize("decorator", [pyfused.patch, lambda f: pyfused.patch()(f)], ids=["", "()"])

@@ -175,3 +175,39 @@ for _ in range(2):
 os._exit(3)
 """)
     assert done.returncode == 3, done.stderr
+
+
+@forks
+def test_fork_while_another_thread_counts_and_patches() -> None:
+    code = """if True:
+        import os, signal, sys, threading, torch, pyfused
+        torch.set_num_threads(1)
+        sys.setswitchinterval(1e-6)
+        x, t, stop = torch.randn(2000), torch.rand(2000), []
+
+        def call():
+            with pyfused.patch():
+                pyfused.functional.sigmoid_focal_loss(x, t)
+
+        def work():
+            while not stop:
+                call()
+
+        def calls():
+            return report.to_dict()["operators"].get("sigmoid_focal_loss", {}).get("calls", 0)
+
+        with pyfused.report() as report:
+            thread = threading.Thread(target=work)
+            thread.start()
+            for _ in range(60):
+                if (child := os.fork()) == 0:
+                    signal.alarm(60)
+                    before = calls()
+                    call()
+                    os._exit(calls() - before != 1)
+                assert os.waitpid(child, 0)[1] == 0
+            stop.append(1)
+            thread.join()
+    """
+    done = python(code)
+    assert done.returncode == 0, done.stderr

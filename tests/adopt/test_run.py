@@ -449,3 +449,11 @@ def test_options_cannot_be_abbreviated(tmp_path: Path) -> None:
     done = counted("--no-kee", script(tmp_path, "print('ran')"), folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "unrecognized arguments: --no-kee" in done.stderr
+
+
+def test_nothing_is_printed_to_stdout_if_stderr_is_closed(tmp_path: Path) -> None:
+    command = f'"$0" -m pyfused run {script(tmp_path, "print(42)")} 2>&-'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable], stdout=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "42\n")

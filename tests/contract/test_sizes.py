@@ -116,7 +116,7 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
 ) -> None:
     monkeypatch.undo()
     asked: list[int] = []
-    monkeypatch.setattr(memory, "pages_are_kept", lambda size: bool(asked.append(size)) or kept)
+    monkeypatch.setattr(memory, "pages_are_kept", lambda: bool(asked.append(1)) or kept)
     of_elements = [op for op in OPERATORS.values() if not op.is_linear]
     for op, dtype in itertools.product(of_elements, DTYPES):
         found = sizes.limits(op, torch.get_num_threads(), dtype)
@@ -127,7 +127,7 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
                 asks = limit == found.pages <= elements
                 is_small = sizes.is_small(op, (x,) * len(op.all_operands), ())
                 assert is_small is (elements < limit or (asks and kept)), (op.name, dtype)
-                assert asked == [elements * x.element_size()] * asks, (op.name, dtype)
+                assert asked == [1] * asks, (op.name, dtype)
                 asked.clear()
 
 
@@ -139,7 +139,7 @@ def test_the_first_line_of_a_function_agrees_with_dispatch(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(memory, "pages_are_kept", lambda _: False)
+    monkeypatch.setattr(memory, "pages_are_kept", lambda: False)
     op = OPERATORS[name]
     for n, dtype, grad, reduction in itertools.product(
         [1 << k for k in range(4, 26)], DTYPES, (False, True), ("none", "mean")

@@ -219,6 +219,39 @@ def test_parameters_follow_any_sequence_of_calls() -> None:
 
 
 @glibc
+def test_finalizers_and_signal_handlers() -> None:
+    """They may end a block and call any function in the middle of another call."""
+    run("""
+    import faulthandler, gc, signal
+    faulthandler.dump_traceback_later(60, exit=True)
+
+    def block():
+        with memory.keep(trim_every=None):
+            yield
+
+    def handler(*_):
+        with memory.keep():
+            memory.trim()
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 1e-2, 1e-2)
+    for n in range(1, 60):
+        gc.disable()
+        held = [block()]
+        held.append(held)
+        next(held[0])
+        del held
+        gc.set_threshold(n, 1, 1)
+        gc.enable()
+        memory.keep(trim_every=None)
+        memory.keep(False)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    gc.collect()
+    assert not memory.stats().keeps and not trimming()
+    """)
+
+
+@glibc
 def test_blocks_end_after_errors() -> None:
     with pytest.raises(KeyError), memory.keep():
         {}["missing"]

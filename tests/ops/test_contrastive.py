@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pyfused import functional as fused
+from pyfused.dispatch.sizes import every_size
 
 N, D = 37, 6
 BUDGET = 5000  # bytes, which give several blocks
@@ -54,6 +56,17 @@ def test_a_block_of_one_row(n: int, kernel_calls: KernelCalls) -> None:
     got, expected = evaluate(call, *arguments), evaluate(contrastive_loss, *arguments)
     torch.testing.assert_close(got.gradients, expected.gradients)
     assert kernel_calls.total() or n == 1
+
+
+@every_kind
+@pytest.mark.parametrize("number", [math.nan, torch.tensor(math.nan)], ids=["float", "tensor"])
+def test_a_number_that_is_nan(number: Any, has_bias: bool) -> None:
+    a, b, *_ = given(False)
+    arguments = (1.0, number) if has_bias else (number,)
+    with every_size():
+        large = fused.contrastive_loss(a, b, *arguments)
+    assert large.isnan()
+    assert fused.contrastive_loss(a, b, *arguments).isnan()
 
 
 @pytest.mark.interpreted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -30,6 +31,7 @@ from pyfused import functional
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
+from pyfused.ops import definitions
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import Gated
 from pyfused.types import Outputs
@@ -305,3 +307,23 @@ def test_gated_activations_save_only_their_inputs(op: Gated) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         getattr(functional, op.name)(gate, up)
     assert {tensor.data_ptr() for tensor in saved} == {gate.data_ptr(), up.data_ptr()}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("of_input", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("ignored", [257, 2049, 0.1, torch.tensor([0.1]), 7e4, math.nan])
+def test_ignored_targets_are_compared_in_their_dtype(
+    ignored: Any, of_input: torch.dtype, dtype: torch.dtype
+) -> None:
+    x, target = torch.randn(40, dtype=of_input), (torch.rand(40) < 0.5).to(dtype)
+    target[::2] = float(ignored)
+    numbers = 0.25, 2.0, None
+    for reduction in ("mean", "sum", "none"):
+        loss = functional.sigmoid_focal_loss(x, target, reduction=reduction, ignore_index=ignored)
+        if math.isnan(ignored):  # equals no target
+            assert loss.isnan().any()
+            continue
+        each = definitions.sigmoid_focal_loss(x[1::2], target[1::2], None, (*numbers, reduction))
+        torch.testing.assert_close(loss[1::2] if reduction == "none" else loss, each)
+        assert reduction != "none" or not loss[::2].any()

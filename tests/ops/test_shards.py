@@ -5,10 +5,12 @@ Every process runs all checks, in one order; a test fails if its check fails in 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import random
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -423,6 +425,20 @@ def differentiated_together(process: Process, rng: random.Random) -> None:
         for (name, leaf), whole_gradient in zip(leaves.items(), exact, strict=True):
             if leaf.requires_grad:
                 close(found.pop(0), case.part(name, whole_gradient, own))
+
+
+@check(call=None)
+def destroyed_groups(process: Process, case: None) -> None:
+    """Plans do not keep a process group alive."""
+    group = dist.new_group([*range(SIZE)])
+    input, head, _, target = draw(F64)
+    shard = VocabShard(process.classes.start, CLASSES, group)
+    cross_entropy((input @ head.t())[:, process.classes], target, shard=shard)
+    reference = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group, shard
+    gc.collect()
+    assert reference() is None
 
 
 @check(drawn=16)

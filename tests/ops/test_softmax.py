@@ -150,3 +150,21 @@ def test_avx2_leaves_strided_bfloat16_to_torch(
     with fused_by_size():
         backend = pyfused.explain(name, torch.randn(512, 2048).to(dtype), dim).backend
     assert backend == ("torch" if by_torch else "cpu")
+
+
+@pytest.mark.thresholds
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["nested", "sparse"])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_large_tensors_without_strides(name: str, kind: str) -> None:
+    x = torch.randn(1 << 17, 16)
+    x = torch.nested.nested_tensor([*x.split(1 << 16)]) if kind == "nested" else x.to_sparse()
+    ours, of_torch = (repr(outcome(getattr(f, name), x)) for f in (fused, F))
+    assert ours == of_torch
+
+
+def outcome(function: Callable[..., Any], x: Tensor) -> Any:
+    try:
+        return function(x, -1)
+    except (NotImplementedError, RuntimeError) as error:
+        return error
