@@ -5,6 +5,7 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.environment
 BUILD := .venv/.build
 TOOLS := .venv/.tools
+TRITON_STAMP := .venv/.triton
 EXTRAS := .venv/.extras
 WHEEL_TOOLS := .venv/.wheels
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -12,7 +13,7 @@ export CXX  # build with the compiler that was checked
 unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-quick test test-full test-repo test-torch test-machines test-integrations gpu-compile gpu-check \
+.PHONY: help setup build demo demo-quick test test-interpreter test-full test-repo test-torch test-machines test-integrations gpu-compile gpu-check \
 	bench bench-quick bench-steps bench-threads bench-busy bench-compare bench-sweep sizes formulas docs lint sanitize wheels test-wheel \
 	test-aarch64 clean
 
@@ -53,10 +54,16 @@ OLDEST = $(if $(filter x86_64,$(shell uname -m)),x86-64-v2,generic)
 FORMULA_TESTS = $(addprefix tests/contract/test_,accuracy.py values.py options.py) \
 	tests/ops/test_pointwise_loss.py tests/ops/test_activation.py
 
-test: $(BUILD) $(TOOLS) ## run the tests of the library: 7 to 10 minutes on two cores (PYTEST_ARGS="-k relu" selects some)
+INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+SELECTED = $(filter -k% -m% tests/%,$(PYTEST_ARGS))
+
+test: $(BUILD) $(TOOLS) $(if $(SELECTED),,$(TRITON_STAMP)) ## run the tests of the library: 7 to 10 minutes on two cores (PYTEST_ARGS="-k relu" selects some, on CPUs)
 	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/contract/test_completeness.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/repo $(PYTEST_ARGS)
-	$(INTERPRETED) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no tests selected
+	$(if $(SELECTED),,$(INTERPRETED))
+
+test-interpreter: $(BUILD) $(TOOLS) $(TRITON_STAMP) ## run the tests of the GPU kernels, in Triton's interpreter (PYTEST_ARGS="-k relu")
+	$(INTERPRETED)
 
 # Another version of torch is installed with its Triton into a folder that comes first on PYTHONPATH.
 test-torch: $(BUILD) $(TOOLS) .venv/torch-$(TORCH) ## run the tests with another version of torch (TORCH=2.11.0)
@@ -75,16 +82,14 @@ test-machines: $(BUILD) $(TOOLS) ## run tests with the code paths that libraries
 test-full: override PYTEST_ARGS += --full
 test-full: test ## run all tests, with every combination of parameters
 
-INTERPRETED = TRITON_INTERPRET=1 PYFUSED_BACKEND=triton
-
-test-repo: $(BUILD) $(EXTRAS) ## run the tests of pages, examples, packages and tools
+test-repo: $(BUILD) $(EXTRAS) $(TRITON_STAMP) ## run the tests of pages, examples, packages and tools
 	$(BIN)/python -m pytest -n 2 --dist loadfile --slow tests/repo $(PYTEST_ARGS)
 
 # Other versions of Triton are installed into separate folders, which come first on PYTHONPATH.
 SUPPORTED = $(shell sed -n 's/^    "\([0-9.]*\)": .*/\1/p' pyfused/backends/versions.py)
 TRITONS = $(if $(filter all,$(TRITON)),$(SUPPORTED),$(TRITON))
 
-gpu-compile: $(BUILD) $(TOOLS) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, without a GPU (TRITON=3.6.0 or all)
+gpu-compile: $(BUILD) $(TOOLS) $(TRITON_STAMP) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, without a GPU (TRITON=3.6.0 or all)
 	for version in $(or $(TRITONS),installed); do PYTHONPATH=.venv/triton-$$version \
 		$(BIN)/python tests/gpu/compile_ahead.py $(AHEAD_ARGS) || exit 1; done
 
@@ -204,10 +209,15 @@ $(TOOLS): $(ENVIRONMENT) constraints-dev.txt
 	@$(PIP) install --no-compile --requirement constraints-dev.txt --constraint constraints.txt
 	@touch $@
 
+$(TRITON_STAMP): $(TOOLS) constraints-triton.txt
+	@echo 'Installing Triton into .venv: 0.7 GB, once'
+	@$(PIP) install --no-compile --requirement constraints-triton.txt
+	@touch $@
+
 $(EXTRAS): $(TOOLS) constraints-extras.txt
 	@echo 'Installing the packages of documentation and integrations into .venv: minutes, once'
 	@$(PIP) install --no-compile --requirement constraints-extras.txt \
-		--constraint constraints-dev.txt --constraint constraints.txt
+		--constraint constraints-triton.txt --constraint constraints-dev.txt --constraint constraints.txt
 	@touch $@
 
 $(WHEEL_TOOLS): $(TOOLS) constraints-wheels.txt
@@ -220,9 +230,10 @@ need = || { echo "pyfused needs $(1)"; exit 1; }
 COMPILE = $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null
 HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
-$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.inc csrc/*.cpp)
+$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml tools/editable/pyfused/__init__.py $(wildcard csrc/*.h csrc/*.inc csrc/*.cpp)
 	@echo 'Compiling the kernels: minutes the first time, then only changed files'
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@echo '$(CURDIR)/tools/editable' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pyfused.pth"
 	@$(BIN)/python -m pyfused
 	@touch $@

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -270,6 +271,55 @@ def test_a_warning_is_an_error_in_ci_but_not_for_users(stub_tree: Path) -> None:
     assert users.stdout.count("Compiling the kernels with ") == 1
     assert "export CPPFLAGS=-Werror" in (ROOT / ".ci/run").read_text()
     assert run(*build, folder=stub_tree, CPPFLAGS="-Werror").returncode != 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs make")
+def test_a_built_clone_is_imported_in_the_folder_beside_it(tmp_path: Path) -> None:
+    """There, Python finds the clone's folder, which has the package's name, but no __init__.py."""
+    clone = tmp_path / "pyfused"
+    for pattern in ("*", "pyfused/**/*.py", "kernels/*.py", "tools/**/*.py"):
+        for file in filter(Path.is_file, ROOT.glob(pattern)):
+            copied = clone / file.relative_to(ROOT)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copied)
+    venv.create(clone / ".venv")  # with the packages of this environment, and no .pth files of it
+    command = clone / ".venv/bin/python"
+    (site,) = (clone / ".venv").glob("lib/python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+    (clone / ".venv/.environment").touch()
+    environment = {**os.environ, "PYFUSED_NO_EXTENSION": "1", "PYTHONPATH": ""}
+
+    def output(*arguments: str | Path, folder: Path, path: str = "") -> str:
+        environment["PYTHONPATH"] = path
+        done = subprocess.run(
+            arguments, cwd=folder, env=environment, text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    output("make", "build", folder=clone)
+    show = "import pyfused, pyfused.kernels as k; print(pyfused.__file__, k.__file__)"
+    files = clone / "pyfused/__init__.py", clone / "kernels/__init__.py"
+    for folder in (tmp_path, clone, tmp_path.parent):
+        assert output(command, "-c", show, folder=folder).split() == [*map(str, files)]
+    assert output(command, "-m", "pyfused", "--version", folder=tmp_path).startswith("pyfused 0.")
+    (other := tmp_path / "other/pyfused").mkdir(parents=True)
+    (other / "__init__.py").write_text("print('other')")
+    for folder, path in ((tmp_path, str(other.parent)), (other.parent, "")):
+        assert output(command, "-c", "import pyfused", folder=folder, path=path) == "other\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs make")
+def test_selected_tests_need_no_triton() -> None:
+    def commands(*arguments: str) -> str:
+        command = "make", "--dry-run", "--always-make", *arguments
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+
+    for arguments in ("", "--slow", "-x -q"):
+        assert "TRITON_INTERPRET=1" in commands("test", f"PYTEST_ARGS={arguments}")
+    for arguments in ("-k mse", "-kmse -n 0", "-x -m 'large or slow'", "tests/ops"):
+        assert "triton" not in commands("test", f"PYTEST_ARGS={arguments}").lower()
+    assert "-k mse" in commands("test-interpreter", "PYTEST_ARGS=-k mse")
 
 
 def test_files_named_in_settings_exist() -> None:
