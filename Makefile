@@ -118,7 +118,7 @@ bench-threads: $(BUILD) $(TOOLS) ## time calls and training steps with 1, 2, 4, 
 bench-busy: $(BUILD) $(TOOLS) ## time the headline cases under load: medians and 90th percentiles (5 minutes)
 	$(BIN)/python benchmarks/run.py busy
 
-bench-compare: $(BUILD) $(TOOLS) ## compare kernels with another revision: make bench-compare BASE=main~3
+bench-compare: $(BUILD) $(TOOLS) ## find kernels that are slower than at another revision: make bench-compare BASE=main~3 (5 minutes after its build)
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
 

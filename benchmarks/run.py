@@ -272,7 +272,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("busy", "pairs.busy", "time the headline cases under load", named)
     add("--seconds", type=float, default=10, help="time per case")
     words = "compare the kernels of a revision and of the working tree"
-    add = command("compare", "compare.compare", words, named)
+    add = command("compare", "revisions.compare", words, named)
     add("base", help="a git revision, or a folder with its build")
     add("--all", action="store_true", help="time and list all calls, to see which are faster")
     add("--minutes", type=float, default=5, help="the time limit, without the build")

@@ -127,7 +127,7 @@ def long_dimensions(op: str, dtype: torch.dtype, count: int, draw: random.Random
         kind, dim, layout = {}, 1 if op in SOFTMAX else -1, ""
         if number % 2:
             classes = between(100_000, 10_000_000, draw)
-            shape = (max(1, min(between(1, 16, draw), LARGEST // classes)), classes)
+            shape = (max(1, min(between(1, 16, draw), LARGEST // 4 // classes)), classes)
             layout = draw.choice(("", "transposed"))
         else:
             beside = split(between(1, 50, draw), draw.randint(1, 2), draw)
@@ -180,7 +180,7 @@ def sweep(options: Namespace) -> None:
     info = machine_info() | {"threads": " and ".join(map(str, options.threads))}
     print(f"--seed {seed}: {machine(measured(info))}, torch on {VECTORS}")
     draw = random.Random(seed)
-    long = partial(long_dimensions, count=4 * options.shapes, draw=draw)
+    long = partial(long_dimensions, count=2 * options.shapes, draw=draw)
     points = [
         (case, mode, threads)
         for op in ops

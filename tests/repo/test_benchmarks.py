@@ -13,8 +13,8 @@ from conftest import KernelCalls
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import cases
-import compare
 import report
+import revisions
 import sweep
 from cases import TORCH, Case, assert_correct, draw
 
@@ -52,8 +52,6 @@ def test_a_sweep_draws_long_dimensions() -> None:
         assert {case.dim for case in drawn} == ({0, 1} if op == "softmax" else {-1})
         assert all(case.elements < 1.1 * sweep.LARGEST for case in drawn)
         rows = [case for case in drawn if case.shape[-1] >= 100_000]
-        assert {len(case.shape) for case in rows} == {2}
-        assert len(rows) >= 100
         assert {case.layouts[0] for case in rows} == {"", "transposed"}
         assert {case.padded for case in drawn} == {True, False}
 
@@ -62,7 +60,7 @@ def test_a_sweep_draws_long_dimensions() -> None:
 
 
 def test_a_comparison_times_every_operator() -> None:
-    timed = {case.op for case, _ in compare.calls().values()}
+    timed = {case.op for case, _ in revisions.calls().values()}
     left_out = {name for name in fused.__all__ if name.startswith("linear_")}
     assert {*fused.__all__} == timed | left_out
 
@@ -70,8 +68,8 @@ def test_a_comparison_times_every_operator() -> None:
 @pytest.mark.parametrize(("slow", "result"), [(1.0, False), (1.1, True)])
 def test_a_slower_call_is_named(slow: float, result: bool) -> None:
     old = [3.0, 1.0, 1.5, 1.02]
-    low, high = compare.ratios((old, [slow * ms for ms in old]))
-    assert (low > compare.SLOWER) == (high > compare.CLEAR) == result
+    low, high = revisions.ratios((old, [slow * ms for ms in old]))
+    assert (low > revisions.SLOWER) == (high > revisions.CLEAR) == result
 
 
 # ---- reports -------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def pair(base: Path) -> list[Worker]:
 # ---- the comparison ------------------------------------------------------------------------------
 
 SLOWER, CLEAR = 1.05, 1.02  # ratios of new and old time
-ROUNDS = (4, 12)  # the fewest and the most for a call in a pair of processes
+ROUNDS = (3, 10)  # the fewest and the most for a call in a pair of processes
 NEW_PROCESSES = 2
 
 Point = tuple[str, str]  # the name of a call, and a mode
