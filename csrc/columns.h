@@ -177,9 +177,11 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     const int64_t elements = elements_from(c), classes = std::min(k * fold, elements / positions);
     A* const packed = tile[0];
     if (kTransposes<T> && view.classes == 1) {
+#ifdef PYFUSED_HAS_REGISTERS
       if constexpr (kTransposes<T>) {
         load_transposed<true>(from, view.inner, packed, positions, classes, positions);
       }
+#endif
     } else if (!is_run(view)) {
       for (int64_t b = 0; b < positions; ++b) {
         for (int64_t j = 0; j < classes; ++j) {
@@ -217,9 +219,11 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     }
     if (is_run(view)) return;
     if (kTransposes<T> && view.classes == 1) {
+#ifdef PYFUSED_HAS_REGISTERS
       if constexpr (kTransposes<T>) {
         store_transposed<true>(packed, positions, to, view.inner, classes, positions);
       }
+#endif
       return;
     }
     for (int64_t b = 0; b < positions; ++b) {
