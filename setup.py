@@ -53,7 +53,7 @@ if only := os.environ.get("PYFUSED_ONLY_ISA"):  # `make formulas OP=name` tests 
 
 # Sources without kernels are compiled once, for the oldest instruction set, and linked into all
 # modules.
-SHARED = ("csrc/bindings.cpp", "csrc/parallel.cpp")
+SHARED = ("csrc/bindings.cpp", "csrc/formulas.cpp", "csrc/parallel.cpp")
 
 
 def outdated(object_file: Path) -> bool:

@@ -8,6 +8,10 @@
 
 namespace pyfused {
 
+PYFUSED_INLINE_ALL
+#include "activation_formulas.inc"
+PYFUSED_INLINE_END
+
 constexpr int64_t kActivationBlock = 1 << 14;  // elements a thread takes at a time
 constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
 
@@ -102,8 +106,6 @@ std::vector<ActivationFormula> activation_formulas() {
   return {PYFUSED_ACTIVATIONS(PYFUSED_ACTIVATION)};
 #undef PYFUSED_ACTIVATION
 }
-
-uint32_t formulas_checksum() { return kFormulasChecksum; }
 
 #define PYFUSED_INSTANTIATE(T)                                                                 \
   template void activation(const ActivationFormula&, const Operand<T>&, T*, const Parameters&, \

@@ -38,7 +38,7 @@ struct ActivationFormula {
 
 std::vector<ActivationFormula> activation_formulas();
 
-// The checksum of formulas.inc, from which tests detect modules compiled from another version.
+// The checksum of the formulas, from which tests detect modules compiled from another version.
 uint32_t formulas_checksum();
 
 template <class T>

@@ -4,9 +4,10 @@
 //   forward   y = f(x)
 //   backward  dx = f'(x) dy, from dy and either y or x, whichever the operator saves
 //
-// for float and double. The constructor of a formula takes its parameters, at most three, and
-// computes constants from them in double. Reading, rounding, weights, sums, loops and
-// threads are in pointwise_loss.cpp and activation.cpp.
+// for float and double. They are in loss_formulas.inc and activation_formulas.inc, so that another
+// formula recompiles one file. The constructor of a formula takes its parameters, at most three,
+// and computes constants from them in double. Reading, rounding, weights, sums, loops and threads
+// are in pointwise_loss.cpp and activation.cpp, which include the formulas.
 #pragma once
 
 #include <array>
@@ -27,8 +28,6 @@ template <class A> struct Formula {
   A grad_target(A, A, A, A) const { return 0; }
   A grad_other(A, A, A, A) const { return 0; }
 };
-
-#include "formulas.inc"
 
 PYFUSED_INLINE_END
 }  // namespace pyfused

@@ -102,6 +102,8 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
 
 PYFUSED_INLINE_ALL
 
+#include "loss_formulas.inc"
+
 // Flattened, because GCC does not vectorise loops with calls, and limits inlining per file.
 template <template <class> class Of, class A>
 PYFUSED_FLATTEN void evaluate(const Parameters& parameters, const LossChunk<A>& chunk) {

@@ -55,10 +55,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    formulas = Path(__file__).parents[1] / "csrc" / "formulas.inc"
+    formulas = Path(__file__).parents[1] / "csrc" / "formulas_checksum.inc"
     compiled = getattr(cpu.native, "formulas_checksum", None)
     if compiled and formulas.exists() and f" = {compiled}u;" not in formulas.read_text("utf-8"):
-        changed = "csrc/formulas.inc has changed since the kernels were compiled"
+        changed = "csrc/*_formulas.inc have changed since the kernels were compiled"
         built = "make formulas OP=... compiles only one of the instruction sets"
         raise pytest.UsageError(f"{changed}, and {built}: run make build")
     config.addinivalue_line("markers", "thresholds: small inputs run torch's operators, as usual")

@@ -40,8 +40,9 @@ def missing_steps(op: Operator) -> Iterator[str]:
         yield f"4. tests/samples.py: add a row {op.name} to SAMPLES"
     elif is_printed and not SAMPLES[op.name].define:
         yield f"4. tests/samples.py: define the closed form of {op.name}, which torch does not have"
+    kind = "activation" if isinstance(op, Activation) else "loss"
     words = {
-        "csrc/formulas.inc": [f'X("{name}", ' for name in (op.kernels if is_printed else ())],
+        f"csrc/{kind}_formulas.inc": [f'X("{x}", ' for x in (op.kernels if is_printed else ())],
         "docs/torch-objects.inv": [f".{op.name} "] * hasattr(torch.nn.functional, op.name),
     }
     for file, needed in words.items():
