@@ -16,7 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -31,7 +31,6 @@ from cases import BF16, EMBEDDINGS, F32, MODES, POINTWISE, Arguments, Case, M, S
 from report import Found, Row, machine, measured, peer, row, tabulated
 
 import pyfused.functional
-from pyfused.ops.operators import OPERATORS
 
 ROUNDS, WARM_UP = 30, 3
 SMALL, CALLS = 1 << 20, 100  # below SMALL elements, overhead dominates: time CALLS calls at once
@@ -268,28 +267,13 @@ def changed(choice: Any, classes: int, name: str, factor: float) -> Any:
 
 
 @contextlib.contextmanager
-def _with_plans(plans: dict[str, Any]) -> Iterator[None]:
-    """Replaces the plans of all operators in this context."""
-
-    def swap() -> None:
-        for op in OPERATORS.values():
-            op.plans, plans[op.name] = plans.get(op.name, {}), op.plans
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
-@contextlib.contextmanager
 def choosing(
-    plans: dict[str, Any], change: Callable[[Any, int], Any] = lambda choice, _: choice
+    caches: dict[str, Any], change: Callable[[Any, int], Any] = lambda choice, _: choice
 ) -> Iterator[list[Any]]:
     """Replaces the launch choices of all kernels in this context.
 
     Args:
-        plans: The cache of plans, which hold the choices. The first call in the context fills it.
+        caches: The cached functions of the backend, which hold the choices; {} for the first call.
         change: Returns the replacement of a choice, given the choice and the number of classes.
     """
     from pyfused.backends import triton
@@ -301,11 +285,12 @@ def choosing(
         made.append((choice, classes))
         return choice
 
-    with (
-        mock.patch.object(triton, "choose", choose_other),
-        _with_plans(plans),
-        mock.patch.object(triton, "_tile", triton._tile.__wrapped__),  # uncached
-    ):
+    if not caches:
+        cached = {n: f for n, f in vars(triton).items() if hasattr(f, "cache_clear")}
+        own = {n: f.__wrapped__ for n, f in cached.items() if f.__module__ == triton.__name__}
+        own["_elementwise_kernel"] = triton._new_elementwise_kernel
+        caches.update({name: lru_cache(None)(function) for name, function in own.items()})
+    with mock.patch.multiple(triton, choose=choose_other, **caches):
         yield made
 
 

@@ -526,14 +526,16 @@ def pointwise_loss(
 
 def _elementwise_kernel(program: Program, itemsize: int, each: bool) -> Launch:
     """Returns the kernel of a program, which keeps it."""
-
-    def make(program: Program) -> Launch:
-        function = program.kernel("triton", formula_of)
-        constants = {"FORMULA": function, "EACH": each, "EXACT": itemsize > 2}
-        return Launch(elementwise_kernel, choose(itemsize), **constants)
-
-    kernel: Launch = program.kernel((itemsize, each), make)
+    kernel: Launch = program.kernel(
+        (itemsize, each), lambda _: _new_elementwise_kernel(program, itemsize, each)
+    )
     return kernel
+
+
+def _new_elementwise_kernel(program: Program, itemsize: int, each: bool) -> Launch:
+    function = program.kernel("triton", formula_of)
+    constants = {"FORMULA": function, "EACH": each, "EXACT": itemsize > 2}
+    return Launch(elementwise_kernel, choose(itemsize), **constants)
 
 
 def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:

@@ -125,7 +125,7 @@ def test_other_errors_pass_through(
         calls.append(call)
         raise error("of a hook, of the user or of torch")
 
-    monkeypatch.setattr(type(OPERATORS["relu"]), "plan", fails)
+    monkeypatch.setattr(type(OPERATORS["relu"]), "fused", fails)
     with pyfused.patch(), pytest.raises(error, match="of a hook"):
         F.relu(X)
     assert len(calls) == 1  # not caught

@@ -109,7 +109,7 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
 def test_the_number_of_threads_is_read_in_each_call(
     threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan does not store the number of threads."""
+    """No cache stores the number of threads."""
     given: list[int] = []
     native = cpu.native
     with monkeypatch.context() as patch:

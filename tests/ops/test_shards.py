@@ -429,7 +429,7 @@ def differentiated_together(process: Process, rng: random.Random) -> None:
 
 @check(call=None)
 def destroyed_groups(process: Process, case: None) -> None:
-    """Plans do not keep a process group alive."""
+    """No cache keeps a process group alive."""
     group = dist.new_group([*range(SIZE)])
     input, head, _, target = draw(F64)
     shard = VocabShard(process.classes.start, CLASSES, group)

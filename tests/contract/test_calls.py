@@ -1,0 +1,140 @@
+"""What a call costs in Python, and what outlives it: a few small caches."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import tracemalloc
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from catalogue import EXAMPLES, Example
+from conftest import KernelCalls
+from processes import python
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyfused import functional as fused
+
+CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
+OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
+
+
+# ---- caches --------------------------------------------------------------------------------------
+
+PLAIN = {e.id: e for e in EXAMPLES.values() if not e.name}
+
+
+@pytest.mark.parametrize("example", PLAIN.values(), ids=PLAIN)
+def test_caches_are_bounded(example: Example) -> None:
+    """Memory does not grow with the number of shapes, and of values of a number."""
+
+    def calls_of(sizes: range) -> int:
+        for n in sizes:
+            call = example.call(shape=(n, 5))
+            numbers = [name for name, x in call.given.items() if type(x) is float]
+            call.given |= {name: 0.1 + n / 1e4 for name in numbers}
+            call.ours()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    calls_of(range(1, 300))  # fills the caches
+    tracemalloc.start()
+    try:
+        assert calls_of(range(300, 400)) - calls_of(range(200, 300)) < 1 << 16
+    finally:
+        tracemalloc.stop()
+
+
+# ---- overhead of a call --------------------------------------------------------------------------
+
+
+def python_calls(step: Callable[[], Any]) -> int:
+    """Returns the number of Python functions that a step calls, the same on every machine."""
+    count = 0
+
+    def profile(_frame: FrameType, event: str, _argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    for _ in range(3):
+        step()
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# The maximum number of functions per step, without autograd's.
+CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "mse_loss": (lambda x: fused.mse_loss(x, OTHER), 22),
+    "cross_entropy": (lambda x: fused.cross_entropy(x, CLASSES), 22),
+    "softcap": (lambda x: fused.cross_entropy(x, CLASSES, softcap=5.0), 44),
+    "nll_loss": (lambda x: fused.nll_loss(x, CLASSES), 24),
+    "gelu": (lambda x: fused.gelu(x).sum(), 24),
+    "softmax": (lambda x: fused.softmax(x, 1).sum(), 24),
+    "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 26),
+    "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 38),
+    "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 53),
+    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 58),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", CALLS)
+def test_a_step_calls_few_python_functions(name: str) -> None:
+    call, most = CALLS[name]
+    x = torch.randn(6, 5, requires_grad=True)
+    of_autograd = python_calls(lambda: x.sum().backward())
+    assert python_calls(lambda: call(x).backward()) - of_autograd <= most
+
+
+@pytest.mark.cpu
+@pytest.mark.thresholds
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch lacks the function")
+def test_a_small_head_calls_few_python_functions() -> None:
+    x, bias = torch.randn(6, 5, requires_grad=True), torch.zeros(6)
+    call = functools.partial(fused.linear_cross_entropy, x, OTHER, CLASSES, linear_bias=bias)
+    assert python_calls(call) <= 11
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+def test_first_calls_do_not_import_the_compiler() -> None:
+    """torch's Python definitions for meta tensors would import sympy, which takes 0.4 s."""
+    found = python("""
+        import sys
+        from catalogue import EXAMPLES
+        from conftest import fused_always
+        from pyfused.ops.elementwise import SOFTSIGN
+
+        SOFTSIGN.kernels["softsign"].programs  # traces
+        with fused_always():
+            for example in EXAMPLES.values():
+                example.call().ours().sum().backward()
+        print("sympy" in sys.modules)
+        """)
+    assert found.stdout == "False\n", found.stderr
+
+
+def test_recomputation_uses_the_same_path(kernel_calls: KernelCalls) -> None:
+    """The forward pass falls back because of a mode, which is not active in the recomputation."""
+    x = torch.randn(6, 5, requires_grad=True)
+    step = lambda x: fused.cross_entropy(2 * x, CLASSES)  # noqa: E731
+    (expected,) = torch.autograd.grad(step(x), x)
+    ran = kernel_calls["cross_entropy"]
+    with FlopCounterMode(display=False):
+        loss = checkpoint(step, x, use_reentrant=False)
+    loss.backward()
+    assert kernel_calls["cross_entropy"] == ran
+    torch.testing.assert_close(x.grad, expected)
+    checkpoint(step, x, use_reentrant=False).backward()  # runs without the mode
+    assert kernel_calls["cross_entropy"] == ran + 2
