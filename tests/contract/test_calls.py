@@ -39,7 +39,7 @@ def test_caches_are_bounded(example: Example) -> None:
         for n in sizes:
             call = example.call(shape=(n, 5))
             numbers = [name for name, x in call.given.items() if type(x) is float]
-            call.given |= {name: 0.1 + n / 1e4 for name in numbers}
+            call.given |= dict.fromkeys(numbers, 0.1 + n / 1e4)
             call.ours()
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
