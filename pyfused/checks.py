@@ -58,7 +58,7 @@ def tensor(name: str, value: Any, or_float: bool = False) -> None:
 def integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise _error(name, "an int", f"{type(value).__name__} {value!r}", TypeError)
-    if not -(1 << 63) <= value < 1 << 63:
+    if not -(1 << 63) <= int(value) < 1 << 63:
         raise _error(name, "an int of 64 bits", value, ValueError)
 
 

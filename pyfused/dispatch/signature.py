@@ -167,7 +167,7 @@ def as_floats(op: Operator, numbers: Sequence[Any]) -> tuple[Any, ...] | str:
             value = value.detach()  # torch warns if a number that requires grad is converted
         elif value is not None and not isinstance(value, (float, int, Real)):
             return f"{name} is a {type(value).__name__}"
-        elif isinstance(value, Integral) and not -(1 << 63) <= value < 1 << 63:
+        elif isinstance(value, Integral) and not -(1 << 63) <= int(value) < 1 << 63:
             return f"{name} is an int of more than 64 bits"
         floats.append(None if value is None else float(value))
     return tuple(floats)
