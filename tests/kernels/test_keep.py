@@ -234,7 +234,6 @@ def test_finalizers_and_signal_handlers() -> None:
             memory.trim()
 
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 1e-2, 1e-2)
     for n in range(1, 60):
         gc.disable()
         held = [block()]
@@ -243,6 +242,7 @@ def test_finalizers_and_signal_handlers() -> None:
         del held
         gc.set_threshold(n, 1, 1)
         gc.enable()
+        signal.setitimer(signal.ITIMER_REAL, 1e-6 * n)
         memory.keep(trim_every=None)
         memory.keep(False)
     signal.setitimer(signal.ITIMER_REAL, 0)
