@@ -12,7 +12,7 @@ import pkgutil
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # no public equivale
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 MISSING: str | None = None
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _required(path: str) -> Any:
@@ -184,7 +185,7 @@ def run_while_tracing(function: Any) -> Any:
 
     Like ``torch.compiler.assume_constant_result``, without importing torch's compiler.
     """
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -206,6 +207,15 @@ def never_traced(function: Any) -> Any:
     """
     function._torchdynamo_disable = True
     skip_frames(function)
+    return function
+
+
+def called_while_tracing(function: Function) -> Function:
+    """Makes torch.compile call a function while it traces a program, which has the result.
+
+    Like ``torch.compiler.assume_constant_result``, without importing torch's compiler.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
