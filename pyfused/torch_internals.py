@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 
 MISSING: str | None = None
 PLAIN = (Tensor, torch.nn.Parameter)  # the types of tensors that kernels take
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _required(path: str) -> Any:
@@ -205,7 +206,7 @@ def run_while_tracing(function: Any) -> Any:
 
     Like ``torch.compiler.assume_constant_result``, without importing torch's compiler.
     """
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -227,6 +228,15 @@ def never_traced(function: Any) -> Any:
     """
     function._torchdynamo_disable = True
     skip_frames(function)
+    return function
+
+
+def called_while_tracing(function: Function) -> Function:
+    """Makes torch.compile call a function while it traces a program, which has the result.
+
+    Like ``torch.compiler.assume_constant_result``, without importing torch's compiler.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 

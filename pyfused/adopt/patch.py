@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator
@@ -19,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import functional
-from pyfused.dispatch import originals
+from pyfused.dispatch import originals, report
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
 from pyfused.torch_internals import script_as_builtin
@@ -40,7 +41,7 @@ def _patched(name: str) -> Callable[..., Any]:
     function.__kwdefaults__ = ours.__kwdefaults__
     original = getattr(originals.F, name)
     if name in COMPILED:  # called by name, it would become a custom operator
-        function = _original_if_compiled(original, function)
+        function = _original_if_compiled(name, original, function)
     functools.update_wrapper(function, original)
     function.__module__, function.__qualname__ = F.__name__, name  # pickles refer to torch
     # torch.jit.script compiles what this returns, or the operator of a built-in.
@@ -49,9 +50,10 @@ def _patched(name: str) -> Callable[..., Any]:
     return function
 
 
-def _original_if_compiled(original: Any, ours: Any) -> Any:
+def _original_if_compiled(name: str, original: Any, ours: Any) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
-        return (original if is_dynamo_compiling() else ours)(*args, **kwargs)
+        is_traced = is_dynamo_compiling() and report.add_traced(name)
+        return (original if is_traced else ours)(*args, **kwargs)
 
     return function
 
@@ -167,7 +169,12 @@ def patch(function: Any = None) -> Any:
     ``gelu``. It reaches what calls them through this module: torch's modules and most libraries. It
     does not reach names that were imported before, by ``from torch.nn.functional import ...``, nor
     built-ins such as ``torch.relu`` and ``Tensor.relu``. Errors are torch's, and pickles refer to
-    torch only. In programs that are compiled, patched functions are torch's.
+    torch only. In programs that are compiled, also by ``torch.jit.script``, patched functions are
+    torch's.
+
+    Besides, it replaces ``relu`` as the default activation of :class:`torch.nn.Transformer` and its
+    layers, and ``torch.nn.Module.__getstate__``, so that modules that store a function can be
+    pickled. The latter stays after :func:`unpatch`.
 
     - ``patch()`` lasts until :func:`unpatch`; a second call changes nothing.
     - ``with patch():`` lasts for the block. Blocks nest.
@@ -261,6 +268,28 @@ def _replace(caller: str, package: str, current: Functions, new: Functions) -> N
         torch.nn.Module.__getstate__ = _state  # type: ignore[method-assign]
     _set_defaults(new)
     vars(F).update(new)  # at once: an interrupt cannot leave some of them patched
+    if _names_not_patched not in report.reasons_of_torch:
+        report.reasons_of_torch.append(_names_not_patched)
+
+
+_UNPATCHED_IDS = {id(function) for function in _UNPATCHED.values()}
+_SHOWN = 8
+
+
+def _names_not_patched() -> str:
+    """Returns a line for reports with the names of torch's functions in the user's modules."""
+    found = [
+        f"{module}.{name}"
+        for module, namespace in [*sys.modules.items()]
+        if module.partition(".")[0] not in ("__mp_main__", "pyfused", "torch")
+        for name, value in [*getattr(namespace, "__dict__", {}).items()]
+        if id(value) in _UNPATCHED_IDS
+    ]
+    if not found:
+        return ""
+    more = [f"{len(found) - _SHOWN} more"] * (len(found) > _SHOWN)
+    names = ", ".join([*found[:_SHOWN], *more])
+    return f"so are calls by names that were bound without the patch: {names}"
 
 
 def _describe(function: Any) -> str:

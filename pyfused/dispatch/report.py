@@ -13,10 +13,12 @@ from typing import Any
 
 from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import Operator, Options, Tensors
-from pyfused.torch_internals import compiler_traces
+from pyfused.torch_internals import called_while_tracing, compiler_traces
 
 active: list[Report] = []  # the reports whose blocks have not ended
 clock = perf_counter  # read before and after a kernel
+traced: set[str] = set()  # the operators of which torch.compile has left calls to torch
+reasons_of_torch: list[Callable[[], str]] = []  # return further lines for reports without kernels
 # What has not been counted yet, as functions and their arguments. Several threads may call kernels
 # at once, also from signal handlers and finalizers, so one of them counts, and none waits.
 _events: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -96,6 +98,10 @@ class Report:
         took = f"kernels took {taken} of {whole}"
         lines.append(took if ran or compiled else f"pyfused: no kernel ran, in {whole}")
         lines.append("calls that are too small for every kernel are torch's, and are not counted")
+        if not ran and not compiled:
+            if traced:
+                lines.append(f"so are calls in compiled programs: {', '.join(sorted(traced))}")
+            lines += filter(None, [reason() for reason in reasons_of_torch])
         return "\n".join(lines)
 
 
@@ -147,7 +153,10 @@ def counted(
     Args:
         reason: Why torch computes the call, None if a kernel does.
     """
-    if compiler_traces() or reason in reasons.not_reported:
+    if compiler_traces():
+        add_traced(op.name)
+        return kernel
+    if reason in reasons.not_reported:
         return kernel
     if (calls := _recording.calls) is not None:
         calls.append((op, tensors, options, reason, shard))
@@ -156,6 +165,13 @@ def counted(
     else:
         _record(Report._add_left, op.name, reason)
     return partial(timed, kernel)
+
+
+@called_while_tracing
+def add_traced(name: str) -> bool:
+    """Notes an operator of which torch.compile leaves a call to torch, and returns True."""
+    traced.add(name)
+    return True
 
 
 def count_compiled(name: str) -> None:

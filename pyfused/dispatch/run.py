@@ -90,6 +90,7 @@ def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard
 def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
     """Returns the result of a call that Dynamo traces: torch's, or a head's custom operator."""
     if _compiler_reason(op, tensors, options) is not None:
+        report.add_traced(op.name)
         return op.by_torch(tensors, options)
     return op.compiled(tensors, options)
 

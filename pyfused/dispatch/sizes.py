@@ -27,6 +27,7 @@ from torch.overrides import has_torch_function_unary
 from pyfused import backends, memory
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
+from pyfused.dispatch.report import add_traced
 from pyfused.torch_internals import PLAIN, has_function_mode
 
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
@@ -322,7 +323,7 @@ def left_to_torch(
     if any_size:
         return not isinstance(input, Tensor)
     if is_dynamo_compiling():
-        return True
+        return add_traced(op.name)
     if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):
         return not isinstance(input, Tensor)  # a mode has to see torch's function and nothing else
     elements, is_cpu = input.numel(), input.is_cpu

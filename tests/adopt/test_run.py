@@ -324,6 +324,28 @@ def test_compiled_calls_are_counted() -> None:
     assert "in compiled programs: " in str(report)
 
 
+WITHOUT_KERNELS = """
+import torch
+from torch.nn.functional import mse_loss as loss
+import pyfused
+from pyfused import functional as F
+with pyfused.report() as report, pyfused.patch():
+    for _ in range(2):
+        torch.compile(lambda x: loss(F.silu(x), x), backend="aot_eager")(torch.ones(1 << 20))
+print(report)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_report_without_kernels_says_what_it_has_seen(tmp_path: Path) -> None:
+    done = plain("-W", "ignore", script(tmp_path, WITHOUT_KERNELS), folder=tmp_path)
+    lines = [
+        "so are calls in compiled programs: silu",
+        "so are calls by names that were bound without the patch: __main__.loss",
+    ]
+    assert done.stdout.splitlines()[2:] == lines, done.stderr
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_time_of_kernels(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is read twice for a call, and twice for its backward pass."""
