@@ -126,14 +126,10 @@ def work(folder: Path, library: str) -> None:
         return step(operators, case, arguments, mode)
 
     for line in sys.stdin:  # until the parent process ends
-        name, *how = json.loads(line)
-        if how:
-            mode, calls = how
-            call = prepared(known[name], mode)
-            time.sleep(HANDOVER_SECONDS)
-            print(cases.timed(call, calls), flush=True)
-        else:  # asks whether the library supports the case
-            print(json.dumps(name in known), flush=True)
+        name, mode, calls = json.loads(line)
+        call = prepared(known[name], mode)
+        time.sleep(HANDOVER_SECONDS)
+        print(cases.timed(call, calls), flush=True)
 
 
 # ---- allocators ----------------------------------------------------------------------------------

@@ -253,7 +253,8 @@ def compare(options: Namespace) -> None:
         workers, again = pair(base), dict[Point, Times]()
         for start in range(0, len(slower), TOGETHER):
             if time.monotonic() > until:
-                print(f"Out of time after {len(again)} of {len(slower)} calls of the second look")
+                print(f"Not confirmed: {len(slower) - start} of {len(slower)} calls, out of time")
+                again |= {point: found[point] for point in slower[start:]}
                 break
             measure(workers, again, slower[start : start + TOGETHER])
         slower = [point for point, times in again.items() if ratios(times)[0] > SLOWER]
