@@ -13,7 +13,7 @@ PYFUSED_INLINE_ALL
 PYFUSED_INLINE_END
 
 constexpr int64_t kActivationBlock = 1 << 14;  // elements a thread takes at a time
-constexpr int64_t kActivationChunk = 512;      // elements at a time, in L1
+constexpr int64_t kActivationChunk = 1024;     // elements at a time, in L1
 
 // Calls loop(first element, out, elements) for each chunk of the output, in the accumulation type.
 template <class T, class Loop> void map(T* output, int64_t n, int threads, const Loop& loop) {

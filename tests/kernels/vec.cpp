@@ -42,6 +42,7 @@ template <class Half, uint32_t factor> void scaled_by(const float* x, Half* y, i
   }
 }
 template <class A> A normal_below(A x) { return Normal<A>(x).below; }
+template <class A> A subnormal_below(A x) { return Normal<A, true>(x).below; }
 constexpr float kThird = 0.333333333f;
 template <class T> void third_of_exponentials(const float* x, T* y, int64_t n) {
   constexpr int64_t kBuffer = 1024;
@@ -63,6 +64,8 @@ EACH_ELEMENT(tanh_of_float32, float, tanh_of)
 EACH_ELEMENT(tanh_of_float64, double, tanh_of)
 EACH_ELEMENT(normal_float32, float, normal_below)
 EACH_ELEMENT(normal_float64, double, normal_below)
+EACH_ELEMENT(subnormal_float32, float, subnormal_below)
+EACH_ELEMENT(subnormal_float64, double, subnormal_below)
 EACH_ELEMENT(erf_float32, float, erf_of)
 EACH_ELEMENT(erf_float64, double, erf_of)
 EACH_ELEMENT(expm1_of_float32, float, expm1_of)
@@ -81,6 +84,8 @@ EACH_ELEMENT(softplus_float32, float, softplus)
 EACH_ELEMENT(softplus_float64, double, softplus)
 EACH_ELEMENT(sigmoid_float32, float, sigmoid)
 EACH_ELEMENT(sigmoid_float64, double, sigmoid)
+EACH_ELEMENT(sigmoid_beside_softplus_float32, float, sigmoid_beside_softplus)
+EACH_ELEMENT(sigmoid_beside_softplus_float64, double, sigmoid_beside_softplus)
 EACH_PIECE(exponentials_float32, float, float, exponentials_of)
 EACH_PIECE(third_of_exponentials_float32, float, float, third_of_exponentials)
 EACH_PIECE(load_bfloat16, bfloat16, float, load)
