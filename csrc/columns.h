@@ -21,7 +21,7 @@ namespace pyfused {
 // positions, so that contiguous pieces of memory are longer: 1.1 to 1.5 times faster for 21 to 32
 // classes.
 constexpr int64_t kFewClasses = 32;
-constexpr int64_t kWide = 128;   // the positions of such a tile, or the lanes of folded positions
+constexpr int64_t kWide = 128;  // the positions of such a tile, or the lanes of folded positions
 constexpr int64_t kNarrow = 32;  // the positions of other tiles
 
 // How many classes of each position a line holds: several where one would leave lanes of the
@@ -40,9 +40,9 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
 
   // The positions first to first + positions, at most kColumns.
   Columns(const Positions& shape, int64_t first, int64_t positions, bool streams, double scale = 1)
-      : shape(shape), fold(kFolds ? classes_of_line(shape) : 1), first(first),
-        positions(positions), n(fold * positions), length((shape.classes + fold - 1) / fold),
-        streams(streams), scale(A(scale)) {}
+      : shape(shape), fold(kFolds ? classes_of_line(shape) : 1), first(first), positions(positions),
+        n(fold * positions), length((shape.classes + fold - 1) / fold), streams(streams),
+        scale(A(scale)) {}
 
  protected:
   using A = Accumulate<T>;
@@ -54,13 +54,13 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   const Positions& shape;
   const int64_t fold;  // classes of a line: lane b has class b / positions of them
   const int64_t first, positions;
-  const int64_t n;       // lanes in use
+  const int64_t n;  // lanes in use
   const int64_t length;  // lines
   const bool streams;  // outputs larger than the cache use non-temporal stores
-  const A scale;       // multiplies the elements that for_tiles loads
+  const A scale;  // multiplies the elements that for_tiles loads
   alignas(kVectorBytes) Lanes sum;  // the sum of exp(x - max)
   alignas(kVectorBytes) A max[kColumns];
-  Lines<A> x;                    // the tile that for_tiles has loaded
+  Lines<A> x;  // the tile that for_tiles has loaded
   alignas(kVectorBytes) Tile e;  // exp(x - max)
 
   // Whether the positions of the block have a common stride.
@@ -329,7 +329,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
 
  private:
   bool loaded = false;  // lines that fit one tile are read once
-  A missing = 0;        // stands for the classes that the last line lacks
+  A missing = 0;  // stands for the classes that the last line lacks
   alignas(kVectorBytes) Tile tile;
   alignas(kVectorBytes) Line narrow_tile[kTileClasses];
 };

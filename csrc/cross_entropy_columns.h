@@ -14,9 +14,9 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   using Base = Columns<T, kColumns, kTileClasses>;
   using A = Accumulate<T>;
   using Tile = A[kTileClasses][kColumns];
-  using Base::first, Base::fold, Base::positions, Base::length;
-  using Base::sum, Base::max, Base::x, Base::e;
   using Base::add_lanes, Base::repeat, Base::load_tile, Base::store_tile, Base::for_groups;
+  using Base::kFolds, Base::first, Base::fold, Base::positions, Base::length;
+  using Base::sum, Base::max, Base::x, Base::e;
 
  public:
   using Base::positions_of_block;
@@ -45,7 +45,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
  private:
   const CrossEntropyBatch<T>& ce;
   LossRows<T, kColumns> rows;
-  alignas(kVectorBytes) A class_weight[kColumns];
+  alignas(kVectorBytes) A class_weight[kFolds ? kColumns : 1];
   alignas(kVectorBytes) Tile w;
 
   template <class Body> void for_tiles(const Body& body) { Base::for_tiles(ce.logits, body); }
@@ -53,9 +53,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   // Called after the logits were read, when they are in the cache.
   void find_target_logits() {
     if (ce.target && length <= kTileClasses) {
-      for_targets(0, length, [&](int64_t i, int64_t lane, int64_t b) {
-        rows.target_logit[b] = x[i][lane];
-      });
+      for_targets(0, length,
+                  [&](int64_t i, int64_t lane, int64_t b) { rows.target_logit[b] = x[i][lane]; });
       return;
     }
     for (int64_t b = 0; ce.target && b < positions; ++b) {
@@ -69,16 +68,18 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     const A prob_weight = A(ce.prob_weight), smooth_bias = A(ce.smooth_bias);
     if (!ce.target) load_tile(ce.probabilities, c, k, w);
     for (int64_t i = 0; i < k; ++i) {
-      load_class_weights(c + i);
+      const A of_line = load_class_weights(c + i);
       for (int64_t b = 0; b < kColumns; ++b) {
-        const A y = ce.target ? A(0) : w[i][b];
-        w[i][b] = soft_target(class_weight[b], y, prob_weight, smooth_bias);
+        const A weight = kFolds ? class_weight[b] : of_line;
+        w[i][b] = soft_target(weight, ce.target ? A(0) : w[i][b], prob_weight, smooth_bias);
       }
     }
   }
 
-  // The weights of a line's classes, 0 where it lacks them.
-  void load_class_weights(int64_t line) {
+  // Finds the weight of each lane's class, 0 where the last line lacks it. Unless lines are folded,
+  // returns the weight of all lanes.
+  A load_class_weights(int64_t line) {
+    if (!kFolds) return ce.weight ? ce.weight[line] : A(1);
     const int64_t classes = std::min(fold, ce.classes - line * fold);
     const int64_t lanes = fold > 1 ? positions : kColumns;
     std::fill_n(class_weight, kColumns, A(1));
@@ -86,6 +87,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       std::fill_n(class_weight + j * lanes, lanes, ce.weight[line * fold + j]);
     }
     std::fill(class_weight + classes * lanes, class_weight + kColumns, A(0));
+    return 0;
   }
 
   // Calls body(line in the tile, lane, position in the block) for the targets within the tile.
@@ -141,7 +143,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       for (int64_t i = 0; ce.dense() && i < k; ++i) {
         for (int64_t b = 0; b < kColumns; ++b) e[i][b] -= rows.s[b] * w[i][b];
       }
-      for_targets(c, k, [&](int64_t i, int64_t lane, int64_t b) { e[i][lane] = rows.at_target[b]; });
+      for_targets(c, k,
+                  [&](int64_t i, int64_t lane, int64_t b) { e[i][lane] = rows.at_target[b]; });
       clear_ignored(e, k);
       store_tile(e, ce.grad_logits, c, k);
     });
@@ -157,9 +160,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     repeat(factor);
     for_tiles([&](int64_t c, int64_t k) {
       for (int64_t i = 0; i < k; ++i) {
-        load_class_weights(c + i);
+        const A of_line = load_class_weights(c + i);
         for (int64_t b = 0; b < kColumns; ++b) {
-          w[i][b] = factor[b] * class_weight[b] * ((max[b] - x[i][b]) + low[b]);
+          const A weight = kFolds ? class_weight[b] : of_line;
+          w[i][b] = factor[b] * weight * ((max[b] - x[i][b]) + low[b]);
         }
       }
       clear_ignored(w, k);

@@ -111,7 +111,9 @@ void store_transposed(const float* tile, int64_t columns, T* to, int64_t stride,
     const RowMask positions = first_of_row(std::min<int64_t>(kSquare, n - b));
     for (int i = 0; i < kSquare; ++i) {
       if (i >= wide) rows[i] = Register{};
-      else rows[i] = kPacked ? load_row(from + i * columns, positions) : row_of_tile(from + i * columns);
+      else
+        rows[i] =
+            kPacked ? load_row(from + i * columns, positions) : row_of_tile(from + i * columns);
     }
     transpose(rows);
     T* const corner = to + b * stride + c;
