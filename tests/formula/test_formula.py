@@ -556,7 +556,6 @@ def test_invalid_user_gradients() -> None:
 
 
 def test_modules_pickles_and_copies() -> None:
-    """A formula is pickled by its name, like a function."""
     input, target = operands_of("wing", 20)
     module = wing.module(omega=5.0, reduction="sum")
     for same in (module, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
@@ -566,9 +565,68 @@ def test_modules_pickles_and_copies() -> None:
         wing.module(omga=5.0)
     with pytest.raises(TypeError, match="reduction"):
         mish.module(reduction="sum")
-    assert pickle.loads(pickle.dumps(wing)) is copy.deepcopy(wing) is copy.copy(wing) is wing
-    with pytest.raises((pickle.PicklingError, AttributeError)):
-        pickle.dumps(pyfused.loss(lambda input, target: 3 * (input - target)))
+    assert copy.deepcopy(wing) is copy.copy(wing) is wing
+
+
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+@pyfused.activation
+def with_slopes(x: Tensor, *, k: float = 3.0) -> Tensor:
+    return k * halved(x)
+
+
+@with_slopes.gradient
+def _(x: Tensor, *, k: float = 3.0) -> Tensor:
+    return 7 * k * torch.ones_like(x)
+
+
+renamed = pyfused.activation(halved)
+
+
+def test_formulas_are_pickled_like_functions() -> None:
+    """By name; with cloudpickle by value, if it pickles the functions of the module so."""
+    cloudpickle, x = pytest.importorskip("cloudpickle"), torch.ones(5, requires_grad=True)
+    unnamed = pyfused.activation(lambda x: halved(x) + 1)
+    for formula in (with_slopes, renamed, unnamed):
+        expected = formula(x), *torch.autograd.grad(formula(x).sum(), x)
+        for protocol in range(2, 6):
+            if formula is unnamed:
+                with pytest.raises((pickle.PicklingError, AttributeError)):
+                    pickle.dumps(formula, protocol)
+            else:
+                copies = [x.loads(x.dumps(formula, protocol)) for x in (pickle, cloudpickle)]
+                assert formula is renamed or copies == [formula] * 2
+            cloudpickle.register_pickle_by_value(sys.modules[__name__])
+            pickled = cloudpickle.dumps(formula.module(), protocol)
+            cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+            by_value = cloudpickle.loads(pickled).formula
+            assert by_value is not formula
+            assert by_value.__qualname__ == formula.__qualname__
+            close((by_value(x), *torch.autograd.grad(by_value(x).sum(), x)), expected)
+
+
+def test_formulas_that_are_defined_in_compiled_functions() -> None:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        @pyfused.loss
+        def squares(x: Tensor, y: Tensor, *, k: float = 2.0) -> Tensor:
+            return k * (x - y) ** 2
+
+        @squares.gradient
+        def _(x: Tensor, y: Tensor, *, k: float = 2.0) -> Any:
+            return 5 * k * (x - y), None
+
+        return squares(2 * x, y, reduction="sum") + pyfused.activation(halved)(x).mean()
+
+    x, y = torch.randn(2, 20).unbind()
+    x.requires_grad_()
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(2):
+        close(compiled(x, y), step(x, y))
+        close(torch.autograd.grad(compiled(x, y), x), torch.autograd.grad(step(x, y), x))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(x, y)
 
 
 @both_sizes
