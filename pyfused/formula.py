@@ -158,8 +158,8 @@ class FormulaOperator(PointwiseLoss):
         """Returns the operands of the formula, masks as bool."""
         return [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
 
-    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        return super().unreduced(self.with_masks(operands), options)
+    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+        return super().by_operands(self.with_masks(operands), options)
 
     def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
         checks.reduction(options.reduction)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from pyfused import memory
 from pyfused.dispatch import report
 from pyfused.dispatch.reasons import log_once
 from pyfused.dispatch.signature import layout_reason
@@ -111,6 +112,8 @@ class Fused(torch.autograd.Function):
         own = None if second_order and ctx.in_forward else ctx.own
         if not retained or (create_graph and not plan.inplace):
             ctx.own = None
+            if second_order:
+                memory.release()  # torch's operators do not reuse it
         copies = ctx.is_hooked or (retained and not overwrites)
         gradients: Any
         if own is not None and ctx.in_forward:

@@ -42,6 +42,7 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     CrossEntropyOptions,
+    Gradients,
     Outputs,
     RowOptions,
 )
@@ -295,6 +296,19 @@ class CrossEntropy(RowOperator):
             return (loss, state), saved, gradients
 
         return Passes(forward_with_state if options.with_metrics else forward, backward, inplace)
+
+    def _define(
+        self,
+        layouts: Layouts,
+        wide: torch.dtype,
+        saved: Tensors,
+        options: Options,
+        grad_output: Tensor,
+    ) -> Gradients:
+        if self.needs_state(layouts) or options.gamma != 0 or layouts.needs[1]:
+            return super()._define(layouts, wide, saved, options, grad_output)
+        call: Any = *saved, options
+        return definitions.gradient_of_cross_entropy(grad_output, *call), None
 
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         return definitions.operand_dtype(*tensors[:3])

@@ -179,13 +179,18 @@ class TensorLoss(SpecializedOperator):
             operands = tensors[:count]
             weight, tensor, *_ = *tensors[count:], None, None
 
+            by_torch = weight is tensor is None and not warns
+
             def definition(*operands: Tensor) -> Tensor:
+                if by_torch:
+                    return self.by_operands(operands, options)
                 loss = self.unreduced(operands, options)
                 by = divisor(operands[0]) if tensor is None and divisor is not None else tensor
                 loss = loss if by is None else (loss / by).to(loss.dtype)
                 return loss if weight is None else loss * weight
 
-            return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
+            grad_output = grad_output if by_torch else self.expanded(grad_output, operands)
+            return differentiate(definition, operands, needs, grad_output)
 
         in_order = self.operands[: len(layouts)] == self.variables[: len(layouts)]
         is_unchanged = in_order and is_arranged and not warns and denominator is None
@@ -255,9 +260,13 @@ class TensorLoss(SpecializedOperator):
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
+        options = options._replace(reduction="none") if self.reduces else options
+        return self.by_operands(operands, options)
+
+    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+        """Computes the loss by torch's operator, from the variables of the formula."""
         by_name = {v.name: x for v, x in zip(self.variables, operands, strict=False)}
-        tensors = [by_name.get(operand.name) for operand in self.operands]
-        loss: Tensor = self.torch(*tensors, options._replace(reduction="none"))
+        loss: Tensor = self.torch(*[by_name.get(x.name) for x in self.operands], options)
         return loss
 
     def operands_and_weight(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
@@ -477,7 +486,7 @@ class Gated(PointwiseLoss):
 
     reduces = False
 
-    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         return self.formula(*operands, *options)
 
 
