@@ -178,8 +178,8 @@ class FormulaOperator(PointwiseLoss):
         """Returns the operands of the formula, masks as bool."""
         return [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
 
-    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        return super().unreduced(self.with_masks(operands), options)
+    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+        return super().by_operands(self.with_masks(operands), options)
 
     def check_options(self, options: Options) -> None:
         checks.reduction(options.reduction)

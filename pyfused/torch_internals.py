@@ -140,14 +140,17 @@ def save_apart(tensor: Tensor) -> Any:
     """Saves a tensor as ``save_for_backward`` does, but apart from the other tensors of a node."""
     if _make_saved_tensor is not None:
         return _make_saved_tensor(tensor, False)
-    with torch.enable_grad():
-        return _Node.apply(_NO_INPUT, tensor).grad_fn  # type: ignore[no-untyped-call]
+    with torch.enable_grad():  # the result keeps its node
+        return _Node.apply(_NO_INPUT, tensor)  # type: ignore[no-untyped-call]
 
 
 def saved_apart(saved: Any) -> Tensor:
     """Returns the tensor that `save_apart` has saved, or raises if it was modified."""
-    tensor: Tensor = saved.saved_tensors[0] if _make_saved_tensor is None else saved.unpack()
-    return tensor
+    if _make_saved_tensor is None:
+        (tensor,) = saved.grad_fn.saved_tensors
+    else:
+        tensor = saved.unpack()
+    return tensor  # type: ignore[no-any-return]
 
 
 # The hooks that get the tensors that are saved now, or None.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from pyfused import memory
 from pyfused.backends import backend_of
 from pyfused.dispatch import report
 from pyfused.dispatch.reasons import layout_reason, log_once
@@ -130,6 +131,8 @@ class Fused(torch.autograd.Function):
         own = None if second_order and ctx.in_forward else ctx.own
         if not retained or (create_graph and not inplace):
             ctx.own = None
+            if second_order:
+                memory.release()  # torch's operators do not reuse it
         copies = ctx.is_hooked or (retained and not overwrites)
         gradients: Any
         if own is not None and ctx.in_forward:

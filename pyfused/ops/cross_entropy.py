@@ -279,6 +279,19 @@ class CrossEntropy(RowOperator):
         outputs = Outputs(False, tuple(needs), options.inplace)
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
+    def define(
+        self,
+        saved: Tensors,
+        options: Options,
+        needs: Needs,
+        grad_output: Tensor,
+        shard: Any = None,
+    ) -> Gradients:
+        if self.needs_state(options, shard) or options.gamma != 0 or needs[1]:
+            return super().define(saved, options, needs, grad_output, shard)
+        call: Any = *saved[:5], options
+        return definitions.gradient_of_cross_entropy(grad_output, *call), None
+
     def finished(
         self,
         result: Any,

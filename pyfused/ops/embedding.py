@@ -67,10 +67,10 @@ class EmbeddingLoss(TensorLoss):
     def check(self, tensors: Tensors, options: Options) -> None:
         """Does nothing: the operators' `fallback_reason` looks at the shapes."""
 
-    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         if self.has_target:
             operands = *operands[:-1], operands[-1].squeeze(-1)
-        return super().unreduced(operands, options)
+        return super().by_operands(operands, options)
 
     def _dtypes(
         self,

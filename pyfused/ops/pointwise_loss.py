@@ -188,8 +188,12 @@ class TensorLoss(SpecializedOperator):
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
         *operands, weight, by = saved
+        warns = self.warning is not None and not self.warns
+        by_torch = weight is by is None and not warns
 
         def definition(*operands: Tensor) -> Tensor:
+            if by_torch:
+                return self.by_operands(operands, options)
             loss, divisor = self.unreduced(operands, options), by
             reduction = options.reduction if self.reduces else "none"
             if divisor is None and reduction in self.denominators:
@@ -197,7 +201,8 @@ class TensorLoss(SpecializedOperator):
             loss = loss if divisor is None else (loss / divisor).to(loss.dtype)
             return loss if weight is None else loss * weight
 
-        return differentiate(definition, operands, needs, self.expanded(grad_output, operands))
+        grad_output = grad_output if by_torch else self.expanded(grad_output, operands)
+        return differentiate(definition, operands, needs, grad_output)
 
     @abstractmethod
     def launch(
@@ -235,9 +240,13 @@ class TensorLoss(SpecializedOperator):
 
     def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         """Computes the unreduced loss by torch's operator."""
+        options = options._replace(reduction="none") if self.reduces else options
+        return self.by_operands(operands, options)
+
+    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+        """Computes the loss by torch's operator, from the variables of the formula."""
         by_name = {v.name: x for v, x in zip(self.variables, operands, strict=False)}
-        tensors = [by_name.get(operand.name) for operand in self.operands]
-        loss: Tensor = self.torch(*tensors, options._replace(reduction="none"))
+        loss: Tensor = self.torch(*[by_name.get(x.name) for x in self.operands], options)
         return loss
 
     def operands_and_weight(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
@@ -470,7 +479,7 @@ class Gated(PointwiseLoss):
 
     reduces = False
 
-    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         return self.formula(*operands, *options)
 
 

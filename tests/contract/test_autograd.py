@@ -430,6 +430,35 @@ def test_saved_tensor_hooks(example: Example) -> None:
         close(gradients(call), expected)
 
 
+def saved_by(node: Any) -> list[Any]:
+    """Returns the saved tensors of a graph, as tools that draw it read them."""
+    if node is None:
+        return []
+    following = [x for before, _ in node.next_functions for x in saved_by(before)]
+    return [*getattr(node, "saved_tensors", ()), *following]
+
+
+@every_example_and("dtype", torch.float32, torch.float16)
+def test_backward_only_reads_what_hooks_return(example: Example, dtype: torch.dtype) -> None:
+    """Hooks may return one tensor several times, or memory that cannot be written."""
+    call = example.call(dtype)
+    leaves, packed = [*call.leaves.values()], dict[Any, tuple[Tensor, Tensor]]()
+
+    def pack(x: Tensor) -> Any:
+        key = x.shape, x.stride(), x.dtype, x.detach().double().numpy(force=True).tobytes()
+        packed.setdefault(key, (x.detach().clone(), x.detach().clone()))
+        return key
+
+    with saved_tensors_hooks(pack, lambda key: packed[key][0]):
+        first, second = (call.ours(**through(call, torch.ones(()).to(x))) for x in leaves[:1] * 2)
+    assert all(isinstance(x, Tensor) for x in saved_by(first.grad_fn))
+    found = torch.autograd.grad([first, second], leaves, [above(first), 2 * above(first)])
+    rounding = 16 * torch.finfo(dtype).eps
+    for x, y in zip(found, gradients(call), strict=True):
+        close(x, 3 * y, rtol=rounding, atol=rounding * float(y.abs().max()))
+    assert all(torch.equal(x, y) for x, y in packed.values())
+
+
 @every_operator
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_checkpoint(example: Example, reentrant: bool) -> None:
@@ -566,6 +595,25 @@ def assert_alike(compute: Callable[[Function], Any]) -> None:
             close(compute(ours), found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["mse_loss", "cross_entropy", "linear_cross_entropy"])
+def test_create_graph_frees_gradients_of_the_forward_pass(name: str) -> None:
+    """Later passes compute them again."""
+    call, saved = EXAMPLES[name].call(), list[Any]()
+    leaves, shape = [*call.leaves.values()], call.first.shape
+
+    def pack(x: Tensor) -> Tensor:
+        if x.shape == shape and not x.requires_grad:
+            saved.append(weakref.ref(x.untyped_storage()))
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        value = call.ours(**through(call, torch.ones(())))
+    held = sum(each() is not None for each in saved)
+    torch.autograd.grad(value, leaves, create_graph=True)
+    assert sum(each() is not None for each in saved) < held
+    close(torch.autograd.grad(value, leaves), gradients(call, of_torch, torch.tensor(1.0)))
+
+
 @every_operator
 def test_double_backward(example: Example) -> None:
     """Differentiates by every argument and by grad_output, which depend on one tensor."""
@@ -612,16 +660,50 @@ def test_transforms(example: Example, transform: Callable[[Function, Tensor], An
     assert_alike(lambda f: transform(call.of_first(f), call.first))
 
 
+def dual(gradient: Function, v: Tensor) -> Any:
+    with forward_ad.dual_level():
+        found = gradient(forward_ad.make_dual(v, v * v))
+        return [forward_ad.unpack_dual(x).tangent for x in found]
+
+
+class Subclass(Tensor):
+    """A tensor of another class, whose functions return it, too."""
+
+
+# Ways to compute gradients of a graph that was made before, from a grad_output v.
+ABOVE: dict[str, Callable[[Function, Tensor], Any]] = {
+    "dual": dual,
+    "jvp": lambda gradient, v: torch.func.jvp(gradient, (v,), (v * v,))[1],
+    "vjp": lambda gradient, v: torch.func.vjp(gradient, v)[1](gradient(v)),
+    "vmap": lambda gradient, v: torch.vmap(gradient)(torch.stack([v, v * v])),
+    "vmap of jvp": lambda gradient, v: torch.vmap(
+        lambda v: torch.func.jvp(gradient, (v,), (v * v,))[1]
+    )(torch.stack([v, v * v])),
+    "is_grads_batched": lambda gradient, v: gradient(
+        torch.stack([v, v * v]), is_grads_batched=True
+    ),
+    "negated": lambda gradient, v: gradient(torch._neg_view(v)),
+    "zero": lambda gradient, v: gradient(torch._efficientzerotensor(v.shape, dtype=v.dtype)),
+    "subclass": lambda gradient, v: [*map(Tensor.detach, gradient(v.as_subclass(Subclass)))],
+    "dual and create_graph": lambda gradient, v: dual(partial(gradient, create_graph=True), v),
+}
+
+
 @every_operator
-def test_batched_gradients(example: Example) -> None:
-    """is_grads_batched runs backward under vmap, and so does torch.func.vmap."""
-    call, found = example.call(), []
-    for function in (ours, of_torch):
-        value = function(call)
-        batch = random_grad_output((4, *value.shape)).to(value)
-        leaves = [*call.leaves.values()]
+@pytest.mark.parametrize("transform", ABOVE.values(), ids=ABOVE)
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet")
+def test_gradients_that_are_traced(
+    example: Example, transform: Callable[[Function, Tensor], Any]
+) -> None:
+    call = example.call()
+
+    def compute(function: Function) -> Any:
+        value, leaves = function(call), [*call.leaves.values()]
         gradient = partial(torch.autograd.grad, value, leaves, retain_graph=True)
-        found.append(gradient(batch, is_grads_batched=True))
-        found.append(torch.func.vmap(gradient)(batch))
-    for other in found[1:]:
-        close(other, found[0])
+        return transform(gradient, random_grad_output(value.shape).to(value))
+
+    try:
+        expected = compute(of_torch)
+    except RuntimeError:
+        return  # torch's operators have no such derivative
+    close(compute(ours), expected)
