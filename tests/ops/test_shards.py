@@ -435,6 +435,7 @@ def destroyed_groups(process: Process, case: None) -> None:
     shard = VocabShard(process.classes.start, CLASSES, group)
     cross_entropy((input @ head.t())[:, process.classes], target, shard=shard)
     reference = weakref.ref(group)
+    dist.barrier()
     dist.destroy_process_group(group)
     del group, shard
     gc.collect()
