@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_special_values(
         check(logits, target, weight, **options, label_smoothing=smoothing)
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "middle": lambda x: x,
     "transposed": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "apart": lambda x: torch.stack([x, x], -1)[..., 0],
