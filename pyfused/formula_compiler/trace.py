@@ -530,8 +530,8 @@ _VALUES = {"fill": 1, "masked_fill": 2}  # the arguments that have to be numbers
 _ELEMENTWISE = (
     *("binary_cross_entropy", "binary_cross_entropy_with_logits", "elu_backward"),
     *("hardsigmoid_backward", "hardswish", "hardswish_backward", "hardtanh_backward"),
-    *("huber_loss", "huber_loss_backward", "leaky_relu_backward", "masked_fill", "mish_backward"),
-    *("mse_loss", "mse_loss_backward", "smooth_l1_loss", "soft_margin_loss"),
+    *("huber_loss", "huber_loss_backward", "leaky_relu", "leaky_relu_backward", "masked_fill"),
+    *("mish_backward", "mse_loss", "mse_loss_backward", "smooth_l1_loss", "soft_margin_loss"),
     *("soft_margin_loss_backward",),
 )
 # Functions and methods of torch that consist of elementwise operators, or return the same elements.

@@ -222,6 +222,8 @@ def check_outcome(call: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize("code", TORCHS)
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 def test_errors_of_torchs_functions_are_torchs(code: str, size: str) -> None:
+    if not hasattr(F, code.partition("(")[0]):
+        pytest.skip("this torch lacks it")
     check_outcome(lambda f: called(code, f))
 
 
