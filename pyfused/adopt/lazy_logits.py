@@ -4,13 +4,14 @@ The head of a converted model returns `LazyLogits`, a tensor without memory. Its
 ``linear_cross_entropy`` of the hidden states. The results of a few operators are lazy as well,
 because they follow from the hidden states: views that keep rows whole, permutations of dimensions,
 selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
-log_softmax. Any other operator reads the logits, which are then computed once.
+log_softmax. The pass over a loss records the predictions of its rows. Any other operator reads the
+logits, which are then computed once.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
 ``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
 operators. ``__torch_dispatch__`` computes the values.
 
-In a program that torch.compile or torch.export traces, a converted head computes its logits.
+A program that torch.compile traces breaks its graph at a large head, unless it has to be whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +35,12 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
+from pyfused.dispatch.run import run
 from pyfused.dispatch.signature import PLAIN
-from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.torch_internals import DisableTorchFunctionSubclass, tree_map_only, version_of
+from pyfused.types import PREDICTION
 
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
@@ -59,16 +63,15 @@ _WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
 
 class _ThisThread(threading.local):
-    """The call whose tensors ``__torch_dispatch__`` keeps lazy in this thread, or None."""
+    """What ``__torch_dispatch__`` calls instead of an operator of ATen in this thread, or None."""
 
-    keeps_lazy: HeadCall | None = None
+    result: Callable[..., Any] | None = None
 
 
 _this_thread = _ThisThread()
 _ADVICE = (
     "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
-    "class indices. For the accuracy of training steps, pass metrics=True to pyfused.convert; or "
-    "call pyfused.revert(model)"
+    "class indices, which also knows their argmax. Or call pyfused.revert(model)"
 )
 
 
@@ -94,6 +97,9 @@ class HeadCall:
         versions: Tensors that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
+        with_metrics: Whether the pass over a loss returns metrics, or the predictions alone, which
+            cost nothing on CPUs.
+        largest: The largest logit of each row that counts in a loss.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
@@ -106,6 +112,8 @@ class HeadCall:
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
         self.computed = self.bypassed = False
+        self.with_metrics = options.metrics or (inputs[0].device.type == "cpu" and PREDICTION)
+        self.largest: _Largest | None = None
         self.ended, self.lock = threading.Event(), threading.RLock()
         self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         self.hooks = torch_internals.saved_tensors_hooks(True)
@@ -118,9 +126,12 @@ class HeadCall:
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
         hidden, weight, _ = self.inputs
-        shape = *hidden.shape[:-1], weight.shape[0]
+        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
         value = _Value(self, hidden, example, len(shape) - 1, self.linear)
+        if self.with_metrics:
+            numbers = torch.arange(shape[:-1].numel(), device=hidden.device)
+            value.numbers = numbers.view(*shape[:-1], 1)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
@@ -135,7 +146,7 @@ class HeadCall:
         """Makes a change of these tensors an error if the logits are read after it."""
         self.versions += [(x, version_of(x)) for x in tensors]
 
-    def check(self) -> None:
+    def check(self, reader: str) -> None:
         """Checks that the logits can still be computed.
 
         Raises:
@@ -143,7 +154,7 @@ class HeadCall:
         """
         freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
         if self.ended.is_set():
-            problem = "a read after it"
+            problem = f"{reader} after it"
         elif freed or any(version_of(x) != version for x, version in self.versions):
             problem = (
                 "a change of the head's input, weight or bias, or of a tensor that was added to "
@@ -153,15 +164,16 @@ class HeadCall:
             return
         raise RuntimeError(
             f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
-            f"the backward pass of their loss, got {problem}. Read the logits before `backward()`, "
-            "pass metrics=True to pyfused.convert, or call pyfused.revert(model)"
+            f"the backward pass of their loss, got {problem}. Move the line with {reader} above "
+            "`backward()`, or call pyfused.revert(model). The argmax, max and topk(1) of rows that "
+            "count in the loss are known after it, on GPUs if pyfused.convert had metrics=True"
         )
 
     def compute(self, reader: str) -> None:
         """Computes all lazy tensors of this call, because an operator reads one of them."""
         with self.lock:
             if not self.computed:
-                self.check()
+                self.check(reader)
                 if self.bypassed or self.needs_grad:
                     when = " after their loss, which has not computed them" if self.bypassed else ""
                     why = f"its logits are read by {reader}{when}. {_ADVICE}"
@@ -171,14 +183,20 @@ class HeadCall:
                     value.compute()
             self.computed = True
 
-    def loss(self, *args: Any, **options: Any) -> Any:
-        """Returns the loss of ``linear_cross_entropy`` and its arguments."""
-        self.check()
-        options["memory_budget"] = self.options.memory_budget
-        if self.options.metrics:
-            loss, self.head.pyfused_metrics = linear_cross_entropy_with_metrics(*args, **options)
-        else:
-            loss = linear_cross_entropy(*args, **options)
+    def loss(self, value: _Value, target: Tensor, weight: Tensor | None, **options: Any) -> Any:
+        """Returns the cross-entropy of a value."""
+        self.check("cross_entropy")
+        (_, head, bias), shift, kind = self.inputs, value.shift, self.with_metrics
+        bias = bias if shift is None else shift if bias is None else bias + shift
+        options |= {"memory_budget": self.options.memory_budget, "with_metrics": kind}
+        tensors = value.rows, head, bias, target, weight, None, None
+        loss: Any = run(LINEAR_CROSS_ENTROPY, tensors, LINEAR_CROSS_ENTROPY.options(**options))
+        if kind:
+            loss, metrics = loss
+            if kind is True:
+                self.head.pyfused_metrics, metrics = metrics, metrics.prediction
+            counts = target != options["ignore_index"]
+            self.largest = _Largest.of(value, bias, metrics.where(counts, -1).flatten())
         if (node := loss.grad_fn) is not None:
             self.bypassed = True
             # A loss that is kept does not keep the call.
@@ -215,6 +233,43 @@ def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs:
         hook(grad_outputs)
 
 
+class _Largest(NamedTuple):
+    """The largest logits that the pass over a loss has recorded, for each row of the head's output.
+
+    Attributes:
+        classes: -1 where the class is unknown: without a loss, or with a NaN or an infinity.
+        logits: Before a scale and a cap, in float64.
+        shift, scale, cap: Those of the logits of the loss, as in `_Value`.
+    """
+
+    classes: Tensor
+    logits: Tensor
+    shift: Tensor | None
+    scale: float
+    cap: float | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, value: _Value, bias: Tensor | None, classes: Tensor) -> _Largest:
+        """Returns the largest logits of a loss, and those of earlier losses of the same logits."""
+        call, before, numbers = value.call, value.call.largest, value.numbers.flatten()
+        hidden, head, _ = call.inputs
+        rows, dtype = value.rows.flatten(0, -2), call.autocast or hidden.dtype
+        like, n = (value.shift, value.scale, value.cap), hidden.shape[:-1].numel()
+        if before is None or any(x is not y for x, y in zip(before[2:], like, strict=True)):
+            before = cls(numbers.new_full((n,), -1), rows.new_empty(n, dtype=torch.float64), *like)
+        else:
+            counts = classes >= 0
+            numbers, classes, rows = numbers[counts], classes[counts], rows[counts]
+        index, wide = classes.clamp(min=0), accumulate_dtype(dtype)
+        logits = rows.to(dtype).to(wide) * head[index].to(dtype).to(wide)
+        logits = logits.sum(-1, dtype=torch.float64)
+        if bias is not None:
+            logits += bias[index].to(dtype)
+        classes = before.classes.index_copy(0, numbers, classes)
+        return cls(classes, before.logits.index_copy(0, numbers, logits), *like)
+
+
 @dataclass(eq=False)
 class _Value:
     """Describes how a lazy tensor is computed.
@@ -233,6 +288,8 @@ class _Value:
         needs_grad: Whether the result of the operator required a gradient.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
+        numbers: The index of each row in the head's output, in the shape of `rows` with a last
+            dimension of size 1; None without metrics.
         real: The computed values, without an autograd graph.
     """
 
@@ -246,6 +303,7 @@ class _Value:
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
+    numbers: Any = None
     real: Any = None
 
     def tensor(self) -> Any:
@@ -279,7 +337,7 @@ class _Value:
 
     def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operator if it is known without the logits, or else None."""
-        call, before = self.call, self.example
+        before = self.example
         inference = tensor.is_inference()
         if inference != torch.is_inference_mode_enabled():
             return None
@@ -289,6 +347,8 @@ class _Value:
         original = _original(function)
         if original is (_NLL_LOSS if self.log else _CROSS_ENTROPY):
             return self.cross_entropy(*args, **kwargs)
+        if original in _LARGEST:
+            return self.largest(tensor, function, args, kwargs)
         rule = _RULES.get(original)
         if rule is None or (self.log and rule not in _MOVES):
             return None
@@ -296,28 +356,58 @@ class _Value:
         if changes is None:
             return None
         function, args, kwargs = changes.pop("operation", (function, args, kwargs))
-        _this_thread.keeps_lazy = call
-        try:
-            result = function(tensor, *args, **kwargs)
-        finally:
-            _this_thread.keeps_lazy = None
+        result = _call_with(_Value.result, function, tensor, *args, **kwargs)
         if result is tensor:
             return tensor
         value: _Value = result.value
         shape = value.example.shape
-        if "rows" not in changes and shape != before.shape:
+        if "move" not in changes and shape != before.shape:
             key = before.shape[self.dim], before.shape[: self.dim].numel()
             dims = [i for i, size in enumerate(shape) if (size, shape[:i].numel()) == key]
             if not dims:  # a view that does not keep the classes of a row together
                 return None
-            rows = self.rows.reshape(*shape[: dims[0]], *shape[dims[0] + 1 :], self.rows.shape[-1])
-            changes.update(dim=dims[0], rows=rows)
+            lead = *shape[: dims[0]], *shape[dims[0] + 1 :]
+            changes.update(dim=dims[0], move=lambda x: x.reshape(*lead, x.shape[-1]))
+        if (move := changes.pop("move", None)) is not None:
+            changes["dim"] %= len(shape)
+            changes["rows"] = move(self.rows)
+            changes["numbers"] = None if self.numbers is None else move(self.numbers)
         if value.example.dtype is not changes.pop("dtype", before.dtype):
             return None
         for name, attribute in changes.items():
             setattr(value, name, attribute)
         value.needs_grad = result.requires_grad
         return result
+
+    def largest(self, tensor: Any, function: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the result of argmax, max or topk if the pass over the loss has recorded it."""
+        known, names = self.call.largest, _LARGEST[_original(function)]
+        options = dict(zip(names, args, strict=False)) | kwargs
+        picks, keeps = function.__name__ != "argmax", "k" in names or options.get("keepdim")
+        if (
+            known is None
+            or options.keys() - names
+            or options.get("dim", -1 if "k" in names else None) not in self.dims()
+            or options.get("k", 1) != 1
+            or options.get("largest", True) is not True
+            or known.shift is not self.shift
+            or (known.cap is not None and known[3:] != (self.scale, self.cap))
+            or (self.log and picks)
+        ):
+            return None
+        numbers = self.numbers.squeeze(-1)
+        classes, logits = known.classes[numbers], known.logits[numbers]
+        if (classes < 0).any():
+            return None
+        logits = logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+        both = [(self.scale * logits).to(self.example.dtype), classes]
+        values, classes = (x.unsqueeze(self.dim) if keeps else x for x in both)
+        answer = (values, classes) if picks else classes
+        return _call_with(lambda *_: answer, function, tensor, *args, **kwargs)
+
+    def dims(self) -> tuple[int, int]:
+        """Returns the numbers of the dimension of the classes."""
+        return self.dim, self.dim - self.example.dim()
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
@@ -353,15 +443,12 @@ class _Value:
             and call.hooks == torch_internals.saved_tensors_hooks(True)
         ):
             return None
-        (_, head_weight, bias), shift = call.inputs, self.shift
         with (
             torch.autocast(rows.device.type, call.autocast, call.autocast is not None),
             torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_grad),
         ):
             return call.loss(
-                *(rows, head_weight, target),
-                linear_bias=bias if shift is None else shift if bias is None else bias + shift,
-                weight=weight,
+                *(self, target, weight),
                 ignore_index=ignore_index,
                 reduction=reduction,
                 label_smoothing=label_smoothing,
@@ -403,8 +490,11 @@ def _movement(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     kept = [i for i, each in enumerate(sizes) if each == (size, 1)]
     if not kept:
         return None
-    rows = function(value.rows.movedim(-1, value.dim), *args, **kwargs)
-    return {"dim": kept[0], "rows": rows.movedim(kept[0], -1)}
+
+    def move(x: Tensor) -> Any:
+        return function(x.movedim(-1, value.dim), *args, **kwargs).movedim(kept[0], -1)
+
+    return {"dim": kept[0], "move": move}
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -426,14 +516,13 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     if value.dim != len(shape) - 1 or not 0 < len(indices) < len(shape):
         return None
     value.call.watch(*parts)
-    rows = value.rows[indices]
-    return {"rows": rows, "dim": rows.dim() - 1, "operation": (function, (indices,), {})}
+    return {"dim": -1, "move": lambda x: x[indices], "operation": (function, (indices,), {})}
 
 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A log_softmax over the classes whose result has the dtype of its input."""
     dim, *others = args or (kwargs.get("dim"),)
-    of_classes = type(dim) is int and dim in (value.dim, value.dim - value.example.dim())
+    of_classes = type(dim) is int and dim in value.dims()
     keeps_dtype = value.dtype_of_loss() is value.example.dtype
     if others or not of_classes or not keeps_dtype or kwargs.get("dtype") is not None:
         return None
@@ -511,7 +600,17 @@ _RULES = {
     for name in names.split()
     for owner in (Tensor, torch, F)
     if callable(getattr(owner, name, None))
-} | {Tensor.mT.__get__: _movement}  # type: ignore[attr-defined]
+} | {Tensor.mT.__get__: _movement, Tensor.data.__get__: _view}  # type: ignore[attr-defined]
+# Operators that return the largest logit of each row, and the names of their arguments.
+_LARGEST = {
+    getattr(owner, name): names.split()
+    for name, names in (
+        ("argmax", "dim keepdim"),
+        ("max", "dim keepdim"),
+        ("topk", "k dim largest sorted"),
+    )
+    for owner in (Tensor, torch)
+}
 
 
 # ---- the tensor subclass -------------------------------------------------------------------------
@@ -565,8 +664,8 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         tensor: Any = args[0] if args else None
-        if isinstance(tensor, LazyLogits) and tensor.value.call is _this_thread.keeps_lazy:
-            return tensor.value.result(function, args[1:], kwargs)
+        if isinstance(tensor, LazyLogits) and (result := _this_thread.result) is not None:
+            return result(tensor.value, function, args[1:], kwargs)
         values, kwargs = tree_map_only(LazyLogits, _values_of, (args, kwargs))
         result = function(*values, **kwargs)
         if result is not values[0]:
@@ -609,6 +708,15 @@ class _Head(torch.autograd.Function):
 
 
 _head: Any = torch_internals.apply_of(_Head)
+
+
+def _call_with(result: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls an operator, for which ``__torch_dispatch__`` calls another function."""
+    _this_thread.result = result
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _this_thread.result = None
 
 
 def _values_of(x: LazyLogits) -> Tensor:

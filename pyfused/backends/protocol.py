@@ -58,6 +58,9 @@ class Backend(Protocol):
             beta: 0 or 1.
         """
 
+    def predicts(self, logits: Tensor) -> bool:
+        """Returns whether ``cross_entropy`` can return predictions of logits of this layout."""
+
     def check_class_indices(self, target: Tensor, classes: int, ignore_index: int) -> None:
         """Raises an IndexError for the first int64 class index out of range.
 

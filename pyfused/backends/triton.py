@@ -82,6 +82,10 @@ def describe(input: Tensor, strategy: str) -> tuple[str, str, None, None]:  # no
     return "triton", f"kernels on {input.device}, Triton {triton_version()}", None, None
 
 
+def predicts(logits: Tensor) -> bool:  # noqa: ARG001
+    return False
+
+
 def supports_rows(logits: Tensor) -> bool:  # noqa: ARG001
     return True
 

@@ -34,9 +34,11 @@ from pyfused.ops.rows import (
 )
 from pyfused.ops.shards import class_range
 from pyfused.types import (
+    INDEX,
     LOG_P,
     LSE,
     METRICS_FIELDS,
+    PREDICTION,
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
@@ -165,6 +167,7 @@ class CrossEntropyLoss(RowLoss):
         planned, caps = options, options.softcap is not None
         source = LogitRows(backend, ClassRange(0, tensors[1].shape[0]))
         fields = self.fields(planned) if planned.with_metrics and outputs.loss else 0
+        predicts = planned.with_metrics == PREDICTION
 
         def compute(
             logits: Tensor,
@@ -175,18 +178,21 @@ class CrossEntropyLoss(RowLoss):
         ) -> BlockResult:
             nonlocal kernel
             target, weight, token_weight, _ = operands
-            x, state = logits, None
+            x, state, prediction = logits, None, []
             if caps:
                 x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
             if target.is_floating_point():
                 target = target.to(logits.dtype)
-            if fields:
+            if fields and predicts and backend.predicts(x):
+                state = x.new_empty((1, len(x)), dtype=torch.int64)
+                prediction = [state]
+            elif fields:
                 state = metrics_state(source, x, target, options, fields)
             tensors = x, target, weight, token_weight, None
             if kernel is None:
                 *layouts, of_grad = specs_of_layouts((*tensors, grad_output), 1)
                 kernel = backend.cross_entropy(layouts, planned, outputs, of_grad)
-            loss, (gradient, grad_target) = kernel(tensors, options, grad_output)
+            loss, (gradient, grad_target) = kernel(tensors, options, grad_output, *prediction)
             if caps and gradient is not None:
                 gradient = cap_backward(gradient)
                 if counts is not None:  # 0 times NaN is NaN
@@ -378,6 +384,9 @@ class LinearCrossEntropy(RowOperator):
             loss = with_leading_dims(loss, leading).to(dtype)
             if state is None:
                 return loss
+            if with_metrics == PREDICTION:
+                prediction = state[min(INDEX, len(state) - 1)].long()
+                return loss, with_leading_dims(prediction, leading)
             target = tensors[3]
             if target.is_floating_point():
                 target = target.reshape(-1, target.shape[-1])
