@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "loss_rows.h"
 #include "rows.h"
@@ -32,6 +33,7 @@ template <class T, bool kInPlace> class RowBlock {
       const T* const logits = ce.at(ce.logits, position);
       OneRow& row = Workspace<OneRow>{row_memory}.make(logits, ce.classes, ce.scale, 0.0);
       const A row_max = next_max;
+      if (ce.predictions) ce.predictions[position] = -1;
       if (ce.ignored(position)) {
         if (i + 1 < n) next_max = first_max(i + 1);
         clear(position, grad);
@@ -40,7 +42,10 @@ template <class T, bool kInPlace> class RowBlock {
         continue;
       }
       if (rows.label[i] >= 0) rows.target_logit[i] = widen(*row.chunk(rows.label[i], 1));
+      maximum = kLowest;
+      chunk_of_maximum = -1;
       keeps ? read<true>(row, i, grad, row_max) : read<false>(row, i, grad, row_max);
+      if (ce.predictions && std::isfinite(row.state.sum)) ce.predictions[position] = predict(row);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
     }
@@ -50,6 +55,7 @@ template <class T, bool kInPlace> class RowBlock {
   }
 
  private:
+  static constexpr A kLowest = -std::numeric_limits<A>::infinity();
   static constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
   const CrossEntropyBatch<T>& ce;
   const int64_t first, n;
@@ -59,10 +65,30 @@ template <class T, bool kInPlace> class RowBlock {
   alignas(kVectorBytes) A pivot[kMostRows];
   alignas(kVectorBytes) A w[kChunk];
   alignas(OneRow) unsigned char row_memory[sizeof(OneRow)];
+  A maximum;  // the largest x of a row, and the first class of its chunk
+  int64_t chunk_of_maximum;
 
   A first_max(int64_t i) const {
     if (ce.ignored(first + i)) return 0;
     return A(ce.scale) * Normalizer<T>::first_max(ce.at(ce.logits, first + i), ce.classes);
+  }
+
+  PYFUSED_INLINE void raise_maximum(A high, int64_t at) {
+    if (!(high > maximum)) return;
+    maximum = high;
+    chunk_of_maximum = at;
+  }
+
+  // The first class with the largest logit. The gradient may overwrite the logits afterwards.
+  PYFUSED_NOINLINE int64_t predict(OneRow& row) const {
+    if (chunk_of_maximum < 0) return -1;
+    constexpr int64_t kStep = 64;  // a scalar loop over the chunk would take as long as reading it
+    const int64_t n = std::min(kChunk, ce.classes - chunk_of_maximum);
+    const auto* const x = row.chunk(chunk_of_maximum, n);
+    int64_t i = 0;
+    while (i + kStep < n && largest(x + i, kStep, kLowest) < maximum) i += kStep;
+    while (widen(x[i]) != maximum) ++i;
+    return chunk_of_maximum + i;
   }
 
   void clear(int64_t position, T* grad) const {
@@ -106,6 +132,7 @@ template <class T, bool kInPlace> class RowBlock {
     Sum distance, weight_sum;
     A previous = 0;
     const auto add_chunk = [&](const auto* x, int64_t at, int64_t n) {
+      if (ce.predictions) raise_maximum(at ? largest(x, n, maximum) : row_max, at);
       const A high = row.state.pivot;
       if (!ce.dense()) return;
       if (at > 0 && high != previous) {

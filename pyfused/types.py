@@ -135,7 +135,9 @@ class CrossEntropyOptions(NamedTuple):
         reduction: The reduction over rows (tokens): "none", "mean" or "sum".
         memory_budget: Bytes for the logits in memory at once, None for the default.
         loss_dtype: The dtype of the loss, None for torch's.
-        with_metrics: Whether the call returns a tuple of the loss and the metrics of each target.
+        with_metrics: Whether the call returns a tuple of the loss and the metrics of each target;
+            PREDICTION for a tuple of the loss and the prediction, which may be -1 if a logit of the
+            row is not finite.
         inplace: Whether the gradient of the logits overwrites them.
         torch_options: The options of torch's linear_cross_entropy, which kernels ignore.
     """
@@ -152,7 +154,7 @@ class CrossEntropyOptions(NamedTuple):
     reduction: str = "mean"
     memory_budget: int | None = None
     loss_dtype: torch.dtype | None = None
-    with_metrics: bool = False
+    with_metrics: bool | str = False
     inplace: bool = False
     torch_options: Any = None
 
@@ -176,6 +178,7 @@ class CrossEntropyOptions(NamedTuple):
         )
 
 
+PREDICTION = "prediction"
 _NUMBERS = frozenset((float, int))
 
 

@@ -4,13 +4,14 @@ The head of a converted model returns `LazyLogits`, a tensor without memory. Its
 ``linear_cross_entropy`` of the hidden states. The results of a few operators are lazy as well,
 because they follow from the hidden states: views that keep rows whole, permutations of dimensions,
 selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
-log_softmax. Any other operator reads the logits, which are then computed once.
+log_softmax. The pass over a loss records the predictions of its rows. Any other operator reads the
+logits, which are then computed once.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
 ``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
 operators. ``__torch_dispatch__`` computes the values.
 
-In a program that torch.compile or torch.export traces, a converted head computes its logits.
+A program that torch.compile traces breaks its graph at a large head, unless it has to be whole.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
-from pyfused.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
+from pyfused.dispatch.run import run
+from pyfused.layout import accumulate_dtype
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.torch_internals import (
     PLAIN,
     DisableTorchFunctionSubclass,
     tree_map_only,
     version_of,
 )
+from pyfused.types import PREDICTION
 
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
@@ -71,8 +75,7 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 _ADVICE = (
     "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
-    "class indices. For the accuracy of training steps, pass metrics=True to pyfused.convert; or "
-    "call pyfused.revert(model)"
+    "class indices, which also knows their argmax. Or call pyfused.revert(model)"
 )
 
 
@@ -98,7 +101,9 @@ class HeadCall:
         versions: Tensors that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
-        largest: The largest logit of each row with a loss, if the head has metrics.
+        with_metrics: Whether the pass over a loss returns metrics, or the predictions alone, which
+            cost nothing on CPUs.
+        largest: The largest logit of each row that counts in a loss.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss was computed without the logits.
@@ -111,6 +116,7 @@ class HeadCall:
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
         self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
         self.computed = self.bypassed = False
+        self.with_metrics = options.metrics or (inputs[0].device.type == "cpu" and PREDICTION)
         self.largest: _Largest | None = None
         self.ended, self.lock = threading.Event(), threading.RLock()
         self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
@@ -127,7 +133,7 @@ class HeadCall:
         shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
         value = _Value(self, hidden, example, len(shape) - 1, self.linear)
-        if self.options.metrics:
+        if self.with_metrics:
             numbers = torch.arange(shape[:-1].numel(), device=hidden.device)
             value.numbers = numbers.view(*shape[:-1], 1)
         tensor = _head(value, *self.inputs)
@@ -163,8 +169,8 @@ class HeadCall:
         raise RuntimeError(
             f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
             f"the backward pass of their loss, got {problem}. Move the line with {reader} above "
-            "`backward()`, or call pyfused.revert(model). If pyfused.convert was called with "
-            "metrics=True, argmax, max and topk(1) are known for all rows that count in the loss"
+            "`backward()`, or call pyfused.revert(model). The argmax, max and topk(1) of rows that "
+            "count in the loss are known after it, on GPUs if pyfused.convert had metrics=True"
         )
 
     def compute(self, reader: str) -> None:
@@ -181,16 +187,20 @@ class HeadCall:
                     value.compute()
             self.computed = True
 
-    def loss(self, value: _Value, *args: Any, **options: Any) -> Any:
-        """Returns the loss of ``linear_cross_entropy`` and its arguments."""
+    def loss(self, value: _Value, target: Tensor, weight: Tensor | None, **options: Any) -> Any:
+        """Returns the cross-entropy of a value."""
         self.check("cross_entropy")
-        options["memory_budget"] = self.options.memory_budget
-        if self.options.metrics:
-            loss, metrics = linear_cross_entropy_with_metrics(*args, **options)
-            self.head.pyfused_metrics = metrics
-            self.largest = _Largest.of(value, metrics, *args[1:], **options)
-        else:
-            loss = linear_cross_entropy(*args, **options)
+        (_, head, bias), shift, kind = self.inputs, value.shift, self.with_metrics
+        bias = bias if shift is None else shift if bias is None else bias + shift
+        options |= {"memory_budget": self.options.memory_budget, "with_metrics": kind}
+        tensors = value.rows, head, bias, target, weight, None, None
+        loss: Any = run(LINEAR_CROSS_ENTROPY, tensors, LINEAR_CROSS_ENTROPY.options(**options))
+        if kind:
+            loss, metrics = loss
+            if kind is True:
+                self.head.pyfused_metrics, metrics = metrics, metrics.prediction
+            counts = target != options["ignore_index"]
+            self.largest = _Largest.of(value, bias, metrics.where(counts, -1).flatten())
         if (node := loss.grad_fn) is not None:
             self.bypassed = True
             # A loss that is kept does not keep the call.
@@ -244,21 +254,22 @@ class _Largest(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, value: _Value, metrics: Any, head: Tensor, target: Tensor, **options: Any
-    ) -> _Largest:
+    def of(cls, value: _Value, bias: Tensor | None, classes: Tensor) -> _Largest:
         """Returns the largest logits of a loss, and those of earlier losses of the same logits."""
-        call, counts = value.call, target.flatten() != options["ignore_index"]
-        counts &= metrics.log_sum_exp.flatten().isfinite()
-        numbers, classes = value.numbers.flatten()[counts], metrics.prediction.flatten()[counts]
-        rows, dtype = value.rows.flatten(0, -2)[counts], call.autocast or value.rows.dtype
-        logits = (rows.to(dtype).double() * head[classes].to(dtype)).sum(-1)
-        if (bias := options["linear_bias"]) is not None:
-            logits += bias[classes].to(dtype)
-        like, n = (value.shift, value.scale, value.cap), call.inputs[0].shape[:-1].numel()
-        before = call.largest
+        call, before, numbers = value.call, value.call.largest, value.numbers.flatten()
+        hidden, head, _ = call.inputs
+        rows, dtype = value.rows.flatten(0, -2), call.autocast or hidden.dtype
+        like, n = (value.shift, value.scale, value.cap), hidden.shape[:-1].numel()
         if before is None or any(x is not y for x, y in zip(before[2:], like, strict=True)):
-            before = cls(numbers.new_full((n,), -1), logits.new_empty(n), *like)
+            before = cls(numbers.new_full((n,), -1), rows.new_empty(n, dtype=torch.float64), *like)
+        else:
+            counts = classes >= 0
+            numbers, classes, rows = numbers[counts], classes[counts], rows[counts]
+        index, wide = classes.clamp(min=0), accumulate_dtype(dtype)
+        logits = rows.to(dtype).to(wide) * head[index].to(dtype).to(wide)
+        logits = logits.sum(-1, dtype=torch.float64)
+        if bias is not None:
+            logits += bias[index].to(dtype)
         classes = before.classes.index_copy(0, numbers, classes)
         return cls(classes, before.logits.index_copy(0, numbers, logits), *like)
 
@@ -436,15 +447,12 @@ class _Value:
             and call.hooks == torch_internals.saved_tensors_hooks(True)
         ):
             return None
-        (_, head_weight, bias), shift = call.inputs, self.shift
         with (
             torch.autocast(rows.device.type, call.autocast, call.autocast is not None),
             torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_grad),
         ):
             return call.loss(
-                *(self, rows, head_weight, target),
-                linear_bias=bias if shift is None else shift if bias is None else bias + shift,
-                weight=weight,
+                *(self, target, weight),
                 ignore_index=ignore_index,
                 reduction=reduction,
                 label_smoothing=label_smoothing,

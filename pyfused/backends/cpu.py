@@ -183,6 +183,9 @@ def supports_rows(logits: Tensor) -> bool:
     return enough and not copies and strides[2] == grad_strides[2] == 1
 
 
+predicts = supports_rows
+
+
 # ---- matrix products -----------------------------------------------------------------------------
 
 # Without these instructions, half-precision products are 3 to 250 times slower than float32.
@@ -226,6 +229,7 @@ def cross_entropy(
     options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,
+    prediction: Tensor | None = None,
     normalized: bool = False,
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
@@ -286,6 +290,7 @@ def cross_entropy(
         0 if loss is None else loss.data_ptr(),
         grad_view,
         grad_target_view,
+        0 if prediction is None else prediction.data_ptr(),
         torch.get_num_threads(),
     )
     if out_of_range >= 0:

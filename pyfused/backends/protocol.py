@@ -47,6 +47,9 @@ class Backend(Protocol):
             beta: 0 or 1.
         """
 
+    def predicts(self, logits: Tensor) -> bool:
+        """Returns whether ``cross_entropy`` can return predictions of logits of this layout."""
+
     def check_class_indices(self, target: Tensor, classes: int, ignore_index: int) -> None:
         """Raises an IndexError for the first int64 class index out of range.
 
@@ -59,6 +62,7 @@ class Backend(Protocol):
         options: Options,
         outputs: Outputs,
         grad_output: Tensor | None = None,
+        prediction: Tensor | None = None,
     ) -> LossResult:
         """Computes the loss, and the gradients of input and target.
 
@@ -72,6 +76,8 @@ class Backend(Protocol):
                 denominator if it is a tensor. The last three may be None.
             options: `CrossEntropyOptions`.
             grad_output: The gradient of the loss, of the loss's shape; None means ones.
+            prediction: An int64 tensor (N) for predictions, if ``predicts`` is true for the
+                logits. It is -1 for a row that is ignored or has a logit that is not finite.
 
         Returns:
             The loss, in the accumulation dtype or ``outputs.loss_dtype``, and the gradients.

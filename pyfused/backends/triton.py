@@ -74,6 +74,10 @@ def describe(input: Tensor, strategy: str) -> tuple[str, str, None, None]:  # no
     return "triton", f"kernels on {input.device}, Triton {triton_version()}", None, None
 
 
+def predicts(logits: Tensor) -> bool:  # noqa: ARG001
+    return False
+
+
 def supports_rows(logits: Tensor) -> bool:  # noqa: ARG001
     return True
 
@@ -199,6 +203,7 @@ def cross_entropy(
     options: Options,
     outputs: Outputs,
     grad_output: Tensor | None = None,
+    prediction: Tensor | None = None,  # noqa: ARG001
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
     of_indices, each = target.dtype is torch.int64, options.reduction == "none"

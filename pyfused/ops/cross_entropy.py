@@ -26,9 +26,11 @@ from pyfused.ops.rows import (
 )
 from pyfused.ops.shards import class_range
 from pyfused.types import (
+    INDEX,
     LOG_P,
     LSE,
     METRICS_FIELDS,
+    PREDICTION,
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
@@ -162,16 +164,20 @@ class CrossEntropyLoss(RowLoss):
         outputs: Outputs,
     ) -> BlockResult:
         target, weight, token_weight, _ = operands
-        x, state, caps = logits, None, options.softcap is not None
+        x, state, prediction = logits, None, None
+        caps = options.softcap is not None
         if caps:
             x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
         if target.is_floating_point():
             target = target.to(logits.dtype)
-        if options.with_metrics and outputs.loss:
+        if options.with_metrics == PREDICTION and outputs.loss and backend.predicts(x):
+            prediction = x.new_empty(len(x), dtype=torch.int64)
+            state = prediction.unsqueeze(0)
+        elif options.with_metrics and outputs.loss:
             source = LogitRows(backend, ClassRange(0, logits.shape[1]))
             state = metrics_state(source, x, target, options, self.fields(options))
         tensors = x, target, weight, token_weight, None
-        loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output)
+        loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output, prediction)
         gradient, grad_target = gradients
         if caps and gradient is not None:
             gradient = cap_backward(gradient)
@@ -369,6 +375,9 @@ class LinearCrossEntropy(RowOperator):
         if not options.with_metrics:
             return with_leading_dims(result, leading).to(dtype)
         loss, state = result
+        if options.with_metrics == PREDICTION:
+            prediction = with_leading_dims(state[min(INDEX, len(state) - 1)].long(), leading)
+            return with_leading_dims(loss, leading).to(dtype), prediction
         if target.is_floating_point():
             target = target.reshape(-1, target.shape[-1])
         else:
