@@ -39,7 +39,8 @@ from pyfused.types import OPTIONS, VocabShard
 
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 _CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
-_KINDS = frozenset((float, str, bool, int, torch.dtype, NoneType))
+_NUMBERS = frozenset((float, NoneType))
+_CHOICES = frozenset((str, bool, int, float, torch.dtype, NoneType))
 _STRIDED = torch.strided
 
 
@@ -119,7 +120,7 @@ def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Opt
     if mode := active_mode():
         return mode, options, False
     on_cpu = backends.FORCED is None and input.is_cpu and cpu.MISSING is None
-    dtype, shape, uniform = input.dtype, input.shape, op.uniform
+    dtype, uniform = input.dtype, op.uniform
     for i, x in enumerate(tensors):
         operand = op.all_operands[i]
         if x is None and operand.optional:
@@ -137,10 +138,11 @@ def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Opt
         )
         if not is_usual and (reason := unsupported(operand, x, input)):
             return reason, options, False
-        if uniform and (i >= uniform or x.dtype is not dtype or x.shape != shape):
+        if uniform and i and (i >= uniform or x.dtype is not dtype or x.shape != input.shape):
             uniform = 0
-    converted = options
-    if op.compared or not _KINDS.issuperset(map(type, options)):
+    converted, count = options, len(op.numbers)
+    are_floats = _NUMBERS.issuperset(map(type, options[:count]))
+    if op.compared or not (are_floats and _CHOICES.issuperset(map(type, options[count:]))):
         converted = _converted(op, options, tensors)
         if isinstance(converted, str):
             return converted, options, False
@@ -206,7 +208,7 @@ def _converted(op: Operator, options: Options, tensors: Tensors) -> Options | st
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if choice.of_torch:
             value = None
-        elif type(value) not in _KINDS and not is_integer:
+        elif type(value) not in _CHOICES and not is_integer:
             return f"{choice.name} is a {type(value).__name__}"
         converted.append(int(value) if is_integer else value)
     for i, operand in op.compared:

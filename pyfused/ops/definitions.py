@@ -107,7 +107,7 @@ def gradient_of_cross_entropy(
         target = target.long().reshape(shape)
         of_target = divisors = target_weights(target, weight, ignore_index, dtype)
     rows = _grad_of_rows(grad_output.to(dtype), token_weight, options, divisors, shape)
-    counts = counted(target, ignore_index, token_weight)
+    rows, counts = rows.expand(shape), counted(target, ignore_index, token_weight)
     rows = rows if counts is None else rows.where(counts.reshape(shape), 0)
     a, b, z = row_coefficients(None, options, classes)
     of_p = -a * of_target

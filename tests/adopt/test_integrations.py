@@ -303,16 +303,17 @@ def test_a_checked_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not step(model)[2]
     with pytest.raises(TypeError, match="check: expected a batch for which the model returns a"):
         pyfused.convert(language_model("Llama"), check={"input_ids": batch()["input_ids"]})
-    right = lazy_logits.linear_cross_entropy
+    right = lazy_logits.run
     for name, change in (
         ("the loss", lambda loss, _: 1.01 * loss),
         ("lm_head|embed|layers", lambda loss, x: loss + 0.01 * (x - x.detach()).sum()),
     ):
-        monkeypatch.setattr(
-            lazy_logits,
-            "linear_cross_entropy",
-            lambda x, *args, change=change, **options: change(right(x, *args, **options), x),
-        )
+
+        def wrong(op: Any, tensors: Any, options: Any, change: Any = change) -> Any:
+            loss, prediction = right(op, tensors, options)
+            return change(loss, tensors[0]), prediction
+
+        monkeypatch.setattr(lazy_logits, "run", wrong)
         model = language_model("Llama")
         with pytest.raises(RuntimeError, match=f"check: expected an equal loss .*({name})"):
             pyfused.convert(model, check=batch())

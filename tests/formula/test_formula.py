@@ -366,14 +366,14 @@ def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls
     column, row = torch.randn(1 << 8, 1), torch.randn(1 << 8)
     for count, operands in enumerate(((scalar, big), (big, scalar), (column, row)), 1):
         close(wing(*operands), wing.function(*operands).mean())
-        assert kernel_calls[wing.op.name] == count
         assert wing.explain(*operands).backend != "torch"
+        assert kernel_calls[wing.op.name] == 2 * count
     for few in ((scalar, row), (column[:9], row[:9]), (scalar, torch.randn(0))):
         close(wing(*few), wing.function(*few).mean(), rtol=0, atol=0, equal_nan=True)
         assert "faster at this size" in wing.explain(*few).reason
     nested = torch.nested.as_nested_tensor([torch.randn(2), torch.randn(3)])
     assert pyfused.activation(lambda a, b: a * b)(nested, nested).is_nested
-    assert kernel_calls[wing.op.name] == 3
+    assert kernel_calls[wing.op.name] == 6
 
 
 def test_numbers_need_no_new_trace() -> None:
@@ -920,9 +920,11 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong value, and a gradient that ignores NaN and infinity in grad_output."""
     mine = pyfused.activation(lambda input: 2 * input.sigmoid() ** 2)
 
-    def kernels(*arguments: Any) -> Any:
-        launch = cpu.pointwise_loss(*arguments)
-        return lambda x, y, grad=None: launch(x, y, grad if grad is None else grad.nan_to_num())
+    def kernels(*call: Any) -> Any:
+        *arguments, grad_output = call
+        return cpu.pointwise_loss(
+            *arguments, None if grad_output is None else grad_output.nan_to_num()
+        )
 
     with pytest.raises(AssertionError, match=r"at input=.*, grad_output=(nan|inf)"):
         check(mine.op, (), kernels)
